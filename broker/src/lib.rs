@@ -1,0 +1,1 @@
+//! The ringpass broker: gives guests io_uring rings in their own memory.

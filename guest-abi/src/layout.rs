@@ -1,0 +1,157 @@
+//! Where the parts of a ring are.
+
+use core::fmt;
+use core::mem::size_of;
+
+use crate::{Cqe, Sqe};
+
+/// `IORING_SQ_NEED_WAKEUP` in the SQ flags: the kernel's SQ thread sleeps, the doorbell must be rung.
+pub const SQ_NEED_WAKEUP: u32 = 1 << 0;
+/// `IORING_SQ_CQ_OVERFLOW` in the SQ flags: completions wait in the kernel because the CQ was full. An honest driver
+/// never sees it.
+pub const SQ_CQ_OVERFLOW: u32 = 1 << 1;
+/// `IORING_CQ_EVENTFD_DISABLED` in the CQ flags: the driver's interrupt mute.
+pub const CQ_EVENTFD_DISABLED: u32 = 1 << 0;
+
+/// Most entries of a submission queue: `IORING_MAX_ENTRIES`.
+const SQ_ENTRIES_MAX: u32 = 32768;
+/// Most entries of a completion queue: `IORING_MAX_CQ_ENTRIES`.
+const CQ_ENTRIES_MAX: u32 = 2 * SQ_ENTRIES_MAX;
+/// Room for the indexes and flags in front of the CQEs. The kernel uses 320 bytes of it (Linux 5.1 to 6.18).
+const RINGS_HEADER_BYTES: u64 = 1024;
+/// The unit in which ring memory is handed over.
+const PAGE_BYTES: u64 = 4096;
+
+/// Bytes that the rings area of a ring with `cq_entries` completion queue entries takes, in whole 4 KiB pages.
+///
+/// It holds up to 1024 bytes of indexes and flags and `cq_entries` CQEs of 16 bytes. The broker refuses to use a
+/// kernel whose ring needs more.
+pub fn rings_area_bytes(cq_entries: u32) -> u64 {
+    (RINGS_HEADER_BYTES + u64::from(cq_entries) * size_of::<Cqe>() as u64).next_multiple_of(PAGE_BYTES)
+}
+
+/// Bytes that the SQE area of a ring with `sq_entries` submission queue entries takes, in whole 4 KiB pages.
+pub fn sqes_area_bytes(sq_entries: u32) -> u64 {
+    (u64::from(sq_entries) * size_of::<Sqe>() as u64).next_multiple_of(PAGE_BYTES)
+}
+
+/// When the driver must ring the doorbell after it has published SQEs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Doorbell {
+    /// A kernel thread polls the SQ (`IORING_SETUP_SQPOLL`): only while [`SQ_NEED_WAKEUP`] is set.
+    WhenAsleep,
+    /// Nobody polls the SQ: after every batch.
+    Always,
+}
+
+/// Where the parts of one ring are, as the device told the driver: byte offsets into the rings area.
+///
+/// All fields come from the kernel (`struct io_sqring_offsets`, `struct io_cqring_offsets`) by way of the broker and
+/// may differ between kernel versions. There is no SQ array (`IORING_SETUP_NO_SQARRAY`, Linux 6.6): entry `i` of the
+/// SQ is SQE slot `i`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RingLayout {
+    /// Submission queue entries, a power of two, 1 to 32768.
+    pub sq_entries: u32,
+    /// Completion queue entries, a power of two, 1 to 65536. The most requests a driver may have outstanding.
+    pub cq_entries: u32,
+    /// SQ head: `u32`, written by the kernel.
+    pub sq_head_offset: u32,
+    /// SQ tail: `u32`, written by the driver.
+    pub sq_tail_offset: u32,
+    /// SQ flags: `u32`, written by the kernel ([`SQ_NEED_WAKEUP`], [`SQ_CQ_OVERFLOW`]).
+    pub sq_flags_offset: u32,
+    /// CQ head: `u32`, written by the driver.
+    pub cq_head_offset: u32,
+    /// CQ tail: `u32`, written by the kernel.
+    pub cq_tail_offset: u32,
+    /// CQ flags: `u32`, written by the driver ([`CQ_EVENTFD_DISABLED`]).
+    pub cq_flags_offset: u32,
+    /// The CQEs: `cq_entries` times 16 bytes.
+    pub cqes_offset: u32,
+    /// Length of the rings area in bytes.
+    pub rings_bytes: u64,
+    /// Length of the SQE area in bytes.
+    pub sqes_bytes: u64,
+    /// When to ring the doorbell.
+    pub doorbell: Doorbell,
+}
+
+/// Why a layout cannot be used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LayoutError {
+    /// A number of entries is zero, not a power of two, or above the kernel's limit.
+    Entries {
+        /// `"sq_entries"` or `"cq_entries"`.
+        field: &'static str,
+        /// What was given.
+        entries: u32,
+    },
+    /// A field does not lie inside its area, or is not aligned to its size.
+    Misplaced {
+        /// The field's name.
+        field: &'static str,
+        /// The offset given, in bytes.
+        offset_bytes: u32,
+    },
+    /// The SQE area is shorter than its entries.
+    SqesTooShort {
+        /// Bytes the entries take.
+        needed_bytes: u64,
+        /// Bytes given.
+        sqes_bytes: u64,
+    },
+}
+
+impl RingLayout {
+    /// Checks that every part lies inside its area, so that a [`RingMemory`](crate::RingMemory) of these areas is
+    /// only ever asked for what it has.
+    pub fn validate(&self) -> Result<(), LayoutError> {
+        let entries =
+            [("sq_entries", self.sq_entries, SQ_ENTRIES_MAX), ("cq_entries", self.cq_entries, CQ_ENTRIES_MAX)];
+        for (field, entries, max) in entries {
+            if !entries.is_power_of_two() || entries > max {
+                return Err(LayoutError::Entries { field, entries });
+            }
+        }
+        let cqes_bytes = u64::from(self.cq_entries) * size_of::<Cqe>() as u64;
+        let parts = [
+            ("sq_head", self.sq_head_offset, 4, 4),
+            ("sq_tail", self.sq_tail_offset, 4, 4),
+            ("sq_flags", self.sq_flags_offset, 4, 4),
+            ("cq_head", self.cq_head_offset, 4, 4),
+            ("cq_tail", self.cq_tail_offset, 4, 4),
+            ("cq_flags", self.cq_flags_offset, 4, 4),
+            ("cqes", self.cqes_offset, cqes_bytes, 8),
+        ];
+        for (field, offset_bytes, len_bytes, align_bytes) in parts {
+            let end_bytes = u64::from(offset_bytes) + len_bytes;
+            if !offset_bytes.is_multiple_of(align_bytes) || end_bytes > self.rings_bytes {
+                return Err(LayoutError::Misplaced { field, offset_bytes });
+            }
+        }
+        let needed_bytes = u64::from(self.sq_entries) * size_of::<Sqe>() as u64;
+        if needed_bytes > self.sqes_bytes {
+            return Err(LayoutError::SqesTooShort { needed_bytes, sqes_bytes: self.sqes_bytes });
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Display for LayoutError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Entries { field, entries } => {
+                write!(f, "{field} is {entries}: it must be a power of two, at most 32768 (SQ) or 65536 (CQ)")
+            }
+            Self::Misplaced { field, offset_bytes } => {
+                write!(f, "{field} at offset {offset_bytes} does not lie aligned inside the rings area")
+            }
+            Self::SqesTooShort { needed_bytes, sqes_bytes } => {
+                write!(f, "the SQE area has {sqes_bytes} bytes, its entries take {needed_bytes}")
+            }
+        }
+    }
+}
+
+impl core::error::Error for LayoutError {}

@@ -1,0 +1,165 @@
+//! The driver's side of a ring.
+//!
+//! # Memory orderings
+//!
+//! The driver and the host kernel share four indexes and two flag words. Each index has one writer.
+//!
+//! | access | ordering | pairs with |
+//! | --- | --- | --- |
+//! | SQEs, then `sq.tail` | store-release of the tail | the kernel's acquire of the tail before it reads SQEs |
+//! | `sq.head`, then reuse of an SQE slot | load-acquire of the head | the kernel's release of the head after it read SQEs |
+//! | `cq.tail`, then CQEs | load-acquire of the tail | the kernel's release of the tail after it wrote CQEs |
+//! | CQEs, then `cq.head` | store-release of the head | the kernel's control-dependent store to a freed slot |
+//! | `sq.tail`, then `sq.flags` | **full fence** between | the SQ thread sets NEED_WAKEUP, full fence, reads the tail once more |
+//! | `cq.flags` (unmute), then `cq.tail` | **full fence** between | the kernel writes the tail, full fence, reads the flags |
+//!
+//! The last two are store-then-load on both sides (Dekker): without the fence both sides may miss each other, and a
+//! submission would sleep or a completion never interrupt. `tests/loom_orderings.rs` checks all six against a model
+//! of the kernel's side, and shows that each one is needed.
+
+use core::fmt;
+
+use crate::{
+    CQ_EVENTFD_DISABLED, Cqe, Doorbell, LayoutError, RingLayout, RingMemory, SQ_CQ_OVERFLOW, SQ_NEED_WAKEUP, Sqe,
+};
+
+/// The driver's side of one ring: the only producer of its SQEs and the only consumer of its CQEs.
+///
+/// It keeps its own copies of the indexes it owns and never reads them back. It never has more requests outstanding
+/// than the CQ holds, so that no completion is ever dropped or parked in the kernel.
+#[derive(Debug)]
+pub struct DriverRing<M> {
+    memory: M,
+    layout: RingLayout,
+    /// The SQ tail, SQEs not yet published included.
+    sq_tail: u32,
+    /// The SQ tail as the kernel was last told.
+    sq_tail_published: u32,
+    cq_head: u32,
+    /// Requests pushed whose CQE has not been reaped.
+    outstanding: u32,
+}
+
+/// A push that was refused. The request is handed back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PushError {
+    /// The request that was not queued.
+    pub sqe: Sqe,
+    /// What has to happen first.
+    pub reason: PushErrorReason,
+}
+
+/// Why a push was refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PushErrorReason {
+    /// The SQ is full: publish, and wait until the kernel has consumed some.
+    SqFull,
+    /// As many requests are outstanding as the CQ holds: reap first.
+    CqFull,
+}
+
+impl<M: RingMemory> DriverRing<M> {
+    /// The driver's side of a *new* ring, whose indexes are all zero, in `memory`.
+    pub fn new(memory: M, layout: RingLayout) -> Result<Self, LayoutError> {
+        layout.validate()?;
+        Ok(Self { memory, layout, sq_tail: 0, sq_tail_published: 0, cq_head: 0, outstanding: 0 })
+    }
+
+    /// Where the parts of the ring are.
+    pub fn layout(&self) -> &RingLayout {
+        &self.layout
+    }
+
+    /// Requests pushed whose completion has not been reaped.
+    pub fn outstanding(&self) -> u32 {
+        self.outstanding
+    }
+
+    /// Puts `sqe` into the next slot. The kernel does not see it before [`publish`](Self::publish).
+    pub fn push(&mut self, sqe: &Sqe) -> Result<(), PushError> {
+        let refused = |reason| Err(PushError { sqe: *sqe, reason });
+        if self.outstanding >= self.layout.cq_entries {
+            return refused(PushErrorReason::CqFull);
+        }
+        // Acquire: the kernel has read the SQE in the slot before it moved the head past it.
+        let sq_head = self.memory.load_acquire(self.layout.sq_head_offset);
+        if self.sq_tail.wrapping_sub(sq_head) >= self.layout.sq_entries {
+            return refused(PushErrorReason::SqFull);
+        }
+        self.memory.write_sqe(self.sq_tail & (self.layout.sq_entries - 1), sqe);
+        self.sq_tail = self.sq_tail.wrapping_add(1);
+        self.outstanding += 1;
+        Ok(())
+    }
+
+    /// Makes every pushed SQE visible to the kernel. True: the doorbell must be rung, or they may lie there for ever.
+    #[must_use = "a sleeping SQ thread does not see the SQEs until the doorbell is rung"]
+    pub fn publish(&mut self) -> bool {
+        if self.sq_tail != self.sq_tail_published {
+            // Release: the SQEs are written before the tail covers them.
+            self.memory.store_release(self.layout.sq_tail_offset, self.sq_tail);
+            self.sq_tail_published = self.sq_tail;
+        }
+        match self.layout.doorbell {
+            Doorbell::Always => true,
+            Doorbell::WhenAsleep => {
+                // The SQ thread sets NEED_WAKEUP and then looks at the tail once more; we write the tail and then
+                // look at NEED_WAKEUP. With a full fence between on both sides, one of the two sees the other.
+                self.memory.full_fence();
+                self.memory.load_relaxed(self.layout.sq_flags_offset) & SQ_NEED_WAKEUP != 0
+            }
+        }
+    }
+
+    /// Takes the next completion, if there is one.
+    pub fn reap(&mut self) -> Option<Cqe> {
+        // Acquire: the CQE was written before the tail covered it.
+        let cq_tail = self.memory.load_acquire(self.layout.cq_tail_offset);
+        if cq_tail == self.cq_head {
+            return None;
+        }
+        let index = self.cq_head & (self.layout.cq_entries - 1);
+        let cqe = self.memory.read_cqe(self.layout.cqes_offset + index * size_of::<Cqe>() as u32);
+        self.cq_head = self.cq_head.wrapping_add(1);
+        // Release: the CQE has been copied before the kernel may write the slot again.
+        self.memory.store_release(self.layout.cq_head_offset, self.cq_head);
+        self.outstanding = self.outstanding.saturating_sub(1);
+        Some(cqe)
+    }
+
+    /// Whether a completion waits to be reaped.
+    pub fn has_completion(&self) -> bool {
+        self.memory.load_acquire(self.layout.cq_tail_offset) != self.cq_head
+    }
+
+    /// Asks the kernel not to signal completions while the driver polls. A signal already under way may still come.
+    pub fn mute_interrupts(&mut self) {
+        self.memory.store_relaxed(self.layout.cq_flags_offset, CQ_EVENTFD_DISABLED);
+    }
+
+    /// Asks for signals again. True: a completion is already there, for which no signal may come: reap first.
+    #[must_use = "a completion that came before interrupts were on again is not signalled"]
+    pub fn unmute_interrupts(&mut self) -> bool {
+        self.memory.store_relaxed(self.layout.cq_flags_offset, 0);
+        // The kernel writes the tail and then looks at the flag; we write the flag and then look at the tail. With a
+        // full fence between on both sides, one of the two sees the other.
+        self.memory.full_fence();
+        self.has_completion()
+    }
+
+    /// Whether the kernel holds completions back because the CQ was full. Never for a driver that only uses this type.
+    pub fn has_overflowed(&self) -> bool {
+        self.memory.load_relaxed(self.layout.sq_flags_offset) & SQ_CQ_OVERFLOW != 0
+    }
+}
+
+impl fmt::Display for PushError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.reason {
+            PushErrorReason::SqFull => write!(f, "the submission queue is full"),
+            PushErrorReason::CqFull => write!(f, "as many requests are outstanding as the completion queue holds"),
+        }
+    }
+}
+
+impl core::error::Error for PushError {}

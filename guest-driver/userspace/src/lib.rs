@@ -1,0 +1,1 @@
+//! The ringpass guest driver for a process that is its own guest.

@@ -1,0 +1,1 @@
+//! The verifying workload that every ringpass guest can run.

@@ -1,0 +1,1 @@
+//! Restriction policies for io_uring rings with untrusted submitters.
