@@ -1,0 +1,282 @@
+//! The policy: what a ring may be used for, as a value.
+
+use core::fmt;
+
+use bitflags::bitflags;
+
+use crate::{
+    operation::{Operation, RegisterOperation},
+    set::{OperationSet, RegisterOperationSet},
+    support::RestrictionSemantics,
+};
+
+bitflags! {
+    /// The `IOSQE_*` flags of an SQE (io_uring_enter(2)).
+    #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+    pub struct SqeFlags: u8 {
+        /// `IOSQE_FIXED_FILE`: `fd` is a slot of the ring's file table.
+        const FIXED_FILE = 1 << 0;
+        /// `IOSQE_IO_DRAIN`: starts only after everything submitted before it is done.
+        const IO_DRAIN = 1 << 1;
+        /// `IOSQE_IO_LINK`: the next SQE starts after this one, if it succeeds.
+        const IO_LINK = 1 << 2;
+        /// `IOSQE_IO_HARDLINK`: the next SQE starts after this one, whatever its result.
+        const IO_HARDLINK = 1 << 3;
+        /// `IOSQE_ASYNC`: goes to an io-wq worker at once.
+        const ASYNC = 1 << 4;
+        /// `IOSQE_BUFFER_SELECT`: the kernel picks a provided buffer.
+        const BUFFER_SELECT = 1 << 5;
+        /// `IOSQE_CQE_SKIP_SUCCESS`: posts no CQE if it succeeds (Linux 5.17).
+        const CQE_SKIP_SUCCESS = 1 << 6;
+    }
+}
+
+/// The kernel's names with " + " between them; "none" for no flag; undefined bits in hex.
+impl fmt::Display for SqeFlags {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.is_empty() {
+            return f.write_str("none");
+        }
+        let mut separator = "";
+        for (name, _) in self.iter_names() {
+            write!(f, "{separator}IOSQE_{name}")?;
+            separator = " + ";
+        }
+        let undefined = self.bits() & !Self::all().bits();
+        if undefined != 0 {
+            write!(f, "{separator}undefined {undefined:#04x}")?;
+        }
+        Ok(())
+    }
+}
+
+/// What a guest may do with its disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Access {
+    /// Read and write.
+    ReadWrite,
+    /// Read only.
+    ReadOnly,
+}
+
+/// The kernels that a policy is written for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum TargetSemantics {
+    /// Whatever the kernel at hand does.
+    #[default]
+    Auto,
+    /// These semantics only: on a kernel with other ones the policy does not compile.
+    Only(RestrictionSemantics),
+}
+
+/// What a ring may be used for.
+///
+/// A policy is a plain value and may hold anything, rules that no kernel takes included: [`compile`](Self::compile)
+/// decides. `Display` says in words what the policy allows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Policy {
+    pub(crate) operations: OperationSet,
+    pub(crate) flags_allowed: SqeFlags,
+    pub(crate) flags_required: SqeFlags,
+    pub(crate) register_operations: RegisterOperationSet,
+    pub(crate) register_operations_if_known: RegisterOperationSet,
+    pub(crate) target: TargetSemantics,
+}
+
+impl Policy {
+    /// A policy that allows nothing yet; it does not compile as it is.
+    #[must_use]
+    pub const fn new() -> Self {
+        Self {
+            operations: OperationSet::new(),
+            flags_allowed: SqeFlags::empty(),
+            flags_required: SqeFlags::empty(),
+            register_operations: RegisterOperationSet::new(),
+            register_operations_if_known: RegisterOperationSet::new(),
+            target: TargetSemantics::Auto,
+        }
+    }
+
+    /// The built-in policy of a ring that a hostile guest writes to.
+    ///
+    /// The guest may read (and write) registered buffers on registered files: `READ_FIXED`, `WRITE_FIXED`, and exactly
+    /// the flag `FIXED_FILE`. Flush, discard and write-zeroes are not in it: an unbounded number of them goes to io-wq
+    /// and exhausts the host's memory. The ring's owner keeps what it needs while the ring runs: to exchange the
+    /// completion eventfd, to empty a buffer slot when memory is unplugged, and, where the kernel has it
+    /// (Linux 6.12), to take over newly plugged memory from a spare ring.
+    #[must_use]
+    pub fn direct(access: Access) -> Self {
+        let policy = Self::new()
+            .allow(Operation::READ_FIXED)
+            .with_flags_allowed(SqeFlags::FIXED_FILE)
+            .with_flags_required(SqeFlags::FIXED_FILE)
+            .allow_register(RegisterOperation::REGISTER_EVENTFD)
+            .allow_register(RegisterOperation::UNREGISTER_EVENTFD)
+            .allow_register(RegisterOperation::REGISTER_BUFFERS_UPDATE)
+            .allow_register_if_known(RegisterOperation::REGISTER_CLONE_BUFFERS);
+        match access {
+            Access::ReadWrite => policy.allow(Operation::WRITE_FIXED),
+            Access::ReadOnly => policy,
+        }
+    }
+
+    /// Allows SQEs to ask for an operation.
+    #[must_use]
+    pub fn allow(mut self, operation: Operation) -> Self {
+        self.operations.insert(operation);
+        self
+    }
+
+    /// Sets the flags that an SQE may carry; they must include the required ones.
+    #[must_use]
+    pub const fn with_flags_allowed(mut self, flags: SqeFlags) -> Self {
+        self.flags_allowed = flags;
+        self
+    }
+
+    /// Sets the flags that every SQE must carry.
+    #[must_use]
+    pub const fn with_flags_required(mut self, flags: SqeFlags) -> Self {
+        self.flags_required = flags;
+        self
+    }
+
+    /// Leaves the ring's owner a register operation; the policy does not compile for a kernel that lacks it.
+    #[must_use]
+    pub fn allow_register(mut self, operation: RegisterOperation) -> Self {
+        self.register_operations.insert(operation);
+        self
+    }
+
+    /// Leaves the ring's owner a register operation if the kernel has it, and does without where it has not.
+    ///
+    /// [`allow_register`](Self::allow_register) of the same operation is the stronger.
+    #[must_use]
+    pub fn allow_register_if_known(mut self, operation: RegisterOperation) -> Self {
+        self.register_operations_if_known.insert(operation);
+        self
+    }
+
+    /// Sets the kernels that the policy is written for.
+    #[must_use]
+    pub const fn with_target(mut self, target: TargetSemantics) -> Self {
+        self.target = target;
+        self
+    }
+
+    /// The operations an SQE may ask for.
+    #[must_use]
+    pub const fn operations(&self) -> OperationSet {
+        self.operations
+    }
+
+    /// The flags an SQE may carry.
+    #[must_use]
+    pub const fn flags_allowed(&self) -> SqeFlags {
+        self.flags_allowed
+    }
+
+    /// The flags every SQE must carry.
+    #[must_use]
+    pub const fn flags_required(&self) -> SqeFlags {
+        self.flags_required
+    }
+
+    /// The register operations that the ring's owner cannot do without.
+    #[must_use]
+    pub const fn register_operations(&self) -> RegisterOperationSet {
+        self.register_operations
+    }
+
+    /// The register operations that the ring's owner has where the kernel knows them, and can do without.
+    #[must_use]
+    pub fn register_operations_if_known(&self) -> RegisterOperationSet {
+        self.register_operations_if_known.difference(&self.register_operations)
+    }
+
+    /// The kernels the policy is written for.
+    #[must_use]
+    pub const fn target(&self) -> TargetSemantics {
+        self.target
+    }
+}
+
+impl Default for Policy {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl fmt::Display for Policy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "An SQE may ask for: {}", self.operations)?;
+        if self.flags_allowed == self.flags_required {
+            writeln!(f, "Its flags must be exactly: {}", self.flags_required)?;
+        } else {
+            writeln!(f, "Its flags must include: {}", self.flags_required)?;
+            writeln!(f, "Its flags may include: {}", self.flags_allowed)?;
+        }
+        write!(f, "The ring's owner keeps: {}", self.register_operations)?;
+        if !self.register_operations_if_known().is_empty() {
+            write!(f, "\nThe ring's owner keeps, where the kernel has it: {}", self.register_operations_if_known())?;
+        }
+        if let TargetSemantics::Only(semantics) = self.target {
+            write!(f, "\nFor kernels {semantics} only")?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_direct_policies_are_two_operations_and_one() {
+        let read_write = Policy::direct(Access::ReadWrite);
+        let read_only = Policy::direct(Access::ReadOnly);
+        assert_eq!(read_write.operations().iter().collect::<Vec<_>>(), [Operation::READ_FIXED, Operation::WRITE_FIXED]);
+        assert_eq!(read_only.operations().iter().collect::<Vec<_>>(), [Operation::READ_FIXED]);
+        for policy in [read_write, read_only] {
+            assert_eq!(policy.flags_allowed(), SqeFlags::FIXED_FILE);
+            assert_eq!(policy.flags_required(), SqeFlags::FIXED_FILE);
+        }
+    }
+
+    #[test]
+    fn a_policy_says_in_words_what_it_allows() {
+        assert_eq!(
+            Policy::direct(Access::ReadWrite).to_string(),
+            "An SQE may ask for: IORING_OP_READ_FIXED, IORING_OP_WRITE_FIXED\n\
+             Its flags must be exactly: IOSQE_FIXED_FILE\n\
+             The ring's owner keeps: IORING_REGISTER_EVENTFD, IORING_UNREGISTER_EVENTFD, IORING_REGISTER_BUFFERS_UPDATE\n\
+             The ring's owner keeps, where the kernel has it: IORING_REGISTER_CLONE_BUFFERS"
+        );
+        let other = Policy::new()
+            .with_flags_allowed(SqeFlags::FIXED_FILE | SqeFlags::IO_LINK)
+            .with_flags_required(SqeFlags::FIXED_FILE)
+            .with_target(TargetSemantics::Only(RestrictionSemantics::FromLinux7));
+        assert_eq!(
+            other.to_string(),
+            "An SQE may ask for: nothing\n\
+             Its flags must include: IOSQE_FIXED_FILE\n\
+             Its flags may include: IOSQE_FIXED_FILE + IOSQE_IO_LINK\n\
+             The ring's owner keeps: nothing\n\
+             For kernels from Linux 7.0 (a class without a rule is unrestricted) only"
+        );
+    }
+
+    #[test]
+    fn an_operation_that_is_needed_is_not_also_optional() {
+        let policy = Policy::new()
+            .allow_register_if_known(RegisterOperation::REGISTER_CLONE_BUFFERS)
+            .allow_register(RegisterOperation::REGISTER_CLONE_BUFFERS);
+        assert!(policy.register_operations().contains(RegisterOperation::REGISTER_CLONE_BUFFERS));
+        assert!(policy.register_operations_if_known().is_empty());
+    }
+
+    #[test]
+    fn undefined_flag_bits_are_shown() {
+        assert_eq!((SqeFlags::ASYNC | SqeFlags::from_bits_retain(0x80)).to_string(), "IOSQE_ASYNC + undefined 0x80");
+    }
+}
