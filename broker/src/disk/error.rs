@@ -1,0 +1,251 @@
+//! Why a disk cannot be opened.
+
+use std::fmt;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use rustix::fs::FileType;
+use rustix::io::Errno;
+
+use super::holders::DeviceUse;
+use crate::processes::{ProcessName, list};
+
+/// Why [`Disk::open`](super::Disk::open) refused.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum DiskError {
+    /// `open(2)` failed.
+    #[error("cannot open disk {path:?} {}: {error}{}", access(*.read_only), open_hint(.path, *.read_only, .error))]
+    Open {
+        /// The path as it was given.
+        path: PathBuf,
+        /// Whether it was to be opened for reading only.
+        read_only: bool,
+        /// What the kernel said.
+        error: io::Error,
+    },
+    /// It is neither a regular file nor a block device.
+    #[error("{path:?} is {kind}: a disk is a regular file or a block device")]
+    WrongKind {
+        /// The path as it was given.
+        path: PathBuf,
+        /// What it is.
+        kind: FileKind,
+    },
+    /// [`DirectIo::On`](super::DirectIo::On) was asked for.
+    #[error(
+        "the file system of {path:?} has no direct I/O (O_DIRECT) for it: use the page cache (direct I/O off or auto), \
+         or put the image on a file system that has it, such as ext4 or XFS"
+    )]
+    NoDirectIo {
+        /// The path as it was given.
+        path: PathBuf,
+    },
+    /// A file with no bytes, a device with no medium, or one that is not set up.
+    #[error("disk {path:?} has a size of zero bytes{}", empty_hint(.path, *.is_block_device))]
+    Empty {
+        /// The path as it was given.
+        path: PathBuf,
+        /// Whether it is a block device.
+        is_block_device: bool,
+    },
+    /// The size is no multiple of the logical block: a guest could not reach the last bytes.
+    #[error(
+        "disk {path:?} has {size_bytes} bytes, which is no multiple of its blocks of {logical_block_bytes} bytes: a \
+         guest could not reach the last {}. {}",
+        .size_bytes % u64::from(*.logical_block_bytes),
+        tail_hint(.path, *.size_bytes, *.logical_block_bytes, *.is_block_device)
+    )]
+    PartialBlock {
+        /// The path as it was given.
+        path: PathBuf,
+        /// Its size in bytes.
+        size_bytes: u64,
+        /// Its logical block in bytes.
+        logical_block_bytes: u32,
+        /// Whether it is a block device.
+        is_block_device: bool,
+    },
+    /// The block device is set read-only, so that every write would fail.
+    #[error("block device {path:?} is write-protected: open it read-only, or allow writes with `blockdev --setrw {}`",
+        shell_word(.path))]
+    WriteProtected {
+        /// The path as it was given.
+        path: PathBuf,
+    },
+    /// Somebody else has the OFD lock.
+    #[error("disk {path:?} is locked{}{}: {}", after(*.waited), held_for(*.read_only), lock_holders(.holders))]
+    Locked {
+        /// The path as it was given.
+        path: PathBuf,
+        /// Whether it was to be opened for reading only.
+        read_only: bool,
+        /// Who has it, as far as the kernel tells.
+        holders: Vec<ProcessName>,
+        /// How long [`Disk::open`](super::Disk::open) waited for it.
+        waited: Duration,
+    },
+    /// Somebody else has the block device for itself.
+    #[error("block device {path:?} is in use{}: {}", after(*.waited), device_uses(.uses))]
+    InUse {
+        /// The path as it was given.
+        path: PathBuf,
+        /// What uses it, as far as the kernel tells.
+        uses: Vec<DeviceUse>,
+        /// How long [`Disk::open`](super::Disk::open) waited for it.
+        waited: Duration,
+    },
+    /// The file system cannot lock.
+    #[error(
+        "cannot lock disk {path:?}: {error}. Without a lock two brokers could write to it: put it where OFD locks \
+         work (on NFS version 4, or with a lock manager)"
+    )]
+    Lock {
+        /// The path as it was given.
+        path: PathBuf,
+        /// What the kernel said.
+        error: io::Error,
+    },
+    /// A question about the open file failed.
+    #[error("cannot read {what} of disk {path:?}: {error}")]
+    Query {
+        /// The path as it was given.
+        path: PathBuf,
+        /// What was asked for.
+        what: &'static str,
+        /// What the kernel said.
+        error: io::Error,
+    },
+}
+
+/// What a path leads to, when that is no disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum FileKind {
+    /// A directory.
+    Directory,
+    /// A named pipe.
+    Fifo,
+    /// A character device.
+    CharacterDevice,
+    /// A socket.
+    Socket,
+    /// Anything else.
+    Other,
+}
+
+impl From<FileType> for FileKind {
+    fn from(kind: FileType) -> Self {
+        match kind {
+            FileType::Directory => Self::Directory,
+            FileType::Fifo => Self::Fifo,
+            FileType::CharacterDevice => Self::CharacterDevice,
+            FileType::Socket => Self::Socket,
+            _ => Self::Other,
+        }
+    }
+}
+
+impl fmt::Display for FileKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Directory => "a directory",
+            Self::Fifo => "a named pipe",
+            Self::CharacterDevice => "a character device",
+            Self::Socket => "a socket",
+            Self::Other => "a special file",
+        })
+    }
+}
+
+fn access(read_only: bool) -> &'static str {
+    if read_only { "for reading" } else { "for reading and writing" }
+}
+
+fn open_hint(path: &Path, read_only: bool, error: &io::Error) -> String {
+    let word = shell_word(path);
+    match Errno::from_io_error(error) {
+        Some(Errno::NOENT) => format!(". Create it, for example with `truncate -s 10G {word}`"),
+        Some(Errno::ACCESS | Errno::PERM) if read_only => format!(". Look at who may read it: `ls -l {word}`"),
+        Some(Errno::ACCESS | Errno::PERM) => {
+            format!(". Look at who may write to it (`ls -l {word}`, `lsattr {word}`), or open it read-only")
+        }
+        Some(Errno::ROFS) => ". Open it read-only".into(),
+        Some(Errno::TXTBSY) => ". It is being executed or used as swap space".into(),
+        Some(Errno::NXIO | Errno::NODEV) => ". No driver serves this device number".into(),
+        Some(Errno::NOMEDIUM) => ". Insert a medium".into(),
+        _ => String::new(),
+    }
+}
+
+fn empty_hint(path: &Path, is_block_device: bool) -> String {
+    if is_block_device {
+        ": it has no medium, or it is not set up yet (`lsblk`)".into()
+    } else {
+        format!(": give it one, for example with `truncate -s 10G {}`", shell_word(path))
+    }
+}
+
+fn tail_hint(path: &Path, size_bytes: u64, logical_block_bytes: u32, is_block_device: bool) -> String {
+    if is_block_device {
+        return "Change the size of the device".into();
+    }
+    let whole_bytes = size_bytes.next_multiple_of(logical_block_bytes.into());
+    let mut hint = format!("Extend it with `truncate -s {whole_bytes} {}`", shell_word(path));
+    if logical_block_bytes > 512 && size_bytes.is_multiple_of(512) {
+        hint.push_str(", or turn direct I/O off, which makes its blocks 512 bytes");
+    }
+    hint
+}
+
+fn held_for(read_only: bool) -> &'static str {
+    if read_only { " for writing" } else { "" }
+}
+
+fn after(waited: Duration) -> String {
+    if waited.is_zero() { String::new() } else { format!(" (still so after waiting {:.1} s)", waited.as_secs_f64()) }
+}
+
+fn lock_holders(holders: &[ProcessName]) -> String {
+    match holders {
+        [] => "by I/O still in flight of a process that has ended, or by a process that this user cannot look into. \
+               Wait for it (the lock-wait option), or ask root: `lsof`"
+            .into(),
+        holders => format!("by {}. Stop it, or wait for it (the lock-wait option)", list(holders)),
+    }
+}
+
+fn device_uses(uses: &[DeviceUse]) -> String {
+    match uses {
+        [] => "by I/O still in flight of a process that has ended, or by a process that this user cannot look into. \
+               Wait for it (the lock-wait option), or ask root: `lsof`, `lsblk`"
+            .into(),
+        uses => format!("{}. Free it first, or open it read-only", list(uses)),
+    }
+}
+
+/// `path` as one word of a shell command.
+fn shell_word(path: &Path) -> String {
+    let text = path.to_string_lossy();
+    let plain = |c: char| c.is_ascii_alphanumeric() || "/._-+:@%,=".contains(c);
+    if !text.is_empty() && text.chars().all(plain) && !text.starts_with('-') {
+        text.into_owned()
+    } else if text.starts_with('-') {
+        shell_word(&Path::new(".").join(path))
+    } else {
+        format!("'{}'", text.replace('\'', r"'\''"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn paths_in_commands_are_one_word() {
+        assert_eq!(shell_word(Path::new("/a/b-1.img")), "/a/b-1.img");
+        assert_eq!(shell_word(Path::new("my disk's.img")), r"'my disk'\''s.img'");
+        assert_eq!(shell_word(Path::new("-rf")), "./-rf");
+    }
+}

@@ -1,0 +1,239 @@
+//! Who has a disk: what `/proc` and `/sys` tell, for the messages of refusals.
+
+use std::fmt;
+use std::fs;
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{AtFlags, FileType, Statx, StatxFlags, major, minor, stat, statx};
+
+use crate::processes::{self, Process, ProcessName};
+
+/// The processes that hold an OFD lock on `file`, this process included.
+pub(super) fn lock_holders(file: impl AsFd) -> Vec<ProcessName> {
+    let Ok(wanted) = statx(file, "", AtFlags::EMPTY_PATH, StatxFlags::INO) else {
+        return Vec::new();
+    };
+    processes::all().filter(|process| holds_lock(process, &wanted)).map(|process| process.name()).collect()
+}
+
+fn holds_lock(process: &Process, wanted: &Statx) -> bool {
+    process.open_files().any(|fd| {
+        process.file_info(fd).is_some_and(|info| has_ofd_lock(&info, wanted.stx_ino))
+            && process.file_stat(fd).is_some_and(|found| is_same_file(&found, wanted))
+    })
+}
+
+/// Whether a `/proc/PID/fdinfo/FD` has an OFD lock on an inode of that number. The device number in that line is not
+/// the one that `stat` tells on every file system (btrfs), so the caller compares the files.
+fn has_ofd_lock(info: &str, inode: u64) -> bool {
+    // lock:\t1: OFDLCK ADVISORY  WRITE -1 fe:00:655367 0 EOF
+    info.lines().filter_map(|line| line.strip_prefix("lock:")).any(|lock| {
+        let mut fields = lock.split_ascii_whitespace().skip(1);
+        fields.next() == Some("OFDLCK")
+            && fields.nth(3).and_then(|file| file.rsplit(':').next()?.parse().ok()) == Some(inode)
+    })
+}
+
+fn is_same_file(a: &Statx, b: &Statx) -> bool {
+    (a.stx_ino, a.stx_dev_major, a.stx_dev_minor) == (b.stx_ino, b.stx_dev_major, b.stx_dev_minor)
+}
+
+/// What makes a block device unavailable.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum DeviceUse {
+    /// A file system on it (or on a partition of it, or on the disk that it is a partition of) is mounted.
+    Mounted {
+        /// The device's name in the kernel.
+        device: String,
+        /// Where, in the broker's mount namespace.
+        mount_point: PathBuf,
+    },
+    /// It is swap space.
+    Swap {
+        /// The device node.
+        path: PathBuf,
+    },
+    /// Another block device is built on it: RAID, LVM, encryption.
+    PartOf {
+        /// The device's name in the kernel.
+        device: String,
+        /// The name of the device that is built on it.
+        upper: String,
+    },
+    /// A process has it open. The kernel does not tell whether that is for itself alone.
+    OpenIn(ProcessName),
+}
+
+impl fmt::Display for DeviceUse {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Mounted { device, mount_point } => write!(f, "{device} is mounted on {mount_point:?}"),
+            Self::Swap { path } => write!(f, "{path:?} is swap space"),
+            Self::PartOf { device, upper } => write!(f, "{device} is part of /dev/{upper}"),
+            Self::OpenIn(process) => write!(f, "open in {process}"),
+        }
+    }
+}
+
+/// The number of a block device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct DeviceNumber {
+    major: u32,
+    minor: u32,
+}
+
+impl DeviceNumber {
+    pub(super) fn from_raw(device: u64) -> Self {
+        Self { major: major(device), minor: minor(device) }
+    }
+
+    fn of_node(found: &Statx) -> Option<Self> {
+        let is_block_device = FileType::from_raw_mode(found.stx_mode.into()) == FileType::BlockDevice;
+        is_block_device.then_some(Self { major: found.stx_rdev_major, minor: found.stx_rdev_minor })
+    }
+
+    fn of_path(path: &Path) -> Option<Self> {
+        let found = stat(path).ok()?;
+        let is_block_device = FileType::from_raw_mode(found.st_mode) == FileType::BlockDevice;
+        is_block_device.then(|| Self::from_raw(found.st_rdev))
+    }
+
+    fn parse(text: &str) -> Option<Self> {
+        let (major, minor) = text.trim().split_once(':')?;
+        Some(Self { major: major.parse().ok()?, minor: minor.parse().ok()? })
+    }
+}
+
+impl fmt::Display for DeviceNumber {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}", self.major, self.minor)
+    }
+}
+
+/// What uses the device, or its partitions, or the disk that it is a partition of: a claim on one bars the others.
+pub(super) fn device_uses(number: DeviceNumber) -> Vec<DeviceUse> {
+    let family = family(number);
+    let named = |number: DeviceNumber| family.iter().find(|device| device.number == number);
+    let mut uses = mounts(&fs::read_to_string("/proc/self/mountinfo").unwrap_or_default())
+        .filter_map(|mount| {
+            // btrfs mounts have a number of their own; there only the source tells.
+            let device = named(mount.number).or_else(|| named(DeviceNumber::of_path(&mount.source)?))?;
+            Some(DeviceUse::Mounted { device: device.name.clone(), mount_point: mount.point })
+        })
+        .collect::<Vec<_>>();
+    uses.extend(swaps(&fs::read_to_string("/proc/swaps").unwrap_or_default()).filter_map(|path| {
+        named(DeviceNumber::of_path(&path)?)?;
+        Some(DeviceUse::Swap { path })
+    }));
+    for device in &family {
+        uses.extend(
+            entry_names(&device.sysfs.join("holders"))
+                .map(|upper| DeviceUse::PartOf { device: device.name.clone(), upper }),
+        );
+    }
+    uses.extend(
+        processes::all()
+            .filter(|process| {
+                process
+                    .open_files()
+                    .any(|fd| process.file_stat(fd).and_then(|found| named(DeviceNumber::of_node(&found)?)).is_some())
+            })
+            .map(|process| DeviceUse::OpenIn(process.name())),
+    );
+    uses
+}
+
+struct Device {
+    number: DeviceNumber,
+    name: String,
+    sysfs: PathBuf,
+}
+
+impl Device {
+    fn at(sysfs: PathBuf) -> Option<Self> {
+        let number = DeviceNumber::parse(&fs::read_to_string(sysfs.join("dev")).ok()?)?;
+        let name = sysfs.file_name()?.to_str()?.to_owned();
+        Some(Self { number, name, sysfs })
+    }
+}
+
+/// The device, its partitions, and the disk that it is a partition of.
+fn family(number: DeviceNumber) -> Vec<Device> {
+    let Ok(sysfs) = fs::canonicalize(format!("/sys/dev/block/{number}")) else {
+        return vec![Device { number, name: number.to_string(), sysfs: PathBuf::new() }];
+    };
+    let is_partition = sysfs.join("partition").exists();
+    let whole_disk = if is_partition { sysfs.parent().map(Path::to_owned) } else { None };
+    let partitions = entry_names(&sysfs).map(|name| sysfs.join(name)).filter(|dir| dir.join("partition").exists());
+    let dirs = [sysfs.clone()].into_iter().chain(partitions).chain(whole_disk);
+    dirs.filter_map(Device::at).collect()
+}
+
+fn entry_names(dir: &Path) -> impl Iterator<Item = String> + use<> {
+    fs::read_dir(dir).into_iter().flatten().flatten().filter_map(|entry| entry.file_name().into_string().ok())
+}
+
+struct Mount {
+    number: DeviceNumber,
+    point: PathBuf,
+    source: PathBuf,
+}
+
+/// The lines of `/proc/PID/mountinfo` (`proc_pid_mountinfo(5)`).
+fn mounts(mountinfo: &str) -> impl Iterator<Item = Mount> {
+    mountinfo.lines().filter_map(|line| {
+        let (mount, file_system) = line.split_once(" - ")?;
+        let mut mount = mount.split(' ');
+        let number = DeviceNumber::parse(mount.nth(2)?)?;
+        let point = unescape(mount.nth(1)?).into();
+        let source = unescape(file_system.split(' ').nth(1)?).into();
+        Some(Mount { number, point, source })
+    })
+}
+
+/// The first column of `/proc/swaps`, after the heading.
+fn swaps(swaps: &str) -> impl Iterator<Item = PathBuf> {
+    swaps.lines().skip(1).filter_map(|line| Some(unescape(line.split_ascii_whitespace().next()?).into()))
+}
+
+/// The kernel writes space, tab, newline and backslash of a path as three octal digits.
+fn unescape(field: &str) -> String {
+    [("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")]
+        .iter()
+        .fold(field.to_owned(), |text, (code, plain)| text.replace(code, plain))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_ofd_lock_is_found_in_fdinfo() {
+        let held = "pos:\t0\nflags:\t0100002\nlock:\t1: OFDLCK ADVISORY  WRITE -1 fe:00:655367 0 EOF\n";
+        assert!(has_ofd_lock(held, 655_367));
+        assert!(!has_ofd_lock(held, 655_368));
+        assert!(!has_ofd_lock(&held.replace("OFDLCK", "POSIX "), 655_367));
+        assert!(!has_ofd_lock(&held.replace("1: OFDLCK", "1: -> OFDLCK"), 655_367));
+        assert!(!has_ofd_lock("pos:\t0\n", 655_367));
+    }
+
+    #[test]
+    fn mountinfo_gives_device_mount_point_and_source() {
+        let text = "27 1 254:0 / / rw,relatime - ext4 /dev/vda rw\n\
+                    36 35 98:0 /mnt1 /mnt\\0402 rw,noatime master:1 shared:2 - ext3 /dev/root rw,errors=continue\n\
+                    broken line\n";
+        let mounts = mounts(text).collect::<Vec<_>>();
+        assert_eq!(mounts.len(), 2);
+        assert_eq!(mounts[0].number, DeviceNumber { major: 254, minor: 0 });
+        assert_eq!(mounts[0].source, Path::new("/dev/vda"));
+        assert_eq!(mounts[1].point, Path::new("/mnt 2"));
+    }
+
+    #[test]
+    fn swaps_gives_the_paths() {
+        let text = "Filename\t\t\t\tType\t\tSize\t\tUsed\t\tPriority\n/dev/zram0    partition\t524284\t\t0\t\t100\n";
+        assert_eq!(swaps(text).collect::<Vec<_>>(), [Path::new("/dev/zram0")]);
+    }
+}

@@ -1,0 +1,156 @@
+//! The disk that guests read and write: a regular file or a block device of the host.
+//!
+//! A [`Disk`] is one *open file description* with a lock on it. Rings register that description, so the lock is held
+//! until the last file descriptor is closed *and* the last ring that registered it has ended, with all its I/O. A
+//! broker that comes later cannot open the disk before that, not even when the earlier one was killed:
+//!
+//! - An OFD lock over the whole file (`fcntl(2)`, `F_OFD_SETLK`): a write lock, or for a read-only disk a read lock,
+//!   so that read-only disks share a file. It also keeps QEMU away, which locks its images the same way.
+//! - On a block device that is opened for writing also an exclusive claim (`O_EXCL`, `open(2)`). The OFD lock belongs
+//!   to the device *node*, and a device can have several; the claim belongs to the device, and it keeps out mounts,
+//!   RAID and device mapper too.
+//!
+//! What neither catches: a read-only disk and a writer on two different nodes of one device. The reader then sees
+//! data change; nothing is damaged.
+
+mod error;
+mod geometry;
+mod holders;
+mod lock;
+mod open;
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+pub use crate::processes::ProcessName;
+pub use error::{DiskError, FileKind};
+pub use holders::DeviceUse;
+
+use geometry::Geometry;
+use lock::Wait;
+
+/// Whether I/O goes past the host's page cache (`O_DIRECT`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum DirectIo {
+    /// `O_DIRECT` where the file system has it, the page cache where not.
+    #[default]
+    Auto,
+    /// `O_DIRECT`, or [`DiskError::NoDirectIo`].
+    On,
+    /// Through the page cache.
+    Off,
+}
+
+/// Which disk to open, and how.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DiskConfig {
+    /// The file or the device node. Symbolic links (`/dev/disk/by-id/...`) are followed.
+    pub path: PathBuf,
+    /// Open it for reading only: nothing that a guest does can then write to it, and several brokers can share it.
+    pub read_only: bool,
+    /// Whether to go past the page cache.
+    pub direct_io: DirectIo,
+    /// How long to wait for the lock and the claim when somebody has them. `None`: do not wait.
+    pub lock_wait: Option<Duration>,
+}
+
+impl DiskConfig {
+    /// The disk at `path`: read-write, [`DirectIo::Auto`], no waiting for the lock.
+    pub fn new(path: impl Into<PathBuf>) -> Self {
+        Self { path: path.into(), read_only: false, direct_io: DirectIo::Auto, lock_wait: None }
+    }
+}
+
+/// What a disk is on the host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DiskKind {
+    /// A file of a file system. Guests could make it grow: see [`crate::limits::cap_file_growth`].
+    RegularFile,
+    /// A block device.
+    BlockDevice,
+}
+
+/// An open, locked disk. Size and block sizes are those at the time of opening.
+#[derive(Debug)]
+pub struct Disk {
+    file: OwnedFd,
+    path: PathBuf,
+    kind: DiskKind,
+    read_only: bool,
+    geometry: Geometry,
+}
+
+impl Disk {
+    /// Opens and locks a disk. Nothing on the disk changes.
+    ///
+    /// Blocks for at most [`DiskConfig::lock_wait`] (plus the time to look for who has the lock, which reads `/proc`).
+    /// Needs `/proc`.
+    ///
+    /// # Errors
+    /// Each kind of [`DiskError`]; its message says what to do.
+    pub fn open(config: &DiskConfig) -> Result<Self, DiskError> {
+        let mut wait = Wait::new(config.lock_wait);
+        let found = open::open(config, &mut wait)?;
+        lock::lock(&found.file, &config.path, config.read_only, &mut wait)?;
+        // Only now: whoever had the lock may have resized the disk.
+        let geometry = Geometry::read(&found, config)?;
+        Ok(Self {
+            file: found.file,
+            path: config.path.clone(),
+            kind: found.kind,
+            read_only: config.read_only,
+            geometry,
+        })
+    }
+
+    /// Size in bytes: a multiple of [`Self::logical_block_bytes`], never zero.
+    pub fn size_bytes(&self) -> u64 {
+        self.geometry.size_bytes
+    }
+
+    /// The unit of I/O in bytes: a power of two, at least 512. Offsets and lengths that are multiples of it work, in
+    /// buffers whose addresses are multiples of it.
+    ///
+    /// For a block device it is the device's own (`BLKSSZGET`), for a file in the page cache 512, and for a file with
+    /// `O_DIRECT` what the file system demands (`statx(2)`, `STATX_DIOALIGN`, Linux 6.1). File systems that do not
+    /// tell get their block size, at most 4096.
+    pub fn logical_block_bytes(&self) -> u32 {
+        self.geometry.logical_block_bytes
+    }
+
+    /// The unit in bytes below which a write may cost the storage a read first: a power of two, at least
+    /// [`Self::logical_block_bytes`]. For a block device `BLKPBSZGET`, for a file `st_blksize`, at most 64 KiB.
+    pub fn physical_block_bytes(&self) -> u32 {
+        self.geometry.physical_block_bytes
+    }
+
+    /// Whether it was opened for reading only.
+    pub fn is_read_only(&self) -> bool {
+        self.read_only
+    }
+
+    /// Whether I/O goes past the host's page cache.
+    pub fn is_direct_io(&self) -> bool {
+        self.geometry.direct_io
+    }
+
+    /// What it is on the host.
+    pub fn kind(&self) -> DiskKind {
+        self.kind
+    }
+
+    /// The path by which it was opened.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+impl AsFd for Disk {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,74 @@
+//! Keeping guests from growing a disk image.
+
+use std::io;
+
+use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit, setrlimit};
+use nix::sys::signal::{SigHandler, Signal, signal};
+
+use crate::disk::{Disk, DiskKind};
+
+/// Why the growth of files could not be limited. Nothing was changed.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum LimitError {
+    /// Writes to the end of the disk would fail.
+    #[error(
+        "the hard limit of file sizes (RLIMIT_FSIZE) is {hard_bytes} bytes, but the disk has {size_bytes}: start the \
+         program with a higher one (root: `ulimit -H -f {}`, or LimitFSIZE={size_bytes} in a systemd unit)",
+        .size_bytes.div_ceil(1024)
+    )]
+    HardTooLow {
+        /// The hard limit in bytes.
+        hard_bytes: u64,
+        /// The size of the disk in bytes.
+        size_bytes: u64,
+    },
+    /// `getrlimit(2)`, `setrlimit(2)` or `sigaction(2)` failed.
+    #[error("cannot limit the size of files (RLIMIT_FSIZE): {error}")]
+    System {
+        /// What the kernel said.
+        error: io::Error,
+    },
+}
+
+/// Makes the kernel refuse every write of this process beyond the end of `disk`, if that is a regular file: sets the
+/// soft `RLIMIT_FSIZE` to the disk's size and ignores `SIGXFSZ`. Such a write, also one from a ring, then fails with
+/// `EFBIG`; one that begins before the end is cut there. The hard limit stays. A block device cannot grow; nothing is
+/// done for one.
+///
+/// For programs, never for libraries, because it changes the whole process: it limits *every* file it writes, and the
+/// `ftruncate(2)` of memfds too. So call it when all memfds have their size, write logs to pipes or terminals, and in
+/// a process with several disks call it for the largest. Programs that this process executes inherit both.
+///
+/// # Errors
+/// [`LimitError::HardTooLow`] if the hard limit is below the size of the disk, [`LimitError::System`].
+pub fn cap_file_growth(disk: &Disk) -> Result<(), LimitError> {
+    if disk.kind() == DiskKind::BlockDevice {
+        return Ok(());
+    }
+    let system = |errno: nix::Error| LimitError::System { error: errno.into() };
+    let (_, hard_bytes) = getrlimit(Resource::RLIMIT_FSIZE).map_err(system)?;
+    let size_bytes = disk.size_bytes();
+    if hard_bytes != RLIM_INFINITY && hard_bytes < size_bytes {
+        return Err(LimitError::HardTooLow { hard_bytes, size_bytes });
+    }
+    // First the signal: its default action ends the process.
+    // SAFETY: ignoring a signal installs no handler, so no code can run in signal context.
+    unsafe { signal(Signal::SIGXFSZ, SigHandler::SigIgn) }.map_err(system)?;
+    setrlimit(Resource::RLIMIT_FSIZE, size_bytes, hard_bytes).map_err(system)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_hard_limit_below_the_size_is_explained() {
+        let error = LimitError::HardTooLow { hard_bytes: 1 << 20, size_bytes: (2 << 20) + 512 };
+        assert_eq!(
+            error.to_string(),
+            "the hard limit of file sizes (RLIMIT_FSIZE) is 1048576 bytes, but the disk has 2097664: start the program \
+             with a higher one (root: `ulimit -H -f 2049`, or LimitFSIZE=2097664 in a systemd unit)"
+        );
+    }
+}

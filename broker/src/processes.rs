@@ -1,0 +1,126 @@
+//! What `/proc` tells about the processes of this machine, for messages that name one.
+//!
+//! Everything here is best effort: processes end while they are looked at, and those of other users hide most of
+//! their files. Such a process is passed over.
+
+use std::fmt;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{AtFlags, CWD, Statx, StatxFlags, statx};
+
+/// A process, named for a person: `comm[pid]`.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct ProcessName {
+    /// Its number in the broker's pid namespace.
+    pub pid: u32,
+    /// Its command name: at most 15 bytes, which the process chooses; control characters are replaced.
+    pub comm: String,
+}
+
+impl fmt::Display for ProcessName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}[{}]", self.comm, self.pid)
+    }
+}
+
+/// `names` for the end of a sentence: the first few, and how many more there are.
+pub(crate) fn list<T: fmt::Display>(names: &[T]) -> String {
+    const SHOWN: usize = 4;
+    let mut text = names.iter().take(SHOWN).map(T::to_string).collect::<Vec<_>>().join(", ");
+    if names.len() > SHOWN {
+        text.push_str(&format!(" and {} more", names.len() - SHOWN));
+    }
+    text
+}
+
+/// A process that was there when `/proc` was listed.
+pub(crate) struct Process {
+    pub(crate) pid: u32,
+    dir: PathBuf,
+}
+
+/// All processes that can be seen, in no order. Empty without `/proc`.
+pub(crate) fn all() -> impl Iterator<Item = Process> {
+    numbered_entries(Path::new("/proc")).map(|(pid, dir)| Process { pid, dir })
+}
+
+impl Process {
+    pub(crate) fn with_pid(pid: u32) -> Self {
+        Self { pid, dir: format!("/proc/{pid}").into() }
+    }
+
+    pub(crate) fn name(&self) -> ProcessName {
+        let comm = fs::read(self.dir.join("comm")).unwrap_or_default();
+        let comm = printable(String::from_utf8_lossy(&comm).trim_end_matches('\n'));
+        ProcessName { pid: self.pid, comm: if comm.is_empty() { "?".into() } else { comm } }
+    }
+
+    /// The text of `/proc/PID/status`.
+    pub(crate) fn status(&self) -> Option<String> {
+        fs::read_to_string(self.dir.join("status")).ok()
+    }
+
+    /// The target of `/proc/PID/ns/user`: the identity of the user namespace.
+    pub(crate) fn user_namespace(&self) -> Option<String> {
+        fs::read_link(self.dir.join("ns/user")).ok()?.into_os_string().into_string().ok()
+    }
+
+    /// The numbers of its open file descriptors.
+    pub(crate) fn open_files(&self) -> impl Iterator<Item = u32> + use<> {
+        numbered_entries(&self.dir.join("fdinfo")).map(|(number, _)| number)
+    }
+
+    /// The text of `/proc/PID/fdinfo/FD`.
+    pub(crate) fn file_info(&self, fd: u32) -> Option<String> {
+        fs::read_to_string(self.dir.join(format!("fdinfo/{fd}"))).ok()
+    }
+
+    /// What the file descriptor refers to.
+    pub(crate) fn file_stat(&self, fd: u32) -> Option<Statx> {
+        // Without the flag a file of a dead network server would hang the caller.
+        let flags = AtFlags::STATX_DONT_SYNC;
+        statx(CWD, self.dir.join(format!("fd/{fd}")), flags, StatxFlags::TYPE | StatxFlags::INO).ok()
+    }
+}
+
+fn numbered_entries(dir: &Path) -> impl Iterator<Item = (u32, PathBuf)> + use<> {
+    fs::read_dir(dir)
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter_map(|entry| Some((entry.file_name().to_str()?.parse().ok()?, entry.path())))
+}
+
+/// `text` without control characters: names that others choose go to terminals and logs.
+fn printable(text: &str) -> String {
+    text.chars().map(|c| if c.is_control() { '\u{fffd}' } else { c }).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn this_process_is_listed_with_its_files() {
+        let own = all().find(|process| process.pid == std::process::id()).unwrap();
+        let file = fs::File::open("/proc/version").unwrap();
+        let fd = std::os::fd::AsRawFd::as_raw_fd(&file) as u32;
+        assert!(own.open_files().any(|open| open == fd));
+        assert!(own.file_info(fd).unwrap().contains("flags:"));
+        assert!(own.status().unwrap().contains("VmPin"));
+        assert_eq!(own.name().pid, std::process::id());
+        assert_ne!(own.name().comm, "?");
+    }
+
+    #[test]
+    fn names_cannot_control_a_terminal() {
+        assert_eq!(printable("a\u{1b}[2Jb"), "a\u{fffd}[2Jb");
+    }
+
+    #[test]
+    fn a_long_list_is_cut_and_says_so() {
+        assert_eq!(list(&[1, 2]), "1, 2");
+        assert_eq!(list(&[1, 2, 3, 4, 5, 6]), "1, 2, 3, 4 and 2 more");
+    }
+}
