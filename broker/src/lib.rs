@@ -1,1 +1,23 @@
 //! The ringpass broker: gives guests io_uring rings in their own memory.
+//!
+//! A guest that holds such a ring writes submission queue entries and reads completion queue entries itself, and the
+//! host kernel executes them. The broker sets the ring up, and after that is not on the data path:
+//!
+//! 1. [`disk`] opens and locks the image or block device.
+//! 2. [`memory`] checks the guest's RAM and pins it as fixed buffers, at addresses that the guest can compute.
+//! 3. [`ring`] creates a disabled io_uring in guest RAM (or in a window that the guest is shown), gives it the
+//!    buffers, the disk and the completion eventfd, restricts it to a policy, and enables it; and it knows when the
+//!    ring has really ended.
+//! 4. [`direct`] puts these together as a device with queues.
+//!
+//! [`kernel`] and [`probe`] tell what this kernel and these limits allow; [`limits`] has the resource limits that
+//! matter.
+
+pub mod direct;
+pub mod disk;
+pub mod kernel;
+pub mod limits;
+pub mod memory;
+pub mod probe;
+mod processes;
+pub mod ring;

@@ -1,0 +1,279 @@
+//! The guest's RAM as regions of (guest-physical address, file, offset).
+
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::Arc;
+
+use rustix::fs::{MemfdFlags, OFlags, SealFlags};
+use vm_memory::mmap::MmapRegionBuilder;
+use vm_memory::{
+    Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestRegionMmap, MmapRegion,
+};
+
+use super::layout::SCRATCH_BYTES;
+use super::{IovaLayout, MemoryError};
+
+/// The highest address a region may end at: 16384 slots of 1 GiB.
+const GPA_LIMIT: u64 = ringpass_guest_abi::SLOT_BYTES * ringpass_guest_abi::SLOT_COUNT_MAX as u64;
+
+/// `f_type` of tmpfs, memfds included (`<linux/magic.h>`).
+const TMPFS_MAGIC: u64 = 0x0102_1994;
+/// `f_type` of hugetlbfs, memfds with huge pages included (`<linux/magic.h>`).
+const HUGETLBFS_MAGIC: u64 = 0x9584_58f6;
+
+/// A region as a front-end describes it: not checked yet.
+#[derive(Clone, Debug)]
+pub struct RegionConfig {
+    /// Guest-physical address of its first byte.
+    pub gpa: u64,
+    /// Its length in bytes.
+    pub len_bytes: u64,
+    /// The file that holds its pages, open for reading and writing.
+    pub file: Arc<File>,
+    /// Where in the file it begins, in bytes.
+    pub file_offset_bytes: u64,
+}
+
+/// What kind of file holds a region's pages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Backing {
+    /// memfd or tmpfs file with ordinary pages.
+    Shmem,
+    /// hugetlbfs file or memfd with huge pages of this size in bytes.
+    Hugetlb {
+        /// Size of a huge page in bytes.
+        page_bytes: u64,
+    },
+}
+
+impl Backing {
+    /// The granularity of mappings of such a file, in bytes.
+    pub fn page_bytes(self) -> u64 {
+        match self {
+            Self::Shmem => 4096,
+            Self::Hugetlb { page_bytes } => page_bytes,
+        }
+    }
+}
+
+/// A checked region.
+#[derive(Clone, Debug)]
+pub(crate) struct Region {
+    pub(crate) config: RegionConfig,
+    pub(crate) backing: Backing,
+}
+
+impl Region {
+    /// The guest-physical addresses of the region. No overflow: it ends at or below 16 TiB.
+    fn range(&self) -> Range<u64> {
+        self.config.gpa..self.config.gpa + self.config.len_bytes
+    }
+
+    /// Whether both name the same pages at the same address.
+    fn is_same(&self, other: &Self) -> bool {
+        self.range() == other.range()
+            && self.config.file_offset_bytes == other.config.file_offset_bytes
+            && Arc::ptr_eq(&self.config.file, &other.config.file)
+    }
+}
+
+/// The guest's RAM: checked, and mapped so that areas in it can be named by host address.
+///
+/// The mapping is shared with the guest and never referenced: everything goes through [`vm_memory`]'s volatile
+/// accesses or through the kernel.
+#[derive(Clone, Debug)]
+pub struct GuestMemory {
+    regions: Vec<Region>,
+    mapped: GuestMemoryMmap,
+    layout: IovaLayout,
+    scratch: Arc<OwnedFd>,
+}
+
+impl GuestMemory {
+    /// Checks the regions and maps them. Nothing is pinned yet.
+    ///
+    /// # Errors
+    ///
+    /// Names the first region that is empty, not aligned to its file's pages, above 16 TiB, overlapping another, longer
+    /// than its file, not writable, or on a file system whose pages cannot be pinned.
+    pub fn new(configs: impl IntoIterator<Item = RegionConfig>) -> Result<Self, MemoryError> {
+        // Made now and not when a hole first appears: by then RLIMIT_FSIZE may be down.
+        let scratch = scratch_file().map_err(MemoryError::system("making the scratch file for holes in guest RAM"))?;
+        Self::build(configs.into_iter().map(check).collect::<Result<_, _>>()?, Arc::new(scratch))
+    }
+
+    /// The same memory with one more region.
+    pub fn with_region(&self, config: RegionConfig) -> Result<Self, MemoryError> {
+        let mut regions = self.regions.clone();
+        regions.push(check(config)?);
+        Self::build(regions, self.scratch.clone())
+    }
+
+    fn build(mut regions: Vec<Region>, scratch: Arc<OwnedFd>) -> Result<Self, MemoryError> {
+        if regions.is_empty() {
+            return Err(MemoryError::NoRegions);
+        }
+        regions.sort_by_key(|region| region.config.gpa);
+        for pair in regions.windows(2) {
+            let (earlier, later) = (&pair[0], &pair[1]);
+            if later.range().start < earlier.range().end {
+                return Err(MemoryError::Overlap {
+                    gpa: later.config.gpa,
+                    len_bytes: later.config.len_bytes,
+                    other_gpa: earlier.config.gpa,
+                    other_len_bytes: earlier.config.len_bytes,
+                });
+            }
+        }
+        let mapped = regions.iter().map(map).collect::<Result<Vec<_>, _>>()?;
+        let mapped = GuestMemoryMmap::from_regions(mapped)
+            .map_err(|error| MemoryError::System { what: "mapping guest memory", source: io::Error::other(error) })?;
+        let layout = IovaLayout::new(regions.iter().map(|region| (region.config.gpa, region.config.len_bytes)));
+        Ok(Self { regions, mapped, layout, scratch })
+    }
+
+    /// The memory as `vm-memory` sees it.
+    pub fn mapped(&self) -> &GuestMemoryMmap {
+        &self.mapped
+    }
+
+    /// The memory as fixed buffers.
+    pub fn layout(&self) -> &IovaLayout {
+        &self.layout
+    }
+
+    /// Bytes of RAM.
+    pub fn len_bytes(&self) -> u64 {
+        self.regions.iter().map(|region| region.config.len_bytes).sum()
+    }
+
+    pub(crate) fn regions(&self) -> &[Region] {
+        &self.regions
+    }
+
+    pub(super) fn scratch(&self) -> &OwnedFd {
+        &self.scratch
+    }
+
+    /// Whether `slot` of this memory holds the same pages in `other`.
+    pub(super) fn has_same_slot(&self, slot: &super::Slot, other: &Self) -> bool {
+        let Some(theirs) = other.layout.slots().iter().find(|theirs| theirs.index == slot.index) else { return false };
+        let same_piece = |(mine, theirs): (&super::Piece, &super::Piece)| match (mine.source, theirs.source) {
+            (super::Source::Region { region, .. }, super::Source::Region { region: their_region, .. }) => {
+                mine.gpa == theirs.gpa
+                    && mine.len_bytes == theirs.len_bytes
+                    && self.regions[region].is_same(&other.regions[their_region])
+            }
+            _ => mine == theirs,
+        };
+        slot.pieces.len() == theirs.pieces.len() && slot.pieces.iter().zip(&theirs.pieces).all(same_piece)
+    }
+
+    /// The host address of `len_bytes` bytes at `gpa`, which must lie inside one region.
+    pub(crate) fn host_address(&self, gpa: u64, len_bytes: u64) -> Result<*mut u8, MemoryError> {
+        let outside = || MemoryError::OutsideRam { gpa, len_bytes };
+        let len = usize::try_from(len_bytes).map_err(|_| outside())?;
+        let slice = self.mapped.get_slice(GuestAddress(gpa), len).map_err(|_| outside())?;
+        Ok(slice.ptr_guard_mut().as_ptr())
+    }
+
+    /// Writes zeroes over `len_bytes` bytes at `gpa`.
+    pub(crate) fn zero(&self, gpa: u64, len_bytes: u64) -> Result<(), MemoryError> {
+        const ZEROES: [u8; 4096] = [0; 4096];
+        let mut done = 0;
+        while done < len_bytes {
+            let chunk = (len_bytes - done).min(ZEROES.len() as u64);
+            self.mapped
+                .write_slice(&ZEROES[..chunk as usize], GuestAddress(gpa + done))
+                .map_err(|_| MemoryError::OutsideRam { gpa, len_bytes })?;
+            done += chunk;
+        }
+        Ok(())
+    }
+}
+
+/// Refuses a region that direct mode cannot use, naming what is wrong with it.
+fn check(config: RegionConfig) -> Result<Region, MemoryError> {
+    let RegionConfig { gpa, len_bytes, ref file, file_offset_bytes } = config;
+    if len_bytes == 0 {
+        return Err(MemoryError::Empty { gpa });
+    }
+    if gpa.checked_add(len_bytes).is_none_or(|end| end > GPA_LIMIT) {
+        return Err(MemoryError::TooHigh { gpa, len_bytes });
+    }
+    let flags = rustix::fs::fcntl_getfl(file).map_err(MemoryError::system("reading the flags of a memory file"))?;
+    if !flags.contains(OFlags::RDWR) {
+        return Err(MemoryError::NotWritable { gpa, file: file_name(file) });
+    }
+    let backing = backing_of(gpa, file)?;
+    let page_bytes = backing.page_bytes();
+    for (what, value) in [("address", gpa), ("length", len_bytes), ("file offset", file_offset_bytes)] {
+        if !value.is_multiple_of(page_bytes) {
+            return Err(MemoryError::Unaligned { gpa, what, value, page_bytes, file: file_name(file) });
+        }
+    }
+    let file_bytes = file.metadata().map_err(MemoryError::system("reading the size of a memory file"))?.len();
+    let needed_bytes = file_offset_bytes.saturating_add(len_bytes);
+    if needed_bytes > file_bytes {
+        return Err(MemoryError::FileTooShort { gpa, file: file_name(file), needed_bytes, file_bytes });
+    }
+    Ok(Region { config, backing })
+}
+
+/// The kind of a region's file, by its file system.
+fn backing_of(gpa: u64, file: &File) -> Result<Backing, MemoryError> {
+    let stat = rustix::fs::fstatfs(file).map_err(MemoryError::system("looking up the file system of a memory file"))?;
+    match stat.f_type as u64 {
+        TMPFS_MAGIC => Ok(Backing::Shmem),
+        HUGETLBFS_MAGIC => Ok(Backing::Hugetlb { page_bytes: stat.f_bsize as u64 }),
+        other => Err(MemoryError::NotPinnable { gpa, file: file_name(file), file_system: file_system_name(other) }),
+    }
+}
+
+/// Names of the file systems that people are likely to put guest memory on by mistake (`<linux/magic.h>`).
+fn file_system_name(f_type: u64) -> String {
+    match f_type {
+        0xef53 => "ext4".into(),
+        0x5846_5342 => "xfs".into(),
+        0x9123_683e => "btrfs".into(),
+        0x2fc1_2fc1 => "zfs".into(),
+        0x794c_7630 => "overlayfs".into(),
+        0x6969 => "nfs".into(),
+        0x6573_5546 => "fuse".into(),
+        other => format!("a file system of type {other:#x}"),
+    }
+}
+
+/// What `/proc` calls the file: for errors only.
+pub(super) fn file_name(file: &File) -> String {
+    std::fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd()))
+        .map_or_else(|_| "its file".into(), |path| path.display().to_string())
+}
+
+/// Maps a region wherever the kernel likes, shared.
+fn map(region: &Region) -> Result<GuestRegionMmap, MemoryError> {
+    const PROT: i32 = nix::libc::PROT_READ | nix::libc::PROT_WRITE;
+    const FLAGS: i32 = nix::libc::MAP_SHARED | nix::libc::MAP_NORESERVE;
+    let RegionConfig { gpa, len_bytes, ref file, file_offset_bytes } = region.config;
+    let failed = |source: io::Error| MemoryError::System { what: "mapping a region of guest memory", source };
+    let len = usize::try_from(len_bytes).map_err(|error| failed(io::Error::other(error)))?;
+    let mmap: MmapRegion = MmapRegionBuilder::new(len)
+        .with_mmap_prot(PROT)
+        .with_mmap_flags(FLAGS)
+        .with_file_offset(FileOffset::from_arc(file.clone(), file_offset_bytes))
+        .with_hugetlbfs(matches!(region.backing, Backing::Hugetlb { .. }))
+        .build()
+        .map_err(|error| failed(io::Error::other(error)))?;
+    GuestRegionMmap::new(mmap, GuestAddress(gpa)).ok_or(MemoryError::TooHigh { gpa, len_bytes })
+}
+
+/// The memory that fills holes inside a slot: this guest's own, of a fixed size.
+fn scratch_file() -> io::Result<OwnedFd> {
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+    let scratch = rustix::fs::memfd_create("ringpass-scratch", flags)?;
+    rustix::fs::ftruncate(&scratch, SCRATCH_BYTES)?;
+    rustix::fs::fcntl_add_seals(&scratch, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
+    Ok(scratch)
+}

@@ -1,0 +1,201 @@
+//! The thread that answers guests' doorbells.
+//!
+//! One thread serves all queues of a device. With an SQ thread a doorbell only wakes that thread, and rings when it
+//! slept. Without one, the doorbell thread enters the ring at each doorbell; requests and their completions then belong
+//! to this thread, so it must outlive their I/O: rings hand an [`Arc`] of it to their [`RingEnd`](super::RingEnd).
+
+use std::collections::HashMap;
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle};
+
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use super::RingError;
+use super::sys::RingFd;
+
+/// epoll's user data for the request to stop.
+const STOP: u64 = u64::MAX;
+/// How soon a submission that the kernel had no memory for is tried again.
+const RETRY_MS: i32 = 10;
+
+/// What a doorbell does.
+#[derive(Clone, Debug)]
+pub(crate) enum Target {
+    /// Wakes the SQ thread.
+    WakeSqThread(Arc<RingFd>),
+    /// Submits what is in the SQ.
+    Submit {
+        ring: Arc<RingFd>,
+        sq_entries: u32,
+    },
+}
+
+/// A doorbell eventfd and what it does.
+#[derive(Debug)]
+struct Bell {
+    eventfd: EventFd,
+    target: Target,
+    /// A submission failed for a passing reason.
+    retry: bool,
+}
+
+#[derive(Debug)]
+struct Shared {
+    epoll: Epoll,
+    stop: EventFd,
+    stopping: AtomicBool,
+    /// Held while a ring is entered: once a bell is taken out, its ring is not in use here.
+    bells: Mutex<Bells>,
+}
+
+#[derive(Debug, Default)]
+struct Bells {
+    next_id: u64,
+    by_id: HashMap<u64, Bell>,
+}
+
+/// The thread that answers the doorbells of a device's queues. Ends when dropped.
+#[derive(Debug)]
+pub struct DoorbellThread {
+    shared: Arc<Shared>,
+    thread: Option<JoinHandle<()>>,
+}
+
+/// A doorbell that is being answered, until it is taken out.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct BellId(u64);
+
+impl DoorbellThread {
+    /// Starts the thread.
+    pub fn start() -> Result<Self, RingError> {
+        let stop = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(RingError::system("making an eventfd"))?;
+        let epoll = Epoll::new().map_err(RingError::system("making an epoll instance"))?;
+        let shared = Arc::new(Shared { epoll, stop, stopping: AtomicBool::new(false), bells: Mutex::default() });
+        shared
+            .epoll
+            .ctl(ControlOperation::Add, shared.stop.as_raw_fd(), EpollEvent::new(EventSet::IN, STOP))
+            .map_err(RingError::system("watching an eventfd"))?;
+        let theirs = shared.clone();
+        let thread = thread::Builder::new()
+            .name("ringpass-bell".into())
+            .spawn(move || theirs.run())
+            .map_err(RingError::system("starting the doorbell thread"))?;
+        Ok(Self { shared, thread: Some(thread) })
+    }
+
+    /// Answers `eventfd` from now on. A doorbell that was rung before is answered too.
+    pub(crate) fn add(&self, eventfd: EventFd, target: Target) -> Result<BellId, RingError> {
+        // Someone else may read it between our epoll and our read; then there is nothing to wait for.
+        let fd = borrow(&eventfd);
+        let flags = rustix::fs::fcntl_getfl(fd).map_err(RingError::system("reading the doorbell's flags"))?;
+        rustix::fs::fcntl_setfl(fd, flags | rustix::fs::OFlags::NONBLOCK)
+            .map_err(RingError::system("making the doorbell non-blocking"))?;
+        let raw = eventfd.as_raw_fd();
+        let mut bells = self.shared.bells();
+        let id = bells.next_id;
+        bells.next_id += 1;
+        bells.by_id.insert(id, Bell { eventfd, target, retry: false });
+        let added = self.shared.epoll.ctl(ControlOperation::Add, raw, EpollEvent::new(EventSet::IN, id));
+        if let Err(source) = added {
+            bells.by_id.remove(&id);
+            return Err(RingError::System { what: "watching the doorbell eventfd", source });
+        }
+        Ok(BellId(id))
+    }
+
+    /// Stops answering a doorbell. When it returns, this thread no longer uses the ring.
+    pub(crate) fn remove(&self, id: &BellId) {
+        let Some(bell) = self.shared.bells().by_id.remove(&id.0) else { return };
+        let fd = bell.eventfd.as_raw_fd();
+        if let Err(error) = self.shared.epoll.ctl(ControlOperation::Delete, fd, EpollEvent::default()) {
+            tracing::error!(%error, "cannot stop watching a doorbell");
+        }
+    }
+}
+
+impl Drop for DoorbellThread {
+    fn drop(&mut self) {
+        self.shared.stopping.store(true, Ordering::Relaxed);
+        if let Err(error) = self.shared.stop.write(1) {
+            tracing::error!(%error, "cannot stop the doorbell thread");
+            return;
+        }
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            tracing::error!("the doorbell thread panicked");
+        }
+    }
+}
+
+impl Shared {
+    fn bells(&self) -> MutexGuard<'_, Bells> {
+        self.bells.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn run(&self) {
+        let mut events = [EpollEvent::default(); 16];
+        let mut retry = false;
+        while !self.stopping.load(Ordering::Relaxed) {
+            let count = match self.epoll.wait(if retry { RETRY_MS } else { -1 }, &mut events) {
+                Ok(count) => count,
+                // Completions of our own requests interrupt the wait.
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(error) => {
+                    tracing::error!(%error, "the doorbell thread cannot wait: guests that sleep will not be heard");
+                    return;
+                }
+            };
+            let mut bells = self.bells();
+            for event in &events[..count] {
+                // Absent: taken out between the event and here.
+                if let Some(bell) = bells.by_id.get_mut(&event.data()) {
+                    bell.answer();
+                }
+            }
+            if retry {
+                bells.by_id.values_mut().filter(|bell| bell.retry).for_each(Bell::ring);
+            }
+            retry = bells.by_id.values().any(|bell| bell.retry);
+        }
+    }
+}
+
+impl Bell {
+    /// Takes the signal, then acts: a doorbell that rings in between is not lost.
+    fn answer(&mut self) {
+        if let Err(error) = self.eventfd.read()
+            && error.kind() != io::ErrorKind::WouldBlock
+        {
+            tracing::error!(%error, "cannot read a doorbell");
+        }
+        self.ring();
+    }
+
+    fn ring(&mut self) {
+        let result = match &self.target {
+            Target::WakeSqThread(ring) => ring.wake_sq_thread(),
+            Target::Submit { ring, sq_entries } => ring.submit(*sq_entries).map(|_| ()),
+        };
+        self.retry = false;
+        match result {
+            Ok(()) => {}
+            Err(error) if matches!(error.raw_os_error(), Some(nix::libc::EAGAIN | nix::libc::EBUSY)) => {
+                // No memory for requests, or a CQ that the guest lets overflow.
+                self.retry = true;
+            }
+            // The guest's SQ thread or ring is beyond help; the guest sees no completions.
+            Err(error) => tracing::debug!(%error, "a doorbell could not be answered"),
+        }
+    }
+}
+
+/// `EventFd` has only the raw descriptor.
+pub(super) fn borrow(eventfd: &EventFd) -> BorrowedFd<'_> {
+    // SAFETY: the descriptor is open for as long as the EventFd, which the result borrows.
+    unsafe { BorrowedFd::borrow_raw(eventfd.as_raw_fd()) }
+}

@@ -1,0 +1,109 @@
+//! Why a ring is refused.
+
+use std::io;
+
+use ringpass_guest_abi::LayoutError;
+
+use crate::memory::MemoryError;
+
+/// Why a ring could not be made or changed.
+#[derive(Debug, thiserror::Error)]
+pub enum RingError {
+    /// A number of entries that io_uring cannot have.
+    #[error("{field} is {entries}: it must be a power of two from {min} to {max}{hint}")]
+    Entries {
+        /// `"sq_entries"` or `"cq_entries"`.
+        field: &'static str,
+        /// The value given.
+        entries: u32,
+        /// Smallest value.
+        min: u32,
+        /// Largest value.
+        max: u32,
+        /// More about the limit, or nothing.
+        hint: &'static str,
+    },
+    /// An area for the ring is not page-aligned.
+    #[error("the {area} area at guest-physical {gpa:#x} is not aligned to 4096 bytes")]
+    Unaligned {
+        /// `"rings"` or `"SQE"`.
+        area: &'static str,
+        /// Its guest-physical address.
+        gpa: u64,
+    },
+    /// The two areas share bytes.
+    #[error(
+        "the rings area at guest-physical {rings_gpa:#x} ({rings_bytes} bytes) and the SQE area at {sqes_gpa:#x} \
+         ({sqes_bytes} bytes) overlap"
+    )]
+    AreasOverlap {
+        /// Start of the rings area.
+        rings_gpa: u64,
+        /// Its length.
+        rings_bytes: u64,
+        /// Start of the SQE area.
+        sqes_gpa: u64,
+        /// Its length.
+        sqes_bytes: u64,
+    },
+    /// The memory is not as it must be.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// The kernel would not create the ring.
+    #[error("creating the ring failed: {source}{}", hint(.source, *.in_guest_ram))]
+    Create {
+        /// Whether its memory was to be guest RAM.
+        in_guest_ram: bool,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// The kernel's ring does not fit what the guest ABI says about rings.
+    #[error("this kernel's ring has a layout that the guest ABI does not allow for: {0}")]
+    Layout(#[from] LayoutError),
+    /// This kernel's ring header is larger than the areas allow for.
+    #[error("this kernel needs {header_bytes} bytes in front of the CQEs, the guest ABI allows for 1024")]
+    HeaderTooLarge {
+        /// What the kernel needs, in bytes.
+        header_bytes: u32,
+    },
+    /// The CPU for the SQ thread cannot be used.
+    #[error("the SQ thread cannot run on CPU {cpu}: {source}; allowed are the online CPUs of this process's cpuset")]
+    SqThreadCpu {
+        /// The CPU asked for.
+        cpu: u32,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// Another system call failed.
+    #[error("{what}: {source}")]
+    System {
+        /// What was being done.
+        what: &'static str,
+        /// What the kernel said.
+        source: io::Error,
+    },
+}
+
+impl RingError {
+    /// For `map_err` on a system call.
+    pub(crate) fn system<E: Into<io::Error>>(what: &'static str) -> impl FnOnce(E) -> Self {
+        move |source| Self::System { what, source: source.into() }
+    }
+}
+
+/// What is likely behind a refusal of `io_uring_setup(2)`, and what to do.
+fn hint(source: &io::Error, in_guest_ram: bool) -> &'static str {
+    match source.raw_os_error() {
+        Some(nix::libc::EPERM | nix::libc::EACCES | nix::libc::ENOSYS) => {
+            "; io_uring is forbidden here (kernel.io_uring_disabled or a container's seccomp filter): see `ringpass probe`"
+        }
+        Some(nix::libc::EINVAL) if in_guest_ram => {
+            "; rings in guest RAM need Linux 6.6 (IORING_SETUP_NO_MMAP, IORING_SETUP_NO_SQARRAY), several pages of them 6.10"
+        }
+        Some(nix::libc::EINVAL) => "; rings for guests need Linux 6.6 (IORING_SETUP_NO_SQARRAY)",
+        Some(nix::libc::EFAULT) => "; the pages cannot be pinned: rings must lie in memfd, tmpfs or hugetlbfs memory",
+        Some(nix::libc::ENOMEM) => "; ring memory counts against RLIMIT_MEMLOCK: see `ringpass probe`",
+        Some(nix::libc::EMFILE | nix::libc::ENFILE) => "; raise the limit of open files (ulimit -n)",
+        _ => "",
+    }
+}

@@ -1,0 +1,202 @@
+//! A kernel ring for a guest: created disabled, restricted, then enabled, and known to have ended.
+//!
+//! [`KernelRing`] goes through three states, which are types:
+//!
+//! ```text
+//! KernelRing<Disabled> --restrict()--> KernelRing<Restricted> --enable()--> KernelRing<Enabled> --close()--> RingEnd
+//!   create(), memory, files,                                                 doorbell, eventfd,
+//!   eventfd, worker limits                                                   memory that is plugged
+//! ```
+//!
+//! A ring that has not been restricted cannot be enabled, and what a guest could use is in place before it can run.
+//!
+//! The guest owns the ring's memory from the start. Nothing in it is ever read back: the geometry is what the kernel
+//! reported at creation, kept in [`RingLayout`]. And nobody ever waits for completions on a guest's ring with
+//! `io_uring_enter`: the guest writes `cq.head`, and a wrong one can make the waiting thread spin in the kernel.
+
+mod config;
+mod doorbell;
+mod end;
+mod error;
+mod placement;
+mod sq_thread;
+pub(crate) mod sys;
+
+use std::marker::PhantomData;
+use std::os::fd::AsFd;
+use std::sync::Arc;
+
+use ringpass_guest_abi::RingLayout;
+use ringpass_restrictions::CompiledPolicy;
+use vmm_sys_util::eventfd::EventFd;
+
+pub use config::{IoWorkers, RingConfig};
+pub(crate) use doorbell::BellId;
+pub use doorbell::DoorbellThread;
+pub use end::{Keepalive, RingEnd, StillRunning};
+pub use error::RingError;
+pub use placement::{Placement, RingWindow};
+pub use sq_thread::{SqThread, SqThreadConfig};
+
+use crate::disk::Disk;
+use crate::memory::{PinnedMemory, PlannedSlot};
+use end::EndToken;
+use sys::RingFd;
+
+/// State of a ring that does nothing yet and may still be given what the guest is to use.
+#[derive(Debug)]
+pub enum Disabled {}
+/// State of a ring whose restrictions are in force and final.
+#[derive(Debug)]
+pub enum Restricted {}
+/// State of a ring that executes what the guest submits.
+#[derive(Debug)]
+pub enum Enabled {}
+
+/// Who consumes the SQ.
+#[derive(Clone, Debug)]
+pub enum Submission {
+    /// A kernel thread that polls (`IORING_SETUP_SQPOLL`); the doorbell only wakes it.
+    SqThread(Arc<SqThread>),
+    /// A thread of the broker that enters the ring at each doorbell.
+    Doorbell,
+}
+
+/// An io_uring for a guest, in state `S`.
+#[derive(Debug)]
+pub struct KernelRing<S> {
+    fd: Arc<RingFd>,
+    layout: RingLayout,
+    submission: Submission,
+    window: Option<Arc<RingWindow>>,
+    token: Option<EndToken>,
+    state: PhantomData<S>,
+}
+
+impl KernelRing<Disabled> {
+    /// Creates the ring, disabled, in the given place.
+    ///
+    /// # Errors
+    ///
+    /// A geometry that io_uring cannot have, areas that do not lie page-aligned inside guest RAM or overlap each
+    /// other, or a kernel that refuses, with what it lacks.
+    pub fn create(config: RingConfig, submission: Submission, placement: &Placement<'_>) -> Result<Self, RingError> {
+        config.check()?;
+        let created = placement::create(config, &submission, placement)?;
+        Ok(Self {
+            fd: Arc::new(created.fd),
+            layout: created.layout,
+            submission,
+            window: created.window.map(Arc::new),
+            token: None,
+            state: PhantomData,
+        })
+    }
+
+    /// Makes guest addresses valid in SQEs: the ring takes over the pinned buffers.
+    pub fn attach_memory(self, pinned: &PinnedMemory) -> Result<Self, RingError> {
+        pinned.share_with(&self.fd)?;
+        Ok(self)
+    }
+
+    /// Makes the disk fixed file 0, and file 1 a token by which the ring's real end is known.
+    pub fn attach_disk(mut self, disk: &Disk) -> Result<Self, RingError> {
+        let token = EndToken::new().map_err(RingError::system("making the token that tells of the ring's end"))?;
+        self.fd
+            .register_files(&[disk.as_fd(), token.as_fd()])
+            .map_err(RingError::system("registering the disk as fixed file 0"))?;
+        self.token = Some(token);
+        Ok(self)
+    }
+
+    /// Has the kernel signal `completion` for each completion that the guest has not muted.
+    pub fn attach_completion(self, completion: &EventFd) -> Result<Self, RingError> {
+        self.fd.register_eventfd(completion_fd(completion)).map_err(RingError::system("registering the completion eventfd"))?;
+        Ok(self)
+    }
+
+    /// Limits the kernel threads (io-wq workers) that execute what cannot be done without blocking.
+    pub fn limit_workers(self, workers: IoWorkers) -> Result<Self, RingError> {
+        self.fd
+            .limit_workers(workers.bounded.get(), workers.unbounded.get())
+            .map_err(RingError::system("limiting the ring's io-wq workers"))?;
+        Ok(self)
+    }
+
+    /// Puts the policy in force, for good.
+    pub fn restrict(self, policy: &CompiledPolicy) -> Result<KernelRing<Restricted>, RingError> {
+        self.fd.restrict(policy.entries()).map_err(RingError::system("registering the ring's restrictions"))?;
+        Ok(self.into_state())
+    }
+}
+
+impl KernelRing<Restricted> {
+    /// Lets the ring run. From here on the guest's SQEs are executed.
+    pub fn enable(self) -> Result<KernelRing<Enabled>, RingError> {
+        self.fd.enable().map_err(RingError::system("enabling the ring"))?;
+        Ok(self.into_state())
+    }
+}
+
+impl KernelRing<Enabled> {
+    /// What the doorbell of this ring has to do.
+    pub(crate) fn doorbell(&self) -> doorbell::Target {
+        match self.submission {
+            Submission::SqThread(_) => doorbell::Target::WakeSqThread(self.fd.clone()),
+            Submission::Doorbell => {
+                doorbell::Target::Submit { ring: self.fd.clone(), sq_entries: self.layout.sq_entries }
+            }
+        }
+    }
+
+    /// Has the kernel signal `completion` (or nothing) from now on, and signals the new one once: a completion that
+    /// came between the old eventfd and the new one would otherwise never interrupt.
+    pub fn replace_completion(&self, completion: Option<&EventFd>) -> Result<(), RingError> {
+        self.fd.unregister_eventfd().map_err(RingError::system("unregistering the completion eventfd"))?;
+        let Some(completion) = completion else { return Ok(()) };
+        self.fd.register_eventfd(completion_fd(completion)).map_err(RingError::system("registering the completion eventfd"))?;
+        completion.write(1).map_err(RingError::system("signalling the new completion eventfd"))
+    }
+
+    /// Gives the running ring memory that `pinned` has and it has not. Takes microseconds; I/O goes on.
+    pub fn replace_memory(&self, pinned: &PinnedMemory, slots: &[PlannedSlot]) -> Result<(), RingError> {
+        Ok(pinned.replace_slots(&self.fd, slots)?)
+    }
+
+    /// Ends the ring. Its I/O under way goes on; [`RingEnd`] tells when that has ended too.
+    ///
+    /// `keepalive` is dropped at the real end and not before: the guest memory that I/O may still land in, and the
+    /// thread that entered the ring. Anything that names the ring's window must be gone already: a mapping of a ring
+    /// keeps it running.
+    pub fn close(self, keepalive: Keepalive) -> RingEnd {
+        self.into_end(keepalive)
+    }
+}
+
+impl<S> KernelRing<S> {
+    /// Where the parts of the ring are, for the guest. Frozen at creation.
+    pub fn layout(&self) -> &RingLayout {
+        &self.layout
+    }
+
+    /// The ring's pages in this process, if the kernel allocated them.
+    pub fn window(&self) -> Option<&Arc<RingWindow>> {
+        self.window.as_ref()
+    }
+
+    fn into_state<T>(self) -> KernelRing<T> {
+        let Self { fd, layout, submission, window, token, state: _ } = self;
+        KernelRing { fd, layout, submission, window, token, state: PhantomData }
+    }
+
+    fn into_end(self, keepalive: Keepalive) -> RingEnd {
+        let Self { fd, window, token, submission, .. } = self;
+        let watch = token.map(EndToken::released_to_ring);
+        RingEnd::start(watch, Box::new((fd, window)), Box::new((keepalive, submission)))
+    }
+}
+
+/// `EventFd` has only the raw descriptor.
+fn completion_fd(eventfd: &EventFd) -> std::os::fd::BorrowedFd<'_> {
+    doorbell::borrow(eventfd)
+}

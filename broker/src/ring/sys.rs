@@ -1,0 +1,221 @@
+//! The io_uring system calls, one safe function for each use. The unsafe code of rings.
+//!
+//! Raw calls, because rings in guest memory (`IORING_SETUP_NO_MMAP`) are beyond the `io-uring` crate, which always
+//! maps a ring itself. Every structure comes from rustix, except the restrictions, which have a crate of their own.
+
+use std::ffi::c_void;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::ptr::NonNull;
+
+use ringpass_restrictions::Restriction;
+use rustix::io_uring::{
+    IoringEnterFlags, IoringRegisterOp, IoringRsrcFlags, IoringSetupFlags, io_uring_clone_buffers, io_uring_params,
+    io_uring_ptr, io_uring_rsrc_register, io_uring_rsrc_update2, iovec,
+};
+
+/// `IORING_REGISTER_DST_REPLACE` (Linux 6.13): the destination already has a table, replace the named slots.
+const CLONE_DST_REPLACE: u32 = 1 << 1;
+
+/// An io_uring, by its file descriptor (close-on-exec, as the kernel makes it).
+#[derive(Debug)]
+pub(crate) struct RingFd(OwnedFd);
+
+/// Where a ring's own memory is to be.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct RingPages {
+    /// Host address of the rings area.
+    pub(crate) rings: NonNull<u8>,
+    /// Host address of the SQE area.
+    pub(crate) sqes: NonNull<u8>,
+}
+
+impl RingFd {
+    /// Creates a ring whose memory the kernel allocates.
+    pub(crate) fn setup(entries: u32, params: &mut io_uring_params) -> io::Result<Self> {
+        params.flags.remove(IoringSetupFlags::NO_MMAP);
+        // SAFETY: without NO_MMAP no pointer is passed; `wq_fd`, if used, comes from a borrowed `RingFd`, and a wrong
+        // descriptor would only be refused.
+        let fd = unsafe { rustix::io_uring::io_uring_setup(entries, params) }?;
+        Ok(Self(fd))
+    }
+
+    /// Creates a ring in memory that the caller provides.
+    ///
+    /// # Safety
+    ///
+    /// From now until the ring has really ended, the kernel writes to the first `rings_area_bytes(cq_entries)` bytes
+    /// at `pages.rings` and reads the first `sqes_area_bytes(sq_entries)` bytes at `pages.sqes`. Both must be mapped
+    /// shared memory of that size to which no Rust reference exists. (They may be unmapped at any time: the kernel
+    /// holds the pages.)
+    pub(crate) unsafe fn setup_in(entries: u32, params: &mut io_uring_params, pages: RingPages) -> io::Result<Self> {
+        params.flags.insert(IoringSetupFlags::NO_MMAP);
+        params.cq_off.user_addr = io_uring_ptr::new(pages.rings.as_ptr().cast());
+        params.sq_off.user_addr = io_uring_ptr::new(pages.sqes.as_ptr().cast());
+        // SAFETY: the caller's contract for the two addresses; `wq_fd` as in `setup`.
+        let fd = unsafe { rustix::io_uring::io_uring_setup(entries, params) }?;
+        Ok(Self(fd))
+    }
+
+    /// For `params.wq_fd`.
+    pub(crate) fn raw(&self) -> RawFd {
+        self.0.as_raw_fd()
+    }
+
+    /// `io_uring_register(2)` with an argument that the kernel only reads.
+    ///
+    /// # Safety
+    ///
+    /// `arg` must point to what `operation` reads, `count` elements of it, and what those point to in turn.
+    unsafe fn register(&self, operation: IoringRegisterOp, arg: *const c_void, count: u32) -> io::Result<u32> {
+        // SAFETY: the caller's contract. No operation used in this module keeps the pointer or writes through it,
+        // but for the worker limits, which point to a local.
+        Ok(unsafe { rustix::io_uring::io_uring_register(&self.0, operation, arg, count) }?)
+    }
+
+    /// Gives the ring a table of `slots` empty fixed buffers (`IORING_REGISTER_BUFFERS2`, sparse, Linux 5.19).
+    pub(crate) fn register_empty_buffers(&self, slots: u32) -> io::Result<()> {
+        let mut table = io_uring_rsrc_register::default();
+        table.nr = slots;
+        table.flags = IoringRsrcFlags::REGISTER_SPARSE;
+        // SAFETY: the argument is one structure, its size in place of a count; it names no other memory.
+        unsafe {
+            self.register(IoringRegisterOp::RegisterBuffers2, (&raw const table).cast(), size_of_val(&table) as u32)
+        }?;
+        Ok(())
+    }
+
+    /// Pins the `len_bytes` bytes at `address` as fixed buffer `slot` (`IORING_REGISTER_BUFFERS_UPDATE`, Linux 5.13).
+    ///
+    /// # Safety
+    ///
+    /// The kernel may read and write those bytes until the buffer is replaced or the ring has ended: they must be
+    /// mapped shared memory to which no Rust reference exists.
+    pub(crate) unsafe fn pin_buffer(&self, slot: u32, address: u64, len_bytes: u64) -> io::Result<()> {
+        let buffer = iovec { iov_base: address as *mut c_void, iov_len: len_bytes as usize };
+        let mut update = io_uring_rsrc_update2::default();
+        update.offset = slot;
+        update.data = io_uring_ptr::new((&raw const buffer).cast_mut().cast());
+        update.nr = 1;
+        // SAFETY: one structure, its size in place of a count, that points to one iovec; both live over the call. The
+        // bytes that the iovec names are the caller's contract.
+        let updated = unsafe {
+            self.register(
+                IoringRegisterOp::RegisterBuffersUpdate,
+                (&raw const update).cast(),
+                size_of_val(&update) as u32,
+            )
+        }?;
+        if updated == 1 { Ok(()) } else { Err(io::Error::other("the kernel updated no buffer")) }
+    }
+
+    /// Takes over the whole buffer table of `source`, which was pinned by this process
+    /// (`IORING_REGISTER_CLONE_BUFFERS`, Linux 6.12). This ring must not have a table yet.
+    pub(crate) fn clone_buffers(&self, source: &Self) -> io::Result<()> {
+        self.clone_with(source, |_| {})
+    }
+
+    /// Takes over `count` slots from `first` on, replacing what this ring has there (Linux 6.13). An empty slot of
+    /// `source` empties this ring's.
+    pub(crate) fn clone_buffer_slots(&self, source: &Self, first: u32, count: u32) -> io::Result<()> {
+        self.clone_with(source, |clone| {
+            clone.flags |= CLONE_DST_REPLACE;
+            clone.src_off = first;
+            clone.dst_off = first;
+            clone.nr = count;
+        })
+    }
+
+    fn clone_with(&self, source: &Self, fill: impl FnOnce(&mut io_uring_clone_buffers)) -> io::Result<()> {
+        let mut clone = io_uring_clone_buffers::default();
+        clone.src_fd = u32::try_from(source.raw()).expect("file descriptors are not negative");
+        fill(&mut clone);
+        // SAFETY: one structure, which names no other memory.
+        unsafe { self.register(IoringRegisterOp::RegisterCloneBuffers, (&raw const clone).cast(), 1) }?;
+        Ok(())
+    }
+
+    /// Registers the fixed files, slot 0 first (`IORING_REGISTER_FILES`, Linux 5.1).
+    pub(crate) fn register_files(&self, files: &[BorrowedFd<'_>]) -> io::Result<()> {
+        let fds: Vec<RawFd> = files.iter().map(AsRawFd::as_raw_fd).collect();
+        // SAFETY: `fds.len()` descriptors, all of which are open, being borrowed.
+        unsafe { self.register(IoringRegisterOp::RegisterFiles, fds.as_ptr().cast(), fds.len() as u32) }?;
+        Ok(())
+    }
+
+    /// Has the kernel signal `eventfd` at every completion (`IORING_REGISTER_EVENTFD`, Linux 5.2).
+    pub(crate) fn register_eventfd(&self, eventfd: BorrowedFd<'_>) -> io::Result<()> {
+        let fd = eventfd.as_raw_fd();
+        // SAFETY: one descriptor, which is open, being borrowed.
+        unsafe { self.register(IoringRegisterOp::RegisterEventfd, (&raw const fd).cast(), 1) }?;
+        Ok(())
+    }
+
+    /// Ends that (`IORING_UNREGISTER_EVENTFD`). False: there was none.
+    pub(crate) fn unregister_eventfd(&self) -> io::Result<bool> {
+        // SAFETY: the operation takes no argument.
+        match unsafe { self.register(IoringRegisterOp::UnregisterEventfd, std::ptr::null(), 0) } {
+            Ok(_) => Ok(true),
+            Err(error) if error.raw_os_error() == Some(nix::libc::ENXIO) => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Limits the io-wq workers of this ring's submitters (`IORING_REGISTER_IOWQ_MAX_WORKERS`, Linux 5.15).
+    pub(crate) fn limit_workers(&self, bounded: u32, unbounded: u32) -> io::Result<()> {
+        let mut limits = [bounded, unbounded];
+        // SAFETY: two words, which the kernel replaces by the former limits; the local outlives the call.
+        unsafe { self.register(IoringRegisterOp::RegisterIowqMaxWorkers, (&raw mut limits).cast_const().cast(), 2) }?;
+        Ok(())
+    }
+
+    /// Registers the restrictions (`IORING_REGISTER_RESTRICTIONS`, Linux 5.10). Once, and only before `enable`.
+    pub(crate) fn restrict(&self, restrictions: &[Restriction]) -> io::Result<()> {
+        // SAFETY: `len()` elements of the kernel's layout, which name no other memory.
+        unsafe {
+            self.register(
+                IoringRegisterOp::RegisterRestrictions,
+                restrictions.as_ptr().cast(),
+                restrictions.len() as u32,
+            )
+        }?;
+        Ok(())
+    }
+
+    /// Lets the ring run (`IORING_REGISTER_ENABLE_RINGS`, Linux 5.10).
+    pub(crate) fn enable(&self) -> io::Result<()> {
+        // SAFETY: the operation takes no argument.
+        unsafe { self.register(IoringRegisterOp::RegisterEnableRings, std::ptr::null(), 0) }?;
+        Ok(())
+    }
+
+    /// Wakes the SQ thread (`IORING_ENTER_SQ_WAKEUP`).
+    pub(crate) fn wake_sq_thread(&self) -> io::Result<()> {
+        self.enter(0, IoringEnterFlags::SQ_WAKEUP)?;
+        Ok(())
+    }
+
+    /// Consumes up to `entries` SQEs. Returns how many.
+    pub(crate) fn submit(&self, entries: u32) -> io::Result<u32> {
+        self.enter(entries, IoringEnterFlags::empty())
+    }
+
+    /// Never waits for completions: on a ring whose `cq.head` a guest can write, `min_complete > 0` can make the
+    /// calling thread spin in the kernel, unkillably (seen on Linux 6.18).
+    fn enter(&self, to_submit: u32, flags: IoringEnterFlags) -> io::Result<u32> {
+        loop {
+            // SAFETY: no pointer is passed. What the SQEs in the ring may reach is what the restrictions, the fixed
+            // files and the fixed buffers say.
+            match unsafe { rustix::io_uring::io_uring_enter(&self.0, to_submit, 0, flags) } {
+                Err(rustix::io::Errno::INTR) => {}
+                result => return Ok(result?),
+            }
+        }
+    }
+}
+
+impl AsFd for RingFd {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
