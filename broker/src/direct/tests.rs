@@ -1,0 +1,242 @@
+//! A ring in each place, driven by the guest's side of the ABI.
+
+use std::fs::File;
+use std::io::Write;
+use std::num::NonZeroU32;
+use std::os::fd::AsRawFd;
+use std::ptr::NonNull;
+use std::time::{Duration, Instant};
+
+use ringpass_guest_abi::{Cqe, DriverRing, FixedAddressing, MappedRing, Sqe, rings_area_bytes};
+use ringpass_restrictions::{Access, Policy};
+use rustix::fs::MemfdFlags;
+use vmm_sys_util::eventfd::EFD_CLOEXEC;
+
+use super::*;
+use crate::disk::{DirectIo, DiskConfig};
+use crate::memory::IOVA_BASE;
+
+const MIB: u64 = 1 << 20;
+const RAM_BYTES: u64 = 2 * MIB;
+const RINGS_GPA: u64 = 0;
+const SQES_GPA: u64 = MIB / 2;
+const BUFFER_GPA: u64 = MIB;
+const RING: RingConfig = RingConfig { sq_entries: 8, cq_entries: 16 };
+
+/// A guest in this process, its disk, and its device.
+struct Setup {
+    device: DirectDevice,
+    memory: GuestMemory,
+    doorbell: EventFd,
+    content: Vec<u8>,
+    _image: tempfile::NamedTempFile,
+}
+
+fn memfd(len_bytes: u64) -> Arc<File> {
+    let fd = rustix::fs::memfd_create("guest-ram", MemfdFlags::CLOEXEC).unwrap();
+    rustix::fs::ftruncate(&fd, len_bytes).unwrap();
+    Arc::new(File::from(fd))
+}
+
+impl Setup {
+    fn new(submission: SubmissionConfig) -> Self {
+        let mut image = tempfile::NamedTempFile::new_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+        let content: Vec<u8> = (0..64 * 4096u32).map(|at| (at / 4096 * 7 + at) as u8).collect();
+        image.write_all(&content).unwrap();
+        let config = DiskConfig { direct_io: DirectIo::Off, ..DiskConfig::new(image.path()) };
+        let disk = Arc::new(Disk::open(&config).unwrap());
+        let region = RegionConfig { gpa: 0, len_bytes: RAM_BYTES, file: memfd(RAM_BYTES), file_offset_bytes: 0 };
+        let memory = GuestMemory::new([region]).unwrap();
+        let policy = Policy::direct(Access::ReadWrite).compile(&crate::kernel::support().unwrap()).unwrap();
+        let config = DirectConfig { submission, workers: IoWorkers::default(), sharing: Sharing::Clone };
+        let device = DirectDevice::new(disk, &memory, policy, config).unwrap();
+        Self { device, memory, doorbell: EventFd::new(EFD_CLOEXEC).unwrap(), content, _image: image }
+    }
+
+    fn attach(&self, placement: QueuePlacement, completion: Option<EventFd>) -> DirectQueue {
+        let doorbell = Some(self.doorbell.try_clone().unwrap());
+        self.device.attach(QueueConfig { ring: RING, placement, doorbell, completion }).unwrap()
+    }
+
+    fn in_guest_ram(&self) -> (DirectQueue, DriverRing<MappedRing>) {
+        let queue = self.attach(QueuePlacement::GuestRam { rings_gpa: RINGS_GPA, sqes_gpa: SQES_GPA }, None);
+        let layout = *queue.layout();
+        let area = |gpa, len_bytes| NonNull::new(self.memory.host_address(gpa, len_bytes).unwrap()).unwrap();
+        let (rings, sqes) = (area(RINGS_GPA, layout.rings_bytes), area(SQES_GPA, layout.sqes_bytes));
+        // SAFETY: both areas lie in the guest's RAM, which stays mapped for as long as `self.memory`.
+        let memory = unsafe { MappedRing::new(rings, layout.rings_bytes, sqes, layout.sqes_bytes) };
+        let ring = DriverRing::new(memory, layout).unwrap();
+        (queue, ring)
+    }
+
+    /// Reads one block into the buffer and returns its completion and what the buffer then holds.
+    fn read(&self, ring: &mut DriverRing<MappedRing>, block: u64) -> (Cqe, Vec<u8>) {
+        let address = FixedAddressing { iova_base: IOVA_BASE }.resolve(BUFFER_GPA, 4096).unwrap();
+        ring.push(&Sqe::read_fixed(address, 4096, block * 4096, block)).unwrap();
+        if ring.publish() {
+            self.doorbell.write(1).unwrap();
+        }
+        let started = Instant::now();
+        let cqe = loop {
+            if let Some(cqe) = ring.reap() {
+                break cqe;
+            }
+            assert!(started.elapsed() < Duration::from_secs(10), "no completion");
+            std::thread::yield_now();
+        };
+        let mut buffer = vec![0; 4096];
+        vm_memory::Bytes::read_slice(self.memory.mapped(), &mut buffer, vm_memory::GuestAddress(BUFFER_GPA)).unwrap();
+        (cqe, buffer)
+    }
+
+    fn check_reads(&self, ring: &mut DriverRing<MappedRing>) {
+        for block in [0, 63, 17, 17, 40] {
+            let (cqe, buffer) = self.read(ring, block);
+            assert_eq!((cqe.user_data, cqe.res), (block, 4096));
+            assert_eq!(buffer, &self.content[block as usize * 4096..][..4096]);
+        }
+    }
+}
+
+fn sq_thread() -> SubmissionConfig {
+    SubmissionConfig::SqThread(SqThreadConfig { idle: Duration::from_millis(1), cpu: None })
+}
+
+#[test]
+fn a_ring_in_guest_ram_reads_the_disk_with_a_kernel_thread_and_with_doorbells() {
+    for submission in [sq_thread(), SubmissionConfig::Doorbell] {
+        let setup = Setup::new(submission);
+        let (queue, mut ring) = setup.in_guest_ram();
+        setup.check_reads(&mut ring);
+        queue.close().wait(Duration::from_secs(10)).unwrap();
+    }
+}
+
+#[test]
+fn a_ring_in_a_window_ends_once_nothing_holds_the_window() {
+    let setup = Setup::new(sq_thread());
+    let queue = setup.attach(QueuePlacement::Window, None);
+    let window = queue.window().unwrap();
+    // SAFETY: the window stays mapped until it is dropped below, behind the last use of the ring.
+    let memory =
+        unsafe { MappedRing::new(window.rings(), window.rings_bytes(), window.sqes(), window.sqes_bytes()) };
+    let mut ring = DriverRing::new(memory, *queue.layout()).unwrap();
+    setup.check_reads(&mut ring);
+    let end = queue.close();
+    assert_eq!(end.wait(Duration::from_millis(300)).unwrap_err().to_string().split(" of").next(), Some("I/O"));
+    drop(window);
+    end.wait(Duration::from_secs(10)).unwrap();
+}
+
+#[test]
+fn what_was_in_guest_ram_before_does_not_reach_the_new_ring() {
+    let setup = Setup::new(sq_thread());
+    let junk = vec![0xff; rings_area_bytes(RING.cq_entries) as usize];
+    vm_memory::Bytes::write_slice(setup.memory.mapped(), &junk, vm_memory::GuestAddress(RINGS_GPA)).unwrap();
+    let (_queue, mut ring) = setup.in_guest_ram();
+    assert_eq!(ring.reap(), None);
+    setup.check_reads(&mut ring);
+}
+
+#[test]
+fn a_new_completion_eventfd_is_signalled_once_at_once_and_then_by_completions() {
+    let setup = Setup::new(sq_thread());
+    let completion = || EventFd::new(EFD_CLOEXEC | vmm_sys_util::eventfd::EFD_NONBLOCK).unwrap();
+    let (first, second) = (completion(), completion());
+    let (queue, mut ring) = setup.in_guest_ram();
+    queue.replace_completion(Some(&first)).unwrap();
+    assert_eq!(first.read().unwrap(), 1);
+    setup.check_reads(&mut ring);
+    assert_eq!(first.read().unwrap(), 5);
+    queue.replace_completion(Some(&second)).unwrap();
+    assert_eq!(second.read().unwrap(), 1);
+    setup.check_reads(&mut ring);
+    assert!(first.read().is_err(), "the old eventfd is left alone");
+    queue.replace_completion(None).unwrap();
+    setup.check_reads(&mut ring);
+    assert_eq!(second.read().unwrap(), 5);
+}
+
+#[test]
+fn areas_that_a_ring_cannot_have_are_refused_by_name() {
+    let setup = Setup::new(sq_thread());
+    let refusal = |rings_gpa, sqes_gpa| {
+        let placement = QueuePlacement::GuestRam { rings_gpa, sqes_gpa };
+        let config = QueueConfig { ring: RING, placement, doorbell: None, completion: None };
+        setup.device.attach(config).unwrap_err().to_string()
+    };
+    assert_eq!(refusal(100, SQES_GPA), "the rings area at guest-physical 0x64 is not aligned to 4096 bytes");
+    assert_eq!(refusal(0, 4096 + 8), "the SQE area at guest-physical 0x1008 is not aligned to 4096 bytes");
+    assert_eq!(
+        refusal(4096, 4096),
+        "the rings area at guest-physical 0x1000 (4096 bytes) and the SQE area at 0x1000 (4096 bytes) overlap"
+    );
+    let outside = "the 0x1000 bytes at guest-physical 0x200000 do not lie inside one memory region of the guest";
+    assert_eq!(refusal(0, RAM_BYTES), outside);
+    assert_eq!(refusal(RAM_BYTES, 0), outside);
+    assert!(refusal(u64::MAX - 4095, 0).contains("do not lie inside one memory region"));
+}
+
+#[test]
+fn a_cpu_that_does_not_exist_is_refused_by_number() {
+    let config = SqThreadConfig { cpu: Some(100_000), ..SqThreadConfig::default() };
+    let error = SqThread::start(config).unwrap_err().to_string();
+    assert!(error.starts_with("the SQ thread cannot run on CPU 100000: Invalid argument"), "{error}");
+}
+
+#[test]
+fn memory_plugged_under_a_running_queue_is_reachable_by_it() {
+    let setup = Setup::new(sq_thread());
+    let (_queue, mut ring) = setup.in_guest_ram();
+    setup.check_reads(&mut ring);
+    let gpa = 9 << 30;
+    let address = FixedAddressing { iova_base: IOVA_BASE }.resolve(gpa, 4096).unwrap();
+    let read = |ring: &mut DriverRing<MappedRing>| {
+        ring.push(&Sqe::read_fixed(address, 4096, 0, 1)).unwrap();
+        if ring.publish() {
+            setup.doorbell.write(1).unwrap();
+        }
+        loop {
+            if let Some(cqe) = ring.reap() {
+                break cqe.res;
+            }
+        }
+    };
+    assert_eq!(read(&mut ring), -nix::libc::EFAULT);
+    let file = memfd(MIB);
+    setup.device.plug(RegionConfig { gpa, len_bytes: MIB, file: file.clone(), file_offset_bytes: 0 }).unwrap();
+    assert_eq!(read(&mut ring), 4096);
+    let mut found = vec![0; 4096];
+    std::os::unix::fs::FileExt::read_exact_at(&*file, &mut found, 0).unwrap();
+    assert_eq!(found, &setup.content[..4096]);
+    setup.check_reads(&mut ring);
+}
+
+#[test]
+fn worker_limits_are_accepted_for_both_ways_of_submission() {
+    for submission in [sq_thread(), SubmissionConfig::Doorbell] {
+        let mut setup = Setup::new(submission);
+        setup.device.workers = IoWorkers { bounded: NonZeroU32::new(2).unwrap(), unbounded: NonZeroU32::MIN };
+        let (_queue, mut ring) = setup.in_guest_ram();
+        setup.check_reads(&mut ring);
+    }
+}
+
+#[test]
+fn no_descriptor_of_a_ring_survives_exec() {
+    let setup = Setup::new(sq_thread());
+    let (_queue, _ring) = setup.in_guest_ram();
+    for entry in std::fs::read_dir("/proc/self/fdinfo").unwrap() {
+        let path = entry.unwrap().path();
+        let Ok(info) = std::fs::read_to_string(&path) else { continue };
+        let fd = path.file_name().unwrap().to_str().unwrap();
+        let target = std::fs::read_link(format!("/proc/self/fd/{fd}")).unwrap_or_default();
+        let ours = ["io_uring", "ringpass", "guest-ram", "eventpoll"];
+        if ours.iter().any(|name| target.to_string_lossy().contains(name)) {
+            let flags = info.lines().find_map(|line| line.strip_prefix("flags:")).unwrap();
+            let flags = i32::from_str_radix(flags.trim(), 8).unwrap();
+            assert_ne!(flags & nix::libc::O_CLOEXEC, 0, "{target:?} is inherited by programs that are started");
+        }
+    }
+    assert!(setup.doorbell.as_raw_fd() >= 0);
+}
