@@ -1,1 +1,10 @@
-//! End-to-end tests of ringpass.
+//! End-to-end tests of ringpass, and what they share.
+//!
+//! The tests themselves are the programs in `tests/`: each registers its tests with [`harness`].
+
+pub mod disks;
+pub mod harness;
+pub mod kernel_log;
+pub mod needs;
+pub mod pairs;
+pub mod seed;

@@ -1,1 +1,51 @@
-fn main() {}
+//! Tasks of the ringpass repository: `cargo xtask test` and `cargo xtask soak`.
+
+use std::{env, path::Path, process::ExitCode};
+
+use anyhow::{Context, Result};
+use clap::{Parser, Subcommand};
+
+// The one reader of the kernel log, compiled here as well: depending on the crate of the tests would mean building the
+// whole workspace before the first check of it can say that it does not build.
+#[path = "../../tests/src/kernel_log.rs"]
+#[allow(unreachable_pub, reason = "public in the crate it belongs to")]
+mod kernel_log;
+mod packages;
+mod soak;
+mod steps;
+mod test;
+
+#[derive(Parser)]
+#[command(name = "cargo xtask", about = "Tasks of the ringpass repository")]
+struct CommandLine {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Install what the tests need, then check the format, lint, build the documentation and run all tests.
+    Test,
+    /// Run tests for long, with larger budgets. Without a name: list what there is.
+    Soak(soak::Options),
+}
+
+fn main() -> ExitCode {
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("\nFAILED: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run() -> Result<()> {
+    let task = CommandLine::parse().task;
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().context("xtask has no parent directory")?;
+    env::set_current_dir(root).with_context(|| format!("entering {}", root.display()))?;
+    match task {
+        Task::Test => test::run(),
+        Task::Soak(options) => soak::run(&options),
+    }
+}

@@ -1,0 +1,144 @@
+//! Did the kernel complain? Reads `/dev/kmsg` (see `Documentation/ABI/testing/dev-kmsg` of the Linux source).
+//!
+//! A test of kernel interfaces that passes while the kernel prints a warning has found a bug and lost it. So a position
+//! in the kernel log is taken before a test, and what the kernel itself printed since then is looked at after it.
+//!
+//! This file uses `std` and `rustix` only: `xtask` compiles it too, to look at a whole run.
+
+use std::{
+    env,
+    ffi::OsString,
+    fs::{File, OpenOptions},
+    io::{self, ErrorKind, Read, Seek, SeekFrom},
+    os::unix::fs::OpenOptionsExt,
+    path::PathBuf,
+};
+
+/// Environment variable: a regular file with lines as in `/dev/kmsg` to read instead. For the harness's own tests.
+pub const PATH_VARIABLE: &str = "RINGPASS_KERNEL_LOG";
+
+/// A record is at most this long (`PRINTK_MESSAGE_MAX` is 2048; Linux before 6.6 used 8192 for the device).
+const LONGEST_RECORD_BYTES: usize = 8192;
+
+/// What the kernel prints when something is wrong with the kernel. Substrings of the message.
+const TROUBLE: &[&str] = &[
+    "BUG:",
+    "BUG ",
+    "kernel BUG at",
+    "WARNING:",
+    "Oops",
+    "UBSAN:",
+    "KASAN:",
+    "KCSAN:",
+    "KFENCE:",
+    "general protection fault",
+    "refcount_t:",
+    "list_add corruption",
+    "list_del corruption",
+    "possible circular locking dependency",
+    "possible recursive locking",
+    "soft lockup",
+    "detected stall",
+    "self-detected stall",
+    "blocked for more than",
+    "leaked percpu",
+];
+
+/// A position in the kernel log; what comes later can be read from it.
+#[derive(Debug)]
+pub struct KernelLog {
+    file: File,
+}
+
+impl KernelLog {
+    /// Takes the position behind the last message so far.
+    ///
+    /// # Errors
+    ///
+    /// `/dev/kmsg` cannot be opened. That needs root or `CAP_SYSLOG` where `kernel.dmesg_restrict` is 1, and many
+    /// containers do not have it at all.
+    pub fn now() -> io::Result<Self> {
+        let path = PathBuf::from(env::var_os(PATH_VARIABLE).unwrap_or_else(|| OsString::from("/dev/kmsg")));
+        let mut file =
+            OpenOptions::new().read(true).custom_flags(rustix::fs::OFlags::NONBLOCK.bits().cast_signed()).open(path)?;
+        file.seek(SeekFrom::End(0))?;
+        Ok(Self { file })
+    }
+
+    /// The kernel's own messages since the position that tell of trouble in the kernel. The position moves behind them.
+    ///
+    /// # Errors
+    ///
+    /// Reading failed. Messages that the kernel has already overwritten are not an error: the rest is looked at.
+    pub fn trouble(&mut self) -> io::Result<Vec<String>> {
+        Ok(trouble_in(&self.read_new()?))
+    }
+
+    fn read_new(&mut self) -> io::Result<String> {
+        let mut new = Vec::new();
+        let mut record = [0; LONGEST_RECORD_BYTES];
+        loop {
+            match self.file.read(&mut record) {
+                Ok(0) => break,
+                Ok(length_bytes) => new.extend_from_slice(&record[..length_bytes]),
+                Err(error) if error.kind() == ErrorKind::WouldBlock => break,
+                // EPIPE: the next record was overwritten; the read after that gets the oldest one there is.
+                Err(error) if matches!(error.kind(), ErrorKind::BrokenPipe | ErrorKind::Interrupted) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(String::from_utf8_lossy(&new).into_owned())
+    }
+}
+
+/// Picks the messages of trouble out of records in the format of `/dev/kmsg`.
+fn trouble_in(records: &str) -> Vec<String> {
+    records.lines().filter_map(kernel_message).filter(|message| is_trouble(message)).map(str::to_owned).collect()
+}
+
+/// The text of a record, if the kernel itself wrote it: `priority,sequence,time,flags;text`, facility 0.
+/// Lines that begin with a space belong to the record before them and hold no text.
+fn kernel_message(line: &str) -> Option<&str> {
+    let (prefix, message) = line.split_once(';')?;
+    let priority: u32 = prefix.split(',').next()?.parse().ok()?;
+    let facility = priority >> 3;
+    (facility == 0).then_some(message)
+}
+
+fn is_trouble(message: &str) -> bool {
+    TROUBLE.iter().any(|sign| message.contains(sign))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn kernel_bugs_are_trouble_and_ordinary_messages_are_not() {
+        let records = "6,100,5000,-;loop0: detected capacity change from 0 to 2048\n \
+                       SUBSYSTEM=block\n\
+                       4,101,5001,-;WARNING: CPU: 1 PID: 77 at io_uring/rw.c:12 io_read+0x1/0x2\n\
+                       3,102,5002,-;INFO: task iou-sqp-77:78 blocked for more than 120 seconds.\n\
+                       1,103,5003,-;BUG: kernel NULL pointer dereference, address: 0000000000000000\n\
+                       6,104,5004,-;EXT4-fs (loop0): mounted filesystem\n";
+        assert_eq!(
+            trouble_in(records),
+            [
+                "WARNING: CPU: 1 PID: 77 at io_uring/rw.c:12 io_read+0x1/0x2",
+                "INFO: task iou-sqp-77:78 blocked for more than 120 seconds.",
+                "BUG: kernel NULL pointer dereference, address: 0000000000000000",
+            ]
+        );
+    }
+
+    #[test]
+    fn what_a_program_writes_into_the_kernel_log_is_not_the_kernels_trouble() {
+        let records = "12,100,5000,-;BUG: says a program, with facility 1\n";
+        assert!(trouble_in(records).is_empty());
+    }
+
+    #[test]
+    fn continued_values_and_garbage_are_not_messages() {
+        assert!(trouble_in(" DEVICE=BUG:;WARNING:\nno record at all; BUG:\n").is_empty());
+    }
+}

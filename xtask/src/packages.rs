@@ -1,0 +1,108 @@
+//! The Debian packages that the tests need: which, why, and how they get installed.
+
+use std::{
+    io::{IsTerminal, stdin},
+    process::{Command, Stdio},
+};
+
+use anyhow::{Context, Result, bail};
+
+use crate::steps;
+
+/// A Debian package and what the tests use it for.
+struct Package {
+    name: &'static str,
+    reason: &'static str,
+}
+
+/// Everything that the tests need beyond Rust. Later tests add a line here.
+const PACKAGES: &[Package] = &[
+    Package { name: "gcc", reason: "compiles the C programs that print the kernel's structures; links Rust programs" },
+    Package { name: "libc6-dev", reason: "headers and start-up code for those C programs" },
+    Package { name: "linux-libc-dev", reason: "<linux/io_uring.h>, which our structures are compared with" },
+    Package { name: "e2fsprogs", reason: "mkfs.ext4: the file systems of the disks under test" },
+    Package { name: "mount", reason: "mount and losetup: file systems and loop devices under test" },
+    Package { name: "util-linux", reason: "zramctl: zram block devices under test" },
+];
+
+/// Installs the packages that are missing. Touches nothing, and needs no privilege, when none is.
+pub(crate) fn install_missing() -> Result<()> {
+    if !steps::is_available("dpkg-query", &["--version"]) {
+        println!("not a Debian system (no dpkg-query); the tests use what these Debian packages have:");
+        for package in PACKAGES {
+            println!("  {:<16}{}", package.name, package.reason);
+        }
+        return Ok(());
+    }
+    let mut missing = Vec::new();
+    for package in PACKAGES {
+        if !is_installed(package.name)? {
+            println!("missing: {} ({})", package.name, package.reason);
+            missing.push(package.name);
+        }
+    }
+    if missing.is_empty() {
+        println!("all {} packages are installed", PACKAGES.len());
+        return Ok(());
+    }
+    install(&missing)
+}
+
+fn is_installed(package: &str) -> Result<bool> {
+    let output = Command::new("dpkg-query")
+        .args(["--show", "--showformat=${db:Status-Status}", package])
+        .stderr(Stdio::null())
+        .output()
+        .context("starting dpkg-query")?;
+    Ok(says_installed(output.status.success(), &output.stdout))
+}
+
+/// The exit status is an error for a package that dpkg never heard of; a removed one is known and not installed.
+fn says_installed(succeeded: bool, status: &[u8]) -> bool {
+    succeeded && status == b"installed"
+}
+
+fn install(packages: &[&str]) -> Result<()> {
+    let by_hand = format!(
+        "run this as root, then try again:\n  apt-get update && apt-get install --yes --no-install-recommends {}",
+        packages.join(" ")
+    );
+    let prefix: &[&str] = if rustix::process::geteuid().is_root() {
+        &[]
+    } else if !steps::is_available("sudo", &["--version"]) {
+        bail!("packages are missing and there is no sudo; {by_hand}");
+    } else if stdin().is_terminal() {
+        &["sudo"]
+    } else {
+        // Nobody is there to type a password.
+        &["sudo", "--non-interactive"]
+    };
+    let apt = ["env", "DEBIAN_FRONTEND=noninteractive", "apt-get"];
+    let update = [prefix, &apt, &["update"]].concat();
+    let install = [prefix, &apt, &["install", "--yes", "--no-install-recommends"], packages].concat();
+    for words in [update, install] {
+        steps::run(Command::new(words[0]).args(&words[1..])).with_context(|| by_hand.clone())?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_package_has_a_reason_and_stands_once() {
+        for (index, package) in PACKAGES.iter().enumerate() {
+            assert!(!package.reason.is_empty(), "{}", package.name);
+            assert!(PACKAGES[..index].iter().all(|earlier| earlier.name != package.name), "{} twice", package.name);
+        }
+    }
+
+    #[test]
+    fn only_an_installed_package_counts_as_installed() {
+        assert!(says_installed(true, b"installed"));
+        for (succeeded, status) in [(true, &b"config-files"[..]), (true, b"not-installed"), (false, b"")] {
+            assert!(!says_installed(succeeded, status), "{status:?}");
+        }
+    }
+}

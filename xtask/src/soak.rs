@@ -1,0 +1,166 @@
+//! `cargo xtask soak`: the same tests with the budgets of a long run, and those that run only there.
+
+use std::process::Command;
+
+use anyhow::{Context, Result, bail};
+use clap::Args;
+
+use crate::{
+    steps::{self, Steps, cargo},
+    test::TestRun,
+};
+
+/// What the command line says about a soak.
+#[derive(Args)]
+pub(crate) struct Options {
+    /// The soak to run; `all` runs each. Without a name: list them.
+    name: Option<String>,
+    /// How long each test with a time budget goes on, instead of its own budget.
+    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..))]
+    seconds: Option<u64>,
+    /// The seed of all random choices, decimal or 0x hexadecimal, as a failed test printed it.
+    #[arg(long, value_parser = parse_seed)]
+    seed: Option<u64>,
+}
+
+/// One long run. Later tests add a line to [`SOAKS`].
+struct Soak {
+    name: &'static str,
+    /// What it shows.
+    what: &'static str,
+    /// About how long, on a machine with two CPUs.
+    duration: &'static str,
+    /// The tests, as a filter of cargo-nextest (<https://nexte.st/docs/filtersets/>).
+    filter: &'static str,
+    /// The number of cases of each property test (`PROPTEST_CASES`), where it is not proptest's own 256.
+    property_cases: Option<u32>,
+}
+
+const SOAKS: &[Soak] = &[
+    Soak {
+        name: "end-to-end",
+        what: "every end-to-end test with its soak budget, and those that run only in a soak",
+        duration: "an hour and more",
+        filter: "package(ringpass-tests) & kind(test)",
+        property_cases: None,
+    },
+    Soak {
+        name: "properties",
+        what: "the unit and property tests of all crates, 20 000 cases of each property",
+        duration: "minutes",
+        filter: "not (package(ringpass-tests) & kind(test))",
+        property_cases: Some(20_000),
+    },
+];
+
+const ALL: &str = "all";
+
+/// Lists the soaks, or runs the named one.
+pub(crate) fn run(options: &Options) -> Result<()> {
+    let Some(name) = &options.name else {
+        print_list();
+        return Ok(());
+    };
+    let chosen = choose(name)?;
+    // The watchdog, the order and the choice of tests of a long run are all cargo-nextest's.
+    if !steps::has_nextest() {
+        bail!("a soak needs cargo-nextest: see https://nexte.st/docs/installation/");
+    }
+    let mut steps = Steps::default();
+    let result = run_each(&mut steps, &chosen, options);
+    steps.print_times();
+    result
+}
+
+fn print_list() {
+    println!("Long runs, each with `cargo xtask soak NAME [--seconds N] [--seed SEED]`:\n");
+    for soak in SOAKS {
+        println!("  {:<14}{} ({})", soak.name, soak.what, soak.duration);
+    }
+    println!("  {ALL:<14}each of these");
+}
+
+fn choose(name: &str) -> Result<Vec<&'static Soak>> {
+    if name == ALL {
+        return Ok(SOAKS.iter().collect());
+    }
+    let soak = SOAKS.iter().find(|soak| soak.name == name).with_context(|| {
+        let names: Vec<&str> = SOAKS.iter().map(|soak| soak.name).collect();
+        format!("no soak is called {name:?}; there are {} and {ALL}", names.join(", "))
+    })?;
+    Ok(vec![soak])
+}
+
+fn run_each(steps: &mut Steps, soaks: &[&'static Soak], options: &Options) -> Result<()> {
+    for soak in soaks {
+        let mut tests = TestRun::begin()?;
+        println!("{}: {} ({})", soak.name, soak.what, soak.duration);
+        let result = steps
+            .run(soak.name, || tests.run(command(soak, options)))
+            .and_then(|()| steps.run("kernel log", || tests.check_kernel_log()));
+        tests.print_skipped()?;
+        result?;
+    }
+    Ok(())
+}
+
+fn command(soak: &Soak, options: &Options) -> Command {
+    let mut command = cargo(&["nextest", "run", "--workspace", "--profile", "soak", "--filterset", soak.filter]);
+    command.env("RINGPASS_SOAK", "1");
+    if let Some(seconds) = options.seconds {
+        command.env("RINGPASS_SOAK_SECONDS", seconds.to_string());
+    }
+    if let Some(seed) = options.seed {
+        command.env("RINGPASS_SEED", format!("{seed:#x}")).env("PROPTEST_RNG_SEED", seed.to_string());
+    }
+    if let Some(cases) = soak.property_cases {
+        command.env("PROPTEST_CASES", cases.to_string());
+    }
+    command
+}
+
+fn parse_seed(text: &str) -> Result<u64, String> {
+    match text.strip_prefix("0x") {
+        Some(digits) => u64::from_str_radix(digits, 16),
+        None => text.parse(),
+    }
+    .map_err(|error| format!("a seed is a number below 2^64, decimal or 0x hexadecimal: {error}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{collections::HashMap, ffi::OsStr};
+
+    use super::*;
+
+    #[test]
+    fn a_soak_is_chosen_by_name_and_an_unknown_one_is_refused_with_the_names() {
+        assert_eq!(choose("properties").expect("a known name")[0].name, "properties");
+        assert_eq!(choose("all").expect("all").len(), SOAKS.len());
+        let refusal = choose("night").err().expect("an unknown name").to_string();
+        assert_eq!(refusal, "no soak is called \"night\"; there are end-to-end, properties and all");
+    }
+
+    #[test]
+    fn the_options_reach_the_tests() {
+        let options = Options { name: None, seconds: Some(90), seed: Some(0x2a) };
+        let command = command(&SOAKS[1], &options);
+        let variables: HashMap<_, _> = command.get_envs().map(|(name, value)| (name, value.expect("set"))).collect();
+        for (name, value) in [
+            ("RINGPASS_SOAK", "1"),
+            ("RINGPASS_SOAK_SECONDS", "90"),
+            ("RINGPASS_SEED", "0x2a"),
+            ("PROPTEST_RNG_SEED", "42"),
+            ("PROPTEST_CASES", "20000"),
+        ] {
+            assert_eq!(variables.get(OsStr::new(name)).copied(), Some(OsStr::new(value)), "{name}");
+        }
+    }
+
+    #[test]
+    fn seeds_are_read_as_the_tests_print_them() {
+        assert_eq!(parse_seed("0x000000000000002a"), Ok(42));
+        assert_eq!(parse_seed("42"), Ok(42));
+        assert!(parse_seed("many").is_err());
+    }
+}

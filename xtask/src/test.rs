@@ -1,0 +1,191 @@
+//! `cargo xtask test`: everything that must hold before a change is taken.
+
+use std::{collections::BTreeSet, fs, io, path::Path, process::Command};
+
+use anyhow::{Context, Result, bail};
+use tempfile::TempDir;
+
+use crate::{
+    kernel_log::KernelLog,
+    packages,
+    steps::{self, Steps, cargo},
+};
+
+/// `cargo test` has no watchdog of its own: the whole run ends after this.
+const PLAIN_RUN_LIMIT: &str = "60m";
+
+/// Runs every step; the first that fails ends the task.
+pub(crate) fn run() -> Result<()> {
+    let mut steps = Steps::default();
+    let result = run_steps(&mut steps);
+    steps.print_times();
+    result?;
+    println!("\nEverything passed.");
+    Ok(())
+}
+
+fn run_steps(steps: &mut Steps) -> Result<()> {
+    steps.run("Debian packages", packages::install_missing)?;
+    steps.run("format", || steps::run(&mut cargo(&["fmt", "--all", "--check"])))?;
+    steps
+        .run("lint", || steps::run(&mut cargo(&["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"])))?;
+    // With private items rustdoc accepts links from public items to them, which are dead in the published pages.
+    steps.run("documentation", || document(&[]))?;
+    steps.run("documentation of private items", || document(&["--document-private-items"]))?;
+
+    let has_nextest = steps::has_nextest();
+    let test_command = if has_nextest { nextest() } else { plain() };
+    let mut tests = TestRun::begin()?;
+    let result = steps
+        .run("tests", || {
+            if !has_nextest {
+                println!("cargo-nextest is not installed: the tests run one program after the other");
+            }
+            tests.run(test_command)
+        })
+        .and_then(|()| steps.run("examples in the documentation", || tests.run(doctests())))
+        .and_then(|()| steps.run("kernel log", || tests.check_kernel_log()));
+    tests.print_skipped()?;
+    result
+}
+
+fn document(options: &[&str]) -> Result<()> {
+    steps::run(cargo(&["doc", "--workspace", "--no-deps"]).args(options).env("RUSTDOCFLAGS", "-D warnings"))
+}
+
+fn nextest() -> Command {
+    cargo(&["nextest", "run", "--workspace"])
+}
+
+/// Everything but the benchmarks, which `--all-targets` would run, and the examples in the documentation.
+fn plain() -> Command {
+    let mut command = Command::new("timeout");
+    let cargo = cargo(&["test", "--workspace", "--no-fail-fast", "--lib", "--bins", "--tests", "--examples"]);
+    command.args(["--kill-after=30s", PLAIN_RUN_LIMIT]).arg(cargo.get_program()).args(cargo.get_args());
+    command
+}
+
+fn doctests() -> Command {
+    cargo(&["test", "--workspace", "--doc"])
+}
+
+/// A run of tests: what was skipped in it, and what the kernel said to it.
+pub(crate) struct TestRun {
+    directory: TempDir,
+    kernel_log: io::Result<KernelLog>,
+}
+
+impl TestRun {
+    pub(crate) fn begin() -> Result<Self> {
+        let directory = TempDir::with_prefix("ringpass-test-run-").context("making a directory for the skip log")?;
+        Ok(Self { directory, kernel_log: KernelLog::now() })
+    }
+
+    /// Runs a command whose tests append what they skip to the file in this variable (see the crate `ringpass-tests`).
+    pub(crate) fn run(&self, mut command: Command) -> Result<()> {
+        steps::run(command.env("RINGPASS_SKIP_LOG", self.skip_log()))
+    }
+
+    /// The harness looks at the kernel log around each test. This finds what came late or from other tests.
+    pub(crate) fn check_kernel_log(&mut self) -> Result<()> {
+        let lines = match &mut self.kernel_log {
+            Ok(log) => log.trouble().context("reading the kernel log")?,
+            Err(error) => {
+                println!("not looked at: {error}");
+                return Ok(());
+            }
+        };
+        if !lines.is_empty() {
+            bail!("the kernel complained while the tests ran:\n  {}", lines.join("\n  "));
+        }
+        println!("no complaint of the kernel while the tests ran");
+        Ok(())
+    }
+
+    /// Prints each skipped test with its reason, and each note, once.
+    pub(crate) fn print_skipped(&self) -> Result<()> {
+        let report = read_report(&self.skip_log())?;
+        println!();
+        match report.skipped.len() {
+            0 => println!("No test was skipped for want of something on this machine."),
+            count => println!("{count} skipped tests, and why:"),
+        }
+        for (name, reason) in &report.skipped {
+            println!("  {name}: {reason}");
+        }
+        for (reason, names) in &report.notes {
+            println!("Note: {names} tests {reason}");
+        }
+        Ok(())
+    }
+
+    fn skip_log(&self) -> std::path::PathBuf {
+        self.directory.path().join("skipped")
+    }
+}
+
+#[derive(Debug, Default, PartialEq, Eq)]
+struct SkipReport {
+    /// Test and reason.
+    skipped: BTreeSet<(String, String)>,
+    /// Reason, and of how many tests.
+    notes: std::collections::BTreeMap<String, usize>,
+}
+
+fn read_report(path: &Path) -> Result<SkipReport> {
+    match fs::read_to_string(path) {
+        Ok(text) => parse_report(&text),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(SkipReport::default()),
+        Err(error) => Err(error).with_context(|| format!("reading {}", path.display())),
+    }
+}
+
+/// A test is listed several times and so reports its skip several times.
+fn parse_report(text: &str) -> Result<SkipReport> {
+    let mut report = SkipReport::default();
+    let lines: BTreeSet<&str> = text.lines().collect();
+    for line in lines {
+        match *line.split('\t').collect::<Vec<_>>().as_slice() {
+            ["skipped", name, reason] => {
+                report.skipped.insert((name.to_owned(), reason.to_owned()));
+            }
+            ["note", _name, reason] => *report.notes.entry(reason.to_owned()).or_default() += 1,
+            _ => bail!("the skip log has a line that is not `skipped` or `note`, test, reason: {line:?}"),
+        }
+    }
+    Ok(report)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_skip_that_is_reported_twice_is_one_skip() {
+        let report = parse_report(
+            "skipped\tdisks::b\tneeds root: the user id is 1000\n\
+             note\tdisks::a\tran without a look at the kernel log: x\n\
+             skipped\tdisks::b\tneeds root: the user id is 1000\n\
+             note\tdisks::c\tran without a look at the kernel log: x\n",
+        )
+        .expect("four good lines");
+        assert_eq!(
+            report.skipped.into_iter().collect::<Vec<_>>(),
+            [("disks::b".to_owned(), "needs root: the user id is 1000".to_owned())]
+        );
+        assert_eq!(
+            report.notes.into_iter().collect::<Vec<_>>(),
+            [("ran without a look at the kernel log: x".to_owned(), 2)]
+        );
+    }
+
+    #[test]
+    fn a_broken_line_in_the_skip_log_is_an_error() {
+        assert!(parse_report("skipped\tonly a name\n").is_err());
+    }
+
+    #[test]
+    fn a_run_that_skipped_nothing_has_no_skip_log() {
+        assert_eq!(read_report(Path::new("/no/such/file")).expect("no file is no skip"), SkipReport::default());
+    }
+}
