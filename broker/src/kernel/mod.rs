@@ -1,0 +1,18 @@
+//! What is known of the running kernel: its release, the known holes that a guest's ring could reach, and what its
+//! io_uring takes.
+//!
+//! [`KernelRelease`] reads the version, distributors' ways of writing it included; [`affected`] lists the known
+//! [`Hole`]s of a release; [`KernelRelease::verdict`] is the advice drawn from both. [`support`] asks the kernel itself
+//! which operations and restrictions it takes; it goes by trial and by the kernel's own answers, never by version.
+
+mod holes;
+mod release;
+mod support;
+mod verdict;
+mod version;
+
+pub use holes::{Hole, Reach, affected, known_holes};
+pub use release::{KernelRelease, ReleaseError};
+pub use support::support;
+pub use verdict::Verdict;
+pub use version::{KernelVersion, Stage};

@@ -1,0 +1,100 @@
+//! What the kernel's io_uring takes, found out with throw-away rings.
+
+use std::io;
+
+use io_uring::{IoUring, Probe, register::Restriction};
+use nix::libc::{EACCES, EINVAL};
+use ringpass_restrictions::{
+    KernelSupport, Operation, OperationSet, RegisterOperation, RegisterOperationSet, RestrictionSemantics,
+};
+
+/// Asks the running kernel what a restriction policy can be made of.
+///
+/// Operations are those of `IORING_REGISTER_PROBE` (Linux 5.6). Register operations have no such list on most kernels,
+/// so one-entry restriction tables are tried: the kernel refuses the numbers that it does not know. The semantics of
+/// Linux 7.0 are told by what a table without register operations does. A few small rings are made and closed; the
+/// calling process keeps nothing of them.
+///
+/// # Errors
+///
+/// What `io_uring_setup(2)` or `io_uring_register(2)` say, e.g. `EPERM` where io_uring is forbidden, `EINVAL` where
+/// the kernel has no restrictions (before Linux 5.10).
+pub fn support() -> io::Result<KernelSupport> {
+    Ok(KernelSupport {
+        operations: operations()?,
+        register_operations: register_operations()?,
+        semantics: semantics()?,
+    })
+}
+
+fn disabled_ring() -> io::Result<IoUring> {
+    IoUring::builder().setup_r_disabled().build(1)
+}
+
+fn operations() -> io::Result<OperationSet> {
+    let mut probe = Probe::new();
+    disabled_ring()?.submitter().register_probe(&mut probe)?;
+    Ok((0..=u8::MAX).filter(|&code| probe.is_supported(code)).map(Operation::new).collect())
+}
+
+/// The kernel compares the number in a table entry with the last one it knows (`io_parse_restrictions`), so the
+/// highest accepted one tells them all. A refused table leaves the ring as it was.
+fn register_operations() -> io::Result<RegisterOperationSet> {
+    let ring = disabled_ring()?;
+    for last in (0..=u8::MAX).rev() {
+        match ring.submitter().register_restrictions(&mut [Restriction::register_op(last)]) {
+            Ok(()) => return Ok((0..=last).map(RegisterOperation::new).collect()),
+            Err(error) if error.raw_os_error() == Some(EINVAL) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Err(io::Error::from_raw_os_error(EINVAL))
+}
+
+fn semantics() -> io::Result<RestrictionSemantics> {
+    let ring = disabled_ring()?;
+    let submitter = ring.submitter();
+    submitter.register_restrictions(&mut [Restriction::sqe_op(Operation::READ_FIXED.code())])?;
+    submitter.register_enable_rings()?;
+    match submitter.register_probe(&mut Probe::new()) {
+        Ok(()) => Ok(RestrictionSemantics::FromLinux7),
+        Err(error) if error.raw_os_error() == Some(EACCES) => Ok(RestrictionSemantics::BeforeLinux7),
+        Err(error) => Err(error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernel::{KernelRelease, KernelVersion};
+
+    #[test]
+    fn the_running_kernel_has_the_operations_of_its_release() {
+        let support = support().expect("the broker's tests need io_uring");
+        let upstream = KernelRelease::running().unwrap().upstream();
+        let has = |since: ringpass_restrictions::LinuxVersion| {
+            upstream >= KernelVersion::released(since.major.into(), since.minor.into(), 0)
+        };
+        // A kernel may have more than its number says, and lack what it was configured without.
+        for operation in [Operation::READ_FIXED, Operation::WRITE_FIXED, Operation::READ, Operation::FUTEX_WAIT] {
+            assert!(support.operations.contains(operation) || !has(operation.since().unwrap()), "{operation}");
+        }
+        for operation in RegisterOperation::named() {
+            assert!(support.register_operations.contains(operation) || !has(operation.since().unwrap()), "{operation}");
+        }
+        assert!(!support.operations.contains(Operation::new(255)));
+        assert!(!support.register_operations.contains(RegisterOperation::new(255)));
+    }
+
+    #[test]
+    fn the_semantics_change_with_linux_7_0() {
+        let support = support().expect("the broker's tests need io_uring");
+        let release = KernelRelease::running().unwrap();
+        let expected = if release.upstream() >= KernelVersion::released(7, 0, 0) {
+            RestrictionSemantics::FromLinux7
+        } else {
+            RestrictionSemantics::BeforeLinux7
+        };
+        assert!(support.semantics == expected || release.backports_of().is_some(), "{:?}", support.semantics);
+    }
+}
