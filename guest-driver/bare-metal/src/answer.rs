@@ -1,0 +1,159 @@
+//! What a vCPU replies.
+
+use ringpass_workload::Report;
+
+use crate::words::{Reader, Words, Writer};
+
+/// Bytes of text that can go with an answer.
+pub const MESSAGE_BYTES: usize = 512;
+
+/// The reply to a [`Command`](crate::Command). The host reads it from memory that the guest writes: any words are one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Answer {
+    /// Waits for its first command.
+    Ready,
+    /// Done; what came of it.
+    Done(Report),
+    /// Not possible; the text says why.
+    Refused,
+    /// The program has panicked; the text says where. The vCPU can do nothing more.
+    Panicked,
+    /// Nothing that the program writes.
+    Unknown(u64),
+}
+
+const READY: u64 = 1;
+const DONE: u64 = 2;
+const REFUSED: u64 = 3;
+const PANICKED: u64 = 4;
+
+impl Answer {
+    /// The answer as words.
+    pub fn to_words(&self) -> Words {
+        let mut words = Writer::new();
+        match self {
+            Self::Ready => words.put(READY),
+            Self::Refused => words.put(REFUSED),
+            Self::Panicked => words.put(PANICKED),
+            Self::Unknown(kind) => words.put(*kind),
+            Self::Done(report) => {
+                words.put(DONE);
+                put_report(&mut words, report);
+            }
+        }
+        words.finish()
+    }
+
+    /// The answer that `words` are.
+    pub fn from_words(words: &Words) -> Self {
+        let mut words = Reader(words.iter());
+        match words.take() {
+            READY => Self::Ready,
+            DONE => Self::Done(take_report(&mut words)),
+            REFUSED => Self::Refused,
+            PANICKED => Self::Panicked,
+            kind => Self::Unknown(kind),
+        }
+    }
+}
+
+fn put_report(words: &mut Writer, report: &Report) {
+    let Report {
+        reads,
+        writes,
+        verified_bytes,
+        mismatches,
+        first_mismatch_block,
+        first_mismatch_got,
+        first_mismatch_expected,
+        errors,
+        first_error_result,
+        unexpected,
+        lost,
+        late,
+        missed_interrupts,
+        elapsed_ns,
+        doorbells,
+        interrupts,
+        sleeps,
+        unmutes,
+    } = *report;
+    let values = [
+        reads,
+        writes,
+        verified_bytes,
+        mismatches,
+        first_mismatch_block,
+        first_mismatch_got,
+        first_mismatch_expected,
+        errors,
+        first_error_result.cast_unsigned(),
+        unexpected,
+        lost,
+        late,
+        missed_interrupts,
+        elapsed_ns,
+        doorbells,
+        interrupts,
+        sleeps,
+        unmutes,
+    ];
+    values.into_iter().for_each(|value| words.put(value));
+}
+
+fn take_report(words: &mut Reader<'_>) -> Report {
+    Report {
+        reads: words.take(),
+        writes: words.take(),
+        verified_bytes: words.take(),
+        mismatches: words.take(),
+        first_mismatch_block: words.take(),
+        first_mismatch_got: words.take(),
+        first_mismatch_expected: words.take(),
+        errors: words.take(),
+        first_error_result: words.take().cast_signed(),
+        unexpected: words.take(),
+        lost: words.take(),
+        late: words.take(),
+        missed_interrupts: words.take(),
+        elapsed_ns: words.take(),
+        doorbells: words.take(),
+        interrupts: words.take(),
+        sleeps: words.take(),
+        unmutes: words.take(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_answer_comes_back_from_its_words() {
+        let report = Report {
+            reads: 1,
+            writes: 2,
+            verified_bytes: 3,
+            mismatches: 4,
+            first_mismatch_block: 5,
+            first_mismatch_got: 6,
+            first_mismatch_expected: 7,
+            errors: 8,
+            first_error_result: -9,
+            unexpected: 10,
+            lost: 11,
+            late: 12,
+            missed_interrupts: 13,
+            elapsed_ns: 14,
+            doorbells: 15,
+            interrupts: 16,
+            sleeps: 17,
+            unmutes: 18,
+        };
+        let answers =
+            [Answer::Ready, Answer::Done(report), Answer::Refused, Answer::Panicked, Answer::Unknown(0x1234)];
+        for answer in answers {
+            assert_eq!(Answer::from_words(&answer.to_words()), answer);
+        }
+    }
+}

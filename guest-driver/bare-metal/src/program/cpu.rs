@@ -1,0 +1,144 @@
+//! The processor: what Rust has no words for. All assembly is here.
+
+use core::arch::{asm, global_asm};
+
+use ringpass_bare_metal::map::{CALL_PORT, IDLE_TICK_COUNT, block, header, vector};
+
+// The header of the image, and everything that runs at CPL 0.
+//
+// The handlers keep their hands off everything but the registers they save: they interrupt Rust code at any point. The
+// stack is switched by the processor (TSS.RSP0), so the red zone below the interrupted stack stays as it is. GS points
+// to the vCPU's block in both rings. The local APIC is in x2APIC mode: MSR 0x80b is its end-of-interrupt register,
+// 0x838 its timer's initial count.
+//
+// The idle call looks at the news with interrupts off (it goes through an interrupt gate), and STI takes effect behind
+// HLT's start: an interrupt that comes in between ends the HLT. A running timer is left running.
+global_asm!(
+    ".pushsection .header, \"a\", @progbits",
+    ".quad {magic}, start, queue_interrupt, timer_interrupt, idle_call",
+    ".popsection",
+    "",
+    "queue_interrupt:",
+    "    mov byte ptr gs:[{interrupted}], 1",
+    "    jmp end_of_interrupt",
+    "",
+    "timer_interrupt:",
+    "    mov byte ptr gs:[{timer_armed}], 0",
+    "end_of_interrupt:",
+    "    push rax",
+    "    push rcx",
+    "    push rdx",
+    "    xor eax, eax",
+    "    xor edx, edx",
+    "    mov ecx, 0x80b",
+    "    wrmsr",
+    "    pop rdx",
+    "    pop rcx",
+    "    pop rax",
+    "    iretq",
+    "",
+    "idle_call:",
+    "    cmp byte ptr gs:[{interrupted}], 0",
+    "    jne 2f",
+    "    cmp byte ptr gs:[{timer_armed}], 0",
+    "    jne 1f",
+    "    mov byte ptr gs:[{timer_armed}], 1",
+    "    mov eax, {idle_tick_count}",
+    "    xor edx, edx",
+    "    mov ecx, 0x838",
+    "    wrmsr",
+    "1:  sti",
+    "    hlt",
+    "2:  iretq",
+    magic = const header::MAGIC,
+    interrupted = const block::INTERRUPTED,
+    timer_armed = const block::TIMER_ARMED,
+    idle_tick_count = const IDLE_TICK_COUNT,
+);
+
+// What the compiler calls by name and a C library would bring. The string instructions are as fast as anything for
+// block-sized lengths on processors with fast short REP MOVSB, and the workload's small copies are inlined.
+global_asm!(
+    ".globl memcpy, memmove, memset, memcmp, bcmp",
+    "memcpy:",
+    "    mov rax, rdi",
+    "    mov rcx, rdx",
+    "    rep movsb",
+    "    ret",
+    "",
+    "memmove:",
+    "    mov rax, rdi",
+    "    mov rcx, rdx",
+    "    mov r8, rdi",
+    "    sub r8, rsi",
+    "    cmp r8, rdx",
+    "    jb 3f",
+    "    rep movsb",
+    "    ret",
+    // The destination starts inside the source: from the end.
+    "3:  lea rsi, [rsi + rdx - 1]",
+    "    lea rdi, [rdi + rdx - 1]",
+    "    std",
+    "    rep movsb",
+    "    cld",
+    "    ret",
+    "",
+    "memset:",
+    "    mov r8, rdi",
+    "    mov eax, esi",
+    "    mov rcx, rdx",
+    "    rep stosb",
+    "    mov rax, r8",
+    "    ret",
+    "",
+    "memcmp:",
+    "bcmp:",
+    "    xor eax, eax",
+    "    mov rcx, rdx",
+    // Equal if there is nothing to compare.
+    "    cmp ecx, ecx",
+    "    repe cmpsb",
+    "    je 4f",
+    "    movzx eax, byte ptr [rdi - 1]",
+    "    movzx ecx, byte ptr [rsi - 1]",
+    "    sub ecx, eax",
+    "    mov eax, ecx",
+    "4:  ret",
+);
+
+/// Leaves the guest until the monitor lets it go on. Memory may have changed then.
+pub(crate) fn call() {
+    write_port(CALL_PORT);
+}
+
+/// Writes a byte to a port.
+pub(crate) fn write_port(port: u16) {
+    // SAFETY: the I/O permission bitmap lets CPL 3 use it; it has no effect on this program's memory but through the
+    // monitor, which is why it counts as writing memory.
+    unsafe { asm!("out dx, al", in("dx") port, in("al") 1u8, options(nostack, preserves_flags)) }
+}
+
+/// Sleeps until an interrupt comes, unless the queue's has come since it was last taken.
+pub(crate) fn idle() {
+    // SAFETY: the handler at this vector changes these registers and nothing else.
+    unsafe { asm!("int {vector}", vector = const vector::IDLE, out("rax") _, out("rcx") _, out("rdx") _, options(nostack)) }
+}
+
+/// The time stamp counter, behind everything before it in program order.
+#[inline]
+pub(crate) fn ticks() -> u64 {
+    // SAFETY: every x86-64 processor has it.
+    unsafe { core::arch::x86_64::_mm_lfence() };
+    // SAFETY: CR4.TSD is clear, so that CPL 3 may read the counter.
+    unsafe { core::arch::x86_64::_rdtsc() }
+}
+
+/// The address of this vCPU's block.
+pub(crate) fn own_block() -> u64 {
+    let address;
+    // SAFETY: GS points to the block, which holds its own address.
+    unsafe {
+        asm!("mov {}, gs:[{own}]", out(reg) address, own = const block::OWN_ADDRESS, options(nostack, preserves_flags));
+    }
+    address
+}
