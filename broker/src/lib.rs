@@ -16,6 +16,7 @@
 pub mod direct;
 pub mod disk;
 pub mod kernel;
+pub mod kvm;
 pub mod limits;
 pub mod memory;
 pub mod probe;

@@ -1,0 +1,103 @@
+//! Why a queue cannot be connected to a VM.
+
+use std::io;
+
+use crate::memory::MemoryError;
+use crate::ring::RingError;
+
+/// Why something could not be connected to a VM. Nothing of it remains.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum KvmError {
+    /// The queue itself was refused.
+    #[error(transparent)]
+    Ring(#[from] RingError),
+    /// The guest's memory is not as it must be.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// KVM would not make a memory slot.
+    #[error(
+        "KVM refuses memory slot {slot} ({len_bytes} bytes at guest-physical {gpa:#x}): {source}{}",
+        slot_hint(.source)
+    )]
+    Slot {
+        /// Number of the slot.
+        slot: u32,
+        /// Guest-physical address.
+        gpa: u64,
+        /// Length in bytes.
+        len_bytes: u64,
+        /// KVM's answer.
+        source: kvm_ioctls::Error,
+    },
+    /// KVM would not listen to the doorbell.
+    #[error("KVM refuses an ioeventfd at {address}: {source}{}", doorbell_hint(.source))]
+    Doorbell {
+        /// The doorbell's port or guest-physical address.
+        address: String,
+        /// KVM's answer.
+        source: kvm_ioctls::Error,
+    },
+    /// KVM would not interrupt the guest.
+    #[error("KVM refuses an irqfd for interrupt {gsi}: {source}{}", interrupt_hint(.source))]
+    Interrupt {
+        /// The global system interrupt.
+        gsi: u32,
+        /// KVM's answer.
+        source: kvm_ioctls::Error,
+    },
+    /// A window does not lie page-aligned.
+    #[error("the window for the {area} area at guest-physical {gpa:#x} is not aligned to 4096 bytes")]
+    UnalignedWindow {
+        /// `"rings"` or `"SQE"`.
+        area: &'static str,
+        /// Its guest-physical address.
+        gpa: u64,
+    },
+    /// The vCPU's statistics lack a counter.
+    #[error("this kernel's statistics of a vCPU have no counter named {name}")]
+    NoCounter {
+        /// Its name.
+        name: &'static str,
+    },
+    /// Another system call failed.
+    #[error("{what}: {source}")]
+    System {
+        /// What was being done.
+        what: &'static str,
+        /// What the kernel said.
+        source: io::Error,
+    },
+}
+
+impl KvmError {
+    /// For `map_err` on a system call.
+    pub(super) fn system<E: Into<io::Error>>(what: &'static str) -> impl FnOnce(E) -> Self {
+        move |source| Self::System { what, source: source.into() }
+    }
+}
+
+fn slot_hint(error: &kvm_ioctls::Error) -> &'static str {
+    match error.errno() {
+        nix::libc::EEXIST => "; it overlaps another memory slot of the VM",
+        nix::libc::EINVAL => "; the number is in use with another size, or beyond KVM_CAP_NR_MEMSLOTS",
+        _ => "",
+    }
+}
+
+fn doorbell_hint(error: &kvm_ioctls::Error) -> &'static str {
+    match error.errno() {
+        nix::libc::EEXIST => "; another ioeventfd is there: each queue needs a doorbell of its own",
+        nix::libc::ENOSPC => "; the VM has as many doorbells as KVM allows (NR_IOBUS_DEVS, 1000)",
+        _ => "",
+    }
+}
+
+fn interrupt_hint(error: &kvm_ioctls::Error) -> &'static str {
+    match error.errno() {
+        nix::libc::EAGAIN | nix::libc::EINVAL => {
+            "; the VM needs an interrupt controller in the kernel, and a route for this interrupt"
+        }
+        _ => "",
+    }
+}

@@ -1,0 +1,166 @@
+//! A queue of a device, connected to a VM.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use kvm_ioctls::{IoEventAddress, VmFd};
+use ringpass_guest_abi::RingLayout;
+
+use super::KvmError;
+use super::events::{Doorbell, Interrupt};
+use super::slots::WindowSlots;
+use crate::direct::{DirectDevice, DirectQueue, QueueConfig, QueuePlacement};
+use crate::ring::{RingConfig, RingEnd};
+
+/// What a queue of a VM is to be.
+#[derive(Debug)]
+pub struct KvmQueueConfig {
+    /// Size of the ring.
+    pub ring: RingConfig,
+    /// Where the guest is to find it.
+    pub placement: KvmPlacement,
+    /// The port or guest-physical address to which the guest writes to ring the doorbell: any value, of any width. It
+    /// must lie in no memory slot, and no other queue's may be there. None: see [`QueueConfig::doorbell`].
+    pub doorbell: Option<IoEventAddress>,
+    /// The global system interrupt of completions, for which the VM has a route: edge-triggered, an MSI as a rule. None:
+    /// the guest only polls.
+    pub interrupt_gsi: Option<u32>,
+}
+
+/// Where the guest finds a ring.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum KvmPlacement {
+    /// In its RAM, where its driver has allocated it.
+    GuestRam {
+        /// Guest-physical address of the rings area.
+        rings_gpa: u64,
+        /// Guest-physical address of the SQE area.
+        sqes_gpa: u64,
+    },
+    /// In pages of the kernel, shown through two memory slots. How long they are stands in the
+    /// [`layout`](KvmQueue::layout).
+    Window {
+        /// Guest-physical address of the rings area, aligned to 4096. There must be room.
+        rings_gpa: u64,
+        /// Guest-physical address of the SQE area, aligned to 4096.
+        sqes_gpa: u64,
+        /// Number of the first of two free memory slots.
+        first_slot: u32,
+    },
+}
+
+/// A queue that a guest on KVM drives. Detached when dropped.
+///
+/// The VM lives at least as long.
+#[derive(Debug)]
+pub struct KvmQueue {
+    vm: Arc<VmFd>,
+    layout: RingLayout,
+    parts: Option<Parts>,
+}
+
+/// In the order in which they are undone.
+#[derive(Debug)]
+struct Parts {
+    doorbell: Option<Doorbell>,
+    interrupt: Mutex<Option<Interrupt>>,
+    window: Option<WindowSlots>,
+    queue: DirectQueue,
+}
+
+impl KvmQueue {
+    /// Makes the queue, lets it run, and connects it to the VM.
+    ///
+    /// # Errors
+    ///
+    /// What KVM or the ring refuses. Nothing remains connected; a ring that was already made ends by itself.
+    pub fn attach(vm: &Arc<VmFd>, device: &DirectDevice, config: KvmQueueConfig) -> Result<Self, KvmError> {
+        let KvmQueueConfig { ring, placement, doorbell, interrupt_gsi } = config;
+        check(placement)?;
+        // The guest is listened to before it can find a ring, and can be interrupted before that ring runs.
+        let doorbell = doorbell.map(|address| Doorbell::new(vm, address)).transpose()?;
+        let interrupt = interrupt_gsi.map(|gsi| Interrupt::new(vm, gsi)).transpose()?;
+        let queue = device.attach(QueueConfig {
+            ring,
+            placement: match placement {
+                KvmPlacement::GuestRam { rings_gpa, sqes_gpa } => QueuePlacement::GuestRam { rings_gpa, sqes_gpa },
+                KvmPlacement::Window { .. } => QueuePlacement::Window,
+            },
+            doorbell: doorbell.as_ref().map(Doorbell::eventfd).transpose()?,
+            completion: interrupt.as_ref().map(Interrupt::clone_eventfd).transpose()?,
+        })?;
+        let window = match (placement, queue.window()) {
+            (KvmPlacement::Window { rings_gpa, sqes_gpa, first_slot }, Some(window)) => {
+                Some(WindowSlots::map(vm, &window, first_slot, rings_gpa, sqes_gpa)?)
+            }
+            _ => None,
+        };
+        let layout = *queue.layout();
+        let parts = Parts { doorbell, interrupt: Mutex::new(interrupt), window, queue };
+        Ok(Self { vm: vm.clone(), layout, parts: Some(parts) })
+    }
+
+    /// Where the parts of the ring are, for the guest.
+    pub fn layout(&self) -> &RingLayout {
+        &self.layout
+    }
+
+    /// Interrupts the guest through `gsi` (or not at all) from now on, also if that is what it was before: for a change
+    /// of the route that must not lose a completion. The guest gets one interrupt more than there were completions.
+    ///
+    /// # Errors
+    ///
+    /// KVM has no route for `gsi`: then nothing has changed. Or the ring refuses the new eventfd: then the guest is not
+    /// interrupted until another call succeeds.
+    pub fn replace_interrupt(&self, gsi: Option<u32>) -> Result<(), KvmError> {
+        let parts = self.parts();
+        let mut interrupt = lock(&parts.interrupt);
+        let new = gsi.map(|gsi| Interrupt::new(&self.vm, gsi)).transpose()?;
+        parts.queue.replace_completion(new.as_ref().map(Interrupt::eventfd))?;
+        // The old one is removed behind that: what it was signalled before has reached the guest by then.
+        *interrupt = new;
+        Ok(())
+    }
+
+    /// Disconnects the queue from the VM and ends it.
+    ///
+    /// The guest's writes to the doorbell come out of `KVM_RUN` from here on, and so does every access to a window: a
+    /// guest that still runs must have been told. Returns at once. [`RingEnd`] tells when the I/O has ended too; the
+    /// guest's RAM must not be used for anything else before.
+    pub fn detach(mut self) -> RingEnd {
+        self.end().expect("only detached here or when dropped")
+    }
+
+    fn end(&mut self) -> Option<RingEnd> {
+        let Parts { doorbell, interrupt, window, queue } = self.parts.take()?;
+        drop(doorbell);
+        drop(interrupt);
+        // A mapping keeps a ring running, and the slots hold the mapping.
+        drop(window);
+        Some(queue.close())
+    }
+
+    fn parts(&self) -> &Parts {
+        self.parts.as_ref().expect("only taken when the queue goes")
+    }
+}
+
+impl Drop for KvmQueue {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
+
+fn check(placement: KvmPlacement) -> Result<(), KvmError> {
+    if let KvmPlacement::Window { rings_gpa, sqes_gpa, .. } = placement {
+        for (area, gpa) in [("rings", rings_gpa), ("SQE", sqes_gpa)] {
+            if !gpa.is_multiple_of(4096) {
+                return Err(KvmError::UnalignedWindow { area, gpa });
+            }
+        }
+    }
+    Ok(())
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
