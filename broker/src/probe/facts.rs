@@ -7,7 +7,7 @@ use rustix::thread::{CapabilitySet, capabilities};
 
 use super::{Feature, trial};
 use crate::{
-    kernel::{KernelRelease, ReleaseError, support},
+    kernel::{KernelRelease, ReleaseError},
     limits::Memlock,
 };
 
@@ -24,8 +24,8 @@ pub struct Facts {
     pub seccomp_mode: Option<u32>,
     /// Whether the simplest ring can be made. Without it nothing else was tried.
     pub setup: Outcome,
-    /// What restrictions can be made of, if the kernel could be asked.
-    pub support: Option<KernelSupport>,
+    /// What restrictions can be made of, or what came of asking the kernel.
+    pub support: Result<KernelSupport, Outcome>,
     /// Each feature, and whether it works. One that is missing here was not tried.
     pub features: Vec<(Feature, Outcome)>,
     /// How much memory may be pinned.
@@ -53,7 +53,7 @@ pub enum Outcome {
 /// The settings `kernel.io_uring_disabled` and `kernel.io_uring_group` (Linux 6.6).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Sysctl {
-    /// 0: everybody may make rings; 1: the group and `CAP_SYS_ADMIN`; 2: nobody. `None`: the kernel has no such setting.
+    /// 0: everybody may make rings; 1: the group and `CAP_SYS_ADMIN`; 2: nobody. `None`: there is no such setting.
     pub io_uring_disabled: Option<u32>,
     /// The group that may make rings with 1; -1 is nobody. `None`: the kernel has no such setting.
     pub io_uring_group: Option<i64>,
@@ -102,9 +102,11 @@ impl Facts {
         let needs_capability = sysctl.io_uring_disabled == Some(1) && !sysctl.in_group;
         let tried = trial::in_own_thread(move || {
             let setup = trial::simplest_ring();
-            let support = if setup == Outcome::Works { support().ok() } else { None };
-            let features =
-                if setup == Outcome::Works { trial::all(support.as_ref(), !needs_capability) } else { Vec::new() };
+            if setup != Outcome::Works {
+                return (setup, Err(Outcome::NotTried), Vec::new());
+            }
+            let support = trial::support();
+            let features = trial::all(support.as_ref().ok(), !needs_capability);
             (setup, support, features)
         });
         let (setup, support, features) = tried.map_err(FactsError::Thread)?;

@@ -127,7 +127,7 @@ impl Feature {
             ),
             Self::ScatteredCallerMemory => (
                 "scattered-caller-memory",
-                "the same, over several scattered pages",
+                "rings in scattered memory of the caller",
                 "IORING_SETUP_NO_MMAP with pages that are not contiguous, Linux 6.10",
                 Need::GuestRam,
                 "only rings of one page, or in guest RAM on huge pages, could be there",
@@ -141,7 +141,7 @@ impl Feature {
             ),
             Self::UnprivilegedSubmissionPolling => (
                 "unprivileged-submission-polling",
-                "the same without any capability",
+                "submission polling without any capability",
                 "IORING_SETUP_SQPOLL without privileges, Linux 5.13",
                 Need::Nobody,
                 "an unprivileged broker is left with kick mode",

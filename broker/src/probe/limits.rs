@@ -5,6 +5,8 @@ use crate::limits::Memlock;
 
 /// A guest with less RAM than this has no use for a disk.
 const GUEST_MIN_BYTES: u64 = 1 << 20;
+/// For the rings of a few queues, which are charged too.
+const RINGS_BYTES: u64 = 1 << 20;
 
 /// Everything about memory.
 pub(super) fn checks(facts: &Facts) -> [Check; 2] {
@@ -22,9 +24,10 @@ fn memlock(memlock: &Memlock) -> Check {
     };
     let pinned_bytes = memlock.pinned_bytes();
     let mut detail = format!(
-        "{} left of {} (RLIMIT_MEMLOCK): all of a guest's RAM is pinned in direct mode, so that is the most it may have",
+        "{} left of {} (RLIMIT_MEMLOCK), for all of a guest's RAM and about {} for its rings",
         bytes(soft_bytes.saturating_sub(pinned_bytes)),
-        bytes(soft_bytes)
+        bytes(soft_bytes),
+        bytes(RINGS_BYTES)
     );
     if !memlock.pinned_by.is_empty() {
         let processes: Vec<String> = memlock
@@ -34,15 +37,11 @@ fn memlock(memlock: &Memlock) -> Check {
             .collect();
         detail += &format!("; pinned by this user: {}", processes.join(", "));
     }
-    match memlock.check(GUEST_MIN_BYTES) {
+    match memlock.check(GUEST_MIN_BYTES + RINGS_BYTES) {
         Ok(()) => check(detail),
         Err(error) => check(detail).missing(
             format!("not even a guest with {} of RAM can be pinned: {error}", bytes(GUEST_MIN_BYTES)),
-            vec![
-                "raise RLIMIT_MEMLOCK to the guest's RAM and 1 MiB for its rings (LimitMEMLOCK= in a systemd unit)"
-                    .to_owned(),
-                "or give the broker CAP_IPC_LOCK".to_owned(),
-            ],
+            vec!["raise RLIMIT_MEMLOCK to the guest's RAM and 1 MiB, or give the broker CAP_IPC_LOCK".to_owned()],
         ),
     }
 }
@@ -76,7 +75,7 @@ pub(super) fn note(facts: &Facts) -> Option<String> {
     let soft_bytes = memlock.soft_bytes.filter(|_| !memlock.exempt)?;
     let works = facts.setup == Outcome::Works;
     works.then(|| {
-        let left_bytes = soft_bytes.saturating_sub(memlock.pinned_bytes());
+        let left_bytes = soft_bytes.saturating_sub(memlock.pinned_bytes()).saturating_sub(RINGS_BYTES);
         format!("for guests of up to {} of RAM with this RLIMIT_MEMLOCK", bytes(left_bytes))
     })
 }

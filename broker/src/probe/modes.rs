@@ -47,7 +47,8 @@ fn not_built(name: ModeName) -> Mode {
 /// What holds on every machine.
 pub(super) fn notes() -> Vec<String> {
     [
-        "Direct mode pins all of a guest's RAM. It is for guests without a balloon, free page reporting, virtio-mem and \
+        "Direct mode pins all of a guest's RAM. It is for guests without a balloon, free page reporting, \
+         virtio-mem and \
          postcopy migration: these discard pages that the ring goes on using, and the guest's data is lost silently.",
         "Guest RAM must be a memfd, or a file on tmpfs or hugetlbfs: the kernel does not pin other files.",
     ]

@@ -21,6 +21,7 @@ use rustix::{
 };
 
 use super::{Feature, Outcome};
+use crate::kernel;
 use crate::ring::sys::{RingFd, RingPages};
 
 /// The kernel's page size on every architecture ringpass knows.
@@ -67,6 +68,12 @@ pub(super) fn in_own_thread<T: Send + 'static>(trials: impl FnOnce() -> T + Send
 /// The simplest ring there is, which Linux 5.1 has.
 pub(super) fn simplest_ring() -> Outcome {
     RingFd::setup(1, &mut io_uring_params::default()).map(|_| ()).step("io_uring_setup").into()
+}
+
+/// What restrictions can be made of.
+pub(super) fn support() -> Result<KernelSupport, Outcome> {
+    let step = "asking the kernel what it restricts";
+    kernel::support().map_err(|error| Outcome::Failed { step, errno: error.raw_os_error() })
 }
 
 /// Tries every feature; unprivileged ones without capabilities only if `may_drop_capabilities`.

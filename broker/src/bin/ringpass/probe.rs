@@ -28,13 +28,18 @@ const NOTHING_AVAILABLE: u8 = 1;
 /// When the machine cannot be observed, or the output not be written.
 pub(crate) fn run(args: &ProbeArgs) -> anyhow::Result<ExitCode> {
     let report = probe::run().context("cannot probe this machine")?;
-    let mut out = io::stdout().lock();
+    let mut out = Vec::new();
     if args.json {
         serde_json::to_writer_pretty(&mut out, &report)?;
         writeln!(out)?;
     } else {
-        let marks = if out.is_terminal() { Marks::COLOURED } else { Marks::PLAIN };
+        let marks = if io::stdout().is_terminal() { Marks::COLOURED } else { Marks::PLAIN };
         write_report(&mut out, &report, &marks)?;
+    }
+    match io::stdout().write_all(&out) {
+        // The reader has seen enough.
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {}
+        written => written.context("cannot write the report")?,
     }
     Ok(if report.any_mode_available() { ExitCode::SUCCESS } else { ExitCode::from(NOTHING_AVAILABLE) })
 }
@@ -77,12 +82,16 @@ fn write_report(out: &mut impl Write, report: &Report, marks: &Marks) -> io::Res
     writeln!(out, "\n  advice: {}", kernel.advice)?;
     write_holes(out, report, marks)?;
     writeln!(out, "\nChecks")?;
-    for check in &report.checks {
+    for check in report.checks.iter().filter(|check| check.status != Status::NotTried) {
         write_check(out, check, marks)?;
+    }
+    let not_tried = titles(report, |check| check.status == Status::NotTried);
+    if !not_tried.is_empty() {
+        paragraph(out, &format!("  {} ", marks.not_tried), &format!("not tried for that reason: {not_tried}"))?;
     }
     writeln!(out, "\nModes")?;
     for mode in &report.modes {
-        write_mode(out, mode, marks)?;
+        write_mode(out, report, mode, marks)?;
     }
     writeln!(out, "\nTo know")?;
     for note in &report.notes {
@@ -113,14 +122,25 @@ fn write_check(out: &mut impl Write, check: &Check, marks: &Marks) -> io::Result
     write_reasons(out, check.why.as_deref(), &check.change)
 }
 
-fn write_mode(out: &mut impl Write, mode: &Mode, marks: &Marks) -> io::Result<()> {
+fn write_mode(out: &mut impl Write, report: &Report, mode: &Mode, marks: &Marks) -> io::Result<()> {
     let state = if mode.available { "available" } else { "not available" };
     writeln!(out, "  {} {}: {state}", marks.of_bool(mode.available), mode.name.title())?;
-    write_reasons(out, mode.why.as_deref(), &mode.change)?;
+    let missing = titles(report, |check| check.status == Status::Missing && check.needed_for.contains(&mode.name));
+    if missing.is_empty() {
+        write_reasons(out, mode.why.as_deref(), &mode.change)?;
+    } else {
+        paragraph(out, "      why:    ", &format!("it needs what is missing above: {missing}"))?;
+    }
     for note in &mode.notes {
         paragraph(out, "      ", note)?;
     }
     Ok(())
+}
+
+fn titles(report: &Report, which: impl Fn(&Check) -> bool) -> String {
+    let titles: Vec<&str> =
+        report.checks.iter().filter(|check| which(check)).map(|check| check.title.as_str()).collect();
+    titles.join(", ")
 }
 
 fn write_reasons(out: &mut impl Write, why: Option<&str>, change: &[String]) -> io::Result<()> {
@@ -196,11 +216,14 @@ mod tests {
         check.status = Status::Missing;
         check.why = Some("because".to_owned());
         check.change = vec!["this".to_owned(), "or that".to_owned()];
+        report.checks[1].status = Status::NotTried;
         let mut out = Vec::new();
         write_report(&mut out, &report, &Marks::PLAIN).unwrap();
         let out = String::from_utf8(out).unwrap();
-        assert!(out.contains("  ✗ io_uring may be used: "), "{out}");
+        assert!(out.contains("  ✗ io_uring: "), "{out}");
         assert!(out.contains("\n      why:    because\n      change: this\n      change: or that\n"), "{out}");
-        assert!(out.contains("  ✗ mediated: not available\n"), "{out}");
+        assert!(out.contains("  ? not tried for that reason: operations of the direct policy\n"), "{out}");
+        assert!(out.contains("      why:    it needs what is missing above: io_uring\n"), "{out}");
+        assert!(out.contains("  ✗ mediated: not available\n      why:    this version"), "{out}");
     }
 }
