@@ -25,6 +25,8 @@ pub struct Report {
 pub struct KernelReport {
     /// `uname -r`.
     pub release: String,
+    /// The same for people, with the upstream version where `uname -r` hides it.
+    pub title: String,
     /// The upstream version it was made from.
     pub upstream: String,
     /// The distributor whose kernels take fixes from later versions, so that the version does not tell them.
@@ -153,6 +155,7 @@ impl KernelReport {
         let verdict = kernel.verdict();
         Self {
             release: kernel.release().to_owned(),
+            title: kernel.to_string(),
             upstream: kernel.upstream().to_string(),
             backports_of: kernel.backports_of().map(str::to_owned),
             holes: holes.collect(),

@@ -75,11 +75,8 @@ impl Marks {
 
 fn write_report(out: &mut impl Write, report: &Report, marks: &Marks) -> io::Result<()> {
     let kernel = &report.kernel;
-    write!(out, "Linux {}", kernel.release)?;
-    if !kernel.release.starts_with(&kernel.upstream) {
-        write!(out, " (upstream {})", kernel.upstream)?;
-    }
-    writeln!(out, "\n  advice: {}", kernel.advice)?;
+    writeln!(out, "Linux {}", kernel.title)?;
+    paragraph(out, "  advice: ", &kernel.advice)?;
     write_holes(out, report, marks)?;
     writeln!(out, "\nChecks")?;
     for check in report.checks.iter().filter(|check| check.status != Status::NotTried) {
