@@ -53,7 +53,7 @@ pub const SOAK_SECONDS_VARIABLE: &str = "RINGPASS_SOAK_SECONDS";
 
 type Body = Box<dyn FnOnce() -> Result<()> + Send>;
 
-/// A registered test. Made by [`test`].
+/// A registered test. Made by [`test()`].
 pub struct Test {
     name: String,
     needs: Vec<Need>,

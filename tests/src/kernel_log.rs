@@ -3,7 +3,7 @@
 //! A test of kernel interfaces that passes while the kernel prints a warning has found a bug and lost it. So a position
 //! in the kernel log is taken before a test, and what the kernel itself printed since then is looked at after it.
 //!
-//! This file uses `std` and `rustix` only: `xtask` compiles it too, to look at a whole run.
+//! This file uses `std`, `rustix` and, in its tests, `tempfile` only: `xtask` compiles it too, to look at a whole run.
 
 use std::{
     env,
@@ -11,7 +11,7 @@ use std::{
     fs::{File, OpenOptions},
     io::{self, ErrorKind, Read, Seek, SeekFrom},
     os::unix::fs::OpenOptionsExt,
-    path::PathBuf,
+    path::Path,
 };
 
 /// Environment variable: a regular file with lines as in `/dev/kmsg` to read instead. For the harness's own tests.
@@ -20,11 +20,10 @@ pub const PATH_VARIABLE: &str = "RINGPASS_KERNEL_LOG";
 /// A record is at most this long (`PRINTK_MESSAGE_MAX` is 2048; Linux before 6.6 used 8192 for the device).
 const LONGEST_RECORD_BYTES: usize = 8192;
 
-/// What the kernel prints when something is wrong with the kernel. Substrings of the message.
+/// What the kernel prints when something is wrong with the kernel. Parts of a message that begin a word.
 const TROUBLE: &[&str] = &[
     "BUG:",
     "BUG ",
-    "kernel BUG at",
     "WARNING:",
     "Oops",
     "UBSAN:",
@@ -39,7 +38,6 @@ const TROUBLE: &[&str] = &[
     "possible recursive locking",
     "soft lockup",
     "detected stall",
-    "self-detected stall",
     "blocked for more than",
     "leaked percpu",
 ];
@@ -58,7 +56,11 @@ impl KernelLog {
     /// `/dev/kmsg` cannot be opened. That needs root or `CAP_SYSLOG` where `kernel.dmesg_restrict` is 1, and many
     /// containers do not have it at all.
     pub fn now() -> io::Result<Self> {
-        let path = PathBuf::from(env::var_os(PATH_VARIABLE).unwrap_or_else(|| OsString::from("/dev/kmsg")));
+        let path = env::var_os(PATH_VARIABLE).unwrap_or_else(|| OsString::from("/dev/kmsg"));
+        Self::at_end_of(path.as_ref())
+    }
+
+    fn at_end_of(path: &Path) -> io::Result<Self> {
         let mut file =
             OpenOptions::new().read(true).custom_flags(rustix::fs::OFlags::NONBLOCK.bits().cast_signed()).open(path)?;
         file.seek(SeekFrom::End(0))?;
@@ -106,12 +108,32 @@ fn kernel_message(line: &str) -> Option<&str> {
 }
 
 fn is_trouble(message: &str) -> bool {
-    TROUBLE.iter().any(|sign| message.contains(sign))
+    let begins_a_word = |at: usize| !message[..at].ends_with(|c: char| c.is_ascii_alphanumeric());
+    TROUBLE.iter().any(|sign| message.match_indices(sign).any(|(at, _)| begins_a_word(at)))
 }
 
 #[cfg(test)]
 mod tests {
+    use std::io::Write;
+
     use super::*;
+
+    #[test]
+    fn each_trouble_is_seen_once_and_only_after_the_position() {
+        let mut file = tempfile::NamedTempFile::new().expect("a temporary file");
+        let path = file.path().to_owned();
+        let mut kernel_prints = |message: &str| writeln!(file, "4,1,1,-;{message}").expect("an append");
+        kernel_prints("WARNING: before the position");
+        let mut log = KernelLog::at_end_of(&path).expect("the file opens");
+        assert!(log.trouble().expect("a read").is_empty());
+        kernel_prints("WARNING: after it");
+        assert_eq!(log.trouble().expect("a read"), ["WARNING: after it"]);
+        assert!(log.trouble().expect("a read").is_empty());
+        // More than one read takes.
+        (0..1000).for_each(|count| kernel_prints(&format!("an ordinary message, number {count}")));
+        kernel_prints("BUG: behind them");
+        assert_eq!(log.trouble().expect("a read"), ["BUG: behind them"]);
+    }
 
     #[test]
     fn kernel_bugs_are_trouble_and_ordinary_messages_are_not() {
@@ -120,13 +142,16 @@ mod tests {
                        4,101,5001,-;WARNING: CPU: 1 PID: 77 at io_uring/rw.c:12 io_read+0x1/0x2\n\
                        3,102,5002,-;INFO: task iou-sqp-77:78 blocked for more than 120 seconds.\n\
                        1,103,5003,-;BUG: kernel NULL pointer dereference, address: 0000000000000000\n\
-                       6,104,5004,-;EXT4-fs (loop0): mounted filesystem\n";
+                       6,104,5004,-;EXT4-fs (loop0): mounted filesystem\n\
+                       7,105,5005,-;usb 1-1: DEBUG: endpoint 1\n\
+                       2,106,5006,-;kernel BUG at io_uring/io_uring.c:9!\n";
         assert_eq!(
             trouble_in(records),
             [
                 "WARNING: CPU: 1 PID: 77 at io_uring/rw.c:12 io_read+0x1/0x2",
                 "INFO: task iou-sqp-77:78 blocked for more than 120 seconds.",
                 "BUG: kernel NULL pointer dereference, address: 0000000000000000",
+                "kernel BUG at io_uring/io_uring.c:9!",
             ]
         );
     }

@@ -22,7 +22,6 @@ const PACKAGES: &[Package] = &[
     Package { name: "linux-libc-dev", reason: "<linux/io_uring.h>, which our structures are compared with" },
     Package { name: "e2fsprogs", reason: "mkfs.ext4: the file systems of the disks under test" },
     Package { name: "mount", reason: "mount and losetup: file systems and loop devices under test" },
-    Package { name: "util-linux", reason: "zramctl: zram block devices under test" },
 ];
 
 /// Installs the packages that are missing. Touches nothing, and needs no privilege, when none is.
@@ -81,7 +80,9 @@ fn install(packages: &[&str]) -> Result<()> {
     let update = [prefix, &apt, &["update"]].concat();
     let install = [prefix, &apt, &["install", "--yes", "--no-install-recommends"], packages].concat();
     for words in [update, install] {
-        steps::run(Command::new(words[0]).args(&words[1..])).with_context(|| by_hand.clone())?;
+        if let Err(error) = steps::run(Command::new(words[0]).args(&words[1..])) {
+            bail!("{error:#}; {by_hand}");
+        }
     }
     Ok(())
 }

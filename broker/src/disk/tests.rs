@@ -122,14 +122,7 @@ fn a_missing_file_is_refused_with_the_command_that_creates_it() {
 }
 
 #[test]
-fn a_program_that_runs_is_refused_for_writing() {
-    // A running program cannot be written, not even by root.
-    let own = std::env::current_exe().unwrap();
-    assert_refused(&DiskConfig::new(&own), &["Text file busy", "being executed or used as swap space"]);
-}
-
-#[test]
-fn missing_rights_are_named_with_the_way_out() {
+fn what_open_says_is_passed_on_with_the_way_out() {
     let error = |errno: rustix::io::Errno, read_only| {
         DiskError::Open { path: "d.img".into(), read_only, error: errno.into() }.to_string()
     };
@@ -140,6 +133,8 @@ fn missing_rights_are_named_with_the_way_out() {
     assert!(denied.contains("for reading:") && denied.ends_with("`ls -l d.img`"), "{denied}");
     assert!(error(rustix::io::Errno::ROFS, false).ends_with("Open it read-only"));
     assert!(error(rustix::io::Errno::NXIO, false).ends_with("No driver serves this device number"));
+    // Not shown with a running program: Linux 6.11 and 6.12 let it be opened.
+    assert!(error(rustix::io::Errno::TXTBSY, false).ends_with("It is being executed or used as swap space"));
     assert!(error(rustix::io::Errno::NOMEDIUM, false).ends_with("Insert a medium"));
 }
 

@@ -1,6 +1,6 @@
 //! The release of a kernel, and how much its version says.
 
-use std::{fs, io};
+use std::{fmt, fs, io};
 
 use super::version::KernelVersion;
 
@@ -98,6 +98,17 @@ impl KernelRelease {
     }
 }
 
+/// `uname -r`, and the upstream version where that does not begin with it: "6.1.0-38-amd64 (upstream 6.1.147)".
+impl fmt::Display for KernelRelease {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.release)?;
+        match KernelVersion::read(&self.release) {
+            Some((own, _)) if own != self.upstream => write!(f, " (upstream {})", self.upstream),
+            _ => Ok(()),
+        }
+    }
+}
+
 /// Kernels whose `uname -r` leaves out how far their stable branch has come.
 fn hidden_patch_level(own: KernelVersion, rest: &str) -> Option<&'static str> {
     if own.patch != 0 {
@@ -165,6 +176,13 @@ mod tests {
             ("6.8.12".to_owned(), Some("Ubuntu"))
         );
         assert_eq!(parse("6.8.0-45-generic", "#45-Ubuntu SMP", None), ("6.8".to_owned(), Some("Ubuntu")));
+    }
+
+    #[test]
+    fn a_release_is_shown_with_the_version_it_hides() {
+        let shown = |release, version| KernelRelease::parse(release, version, None).unwrap().to_string();
+        assert_eq!(shown("6.18.44-fc-v595", "#1 SMP"), "6.18.44-fc-v595");
+        assert_eq!(shown("6.1.0-38-amd64", "#1 SMP Debian 6.1.147-1"), "6.1.0-38-amd64 (upstream 6.1.147)");
     }
 
     #[test]

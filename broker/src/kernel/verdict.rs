@@ -60,7 +60,8 @@ impl Verdict {
             }
             Self::CannotTell { vendor } => format!(
                 "direct mode only for guests that are trusted with the host, unless {vendor} says that the listed \
-                 holes are closed: its kernels take fixes from later versions, so the number does not tell; or use {NEWER}"
+                 holes are closed: its kernels take fixes from later versions, so the number does not tell; or \
+                 use {NEWER}"
             ),
         }
     }

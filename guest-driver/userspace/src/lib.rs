@@ -1,1 +1,23 @@
-//! The ringpass guest driver for a process that is its own guest.
+//! The ringpass guest driver for a process that is its own guest: a container, a bare-metal application, a test.
+//!
+//! Such a guest has RAM that it shares with the broker (memfds, tmpfs or hugetlbfs files), *guest-physical* addresses
+//! that both agree on, and eventfds in the place of doorbells and interrupts.
+//!
+//! - [`GuestRam`]: the RAM, mapped; [`RamAllocator`] hands out [`RamArea`]s of it.
+//! - [`RamRing`]: an io_uring ring whose memory is in such areas, for `ringpass_guest_abi::DriverRing`.
+//! - [`ProcessEnv`]: clock, doorbell, interrupts and latencies, for `ringpass_workload`.
+//! - [`handover`]: how a broker process gives all this to a guest process over a UNIX socket.
+
+#![deny(unsafe_code)]
+
+mod allocator;
+mod environment;
+pub mod handover;
+mod ram;
+mod raw;
+mod ring;
+
+pub use allocator::{AllocateError, RamAllocator};
+pub use environment::{EnvError, ProcessEnv};
+pub use ram::{GuestRam, RamArea, RamError, RamRegion};
+pub use ring::{RamRing, RingError};

@@ -1,0 +1,199 @@
+//! Whether io_uring may be used at all, and which of its features are there.
+
+use std::io;
+
+use nix::libc::{EACCES, EINVAL, EMFILE, ENFILE, ENOMEM, ENOSYS, EPERM};
+use ringpass_restrictions::{Access, Policy};
+
+use super::{
+    Check, Facts, Feature, ModeName, Outcome, Status,
+    feature::{Need, Traits},
+};
+
+/// `/proc/self/status`, line `Seccomp`: a filter is installed.
+const SECCOMP_MODE_FILTER: u32 = 2;
+
+/// Everything about io_uring itself.
+pub(super) fn checks(facts: &Facts) -> Vec<Check> {
+    let mut checks = vec![io_uring(facts), operations(facts)];
+    checks.extend(Feature::ALL.map(|feature| self::feature(facts, feature)));
+    checks
+}
+
+fn io_uring(facts: &Facts) -> Check {
+    let check = Check::ok("io-uring", "io_uring", settings(facts)).needed_for(&ModeName::DIRECT);
+    match facts.setup {
+        Outcome::Works => check,
+        Outcome::Failed { errno, .. } => {
+            let (why, change) = refusal(facts, errno);
+            check.missing(why, change)
+        }
+        Outcome::NotTried => check.with_status(Status::NotTried),
+    }
+}
+
+fn settings(facts: &Facts) -> String {
+    let sysctl = &facts.sysctl;
+    let disabled = match sysctl.io_uring_disabled {
+        Some(0) => "kernel.io_uring_disabled is 0 (everybody may)".to_owned(),
+        Some(1) => format!(
+            "kernel.io_uring_disabled is 1 (group {} and CAP_SYS_ADMIN only; this process {})",
+            sysctl.io_uring_group.unwrap_or(-1),
+            if sysctl.in_group || facts.has_sys_admin { "qualifies" } else { "does not qualify" }
+        ),
+        Some(2) => "kernel.io_uring_disabled is 2 (nobody may)".to_owned(),
+        Some(other) => format!("kernel.io_uring_disabled is {other}"),
+        None => "there is no setting kernel.io_uring_disabled".to_owned(),
+    };
+    let seccomp =
+        if facts.seccomp_mode == Some(SECCOMP_MODE_FILTER) { "a seccomp filter" } else { "no seccomp filter" };
+    format!("{disabled}; {seccomp}")
+}
+
+/// Why something is refused, and what to change.
+type Refusal = (String, Vec<String>);
+
+fn refused(why: impl Into<String>, change: &[&str]) -> Refusal {
+    (why.into(), change.iter().map(|&line| line.to_owned()).collect())
+}
+
+/// Why `io_uring_setup(2)` refuses even the simplest ring.
+fn refusal(facts: &Facts, errno: Option<i32>) -> Refusal {
+    let sysctl = &facts.sysctl;
+    let filtered = facts.seccomp_mode == Some(SECCOMP_MODE_FILTER);
+    match (errno.unwrap_or(EINVAL), sysctl.io_uring_disabled) {
+        (EPERM, Some(2)) => refused(
+            "kernel.io_uring_disabled is 2: nobody may make rings, root included",
+            &[
+                "allow everybody: sysctl kernel.io_uring_disabled=0",
+                "allow one group: sysctl kernel.io_uring_disabled=1 kernel.io_uring_group=GID, and run the broker in \
+                 that group",
+                "and write it to a file in /etc/sysctl.d/ to keep it",
+            ],
+        ),
+        (EPERM, Some(1)) if !sysctl.in_group && !facts.has_sys_admin => group_refusal(sysctl.io_uring_group),
+        (EPERM, _) if filtered => refused(
+            "a seccomp filter refuses io_uring_setup (EPERM), although the kernel's settings allow it",
+            ALLOW_IN_CONTAINERS,
+        ),
+        (ENOSYS, Some(_)) if filtered => {
+            refused("a seccomp filter hides io_uring_setup (ENOSYS), although the kernel has it", ALLOW_IN_CONTAINERS)
+        }
+        (ENOSYS, None) if filtered => refused(
+            "io_uring_setup is not there (ENOSYS): the seccomp filter hides it, or the kernel has no io_uring",
+            &[ALLOW_IN_CONTAINERS, &["if the kernel itself has none: one with CONFIG_IO_URING=y"]].concat(),
+        ),
+        (ENOSYS, _) => refused(
+            "this kernel has no io_uring (ENOSYS); a sandbox that emulates Linux may have none either",
+            &["use a kernel with CONFIG_IO_URING=y"],
+        ),
+        (errno @ (EPERM | EACCES), _) => refused(
+            format!(
+                "io_uring_setup is refused ({}) and no setting of io_uring says so: a security module does",
+                name(errno)
+            ),
+            &["allow io_uring to the broker in the policy of SELinux (class io_uring), AppArmor or the module in use"],
+        ),
+        (ENOMEM, _) => refused(
+            "there is no memory for even a small ring (ENOMEM): RLIMIT_MEMLOCK or the memory control group is used up",
+            &["see the line on memory that may be pinned"],
+        ),
+        (errno @ (EMFILE | ENFILE), _) => refused(
+            format!("there are too many open files ({})", name(errno)),
+            &["raise RLIMIT_NOFILE (ulimit -n) or fs.file-max"],
+        ),
+        (errno, _) => {
+            refused(format!("io_uring_setup fails: {}", name(errno)), &["see io_uring_setup(2) for this error"])
+        }
+    }
+}
+
+fn group_refusal(group: Option<i64>) -> Refusal {
+    const EVERYBODY: &str = "or allow everybody: sysctl kernel.io_uring_disabled=0";
+    match group {
+        Some(gid) if gid >= 0 => refused(
+            format!("kernel.io_uring_disabled is 1 and this process is not in group {gid} (kernel.io_uring_group)"),
+            &[
+                &format!(
+                    "run the broker in group {gid}: Group={gid} or SupplementaryGroups={gid} in a systemd unit, or \
+                     usermod -aG"
+                ),
+                EVERYBODY,
+            ],
+        ),
+        _ => refused(
+            "kernel.io_uring_disabled is 1 and kernel.io_uring_group names no group",
+            &["name one: sysctl kernel.io_uring_group=GID, and run the broker in it", EVERYBODY],
+        ),
+    }
+}
+
+/// How the usual container engines are told to let io_uring through.
+const ALLOW_IN_CONTAINERS: &[&str] = &[
+    "take the engine's default seccomp profile and add io_uring_setup, io_uring_enter and io_uring_register to it:",
+    "Docker: docker run --security-opt seccomp=PROFILE.json",
+    "Podman: podman run --security-opt seccomp=PROFILE.json (default: /usr/share/containers/seccomp.json)",
+    "containerd: nerdctl run --security-opt seccomp=PROFILE.json",
+    "Kubernetes: the file in /var/lib/kubelet/seccomp/ on the node, and in the pod securityContext: seccompProfile: \
+     {type: Localhost, localhostProfile: PROFILE.json}",
+    "elsewhere: SystemCallFilter=@aio in the systemd unit, or the sandbox's own list",
+];
+
+fn operations(facts: &Facts) -> Check {
+    let policy = Policy::direct(Access::ReadWrite);
+    let title = "operations of the direct policy";
+    let check = |detail: String| Check::ok("operations", title, detail).needed_for(&ModeName::DIRECT);
+    match &facts.support {
+        Err(Outcome::Failed { step, errno }) => {
+            let error = name(errno.unwrap_or(EINVAL));
+            let (old, change) = match errno {
+                Some(EINVAL) => (": it is older than Linux 5.10 and has no restrictions", "use Linux 6.10 or later"),
+                _ => ("", "see io_uring_register(2) for this error"),
+            };
+            check(policy.operations().to_string()).missing(format!("{step}: {error}{old}"), vec![change.to_owned()])
+        }
+        Err(_) => check(policy.operations().to_string()).with_status(Status::NotTried),
+        Ok(support) => match policy.compile(support) {
+            Ok(compiled) => check(format!(
+                "{}; the broker keeps {}; restrictions as {}",
+                compiled.operations(),
+                compiled.register_operations(),
+                compiled.semantics()
+            )),
+            Err(error) => check(policy.operations().to_string())
+                .missing(error.to_string(), vec!["use Linux 6.10 or later".to_owned()]),
+        },
+    }
+}
+
+fn feature(facts: &Facts, feature: Feature) -> Check {
+    let Traits { name: feature_name, title, since, need, without } = feature.traits();
+    let check = Check::ok(feature_name, title, since).needed_for(match need {
+        Need::Direct => &ModeName::DIRECT,
+        Need::GuestRam => &[ModeName::DirectGuestRam],
+        Need::Nobody => &[],
+    });
+    let (step, errno) = match facts.outcome(feature) {
+        Outcome::Works => return check,
+        Outcome::NotTried => return check.with_status(Status::NotTried),
+        Outcome::Failed { step, errno } => (step, *errno),
+    };
+    let (cause, change) = match errno {
+        None => (format!("{step} did not happen"), format!("use another kernel; this one is at fault ({since})")),
+        Some(ENOMEM) => (
+            format!("{step}: {}", name(ENOMEM)),
+            "raise RLIMIT_MEMLOCK (see the line on memory that may be pinned), or the memory control group's limit"
+                .to_owned(),
+        ),
+        Some(errno @ (EPERM | EACCES)) => (
+            format!("{step}: {}", name(errno)),
+            format!("give the broker the privilege, or allow it in the security module's policy ({since})"),
+        ),
+        Some(errno) => (format!("{step}: {}", name(errno)), format!("use a kernel that has it: {since}")),
+    };
+    check.missing(format!("{cause}; without it, {without}"), vec![change])
+}
+
+fn name(errno: i32) -> String {
+    io::Error::from_raw_os_error(errno).to_string()
+}

@@ -1,0 +1,215 @@
+//! What was observed of this machine.
+
+use std::{fs, io, path::Path};
+
+use ringpass_restrictions::KernelSupport;
+use rustix::thread::{CapabilitySet, capabilities};
+
+use super::{Feature, trial};
+use crate::{
+    kernel::{KernelRelease, ReleaseError},
+    limits::Memlock,
+};
+
+/// What was observed of the kernel, its settings and this process's limits.
+#[derive(Clone, Debug)]
+pub struct Facts {
+    /// The kernel's release.
+    pub kernel: KernelRelease,
+    /// The settings that forbid io_uring.
+    pub sysctl: Sysctl,
+    /// Whether this process has `CAP_SYS_ADMIN` in the initial user namespace.
+    pub has_sys_admin: bool,
+    /// The mode on the `Seccomp` line of `/proc/self/status`: 0 none, 1 strict, 2 a filter. `None`: it does not say.
+    pub seccomp_mode: Option<u32>,
+    /// Whether the simplest ring can be made. Without it nothing else was tried.
+    pub setup: Outcome,
+    /// What restrictions can be made of, or what came of asking the kernel.
+    pub support: Result<KernelSupport, Outcome>,
+    /// Each feature, and whether it works. One that is missing here was not tried.
+    pub features: Vec<(Feature, Outcome)>,
+    /// How much memory may be pinned.
+    pub memlock: Memlock,
+    /// The pools of huge pages, the smallest pages first.
+    pub huge_pages: Vec<HugePagePool>,
+}
+
+/// What came of trying something.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// It works.
+    Works,
+    /// A step failed.
+    Failed {
+        /// What was being done.
+        step: &'static str,
+        /// The error number; `None` if the kernel did something else than it should.
+        errno: Option<i32>,
+    },
+    /// It was not tried, because something it builds on did not work.
+    NotTried,
+}
+
+/// The settings `kernel.io_uring_disabled` and `kernel.io_uring_group` (Linux 6.6).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Sysctl {
+    /// 0: everybody may make rings; 1: the group and `CAP_SYS_ADMIN`; 2: nobody. `None`: there is no such setting.
+    pub io_uring_disabled: Option<u32>,
+    /// The group that may make rings with 1; -1 is nobody. `None`: the kernel has no such setting.
+    pub io_uring_group: Option<i64>,
+    /// Whether this process is in that group.
+    pub in_group: bool,
+}
+
+/// The reserved huge pages of one size.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HugePagePool {
+    /// The size of a page in bytes.
+    pub page_bytes: u64,
+    /// How many there are.
+    pub total: u64,
+    /// How many of them nobody uses or has reserved.
+    pub free: u64,
+}
+
+/// The machine could not be observed.
+#[derive(Debug, thiserror::Error)]
+pub enum FactsError {
+    /// The kernel's release cannot be read.
+    #[error(transparent)]
+    Release(#[from] ReleaseError),
+    /// The limits on pinned memory cannot be read.
+    #[error("cannot read the limits on pinned memory: {0} (is /proc mounted?)")]
+    Memlock(#[source] io::Error),
+    /// The thread that makes the throw-away rings could not be started.
+    #[error("cannot start the thread that tries io_uring: {0}")]
+    Thread(#[source] io::Error),
+}
+
+impl Facts {
+    /// Observes this machine.
+    ///
+    /// # Errors
+    ///
+    /// [`FactsError`] if the kernel's version or this process's limits cannot be read.
+    pub fn observe() -> Result<Self, FactsError> {
+        let kernel = KernelRelease::running()?;
+        let sysctl = Sysctl::observe();
+        // Before the trials, whose own pins are still being released for a moment after them.
+        let memlock = Memlock::current().map_err(FactsError::Memlock)?;
+        let has_sys_admin = has_sys_admin();
+        // An unprivileged thread could not make any ring then, whatever the kernel can do.
+        let needs_capability = sysctl.io_uring_disabled == Some(1) && !sysctl.in_group;
+        let tried = trial::in_own_thread(move || {
+            let setup = trial::simplest_ring();
+            if setup != Outcome::Works {
+                return (setup, Err(Outcome::NotTried), Vec::new());
+            }
+            let support = trial::support();
+            let features = trial::all(support.as_ref().ok(), !needs_capability);
+            (setup, support, features)
+        });
+        let (setup, support, features) = tried.map_err(FactsError::Thread)?;
+        Ok(Self {
+            kernel,
+            sysctl,
+            has_sys_admin,
+            seccomp_mode: seccomp_mode(&fs::read_to_string("/proc/self/status").unwrap_or_default()),
+            setup,
+            support,
+            features,
+            memlock,
+            huge_pages: HugePagePool::observe(Path::new("/sys/kernel/mm/hugepages")),
+        })
+    }
+
+    /// What came of trying `feature`.
+    pub fn outcome(&self, feature: Feature) -> &Outcome {
+        self.features.iter().find(|(tried, _)| *tried == feature).map_or(&Outcome::NotTried, |(_, outcome)| outcome)
+    }
+}
+
+impl Sysctl {
+    fn observe() -> Self {
+        let io_uring_group = number("/proc/sys/kernel/io_uring_group".as_ref());
+        let in_group = io_uring_group.is_some_and(|group: i64| {
+            let groups = rustix::process::getgroups().unwrap_or_default();
+            (groups.iter().chain([&rustix::process::getegid()])).any(|gid| i64::from(gid.as_raw()) == group)
+        });
+        Self { io_uring_disabled: number("/proc/sys/kernel/io_uring_disabled".as_ref()), io_uring_group, in_group }
+    }
+}
+
+impl HugePagePool {
+    fn observe(directory: &Path) -> Vec<Self> {
+        let entries = fs::read_dir(directory).into_iter().flatten().flatten();
+        let mut pools: Vec<Self> = entries
+            .filter_map(|entry| {
+                let name = entry.file_name().into_string().ok()?;
+                let kilobytes: u64 = name.strip_prefix("hugepages-")?.strip_suffix("kB")?.parse().ok()?;
+                let free: u64 = number(&entry.path().join("free_hugepages"))?;
+                let reserved: u64 = number(&entry.path().join("resv_hugepages"))?;
+                Some(Self {
+                    page_bytes: kilobytes << 10,
+                    total: number(&entry.path().join("nr_hugepages"))?,
+                    free: free.saturating_sub(reserved),
+                })
+            })
+            .collect();
+        pools.sort_by_key(|pool| pool.page_bytes);
+        pools
+    }
+}
+
+fn number<T: std::str::FromStr>(path: &Path) -> Option<T> {
+    fs::read_to_string(path).ok()?.trim().parse().ok()
+}
+
+fn has_sys_admin() -> bool {
+    /// `PROC_USER_INIT_INO` of `<linux/nsfs.h>`: a capability in any other user namespace does not count.
+    const INITIAL_USER_NAMESPACE: &str = "user:[4026531837]";
+    let initial = fs::read_link("/proc/self/ns/user").is_ok_and(|name| name.as_os_str() == INITIAL_USER_NAMESPACE);
+    initial && capabilities(None).is_ok_and(|sets| sets.effective.contains(CapabilitySet::SYS_ADMIN))
+}
+
+fn seccomp_mode(status: &str) -> Option<u32> {
+    status.lines().find_map(|line| line.strip_prefix("Seccomp:"))?.trim().parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_seccomp_mode_is_read_from_its_own_line() {
+        assert_eq!(seccomp_mode("NoNewPrivs:\t0\nSeccomp:\t2\nSeccomp_filters:\t1\n"), Some(2));
+        assert_eq!(seccomp_mode("Seccomp_filters:\t1\n"), None);
+    }
+
+    #[test]
+    fn pools_of_huge_pages_are_listed_by_size_without_what_is_reserved() {
+        let directory = tempfile::tempdir().unwrap();
+        for (name, total, free, reserved) in [("hugepages-1048576kB", 2, 1, 0), ("hugepages-2048kB", 512, 100, 30)] {
+            let pool = directory.path().join(name);
+            fs::create_dir(&pool).unwrap();
+            fs::write(pool.join("nr_hugepages"), format!("{total}\n")).unwrap();
+            fs::write(pool.join("free_hugepages"), format!("{free}\n")).unwrap();
+            fs::write(pool.join("resv_hugepages"), format!("{reserved}\n")).unwrap();
+        }
+        fs::create_dir(directory.path().join("other")).unwrap();
+        assert_eq!(
+            HugePagePool::observe(directory.path()),
+            [
+                HugePagePool { page_bytes: 2 << 20, total: 512, free: 70 },
+                HugePagePool { page_bytes: 1 << 30, total: 2, free: 1 },
+            ]
+        );
+        assert_eq!(HugePagePool::observe(&directory.path().join("missing")), []);
+    }
+
+    #[test]
+    fn a_feature_that_is_not_listed_was_not_tried() {
+        let facts = Facts { features: vec![], ..Facts::observe().unwrap() };
+        assert_eq!(*facts.outcome(Feature::NoSqArray), Outcome::NotTried);
+    }
+}

@@ -1,0 +1,57 @@
+//! What ringpass can offer a guest here.
+
+use super::{Check, Facts, Mode, ModeName, Status, limits};
+use crate::kernel::Verdict;
+
+/// All modes, the fastest first.
+pub(super) fn modes(facts: &Facts, checks: &[Check]) -> Vec<Mode> {
+    let direct = ModeName::DIRECT.map(|name| direct(name, facts, checks));
+    direct.into_iter().chain([ModeName::Mediated, ModeName::Virtqueue].map(not_built)).collect()
+}
+
+fn direct(name: ModeName, facts: &Facts, checks: &[Check]) -> Mode {
+    let needed: Vec<&Check> = checks.iter().filter(|check| check.needed_for.contains(&name)).collect();
+    let missing: Vec<&&Check> = needed.iter().filter(|check| check.status == Status::Missing).collect();
+    // What could not be tried builds on something that is missing, which says why.
+    let available = needed.iter().all(|check| check.status == Status::Ok);
+    if available {
+        let notes = default_note(facts.kernel.verdict()).into_iter().chain(limits::note(facts));
+        return Mode { name, available, why: None, change: Vec::new(), notes: notes.collect() };
+    }
+    let reasons: Vec<String> =
+        missing.iter().map(|check| format!("{}: {}", check.title, check.why.as_deref().unwrap_or("missing"))).collect();
+    let mut change: Vec<String> = Vec::new();
+    for line in missing.iter().flat_map(|check| &check.change) {
+        if !change.contains(line) {
+            change.push(line.clone());
+        }
+    }
+    let why = if reasons.is_empty() { "it could not be tried".to_owned() } else { reasons.join("; ") };
+    Mode { name, available, why: Some(why), change, notes: Vec::new() }
+}
+
+fn default_note(verdict: Verdict) -> Option<String> {
+    (verdict != Verdict::DirectByDefault).then(|| format!("by the kernel's version: {}", verdict.advice()))
+}
+
+fn not_built(name: ModeName) -> Mode {
+    Mode {
+        name,
+        available: false,
+        why: Some(format!("this version of ringpass ({}) does not have it yet", env!("CARGO_PKG_VERSION"))),
+        change: vec!["use direct mode, or a later version of ringpass".to_owned()],
+        notes: Vec::new(),
+    }
+}
+
+/// What holds on every machine.
+pub(super) fn notes() -> Vec<String> {
+    [
+        "Direct mode pins all of a guest's RAM. It is for guests without a balloon, free page reporting, \
+         virtio-mem and \
+         postcopy migration: these discard pages that the ring goes on using, and the guest's data is lost silently.",
+        "Guest RAM must be a memfd, or a file on tmpfs or hugetlbfs: the kernel does not pin other files.",
+    ]
+    .map(str::to_owned)
+    .to_vec()
+}

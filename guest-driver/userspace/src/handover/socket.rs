@@ -1,0 +1,168 @@
+//! The message on its socket.
+
+use std::io::{self, IoSlice, IoSliceMut, Read, Write};
+use std::mem::MaybeUninit;
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+
+use rustix::cmsg_space;
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer, SendAncillaryMessage,
+    SendFlags, recv, recvmsg, sendmsg,
+};
+
+use super::setup::FDS_MAX;
+use super::{Handover, QueueEvents, Setup, SetupError};
+use crate::raw;
+
+/// Longest line that is sent or accepted, in bytes, its end included.
+pub const LINE_BYTES_MAX: usize = 64 << 10;
+
+/// Why a handover failed.
+#[derive(Debug, thiserror::Error)]
+pub enum HandoverError {
+    /// The socket failed, or its time-out passed.
+    #[error("cannot {what} over the socket: {source}")]
+    Socket {
+        /// What was being done.
+        what: &'static str,
+        /// The kernel's reason.
+        source: io::Error,
+    },
+    /// The other side closed the connection before the line ended.
+    #[error("the connection was closed after {received_bytes} bytes of the setup, before its end")]
+    Closed {
+        /// Bytes that came.
+        received_bytes: usize,
+    },
+    /// The line is too long.
+    #[error("the setup is longer than {LINE_BYTES_MAX} bytes")]
+    TooLong,
+    /// The line is not a setup.
+    #[error("the setup is malformed: {0}")]
+    Malformed(#[source] serde_json::Error),
+    /// The setup makes no sense.
+    #[error("the setup cannot be used: {0}")]
+    Setup(#[source] SetupError),
+    /// There are not as many descriptors as the setup needs.
+    #[error(
+        "the setup needs {needed} file descriptors ({regions} for memory, {queues} times 2 for events), {given} came"
+    )]
+    Descriptors {
+        /// Descriptors that the setup needs.
+        needed: usize,
+        /// Its regions.
+        regions: usize,
+        /// Its queues.
+        queues: usize,
+        /// Descriptors given.
+        given: usize,
+    },
+    /// Some descriptors were dropped on the way.
+    #[error(
+        "file descriptors were lost on the way: too many came at once, or RLIMIT_NOFILE of this process is too low"
+    )]
+    DescriptorsTruncated,
+}
+
+/// Sends `setup` with its descriptors: the file of each region and the events of each queue, in their order.
+pub fn send(
+    stream: &UnixStream,
+    setup: &Setup,
+    memory: &[BorrowedFd<'_>],
+    events: &[QueueEvents],
+) -> Result<(), HandoverError> {
+    setup.check().map_err(HandoverError::Setup)?;
+    let mut fds = memory.to_vec();
+    fds.extend(events.iter().flat_map(|queue| [raw::borrow(&queue.doorbell), raw::borrow(&queue.completion)]));
+    if memory.len() != setup.regions.len() || events.len() != setup.queues.len() {
+        return Err(missing(setup, fds.len()));
+    }
+    let mut line = serde_json::to_vec(setup).map_err(HandoverError::Malformed)?;
+    line.push(b'\n');
+    if line.len() > LINE_BYTES_MAX {
+        return Err(HandoverError::TooLong);
+    }
+
+    let failed = |source| HandoverError::Socket { what: "send the setup", source };
+    let mut space = [MaybeUninit::uninit(); cmsg_space!(ScmRights(FDS_MAX))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    assert!(control.push(SendAncillaryMessage::ScmRights(&fds)), "a checked setup has at most {FDS_MAX} descriptors");
+    // A peer that has gone is an error to report, not a SIGPIPE.
+    let send_first = || sendmsg(stream, &[IoSlice::new(&line)], &mut control, SendFlags::NOSIGNAL);
+    let sent = rustix::io::retry_on_intr(send_first).map_err(|error| failed(error.into()))?;
+    let mut stream = stream;
+    stream.write_all(&line[sent..]).map_err(failed)
+}
+
+/// Receives what [`send`] sent, and nothing behind it. Waits as long as the socket's read time-out says.
+pub fn receive(stream: &UnixStream) -> Result<Handover, HandoverError> {
+    let (first, fds) = receive_descriptors(stream)?;
+    let line = receive_line(stream, first)?;
+    let setup: Setup = serde_json::from_slice(&line).map_err(HandoverError::Malformed)?;
+    setup.check().map_err(HandoverError::Setup)?;
+    if fds.len() != setup.fd_count() {
+        return Err(missing(&setup, fds.len()));
+    }
+    let mut fds = fds.into_iter();
+    let memory = fds.by_ref().take(setup.regions.len()).collect();
+    let mut events = Vec::with_capacity(setup.queues.len());
+    while let (Some(doorbell), Some(completion)) = (fds.next(), fds.next()) {
+        events.push(QueueEvents { doorbell: raw::into_event(doorbell), completion: raw::into_event(completion) });
+    }
+    Ok(Handover { setup, memory, events })
+}
+
+fn missing(setup: &Setup, given: usize) -> HandoverError {
+    HandoverError::Descriptors {
+        needed: setup.fd_count(),
+        regions: setup.regions.len(),
+        queues: setup.queues.len(),
+        given,
+    }
+}
+
+/// The first byte, which carries the descriptors. They are close-on-exec from the start.
+fn receive_descriptors(stream: &UnixStream) -> Result<(u8, Vec<OwnedFd>), HandoverError> {
+    let mut first = [0];
+    let mut space = [MaybeUninit::uninit(); cmsg_space!(ScmRights(FDS_MAX))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let receive = || recvmsg(stream, &mut [IoSliceMut::new(&mut first)], &mut control, RecvFlags::CMSG_CLOEXEC);
+    let received = rustix::io::retry_on_intr(receive)
+        .map_err(|error| HandoverError::Socket { what: "receive the setup", source: error.into() })?;
+    let mut fds = Vec::new();
+    for message in control.drain() {
+        if let RecvAncillaryMessage::ScmRights(more) = message {
+            fds.extend(more);
+        }
+    }
+    if received.bytes == 0 {
+        return Err(HandoverError::Closed { received_bytes: 0 });
+    }
+    if received.flags.contains(ReturnFlags::CTRUNC) {
+        return Err(HandoverError::DescriptorsTruncated);
+    }
+    Ok((first[0], fds))
+}
+
+/// The rest of the line that starts with `first`, looked at before it is taken, so that nothing behind it is.
+fn receive_line(stream: &UnixStream, first: u8) -> Result<Vec<u8>, HandoverError> {
+    let failed = |source| HandoverError::Socket { what: "receive the setup", source };
+    let mut line = vec![first];
+    while line.last() != Some(&b'\n') {
+        let mut ahead = [0; 4096];
+        let peek = || recv(stream, &mut ahead[..], RecvFlags::PEEK);
+        let (seen, _) = rustix::io::retry_on_intr(peek).map_err(|error| failed(error.into()))?;
+        if seen == 0 {
+            return Err(HandoverError::Closed { received_bytes: line.len() });
+        }
+        let taken = ahead[..seen].iter().position(|&byte| byte == b'\n').map_or(seen, |end| end + 1);
+        if line.len() + taken > LINE_BYTES_MAX {
+            return Err(HandoverError::TooLong);
+        }
+        let mut stream = stream;
+        stream.read_exact(&mut ahead[..taken]).map_err(failed)?;
+        line.extend_from_slice(&ahead[..taken]);
+    }
+    Ok(line)
+}

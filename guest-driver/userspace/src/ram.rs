@@ -1,0 +1,222 @@
+//! The RAM of a process that is its own guest.
+
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::ptr::NonNull;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use memmap2::{MmapOptions, MmapRaw};
+use ringpass_guest_abi::{SLOT_BYTES, SLOT_COUNT_MAX};
+use rustix::fs::fstat;
+
+use crate::{RamAllocator, raw};
+
+/// The unit of regions and areas.
+pub(crate) const PAGE_BYTES: u64 = 4096;
+
+const GPA_LIMIT: u64 = SLOT_BYTES * SLOT_COUNT_MAX as u64;
+
+/// A range of guest-physical addresses and the file that holds its bytes.
+#[derive(Clone, Copy, Debug)]
+pub struct RamRegion<'a> {
+    /// First byte, guest-physical; a multiple of 4096.
+    pub gpa: u64,
+    /// Length in bytes; a multiple of 4096 (of the page size, for huge pages), not 0.
+    pub len_bytes: u64,
+    /// A memfd, or a file on tmpfs or hugetlbfs, open for reading and writing.
+    pub file: BorrowedFd<'a>,
+    /// Where the region starts in the file; a multiple of 4096 (of the page size, for huge pages).
+    pub offset_bytes: u64,
+}
+
+/// Why regions cannot be the RAM of a guest.
+#[derive(Debug, thiserror::Error)]
+pub enum RamError {
+    /// There is no region.
+    #[error("a guest needs at least one region of RAM")]
+    NoRegions,
+    /// A region has no bytes, or is not made of whole pages.
+    #[error(
+        "the region at guest-physical {gpa:#x} ({len_bytes:#x} bytes, file offset {offset_bytes:#x}) must be made of \
+         whole 4096-byte pages, at least one"
+    )]
+    NotPages {
+        /// Start of the region.
+        gpa: u64,
+        /// Its length.
+        len_bytes: u64,
+        /// Its place in the file.
+        offset_bytes: u64,
+    },
+    /// A region ends above 16 TiB.
+    #[error("the region of {len_bytes:#x} bytes at guest-physical {gpa:#x} does not end below 16 TiB")]
+    TooHigh {
+        /// Start of the region.
+        gpa: u64,
+        /// Its length.
+        len_bytes: u64,
+    },
+    /// Two regions share addresses.
+    #[error("the regions at guest-physical {lower_gpa:#x} ({lower_len_bytes:#x} bytes) and {upper_gpa:#x} overlap")]
+    Overlap {
+        /// Start of the lower region.
+        lower_gpa: u64,
+        /// Its length.
+        lower_len_bytes: u64,
+        /// Start of the upper region.
+        upper_gpa: u64,
+    },
+    /// A region does not lie inside its file.
+    #[error(
+        "the region at guest-physical {gpa:#x} ends at byte {end_bytes:#x} of its file, which has {file_bytes:#x} bytes"
+    )]
+    FileTooShort {
+        /// Start of the region.
+        gpa: u64,
+        /// Where it ends in the file.
+        end_bytes: u64,
+        /// Length of the file.
+        file_bytes: u64,
+    },
+    /// The kernel refuses.
+    #[error("cannot map the region of {len_bytes:#x} bytes at guest-physical {gpa:#x}: {source}")]
+    Map {
+        /// Start of the region.
+        gpa: u64,
+        /// Its length.
+        len_bytes: u64,
+        /// The kernel's reason.
+        source: io::Error,
+    },
+    /// There is one allocator for a guest's RAM, and somebody has it.
+    #[error("the allocator of this RAM has already been taken: two would hand out the same bytes")]
+    AllocatorTaken,
+}
+
+/// A guest's RAM, mapped in this process.
+#[derive(Debug)]
+pub struct GuestRam {
+    /// By ascending address.
+    regions: Vec<Region>,
+    allocator_taken: AtomicBool,
+}
+
+#[derive(Debug)]
+struct Region {
+    gpa: u64,
+    len_bytes: u64,
+    mapping: MmapRaw,
+}
+
+impl GuestRam {
+    /// [`GuestRam::map`] without its promise.
+    pub(crate) fn map_checked(regions: &[RamRegion<'_>]) -> Result<Self, RamError> {
+        if regions.is_empty() {
+            return Err(RamError::NoRegions);
+        }
+        let mut regions = regions.to_vec();
+        regions.sort_by_key(|region| region.gpa);
+        for region in &regions {
+            check(region)?;
+        }
+        for pair in regions.windows(2) {
+            let (lower, upper) = (&pair[0], &pair[1]);
+            if lower.gpa + lower.len_bytes > upper.gpa {
+                return Err(RamError::Overlap {
+                    lower_gpa: lower.gpa,
+                    lower_len_bytes: lower.len_bytes,
+                    upper_gpa: upper.gpa,
+                });
+            }
+        }
+        let regions = regions.iter().map(Region::map).collect::<Result<_, _>>()?;
+        Ok(Self { regions, allocator_taken: AtomicBool::new(false) })
+    }
+
+    /// The regions as (guest-physical address, length in bytes), by ascending address.
+    pub fn regions(&self) -> impl Iterator<Item = (u64, u64)> {
+        self.regions.iter().map(|region| (region.gpa, region.len_bytes))
+    }
+
+    /// The one allocator of this RAM.
+    ///
+    /// # Errors
+    ///
+    /// [`RamError::AllocatorTaken`] at the second call.
+    pub fn allocator(self: &Arc<Self>) -> Result<RamAllocator, RamError> {
+        if self.allocator_taken.swap(true, Ordering::Relaxed) {
+            return Err(RamError::AllocatorTaken);
+        }
+        Ok(RamAllocator::new(self.clone()))
+    }
+
+    /// Where the `len_bytes` bytes at `gpa` are in this process. None if they do not all lie in one region.
+    pub fn pointer(&self, gpa: u64, len_bytes: u64) -> Option<NonNull<u8>> {
+        let end = gpa.checked_add(len_bytes.max(1))?;
+        let region = self.regions.iter().find(|region| region.gpa <= gpa && end <= region.gpa + region.len_bytes)?;
+        Some(raw::byte_of(&region.mapping, usize::try_from(gpa - region.gpa).ok()?))
+    }
+}
+
+impl Region {
+    fn map(region: &RamRegion<'_>) -> Result<Self, RamError> {
+        let &RamRegion { gpa, len_bytes, file, offset_bytes } = region;
+        let failed = |source| RamError::Map { gpa, len_bytes, source };
+        let file_bytes = fstat(file).map_err(|error| failed(error.into()))?.st_size as u64;
+        match offset_bytes.checked_add(len_bytes) {
+            Some(end_bytes) if end_bytes <= file_bytes => {}
+            end => return Err(RamError::FileTooShort { gpa, end_bytes: end.unwrap_or(u64::MAX), file_bytes }),
+        }
+        let len = usize::try_from(len_bytes).map_err(|error| failed(io::Error::other(error)))?;
+        let mapping = MmapOptions::new().offset(offset_bytes).len(len).map_raw(file.as_raw_fd()).map_err(failed)?;
+        Ok(Self { gpa, len_bytes, mapping })
+    }
+}
+
+fn check(region: &RamRegion<'_>) -> Result<(), RamError> {
+    let &RamRegion { gpa, len_bytes, offset_bytes, .. } = region;
+    if len_bytes == 0 || [gpa, len_bytes, offset_bytes].iter().any(|bytes| !bytes.is_multiple_of(PAGE_BYTES)) {
+        return Err(RamError::NotPages { gpa, len_bytes, offset_bytes });
+    }
+    match gpa.checked_add(len_bytes) {
+        Some(end) if end <= GPA_LIMIT => Ok(()),
+        _ => Err(RamError::TooHigh { gpa, len_bytes }),
+    }
+}
+
+/// A piece of a guest's RAM that has one owner. It lies in one region and one 1 GiB slot, in whole pages, and keeps the
+/// RAM mapped.
+#[derive(Debug)]
+pub struct RamArea {
+    ram: Arc<GuestRam>,
+    gpa: u64,
+    len_bytes: u64,
+}
+
+impl RamArea {
+    /// The caller has taken these bytes out of what can be handed out.
+    pub(crate) fn new(ram: Arc<GuestRam>, gpa: u64, len_bytes: u64) -> Self {
+        Self { ram, gpa, len_bytes }
+    }
+
+    /// First byte, guest-physical; a multiple of 4096.
+    pub fn gpa(&self) -> u64 {
+        self.gpa
+    }
+
+    /// Length in bytes; a multiple of 4096.
+    pub fn len_bytes(&self) -> u64 {
+        self.len_bytes
+    }
+
+    /// The address and length of a part of the area in this process.
+    pub(crate) fn range(&self, offset_bytes: u64, len_bytes: u64) -> Option<(NonNull<u8>, usize)> {
+        if offset_bytes.checked_add(len_bytes)? > self.len_bytes {
+            return None;
+        }
+        // An empty range at the very end has no address of its own.
+        let gpa = if len_bytes == 0 { self.gpa } else { self.gpa + offset_bytes };
+        Some((self.ram.pointer(gpa, len_bytes)?, usize::try_from(len_bytes).ok()?))
+    }
+}

@@ -1,0 +1,211 @@
+//! Guest RAM and its allocator.
+
+mod support;
+
+use std::os::unix::fs::FileExt;
+
+use proptest::prelude::*;
+use ringpass_guest::{AllocateError, RamArea, RamRing, RingError};
+use ringpass_guest_abi::{Cqe, DriverRing, FixedAddressing, RingLayout, Sqe};
+use support::{layout, map, memfd, ram, region};
+
+const MIB: u64 = 1 << 20;
+const GIB: u64 = 1 << 30;
+
+#[test]
+fn what_the_guest_writes_is_in_the_file_and_the_other_way_round() {
+    let file = memfd(4 * MIB);
+    // As a PC: low memory, a hole, and the rest, which begins elsewhere in the file.
+    let regions = [region(MIB, MIB, &file, 2 * MIB), region(0, 0xa_0000, &file, 4096)];
+    let ram = map(&regions).unwrap();
+    assert_eq!(ram.regions().collect::<Vec<_>>(), [(0, 0xa_0000), (MIB, MIB)]);
+    let mut allocator = ram.allocator().unwrap();
+    let mut low = allocator.reserve(0x9_f000, 4096).unwrap();
+    let mut high = allocator.reserve(MIB + 4096, 8192).unwrap();
+
+    assert!(low.write(4090, b"end of"));
+    assert!(high.write(1, b"high"));
+    let mut bytes = [0; 6];
+    file.read_exact_at(&mut bytes, 4096 + 0xa_0000 - 6).unwrap();
+    assert_eq!(&bytes, b"end of");
+    file.read_exact_at(&mut bytes[..4], 2 * MIB + 4097).unwrap();
+    assert_eq!(&bytes[..4], b"high");
+
+    file.write_all_at(b"back", 2 * MIB + 8192).unwrap();
+    assert!(high.read(4096, &mut bytes[..4]));
+    assert_eq!(&bytes[..4], b"back");
+    assert_eq!(high.bytes_mut(4096, 4).unwrap(), b"back");
+}
+
+#[test]
+fn nothing_outside_an_area_or_a_region_can_be_touched() {
+    let (_file, mut allocator) = ram(MIB);
+    let mut area = allocator.reserve(4096, 8192).unwrap();
+    assert!(area.bytes_mut(0, 8192).is_some());
+    assert!(area.bytes_mut(8192, 0).is_some_and(|bytes| bytes.is_empty()));
+    for (offset_bytes, len_bytes) in [(1, 8192), (8192, 1), (u64::MAX, 1), (0, u64::MAX)] {
+        assert!(area.bytes_mut(offset_bytes, len_bytes).is_none(), "{offset_bytes} {len_bytes}");
+    }
+    assert!(!area.read(8189, &mut [0; 4]));
+    assert!(!area.write(8189, &[0; 4]));
+    let ram = allocator.ram();
+    assert!(ram.pointer(0, MIB).is_some());
+    for (gpa, len_bytes) in [(0, MIB + 1), (MIB, 1), (MIB, 0), (u64::MAX, 1), (1, u64::MAX)] {
+        assert!(ram.pointer(gpa, len_bytes).is_none(), "{gpa} {len_bytes}");
+    }
+}
+
+#[test]
+fn regions_that_cannot_be_ram_are_refused_with_the_reason() {
+    let file = memfd(MIB);
+    let read_only = std::fs::File::open("/dev/zero").unwrap();
+    let cases = [
+        (vec![], "at least one region"),
+        (vec![region(0, 0, &file, 0)], "whole 4096-byte pages, at least one"),
+        (vec![region(0, 4095, &file, 0)], "(0xfff bytes"),
+        (vec![region(512, 4096, &file, 0)], "guest-physical 0x200"),
+        (vec![region(0, 4096, &file, 1)], "file offset 0x1"),
+        (vec![region((16 << 40) - 4096, 8192, &file, 0)], "does not end below 16 TiB"),
+        (vec![region(!4095, 8192, &file, 0)], "does not end below 16 TiB"),
+        (vec![region(8192, 4096, &file, 0), region(0, 12288, &file, 0)], "0x0 (0x3000 bytes) and 0x2000 overlap"),
+        (vec![region(0, MIB, &file, 4096)], "ends at byte 0x101000 of its file, which has 0x100000 bytes"),
+        (vec![region(0, 4096, &file, !4095)], "of its file, which has 0x100000 bytes"),
+        (vec![region(0, 4096, &read_only, 0)], "of its file, which has 0x0 bytes"),
+    ];
+    for (regions, message) in cases {
+        let error = map(&regions).unwrap_err().to_string();
+        assert!(error.contains(message), "{error} should contain {message}");
+    }
+    let path = tempfile::NamedTempFile::new().unwrap();
+    path.as_file().set_len(4096).unwrap();
+    let read_only = std::fs::File::open(path.path()).unwrap();
+    let error = map(&[region(0, 4096, &read_only, 0)]).unwrap_err().to_string();
+    assert!(
+        error.contains("cannot map the region of 0x1000 bytes at guest-physical 0x0: Permission denied"),
+        "{error}"
+    );
+}
+
+#[test]
+fn there_is_one_allocator() {
+    let (_file, allocator) = ram(MIB);
+    let error = allocator.ram().allocator().unwrap_err().to_string();
+    assert!(error.contains("already been taken"), "{error}");
+}
+
+#[test]
+fn an_area_never_crosses_a_slot_or_a_hole() {
+    let file = memfd(3 * GIB);
+    let regions = [region(0, MIB, &file, 0), region(2 * MIB, 2 * GIB, &file, MIB)];
+    let mut allocator = map(&regions).unwrap().allocator().unwrap();
+    // Too long for the low region and for what is left above each slot boundary but the first two.
+    let first = allocator.allocate(GIB - 2 * MIB).unwrap();
+    let second = allocator.allocate(GIB - MIB).unwrap();
+    assert_eq!((first.gpa(), second.gpa()), (2 * MIB, GIB));
+    let error = allocator.allocate(3 * MIB).unwrap_err();
+    assert_eq!(error, AllocateError::NoRoom { len_bytes: 3 * MIB, longest_bytes: 2 * MIB });
+    assert!(error.to_string().contains("the longest has 2097152"), "{error}");
+    assert!(allocator.reserve(2 * GIB - 4096, 8192).is_err());
+    assert_eq!(allocator.allocate(2 * MIB).unwrap().gpa(), 2 * GIB);
+}
+
+#[test]
+fn a_place_that_is_not_free_is_refused() {
+    let (_file, mut allocator) = ram(MIB);
+    let taken = allocator.reserve(8192, 100).unwrap();
+    assert_eq!(taken.len_bytes(), 4096);
+    for (gpa, len_bytes) in [(8192, 1), (4096, 8192), (12287, 1), (MIB, 1), (MIB - 4096, 8192), (u64::MAX, 2)] {
+        let error = allocator.reserve(gpa, len_bytes).unwrap_err();
+        assert_eq!(error, AllocateError::NotFree { gpa, len_bytes });
+        assert!(error.to_string().contains("cannot be reserved"), "{error}");
+    }
+    assert_eq!(allocator.allocate(0).unwrap_err(), AllocateError::Empty);
+    assert_eq!(allocator.reserve(0, 0).unwrap_err(), AllocateError::Empty);
+    assert!(allocator.allocate(u64::MAX).is_err());
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig {
+        failure_persistence: Some(Box::new(prop_file())),
+        cases: 64,
+        ..ProptestConfig::default()
+    })]
+
+    #[test]
+    fn areas_are_ram_that_nobody_else_has(
+        requests in prop::collection::vec((any::<bool>(), 0u64..900, 1u64..200_000_000), 1..60),
+    ) {
+        let file = memfd(4 * GIB);
+        let regions = [(0, 640 << 10), (MIB, GIB), (2 * GIB, GIB + 300 * MIB)];
+        let mapped: Vec<_> = regions.iter().map(|&(gpa, len_bytes)| region(gpa, len_bytes, &file, 0)).collect();
+        let mut allocator = map(&mapped).unwrap().allocator().unwrap();
+        let mut areas: Vec<RamArea> = Vec::new();
+        for (choose_place, place, len_bytes) in requests {
+            let area = if choose_place {
+                allocator.reserve(place * 4 * MIB, len_bytes)
+            } else {
+                allocator.allocate(len_bytes)
+            };
+            let Ok(area) = area else { continue };
+            let (first, last) = (area.gpa(), area.gpa() + area.len_bytes() - 1);
+            prop_assert!(area.len_bytes() >= len_bytes && area.gpa() % 4096 == 0);
+            prop_assert_eq!(first / GIB, last / GIB);
+            prop_assert!(regions.iter().any(|&(gpa, len_bytes)| gpa <= first && last < gpa + len_bytes));
+            for other in &areas {
+                prop_assert!(last < other.gpa() || other.gpa() + other.len_bytes() <= first);
+            }
+            areas.push(area);
+        }
+    }
+}
+
+fn prop_file() -> proptest::test_runner::FileFailurePersistence {
+    proptest::test_runner::FileFailurePersistence::WithSource("regressions")
+}
+
+#[test]
+fn a_ring_in_ram_is_seen_by_who_has_the_file() {
+    let (file, mut allocator) = ram(MIB);
+    let ring = allocator.ring(0x1_0000, &layout(), 0x2_0000).unwrap();
+    assert_eq!((ring.rings().gpa(), ring.sqes().gpa()), (0x1_0000, 0x2_0000));
+    assert!(allocator.reserve(0x1_0000, 1).is_err(), "the ring's memory must not be handed out again");
+    let mut driver = DriverRing::new(ring, layout()).unwrap();
+    let address = FixedAddressing { iova_base: 1 << 40 }.resolve(0x3000, 4096).unwrap();
+    let sqe = Sqe::read_fixed(address, 4096, 0x7000, 42);
+    driver.push(&sqe).unwrap();
+    let mut tail = [0; 4];
+    file.read_exact_at(&mut tail, 0x1_0004).unwrap();
+    assert_eq!(u32::from_ne_bytes(tail), 0);
+    assert!(driver.publish());
+    file.read_exact_at(&mut tail, 0x1_0004).unwrap();
+    assert_eq!(u32::from_ne_bytes(tail), 1);
+    let mut entry = [0; 64];
+    file.read_exact_at(&mut entry, 0x2_0000).unwrap();
+    let words = entry.as_chunks::<8>().0.iter().map(|word| u64::from_ne_bytes(*word));
+    assert!(words.eq(sqe.to_words()));
+
+    assert_eq!(driver.reap(), None);
+    file.write_all_at(&42u64.to_ne_bytes(), 0x1_0000 + 128).unwrap();
+    file.write_all_at(&4096i32.to_ne_bytes(), 0x1_0000 + 136).unwrap();
+    file.write_all_at(&1u32.to_ne_bytes(), 0x1_0000 + 68).unwrap();
+    assert_eq!(driver.reap(), Some(Cqe { user_data: 42, res: 4096, flags: 0 }));
+    file.read_exact_at(&mut tail, 0x1_0000 + 64).unwrap();
+    assert_eq!(u32::from_ne_bytes(tail), 1, "the CQ head");
+}
+
+#[test]
+fn a_ring_without_a_place_is_refused() {
+    let (_file, mut allocator) = ram(MIB);
+    let broken = RingLayout { cq_entries: 3, ..layout() };
+    let error = allocator.ring(0, &broken, 4096).unwrap_err().to_string();
+    assert!(error.contains("cq_entries is 3"), "{error}");
+    let error = allocator.ring(MIB, &layout(), 0).unwrap_err().to_string();
+    assert!(error.contains("the ring's rings area has no place: the 4096 bytes at guest-physical 0x100000"), "{error}");
+    let error = allocator.ring(0, &layout(), 0).unwrap_err().to_string();
+    assert!(error.contains("the ring's SQE area has no place"), "{error}");
+    let (rings, sqes) = (allocator.allocate(4096).unwrap(), allocator.allocate(4096).unwrap());
+    let long = RingLayout { sqes_bytes: 8192, ..layout() };
+    let error = RamRing::new(rings, sqes, &long).unwrap_err();
+    assert_eq!(error, RingError::TooShort { what: "SQE", area_bytes: 4096, needed_bytes: 8192 });
+    assert!(error.to_string().contains("SQE area of 4096 bytes is shorter than the 8192 bytes"), "{error}");
+}
