@@ -5,6 +5,7 @@
 pub mod disks;
 pub mod harness;
 pub mod kernel_log;
+pub mod kvm_guest;
 pub mod needs;
 pub mod pairs;
 pub mod seed;

@@ -76,6 +76,15 @@ impl Need {
         })
     }
 
+    /// This process may make virtual machines.
+    pub fn kvm() -> Self {
+        Self::new("KVM", || {
+            let kvm = kvm_ioctls::Kvm::new().context("opening /dev/kvm")?;
+            kvm.create_vm().context("making a virtual machine")?;
+            Ok(())
+        })
+    }
+
     /// A program in `PATH` or one of the system's directories; `package` is the Debian package that has it.
     pub fn program(name: &'static str, package: &'static str) -> Self {
         Self::new(format!("the program `{name}`"), move || match find_program(name) {

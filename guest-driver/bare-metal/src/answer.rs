@@ -1,6 +1,7 @@
 //! What a vCPU replies.
 
 use ringpass_workload::Report;
+use ringpass_workload::hostile::{HostileReport, Violation};
 
 use crate::words::{Reader, Words, Writer};
 
@@ -14,6 +15,8 @@ pub enum Answer {
     Ready,
     /// Done; what came of it.
     Done(Report),
+    /// A hostile script has been run; what came of it.
+    Attacked(HostileReport),
     /// Not possible; the text says why.
     Refused,
     /// The program has panicked; the text says where. The vCPU can do nothing more.
@@ -26,6 +29,7 @@ const READY: u64 = 1;
 const DONE: u64 = 2;
 const REFUSED: u64 = 3;
 const PANICKED: u64 = 4;
+const ATTACKED: u64 = 5;
 
 impl Answer {
     /// The answer as words.
@@ -40,6 +44,10 @@ impl Answer {
                 words.put(DONE);
                 put_report(&mut words, report);
             }
+            Self::Attacked(report) => {
+                words.put(ATTACKED);
+                put_hostile_report(&mut words, report);
+            }
         }
         words.finish()
     }
@@ -50,6 +58,7 @@ impl Answer {
         match words.take() {
             READY => Self::Ready,
             DONE => Self::Done(take_report(&mut words)),
+            ATTACKED => Self::Attacked(take_hostile_report(&mut words)),
             REFUSED => Self::Refused,
             PANICKED => Self::Panicked,
             kind => Self::Unknown(kind),
@@ -124,6 +133,26 @@ fn take_report(words: &mut Reader<'_>) -> Report {
     }
 }
 
+fn put_hostile_report(words: &mut Writer, report: &HostileReport) {
+    let HostileReport { steps, refused, violations, lost, unexpected, first } = *report;
+    [steps, refused, violations, lost, unexpected].into_iter().for_each(|value| words.put(value));
+    for Violation { step, res } in first {
+        words.put(step);
+        words.put(res.cast_unsigned());
+    }
+}
+
+fn take_hostile_report(words: &mut Reader<'_>) -> HostileReport {
+    HostileReport {
+        steps: words.take(),
+        refused: words.take(),
+        violations: words.take(),
+        lost: words.take(),
+        unexpected: words.take(),
+        first: core::array::from_fn(|_| Violation { step: words.take(), res: words.take().cast_signed() }),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -150,8 +179,22 @@ mod tests {
             sleeps: 17,
             unmutes: 18,
         };
-        let answers =
-            [Answer::Ready, Answer::Done(report), Answer::Refused, Answer::Panicked, Answer::Unknown(0x1234)];
+        let hostile = HostileReport {
+            steps: 1,
+            refused: 2,
+            violations: 3,
+            lost: 4,
+            unexpected: 5,
+            first: core::array::from_fn(|index| Violation { step: index as u64, res: -7 - index as i64 }),
+        };
+        let answers = [
+            Answer::Ready,
+            Answer::Done(report),
+            Answer::Attacked(hostile),
+            Answer::Refused,
+            Answer::Panicked,
+            Answer::Unknown(0x1234),
+        ];
         for answer in answers {
             assert_eq!(Answer::from_words(&answer.to_words()), answer);
         }

@@ -2,7 +2,8 @@
 
 use core::fmt;
 
-use ringpass_guest_abi::{Doorbell, RingLayout};
+use ringpass_guest_abi::{Doorbell, FixedAddressing, RingLayout};
+use ringpass_workload::hostile::{Extent, Target};
 use ringpass_workload::{Job, Verify, Wait};
 
 use crate::words::{Reader, Words, Writer};
@@ -21,6 +22,76 @@ pub enum Command {
     Run(Job, Table),
     /// [`ringpass_workload::verify_all`].
     VerifyAll(Job, Table),
+    /// [`ringpass_workload::hostile::run_hostile`].
+    Hostile(Attack),
+}
+
+/// What a hostile guest tries, as [`Target`] says, in fixed memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Attack {
+    /// [`Target::ram`]; entries of length 0 do not count.
+    pub ram: [RamRegion; RAM_REGIONS_MAX],
+    /// [`Target::filled_holes`]; entries of length 0 do not count.
+    pub filled_holes: [RamRegion; ATTACK_EXTENTS_MAX],
+    /// [`Target::empty_holes`]; entries of length 0 do not count.
+    pub empty_holes: [RamRegion; ATTACK_EXTENTS_MAX],
+    /// [`Target::host_addresses`]; zeroes do not count.
+    pub host_addresses: [u64; HOST_ADDRESSES_MAX],
+    /// [`FixedAddressing::iova_base`].
+    pub iova_base: u64,
+    /// [`Target::buffer_gpa`].
+    pub buffer_gpa: u64,
+    /// [`Target::buffer_bytes`].
+    pub buffer_bytes: u32,
+    /// [`Target::disk_bytes`].
+    pub disk_bytes: u64,
+    /// [`Target::disk_offset_bytes`].
+    pub disk_offset_bytes: u64,
+    /// [`Target::read_only`].
+    pub read_only: bool,
+    /// [`Target::zero_length`].
+    pub zero_length: bool,
+    /// How long each step may take.
+    pub timeout_ns: u64,
+}
+
+/// Most holes of a kind in an [`Attack`].
+pub const ATTACK_EXTENTS_MAX: usize = 4;
+/// Most host addresses in an [`Attack`].
+pub const HOST_ADDRESSES_MAX: usize = 8;
+
+impl Attack {
+    /// Runs `with` on the target that this describes.
+    pub fn with_target<R>(&self, with: impl FnOnce(&Target<'_>) -> R) -> R {
+        let (ram, ram_count) = extents(&self.ram);
+        let (filled_holes, filled_count) = extents(&self.filled_holes);
+        let (empty_holes, empty_count) = extents(&self.empty_holes);
+        let host_count = self.host_addresses.iter().take_while(|address| **address != 0).count();
+        with(&Target {
+            ram: &ram[..ram_count],
+            filled_holes: &filled_holes[..filled_count],
+            empty_holes: &empty_holes[..empty_count],
+            addressing: FixedAddressing { iova_base: self.iova_base },
+            buffer_gpa: self.buffer_gpa,
+            buffer_bytes: self.buffer_bytes,
+            disk_bytes: self.disk_bytes,
+            disk_offset_bytes: self.disk_offset_bytes,
+            read_only: self.read_only,
+            host_addresses: &self.host_addresses[..host_count],
+            zero_length: self.zero_length,
+        })
+    }
+}
+
+/// The regions that have bytes, in front, and how many they are.
+fn extents<const N: usize>(regions: &[RamRegion; N]) -> ([Extent; N], usize) {
+    let mut extents = [Extent { gpa: 0, len_bytes: 0 }; N];
+    let mut count = 0;
+    for region in regions.iter().filter(|region| region.len_bytes != 0) {
+        extents[count] = Extent { gpa: region.gpa, len_bytes: region.len_bytes };
+        count += 1;
+    }
+    (extents, count)
 }
 
 /// A queue, and what the guest needs to use it.
@@ -98,6 +169,7 @@ const ATTACH: u64 = 1;
 const PREFILL: u64 = 2;
 const RUN: u64 = 3;
 const VERIFY_ALL: u64 = 4;
+const HOSTILE: u64 = 5;
 
 impl Command {
     /// The command as words.
@@ -111,6 +183,10 @@ impl Command {
             Self::Prefill(job, table) => put_job(&mut words, PREFILL, job, *table),
             Self::Run(job, table) => put_job(&mut words, RUN, job, *table),
             Self::VerifyAll(job, table) => put_job(&mut words, VERIFY_ALL, job, *table),
+            Self::Hostile(attack) => {
+                words.put(HOSTILE);
+                put_attack(&mut words, attack);
+            }
         }
         words.finish()
     }
@@ -124,6 +200,7 @@ impl Command {
             PREFILL => take_job(&mut words).map(|(job, table)| Self::Prefill(job, table)),
             RUN => take_job(&mut words).map(|(job, table)| Self::Run(job, table)),
             VERIFY_ALL => take_job(&mut words).map(|(job, table)| Self::VerifyAll(job, table)),
+            HOSTILE => take_attack(&mut words).map(Self::Hostile),
             _ => None,
         };
         command.ok_or(MalformedCommand)
@@ -174,10 +251,7 @@ fn put_attachment(words: &mut Writer, attachment: &Attachment) {
     };
     words.put(kind);
     words.put(address);
-    for region in ram {
-        words.put(region.gpa);
-        words.put(region.len_bytes);
-    }
+    put_regions(words, &ram);
     words.put(tick_rate.ns_per_gigatick);
 }
 
@@ -210,8 +284,62 @@ fn take_attachment(words: &mut Reader<'_>) -> Option<Attachment> {
             (2, gpa) => Bell::Mmio(gpa),
             _ => return None,
         },
-        ram: core::array::from_fn(|_| RamRegion { gpa: words.take(), len_bytes: words.take() }),
+        ram: take_regions(words),
         tick_rate: TickRate { ns_per_gigatick: words.take() },
+    })
+}
+
+fn put_regions(words: &mut Writer, regions: &[RamRegion]) {
+    for region in regions {
+        words.put(region.gpa);
+        words.put(region.len_bytes);
+    }
+}
+
+fn take_regions<const N: usize>(words: &mut Reader<'_>) -> [RamRegion; N] {
+    core::array::from_fn(|_| RamRegion { gpa: words.take(), len_bytes: words.take() })
+}
+
+fn put_attack(words: &mut Writer, attack: &Attack) {
+    let Attack {
+        ram,
+        filled_holes,
+        empty_holes,
+        host_addresses,
+        iova_base,
+        buffer_gpa,
+        buffer_bytes,
+        disk_bytes,
+        disk_offset_bytes,
+        read_only,
+        zero_length,
+        timeout_ns,
+    } = *attack;
+    put_regions(words, &ram);
+    put_regions(words, &filled_holes);
+    put_regions(words, &empty_holes);
+    host_addresses.into_iter().for_each(|address| words.put(address));
+    let buffer_bytes = u64::from(buffer_bytes);
+    let others = [iova_base, buffer_gpa, buffer_bytes, disk_bytes, disk_offset_bytes, timeout_ns];
+    others.into_iter().for_each(|value| words.put(value));
+    words.put(read_only);
+    words.put(zero_length);
+}
+
+fn take_attack(words: &mut Reader<'_>) -> Option<Attack> {
+    Some(Attack {
+        ram: take_regions(words),
+        filled_holes: take_regions(words),
+        empty_holes: take_regions(words),
+        host_addresses: core::array::from_fn(|_| words.take()),
+        iova_base: words.take(),
+        buffer_gpa: words.take(),
+        buffer_bytes: words.take_u32()?,
+        disk_bytes: words.take(),
+        disk_offset_bytes: words.take(),
+        timeout_ns: words.take(),
+        read_only: words.take_bool()?,
+        zero_length: words.take_bool()?,
     })
 }
 
@@ -337,6 +465,37 @@ mod tests {
         }
     }
 
+    fn attack() -> Attack {
+        Attack {
+            ram: core::array::from_fn(|index| RamRegion { gpa: 1 + index as u64, len_bytes: 40 + index as u64 }),
+            filled_holes: [RamRegion { gpa: 50, len_bytes: 51 }; ATTACK_EXTENTS_MAX],
+            empty_holes: [RamRegion { gpa: 52, len_bytes: 53 }; ATTACK_EXTENTS_MAX],
+            host_addresses: core::array::from_fn(|index| u64::MAX - index as u64),
+            iova_base: 54,
+            buffer_gpa: 55,
+            buffer_bytes: 56,
+            disk_bytes: 57,
+            disk_offset_bytes: 58,
+            read_only: true,
+            zero_length: false,
+            timeout_ns: 59,
+        }
+    }
+
+    #[test]
+    fn an_attack_leaves_out_what_is_empty() {
+        let mut attack = attack();
+        attack.filled_holes = [RamRegion::default(); ATTACK_EXTENTS_MAX];
+        attack.empty_holes[1].len_bytes = 0;
+        attack.host_addresses[3] = 0;
+        attack.with_target(|target| {
+            assert_eq!(target.ram.len(), RAM_REGIONS_MAX);
+            assert_eq!(target.filled_holes, []);
+            assert_eq!(target.empty_holes.len(), ATTACK_EXTENTS_MAX - 1);
+            assert_eq!(target.host_addresses, [u64::MAX, u64::MAX - 1, u64::MAX - 2]);
+        });
+    }
+
     #[test]
     fn every_command_comes_back_from_its_words() {
         let table = Table { offset_bytes: 77, entries: 78 };
@@ -346,6 +505,7 @@ mod tests {
             Command::Attach(Attachment { bell: Bell::None, ..attachment() }),
             Command::Prefill(job(), table),
             Command::Run(job(), table),
+            Command::Hostile(attack()),
             Command::VerifyAll(Job { wait: Wait::Poll, verify: Verify::Off, ..job() }, table),
         ];
         for command in commands {

@@ -21,6 +21,9 @@ pub mod map;
 mod words;
 
 pub use answer::{Answer, MESSAGE_BYTES};
-pub use command::{Attachment, Bell, Command, MalformedCommand, RAM_REGIONS_MAX, RamRegion, Table, TickRate};
+pub use command::{
+    ATTACK_EXTENTS_MAX, Attachment, Attack, Bell, Command, HOST_ADDRESSES_MAX, MalformedCommand, RAM_REGIONS_MAX,
+    RamRegion, Table, TickRate,
+};
 pub use histogram::{BUCKETS, Histogram};
 pub use words::{MAILBOX_WORDS, Words};

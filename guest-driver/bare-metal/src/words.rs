@@ -36,6 +36,15 @@ impl Reader<'_> {
         self.0.next().copied().unwrap_or(0)
     }
 
+    /// The next word as a truth value; None if it is none.
+    pub(crate) fn take_bool(&mut self) -> Option<bool> {
+        match self.take() {
+            0 => Some(false),
+            1 => Some(true),
+            _ => None,
+        }
+    }
+
     /// The next word as a `u32`; None if it is none.
     pub(crate) fn take_u32(&mut self) -> Option<u32> {
         u32::try_from(self.take()).ok()

@@ -9,8 +9,9 @@ use std::time::Duration;
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use nix::libc::{EAGAIN, EINTR};
 use ringpass_bare_metal::map::{CALL_PORT, DOORBELL_GPA, PROGRAM_GPA, RESERVED_END_GPA, block};
-use ringpass_bare_metal::{Answer, BUCKETS, Command, Histogram, MESSAGE_BYTES, TickRate};
+use ringpass_bare_metal::{Answer, Attack, BUCKETS, Command, Histogram, MESSAGE_BYTES, TickRate};
 use ringpass_workload::Report;
+use ringpass_workload::hostile::HostileReport;
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
@@ -112,6 +113,15 @@ impl GuestCpu {
         }
     }
 
+    /// Has the guest run the hostile script for `attack`, and waits for its end.
+    pub fn attack(&mut self, attack: Attack) -> Result<HostileReport, VmmError> {
+        self.begin(&Command::Hostile(attack))?;
+        match self.next_answer(None)? {
+            Answer::Attacked(report) => Ok(report),
+            other => Err(self.failure(other)),
+        }
+    }
+
     /// Takes the vCPU out of the guest for good, in whatever it is doing, and ends its thread.
     pub fn stop(mut self) {
         self.end();
@@ -162,7 +172,7 @@ impl GuestCpu {
             Answer::Refused => VmmError::Refused { cpu, message: message() },
             Answer::Panicked => VmmError::Panicked { cpu, message: message() },
             Answer::Unknown(kind) => VmmError::BadAnswer { cpu, kind },
-            Answer::Ready | Answer::Done(_) => VmmError::Busy { cpu, state: "at another command than it was given" },
+            Answer::Ready | Answer::Done(_) | Answer::Attacked(_) => VmmError::Busy { cpu, state: "at another command than it was given" },
         }
     }
 

@@ -15,7 +15,7 @@ use block::Block;
 use environment::Machine;
 use ringpass_bare_metal::{Answer, Attachment, Command, Table, map};
 use ringpass_guest_abi::{DriverRing, FixedAddressing, LayoutError, MappedRing};
-use ringpass_workload::{Job, JobError, Report, RingQueue};
+use ringpass_workload::{hostile, Job, JobError, Report, RingQueue};
 
 /// A queue that commands work on.
 struct Queue {
@@ -64,6 +64,17 @@ fn perform(block: &Block, queue: &mut Option<Queue>, command: &Command) -> Answe
         Command::Prefill(job, table) => work(queue, *table, job, ringpass_workload::prefill),
         Command::Run(job, table) => work(queue, *table, job, ringpass_workload::run),
         Command::VerifyAll(job, table) => work(queue, *table, job, ringpass_workload::verify_all),
+        Command::Hostile(attack) => {
+            let Some(Queue { ring, machine }) = queue else {
+                return refuse(block, "no queue is attached");
+            };
+            attack.with_target(|target| match hostile::script(target) {
+                Ok(steps) => {
+                    Answer::Attacked(hostile::run_hostile(ring.ring_mut(), machine, steps, attack.timeout_ns))
+                }
+                Err(error) => refuse(block, error),
+            })
+        }
     }
 }
 

@@ -1,0 +1,318 @@
+//! A bare-metal guest on KVM with a device of the broker: everything put together, as a monitor would.
+
+use std::fs::File;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use kvm_ioctls::{IoEventAddress, Kvm};
+use ringpass_bare_metal::{Attachment, Bell, Command, RAM_REGIONS_MAX, RamRegion, Table, map};
+use ringpass_broker::direct::{DirectConfig, DirectDevice, SubmissionConfig};
+use ringpass_broker::disk::{Disk, DiskConfig};
+use ringpass_broker::kernel;
+use ringpass_broker::kvm::{ExitCounters, KvmPlacement, KvmQueue, KvmQueueConfig, RamSlots};
+use ringpass_broker::memory::{GuestMemory, IOVA_BASE, RegionConfig, Sharing};
+use ringpass_broker::ring::{IoWorkers, RingConfig, RingEnd, SqThreadConfig};
+use ringpass_guest_abi::{rings_area_bytes, sqes_area_bytes};
+use ringpass_restrictions::{Access, Policy};
+use ringpass_vmm::{GuestCpu, Machine, MachineConfig, Outcome, PROGRAM_SLOT};
+use ringpass_workload::{Job, Verify, Wait};
+use rustix::fs::MemfdFlags;
+
+/// Where a guest's rings are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// In its RAM.
+    GuestRam,
+    /// In pages of the kernel, shown through memory slots.
+    Window,
+}
+
+/// How a guest rings its doorbells.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BellKind {
+    /// Port I/O.
+    Port,
+    /// A write to an address without memory.
+    Mmio,
+}
+
+/// What a guest is to be.
+#[derive(Clone, Debug)]
+pub struct KvmGuestConfig {
+    /// Its disk.
+    pub disk: DiskConfig,
+    /// Size of each ring.
+    pub ring: RingConfig,
+    /// Where they are.
+    pub place: Place,
+    /// Queues, each with a vCPU, 1 to 4.
+    pub queues: u32,
+    /// Who consumes the SQs.
+    pub submission: SubmissionConfig,
+    /// How doorbells are rung.
+    pub bell: BellKind,
+    /// Whether completions interrupt the guest.
+    pub interrupts: bool,
+    /// Bytes of buffers for each queue.
+    pub buffer_bytes: u64,
+    /// Most blocks a queue's job works on.
+    pub blocks_max: u64,
+}
+
+impl KvmGuestConfig {
+    /// One polling queue of 64 entries in guest RAM, with an SQ thread that sleeps after 10 ms, and 1 MiB for buffers.
+    pub fn new(disk: DiskConfig) -> Self {
+        Self {
+            disk,
+            ring: RingConfig { sq_entries: 64, cq_entries: 128 },
+            place: Place::GuestRam,
+            queues: 1,
+            submission: sq_thread(10),
+            bell: BellKind::Port,
+            interrupts: true,
+            buffer_bytes: 1 << 20,
+            blocks_max: 1 << 16,
+        }
+    }
+}
+
+/// An SQ thread that sleeps after `idle_ms`.
+pub fn sq_thread(idle_ms: u64) -> SubmissionConfig {
+    SubmissionConfig::SqThread(SqThreadConfig { idle: Duration::from_millis(idle_ms), cpu: None })
+}
+
+/// A running virtual machine with attached queues. Stopped and detached when dropped.
+#[derive(Debug)]
+pub struct KvmGuest {
+    // In the order in which they go: the vCPUs first.
+    cpus: Vec<GuestCpu>,
+    queues: Vec<KvmQueue>,
+    counters: Vec<ExitCounters>,
+    ram: RamSlots,
+    machine: Machine,
+    device: DirectDevice,
+    memory: GuestMemory,
+    config: KvmGuestConfig,
+    buffers_gpa: u64,
+}
+
+impl KvmGuest {
+    /// Makes everything and tells the guest of its queues.
+    pub fn start(config: KvmGuestConfig) -> Result<Self> {
+        let layout = RamLayout::of(&config);
+        let memory = GuestMemory::new([RegionConfig {
+            gpa: 0,
+            len_bytes: layout.ram_bytes,
+            file: Arc::new(memfd(layout.ram_bytes)?),
+            file_offset_bytes: 0,
+        }])?;
+        let disk = Arc::new(Disk::open(&config.disk)?);
+        let access = if config.disk.read_only { Access::ReadOnly } else { Access::ReadWrite };
+        let device = DirectDevice::new(
+            disk,
+            &memory,
+            Policy::direct(access).compile(&kernel::support()?)?,
+            DirectConfig { submission: config.submission, workers: IoWorkers::default(), sharing: Sharing::Clone },
+        )?;
+        let machine = Machine::new(
+            &Kvm::new().context("opening /dev/kvm")?,
+            MachineConfig {
+                vcpus: config.queues,
+                ram: vec![RamRegion { gpa: 0, len_bytes: layout.ram_bytes }],
+                blocks_max: config.blocks_max,
+            },
+        )?;
+        let ram = RamSlots::map(machine.vm(), &memory, PROGRAM_SLOT + 1)?;
+        let mut guest = Self {
+            cpus: Vec::new(),
+            queues: Vec::new(),
+            counters: Vec::new(),
+            ram,
+            machine,
+            device,
+            memory,
+            buffers_gpa: layout.buffers_gpa,
+            config,
+        };
+        for cpu in 0..guest.config.queues {
+            let vcpu = guest.machine.create_vcpu(cpu)?;
+            guest.counters.push(ExitCounters::of(&vcpu)?);
+            guest.cpus.push(GuestCpu::start(&guest.machine, cpu, vcpu)?);
+            guest.attach(cpu)?;
+        }
+        Ok(guest)
+    }
+
+    /// Attaches the queue of `cpu`, which has none, and tells the guest.
+    fn attach(&mut self, cpu: u32) -> Result<()> {
+        let layout = RamLayout::of(&self.config);
+        let (window_rings_gpa, window_sqes_gpa) = map::window(cpu);
+        let (placement, rings_gpa, sqes_gpa) = match self.config.place {
+            Place::GuestRam => {
+                let (rings_gpa, sqes_gpa) = layout.ring(cpu);
+                (KvmPlacement::GuestRam { rings_gpa, sqes_gpa }, rings_gpa, sqes_gpa)
+            }
+            Place::Window => {
+                let first_slot = PROGRAM_SLOT + 1 + self.ram.len() as u32 + 2 * cpu;
+                let (rings_gpa, sqes_gpa) = (window_rings_gpa, window_sqes_gpa);
+                (KvmPlacement::Window { rings_gpa, sqes_gpa, first_slot }, rings_gpa, sqes_gpa)
+            }
+        };
+        let (doorbell, bell) = match self.config.bell {
+            BellKind::Port => {
+                let port = map::DOORBELL_PORT + cpu as u16;
+                (IoEventAddress::Pio(port.into()), Bell::Port(port))
+            }
+            BellKind::Mmio => {
+                let gpa = map::DOORBELL_GPA + u64::from(cpu) * 4096;
+                (IoEventAddress::Mmio(gpa), Bell::Mmio(gpa))
+            }
+        };
+        let queue = KvmQueue::attach(
+            self.machine.vm(),
+            &self.device,
+            KvmQueueConfig {
+                ring: self.config.ring,
+                placement,
+                doorbell: Some(doorbell),
+                interrupt_gsi: self.config.interrupts.then(|| self.machine.queue_gsi(cpu)),
+            },
+        )?;
+        let mut ram = [RamRegion::default(); RAM_REGIONS_MAX];
+        ram[0] = RamRegion { gpa: 0, len_bytes: self.memory.len_bytes() };
+        let attachment = Attachment {
+            rings_gpa,
+            sqes_gpa,
+            layout: *queue.layout(),
+            iova_base: IOVA_BASE,
+            bell,
+            ram,
+            tick_rate: self.cpus[cpu as usize].tick_rate(),
+        };
+        self.cpus[cpu as usize].run(&Command::Attach(attachment))?;
+        self.queues.push(queue);
+        Ok(())
+    }
+
+    /// A verifying job for `cpu`'s part of the disk: mixed, polling, with a time limit of 20 s for each request.
+    pub fn job(&self, cpu: u32, block_bytes: u32, depth: u32, blocks: u64) -> Job {
+        let area_bytes = blocks * u64::from(block_bytes);
+        Job {
+            area_offset_bytes: u64::from(cpu) * area_bytes,
+            area_bytes,
+            operations: 0,
+            duration_ns: 0,
+            timeout_ns: 20_000_000_000,
+            pause_ns: 0,
+            seed: 1 + u64::from(cpu),
+            buffers_gpa: self.buffers_gpa + u64::from(cpu) * self.config.buffer_bytes,
+            buffer_stride_bytes: block_bytes.into(),
+            block_bytes,
+            depth,
+            write_percent: 50,
+            durable_percent: 0,
+            wait: Wait::Poll,
+            verify: Verify::On,
+        }
+    }
+
+    /// The table of expected contents for a job of `cpu`.
+    pub fn table(&self, cpu: u32, job: &Job) -> Result<Table> {
+        Ok(self.machine.table(cpu, job.blocks())?)
+    }
+
+    /// Has all vCPUs do their jobs at the same time. Each must be clean.
+    pub fn run_all(&mut self, jobs: &[Job], kind: fn(Job, Table) -> Command) -> Result<Vec<Outcome>> {
+        for (cpu, job) in (0u32..).zip(jobs) {
+            let table = self.table(cpu, job)?;
+            self.cpus[cpu as usize].begin(&kind(*job, table))?;
+        }
+        let finish = |cpu: &mut GuestCpu| {
+            let outcome = cpu.finish(Some(Duration::from_secs(120)))?;
+            ensure!(outcome.report.is_clean(), "{}", outcome.report);
+            Ok(outcome)
+        };
+        self.cpus.iter_mut().take(jobs.len()).map(finish).collect()
+    }
+
+    /// The vCPUs.
+    pub fn cpus_mut(&mut self) -> &mut [GuestCpu] {
+        &mut self.cpus
+    }
+
+    /// The queues.
+    pub fn queues(&self) -> &[KvmQueue] {
+        &self.queues
+    }
+
+    /// The vCPUs' exit counters.
+    pub fn counters(&self) -> &[ExitCounters] {
+        &self.counters
+    }
+
+    /// The machine.
+    pub fn machine(&self) -> &Machine {
+        &self.machine
+    }
+
+    /// The device.
+    pub fn device(&self) -> &DirectDevice {
+        &self.device
+    }
+
+    /// The guest's RAM.
+    pub fn memory(&self) -> &GuestMemory {
+        &self.memory
+    }
+
+    /// Where buffers begin.
+    pub fn buffers_gpa(&self) -> u64 {
+        self.buffers_gpa
+    }
+
+    /// Stops the vCPUs, then detaches the queues.
+    pub fn stop(mut self) -> Vec<RingEnd> {
+        self.cpus.clear();
+        self.queues.drain(..).map(KvmQueue::detach).collect()
+    }
+
+    /// Detaches the queues first, under a guest that may still use them.
+    pub fn detach_under_the_guest(&mut self) -> Vec<RingEnd> {
+        self.queues.drain(..).map(KvmQueue::detach).collect()
+    }
+}
+
+/// Where things are in the guest's RAM: the rings of all queues, then the buffers of all queues.
+struct RamLayout {
+    rings_bytes: u64,
+    ring_stride_bytes: u64,
+    buffers_gpa: u64,
+    ram_bytes: u64,
+}
+
+impl RamLayout {
+    fn of(config: &KvmGuestConfig) -> Self {
+        let KvmGuestConfig { ring, place, queues, buffer_bytes, .. } = *config;
+        let rings_bytes = rings_area_bytes(ring.cq_entries);
+        let ring_stride_bytes = match place {
+            Place::GuestRam => rings_bytes + sqes_area_bytes(ring.sq_entries),
+            Place::Window => 0,
+        };
+        let buffers_gpa = u64::from(queues) * ring_stride_bytes;
+        let ram_bytes = buffers_gpa + u64::from(queues) * buffer_bytes.next_multiple_of(4096);
+        Self { rings_bytes, ring_stride_bytes, buffers_gpa, ram_bytes }
+    }
+
+    /// The rings area and the SQE area of a queue.
+    fn ring(&self, cpu: u32) -> (u64, u64) {
+        let rings_gpa = u64::from(cpu) * self.ring_stride_bytes;
+        (rings_gpa, rings_gpa + self.rings_bytes)
+    }
+}
+
+fn memfd(len_bytes: u64) -> Result<File> {
+    let fd = rustix::fs::memfd_create("guest-ram", MemfdFlags::CLOEXEC).context("making a memfd")?;
+    rustix::fs::ftruncate(&fd, len_bytes).context("sizing a memfd")?;
+    Ok(fd.into())
+}
