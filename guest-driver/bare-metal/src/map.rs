@@ -86,8 +86,9 @@ pub mod vector {
     pub const QUEUE: u8 = 0x40;
     /// The local APIC's timer.
     pub const TIMER: u8 = 0x41;
-    /// The idle call: `int` from CPL 3.
-    pub const IDLE: u8 = 0x50;
+    /// The idle call: `int3` from CPL 3. A breakpoint is the one software interrupt that a KVM can deliver which runs the
+    /// guest's CPL 0 in software (`int n` becomes a general protection fault there).
+    pub const IDLE: u8 = 3;
 }
 
 /// Ports that CPL 3 may use: the I/O permission bitmap covers `0..PORTS`.

@@ -2,7 +2,7 @@
 
 use core::arch::{asm, global_asm};
 
-use ringpass_bare_metal::map::{CALL_PORT, IDLE_TICK_COUNT, block, header, vector};
+use ringpass_bare_metal::map::{CALL_PORT, IDLE_TICK_COUNT, block, header};
 
 // The header of the image, and everything that runs at CPL 0.
 //
@@ -120,8 +120,8 @@ pub(crate) fn write_port(port: u16) {
 
 /// Sleeps until an interrupt comes, unless the queue's has come since it was last taken.
 pub(crate) fn idle() {
-    // SAFETY: the handler at this vector changes these registers and nothing else.
-    unsafe { asm!("int {vector}", vector = const vector::IDLE, out("rax") _, out("rcx") _, out("rdx") _, options(nostack)) }
+    // SAFETY: the handler (`vector::IDLE`) changes these registers and nothing else.
+    unsafe { asm!("int3", out("rax") _, out("rcx") _, out("rdx") _, options(nostack)) }
 }
 
 /// The time stamp counter, behind everything before it in program order.
