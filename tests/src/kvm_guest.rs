@@ -58,7 +58,12 @@ pub struct KvmGuestConfig {
     pub buffer_bytes: u64,
     /// Most blocks a queue's job works on.
     pub blocks_max: u64,
+    /// A second region of RAM, of 1 MiB, behind a hole of 1 MiB.
+    pub hole: bool,
 }
+
+/// Length of the hole and of the region behind it.
+const HOLE_BYTES: u64 = 1 << 20;
 
 impl KvmGuestConfig {
     /// One polling queue of 64 entries in guest RAM, with an SQ thread that sleeps after 10 ms, and 1 MiB for buffers.
@@ -73,6 +78,7 @@ impl KvmGuestConfig {
             interrupts: true,
             buffer_bytes: 1 << 20,
             blocks_max: 1 << 16,
+            hole: false,
         }
     }
 }
@@ -93,6 +99,7 @@ pub struct KvmGuest {
     machine: Machine,
     device: DirectDevice,
     memory: GuestMemory,
+    ram_file: Arc<File>,
     config: KvmGuestConfig,
     buffers_gpa: u64,
 }
@@ -101,12 +108,16 @@ impl KvmGuest {
     /// Makes everything and tells the guest of its queues.
     pub fn start(config: KvmGuestConfig) -> Result<Self> {
         let layout = RamLayout::of(&config);
-        let memory = GuestMemory::new([RegionConfig {
-            gpa: 0,
-            len_bytes: layout.ram_bytes,
-            file: Arc::new(memfd(layout.ram_bytes)?),
-            file_offset_bytes: 0,
-        }])?;
+        let regions = layout.regions(config.hole);
+        let file = Arc::new(memfd(layout.ram_bytes + HOLE_BYTES)?);
+        let ram_file = file.clone();
+        let memory = GuestMemory::new(regions.iter().scan(0, |file_offset_bytes, region| {
+            let RamRegion { gpa, len_bytes } = *region;
+            let config = RegionConfig { gpa, len_bytes, file: file.clone(), file_offset_bytes: *file_offset_bytes };
+            *file_offset_bytes += len_bytes;
+            Some(config)
+        }))?;
+        drop(file);
         let disk = Arc::new(Disk::open(&config.disk)?);
         let access = if config.disk.read_only { Access::ReadOnly } else { Access::ReadWrite };
         let device = DirectDevice::new(
@@ -119,7 +130,7 @@ impl KvmGuest {
             &Kvm::new().context("opening /dev/kvm")?,
             MachineConfig {
                 vcpus: config.queues,
-                ram: vec![RamRegion { gpa: 0, len_bytes: layout.ram_bytes }],
+                ram: regions,
                 blocks_max: config.blocks_max,
             },
         )?;
@@ -132,6 +143,7 @@ impl KvmGuest {
             machine,
             device,
             memory,
+            ram_file,
             buffers_gpa: layout.buffers_gpa,
             config,
         };
@@ -180,7 +192,9 @@ impl KvmGuest {
             },
         )?;
         let mut ram = [RamRegion::default(); RAM_REGIONS_MAX];
-        ram[0] = RamRegion { gpa: 0, len_bytes: self.memory.len_bytes() };
+        for (entry, region) in ram.iter_mut().zip(self.machine.ram()) {
+            *entry = *region;
+        }
         let attachment = Attachment {
             rings_gpa,
             sqes_gpa,
@@ -266,6 +280,11 @@ impl KvmGuest {
         &self.memory
     }
 
+    /// The file that holds the guest's RAM, which everything that uses the RAM holds.
+    pub fn ram_file(&self) -> &Arc<File> {
+        &self.ram_file
+    }
+
     /// Where buffers begin.
     pub fn buffers_gpa(&self) -> u64 {
         self.buffers_gpa
@@ -302,6 +321,14 @@ impl RamLayout {
         let buffers_gpa = u64::from(queues) * ring_stride_bytes;
         let ram_bytes = buffers_gpa + u64::from(queues) * buffer_bytes.next_multiple_of(4096);
         Self { rings_bytes, ring_stride_bytes, buffers_gpa, ram_bytes }
+    }
+
+    fn regions(&self, hole: bool) -> Vec<RamRegion> {
+        let mut regions = vec![RamRegion { gpa: 0, len_bytes: self.ram_bytes }];
+        if hole {
+            regions.push(RamRegion { gpa: self.ram_bytes + HOLE_BYTES, len_bytes: HOLE_BYTES });
+        }
+        regions
     }
 
     /// The rings area and the SQE area of a queue.
