@@ -72,7 +72,7 @@ fn host(disk: &Disk) -> anyhow::Result<(HostQueue, HostEnvironment)> {
     let ring = IoUring::builder()
         .setup_sqpoll(SQ_THREAD_IDLE.as_millis() as u32)
         .build(64)
-        .context("creating the host's own io_uring")?;
+        .context("creating the host's own io_uring (see `ringpass probe`)")?;
     ring.submitter().register_files(&[disk.as_fd().as_raw_fd()]).context("registering the disk")?;
     let iovec = nix::libc::iovec { iov_base: buffers.as_mut_ptr().cast(), iov_len: buffers.len() };
     // SAFETY: the mapping outlives the ring (see above), and no reference to it exists while a request is in flight.
