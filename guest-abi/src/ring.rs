@@ -22,7 +22,8 @@
 //! completion can be lost when interrupts are unmuted. A device must not offer such a ring.
 //!
 //! `tests/loom_orderings` checks all six against a model of the kernel's side, and shows for each one that loom finds
-//! a failure without it.
+//! a failure without it. For the release of `cq.head` it takes a kernel that posts without being asked to: in a whole
+//! ring the next release of `sq.tail` covers it, since a place in a full CQ is only used after a CQE was reaped.
 //!
 //! Ringing the doorbell must not overtake the tail. System calls, hypercalls and Linux's `writel` see to that
 //! themselves; a bare-metal guest on a weakly ordered machine needs a store barrier before its MMIO store.
