@@ -43,7 +43,7 @@ pub enum AddressError {
         /// Its length in bytes.
         len_bytes: u32,
     },
-    /// The segment does not end below 16 TiB ([`SLOT_COUNT_MAX`] slots).
+    /// The segment does not end below 16 TiB ([`SLOT_COUNT_MAX`] slots), or not below 2^64 when `iova_base` is added.
     TooHigh {
         /// Where the segment starts, guest-physical.
         gpa: u64,
@@ -52,6 +52,9 @@ pub enum AddressError {
 
 impl FixedAddressing {
     /// The fixed buffer and address of `len_bytes` bytes at `gpa`.
+    ///
+    /// Whether there is RAM at `gpa` is for the kernel to say: an address outside the registered buffer completes with
+    /// -EFAULT.
     pub fn resolve(&self, gpa: u64, len_bytes: u32) -> Result<FixedAddress, AddressError> {
         let Some(span_bytes) = u64::from(len_bytes).checked_sub(1) else {
             return Err(AddressError::Empty);
@@ -66,7 +69,8 @@ impl FixedAddressing {
             return Err(AddressError::CrossesSlot { gpa, len_bytes });
         }
         let buf_index = u16::try_from(slot).map_err(|_| too_high)?;
-        let addr = self.iova_base.checked_add(gpa).ok_or(too_high)?;
+        self.iova_base.checked_add(last).ok_or(too_high)?;
+        let addr = self.iova_base + gpa;
         Ok(FixedAddress { buf_index, addr })
     }
 }
@@ -84,3 +88,6 @@ impl fmt::Display for AddressError {
 }
 
 impl core::error::Error for AddressError {}
+
+#[cfg(test)]
+mod tests;

@@ -48,11 +48,12 @@ pub struct Sqe {
     pub buf_index: u16,
     /// Registered credentials; always 0 (the kernel answers -EINVAL otherwise).
     pub personality: u16,
-    /// `splice_fd_in`/`file_index`/…: 0 for reads and writes.
+    /// `splice_fd_in`, `file_index` and others: 0 for reads and writes. For writes its first byte is `write_stream` from
+    /// Linux 6.16.
     pub file_index: u32,
-    /// `addr3` or `attr_ptr`: 0.
+    /// `addr3`, from Linux 6.14 also `attr_ptr`: 0.
     pub addr3: u64,
-    /// `__pad2` or `attr_type_mask`: 0.
+    /// `__pad2`, from Linux 6.14 `attr_type_mask`: 0.
     pub pad2: u64,
 }
 
@@ -128,5 +129,40 @@ impl Cqe {
         let [user_data, result] = words;
         let [r0, r1, r2, r3, f0, f1, f2, f3] = result.to_ne_bytes();
         Self { user_data, res: i32::from_ne_bytes([r0, r1, r2, r3]), flags: u32::from_ne_bytes([f0, f1, f2, f3]) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::FixedAddress;
+
+    const ADDRESS: FixedAddress = FixedAddress { buf_index: 3, addr: 0x1_c000_1000 };
+
+    #[test]
+    fn a_read_names_the_disk_the_buffer_and_nothing_else() {
+        let expected = Sqe {
+            opcode: 4,
+            flags: 1,
+            off_bytes: 8192,
+            addr: 0x1_c000_1000,
+            len_bytes: 4096,
+            user_data: 7,
+            buf_index: 3,
+            ..Sqe::default()
+        };
+        assert_eq!(Sqe::read_fixed(ADDRESS, 4096, 8192, 7), expected);
+    }
+
+    #[test]
+    fn a_write_is_a_read_but_for_the_operation() {
+        let read = Sqe::read_fixed(ADDRESS, 4096, 8192, 7);
+        assert_eq!(Sqe::write_fixed(ADDRESS, 4096, 8192, 7), Sqe { opcode: 5, ..read });
+    }
+
+    #[test]
+    fn a_durable_request_keeps_its_other_flags() {
+        let write = Sqe { rw_flags: 0x8, ..Sqe::write_fixed(ADDRESS, 4096, 8192, 7) };
+        assert_eq!(write.durable(), Sqe { rw_flags: 0xa, ..write });
     }
 }

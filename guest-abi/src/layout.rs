@@ -19,6 +19,8 @@ const SQ_ENTRIES_MAX: u32 = 32768;
 const CQ_ENTRIES_MAX: u32 = 2 * SQ_ENTRIES_MAX;
 /// Room for the indexes and flags in front of the CQEs. The kernel uses 320 bytes of it (Linux 5.1 to 6.18).
 const RINGS_HEADER_BYTES: u64 = 1024;
+/// Where 32-bit offsets into the rings area end.
+const OFFSETS_END_BYTES: u64 = 1 << 32;
 /// The unit in which ring memory is handed over.
 const PAGE_BYTES: u64 = 4096;
 
@@ -87,7 +89,7 @@ pub enum LayoutError {
         /// What was given.
         entries: u32,
     },
-    /// A field does not lie inside its area, or is not aligned to its size.
+    /// A field does not lie inside its area or below 4 GiB of it, or is not aligned to its size.
     Misplaced {
         /// The field's name.
         field: &'static str,
@@ -105,7 +107,7 @@ pub enum LayoutError {
 
 impl RingLayout {
     /// Checks that every part lies inside its area, so that a [`RingMemory`](crate::RingMemory) of these areas is
-    /// only ever asked for what it has.
+    /// only ever asked for what it has. Parts that overlap are not refused: they harm nobody but the ring itself.
     pub fn validate(&self) -> Result<(), LayoutError> {
         let entries =
             [("sq_entries", self.sq_entries, SQ_ENTRIES_MAX), ("cq_entries", self.cq_entries, CQ_ENTRIES_MAX)];
@@ -126,7 +128,7 @@ impl RingLayout {
         ];
         for (field, offset_bytes, len_bytes, align_bytes) in parts {
             let end_bytes = u64::from(offset_bytes) + len_bytes;
-            if !offset_bytes.is_multiple_of(align_bytes) || end_bytes > self.rings_bytes {
+            if !offset_bytes.is_multiple_of(align_bytes) || end_bytes > self.rings_bytes.min(OFFSETS_END_BYTES) {
                 return Err(LayoutError::Misplaced { field, offset_bytes });
             }
         }
@@ -155,3 +157,6 @@ impl fmt::Display for LayoutError {
 }
 
 impl core::error::Error for LayoutError {}
+
+#[cfg(test)]
+pub(crate) mod tests;

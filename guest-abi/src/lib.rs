@@ -15,9 +15,77 @@
 //!
 //! The crate has no dependencies and needs no `std`. All its logic is safe code; only [`MappedRing`] touches raw
 //! memory.
+//!
+//! # Example
+//!
+//! A guest reads the first 4 KiB of its disk. The device is played by the last part; the memory would be guest RAM.
+//!
+//! ```
+//! use std::ptr::NonNull;
+//!
+//! use ringpass_guest_abi::{
+//!     Cqe, Doorbell, DriverRing, FixedAddressing, MappedRing, RingLayout, RingMemory, Sqe, rings_area_bytes,
+//!     sqes_area_bytes,
+//! };
+//!
+//! // What the device says: the size of the ring, where its parts are, and what is added to an address.
+//! let layout = RingLayout {
+//!     sq_entries: 8,
+//!     cq_entries: 16,
+//!     sq_head_offset: 0,
+//!     sq_tail_offset: 64,
+//!     sq_flags_offset: 276,
+//!     cq_head_offset: 128,
+//!     cq_tail_offset: 192,
+//!     cq_flags_offset: 280,
+//!     cqes_offset: 320,
+//!     rings_bytes: rings_area_bytes(16),
+//!     sqes_bytes: sqes_area_bytes(8),
+//!     doorbell: Doorbell::Always,
+//! };
+//! let addressing = FixedAddressing { iova_base: 1 << 40 };
+//!
+//! // Two areas of memory, each starting at a page.
+//! #[derive(Clone)]
+//! #[repr(C, align(4096))]
+//! struct Page([u8; 4096]);
+//! let mut pages = vec![Page([0; 4096]); 2];
+//! let areas = NonNull::from(pages.as_mut_slice()).cast::<u8>();
+//! let map = || {
+//!     // SAFETY: the second area starts one page into an allocation of two.
+//!     let sqes = unsafe { areas.add(4096) };
+//!     // SAFETY: both areas are one page, outlive the rings, and are not used otherwise.
+//!     unsafe { MappedRing::new(areas, layout.rings_bytes, sqes, layout.sqes_bytes) }
+//! };
+//!
+//! let mut ring = DriverRing::new(map(), layout)?;
+//! let address = addressing.resolve(0x8000_1000, 4096)?;
+//! assert_eq!((address.buf_index, address.addr), (2, (1 << 40) + 0x8000_1000));
+//! ring.push(&Sqe::read_fixed(address, 4096, 0, 7))?;
+//! if ring.publish() {
+//!     // Ring the doorbell.
+//! }
+//!
+//! // The device: one SQE was published; complete it.
+//! let device = map();
+//! assert_eq!(device.load_acquire(layout.sq_tail_offset), 1);
+//! let cqe = [7, 0, 4096, 0]; // user_data (two words), res, flags
+//! for (word, offset) in cqe.into_iter().zip((layout.cqes_offset..).step_by(4)) {
+//!     device.store_relaxed(offset, word);
+//! }
+//! device.store_release(layout.cq_tail_offset, 1);
+//!
+//! assert_eq!(ring.reap(), Some(Cqe { user_data: 7, res: 4096, flags: 0 }));
+//! assert_eq!(ring.reap(), None);
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
 
 #![no_std]
 #![deny(unsafe_code)]
+
+// Only the unit tests: no other build of the crate can name `std`, so that any build shows that it needs none.
+#[cfg(test)]
+extern crate std;
 
 mod address;
 mod entry;
@@ -25,6 +93,8 @@ mod layout;
 mod mapped;
 mod memory;
 mod ring;
+#[cfg(test)]
+mod test_memory;
 
 pub use address::{AddressError, FixedAddress, FixedAddressing, SLOT_BYTES, SLOT_COUNT_MAX};
 pub use entry::{Cqe, Opcode, Sqe, SqeFlags};

@@ -90,3 +90,6 @@ impl RingMemory for MappedRing {
         Cqe::from_words([user_data, result])
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -2,20 +2,31 @@
 //!
 //! # Memory orderings
 //!
-//! The driver and the host kernel share four indexes and two flag words. Each index has one writer.
+//! The driver and the host kernel share four indexes and two flag words. Each has one writer.
 //!
-//! | access | ordering | pairs with |
+//! | the driver's accesses | ordering | pairs with, in Linux |
 //! | --- | --- | --- |
-//! | SQEs, then `sq.tail` | store-release of the tail | the kernel's acquire of the tail before it reads SQEs |
-//! | `sq.head`, then reuse of an SQE slot | load-acquire of the head | the kernel's release of the head after it read SQEs |
-//! | `cq.tail`, then CQEs | load-acquire of the tail | the kernel's release of the tail after it wrote CQEs |
-//! | CQEs, then `cq.head` | store-release of the head | the kernel's control-dependent store to a freed slot |
-//! | `sq.tail`, then `sq.flags` | **full fence** between | the SQ thread sets NEED_WAKEUP, full fence, reads the tail once more |
-//! | `cq.flags` (unmute), then `cq.tail` | **full fence** between | the kernel writes the tail, full fence, reads the flags |
+//! | SQEs, then `sq.tail` | store-release of the tail | `io_sqring_entries`: load-acquire of the tail, then SQEs are read |
+//! | `sq.head`, then reuse of an SQE slot | load-acquire of the head | `io_commit_sqring`: store-release of the head, after SQEs were read |
+//! | `cq.tail`, then CQEs | load-acquire of the tail | `io_commit_cqring`: store-release of the tail, after CQEs were written |
+//! | CQEs, then `cq.head` | store-release of the head | `io_cqe_cache_refill`: load of the head, control dependency, store to a freed CQE |
+//! | `sq.tail`, then `sq.flags` | **full fence** between | `io_sq_thread`: sets NEED_WAKEUP, `smp_mb__after_atomic`, reads the tail once more |
+//! | `cq.flags` (unmute), then `cq.tail` | **full fence** between | `__io_cq_unlock_post`: writes the tail, `wq_has_sleeper` (`smp_mb`), `io_eventfd_grab` reads the flags |
 //!
 //! The last two are store-then-load on both sides (Dekker): without the fence both sides may miss each other, and a
-//! submission would sleep or a completion never interrupt. `tests/loom_orderings.rs` checks all six against a model
-//! of the kernel's side, and shows that each one is needed.
+//! submission would sleep or a completion never interrupt.
+//!
+//! The names are those of Linux 6.12 to 6.19, in `io_uring/`; the order of steps is the same since 6.6 (older kernels
+//! have no `IORING_SETUP_NO_SQARRAY`). The last row is true neither of a ring with `IORING_SETUP_DEFER_TASKRUN` nor of
+//! one with `IORING_SETUP_IOPOLL` and no SQPOLL: there the kernel wakes no waiters and executes no fence, so a
+//! completion can be lost when interrupts are unmuted. A device must not offer such a ring.
+//!
+//! `tests/loom_orderings` checks all six against a model of the kernel's side, and shows for each one that loom finds
+//! a failure without it. For the release of `cq.head` it takes a kernel that posts without being asked to: in a whole
+//! ring the next release of `sq.tail` covers it, since a place in a full CQ is only used after a CQE was reaped.
+//!
+//! Ringing the doorbell must not overtake the tail. System calls, hypercalls and Linux's `writel` see to that
+//! themselves; a bare-metal guest on a weakly ordered machine needs a store barrier before its MMIO store.
 
 use core::fmt;
 
@@ -27,6 +38,9 @@ use crate::{
 ///
 /// It keeps its own copies of the indexes it owns and never reads them back. It never has more requests outstanding
 /// than the CQ holds, so that no completion is ever dropped or parked in the kernel.
+///
+/// The other side is not trusted to keep its indexes right: whatever it writes, the driver accesses only what its
+/// layout covers and has no more than `cq_entries` requests outstanding. It may then wait for ever or reap nonsense.
 #[derive(Debug)]
 pub struct DriverRing<M> {
     memory: M,
@@ -52,7 +66,8 @@ pub struct PushError {
 /// Why a push was refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PushErrorReason {
-    /// The SQ is full: publish, and wait until the kernel has consumed some.
+    /// The SQ is full: publish, and wait until the kernel has consumed some. At least as many requests are outstanding
+    /// as the SQ holds, so a driver may sleep until the interrupt of the next completion.
     SqFull,
     /// As many requests are outstanding as the CQ holds: reap first.
     CqFull,
@@ -83,7 +98,11 @@ impl<M: RingMemory> DriverRing<M> {
         }
         // Acquire: the kernel has read the SQE in the slot before it moved the head past it.
         let sq_head = self.memory.load_acquire(self.layout.sq_head_offset);
-        if self.sq_tail.wrapping_sub(sq_head) >= self.layout.sq_entries {
+        // The kernel moves the head only at the end of a batch, when completions of the batch may have been reaped
+        // already (`io_submit_sqes`). It takes SQEs in order, so at least as many were read as have completed: without
+        // this bound the SQ could look full with nothing outstanding, and no interrupt would ever end the wait.
+        let unread = self.sq_tail.wrapping_sub(sq_head).min(self.outstanding);
+        if unread >= self.layout.sq_entries {
             return refused(PushErrorReason::SqFull);
         }
         self.memory.write_sqe(self.sq_tail & (self.layout.sq_entries - 1), sqe);
@@ -92,14 +111,16 @@ impl<M: RingMemory> DriverRing<M> {
         Ok(())
     }
 
-    /// Makes every pushed SQE visible to the kernel. True: the doorbell must be rung, or they may lie there for ever.
+    /// Makes every pushed SQE visible to the kernel. True: the doorbell must be rung now, or they may lie there for ever.
+    /// False, too, when nothing was pushed since the last call.
     #[must_use = "a sleeping SQ thread does not see the SQEs until the doorbell is rung"]
     pub fn publish(&mut self) -> bool {
-        if self.sq_tail != self.sq_tail_published {
-            // Release: the SQEs are written before the tail covers them.
-            self.memory.store_release(self.layout.sq_tail_offset, self.sq_tail);
-            self.sq_tail_published = self.sq_tail;
+        if self.sq_tail == self.sq_tail_published {
+            return false;
         }
+        // Release: the SQEs are written before the tail covers them.
+        self.memory.store_release(self.layout.sq_tail_offset, self.sq_tail);
+        self.sq_tail_published = self.sq_tail;
         match self.layout.doorbell {
             Doorbell::Always => true,
             Doorbell::WhenAsleep => {
@@ -112,6 +133,8 @@ impl<M: RingMemory> DriverRing<M> {
     }
 
     /// Takes the next completion, if there is one.
+    ///
+    /// A faulty device can make up completions: whoever uses `user_data` as an index checks it.
     pub fn reap(&mut self) -> Option<Cqe> {
         // Acquire: the CQE was written before the tail covered it.
         let cq_tail = self.memory.load_acquire(self.layout.cq_tail_offset);
@@ -163,3 +186,6 @@ impl fmt::Display for PushError {
 }
 
 impl core::error::Error for PushError {}
+
+#[cfg(test)]
+mod tests;

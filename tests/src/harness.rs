@@ -300,8 +300,9 @@ mod tests {
         let programs = fs::read_dir(package.join("tests")).expect("the test programs");
         let mut count = 0;
         for path in programs.map(|entry| entry.expect("a directory entry").path()) {
-            if path.extension() == Some(OsStr::new("rs")) {
-                let name = path.file_stem().and_then(OsStr::to_str).expect("a name in ASCII");
+            let name = path.file_stem().and_then(OsStr::to_str).expect("a name in ASCII");
+            // The harness's own tests: under it, a fault that swallows failures would swallow theirs too.
+            if path.extension() == Some(OsStr::new("rs")) && name != "harness_skips" {
                 let entry = format!("[[test]]\nname = \"{name}\"\nharness = false\n");
                 assert!(manifest.contains(&entry), "tests/Cargo.toml lacks this:\n{entry}");
                 count += 1;

@@ -27,8 +27,9 @@ pub(crate) fn run() -> Result<()> {
 fn run_steps(steps: &mut Steps) -> Result<()> {
     steps.run("Debian packages", packages::install_missing)?;
     steps.run("format", || steps::run(&mut cargo(&["fmt", "--all", "--check"])))?;
-    steps
-        .run("lint", || steps::run(&mut cargo(&["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"])))?;
+    steps.run("lint", || {
+        steps::run(&mut cargo(&["clippy", "--workspace", "--all-targets", "--keep-going", "--", "-D", "warnings"]))
+    })?;
     // With private items rustdoc accepts links from public items to them, which are dead in the published pages.
     steps.run("documentation", || document(&[]))?;
     steps.run("documentation of private items", || document(&["--document-private-items"]))?;
@@ -50,7 +51,9 @@ fn run_steps(steps: &mut Steps) -> Result<()> {
 }
 
 fn document(options: &[&str]) -> Result<()> {
-    steps::run(cargo(&["doc", "--workspace", "--no-deps"]).args(options).env("RUSTDOCFLAGS", "-D warnings"))
+    steps::run(
+        cargo(&["doc", "--workspace", "--no-deps", "--keep-going"]).args(options).env("RUSTDOCFLAGS", "-D warnings"),
+    )
 }
 
 fn nextest() -> Command {

@@ -118,8 +118,7 @@ fn a_ring_in_a_window_ends_once_nothing_holds_the_window() {
     let queue = setup.attach(QueuePlacement::Window, None);
     let window = queue.window().unwrap();
     // SAFETY: the window stays mapped until it is dropped below, behind the last use of the ring.
-    let memory =
-        unsafe { MappedRing::new(window.rings(), window.rings_bytes(), window.sqes(), window.sqes_bytes()) };
+    let memory = unsafe { MappedRing::new(window.rings(), window.rings_bytes(), window.sqes(), window.sqes_bytes()) };
     let mut ring = DriverRing::new(memory, *queue.layout()).unwrap();
     setup.check_reads(&mut ring);
     let end = queue.close();

@@ -88,7 +88,9 @@ pub enum MemoryError {
         file_system: String,
     },
     /// The file was opened without the right to write.
-    #[error("the memory region at guest-physical {gpa:#x} cannot be written through its file ({file}): pass it read-write")]
+    #[error(
+        "the memory region at guest-physical {gpa:#x} cannot be written through its file ({file}): pass it read-write"
+    )]
     NotWritable {
         /// Start of the region.
         gpa: u64,
@@ -114,9 +116,7 @@ pub enum MemoryError {
         source: io::Error,
     },
     /// The kernel refused to register a slot.
-    #[error(
-        "registering the {len_bytes:#x} bytes at guest-physical {gpa:#x} as fixed buffer {slot} failed: {source}"
-    )]
+    #[error("registering the {len_bytes:#x} bytes at guest-physical {gpa:#x} as fixed buffer {slot} failed: {source}")]
     Register {
         /// Slot number.
         slot: u32,

@@ -47,7 +47,8 @@ impl MappedSlot {
         let len = piece.len_bytes as usize;
         let flags = MapFlags::SHARED | MapFlags::FIXED_NOREPLACE;
         // SAFETY: FIXED_NOREPLACE never touches a mapping that exists: the range is free, or the call fails.
-        let result = unsafe { rustix::mm::mmap(start, len, ProtFlags::READ | ProtFlags::WRITE, flags, fd, offset_bytes) };
+        let result =
+            unsafe { rustix::mm::mmap(start, len, ProtFlags::READ | ProtFlags::WRITE, flags, fd, offset_bytes) };
         match result {
             Ok(_) => self.mapped_bytes += piece.len_bytes,
             Err(Errno::EXIST) => return Err(MemoryError::AddressTaken { address }),

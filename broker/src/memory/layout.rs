@@ -113,12 +113,7 @@ mod tests {
     fn ram_of_a_pc_becomes_one_buffer_per_gibibyte_with_its_holes_filled() {
         let layout = IovaLayout::new([(0, 640 << 10), (768 << 10, 3 * GIB - (768 << 10)), (4 * GIB, GIB / 2)]);
         let slots: Vec<_> = layout.slots().iter().map(|s| (s.index, s.gpa, s.len_bytes, s.pieces.len())).collect();
-        assert_eq!(slots, [
-            (0, 0, GIB, 3),
-            (1, GIB, GIB, 1),
-            (2, 2 * GIB, GIB, 1),
-            (4, 4 * GIB, GIB / 2, 1),
-        ]);
+        assert_eq!(slots, [(0, 0, GIB, 3), (1, GIB, GIB, 1), (2, 2 * GIB, GIB, 1), (4, 4 * GIB, GIB / 2, 1),]);
         let vga_hole = Piece { gpa: 640 << 10, len_bytes: 128 << 10, source: Source::Scratch };
         assert_eq!(layout.slots()[0].pieces[1], vga_hole);
         assert_eq!(layout.table_slots(), 5);

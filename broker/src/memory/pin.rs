@@ -82,7 +82,7 @@ impl PinnedMemory {
     }
 
     /// Pins what `memory` has more than the memory pinned here, beside it: rings that run are not touched until
-    /// [`replace_slots`](Self::replace_slots).
+    /// [`KernelRing::replace_memory`](crate::ring::KernelRing::replace_memory).
     ///
     /// Takes as long as [`pin`](Self::pin) takes for the slots that change; call it on a thread that may block.
     pub fn grown_to(&self, memory: &GuestMemory) -> Result<(Self, Vec<PlannedSlot>), MemoryError> {

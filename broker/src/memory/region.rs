@@ -8,9 +8,7 @@ use std::sync::Arc;
 
 use rustix::fs::{MemfdFlags, OFlags, SealFlags};
 use vm_memory::mmap::MmapRegionBuilder;
-use vm_memory::{
-    Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestRegionMmap, MmapRegion,
-};
+use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
 
 use super::layout::SCRATCH_BYTES;
 use super::{IovaLayout, MemoryError};

@@ -107,7 +107,9 @@ fn a_range_that_leaves_its_region_is_outside_ram() {
         let error = memory.host_address(gpa, len_bytes).unwrap_err();
         assert_eq!(
             error.to_string(),
-            format!("the {len_bytes:#x} bytes at guest-physical {gpa:#x} do not lie inside one memory region of the guest")
+            format!(
+                "the {len_bytes:#x} bytes at guest-physical {gpa:#x} do not lie inside one memory region of the guest"
+            )
         );
     }
 }

@@ -28,10 +28,7 @@ pub(crate) enum Target {
     /// Wakes the SQ thread.
     WakeSqThread(Arc<RingFd>),
     /// Submits what is in the SQ.
-    Submit {
-        ring: Arc<RingFd>,
-        sq_entries: u32,
-    },
+    Submit { ring: Arc<RingFd>, sq_entries: u32 },
 }
 
 /// A doorbell eventfd and what it does.

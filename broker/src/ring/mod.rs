@@ -111,7 +111,9 @@ impl KernelRing<Disabled> {
 
     /// Has the kernel signal `completion` for each completion that the guest has not muted.
     pub fn attach_completion(self, completion: &EventFd) -> Result<Self, RingError> {
-        self.fd.register_eventfd(completion_fd(completion)).map_err(RingError::system("registering the completion eventfd"))?;
+        self.fd
+            .register_eventfd(completion_fd(completion))
+            .map_err(RingError::system("registering the completion eventfd"))?;
         Ok(self)
     }
 
@@ -154,7 +156,9 @@ impl KernelRing<Enabled> {
     pub fn replace_completion(&self, completion: Option<&EventFd>) -> Result<(), RingError> {
         self.fd.unregister_eventfd().map_err(RingError::system("unregistering the completion eventfd"))?;
         let Some(completion) = completion else { return Ok(()) };
-        self.fd.register_eventfd(completion_fd(completion)).map_err(RingError::system("registering the completion eventfd"))?;
+        self.fd
+            .register_eventfd(completion_fd(completion))
+            .map_err(RingError::system("registering the completion eventfd"))?;
         completion.write(1).map_err(RingError::system("signalling the new completion eventfd"))
     }
 

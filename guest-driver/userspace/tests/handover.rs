@@ -209,7 +209,7 @@ fn a_broker_that_says_nothing_ends_in_the_time_out_of_the_socket() {
 }
 
 #[test]
-fn a_guest_that_has_gone_is_an_error_and_no_signal() {
+fn a_guest_that_has_gone_is_an_error() {
     let (broker, guest) = UnixStream::pair().unwrap();
     drop(guest);
     let memory = memfd(2 * MIB);

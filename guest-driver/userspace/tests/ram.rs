@@ -114,7 +114,9 @@ fn a_place_that_is_not_free_is_refused() {
     let (_file, mut allocator) = ram(MIB);
     let taken = allocator.reserve(8192, 100).unwrap();
     assert_eq!(taken.len_bytes(), 4096);
-    for (gpa, len_bytes) in [(8192, 1), (4096, 8192), (12287, 1), (MIB, 1), (MIB - 4096, 8192), (u64::MAX, 2)] {
+    for (gpa, len_bytes) in
+        [(8192, 1), (0x8_0001, 1), (4096, 8192), (12287, 1), (MIB, 1), (MIB - 4096, 8192), (u64::MAX, 2)]
+    {
         let error = allocator.reserve(gpa, len_bytes).unwrap_err();
         assert_eq!(error, AllocateError::NotFree { gpa, len_bytes });
         assert!(error.to_string().contains("cannot be reserved"), "{error}");

@@ -137,7 +137,7 @@ impl<'a, Q: BlockQueue, E: Environment> Engine<'a, Q, E> {
 
     /// Whether new requests may be chosen.
     fn goes_on(&self) -> bool {
-        self.issued < self.issue_max && self.now_ns < self.end_ns && self.give_up_ns.is_none()
+        self.issued < self.issue_max && self.now_ns < self.end_ns
     }
 
     fn is_done(&self) -> bool {

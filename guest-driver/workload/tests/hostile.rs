@@ -53,6 +53,7 @@ enum Flaw {
     ReachesTheHost,
     TakesAnyPersonality,
     DiskGrows,
+    AppendGrows,
     WritesToReadOnly,
     NeverAnswers { opcode: u8 },
     AnswersTwice { opcode: u8 },
@@ -186,6 +187,9 @@ impl Kernel {
         }
         let offset = if sqe.off_bytes == u64::MAX { 0 } else { sqe.off_bytes };
         let offset = if write && sqe.rw_flags & 0x10 != 0 { DISK_BYTES } else { offset };
+        if write && sqe.rw_flags & 0x10 != 0 && flaw == Flaw::AppendGrows {
+            return Ok(sqe.len_bytes as i32);
+        }
         let space = if write && flaw == Flaw::DiskGrows { u64::MAX } else { DISK_BYTES };
         if write && offset >= space {
             return Err(efbig);
@@ -304,6 +308,7 @@ fn every_flaw_shows_by_name() {
         (Flaw::ReachesTheHost, "host address 0x7f1234567000"),
         (Flaw::TakesAnyPersonality, "personality 0x1"),
         (Flaw::DiskGrows, "disk offset"),
+        (Flaw::AppendGrows, "rw_flags 0x10 (opcode 5)"),
         (Flaw::NeverAnswers { opcode: 22 }, "(opcode 22)"),
         (Flaw::RefusesEverything, "honest request"),
         (Flaw::AnswersTooMuch, "honest request"),

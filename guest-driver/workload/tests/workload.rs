@@ -118,6 +118,28 @@ fn a_failed_request_is_an_error_with_its_errno_and_the_run_goes_on() {
 }
 
 #[test]
+fn a_failed_write_leads_to_no_mismatch_later() {
+    for at in 0..20 {
+        let fault = Fault::Error { res: -5 };
+        let (_, _, report) = run_after_prefill(&job(), |device| device.inject(at, fault));
+        assert_eq!((report.errors, report.operations(), report.mismatches), (1, 999, 0), "{report}");
+    }
+}
+
+#[test]
+fn only_requests_that_went_well_count_for_latency() {
+    for fault in [Fault::Short, Fault::Error { res: -5 }, Fault::Late { after_ns: 1_500_000 }] {
+        let device = Device::new(disk_bytes(&job()));
+        let (mut queue, mut env) = device.handles();
+        let mut expected = vec![0; 64];
+        device.inject(10, fault);
+        let report = prefill(&job(), &mut queue, &mut env, &mut expected).unwrap();
+        assert_eq!(env.latencies_ns.len() as u64, report.operations() - report.late, "{fault:?}");
+        assert!(env.latencies_ns.iter().all(|&latency_ns| latency_ns < 1_000_000));
+    }
+}
+
+#[test]
 fn a_block_whose_write_failed_is_unknown_and_written_before_it_is_read() {
     let job = Job { write_percent: 100, operations: 501, ..job() };
     let (device, mut expected, report) = run_after_prefill(&job, |device| device.inject(500, Fault::Error { res: -5 }));
@@ -217,8 +239,17 @@ fn a_queue_smaller_than_the_depth_is_waited_for() {
 }
 
 #[test]
+fn room_that_comes_after_the_last_completion_is_not_waited_for_by_interrupt() {
+    let job = Job { depth: 1, wait: Wait::Interrupt, ..job() };
+    let (_, _, report) = run_after_prefill(&job, Device::set_late_room);
+    assert!(report.is_clean(), "{report}");
+    assert_eq!((report.operations(), report.sleeps - report.interrupts), (1000, 0));
+}
+
+#[test]
 fn a_queue_that_never_has_room_is_reported() {
-    let (_, expected, report) = run_after_prefill(&job(), |device| device.set_queue_entries(0));
+    let job = Job { write_percent: 100, ..job() };
+    let (_, expected, report) = run_after_prefill(&job, |device| device.set_queue_entries(0));
     assert_eq!((report.operations(), report.lost), (0, 1), "{report}");
     assert!(expected.iter().all(|&entry| entry != 0 && entry >> 63 == 0));
 }

@@ -44,6 +44,9 @@ struct Machine {
     completions: VecDeque<Completion>,
     late: Vec<(u64, Completion)>,
     queue_entries: usize,
+    /// The queue gets its room back only some pushes after a completion.
+    late_room: bool,
+    pushes_to_refuse: u32,
     /// The device executes the newest request first now and then.
     reorder: bool,
     executed: u64,
@@ -83,6 +86,8 @@ impl Device {
             completions: VecDeque::new(),
             late: Vec::new(),
             queue_entries: 1024,
+            late_room: false,
+            pushes_to_refuse: 0,
             reorder: true,
             executed: 0,
             fault: None,
@@ -115,6 +120,10 @@ impl Device {
 
     pub(crate) fn set_queue_entries(&self, entries: usize) {
         self.machine.borrow_mut().queue_entries = entries;
+    }
+
+    pub(crate) fn set_late_room(&self) {
+        self.machine.borrow_mut().late_room = true;
     }
 
     /// The device sleeps when it has nothing to do, and needs the doorbell.
@@ -176,6 +185,7 @@ impl Machine {
         };
         let fault = self.fault.filter(|(at, _)| *at == self.executed).map(|(_, fault)| fault);
         self.executed += 1;
+        self.pushes_to_refuse = if self.late_room { 2 } else { 0 };
         self.durable_writes += u64::from(request.write && request.durable);
         let mut res = self.transfer(&request, fault);
         self.touched.retain(|&offset_bytes| offset_bytes != request.offset_bytes);
@@ -220,6 +230,10 @@ impl Machine {
 impl BlockQueue for MockQueue {
     fn push(&mut self, request: &Request) -> Result<(), PushRefusal> {
         let mut machine = self.0.borrow_mut();
+        if let Some(left) = machine.pushes_to_refuse.checked_sub(1) {
+            machine.pushes_to_refuse = left;
+            return Err(PushRefusal::Full);
+        }
         if machine.pushed.len() + machine.published.len() >= machine.queue_entries {
             return Err(PushRefusal::Full);
         }

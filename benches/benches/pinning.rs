@@ -1,0 +1,40 @@
+//! What it costs to make guest memory valid in SQEs: pinning it once, and growing it by a region while the rest stays.
+//!
+//! Needs RLIMIT_MEMLOCK of 512 MiB or CAP_IPC_LOCK.
+
+use std::fs::File;
+use std::sync::Arc;
+
+use criterion::{Criterion, Throughput, criterion_group, criterion_main};
+use ringpass_broker::memory::{GuestMemory, PinnedMemory, RegionConfig, Sharing};
+use rustix::fs::MemfdFlags;
+
+const LEN_BYTES: u64 = 256 << 20;
+
+/// Guest RAM whose pages exist already.
+fn region(gpa: u64) -> RegionConfig {
+    let fd = rustix::fs::memfd_create("guest-ram", MemfdFlags::CLOEXEC).expect("a memfd");
+    rustix::fs::fallocate(&fd, rustix::fs::FallocateFlags::empty(), 0, LEN_BYTES).expect("pages for the memfd");
+    RegionConfig { gpa, len_bytes: LEN_BYTES, file: Arc::new(File::from(fd)), file_offset_bytes: 0 }
+}
+
+fn pinning(criterion: &mut Criterion) {
+    let small = GuestMemory::new([region(0)]).expect("valid memory");
+    let large = small.with_region(region(1 << 30)).expect("valid memory");
+    let mut group = criterion.benchmark_group("pinning");
+    group.sample_size(10).throughput(Throughput::Bytes(LEN_BYTES));
+    group.bench_function("pin 256 MiB of 4 KiB pages", |bencher| {
+        bencher.iter_with_large_drop(|| PinnedMemory::pin(&small, Sharing::Clone).expect("pinned"));
+    });
+    let pinned = PinnedMemory::pin(&small, Sharing::Clone).expect("pinned");
+    group.bench_function("plug 256 MiB beside 256 MiB", |bencher| {
+        bencher.iter_with_large_drop(|| pinned.grown_to(&large).expect("grown"));
+    });
+    group.bench_function("clone what is pinned", |bencher| {
+        bencher.iter_with_large_drop(|| pinned.grown_to(&small).expect("grown by nothing"));
+    });
+    group.finish();
+}
+
+criterion_group!(benches, pinning);
+criterion_main!(benches);

@@ -1,0 +1,51 @@
+//! A guest that is a process: the guest's side.
+//!
+//! It has its RAM, a doorbell, an eventfd for interrupts, and a socket on standard input over which it is told what to
+//! do. It has neither the disk nor any io_uring of its own.
+
+use std::io::{BufRead, BufReader, Write};
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+
+use anyhow::Context;
+use ringpass_guest::{GuestRam, ProcessEnv, RamRing, handover};
+use ringpass_guest_abi::{DriverRing, FixedAddressing};
+use ringpass_workload::{Job, RingQueue};
+
+use super::{BUFFERS_BYTES, Outcome, Task, perform};
+
+/// Does what the broker says until it closes the socket.
+pub(crate) fn run() -> anyhow::Result<()> {
+    let socket = std::io::stdin().as_fd().try_clone_to_owned().context("standard input is not the broker's socket")?;
+    let stream = UnixStream::from(socket);
+    let mut handover = handover::receive(&stream).context("this program is started by `ringpass demo`")?;
+    let (Some(setup), Some(events)) = (handover.setup.queues.pop(), handover.events.pop()) else {
+        anyhow::bail!("a checked setup has a queue");
+    };
+
+    // SAFETY: the broker shares this RAM with this process and the kernel only; the kernel touches it by requests of
+    // this process's own, and the broker not at all.
+    let ram = Arc::new(unsafe { GuestRam::map(&handover.regions()) }?);
+    let mut allocator = ram.allocator()?;
+    let ring: RamRing = allocator.ring(setup.rings_gpa, &setup.layout, setup.sqes_gpa)?;
+    let buffers = allocator.allocate(BUFFERS_BYTES)?;
+    let buffers_gpa = buffers.gpa();
+    let addressing = FixedAddressing { iova_base: handover.setup.iova_base };
+    let mut queue = RingQueue::new(DriverRing::new(ring, setup.layout)?, addressing);
+    let mut environment = ProcessEnv::new(buffers, events.doorbell, events.completion);
+
+    let mut lines = BufReader::new(stream.try_clone()?).lines();
+    let Some(first) = lines.next() else { return Ok(()) };
+    let mut expected: Vec<u64> = serde_json::from_str(&first?)?;
+    for line in lines {
+        let task: Task = serde_json::from_str(&line?)?;
+        let task = Task { job: Job { buffers_gpa, ..task.job }, ..task };
+        let report = perform(task, &mut queue, &mut environment, &mut expected)?;
+        let latencies = super::pairs(&environment.take_latencies_ns()?);
+        let mut answer = serde_json::to_vec(&Outcome { report, latencies })?;
+        answer.push(b'\n');
+        (&stream).write_all(&answer)?;
+    }
+    Ok(())
+}

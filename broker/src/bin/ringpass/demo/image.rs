@@ -1,0 +1,163 @@
+//! The disk of the demo: a temporary image, or a file or device of the user's, which is only read.
+
+use std::fs::{File, OpenOptions};
+use std::io::Write;
+use std::os::fd::AsRawFd;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use anyhow::{Context, bail};
+use ringpass_broker::disk::{DirectIo, Disk, DiskConfig};
+use ringpass_workload::checksum;
+
+use super::{AREA_BYTES, BLOCK_BYTES};
+
+/// Most ways that a demo can have: each has an area of its own.
+const AREAS: u64 = 8;
+
+/// The demo's disk.
+pub(crate) struct Image {
+    /// The open, locked disk.
+    pub(crate) disk: Arc<Disk>,
+    /// What to call it.
+    pub(crate) name: String,
+    /// Bytes each way has to itself.
+    area_bytes: u64,
+    /// The user's content, which must not change.
+    preserved: bool,
+    /// Removed at the end.
+    created: Option<PathBuf>,
+}
+
+impl Image {
+    /// The image that `--blk-file` names, or a temporary one.
+    ///
+    /// What exists is opened read-only and stays as it is; what does not exist is made, and removed at the end.
+    pub(crate) fn open(blk_file: Option<&Path>, direct_io: DirectIo) -> anyhow::Result<Self> {
+        match blk_file {
+            Some(path) if path.exists() => Self::preserved(path, direct_io),
+            Some(path) => {
+                let file = OpenOptions::new().read(true).write(true).create_new(true).open(path);
+                let file = file.with_context(|| format!("creating {}", path.display()))?;
+                let created = Some(path.to_owned());
+                Self::temporary(file, path.display().to_string(), created, path.to_owned(), direct_io)
+            }
+            None => {
+                let directory = disk_directory()?;
+                let file = tempfile::tempfile_in(&directory)
+                    .with_context(|| format!("making a temporary image in {}", directory.display()))?;
+                let path = PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()));
+                let name = format!("temporary image in {}", directory.display());
+                Self::temporary(file, name, None, path, direct_io)
+            }
+        }
+    }
+
+    fn temporary(
+        mut file: File,
+        name: String,
+        created: Option<PathBuf>,
+        path: PathBuf,
+        direct_io: DirectIo,
+    ) -> anyhow::Result<Self> {
+        // From here on the file goes away whatever happens.
+        let remove = RemoveOnDrop(created);
+        let zeroes = vec![0; 1 << 20];
+        for _ in 0..AREAS * AREA_BYTES / zeroes.len() as u64 {
+            file.write_all(&zeroes).with_context(|| format!("writing {name}"))?;
+        }
+        let disk = Disk::open(&DiskConfig { direct_io, ..DiskConfig::new(path) })?;
+        Ok(Self { disk: Arc::new(disk), name, area_bytes: AREA_BYTES, preserved: false, created: remove.keep() })
+    }
+
+    fn preserved(path: &Path, direct_io: DirectIo) -> anyhow::Result<Self> {
+        let disk = Disk::open(&DiskConfig { direct_io, read_only: true, ..DiskConfig::new(path) })?;
+        let blocks = (disk.size_bytes() / BLOCK_BYTES).min(AREA_BYTES / BLOCK_BYTES);
+        if blocks < 64 {
+            bail!(
+                "{} has {} bytes: the demo needs at least {} (or name a file that does not exist)",
+                path.display(),
+                disk.size_bytes(),
+                64 * BLOCK_BYTES
+            );
+        }
+        if !BLOCK_BYTES.is_multiple_of(disk.logical_block_bytes().into()) {
+            bail!(
+                "{} has blocks of {} bytes, the demo reads {BLOCK_BYTES}",
+                path.display(),
+                disk.logical_block_bytes()
+            );
+        }
+        let name = format!("{} (only read)", path.display());
+        Ok(Self { disk: Arc::new(disk), name, area_bytes: blocks * BLOCK_BYTES, preserved: true, created: None })
+    }
+
+    /// Whether the content is the user's, and only read.
+    pub(crate) fn is_preserved(&self) -> bool {
+        self.preserved
+    }
+
+    /// The part of the disk that way number `index` has: its own, or all of them the same if it is only read.
+    pub(crate) fn area(&self, index: usize) -> (u64, u64) {
+        let offset_bytes = if self.preserved { 0 } else { index as u64 % AREAS * self.area_bytes };
+        (offset_bytes, self.area_bytes)
+    }
+
+    /// Checksums of the blocks of an area as the host reads them through a descriptor of its own; unknown (0) for an
+    /// image that each way fills itself.
+    pub(crate) fn expected(&self) -> anyhow::Result<Vec<u64>> {
+        let blocks = (self.area_bytes / BLOCK_BYTES) as usize;
+        if !self.preserved {
+            return Ok(vec![0; blocks]);
+        }
+        let path = self.disk.path();
+        let file = File::open(path).with_context(|| format!("reading {}", path.display()))?;
+        let mut block = vec![0; BLOCK_BYTES as usize];
+        (0..blocks as u64)
+            .map(|index| {
+                std::os::unix::fs::FileExt::read_exact_at(&file, &mut block, index * BLOCK_BYTES)
+                    .with_context(|| format!("reading {}", path.display()))?;
+                Ok(checksum(&block))
+            })
+            .collect()
+    }
+}
+
+impl Drop for Image {
+    fn drop(&mut self) {
+        RemoveOnDrop(self.created.take());
+    }
+}
+
+/// A file that this program made and removes.
+struct RemoveOnDrop(Option<PathBuf>);
+
+impl RemoveOnDrop {
+    fn keep(mut self) -> Option<PathBuf> {
+        self.0.take()
+    }
+}
+
+impl Drop for RemoveOnDrop {
+    fn drop(&mut self) {
+        if let Some(path) = &self.0
+            && let Err(error) = std::fs::remove_file(path)
+        {
+            tracing::warn!(%error, "cannot remove {}", path.display());
+        }
+    }
+}
+
+/// A directory on a disk: the demo is about a disk, and `/tmp` is memory on many systems.
+fn disk_directory() -> anyhow::Result<PathBuf> {
+    const TMPFS_MAGIC: u64 = 0x0102_1994;
+    const RAMFS_MAGIC: u64 = 0x8584_58f6;
+    let in_memory = |path: &PathBuf| {
+        rustix::fs::statfs(path).is_ok_and(|stat| [TMPFS_MAGIC, RAMFS_MAGIC].contains(&(stat.f_type as u64)))
+    };
+    let writable = |path: &PathBuf| tempfile::tempfile_in(path).is_ok();
+    let candidates = [Some(std::env::temp_dir()), Some("/var/tmp".into()), std::env::current_dir().ok()];
+    candidates.into_iter().flatten().find(|path| !in_memory(path) && writable(path)).context(
+        "no writable directory on a disk ($TMPDIR, /var/tmp, the current directory): name a file with --blk-file",
+    )
+}

@@ -1,0 +1,157 @@
+//! A guest that is a process: the broker's side.
+
+use std::fs::File;
+use std::io::{BufRead, BufReader, Write};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use ringpass_broker::direct::{DirectConfig, DirectDevice, DirectQueue, QueueConfig, QueuePlacement, SubmissionConfig};
+use ringpass_broker::disk::Disk;
+use ringpass_broker::kernel;
+use ringpass_broker::memory::{GuestMemory, IOVA_BASE, RegionConfig, Sharing};
+use ringpass_broker::ring::{IoWorkers, RingConfig, SqThreadConfig};
+use ringpass_guest::handover::{self, QueueEvents, QueueSetup, RegionSetup, Setup};
+use ringpass_guest_abi::{rings_area_bytes, sqes_area_bytes};
+use ringpass_restrictions::{Access, Policy, RegisterOperation};
+use rustix::fs::MemfdFlags;
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
+
+use super::{Outcome, SQ_THREAD_IDLE, Task, Way};
+
+/// The guest's RAM: small, because it is pinned, and an ordinary user may pin 8 MiB in all.
+const RAM_BYTES: u64 = 1 << 20;
+const RING: RingConfig = RingConfig { sq_entries: 64, cq_entries: 128 };
+/// How long a guest may take to end, and its ring.
+const END: Duration = Duration::from_secs(10);
+
+/// Who takes the guest's requests off its ring.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Submission {
+    /// A kernel thread that polls.
+    SqThread,
+    /// The broker, at each doorbell.
+    Kick,
+}
+
+impl Submission {
+    /// The way's name in the report.
+    pub(crate) fn way(self) -> &'static str {
+        match self {
+            Self::SqThread => "process",
+            Self::Kick => "process-kick",
+        }
+    }
+}
+
+/// A guest process with a ring of its own, and the broker's side of it.
+pub(crate) struct ProcessWay {
+    submission: Submission,
+    stream: Option<BufReader<UnixStream>>,
+    guest: Child,
+    queue: Option<DirectQueue>,
+}
+
+impl ProcessWay {
+    /// Starts a guest on `disk`. It knows the checksums of the blocks of its area.
+    pub(crate) fn start(disk: &Arc<Disk>, submission: Submission, expected: &[u64]) -> anyhow::Result<Self> {
+        let ram = rustix::fs::memfd_create("guest-ram", MemfdFlags::CLOEXEC).context("making the guest's RAM")?;
+        rustix::fs::ftruncate(&ram, RAM_BYTES).context("making the guest's RAM")?;
+        let ram = Arc::new(File::from(ram));
+        let region = RegionConfig { gpa: 0, len_bytes: RAM_BYTES, file: ram.clone(), file_offset_bytes: 0 };
+        let memory = GuestMemory::new([region])?;
+
+        let support = kernel::support().context("asking the kernel what its io_uring can do")?;
+        let access = if disk.is_read_only() { Access::ReadOnly } else { Access::ReadWrite };
+        let can_clone = support.register_operations.contains(RegisterOperation::REGISTER_CLONE_BUFFERS);
+        let config = DirectConfig {
+            submission: match submission {
+                Submission::SqThread => SubmissionConfig::SqThread(SqThreadConfig { idle: SQ_THREAD_IDLE, cpu: None }),
+                Submission::Kick => SubmissionConfig::Doorbell,
+            },
+            workers: IoWorkers::default(),
+            sharing: if can_clone { Sharing::Clone } else { Sharing::PinAgain },
+        };
+        let policy = Policy::direct(access).compile(&support)?;
+        let device = DirectDevice::new(disk.clone(), &memory, policy, config)?;
+
+        let (rings_gpa, sqes_gpa) = (0, rings_area_bytes(RING.cq_entries));
+        assert!(sqes_gpa + sqes_area_bytes(RING.sq_entries) <= RAM_BYTES / 2, "half of the RAM is for buffers");
+        let events = QueueEvents { doorbell: eventfd()?, completion: eventfd()? };
+        let queue = device.attach(QueueConfig {
+            ring: RING,
+            placement: QueuePlacement::GuestRam { rings_gpa, sqes_gpa },
+            doorbell: Some(events.doorbell.try_clone().context("sharing the doorbell")?),
+            completion: Some(events.completion.try_clone().context("sharing the completion eventfd")?),
+        })?;
+
+        let setup = Setup {
+            version: Setup::VERSION,
+            regions: vec![RegionSetup { gpa: 0, len_bytes: RAM_BYTES, offset_bytes: 0 }],
+            queues: vec![QueueSetup { rings_gpa, sqes_gpa, layout: *queue.layout() }],
+            iova_base: IOVA_BASE,
+            disk_bytes: disk.size_bytes(),
+            logical_block_bytes: disk.logical_block_bytes(),
+            read_only: disk.is_read_only(),
+        };
+        let (ours, theirs) = UnixStream::pair().context("making a socket")?;
+        let guest = Command::new("/proc/self/exe")
+            .arg("demo-guest")
+            .stdin(OwnedFd::from(theirs))
+            .stdout(Stdio::null())
+            .spawn()
+            .context("starting the guest process")?;
+        let mut way = Self { submission, stream: Some(BufReader::new(ours)), guest, queue: Some(queue) };
+        handover::send(way.stream()?.get_ref(), &setup, &[ram.as_fd()], &[events])?;
+        way.send(&expected)?;
+        Ok(way)
+    }
+
+    fn stream(&mut self) -> anyhow::Result<&mut BufReader<UnixStream>> {
+        self.stream.as_mut().context("the guest has been stopped")
+    }
+
+    fn send(&mut self, message: &impl serde::Serialize) -> anyhow::Result<()> {
+        let mut line = serde_json::to_vec(message)?;
+        line.push(b'\n');
+        self.stream()?.get_mut().write_all(&line).context("talking to the guest process")
+    }
+}
+
+impl Way for ProcessWay {
+    fn name(&self) -> &'static str {
+        self.submission.way()
+    }
+
+    fn perform(&mut self, task: Task) -> anyhow::Result<Outcome> {
+        self.send(&task)?;
+        let mut line = String::new();
+        self.stream()?.read_line(&mut line).context("hearing from the guest process")?;
+        if line.is_empty() {
+            bail!("the guest process has ended ({})", self.guest.wait()?);
+        }
+        serde_json::from_str(&line).context("understanding the guest process")
+    }
+}
+
+impl Drop for ProcessWay {
+    fn drop(&mut self) {
+        // The guest ends when its socket does.
+        drop(self.stream.take());
+        if let Err(error) = self.guest.wait() {
+            tracing::warn!(%error, "cannot wait for the guest process");
+        }
+        if let Some(end) = self.queue.take().map(DirectQueue::close)
+            && let Err(error) = end.wait(END)
+        {
+            tracing::warn!("{error}");
+        }
+    }
+}
+
+fn eventfd() -> anyhow::Result<EventFd> {
+    EventFd::new(EFD_CLOEXEC).context("making an eventfd")
+}

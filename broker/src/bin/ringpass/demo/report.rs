@@ -1,0 +1,115 @@
+//! What the demo found, as a table and as JSON.
+
+use std::fmt::Write as _;
+
+use serde::Serialize;
+
+/// Everything that a demo run found.
+#[derive(Debug, Serialize)]
+pub(crate) struct DemoReport {
+    /// Release of the running kernel.
+    pub(crate) kernel: String,
+    /// The disk.
+    pub(crate) disk: DiskReport,
+    /// One row per way and depth.
+    pub(crate) ways: Vec<Row>,
+    /// Ways that could not run here.
+    pub(crate) skipped: Vec<Skipped>,
+}
+
+/// The demo's disk.
+#[derive(Debug, Serialize)]
+pub(crate) struct DiskReport {
+    /// Its path, or what it is.
+    pub(crate) name: String,
+    /// Its size.
+    pub(crate) size_bytes: u64,
+    /// Whether the page cache is bypassed.
+    pub(crate) direct_io: bool,
+}
+
+/// One way at one depth.
+#[derive(Debug, Serialize)]
+pub(crate) struct Row {
+    /// `host`, `process`, …
+    pub(crate) name: &'static str,
+    /// Requests in flight.
+    pub(crate) depth: u32,
+    /// Reads per second.
+    pub(crate) iops: f64,
+    /// Median latency.
+    pub(crate) p50_ns: u64,
+    /// 99th percentile.
+    pub(crate) p99_ns: u64,
+    /// 99.9th percentile.
+    pub(crate) p999_ns: u64,
+    /// Median over the rounds of the way's p50 by the host's in the same round.
+    pub(crate) ratio_to_host: f64,
+    /// VM exits per request; none where there is no VM.
+    pub(crate) exits_per_io: Option<f64>,
+    /// Bytes read and compared.
+    pub(crate) verified_bytes: u64,
+    /// Requests that failed, were lost or doubled, and blocks with wrong content.
+    pub(crate) errors: u64,
+}
+
+/// A way that could not run.
+#[derive(Debug, Serialize)]
+pub(crate) struct Skipped {
+    /// Its name.
+    pub(crate) name: &'static str,
+    /// Why, and what to do.
+    pub(crate) why: String,
+}
+
+impl DemoReport {
+    /// Whether every byte was right.
+    pub(crate) fn is_clean(&self) -> bool {
+        self.ways.iter().all(|row| row.errors == 0)
+    }
+
+    /// The table for people.
+    pub(crate) fn table(&self) -> String {
+        let mut text = String::new();
+        let cache = if self.disk.direct_io { "O_DIRECT" } else { "page cache: this measures the path, not the disk" };
+        let _ = writeln!(text, "kernel {}, {} ({}, {cache})\n", self.kernel, self.disk.name, mib(self.disk.size_bytes));
+        let _ = writeln!(
+            text,
+            "{:<14}{:>6}{:>12}{:>10}{:>10}{:>10}{:>9}{:>12}{:>8}",
+            "way", "depth", "IOPS", "p50", "p99", "p99.9", "vs host", "verified", "errors"
+        );
+        for row in &self.ways {
+            let _ = writeln!(
+                text,
+                "{:<14}{:>6}{:>12.0}{:>10}{:>10}{:>10}{:>8.2}x{:>12}{:>8}",
+                row.name,
+                row.depth,
+                row.iops,
+                time(row.p50_ns),
+                time(row.p99_ns),
+                time(row.p999_ns),
+                row.ratio_to_host,
+                mib(row.verified_bytes),
+                row.errors
+            );
+        }
+        for skipped in &self.skipped {
+            let _ = writeln!(text, "\nskipped {}: {}", skipped.name, skipped.why);
+        }
+        let verdict = if self.is_clean() { "every byte verified" } else { "WRONG: see the errors above" };
+        let _ = writeln!(text, "\n4 KiB random reads; vs host: p50 latency by that of a plain host process. {verdict}");
+        text
+    }
+}
+
+fn mib(bytes: u64) -> String {
+    format!("{:.0} MiB", bytes as f64 / f64::from(1 << 20))
+}
+
+fn time(ns: u64) -> String {
+    match ns {
+        0..10_000 => format!("{:.2} us", ns as f64 / 1e3),
+        10_000..10_000_000 => format!("{:.0} us", ns as f64 / 1e3),
+        _ => format!("{:.0} ms", ns as f64 / 1e6),
+    }
+}

@@ -1,0 +1,200 @@
+//! The `ringpass` program as a user meets it.
+
+use std::fs::{self, OpenOptions};
+use std::os::unix::fs::{FileExt, PermissionsExt};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+use serde_json::Value;
+use tempfile::TempDir;
+
+/// What Debian gives an ordinary user.
+const MEMLOCK_KIB: u32 = 8192;
+
+static NEXT_USER: AtomicU32 = AtomicU32::new(0);
+
+/// The program at a place that every user can reach, and a directory on the same disk that every user can write.
+struct Installed {
+    directory: TempDir,
+    program: PathBuf,
+    /// An ordinary user of this test's own: what a user pins counts for all of that user's processes.
+    uid: u32,
+}
+
+impl Installed {
+    fn new() -> Self {
+        let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+        fs::set_permissions(&directory, fs::Permissions::from_mode(0o777)).unwrap();
+        let program = directory.path().join("ringpass");
+        fs::copy(env!("CARGO_BIN_EXE_ringpass"), &program).unwrap();
+        let uid = 1_000_000 + std::process::id() * 64 + NEXT_USER.fetch_add(1, Ordering::Relaxed) % 64;
+        Self { directory, program, uid }
+    }
+
+    fn path(&self) -> &Path {
+        self.directory.path()
+    }
+
+    /// The program with `arguments`, in the directory, with a memlock limit, as an ordinary user even under root.
+    fn command(&self, memlock_kib: u32, arguments: &[&str]) -> Command {
+        let mut command = Command::new("sh");
+        command
+            .args(["-c", "ulimit -l \"$1\" && shift && exec \"$@\"", "sh", &memlock_kib.to_string()])
+            .arg(&self.program)
+            .args(arguments)
+            .env("TMPDIR", self.path())
+            .current_dir(self.path());
+        if rustix::process::geteuid().is_root() {
+            command.uid(self.uid).gid(self.uid);
+        }
+        command
+    }
+
+    fn run(&self, arguments: &[&str]) -> Output {
+        self.command(MEMLOCK_KIB, arguments).output().unwrap()
+    }
+}
+
+fn json(output: &Output) -> Value {
+    let text = String::from_utf8_lossy(&output.stdout);
+    serde_json::from_str(&text).unwrap_or_else(|error| {
+        panic!("not JSON ({error}): {text}\nstderr: {}", String::from_utf8_lossy(&output.stderr))
+    })
+}
+
+fn stderr(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+#[test]
+fn the_demo_verifies_every_way_for_an_ordinary_user_with_8_mib_of_memlock() {
+    let installed = Installed::new();
+    let output = installed.run(&["demo", "--seconds", "0.2", "--json"]);
+    assert!(output.status.success(), "{}", stderr(&output));
+    let report = json(&output);
+    assert!(report["kernel"].as_str().unwrap().starts_with(|first: char| first.is_ascii_digit()));
+    assert_eq!(report["skipped"], Value::Array(vec![]), "nothing of the main path is skipped");
+    let ways = report["ways"].as_array().unwrap();
+    let expected = ["host", "process", "process-kick"].iter().flat_map(|name| [(*name, 1), (*name, 32)]);
+    let found = ways.iter().map(|way| (way["name"].as_str().unwrap(), way["depth"].as_u64().unwrap()));
+    assert_eq!(found.collect::<Vec<_>>(), expected.collect::<Vec<_>>());
+    for way in ways {
+        assert_eq!(way["errors"], 0, "{way}");
+        assert!(way["verified_bytes"].as_u64().unwrap() > 0, "{way}");
+        assert!(way["iops"].as_f64().unwrap() > 0.0, "{way}");
+        assert!(way["ratio_to_host"].as_f64().unwrap() > 0.0, "{way}");
+        assert!(way["exits_per_io"].is_null(), "a process has no VM exits: {way}");
+        let percentiles = ["p50_ns", "p99_ns", "p999_ns"].map(|name| way[name].as_u64().unwrap());
+        assert!(percentiles[0] > 0 && percentiles.is_sorted(), "{way}");
+        let keys: Vec<_> = way.as_object().unwrap().keys().map(String::as_str).collect();
+        assert_eq!(keys.len(), 10, "{keys:?}");
+    }
+    let left: Vec<_> = fs::read_dir(installed.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    assert_eq!(left, ["ringpass"], "no temporary image is left behind");
+}
+
+#[test]
+fn a_file_that_exists_is_only_read_and_stays_as_it_was() {
+    let installed = Installed::new();
+    let image = installed.path().join("mine.img");
+    let content: Vec<u8> = (0..1_048_576u32).flat_map(|word| word.to_le_bytes()).collect();
+    fs::write(&image, &content).unwrap();
+    fs::set_permissions(&image, fs::Permissions::from_mode(0o444)).unwrap();
+    let output = installed.run(&["demo", "--seconds", "0.1", "--json", "--blk-file", "mine.img"]);
+    assert!(output.status.success(), "{}", stderr(&output));
+    assert!(json(&output)["ways"].as_array().unwrap().iter().all(|way| way["verified_bytes"].as_u64().unwrap() > 0));
+    assert_eq!(fs::read(&image).unwrap(), content);
+}
+
+#[test]
+fn a_file_that_the_demo_made_is_removed_again() {
+    let installed = Installed::new();
+    let output = installed.run(&["demo", "--seconds", "0.1", "--blk-file", "new.img"]);
+    assert!(output.status.success(), "{}", stderr(&output));
+    assert!(!installed.path().join("new.img").exists());
+    let table = String::from_utf8(output.stdout).unwrap();
+    assert!(table.contains("process-kick") && table.contains("every byte verified"), "{table}");
+}
+
+#[test]
+fn one_wrong_byte_makes_the_exit_status_non_zero() {
+    let installed = Installed::new();
+    let image = installed.path().join("changing.img");
+    fs::write(&image, vec![7; 64 * 4096]).unwrap();
+    let mut command =
+        installed.command(MEMLOCK_KIB, &["demo", "--seconds", "1", "--json", "--blk-file", "changing.img"]);
+    let mut demo = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    // Whenever the demo reads what the file holds, it holds something else soon after.
+    let file = OpenOptions::new().write(true).open(&image).unwrap();
+    for byte in [8, 7].into_iter().cycle() {
+        file.write_all_at(&[byte], 4096 * 31 + 1234).unwrap();
+        std::thread::sleep(Duration::from_millis(20));
+        if demo.try_wait().unwrap().is_some() {
+            break;
+        }
+    }
+    let output = demo.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(1), "{}", stderr(&output));
+    assert!(json(&output)["ways"].as_array().unwrap().iter().any(|way| way["errors"].as_u64().unwrap() > 0));
+}
+
+#[test]
+fn a_guest_that_cannot_be_pinned_is_skipped_with_what_to_do() {
+    let installed = Installed::new();
+    let output = installed.command(512, &["demo", "--seconds", "0.1", "--json"]).output().unwrap();
+    assert!(output.status.success(), "{}", stderr(&output));
+    let report = json(&output);
+    for skipped in report["skipped"].as_array().unwrap() {
+        let why = skipped["why"].as_str().unwrap();
+        assert!(why.contains("pinning needs 1 MiB, RLIMIT_MEMLOCK is 512 KiB"), "{why}");
+        assert!(why.contains("LimitMEMLOCK="), "{why}");
+    }
+    assert_eq!(report["skipped"].as_array().unwrap().len(), 2);
+}
+
+#[test]
+fn bad_input_is_refused_with_the_reason_and_changes_nothing() {
+    let installed = Installed::new();
+    fs::write(installed.path().join("small.img"), [1; 8192]).unwrap();
+    fs::write(installed.path().join("ragged.img"), vec![1; 300_000]).unwrap();
+    let cases: [(&[&str], &str); 5] = [
+        (&["demo", "--blk-file", "no/such/directory/image"], "creating no/such/directory/image: No such file"),
+        (&["demo", "--blk-file", "."], "is a directory: a disk is a regular file or a block device"),
+        (&["demo", "--blk-file", "small.img"], "small.img has 8192 bytes: the demo needs at least 262144"),
+        (&["demo", "--blk-file", "ragged.img"], "ragged.img"),
+        (&["demo", "--seconds", "0"], "must be a number from 0.1 to 3600"),
+    ];
+    for (arguments, message) in cases {
+        let output = installed.run(arguments);
+        assert!(!output.status.success(), "{arguments:?}");
+        assert!(output.stdout.is_empty(), "{arguments:?}");
+        assert!(stderr(&output).contains(message), "{arguments:?}: {}", stderr(&output));
+    }
+    assert_eq!(fs::read(installed.path().join("small.img")).unwrap(), [1; 8192]);
+    assert_eq!(fs::metadata(installed.path().join("ragged.img")).unwrap().len(), 300_000);
+}
+
+#[test]
+fn the_guest_program_alone_says_what_it_is_for() {
+    let output = Command::new(env!("CARGO_BIN_EXE_ringpass")).arg("demo-guest").stdin(Stdio::null()).output().unwrap();
+    assert!(!output.status.success());
+    assert!(stderr(&output).contains("started by `ringpass demo`"), "{}", stderr(&output));
+}
+
+#[test]
+fn the_probe_tells_an_ordinary_user_that_direct_mode_is_available() {
+    let installed = Installed::new();
+    let output = installed.run(&["probe", "--json"]);
+    assert!(output.status.success(), "{}", stderr(&output));
+    let report = json(&output);
+    let modes = report["modes"].as_array().unwrap();
+    let available = |mode: &&Value| mode["available"] == true;
+    assert_eq!(modes.iter().filter(available).count(), 2, "{report}");
+    for mode in modes.iter().filter(|mode| mode["available"] == false) {
+        assert!(mode["why"].as_str().unwrap().contains("does not have it yet"), "{mode}");
+        assert!(mode["change"].as_array().unwrap().iter().any(Value::is_string), "{mode}");
+    }
+}
