@@ -22,6 +22,8 @@ use crate::{Machine, VmmError};
 /// How often a vCPU that is to stop is signalled: a signal that comes between its look at the flag and its entry into
 /// the guest has no effect.
 const KICK: Duration = Duration::from_millis(1);
+/// How long the program may take until it is ready: a few instructions, on a machine that may be busy.
+const READY: Duration = Duration::from_secs(10);
 
 /// A vCPU that runs the program. Stopped when dropped, whatever it does at that moment.
 #[derive(Debug)]
@@ -68,7 +70,7 @@ impl GuestCpu {
             stop,
             thread: Some(thread),
         };
-        match started.next_answer(None)? {
+        match started.next_answer(Some(READY))? {
             Answer::Ready => Ok(started),
             other => Err(started.failure(other)),
         }

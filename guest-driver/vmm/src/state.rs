@@ -1,6 +1,6 @@
 //! The state in which a vCPU enters the program: 64-bit mode, CPL 3, interrupts on.
 
-use kvm_bindings::{CpuId, kvm_regs, kvm_segment};
+use kvm_bindings::{CpuId, KVM_MP_STATE_RUNNABLE, kvm_mp_state, kvm_regs, kvm_segment};
 use kvm_ioctls::VcpuFd;
 use ringpass_bare_metal::map::{block, offset, vector};
 
@@ -39,6 +39,9 @@ pub(crate) fn set_up(vcpu: &VcpuFd, cpu: u32, features: &CpuId) -> Result<(), Vm
     set_features(vcpu, cpu, features)?;
     set_system_registers(vcpu, cpu)?;
     set_local_apic(vcpu)?;
+    // All but the first would wait to be started by the first.
+    vcpu.set_mp_state(kvm_mp_state { mp_state: KVM_MP_STATE_RUNNABLE })
+        .map_err(VmmError::kvm("letting a vCPU run"))?;
     let [_magic, entry, ..] = header();
     let block = program_va(block_offset(cpu));
     let registers = kvm_regs {
