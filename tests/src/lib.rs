@@ -7,4 +7,6 @@ pub mod harness;
 pub mod kernel_log;
 pub mod needs;
 pub mod pairs;
+pub mod raw_guest;
 pub mod seed;
+pub mod stuck_disk;
