@@ -7,6 +7,7 @@ pub mod harness;
 pub mod kernel_log;
 pub mod needs;
 pub mod pairs;
+pub mod process_guest;
 pub mod raw_guest;
 pub mod seed;
 pub mod stuck_disk;
