@@ -16,14 +16,16 @@ use anyhow::{Context, Result, ensure};
 use ringpass_broker::{
     direct::{DirectConfig, DirectDevice, DirectQueue, QueueConfig, QueuePlacement, SubmissionConfig},
     disk::{Disk, DiskConfig},
-    memory::{GuestMemory, IOVA_BASE, RegionConfig, Sharing},
-    ring::{IoWorkers, RingConfig, RingWindow, SqThreadConfig},
+    memory::{GuestMemory, RegionConfig, Sharing},
+    ring::{IoWorkers, RingConfig, SqThreadConfig},
 };
-use ringpass_guest::{GuestRam, RamRegion, RamRing};
-use ringpass_guest_abi::{Cqe, DriverRing, FixedAddressing, MappedRing, RingLayout, RingMemory, Sqe};
+use ringpass_guest::{GuestRam, RamRegion};
+use ringpass_guest_abi::{Cqe, DriverRing, RingLayout, Sqe};
 use ringpass_restrictions::{Access, Policy};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use crate::process_guest::{ADDRESSING, QueueMemory};
 
 /// Guest RAM, in bytes, from guest-physical address 0.
 pub const RAM_BYTES: u64 = 4 << 20;
@@ -47,14 +49,23 @@ pub const SUBMISSIONS: [SubmissionConfig; 2] = [
 pub struct Ram(File);
 
 impl Ram {
-    /// RAM full of zeros.
+    /// RAM full of zeros, [`RAM_BYTES`] of it.
     ///
     /// # Errors
     ///
     /// The kernel has no memory for it.
     pub fn new() -> Result<Self> {
+        Self::with_len(RAM_BYTES)
+    }
+
+    /// `len_bytes` of RAM.
+    ///
+    /// # Errors
+    ///
+    /// As for [`new`](Self::new).
+    pub fn with_len(len_bytes: u64) -> Result<Self> {
         let fd = memfd_create("guest-ram", MemfdFlags::CLOEXEC)?;
-        ftruncate(&fd, RAM_BYTES)?;
+        ftruncate(&fd, len_bytes)?;
         Ok(Self(File::from(fd)))
     }
 
@@ -80,7 +91,7 @@ impl Ram {
     pub fn for_broker(&self) -> Result<(GuestMemory, Weak<File>)> {
         let file = Arc::new(self.0.try_clone()?);
         let held = Arc::downgrade(&file);
-        let region = RegionConfig { gpa: 0, len_bytes: RAM_BYTES, file, file_offset_bytes: 0 };
+        let region = RegionConfig { gpa: 0, len_bytes: self.0.metadata()?.len(), file, file_offset_bytes: 0 };
         Ok((GuestMemory::new([region])?, held))
     }
 
@@ -138,7 +149,7 @@ impl Ram {
 
     /// A mapping of the guest's own.
     fn map(&self) -> Result<Arc<GuestRam>> {
-        let region = RamRegion { gpa: 0, len_bytes: RAM_BYTES, file: self.0.as_fd(), offset_bytes: 0 };
+        let region = RamRegion { gpa: 0, len_bytes: self.0.metadata()?.len(), file: self.0.as_fd(), offset_bytes: 0 };
         // SAFETY: the memfd keeps its length, and bytes of this mapping are only ever read and written as the ring's
         // words and entries: nothing borrows them.
         Ok(Arc::new(unsafe { GuestRam::map(&[region]) }?))
@@ -183,34 +194,53 @@ pub fn device(disk: &DiskConfig, memory: &GuestMemory, submission: SubmissionCon
 /// The guest's side of one queue.
 #[derive(Debug)]
 pub struct Driver {
-    ring: DriverRing<Memory>,
+    ring: DriverRing<QueueMemory>,
     doorbell: EventFd,
     /// Signalled at completions.
     pub completion: EventFd,
 }
 
-/// A queue of `device` as ring `index` in `ram`, or in a window, and its driver.
+/// A queue of `device` with a [`RING`], as ring `index` in `ram`, or in a window; and its driver.
 ///
 /// # Errors
 ///
 /// The kernel refuses.
 pub fn attach(device: &DirectDevice, ram: &Ram, index: u64, window: bool) -> Result<(DirectQueue, Driver)> {
+    if window {
+        return attach_window(device, RING);
+    }
+    let (rings_gpa, sqes_gpa) = (rings_gpa(index), rings_gpa(index) + SQES_OFFSET_BYTES);
+    attach_as(device, RING, QueuePlacement::GuestRam { rings_gpa, sqes_gpa }, |queue| {
+        Ok(QueueMemory::Ram(ram.map()?.allocator()?.ring(rings_gpa, queue.layout(), sqes_gpa)?))
+    })
+}
+
+/// A queue of `device` with a ring of any size in a window, and its driver.
+///
+/// # Errors
+///
+/// The kernel refuses.
+pub fn attach_window(device: &DirectDevice, ring: RingConfig) -> Result<(DirectQueue, Driver)> {
+    attach_as(device, ring, QueuePlacement::Window, |queue| {
+        queue.window().map(QueueMemory::in_window).context("the queue has no window")
+    })
+}
+
+fn attach_as(
+    device: &DirectDevice,
+    ring: RingConfig,
+    placement: QueuePlacement,
+    memory: impl FnOnce(&DirectQueue) -> Result<QueueMemory>,
+) -> Result<(DirectQueue, Driver)> {
     let doorbell = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?;
     let completion = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?;
-    let rings_gpa = rings_gpa(index);
-    let sqes_gpa = rings_gpa + SQES_OFFSET_BYTES;
-    let placement = if window { QueuePlacement::Window } else { QueuePlacement::GuestRam { rings_gpa, sqes_gpa } };
     let queue = device.attach(QueueConfig {
-        ring: RING,
+        ring,
         placement,
         doorbell: Some(doorbell.try_clone()?),
         completion: Some(completion.try_clone()?),
     })?;
-    let memory = match queue.window() {
-        Some(window) => Memory::in_window(window),
-        None => Memory::Ram(ram.map()?.allocator()?.ring(rings_gpa, queue.layout(), sqes_gpa)?),
-    };
-    let ring = DriverRing::new(memory, *queue.layout()).context("the layout")?;
+    let ring = DriverRing::new(memory(&queue)?, *queue.layout()).context("the layout")?;
     Ok((queue, Driver { ring, doorbell, completion }))
 }
 
@@ -226,7 +256,7 @@ impl Driver {
     ///
     /// The buffer cannot be named.
     pub fn push(&mut self, write: bool, gpa: u64, len_bytes: u32, offset_bytes: u64, user_data: u64) -> Result<bool> {
-        let address = FixedAddressing { iova_base: IOVA_BASE }.resolve(gpa, len_bytes).context("the buffer")?;
+        let address = ADDRESSING.resolve(gpa, len_bytes).context("the buffer")?;
         let build = if write { Sqe::write_fixed } else { Sqe::read_fixed };
         Ok(self.ring.push(&build(address, len_bytes, offset_bytes, user_data)).is_ok())
     }
@@ -286,57 +316,4 @@ pub fn within(limit: Duration, mut attempt: impl FnMut() -> bool) -> bool {
         pause = (pause * 2).min(Duration::from_millis(5));
     }
     true
-}
-
-/// Where the driver finds the ring.
-#[derive(Debug)]
-enum Memory {
-    Ram(RamRing),
-    Window { ring: MappedRing, _window: Arc<RingWindow> },
-}
-
-impl Memory {
-    fn in_window(window: Arc<RingWindow>) -> Self {
-        let (rings, sqes) = (window.rings(), window.sqes());
-        // SAFETY: both areas are mapped for as long as the window, which is kept beside the ring.
-        let ring = unsafe { MappedRing::new(rings, window.rings_bytes(), sqes, window.sqes_bytes()) };
-        Self::Window { ring, _window: window }
-    }
-
-    fn inner(&self) -> &dyn RingMemory {
-        match self {
-            Self::Ram(ring) => ring,
-            Self::Window { ring, .. } => ring,
-        }
-    }
-}
-
-impl RingMemory for Memory {
-    fn load_relaxed(&self, offset_bytes: u32) -> u32 {
-        self.inner().load_relaxed(offset_bytes)
-    }
-
-    fn load_acquire(&self, offset_bytes: u32) -> u32 {
-        self.inner().load_acquire(offset_bytes)
-    }
-
-    fn store_relaxed(&self, offset_bytes: u32, value: u32) {
-        self.inner().store_relaxed(offset_bytes, value);
-    }
-
-    fn store_release(&self, offset_bytes: u32, value: u32) {
-        self.inner().store_release(offset_bytes, value);
-    }
-
-    fn full_fence(&self) {
-        self.inner().full_fence();
-    }
-
-    fn write_sqe(&self, slot: u32, sqe: &Sqe) {
-        self.inner().write_sqe(slot, sqe);
-    }
-
-    fn read_cqe(&self, offset_bytes: u32) -> Cqe {
-        self.inner().read_cqe(offset_bytes)
-    }
 }
