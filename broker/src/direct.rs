@@ -13,7 +13,7 @@ use crate::disk::Disk;
 use crate::memory::{GuestMemory, PinnedMemory, RegionConfig, Sharing};
 use crate::ring::{
     BellId, DoorbellThread, Enabled, IoWorkers, KernelRing, Placement, RingConfig, RingEnd, RingError, RingWindow,
-    SqThread, SqThreadConfig, Submission,
+    SqThread, SqThreadConfig, Submission, check_eventfd,
 };
 
 /// How a device executes its queues.
@@ -131,6 +131,10 @@ impl DirectDevice {
     ///
     /// See [`KernelRing::create`]; nothing of the queue remains.
     pub fn attach(&self, config: QueueConfig) -> Result<DirectQueue, RingError> {
+        // Before there is a ring: one that is given up goes on writing to its areas for a while.
+        for (what, eventfd) in [("doorbell", &config.doorbell), ("completion", &config.completion)] {
+            eventfd.iter().try_for_each(|eventfd| check_eventfd(what, eventfd))?;
+        }
         let mut state = self.state();
         let pinned = state.pinned.clone();
         let placement = match config.placement {

@@ -96,14 +96,17 @@ impl<M: RingMemory> DriverRing<M> {
         if self.outstanding >= self.layout.cq_entries {
             return refused(PushErrorReason::CqFull);
         }
-        // Acquire: the kernel has read the SQE in the slot before it moved the head past it.
-        let sq_head = self.memory.load_acquire(self.layout.sq_head_offset);
-        // The kernel moves the head only at the end of a batch, when completions of the batch may have been reaped
-        // already (`io_submit_sqes`). It takes SQEs in order, so at least as many were read as have completed: without
-        // this bound the SQ could look full with nothing outstanding, and no interrupt would ever end the wait.
-        let unread = self.sq_tail.wrapping_sub(sq_head).min(self.outstanding);
-        if unread >= self.layout.sq_entries {
-            return refused(PushErrorReason::SqFull);
+        // With fewer outstanding than the SQ has entries there is room, whatever the head says: the kernel takes SQEs in
+        // order, and what has been reaped was read. So the head, a cache line that the kernel writes, is looked at only
+        // when it matters. Nor would the head alone do: the kernel moves it only at the end of a batch, when completions
+        // of the batch may have been reaped already (`io_submit_sqes`), and the SQ could look full with nothing
+        // outstanding, for ever.
+        if self.outstanding >= self.layout.sq_entries {
+            // Acquire: the kernel has read the SQE in the slot before it moved the head past it.
+            let sq_head = self.memory.load_acquire(self.layout.sq_head_offset);
+            if self.sq_tail.wrapping_sub(sq_head) >= self.layout.sq_entries {
+                return refused(PushErrorReason::SqFull);
+            }
         }
         self.memory.write_sqe(self.sq_tail & (self.layout.sq_entries - 1), sqe);
         self.sq_tail = self.sq_tail.wrapping_add(1);

@@ -8,4 +8,7 @@ pub mod kernel_log;
 pub mod kvm_guest;
 pub mod needs;
 pub mod pairs;
+pub mod process_guest;
+pub mod raw_guest;
 pub mod seed;
+pub mod stuck_disk;

@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::io::Write;
 use std::num::NonZeroU32;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd};
 use std::ptr::NonNull;
 use std::time::{Duration, Instant};
 
@@ -154,6 +154,34 @@ fn a_new_completion_eventfd_is_signalled_once_at_once_and_then_by_completions() 
     queue.replace_completion(None).unwrap();
     setup.check_reads(&mut ring);
     assert_eq!(second.read().unwrap(), 5);
+}
+
+#[test]
+fn what_is_not_an_eventfd_is_refused_before_anything_has_changed() {
+    let setup = Setup::new(sq_thread());
+    let not_an_eventfd = || {
+        let file = std::fs::OpenOptions::new().read(true).write(true).open("/dev/zero").unwrap();
+        // SAFETY: the descriptor was the file's, which gave it up.
+        unsafe { EventFd::from_raw_fd(file.into_raw_fd()) }
+    };
+    let junk = vec![0xff; rings_area_bytes(RING.cq_entries) as usize];
+    vm_memory::Bytes::write_slice(setup.memory.mapped(), &junk, vm_memory::GuestAddress(RINGS_GPA)).unwrap();
+    let refusal = |doorbell, completion| {
+        let placement = QueuePlacement::GuestRam { rings_gpa: RINGS_GPA, sqes_gpa: SQES_GPA };
+        setup.device.attach(QueueConfig { ring: RING, placement, doorbell, completion }).unwrap_err().to_string()
+    };
+    assert_eq!(refusal(Some(not_an_eventfd()), None), "the doorbell is not an eventfd: make it with eventfd(2)");
+    assert_eq!(refusal(None, Some(not_an_eventfd())), "the completion is not an eventfd: make it with eventfd(2)");
+    let mut area = vec![0; junk.len()];
+    vm_memory::Bytes::read_slice(setup.memory.mapped(), &mut area, vm_memory::GuestAddress(RINGS_GPA)).unwrap();
+    assert!(area == junk, "a ring was made in the guest's memory");
+
+    let completion = EventFd::new(EFD_CLOEXEC | vmm_sys_util::eventfd::EFD_NONBLOCK).unwrap();
+    let (queue, mut ring) = setup.in_guest_ram();
+    queue.replace_completion(Some(&completion)).unwrap();
+    queue.replace_completion(Some(&not_an_eventfd())).unwrap_err();
+    setup.check_reads(&mut ring);
+    assert_eq!(completion.read().unwrap(), 6, "the old one stays, and was signalled once when it was new");
 }
 
 #[test]

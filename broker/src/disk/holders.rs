@@ -5,7 +5,7 @@ use std::fs;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{AtFlags, FileType, Statx, StatxFlags, major, minor, stat, statx};
+use rustix::fs::{AtFlags, FileType, OFlags, Statx, StatxFlags, major, minor, stat, statx};
 
 use crate::processes::{self, Process, ProcessName};
 
@@ -136,13 +136,22 @@ pub(super) fn device_uses(number: DeviceNumber) -> Vec<DeviceUse> {
     uses.extend(
         processes::all()
             .filter(|process| {
-                process
-                    .open_files()
-                    .any(|fd| process.file_stat(fd).and_then(|found| named(DeviceNumber::of_node(&found)?)).is_some())
+                process.open_files().any(|fd| {
+                    process.file_stat(fd).and_then(|found| named(DeviceNumber::of_node(&found)?)).is_some()
+                        && !process.file_info(fd).is_some_and(|info| is_name_only(&info))
+                })
             })
             .map(|process| DeviceUse::OpenIn(process.name())),
     );
     uses
+}
+
+/// Whether a `/proc/PID/fdinfo/FD` is of a descriptor that names a file and does not have it open (`O_PATH`): such as
+/// our own, while we open the disk.
+fn is_name_only(info: &str) -> bool {
+    let flags = info.lines().find_map(|line| line.strip_prefix("flags:"));
+    let flags = flags.and_then(|flags| u32::from_str_radix(flags.trim(), 8).ok());
+    flags.is_some_and(|flags| OFlags::from_bits_retain(flags).contains(OFlags::PATH))
 }
 
 struct Device {
@@ -217,6 +226,13 @@ mod tests {
         assert!(!has_ofd_lock(&held.replace("OFDLCK", "POSIX "), 655_367));
         assert!(!has_ofd_lock(&held.replace("1: OFDLCK", "1: -> OFDLCK"), 655_367));
         assert!(!has_ofd_lock("pos:\t0\n", 655_367));
+    }
+
+    #[test]
+    fn a_descriptor_that_only_names_a_file_is_known_by_its_flags() {
+        assert!(is_name_only("pos:\t0\nflags:\t012000000\nmnt_id:\t7\n"));
+        assert!(!is_name_only("pos:\t0\nflags:\t02100002\nmnt_id:\t7\n"));
+        assert!(!is_name_only("pos:\t0\n"));
     }
 
     #[test]

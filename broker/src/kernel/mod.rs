@@ -2,7 +2,7 @@
 //! io_uring takes.
 //!
 //! [`KernelRelease`] reads the version, distributors' ways of writing it included; [`affected`] lists the known
-//! [`Hole`]s of a release; [`KernelRelease::verdict`] is the advice drawn from both. [`support`] asks the kernel itself
+//! [`Hole`]s of a release; [`KernelRelease::verdict`] is the advice drawn from both. [`support()`] asks the kernel itself
 //! which operations and restrictions it takes; it goes by trial and by the kernel's own answers, never by version.
 
 mod holes;

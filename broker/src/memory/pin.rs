@@ -114,6 +114,16 @@ impl PinnedMemory {
     }
 }
 
+impl Drop for PinnedMemory {
+    /// Unpins now what no other ring has cloned. The kernel takes a ring apart only some time after its descriptor is
+    /// closed; until then the memory would count against RLIMIT_MEMLOCK, and the next guest's might be refused.
+    fn drop(&mut self) {
+        if let Err(error) = self.holder.unregister_buffers() {
+            tracing::warn!(%error, "cannot unpin guest memory at once: it stays pinned until the kernel gets to it");
+        }
+    }
+}
+
 /// A ring that never runs, with an empty table.
 fn new_holder(table_slots: u32) -> Result<RingFd, MemoryError> {
     let mut params = io_uring_params::default();

@@ -21,6 +21,9 @@ use super::sys::RingFd;
 const STOP: u64 = u64::MAX;
 /// How soon a submission that the kernel had no memory for is tried again.
 const RETRY_MS: i32 = 10;
+/// SQEs consumed between two looks at whether the doorbell is still to be answered: the guest decides how long the
+/// kernel is busy with each.
+const BATCH_SQES: u32 = 32;
 
 /// What a doorbell does.
 #[derive(Clone, Debug)]
@@ -37,7 +40,9 @@ struct Bell {
     eventfd: EventFd,
     target: Target,
     /// A submission failed for a passing reason.
-    retry: bool,
+    retry: AtomicBool,
+    /// It is not to be answered any more.
+    removed: AtomicBool,
 }
 
 #[derive(Debug)]
@@ -45,14 +50,14 @@ struct Shared {
     epoll: Epoll,
     stop: EventFd,
     stopping: AtomicBool,
-    /// Held while a ring is entered: once a bell is taken out, its ring is not in use here.
+    /// Not held while a ring is entered, which can take as long as the guest likes.
     bells: Mutex<Bells>,
 }
 
 #[derive(Debug, Default)]
 struct Bells {
     next_id: u64,
-    by_id: HashMap<u64, Bell>,
+    by_id: HashMap<u64, Arc<Bell>>,
 }
 
 /// The thread that answers the doorbells of a device's queues. Ends when dropped.
@@ -95,7 +100,8 @@ impl DoorbellThread {
         let mut bells = self.shared.bells();
         let id = bells.next_id;
         bells.next_id += 1;
-        bells.by_id.insert(id, Bell { eventfd, target, retry: false });
+        let bell = Bell { eventfd, target, retry: AtomicBool::new(false), removed: AtomicBool::new(false) };
+        bells.by_id.insert(id, Arc::new(bell));
         let added = self.shared.epoll.ctl(ControlOperation::Add, raw, EpollEvent::new(EventSet::IN, id));
         if let Err(source) = added {
             bells.by_id.remove(&id);
@@ -104,9 +110,10 @@ impl DoorbellThread {
         Ok(BellId(id))
     }
 
-    /// Stops answering a doorbell. When it returns, this thread no longer uses the ring.
+    /// Stops answering a doorbell. Returns at once: the thread may still be inside the ring, and holds it for as long.
     pub(crate) fn remove(&self, id: &BellId) {
         let Some(bell) = self.shared.bells().by_id.remove(&id.0) else { return };
+        bell.removed.store(true, Ordering::Relaxed);
         let fd = bell.eventfd.as_raw_fd();
         if let Err(error) = self.shared.epoll.ctl(ControlOperation::Delete, fd, EpollEvent::default()) {
             tracing::error!(%error, "cannot stop watching a doorbell");
@@ -147,24 +154,28 @@ impl Shared {
                     return;
                 }
             };
-            let mut bells = self.bells();
             for event in &events[..count] {
                 // Absent: taken out between the event and here.
-                if let Some(bell) = bells.by_id.get_mut(&event.data()) {
+                let bell = self.bells().by_id.get(&event.data()).cloned();
+                if let Some(bell) = bell {
                     bell.answer();
                 }
             }
             if retry {
-                bells.by_id.values_mut().filter(|bell| bell.retry).for_each(Bell::ring);
+                self.retrying().iter().for_each(|bell| bell.ring());
             }
-            retry = bells.by_id.values().any(|bell| bell.retry);
+            retry = !self.retrying().is_empty();
         }
+    }
+
+    fn retrying(&self) -> Vec<Arc<Bell>> {
+        self.bells().by_id.values().filter(|bell| bell.retry.load(Ordering::Relaxed)).cloned().collect()
     }
 }
 
 impl Bell {
     /// Takes the signal, then acts: a doorbell that rings in between is not lost.
-    fn answer(&mut self) {
+    fn answer(&self) {
         if let Err(error) = self.eventfd.read()
             && error.kind() != io::ErrorKind::WouldBlock
         {
@@ -173,21 +184,43 @@ impl Bell {
         self.ring();
     }
 
-    fn ring(&mut self) {
+    fn ring(&self) {
         let result = match &self.target {
             Target::WakeSqThread(ring) => ring.wake_sq_thread(),
-            Target::Submit { ring, sq_entries } => ring.submit(*sq_entries).map(|_| ()),
+            Target::Submit { ring, sq_entries } => self.submit(ring, *sq_entries),
         };
-        self.retry = false;
-        match result {
-            Ok(()) => {}
-            Err(error) if matches!(error.raw_os_error(), Some(nix::libc::EAGAIN | nix::libc::EBUSY)) => {
-                // No memory for requests, or a CQ that the guest lets overflow.
-                self.retry = true;
-            }
+        let retry = match result {
+            Ok(()) => false,
+            // No memory for requests, or a CQ that the guest lets overflow.
+            Err(error) if matches!(error.raw_os_error(), Some(nix::libc::EAGAIN | nix::libc::EBUSY)) => true,
             // The guest's SQ thread or ring is beyond help; the guest sees no completions.
-            Err(error) => tracing::debug!(%error, "a doorbell could not be answered"),
+            Err(error) => {
+                tracing::debug!(%error, "a doorbell could not be answered");
+                false
+            }
+        };
+        self.retry.store(retry, Ordering::Relaxed);
+    }
+
+    /// Consumes what is in the SQ, about a whole SQ at most: for more the guest rings again.
+    fn submit(&self, ring: &RingFd, sq_entries: u32) -> io::Result<()> {
+        let mut left = sq_entries;
+        while left != 0 && !self.removed.load(Ordering::Relaxed) {
+            // Fewer than asked for need not be all: the kernel also stops early when it runs out of memory.
+            match ring.submit(left.min(BATCH_SQES))? {
+                0 => break,
+                consumed => left = left.saturating_sub(consumed),
+            }
         }
+        Ok(())
+    }
+}
+
+/// Refuses another kind of file under an eventfd's name, which its owner in another process may have sent.
+pub(crate) fn check_eventfd(what: &'static str, eventfd: &EventFd) -> Result<(), RingError> {
+    match RingFd::takes_eventfd(borrow(eventfd)).map_err(RingError::system("asking the kernel about an eventfd"))? {
+        true => Ok(()),
+        false => Err(RingError::NotAnEventfd { what }),
     }
 }
 

@@ -66,6 +66,12 @@ pub enum RingError {
         /// What the kernel needs, in bytes.
         header_bytes: u32,
     },
+    /// What is to be signalled, or to signal, is another kind of file.
+    #[error("the {what} is not an eventfd: make it with eventfd(2)")]
+    NotAnEventfd {
+        /// `"doorbell"` or `"completion"`.
+        what: &'static str,
+    },
     /// The CPU for the SQ thread cannot be used.
     #[error("the SQ thread cannot run on CPU {cpu}: {source}; allowed are the online CPUs of this process's cpuset")]
     SqThreadCpu {

@@ -31,8 +31,8 @@ use ringpass_restrictions::CompiledPolicy;
 use vmm_sys_util::eventfd::EventFd;
 
 pub use config::{IoWorkers, RingConfig};
-pub(crate) use doorbell::BellId;
 pub use doorbell::DoorbellThread;
+pub(crate) use doorbell::{BellId, check_eventfd};
 pub use end::{Keepalive, RingEnd, StillRunning};
 pub use error::RingError;
 pub use placement::{Placement, RingWindow};
@@ -153,7 +153,14 @@ impl KernelRing<Enabled> {
 
     /// Has the kernel signal `completion` (or nothing) from now on, and signals the new one once: a completion that
     /// came between the old eventfd and the new one would otherwise never interrupt.
+    ///
+    /// # Errors
+    ///
+    /// [`RingError::NotAnEventfd`]: the old one stays.
     pub fn replace_completion(&self, completion: Option<&EventFd>) -> Result<(), RingError> {
+        if let Some(completion) = completion {
+            check_eventfd("completion", completion)?;
+        }
         self.fd.unregister_eventfd().map_err(RingError::system("unregistering the completion eventfd"))?;
         let Some(completion) = completion else { return Ok(()) };
         self.fd

@@ -109,6 +109,13 @@ impl RingFd {
         if updated == 1 { Ok(()) } else { Err(io::Error::other("the kernel updated no buffer")) }
     }
 
+    /// Lets go of all fixed buffers (`IORING_UNREGISTER_BUFFERS`, Linux 5.1). Only on a ring with no requests under way.
+    pub(crate) fn unregister_buffers(&self) -> io::Result<()> {
+        // SAFETY: the operation takes no argument.
+        unsafe { self.register(IoringRegisterOp::UnregisterBuffers, std::ptr::null(), 0) }?;
+        Ok(())
+    }
+
     /// Takes over the whole buffer table of `source`, which was pinned by this process
     /// (`IORING_REGISTER_CLONE_BUFFERS`, Linux 6.12). This ring must not have a table yet.
     pub(crate) fn clone_buffers(&self, source: &Self) -> io::Result<()> {
@@ -157,6 +164,17 @@ impl RingFd {
         match unsafe { self.register(IoringRegisterOp::UnregisterEventfd, std::ptr::null(), 0) } {
             Ok(_) => Ok(true),
             Err(error) if error.raw_os_error() == Some(nix::libc::ENXIO) => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Whether the kernel takes `fd` for an eventfd. It is asked with a ring that does nothing else.
+    pub(crate) fn takes_eventfd(fd: BorrowedFd<'_>) -> io::Result<bool> {
+        let mut params = io_uring_params::default();
+        params.flags = IoringSetupFlags::R_DISABLED;
+        match Self::setup(1, &mut params)?.register_eventfd(fd) {
+            Ok(()) => Ok(true),
+            Err(error) if error.raw_os_error() == Some(nix::libc::EINVAL) => Ok(false),
             Err(error) => Err(error),
         }
     }

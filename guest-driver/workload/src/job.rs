@@ -49,9 +49,9 @@ pub struct Job {
     pub area_offset_bytes: u64,
     /// Length of that part: a multiple of `block_bytes`, at least `depth` and at most 2^32 - 1 blocks.
     pub area_bytes: u64,
-    /// [`run`](crate::run) ends after this many requests; 0: no such limit.
+    /// [`run`](crate::run()) ends after this many requests; 0: no such limit.
     pub operations: u64,
-    /// [`run`](crate::run) ends after this time; 0: no such limit.
+    /// [`run`](crate::run()) ends after this time; 0: no such limit.
     pub duration_ns: u64,
     /// A request without a completion after this time is reported as lost, and the run ends. Not 0.
     pub timeout_ns: u64,

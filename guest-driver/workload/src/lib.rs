@@ -1,7 +1,7 @@
 //! The verifying workload that every ringpass guest can run: a process, a bare-metal virtual machine, and the host
 //! itself as the reference.
 //!
-//! - [`Job`]: what to do, as plain data. [`prefill`], [`run`] and [`verify_all`] do it and return a [`Report`].
+//! - [`Job`]: what to do, as plain data. [`prefill`], [`run()`] and [`verify_all`] do it and return a [`Report`].
 //! - [`BlockQueue`]: where requests go. [`RingQueue`] is a ring of the host's io_uring in guest memory.
 //! - [`Environment`]: what the workload needs from the kind of guest it runs in: a clock, interrupts, memory.
 //! - [`hostile`]: everything a guest must not be able to do with its ring, as a script with the expected answers.

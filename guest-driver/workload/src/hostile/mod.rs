@@ -1,6 +1,6 @@
 //! What a hostile guest tries with a ring it owns, and what must come of it.
 //!
-//! [`script`] lists requests one by one, each with a name and the answers that are allowed, for a given [`Target`]:
+//! [`script()`] lists requests one by one, each with a name and the answers that are allowed, for a given [`Target`]:
 //! the guest's memory layout, its disk, and some addresses of the host to try. [`run_hostile`] submits them one at a
 //! time and compares. The script finds what the *answers* show; that no byte of the host, of another guest or behind
 //! the end of the disk has changed is for the caller to look at, with canaries around everything.

@@ -1,0 +1,238 @@
+//! A disk whose I/O can be made to hang and let go on: for what must hold while a request is under way for ever.
+//!
+//! An ext4 file system in an image is mounted from a loop device, and holds the disk's file. Freezing that file system
+//! (`fsfreeze(8)`) holds back every write to it, however it was submitted, until it is thawed. The disk is the file
+//! itself, or a second loop device over it:
+//!
+//! - [`StuckKind::LoopDevice`]: a write that is issued hangs in the device, as on a drive that does not answer. The
+//!   driver does its requests one after the other, so that *reads* issued behind a hanging write hang as well.
+//! - [`StuckKind::File`]: a write hangs before it is issued, in an io-wq worker; those that find no worker are queued.
+
+use std::{
+    env,
+    ffi::OsString,
+    fmt,
+    fs::{self, File},
+    io::{self, Read},
+    os::unix::process::CommandExt,
+    path::{Path, PathBuf},
+    process::{Child, ChildStdin, Command, Stdio},
+    time::Duration,
+};
+
+use anyhow::{Context, Result, ensure};
+use ringpass_broker::disk::{DirectIo, DiskConfig};
+
+use crate::{
+    disks::LoopDevice,
+    needs::{Need, find_program},
+};
+
+/// Undoes everything when its standard input ends: when the disk is dropped, and also when the test is killed, so that
+/// a frozen file system is never left behind. Its arguments are the mount point, the loop device of the file system,
+/// the loop device of the disk (or an empty word), and the directory.
+const CLEAN_UP: &str = r#"
+read -r _
+fsfreeze --unfreeze "$1"
+test -z "$3" || losetup --detach "$3"
+left=100
+until umount "$1"; do
+    left=$((left - 1))
+    test "$left" -gt 0 || { umount --lazy "$1"; break; }
+    sleep 0.1
+done
+losetup --detach "$2"
+rm -rf "$4"
+"#;
+
+/// Space that ext4 takes for itself, generously.
+const FILE_SYSTEM_BYTES: u64 = 16 << 20;
+
+/// What the disk is on the host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum StuckKind {
+    /// A loop device: issued I/O hangs in the device.
+    LoopDevice,
+    /// A file: writes hang in io-wq workers.
+    File,
+}
+
+impl fmt::Display for StuckKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::LoopDevice => "loop",
+            Self::File => "file",
+        })
+    }
+}
+
+/// A disk of this test whose I/O can be stopped. All of it is gone after the drop, which lets hanging I/O go on.
+///
+/// Its content is [`initial_byte`](Self::initial_byte) everywhere.
+#[derive(Debug)]
+pub struct StuckDisk {
+    kind: StuckKind,
+    path: PathBuf,
+    mount_point: PathBuf,
+    guardian: Guardian,
+}
+
+impl StuckDisk {
+    /// What [`new`](Self::new) needs of the machine.
+    pub fn needs() -> Vec<Need> {
+        vec![
+            Need::root(),
+            Need::io_uring(),
+            Need::file("/dev/loop-control"),
+            Need::program("losetup", "mount"),
+            Need::program("mount", "mount"),
+            Need::program("mkfs.ext4", "e2fsprogs"),
+            Need::program("fsfreeze", "util-linux"),
+        ]
+    }
+
+    /// Makes a disk of `size_bytes`, a multiple of 4096. All its blocks are written.
+    ///
+    /// # Errors
+    ///
+    /// A program that [`needs`](Self::needs) names fails; nothing stays behind.
+    pub fn new(kind: StuckKind, size_bytes: u64) -> Result<Self> {
+        let directory = tempfile::Builder::new().prefix("ringpass-stuck-").tempdir()?;
+        let (image, mount_point) = (directory.path().join("image"), directory.path().join("mnt"));
+        fs::create_dir(&mount_point)?;
+        File::create_new(&image)?.set_len(size_bytes + size_bytes / 8 + FILE_SYSTEM_BYTES)?;
+        program("mkfs.ext4", &["-q", "-F", "-b", "4096", "-O", "^has_journal", path(&image)?])?;
+
+        let device = LoopDevice::new(&image, &[])?;
+        program("mount", &["-t", "ext4", path(device.path())?, path(&mount_point)?])?;
+        let mounted = MountGuard(&mount_point);
+        let file = mount_point.join("disk.img");
+        let mut content = io::repeat(Self::INITIAL_BYTE).take(size_bytes);
+        let mut written = File::create_new(&file)?;
+        io::copy(&mut content, &mut written)?;
+        written.sync_all()?;
+        drop(written);
+        let disk_device = match kind {
+            StuckKind::LoopDevice => Some(LoopDevice::new(&file, &[])?),
+            StuckKind::File => None,
+        };
+
+        let disk_path = disk_device.as_ref().map_or(file, |device| device.path().to_owned());
+        let disk_device_path = disk_device.as_ref().map_or("", |_| disk_path.to_str().unwrap_or_default());
+        let arguments = [path(&mount_point)?, path(device.path())?, disk_device_path, path(directory.path())?];
+        let guardian = Guardian::start(&arguments)?;
+        // From here on all of this is the guardian's.
+        std::mem::forget((disk_device, mounted, device));
+        let _ = directory.keep();
+        Ok(Self { kind, path: disk_path, mount_point, guardian })
+    }
+
+    /// Every byte of a new disk.
+    pub const INITIAL_BYTE: u8 = 0x5a;
+
+    /// The kind that was asked for.
+    pub fn kind(&self) -> StuckKind {
+        self.kind
+    }
+
+    /// The file or the device node.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// How a broker opens it: read-write, with direct I/O, without waiting for the lock.
+    pub fn config(&self) -> DiskConfig {
+        DiskConfig { direct_io: DirectIo::On, ..DiskConfig::new(&self.path) }
+    }
+
+    /// The same, waiting for the lock long enough for a ring whose I/O has ended.
+    pub fn config_waiting(&self) -> DiskConfig {
+        DiskConfig { lock_wait: Some(Duration::from_secs(10)), ..self.config() }
+    }
+
+    /// From here on writes hang, until [`thaw`](Self::thaw) or the drop.
+    ///
+    /// # Errors
+    ///
+    /// `fsfreeze` fails, for example because it is frozen already.
+    pub fn freeze(&self) -> Result<()> {
+        program("fsfreeze", &["--freeze", path(&self.mount_point)?]).map(drop)
+    }
+
+    /// Lets everything that hangs go on.
+    ///
+    /// # Errors
+    ///
+    /// `fsfreeze` fails, for example because it is not frozen.
+    pub fn thaw(&self) -> Result<()> {
+        program("fsfreeze", &["--unfreeze", path(&self.mount_point)?]).map(drop)
+    }
+}
+
+impl Drop for StuckDisk {
+    fn drop(&mut self) {
+        self.guardian.finish();
+    }
+}
+
+/// The process that cleans up. It is in a process group of its own, so that what ends the test does not end it.
+#[derive(Debug)]
+struct Guardian {
+    process: Child,
+    lifeline: Option<ChildStdin>,
+}
+
+impl Guardian {
+    fn start(arguments: &[&str]) -> Result<Self> {
+        let mut process = Command::new("/bin/sh")
+            .args(["-c", CLEAN_UP, "guardian"])
+            .args(arguments)
+            .env("PATH", search_path())
+            .stdin(Stdio::piped())
+            // A test runner waits for whoever holds a test's output open.
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .process_group(0)
+            .spawn()
+            .context("starting the process that cleans up")?;
+        let lifeline = process.stdin.take();
+        Ok(Self { process, lifeline })
+    }
+
+    fn finish(&mut self) {
+        self.lifeline = None;
+        if let Err(error) = self.process.wait() {
+            eprintln!("the process that cleans up a stuck disk cannot be waited for: {error}");
+        }
+    }
+}
+
+/// A mounted file system, until the guardian has it.
+struct MountGuard<'a>(&'a Path);
+
+impl Drop for MountGuard<'_> {
+    fn drop(&mut self) {
+        if let Err(error) = path(self.0).and_then(|point| program("umount", &[point])) {
+            eprintln!("a file system stays behind: {error:#}");
+        }
+    }
+}
+
+fn program(name: &str, arguments: &[&str]) -> Result<String> {
+    let found = find_program(name).with_context(|| format!("there is no program `{name}`"))?;
+    let output = Command::new(found).args(arguments).output().with_context(|| format!("starting {name}"))?;
+    let message = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success(), "{name} {arguments:?}: {}", message.trim());
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+/// `PATH` with the directories that an ordinary user's often lacks.
+fn search_path() -> OsString {
+    let mut path = env::var_os("PATH").unwrap_or_default();
+    path.push(":/usr/sbin:/sbin");
+    path
+}
+
+fn path(path: &Path) -> Result<&str> {
+    path.to_str().with_context(|| format!("{path:?} is not UTF-8"))
+}
