@@ -43,7 +43,7 @@ pub struct GuestCpu {
 pub struct Outcome {
     /// The guest's report.
     pub report: Report,
-    /// Its requests by latency: pairs of nanoseconds and a count, ascending. Within one part in 64.
+    /// Its requests by latency: pairs of nanoseconds and a count, ascending. Within one part in 512.
     pub latencies: Vec<(u64, u64)>,
 }
 

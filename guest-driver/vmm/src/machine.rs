@@ -116,6 +116,17 @@ impl Machine {
         Ok(Table { offset_bytes: offset::TABLES + u64::from(cpu) * table_bytes(&self.config), entries })
     }
 
+    /// The table for jobs of vCPU `cpu`, with these entries in it. The vCPU must not be at work.
+    pub fn write_table(&self, cpu: u32, entries: &[u64]) -> Result<Table, VmmError> {
+        let table = self.table(cpu, entries.len() as u64)?;
+        let bytes: Vec<u8> = entries.iter().flat_map(|entry| entry.to_ne_bytes()).collect();
+        self.inner
+            .program
+            .write_slice(&bytes, GuestAddress(map::PROGRAM_GPA + table.offset_bytes))
+            .map_err(VmmError::memory("writing a job's table"))?;
+        Ok(table)
+    }
+
     /// The pieces of RAM that the guest is shown.
     pub fn ram(&self) -> &[RamRegion] {
         &self.config.ram

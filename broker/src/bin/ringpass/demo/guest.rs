@@ -43,7 +43,7 @@ pub(crate) fn run() -> anyhow::Result<()> {
         let task = Task { job: Job { buffers_gpa, ..task.job }, ..task };
         let report = perform(task, &mut queue, &mut environment, &mut expected)?;
         let latencies = super::pairs(&environment.take_latencies_ns()?);
-        let mut answer = serde_json::to_vec(&Outcome { report, latencies })?;
+        let mut answer = serde_json::to_vec(&Outcome { report, latencies, exits: None })?;
         answer.push(b'\n');
         (&stream).write_all(&answer)?;
     }

@@ -46,7 +46,7 @@ impl Way for HostWay {
         let report = super::perform(task, &mut self.queue, &mut self.environment, &mut self.expected)?;
         let latencies = super::pairs(&self.environment.latencies_ns);
         self.environment.latencies_ns.reset();
-        Ok(Outcome { report, latencies })
+        Ok(Outcome { report, latencies, exits: None })
     }
 }
 

@@ -7,6 +7,7 @@
 pub(crate) mod guest;
 mod host;
 mod image;
+mod kvm;
 mod process;
 mod report;
 
@@ -24,6 +25,7 @@ use ringpass_broker::limits;
 use ringpass_workload::{BlockQueue, Environment, Job, JobError, Report, Verify, Wait};
 
 use image::Image;
+use kvm::{KvmWay, Signal};
 use process::{ProcessWay, Submission};
 use report::{DemoReport, DiskReport, Row, Skipped};
 
@@ -101,6 +103,17 @@ pub(crate) struct Outcome {
     pub(crate) report: Report,
     /// Latencies as (nanoseconds, requests).
     pub(crate) latencies: Vec<(u64, u64)>,
+    /// What took a virtual machine out of the guest; none where there is none.
+    pub(crate) exits: Option<ExitCounts>,
+}
+
+/// VM exits during a task.
+#[derive(Clone, Copy, Debug, Default, serde::Serialize, serde::Deserialize)]
+pub(crate) struct ExitCounts {
+    /// All of them, those for interrupts of the host included.
+    pub(crate) all: u64,
+    /// Port I/O, MMIO and hypercalls.
+    pub(crate) requested: u64,
 }
 
 /// The rows of one way and depth in the making.
@@ -111,6 +124,7 @@ struct Tally {
     reads: u64,
     elapsed_ns: u64,
     ratios: Vec<f64>,
+    exits: Option<ExitCounts>,
     total: Report,
 }
 
@@ -150,6 +164,12 @@ fn make_ways(image: &Image, skipped: &mut Vec<Skipped>) -> anyhow::Result<Vec<Bo
         match ProcessWay::start(&image.disk, submission, &expected) {
             Ok(way) => ways.push(Box::new(way)),
             Err(error) => skipped.push(Skipped { name: submission.way(), why: format!("{error:#}") }),
+        }
+    }
+    for signal in [Signal::Poll, Signal::Interrupt, Signal::Kick] {
+        match KvmWay::start(&image.disk, signal, &expected) {
+            Ok(way) => ways.push(Box::new(way)),
+            Err(error) => skipped.push(Skipped { name: signal.way(), why: format!("{error:#}") }),
         }
     }
     Ok(ways)
@@ -242,7 +262,7 @@ fn job(image: &Image, way: usize, depth: u32, duration: Duration, seed: u64) -> 
 impl Tally {
     fn new(way: usize, depth: u32) -> Self {
         let (latencies, total) = (histogram(), Report::default());
-        Self { way, depth, latencies, reads: 0, elapsed_ns: 0, ratios: Vec::new(), total }
+        Self { way, depth, latencies, reads: 0, elapsed_ns: 0, ratios: Vec::new(), exits: None, total }
     }
 
     /// Adds a measured round; returns its median latency.
@@ -252,6 +272,11 @@ impl Tally {
             round.saturating_record_n(latency_ns, count);
         }
         self.latencies += &round;
+        if let Some(exits) = outcome.exits {
+            let sum = self.exits.get_or_insert_default();
+            sum.all += exits.all;
+            sum.requested += exits.requested;
+        }
         self.reads += outcome.report.reads;
         self.elapsed_ns += outcome.report.elapsed_ns;
         self.total.merge(&outcome.report);
@@ -268,7 +293,8 @@ impl Tally {
             p99_ns: self.latencies.value_at_quantile(0.99),
             p999_ns: self.latencies.value_at_quantile(0.999),
             ratio_to_host: median(&self.ratios),
-            exits_per_io: None,
+            exits_per_io: self.exits.map(|exits| exits.all as f64 / self.reads.max(1) as f64),
+            requested_exits_per_io: self.exits.map(|exits| exits.requested as f64 / self.reads.max(1) as f64),
             verified_bytes: total.verified_bytes,
             errors: total.mismatches + total.errors + total.unexpected + total.lost + total.missed_interrupts,
         }

@@ -45,8 +45,10 @@ pub(crate) struct Row {
     pub(crate) p999_ns: u64,
     /// Median over the rounds of the way's p50 by the host's in the same round.
     pub(crate) ratio_to_host: f64,
-    /// VM exits per request; none where there is no VM.
+    /// VM exits per request, those for interrupts of the host included; none where there is no VM.
     pub(crate) exits_per_io: Option<f64>,
+    /// VM exits per request for port I/O, MMIO and hypercalls, as far as this KVM counts them by kind.
+    pub(crate) requested_exits_per_io: Option<f64>,
     /// Bytes read and compared.
     pub(crate) verified_bytes: u64,
     /// Requests that failed, were lost or doubled, and blocks with wrong content.
@@ -75,13 +77,13 @@ impl DemoReport {
         let _ = writeln!(text, "kernel {}, {} ({}, {cache})\n", self.kernel, self.disk.name, mib(self.disk.size_bytes));
         let _ = writeln!(
             text,
-            "{:<14}{:>6}{:>12}{:>10}{:>10}{:>10}{:>9}{:>12}{:>8}",
-            "way", "depth", "IOPS", "p50", "p99", "p99.9", "vs host", "verified", "errors"
+            "{:<14}{:>6}{:>12}{:>10}{:>10}{:>10}{:>9}{:>10}{:>12}{:>8}",
+            "way", "depth", "IOPS", "p50", "p99", "p99.9", "vs host", "exits/IO", "verified", "errors"
         );
         for row in &self.ways {
             let _ = writeln!(
                 text,
-                "{:<14}{:>6}{:>12.0}{:>10}{:>10}{:>10}{:>8.2}x{:>12}{:>8}",
+                "{:<14}{:>6}{:>12.0}{:>10}{:>10}{:>10}{:>8.2}x{:>10}{:>12}{:>8}",
                 row.name,
                 row.depth,
                 row.iops,
@@ -89,6 +91,7 @@ impl DemoReport {
                 time(row.p99_ns),
                 time(row.p999_ns),
                 row.ratio_to_host,
+                row.exits_per_io.map_or_else(|| "-".into(), |exits| format!("{exits:.4}")),
                 mib(row.verified_bytes),
                 row.errors
             );
