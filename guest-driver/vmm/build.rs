@@ -13,14 +13,21 @@ fn main() {
     let here = PathBuf::from(variable("CARGO_MANIFEST_DIR"));
     let workspace = here.ancestors().nth(2).expect("the crate lies two levels below the workspace");
     let guest = workspace.join("guest-driver/bare-metal");
-    for source in ["guest-driver/bare-metal", "guest-driver/workload/src", "guest-abi/src", "Cargo.lock", "Cargo.toml"] {
+    for source in ["guest-driver/bare-metal", "guest-driver/workload/src", "guest-abi/src", "Cargo.lock", "Cargo.toml"]
+    {
         println!("cargo::rerun-if-changed={}", workspace.join(source).display());
     }
     let target_dir = Path::new(&variable("OUT_DIR")).join("guest");
 
     let script = guest.join("program.ld");
-    let arguments =
-        ["-nostartfiles", "-nostdlib", "-static", "-no-pie", &format!("-T{}", script.display()), "-Wl,--oformat=binary"];
+    let arguments = [
+        "-nostartfiles",
+        "-nostdlib",
+        "-static",
+        "-no-pie",
+        &format!("-T{}", script.display()),
+        "-Wl,--oformat=binary",
+    ];
     let mut cargo = Command::new(variable("CARGO"));
     cargo
         .current_dir(workspace)
@@ -32,7 +39,8 @@ fn main() {
         cargo.arg(format!("-Clink-arg={argument}"));
     }
     // What the outer cargo was told for programs of this machine: coverage, sanitizers, clippy.
-    for foreign in ["RUSTFLAGS", "CARGO_ENCODED_RUSTFLAGS", "RUSTC_WORKSPACE_WRAPPER", "CARGO_TARGET_DIR", "CARGO_BUILD_TARGET"]
+    for foreign in
+        ["RUSTFLAGS", "CARGO_ENCODED_RUSTFLAGS", "RUSTC_WORKSPACE_WRAPPER", "CARGO_TARGET_DIR", "CARGO_BUILD_TARGET"]
     {
         cargo.env_remove(foreign);
     }

@@ -128,11 +128,7 @@ impl KvmGuest {
         )?;
         let machine = Machine::new(
             &Kvm::new().context("opening /dev/kvm")?,
-            MachineConfig {
-                vcpus: config.queues,
-                ram: regions,
-                blocks_max: config.blocks_max,
-            },
+            MachineConfig { vcpus: config.queues, ram: regions, blocks_max: config.blocks_max },
         )?;
         let ram = RamSlots::map(machine.vm(), &memory, PROGRAM_SLOT + 1)?;
         let mut guest = Self {

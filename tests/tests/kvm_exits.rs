@@ -60,7 +60,8 @@ fn polling() -> Result<()> {
 fn kicking() -> Result<()> {
     let disk = TestDisk::new(DiskKind::Ext4PageCache, BLOCKS * 4096)?;
     for bell in [BellKind::Port, BellKind::Mmio] {
-        let config = KvmGuestConfig { bell, submission: SubmissionConfig::Doorbell, ..KvmGuestConfig::new(disk.config()) };
+        let config =
+            KvmGuestConfig { bell, submission: SubmissionConfig::Doorbell, ..KvmGuestConfig::new(disk.config()) };
         let (report, exits) = measure(config, 1)?;
         ensure!(report.doorbells == OPERATIONS, "{} doorbells", report.doorbells);
         ensure!(exits.all >= OPERATIONS, "{exits:?}");

@@ -77,8 +77,9 @@ fn plan(guest: &KvmGuest, read_only: bool, canary: &[u8], other: &KvmGuest) -> R
     empty_holes[0] = RamRegion { gpa: upper.gpa + upper.len_bytes, len_bytes: 64 << 10 };
     empty_holes[1] = RamRegion { gpa: 5 << 30, len_bytes: 1 << 20 };
     let mut host_addresses = [0; HOST_ADDRESSES_MAX];
-    let others_ram = vm_memory::GuestMemoryBackend::get_host_address(other.memory().mapped(), vm_memory::GuestAddress(0))
-        .context("looking up the other guest's RAM")?;
+    let others_ram =
+        vm_memory::GuestMemoryBackend::get_host_address(other.memory().mapped(), vm_memory::GuestAddress(0))
+            .context("looking up the other guest's RAM")?;
     let ram_here = vm_memory::GuestMemoryBackend::get_host_address(guest.memory().mapped(), vm_memory::GuestAddress(0))
         .context("looking up the guest's RAM")?;
     let addresses = [canary.as_ptr() as u64, others_ram as u64, ram_here as u64, (&raw const host_addresses) as u64];

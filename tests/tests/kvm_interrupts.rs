@@ -29,7 +29,8 @@ fn main() -> ExitCode {
 fn muting() -> Result<()> {
     let seed = Seed::from_env_or_random();
     let disk = TestDisk::new(DiskKind::Ext4PageCache, BLOCKS * 4096)?;
-    let ways = [(SubmissionConfig::Doorbell, 1), (SubmissionConfig::Doorbell, 4), (sq_thread(10), 2), (sq_thread(1), 32)];
+    let ways =
+        [(SubmissionConfig::Doorbell, 1), (SubmissionConfig::Doorbell, 4), (sq_thread(10), 2), (sq_thread(1), 32)];
     for (submission, depth) in ways {
         let mut guest = KvmGuest::start(KvmGuestConfig { submission, ..KvmGuestConfig::new(disk.config()) })?;
         let job = Job {

@@ -102,10 +102,10 @@ mod events;
 mod exits;
 mod queue;
 mod slots;
-
+mod support;
 
 pub use error::KvmError;
 pub use exits::{ExitCounters, Exits};
 pub use queue::{KvmPlacement, KvmQueue, KvmQueueConfig};
 pub use slots::RamSlots;
-
+pub use support::{KvmRefusal, KvmSupport};

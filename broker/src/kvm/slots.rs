@@ -106,8 +106,12 @@ impl MemorySlot {
         };
         // SAFETY: the bytes are shared memory that `backing` keeps mapped and that nothing in this process refers to;
         // the slot is removed before `backing` is dropped.
-        unsafe { vm.set_user_memory_region(region) }
-            .map_err(|source| KvmError::Slot { slot, gpa, len_bytes, source })?;
+        unsafe { vm.set_user_memory_region(region) }.map_err(|source| KvmError::Slot {
+            slot,
+            gpa,
+            len_bytes,
+            source,
+        })?;
         Ok(Self { vm: vm.clone(), slot, backing: Some(backing) })
     }
 }

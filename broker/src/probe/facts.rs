@@ -8,6 +8,7 @@ use rustix::thread::{CapabilitySet, capabilities};
 use super::{Feature, trial};
 use crate::{
     kernel::{KernelRelease, ReleaseError},
+    kvm::{KvmRefusal, KvmSupport},
     limits::Memlock,
 };
 
@@ -32,6 +33,8 @@ pub struct Facts {
     pub memlock: Memlock,
     /// The pools of huge pages, the smallest pages first.
     pub huge_pages: Vec<HugePagePool>,
+    /// What KVM can do, or why it cannot be used.
+    pub kvm: Result<KvmSupport, KvmRefusal>,
 }
 
 /// What came of trying something.
@@ -120,6 +123,7 @@ impl Facts {
             features,
             memlock,
             huge_pages: HugePagePool::observe(Path::new("/sys/kernel/mm/hugepages")),
+            kvm: KvmSupport::observe(),
         })
     }
 

@@ -8,6 +8,7 @@ mod access;
 mod facts;
 mod feature;
 mod limits;
+mod machines;
 mod modes;
 mod report;
 mod trial;

@@ -49,7 +49,10 @@ mod tests {
     fn buckets_ascend_without_gaps_up_to_the_last() {
         let ends = (0..BUCKETS).map(Histogram::latency_ns);
         assert!(ends.clone().zip(ends.skip(1)).all(|(earlier, later)| earlier < later));
-        assert_eq!((0..BUCKETS).map(|bucket| Histogram::bucket(Histogram::latency_ns(bucket))).max(), Some(BUCKETS - 1));
+        assert_eq!(
+            (0..BUCKETS).map(|bucket| Histogram::bucket(Histogram::latency_ns(bucket))).max(),
+            Some(BUCKETS - 1)
+        );
         for bucket in 0..BUCKETS {
             assert_eq!(Histogram::bucket(Histogram::latency_ns(bucket)), bucket);
         }

@@ -174,7 +174,9 @@ impl GuestCpu {
             Answer::Refused => VmmError::Refused { cpu, message: message() },
             Answer::Panicked => VmmError::Panicked { cpu, message: message() },
             Answer::Unknown(kind) => VmmError::BadAnswer { cpu, kind },
-            Answer::Ready | Answer::Done(_) | Answer::Attacked(_) => VmmError::Busy { cpu, state: "at another command than it was given" },
+            Answer::Ready | Answer::Done(_) | Answer::Attacked(_) => {
+                VmmError::Busy { cpu, state: "at another command than it was given" }
+            }
         }
     }
 
@@ -209,7 +211,10 @@ impl GuestCpu {
     }
 
     fn write(&self, offset: usize, value: u64) -> Result<(), VmmError> {
-        self.machine.program().write_obj(value, self.address(offset)).map_err(VmmError::memory("writing a vCPU's block"))
+        self.machine
+            .program()
+            .write_obj(value, self.address(offset))
+            .map_err(VmmError::memory("writing a vCPU's block"))
     }
 }
 
@@ -252,7 +257,8 @@ impl Runner {
                 Err(error) => error.to_string(),
             };
             let registers = self.vcpu.get_regs().map(|regs| format!("rip {:#x}, rsp {:#x}", regs.rip, regs.rsp));
-            let system = self.vcpu.get_sregs().map(|sregs| format!("cs {:#x}, cr2 {:#x}", sregs.cs.selector, sregs.cr2));
+            let system =
+                self.vcpu.get_sregs().map(|sregs| format!("cs {:#x}, cr2 {:#x}", sregs.cs.selector, sregs.cr2));
             let part = |part: Result<String, kvm_ioctls::Error>| part.unwrap_or_else(|error| error.to_string());
             let exit = format!("{exit} ({}, {})", part(registers), part(system));
             // Whoever is gone does not want to know.

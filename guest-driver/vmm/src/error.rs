@@ -39,7 +39,9 @@ pub enum VmmError {
         len_bytes: u64,
     },
     /// The page tables for the guest's RAM do not fit.
-    #[error("the guest's RAM needs more page tables than the machine has room for: at most about 200 GiB can be mapped")]
+    #[error(
+        "the guest's RAM needs more page tables than the machine has room for: at most about 200 GiB can be mapped"
+    )]
     PageTables,
     /// Memory of the machine cannot be had or reached.
     #[error("{what}: {source}")]

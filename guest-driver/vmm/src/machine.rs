@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use kvm_bindings::{
     KVM_CAP_X86_DISABLE_EXITS, KVM_IRQ_ROUTING_MSI, KVM_X86_DISABLE_EXITS_PAUSE, KvmIrqRouting, kvm_enable_cap,
-    kvm_irq_routing_entry, kvm_irq_routing_entry__bindgen_ty_1, kvm_irq_routing_msi,
-    kvm_irq_routing_msi__bindgen_ty_1, kvm_userspace_memory_region,
+    kvm_irq_routing_entry, kvm_irq_routing_entry__bindgen_ty_1, kvm_irq_routing_msi, kvm_irq_routing_msi__bindgen_ty_1,
+    kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use ringpass_bare_metal::map::{self, offset, vector};

@@ -40,8 +40,7 @@ pub(crate) fn set_up(vcpu: &VcpuFd, cpu: u32, features: &CpuId) -> Result<(), Vm
     set_system_registers(vcpu, cpu)?;
     set_local_apic(vcpu)?;
     // All but the first would wait to be started by the first.
-    vcpu.set_mp_state(kvm_mp_state { mp_state: KVM_MP_STATE_RUNNABLE })
-        .map_err(VmmError::kvm("letting a vCPU run"))?;
+    vcpu.set_mp_state(kvm_mp_state { mp_state: KVM_MP_STATE_RUNNABLE }).map_err(VmmError::kvm("letting a vCPU run"))?;
     let [_magic, entry, ..] = header();
     let block = program_va(block_offset(cpu));
     let registers = kvm_regs {

@@ -105,13 +105,12 @@ fn write_descriptors(memory: &Memory<'_>, vcpus: u32) -> Result<(), VmmError> {
         memory.write(at, low)?;
         memory.write(at + 8, base >> 32)?;
     }
-    for (vector, handler, privilege) in [(vector::QUEUE, queue, 0), (vector::TIMER, timer, 0), (vector::IDLE, idle, 3)] {
+    for (vector, handler, privilege) in [(vector::QUEUE, queue, 0), (vector::TIMER, timer, 0), (vector::IDLE, idle, 3)]
+    {
         // An interrupt gate: present, from which privilege level on, interrupts off.
         let kind = 0x8e | privilege << 5;
-        let low = handler & 0xffff
-            | u64::from(selector::KERNEL_CODE) << 16
-            | kind << 40
-            | (handler >> 16 & 0xffff) << 48;
+        let low =
+            handler & 0xffff | u64::from(selector::KERNEL_CODE) << 16 | kind << 40 | (handler >> 16 & 0xffff) << 48;
         memory.write(offset::IDT + 16 * u64::from(vector), low)?;
         memory.write(offset::IDT + 16 * u64::from(vector) + 8, handler >> 32)?;
     }

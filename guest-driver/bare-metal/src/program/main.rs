@@ -15,7 +15,7 @@ use block::Block;
 use environment::Machine;
 use ringpass_bare_metal::{Answer, Attachment, Command, Table, map};
 use ringpass_guest_abi::{DriverRing, FixedAddressing, LayoutError, MappedRing};
-use ringpass_workload::{hostile, Job, JobError, Report, RingQueue};
+use ringpass_workload::{Job, JobError, Report, RingQueue, hostile};
 
 /// A queue that commands work on.
 struct Queue {
@@ -69,9 +69,7 @@ fn perform(block: &Block, queue: &mut Option<Queue>, command: &Command) -> Answe
                 return refuse(block, "no queue is attached");
             };
             attack.with_target(|target| match hostile::script(target) {
-                Ok(steps) => {
-                    Answer::Attacked(hostile::run_hostile(ring.ring_mut(), machine, steps, attack.timeout_ns))
-                }
+                Ok(steps) => Answer::Attacked(hostile::run_hostile(ring.ring_mut(), machine, steps, attack.timeout_ns)),
                 Err(error) => refuse(block, error),
             })
         }
