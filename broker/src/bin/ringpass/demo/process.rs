@@ -16,7 +16,7 @@ use ringpass_broker::memory::{GuestMemory, IOVA_BASE, RegionConfig, Sharing};
 use ringpass_broker::ring::{IoWorkers, RingConfig, SqThreadConfig};
 use ringpass_guest::handover::{self, QueueEvents, QueueSetup, RegionSetup, Setup};
 use ringpass_guest_abi::{rings_area_bytes, sqes_area_bytes};
-use ringpass_restrictions::{Access, Policy, RegisterOperation};
+use ringpass_restrictions::{Access, Policy};
 use rustix::fs::MemfdFlags;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
 
@@ -66,14 +66,14 @@ impl ProcessWay {
 
         let support = kernel::support().context("asking the kernel what its io_uring can do")?;
         let access = if disk.is_read_only() { Access::ReadOnly } else { Access::ReadWrite };
-        let can_clone = support.register_operations.contains(RegisterOperation::REGISTER_CLONE_BUFFERS);
+
         let config = DirectConfig {
             submission: match submission {
                 Submission::SqThread => SubmissionConfig::SqThread(SqThreadConfig { idle: SQ_THREAD_IDLE, cpu: None }),
                 Submission::Kick => SubmissionConfig::Doorbell,
             },
             workers: IoWorkers::default(),
-            sharing: if can_clone { Sharing::Clone } else { Sharing::PinAgain },
+            sharing: Sharing::for_kernel(&support),
         };
         let policy = Policy::direct(access).compile(&support)?;
         let device = DirectDevice::new(disk.clone(), &memory, policy, config)?;
