@@ -3,17 +3,21 @@
 //! [`DirectDevice::attach`] is the order of set-up in one place. What it makes is undone in the opposite order by
 //! [`DirectQueue::close`], and whatever I/O may still touch stays until the ring's real end.
 
+use std::ops::Range;
+use std::panic::resume_unwind;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::thread;
+use std::time::Duration;
 
-use ringpass_guest_abi::RingLayout;
+use ringpass_guest_abi::{RingLayout, rings_area_bytes, sqes_area_bytes};
 use ringpass_restrictions::CompiledPolicy;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::disk::Disk;
-use crate::memory::{GuestMemory, PinnedMemory, RegionConfig, Sharing};
+use crate::memory::{ChangedSlots, GuestMemory, PinnedMemory, RegionConfig, Sharing};
 use crate::ring::{
-    BellId, DoorbellThread, Enabled, IoWorkers, KernelRing, Placement, RingConfig, RingEnd, RingError, RingWindow,
-    SqThread, SqThreadConfig, Submission, check_eventfd,
+    BellId, DoorbellThread, Enabled, IoWorkers, KernelRing, Placement, Reaper, RingConfig, RingEnd, RingError,
+    RingWindow, SqThread, SqThreadConfig, Submission, check_eventfd,
 };
 
 /// How a device executes its queues.
@@ -23,7 +27,7 @@ pub struct DirectConfig {
     pub submission: SubmissionConfig,
     /// Limits of the kernel threads behind the rings.
     pub workers: IoWorkers,
-    /// How queues share the pinned memory: [`Sharing::Clone`] from Linux 6.12 on.
+    /// How queues share the pinned memory: [`Sharing::for_kernel`].
     pub sharing: Sharing,
 }
 
@@ -43,8 +47,9 @@ pub struct QueueConfig {
     pub ring: RingConfig,
     /// Where the ring's memory is to be.
     pub placement: QueuePlacement,
-    /// Signalled by the guest when the ring's doorbell rule says so. None: nobody listens; only for guests of an SQ
-    /// thread that never sleeps before they end.
+    /// Signalled by the guest when the ring's doorbell rule says so. One for each queue: two queues with one doorbell
+    /// would miss each other's. It is made non-blocking for all that hold it. None: nobody listens; only for guests of
+    /// an SQ thread that never sleeps before they end.
     pub doorbell: Option<EventFd>,
     /// Signalled by the kernel at completions that the guest has not muted. None: the guest only polls.
     pub completion: Option<EventFd>,
@@ -72,6 +77,7 @@ pub struct DirectDevice {
     workers: IoWorkers,
     submission: Submission,
     doorbells: Arc<DoorbellThread>,
+    reaper: Reaper,
     state: Mutex<State>,
     /// Held while memory is being plugged, which is too long for `state`.
     plugging: Mutex<()>,
@@ -80,14 +86,25 @@ pub struct DirectDevice {
 #[derive(Debug)]
 struct State {
     pinned: Arc<PinnedMemory>,
-    queues: Vec<Weak<Mutex<Option<Running>>>>,
+    /// Rings that have not ended.
+    rings: Vec<Ring>,
 }
 
-/// A queue of a device: a ring that the guest drives. Closed when dropped.
+/// A ring of this device, from its creation to its end.
+#[derive(Debug)]
+struct Ring {
+    /// The guest-physical areas it writes to. None in a window.
+    areas: Option<[Range<u64>; 2]>,
+    end: RingEnd,
+    queue: Weak<Mutex<Option<Running>>>,
+}
+
+/// A queue of a device: a ring that the guest drives. Closed when dropped; [`DirectDevice::ends`] then tells of its end.
 #[derive(Debug)]
 pub struct DirectQueue {
     layout: RingLayout,
     running: Arc<Mutex<Option<Running>>>,
+    end: RingEnd,
     doorbells: Arc<DoorbellThread>,
 }
 
@@ -96,31 +113,36 @@ struct Running {
     ring: KernelRing<Enabled>,
     bell: Option<BellId>,
     /// The memory the ring was given, which its I/O may use.
-    pinned: Vec<Arc<PinnedMemory>>,
+    pinned: Arc<PinnedMemory>,
     disk: Arc<Disk>,
 }
 
 impl DirectDevice {
     /// Pins the guest's memory and starts the threads. Takes as long as [`PinnedMemory::pin`].
+    ///
+    /// Drop privileges before: what they are now is what the SQ thread keeps, and memory pinned with others cannot be
+    /// shared with queues later.
     pub fn new(
         disk: Arc<Disk>,
         memory: &GuestMemory,
         policy: CompiledPolicy,
         config: DirectConfig,
     ) -> Result<Self, RingError> {
-        let doorbells = Arc::new(DoorbellThread::start()?);
-        let submission = match config.submission {
-            SubmissionConfig::SqThread(config) => Submission::SqThread(Arc::new(SqThread::start(config)?)),
-            SubmissionConfig::Doorbell => Submission::Doorbell,
-        };
-        let pinned = Arc::new(PinnedMemory::pin(memory, config.sharing)?);
+        let (submission, pinned) = on_own_thread(|| -> Result<_, RingError> {
+            let submission = match config.submission {
+                SubmissionConfig::SqThread(config) => Submission::SqThread(Arc::new(SqThread::new(config)?)),
+                SubmissionConfig::Doorbell => Submission::Doorbell,
+            };
+            Ok((submission, PinnedMemory::pin(memory, config.sharing)?))
+        })?;
         Ok(Self {
             disk,
             policy,
             workers: config.workers,
             submission,
-            doorbells,
-            state: Mutex::new(State { pinned, queues: Vec::new() }),
+            doorbells: Arc::new(DoorbellThread::start()?),
+            reaper: Reaper::start()?,
+            state: Mutex::new(State { pinned: Arc::new(pinned), rings: Vec::new() }),
             plugging: Mutex::new(()),
         })
     }
@@ -129,43 +151,65 @@ impl DirectDevice {
     ///
     /// # Errors
     ///
-    /// See [`KernelRing::create`]; nothing of the queue remains.
+    /// See [`KernelRing::create`], and [`RingError::AreaInUse`] for areas of a ring that has not ended. A ring that fails
+    /// half-way is closed, and its areas are in use until it has ended; nothing else of the queue remains.
     pub fn attach(&self, config: QueueConfig) -> Result<DirectQueue, RingError> {
         // Before there is a ring: one that is given up goes on writing to its areas for a while.
         for (what, eventfd) in [("doorbell", &config.doorbell), ("completion", &config.completion)] {
             eventfd.iter().try_for_each(|eventfd| check_eventfd(what, eventfd))?;
         }
-        let mut state = self.state();
+        if config.doorbell.is_none() && matches!(self.submission, Submission::Doorbell) {
+            return Err(RingError::NoDoorbell);
+        }
+        let mut guard = self.state();
+        let state: &mut State = &mut guard;
+        let areas = config.areas();
+        state.check_free(areas.as_ref())?;
         let pinned = state.pinned.clone();
+        on_own_thread(|| self.attach_in_order(config, areas, &pinned, state))
+    }
+
+    /// The order is the design: everything that the guest may use, then what it may not, then it runs.
+    fn attach_in_order(
+        &self,
+        config: QueueConfig,
+        areas: Option<[Range<u64>; 2]>,
+        pinned: &Arc<PinnedMemory>,
+        state: &mut State,
+    ) -> Result<DirectQueue, RingError> {
         let placement = match config.placement {
             QueuePlacement::GuestRam { rings_gpa, sqes_gpa } => {
                 Placement::GuestRam { memory: pinned.memory(), rings_gpa, sqes_gpa }
             }
             QueuePlacement::Window => Placement::Window,
         };
+        let ring = KernelRing::create(config.ring, self.submission.clone(), &placement, &self.disk, &self.reaper)?;
+        // From here on the areas are in use, also if what follows fails.
+        let running = Arc::new(Mutex::new(None));
+        let end = ring.end();
+        state.rings.push(Ring { areas, end: end.clone(), queue: Arc::downgrade(&running) });
 
-        // The order is the design: everything that the guest may use, then what it may not, then it runs.
-        let ring = KernelRing::create(config.ring, self.submission.clone(), &placement)?
-            .attach_memory(&pinned)?
-            .attach_disk(&self.disk)?
-            .limit_workers(self.workers)?;
+        let ring = ring.attach_memory(pinned)?.limit_workers(self.workers)?;
         let ring = match &config.completion {
             Some(completion) => ring.attach_completion(completion)?,
             None => ring,
         };
-        let ring = ring.restrict(&self.policy)?.enable()?;
-
+        let ring = ring.restrict(&self.policy)?;
         let layout = *ring.layout();
         let bell = config.doorbell.map(|eventfd| self.doorbells.add(eventfd, ring.doorbell())).transpose()?;
-        let running = Running { ring, bell, pinned: vec![pinned], disk: self.disk.clone() };
-        let running = Arc::new(Mutex::new(Some(running)));
-        state.queues.retain(|queue| queue.strong_count() > 0);
-        state.queues.push(Arc::downgrade(&running));
-        Ok(DirectQueue { layout, running, doorbells: self.doorbells.clone() })
+        let ring = ring.enable().inspect_err(|_| {
+            bell.iter().for_each(|bell| self.doorbells.remove(bell));
+        })?;
+        // A doorbell that rang while the ring was disabled was answered in vain.
+        bell.iter().for_each(|bell| self.doorbells.ring(bell));
+
+        *lock(&running) = Some(Running { ring, bell, pinned: pinned.clone(), disk: self.disk.clone() });
+        Ok(DirectQueue { layout, running, end, doorbells: self.doorbells.clone() })
     }
 
     /// Adds a region of RAM while the queues run. Blocks for as long as pinning it takes (about half a second per GiB
-    /// of new 4 KiB pages), so it is for a thread that may; running queues are touched for microseconds.
+    /// of new 4 KiB pages), so it is for a thread that may; running queues are touched for microseconds, each between two
+    /// of its batches.
     ///
     /// # Errors
     ///
@@ -174,17 +218,30 @@ impl DirectDevice {
         let _plugging = self.plugging.lock().unwrap_or_else(PoisonError::into_inner);
         let before = self.state().pinned.clone();
         let memory = before.memory().with_region(region)?;
-        let (grown, slots) = before.grown_to(&memory)?;
+        let (grown, slots) = on_own_thread(|| before.grown_to(&memory))?;
         let grown = Arc::new(grown);
+
         let mut state = self.state();
-        for queue in state.queues.iter().filter_map(Weak::upgrade) {
-            if let Some(running) = lock(&queue).as_mut() {
-                running.ring.replace_memory(&grown, &slots)?;
-                running.pinned.push(grown.clone());
+        let queues: Vec<_> = state.rings.iter().filter_map(|ring| ring.queue.upgrade()).collect();
+        for (index, queue) in queues.iter().enumerate() {
+            if let Some(running) = lock(queue).as_mut() {
+                if let Err(error) = running.ring.replace_memory(&grown, slots) {
+                    take_back(&queues[..index], &before, &grown, slots);
+                    return Err(error);
+                }
+                running.pinned = grown.clone();
             }
         }
         state.pinned = grown;
         Ok(())
+    }
+
+    /// The rings of this device that have not ended: those of its queues, and those that were closed, dropped or given up
+    /// and still have I/O under way. Guest memory may be reused or handed back once all of them have ended.
+    pub fn ends(&self) -> Vec<RingEnd> {
+        let mut state = self.state();
+        state.forget_ended();
+        state.rings.iter().map(|ring| ring.end.clone()).collect()
     }
 
     /// The disk behind the queues.
@@ -200,6 +257,74 @@ impl DirectDevice {
     fn state(&self) -> MutexGuard<'_, State> {
         lock(&self.state)
     }
+}
+
+impl QueueConfig {
+    /// The guest-physical areas that the ring will use. Saturating: an area at the very top is refused as outside RAM.
+    fn areas(&self) -> Option<[Range<u64>; 2]> {
+        let QueuePlacement::GuestRam { rings_gpa, sqes_gpa } = self.placement else { return None };
+        let area = |gpa: u64, len_bytes| gpa..gpa.saturating_add(len_bytes);
+        Some([
+            area(rings_gpa, rings_area_bytes(self.ring.cq_entries)),
+            area(sqes_gpa, sqes_area_bytes(self.ring.sq_entries)),
+        ])
+    }
+}
+
+impl State {
+    fn forget_ended(&mut self) {
+        self.rings.retain(|ring| !ring.end.has_ended());
+    }
+
+    /// Refuses areas that a ring may still write to.
+    fn check_free(&mut self, areas: Option<&[Range<u64>; 2]>) -> Result<(), RingError> {
+        self.forget_ended();
+        let Some(areas) = areas else { return Ok(()) };
+        let overlaps =
+            |theirs: &Range<u64>| areas.iter().any(|ours| ours.start < theirs.end && theirs.start < ours.end);
+        let in_use = self.rings.iter().find(|ring| ring.areas.iter().flatten().any(overlaps));
+        match in_use.map(|ring| ring.end.wait(Duration::ZERO)) {
+            Some(Err(why)) => {
+                let [rings_gpa, sqes_gpa] = [areas[0].start, areas[1].start];
+                Err(RingError::AreaInUse { rings_gpa, sqes_gpa, why })
+            }
+            // It ended just now.
+            Some(Ok(_)) | None => Ok(()),
+        }
+    }
+}
+
+/// Undoes a change of memory in the queues that already have it.
+fn take_back(
+    queues: &[Arc<Mutex<Option<Running>>>],
+    before: &Arc<PinnedMemory>,
+    grown: &PinnedMemory,
+    slots: ChangedSlots,
+) {
+    let former = before.sized_like(grown).map_err(RingError::from);
+    for queue in queues {
+        if let Some(running) = lock(queue).as_mut() {
+            let result = match &former {
+                Ok(former) => running.ring.replace_memory(former, slots).map_err(|error| error.to_string()),
+                Err(error) => Err(error.to_string()),
+            };
+            match result {
+                Ok(()) => running.pinned = before.clone(),
+                Err(error) => tracing::error!(%error, "memory that was not plugged stays reachable for one queue"),
+            }
+        }
+    }
+}
+
+/// Runs `work` on a thread that ends with it.
+///
+/// Whoever creates a ring becomes one of its tasks: the kernel interrupts its system calls when the ring ends, and the
+/// ring's limits on io-wq workers become the thread's own. None of this is for a thread of the embedder's.
+fn on_own_thread<T: Send>(work: impl FnOnce() -> T + Send) -> T {
+    thread::scope(|scope| match scope.spawn(work).join() {
+        Ok(result) => result,
+        Err(panic) => resume_unwind(panic),
+    })
 }
 
 impl DirectQueue {
@@ -223,21 +348,15 @@ impl DirectQueue {
 
     /// Ends the queue. Returns at once; [`RingEnd`] tells when its I/O has ended too.
     pub fn close(self) -> RingEnd {
-        self.end().expect("only closed here or when dropped")
-    }
-
-    fn end(&self) -> Option<RingEnd> {
-        let Running { ring, bell, pinned, disk } = lock(&self.running).take()?;
-        if let Some(bell) = bell {
-            self.doorbells.remove(&bell);
-        }
-        Some(ring.close(Box::new((pinned, disk, self.doorbells.clone()))))
+        self.end.clone()
     }
 }
 
 impl Drop for DirectQueue {
     fn drop(&mut self) {
-        self.end();
+        let Some(Running { ring, bell, pinned, disk }) = lock(&self.running).take() else { return };
+        bell.iter().for_each(|bell| self.doorbells.remove(bell));
+        ring.close(Box::new((pinned, disk, self.doorbells.clone())));
     }
 }
 

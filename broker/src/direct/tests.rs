@@ -40,6 +40,10 @@ fn memfd(len_bytes: u64) -> Arc<File> {
 
 impl Setup {
     fn new(submission: SubmissionConfig) -> Self {
+        Self::with(submission, Sharing::Clone)
+    }
+
+    fn with(submission: SubmissionConfig, sharing: Sharing) -> Self {
         let mut image = tempfile::NamedTempFile::new_in(env!("CARGO_MANIFEST_DIR")).unwrap();
         let content: Vec<u8> = (0..64 * 4096u32).map(|at| (at / 4096 * 7 + at) as u8).collect();
         image.write_all(&content).unwrap();
@@ -48,7 +52,7 @@ impl Setup {
         let region = RegionConfig { gpa: 0, len_bytes: RAM_BYTES, file: memfd(RAM_BYTES), file_offset_bytes: 0 };
         let memory = GuestMemory::new([region]).unwrap();
         let policy = Policy::direct(Access::ReadWrite).compile(&crate::kernel::support().unwrap()).unwrap();
-        let config = DirectConfig { submission, workers: IoWorkers::default(), sharing: Sharing::Clone };
+        let config = DirectConfig { submission, workers: IoWorkers::default(), sharing };
         let device = DirectDevice::new(disk, &memory, policy, config).unwrap();
         Self { device, memory, doorbell: EventFd::new(EFD_CLOEXEC).unwrap(), content, _image: image }
     }
@@ -205,9 +209,98 @@ fn areas_that_a_ring_cannot_have_are_refused_by_name() {
 }
 
 #[test]
+fn areas_of_a_ring_that_has_not_ended_are_refused() {
+    let setup = Setup::new(sq_thread());
+    let (queue, mut ring) = setup.in_guest_ram();
+    setup.check_reads(&mut ring);
+    let refusal = |sqes_gpa| {
+        let placement = QueuePlacement::GuestRam { rings_gpa: 0x4000, sqes_gpa };
+        let config = QueueConfig { ring: RING, placement, doorbell: None, completion: None };
+        setup.device.attach(config).map(|_| ()).map_err(|error| error.to_string())
+    };
+    let running = "the areas at guest-physical 0x4000 and 0x80000 overlap those of a ring that has not ended (the ring has \
+                   not been closed): use others, or wait for its end";
+    assert_eq!(refusal(SQES_GPA), Err(running.into()));
+    drop(queue);
+    let error = refusal(SQES_GPA).expect_err("a ring does not end at once");
+    assert!(error.contains("I/O of the ring is still under way"), "{error}");
+    let ends = setup.device.ends();
+    assert_eq!(ends.len(), 1, "a queue that was dropped is not forgotten");
+    ends[0].wait(Duration::from_secs(10)).unwrap();
+    assert_eq!(setup.device.ends().len(), 0);
+    refusal(SQES_GPA).unwrap();
+}
+
+#[test]
+fn the_areas_of_a_ring_that_failed_half_way_are_in_use_until_it_has_ended() {
+    let mut setup = Setup::new(sq_thread());
+    let regular = File::open("/proc/self/exe").unwrap();
+    // SAFETY: the descriptor is handed over whole.
+    let not_an_eventfd = unsafe { <EventFd as std::os::fd::FromRawFd>::from_raw_fd(regular.into_raw_fd()) };
+    let placement = QueuePlacement::GuestRam { rings_gpa: RINGS_GPA, sqes_gpa: SQES_GPA };
+    let config = |doorbell| QueueConfig { ring: RING, placement, doorbell, completion: None };
+    setup.device.attach(config(Some(not_an_eventfd))).expect_err("refused before there is a ring");
+    assert_eq!(setup.device.ends().len(), 0);
+
+    // Worker limits above i32::MAX are refused by the kernel, behind the ring's creation.
+    setup.device.workers = IoWorkers { bounded: NonZeroU32::MAX, unbounded: NonZeroU32::MAX };
+    let error = setup.device.attach(config(None)).unwrap_err().to_string();
+    assert!(error.starts_with("limiting the ring's io-wq workers"), "{error}");
+    let ends = setup.device.ends();
+    assert_eq!(ends.len(), 1);
+    setup.device.workers = IoWorkers::default();
+    let error = setup.device.attach(config(None)).unwrap_err().to_string();
+    assert!(error.contains("overlap those of a ring that has not ended"), "{error}");
+    ends[0].wait(Duration::from_secs(10)).unwrap();
+    let (_queue, mut ring) = setup.in_guest_ram();
+    setup.check_reads(&mut ring);
+}
+
+#[test]
+fn a_queue_that_nobody_would_look_at_is_refused() {
+    let setup = Setup::new(SubmissionConfig::Doorbell);
+    let config = QueueConfig { ring: RING, placement: QueuePlacement::Window, doorbell: None, completion: None };
+    assert_eq!(
+        setup.device.attach(config).unwrap_err().to_string(),
+        "the queue has neither an SQ thread nor a doorbell: nobody would look at its SQ"
+    );
+}
+
+#[test]
+fn a_kernel_that_cannot_clone_pins_for_each_queue() {
+    let setup = Setup::with(sq_thread(), Sharing::PinAgain);
+    let (_queue, mut ring) = setup.in_guest_ram();
+    setup.check_reads(&mut ring);
+    let more = RegionConfig { gpa: 9 << 30, len_bytes: MIB, file: memfd(MIB), file_offset_bytes: 0 };
+    let error = setup.device.plug(more).unwrap_err().to_string();
+    assert!(error.starts_with("memory cannot be added to running queues"), "{error}");
+    setup.check_reads(&mut ring);
+}
+
+#[test]
+fn queues_of_a_device_share_one_sq_thread() {
+    let setup = Setup::new(sq_thread());
+    let place = |rings_gpa| QueuePlacement::GuestRam { rings_gpa, sqes_gpa: rings_gpa + 0x4000 };
+    let sq_thread_of = |queue: &DirectQueue| {
+        let fd = lock(&queue.running).as_ref().unwrap().ring.fd().raw();
+        let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{fd}")).unwrap();
+        let thread = info.lines().find_map(|line| line.strip_prefix("SqThread:")).unwrap().trim();
+        thread.parse::<i32>().unwrap()
+    };
+    let first = setup.attach(place(0), None);
+    let second = setup.attach(place(0x10000), None);
+    let thread = sq_thread_of(&first);
+    assert!(thread > 0);
+    assert_eq!(sq_thread_of(&second), thread);
+    drop(first);
+    let third = setup.attach(place(0x20000), None);
+    assert_eq!(sq_thread_of(&third), thread, "the thread stays while any queue has it");
+}
+
+#[test]
 fn a_cpu_that_does_not_exist_is_refused_by_number() {
     let config = SqThreadConfig { cpu: Some(100_000), ..SqThreadConfig::default() };
-    let error = SqThread::start(config).unwrap_err().to_string();
+    let error = SqThread::new(config).unwrap_err().to_string();
     assert!(error.starts_with("the SQ thread cannot run on CPU 100000: Invalid argument"), "{error}");
 }
 

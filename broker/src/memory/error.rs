@@ -137,10 +137,28 @@ pub enum MemoryError {
         /// The occupied address.
         address: u64,
     },
+    /// The kernel would not pin so much, for a reason that cannot be seen from here.
+    #[error(
+        "the kernel would not pin {} MiB: {source}; {}", needed_bytes.div_ceil(1 << 20), no_memory(*.limit_bytes)
+    )]
+    NoMemoryToPin {
+        /// What was to be pinned, in bytes.
+        needed_bytes: u64,
+        /// The RLIMIT_MEMLOCK in force, if there is one.
+        limit_bytes: Option<u64>,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// Pinned memory is charged to the user, or to nobody with CAP_IPC_LOCK, and is only cloned within one account.
+    #[error(
+        "the memory was pinned with other privileges than this process has now (user, or CAP_IPC_LOCK), and the kernel \
+         does not share it: drop privileges before pinning"
+    )]
+    PrivilegesChanged,
     /// Memory can be added to running rings only by cloning it from a spare ring.
     #[error(
-        "memory cannot be added to running queues on this kernel: it needs IORING_REGISTER_CLONE_BUFFERS with \
-         IORING_REGISTER_DST_REPLACE (Linux 6.13)"
+        "memory cannot be added to running queues: that needs pinned memory that is shared by cloning, and a kernel with \
+         IORING_REGISTER_CLONE_BUFFERS and IORING_REGISTER_DST_REPLACE (Linux 6.13)"
     )]
     CannotPlug,
     /// A guest-physical range does not lie in one region.
@@ -165,5 +183,17 @@ impl MemoryError {
     /// For `map_err` on a system call.
     pub(crate) fn system<E: Into<io::Error>>(what: &'static str) -> impl FnOnce(E) -> Self {
         move |source| Self::System { what, source: source.into() }
+    }
+}
+
+/// What may be behind a lack of memory that the visible numbers do not explain.
+fn no_memory(limit_bytes: Option<u64>) -> String {
+    match limit_bytes {
+        Some(bytes) => format!(
+            "RLIMIT_MEMLOCK is {} KiB and counts for all processes of this user, what their rings and ended processes hold \
+             and other containers of the same user included: raise it (LimitMEMLOCK= in a systemd unit), or wait",
+            bytes >> 10
+        ),
+        None => "the machine, or this control group, is short of memory".into(),
     }
 }

@@ -45,7 +45,8 @@ impl MappedSlot {
         };
         let start = address as *mut c_void;
         let len = piece.len_bytes as usize;
-        let flags = MapFlags::SHARED | MapFlags::FIXED_NOREPLACE;
+        // Without NORESERVE a lack of huge pages would fail here, as a lack of memory; so it fails below, by its name.
+        let flags = MapFlags::SHARED | MapFlags::FIXED_NOREPLACE | MapFlags::NORESERVE;
         // SAFETY: FIXED_NOREPLACE never touches a mapping that exists: the range is free, or the call fails.
         let result =
             unsafe { rustix::mm::mmap(start, len, ProtFlags::READ | ProtFlags::WRITE, flags, fd, offset_bytes) };

@@ -23,13 +23,13 @@ mod tests;
 
 pub use error::MemoryError;
 pub use layout::{IovaLayout, Piece, Slot, Source};
-pub use pin::{PinnedMemory, PlannedSlot, Sharing};
+pub use pin::{ChangedSlots, PinnedMemory, Sharing};
 pub use region::{Backing, GuestMemory, RegionConfig};
 
-/// Virtual address at which guest-physical address 0 stands in SQEs: 16 TiB.
+/// Virtual address at which guest-physical address 0 stands in SQEs: 32 TiB.
 ///
-/// Not zero, because the kernel refuses to register a buffer at address 0. The 16 TiB from here on are free in every
-/// Linux process with at least 46 bits of address space (programs, libraries and stacks lie above 64 TiB or below
-/// 4 GiB) and are only ever occupied while a slot is being registered. A multiple of 16 TiB, so that adding and
-/// or-ing a guest-physical address are the same.
-pub const IOVA_BASE: u64 = 1 << 44;
+/// Not zero, because the kernel refuses to register a buffer at address 0. The 16 TiB from here on are free in a Linux
+/// process with 47 bits of address space (programs, libraries and stacks lie above 80 TiB or below 4 GiB, and so does
+/// what the address and thread sanitizers occupy), and are only ever used while a slot is being registered. A multiple of
+/// 16 TiB, so that adding and or-ing a guest-physical address are the same.
+pub const IOVA_BASE: u64 = 1 << 45;

@@ -2,12 +2,13 @@
 
 use std::io;
 
+use ringpass_restrictions::{KernelSupport, RegisterOperation};
 use rustix::io_uring::{IoringSetupFlags, io_uring_params};
 
 use super::iova_map::MappedSlot;
 use super::layout::Slot;
-use super::region::{Backing, GuestMemory};
-use super::{MemoryError, Source};
+use super::region::GuestMemory;
+use super::{MemoryError, Piece, Source};
 use crate::limits::Memlock;
 use crate::ring::sys::RingFd;
 
@@ -16,51 +17,74 @@ use crate::ring::sys::RingFd;
 pub enum Sharing {
     /// They clone the table (`IORING_REGISTER_CLONE_BUFFERS`, Linux 6.12): at once, and the memory counts once.
     Clone,
-    /// They pin again: as slow as the first time, and the memory counts against RLIMIT_MEMLOCK once per ring.
+    /// Each ring pins again: as slow as the first time, and the memory counts against RLIMIT_MEMLOCK once per ring.
     PinAgain,
+}
+
+impl Sharing {
+    /// The better way that this kernel has.
+    pub fn for_kernel(kernel: &KernelSupport) -> Self {
+        let can_clone = kernel.register_operations.contains(RegisterOperation::REGISTER_CLONE_BUFFERS);
+        if can_clone { Self::Clone } else { Self::PinAgain }
+    }
 }
 
 /// Guest RAM, pinned as fixed buffers.
 ///
 /// The buffers belong to a ring of their own, which never runs. Rings that do I/O clone its table, so that nothing
 /// slow ever happens on a running ring: registering 1 GiB of 4 KiB pages takes the ring's lock for about half a second.
+///
+/// Drop privileges (CAP_IPC_LOCK, the user) *before*: memory that was pinned with others cannot be cloned.
 #[derive(Debug)]
 pub struct PinnedMemory {
-    holder: RingFd,
+    /// None with [`Sharing::PinAgain`]: each ring has its own.
+    holder: Option<RingFd>,
     memory: GuestMemory,
-    sharing: Sharing,
+    accounting: Accounting,
+}
+
+/// Whom pinned memory is charged to. The kernel clones only within one account.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Accounting {
+    exempt: bool,
+    uid: u32,
+}
+
+impl Accounting {
+    fn of(memlock: &Memlock) -> Self {
+        Self { exempt: memlock.exempt, uid: rustix::process::getuid().as_raw() }
+    }
 }
 
 /// The slots that a change of memory touches.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct PlannedSlot {
-    /// Fixed buffer number.
-    pub index: u32,
-    /// Its length in bytes after the change.
-    pub len_bytes: u64,
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ChangedSlots {
+    /// The first fixed buffer.
+    pub first: u32,
+    /// How many from there on.
+    pub count: u32,
 }
 
 impl PinnedMemory {
     /// Pins all of `memory`. Takes about 50 ms per GiB of 4 KiB pages that exist, ten times as long for pages that
-    /// must be made first, and next to nothing for huge pages.
+    /// must be made first, and next to nothing for huge pages. With [`Sharing::PinAgain`] nothing is pinned yet.
     ///
     /// # Errors
     ///
     /// [`MemoryError::Memlock`] when RLIMIT_MEMLOCK does not allow it, with what is needed and how to raise it; nothing
     /// stays pinned.
     pub fn pin(memory: &GuestMemory, sharing: Sharing) -> Result<Self, MemoryError> {
-        let needed_bytes = locked_bytes(memory);
-        let memlock = current_memlock()?;
-        // Pinning faults every page in: refuse before a large guest has been filled for nothing.
-        if !memlock.exempt && memlock.soft_bytes.is_some_and(|limit_bytes| needed_bytes > limit_bytes) {
-            memlock.check(needed_bytes)?;
-        }
-        let holder = new_holder(memory.layout().table_slots())?;
-        let pinned = Self { holder, memory: memory.clone(), sharing };
-        for slot in memory.layout().slots() {
-            pin_slot(&pinned.holder, memory, slot)?;
-        }
-        Ok(pinned)
+        let charge = Charge::new(memory, memory.layout().slots().iter())?;
+        let accounting = Accounting::of(&charge.memlock);
+        let holder = match sharing {
+            Sharing::Clone => {
+                let holder = new_holder(memory.layout().table_slots())?;
+                memory.layout().slots().iter().try_for_each(|slot| pin_slot(&holder, memory, slot, &charge))?;
+                Some(holder)
+            }
+            Sharing::PinAgain => None,
+        };
+        Ok(Self { holder, memory: memory.clone(), accounting })
     }
 
     /// The memory that is pinned.
@@ -70,13 +94,13 @@ impl PinnedMemory {
 
     /// Gives `ring`, which has no buffers yet, all of this memory.
     pub(crate) fn share_with(&self, ring: &RingFd) -> Result<(), MemoryError> {
-        match self.sharing {
-            Sharing::Clone => {
-                ring.clone_buffers(&self.holder).map_err(MemoryError::system("cloning the registered buffers"))
-            }
-            Sharing::PinAgain => {
-                register_table(ring, self.memory.layout().table_slots())?;
-                self.memory.layout().slots().iter().try_for_each(|slot| pin_slot(ring, &self.memory, slot))
+        let layout = self.memory.layout();
+        match &self.holder {
+            Some(holder) => ring.clone_buffers(holder).map_err(|error| self.not_cloned(error)),
+            None => {
+                let charge = Charge::new(&self.memory, layout.slots().iter())?;
+                register_table(ring, layout.table_slots())?;
+                layout.slots().iter().try_for_each(|slot| pin_slot(ring, &self.memory, slot, &charge))
             }
         }
     }
@@ -85,32 +109,56 @@ impl PinnedMemory {
     /// [`KernelRing::replace_memory`](crate::ring::KernelRing::replace_memory).
     ///
     /// Takes as long as [`pin`](Self::pin) takes for the slots that change; call it on a thread that may block.
-    pub fn grown_to(&self, memory: &GuestMemory) -> Result<(Self, Vec<PlannedSlot>), MemoryError> {
-        if self.sharing != Sharing::Clone {
-            return Err(MemoryError::CannotPlug);
-        }
-        let kept_slots = self.memory.layout().table_slots();
-        let holder = new_holder(memory.layout().table_slots().max(kept_slots))?;
-        holder.clone_buffer_slots(&self.holder, 0, kept_slots).map_err(|error| match error.raw_os_error() {
-            Some(nix::libc::EINVAL) => MemoryError::CannotPlug,
-            _ => MemoryError::System { what: "cloning the registered buffers into a spare ring", source: error },
-        })?;
-        let grown = Self { holder, memory: memory.clone(), sharing: self.sharing };
-        let changed = memory.layout().slots().iter().filter(|slot| !memory.has_same_slot(slot, &self.memory));
-        let mut planned = Vec::new();
-        for slot in changed {
-            pin_slot(&grown.holder, memory, slot)?;
-            planned.push(PlannedSlot { index: slot.index, len_bytes: slot.len_bytes });
-        }
-        Ok((grown, planned))
+    pub fn grown_to(&self, memory: &GuestMemory) -> Result<(Self, ChangedSlots), MemoryError> {
+        let holder = self.copied(memory.layout().table_slots())?;
+        let layout = memory.layout();
+        let changed: Vec<_> = layout.slots().iter().filter(|slot| !memory.has_same_slot(slot, &self.memory)).collect();
+        let charge = Charge::new(memory, changed.iter().copied())?;
+        changed.iter().try_for_each(|slot| pin_slot(&holder, memory, slot, &charge))?;
+        let first = changed.first().map_or(0, |slot| slot.index);
+        let count = changed.last().map_or(0, |slot| slot.index + 1 - first);
+        let grown = Self { holder: Some(holder), memory: memory.clone(), accounting: self.accounting };
+        Ok((grown, ChangedSlots { first, count }))
     }
 
-    /// Gives a running `ring` the buffers of `slots`. Requests under way keep the old ones until they complete.
-    pub(crate) fn replace_slots(&self, ring: &RingFd, slots: &[PlannedSlot]) -> Result<(), MemoryError> {
-        slots.iter().try_for_each(|slot| {
-            ring.clone_buffer_slots(&self.holder, slot.index, 1)
-                .map_err(MemoryError::system("cloning a registered buffer into a running ring"))
-        })
+    /// The same memory in a table as large as that of `other`, to take a change of rings back with.
+    pub(crate) fn sized_like(&self, other: &Self) -> Result<Self, MemoryError> {
+        let holder = self.copied(other.memory.layout().table_slots())?;
+        Ok(Self { holder: Some(holder), memory: self.memory.clone(), accounting: self.accounting })
+    }
+
+    /// Gives a running `ring` the buffers of `slots`, all or none. Requests under way keep the old ones until they
+    /// complete.
+    pub(crate) fn replace_slots(&self, ring: &RingFd, slots: ChangedSlots) -> Result<(), MemoryError> {
+        let Some(holder) = &self.holder else { return Err(MemoryError::CannotPlug) };
+        if slots.count == 0 {
+            return Ok(());
+        }
+        ring.clone_buffer_slots(holder, slots.first, slots.count).map_err(|error| self.not_cloned(error))
+    }
+
+    /// A spare ring that shares everything pinned here, with at least `table_slots` slots.
+    fn copied(&self, table_slots: u32) -> Result<RingFd, MemoryError> {
+        let Some(holder) = &self.holder else { return Err(MemoryError::CannotPlug) };
+        let kept_slots = self.memory.layout().table_slots();
+        let copy = new_holder(table_slots.max(kept_slots))?;
+        copy.clone_buffer_slots(holder, 0, kept_slots).map_err(|error| match self.not_cloned(error) {
+            MemoryError::System { source, .. } if source.raw_os_error() == Some(nix::libc::EINVAL) => {
+                MemoryError::CannotPlug
+            }
+            other => other,
+        })?;
+        Ok(copy)
+    }
+
+    /// What a refused clone means.
+    fn not_cloned(&self, source: io::Error) -> MemoryError {
+        if source.raw_os_error() == Some(nix::libc::EINVAL)
+            && current_memlock().is_ok_and(|memlock| Accounting::of(&memlock) != self.accounting)
+        {
+            return MemoryError::PrivilegesChanged;
+        }
+        MemoryError::System { what: "cloning the registered buffers", source }
     }
 }
 
@@ -118,7 +166,7 @@ impl Drop for PinnedMemory {
     /// Unpins now what no other ring has cloned. The kernel takes a ring apart only some time after its descriptor is
     /// closed; until then the memory would count against RLIMIT_MEMLOCK, and the next guest's might be refused.
     fn drop(&mut self) {
-        if let Err(error) = self.holder.unregister_buffers() {
+        if let Some(Err(error)) = self.holder.as_ref().map(RingFd::unregister_buffers) {
             tracing::warn!(%error, "cannot unpin guest memory at once: it stays pinned until the kernel gets to it");
         }
     }
@@ -139,36 +187,57 @@ fn register_table(ring: &RingFd, table_slots: u32) -> Result<(), MemoryError> {
 }
 
 /// Maps, registers and unmaps one slot.
-fn pin_slot(ring: &RingFd, memory: &GuestMemory, slot: &Slot) -> Result<(), MemoryError> {
+fn pin_slot(ring: &RingFd, memory: &GuestMemory, slot: &Slot, charge: &Charge) -> Result<(), MemoryError> {
     let mapped = MappedSlot::map(memory, slot)?;
     // SAFETY: guest RAM and scratch, mapped shared just now; this process never makes references to either.
     let result = unsafe { ring.pin_buffer(slot.index, mapped.address(), mapped.len_bytes()) };
-    result.map_err(|source| refused(memory, slot, source))
-}
-
-/// What a refused registration means.
-fn refused(memory: &GuestMemory, slot: &Slot, source: io::Error) -> MemoryError {
-    if source.raw_os_error() == Some(nix::libc::ENOMEM) {
-        // The limit is per user, over all processes: only now is it known that it was that.
-        if let Err(error) = current_memlock().and_then(|memlock| Ok(memlock.check(locked_bytes(memory))?)) {
-            return error;
-        }
-    }
-    MemoryError::Register { slot: slot.index, gpa: slot.gpa, len_bytes: slot.len_bytes, source }
+    result.map_err(|source| match source.raw_os_error() {
+        Some(nix::libc::ENOMEM) => charge.refused(source),
+        _ => MemoryError::Register { slot: slot.index, gpa: slot.gpa, len_bytes: slot.len_bytes, source },
+    })
 }
 
 fn current_memlock() -> Result<Memlock, MemoryError> {
     Memlock::current().map_err(MemoryError::system("reading RLIMIT_MEMLOCK and what this user has pinned"))
 }
 
-/// Bytes that pinning `memory` counts against RLIMIT_MEMLOCK: every page of every buffer; a huge page counts whole.
-fn locked_bytes(memory: &GuestMemory) -> u64 {
-    let piece_bytes = |piece: &super::Piece| match piece.source {
-        Source::Region { region, .. } => match memory.regions()[region].backing {
-            Backing::Shmem => piece.len_bytes,
-            Backing::Hugetlb { page_bytes } => piece.len_bytes.next_multiple_of(page_bytes),
-        },
+/// What a pinning counts against RLIMIT_MEMLOCK, and how that was filled before it began.
+struct Charge {
+    needed_bytes: u64,
+    memlock: Memlock,
+}
+
+impl Charge {
+    /// Of `slots` of `memory`. Refused if the limit is too low for them alone: pinning makes every page, and a large
+    /// guest would be filled for nothing. Whether the rest of the limit is free only the kernel knows.
+    fn new<'a>(memory: &GuestMemory, slots: impl Iterator<Item = &'a Slot>) -> Result<Self, MemoryError> {
+        let needed_bytes = slots.flat_map(|slot| &slot.pieces).map(|piece| locked_bytes(memory, piece)).sum();
+        let memlock = current_memlock()?;
+        if !memlock.exempt && memlock.soft_bytes.is_some_and(|limit_bytes| needed_bytes > limit_bytes) {
+            memlock.check(needed_bytes)?;
+        }
+        Ok(Self { needed_bytes, memlock })
+    }
+
+    /// What it means that the kernel had no memory for a registration.
+    fn refused(&self, source: io::Error) -> MemoryError {
+        match self.memlock.check(self.needed_bytes) {
+            Err(error) => error.into(),
+            Ok(()) => MemoryError::NoMemoryToPin {
+                needed_bytes: self.needed_bytes,
+                limit_bytes: self.memlock.soft_bytes.filter(|_| !self.memlock.exempt),
+                source,
+            },
+        }
+    }
+}
+
+/// Bytes that pinning `piece` counts against RLIMIT_MEMLOCK: every page; a huge page counts whole.
+fn locked_bytes(memory: &GuestMemory, piece: &Piece) -> u64 {
+    match piece.source {
+        Source::Region { region, .. } => {
+            piece.len_bytes.next_multiple_of(memory.regions()[region].backing.page_bytes())
+        }
         Source::Scratch => piece.len_bytes,
-    };
-    memory.layout().slots().iter().flat_map(|slot| &slot.pieces).map(piece_bytes).sum()
+    }
 }

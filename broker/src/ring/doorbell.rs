@@ -110,6 +110,16 @@ impl DoorbellThread {
         Ok(BellId(id))
     }
 
+    /// Rings a doorbell in the guest's place: for what it rang before there was a ring to answer.
+    pub(crate) fn ring(&self, id: &BellId) {
+        let Some(bell) = self.shared.bells().by_id.get(&id.0).cloned() else { return };
+        if let Err(error) = bell.eventfd.write(1)
+            && error.kind() != io::ErrorKind::WouldBlock
+        {
+            tracing::error!(%error, "cannot ring a doorbell");
+        }
+    }
+
     /// Stops answering a doorbell. Returns at once: the thread may still be inside the ring, and holds it for as long.
     pub(crate) fn remove(&self, id: &BellId) {
         let Some(bell) = self.shared.bells().by_id.remove(&id.0) else { return };

@@ -13,21 +13,27 @@ use std::any::Any;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::fs::{FlockOperation, Mode, OFlags};
 
+use super::RingError;
+
 /// What must stay as it is until a ring has really ended.
 pub type Keepalive = Box<dyn Any + Send>;
 
-/// How often a waiting thread looks at first.
+/// How often the reaper looks at first.
 const POLL_MIN: Duration = Duration::from_micros(500);
 /// How often it looks when the end takes long.
 const POLL_MAX: Duration = Duration::from_millis(20);
 /// How often a ring that does not end is mentioned in the log.
 const REMIND: Duration = Duration::from_secs(10);
+/// What is waited on top. The kernel takes the files out of a ring a few instructions before it discards completions
+/// that did not fit the CQ, which writes `sq.flags` once more; the last close of a file is a little later than both.
+const SETTLE: Duration = Duration::from_millis(5);
 
 /// A file that only a ring will hold.
 #[derive(Debug)]
@@ -107,54 +113,49 @@ impl EndWatch {
     }
 }
 
-/// A ring that is closed and may still have I/O under way.
+/// Tells when a ring and all of its I/O have ended.
 ///
-/// Dropping it gives up watching, not waiting: a thread of its own holds what the I/O needs until the real end.
-#[derive(Clone, Debug)]
+/// Dropping it gives up watching, not waiting: the [`Reaper`] holds what the I/O needs until the real end.
+#[derive(Clone, Debug, Default)]
 pub struct RingEnd {
     progress: Arc<Progress>,
-    closed: Instant,
 }
 
 #[derive(Debug, Default)]
 struct Progress {
-    ended_after: Mutex<Option<Duration>>,
+    phase: Mutex<Phase>,
     changed: Condvar,
 }
 
-/// A ring's I/O has not ended within the time given.
+#[derive(Clone, Copy, Debug, Default)]
+enum Phase {
+    #[default]
+    Running,
+    Closed(Instant),
+    Ended {
+        after: Duration,
+    },
+}
+
+/// A ring, or its I/O, has not ended within the time given.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error(
-    "I/O of the ring is still under way {} ms after it was closed: the disk is slow or does not answer; the guest's \
-     memory stays in use until it ends",
-    .since_close.as_millis()
-)]
-pub struct StillRunning {
-    /// Time since the ring was closed.
-    pub since_close: Duration,
+pub enum StillRunning {
+    /// It has not even been closed.
+    #[error("the ring has not been closed")]
+    Open,
+    /// I/O is under way.
+    #[error(
+        "I/O of the ring is still under way {} ms after it was closed: the disk is slow or does not answer, or something \
+         still maps the ring's window; the guest's memory stays in use until it ends",
+        .since_close.as_millis()
+    )]
+    Closed {
+        /// Time since the ring was closed.
+        since_close: Duration,
+    },
 }
 
 impl RingEnd {
-    /// Drops `ring` and waits on a thread of its own for the end, then drops `keepalive`.
-    ///
-    /// Not on the caller's thread: closing a ring blocks while its SQ thread is in the middle of a batch.
-    pub(super) fn start(watch: Option<EndWatch>, ring: Keepalive, keepalive: Keepalive) -> Self {
-        let progress = Arc::new(Progress::default());
-        let end = Self { progress: progress.clone(), closed: Instant::now() };
-        let closed = end.closed;
-        let wait = move || {
-            drop(ring);
-            if let Some(watch) = watch {
-                wait_for_end(&watch, closed);
-            }
-            drop(keepalive);
-            *progress.ended_after.lock().unwrap_or_else(PoisonError::into_inner) = Some(closed.elapsed());
-            progress.changed.notify_all();
-        };
-        spawn_or_run("ringpass-end", wait);
-        end
-    }
-
     /// Whether the ring and all of its I/O have ended.
     pub fn has_ended(&self) -> bool {
         self.ended_after().is_some()
@@ -162,7 +163,10 @@ impl RingEnd {
 
     /// How long after its closing the ring ended, once it has.
     pub fn ended_after(&self) -> Option<Duration> {
-        *self.progress.ended_after.lock().unwrap_or_else(PoisonError::into_inner)
+        match *self.phase() {
+            Phase::Ended { after } => Some(after),
+            Phase::Running | Phase::Closed(_) => None,
+        }
     }
 
     /// Waits for the end, at most for `timeout`. Returns how long after the closing it came.
@@ -171,52 +175,133 @@ impl RingEnd {
     ///
     /// [`StillRunning`]: the guest's memory must not be reused, and the requests not be issued again. Waiting can go on.
     pub fn wait(&self, timeout: Duration) -> Result<Duration, StillRunning> {
-        let guard = self.progress.ended_after.lock().unwrap_or_else(PoisonError::into_inner);
-        let (ended_after, _) = self
+        let (phase, _) = self
             .progress
             .changed
-            .wait_timeout_while(guard, timeout, |ended_after| ended_after.is_none())
+            .wait_timeout_while(self.phase(), timeout, |phase| !matches!(phase, Phase::Ended { .. }))
             .unwrap_or_else(PoisonError::into_inner);
-        ended_after.ok_or_else(|| StillRunning { since_close: self.closed.elapsed() })
+        match *phase {
+            Phase::Ended { after } => Ok(after),
+            Phase::Closed(at) => Err(StillRunning::Closed { since_close: at.elapsed() }),
+            Phase::Running => Err(StillRunning::Open),
+        }
+    }
+
+    fn phase(&self) -> MutexGuard<'_, Phase> {
+        self.progress.phase.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn set(&self, phase: Phase) {
+        *self.phase() = phase;
+        self.progress.changed.notify_all();
     }
 }
 
-/// Returns when the ring is gone; never before, whatever happens.
-fn wait_for_end(watch: &EndWatch, closed: Instant) {
+/// The thread that closes rings and waits for their ends, one for each device.
+///
+/// A thread, because closing a ring blocks while its SQ thread is in the middle of a batch; and one that exists before it
+/// is needed, because a guest that makes the kernel start workers must not be able to keep a ring from being closed. It
+/// ends behind the last ring, once nobody can hand it another.
+#[derive(Clone, Debug)]
+pub struct Reaper {
+    closed: Sender<Closed>,
+}
+
+/// A ring on its way to the end.
+struct Closed {
+    ring: Keepalive,
+    watch: EndWatch,
+    keepalive: Keepalive,
+    end: RingEnd,
+    at: Instant,
+}
+
+impl Reaper {
+    /// Starts the thread.
+    pub fn start() -> Result<Self, RingError> {
+        let (closed, receiver) = channel();
+        thread::Builder::new()
+            .name("ringpass-reaper".into())
+            .spawn(move || reap(&receiver))
+            .map_err(RingError::system("starting the thread that waits for the ends of rings"))?;
+        Ok(Self { closed })
+    }
+
+    /// Drops `ring`, waits for the end, then drops `keepalive`. Returns at once.
+    pub(super) fn close(&self, ring: Keepalive, watch: EndWatch, keepalive: Keepalive, end: &RingEnd) {
+        let at = Instant::now();
+        end.set(Phase::Closed(at));
+        if let Err(lost) = self.closed.send(Closed { ring, watch, keepalive, end: end.clone(), at }) {
+            // The thread has panicked. Never ended is safe, ended is not.
+            tracing::error!("nobody waits for the end of a ring any more: its guest memory stays in use for ever");
+            std::mem::forget(lost);
+        }
+    }
+}
+
+fn reap(receiver: &Receiver<Closed>) {
+    let mut waiting: Vec<Waiting> = Vec::new();
     let mut pause = POLL_MIN;
-    let mut remind = REMIND;
     loop {
-        match watch.has_ended() {
-            Ok(true) => return,
-            Ok(false) => {}
-            Err(error) => tracing::error!(%error, "cannot tell whether a ring has ended: its memory stays in use"),
-        }
-        if closed.elapsed() > remind {
-            tracing::warn!(
-                seconds = closed.elapsed().as_secs(),
-                "a closed ring still has I/O under way; its guest memory stays in use until the disk answers"
-            );
-            remind += REMIND;
-        }
-        thread::sleep(pause);
-        pause = (pause * 2).min(POLL_MAX);
+        let closed = if waiting.is_empty() {
+            let Ok(closed) = receiver.recv() else { return };
+            Some(closed)
+        } else {
+            match receiver.recv_timeout(pause) {
+                Ok(closed) => Some(closed),
+                Err(RecvTimeoutError::Timeout) => None,
+                Err(RecvTimeoutError::Disconnected) => {
+                    thread::sleep(pause);
+                    None
+                }
+            }
+        };
+        pause = if closed.is_some() { POLL_MIN } else { (pause * 2).min(POLL_MAX) };
+        waiting.extend(closed.map(Waiting::new));
+        waiting.retain_mut(|ring| !ring.has_ended());
     }
 }
 
-/// Runs `work` on a thread of its own; where no thread can be had, here: late is better than too early.
-fn spawn_or_run(name: &str, work: impl FnOnce() + Send + 'static) {
-    let work = Arc::new(Mutex::new(Some(work)));
-    let take = |work: &Mutex<Option<_>>| work.lock().unwrap_or_else(PoisonError::into_inner).take();
-    let theirs = work.clone();
-    let spawned = thread::Builder::new().name(name.into()).spawn(move || {
-        if let Some(work) = take(&theirs) {
-            work();
+/// A ring whose descriptor is closed.
+struct Waiting {
+    watch: EndWatch,
+    /// Gone at the end.
+    keepalive: Option<Keepalive>,
+    end: RingEnd,
+    at: Instant,
+    released: Option<Instant>,
+    remind: Duration,
+}
+
+impl Waiting {
+    fn new(closed: Closed) -> Self {
+        let Closed { ring, watch, keepalive, end, at } = closed;
+        drop(ring);
+        Self { watch, keepalive: Some(keepalive), end, at, released: None, remind: REMIND }
+    }
+
+    /// Whether the ring is gone; never true before it is, whatever happens.
+    fn has_ended(&mut self) -> bool {
+        let since_close = self.at.elapsed();
+        if self.released.is_none() {
+            match self.watch.has_ended() {
+                Ok(true) => self.released = Some(Instant::now()),
+                Ok(false) if since_close > self.remind => {
+                    tracing::warn!("{}", StillRunning::Closed { since_close });
+                    self.remind += REMIND;
+                }
+                Err(error) if since_close > self.remind => {
+                    tracing::error!(%error, "cannot tell whether a ring has ended: its guest memory stays in use");
+                    self.remind += REMIND;
+                }
+                Ok(false) | Err(_) => {}
+            }
         }
-    });
-    if let Err(error) = spawned {
-        tracing::warn!(%error, "no thread to wait for a ring's end: waiting here");
-        if let Some(work) = take(&work) {
-            work();
+        if self.released.is_none_or(|released| released.elapsed() < SETTLE) {
+            return false;
         }
+        drop(self.keepalive.take());
+        self.end.set(Phase::Ended { after: self.at.elapsed() });
+        true
     }
 }

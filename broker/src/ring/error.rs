@@ -4,6 +4,7 @@ use std::io;
 
 use ringpass_guest_abi::LayoutError;
 
+use super::StillRunning;
 use crate::memory::MemoryError;
 
 /// Why a ring could not be made or changed.
@@ -46,6 +47,22 @@ pub enum RingError {
         /// Its length.
         sqes_bytes: u64,
     },
+    /// A ring that runs, or whose I/O has not ended, uses the area.
+    #[error(
+        "the areas at guest-physical {rings_gpa:#x} and {sqes_gpa:#x} overlap those of a ring that has not ended ({why}): \
+         use others, or wait for its end"
+    )]
+    AreaInUse {
+        /// Start of the rings area asked for.
+        rings_gpa: u64,
+        /// Start of the SQE area asked for.
+        sqes_gpa: u64,
+        /// How far the other ring is from its end.
+        why: StillRunning,
+    },
+    /// A queue without an SQ thread and without a doorbell would never do anything.
+    #[error("the queue has neither an SQ thread nor a doorbell: nobody would look at its SQ")]
+    NoDoorbell,
     /// The memory is not as it must be.
     #[error(transparent)]
     Memory(#[from] MemoryError),

@@ -4,8 +4,8 @@
 //!
 //! ```text
 //! KernelRing<Disabled> --restrict()--> KernelRing<Restricted> --enable()--> KernelRing<Enabled> --close()--> RingEnd
-//!   create(), memory, files,                                                 doorbell, eventfd,
-//!   eventfd, worker limits                                                   memory that is plugged
+//!   create(): disk, token;                                                   doorbell, eventfd,
+//!   memory, eventfd, limits                                                  memory that is plugged
 //! ```
 //!
 //! A ring that has not been restricted cannot be enabled, and what a guest could use is in place before it can run.
@@ -33,13 +33,13 @@ use vmm_sys_util::eventfd::EventFd;
 pub use config::{IoWorkers, RingConfig};
 pub use doorbell::DoorbellThread;
 pub(crate) use doorbell::{BellId, check_eventfd};
-pub use end::{Keepalive, RingEnd, StillRunning};
+pub use end::{Keepalive, Reaper, RingEnd, StillRunning};
 pub use error::RingError;
 pub use placement::{Placement, RingWindow};
 pub use sq_thread::{SqThread, SqThreadConfig};
 
 use crate::disk::Disk;
-use crate::memory::{PinnedMemory, PlannedSlot};
+use crate::memory::{ChangedSlots, PinnedMemory};
 use end::EndToken;
 use sys::RingFd;
 
@@ -63,55 +63,77 @@ pub enum Submission {
 }
 
 /// An io_uring for a guest, in state `S`.
+///
+/// Dropped, it is closed; [`end`](Self::end) tells when it has ended.
 #[derive(Debug)]
 pub struct KernelRing<S> {
+    /// None only when the value is being consumed.
+    parts: Option<Parts>,
+    state: PhantomData<S>,
+}
+
+#[derive(Debug)]
+struct Parts {
     fd: Arc<RingFd>,
     layout: RingLayout,
     submission: Submission,
     window: Option<Arc<RingWindow>>,
-    token: Option<EndToken>,
-    state: PhantomData<S>,
+    token: EndToken,
+    reaper: Reaper,
+    end: RingEnd,
 }
 
 impl KernelRing<Disabled> {
-    /// Creates the ring, disabled, in the given place.
+    /// Creates the ring, disabled, in the given place. The disk is its fixed file 0, and file 1 the token by which its
+    /// real end is known to `reaper`.
+    ///
+    /// The calling thread becomes one of the ring's tasks: system calls that it waits in may return EINTR when the ring
+    /// ends, and without an SQ thread its own io-wq workers get the ring's limits. [`DirectDevice`] uses a thread of
+    /// its own for that reason.
     ///
     /// # Errors
     ///
     /// A geometry that io_uring cannot have, areas that do not lie page-aligned inside guest RAM or overlap each
     /// other, or a kernel that refuses, with what it lacks.
-    pub fn create(config: RingConfig, submission: Submission, placement: &Placement<'_>) -> Result<Self, RingError> {
+    ///
+    /// [`DirectDevice`]: crate::direct::DirectDevice
+    pub fn create(
+        config: RingConfig,
+        submission: Submission,
+        placement: &Placement<'_>,
+        disk: &Disk,
+        reaper: &Reaper,
+    ) -> Result<Self, RingError> {
         config.check()?;
+        let token = EndToken::new().map_err(RingError::system("making the token that tells of the ring's end"))?;
         let created = placement::create(config, &submission, placement)?;
-        Ok(Self {
-            fd: Arc::new(created.fd),
-            layout: created.layout,
-            submission,
-            window: created.window.map(Arc::new),
-            token: None,
+        let ring = Self {
+            parts: Some(Parts {
+                fd: created.fd,
+                layout: created.layout,
+                submission,
+                window: created.window.map(Arc::new),
+                token,
+                reaper: reaper.clone(),
+                end: RingEnd::default(),
+            }),
             state: PhantomData,
-        })
+        };
+        ring.fd()
+            .register_files(&[disk.as_fd(), ring.parts().token.as_fd()])
+            .map_err(RingError::system("registering the disk as fixed file 0"))?;
+        Ok(ring)
     }
 
     /// Makes guest addresses valid in SQEs: the ring takes over the pinned buffers.
     pub fn attach_memory(self, pinned: &PinnedMemory) -> Result<Self, RingError> {
-        pinned.share_with(&self.fd)?;
-        Ok(self)
-    }
-
-    /// Makes the disk fixed file 0, and file 1 a token by which the ring's real end is known.
-    pub fn attach_disk(mut self, disk: &Disk) -> Result<Self, RingError> {
-        let token = EndToken::new().map_err(RingError::system("making the token that tells of the ring's end"))?;
-        self.fd
-            .register_files(&[disk.as_fd(), token.as_fd()])
-            .map_err(RingError::system("registering the disk as fixed file 0"))?;
-        self.token = Some(token);
+        pinned.share_with(self.fd())?;
         Ok(self)
     }
 
     /// Has the kernel signal `completion` for each completion that the guest has not muted.
     pub fn attach_completion(self, completion: &EventFd) -> Result<Self, RingError> {
-        self.fd
+        self.fd()
             .register_eventfd(completion_fd(completion))
             .map_err(RingError::system("registering the completion eventfd"))?;
         Ok(self)
@@ -119,7 +141,7 @@ impl KernelRing<Disabled> {
 
     /// Limits the kernel threads (io-wq workers) that execute what cannot be done without blocking.
     pub fn limit_workers(self, workers: IoWorkers) -> Result<Self, RingError> {
-        self.fd
+        self.fd()
             .limit_workers(workers.bounded.get(), workers.unbounded.get())
             .map_err(RingError::system("limiting the ring's io-wq workers"))?;
         Ok(self)
@@ -127,30 +149,29 @@ impl KernelRing<Disabled> {
 
     /// Puts the policy in force, for good.
     pub fn restrict(self, policy: &CompiledPolicy) -> Result<KernelRing<Restricted>, RingError> {
-        self.fd.restrict(policy.entries()).map_err(RingError::system("registering the ring's restrictions"))?;
+        self.fd().restrict(policy.entries()).map_err(RingError::system("registering the ring's restrictions"))?;
         Ok(self.into_state())
     }
 }
 
 impl KernelRing<Restricted> {
+    /// What the doorbell of this ring has to do.
+    pub(crate) fn doorbell(&self) -> doorbell::Target {
+        let ring = self.fd().clone();
+        match self.parts().submission {
+            Submission::SqThread(_) => doorbell::Target::WakeSqThread(ring),
+            Submission::Doorbell => doorbell::Target::Submit { ring, sq_entries: self.layout().sq_entries },
+        }
+    }
+
     /// Lets the ring run. From here on the guest's SQEs are executed.
     pub fn enable(self) -> Result<KernelRing<Enabled>, RingError> {
-        self.fd.enable().map_err(RingError::system("enabling the ring"))?;
+        self.fd().enable().map_err(RingError::system("enabling the ring"))?;
         Ok(self.into_state())
     }
 }
 
 impl KernelRing<Enabled> {
-    /// What the doorbell of this ring has to do.
-    pub(crate) fn doorbell(&self) -> doorbell::Target {
-        match self.submission {
-            Submission::SqThread(_) => doorbell::Target::WakeSqThread(self.fd.clone()),
-            Submission::Doorbell => {
-                doorbell::Target::Submit { ring: self.fd.clone(), sq_entries: self.layout.sq_entries }
-            }
-        }
-    }
-
     /// Has the kernel signal `completion` (or nothing) from now on, and signals the new one once: a completion that
     /// came between the old eventfd and the new one would otherwise never interrupt.
     ///
@@ -161,17 +182,18 @@ impl KernelRing<Enabled> {
         if let Some(completion) = completion {
             check_eventfd("completion", completion)?;
         }
-        self.fd.unregister_eventfd().map_err(RingError::system("unregistering the completion eventfd"))?;
+        self.fd().unregister_eventfd().map_err(RingError::system("unregistering the completion eventfd"))?;
         let Some(completion) = completion else { return Ok(()) };
-        self.fd
+        self.fd()
             .register_eventfd(completion_fd(completion))
             .map_err(RingError::system("registering the completion eventfd"))?;
         completion.write(1).map_err(RingError::system("signalling the new completion eventfd"))
     }
 
     /// Gives the running ring memory that `pinned` has and it has not. Takes microseconds; I/O goes on.
-    pub fn replace_memory(&self, pinned: &PinnedMemory, slots: &[PlannedSlot]) -> Result<(), RingError> {
-        Ok(pinned.replace_slots(&self.fd, slots)?)
+    /// All of it or nothing.
+    pub fn replace_memory(&self, pinned: &PinnedMemory, slots: ChangedSlots) -> Result<(), RingError> {
+        Ok(pinned.replace_slots(self.fd(), slots)?)
     }
 
     /// Ends the ring. Its I/O under way goes on; [`RingEnd`] tells when that has ended too.
@@ -179,31 +201,51 @@ impl KernelRing<Enabled> {
     /// `keepalive` is dropped at the real end and not before: the guest memory that I/O may still land in, and the
     /// thread that entered the ring. Anything that names the ring's window must be gone already: a mapping of a ring
     /// keeps it running.
-    pub fn close(self, keepalive: Keepalive) -> RingEnd {
-        self.into_end(keepalive)
+    pub fn close(mut self, keepalive: Keepalive) -> RingEnd {
+        let end = self.end();
+        self.hand_to_reaper(keepalive);
+        end
     }
 }
 
 impl<S> KernelRing<S> {
     /// Where the parts of the ring are, for the guest. Frozen at creation.
     pub fn layout(&self) -> &RingLayout {
-        &self.layout
+        &self.parts().layout
     }
 
     /// The ring's pages in this process, if the kernel allocated them.
     pub fn window(&self) -> Option<&Arc<RingWindow>> {
-        self.window.as_ref()
+        self.parts().window.as_ref()
     }
 
-    fn into_state<T>(self) -> KernelRing<T> {
-        let Self { fd, layout, submission, window, token, state: _ } = self;
-        KernelRing { fd, layout, submission, window, token, state: PhantomData }
+    /// Tells when the ring has ended, once it is closed or dropped.
+    pub fn end(&self) -> RingEnd {
+        self.parts().end.clone()
     }
 
-    fn into_end(self, keepalive: Keepalive) -> RingEnd {
-        let Self { fd, window, token, submission, .. } = self;
-        let watch = token.map(EndToken::released_to_ring);
-        RingEnd::start(watch, Box::new((fd, window)), Box::new((keepalive, submission)))
+    fn parts(&self) -> &Parts {
+        self.parts.as_ref().expect("taken only from a value that is being consumed")
+    }
+
+    pub(crate) fn fd(&self) -> &Arc<RingFd> {
+        &self.parts().fd
+    }
+
+    fn into_state<T>(mut self) -> KernelRing<T> {
+        KernelRing { parts: self.parts.take(), state: PhantomData }
+    }
+
+    /// Has the reaper close the ring, if it has not been handed on.
+    fn hand_to_reaper(&mut self, keepalive: Keepalive) {
+        let Some(Parts { fd, layout: _, submission, window, token, reaper, end }) = self.parts.take() else { return };
+        reaper.close(Box::new((fd, window)), token.released_to_ring(), Box::new((keepalive, submission)), &end);
+    }
+}
+
+impl<S> Drop for KernelRing<S> {
+    fn drop(&mut self) {
+        self.hand_to_reaper(Box::new(()));
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::os::fd::AsFd;
 use std::ptr::NonNull;
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 
 use memmap2::{MmapOptions, MmapRaw};
 use ringpass_guest_abi::{Doorbell, RingLayout, rings_area_bytes, sqes_area_bytes};
@@ -69,7 +69,7 @@ impl RingWindow {
 
 /// A ring just created.
 pub(super) struct Created {
-    pub(super) fd: RingFd,
+    pub(super) fd: Arc<RingFd>,
     pub(super) layout: RingLayout,
     pub(super) window: Option<RingWindow>,
 }
@@ -80,7 +80,20 @@ pub(super) fn create(
     submission: &Submission,
     placement: &Placement<'_>,
 ) -> Result<Created, RingError> {
-    let mut params = params(config, submission);
+    match submission {
+        Submission::SqThread(thread) => thread.run(|attach| create_with(config, attach, placement)),
+        Submission::Doorbell => create_with(config, &|_| {}, placement),
+    }
+}
+
+/// Creates a disabled ring whose parameters `attach` completes.
+fn create_with(
+    config: RingConfig,
+    attach: &dyn Fn(&mut io_uring_params),
+    placement: &Placement<'_>,
+) -> Result<Created, RingError> {
+    let mut params = params(config);
+    attach(&mut params);
     let entries = config.sq_entries;
     let failed = |in_guest_ram| move |source| RingError::Create { in_guest_ram, source };
     match *placement {
@@ -97,7 +110,7 @@ pub(super) fn create(
             let fd = unsafe { RingFd::setup_in(entries, &mut params, pages) }.map_err(failed(true))?;
             let layout = layout(&params, areas.rings_bytes, areas.sqes_bytes);
             layout.validate()?;
-            Ok(Created { fd, layout, window: None })
+            Ok(Created { fd: Arc::new(fd), layout, window: None })
         }
         Placement::Window => {
             let fd = RingFd::setup(entries, &mut params).map_err(failed(false))?;
@@ -108,7 +121,7 @@ pub(super) fn create(
             };
             let layout = layout(&params, window.rings_bytes(), window.sqes_bytes());
             layout.validate()?;
-            Ok(Created { fd, layout, window: Some(window) })
+            Ok(Created { fd: Arc::new(fd), layout, window: Some(window) })
         }
     }
 }
@@ -153,16 +166,13 @@ impl Areas {
 
 /// What every guest's ring has in common: disabled, without an SQ array (Linux 6.6), with a CQ of its own size, and
 /// not stopping a batch at an SQE that fails (Linux 5.18).
-fn params(config: RingConfig, submission: &Submission) -> io_uring_params {
+fn params(config: RingConfig) -> io_uring_params {
     let mut params = io_uring_params::default();
     params.cq_entries = config.cq_entries;
     params.flags = IoringSetupFlags::R_DISABLED
         | IoringSetupFlags::NO_SQARRAY
         | IoringSetupFlags::CQSIZE
         | IoringSetupFlags::SUBMIT_ALL;
-    if let Submission::SqThread(thread) = submission {
-        thread.attach(&mut params);
-    }
     params
 }
 
@@ -192,7 +202,7 @@ fn check_header() -> Result<(), RingError> {
     let header_bytes = match HEADER_BYTES.get() {
         Some(bytes) => *bytes,
         None => {
-            let mut params = params(RingConfig { sq_entries: 1, cq_entries: 1 }, &Submission::Doorbell);
+            let mut params = params(RingConfig { sq_entries: 1, cq_entries: 1 });
             RingFd::setup(1, &mut params).map_err(|source| RingError::Create { in_guest_ram: false, source })?;
             *HEADER_BYTES.get_or_init(|| params.cq_off.cqes)
         }

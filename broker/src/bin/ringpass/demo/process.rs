@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use ringpass_broker::direct::{DirectConfig, DirectDevice, DirectQueue, QueueConfig, QueuePlacement, SubmissionConfig};
@@ -16,11 +16,11 @@ use ringpass_broker::memory::{GuestMemory, IOVA_BASE, RegionConfig, Sharing};
 use ringpass_broker::ring::{IoWorkers, RingConfig, SqThreadConfig};
 use ringpass_guest::handover::{self, QueueEvents, QueueSetup, RegionSetup, Setup};
 use ringpass_guest_abi::{rings_area_bytes, sqes_area_bytes};
-use ringpass_restrictions::{Access, Policy, RegisterOperation};
+use ringpass_restrictions::{Access, Policy};
 use rustix::fs::MemfdFlags;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
 
-use super::{Outcome, SQ_THREAD_IDLE, Task, Way};
+use super::{Outcome, SQ_THREAD_IDLE, TIMEOUT, Task, Way};
 
 /// The guest's RAM: small, because it is pinned, and an ordinary user may pin 8 MiB in all.
 const RAM_BYTES: u64 = 1 << 20;
@@ -66,14 +66,14 @@ impl ProcessWay {
 
         let support = kernel::support().context("asking the kernel what its io_uring can do")?;
         let access = if disk.is_read_only() { Access::ReadOnly } else { Access::ReadWrite };
-        let can_clone = support.register_operations.contains(RegisterOperation::REGISTER_CLONE_BUFFERS);
+
         let config = DirectConfig {
             submission: match submission {
                 Submission::SqThread => SubmissionConfig::SqThread(SqThreadConfig { idle: SQ_THREAD_IDLE, cpu: None }),
                 Submission::Kick => SubmissionConfig::Doorbell,
             },
             workers: IoWorkers::default(),
-            sharing: if can_clone { Sharing::Clone } else { Sharing::PinAgain },
+            sharing: Sharing::for_kernel(&support),
         };
         let policy = Policy::direct(access).compile(&support)?;
         let device = DirectDevice::new(disk.clone(), &memory, policy, config)?;
@@ -128,6 +128,8 @@ impl Way for ProcessWay {
 
     fn perform(&mut self, task: Task) -> anyhow::Result<Outcome> {
         self.send(&task)?;
+        let patience = Duration::from_nanos(task.job.duration_ns) + TIMEOUT * 2;
+        self.stream()?.get_ref().set_read_timeout(Some(patience)).context("waiting for the guest process")?;
         let mut line = String::new();
         self.stream()?.read_line(&mut line).context("hearing from the guest process")?;
         if line.is_empty() {
@@ -139,10 +141,14 @@ impl Way for ProcessWay {
 
 impl Drop for ProcessWay {
     fn drop(&mut self) {
-        // The guest ends when its socket does.
+        // The guest ends when its socket does, unless it hangs.
         drop(self.stream.take());
-        if let Err(error) = self.guest.wait() {
-            tracing::warn!(%error, "cannot wait for the guest process");
+        let started = Instant::now();
+        while matches!(self.guest.try_wait(), Ok(None)) && started.elapsed() < END {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        if let Err(error) = self.guest.kill().and_then(|()| self.guest.wait()) {
+            tracing::warn!(%error, "cannot end the guest process");
         }
         if let Some(end) = self.queue.take().map(DirectQueue::close)
             && let Err(error) = end.wait(END)

@@ -65,9 +65,21 @@ pub(crate) struct Skipped {
 }
 
 impl DemoReport {
-    /// Whether every byte was right.
-    pub(crate) fn is_clean(&self) -> bool {
-        self.ways.iter().all(|row| row.errors == 0)
+    /// Whether there was a guest, and every byte of every way was right.
+    pub(crate) fn is_success(&self) -> bool {
+        self.has_guest() && self.ways.iter().all(|row| row.errors == 0 && row.verified_bytes > 0)
+    }
+
+    fn has_guest(&self) -> bool {
+        self.ways.iter().any(|row| row.name != "host")
+    }
+
+    fn verdict(&self) -> &'static str {
+        match (self.is_success(), self.has_guest()) {
+            (true, _) => "Every byte verified.",
+            (false, true) => "WRONG: see the errors above.",
+            (false, false) => "NO GUEST could run here: see above, and `ringpass probe`.",
+        }
     }
 
     /// The table for people.
@@ -99,8 +111,8 @@ impl DemoReport {
         for skipped in &self.skipped {
             let _ = writeln!(text, "\nskipped {}: {}", skipped.name, skipped.why);
         }
-        let verdict = if self.is_clean() { "every byte verified" } else { "WRONG: see the errors above" };
-        let _ = writeln!(text, "\n4 KiB random reads; vs host: p50 latency by that of a plain host process. {verdict}");
+        let _ = writeln!(text, "\n4 KiB random reads; vs host: p50 latency by that of a plain host process.");
+        let _ = writeln!(text, "{}", self.verdict());
         text
     }
 }
