@@ -95,8 +95,8 @@ fn doorbell_hint(error: &kvm_ioctls::Error) -> &'static str {
 
 fn interrupt_hint(error: &kvm_ioctls::Error) -> &'static str {
     match error.errno() {
-        nix::libc::EAGAIN | nix::libc::EINVAL => {
-            "; the VM needs an interrupt controller in the kernel, and a route for this interrupt"
+        nix::libc::EAGAIN | nix::libc::EINVAL | nix::libc::ENODEV => {
+            "; the VM needs an interrupt controller in the kernel"
         }
         _ => "",
     }

@@ -22,7 +22,7 @@ pub struct KvmQueueConfig {
     /// must lie in no memory slot, and no other queue's may be there. None: see [`QueueConfig::doorbell`].
     pub doorbell: Option<IoEventAddress>,
     /// The global system interrupt of completions, for which the VM has a route: edge-triggered, an MSI as a rule. None:
-    /// the guest only polls.
+    /// the guest only polls. KVM does not tell whether there is a route; without one the guest is not interrupted.
     pub interrupt_gsi: Option<u32>,
 }
 
@@ -109,7 +109,7 @@ impl KvmQueue {
     ///
     /// # Errors
     ///
-    /// KVM has no route for `gsi`: then nothing has changed. Or the ring refuses the new eventfd: then the guest is not
+    /// KVM refuses an irqfd: then nothing has changed. Or the ring refuses the new eventfd: then the guest is not
     /// interrupted until another call succeeds.
     pub fn replace_interrupt(&self, gsi: Option<u32>) -> Result<(), KvmError> {
         let parts = self.parts();
