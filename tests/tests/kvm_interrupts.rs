@@ -56,9 +56,11 @@ fn replacing() -> Result<()> {
         let mut guest = KvmGuest::start(KvmGuestConfig { submission, ..KvmGuestConfig::new(disk.config()) })?;
         let job = Job {
             duration_ns: 1_000_000_000,
+            timeout_ns: 5_000_000_000,
             wait: Wait::Interrupt,
             verify: Verify::Off,
-            ..guest.job(0, 4096, 2, BLOCKS)
+            // One request at a time: a second one's interrupt would make good for one that is lost.
+            ..guest.job(0, 4096, 1, BLOCKS)
         };
         let gsi = guest.machine().queue_gsi(0);
         let table = guest.table(0, &job)?;
@@ -68,7 +70,7 @@ fn replacing() -> Result<()> {
             let report = loop {
                 guest.queues()[0].replace_interrupt(Some(gsi))?;
                 replaced += 1;
-                match guest.cpus_mut()[0].finish(Some(Duration::from_millis(1))) {
+                match guest.cpus_mut()[0].finish(Some(Duration::from_micros(100))) {
                     Ok(outcome) => break outcome.report,
                     Err(VmmError::NotYet { .. }) => {}
                     Err(error) => return Err(error.into()),
