@@ -261,6 +261,11 @@ impl GuestQueue {
         &mut self.ring
     }
 
+    /// Both sides, for what a front-end does while the driver works.
+    pub fn split(&mut self) -> (&DirectQueue, &mut RingQueue<QueueMemory>) {
+        (&self.queue, &mut self.ring)
+    }
+
     /// What a workload needs besides the ring. One workload at a time runs on a queue.
     ///
     /// # Errors
