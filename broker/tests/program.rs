@@ -76,9 +76,13 @@ fn the_demo_verifies_every_way_for_an_ordinary_user_with_8_mib_of_memlock() {
     assert!(output.status.success(), "{}", stderr(&output));
     let report = json(&output);
     assert!(report["kernel"].as_str().unwrap().starts_with(|first: char| first.is_ascii_digit()));
-    assert_eq!(report["skipped"], Value::Array(vec![]), "nothing of the main path is skipped");
+    let skipped = report["skipped"].as_array().unwrap();
+    let kvm_is_closed = |skipped: &Value| skipped["why"].as_str().unwrap().contains("/dev/kvm");
+    assert!(skipped.iter().all(kvm_is_closed), "nothing is skipped but what this user may not do: {skipped:?}");
     let ways = report["ways"].as_array().unwrap();
-    let expected = ["host", "process", "process-kick"].iter().flat_map(|name| [(*name, 1), (*name, 32)]);
+    let names = ["host", "process", "process-kick", "kvm-poll", "kvm-irq", "kvm-kick"];
+    let shown = |name: &&str| skipped.iter().all(|skipped| skipped["name"] != **name);
+    let expected = names.iter().filter(|name| shown(name)).flat_map(|name| [(*name, 1), (*name, 32)]);
     let found = ways.iter().map(|way| (way["name"].as_str().unwrap(), way["depth"].as_u64().unwrap()));
     assert_eq!(found.collect::<Vec<_>>(), expected.collect::<Vec<_>>());
     for way in ways {
@@ -86,11 +90,12 @@ fn the_demo_verifies_every_way_for_an_ordinary_user_with_8_mib_of_memlock() {
         assert!(way["verified_bytes"].as_u64().unwrap() > 0, "{way}");
         assert!(way["iops"].as_f64().unwrap() > 0.0, "{way}");
         assert!(way["ratio_to_host"].as_f64().unwrap() > 0.0, "{way}");
-        assert!(way["exits_per_io"].is_null(), "a process has no VM exits: {way}");
+        let is_machine = way["name"].as_str().unwrap().starts_with("kvm-");
+        assert_eq!(way["exits_per_io"].is_number(), is_machine, "only a virtual machine has VM exits: {way}");
         let percentiles = ["p50_ns", "p99_ns", "p999_ns"].map(|name| way[name].as_u64().unwrap());
         assert!(percentiles[0] > 0 && percentiles.is_sorted(), "{way}");
         let keys: Vec<_> = way.as_object().unwrap().keys().map(String::as_str).collect();
-        assert_eq!(keys.len(), 10, "{keys:?}");
+        assert_eq!(keys.len(), 11, "{keys:?}");
     }
     let left: Vec<_> = fs::read_dir(installed.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
     assert_eq!(left, ["ringpass"], "no temporary image is left behind");
@@ -147,12 +152,46 @@ fn a_guest_that_cannot_be_pinned_is_skipped_with_what_to_do() {
     let output = installed.command(512, &["demo", "--seconds", "0.1", "--json"]).output().unwrap();
     assert_eq!(output.status.code(), Some(1), "a demo without any guest shows nothing: {}", stderr(&output));
     let report = json(&output);
-    for skipped in report["skipped"].as_array().unwrap() {
+    let skipped = report["skipped"].as_array().unwrap();
+    for skipped in skipped {
         let why = skipped["why"].as_str().unwrap();
+        if why.contains("/dev/kvm") && skipped["name"].as_str().unwrap().starts_with("kvm-") {
+            continue;
+        }
         assert!(why.contains("pinning needs 1 MiB, RLIMIT_MEMLOCK is 512 KiB"), "{why}");
         assert!(why.contains("LimitMEMLOCK="), "{why}");
     }
-    assert_eq!(report["skipped"].as_array().unwrap().len(), 2);
+    assert_eq!(skipped.len(), 5);
+}
+
+#[test]
+fn virtual_machines_are_shown_with_their_exits_or_skipped_with_the_reason() {
+    let installed = Installed::new();
+    // As the user who runs the tests, who may have a KVM.
+    let output = Command::new(&installed.program)
+        .args(["demo", "--seconds", "0.5", "--json"])
+        .env("TMPDIR", installed.path())
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{}", stderr(&output));
+    let report = json(&output);
+    if let Err(error) = OpenOptions::new().read(true).write(true).open("/dev/kvm") {
+        let skipped = report["skipped"].as_array().unwrap();
+        let names: Vec<_> = skipped.iter().map(|skipped| skipped["name"].as_str().unwrap()).collect();
+        assert_eq!(names, ["kvm-poll", "kvm-irq", "kvm-kick"], "{error}");
+        assert!(skipped.iter().all(|skipped| skipped["why"].as_str().unwrap().contains("/dev/kvm")), "{skipped:?}");
+        return;
+    }
+    assert_eq!(report["skipped"], Value::Array(vec![]));
+    let exits_per_io = |name: &str| {
+        let ways = report["ways"].as_array().unwrap();
+        let way = ways.iter().find(|way| way["name"] == name && way["depth"] == 1).unwrap();
+        assert!(way["requested_exits_per_io"].as_f64().unwrap() <= way["exits_per_io"].as_f64().unwrap(), "{way}");
+        way["exits_per_io"].as_f64().unwrap()
+    };
+    assert!(exits_per_io("kvm-kick") >= 1.0, "each doorbell is an exit");
+    // On a busy machine the host's own interrupts show.
+    assert!(exits_per_io("kvm-poll") < 0.5, "polling needs no exits");
 }
 
 #[test]

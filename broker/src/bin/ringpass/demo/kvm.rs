@@ -22,6 +22,8 @@ use rustix::fs::MemfdFlags;
 use super::{BUFFERS_BYTES, ExitCounts, Outcome, SQ_THREAD_IDLE, Task, Way};
 
 const RING: RingConfig = RingConfig { sq_entries: 64, cq_entries: 128 };
+/// The guest's RAM: small, because it is pinned, and an ordinary user may pin 8 MiB in all.
+const RAM_BYTES: u64 = 1 << 20;
 /// The guest's one vCPU.
 const CPU: u32 = 0;
 /// How long the ring may take to end.
@@ -69,11 +71,11 @@ impl KvmWay {
         let kvm = Kvm::new().context("opening /dev/kvm (the user must be root or in the group `kvm`)")?;
         let (rings_gpa, sqes_gpa) = (0, rings_area_bytes(RING.cq_entries));
         let buffers_gpa = sqes_gpa + sqes_area_bytes(RING.sq_entries);
-        let ram_bytes = buffers_gpa + BUFFERS_BYTES;
-        let memory = memory(ram_bytes)?;
+        assert!(buffers_gpa + BUFFERS_BYTES <= RAM_BYTES, "the RAM is large enough");
+        let memory = memory()?;
         let device = device(disk, &memory, signal)?;
 
-        let ram = RamRegion { gpa: 0, len_bytes: ram_bytes };
+        let ram = RamRegion { gpa: 0, len_bytes: RAM_BYTES };
         let config = MachineConfig { vcpus: 1, ram: vec![ram], blocks_max: expected.len() as u64 };
         let machine = Machine::new(&kvm, config)?;
         let ram_slots = RamSlots::map(machine.vm(), &memory, PROGRAM_SLOT + 1)?;
@@ -147,12 +149,11 @@ impl Drop for KvmWay {
     }
 }
 
-/// The guest's RAM: no more than it needs, because it is pinned, and an ordinary user may pin 8 MiB in all.
-fn memory(ram_bytes: u64) -> anyhow::Result<GuestMemory> {
+fn memory() -> anyhow::Result<GuestMemory> {
     let file = rustix::fs::memfd_create("guest-ram", MemfdFlags::CLOEXEC).context("making the guest's RAM")?;
-    rustix::fs::ftruncate(&file, ram_bytes).context("making the guest's RAM")?;
+    rustix::fs::ftruncate(&file, RAM_BYTES).context("making the guest's RAM")?;
     let file = Arc::new(File::from(file));
-    Ok(GuestMemory::new([RegionConfig { gpa: 0, len_bytes: ram_bytes, file, file_offset_bytes: 0 }])?)
+    Ok(GuestMemory::new([RegionConfig { gpa: 0, len_bytes: RAM_BYTES, file, file_offset_bytes: 0 }])?)
 }
 
 fn device(disk: &Arc<Disk>, memory: &GuestMemory, signal: Signal) -> anyhow::Result<DirectDevice> {
