@@ -2,13 +2,16 @@
 //!
 //! The tests themselves are the programs in `tests/`: each registers its tests with [`harness`].
 
+pub mod canaries;
 pub mod disks;
 pub mod harness;
+pub mod huge_pages;
 pub mod kernel_log;
 pub mod kvm_guest;
 pub mod needs;
 pub mod pairs;
 pub mod process_guest;
+pub mod ram_piece;
 pub mod raw_guest;
 pub mod seed;
 pub mod stuck_disk;

@@ -8,16 +8,14 @@ use std::{
     env,
     fmt::Write as _,
     fs::{self, File},
-    io::Seek,
     os::unix::fs::FileExt,
     path::{Path, PathBuf},
     process::{Command, ExitCode, Stdio},
     sync::Arc,
-    time::{Duration, SystemTime},
+    time::Duration,
 };
 
 use anyhow::{Context, Result, bail, ensure};
-use memmap2::MmapMut;
 use ringpass_broker::{
     direct::SubmissionConfig,
     disk::{DirectIo, Disk, DiskConfig},
@@ -29,6 +27,7 @@ use ringpass_guest::{ProcessEnv, RamArea};
 use ringpass_guest_abi::Sqe;
 use ringpass_restrictions::{Access, Operation, Policy, SqeFlags};
 use ringpass_tests::{
+    canaries::{Canaries, pattern},
     disks::{DiskKind, TestDisk},
     harness::{self, test},
     needs::Need,
@@ -68,11 +67,6 @@ const EMPTY_HOLES: [Extent; 6] = [
 const fn extent(gpa: u64, len_bytes: u64) -> Extent {
     Extent { gpa, len_bytes }
 }
-
-/// Files and pages around which nothing may change. So many files that they have most of the low descriptors, which
-/// the script names.
-const CANARY_FILES: usize = 48;
-const CANARY_BYTES: usize = 256 << 10;
 
 /// Set for the child process; its arguments are [`Run::arguments`].
 const CHILD_VARIABLE: &str = "RINGPASS_TEST_HOSTILE";
@@ -290,14 +284,6 @@ fn without_limit() -> Result<()> {
     Ok(())
 }
 
-/// Bytes that differ with the seed and do not repeat within a page.
-fn pattern(seed: u64, len_bytes: usize) -> Vec<u8> {
-    let mut random = fastrand::Rng::with_seed(seed);
-    let mut bytes = vec![0; len_bytes];
-    random.fill(&mut bytes);
-    bytes
-}
-
 /// The broker with the hostile guest, a second guest, and canaries.
 fn child() -> Result<()> {
     let arguments: Vec<String> = env::args().skip(1).collect();
@@ -460,56 +446,5 @@ impl Guest {
         let report = self.run([step].into_iter(), Duration::from_secs(10));
         ensure!(report.is_clean(), "a {what} at guest-physical {gpa:#x}: {report:?}");
         Ok(())
-    }
-}
-
-/// Memory and files of the broker that no guest may reach.
-struct Canaries {
-    /// Each with the time when it was written last: what a guest writes may be what it has just read there.
-    files: Vec<(File, SystemTime)>,
-    pages: MmapMut,
-}
-
-impl Canaries {
-    fn new() -> Result<Self> {
-        let content = pattern(20, CANARY_BYTES);
-        let file = || {
-            let file = tempfile::tempfile()?;
-            file.write_all_at(&content, 0)?;
-            // Longer ago than the clock of any file system is coarse.
-            let written = SystemTime::now() - Duration::from_secs(3600);
-            file.set_modified(written)?;
-            Ok::<_, anyhow::Error>((file, written))
-        };
-        let files = (0..CANARY_FILES).map(|_| file()).collect::<Result<_, _>>()?;
-        let mut pages = MmapMut::map_anon(CANARY_BYTES)?;
-        pages.copy_from_slice(&content);
-        Ok(Self { files, pages })
-    }
-
-    /// In the middle of the pages.
-    fn address(&self) -> u64 {
-        self.pages.as_ptr().addr() as u64 + CANARY_BYTES as u64 / 2
-    }
-
-    fn damage(&self) -> Result<Vec<String>> {
-        let content = pattern(20, CANARY_BYTES);
-        let mut damage = Vec::new();
-        for (index, (mut file, written)) in (0..).zip(self.files.iter().map(|(file, written)| (file, written))) {
-            let mut now = vec![0; CANARY_BYTES];
-            file.read_exact_at(&mut now, 0)?;
-            let about = file.metadata()?;
-            let is_same = now == content
-                && about.len() == CANARY_BYTES as u64
-                && about.modified()?.duration_since(*written).is_ok_and(|later| later < Duration::from_secs(60))
-                && file.stream_position()? == 0;
-            if !is_same {
-                damage.push(format!("damage: file {index} of the broker"));
-            }
-        }
-        if self.pages[..] != content[..] {
-            damage.push("damage: memory of the broker".to_owned());
-        }
-        Ok(damage)
     }
 }

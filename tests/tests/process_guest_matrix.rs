@@ -260,7 +260,7 @@ fn verified_bytes(queue: &mut GuestQueue, env: &mut ProcessEnv, job: &Job, bytes
     let mut verified_bytes = add("running", run(&job, queue.ring(), env, &mut expected)?)?;
     while verified_bytes < run_bytes {
         job.operations = (run_bytes - verified_bytes).div_ceil(u64::from(job.block_bytes)) * 2;
-        job.seed += 1;
+        job.seed = job.seed.wrapping_add(1);
         verified_bytes = add("running", run(&job, queue.ring(), env, &mut expected)?)?;
     }
     add("reading all", verify_all(&job, queue.ring(), env, &mut expected)?)?;

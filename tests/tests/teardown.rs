@@ -17,7 +17,7 @@ use nix::libc;
 use ringpass_broker::{
     direct::SubmissionConfig,
     disk::{Disk, DiskConfig},
-    ring::RingEnd,
+    ring::{RingEnd, StillRunning},
 };
 use ringpass_guest_abi::RingLayout;
 use ringpass_tests::{
@@ -240,7 +240,7 @@ fn ensure_still_running(end: &RingEnd) -> Result<()> {
     let start = Instant::now();
     let error = end.wait(QUIET).err().context("the end was reported with I/O under way")?;
     ensure!(start.elapsed() >= QUIET && start.elapsed() < QUIET + AT_ONCE, "wait() took {:?}", start.elapsed());
-    ensure!(error.since_close >= QUIET, "{error}");
+    ensure!(matches!(error, StillRunning::Closed { since_close } if since_close >= QUIET), "{error}");
     let message = error.to_string();
     ensure!(message.starts_with("I/O of the ring is still under way "), "{message}");
     ensure!(message.ends_with(" the guest's memory stays in use until it ends"), "{message}");
