@@ -8,13 +8,25 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 const TARGET: &str = "x86_64-unknown-linux-gnu";
+/// All of the compiler's flags. Nothing beyond the first x86-64: the program leaves the processor's other state off.
+const RUSTFLAGS: &str = "-Ctarget-cpu=x86-64\x1f-Crelocation-model=static";
+/// What the image depends on.
+const SOURCES: [&str; 7] = [
+    "guest-driver/bare-metal",
+    "guest-driver/workload/Cargo.toml",
+    "guest-driver/workload/src",
+    "guest-abi/Cargo.toml",
+    "guest-abi/src",
+    "Cargo.lock",
+    "Cargo.toml",
+];
 
 fn main() {
     let here = PathBuf::from(variable("CARGO_MANIFEST_DIR"));
     let workspace = here.ancestors().nth(2).expect("the crate lies two levels below the workspace");
     let guest = workspace.join("guest-driver/bare-metal");
-    for source in ["guest-driver/bare-metal", "guest-driver/workload/src", "guest-abi/src", "Cargo.lock", "Cargo.toml"]
-    {
+    println!("cargo::rerun-if-changed=build.rs");
+    for source in SOURCES {
         println!("cargo::rerun-if-changed={}", workspace.join(source).display());
     }
     let target_dir = Path::new(&variable("OUT_DIR")).join("guest");
@@ -29,26 +41,38 @@ fn main() {
         "-Wl,--oformat=binary",
     ];
     let mut cargo = Command::new(variable("CARGO"));
+    // Offline: all that it needs, the outer cargo has fetched for this crate.
     cargo
         .current_dir(workspace)
-        .args(["rustc", "--locked", "--package=ringpass-bare-metal", "--bin=ringpass-bare-metal", "--features=image"])
-        .args(["--profile=bare-metal", "--target", TARGET, "--target-dir"])
+        .args(["rustc", "--locked", "--offline", "--package=ringpass-bare-metal", "--bin=ringpass-bare-metal"])
+        .args(["--features=image", "--profile=bare-metal", "--target", TARGET, "--target-dir"])
         .arg(&target_dir)
-        .args(["--", "-Crelocation-model=static"]);
+        .arg("--");
     for argument in arguments {
         cargo.arg(format!("-Clink-arg={argument}"));
     }
-    // What the outer cargo was told for programs of this machine: coverage, sanitizers, clippy.
-    for foreign in
-        ["RUSTFLAGS", "CARGO_ENCODED_RUSTFLAGS", "RUSTC_WORKSPACE_WRAPPER", "CARGO_TARGET_DIR", "CARGO_BUILD_TARGET"]
-    {
-        cargo.env_remove(foreign);
-    }
+    forget_the_host(&mut cargo);
     let status = cargo.status().expect("cargo can be started, it started this");
     assert!(status.success(), "building the bare-metal guest failed: {status}");
 
     let image = target_dir.join(TARGET).join("bare-metal/ringpass-bare-metal");
     println!("cargo::rustc-env=RINGPASS_BARE_METAL_IMAGE={}", image.display());
+}
+
+/// Drops what the outer cargo was told for programs of this machine (coverage, sanitizers, clippy, another processor),
+/// by the environment or by a configuration file.
+fn forget_the_host(cargo: &mut Command) {
+    for (name, _) in env::vars_os() {
+        let foreign = ["CARGO_BUILD_", "CARGO_PROFILE_", "CARGO_TARGET_"];
+        if name.to_str().is_some_and(|name| foreign.iter().any(|prefix| name.starts_with(prefix))) {
+            cargo.env_remove(name);
+        }
+    }
+    cargo.env_remove("RUSTFLAGS");
+    // Set rather than removed: these win over every configuration file, and an empty wrapper is none.
+    cargo.env("CARGO_ENCODED_RUSTFLAGS", RUSTFLAGS);
+    cargo.env("RUSTC_WRAPPER", "").env("RUSTC_WORKSPACE_WRAPPER", "");
+    cargo.env("CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_LINKER", "cc");
 }
 
 fn variable(name: &str) -> String {
