@@ -1,4 +1,4 @@
-//! The processor: what Rust has no words for. All assembly is here.
+//! The processor: what Rust has no words for. All assembly is here, and in `strings.rs`.
 
 use core::arch::{asm, global_asm};
 
@@ -56,55 +56,7 @@ global_asm!(
     idle_tick_count = const IDLE_TICK_COUNT,
 );
 
-// What the compiler calls by name and a C library would bring. The string instructions are as fast as anything for
-// block-sized lengths on processors with fast short REP MOVSB, and the workload's small copies are inlined.
-global_asm!(
-    ".globl memcpy, memmove, memset, memcmp, bcmp",
-    "memcpy:",
-    "    mov rax, rdi",
-    "    mov rcx, rdx",
-    "    rep movsb",
-    "    ret",
-    "",
-    "memmove:",
-    "    mov rax, rdi",
-    "    mov rcx, rdx",
-    "    mov r8, rdi",
-    "    sub r8, rsi",
-    "    cmp r8, rdx",
-    "    jb 3f",
-    "    rep movsb",
-    "    ret",
-    // The destination starts inside the source: from the end.
-    "3:  lea rsi, [rsi + rdx - 1]",
-    "    lea rdi, [rdi + rdx - 1]",
-    "    std",
-    "    rep movsb",
-    "    cld",
-    "    ret",
-    "",
-    "memset:",
-    "    mov r8, rdi",
-    "    mov eax, esi",
-    "    mov rcx, rdx",
-    "    rep stosb",
-    "    mov rax, r8",
-    "    ret",
-    "",
-    "memcmp:",
-    "bcmp:",
-    "    xor eax, eax",
-    "    mov rcx, rdx",
-    // Equal if there is nothing to compare.
-    "    cmp ecx, ecx",
-    "    repe cmpsb",
-    "    je 4f",
-    "    movzx eax, byte ptr [rdi - 1]",
-    "    movzx ecx, byte ptr [rsi - 1]",
-    "    sub ecx, eax",
-    "    mov eax, ecx",
-    "4:  ret",
-);
+string_functions!("");
 
 /// Leaves the guest until the monitor lets it go on. Memory may have changed then.
 pub(crate) fn call() {

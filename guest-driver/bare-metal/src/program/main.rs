@@ -3,6 +3,9 @@
 #![no_std]
 #![no_main]
 
+#[macro_use]
+mod strings;
+
 mod block;
 mod cpu;
 mod environment;
