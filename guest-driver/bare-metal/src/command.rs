@@ -141,9 +141,10 @@ pub struct TickRate {
 }
 
 impl TickRate {
-    /// The rate of a counter that makes `khz` thousand ticks a second, 1 at least.
-    pub fn from_khz(khz: u32) -> Self {
-        Self { ns_per_gigatick: (1_000_000 << 32) / u64::from(khz.max(1)) }
+    /// The rate of a counter that makes `khz` thousand ticks a second. None if it makes none: time would stand still.
+    pub fn from_khz(khz: u32) -> Option<Self> {
+        let ns_per_gigatick = (1_000_000u64 << 32).checked_div(khz.into())?;
+        Some(Self { ns_per_gigatick })
     }
 
     /// `ticks` in nanoseconds.

@@ -17,6 +17,8 @@ pub const PROGRAM_GPA: u64 = 0xc000_0000;
 pub const PROGRAM_VA: u64 = 0x20_0000;
 /// Where the guest sees guest-physical address 0.
 pub const DIRECT_MAP_VA: u64 = 0x4000_0000_0000;
+/// Guest-physical addresses that there is room for, up to the end of CPL 3's half of the address space: 64 TiB.
+pub const DIRECT_MAP_BYTES: u64 = (1 << 47) - DIRECT_MAP_VA;
 /// Guest-physical address of the first window.
 pub const WINDOW_GPA: u64 = 0xe000_0000;
 /// From one window to the next: the rings area lies at the start, the SQE area half-way. The largest ring io_uring

@@ -2,9 +2,9 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
-use std::sync::{Arc, Once};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use nix::libc::{EAGAIN, EINTR};
@@ -13,7 +13,7 @@ use ringpass_bare_metal::{Answer, Attack, BUCKETS, Command, Histogram, MESSAGE_B
 use ringpass_workload::Report;
 use ringpass_workload::hostile::HostileReport;
 use vm_memory::{Bytes, GuestAddress};
-use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
+use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler, unblock_signal};
 
 use crate::machine::Inner;
 use crate::tables::block_offset;
@@ -22,10 +22,15 @@ use crate::{Machine, VmmError};
 /// How often a vCPU that is to stop is signalled: a signal that comes between its look at the flag and its entry into
 /// the guest has no effect.
 const KICK: Duration = Duration::from_millis(1);
+/// How long that goes on: a vCPU answers the first or second signal, on a machine that may be busy.
+const STOPPED: Duration = Duration::from_secs(10);
 /// How long the program may take until it is ready: a few instructions, on a machine that may be busy.
 const READY: Duration = Duration::from_secs(10);
 
 /// A vCPU that runs the program. Stopped when dropped, whatever it does at that moment.
+///
+/// That is done with the signal `SIGRTMIN`: its handler in this process is replaced, for good, when the first vCPU is
+/// started. Nothing else of the process may use it.
 #[derive(Debug)]
 pub struct GuestCpu {
     cpu: u32,
@@ -48,10 +53,17 @@ pub struct Outcome {
 }
 
 impl GuestCpu {
-    /// Enters the program on a new thread, and waits until it is ready for commands.
+    /// Enters the program on a new thread, and waits until it is ready for commands. Takes `SIGRTMIN`.
+    ///
+    /// # Errors
+    ///
+    /// [`VmmError::Kick`] if the vCPU could not be stopped again. Otherwise what KVM refuses, or why the program does not
+    /// become ready.
     pub fn start(machine: &Machine, cpu: u32, vcpu: VcpuFd) -> Result<Self, VmmError> {
-        install_kick();
+        install_kick()?;
         let khz = vcpu.get_tsc_khz().map_err(VmmError::kvm("asking for the time stamp counter's frequency"))?;
+        let tick_rate = TickRate::from_khz(khz)
+            .ok_or(VmmError::Missing { what: "frequency of the time stamp counter: it says 0 kHz" })?;
         let (commands, to_do) = mpsc::channel();
         let (called, calls) = mpsc::channel();
         let stop = Arc::new(AtomicBool::new(false));
@@ -63,7 +75,7 @@ impl GuestCpu {
         let mut started = Self {
             cpu,
             machine: machine.inner().clone(),
-            tick_rate: TickRate::from_khz(khz),
+            tick_rate,
             commands: Some(commands),
             calls,
             busy: true,
@@ -133,10 +145,16 @@ impl GuestCpu {
         self.stop.store(true, Ordering::Relaxed);
         self.commands = None;
         let Some(thread) = self.thread.take() else { return };
+        let started = Instant::now();
         while !thread.is_finished() {
-            if let Err(error) = thread.kill(SIGRTMIN()) {
-                tracing::error!(%error, "cannot signal a vCPU");
+            if started.elapsed() > STOPPED {
+                // It goes on by itself, in memory that it keeps. Whoever removes the memory slots ends it.
+                tracing::error!(cpu = self.cpu, waited = ?STOPPED, "a vCPU does not stop: its thread is left behind");
+                return;
             }
+            // What pthread_kill says does not come through here. It can only say that the thread has ended: then the loop
+            // ends too, as it does if the signal does not arrive.
+            _ = thread.kill(SIGRTMIN());
             thread::sleep(KICK);
         }
         if thread.join().is_err() {
@@ -238,6 +256,11 @@ struct Runner {
 impl Runner {
     /// Runs the guest from call to call, until it is to stop or cannot go on.
     fn run(&mut self) {
+        // A thread inherits what its creator blocks, and a blocked signal does not end KVM_RUN.
+        if let Err(error) = unblock_signal(SIGRTMIN()) {
+            _ = self.called.send(Err(VmmError::Kick { source: std::io::Error::other(error.to_string()) }));
+            return;
+        }
         while !self.stop.load(Ordering::Relaxed) {
             let exit = match self.vcpu.run() {
                 Ok(VcpuExit::IoOut(CALL_PORT, _)) => {
@@ -269,12 +292,13 @@ impl Runner {
 }
 
 /// Gives the kick a handler: a signal that is ignored or deadly would not do.
-fn install_kick() {
-    static ONCE: Once = Once::new();
+fn install_kick() -> Result<(), VmmError> {
+    static INSTALLED: Mutex<bool> = Mutex::new(false);
     extern "C" fn nothing(_: i32, _: *mut nix::libc::siginfo_t, _: *mut nix::libc::c_void) {}
-    ONCE.call_once(|| {
-        if let Err(error) = register_signal_handler(SIGRTMIN(), nothing) {
-            tracing::error!(%error, "a running vCPU cannot be stopped");
-        }
-    });
+    let mut installed = INSTALLED.lock().unwrap_or_else(PoisonError::into_inner);
+    if !*installed {
+        register_signal_handler(SIGRTMIN(), nothing).map_err(|error| VmmError::Kick { source: error.into() })?;
+        *installed = true;
+    }
+    Ok(())
 }

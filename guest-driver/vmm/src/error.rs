@@ -38,6 +38,18 @@ pub enum VmmError {
         /// Its length in bytes.
         len_bytes: u64,
     },
+    /// Guest RAM lies beyond what the program can map.
+    #[error(
+        "guest RAM at {gpa:#x} ({len_bytes} bytes) ends beyond {end_gpa_max:#x}, the end of the guest's direct map"
+    )]
+    RamOutOfReach {
+        /// Guest-physical address of the region.
+        gpa: u64,
+        /// Its length in bytes.
+        len_bytes: u64,
+        /// Where RAM must end at the latest.
+        end_gpa_max: u64,
+    },
     /// The page tables for the guest's RAM do not fit.
     #[error(
         "the guest's RAM needs more page tables than the machine has room for: at most about 200 GiB can be mapped"
@@ -104,6 +116,12 @@ pub enum VmmError {
         cpu: u32,
         /// How long was waited.
         waited: Duration,
+    },
+    /// The signal that takes a vCPU out of the guest cannot be received, so a vCPU could not be stopped.
+    #[error("a vCPU could not be stopped once it runs, SIGRTMIN cannot be used for it: {source}")]
+    Kick {
+        /// The system's answer.
+        source: std::io::Error,
     },
     /// The thread of a vCPU cannot be started.
     #[error("starting the thread of vCPU {cpu}: {source}")]

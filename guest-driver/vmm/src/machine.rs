@@ -178,7 +178,8 @@ fn check(config: &MachineConfig) -> Result<(), VmmError> {
         return Err(VmmError::Config { what: "blocks_max", value: blocks_max, must: "at most 16777216" });
     }
     for &RamRegion { gpa, len_bytes } in ram {
-        let end = gpa.saturating_add(len_bytes);
+        let end = gpa.checked_add(len_bytes).filter(|end| *end <= map::DIRECT_MAP_BYTES);
+        let end = end.ok_or(VmmError::RamOutOfReach { gpa, len_bytes, end_gpa_max: map::DIRECT_MAP_BYTES })?;
         if gpa < map::RESERVED_END_GPA && end > map::PROGRAM_GPA {
             return Err(VmmError::RamInTheWay { gpa, len_bytes });
         }
@@ -234,4 +235,32 @@ fn route_interrupts(vm: &VmFd, vcpus: u32) -> Result<(), VmmError> {
         .collect();
     let routing = KvmIrqRouting::from_entries(&entries).map_err(VmmError::memory("listing interrupt routes"))?;
     vm.set_gsi_routing(&routing).map_err(VmmError::kvm("routing interrupts"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn check_ram(gpa: u64, len_bytes: u64) -> Result<(), VmmError> {
+        check(&MachineConfig { vcpus: 1, ram: vec![RamRegion { gpa, len_bytes }], blocks_max: 0 })
+    }
+
+    #[test]
+    fn ram_beyond_the_direct_map_is_refused() {
+        let end = map::DIRECT_MAP_BYTES;
+        for (gpa, len_bytes) in [(end, 4096), (end - 4096, 8192), (u64::MAX - 4095, 4096), (4096, u64::MAX)] {
+            let refused = check_ram(gpa, len_bytes);
+            assert!(matches!(refused, Err(VmmError::RamOutOfReach { .. })), "{gpa:#x}, {len_bytes}: {refused:?}");
+        }
+        check_ram(end - 4096, 4096).expect("it ends where the direct map ends");
+    }
+
+    #[test]
+    fn ram_in_the_way_of_the_program_is_refused_and_beside_it_is_not() {
+        for (gpa, len_bytes) in [(0, map::PROGRAM_GPA + 1), (map::RESERVED_END_GPA - 1, 1)] {
+            assert!(matches!(check_ram(gpa, len_bytes), Err(VmmError::RamInTheWay { .. })));
+        }
+        check_ram(0, map::PROGRAM_GPA).expect("below the program");
+        check_ram(map::RESERVED_END_GPA, 4096).expect("above the program");
+    }
 }

@@ -43,7 +43,7 @@ fn attachment() -> Attachment {
         iova_base: 14,
         bell: Bell::Mmio(15),
         ram: core::array::from_fn(|index| RamRegion { gpa: 16 + index as u64, len_bytes: 32 + index as u64 }),
-        tick_rate: TickRate::from_khz(2_500_000),
+        tick_rate: TickRate::from_khz(2_500_000).expect("not 0"),
     }
 }
 
@@ -112,8 +112,14 @@ fn words_that_are_no_command_are_refused() {
 
 #[test]
 fn ticks_become_nanoseconds_without_drift_over_a_day() {
-    let rate = TickRate::from_khz(2_596_096);
+    let rate = TickRate::from_khz(2_596_096).expect("not 0");
     let day_ns = 86_400 * 1_000_000_000u64;
     let ticks = (u128::from(day_ns) * 2_596_096 / 1_000_000) as u64;
     assert!(rate.ns(ticks).abs_diff(day_ns) < day_ns / 1_000_000_000);
+}
+
+#[test]
+fn a_counter_that_stands_still_is_no_clock() {
+    assert_eq!(TickRate::from_khz(0), None);
+    assert!(TickRate::from_khz(1).is_some());
 }
