@@ -13,7 +13,7 @@ use ringpass_broker::kernel;
 use ringpass_broker::kvm::{ExitCounters, KvmPlacement, KvmQueue, KvmQueueConfig, RamSlots};
 use ringpass_broker::memory::{GuestMemory, IOVA_BASE, RegionConfig, Sharing};
 use ringpass_broker::ring::{IoWorkers, RingConfig, RingEnd, SqThreadConfig};
-use ringpass_guest_abi::{rings_area_bytes, sqes_area_bytes};
+use ringpass_guest_abi::{RingLayout, rings_area_bytes, sqes_area_bytes};
 use ringpass_restrictions::{Access, Policy};
 use ringpass_vmm::{GuestCpu, Machine, MachineConfig, Outcome, PROGRAM_SLOT};
 use ringpass_workload::{Job, Verify, Wait};
@@ -187,22 +187,29 @@ impl KvmGuest {
                 interrupt_gsi: self.config.interrupts.then(|| self.machine.queue_gsi(cpu)),
             },
         )?;
+        self.tell(cpu, rings_gpa, sqes_gpa, *queue.layout(), bell)?;
+        self.queues.push(queue);
+        Ok(())
+    }
+
+    /// Tells the guest on `cpu` where its queue is.
+    fn tell(&mut self, cpu: u32, rings_gpa: u64, sqes_gpa: u64, layout: RingLayout, bell: Bell) -> Result<()> {
         let mut ram = [RamRegion::default(); RAM_REGIONS_MAX];
         for (entry, region) in ram.iter_mut().zip(self.machine.ram()) {
             *entry = *region;
         }
-        let attachment = Attachment {
-            rings_gpa,
-            sqes_gpa,
-            layout: *queue.layout(),
-            iova_base: IOVA_BASE,
-            bell,
-            ram,
-            tick_rate: self.cpus[cpu as usize].tick_rate(),
-        };
+        let tick_rate = self.cpus[cpu as usize].tick_rate();
+        let attachment = Attachment { rings_gpa, sqes_gpa, layout, iova_base: IOVA_BASE, bell, ram, tick_rate };
         self.cpus[cpu as usize].run(&Command::Attach(attachment))?;
-        self.queues.push(queue);
         Ok(())
+    }
+
+    /// Tells the guest on `cpu`, which is at no work, that its queue is where there is nothing: its next command is its
+    /// end.
+    pub fn lead_astray(&mut self, cpu: u32) -> Result<()> {
+        let (rings_gpa, sqes_gpa) = map::window(map::VCPUS_MAX - 1);
+        let layout = *self.queues[cpu as usize].layout();
+        self.tell(cpu, rings_gpa, sqes_gpa, layout, Bell::Port(map::DOORBELL_PORT))
     }
 
     /// A verifying job for `cpu`'s part of the disk: mixed, polling, with a time limit of 20 s for each request.
