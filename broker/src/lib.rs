@@ -10,12 +10,15 @@
 //!    ring has really ended.
 //! 4. [`direct`] puts these together as a device with queues.
 //!
+//! With the feature `kvm`, the module `kvm` connects those queues to virtual machines.
+//!
 //! [`kernel`] and [`probe`] tell what this kernel and these limits allow; [`limits`] has the resource limits that
 //! matter.
 
 pub mod direct;
 pub mod disk;
 pub mod kernel;
+#[cfg(feature = "kvm")]
 pub mod kvm;
 pub mod limits;
 pub mod memory;

@@ -6,14 +6,16 @@ use ringpass_restrictions::KernelSupport;
 use rustix::thread::{CapabilitySet, capabilities};
 
 use super::{Feature, trial};
+#[cfg(feature = "kvm")]
+use crate::kvm::{KvmRefusal, KvmSupport};
 use crate::{
     kernel::{KernelRelease, ReleaseError},
-    kvm::{KvmRefusal, KvmSupport},
     limits::Memlock,
 };
 
 /// What was observed of the kernel, its settings and this process's limits.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct Facts {
     /// The kernel's release.
     pub kernel: KernelRelease,
@@ -34,6 +36,7 @@ pub struct Facts {
     /// The pools of huge pages, the smallest pages first.
     pub huge_pages: Vec<HugePagePool>,
     /// What KVM can do, or why it cannot be used.
+    #[cfg(feature = "kvm")]
     pub kvm: Result<KvmSupport, KvmRefusal>,
 }
 
@@ -123,6 +126,7 @@ impl Facts {
             features,
             memlock,
             huge_pages: HugePagePool::observe(Path::new("/sys/kernel/mm/hugepages")),
+            #[cfg(feature = "kvm")]
             kvm: KvmSupport::observe(),
         })
     }

@@ -8,6 +8,7 @@ mod access;
 mod facts;
 mod feature;
 mod limits;
+#[cfg(feature = "kvm")]
 mod machines;
 mod modes;
 mod report;

@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 
-use super::{Facts, access, limits, machines, modes};
+use super::{Facts, access, limits, modes};
 use crate::kernel::{Verdict, affected};
 
 /// What this kernel and these limits allow.
@@ -123,7 +123,8 @@ impl Report {
     pub fn judge(facts: &Facts) -> Self {
         let mut checks = access::checks(facts);
         checks.extend(limits::checks(facts));
-        checks.extend(machines::checks(&facts.kvm));
+        #[cfg(feature = "kvm")]
+        checks.extend(super::machines::checks(&facts.kvm));
         Self { kernel: KernelReport::judge(facts), modes: modes::modes(facts, &checks), checks, notes: modes::notes() }
     }
 
