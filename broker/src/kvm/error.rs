@@ -30,6 +30,23 @@ pub enum KvmError {
         /// KVM's answer.
         source: kvm_ioctls::Error,
     },
+    /// A memory slot already shows other memory: KVM would move it, and whoever goes first would take it from the other.
+    #[error("memory slot {slot} of this VM is in use: choose another number")]
+    SlotInUse {
+        /// Number of the slot.
+        slot: u32,
+    },
+    /// Memory slots cannot have such numbers.
+    #[error(
+        "there are no {count} memory slots from number {first_slot} on: numbers are below 65536, the upper half chooses an \
+         address space"
+    )]
+    SlotNumbers {
+        /// Number of the first slot.
+        first_slot: u32,
+        /// How many slots it was to be.
+        count: usize,
+    },
     /// KVM would not listen to the doorbell.
     #[error("KVM refuses an ioeventfd at {address}: {source}{}", doorbell_hint(.source))]
     Doorbell {

@@ -21,30 +21,46 @@
 //! ```no_run
 //! use std::sync::Arc;
 //!
-//! use kvm_ioctls::{IoEventAddress, Kvm};
 //! use ringpass_broker::direct::{DirectConfig, DirectDevice, SubmissionConfig};
 //! use ringpass_broker::disk::{Disk, DiskConfig};
 //! use ringpass_broker::kernel;
+//! use ringpass_broker::kvm::kvm_bindings::{
+//!     KVM_IRQ_ROUTING_MSI, KvmIrqRouting, kvm_irq_routing_entry, kvm_irq_routing_entry__bindgen_ty_1, kvm_irq_routing_msi,
+//! };
+//! use ringpass_broker::kvm::kvm_ioctls::{IoEventAddress, Kvm};
 //! use ringpass_broker::kvm::{KvmPlacement, KvmQueue, KvmQueueConfig, RamSlots};
+//! use ringpass_broker::limits;
 //! use ringpass_broker::memory::{GuestMemory, IOVA_BASE, RegionConfig, Sharing};
 //! use ringpass_broker::ring::{IoWorkers, RingConfig, SqThreadConfig};
 //! use ringpass_restrictions::{Access, Policy};
 //!
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! # let ram_file = std::fs::File::open("/dev/null")?;
-//! # let (ram_bytes, gsi) = (1 << 30, 24);
+//! # let ram_bytes = 1 << 30;
+//! # fn stop_vcpus() {}
 //! // The VM, with an interrupt controller in the kernel: irqfds need one.
 //! let vm = Arc::new(Kvm::new()?.create_vm()?);
 //! vm.create_irq_chip()?;
+//!
+//! // The queue's interrupt: a message to the first vCPU's local APIC, as the guest programmed it into the device's MSI-X
+//! // table. These are all routes of the VM: a monitor lists those of its other devices and of the I/O APIC's pins too.
+//! let gsi = 24;
+//! let msi = kvm_irq_routing_msi { address_lo: 0xfee0_0000, data: 0x40, ..Default::default() };
+//! let u = kvm_irq_routing_entry__bindgen_ty_1 { msi };
+//! let route = kvm_irq_routing_entry { gsi, type_: KVM_IRQ_ROUTING_MSI, u, ..Default::default() };
+//! vm.set_gsi_routing(&KvmIrqRouting::from_entries(&[route])?)?;
 //!
 //! // Guest RAM is a memfd, once for the VM and once, pinned, for the rings.
 //! let region = RegionConfig { gpa: 0, len_bytes: ram_bytes, file: Arc::new(ram_file), file_offset_bytes: 0 };
 //! let memory = GuestMemory::new([region])?;
 //! let ram = RamSlots::map(&vm, &memory, 0)?;
 //!
-//! // From here on the process needs no privileges: what a ring may do is what its creator may do.
+//! // All files are open. The image must not grow, and capabilities go now (see below): what a ring may do is what its
+//! // creator may do.
+//! let disk = Arc::new(Disk::open(&DiskConfig::new("disk.img"))?);
+//! limits::cap_file_growth(&disk)?;
 //! let device = DirectDevice::new(
-//!     Arc::new(Disk::open(&DiskConfig::new("disk.img"))?),
+//!     disk,
 //!     &memory,
 //!     Policy::direct(Access::ReadWrite).compile(&kernel::support()?)?,
 //!     DirectConfig {
@@ -67,14 +83,20 @@
 //! )?;
 //! println!("tell the driver: {:?}, addresses are guest-physical + {IOVA_BASE:#x}", queue.layout());
 //!
-//! // The vCPUs run. At the end, or at the guest's reset: first nobody reaches the ring any more, then it is closed, and
-//! // the RAM is the guest's again once its I/O has ended.
+//! // The vCPUs run. At the end, or at the guest's reset, they are stopped: nobody reaches the ring any more. Then it is
+//! // closed, and the RAM is free for other things once its I/O has ended.
+//! stop_vcpus();
 //! let end = queue.detach();
 //! end.wait(std::time::Duration::from_secs(30))?;
 //! drop(ram);
 //! # Ok(())
 //! # }
 //! ```
+//!
+//! # Where this has been run
+//!
+//! On one KVM only: a nested one without hardware support (`kvm_pvm`, on an AMD processor), which runs a guest's CPL 0 in
+//! software. Nothing has been run on VMX or SVM yet. The code uses nothing that is particular to any of them.
 //!
 //! # What the process must do
 //!
@@ -103,6 +125,9 @@ mod exits;
 mod queue;
 mod slots;
 mod support;
+
+// The versions whose types are in this interface.
+pub use {kvm_bindings, kvm_ioctls};
 
 pub use error::KvmError;
 pub use exits::{ExitCounters, Exits};

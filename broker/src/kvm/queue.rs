@@ -7,7 +7,7 @@ use ringpass_guest_abi::RingLayout;
 
 use super::KvmError;
 use super::events::{Doorbell, Interrupt};
-use super::slots::WindowSlots;
+use super::slots::{self, WindowSlots};
 use crate::direct::{DirectDevice, DirectQueue, QueueConfig, QueuePlacement};
 use crate::ring::{RingConfig, RingEnd};
 
@@ -151,7 +151,8 @@ impl Drop for KvmQueue {
 }
 
 fn check(placement: KvmPlacement) -> Result<(), KvmError> {
-    if let KvmPlacement::Window { rings_gpa, sqes_gpa, .. } = placement {
+    if let KvmPlacement::Window { rings_gpa, sqes_gpa, first_slot } = placement {
+        slots::numbers(first_slot, 2)?;
         for (area, gpa) in [("rings", rings_gpa), ("SQE", sqes_gpa)] {
             if !gpa.is_multiple_of(4096) {
                 return Err(KvmError::UnalignedWindow { area, gpa });

@@ -127,6 +127,18 @@ impl Machine {
         Ok(table)
     }
 
+    /// What is in the table for jobs of vCPU `cpu`: after a job, the checksum of each of its blocks. The vCPU must not be
+    /// at work.
+    pub fn read_table(&self, cpu: u32, entries: u64) -> Result<Vec<u64>, VmmError> {
+        let table = self.table(cpu, entries)?;
+        let mut bytes = vec![0; entries as usize * 8];
+        self.inner
+            .program
+            .read_slice(&mut bytes, GuestAddress(map::PROGRAM_GPA + table.offset_bytes))
+            .map_err(VmmError::memory("reading a job's table"))?;
+        Ok(bytes.as_chunks().0.iter().map(|entry| u64::from_ne_bytes(*entry)).collect())
+    }
+
     /// The pieces of RAM that the guest is shown.
     pub fn ram(&self) -> &[RamRegion] {
         &self.config.ram
