@@ -3,6 +3,7 @@
 //! The tests themselves are the programs in `tests/`: each registers its tests with [`harness`].
 
 pub mod canaries;
+pub mod content;
 pub mod disks;
 pub mod harness;
 pub mod huge_pages;

@@ -20,6 +20,7 @@ use ringpass_broker::{
 use ringpass_guest::ProcessEnv;
 use ringpass_guest_abi::{rings_area_bytes, sqes_area_bytes};
 use ringpass_tests::{
+    content::check_content,
     disks::{DiskKind, TestDisk},
     harness::{self, test},
     needs::Need,
@@ -27,7 +28,7 @@ use ringpass_tests::{
     process_guest::{GuestQueue, PageSize, Place, ProcessGuest, RamFile},
     seed::Seed,
 };
-use ringpass_workload::{Job, Report, Verify, Wait, checksum, hostile::Extent, prefill, run, verify_all};
+use ringpass_workload::{Job, Report, Verify, Wait, hostile::Extent, prefill, run, verify_all};
 
 const MIB: u64 = 1 << 20;
 const GIB: u64 = 1 << 30;
@@ -265,17 +266,6 @@ fn verified_bytes(queue: &mut GuestQueue, env: &mut ProcessEnv, job: &Job, bytes
     }
     add("reading all", verify_all(&job, queue.ring(), env, &mut expected)?)?;
     Ok((total, expected))
-}
-
-/// Whether the disk holds what the guest wrote.
-fn check_content(beside: &File, job: &Job, expected: &[u64]) -> Result<()> {
-    let mut block = vec![0; job.block_bytes as usize];
-    for (index, &expected) in (0u64..).zip(expected) {
-        let offset_bytes = job.area_offset_bytes + index * u64::from(job.block_bytes);
-        beside.read_exact_at(&mut block, offset_bytes)?;
-        ensure!(checksum(&block) == expected, "the disk holds something else in block {index}, at {offset_bytes}");
-    }
-    Ok(())
 }
 
 /// What is beside a job's area on the disk, which is not to change.

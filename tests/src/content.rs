@@ -1,0 +1,22 @@
+//! What the host finds on a disk, past the rings, compared with what a guest says it wrote.
+
+use std::{fs::File, os::unix::fs::FileExt};
+
+use anyhow::{Result, ensure};
+use ringpass_workload::{Job, checksum};
+
+/// Whether the disk holds what the guest wrote: `expected` are the checksums of the job's blocks, and `beside` is the
+/// disk's file or device, opened on its own.
+///
+/// # Errors
+///
+/// The first block that is something else, or that cannot be read.
+pub fn check_content(beside: &File, job: &Job, expected: &[u64]) -> Result<()> {
+    let mut block = vec![0; job.block_bytes as usize];
+    for (index, &expected) in (0u64..).zip(expected) {
+        let offset_bytes = job.area_offset_bytes + index * u64::from(job.block_bytes);
+        beside.read_exact_at(&mut block, offset_bytes)?;
+        ensure!(checksum(&block) == expected, "the disk holds something else in block {index}, at {offset_bytes}");
+    }
+    Ok(())
+}
