@@ -50,6 +50,11 @@ impl Canaries {
         self.pages.as_ptr().addr() as u64 + CANARY_BYTES as u64 / 2
     }
 
+    /// What is in the pages now: as long as nothing is damaged, what is in each file too.
+    pub fn content(&self) -> &[u8] {
+        &self.pages
+    }
+
     /// What has changed, in words.
     ///
     /// # Errors

@@ -1,6 +1,8 @@
 //! A bare-metal guest on KVM with a device of the broker: everything put together, as a monitor would.
 
 use std::fs::File;
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -60,6 +62,8 @@ pub struct KvmGuestConfig {
     pub blocks_max: u64,
     /// A second region of RAM, of 1 MiB, behind a hole of 1 MiB.
     pub hole: bool,
+    /// What the rings allow. None: the built-in policy.
+    pub policy: Option<Policy>,
 }
 
 /// Length of the hole and of the region behind it.
@@ -79,6 +83,7 @@ impl KvmGuestConfig {
             buffer_bytes: 1 << 20,
             blocks_max: 1 << 16,
             hole: false,
+            policy: None,
         }
     }
 }
@@ -123,7 +128,7 @@ impl KvmGuest {
         let device = DirectDevice::new(
             disk,
             &memory,
-            Policy::direct(access).compile(&kernel::support()?)?,
+            config.policy.unwrap_or_else(|| Policy::direct(access)).compile(&kernel::support()?)?,
             DirectConfig { submission: config.submission, workers: IoWorkers::default(), sharing: Sharing::Clone },
         )?;
         let machine = Machine::new(
@@ -286,6 +291,29 @@ impl KvmGuest {
     /// The file that holds the guest's RAM, which everything that uses the RAM holds.
     pub fn ram_file(&self) -> &Arc<File> {
         &self.ram_file
+    }
+
+    /// Fills all RAM but the rings with this, of which the end is not used. The guest must not be at work.
+    pub fn fill_ram(&self, content: &[u8]) -> Result<()> {
+        let start = self.rings_bytes();
+        let end = self.memory.len_bytes();
+        Ok(self.ram_file.write_all_at(&content[start as usize..end as usize], start)?)
+    }
+
+    /// Pages of RAM, by the bytes of RAM before them, that are not as in `content`; the rings and the `free` ranges may
+    /// be anything.
+    pub fn changed_ram(&self, content: &[u8], free: &[Range<u64>]) -> Result<Vec<u64>> {
+        let mut now = vec![0; usize::try_from(self.memory.len_bytes())?];
+        self.ram_file.read_exact_at(&mut now, 0)?;
+        let rings = 0..self.rings_bytes();
+        let pages = (0..).step_by(4096).zip(now.chunks(4096).zip(content.chunks(4096)));
+        let may_change = |at: &u64| rings.contains(at) || free.iter().any(|range| range.contains(at));
+        Ok(pages.filter(|(at, (now, before))| !may_change(at) && now != before).map(|(at, _)| at).collect())
+    }
+
+    /// Bytes at the start of RAM in which rings are.
+    fn rings_bytes(&self) -> u64 {
+        u64::from(self.config.queues) * RamLayout::of(&self.config).ring_stride_bytes
     }
 
     /// Where buffers begin.

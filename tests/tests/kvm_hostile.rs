@@ -1,74 +1,273 @@
-//! A hostile KVM guest reaches its own memory and its own disk, and nothing else.
+//! A hostile KVM guest runs the script of everything that a guest must not be able to do, and everything around it stays
+//! as it was: memory and files of its monitor, another guest, and what of the disk is not its own.
+//!
+//! Each run is a child process of its own: the limit on the growth of files is for a whole process, and where a policy
+//! is wrong on purpose, the guest really does damage.
 
-use std::fs;
-use std::process::ExitCode;
+use std::collections::HashSet;
+use std::env;
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::process::{self, ExitCode, Stdio};
+use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
-use ringpass_bare_metal::{ATTACK_EXTENTS_MAX, Attack, HOST_ADDRESSES_MAX, RAM_REGIONS_MAX, RamRegion};
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use ringpass_bare_metal::{ATTACK_EXTENTS_MAX, Attack, Command, HOST_ADDRESSES_MAX, RAM_REGIONS_MAX, RamRegion};
 use ringpass_broker::direct::SubmissionConfig;
-use ringpass_broker::disk::DiskConfig;
+use ringpass_broker::disk::{DirectIo, DiskConfig};
 use ringpass_broker::kernel::{self, KernelRelease};
 use ringpass_broker::limits::cap_file_growth;
 use ringpass_broker::memory::IOVA_BASE;
+use ringpass_restrictions::{Access, Operation, Policy, SqeFlags};
+use ringpass_tests::canaries::{Canaries, pattern};
 use ringpass_tests::disks::{DiskKind, TestDisk};
 use ringpass_tests::harness::{self, test};
 use ringpass_tests::kvm_guest::{KvmGuest, KvmGuestConfig, Place, sq_thread};
 use ringpass_tests::needs::Need;
+use ringpass_workload::hostile::{HostileReport, Target, Violation, script};
+use ringpass_workload::{Job, Verify};
+use vm_memory::{GuestAddress, GuestMemoryBackend};
 
-const DISK_BYTES: u64 = 4 << 20;
-const CANARY: u8 = 0xc5;
+const DISK_BYTES: u64 = 1 << 20;
+const DISK_OFFSET_BYTES: u64 = 64 << 10;
+const BUFFER_BYTES: u32 = 8192;
+// Seeds of contents.
+const DISK: u64 = 1;
+const OTHER_DISK: u64 = 2;
+const RAM: u64 = 10;
+const OTHER_RAM: u64 = 11;
+
+/// Set for the child process; its arguments are three paths and [`Run::arguments`].
+const CHILD_VARIABLE: &str = "RINGPASS_TEST_KVM_HOSTILE";
 
 fn main() -> ExitCode {
-    let needs = || [Need::kvm(), Need::io_uring(), Need::cpus(2)].into_iter().chain(DiskKind::Ext4Direct.needs());
-    harness::run(vec![
-        test("a_hostile_kvm_guest_is_refused_everything_but_its_own", needs(), || attack(false)),
-        test("a_hostile_kvm_guest_changes_nothing_of_a_read_only_disk", needs(), || attack(true)),
-    ])
+    if env::var_os(CHILD_VARIABLE).is_some() {
+        if let Err(error) = child() {
+            eprintln!("{error:#}");
+            return ExitCode::FAILURE;
+        }
+        return ExitCode::SUCCESS;
+    }
+    let mut tests = Vec::new();
+    for read_only in [false, true] {
+        for in_window in [false, true] {
+            for doorbell in [false, true] {
+                let on_what = if read_only { "read_only" } else { "read_write" };
+                let place = if in_window { "window" } else { "guest_ram" };
+                let how = if doorbell { "doorbell" } else { "sq_thread" };
+                let run = Run { read_only, in_window, doorbell, ..Run::STRICT };
+                tests.push(test(
+                    format!("a_hostile_kvm_guest_reaches_nothing_but_its_own_{on_what}_{place}_{how}"),
+                    needs(),
+                    move || [true, false].into_iter().try_for_each(|direct_io| strict(Run { direct_io, ..run })),
+                ));
+            }
+        }
+    }
+    tests.push(test("without_the_fixed_file_rule_a_kvm_guest_damages_files", needs(), without_fixed_file));
+    tests.push(test("with_an_operation_too_many_a_kvm_guest_damages_memory", needs(), with_plain_read));
+    harness::run(tests)
 }
 
-fn attack(read_only: bool) -> Result<()> {
-    let disk = TestDisk::new(DiskKind::Ext4Direct, DISK_BYTES)?;
-    let content: Vec<u8> = (0..DISK_BYTES).map(|at| (at / 512 * 31 + at) as u8).collect();
-    fs::write(disk.path(), &content)?;
-    for (place, submission) in [(Place::GuestRam, sq_thread(20)), (Place::Window, SubmissionConfig::Doorbell)] {
-        let config = KvmGuestConfig {
-            disk: DiskConfig { read_only, ..disk.config() },
-            place,
-            submission,
-            hole: true,
-            ..KvmGuestConfig::new(disk.config())
+fn needs() -> Vec<Need> {
+    let machine = [Need::kvm(), Need::io_uring(), Need::cpus(2)];
+    machine.into_iter().chain(DiskKind::Ext4PageCache.needs()).collect()
+}
+
+/// One run of the script.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Run {
+    /// Descriptors of the process are allowed, too.
+    any_file: bool,
+    /// Reads to addresses of the process are allowed, too.
+    plain_read: bool,
+    read_only: bool,
+    in_window: bool,
+    doorbell: bool,
+    direct_io: bool,
+}
+
+impl Run {
+    const STRICT: Self = Self {
+        any_file: false,
+        plain_read: false,
+        read_only: false,
+        in_window: false,
+        doorbell: true,
+        direct_io: false,
+    };
+
+    fn argument(self) -> String {
+        let Self { any_file, plain_read, read_only, in_window, doorbell, direct_io } = self;
+        let bit = |on| if on { '1' } else { '0' };
+        [any_file, plain_read, read_only, in_window, doorbell, direct_io].map(bit).into_iter().collect()
+    }
+
+    fn parse(argument: &str) -> Result<Self> {
+        let bits: Vec<bool> = argument.chars().map(|bit| bit == '1').collect();
+        let &[any_file, plain_read, read_only, in_window, doorbell, direct_io] = &*bits else {
+            bail!("not a run: {argument:?}")
         };
-        // Memory of this process, and RAM of another guest in it.
-        let canary = vec![CANARY; 1 << 20];
-        let neighbour = TestDisk::new(DiskKind::Ext4PageCache, DISK_BYTES)?;
-        let other = KvmGuest::start(KvmGuestConfig::new(neighbour.config()))?;
-        let mut guest = KvmGuest::start(config)?;
-        cap_file_growth(guest.device().disk())?;
-        let attack = plan(&guest, read_only, &canary, &other)?;
-        let report = guest.cpus_mut()[0].attack(attack)?;
-        eprintln!("{report:?}");
-        if !report.is_clean() {
-            let violations: Vec<String> = attack.with_target(|target| {
-                let named = report.named(target).into_iter().flatten();
-                named.map(|(step, violation)| format!("{}: {}", step.name, violation.res)).collect()
-            });
-            anyhow::bail!("{} answers are not allowed: {violations:?} ({report:?})", report.violations);
-        }
-        ensure!(report.steps > 1000 && report.refused > 900, "hardly anything was tried: {report:?}");
-        ensure!(canary.iter().all(|byte| *byte == CANARY), "memory of the host has changed");
-        other.stop().iter().try_for_each(|end| end.wait(std::time::Duration::from_secs(10)).map(|_| ()))?;
-        guest.stop().iter().try_for_each(|end| end.wait(std::time::Duration::from_secs(10)).map(|_| ()))?;
-        ensure!(fs::read(neighbour.path())?.iter().all(|byte| *byte == 0), "another guest's disk has changed");
-        ensure!(fs::metadata(disk.path())?.len() == DISK_BYTES, "the image has another size");
-        if read_only {
-            ensure!(fs::read(disk.path())? == content, "the read-only disk has changed");
-        }
+        Ok(Self { any_file, plain_read, read_only, in_window, doorbell, direct_io })
+    }
+
+    fn is_strict(self) -> bool {
+        !self.any_file && !self.plain_read
+    }
+
+    fn policy(self) -> Policy {
+        let policy = Policy::direct(if self.read_only { Access::ReadOnly } else { Access::ReadWrite });
+        let policy = if self.any_file { policy.with_flags_required(SqeFlags::empty()) } else { policy };
+        if self.plain_read { policy.allow(Operation::READ) } else { policy }
+    }
+}
+
+/// What came of a run: what the script tried, and everything that is not as it must be.
+struct Outcome {
+    steps: u64,
+    findings: Vec<String>,
+    disk_is_same: bool,
+}
+
+impl Outcome {
+    fn has(&self, beginning: &str) -> bool {
+        self.findings.iter().any(|finding| finding.starts_with(beginning))
+    }
+
+    /// The first few findings.
+    fn text(&self) -> String {
+        let shown: Vec<&str> = self.findings.iter().map(String::as_str).take(12).collect();
+        format!("{} findings: {}", self.findings.len(), shown.join("; "))
+    }
+}
+
+/// Runs the script in a child process.
+fn run(run: Run) -> Result<Outcome> {
+    let disk = TestDisk::new(DiskKind::Ext4PageCache, DISK_BYTES)?;
+    let other = TestDisk::new(DiskKind::Ext4PageCache, DISK_BYTES)?;
+    fs::write(disk.path(), pattern(DISK, DISK_BYTES as usize))?;
+    fs::write(other.path(), pattern(OTHER_DISK, DISK_BYTES as usize))?;
+
+    let directory = tempfile::tempdir()?;
+    let (findings, errors) = (directory.path().join("findings"), directory.path().join("errors"));
+    let status = process::Command::new(env::current_exe()?)
+        .args([disk.path(), other.path(), &findings])
+        .arg(run.argument())
+        .env(CHILD_VARIABLE, "1")
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        // A file, which a guest that reaches it may spoil.
+        .stderr(File::create(&errors)?)
+        .status()?;
+    let errors = fs::read(&errors)?;
+    ensure!(status.success(), "{run:?}: the child ended with {status}: {}", String::from_utf8_lossy(&errors));
+    let text = fs::read_to_string(&findings)?;
+    let mut lines = text.lines();
+    let steps = lines.next().context("the number of steps")?.parse()?;
+    let findings = lines.map(str::to_owned).collect();
+    ensure!(fs::metadata(disk.path())?.len() == DISK_BYTES, "{run:?}: the image has another size");
+    let disk_is_same = fs::read(disk.path())? == pattern(DISK, DISK_BYTES as usize);
+    Ok(Outcome { steps, findings, disk_is_same })
+}
+
+fn strict(how: Run) -> Result<()> {
+    let outcome = run(how)?;
+    ensure!(outcome.findings.is_empty(), "{how:?}: {}", outcome.text());
+    ensure!(outcome.steps > 3000, "{how:?}: only {} steps were tried", outcome.steps);
+    if how.read_only {
+        ensure!(outcome.disk_is_same, "{how:?}: the read-only disk has changed");
+    } else {
+        // Or the last comparison would show nothing.
+        ensure!(!outcome.disk_is_same, "{how:?}: the guest has written nothing to its own disk");
     }
     Ok(())
 }
 
-fn plan(guest: &KvmGuest, read_only: bool, canary: &[u8], other: &KvmGuest) -> Result<Attack> {
-    let [lower, upper] = guest.machine().ram() else { anyhow::bail!("the guest has no hole") };
+fn without_fixed_file() -> Result<()> {
+    let outcome = run(Run { any_file: true, ..Run::STRICT })?;
+    ensure!(outcome.has("answer: plain descriptor"), "{}", outcome.text());
+    ensure!(outcome.has("damage: file"), "{}", outcome.text());
+    Ok(())
+}
+
+fn with_plain_read() -> Result<()> {
+    let outcome = run(Run { plain_read: true, read_only: true, ..Run::STRICT })?;
+    ensure!(outcome.has("answer: operation with flags 0x1 (opcode 22)"), "{}", outcome.text());
+    ensure!(outcome.has("damage: memory of the broker"), "{}", outcome.text());
+    Ok(())
+}
+
+/// The monitor with the hostile guest, a second guest, and canaries.
+fn child() -> Result<()> {
+    let arguments: Vec<String> = env::args().skip(1).collect();
+    let [path, other_path, findings_path, how] = &*arguments else { bail!("three paths and a run") };
+    let how = Run::parse(how)?;
+    let canaries = Canaries::new()?;
+    let config = |path: &str, direct_io| {
+        let direct_io = if direct_io { DirectIo::On } else { DirectIo::Off };
+        KvmGuestConfig {
+            place: if how.in_window { Place::Window } else { Place::GuestRam },
+            submission: if how.doorbell { SubmissionConfig::Doorbell } else { sq_thread(5) },
+            hole: true,
+            ..KvmGuestConfig::new(DiskConfig { direct_io, ..DiskConfig::new(path) })
+        }
+    };
+    let mut hostile = config(path, how.direct_io);
+    (hostile.disk.read_only, hostile.policy) = (how.read_only, Some(how.policy()));
+    let (mut hostile, mut other) = (KvmGuest::start(hostile)?, KvmGuest::start(config(other_path, false))?);
+    let ram = pattern(RAM, usize::try_from(hostile.memory().len_bytes())?);
+    let other_ram = pattern(OTHER_RAM, usize::try_from(other.memory().len_bytes())?);
+    hostile.fill_ram(&ram)?;
+    other.fill_ram(&other_ram)?;
+    cap_file_growth(hostile.device().disk())?;
+
+    let (stack, heap) = ((&raw const how).addr() as u64, arguments.as_ptr().addr() as u64);
+    let addresses = [canaries.address(), stack, heap, address_of_ram(&other)?, address_of_ram(&hostile)?];
+    let attack = plan(&hostile, how, &addresses)?;
+    let report = hostile.cpus_mut()[0].attack(attack)?;
+
+    let mut findings = answers(&report, &attack)?;
+    // The script is the one that any guest runs on the same target.
+    let steps = attack.with_target(|target| script(target).map(Iterator::count)).map_err(|error| anyhow!("{error}"))?;
+    if report.steps != steps as u64 {
+        findings.push(format!("{} steps of {steps} were done", report.steps));
+    }
+    findings.extend(canaries.damage()?);
+    let buffer = attack.buffer_gpa..attack.buffer_gpa + u64::from(BUFFER_BYTES);
+    for (what, pages) in [
+        ("the hostile guest that no request names", hostile.changed_ram(&ram, &[buffer])?),
+        ("the other guest", other.changed_ram(&other_ram, &[])?),
+    ] {
+        findings.extend(pages.iter().map(|page| format!("damage: RAM of {what}: {page:#x}")));
+    }
+    let (disk, other_disk) = (read(path)?, read(other_path)?);
+    if other_disk != pattern(OTHER_DISK, DISK_BYTES as usize) {
+        findings.push("damage: the other guest's disk".to_owned());
+    }
+    if let Some(at) = find_any(&disk, &[canaries.content(), &other_ram]) {
+        findings.push(format!("damage: something of the broker or of the other guest is on the disk, at {at}"));
+    }
+    findings.insert(0, report.steps.to_string());
+    fs::write(findings_path, findings.join("\n"))?;
+    if !how.is_strict() {
+        // What is lost where a policy is wrong may be lost for ever.
+        process::exit(0);
+    }
+    // Both guests still have their rings.
+    for guest in [&mut hostile, &mut other] {
+        let job = guest.job(0, 4096, 8, 64);
+        let job = Job { operations: 64, write_percent: 0, verify: Verify::Off, ..job };
+        guest.run_all(&[job], Command::Run)?;
+    }
+    for guest in [hostile, other] {
+        guest.stop().iter().try_for_each(|end| end.wait(Duration::from_secs(10)).map(|_| ()))?;
+    }
+    Ok(())
+}
+
+fn plan(guest: &KvmGuest, how: Run, addresses: &[u64]) -> Result<Attack> {
+    let [lower, upper] = guest.machine().ram() else { bail!("the guest has no hole") };
     let mut ram = [RamRegion::default(); RAM_REGIONS_MAX];
     (ram[0], ram[1]) = (*lower, *upper);
     let mut filled_holes = [RamRegion::default(); ATTACK_EXTENTS_MAX];
@@ -77,13 +276,8 @@ fn plan(guest: &KvmGuest, read_only: bool, canary: &[u8], other: &KvmGuest) -> R
     empty_holes[0] = RamRegion { gpa: upper.gpa + upper.len_bytes, len_bytes: 64 << 10 };
     empty_holes[1] = RamRegion { gpa: 5 << 30, len_bytes: 1 << 20 };
     let mut host_addresses = [0; HOST_ADDRESSES_MAX];
-    let others_ram =
-        vm_memory::GuestMemoryBackend::get_host_address(other.memory().mapped(), vm_memory::GuestAddress(0))
-            .context("looking up the other guest's RAM")?;
-    let ram_here = vm_memory::GuestMemoryBackend::get_host_address(guest.memory().mapped(), vm_memory::GuestAddress(0))
-        .context("looking up the guest's RAM")?;
-    let addresses = [canary.as_ptr() as u64, others_ram as u64, ram_here as u64, (&raw const host_addresses) as u64];
-    host_addresses[..addresses.len()].copy_from_slice(&addresses);
+    host_addresses[..addresses.len()].copy_from_slice(addresses);
+    let timeout = if how.is_strict() { Duration::from_secs(10) } else { Duration::from_millis(300) };
     Ok(Attack {
         ram,
         filled_holes,
@@ -91,11 +285,49 @@ fn plan(guest: &KvmGuest, read_only: bool, canary: &[u8], other: &KvmGuest) -> R
         host_addresses,
         iova_base: IOVA_BASE,
         buffer_gpa: guest.buffers_gpa(),
-        buffer_bytes: 4096,
+        buffer_bytes: BUFFER_BYTES,
         disk_bytes: DISK_BYTES,
-        disk_offset_bytes: 0,
-        read_only,
+        disk_offset_bytes: DISK_OFFSET_BYTES,
+        read_only: how.read_only,
         zero_length: !kernel::affected(&KernelRelease::running()?).iter().any(|hole| hole.cve == "CVE-2026-43006"),
-        timeout_ns: 10_000_000_000,
+        timeout_ns: timeout.as_nanos() as u64,
     })
+}
+
+fn address_of_ram(guest: &KvmGuest) -> Result<u64> {
+    let address = guest.memory().mapped().get_host_address(GuestAddress(0)).context("looking up a guest's RAM")?;
+    Ok(address.addr() as u64)
+}
+
+/// The answers that are not allowed.
+fn answers(report: &HostileReport, attack: &Attack) -> Result<Vec<String>> {
+    let named = |target: &Target<'_>| {
+        let named = report.named(target).map_err(|error| anyhow!("{error}"))?;
+        let text = named.map(|(step, violation)| match violation.res {
+            Violation::NO_ANSWER => format!("answer: {}: none", step.name),
+            res => format!("answer: {}: {res}, allowed was {:?}", step.name, step.expect),
+        });
+        Ok::<_, anyhow::Error>(text.collect::<Vec<String>>())
+    };
+    let mut findings = attack.with_target(named)?;
+    if report.violations > findings.len() as u64 {
+        findings.push(format!("answers that are not allowed: {}", report.violations));
+    }
+    if report.unexpected != 0 {
+        findings.push(format!("completions of no request: {}", report.unexpected));
+    }
+    Ok(findings)
+}
+
+/// The content of a disk. What an image has grown is left out: it can be a tebibyte.
+fn read(path: impl AsRef<Path>) -> Result<Vec<u8>> {
+    let mut content = vec![0; DISK_BYTES as usize];
+    File::open(path)?.read_exact_at(&mut content, 0)?;
+    Ok(content)
+}
+
+/// Where in `content` eight bytes are that are in one of the `secrets`, which are random.
+fn find_any(content: &[u8], secrets: &[&[u8]]) -> Option<usize> {
+    let words: HashSet<&[u8]> = secrets.iter().flat_map(|secret| secret.chunks_exact(8)).collect();
+    content.windows(8).position(|word| words.contains(word))
 }
