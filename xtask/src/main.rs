@@ -11,6 +11,7 @@ use clap::{Parser, Subcommand};
 #[allow(unreachable_pub, reason = "public in the crate it belongs to")]
 mod kernel_log;
 mod packages;
+mod quiet;
 mod soak;
 mod steps;
 mod test;

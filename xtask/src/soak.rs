@@ -6,6 +6,7 @@ use anyhow::{Context, Result, bail};
 use clap::Args;
 
 use crate::{
+    quiet,
     steps::{self, Steps, cargo},
     test::TestRun,
 };
@@ -30,10 +31,19 @@ struct Soak {
     what: &'static str,
     /// About how long, on a machine with two CPUs.
     duration: &'static str,
-    /// The tests, as a filter of cargo-nextest (<https://nexte.st/docs/filtersets/>).
-    filter: &'static str,
-    /// The number of cases of each property test (`PROPTEST_CASES`), where it is not proptest's own 256.
-    property_cases: Option<u32>,
+    work: Work,
+}
+
+enum Work {
+    /// Tests, with the budgets of a long run.
+    Tests {
+        /// Which, as a filter of cargo-nextest (<https://nexte.st/docs/filtersets/>).
+        filter: &'static str,
+        /// The number of cases of each property test (`PROPTEST_CASES`), where it is not proptest's own 256.
+        property_cases: Option<u32>,
+    },
+    /// The demo's own measurements, which mean something only while nothing else runs.
+    Quiet,
 }
 
 const SOAKS: &[Soak] = &[
@@ -41,15 +51,19 @@ const SOAKS: &[Soak] = &[
         name: "end-to-end",
         what: "every end-to-end test with its soak budget, and those that run only in a soak",
         duration: "an hour and more",
-        filter: "package(ringpass-tests) & kind(test)",
-        property_cases: None,
+        work: Work::Tests { filter: "package(ringpass-tests) & kind(test)", property_cases: None },
     },
     Soak {
         name: "properties",
         what: "the unit and property tests of all crates, 20 000 cases of each property",
         duration: "minutes",
-        filter: "not (package(ringpass-tests) & kind(test))",
-        property_cases: Some(20_000),
+        work: Work::Tests { filter: "not (package(ringpass-tests) & kind(test))", property_cases: Some(20_000) },
+    },
+    Soak {
+        name: "quiet",
+        what: "the demo: polling guests within 5 % of the host, without VM exits; on a machine that does nothing else",
+        duration: "minutes",
+        work: Work::Quiet,
     },
 ];
 
@@ -96,7 +110,10 @@ fn run_each(steps: &mut Steps, soaks: &[&'static Soak], options: &Options) -> Re
         let mut tests = TestRun::begin()?;
         println!("{}: {} ({})", soak.name, soak.what, soak.duration);
         let result = steps
-            .run(soak.name, || tests.run(command(soak, options)))
+            .run(soak.name, || match &soak.work {
+                Work::Tests { filter, property_cases } => tests.run(command(filter, *property_cases, options)),
+                Work::Quiet => quiet::run(options.seconds),
+            })
             .and_then(|()| steps.run("kernel log", || tests.check_kernel_log()));
         tests.print_skipped()?;
         result?;
@@ -104,8 +121,8 @@ fn run_each(steps: &mut Steps, soaks: &[&'static Soak], options: &Options) -> Re
     Ok(())
 }
 
-fn command(soak: &Soak, options: &Options) -> Command {
-    let mut command = cargo(&["nextest", "run", "--workspace", "--profile", "soak", "--filterset", soak.filter]);
+fn command(filter: &str, property_cases: Option<u32>, options: &Options) -> Command {
+    let mut command = cargo(&["nextest", "run", "--workspace", "--profile", "soak", "--filterset", filter]);
     command.env("RINGPASS_SOAK", "1");
     if let Some(seconds) = options.seconds {
         command.env("RINGPASS_SOAK_SECONDS", seconds.to_string());
@@ -113,7 +130,7 @@ fn command(soak: &Soak, options: &Options) -> Command {
     if let Some(seed) = options.seed {
         command.env("RINGPASS_SEED", format!("{seed:#x}")).env("PROPTEST_RNG_SEED", seed.to_string());
     }
-    if let Some(cases) = soak.property_cases {
+    if let Some(cases) = property_cases {
         command.env("PROPTEST_CASES", cases.to_string());
     }
     command
@@ -138,13 +155,13 @@ mod tests {
         assert_eq!(choose("properties").expect("a known name")[0].name, "properties");
         assert_eq!(choose("all").expect("all").len(), SOAKS.len());
         let refusal = choose("night").err().expect("an unknown name").to_string();
-        assert_eq!(refusal, "no soak is called \"night\"; there are end-to-end, properties and all");
+        assert_eq!(refusal, "no soak is called \"night\"; there are end-to-end, properties, quiet and all");
     }
 
     #[test]
     fn the_options_reach_the_tests() {
         let options = Options { name: None, seconds: Some(90), seed: Some(0x2a) };
-        let command = command(&SOAKS[1], &options);
+        let command = command("all()", Some(20_000), &options);
         let variables: HashMap<_, _> = command.get_envs().map(|(name, value)| (name, value.expect("set"))).collect();
         for (name, value) in [
             ("RINGPASS_SOAK", "1"),

@@ -30,6 +30,8 @@ fn run_steps(steps: &mut Steps) -> Result<()> {
     steps.run("lint", || {
         steps::run(&mut cargo(&["clippy", "--workspace", "--all-targets", "--keep-going", "--", "-D", "warnings"]))
     })?;
+    // It is built for no system, and so by a build script; the workspace's own features leave it out.
+    steps.run("lint of the bare-metal program", || steps::run(&mut lint_bare_metal()))?;
     // With private items rustdoc accepts links from public items to them, which are dead in the published pages.
     steps.run("documentation", || document(&[]))?;
     steps.run("documentation of private items", || document(&["--document-private-items"]))?;
@@ -54,6 +56,13 @@ fn document(options: &[&str]) -> Result<()> {
     steps::run(
         cargo(&["doc", "--workspace", "--no-deps", "--keep-going"]).args(options).env("RUSTDOCFLAGS", "-D warnings"),
     )
+}
+
+fn lint_bare_metal() -> Command {
+    let program = ["--package", "ringpass-bare-metal", "--bin", "ringpass-bare-metal", "--features", "image"];
+    let mut command = cargo(&["clippy"]);
+    command.args(program).args(["--profile", "bare-metal", "--", "-D", "warnings"]);
+    command
 }
 
 fn nextest() -> Command {
