@@ -207,6 +207,13 @@ fn note_unreadable_kernel_log(name: &str, error: &io::Error) {
     });
 }
 
+/// Reports that `test` runs, and passes, without one of its checks: `reason` goes on behind "N tests", and is shown at
+/// the end of `cargo xtask test`.
+pub fn note(test: &str, reason: &str) {
+    eprintln!("note: {test} {reason}");
+    log_skip(&report_line("note", test, reason));
+}
+
 fn report_line(kind: &str, name: &str, reason: &str) -> String {
     let one_line = reason.replace(['\n', '\t'], " ");
     format!("{kind}\t{}::{name}\t{one_line}\n", binary_name())

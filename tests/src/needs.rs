@@ -8,6 +8,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail, ensure};
+use ringpass_broker::kvm::ExitCounters;
 
 /// One thing that the machine must have for a test to run.
 ///
@@ -76,11 +77,15 @@ impl Need {
         })
     }
 
-    /// This process may make virtual machines.
+    /// This process may make virtual machines, with an interrupt controller in the kernel and vCPUs that count their
+    /// exits.
     pub fn kvm() -> Self {
         Self::new("KVM", || {
             let kvm = kvm_ioctls::Kvm::new().context("opening /dev/kvm")?;
-            kvm.create_vm().context("making a virtual machine")?;
+            let vm = kvm.create_vm().context("making a virtual machine")?;
+            vm.create_irq_chip().context("making an interrupt controller")?;
+            let vcpu = vm.create_vcpu(0).context("making a vCPU")?;
+            ExitCounters::of(&vcpu).context("counting exits")?;
             Ok(())
         })
     }
