@@ -68,7 +68,7 @@ impl fmt::Display for StuckKind {
 
 /// A disk of this test whose I/O can be stopped. All of it is gone after the drop, which lets hanging I/O go on.
 ///
-/// Its content is [`initial_byte`](Self::initial_byte) everywhere.
+/// Its content is [`INITIAL_BYTE`](Self::INITIAL_BYTE) everywhere.
 #[derive(Debug)]
 pub struct StuckDisk {
     kind: StuckKind,
