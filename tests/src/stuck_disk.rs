@@ -13,7 +13,7 @@ use std::{
     ffi::OsString,
     fmt,
     fs::{self, File},
-    io::{self, Read},
+    io::{self, Read, Write},
     os::unix::process::CommandExt,
     path::{Path, PathBuf},
     process::{Child, ChildStdin, Command, Stdio},
@@ -29,10 +29,14 @@ use crate::{
 };
 
 /// Undoes everything when its standard input ends: when the disk is dropped, and also when the test is killed, so that
-/// a frozen file system is never left behind. Its arguments are the mount point, the loop device of the file system,
-/// the loop device of the disk (or an empty word), and the directory.
+/// nothing is left behind. A process that is killed with hanging I/O may keep its files open until that I/O ends: so a
+/// freeze that lasts too long is undone too. The arguments are the mount point, the loop device of the file system, the
+/// loop device of the disk (or an empty word), the directory, and the longest freeze in seconds.
 const CLEAN_UP: &str = r#"
-read -r _
+limit=
+while read -r ${limit:+-t "$limit"} word; do
+    case "$word" in freeze) limit="$5" ;; thaw) limit= ;; esac
+done
 fsfreeze --unfreeze "$1"
 test -z "$3" || losetup --detach "$3"
 left=100
@@ -44,6 +48,9 @@ done
 losetup --detach "$2"
 rm -rf "$4"
 "#;
+
+/// Much longer than a test needs, and shorter than the 120 s after which the kernel complains about a hanging task.
+const LONGEST_FREEZE_SECONDS: &str = "60";
 
 /// Space that ext4 takes for itself, generously.
 const FILE_SYSTEM_BYTES: u64 = 16 << 20;
@@ -68,7 +75,7 @@ impl fmt::Display for StuckKind {
 
 /// A disk of this test whose I/O can be stopped. All of it is gone after the drop, which lets hanging I/O go on.
 ///
-/// Its content is [`initial_byte`](Self::initial_byte) everywhere.
+/// Its content is [`INITIAL_BYTE`](Self::INITIAL_BYTE) everywhere.
 #[derive(Debug)]
 pub struct StuckDisk {
     kind: StuckKind,
@@ -84,6 +91,7 @@ impl StuckDisk {
             Need::root(),
             Need::io_uring(),
             Need::file("/dev/loop-control"),
+            Need::program("bash", "bash"),
             Need::program("losetup", "mount"),
             Need::program("mount", "mount"),
             Need::program("mkfs.ext4", "e2fsprogs"),
@@ -150,12 +158,13 @@ impl StuckDisk {
         DiskConfig { lock_wait: Some(Duration::from_secs(10)), ..self.config() }
     }
 
-    /// From here on writes hang, until [`thaw`](Self::thaw) or the drop.
+    /// From here on writes hang, until [`thaw`](Self::thaw) or the drop; a minute at most.
     ///
     /// # Errors
     ///
     /// `fsfreeze` fails, for example because it is frozen already.
     pub fn freeze(&self) -> Result<()> {
+        self.guardian.tell("freeze")?;
         program("fsfreeze", &["--freeze", path(&self.mount_point)?]).map(drop)
     }
 
@@ -165,7 +174,8 @@ impl StuckDisk {
     ///
     /// `fsfreeze` fails, for example because it is not frozen.
     pub fn thaw(&self) -> Result<()> {
-        program("fsfreeze", &["--unfreeze", path(&self.mount_point)?]).map(drop)
+        program("fsfreeze", &["--unfreeze", path(&self.mount_point)?])?;
+        self.guardian.tell("thaw")
     }
 }
 
@@ -184,9 +194,10 @@ struct Guardian {
 
 impl Guardian {
     fn start(arguments: &[&str]) -> Result<Self> {
-        let mut process = Command::new("/bin/sh")
+        let mut process = Command::new(find_program("bash").context("there is no program `bash`")?)
             .args(["-c", CLEAN_UP, "guardian"])
             .args(arguments)
+            .arg(LONGEST_FREEZE_SECONDS)
             .env("PATH", search_path())
             .stdin(Stdio::piped())
             // A test runner waits for whoever holds a test's output open.
@@ -197,6 +208,11 @@ impl Guardian {
             .context("starting the process that cleans up")?;
         let lifeline = process.stdin.take();
         Ok(Self { process, lifeline })
+    }
+
+    fn tell(&self, word: &str) -> Result<()> {
+        let mut lifeline = self.lifeline.as_ref().context("the process that cleans up is gone")?;
+        writeln!(lifeline, "{word}").context("telling the process that cleans up")
     }
 
     fn finish(&mut self) {

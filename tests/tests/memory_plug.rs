@@ -50,7 +50,7 @@ fn sq_thread() -> SubmissionConfig {
 }
 
 /// A request that waits for a processor takes long too. But a stall by the plugging itself would be there each time.
-const PLUG_ATTEMPTS: usize = 3;
+const PLUG_ATTEMPTS: usize = 5;
 
 fn plug_latency() -> Result<()> {
     let seed = Seed::from_env_or_random();

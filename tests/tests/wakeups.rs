@@ -111,7 +111,10 @@ fn job(area: u64, buffers_gpa: u64, seed: Seed) -> Job {
     }
 }
 
-fn guest(disk: &Arc<Disk>, queues: u64) -> Result<(ProcessGuest, Vec<(GuestQueue, ProcessEnv, u64)>)> {
+/// A queue, its environment, and the guest-physical address of its buffer.
+type Attached = (GuestQueue, ProcessEnv, u64);
+
+fn guest(disk: &Arc<Disk>, queues: u64) -> Result<(ProcessGuest, Vec<Attached>)> {
     let ram = RamFile::new(&[Extent { gpa: 0, len_bytes: MIB }], PageSize::Small)?;
     let submission = SubmissionConfig::SqThread(SqThreadConfig { idle: IDLE, cpu: None });
     let mut guest = ProcessGuest::new(disk, ram, submission)?;
@@ -140,7 +143,7 @@ fn never_lost(queues: u64, wakes: u64) -> Result<()> {
     }
     let attached: Vec<_> = guests.iter_mut().flat_map(|(_, attached)| attached).zip(0..).collect();
     let reports = thread::scope(|scope| {
-        let run = |((queue, env, gpa), area): (&'_ mut (GuestQueue, ProcessEnv, u64), u64)| {
+        let run = |((queue, env, gpa), area): (&'_ mut Attached, u64)| {
             wake(queue, env, job(area, *gpa, seed.derive(area)), each)
         };
         let threads: Vec<_> = attached.into_iter().map(|one| scope.spawn(move || run(one))).collect();
