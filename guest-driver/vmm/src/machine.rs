@@ -55,7 +55,7 @@ impl Machine {
     /// RAM in the way of the program, numbers out of range, or what KVM refuses or lacks, by name.
     pub fn new(kvm: &Kvm, config: MachineConfig) -> Result<Self, VmmError> {
         check(&config)?;
-        let vm = Arc::new(kvm.create_vm().map_err(VmmError::kvm("creating a VM"))?);
+        let vm = Arc::new(create_vm(kvm).map_err(VmmError::kvm("creating a VM"))?);
         for (cap, what) in [
             (Cap::Irqchip, "interrupt controller in the kernel (KVM_CAP_IRQCHIP)"),
             (Cap::IrqRouting, "interrupt routing (KVM_CAP_IRQ_ROUTING)"),
@@ -177,6 +177,16 @@ impl Drop for Inner {
         if let Err(error) = unsafe { self.vm.set_user_memory_region(slot) } {
             // No vCPU runs any more (each holds this), so that nothing can look through the slot.
             tracing::debug!(%error, "the program's memory slot stays");
+        }
+    }
+}
+
+/// KVM gives up with `EINTR` when anything is pending for the thread, work of one of its rings included.
+fn create_vm(kvm: &Kvm) -> Result<VmFd, kvm_ioctls::Error> {
+    loop {
+        match kvm.create_vm() {
+            Err(error) if error.errno() == nix::libc::EINTR => {}
+            other => return other,
         }
     }
 }
