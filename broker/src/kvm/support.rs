@@ -46,6 +46,16 @@ const NATIVE_PS_MAX: u64 = 50_000;
 const LOOPS: u32 = 20_000;
 const INSTRUCTIONS: u64 = 2 * LOOPS as u64 + 2;
 
+/// KVM gives up with `EINTR` when anything is pending for the thread, the end of a ring that it created included.
+fn create_vm(kvm: &Kvm) -> Result<VmFd, kvm_ioctls::Error> {
+    loop {
+        match kvm.create_vm() {
+            Err(error) if error.errno() == nix::libc::EINTR => {}
+            other => return other,
+        }
+    }
+}
+
 impl KvmSupport {
     /// Tries everything with a throw-away VM. Takes milliseconds, or some hundred where CPL 0 is run in software.
     ///
@@ -55,7 +65,7 @@ impl KvmSupport {
     pub fn observe() -> Result<Self, KvmRefusal> {
         let refused = |step| move |error: kvm_ioctls::Error| KvmRefusal { step, errno: error.errno() };
         let kvm = Kvm::new().map_err(refused("opening /dev/kvm"))?;
-        let vm = Arc::new(kvm.create_vm().map_err(refused("making a virtual machine"))?);
+        let vm = Arc::new(create_vm(&kvm).map_err(refused("making a virtual machine"))?);
         let irqchip = vm.create_irq_chip();
         let ring_pages = [KVM_CAP_DIRTY_LOG_RING, KVM_CAP_DIRTY_LOG_RING_ACQ_REL]
             .map(|cap| u64::try_from(kvm.check_extension_raw(cap.into())).unwrap_or(0));
