@@ -15,7 +15,7 @@ use nix::sys::resource::{Resource, setrlimit};
 use ringpass_broker::{
     direct::SubmissionConfig,
     disk::{DirectIo, Disk, DiskConfig},
-    memory::IOVA_BASE,
+    memory::{GuestMemory, IOVA_BASE, PinnedMemory, Sharing},
     ring::{RingConfig, SqThreadConfig},
 };
 use ringpass_tests::{
@@ -27,7 +27,10 @@ use ringpass_tests::{
     seed::Seed,
 };
 use ringpass_workload::hostile::Extent;
-use rustix::mm::{MapFlags, ProtFlags};
+use rustix::{
+    mm::{MapFlags, ProtFlags},
+    thread::CapabilitySet,
+};
 
 const MIB: u64 = 1 << 20;
 const RING: RingConfig = RingConfig { sq_entries: 64, cq_entries: 128 };
@@ -51,6 +54,16 @@ fn main() -> ExitCode {
         test("an_ordinary_user_is_told_which_memlock_limit_a_guest_needs", [Need::root(), Need::io_uring()], || {
             in_child("memlock", Some(USER))
         }),
+        test(
+            "a_full_memlock_limit_is_named_also_when_what_fills_it_cannot_be_seen",
+            [Need::root(), Need::io_uring()],
+            || in_child("unseen", Some(USER + 1)),
+        ),
+        test(
+            "memory_pinned_with_other_privileges_is_not_shared_and_the_error_says_so",
+            [Need::root(), Need::io_uring()],
+            || in_child("privileges", None),
+        ),
         test("a_lack_of_huge_pages_is_named", [Need::io_uring(), huge_pages::supported()], lack_of_huge_pages),
         test("an_occupied_address_is_named", [Need::io_uring()], || in_child("occupied", None)),
     ])
@@ -96,6 +109,8 @@ fn child(task: &str) -> Result<()> {
     match task {
         "memlock" => memlock(),
         "occupied" => occupied(),
+        "privileges" => privileges(),
+        "unseen" => unseen(),
         _ => bail!("unknown task {task}"),
     }
 }
@@ -127,6 +142,30 @@ fn memlock() -> Result<()> {
     ensure!(message.contains("LimitMEMLOCK=16M in a systemd unit"), "{message}");
     ensure!(message.contains("--memlock=16777216`"), "{message}");
     guest_works(&disk, 4 * MIB).context("4 MiB")
+}
+
+/// The limit has room for the guest's RAM to the byte, but rings count as well, and nothing tells by how much.
+fn unseen() -> Result<()> {
+    setrlimit(Resource::RLIMIT_MEMLOCK, MIB, MIB)?;
+    let memory = GuestMemory::new(RamFile::new(&[extent(0, MIB)], PageSize::Small)?.for_broker())?;
+    let message = PinnedMemory::pin(&memory, Sharing::Clone).err().context("no refusal")?.to_string();
+    ensure!(message.starts_with("the kernel would not pin 1 MiB: Cannot allocate memory"), "{message}");
+    ensure!(message.contains("RLIMIT_MEMLOCK is 1024 KiB and counts for all processes of this user"), "{message}");
+    Ok(())
+}
+
+fn privileges() -> Result<()> {
+    let memory = GuestMemory::new(RamFile::new(&[extent(0, MIB)], PageSize::Small)?.for_broker())?;
+    let pinned = PinnedMemory::pin(&memory, Sharing::Clone)?;
+    let mut sets = rustix::thread::capabilities(None)?;
+    sets.effective.remove(CapabilitySet::IPC_LOCK);
+    rustix::thread::set_capabilities(None, sets)?;
+    let more = RamFile::new(&[extent(2 * MIB, MIB)], PageSize::Small)?.for_broker();
+    let larger = memory.with_region(more.into_iter().next().context("one region")?)?;
+    let message = pinned.grown_to(&larger).err().context("no refusal")?.to_string();
+    ensure!(message.starts_with("the memory was pinned with other privileges than this process has now"), "{message}");
+    ensure!(message.ends_with("drop privileges before pinning"), "{message}");
+    Ok(())
 }
 
 fn occupied() -> Result<()> {

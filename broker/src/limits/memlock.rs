@@ -69,11 +69,13 @@ impl Memlock {
     /// Looks at the limits of this process and at the processes of its real user.
     ///
     /// # Errors
-    /// When `getrlimit(2)` fails or `/proc/self/status` cannot be read or understood.
+    /// When `getrlimit(2)` fails or `/proc/thread-self/status` cannot be read or understood.
     pub fn current() -> io::Result<Self> {
         let (soft, hard) = getrlimit(Resource::RLIMIT_MEMLOCK)?;
-        let own = Status::parse(&fs::read_to_string("/proc/self/status")?)
-            .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "/proc/self/status has no Uid or CapEff line"))?;
+        // Of this thread: capabilities belong to threads.
+        let own = Status::parse(&fs::read_to_string("/proc/thread-self/status")?).ok_or_else(|| {
+            io::Error::new(io::ErrorKind::InvalidData, "/proc/thread-self/status lacks Uid or CapEff")
+        })?;
         let own_process = Process::with_pid(std::process::id());
         let pinned_by = processes::all().filter_map(|process| pinned_by(&process, own.real_uid)).collect();
         Ok(Self { soft_bytes: limit(soft), hard_bytes: limit(hard), exempt: own.is_exempt(&own_process), pinned_by })
