@@ -236,9 +236,9 @@ impl DirectDevice {
         Ok(())
     }
 
-    /// The rings of this device that have not ended: those of its queues, and those that were closed, dropped or given up
-    /// and still have I/O under way. Guest memory may be reused, handed back, or given to another device once all of them have
-    /// ended: this device knows which areas its own rings still write to, another does not.
+    /// The rings of this device that have not ended: those of its queues, and those that were closed, dropped or given
+    /// up and still have I/O under way. Guest memory may be reused, handed back, or given to another device once all of
+    /// them have ended: this device knows which areas its own rings still write to, another does not.
     pub fn ends(&self) -> Vec<RingEnd> {
         let mut state = self.state();
         state.forget_ended();

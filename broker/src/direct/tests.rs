@@ -8,7 +8,7 @@ use std::ptr::NonNull;
 use std::time::{Duration, Instant};
 
 use ringpass_guest_abi::{Cqe, DriverRing, FixedAddressing, MappedRing, Sqe, rings_area_bytes};
-use ringpass_restrictions::{Access, Policy};
+use ringpass_restrictions::{Access, Operation, Policy, RegisterOperation, SqeFlags};
 use rustix::fs::MemfdFlags;
 use vmm_sys_util::eventfd::EFD_CLOEXEC;
 
@@ -73,24 +73,34 @@ impl Setup {
         (queue, ring)
     }
 
+    /// Reads the first block to `gpa`.
+    fn read_into(&self, ring: &mut DriverRing<MappedRing>, gpa: u64) -> Cqe {
+        let address = FixedAddressing { iova_base: IOVA_BASE }.resolve(gpa, 4096).unwrap();
+        self.perform(ring, &Sqe::read_fixed(address, 4096, 0, 1))
+    }
+
     /// Reads one block into the buffer and returns its completion and what the buffer then holds.
     fn read(&self, ring: &mut DriverRing<MappedRing>, block: u64) -> (Cqe, Vec<u8>) {
         let address = FixedAddressing { iova_base: IOVA_BASE }.resolve(BUFFER_GPA, 4096).unwrap();
-        ring.push(&Sqe::read_fixed(address, 4096, block * 4096, block)).unwrap();
+        let cqe = self.perform(ring, &Sqe::read_fixed(address, 4096, block * 4096, block));
+        let mut buffer = vec![0; 4096];
+        vm_memory::Bytes::read_slice(self.memory.mapped(), &mut buffer, vm_memory::GuestAddress(BUFFER_GPA)).unwrap();
+        (cqe, buffer)
+    }
+
+    fn perform(&self, ring: &mut DriverRing<MappedRing>, sqe: &Sqe) -> Cqe {
+        ring.push(sqe).unwrap();
         if ring.publish() {
             self.doorbell.write(1).unwrap();
         }
         let started = Instant::now();
-        let cqe = loop {
+        loop {
             if let Some(cqe) = ring.reap() {
-                break cqe;
+                return cqe;
             }
             assert!(started.elapsed() < Duration::from_secs(10), "no completion");
             std::thread::yield_now();
-        };
-        let mut buffer = vec![0; 4096];
-        vm_memory::Bytes::read_slice(self.memory.mapped(), &mut buffer, vm_memory::GuestAddress(BUFFER_GPA)).unwrap();
-        (cqe, buffer)
+        }
     }
 
     fn check_reads(&self, ring: &mut DriverRing<MappedRing>) {
@@ -310,26 +320,40 @@ fn memory_plugged_under_a_running_queue_is_reachable_by_it() {
     let (_queue, mut ring) = setup.in_guest_ram();
     setup.check_reads(&mut ring);
     let gpa = 9 << 30;
-    let address = FixedAddressing { iova_base: IOVA_BASE }.resolve(gpa, 4096).unwrap();
-    let read = |ring: &mut DriverRing<MappedRing>| {
-        ring.push(&Sqe::read_fixed(address, 4096, 0, 1)).unwrap();
-        if ring.publish() {
-            setup.doorbell.write(1).unwrap();
-        }
-        loop {
-            if let Some(cqe) = ring.reap() {
-                break cqe.res;
-            }
-        }
-    };
-    assert_eq!(read(&mut ring), -nix::libc::EFAULT);
+    assert_eq!(setup.read_into(&mut ring, gpa).res, -nix::libc::EFAULT);
     let file = memfd(MIB);
     setup.device.plug(RegionConfig { gpa, len_bytes: MIB, file: file.clone(), file_offset_bytes: 0 }).unwrap();
-    assert_eq!(read(&mut ring), 4096);
+    assert_eq!(setup.read_into(&mut ring, gpa).res, 4096);
     let mut found = vec![0; 4096];
     std::os::unix::fs::FileExt::read_exact_at(&*file, &mut found, 0).unwrap();
     assert_eq!(found, &setup.content[..4096]);
     setup.check_reads(&mut ring);
+}
+
+#[test]
+fn memory_that_one_queue_cannot_take_is_taken_back_from_the_others() {
+    let mut setup = Setup::new(sq_thread());
+    let (_able, mut ring) = setup.in_guest_ram();
+    let unable = Policy::new()
+        .allow(Operation::READ_FIXED)
+        .with_flags_allowed(SqeFlags::FIXED_FILE)
+        .with_flags_required(SqeFlags::FIXED_FILE)
+        .allow_register(RegisterOperation::REGISTER_EVENTFD);
+    setup.device.policy = unable.compile(&crate::kernel::support().unwrap()).unwrap();
+    let refusing = setup.attach(QueuePlacement::Window, None);
+
+    let gpa = 9 << 30;
+    let file = memfd(MIB);
+    let plug = || setup.device.plug(RegionConfig { gpa, len_bytes: MIB, file: file.clone(), file_offset_bytes: 0 });
+    let error = plug().unwrap_err().to_string();
+    assert!(error.starts_with("cloning the registered buffers: Permission denied"), "{error}");
+    assert_eq!(setup.read_into(&mut ring, gpa).res, -nix::libc::EFAULT, "the first queue has it no more");
+    assert_eq!(setup.device.memory().len_bytes(), RAM_BYTES);
+    setup.check_reads(&mut ring);
+
+    drop(refusing);
+    plug().expect("without the queue that cannot take it");
+    assert_eq!(setup.read_into(&mut ring, gpa).res, 4096);
 }
 
 #[test]

@@ -25,6 +25,8 @@ pub(crate) mod sys;
 use std::marker::PhantomData;
 use std::os::fd::AsFd;
 use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
 
 use ringpass_guest_abi::RingLayout;
 use ringpass_restrictions::CompiledPolicy;
@@ -52,6 +54,9 @@ pub enum Restricted {}
 /// State of a ring that executes what the guest submits.
 #[derive(Debug)]
 pub enum Enabled {}
+
+/// How long a ring without I/O may take to end: three times the longest that was seen (Linux 6.18).
+const GIVEN_UP: Duration = Duration::from_millis(200);
 
 /// Who consumes the SQ.
 #[derive(Clone, Debug)]
@@ -119,9 +124,13 @@ impl KernelRing<Disabled> {
             }),
             state: PhantomData,
         };
-        ring.fd()
-            .register_files(&[disk.as_fd(), ring.parts().token.as_fd()])
-            .map_err(RingError::system("registering the disk as fixed file 0"))?;
+        let registered = ring.fd().register_files(&[disk.as_fd(), ring.parts().token.as_fd()]);
+        if let Err(source) = registered {
+            // Without the token nothing tells when the ring, which has no I/O, stops writing to its areas.
+            drop(ring);
+            thread::sleep(GIVEN_UP);
+            return Err(RingError::System { what: "registering the disk as fixed file 0", source });
+        }
         Ok(ring)
     }
 
