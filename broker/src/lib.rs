@@ -25,3 +25,5 @@ pub mod memory;
 pub mod probe;
 mod processes;
 pub mod ring;
+pub mod vhost_user;
+pub mod virtqueue;
