@@ -1,0 +1,142 @@
+//! ringpass as a vhost-user-blk back-end beside `qemu-storage-daemon`, which a user would pick instead.
+//!
+//! The same client (libblkio's driver) does the same random 4 KiB reads and writes on the same file through both
+//! servers, in alternating rounds; medians over the rounds are compared. The client spins on the used ring on one
+//! core, the server is bound to another. The file is in the page cache: this measures the path, not a disk.
+//!
+//! `qemu-storage-daemon` has its best configuration: before the rounds, each `aio` engine and several `poll-max-ns` of its
+//! iothread are tried, and the fastest one is measured, for each operation and depth on its own.
+//!
+//! `cargo bench -p ringpass-benches --bench vhost_user_blk -- --help` shows the options. Needs two idle cores and, for the
+//! comparison, `qemu-storage-daemon` (Debian: qemu-utils or qemu-system-common).
+
+mod client;
+mod report;
+mod servers;
+
+use std::{fs, io::Write, path::PathBuf, process::ExitCode, time::Duration};
+
+use anyhow::{Context, Result, ensure};
+use clap::Parser;
+
+use client::{Measurement, Operation};
+use report::{Report, Row};
+use servers::{QemuStorageDaemon, Ringpass, Server};
+
+/// Measures ringpass beside qemu-storage-daemon as vhost-user-blk back-ends.
+#[derive(Debug, Parser)]
+struct Args {
+    /// Where the image is made. Its file system should have a page cache (ext4, XFS); not tmpfs.
+    #[arg(long, default_value = "/var/tmp")]
+    dir: PathBuf,
+    /// Size of the image.
+    #[arg(long, default_value_t = 256)]
+    size_mib: u64,
+    /// How often each server is measured, in turn.
+    #[arg(long, default_value_t = 7)]
+    rounds: usize,
+    /// How long each measurement takes.
+    #[arg(long, default_value_t = 500)]
+    millis: u64,
+    /// Requests in flight.
+    #[arg(long, value_delimiter = ',', default_values_t = [1, 4, 32])]
+    depths: Vec<u16>,
+    /// Exit with an error unless every row has at least this ratio of IOPS, and a p99 no worse.
+    #[arg(long)]
+    require_ratio: Option<f64>,
+    /// Print JSON instead of the table.
+    #[arg(long)]
+    json: bool,
+    /// Given by cargo; means nothing.
+    #[arg(long, hide = true)]
+    bench: bool,
+}
+
+fn main() -> Result<ExitCode> {
+    let args = Args::parse();
+    ensure!(args.rounds > 0 && args.millis > 0 && args.size_mib > 0, "rounds, millis and size must not be zero");
+    let dir = tempfile::Builder::new().prefix("ringpass-bench-").tempdir_in(&args.dir).context("making a directory")?;
+    let image = dir.path().join("image");
+    fill(&image, args.size_mib)?;
+    let ringpass = Ringpass::build()?;
+    let report = Comparison { args: &args, image, socket: dir.path().join("socket"), ringpass }.run()?;
+    if args.json {
+        println!("{}", serde_json::to_string_pretty(&report)?);
+    } else {
+        print!("{report}");
+    }
+    Ok(match args.require_ratio {
+        Some(ratio) if !report.holds(ratio) => ExitCode::FAILURE,
+        _ => ExitCode::SUCCESS,
+    })
+}
+
+struct Comparison<'a> {
+    args: &'a Args,
+    image: PathBuf,
+    socket: PathBuf,
+    ringpass: Ringpass,
+}
+
+impl Comparison<'_> {
+    fn run(&self) -> Result<Report> {
+        let cases = [Operation::Read, Operation::Write]
+            .into_iter()
+            .flat_map(|operation| self.args.depths.iter().map(move |&depth| (operation, depth)));
+        let mut rows = Vec::new();
+        for (operation, depth) in cases {
+            let rival = self.best_rival(operation, depth)?;
+            let mut ours = Vec::new();
+            let mut theirs = Vec::new();
+            for round in 0..self.args.rounds {
+                progress(&format!("{operation} at depth {depth}, round {} of {}", round + 1, self.args.rounds));
+                ours.push(self.measure(&self.ringpass, operation, depth, self.args.millis)?);
+                theirs.push(self.measure(&rival, operation, depth, self.args.millis)?);
+            }
+            rows.push(Row::new(operation, depth, &ours, &theirs, rival.to_string()));
+        }
+        progress("");
+        Report::new(rows, self.args.rounds, self.args.millis)
+    }
+
+    /// The configuration of `qemu-storage-daemon` with the most IOPS for this case.
+    fn best_rival(&self, operation: Operation, depth: u16) -> Result<QemuStorageDaemon> {
+        let mut best: Option<(f64, QemuStorageDaemon)> = None;
+        for rival in QemuStorageDaemon::configurations() {
+            progress(&format!("{operation} at depth {depth}: trying {rival}"));
+            let iops = self.measure(&rival, operation, depth, self.args.millis.div_ceil(2))?.iops;
+            if best.as_ref().is_none_or(|(most, _)| iops > *most) {
+                best = Some((iops, rival));
+            }
+        }
+        Ok(best.context("there is no configuration")?.1)
+    }
+
+    fn measure(&self, server: &dyn Server, operation: Operation, depth: u16, millis: u64) -> Result<Measurement> {
+        let running = servers::start(server, &self.image, &self.socket)?;
+        let measured = client::measure(&self.socket, operation, depth, Duration::from_millis(millis));
+        running.stop()?;
+        measured.with_context(|| format!("{operation} at depth {depth} through {}", server.name()))
+    }
+}
+
+/// Every block with bytes of its own: no holes, nothing that compresses to one page.
+fn fill(image: &PathBuf, size_mib: u64) -> Result<()> {
+    let mut file = fs::File::create(image).with_context(|| format!("creating {image:?}"))?;
+    let mut piece = vec![0; 1 << 20];
+    for _ in 0..size_mib {
+        fastrand::fill(&mut piece);
+        file.write_all(&piece).with_context(|| format!("filling {image:?}"))?;
+    }
+    file.sync_all().context("syncing the image")
+}
+
+/// One line on a terminal that says what is going on.
+fn progress(what: &str) {
+    use std::io::IsTerminal as _;
+    let mut stderr = std::io::stderr();
+    if stderr.is_terminal() {
+        let _ = write!(stderr, "\r\x1b[K{what}");
+        let _ = stderr.flush();
+    }
+}
