@@ -1,32 +1,26 @@
-//! Split virtqueues: rings, in-flight tracking, dirty log.
+//! Split virtqueues (VIRTIO 1.2, 2.7): rings, in-flight tracking, dirty log.
+//!
+//! [`SplitQueue`] is the device's side of one queue. It takes descriptor chains ([`DescriptorChain`]), gives them back as
+//! used, and keeps two records of the vhost-user front-end: the in-flight region ([`InflightRegion`]), from which the next
+//! process knows what this one had not finished, and the log of pages that the device wrote ([`DirtyLog`]).
+//!
+//! Everything here is written by others at the same time: the rings by the driver, the region and the log by the
+//! front-end. Each value is loaded once, checked, and then used; what contradicts the rules stops this queue and no
+//! other.
 
-use vm_memory::GuestAddress;
+mod chain;
+#[cfg(test)]
+mod crash;
+mod dirty_log;
+mod error;
+mod inflight;
+mod recovery;
+mod shared_memory;
+mod split_queue;
 
-/// Everything that is known of a vring when it starts.
-#[derive(Debug)]
-pub struct QueueSetup {
-    /// Number of descriptors (VHOST_USER_SET_VRING_NUM): a power of two.
-    pub size: u16,
-    /// Guest-physical address of the descriptor table.
-    pub desc_table: GuestAddress,
-    /// Guest-physical address of the available ring.
-    pub avail_ring: GuestAddress,
-    /// Guest-physical address of the used ring.
-    pub used_ring: GuestAddress,
-    /// Index of the next available entry to take (VHOST_USER_SET_VRING_BASE).
-    pub next_avail: u16,
-    /// Whether VIRTIO_RING_F_EVENT_IDX was accepted.
-    pub event_idx: bool,
-    /// Where the used ring is for the dirty log (VHOST_USER_SET_VRING_ADDR with VHOST_VRING_F_LOG).
-    pub used_log_gpa: Option<u64>,
-    /// This queue's part of the in-flight region, if the front-end keeps one.
-    pub inflight: Option<InflightQueue>,
-}
-
-/// The part of an in-flight region that belongs to one queue.
-#[derive(Debug)]
-pub struct InflightQueue(());
-
-/// The front-end's log of pages that the device wrote.
-#[derive(Debug)]
-pub struct DirtyLog(());
+pub use chain::{ChainError, DescriptorChain};
+pub use dirty_log::DirtyLog;
+pub use error::QueueError;
+pub use inflight::{InflightError, InflightFile, InflightQueue, InflightRegion};
+pub use shared_memory::SharedMemoryError;
+pub use split_queue::{QueueSetup, SplitQueue};

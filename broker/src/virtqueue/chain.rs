@@ -1,0 +1,189 @@
+//! One descriptor chain (VIRTIO 1.2, 2.7.4 and 2.7.5), walked once.
+
+use std::mem::size_of;
+
+use thiserror::Error;
+use virtio_queue::desc::split::Descriptor;
+use vm_memory::{Address, Bytes, GuestAddress, GuestMemory, GuestMemoryMmap, Permissions, VolatileSlice};
+
+/// Size of a descriptor in bytes.
+const DESCRIPTOR_BYTES: u64 = size_of::<Descriptor>() as u64;
+
+/// Indirect tables may have this many entries also in queues that are smaller.
+///
+/// VIRTIO wants no chain longer than the queue (2.7.5.3.1), but Linux only looks at the number of segments that the
+/// device allows, and a front-end may give the queue a smaller size than the device's configuration was made for.
+const INDIRECT_ENTRIES_MIN_LIMIT: u32 = 1024;
+
+/// The buffers of all descriptors of a chain are at most this long together (VIRTIO 1.2, 2.7.5.2).
+const CHAIN_BYTES_MAX: u64 = 1 << 32;
+
+/// What is wrong with a chain. Whatever was read of it before is as the driver wrote it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
+pub enum ChainError {
+    /// A descriptor names a next one that is not in its table.
+    #[error("descriptor {index} is named in a table of {table_entries}")]
+    IndexOutOfRange {
+        /// The index that was named.
+        index: u16,
+        /// Number of entries of the table.
+        table_entries: u32,
+    },
+    /// More descriptors than the table has: some come twice.
+    #[error("the chain is a loop: it did not end after the {table_entries} entries of its table")]
+    Loop {
+        /// Number of entries of the table.
+        table_entries: u32,
+    },
+    /// A descriptor is not in guest memory.
+    #[error("the descriptor at {gpa:#x} is not in guest memory")]
+    OutsideMemory {
+        /// Guest-physical address of the descriptor.
+        gpa: u64,
+    },
+    /// A descriptor of an indirect table refers to an indirect table (VIRTIO 1.2, 2.7.5.3.1).
+    #[error("an indirect table inside an indirect table")]
+    IndirectInIndirect,
+    /// A descriptor that refers to an indirect table and to a next descriptor (VIRTIO 1.2, 2.7.5.3.1).
+    #[error("a descriptor with both INDIRECT and NEXT")]
+    IndirectWithNext,
+    /// An indirect table is not a whole number of descriptors, empty, or longer than a chain may be.
+    #[error("an indirect table of {len_bytes} bytes: it must have 1 to {entries_max} descriptors of 16 bytes")]
+    IndirectLength {
+        /// Its length in bytes.
+        len_bytes: u32,
+        /// How many entries it may have.
+        entries_max: u32,
+    },
+    /// The buffers are longer than 4 GiB together (VIRTIO 1.2, 2.7.5.2).
+    #[error("the buffers of the chain are longer than 4 GiB together")]
+    TooManyBytes,
+}
+
+/// One descriptor chain: an iterator over its descriptors, each copied out of guest memory once.
+///
+/// Indirect tables are followed; what comes out are the descriptors of buffers only. Nothing is known yet of where the
+/// buffers are. After an error, or its last descriptor, it yields nothing more. It ends for every input: it yields at
+/// most the descriptors of two tables.
+#[derive(Debug)]
+pub struct DescriptorChain<'m, M = GuestMemoryMmap> {
+    memory: &'m M,
+    head: u16,
+    table: Table<'m>,
+    /// The descriptor that comes next.
+    next: Option<u16>,
+    /// How many descriptors of the table may still come.
+    entries_left: u32,
+    /// How many entries an indirect table may have.
+    indirect_entries_max: u32,
+    is_indirect: bool,
+    bytes: u64,
+}
+
+/// A descriptor table.
+#[derive(Clone, Copy, Debug)]
+struct Table<'m> {
+    gpa: GuestAddress,
+    entries: u32,
+    /// The whole table, translated, if it does not cross a boundary of memory regions.
+    slice: Option<VolatileSlice<'m>>,
+}
+
+impl<'m> Table<'m> {
+    fn new<M: GuestMemory<Bitmap = ()>>(memory: &'m M, gpa: GuestAddress, entries: u32) -> Self {
+        let len_bytes = entries as usize * size_of::<Descriptor>();
+        let first = memory.get_slices(gpa, len_bytes, Permissions::Read).ok().and_then(|mut slices| slices.next());
+        let slice = first.and_then(Result::ok).filter(|slice| slice.len() == len_bytes);
+        Self { gpa, entries, slice }
+    }
+
+    fn read<M: GuestMemory<Bitmap = ()>>(&self, memory: &M, index: u16) -> Result<Descriptor, ChainError> {
+        let offset_bytes = u64::from(index) * DESCRIPTOR_BYTES;
+        let outside = || ChainError::OutsideMemory { gpa: self.gpa.0.wrapping_add(offset_bytes) };
+        match self.slice {
+            Some(slice) => slice.read_obj(offset_bytes as usize).map_err(|_| outside()),
+            None => {
+                let gpa = self.gpa.checked_add(offset_bytes).ok_or_else(outside)?;
+                memory.read_obj(gpa).map_err(|_| outside())
+            }
+        }
+    }
+}
+
+impl<'m, M: GuestMemory<Bitmap = ()>> DescriptorChain<'m, M> {
+    /// The chain whose first descriptor is entry `head` of a queue's table.
+    pub(super) fn new(memory: &'m M, table_gpa: GuestAddress, queue_size: u16, head: u16) -> Self {
+        let entries = u32::from(queue_size);
+        Self {
+            memory,
+            head,
+            table: Table::new(memory, table_gpa, entries),
+            next: Some(head),
+            entries_left: entries,
+            indirect_entries_max: entries.max(INDIRECT_ENTRIES_MIN_LIMIT),
+            is_indirect: false,
+            bytes: 0,
+        }
+    }
+
+    /// Index of the first descriptor: by this the chain is completed.
+    pub fn head(&self) -> u16 {
+        self.head
+    }
+
+    /// The memory that the chain's addresses are in.
+    pub fn memory(&self) -> &'m M {
+        self.memory
+    }
+
+    /// The descriptor of the next buffer. `next` of the chain is taken already.
+    fn step(&mut self, mut index: u16) -> Result<Descriptor, ChainError> {
+        loop {
+            let table_entries = self.table.entries;
+            if u32::from(index) >= table_entries {
+                return Err(ChainError::IndexOutOfRange { index, table_entries });
+            }
+            self.entries_left = self.entries_left.checked_sub(1).ok_or(ChainError::Loop { table_entries })?;
+            let descriptor = self.table.read(self.memory, index)?;
+            if descriptor.refers_to_indirect_table() {
+                self.enter_indirect(&descriptor)?;
+                index = 0;
+                continue;
+            }
+            self.bytes += u64::from(descriptor.len());
+            if self.bytes > CHAIN_BYTES_MAX {
+                return Err(ChainError::TooManyBytes);
+            }
+            self.next = descriptor.has_next().then(|| descriptor.next());
+            return Ok(descriptor);
+        }
+    }
+
+    fn enter_indirect(&mut self, descriptor: &Descriptor) -> Result<(), ChainError> {
+        if self.is_indirect {
+            return Err(ChainError::IndirectInIndirect);
+        }
+        if descriptor.has_next() {
+            return Err(ChainError::IndirectWithNext);
+        }
+        let len_bytes = descriptor.len();
+        let entries_max = self.indirect_entries_max;
+        let entries = len_bytes / DESCRIPTOR_BYTES as u32;
+        if entries == 0 || entries > entries_max || !len_bytes.is_multiple_of(DESCRIPTOR_BYTES as u32) {
+            return Err(ChainError::IndirectLength { len_bytes, entries_max });
+        }
+        self.is_indirect = true;
+        self.table = Table::new(self.memory, descriptor.addr(), entries);
+        self.entries_left = entries;
+        Ok(())
+    }
+}
+
+impl<M: GuestMemory<Bitmap = ()>> Iterator for DescriptorChain<'_, M> {
+    type Item = Result<Descriptor, ChainError>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        let index = self.next.take()?;
+        Some(self.step(index))
+    }
+}

@@ -1,0 +1,44 @@
+//! For tests: a process that dies between any two stores to shared memory.
+
+use std::cell::Cell;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+
+thread_local! {
+    /// How many stores are still made; `None`: all.
+    static STORES_LEFT: Cell<Option<u64>> = const { Cell::new(None) };
+    /// How many stores were made in all.
+    static STORES_MADE: Cell<u64> = const { Cell::new(0) };
+}
+
+/// What unwinds from the store that is not made any more.
+struct Death;
+
+/// Called before each store to memory that outlives the process.
+pub(super) fn before_store() {
+    if let Some(left) = STORES_LEFT.get() {
+        if left == 0 {
+            // Not `panic!`: nothing is wrong, and nothing is to be printed.
+            resume_unwind(Box::new(Death));
+        }
+        STORES_LEFT.set(Some(left - 1));
+    }
+    STORES_MADE.set(STORES_MADE.get() + 1);
+}
+
+/// Runs `life`, which dies after `stores` stores. `None`: it died.
+pub(super) fn live_for<T>(stores: u64, life: impl FnOnce() -> T) -> Option<T> {
+    STORES_LEFT.set(Some(stores));
+    // What `life` leaves half-done in shared memory is what the tests are about; the rest is not used again.
+    let result = catch_unwind(AssertUnwindSafe(life));
+    STORES_LEFT.set(None);
+    match result {
+        Ok(value) => Some(value),
+        Err(cause) if cause.is::<Death>() => None,
+        Err(cause) => resume_unwind(cause),
+    }
+}
+
+/// How many stores this thread has made.
+pub(super) fn stores_made() -> u64 {
+    STORES_MADE.get()
+}

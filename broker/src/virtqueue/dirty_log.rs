@@ -1,0 +1,70 @@
+//! The log of the pages that the device wrote, for live migration.
+
+use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+
+use super::shared_memory::{SharedMemory, SharedMemoryError};
+
+/// Size of the pages that one bit of the log stands for (`VHOST_LOG_PAGE` of vhost-user).
+const PAGE_BYTES: u64 = 4096;
+
+/// The front-end's log of pages that the device wrote (VHOST_USER_SET_LOG_BASE): one bit for each 4 KiB page of
+/// guest-physical addresses, from address 0 on.
+///
+/// The front-end clears bits and then reads the pages. So a page is marked *after* it was written, and before anybody
+/// learns that it was.
+///
+/// Any number of threads may mark at the same time.
+#[derive(Debug)]
+pub struct DirtyLog {
+    bits: SharedMemory,
+    out_of_range_pages: AtomicU64,
+}
+
+impl DirtyLog {
+    /// Maps the log: `size_bytes` of the file from `offset_bytes` on.
+    ///
+    /// # Errors
+    ///
+    /// The area is empty, not at a page boundary of the file, not all in the file, or cannot be mapped for writing.
+    pub fn from_fd(fd: OwnedFd, offset_bytes: u64, size_bytes: u64) -> Result<Self, SharedMemoryError> {
+        Ok(Self { bits: SharedMemory::map(fd, offset_bytes, size_bytes)?, out_of_range_pages: AtomicU64::new(0) })
+    }
+
+    /// Marks the pages of `len_bytes` bytes from `gpa` on as written. Pages that the log has no bit for are counted.
+    pub fn mark(&self, gpa: u64, len_bytes: u64) {
+        let Some(last_offset) = len_bytes.checked_sub(1) else { return };
+        let first_page = gpa / PAGE_BYTES;
+        let last_page = gpa.saturating_add(last_offset) / PAGE_BYTES;
+        let end_page = last_page + 1;
+        let logged_end = end_page.min(self.bits.size_bytes().saturating_mul(8));
+        let mut page = first_page;
+        while page < logged_end {
+            let byte_end = (page / 8 + 1) * 8;
+            let end = byte_end.min(logged_end);
+            let mask = bits_from(page % 8) & bits_below(end - page / 8 * 8);
+            // Release: whoever sees the bit sees the page's new content.
+            self.bits.atomic::<AtomicU8>((page / 8) as usize).fetch_or(mask, Ordering::Release);
+            page = end;
+        }
+        let outside = end_page - logged_end.clamp(first_page, end_page);
+        if outside > 0 {
+            self.out_of_range_pages.fetch_add(outside, Ordering::Relaxed);
+        }
+    }
+
+    /// How many pages were to be marked for which the log has no bit: the front-end made it too small.
+    pub fn out_of_range_pages(&self) -> u64 {
+        self.out_of_range_pages.load(Ordering::Relaxed)
+    }
+}
+
+/// The bits of a byte from `bit` on; `bit` is at most 7.
+fn bits_from(bit: u64) -> u8 {
+    0xff << bit
+}
+
+/// The bits of a byte below `bit`; `bit` is 1 to 8.
+fn bits_below(bit: u64) -> u8 {
+    0xff >> (8 - bit)
+}

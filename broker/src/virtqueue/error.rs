@@ -1,0 +1,102 @@
+//! Why a queue cannot start or go on.
+
+use thiserror::Error;
+use vm_memory::GuestMemoryError;
+
+/// Why a queue cannot start or go on. It concerns this queue only: others are not affected.
+#[derive(Debug, Error)]
+pub enum QueueError {
+    /// The number of descriptors breaks VIRTIO 1.2, 2.7.
+    #[error("a queue of {size} descriptors: the size must be a power of two of at most 32768")]
+    Size {
+        /// The size that was given.
+        size: u16,
+    },
+    /// A ring's address breaks VIRTIO 1.2, 2.7.
+    #[error("the {ring} at {gpa:#x} is not aligned to {alignment_bytes} bytes")]
+    Misaligned {
+        /// Which of the three.
+        ring: &'static str,
+        /// Its guest-physical address.
+        gpa: u64,
+        /// What it must be a multiple of.
+        alignment_bytes: u64,
+    },
+    /// A ring is not all in guest memory.
+    #[error("the {ring} of {len_bytes} bytes at {gpa:#x} is not all in guest memory")]
+    OutsideMemory {
+        /// Which of the three.
+        ring: &'static str,
+        /// Its guest-physical address.
+        gpa: u64,
+        /// Its length in bytes.
+        len_bytes: u64,
+    },
+    /// The driver made more chains available than the queue has entries.
+    #[error(
+        "the driver's available index went from {next_avail} to {avail_idx}, which is more than the {size} entries"
+    )]
+    AvailIndex {
+        /// What the driver wrote.
+        avail_idx: u16,
+        /// The next entry that would have been taken.
+        next_avail: u16,
+        /// Number of entries.
+        size: u16,
+    },
+    /// The driver made a chain available whose head is not in the descriptor table.
+    #[error("the driver made descriptor {head} available, but the queue has only {size}")]
+    HeadOutOfRange {
+        /// Index of the head.
+        head: u16,
+        /// Number of descriptors.
+        size: u16,
+    },
+    /// The driver made a chain available again before it got it back.
+    #[error("the driver made descriptor {head} available again while it is in flight")]
+    HeadInFlight {
+        /// Index of the head.
+        head: u16,
+    },
+    /// A chain was to be completed that is not in flight: an error of the caller.
+    #[error("descriptor {head} was completed but is not in flight")]
+    NotInFlight {
+        /// Index of the head.
+        head: u16,
+    },
+    /// The front-end's in-flight region is for smaller queues.
+    #[error("the in-flight region has {entries} entries per queue, but this queue has {size} descriptors")]
+    InflightTooSmall {
+        /// Entries per queue of the region.
+        entries: u16,
+        /// Number of descriptors.
+        size: u16,
+    },
+    /// The in-flight region was written by somebody who uses another format.
+    #[error("the in-flight region of this queue has version {version}; only version 1 is known")]
+    InflightVersion {
+        /// What stands there.
+        version: u16,
+    },
+    /// The in-flight region belongs to another state of the used ring.
+    #[error(
+        "the used index is {ring_used_idx} in the ring and {region_used_idx} in the in-flight region, and no {size} \
+         entries lie between them"
+    )]
+    InflightUsedIndex {
+        /// `idx` of the used ring.
+        ring_used_idx: u16,
+        /// `used_idx` of the region.
+        region_used_idx: u16,
+        /// Number of descriptors.
+        size: u16,
+    },
+    /// A ring is not in guest memory any more: the front-end changed the memory under a running queue.
+    #[error("the {ring} of a running queue cannot be reached any more: {source}")]
+    Unreachable {
+        /// Which of the three.
+        ring: &'static str,
+        /// What vm-memory says.
+        source: GuestMemoryError,
+    },
+}

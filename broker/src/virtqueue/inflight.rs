@@ -1,0 +1,225 @@
+//! The in-flight region: what a queue has taken and not given back yet, in memory that outlives the process.
+//!
+//! The format and the order of its stores are those of the vhost-user specification, "Inflight I/O tracking", split
+//! virtqueues. The front-end keeps the region across a reconnect and writes nothing to it.
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use rustix::fs::{MemfdFlags, SealFlags};
+use thiserror::Error;
+
+use super::shared_memory::{SharedMemory, SharedMemoryError};
+
+/// `version` of a queue's region that is in use; 0 is a region that nobody has used yet.
+pub(super) const VERSION: u16 = 1;
+/// The largest queue (VIRTIO 1.2, 2.7).
+const QUEUE_SIZE_MAX: u16 = 32768;
+
+/// Offsets of the fields of `QueueRegionSplit`.
+const VERSION_OFFSET: usize = 8;
+const DESC_NUM_OFFSET: usize = 10;
+const LAST_BATCH_HEAD_OFFSET: usize = 12;
+const USED_IDX_OFFSET: usize = 14;
+const HEADER_BYTES: usize = 16;
+/// Size of `DescStateSplit`, and the offsets of its fields.
+const ENTRY_BYTES: usize = 16;
+const ENTRY_INFLIGHT_OFFSET: usize = 0;
+const ENTRY_NEXT_OFFSET: usize = 6;
+const ENTRY_COUNTER_OFFSET: usize = 8;
+/// The regions of the queues follow each other at multiples of this, in all back-ends that we know of (libvhost-user,
+/// DPDK): a front-end may give one back-end the region of another.
+const REGION_ALIGNMENT_BYTES: usize = 64;
+
+/// Why an in-flight region cannot be made or used.
+#[derive(Debug, Error)]
+pub enum InflightError {
+    /// A region for nothing, or for queues that cannot be.
+    #[error("an in-flight region for {queues} queues of {queue_size} descriptors: give 1 to 32768 of each")]
+    Shape {
+        /// Number of queues.
+        queues: u16,
+        /// Descriptors of each.
+        queue_size: u16,
+    },
+    /// The area is smaller than what it is to hold.
+    #[error("an in-flight region of {size_bytes} bytes: {queues} queues of {queue_size} need {needed_bytes}")]
+    TooSmall {
+        /// Its size in bytes.
+        size_bytes: u64,
+        /// Number of queues.
+        queues: u16,
+        /// Descriptors of each.
+        queue_size: u16,
+        /// Bytes that they need.
+        needed_bytes: u64,
+    },
+    /// It cannot be mapped.
+    #[error("the in-flight region: {0}")]
+    Mapping(#[from] SharedMemoryError),
+    /// The file for it cannot be made.
+    #[error("{what}: {source}")]
+    Create {
+        /// What was tried.
+        what: &'static str,
+        /// The kernel's answer.
+        source: std::io::Error,
+    },
+}
+
+/// A new in-flight region, as the answer to VHOST_USER_GET_INFLIGHT_FD: it begins at offset 0 of the file.
+#[derive(Debug)]
+pub struct InflightFile {
+    /// A memfd full of zeroes that cannot be made shorter.
+    pub fd: OwnedFd,
+    /// Length of the region, and of the file, in bytes.
+    pub size_bytes: u64,
+}
+
+/// An in-flight region, mapped.
+#[derive(Debug)]
+pub struct InflightRegion {
+    memory: Arc<SharedMemory>,
+    queues: u16,
+    queue_size: u16,
+}
+
+impl InflightRegion {
+    /// Makes a region for `queues` queues of `queue_size` descriptors each. It is only mapped when the front-end gives
+    /// it back.
+    ///
+    /// # Errors
+    ///
+    /// No such queues can be, or the kernel makes no file.
+    pub fn create(queues: u16, queue_size: u16) -> Result<InflightFile, InflightError> {
+        let size_bytes = region_bytes(queues, queue_size)?;
+        let system = |what| move |errno: rustix::io::Errno| InflightError::Create { what, source: errno.into() };
+        let fd = rustix::fs::memfd_create("ringpass-inflight", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)
+            .map_err(system("making the memfd of an in-flight region"))?;
+        rustix::fs::ftruncate(&fd, size_bytes).map_err(system("sizing the memfd of an in-flight region"))?;
+        // The front-end holds the file while we use the mapping: nobody can make its pages vanish under us.
+        rustix::fs::fcntl_add_seals(&fd, SealFlags::GROW | SealFlags::SHRINK | SealFlags::SEAL)
+            .map_err(system("sealing the memfd of an in-flight region"))?;
+        Ok(InflightFile { fd, size_bytes })
+    }
+
+    /// Maps the region that the front-end gives (VHOST_USER_SET_INFLIGHT_FD). Its content is looked at when a queue starts.
+    ///
+    /// # Errors
+    ///
+    /// No such queues can be, they need more than `size_bytes`, or the area cannot be mapped.
+    pub fn from_fd(
+        fd: OwnedFd,
+        offset_bytes: u64,
+        size_bytes: u64,
+        queues: u16,
+        queue_size: u16,
+    ) -> Result<Self, InflightError> {
+        let needed_bytes = region_bytes(queues, queue_size)?;
+        if size_bytes < needed_bytes {
+            return Err(InflightError::TooSmall { size_bytes, queues, queue_size, needed_bytes });
+        }
+        let memory = Arc::new(SharedMemory::map(fd, offset_bytes, needed_bytes)?);
+        Ok(Self { memory, queues, queue_size })
+    }
+
+    /// The part of queue `index`. `None`: the region was made for fewer queues.
+    pub fn queue(&self, index: u16) -> Option<InflightQueue> {
+        (index < self.queues).then(|| InflightQueue {
+            memory: Arc::clone(&self.memory),
+            start: usize::from(index) * queue_stride(self.queue_size),
+            entries: self.queue_size,
+        })
+    }
+}
+
+/// From one queue's part of a region to the next.
+fn queue_stride(queue_size: u16) -> usize {
+    (HEADER_BYTES + usize::from(queue_size) * ENTRY_BYTES).next_multiple_of(REGION_ALIGNMENT_BYTES)
+}
+
+fn region_bytes(queues: u16, queue_size: u16) -> Result<u64, InflightError> {
+    if queues == 0 || queues > QUEUE_SIZE_MAX || queue_size == 0 || queue_size > QUEUE_SIZE_MAX {
+        return Err(InflightError::Shape { queues, queue_size });
+    }
+    Ok(u64::from(queues) * queue_stride(queue_size) as u64)
+}
+
+/// The part of an in-flight region that belongs to one queue. It keeps the region mapped.
+///
+/// What is loaded may be anything. Every store is one integer, made in program order: a process that is killed leaves
+/// what it stored before, and nothing of what would have come after.
+#[derive(Clone, Debug)]
+pub struct InflightQueue {
+    memory: Arc<SharedMemory>,
+    /// Offset of `QueueRegionSplit` in the mapping.
+    start: usize,
+    entries: u16,
+}
+
+impl InflightQueue {
+    /// Number of descriptors that can be tracked.
+    pub fn entries(&self) -> u16 {
+        self.entries
+    }
+
+    pub(super) fn version(&self) -> u16 {
+        self.memory.load(self.start + VERSION_OFFSET, Ordering::Acquire)
+    }
+
+    pub(super) fn set_version(&self, version: u16) {
+        self.memory.store(self.start + VERSION_OFFSET, version, Ordering::Release);
+    }
+
+    /// For others who read the region; we ourselves go by the size that the front-end named.
+    pub(super) fn set_desc_num(&self, desc_num: u16) {
+        self.memory.store(self.start + DESC_NUM_OFFSET, desc_num, Ordering::Release);
+    }
+
+    pub(super) fn last_batch_head(&self) -> u16 {
+        self.memory.load(self.start + LAST_BATCH_HEAD_OFFSET, Ordering::Acquire)
+    }
+
+    pub(super) fn set_last_batch_head(&self, head: u16) {
+        self.memory.store(self.start + LAST_BATCH_HEAD_OFFSET, head, Ordering::Release);
+    }
+
+    pub(super) fn used_idx(&self) -> u16 {
+        self.memory.load(self.start + USED_IDX_OFFSET, Ordering::Acquire)
+    }
+
+    pub(super) fn set_used_idx(&self, used_idx: u16) {
+        self.memory.store(self.start + USED_IDX_OFFSET, used_idx, Ordering::Release);
+    }
+
+    pub(super) fn is_in_flight(&self, head: u16) -> bool {
+        self.memory.load::<u8>(self.entry(head) + ENTRY_INFLIGHT_OFFSET, Ordering::Acquire) != 0
+    }
+
+    pub(super) fn set_in_flight(&self, head: u16, in_flight: bool) {
+        self.memory.store(self.entry(head) + ENTRY_INFLIGHT_OFFSET, u8::from(in_flight), Ordering::Release);
+    }
+
+    pub(super) fn counter(&self, head: u16) -> u64 {
+        self.memory.load(self.entry(head) + ENTRY_COUNTER_OFFSET, Ordering::Acquire)
+    }
+
+    pub(super) fn set_counter(&self, head: u16, counter: u64) {
+        self.memory.store(self.entry(head) + ENTRY_COUNTER_OFFSET, counter, Ordering::Release);
+    }
+
+    pub(super) fn next(&self, head: u16) -> u16 {
+        self.memory.load(self.entry(head) + ENTRY_NEXT_OFFSET, Ordering::Acquire)
+    }
+
+    pub(super) fn set_next(&self, head: u16, next: u16) {
+        self.memory.store(self.entry(head) + ENTRY_NEXT_OFFSET, next, Ordering::Release);
+    }
+
+    /// Offset of `DescStateSplit` number `head` in the mapping.
+    fn entry(&self, head: u16) -> usize {
+        debug_assert!(head < self.entries, "a head below the queue's size, which is at most the number of entries");
+        self.start + HEADER_BYTES + usize::from(head) * ENTRY_BYTES
+    }
+}
