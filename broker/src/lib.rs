@@ -26,4 +26,5 @@ pub mod probe;
 mod processes;
 pub mod ring;
 pub mod vhost_user;
+pub mod virtio_blk;
 pub mod virtqueue;

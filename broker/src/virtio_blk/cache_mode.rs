@@ -1,0 +1,148 @@
+//! Write-back or write-through.
+
+use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_FLUSH};
+
+use super::config::WRITEBACK_OFFSET_BYTES;
+use crate::vhost_user::ConfigWriteError;
+
+/// Whether completed writes may still be volatile (VIRTIO 1.2, 5.2.5 and 5.2.6.2).
+///
+/// The device has a write-back cache: the host's, or the disk's own. It must behave as write-through for a driver that
+/// cannot flush, and for one that says so in `writeback`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct CacheMode {
+    /// `None` until the driver accepted features.
+    driver_features: Option<u64>,
+    /// What the driver wrote to `writeback`.
+    chosen: Option<bool>,
+}
+
+impl CacheMode {
+    /// As after a reset of the device: write-back, until features are accepted.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// The driver accepted these features. What it wrote to `writeback` stays: front-ends repeat this message while the
+    /// driver runs (QEMU: at `cont`, and when migration begins).
+    pub fn set_driver_features(&mut self, features: u64) {
+        self.driver_features = Some(features);
+    }
+
+    /// The value of `writeback` in the configuration space: true if writes are volatile until they are flushed, false if
+    /// each must be stable when it completes.
+    pub fn writeback(&self) -> bool {
+        let Some(features) = self.driver_features else { return true };
+        let can_flush = has(features, VIRTIO_BLK_F_FLUSH);
+        if has(features, VIRTIO_BLK_F_CONFIG_WCE) { self.chosen.unwrap_or(can_flush) } else { can_flush }
+    }
+
+    /// The driver writes to the configuration space; the only field for that is `writeback`, with 0 or 1.
+    ///
+    /// A write before features were accepted is kept: front-ends forward it as it comes, and the features only when the
+    /// driver is done.
+    ///
+    /// # Errors
+    ///
+    /// The bytes are not exactly that field, the driver did not accept VIRTIO_BLK_F_CONFIG_WCE, or the value is neither
+    /// 0 nor 1. Nothing has changed then.
+    pub fn write_config(&mut self, offset_bytes: u32, bytes: &[u8]) -> Result<(), ConfigWriteError> {
+        let may_choose = self.driver_features.is_none_or(|features| has(features, VIRTIO_BLK_F_CONFIG_WCE));
+        let &[value] = bytes else { return Err(not_writable(offset_bytes, bytes)) };
+        if offset_bytes as usize != WRITEBACK_OFFSET_BYTES || !may_choose {
+            return Err(not_writable(offset_bytes, bytes));
+        }
+        self.chosen = match value {
+            0 => Some(false),
+            1 => Some(true),
+            _ => return Err(ConfigWriteError::BadValue { field: "writeback", value: value.into() }),
+        };
+        Ok(())
+    }
+}
+
+fn not_writable(offset_bytes: u32, bytes: &[u8]) -> ConfigWriteError {
+    ConfigWriteError::NotWritable { offset_bytes, end_bytes: u64::from(offset_bytes) + bytes.len() as u64 }
+}
+
+fn has(features: u64, bit: u32) -> bool {
+    features & (1 << bit) != 0
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const FLUSH: u64 = 1 << VIRTIO_BLK_F_FLUSH;
+    const CONFIG_WCE: u64 = 1 << VIRTIO_BLK_F_CONFIG_WCE;
+
+    fn negotiated(features: u64) -> CacheMode {
+        let mut mode = CacheMode::new();
+        mode.set_driver_features(features);
+        mode
+    }
+
+    #[test]
+    fn the_cache_is_write_back_until_features_are_accepted() {
+        assert!(CacheMode::new().writeback());
+    }
+
+    #[test]
+    fn a_driver_that_cannot_flush_gets_write_through() {
+        assert!(negotiated(FLUSH).writeback());
+        assert!(!negotiated(0).writeback());
+        assert!(!negotiated(CONFIG_WCE).writeback(), "VIRTIO 1.2, 5.2.5.2: writeback starts as 0");
+        assert!(negotiated(FLUSH | CONFIG_WCE).writeback());
+    }
+
+    #[test]
+    fn the_driver_switches_the_mode_by_writing_writeback() {
+        let mut mode = negotiated(FLUSH | CONFIG_WCE);
+        mode.write_config(32, &[0]).unwrap();
+        assert!(!mode.writeback());
+        mode.write_config(32, &[1]).unwrap();
+        assert!(mode.writeback());
+    }
+
+    #[test]
+    fn features_accepted_again_keep_what_the_driver_wrote() {
+        let mut mode = negotiated(FLUSH | CONFIG_WCE);
+        mode.write_config(32, &[0]).unwrap();
+        mode.set_driver_features(FLUSH | CONFIG_WCE);
+        assert!(!mode.writeback());
+    }
+
+    #[test]
+    fn a_write_that_comes_before_the_features_counts_if_they_allow_it() {
+        let mut mode = CacheMode::new();
+        mode.write_config(32, &[0]).unwrap();
+        mode.set_driver_features(FLUSH | CONFIG_WCE);
+        assert!(!mode.writeback());
+        mode.set_driver_features(FLUSH);
+        assert!(mode.writeback());
+    }
+
+    #[test]
+    fn writes_beside_the_writeback_field_are_refused_and_change_nothing() {
+        let mut mode = negotiated(FLUSH | CONFIG_WCE);
+        for (offset_bytes, bytes) in [(0, &[0_u8][..]), (31, &[0, 0]), (32, &[]), (32, &[0, 0]), (u32::MAX, &[0])] {
+            let refused = mode.write_config(offset_bytes, bytes).unwrap_err();
+            assert!(matches!(refused, ConfigWriteError::NotWritable { .. }), "{offset_bytes}: {refused}");
+        }
+        assert!(mode.writeback());
+    }
+
+    #[test]
+    fn a_driver_without_config_wce_cannot_write_writeback() {
+        let mut mode = negotiated(FLUSH);
+        assert!(matches!(mode.write_config(32, &[0]), Err(ConfigWriteError::NotWritable { .. })));
+        assert!(mode.writeback());
+    }
+
+    #[test]
+    fn values_other_than_zero_and_one_are_refused() {
+        let mut mode = negotiated(FLUSH | CONFIG_WCE);
+        let refused = mode.write_config(32, &[2]).unwrap_err();
+        assert_eq!(refused, ConfigWriteError::BadValue { field: "writeback", value: 2 });
+    }
+}

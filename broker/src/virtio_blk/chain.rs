@@ -1,0 +1,192 @@
+//! One walk along a descriptor chain: where its header, its data and its status are.
+
+use virtio_queue::desc::split::Descriptor;
+use vm_memory::{
+    Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap, MemoryRegionAddress,
+};
+
+use super::{ChainError, Refusal, Segment, SegmentList};
+
+/// `type`, `reserved` and `sector` of `struct virtio_blk_req` (VIRTIO 1.2, 5.2.6).
+pub(super) const HEADER_BYTES: usize = 16;
+
+/// What a chain consists of. Its data, readable or writable, is in the segment list.
+pub(super) struct Chain {
+    pub(super) header: [u8; HEADER_BYTES],
+    /// Device-readable bytes after the header.
+    pub(super) readable_bytes: u64,
+    /// Device-writable bytes before the status.
+    pub(super) writable_bytes: u32,
+    pub(super) status_gpa: GuestAddress,
+    /// The first reason not to execute it. The data is not complete then.
+    pub(super) refusal: Option<Refusal>,
+}
+
+impl Chain {
+    /// Walks once along the descriptors. Nothing is assumed of how they divide header, data and status (VIRTIO 1.2,
+    /// 2.7.4.1); those without bytes count for nothing.
+    #[inline]
+    pub(super) fn walk(
+        descriptors: impl Iterator<Item = Descriptor>,
+        memory: &GuestMemoryMmap<()>,
+        segments: &mut SegmentList,
+    ) -> Result<Self, ChainError> {
+        let mut walk = Walk {
+            memory: Translator { memory, last: None },
+            segments,
+            header: [0; HEADER_BYTES],
+            readable_bytes: 0,
+            writable_bytes: 0,
+            last_writable: None,
+            refusal: None,
+        };
+        let mut count = 0;
+        let mut ended = false;
+        for descriptor in descriptors {
+            count += 1;
+            // The iterator stops at an error as it does at the end: the last descriptor tells which it was.
+            ended = !descriptor.has_next();
+            if descriptor.len() == 0 {
+                continue;
+            }
+            if descriptor.is_write_only() {
+                walk.writable(descriptor.addr(), descriptor.len());
+            } else {
+                walk.readable(descriptor.addr(), descriptor.len());
+            }
+        }
+        if !ended {
+            return Err(ChainError::Unended { descriptors: count });
+        }
+        walk.finish()
+    }
+}
+
+struct Walk<'a, 'm> {
+    memory: Translator<'m>,
+    segments: &'a mut SegmentList,
+    header: [u8; HEADER_BYTES],
+    readable_bytes: u64,
+    writable_bytes: u64,
+    /// The last device-writable buffer so far. If no other comes, its last byte is the status.
+    last_writable: Option<(GuestAddress, u32)>,
+    refusal: Option<Refusal>,
+}
+
+impl Walk<'_, '_> {
+    fn readable(&mut self, gpa: GuestAddress, len_bytes: u32) {
+        let before_bytes = self.readable_bytes;
+        self.readable_bytes += u64::from(len_bytes);
+        if self.refusal.is_some() {
+            return;
+        }
+        if self.last_writable.is_some() {
+            self.refusal = Some(Refusal::ReadableAfterWritable);
+            return;
+        }
+        let read_bytes = match usize::try_from(before_bytes).ok().and_then(|before| self.header.get_mut(before..)) {
+            Some(missing) if !missing.is_empty() => {
+                let part_bytes = missing.len().min(len_bytes as usize);
+                if !self.memory.read(gpa, &mut missing[..part_bytes]) {
+                    self.refusal = Some(Refusal::OutsideMemory { gpa, len_bytes });
+                    return;
+                }
+                part_bytes as u32
+            }
+            _ => 0,
+        };
+        if read_bytes < len_bytes {
+            self.data(GuestAddress(gpa.0.wrapping_add(read_bytes.into())), len_bytes - read_bytes);
+        }
+    }
+
+    fn writable(&mut self, gpa: GuestAddress, len_bytes: u32) {
+        self.writable_bytes += u64::from(len_bytes);
+        if let Some((gpa, len_bytes)) = self.last_writable.replace((gpa, len_bytes)) {
+            self.data(gpa, len_bytes);
+        }
+    }
+
+    fn data(&mut self, gpa: GuestAddress, len_bytes: u32) {
+        if self.refusal.is_none() {
+            self.refusal = self.memory.segments(gpa, len_bytes, self.segments).err();
+        }
+    }
+
+    fn finish(mut self) -> Result<Chain, ChainError> {
+        let (gpa, len_bytes) = self.last_writable.ok_or(ChainError::NoStatus)?;
+        if len_bytes > 1 {
+            self.data(gpa, len_bytes - 1);
+        }
+        let status_gpa = GuestAddress(gpa.0.wrapping_add(u64::from(len_bytes - 1)));
+        if self.memory.find(status_gpa).is_none() {
+            return Err(ChainError::StatusOutsideMemory { gpa: status_gpa });
+        }
+        let writable_bytes = u32::try_from(self.writable_bytes - 1).unwrap_or(u32::MAX);
+        let header_bytes = self.readable_bytes.min(HEADER_BYTES as u64);
+        if header_bytes < HEADER_BYTES as u64 && self.refusal.is_none() {
+            self.refusal = Some(Refusal::ShortHeader { len_bytes: header_bytes });
+        }
+        Ok(Chain {
+            header: self.header,
+            readable_bytes: self.readable_bytes - header_bytes,
+            writable_bytes,
+            status_gpa,
+            refusal: self.refusal,
+        })
+    }
+}
+
+/// Guest-physical to host addresses. Remembers the region of the last one: the parts of a request are mostly in the same.
+struct Translator<'m> {
+    memory: &'m GuestMemoryMmap<()>,
+    last: Option<&'m GuestRegionMmap<()>>,
+}
+
+impl<'m> Translator<'m> {
+    /// The region in which the address is, and the offset there.
+    #[inline]
+    fn find(&mut self, gpa: GuestAddress) -> Option<(&'m GuestRegionMmap<()>, u64)> {
+        if let Some(region) = self.last {
+            let offset_bytes = gpa.0.wrapping_sub(region.start_addr().0);
+            if offset_bytes < region.len() {
+                return Some((region, offset_bytes));
+            }
+        }
+        let region = self.memory.find_region(gpa)?;
+        self.last = Some(region);
+        Some((region, gpa.0 - region.start_addr().0))
+    }
+
+    /// Copies bytes out of guest memory, once. False if they are not all there.
+    fn read(&mut self, gpa: GuestAddress, bytes: &mut [u8]) -> bool {
+        match self.find(gpa) {
+            Some((region, offset_bytes)) if bytes.len() as u64 <= region.len() - offset_bytes => {
+                region.read_slice(bytes, MemoryRegionAddress(offset_bytes)).is_ok()
+            }
+            // It may continue in the next region.
+            Some(_) => self.memory.read_slice(bytes, gpa).is_ok(),
+            None => false,
+        }
+    }
+
+    /// Appends a buffer of at least one byte: one segment, or more if it lies across regions.
+    #[inline]
+    fn segments(&mut self, gpa: GuestAddress, len_bytes: u32, segments: &mut SegmentList) -> Result<(), Refusal> {
+        let outside = Refusal::OutsideMemory { gpa, len_bytes };
+        let mut at = gpa;
+        let mut left_bytes = u64::from(len_bytes);
+        loop {
+            let (region, offset_bytes) = self.find(at).ok_or(outside)?;
+            let here_bytes = left_bytes.min(region.len() - offset_bytes);
+            let hva = region.get_host_address(MemoryRegionAddress(offset_bytes)).map_err(|_| outside)?;
+            let segment = Segment { gpa: at, hva, len_bytes: here_bytes as usize };
+            segments.push(segment).map_err(|_| Refusal::TooManySegments)?;
+            left_bytes -= here_bytes;
+            if left_bytes == 0 {
+                return Ok(());
+            }
+            at = GuestAddress(at.0.checked_add(here_bytes).ok_or(outside)?);
+        }
+    }
+}

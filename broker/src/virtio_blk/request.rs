@@ -1,0 +1,294 @@
+//! One descriptor chain as a checked request.
+
+use virtio_bindings::virtio_blk::{
+    VIRTIO_BLK_ID_BYTES, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN,
+    VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES, VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
+};
+use virtio_queue::desc::split::Descriptor;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+
+use super::chain::{Chain, HEADER_BYTES};
+use super::{ChainError, Refusal, RequestLimits, SECTOR_BYTES, SegmentList, Status};
+
+/// `sector`, `num_sectors` and `flags` of `struct virtio_blk_discard_write_zeroes`.
+const RANGE_BYTES: usize = 16;
+
+/// What is to be done with a descriptor chain.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Parsed {
+    /// Execute it; its data is in the segment list.
+    Request(Request),
+    /// Execute nothing and answer. The segment list is empty.
+    Answer(Answer),
+    /// It cannot be answered: stop this queue, and no other.
+    Malformed(ChainError),
+}
+
+/// A request that may be executed as it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Request {
+    /// What to do.
+    pub operation: Operation,
+    /// Length of the data in the segment list: for reads and writes whole logical blocks and never 0, for `GetId` 20, for
+    /// the others 0.
+    pub data_bytes: u32,
+    /// Where the status goes: one byte, in the guest's memory.
+    pub status_gpa: GuestAddress,
+    /// The length for the used ring: all device-writable bytes, also if the request fails, because a driver must ignore
+    /// what is beyond it, and the status is the last (VIRTIO 1.2, 2.7.8.2).
+    pub written_bytes: u32,
+}
+
+/// What a request asks for. Everything is within the capacity, aligned to logical blocks and allowed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Operation {
+    /// Read from here into the segments.
+    Read {
+        /// Where on the disk.
+        offset_bytes: u64,
+    },
+    /// Write the segments to here.
+    Write {
+        /// Where on the disk.
+        offset_bytes: u64,
+    },
+    /// Make all writes stable that have completed.
+    Flush,
+    /// Put the 20 bytes of the [`Serial`](super::Serial) into the segments.
+    GetId,
+    /// The content of the range does not matter any more.
+    Discard(ByteRange),
+    /// The range shall read as zeroes.
+    WriteZeroes {
+        /// Where on the disk.
+        range: ByteRange,
+        /// Whether the space may be given back.
+        unmap: bool,
+    },
+}
+
+/// A range of the disk of at least one logical block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ByteRange {
+    /// Its start.
+    pub offset_bytes: u64,
+    /// Its length.
+    pub len_bytes: u64,
+}
+
+/// The end of a request for which nothing has to be done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Answer {
+    /// The status.
+    pub status: Status,
+    /// Where it goes: one byte, in the guest's memory.
+    pub status_gpa: GuestAddress,
+    /// The length for the used ring, as in [`Request::written_bytes`].
+    pub written_bytes: u32,
+    /// What was wrong, for [`GuestErrors`](super::GuestErrors). `None`: nothing; the request has no sectors.
+    pub refusal: Option<Refusal>,
+}
+
+/// Checks a descriptor chain, which is read once.
+///
+/// `memory` is the one that the chain comes from, and `segments` gets the addresses of the data in it. The descriptors
+/// end, as those of [`virtio_queue::DescriptorChain`] do, at the first that cannot be read or has no successor.
+///
+/// Refused are requests that VIRTIO 1.2 (5.2.6) forbids drivers to send, those that are not in whole logical blocks, and
+/// those with data in a direction that their type does not have. A flush may have data, which is ignored, and a buffer for
+/// the ID may be longer than 20 bytes.
+#[inline]
+pub fn parse(
+    chain: impl Iterator<Item = Descriptor>,
+    memory: &GuestMemoryMmap<()>,
+    limits: &RequestLimits,
+    segments: &mut SegmentList,
+) -> Parsed {
+    segments.clear();
+    let chain = match Chain::walk(chain, memory, segments) {
+        Ok(chain) => chain,
+        Err(error) => {
+            segments.clear();
+            return Parsed::Malformed(error);
+        }
+    };
+    let written_bytes = chain.writable_bytes.saturating_add(1);
+    match check(&chain, memory, limits, segments) {
+        Ok(Some((operation, data_bytes))) => {
+            Parsed::Request(Request { operation, data_bytes, status_gpa: chain.status_gpa, written_bytes })
+        }
+        Ok(None) => answer(&chain, written_bytes, None, segments),
+        Err(refusal) => answer(&chain, written_bytes, Some(refusal), segments),
+    }
+}
+
+#[cold]
+fn answer(chain: &Chain, written_bytes: u32, refusal: Option<Refusal>, segments: &mut SegmentList) -> Parsed {
+    segments.clear();
+    let status = refusal.map_or(Status::Ok, Refusal::status);
+    Parsed::Answer(Answer { status, status_gpa: chain.status_gpa, written_bytes, refusal })
+}
+
+/// The operation and the length of its data. `None`: there is nothing to do.
+fn check(
+    chain: &Chain,
+    memory: &GuestMemoryMmap<()>,
+    limits: &RequestLimits,
+    segments: &mut SegmentList,
+) -> Result<Option<(Operation, u32)>, Refusal> {
+    if let Some(refusal) = chain.refusal {
+        return Err(refusal);
+    }
+    let header = Header::from_bytes(chain.header);
+    let request_type = header.request_type;
+    let readable_bytes = chain.readable_bytes;
+    let writable_bytes = u64::from(chain.writable_bytes);
+    let no_data = |len_bytes| {
+        if len_bytes == 0 { Ok(()) } else { Err(Refusal::WrongDirection { request_type, len_bytes }) }
+    };
+    match request_type {
+        VIRTIO_BLK_T_IN => {
+            no_data(readable_bytes)?;
+            let extent = limits.data_extent(&header, writable_bytes)?;
+            Ok(extent.map(|range| (Operation::Read { offset_bytes: range.offset_bytes }, range.len_bytes as u32)))
+        }
+        VIRTIO_BLK_T_OUT => {
+            limits.check_writable(request_type)?;
+            no_data(writable_bytes)?;
+            let extent = limits.data_extent(&header, readable_bytes)?;
+            Ok(extent.map(|range| (Operation::Write { offset_bytes: range.offset_bytes }, range.len_bytes as u32)))
+        }
+        VIRTIO_BLK_T_FLUSH => {
+            segments.clear();
+            Ok(Some((Operation::Flush, 0)))
+        }
+        VIRTIO_BLK_T_GET_ID => {
+            no_data(readable_bytes)?;
+            if writable_bytes < VIRTIO_BLK_ID_BYTES.into() {
+                return Err(Refusal::DataLength { request_type, len_bytes: writable_bytes });
+            }
+            segments.truncate_bytes(VIRTIO_BLK_ID_BYTES as usize);
+            Ok(Some((Operation::GetId, VIRTIO_BLK_ID_BYTES)))
+        }
+        VIRTIO_BLK_T_DISCARD | VIRTIO_BLK_T_WRITE_ZEROES => {
+            limits.check_writable(request_type)?;
+            let max_sectors = limits.max_range_sectors(request_type)?;
+            no_data(writable_bytes)?;
+            let range = Range::read(request_type, readable_bytes, memory, segments)?;
+            segments.clear();
+            Ok(limits.range_operation(request_type, &range, max_sectors)?.map(|operation| (operation, 0)))
+        }
+        _ => Err(Refusal::UnknownType { request_type }),
+    }
+}
+
+/// The header's fields. `reserved`, once the priority, counts for nothing.
+struct Header {
+    request_type: u32,
+    sector: u64,
+}
+
+impl Header {
+    fn from_bytes(bytes: [u8; HEADER_BYTES]) -> Self {
+        // Little-endian, as one number: the first field is in its lowest bits.
+        let fields = u128::from_le_bytes(bytes);
+        Self { request_type: fields as u32, sector: (fields >> 64) as u64 }
+    }
+}
+
+/// A discard or write zeroes range as the driver wrote it.
+struct Range {
+    sector: u64,
+    sectors: u32,
+    flags: u32,
+}
+
+impl Range {
+    /// Copies it from the segments, once.
+    fn read(
+        request_type: u32,
+        len_bytes: u64,
+        memory: &GuestMemoryMmap<()>,
+        segments: &SegmentList,
+    ) -> Result<Self, Refusal> {
+        if len_bytes == 0 || !len_bytes.is_multiple_of(RANGE_BYTES as u64) {
+            return Err(Refusal::DataLength { request_type, len_bytes });
+        }
+        if len_bytes > RANGE_BYTES as u64 {
+            return Err(Refusal::TooManyRanges { request_type, ranges: len_bytes / RANGE_BYTES as u64 });
+        }
+        let mut bytes = [0; RANGE_BYTES];
+        let mut filled = 0;
+        for segment in segments.iter() {
+            let part = bytes.get_mut(filled..filled + segment.len_bytes).unwrap_or_default();
+            memory
+                .read_slice(part, segment.gpa)
+                .map_err(|_| Refusal::OutsideMemory { gpa: segment.gpa, len_bytes: segment.len_bytes as u32 })?;
+            filled += segment.len_bytes;
+        }
+        let fields = u128::from_le_bytes(bytes);
+        Ok(Self { sector: fields as u64, sectors: (fields >> 64) as u32, flags: (fields >> 96) as u32 })
+    }
+}
+
+impl RequestLimits {
+    fn check_writable(&self, request_type: u32) -> Result<(), Refusal> {
+        if self.read_only { Err(Refusal::ReadOnly { request_type }) } else { Ok(()) }
+    }
+
+    /// Where a read or write is on the disk. `None` if it has no data.
+    #[inline]
+    fn data_extent(&self, header: &Header, len_bytes: u64) -> Result<Option<ByteRange>, Refusal> {
+        // 32 bits are enough for the chains that a queue gives.
+        if !len_bytes.is_multiple_of(SECTOR_BYTES.into()) || len_bytes > u32::MAX.into() {
+            return Err(Refusal::DataLength { request_type: header.request_type, len_bytes });
+        }
+        self.extent(header.sector, len_bytes / u64::from(SECTOR_BYTES))
+    }
+
+    /// Checks a range of sectors, none of which has been trusted. `None` if it is empty.
+    #[inline]
+    fn extent(&self, sector: u64, sectors: u64) -> Result<Option<ByteRange>, Refusal> {
+        let block_mask = u64::from(self.logical_block_sectors) - 1;
+        if (sector | sectors) & block_mask != 0 {
+            return Err(Refusal::Unaligned { sector, sectors });
+        }
+        if sectors > self.capacity_sectors || sector > self.capacity_sectors - sectors {
+            return Err(Refusal::BeyondCapacity { sector, sectors });
+        }
+        let sector_bytes = u64::from(SECTOR_BYTES);
+        let range = ByteRange { offset_bytes: sector * sector_bytes, len_bytes: sectors * sector_bytes };
+        Ok((sectors > 0).then_some(range))
+    }
+
+    /// How long a range of this type may be; refuses types that are not offered.
+    fn max_range_sectors(&self, request_type: u32) -> Result<u32, Refusal> {
+        let max_sectors = match request_type {
+            VIRTIO_BLK_T_DISCARD => self.discard.map(|limits| limits.max_sectors),
+            _ => self.write_zeroes.map(|limits| limits.max_sectors),
+        };
+        max_sectors.ok_or(Refusal::UnknownType { request_type })
+    }
+
+    fn range_operation(
+        &self,
+        request_type: u32,
+        range: &Range,
+        max_sectors: u32,
+    ) -> Result<Option<Operation>, Refusal> {
+        let is_discard = request_type == VIRTIO_BLK_T_DISCARD;
+        let known_flags = if is_discard { 0 } else { VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP };
+        // First, because the specification demands its status whatever else is wrong.
+        if range.flags & !known_flags != 0 {
+            return Err(Refusal::Flags { request_type, flags: range.flags });
+        }
+        if range.sectors > max_sectors {
+            return Err(Refusal::RangeTooLong { request_type, sectors: range.sectors });
+        }
+        let may_unmap = self.write_zeroes.is_some_and(|limits| limits.may_unmap);
+        let unmap = may_unmap && range.flags & VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP != 0;
+        Ok(self.extent(range.sector, range.sectors.into())?.map(|extent| {
+            if is_discard { Operation::Discard(extent) } else { Operation::WriteZeroes { range: extent, unmap } }
+        }))
+    }
+}
