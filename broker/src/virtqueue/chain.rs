@@ -1,10 +1,10 @@
 //! One descriptor chain (VIRTIO 1.2, 2.7.4 and 2.7.5), walked once.
 
-use std::mem::size_of;
-
 use thiserror::Error;
 use virtio_queue::desc::split::Descriptor;
-use vm_memory::{Address, Bytes, GuestAddress, GuestMemory, GuestMemoryMmap, Permissions, VolatileSlice};
+use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, VolatileSlice};
+
+use super::rings::Rings;
 
 /// Size of a descriptor in bytes.
 const DESCRIPTOR_BYTES: u64 = size_of::<Descriptor>() as u64;
@@ -66,8 +66,8 @@ pub enum ChainError {
 /// buffers are. After an error, or its last descriptor, it yields nothing more. It ends for every input: it yields at
 /// most the descriptors of two tables.
 #[derive(Debug)]
-pub struct DescriptorChain<'m, M = GuestMemoryMmap> {
-    memory: &'m M,
+pub struct DescriptorChain<'m> {
+    memory: &'m GuestMemoryMmap,
     head: u16,
     table: Table<'m>,
     /// The descriptor that comes next.
@@ -90,14 +90,13 @@ struct Table<'m> {
 }
 
 impl<'m> Table<'m> {
-    fn new<M: GuestMemory<Bitmap = ()>>(memory: &'m M, gpa: GuestAddress, entries: u32) -> Self {
-        let len_bytes = entries as usize * size_of::<Descriptor>();
-        let first = memory.get_slices(gpa, len_bytes, Permissions::Read).ok().and_then(|mut slices| slices.next());
-        let slice = first.and_then(Result::ok).filter(|slice| slice.len() == len_bytes);
+    fn new(memory: &'m GuestMemoryMmap, gpa: GuestAddress, entries: u32) -> Self {
+        let slice = memory.get_slice(gpa, entries as usize * size_of::<Descriptor>()).ok();
         Self { gpa, entries, slice }
     }
 
-    fn read<M: GuestMemory<Bitmap = ()>>(&self, memory: &M, index: u16) -> Result<Descriptor, ChainError> {
+    #[inline]
+    fn read(&self, memory: &GuestMemoryMmap, index: u16) -> Result<Descriptor, ChainError> {
         let offset_bytes = u64::from(index) * DESCRIPTOR_BYTES;
         let outside = || ChainError::OutsideMemory { gpa: self.gpa.0.wrapping_add(offset_bytes) };
         match self.slice {
@@ -110,17 +109,29 @@ impl<'m> Table<'m> {
     }
 }
 
-impl<'m, M: GuestMemory<Bitmap = ()>> DescriptorChain<'m, M> {
-    /// The chain whose first descriptor is entry `head` of a queue's table.
-    pub(super) fn new(memory: &'m M, table_gpa: GuestAddress, queue_size: u16, head: u16) -> Self {
-        let entries = u32::from(queue_size);
+impl<'m> DescriptorChain<'m> {
+    /// The chain whose first descriptor is entry `head` of the table of `queue_size` descriptors at `table_gpa`.
+    pub fn new(memory: &'m GuestMemoryMmap, table_gpa: GuestAddress, queue_size: u16, head: u16) -> Self {
+        Self::in_table(memory, Table::new(memory, table_gpa, queue_size.into()), head)
+    }
+
+    /// The same for a table that is translated already.
+    #[inline]
+    pub(super) fn in_queue(memory: &'m GuestMemoryMmap, rings: &'m Rings, head: u16) -> Self {
+        let table =
+            Table { gpa: rings.desc_table_gpa(), entries: rings.size().into(), slice: Some(rings.desc_table()) };
+        Self::in_table(memory, table, head)
+    }
+
+    #[inline]
+    fn in_table(memory: &'m GuestMemoryMmap, table: Table<'m>, head: u16) -> Self {
         Self {
             memory,
             head,
-            table: Table::new(memory, table_gpa, entries),
+            table,
             next: Some(head),
-            entries_left: entries,
-            indirect_entries_max: entries.max(INDIRECT_ENTRIES_MIN_LIMIT),
+            entries_left: table.entries,
+            indirect_entries_max: table.entries.max(INDIRECT_ENTRIES_MIN_LIMIT),
             is_indirect: false,
             bytes: 0,
         }
@@ -132,7 +143,7 @@ impl<'m, M: GuestMemory<Bitmap = ()>> DescriptorChain<'m, M> {
     }
 
     /// The memory that the chain's addresses are in.
-    pub fn memory(&self) -> &'m M {
+    pub fn memory(&self) -> &'m GuestMemoryMmap {
         self.memory
     }
 
@@ -179,9 +190,10 @@ impl<'m, M: GuestMemory<Bitmap = ()>> DescriptorChain<'m, M> {
     }
 }
 
-impl<M: GuestMemory<Bitmap = ()>> Iterator for DescriptorChain<'_, M> {
+impl Iterator for DescriptorChain<'_> {
     type Item = Result<Descriptor, ChainError>;
 
+    #[inline]
     fn next(&mut self) -> Option<Self::Item> {
         let index = self.next.take()?;
         Some(self.step(index))

@@ -37,7 +37,7 @@ impl DirtyLog {
         let first_page = gpa / PAGE_BYTES;
         let last_page = gpa.saturating_add(last_offset) / PAGE_BYTES;
         let end_page = last_page + 1;
-        let logged_end = end_page.min(self.bits.size_bytes().saturating_mul(8));
+        let logged_end = end_page.min((self.bits.len() as u64).saturating_mul(8));
         let mut page = first_page;
         while page < logged_end {
             let byte_end = (page / 8 + 1) * 8;

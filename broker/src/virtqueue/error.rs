@@ -1,10 +1,9 @@
 //! Why a queue cannot start or go on.
 
 use thiserror::Error;
-use vm_memory::GuestMemoryError;
 
 /// Why a queue cannot start or go on. It concerns this queue only: others are not affected.
-#[derive(Debug, Error)]
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum QueueError {
     /// The number of descriptors breaks VIRTIO 1.2, 2.7.
     #[error("a queue of {size} descriptors: the size must be a power of two of at most 32768")]
@@ -22,8 +21,8 @@ pub enum QueueError {
         /// What it must be a multiple of.
         alignment_bytes: u64,
     },
-    /// A ring is not all in guest memory.
-    #[error("the {ring} of {len_bytes} bytes at {gpa:#x} is not all in guest memory")]
+    /// A ring is not in guest memory, or not all in one region of it.
+    #[error("the {ring} of {len_bytes} bytes at {gpa:#x} is not all in one region of guest memory")]
     OutsideMemory {
         /// Which of the three.
         ring: &'static str,
@@ -90,13 +89,5 @@ pub enum QueueError {
         region_used_idx: u16,
         /// Number of descriptors.
         size: u16,
-    },
-    /// A ring is not in guest memory any more: the front-end changed the memory under a running queue.
-    #[error("the {ring} of a running queue cannot be reached any more: {source}")]
-    Unreachable {
-        /// Which of the three.
-        ring: &'static str,
-        /// What vm-memory says.
-        source: GuestMemoryError,
     },
 }

@@ -4,8 +4,7 @@
 //! virtqueues. The front-end keeps the region across a reconnect and writes nothing to it.
 
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU64, Ordering};
 
 use rustix::fs::{MemfdFlags, SealFlags};
 use thiserror::Error;
@@ -80,7 +79,7 @@ pub struct InflightFile {
 /// An in-flight region, mapped.
 #[derive(Debug)]
 pub struct InflightRegion {
-    memory: Arc<SharedMemory>,
+    memory: SharedMemory,
     queues: u16,
     queue_size: u16,
 }
@@ -120,17 +119,18 @@ impl InflightRegion {
         if size_bytes < needed_bytes {
             return Err(InflightError::TooSmall { size_bytes, queues, queue_size, needed_bytes });
         }
-        let memory = Arc::new(SharedMemory::map(fd, offset_bytes, needed_bytes)?);
+        let memory = SharedMemory::map(fd, offset_bytes, needed_bytes)?;
         Ok(Self { memory, queues, queue_size })
     }
 
     /// The part of queue `index`. `None`: the region was made for fewer queues.
     pub fn queue(&self, index: u16) -> Option<InflightQueue> {
-        (index < self.queues).then(|| InflightQueue {
-            memory: Arc::clone(&self.memory),
-            start: usize::from(index) * queue_stride(self.queue_size),
-            entries: self.queue_size,
-        })
+        if index >= self.queues {
+            return None;
+        }
+        let stride = queue_stride(self.queue_size);
+        let memory = self.memory.part(usize::from(index) * stride, stride)?;
+        Some(InflightQueue { memory, entries: self.queue_size })
     }
 }
 
@@ -152,9 +152,8 @@ fn region_bytes(queues: u16, queue_size: u16) -> Result<u64, InflightError> {
 /// what it stored before, and nothing of what would have come after.
 #[derive(Clone, Debug)]
 pub struct InflightQueue {
-    memory: Arc<SharedMemory>,
-    /// Offset of `QueueRegionSplit` in the mapping.
-    start: usize,
+    /// `QueueRegionSplit`.
+    memory: SharedMemory,
     entries: u16,
 }
 
@@ -165,61 +164,61 @@ impl InflightQueue {
     }
 
     pub(super) fn version(&self) -> u16 {
-        self.memory.load(self.start + VERSION_OFFSET, Ordering::Acquire)
+        self.memory.load::<AtomicU16>(VERSION_OFFSET, Ordering::Acquire)
     }
 
     pub(super) fn set_version(&self, version: u16) {
-        self.memory.store(self.start + VERSION_OFFSET, version, Ordering::Release);
+        self.memory.store::<AtomicU16>(VERSION_OFFSET, version, Ordering::Release);
     }
 
     /// For others who read the region; we ourselves go by the size that the front-end named.
     pub(super) fn set_desc_num(&self, desc_num: u16) {
-        self.memory.store(self.start + DESC_NUM_OFFSET, desc_num, Ordering::Release);
+        self.memory.store::<AtomicU16>(DESC_NUM_OFFSET, desc_num, Ordering::Release);
     }
 
     pub(super) fn last_batch_head(&self) -> u16 {
-        self.memory.load(self.start + LAST_BATCH_HEAD_OFFSET, Ordering::Acquire)
+        self.memory.load::<AtomicU16>(LAST_BATCH_HEAD_OFFSET, Ordering::Acquire)
     }
 
     pub(super) fn set_last_batch_head(&self, head: u16) {
-        self.memory.store(self.start + LAST_BATCH_HEAD_OFFSET, head, Ordering::Release);
+        self.memory.store::<AtomicU16>(LAST_BATCH_HEAD_OFFSET, head, Ordering::Release);
     }
 
     pub(super) fn used_idx(&self) -> u16 {
-        self.memory.load(self.start + USED_IDX_OFFSET, Ordering::Acquire)
+        self.memory.load::<AtomicU16>(USED_IDX_OFFSET, Ordering::Acquire)
     }
 
     pub(super) fn set_used_idx(&self, used_idx: u16) {
-        self.memory.store(self.start + USED_IDX_OFFSET, used_idx, Ordering::Release);
+        self.memory.store::<AtomicU16>(USED_IDX_OFFSET, used_idx, Ordering::Release);
     }
 
     pub(super) fn is_in_flight(&self, head: u16) -> bool {
-        self.memory.load::<u8>(self.entry(head) + ENTRY_INFLIGHT_OFFSET, Ordering::Acquire) != 0
+        self.memory.load::<AtomicU8>(self.entry(head) + ENTRY_INFLIGHT_OFFSET, Ordering::Acquire) != 0
     }
 
     pub(super) fn set_in_flight(&self, head: u16, in_flight: bool) {
-        self.memory.store(self.entry(head) + ENTRY_INFLIGHT_OFFSET, u8::from(in_flight), Ordering::Release);
+        let offset = self.entry(head) + ENTRY_INFLIGHT_OFFSET;
+        self.memory.store::<AtomicU8>(offset, u8::from(in_flight), Ordering::Release);
     }
 
     pub(super) fn counter(&self, head: u16) -> u64 {
-        self.memory.load(self.entry(head) + ENTRY_COUNTER_OFFSET, Ordering::Acquire)
+        self.memory.load::<AtomicU64>(self.entry(head) + ENTRY_COUNTER_OFFSET, Ordering::Acquire)
     }
 
     pub(super) fn set_counter(&self, head: u16, counter: u64) {
-        self.memory.store(self.entry(head) + ENTRY_COUNTER_OFFSET, counter, Ordering::Release);
+        self.memory.store::<AtomicU64>(self.entry(head) + ENTRY_COUNTER_OFFSET, counter, Ordering::Release);
     }
 
     pub(super) fn next(&self, head: u16) -> u16 {
-        self.memory.load(self.entry(head) + ENTRY_NEXT_OFFSET, Ordering::Acquire)
+        self.memory.load::<AtomicU16>(self.entry(head) + ENTRY_NEXT_OFFSET, Ordering::Acquire)
     }
 
     pub(super) fn set_next(&self, head: u16, next: u16) {
-        self.memory.store(self.entry(head) + ENTRY_NEXT_OFFSET, next, Ordering::Release);
+        self.memory.store::<AtomicU16>(self.entry(head) + ENTRY_NEXT_OFFSET, next, Ordering::Release);
     }
 
-    /// Offset of `DescStateSplit` number `head` in the mapping.
+    /// Offset of `DescStateSplit` number `head`, which is below the number of entries.
     fn entry(&self, head: u16) -> usize {
-        debug_assert!(head < self.entries, "a head below the queue's size, which is at most the number of entries");
-        self.start + HEADER_BYTES + usize::from(head) * ENTRY_BYTES
+        HEADER_BYTES + usize::from(head) * ENTRY_BYTES
     }
 }

@@ -15,6 +15,7 @@ mod dirty_log;
 mod error;
 mod inflight;
 mod recovery;
+mod rings;
 mod shared_memory;
 mod split_queue;
 

@@ -1,11 +1,15 @@
-//! A mapped piece of a file that the front-end shares with us.
+//! Mapped memory that others write to at any time: rings, in-flight regions, dirty logs.
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use thiserror::Error;
-use vm_memory::{AtomicAccess, AtomicInteger, Bytes, FileOffset, MmapRegion, VolatileMemory};
+use vm_memory::{
+    AtomicInteger, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, MmapRegion,
+    VolatileMemory, VolatileSlice,
+};
 
 /// Why a file of the front-end cannot be mapped.
 #[derive(Debug, Error)]
@@ -43,10 +47,14 @@ pub enum SharedMemoryError {
     },
 }
 
-/// A piece of a file, mapped shared. Others write to it at any time: it is accessed by whole integers only.
-#[derive(Debug)]
+/// A piece of a shared mapping, which it keeps mapped. Others write to it at any time: it is accessed by whole, aligned
+/// integers only.
+#[derive(Clone, Debug)]
 pub(super) struct SharedMemory {
-    mapping: MmapRegion,
+    mapping: Arc<MmapRegion>,
+    /// Where in the mapping it begins.
+    start: usize,
+    len: usize,
 }
 
 impl SharedMemory {
@@ -75,21 +83,46 @@ impl SharedMemory {
             };
             SharedMemoryError::System { what: "mapping a shared file", source }
         })?;
-        Ok(Self { mapping })
+        Ok(Self { mapping: Arc::new(mapping), start: 0, len })
+    }
+
+    /// `len` bytes of guest memory from `gpa` on. `None`: they are not all in one region.
+    pub(super) fn in_guest(memory: &GuestMemoryMmap, gpa: GuestAddress, len: usize) -> Option<Self> {
+        let (region, offset) = memory.to_region_addr(gpa)?;
+        let start = usize::try_from(offset.0).ok()?;
+        (region.len() - offset.0 >= len as u64).then(|| Self { mapping: region.get_mmap(), start, len })
+    }
+
+    /// `len` bytes of it from `offset` on. `None`: it is shorter.
+    pub(super) fn part(&self, offset: usize, len: usize) -> Option<Self> {
+        let is_inside = offset.checked_add(len).is_some_and(|end| end <= self.len);
+        is_inside.then(|| Self { mapping: Arc::clone(&self.mapping), start: self.start + offset, len })
     }
 
     /// Length in bytes.
-    pub(super) fn size_bytes(&self) -> u64 {
-        self.mapping.size() as u64
+    pub(super) fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether its first byte is at a multiple of `alignment_bytes` in this process.
+    pub(super) fn is_aligned(&self, alignment_bytes: usize) -> bool {
+        (self.mapping.as_ptr() as usize + self.start).is_multiple_of(alignment_bytes)
+    }
+
+    /// All of it, for copying out.
+    pub(super) fn as_slice(&self) -> VolatileSlice<'_> {
+        self.mapping.get_slice(self.start, self.len).expect("checked when this was made")
     }
 
     /// Loads one integer.
     ///
     /// # Panics
     ///
-    /// `offset` is not aligned to the integer, or outside: the callers have checked that when they mapped.
-    pub(super) fn load<T: AtomicAccess>(&self, offset: usize, order: Ordering) -> T {
-        self.mapping.as_volatile_slice().load(offset, order).expect("an aligned offset within the mapping")
+    /// `offset` is outside, or not aligned to the integer: an error of this module's users, who have checked the length
+    /// and the alignment when this was made.
+    #[inline]
+    pub(super) fn load<A: AtomicInteger>(&self, offset: usize, order: Ordering) -> A::V {
+        self.atomic::<A>(offset).load(order)
     }
 
     /// Stores one integer.
@@ -97,10 +130,11 @@ impl SharedMemory {
     /// # Panics
     ///
     /// As [`load`](Self::load).
-    pub(super) fn store<T: AtomicAccess>(&self, offset: usize, value: T, order: Ordering) {
+    #[inline]
+    pub(super) fn store<A: AtomicInteger>(&self, offset: usize, value: A::V, order: Ordering) {
         #[cfg(test)]
         super::crash::before_store();
-        self.mapping.as_volatile_slice().store(value, offset, order).expect("an aligned offset within the mapping");
+        self.atomic::<A>(offset).store(value, order);
     }
 
     /// One integer for atomic operations.
@@ -108,9 +142,9 @@ impl SharedMemory {
     /// # Panics
     ///
     /// As [`load`](Self::load).
+    #[inline]
     pub(super) fn atomic<A: AtomicInteger>(&self, offset: usize) -> &A {
-        #[cfg(test)]
-        super::crash::before_store();
-        self.mapping.get_atomic_ref(offset).expect("an aligned offset within the mapping")
+        debug_assert!(offset + size_of::<A>() <= self.len, "offset {offset} of {}", self.len);
+        self.mapping.get_atomic_ref(self.start + offset).expect("an aligned offset inside")
     }
 }
