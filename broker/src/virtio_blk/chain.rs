@@ -1,11 +1,11 @@
 //! One walk along a descriptor chain: where its header, its data and its status are.
 
-use virtio_queue::desc::split::Descriptor;
 use vm_memory::{
     Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap, MemoryRegionAddress,
 };
 
-use super::{ChainError, Refusal, Segment, SegmentList};
+use super::{Refusal, Segment, SegmentList, Unanswerable};
+use crate::virtqueue::DescriptorChain;
 
 /// `type`, `reserved` and `sector` of `struct virtio_blk_req` (VIRTIO 1.2, 5.2.6).
 pub(super) const HEADER_BYTES: usize = 16;
@@ -26,13 +26,9 @@ impl Chain {
     /// Walks once along the descriptors. Nothing is assumed of how they divide header, data and status (VIRTIO 1.2,
     /// 2.7.4.1); those without bytes count for nothing.
     #[inline]
-    pub(super) fn walk(
-        descriptors: impl Iterator<Item = Descriptor>,
-        memory: &GuestMemoryMmap<()>,
-        segments: &mut SegmentList,
-    ) -> Result<Self, ChainError> {
+    pub(super) fn walk(descriptors: DescriptorChain<'_>, segments: &mut SegmentList) -> Result<Self, Unanswerable> {
         let mut walk = Walk {
-            memory: Translator { memory, last: None },
+            memory: Translator { memory: descriptors.memory(), last: None },
             segments,
             header: [0; HEADER_BYTES],
             readable_bytes: 0,
@@ -40,12 +36,8 @@ impl Chain {
             last_writable: None,
             refusal: None,
         };
-        let mut count = 0;
-        let mut ended = false;
         for descriptor in descriptors {
-            count += 1;
-            // The iterator stops at an error as it does at the end: the last descriptor tells which it was.
-            ended = !descriptor.has_next();
+            let descriptor = descriptor?;
             if descriptor.len() == 0 {
                 continue;
             }
@@ -54,9 +46,6 @@ impl Chain {
             } else {
                 walk.readable(descriptor.addr(), descriptor.len());
             }
-        }
-        if !ended {
-            return Err(ChainError::Unended { descriptors: count });
         }
         walk.finish()
     }
@@ -113,14 +102,14 @@ impl Walk<'_, '_> {
         }
     }
 
-    fn finish(mut self) -> Result<Chain, ChainError> {
-        let (gpa, len_bytes) = self.last_writable.ok_or(ChainError::NoStatus)?;
+    fn finish(mut self) -> Result<Chain, Unanswerable> {
+        let (gpa, len_bytes) = self.last_writable.ok_or(Unanswerable::NoStatus)?;
         if len_bytes > 1 {
             self.data(gpa, len_bytes - 1);
         }
         let status_gpa = GuestAddress(gpa.0.wrapping_add(u64::from(len_bytes - 1)));
         if self.memory.find(status_gpa).is_none() {
-            return Err(ChainError::StatusOutsideMemory { gpa: status_gpa });
+            return Err(Unanswerable::StatusOutsideMemory { gpa: status_gpa });
         }
         let writable_bytes = u32::try_from(self.writable_bytes - 1).unwrap_or(u32::MAX);
         let header_bytes = self.readable_bytes.min(HEADER_BYTES as u64);

@@ -4,7 +4,7 @@ use std::fmt::Display;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
-use super::{ChainError, Refusal, Status};
+use super::{Refusal, Status, Unanswerable};
 
 /// One line per kind of error in this time, however often it happens.
 const LOG_INTERVAL_MS: u64 = 10_000;
@@ -51,8 +51,8 @@ impl From<&Refusal> for GuestError {
     }
 }
 
-impl From<&ChainError> for GuestError {
-    fn from(_: &ChainError) -> Self {
+impl From<&Unanswerable> for GuestError {
+    fn from(_: &Unanswerable) -> Self {
         Self::MalformedChain
     }
 }
@@ -140,6 +140,6 @@ mod tests {
         assert_eq!(GuestError::from(&Refusal::TooManySegments), GuestError::TooManySegments);
         assert_eq!(GuestError::from(&Refusal::UnknownType { request_type: 2 }), GuestError::Unsupported);
         assert_eq!(GuestError::from(&Refusal::ReadOnly { request_type: 1 }), GuestError::Refused);
-        assert_eq!(GuestError::from(&ChainError::NoStatus), GuestError::MalformedChain);
+        assert_eq!(GuestError::from(&Unanswerable::NoStatus), GuestError::MalformedChain);
     }
 }

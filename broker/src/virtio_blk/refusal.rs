@@ -3,20 +3,14 @@
 use vm_memory::GuestAddress;
 
 use super::Status;
+use crate::virtqueue::ChainError;
 
 /// Why a descriptor chain has no place for a status byte, so that it cannot be answered. The queue must stop.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum ChainError {
-    /// The walk along the chain ended before its last descriptor (VIRTIO 1.2, 2.7.5).
-    #[error(
-        "the descriptor chain does not end after {descriptors} descriptors: it loops or is longer than its table, names a \
-         descriptor outside of its table, lies in an indirect table that is unreadable, no multiple of 16 bytes long or \
-         inside another, or describes more than 4 GiB"
-    )]
-    Unended {
-        /// How many descriptors could be read.
-        descriptors: u32,
-    },
+pub enum Unanswerable {
+    /// Its descriptors are not a chain.
+    #[error(transparent)]
+    Chain(#[from] ChainError),
     /// No byte of the chain may be written by the device.
     #[error("the descriptor chain has no device-writable byte, and so no place for a status")]
     NoStatus,

@@ -4,11 +4,11 @@ use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_ID_BYTES, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN,
     VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES, VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
 };
-use virtio_queue::desc::split::Descriptor;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::chain::{Chain, HEADER_BYTES};
-use super::{ChainError, Refusal, RequestLimits, SECTOR_BYTES, SegmentList, Status};
+use super::{Refusal, RequestLimits, SECTOR_BYTES, SegmentList, Status, Unanswerable};
+use crate::virtqueue::DescriptorChain;
 
 /// `sector`, `num_sectors` and `flags` of `struct virtio_blk_discard_write_zeroes`.
 const RANGE_BYTES: usize = 16;
@@ -21,7 +21,7 @@ pub enum Parsed {
     /// Execute nothing and answer. The segment list is empty.
     Answer(Answer),
     /// It cannot be answered: stop this queue, and no other.
-    Malformed(ChainError),
+    Malformed(Unanswerable),
 }
 
 /// A request that may be executed as it is.
@@ -91,21 +91,16 @@ pub struct Answer {
 
 /// Checks a descriptor chain, which is read once.
 ///
-/// `memory` is the one that the chain comes from, and `segments` gets the addresses of the data in it. The descriptors
-/// end, as those of [`virtio_queue::DescriptorChain`] do, at the first that cannot be read or has no successor.
+/// `segments` gets the addresses of the data in the chain's memory.
 ///
 /// Refused are requests that VIRTIO 1.2 (5.2.6) forbids drivers to send, those that are not in whole logical blocks, and
 /// those with data in a direction that their type does not have. A flush may have data, which is ignored, and a buffer for
 /// the ID may be longer than 20 bytes.
 #[inline]
-pub fn parse(
-    chain: impl Iterator<Item = Descriptor>,
-    memory: &GuestMemoryMmap<()>,
-    limits: &RequestLimits,
-    segments: &mut SegmentList,
-) -> Parsed {
+pub fn parse(chain: DescriptorChain<'_>, limits: &RequestLimits, segments: &mut SegmentList) -> Parsed {
     segments.clear();
-    let chain = match Chain::walk(chain, memory, segments) {
+    let memory = chain.memory();
+    let chain = match Chain::walk(chain, segments) {
         Ok(chain) => chain,
         Err(error) => {
             segments.clear();
