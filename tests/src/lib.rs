@@ -2,9 +2,11 @@
 //!
 //! The tests themselves are the programs in `tests/`: each registers its tests with [`harness`].
 
+pub mod broker_process;
 pub mod canaries;
 pub mod content;
 pub mod disks;
+pub mod front_end;
 pub mod harness;
 pub mod huge_pages;
 pub mod kernel_log;

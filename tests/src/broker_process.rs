@@ -1,0 +1,339 @@
+//! The program `ringpass serve` as a process of its own: started, watched, and ended in every way.
+
+use std::{
+    env,
+    ffi::OsStr,
+    fmt, fs,
+    io::{BufRead, BufReader},
+    path::{Path, PathBuf},
+    process::{Child, Command, ExitStatus, Stdio},
+    sync::{Arc, Mutex, PoisonError},
+    thread::{self, JoinHandle},
+    time::{Duration, Instant, SystemTime},
+};
+
+use anyhow::{Context, Result, bail, ensure};
+use rustix::process::{Pid, Signal, kill_process};
+
+use crate::needs::Need;
+
+/// The program, beside the directory of the test programs.
+const PROGRAM: &str = "ringpass";
+/// How to build it.
+const HOW_TO_BUILD: &str = "`cargo build -p ringpass-broker` builds it, and so does `cargo xtask test`";
+/// How long the program may take until it listens, and until it has ended: much longer than on a busy machine.
+const PATIENCE: Duration = Duration::from_secs(20);
+/// How much of the program's log an error shows.
+const SHOWN_LINES: usize = 60;
+
+/// Where the program is, if it has been built from the sources that the tests were built from.
+///
+/// # Errors
+///
+/// It has not: cargo builds the programs of other packages only with these.
+pub fn program() -> Result<PathBuf> {
+    let test_program = env::current_exe().context("finding the test program")?;
+    let profile =
+        test_program.parent().and_then(Path::parent).context("the test program is not in a target directory")?;
+    let program = profile.join(PROGRAM);
+    let built = fs::metadata(&program)
+        .and_then(|found| found.modified())
+        .with_context(|| format!("there is no {}: {HOW_TO_BUILD}", program.display()))?;
+    let sources = Path::new(env!("CARGO_MANIFEST_DIR")).join("../broker/src");
+    // Tests that run somewhere else, without the sources, take what is there.
+    if sources.is_dir()
+        && let Some(newer) = first_newer(&sources, built)?
+    {
+        bail!("{} is older than {}: {HOW_TO_BUILD}", program.display(), newer.display());
+    }
+    Ok(program)
+}
+
+fn first_newer(directory: &Path, than: SystemTime) -> Result<Option<PathBuf>> {
+    for entry in fs::read_dir(directory)? {
+        let path = entry?.path();
+        if path.is_dir() {
+            if let Some(found) = first_newer(&path, than)? {
+                return Ok(Some(found));
+            }
+        } else if path.extension() == Some(OsStr::new("rs")) && fs::metadata(&path)?.modified()? > than {
+            return Ok(Some(path));
+        }
+    }
+    Ok(None)
+}
+
+/// The program must be there, and io_uring.
+pub fn needs() -> Vec<Need> {
+    vec![Need::io_uring(), Need::new("the program `ringpass`", || program().map(drop))]
+}
+
+/// What a process has of the machine at one moment.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Usage {
+    /// Memory of its own, in bytes (`RssAnon`).
+    pub anonymous_bytes: u64,
+    /// Mapped pages of files, in bytes, without shared memory (`RssFile`).
+    pub file_bytes: u64,
+    /// Open file descriptors.
+    pub fds: usize,
+    /// CPU time of all its threads so far, in nanoseconds (`/proc/PID/task/TID/schedstat`).
+    pub cpu_ns: u64,
+}
+
+/// A running broker. It is killed when dropped.
+#[derive(Debug)]
+pub struct BrokerProcess {
+    child: Child,
+    socket: PathBuf,
+    log: Arc<Mutex<Vec<String>>>,
+    log_reader: Option<JoinHandle<()>>,
+}
+
+impl BrokerProcess {
+    /// Starts `ringpass serve` for a disk with these further arguments, and waits until it listens at `socket`.
+    ///
+    /// # Errors
+    ///
+    /// It ends before, or does not listen in time.
+    pub fn start(socket: &Path, disk: &Path, arguments: &[&str]) -> Result<Self> {
+        let mut command = Command::new(program()?);
+        command.arg("serve").arg("--socket-path").arg(socket).arg("--blk-file").arg(disk).args(arguments);
+        let mut process = Self::spawn(command, socket)?;
+        process.wait_until_listening()?;
+        Ok(process)
+    }
+
+    /// Starts any command that will listen at `socket`, and does not wait.
+    ///
+    /// # Errors
+    ///
+    /// It cannot be started.
+    pub fn spawn(mut command: Command, socket: &Path) -> Result<Self> {
+        let mut child = command
+            .env("RUST_LOG", env::var("RUST_LOG").unwrap_or_else(|_| "info".to_owned()))
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .with_context(|| format!("starting {command:?}"))?;
+        let log = Arc::new(Mutex::new(Vec::new()));
+        let lines = BufReader::new(child.stderr.take().context("its stderr is piped")?).lines();
+        let kept = log.clone();
+        let log_reader = thread::spawn(move || {
+            for line in lines.map_while(Result::ok) {
+                kept.lock().unwrap_or_else(PoisonError::into_inner).push(line);
+            }
+        });
+        Ok(Self { child, socket: socket.to_owned(), log, log_reader: Some(log_reader) })
+    }
+
+    fn wait_until_listening(&mut self) -> Result<()> {
+        let end = Instant::now() + PATIENCE;
+        // A connection would do as well, but it would be this broker's first.
+        while !is_listening(&self.socket)? {
+            if let Some(status) = self.child.try_wait()? {
+                self.join_log();
+                bail!("the broker ended with {status} before it listened:\n{}", self.log());
+            }
+            ensure!(Instant::now() < end, "the broker does not listen after {PATIENCE:?}:\n{}", self.log());
+            thread::sleep(Duration::from_millis(2));
+        }
+        Ok(())
+    }
+
+    /// Where it listens.
+    pub fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    /// Its process id.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// The last lines of its log.
+    pub fn log(&self) -> String {
+        let lines = self.log.lock().unwrap_or_else(PoisonError::into_inner);
+        lines[lines.len().saturating_sub(SHOWN_LINES)..].join("\n")
+    }
+
+    /// Whether a line of its log has this text.
+    pub fn has_logged(&self, text: &str) -> bool {
+        self.log.lock().unwrap_or_else(PoisonError::into_inner).iter().any(|line| line.contains(text))
+    }
+
+    /// Waits until its log has a line with this text.
+    ///
+    /// # Errors
+    ///
+    /// It does not come in time.
+    pub fn wait_for_log(&self, text: &str) -> Result<()> {
+        let end = Instant::now() + PATIENCE;
+        while !self.has_logged(text) {
+            ensure!(Instant::now() < end, "the broker does not say {text:?}:\n{}", self.log());
+            thread::sleep(Duration::from_millis(2));
+        }
+        Ok(())
+    }
+
+    /// Adds the broker's log to an error.
+    ///
+    /// # Errors
+    ///
+    /// `result` is one.
+    pub fn explain<T>(&self, result: Result<T>) -> Result<T> {
+        result.map_err(|error| {
+            let log = self.log();
+            let text = error.chain().map(ToString::to_string).collect::<Vec<_>>().join("\n  because: ");
+            anyhow::anyhow!("{text}\nthe broker's log:\n{log}")
+        })
+    }
+
+    /// Sends it a signal.
+    ///
+    /// # Errors
+    ///
+    /// It has ended.
+    pub fn signal(&mut self, signal: Signal) -> Result<()> {
+        // Not yet waited for, so that the number is still its own.
+        ensure!(self.child.try_wait()?.is_none(), "the broker has ended:\n{}", self.log());
+        kill_process(Pid::from_child(&self.child), signal)?;
+        Ok(())
+    }
+
+    /// SIGKILL, and its end as a process. Its I/O may still go on.
+    ///
+    /// # Errors
+    ///
+    /// It cannot be waited for.
+    pub fn kill(&mut self) -> Result<()> {
+        self.child.kill()?;
+        self.child.wait()?;
+        self.join_log();
+        Ok(())
+    }
+
+    /// SIGTERM, and its exit status.
+    ///
+    /// # Errors
+    ///
+    /// It does not end in time.
+    pub fn terminate(&mut self) -> Result<ExitStatus> {
+        self.signal(Signal::TERM)?;
+        self.wait()
+    }
+
+    /// Its exit status.
+    ///
+    /// # Errors
+    ///
+    /// It does not end in time.
+    pub fn wait(&mut self) -> Result<ExitStatus> {
+        let end = Instant::now() + PATIENCE;
+        loop {
+            if let Some(status) = self.child.try_wait()? {
+                self.join_log();
+                return Ok(status);
+            }
+            ensure!(Instant::now() < end, "the broker has not ended after {PATIENCE:?}:\n{}", self.log());
+            thread::sleep(Duration::from_millis(2));
+        }
+    }
+
+    /// Whether it still runs.
+    ///
+    /// # Errors
+    ///
+    /// It cannot be waited for.
+    pub fn is_running(&mut self) -> Result<bool> {
+        Ok(self.child.try_wait()?.is_none())
+    }
+
+    /// What it has of the machine.
+    ///
+    /// # Errors
+    ///
+    /// It has ended.
+    pub fn usage(&self) -> Result<Usage> {
+        let directory = PathBuf::from(format!("/proc/{}", self.pid()));
+        let status = fs::read_to_string(directory.join("status")).context("reading the broker's status")?;
+        let bytes = |field: &str| -> Result<u64> {
+            let line = status.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(':'));
+            let text = line.and_then(|text| text.trim().strip_suffix(" kB")).context("a field of the status")?;
+            Ok(text.trim().parse::<u64>()? << 10)
+        };
+        let mut cpu_ns = 0;
+        for task in fs::read_dir(directory.join("task"))? {
+            // A thread may have ended since.
+            let Ok(statistics) = fs::read_to_string(task?.path().join("schedstat")) else { continue };
+            cpu_ns += statistics.split(' ').next().context("the time of a thread")?.parse::<u64>()?;
+        }
+        Ok(Usage {
+            anonymous_bytes: bytes("RssAnon")?,
+            file_bytes: bytes("RssFile")?,
+            fds: fs::read_dir(directory.join("fd"))?.count(),
+            cpu_ns,
+        })
+    }
+
+    /// Waits until it has as many file descriptors as `fds` again: what a connection left is closed soon after it.
+    ///
+    /// # Errors
+    ///
+    /// It keeps more.
+    pub fn wait_for_fds(&self, fds: usize) -> Result<()> {
+        let end = Instant::now() + PATIENCE;
+        loop {
+            let open = self.usage()?.fds;
+            if open <= fds {
+                return Ok(());
+            }
+            ensure!(Instant::now() < end, "{open} descriptors are open, {fds} were: {}", self.open_files());
+            thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// What its file descriptors are, for a message.
+    fn open_files(&self) -> String {
+        let Ok(entries) = fs::read_dir(format!("/proc/{}/fd", self.pid())) else { return String::new() };
+        let links = entries.flatten().filter_map(|entry| fs::read_link(entry.path()).ok());
+        let mut links: Vec<String> = links.map(|link| link.display().to_string()).collect();
+        links.sort();
+        links.join(", ")
+    }
+
+    /// Everything that it wrote before it ended.
+    fn join_log(&mut self) {
+        if let Some(reader) = self.log_reader.take() {
+            let _ = reader.join();
+        }
+    }
+}
+
+impl Drop for BrokerProcess {
+    fn drop(&mut self) {
+        if matches!(self.child.try_wait(), Ok(None))
+            && let Err(error) = self.kill()
+        {
+            eprintln!("the broker {} stays behind: {error:#}", self.pid());
+        }
+    }
+}
+
+/// Displays as its socket and process.
+impl fmt::Display for BrokerProcess {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "broker {} at {}", self.pid(), self.socket.display())
+    }
+}
+
+/// Whether a process listens on the Unix socket at `path` (`/proc/net/unix`: the flag is `__SO_ACCEPTCON`).
+fn is_listening(path: &Path) -> Result<bool> {
+    let path = path.to_str().context("the socket's path is not UTF-8")?;
+    let sockets = fs::read_to_string("/proc/net/unix").context("reading /proc/net/unix")?;
+    Ok(sockets.lines().any(|line| {
+        let mut fields = line.split_whitespace();
+        fields.nth(3) == Some("00010000") && fields.next_back() == Some(path)
+    }))
+}

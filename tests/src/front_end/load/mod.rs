@@ -1,0 +1,444 @@
+//! I/O with many requests at once, in which every byte is verified.
+//!
+//! Whatever a test does to the back-end meanwhile, a load finds what is lost, done twice, torn, or completed twice: each
+//! write has its own content, and a block belongs to one request at a time.
+
+mod model;
+
+use std::{
+    fs::File,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    thread::{self, JoinHandle},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, bail, ensure};
+use virtio_bindings::virtio_blk::{
+    VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
+    VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
+};
+use vm_memory::{Bytes, GuestAddress};
+
+pub use self::model::{BLOCK_BYTES, Model};
+use super::{
+    blk::{HEADER_BYTES, NO_STATUS, SECTOR_BYTES, header, range},
+    ram::Arena,
+    vring::{DESCRIPTOR_BYTES, Descriptor, DriverVring},
+};
+use crate::seed::Seed;
+
+/// The most data descriptors of one request.
+const MAX_SEGMENTS: usize = 4;
+/// Room behind a buffer, for those that begin at an odd address.
+const SLACK_BYTES: u64 = 512;
+
+/// What a load does.
+#[derive(Debug, Clone, Copy)]
+pub struct LoadOptions {
+    /// Block of the disk at which its area begins. No other load may use the area.
+    pub first_block: u64,
+    /// Length of the area in blocks.
+    pub blocks: u64,
+    /// Requests at once.
+    pub depth: usize,
+    /// The most blocks of one request.
+    pub max_blocks: usize,
+    /// How many in a hundred requests are writes.
+    pub write_percent: u8,
+    /// How many in a hundred requests write zeroes. The device must have the feature.
+    pub write_zeroes_percent: u8,
+    /// How many in a hundred requests flush. The device must have the feature.
+    pub flush_percent: u8,
+    /// Whether every other request has its descriptors in a table of its own.
+    pub indirect: bool,
+    /// Whether every other buffer begins at an odd address.
+    pub unaligned: bool,
+    /// Whether completions are waited for by looking at the ring rather than for the call eventfd.
+    pub spin: bool,
+    /// How long nothing may complete.
+    pub patience: Duration,
+    /// Where all choices and contents come from.
+    pub seed: Seed,
+}
+
+impl LoadOptions {
+    /// Half writes, up to 4 blocks each, with interrupts.
+    pub fn new(first_block: u64, blocks: u64, depth: usize, seed: Seed) -> Self {
+        Self {
+            first_block,
+            blocks,
+            depth,
+            max_blocks: 4,
+            write_percent: 50,
+            write_zeroes_percent: 0,
+            flush_percent: 0,
+            indirect: false,
+            unaligned: false,
+            spin: false,
+            patience: Duration::from_secs(40),
+            seed,
+        }
+    }
+
+    /// How much RAM its buffers take.
+    pub fn buffer_bytes(&self) -> u64 {
+        let slot = self.max_blocks as u64 * BLOCK_BYTES + SLACK_BYTES + 2 * 4096;
+        self.depth as u64 * slot
+    }
+}
+
+#[derive(Debug, Clone, Copy)]
+enum Operation {
+    Read,
+    Write { version: u32 },
+    WriteZeroes,
+    Flush,
+}
+
+#[derive(Debug)]
+struct Slot {
+    /// Header, status and table of descriptors.
+    control_gpa: u64,
+    data_gpa: u64,
+    request: Option<Request>,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Request {
+    head: u16,
+    operation: Operation,
+    first: usize,
+    count: usize,
+    data_gpa: u64,
+}
+
+impl Slot {
+    fn status_gpa(&self) -> u64 {
+        self.control_gpa + 32
+    }
+
+    fn ranges_gpa(&self) -> u64 {
+        self.control_gpa + 48
+    }
+
+    fn table_gpa(&self) -> u64 {
+        self.control_gpa + 64
+    }
+}
+
+/// Bytes of a slot beside its data.
+const CONTROL_BYTES: u64 = 64 + DESCRIPTOR_BYTES * (MAX_SEGMENTS as u64 + 2);
+
+/// A driver under load.
+#[derive(Debug)]
+pub struct Load {
+    vring: DriverVring,
+    options: LoadOptions,
+    model: Model,
+    slots: Vec<Slot>,
+    rng: fastrand::Rng,
+    outstanding: usize,
+    completed: u64,
+}
+
+impl Load {
+    /// A load on a vring. Buffers are taken from the arenas in turn.
+    ///
+    /// # Errors
+    ///
+    /// The arenas have not so much left.
+    pub fn new(vring: DriverVring, arenas: &mut [Arena], options: LoadOptions) -> Result<Self> {
+        ensure!(!arenas.is_empty() && options.depth > 0 && options.max_blocks > 0);
+        let count = arenas.len();
+        let slots = (0..options.depth)
+            .map(|index| {
+                let arena = &mut arenas[index % count];
+                let data_bytes = options.max_blocks as u64 * BLOCK_BYTES + SLACK_BYTES;
+                let data_gpa = arena.take(data_bytes, 4096)?;
+                Ok(Slot { control_gpa: arena.take(CONTROL_BYTES, 16)?, data_gpa, request: None })
+            })
+            .collect::<Result<_>>()?;
+        let model = Model::zeroes(options.first_block, options.blocks, options.seed);
+        let rng = options.seed.derive("choices").rng();
+        Ok(Self { vring, options, model, slots, rng, outstanding: 0, completed: 0 })
+    }
+
+    /// The vring.
+    pub fn vring(&mut self) -> &mut DriverVring {
+        &mut self.vring
+    }
+
+    /// What the disk must hold.
+    pub fn model(&self) -> &Model {
+        &self.model
+    }
+
+    /// Completed requests.
+    pub fn completed(&self) -> u64 {
+        self.completed
+    }
+
+    /// Does this many requests more, and waits for all of them.
+    ///
+    /// # Errors
+    ///
+    /// Something is wrong with one, or nothing completes in time.
+    pub fn run(&mut self, requests: u64) -> Result<()> {
+        let end = self.completed + requests;
+        self.run_while(|completed| completed < end)
+    }
+
+    /// Does requests for as long as `goes_on` says, and waits for all of them.
+    ///
+    /// # Errors
+    ///
+    /// As [`run`](Self::run).
+    pub fn run_while(&mut self, mut goes_on: impl FnMut(u64) -> bool) -> Result<()> {
+        let mut last_progress = Instant::now();
+        loop {
+            let reaped = self.reap()?;
+            if reaped > 0 {
+                last_progress = Instant::now();
+            }
+            let goes_on = goes_on(self.completed);
+            if goes_on {
+                self.fill()?;
+            }
+            if self.outstanding == 0 {
+                if goes_on {
+                    continue;
+                }
+                return Ok(());
+            }
+            if reaped == 0 {
+                self.wait(last_progress)?;
+            }
+        }
+    }
+
+    fn wait(&mut self, last_progress: Instant) -> Result<()> {
+        let left = self.options.patience.saturating_sub(last_progress.elapsed());
+        let waited = if self.options.spin { self.vring.spin_for_used(left) } else { self.vring.wait_for_call(left) };
+        waited.with_context(|| format!("{} requests are outstanding, {} completed", self.outstanding, self.completed))
+    }
+
+    /// Submits until the depth is reached or nothing fits.
+    fn fill(&mut self) -> Result<()> {
+        let mut added = false;
+        for index in 0..self.slots.len() {
+            if self.slots[index].request.is_none() && self.submit(index)? {
+                added = true;
+            }
+        }
+        if added {
+            self.vring.publish()?;
+        }
+        Ok(())
+    }
+
+    /// Adds one request, unless there is no room or its blocks are taken.
+    fn submit(&mut self, index: usize) -> Result<bool> {
+        if !self.vring.has_room(MAX_SEGMENTS + 2) {
+            return Ok(false);
+        }
+        let Some((first, count)) = self.model.try_take(&mut self.rng, self.options.max_blocks) else {
+            return Ok(false);
+        };
+        let odd_bytes = if self.options.unaligned && self.rng.bool() { self.rng.u64(1..SLACK_BYTES) } else { 0 };
+        let data_gpa = self.slots[index].data_gpa + odd_bytes;
+        let operation = self.choose();
+        let chain = self.chain(index, operation, first, count, data_gpa)?;
+        let head = if self.options.indirect && self.rng.bool() {
+            let table = self.vring.write_indirect_table(self.slots[index].table_gpa(), &chain)?;
+            self.vring.add(&[table])?
+        } else {
+            self.vring.add(&chain)?
+        };
+        self.slots[index].request = Some(Request { head, operation, first, count, data_gpa });
+        self.outstanding += 1;
+        Ok(true)
+    }
+
+    fn choose(&mut self) -> Operation {
+        let LoadOptions { write_percent, write_zeroes_percent, flush_percent, .. } = self.options;
+        let choice = self.rng.u8(0..100);
+        if choice < write_percent {
+            Operation::Write { version: self.model.new_version() }
+        } else if choice < write_percent + write_zeroes_percent {
+            Operation::WriteZeroes
+        } else if choice < write_percent + write_zeroes_percent + flush_percent {
+            Operation::Flush
+        } else {
+            Operation::Read
+        }
+    }
+
+    /// Writes a request into RAM and gives its descriptors.
+    fn chain(
+        &mut self,
+        index: usize,
+        operation: Operation,
+        first: usize,
+        count: usize,
+        data_gpa: u64,
+    ) -> Result<Vec<Descriptor>> {
+        let slot = &self.slots[index];
+        let memory = self.vring.ram().memory();
+        let sector = self.model.offset_bytes(first) / SECTOR_BYTES;
+        let len_bytes = u32::try_from(count as u64 * BLOCK_BYTES)?;
+        let (kind, sector) = match operation {
+            Operation::Read => (VIRTIO_BLK_T_IN, sector),
+            Operation::Write { .. } => (VIRTIO_BLK_T_OUT, sector),
+            Operation::WriteZeroes => (VIRTIO_BLK_T_WRITE_ZEROES, 0),
+            Operation::Flush => (VIRTIO_BLK_T_FLUSH, 0),
+        };
+        memory.write_slice(&header(kind, sector), GuestAddress(slot.control_gpa))?;
+        memory.write_obj(NO_STATUS, GuestAddress(slot.status_gpa()))?;
+        let mut chain = vec![Descriptor::readable(slot.control_gpa, HEADER_BYTES)];
+        match operation {
+            Operation::Read => {
+                // What must not be there afterwards.
+                memory.write_slice(&vec![0xdd; len_bytes as usize], GuestAddress(data_gpa))?;
+                chain.extend(segments(&mut self.rng, Descriptor::writable(data_gpa, len_bytes)));
+            }
+            Operation::Write { version } => {
+                let mut content = vec![0; len_bytes as usize];
+                self.model.content(first, version, &mut content);
+                memory.write_slice(&content, GuestAddress(data_gpa))?;
+                chain.extend(segments(&mut self.rng, Descriptor::readable(data_gpa, len_bytes)));
+            }
+            Operation::WriteZeroes => {
+                let first_sector = self.model.offset_bytes(first) / SECTOR_BYTES;
+                let flags = if self.rng.bool() { VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP } else { 0 };
+                let range = range(first_sector, len_bytes / SECTOR_BYTES as u32, flags);
+                memory.write_slice(&range, GuestAddress(slot.ranges_gpa()))?;
+                chain.push(Descriptor::readable(slot.ranges_gpa(), u32::try_from(range.len())?));
+            }
+            Operation::Flush => {}
+        }
+        chain.push(Descriptor::writable(slot.status_gpa(), 1));
+        Ok(chain)
+    }
+
+    fn reap(&mut self) -> Result<usize> {
+        let mut reaped = 0;
+        while let Some(used) = self.vring.take_used()? {
+            let ours = |slot: &Slot| slot.request.is_some_and(|request| request.head == used.head);
+            let index = self.slots.iter().position(ours);
+            let index = index.with_context(|| format!("chain {} was used, and is not outstanding", used.head))?;
+            let request = self.slots[index].request.take().context("just found")?;
+            self.outstanding -= 1;
+            self.completed += 1;
+            reaped += 1;
+            self.check(index, request, used.len_bytes)
+                .with_context(|| format!("request {} of the load: {request:x?}", self.completed))?;
+        }
+        Ok(reaped)
+    }
+
+    fn check(&mut self, index: usize, request: Request, used_bytes: u32) -> Result<()> {
+        let Request { operation, first, count, data_gpa, .. } = request;
+        let memory = self.vring.ram().memory();
+        let status: u8 = memory.read_obj(GuestAddress(self.slots[index].status_gpa()))?;
+        if status != 0 {
+            bail!("status {status:#x}");
+        }
+        let len_bytes = count * BLOCK_BYTES as usize;
+        let mut written_bytes = 1;
+        let mut written = None;
+        match operation {
+            Operation::Read => {
+                let mut found = vec![0; len_bytes];
+                memory.read_slice(&mut found, GuestAddress(data_gpa))?;
+                self.model.check(first, &found)?;
+                written_bytes += u32::try_from(len_bytes)?;
+            }
+            Operation::Write { version } => written = Some(version),
+            Operation::WriteZeroes => written = Some(0),
+            Operation::Flush => {}
+        }
+        ensure!(used_bytes == written_bytes, "the device says that it wrote {used_bytes} bytes, not {written_bytes}");
+        self.model.give_back(first, count, written);
+        Ok(())
+    }
+
+    /// Compares all of the load's area with the file or device behind the disk. Nothing may be outstanding.
+    ///
+    /// # Errors
+    ///
+    /// It holds something else.
+    pub fn check_disk(&self, file: &File) -> Result<()> {
+        ensure!(self.outstanding == 0, "{} requests are outstanding", self.outstanding);
+        self.model.check_file(file)
+    }
+}
+
+/// The buffer in up to [`MAX_SEGMENTS`] descriptors, cut at sectors.
+fn segments(rng: &mut fastrand::Rng, buffer: Descriptor) -> Vec<Descriptor> {
+    let sectors = buffer.len_bytes / SECTOR_BYTES as u32;
+    let mut cuts: Vec<u32> = (1..rng.usize(1..=MAX_SEGMENTS)).map(|_| rng.u32(0..sectors)).collect();
+    cuts.extend([0, sectors]);
+    cuts.sort_unstable();
+    cuts.dedup();
+    let part = |cut: &[u32]| Descriptor {
+        gpa: buffer.gpa + u64::from(cut[0]) * SECTOR_BYTES,
+        len_bytes: (cut[1] - cut[0]) * SECTOR_BYTES as u32,
+        ..buffer
+    };
+    cuts.windows(2).map(part).collect()
+}
+
+/// A load on a thread of its own.
+#[derive(Debug)]
+pub struct RunningLoad {
+    thread: JoinHandle<Result<Load>>,
+    stop: Arc<AtomicBool>,
+    completed: Arc<AtomicU64>,
+}
+
+impl RunningLoad {
+    /// Starts it.
+    pub fn start(mut load: Load) -> Self {
+        let (stop, completed) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(load.completed())));
+        let (told, shown) = (stop.clone(), completed.clone());
+        let thread = thread::spawn(move || {
+            load.run_while(|completed| {
+                shown.store(completed, Ordering::Relaxed);
+                !told.load(Ordering::Relaxed)
+            })?;
+            Ok(load)
+        });
+        Self { thread, stop, completed }
+    }
+
+    /// Completed requests so far.
+    pub fn completed(&self) -> u64 {
+        self.completed.load(Ordering::Relaxed)
+    }
+
+    /// Waits until so many requests more have completed, or the load has failed, which [`finish`](Self::finish) tells.
+    pub fn wait_for_progress(&self, requests: u64) {
+        let end = self.completed() + requests;
+        while self.completed() < end && !self.thread.is_finished() {
+            thread::sleep(Duration::from_micros(200));
+        }
+    }
+
+    /// Whether it has ended by itself, which is a failure.
+    pub fn has_failed(&self) -> bool {
+        self.thread.is_finished()
+    }
+
+    /// Lets what is outstanding end, and gives the load back.
+    ///
+    /// # Errors
+    ///
+    /// Something was wrong.
+    pub fn finish(self) -> Result<Load> {
+        self.stop.store(true, Ordering::Relaxed);
+        self.thread.join().map_err(|_| anyhow::anyhow!("the load panicked"))?
+    }
+}

@@ -1,0 +1,149 @@
+//! Guest RAM of the test front-end: regions of memfds at guest-physical addresses.
+
+use std::{fs::File, sync::Arc};
+
+use anyhow::{Context, Result};
+use rustix::fs::{MemfdFlags, memfd_create};
+use vhost::vhost_user::message::VhostUserMemoryRegion;
+use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionCollection, GuestRegionMmap, MmapRegion};
+
+/// Where the front-end says that guest address 0 is in its own address space. Any number will do: the back-end only
+/// calculates with it. It differs from the guest-physical addresses, so that neither is taken for the other.
+const USER_BASE: u64 = 0x5100_0000_0000;
+
+/// A region of guest RAM.
+#[derive(Debug, Clone)]
+pub struct RamRegion {
+    gpa: u64,
+    len_bytes: u64,
+    offset_bytes: u64,
+    user_addr: u64,
+    file: Arc<File>,
+    mapped: Arc<GuestRegionMmap>,
+}
+
+impl RamRegion {
+    /// New memory of `len_bytes` at `gpa`, both multiples of the page size, in a memfd of its own.
+    ///
+    /// # Errors
+    ///
+    /// No memory.
+    pub fn new(gpa: u64, len_bytes: u64) -> Result<Self> {
+        let file = File::from(memfd_create("ringpass-test-ram", MemfdFlags::CLOEXEC)?);
+        file.set_len(len_bytes)?;
+        Self::of_file(Arc::new(file), 0, gpa, len_bytes)
+    }
+
+    /// The part of a file from `offset_bytes` on.
+    ///
+    /// # Errors
+    ///
+    /// It cannot be mapped.
+    pub fn of_file(file: Arc<File>, offset_bytes: u64, gpa: u64, len_bytes: u64) -> Result<Self> {
+        let part = FileOffset::from_arc(file.clone(), offset_bytes);
+        let mapping = MmapRegion::from_file(part, usize::try_from(len_bytes)?).context("mapping guest RAM")?;
+        let mapped = GuestRegionMmap::new(mapping, GuestAddress(gpa)).context("a region past the last address")?;
+        // Regions that are neighbours for the guest are not for the front-end.
+        let user_addr = USER_BASE + 2 * gpa;
+        Ok(Self { gpa, len_bytes, offset_bytes, user_addr, file, mapped: Arc::new(mapped) })
+    }
+
+    /// Where the guest has it.
+    pub fn gpa(&self) -> u64 {
+        self.gpa
+    }
+
+    /// How long it is.
+    pub fn len_bytes(&self) -> u64 {
+        self.len_bytes
+    }
+
+    /// The file.
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// How the region is told to the back-end.
+    pub fn message(&self) -> VhostUserMemoryRegion {
+        VhostUserMemoryRegion::new(self.gpa, self.len_bytes, self.user_addr, self.offset_bytes)
+    }
+
+    /// All of it, to be given away in parts.
+    pub fn arena(&self) -> Arena {
+        Arena { next: self.gpa, end: self.gpa + self.len_bytes }
+    }
+}
+
+/// Guest RAM: the regions, and the guest's access to them.
+#[derive(Debug, Clone)]
+pub struct Ram {
+    regions: Vec<RamRegion>,
+    memory: GuestMemoryMmap,
+}
+
+impl Ram {
+    /// These regions, in the order in which they are told to the back-end.
+    ///
+    /// # Errors
+    ///
+    /// There are none, or two overlap.
+    pub fn new(regions: impl IntoIterator<Item = RamRegion>) -> Result<Self> {
+        let regions: Vec<RamRegion> = regions.into_iter().collect();
+        let mut sorted: Vec<Arc<GuestRegionMmap>> = regions.iter().map(|region| region.mapped.clone()).collect();
+        sorted.sort_by_key(|region| vm_memory::GuestMemoryRegion::start_addr(region.as_ref()));
+        let memory = GuestRegionCollection::from_arc_regions(sorted).context("making guest RAM")?;
+        Ok(Self { regions, memory })
+    }
+
+    /// One region of `len_bytes` at guest address 0.
+    ///
+    /// # Errors
+    ///
+    /// No memory.
+    pub fn single(len_bytes: u64) -> Result<Self> {
+        Self::new([RamRegion::new(0, len_bytes)?])
+    }
+
+    /// The regions.
+    pub fn regions(&self) -> &[RamRegion] {
+        &self.regions
+    }
+
+    /// The guest's access.
+    pub fn memory(&self) -> &GuestMemoryMmap {
+        &self.memory
+    }
+
+    /// Where the front-end says that it has a guest address, for `SET_VRING_ADDR`.
+    ///
+    /// # Errors
+    ///
+    /// There is no RAM at `gpa`.
+    pub fn user_addr(&self, gpa: u64) -> Result<u64> {
+        let region = self.regions.iter().find(|region| (region.gpa..region.gpa + region.len_bytes).contains(&gpa));
+        let region = region.with_context(|| format!("no RAM at {gpa:#x}"))?;
+        Ok(region.user_addr + (gpa - region.gpa))
+    }
+}
+
+/// Guest RAM that is given away from front to back.
+#[derive(Debug, Clone)]
+pub struct Arena {
+    next: u64,
+    end: u64,
+}
+
+impl Arena {
+    /// `len_bytes` at a multiple of `align_bytes`.
+    ///
+    /// # Errors
+    ///
+    /// Not so much is left.
+    pub fn take(&mut self, len_bytes: u64, align_bytes: u64) -> Result<u64> {
+        let gpa = self.next.next_multiple_of(align_bytes);
+        let left = self.end.saturating_sub(gpa);
+        let end = gpa.checked_add(len_bytes).filter(|&end| end <= self.end);
+        self.next = end.with_context(|| format!("{len_bytes} bytes of RAM asked for, {left} left"))?;
+        Ok(gpa)
+    }
+}

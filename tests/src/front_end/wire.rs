@@ -1,0 +1,194 @@
+//! Messages as bytes on a Unix socket, with the file descriptors that come along: nothing is checked on the way out, so
+//! that a test can send anything.
+
+use std::{
+    io::{self, IoSlice, IoSliceMut},
+    mem::MaybeUninit,
+    os::{
+        fd::{BorrowedFd, OwnedFd},
+        unix::net::UnixStream,
+    },
+    path::Path,
+    time::Duration,
+};
+
+use anyhow::{Context, Result, bail, ensure};
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags,
+};
+
+/// Length of a message's header: request, flags and size of the body, 32 bits each in the machine's byte order.
+pub const HEADER_BYTES: usize = 12;
+/// Flags of every message: version 1 (vhost-user, "Header").
+pub const FLAG_VERSION: u32 = 1;
+/// Flag of an answer.
+pub const FLAG_REPLY: u32 = 1 << 2;
+/// Flag of a request that wants an answer even if it would have none (`VHOST_USER_PROTOCOL_F_REPLY_ACK`).
+pub const FLAG_NEED_REPLY: u32 = 1 << 3;
+
+/// The most descriptors that Linux passes with one message (`SCM_MAX_FD`, unix(7)).
+pub const MAX_FDS: usize = 253;
+/// Far more than any message has: a longer one is a fault of the peer.
+const MAX_BODY_BYTES: usize = 1 << 16;
+
+/// A message as it came.
+#[derive(Debug)]
+pub struct Message {
+    /// Number of the request, also in an answer.
+    pub request: u32,
+    /// The header's flags.
+    pub flags: u32,
+    /// What follows the header.
+    pub body: Vec<u8>,
+    /// The descriptors that came along.
+    pub fds: Vec<OwnedFd>,
+}
+
+/// The bytes of a message.
+pub fn encode(request: u32, flags: u32, body: &[u8]) -> Vec<u8> {
+    let size_bytes = u32::try_from(body.len()).expect("bodies of tests are short");
+    let mut bytes = Vec::with_capacity(HEADER_BYTES + body.len());
+    for word in [request, flags, size_bytes] {
+        bytes.extend_from_slice(&word.to_ne_bytes());
+    }
+    bytes.extend_from_slice(body);
+    bytes
+}
+
+/// One end of a connection.
+#[derive(Debug)]
+pub struct Wire {
+    socket: UnixStream,
+}
+
+impl Wire {
+    /// Connects to a server that listens at `path`.
+    ///
+    /// # Errors
+    ///
+    /// Nobody listens there.
+    pub fn connect(path: &Path, timeout: Duration) -> Result<Self> {
+        let socket = UnixStream::connect(path).with_context(|| format!("connecting to {}", path.display()))?;
+        Self::new(socket, timeout)
+    }
+
+    /// Takes a connected socket. An answer is waited for as long as `timeout`, and so is room for a message.
+    ///
+    /// # Errors
+    ///
+    /// The time-outs cannot be set.
+    pub fn new(socket: UnixStream, timeout: Duration) -> Result<Self> {
+        socket.set_read_timeout(Some(timeout))?;
+        socket.set_write_timeout(Some(timeout))?;
+        Ok(Self { socket })
+    }
+
+    /// Changes how long an answer is waited for.
+    ///
+    /// # Errors
+    ///
+    /// It cannot be set.
+    pub fn set_timeout(&self, timeout: Duration) -> io::Result<()> {
+        self.socket.set_read_timeout(Some(timeout))
+    }
+
+    /// Sends these bytes, with these descriptors along with the first of them.
+    ///
+    /// # Errors
+    ///
+    /// The peer has closed, or takes nothing within the time-out.
+    pub fn send_bytes(&self, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> io::Result<()> {
+        let mut space = vec![MaybeUninit::uninit(); SendAncillaryMessage::ScmRights(fds).size()];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        if !fds.is_empty() && !control.push(SendAncillaryMessage::ScmRights(fds)) {
+            return Err(io::Error::other("no room for the descriptors"));
+        }
+        let mut sent = rustix::net::sendmsg(&self.socket, &[IoSlice::new(bytes)], &mut control, SendFlags::NOSIGNAL)?;
+        while sent < bytes.len() {
+            let mut nothing = SendAncillaryBuffer::default();
+            let rest = [IoSlice::new(&bytes[sent..])];
+            sent += rustix::net::sendmsg(&self.socket, &rest, &mut nothing, SendFlags::NOSIGNAL)?;
+        }
+        Ok(())
+    }
+
+    /// Sends a message.
+    ///
+    /// # Errors
+    ///
+    /// As [`send_bytes`](Self::send_bytes).
+    pub fn send(&self, request: u32, flags: u32, body: &[u8], fds: &[BorrowedFd<'_>]) -> io::Result<()> {
+        self.send_bytes(&encode(request, flags, body), fds)
+    }
+
+    /// The next message, or `None` if the peer has closed between two messages.
+    ///
+    /// # Errors
+    ///
+    /// Nothing comes within the time-out, the peer closes within a message, or its size makes no sense.
+    pub fn receive(&self) -> Result<Option<Message>> {
+        let mut header = [0; HEADER_BYTES];
+        let mut fds = Vec::new();
+        match self.receive_exactly(&mut header, &mut fds)? {
+            0 => return Ok(None),
+            HEADER_BYTES => {}
+            some => bail!("the peer closed after {some} bytes of a header"),
+        }
+        let word = |index: usize| u32::from_ne_bytes(header[4 * index..4 * index + 4].try_into().expect("four bytes"));
+        let (request, flags, size_bytes) = (word(0), word(1), word(2) as usize);
+        ensure!(size_bytes <= MAX_BODY_BYTES, "a message {request} with a body of {size_bytes} bytes");
+        let mut body = vec![0; size_bytes];
+        let received = self.receive_exactly(&mut body, &mut fds)?;
+        ensure!(received == size_bytes, "the peer closed after {received} of {size_bytes} bytes of message {request}");
+        Ok(Some(Message { request, flags, body, fds }))
+    }
+
+    /// Whether the peer closes the connection without sending anything more than complete messages before.
+    ///
+    /// # Errors
+    ///
+    /// It does neither within the time-out.
+    pub fn drain_until_closed(&self) -> Result<()> {
+        loop {
+            match self.receive() {
+                Ok(Some(_)) => {}
+                Ok(None) => return Ok(()),
+                // Bytes of ours that the peer had not read when it closed.
+                Err(error) if is_reset(&error) => return Ok(()),
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    /// Fills `buffer` unless the peer closes before; gives the number of bytes.
+    fn receive_exactly(&self, buffer: &mut [u8], fds: &mut Vec<OwnedFd>) -> Result<usize> {
+        let mut filled = 0;
+        while filled < buffer.len() {
+            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
+            let mut control = RecvAncillaryBuffer::new(&mut space);
+            let mut rest = [IoSliceMut::new(&mut buffer[filled..])];
+            let received = match rustix::net::recvmsg(&self.socket, &mut rest, &mut control, RecvFlags::CMSG_CLOEXEC) {
+                Ok(received) => received,
+                Err(rustix::io::Errno::INTR) => continue,
+                Err(rustix::io::Errno::AGAIN) => bail!("no answer within the time-out"),
+                Err(error) => return Err(io::Error::from(error).into()),
+            };
+            for message in control.drain() {
+                if let RecvAncillaryMessage::ScmRights(received) = message {
+                    fds.extend(received);
+                }
+            }
+            if received.bytes == 0 {
+                break;
+            }
+            filled += received.bytes;
+        }
+        Ok(filled)
+    }
+}
+
+/// Whether the error says that the peer closed with bytes unread.
+pub fn is_reset(error: &anyhow::Error) -> bool {
+    let kinds = [io::ErrorKind::ConnectionReset, io::ErrorKind::BrokenPipe];
+    error.downcast_ref::<io::Error>().is_some_and(|error| kinds.contains(&error.kind()))
+}
