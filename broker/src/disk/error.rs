@@ -119,6 +119,23 @@ pub enum DiskError {
     },
 }
 
+impl DiskError {
+    /// Whether somebody else has the disk: trying again later can help.
+    pub fn is_busy(&self) -> bool {
+        matches!(self, Self::Locked { .. } | Self::InUse { .. })
+    }
+
+    /// Whether the error names somebody who has the disk and is alive: a process, or something in the kernel that was
+    /// set up on a device. If not, it is most likely I/O of a process that has ended.
+    pub fn names_living_holder(&self) -> bool {
+        match self {
+            Self::Locked { holders, .. } => !holders.is_empty(),
+            Self::InUse { uses, .. } => uses.iter().any(|found| !matches!(found, DeviceUse::ReadBy(_))),
+            _ => false,
+        }
+    }
+}
+
 /// What a path leads to, when that is no disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]

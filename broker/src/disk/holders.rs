@@ -64,6 +64,8 @@ pub enum DeviceUse {
     },
     /// A process has it open. The kernel does not tell whether that is for itself alone.
     OpenIn(ProcessName),
+    /// A process has it open for reading. Whoever only looks (udev, a monitor) does not claim it.
+    ReadBy(ProcessName),
 }
 
 impl fmt::Display for DeviceUse {
@@ -73,6 +75,7 @@ impl fmt::Display for DeviceUse {
             Self::Swap { path } => write!(f, "{path:?} is swap space"),
             Self::PartOf { device, upper } => write!(f, "{device} is part of /dev/{upper}"),
             Self::OpenIn(process) => write!(f, "open in {process}"),
+            Self::ReadBy(process) => write!(f, "open for reading in {process}"),
         }
     }
 }
@@ -133,25 +136,42 @@ pub(super) fn device_uses(number: DeviceNumber) -> Vec<DeviceUse> {
                 .map(|upper| DeviceUse::PartOf { device: device.name.clone(), upper }),
         );
     }
-    uses.extend(
-        processes::all()
-            .filter(|process| {
-                process.open_files().any(|fd| {
-                    process.file_stat(fd).and_then(|found| named(DeviceNumber::of_node(&found)?)).is_some()
-                        && !process.file_info(fd).is_some_and(|info| is_name_only(&info))
-                })
-            })
-            .map(|process| DeviceUse::OpenIn(process.name())),
-    );
+    uses.extend(processes::all().filter_map(|process| {
+        let opened = process
+            .open_files()
+            .filter(|&fd| process.file_stat(fd).and_then(|found| named(DeviceNumber::of_node(&found)?)).is_some())
+            .filter_map(|fd| Opened::from_file_info(&process.file_info(fd)?))
+            .max()?;
+        match opened {
+            Opened::NameOnly => None,
+            Opened::ForReading => Some(DeviceUse::ReadBy(process.name())),
+            Opened::ForWriting => Some(DeviceUse::OpenIn(process.name())),
+        }
+    }));
     uses
 }
 
-/// Whether a `/proc/PID/fdinfo/FD` is of a descriptor that names a file and does not have it open (`O_PATH`): such as
-/// our own, while we open the disk.
-fn is_name_only(info: &str) -> bool {
-    let flags = info.lines().find_map(|line| line.strip_prefix("flags:"));
-    let flags = flags.and_then(|flags| u32::from_str_radix(flags.trim(), 8).ok());
-    flags.is_some_and(|flags| OFlags::from_bits_retain(flags).contains(OFlags::PATH))
+/// How a process has a file open, from its `/proc/PID/fdinfo/FD`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Opened {
+    /// The descriptor names the file and does not have it open (`O_PATH`): such as our own, while we open the disk.
+    NameOnly,
+    ForReading,
+    ForWriting,
+}
+
+impl Opened {
+    fn from_file_info(info: &str) -> Option<Self> {
+        let flags = info.lines().find_map(|line| line.strip_prefix("flags:"))?;
+        let flags = OFlags::from_bits_retain(u32::from_str_radix(flags.trim(), 8).ok()?);
+        Some(if flags.contains(OFlags::PATH) {
+            Self::NameOnly
+        } else if flags & OFlags::RWMODE == OFlags::RDONLY {
+            Self::ForReading
+        } else {
+            Self::ForWriting
+        })
+    }
 }
 
 struct Device {
@@ -229,10 +249,13 @@ mod tests {
     }
 
     #[test]
-    fn a_descriptor_that_only_names_a_file_is_known_by_its_flags() {
-        assert!(is_name_only("pos:\t0\nflags:\t012000000\nmnt_id:\t7\n"));
-        assert!(!is_name_only("pos:\t0\nflags:\t02100002\nmnt_id:\t7\n"));
-        assert!(!is_name_only("pos:\t0\n"));
+    fn how_a_file_is_open_is_read_from_its_flags() {
+        let opened = |flags| Opened::from_file_info(&format!("pos:\t0\nflags:\t{flags}\nmnt_id:\t7\n"));
+        assert_eq!(opened("012000000"), Some(Opened::NameOnly));
+        assert_eq!(opened("02100000"), Some(Opened::ForReading));
+        assert_eq!(opened("02100002"), Some(Opened::ForWriting));
+        assert_eq!(opened("02100001"), Some(Opened::ForWriting));
+        assert_eq!(Opened::from_file_info("pos:\t0\n"), None);
     }
 
     #[test]

@@ -13,22 +13,32 @@
 //! What neither catches: a read-only disk and a writer on two different nodes of one device. The reader then sees
 //! data change; nothing is damaged.
 
+//!
+//! Who must answer questions about a disk before it can be had uses a [`LocatedDisk`].
+
+mod acquire;
+mod capabilities;
 mod error;
 mod geometry;
 mod holders;
+mod locate;
 mod lock;
 mod open;
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 pub use crate::processes::ProcessName;
+pub use capabilities::{Capabilities, RangeLimits};
 pub use error::{DiskError, FileKind};
 pub use holders::DeviceUse;
+pub use locate::LocatedDisk;
 
+use acquire::Acquisition;
 use geometry::Geometry;
-use lock::Wait;
+use open::{Anchor, Found};
 
 /// Whether I/O goes past the host's page cache (`O_DIRECT`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
@@ -71,7 +81,7 @@ pub enum DiskKind {
     BlockDevice,
 }
 
-/// An open, locked disk. Size and block sizes are those at the time of opening.
+/// An open, locked disk. Block sizes are those at the time of opening, the size that of the last look.
 #[derive(Debug)]
 pub struct Disk {
     file: OwnedFd,
@@ -79,6 +89,7 @@ pub struct Disk {
     kind: DiskKind,
     read_only: bool,
     geometry: Geometry,
+    size_bytes: AtomicU64,
 }
 
 impl Disk {
@@ -90,23 +101,42 @@ impl Disk {
     /// # Errors
     /// Each kind of [`DiskError`]; its message says what to do.
     pub fn open(config: &DiskConfig) -> Result<Self, DiskError> {
-        let mut wait = Wait::new(config.lock_wait);
-        let found = open::open(config, &mut wait)?;
-        lock::lock(&found.file, &config.path, config.read_only, &mut wait)?;
-        // Only now: whoever had the lock may have resized the disk.
-        let geometry = Geometry::read(&found, config)?;
-        Ok(Self {
+        let anchor = Anchor::new(config)?;
+        Acquisition::new(&anchor, config).within(config.lock_wait)
+    }
+
+    /// Finds a disk and what it is, without locking it, claiming it or waiting for anybody.
+    ///
+    /// # Errors
+    /// Those of [`Self::open`], except [`DiskError::Locked`], [`DiskError::InUse`] and [`DiskError::Lock`].
+    pub fn locate(config: &DiskConfig) -> Result<LocatedDisk, DiskError> {
+        LocatedDisk::new(config)
+    }
+
+    fn new(found: Found, config: &DiskConfig, geometry: Geometry) -> Self {
+        Self {
             file: found.file,
             path: config.path.clone(),
             kind: found.kind,
             read_only: config.read_only,
+            size_bytes: geometry.size_bytes.into(),
             geometry,
-        })
+        }
     }
 
-    /// Size in bytes: a multiple of [`Self::logical_block_bytes`], never zero.
+    /// Size in bytes when it was last looked at: a multiple of [`Self::logical_block_bytes`], never zero.
     pub fn size_bytes(&self) -> u64 {
-        self.geometry.size_bytes
+        self.size_bytes.load(Ordering::Relaxed)
+    }
+
+    /// Looks at the size in bytes that the disk has by now, larger or smaller, and returns it.
+    ///
+    /// # Errors
+    /// [`DiskError::Empty`], [`DiskError::PartialBlock`], [`DiskError::Query`]; then the old size stays in force.
+    pub fn refresh_size(&self) -> Result<u64, DiskError> {
+        let size_bytes = self.geometry.read_size(&self.file, &self.path, self.kind)?;
+        self.size_bytes.store(size_bytes, Ordering::Relaxed);
+        Ok(size_bytes)
     }
 
     /// The unit of I/O in bytes: a power of two, at least 512. Offsets and lengths that are multiples of it work, in
@@ -123,6 +153,13 @@ impl Disk {
     /// [`Self::logical_block_bytes`]. For a block device `BLKPBSZGET`, for a file `st_blksize`, at most 64 KiB.
     pub fn physical_block_bytes(&self) -> u32 {
         self.geometry.physical_block_bytes
+    }
+
+    /// What the address of a buffer must be a multiple of, in bytes: a power of two, 1 through the page cache, at most
+    /// [`Self::logical_block_bytes`]. Lengths, also of each piece of a vectored request, are multiples of the logical
+    /// block (`STATX_DIOALIGN`, Linux 6.1; earlier it is the logical block).
+    pub fn memory_alignment_bytes(&self) -> u32 {
+        self.geometry.memory_alignment_bytes
     }
 
     /// Whether it was opened for reading only.

@@ -1,42 +1,94 @@
 //! Opening a path as a disk, whatever it turns out to be.
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{FileType, Mode, OFlags, fstat, open as sys_open};
+use rustix::fs::{Access, AtFlags, CWD, FileType, Mode, OFlags, accessat, fstat, open as sys_open};
 use rustix::io::Errno;
 
-use super::holders::{self, DeviceNumber};
-use super::lock::Wait;
+use super::holders::DeviceNumber;
 use super::{DirectIo, DiskConfig, DiskError, DiskKind};
 
+/// The very file or device that a path led to. It opens nothing (`O_PATH`): no FIFO blocks, and no device notices.
+#[derive(Debug)]
+pub(super) struct Anchor {
+    fd: OwnedFd,
+    pub(super) kind: DiskKind,
+    /// What the node stands for, if it is a block device.
+    pub(super) device: DeviceNumber,
+}
+
+impl Anchor {
+    /// Follows the path, and refuses what is no disk.
+    pub(super) fn new(config: &DiskConfig) -> Result<Self, DiskError> {
+        let fd = sys_open(&config.path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())
+            .map_err(|errno| open_error(config, errno))?;
+        let found = fstat(&fd).map_err(|errno| query_error(&config.path, "the kind", errno))?;
+        let kind = match FileType::from_raw_mode(found.st_mode) {
+            FileType::RegularFile => DiskKind::RegularFile,
+            FileType::BlockDevice => DiskKind::BlockDevice,
+            other => return Err(DiskError::WrongKind { path: config.path.clone(), kind: other.into() }),
+        };
+        Ok(Self { fd, kind, device: DeviceNumber::from_raw(found.st_rdev) })
+    }
+
+    /// A path to the anchored file, whatever the configured path leads to by now.
+    pub(super) fn path(&self) -> PathBuf {
+        format!("/proc/self/fd/{}", self.fd.as_raw_fd()).into()
+    }
+
+    /// Whether it is a block device that is to be written, and so to be claimed.
+    fn is_claimed(&self, config: &DiskConfig) -> bool {
+        self.kind == DiskKind::BlockDevice && !config.read_only
+    }
+}
+
+impl AsFd for Anchor {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
 /// A disk that is open, not yet locked.
+#[derive(Debug)]
 pub(super) struct Found {
     pub(super) file: OwnedFd,
     pub(super) kind: DiskKind,
+    /// The number of a block device.
+    pub(super) device: DeviceNumber,
     /// Whether the kernel accepted `O_DIRECT`; some file systems do and then ignore it.
     pub(super) direct_io: bool,
 }
 
-/// Opens the disk and, if it is a block device to be written, claims it.
-pub(super) fn open(config: &DiskConfig, wait: &mut Wait) -> Result<Found, DiskError> {
-    let anchor = sys_open(&config.path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())
-        .map_err(|errno| open_error(config, errno))?;
-    // An O_PATH descriptor opens nothing: no FIFO blocks, and no device notices that it was looked at.
-    let found = fstat(&anchor).map_err(|errno| query_error(&config.path, "the kind", errno))?;
-    let kind = match FileType::from_raw_mode(found.st_mode) {
-        FileType::RegularFile => DiskKind::RegularFile,
-        FileType::BlockDevice => DiskKind::BlockDevice,
-        other => return Err(DiskError::WrongKind { path: config.path.clone(), kind: other.into() }),
-    };
-    // By way of /proc it is the very file that was looked at, whatever the path leads to by now.
-    let path = PathBuf::from(format!("/proc/self/fd/{}", anchor.as_fd().as_raw_fd()));
-    let mut flags = OFlags::CLOEXEC | if config.read_only { OFlags::RDONLY } else { OFlags::RDWR };
-    flags.set(OFlags::EXCL, kind == DiskKind::BlockDevice && !config.read_only);
+/// Opens the disk for I/O and, if it is a block device to be written, claims it. `None`: somebody else has the claim.
+pub(super) fn open(anchor: &Anchor, config: &DiskConfig) -> Result<Option<Found>, DiskError> {
+    let mut flags = if config.read_only { OFlags::RDONLY } else { OFlags::RDWR };
+    flags.set(OFlags::EXCL, anchor.is_claimed(config));
+    open_with(anchor, config, flags)
+}
+
+/// Opens the disk to ask what it is, and finds out what would stand in the way of [`open`], except a claim.
+///
+/// A block device is opened for reading only: that works beside a claim, and its close is no news for udev.
+pub(super) fn open_for_questions(anchor: &Anchor, config: &DiskConfig) -> Result<Found, DiskError> {
+    let mut flags = OFlags::RDONLY;
+    if anchor.is_claimed(config) {
+        accessat(CWD, anchor.path(), Access::READ_OK | Access::WRITE_OK, AtFlags::EACCESS)
+            .map_err(|errno| open_error(config, errno))?;
+    } else if !config.read_only {
+        flags = OFlags::RDWR;
+    }
+    let found = open_with(anchor, config, flags)?;
+    // Only an exclusive open gives none.
+    found.ok_or_else(|| open_error(config, Errno::BUSY))
+}
+
+fn open_with(anchor: &Anchor, config: &DiskConfig, access: OFlags) -> Result<Option<Found>, DiskError> {
+    let mut flags = access | OFlags::CLOEXEC;
     flags.set(OFlags::DIRECT, config.direct_io != DirectIo::Off);
     let file = loop {
-        match sys_open(&path, flags, Mode::empty()) {
+        match sys_open(anchor.path(), flags, Mode::empty()) {
             Ok(file) => break file,
             Err(Errno::INVAL) if flags.contains(OFlags::DIRECT) => {
                 if config.direct_io == DirectIo::On {
@@ -44,29 +96,16 @@ pub(super) fn open(config: &DiskConfig, wait: &mut Wait) -> Result<Found, DiskEr
                 }
                 flags.remove(OFlags::DIRECT);
             }
-            Err(Errno::BUSY) if flags.contains(OFlags::EXCL) => {
-                wait_until_unused(config, DeviceNumber::from_raw(found.st_rdev), wait)?;
-            }
+            Err(Errno::BUSY) if flags.contains(OFlags::EXCL) => return Ok(None),
+            Err(Errno::INTR) => {}
             Err(errno) => return Err(open_error(config, errno)),
         }
     };
-    if kind == DiskKind::BlockDevice && !config.read_only && is_write_protected(&file, &config.path)? {
+    if anchor.is_claimed(config) && is_write_protected(&file, &config.path)? {
         return Err(DiskError::WriteProtected { path: config.path.clone() });
     }
-    Ok(Found { file, kind, direct_io: flags.contains(OFlags::DIRECT) })
-}
-
-/// Returns when it is time to try again.
-fn wait_until_unused(config: &DiskConfig, device: DeviceNumber, wait: &mut Wait) -> Result<(), DiskError> {
-    if wait.is_first() {
-        let uses = holders::device_uses(device);
-        tracing::info!(path = ?config.path, ?uses, limit = ?wait.limit(), "waiting for the block device to be unused");
-    }
-    if wait.pause() {
-        return Ok(());
-    }
-    let uses = holders::device_uses(device);
-    Err(DiskError::InUse { path: config.path.clone(), uses, waited: wait.waited() })
+    let direct_io = flags.contains(OFlags::DIRECT);
+    Ok(Some(Found { file, kind: anchor.kind, device: anchor.device, direct_io }))
 }
 
 /// Such a device opens for writing, and then fails every write.

@@ -1,0 +1,128 @@
+//! Taking a disk for oneself: claim, lock, and waiting for both.
+
+use std::thread;
+use std::time::{Duration, Instant};
+
+use super::geometry::Geometry;
+use super::open::{self, Anchor, Found};
+use super::{Disk, DiskConfig, DiskError, holders, lock};
+
+/// Tries to take one disk, again and again. What one try has got (the claim) is kept for the next.
+#[derive(Debug)]
+pub(super) struct Acquisition<'a> {
+    anchor: &'a Anchor,
+    config: &'a DiskConfig,
+    found: Option<Found>,
+}
+
+/// What a try met.
+#[derive(Debug)]
+pub(super) enum Attempt {
+    /// The disk is ours.
+    Got(Disk),
+    /// Somebody else has it.
+    Busy,
+}
+
+impl<'a> Acquisition<'a> {
+    pub(super) fn new(anchor: &'a Anchor, config: &'a DiskConfig) -> Self {
+        Self { anchor, config, found: None }
+    }
+
+    /// Tries once, without waiting.
+    pub(super) fn attempt(&mut self) -> Result<Attempt, DiskError> {
+        let found = match self.found.take() {
+            Some(found) => found,
+            None => match open::open(self.anchor, self.config)? {
+                Some(found) => found,
+                None => return Ok(Attempt::Busy),
+            },
+        };
+        if !lock::try_lock(&found.file, &self.config.path, self.config.read_only)? {
+            self.found = Some(found);
+            return Ok(Attempt::Busy);
+        }
+        // Only now: whoever had the lock may have resized the disk.
+        let geometry = Geometry::read(&found, self.config)?;
+        Ok(Attempt::Got(Disk::new(found, self.config, geometry)))
+    }
+
+    /// After [`Attempt::Busy`]: who has the disk, as the refusal that says so. Reads `/proc`, which takes milliseconds.
+    pub(super) fn obstacle(&self, waited: Duration) -> DiskError {
+        let path = self.config.path.clone();
+        match &self.found {
+            Some(found) => {
+                let read_only = self.config.read_only;
+                DiskError::Locked { path, read_only, holders: lock::holders(&found.file, read_only), waited }
+            }
+            None => DiskError::InUse { path, uses: holders::device_uses(self.anchor.device), waited },
+        }
+    }
+
+    /// Tries until the disk is ours or the time is up.
+    pub(super) fn within(mut self, limit: Option<Duration>) -> Result<Disk, DiskError> {
+        let mut wait = Wait::new(limit);
+        loop {
+            if let Attempt::Got(disk) = self.attempt()? {
+                return Ok(disk);
+            }
+            if wait.is_first() {
+                tracing::info!(limit = ?wait.limit, "waiting: {}", self.obstacle(Duration::ZERO));
+            }
+            if !wait.pause() {
+                return Err(self.obstacle(wait.waited()));
+            }
+        }
+    }
+}
+
+/// How long to pause between two tries: growing, from what is nothing for a person to what is nothing for a processor.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct BackOff {
+    pauses: u32,
+}
+
+impl BackOff {
+    const FIRST: Duration = Duration::from_millis(1);
+    const LONGEST: Duration = Duration::from_millis(64);
+
+    /// The next pause.
+    pub(super) fn next(&mut self) -> Duration {
+        let pause = Self::FIRST.saturating_mul(1 << self.pauses.min(10)).min(Self::LONGEST);
+        self.pauses += 1;
+        pause
+    }
+}
+
+/// A bounded wait.
+struct Wait {
+    limit: Option<Duration>,
+    started: Instant,
+    back_off: BackOff,
+}
+
+impl Wait {
+    fn new(limit: Option<Duration>) -> Self {
+        Self { limit, started: Instant::now(), back_off: BackOff::default() }
+    }
+
+    /// Whether there will be a wait and none of it is over: the time to tell about it.
+    fn is_first(&self) -> bool {
+        self.back_off.pauses == 0 && self.limit.is_some_and(|limit| !limit.is_zero())
+    }
+
+    /// Sleeps, longer from time to time. False, and no sleep, when the time is up.
+    fn pause(&mut self) -> bool {
+        let left = self.limit.unwrap_or_default().saturating_sub(self.started.elapsed());
+        if left.is_zero() {
+            return false;
+        }
+        thread::sleep(self.back_off.next().min(left));
+        true
+    }
+
+    /// How long it has taken so far; zero if there was no wait.
+    fn waited(&self) -> Duration {
+        if self.back_off.pauses == 0 { Duration::ZERO } else { self.started.elapsed() }
+    }
+}

@@ -1,0 +1,161 @@
+//! What a disk can do besides reading, writing and flushing.
+//!
+//! The disk itself is not tried: `fallocate(2)` waits for direct I/O that is in flight (of a broker that was killed, for
+//! example), and changes the times of the file. So another file of the same file system is, which has no name and is
+//! gone at once.
+
+use std::fs;
+use std::os::fd::{AsFd, AsRawFd};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{FallocateFlags, Mode, OFlags, fallocate, fstat, fstatfs, open as sys_open};
+
+use super::geometry::{Geometry, TMPFS_MAGIC};
+use super::open::Found;
+use super::{DiskConfig, DiskKind};
+
+/// `FALLOC_FL_PUNCH_HOLE`, which demands the second flag.
+const PUNCH_HOLE: FallocateFlags = FallocateFlags::PUNCH_HOLE.union(FallocateFlags::KEEP_SIZE);
+/// `FALLOC_FL_ZERO_RANGE` that cannot make a file grow.
+const ZERO_RANGE: FallocateFlags = FallocateFlags::ZERO_RANGE.union(FallocateFlags::KEEP_SIZE);
+
+/// The longest range of a file in one call. The file's other I/O waits for it: 1 GiB takes milliseconds.
+const FILE_RANGE_MAX_BYTES: u64 = 1 << 30;
+/// The longest range that the kernel has to fill with written zeros: tens of milliseconds.
+const WRITTEN_RANGE_MAX_BYTES: u64 = 16 << 20;
+
+/// What `fallocate(2)` does on a disk. A read-only disk has neither.
+///
+/// Both leave the size as it is, and what they were done on reads as zeroes. An operation that is offered can still
+/// fail with `EOPNOTSUPP`: a device behind a device mapper may be replaced by a lesser one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub struct Capabilities {
+    /// `FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE`: gives the storage back, where that is possible. For discards, and
+    /// for write zeroes with unmap.
+    pub punch_hole: Option<RangeLimits>,
+    /// `FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE`: keeps the storage. For write zeroes without unmap. On a block device
+    /// that cannot do it the kernel writes zeros.
+    pub zero_range: Option<RangeLimits>,
+}
+
+/// What one call can be about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RangeLimits {
+    /// The longest range in bytes to ask for at once: a multiple of [`Self::alignment_bytes`], never zero.
+    pub max_bytes: u64,
+    /// The unit in bytes of what is given back: a power of two. A range may begin and end on any logical block, but only
+    /// the whole units in it help.
+    pub alignment_bytes: u32,
+}
+
+impl Capabilities {
+    pub(super) fn read(found: &Found, config: &DiskConfig, geometry: &Geometry) -> Self {
+        match found.kind {
+            _ if config.read_only => Self::default(),
+            DiskKind::RegularFile => Self::of_file(found, geometry.physical_block_bytes),
+            DiskKind::BlockDevice => Self::of_device(&Queue::of(found), geometry.logical_block_bytes),
+        }
+    }
+
+    fn of_file(found: &Found, alignment_bytes: u32) -> Self {
+        let trial = unnamed_file_beside(found);
+        let can = |mode: FallocateFlags| match &trial {
+            Some(trial) => fallocate(trial, mode, 0, alignment_bytes.into()).is_ok(),
+            None => usual_modes(found).contains(mode),
+        };
+        let limits = RangeLimits { max_bytes: FILE_RANGE_MAX_BYTES, alignment_bytes };
+        Self { punch_hole: can(PUNCH_HOLE).then_some(limits), zero_range: can(ZERO_RANGE).then_some(limits) }
+    }
+
+    /// `blkdev_fallocate` (`block/fops.c`) punches holes with the device's own write zeroes command or not at all.
+    fn of_device(queue: &Queue, logical_block_bytes: u32) -> Self {
+        let granularity = queue.discard_granularity_bytes;
+        let alignment_bytes =
+            if granularity.is_power_of_two() { granularity.max(logical_block_bytes) } else { logical_block_bytes };
+        let limits = |max_bytes: u64| RangeLimits {
+            max_bytes: (max_bytes - max_bytes % u64::from(alignment_bytes)).max(alignment_bytes.into()),
+            alignment_bytes,
+        };
+        let own_max_bytes = queue.write_zeroes_max_bytes.min(FILE_RANGE_MAX_BYTES);
+        let has_own = own_max_bytes > 0;
+        Self {
+            punch_hole: has_own.then(|| limits(own_max_bytes)),
+            zero_range: Some(limits(if has_own { own_max_bytes } else { WRITTEN_RANGE_MAX_BYTES })),
+        }
+    }
+}
+
+/// A file without a name in the directory of the disk, if it is on the same file system.
+fn unnamed_file_beside(found: &Found) -> Option<impl AsFd + use<>> {
+    let real_path = fs::read_link(format!("/proc/self/fd/{}", found.file.as_raw_fd())).ok()?;
+    let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
+    let file = sys_open(real_path.parent()?, flags, Mode::RUSR | Mode::WUSR).ok()?;
+    // A file can be mounted by itself, or have lost its name.
+    (fstat(&file).ok()?.st_dev == fstat(&found.file).ok()?.st_dev).then_some(file)
+}
+
+/// What the file systems have that people put images on.
+fn usual_modes(found: &Found) -> FallocateFlags {
+    /// `statfs(2)`: ext4, XFS, btrfs, F2FS, bcachefs.
+    const HAVE_BOTH: [i64; 5] = [0xef53, 0x5846_5342, 0x9123_683e, 0xf2f5_2010, 0xca45_1a4e];
+    match fstatfs(&found.file).map(|found| found.f_type) {
+        Ok(magic) if HAVE_BOTH.contains(&magic) => PUNCH_HOLE | ZERO_RANGE,
+        Ok(TMPFS_MAGIC) => PUNCH_HOLE,
+        _ => FallocateFlags::empty(),
+    }
+}
+
+/// The limits of a block device (`Documentation/ABI/stable/sysfs-block`); zero where the kernel does not tell.
+#[derive(Debug, Default)]
+struct Queue {
+    write_zeroes_max_bytes: u64,
+    discard_granularity_bytes: u32,
+}
+
+impl Queue {
+    fn of(found: &Found) -> Self {
+        let device = PathBuf::from(format!("/sys/dev/block/{}", found.device));
+        // A partition has the queue of its disk.
+        let own = device.join("queue");
+        let dir = if own.exists() { own } else { device.join("../queue") };
+        Self {
+            write_zeroes_max_bytes: attribute(&dir, "write_zeroes_max_bytes").unwrap_or(0),
+            discard_granularity_bytes: attribute(&dir, "discard_granularity")
+                .and_then(|bytes| bytes.try_into().ok())
+                .unwrap_or(0),
+        }
+    }
+}
+
+fn attribute(dir: &Path, name: &str) -> Option<u64> {
+    fs::read_to_string(dir.join(name)).ok()?.trim().parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_device_without_write_zeroes_is_filled_with_written_zeros_and_has_no_holes() {
+        let queue = Queue { write_zeroes_max_bytes: 0, discard_granularity_bytes: 0 };
+        let found = Capabilities::of_device(&queue, 512);
+        assert_eq!(found.punch_hole, None);
+        let limits = found.zero_range.unwrap();
+        assert_eq!((limits.max_bytes, limits.alignment_bytes), (WRITTEN_RANGE_MAX_BYTES, 512));
+    }
+
+    #[test]
+    fn the_ranges_of_a_device_are_whole_units_and_bounded() {
+        let device = |write_zeroes_max_bytes, discard_granularity_bytes| {
+            let queue = Queue { write_zeroes_max_bytes, discard_granularity_bytes };
+            let found = Capabilities::of_device(&queue, 512);
+            assert_eq!(found.punch_hole, found.zero_range);
+            found.punch_hole.map(|limits| (limits.max_bytes, limits.alignment_bytes)).unwrap()
+        };
+        assert_eq!(device(4_294_966_784, 4096), (1 << 30, 4096));
+        assert_eq!(device(65_536 + 512, 4096), (65_536, 4096));
+        assert_eq!(device(512, 4096), (4096, 4096));
+        assert_eq!(device(65_536, 3000), (65_536, 512));
+        assert_eq!(device(65_536, 0), (65_536, 512));
+    }
+}
