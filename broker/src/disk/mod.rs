@@ -14,13 +14,15 @@
 //! data change; nothing is damaged.
 
 //!
-//! Who must answer questions about a disk before it can be had uses a [`LocatedDisk`].
+//! Who must answer questions about a disk before it can be had uses a [`LocatedDisk`], and a [`DiskLease`] to have it
+//! and give it back.
 
 mod acquire;
 mod capabilities;
 mod error;
 mod geometry;
 mod holders;
+mod lease;
 mod locate;
 mod lock;
 mod open;
@@ -34,6 +36,7 @@ pub use crate::processes::ProcessName;
 pub use capabilities::{Capabilities, RangeLimits};
 pub use error::{DiskError, FileKind};
 pub use holders::DeviceUse;
+pub use lease::{DiskLease, LeaseState, StartUp};
 pub use locate::LocatedDisk;
 
 use acquire::Acquisition;

@@ -1,0 +1,294 @@
+//! Having a disk for a time, and waiting for it without holding anybody up.
+
+use std::io;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use super::acquire::{Attempt, BackOff};
+use super::{Disk, DiskError, LocatedDisk};
+
+/// How soon the waiting thread looks again for who has the disk; then half as often each time, at most every
+/// [`REPORT_INTERVAL`].
+const FIRST_LOOK_INTERVAL: Duration = Duration::from_millis(50);
+/// How often the log says that the disk is still waited for.
+const REPORT_INTERVAL: Duration = Duration::from_secs(10);
+/// How long to let a disk alone that failed, rather than was busy.
+const FAILURE_PAUSE: Duration = Duration::from_secs(1);
+
+/// A disk that is had, given back and had again: `Released` → `Waiting` → `Held` → `Released`.
+///
+/// Waiting is done by a thread of the lease's own. Execution of guest requests belongs between the call of `on_held` and
+/// [`Self::release`].
+#[derive(Debug)]
+pub struct DiskLease {
+    shared: Arc<Shared>,
+    thread: Option<JoinHandle<()>>,
+}
+
+/// Where a lease is.
+#[derive(Clone, Debug)]
+pub enum LeaseState {
+    /// Nobody wants the disk.
+    Released,
+    /// It is waited for, since then.
+    Waiting {
+        /// When [`DiskLease::acquire`] was called.
+        since: Instant,
+    },
+    /// The lease has it.
+    Held(Arc<Disk>),
+}
+
+/// What [`DiskLease::start_up`] is to do when somebody else has the disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum StartUp {
+    /// Give up if a living process still has it after that time. If no process does, it is I/O of one that has ended:
+    /// go on, and the disk is had when that I/O has ended.
+    Grace(Duration),
+    /// Go on at once: whoever has it will give it back in its own time, as the source of a live migration does.
+    Incoming,
+}
+
+#[derive(Debug)]
+struct Shared {
+    located: Arc<LocatedDisk>,
+    inner: Mutex<Inner>,
+    /// Anything in `inner` has changed.
+    changed: Condvar,
+}
+
+#[derive(Debug)]
+struct Inner {
+    state: LeaseState,
+    /// What stood in the way when the thread last looked, while waiting.
+    obstacle: Option<DiskError>,
+    /// The thread is in `on_held`.
+    is_telling: bool,
+    is_ending: bool,
+}
+
+impl DiskLease {
+    /// A lease in the state [`LeaseState::Released`]. `on_held` is called on the lease's thread each time that the disk is
+    /// had; it should only pass the disk on. [`Self::release`] waits for it.
+    ///
+    /// # Errors
+    /// The thread cannot be started.
+    pub fn new(located: Arc<LocatedDisk>, on_held: impl FnMut(Arc<Disk>) + Send + 'static) -> io::Result<Self> {
+        let inner =
+            Mutex::new(Inner { state: LeaseState::Released, obstacle: None, is_telling: false, is_ending: false });
+        let shared = Arc::new(Shared { located, inner, changed: Condvar::new() });
+        let thread = thread::Builder::new().name("disk-lease".into()).spawn({
+            let shared = shared.clone();
+            move || shared.run(on_held)
+        })?;
+        Ok(Self { shared, thread: Some(thread) })
+    }
+
+    /// What is leased.
+    pub fn located(&self) -> &Arc<LocatedDisk> {
+        &self.shared.located
+    }
+
+    /// Begins to wait for the disk, unless that is so already or the lease has it. Returns at once.
+    pub fn acquire(&self) {
+        let mut inner = self.shared.inner();
+        if matches!(inner.state, LeaseState::Released) {
+            inner.state = LeaseState::Waiting { since: Instant::now() };
+            inner.obstacle = None;
+            self.shared.changed.notify_all();
+        }
+    }
+
+    /// Gives the disk back, or stops waiting for it.
+    ///
+    /// When this returns, `on_held` is not running, and is not called before the next [`Self::acquire`]. The lock goes
+    /// when the last of the references is dropped that `on_held` passed on, and the last ring has ended that has the disk
+    /// registered. So call this first, then drop what has been passed on.
+    pub fn release(&self) {
+        let mut inner = self.shared.inner();
+        let was = std::mem::replace(&mut inner.state, LeaseState::Released);
+        self.shared.changed.notify_all();
+        while inner.is_telling {
+            inner = self.shared.wait(inner, None);
+        }
+        drop(inner);
+        // Closing a disk can take time.
+        drop(was);
+    }
+
+    /// Where the lease is.
+    pub fn state(&self) -> LeaseState {
+        self.shared.inner().state.clone()
+    }
+
+    /// For the start of a program: [`Self::acquire`], and wait until it is clear that the program can go on. It may go on
+    /// without having the disk yet, see [`StartUp`].
+    ///
+    /// # Errors
+    /// A living process still has the disk ([`DiskError::Locked`], [`DiskError::InUse`]), or it cannot be opened. The
+    /// lease is then released.
+    pub fn start_up(&self, how: StartUp) -> Result<(), DiskError> {
+        self.acquire();
+        let StartUp::Grace(grace) = how else {
+            return Ok(());
+        };
+        let end = Instant::now() + grace;
+        let mut inner = self.shared.inner();
+        while matches!(inner.state, LeaseState::Waiting { .. }) {
+            let left = end.saturating_duration_since(Instant::now());
+            match &inner.obstacle {
+                Some(obstacle) if obstacle.is_busy() && !obstacle.names_living_holder() => break,
+                Some(obstacle) if !obstacle.is_busy() || left.is_zero() => {
+                    inner.state = LeaseState::Released;
+                    self.shared.changed.notify_all();
+                    return inner.obstacle.take().map_or(Ok(()), Err);
+                }
+                Some(_) => inner = self.shared.wait(inner, Some(left)),
+                None => inner = self.shared.wait(inner, None),
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Drop for DiskLease {
+    fn drop(&mut self) {
+        self.shared.inner().is_ending = true;
+        self.shared.changed.notify_all();
+        // A panic of the thread has been printed; there is nothing to add.
+        let _ = self.thread.take().map(JoinHandle::join);
+    }
+}
+
+impl Shared {
+    fn inner(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits until something changes or the time is up; also for no reason.
+    fn wait<'a>(&self, inner: MutexGuard<'a, Inner>, limit: Option<Duration>) -> MutexGuard<'a, Inner> {
+        match limit {
+            Some(limit) => self.changed.wait_timeout(inner, limit).unwrap_or_else(PoisonError::into_inner).0,
+            None => self.changed.wait(inner).unwrap_or_else(PoisonError::into_inner),
+        }
+    }
+
+    fn run(&self, mut on_held: impl FnMut(Arc<Disk>)) {
+        loop {
+            let mut inner = self.inner();
+            let since = loop {
+                match inner.state {
+                    _ if inner.is_ending => return,
+                    LeaseState::Waiting { since } => break since,
+                    _ => inner = self.wait(inner, None),
+                }
+            };
+            drop(inner);
+            if let Some(disk) = self.wait_for_disk(since) {
+                self.tell(since, disk, &mut on_held);
+            }
+        }
+    }
+
+    /// Passes the disk on, if it is still wanted.
+    fn tell(&self, since: Instant, disk: Disk, on_held: &mut impl FnMut(Arc<Disk>)) {
+        let disk = Arc::new(disk);
+        let mut inner = self.inner();
+        if !inner.is_waiting(since) {
+            return;
+        }
+        inner.state = LeaseState::Held(disk.clone());
+        inner.obstacle = None;
+        inner.is_telling = true;
+        drop(inner);
+        on_held(disk);
+        self.inner().is_telling = false;
+        self.changed.notify_all();
+    }
+
+    /// `None`: it is not wanted any more.
+    fn wait_for_disk(&self, since: Instant) -> Option<Disk> {
+        let mut acquisition = self.located.acquisition();
+        let mut back_off = BackOff::default();
+        let mut looks = Looks::new(since);
+        loop {
+            let (obstacle, pause) = match acquisition.attempt() {
+                Ok(Attempt::Got(disk)) => {
+                    looks.report_success(&disk);
+                    return Some(disk);
+                }
+                Ok(Attempt::Busy) => (looks.is_due().then(|| acquisition.obstacle(since.elapsed())), back_off.next()),
+                Err(error) => (Some(error), FAILURE_PAUSE),
+            };
+            if let Some(obstacle) = &obstacle {
+                looks.report(obstacle);
+            }
+            if !self.pause(since, obstacle, pause) {
+                return None;
+            }
+        }
+    }
+
+    /// Sleeps. False, and no more sleep, as soon as the disk is not wanted any more.
+    fn pause(&self, since: Instant, obstacle: Option<DiskError>, pause: Duration) -> bool {
+        let end = Instant::now() + pause;
+        let mut inner = self.inner();
+        if obstacle.is_some() && inner.is_waiting(since) {
+            inner.obstacle = obstacle;
+            self.changed.notify_all();
+        }
+        while inner.is_waiting(since) {
+            let left = end.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return true;
+            }
+            inner = self.wait(inner, Some(left));
+        }
+        false
+    }
+}
+
+impl Inner {
+    /// Whether that very wait is still on.
+    fn is_waiting(&self, begun: Instant) -> bool {
+        !self.is_ending && matches!(self.state, LeaseState::Waiting { since } if since == begun)
+    }
+}
+
+/// When to look for who has the disk, and when to tell.
+struct Looks {
+    since: Instant,
+    next_look: Instant,
+    interval: Duration,
+    next_report: Option<Instant>,
+}
+
+impl Looks {
+    fn new(since: Instant) -> Self {
+        Self { since, next_look: since, interval: FIRST_LOOK_INTERVAL, next_report: None }
+    }
+
+    fn is_due(&mut self) -> bool {
+        let now = Instant::now();
+        let is_due = now >= self.next_look;
+        if is_due {
+            self.next_look = now + self.interval;
+            self.interval = (self.interval * 2).min(REPORT_INTERVAL);
+        }
+        is_due
+    }
+
+    fn report(&mut self, obstacle: &DiskError) {
+        let now = Instant::now();
+        if self.next_report.is_none_or(|next| now >= next) {
+            self.next_report = Some(now + REPORT_INTERVAL);
+            tracing::warn!(waited_s = self.since.elapsed().as_secs(), "nothing is executed yet: {obstacle}");
+        }
+    }
+
+    fn report_success(&self, disk: &Disk) {
+        let waited_ms = u64::try_from(self.since.elapsed().as_millis()).unwrap_or(u64::MAX);
+        tracing::info!(path = ?disk.path(), size_bytes = disk.size_bytes(), waited_ms, "the disk is locked for us");
+    }
+}
