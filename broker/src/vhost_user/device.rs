@@ -18,7 +18,11 @@ use crate::virtqueue::{DirtyLog, QueueSetup};
 /// stayed.
 pub type DeviceMemory = vm_memory::GuestMemoryMmap<()>;
 
-/// The eventfds of one vring (VHOST_USER_SET_VRING_KICK, _CALL, _ERR). Each is non-blocking.
+/// The eventfds of one vring (VHOST_USER_SET_VRING_KICK, _CALL, _ERR).
+///
+/// Each is an eventfd, perhaps one that blocks: O_NONBLOCK belongs to the open file description, which the front-end
+/// goes on using (libblkio promises its users a blocking one), so it is never changed here. A read blocks when there is
+/// no kick; a write when the counter is at its end, which only the front-end can bring about.
 #[derive(Debug, Default)]
 pub struct QueueEventfds {
     /// The driver signals it when it made chains available. `None`: the queue must be polled.
@@ -69,7 +73,7 @@ pub trait Device: Send {
 
     /// The feature bits that the driver accepted: a subset of [`device_features`](Self::device_features).
     ///
-    /// Comes before queues are started. While queues run it only comes with the features they were started with.
+    /// Comes while no queue is started.
     fn set_driver_features(&mut self, features: u64);
 
     /// The device's configuration space as it is now (VIRTIO 1.2, 5.2.4).
@@ -129,7 +133,11 @@ pub trait Device: Send {
     fn abandon(&mut self);
 
     /// Stops all queues and waits for their I/O (VHOST_USER_RESET_DEVICE, VHOST_USER_SET_STATUS with 0, the end of the
-    /// program). Features that the driver accepted and configuration that it wrote are forgotten.
+    /// program). Features that the driver accepted are forgotten.
+    ///
+    /// What the driver wrote to the configuration space stays. QEMU sends a status of 0 whenever it stops the device, keeps
+    /// its own copy of the space over that and over resets of the guest, and does not write it again: a device that
+    /// went back to a write-back cache would lose writes that the guest believes are on the disk.
     fn reset(&mut self);
 
     /// Reads the size of the disk again, because somebody says that it changed. True: the capacity is another one now.

@@ -1,0 +1,181 @@
+//! Where front-ends come from: a socket file of our own, or a socket that was passed to this process.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+
+use rustix::io::Errno;
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+use thiserror::Error;
+
+/// Why no front-end can be waited for.
+#[derive(Debug, Error)]
+pub enum ListenError {
+    /// Somebody else serves this socket.
+    #[error("{}: another process listens there; stop it, or give another path", .path.display())]
+    InUse {
+        /// The socket.
+        path: PathBuf,
+    },
+    /// Something that must not be removed.
+    #[error("{}: a file that is no socket is in the way; remove it, or give another path", .path.display())]
+    NotASocket {
+        /// The file.
+        path: PathBuf,
+    },
+    /// The path cannot be listened on.
+    #[error("{}: {what}: {source}", .path.display())]
+    Path {
+        /// The path.
+        path: PathBuf,
+        /// What was tried.
+        what: &'static str,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+    /// The descriptor is something else.
+    #[error("file descriptor {fd} is not a Unix stream socket; pass a listening or a connected one")]
+    NotAUnixSocket {
+        /// Its number.
+        fd: RawFd,
+    },
+    /// The descriptor cannot be used.
+    #[error("file descriptor {fd}: {source}")]
+    Fd {
+        /// Its number.
+        fd: RawFd,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+}
+
+/// A source of connections.
+#[derive(Debug)]
+pub(super) struct Listener {
+    source: Source,
+    /// The socket file, if it is ours. Here only to be removed.
+    _file: Option<SocketFile>,
+}
+
+#[derive(Debug)]
+enum Source {
+    Listening(UnixListener),
+    /// One connection, which was made before.
+    Connected(Option<UnixStream>),
+}
+
+impl Listener {
+    /// Listens on a path. A socket file that nobody listens on any more is replaced.
+    pub(super) fn bind(path: &Path) -> Result<Self, ListenError> {
+        let failed = |what| move |source| ListenError::Path { path: path.to_owned(), what, source };
+        let listener = match UnixListener::bind(path) {
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
+                remove_stale(path)?;
+                UnixListener::bind(path)
+            }
+            other => other,
+        };
+        let listener = listener.map_err(failed("listening there"))?;
+        let file = SocketFile::of(path).map_err(failed("looking at the new socket"))?;
+        listener.set_nonblocking(true).map_err(failed("making it non-blocking"))?;
+        Ok(Self { source: Source::Listening(listener), _file: Some(file) })
+    }
+
+    /// Takes a socket that the parent process passed.
+    pub(super) fn inherited(number: RawFd) -> Result<Self, ListenError> {
+        let failed = |source| ListenError::Fd { fd: number, source };
+        // SAFETY: the number is only used to ask the kernel for a second descriptor; if nothing is open under it, the
+        // kernel says so. Whoever owns the first one keeps it.
+        let passed = unsafe { BorrowedFd::borrow_raw(number) };
+        let fd = passed.try_clone_to_owned().map_err(failed)?;
+        let ask = |answer: Result<bool, Errno>| match answer {
+            Err(Errno::NOTSOCK) => Err(ListenError::NotAUnixSocket { fd: number }),
+            other => other.map_err(|errno| failed(errno.into())),
+        };
+        let is_unix = ask(rustix::net::sockopt::socket_domain(&fd).map(|domain| domain == AddressFamily::UNIX))?;
+        let is_stream = ask(rustix::net::sockopt::socket_type(&fd).map(|kind| kind == SocketType::STREAM))?;
+        if !is_unix || !is_stream {
+            return Err(ListenError::NotAUnixSocket { fd: number });
+        }
+        let source = if ask(rustix::net::sockopt::socket_acceptconn(&fd))? {
+            let listener = UnixListener::from(fd);
+            listener.set_nonblocking(true).map_err(failed)?;
+            Source::Listening(listener)
+        } else {
+            Source::Connected(Some(UnixStream::from(fd)))
+        };
+        Ok(Self { source, _file: None })
+    }
+
+    /// The next connection, if one is there. Never waits.
+    pub(super) fn accept(&mut self) -> io::Result<Option<UnixStream>> {
+        match &mut self.source {
+            Source::Connected(stream) => Ok(stream.take()),
+            Source::Listening(listener) => match listener.accept() {
+                Ok((stream, _)) => Ok(Some(stream)),
+                Err(error) => match Errno::from_io_error(&error) {
+                    // Whoever connected is gone again, or it was a false alarm.
+                    Some(Errno::AGAIN | Errno::INTR | Errno::CONNABORTED) => Ok(None),
+                    _ => Err(error),
+                },
+            },
+        }
+    }
+
+    /// What becomes readable when there is something to accept. `None`: no connection will come any more.
+    pub(super) fn to_poll(&self) -> Option<BorrowedFd<'_>> {
+        match &self.source {
+            Source::Listening(listener) => Some(listener.as_fd()),
+            Source::Connected(_) => None,
+        }
+    }
+}
+
+/// A socket file of ours, removed when it is dropped, unless somebody has put another one there.
+#[derive(Debug)]
+struct SocketFile {
+    path: PathBuf,
+    identity: (u64, u64),
+}
+
+impl SocketFile {
+    fn of(path: &Path) -> io::Result<Self> {
+        Ok(Self { path: path.to_owned(), identity: identity(path)? })
+    }
+}
+
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        if identity(&self.path).is_ok_and(|found| found == self.identity) {
+            let _ = std::fs::remove_file(&self.path);
+        }
+    }
+}
+
+fn identity(path: &Path) -> io::Result<(u64, u64)> {
+    std::fs::symlink_metadata(path).map(|metadata| (metadata.dev(), metadata.ino()))
+}
+
+/// Removes a socket that nobody listens on.
+fn remove_stale(path: &Path) -> Result<(), ListenError> {
+    let failed = |what| move |source| ListenError::Path { path: path.to_owned(), what, source };
+    let metadata = std::fs::symlink_metadata(path).map_err(failed("looking at what is there"))?;
+    if !metadata.file_type().is_socket() {
+        return Err(ListenError::NotASocket { path: path.to_owned() });
+    }
+    match connect_without_waiting(path) {
+        Err(Errno::CONNREFUSED) => std::fs::remove_file(path).map_err(failed("removing the stale socket")),
+        Err(errno) if errno != Errno::AGAIN => Err(failed("asking whether somebody listens there")(errno.into())),
+        // Accepted, or waiting in somebody's queue.
+        _ => Err(ListenError::InUse { path: path.to_owned() }),
+    }
+}
+
+fn connect_without_waiting(path: &Path) -> Result<OwnedFd, Errno> {
+    let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
+    let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    rustix::net::connect(&socket, &SocketAddrUnix::new(path)?)?;
+    Ok(socket)
+}

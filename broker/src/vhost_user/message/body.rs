@@ -1,0 +1,68 @@
+//! Reading the fields of a body one after another.
+
+use vhost::vhost_user::message::FrontendReq;
+
+use super::MessageError;
+
+/// A body of which some fields were read. Its size was checked before, so a field that is missing is a mistake in
+/// this crate; it reads as 0 and not as a panic.
+pub(super) struct Fields<'a> {
+    rest: &'a [u8],
+}
+
+impl<'a> Fields<'a> {
+    /// The fields of `body`, which must have `expected_bytes` bytes.
+    pub(super) fn exactly(
+        request: FrontendReq,
+        body: &'a [u8],
+        expected_bytes: usize,
+        expected: &'static str,
+    ) -> Result<Self, MessageError> {
+        if body.len() == expected_bytes {
+            Ok(Self { rest: body })
+        } else {
+            Err(MessageError::BodySize { request, size_bytes: body.len(), expected })
+        }
+    }
+
+    /// The fields of `body`, whose size is checked field by field.
+    pub(super) fn at_least(
+        request: FrontendReq,
+        body: &'a [u8],
+        least_bytes: usize,
+        expected: &'static str,
+    ) -> Result<Self, MessageError> {
+        if body.len() >= least_bytes {
+            Ok(Self { rest: body })
+        } else {
+            Err(MessageError::BodySize { request, size_bytes: body.len(), expected })
+        }
+    }
+
+    pub(super) fn u64(&mut self) -> u64 {
+        u64::from_ne_bytes(self.take())
+    }
+
+    pub(super) fn u32(&mut self) -> u32 {
+        u32::from_ne_bytes(self.take())
+    }
+
+    pub(super) fn u16(&mut self) -> u16 {
+        u16::from_ne_bytes(self.take())
+    }
+
+    /// What was not read yet.
+    pub(super) fn rest(self) -> &'a [u8] {
+        self.rest
+    }
+
+    fn take<const BYTES: usize>(&mut self) -> [u8; BYTES] {
+        match self.rest.split_first_chunk() {
+            Some((field, rest)) => {
+                self.rest = rest;
+                *field
+            }
+            None => [0; BYTES],
+        }
+    }
+}

@@ -1,0 +1,215 @@
+//! Serving one front-end after another.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd, RawFd};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use rustix::event::{EventfdFlags, PollFd, PollFlags};
+use rustix::io::Errno;
+use thiserror::Error;
+use tracing::{info, warn};
+
+use super::connection::{Connection, ConnectionError, Received};
+use super::device::Device;
+use super::listener::{ListenError, Listener};
+use super::session::{Session, SessionError, refresh_capacity};
+
+/// Why the server ends without having been told to.
+#[derive(Debug, Error)]
+pub enum ServerError {
+    /// The socket.
+    #[error(transparent)]
+    Listen(#[from] ListenError),
+    /// The kernel refused.
+    #[error("{what}: {source}")]
+    System {
+        /// What was tried.
+        what: &'static str,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+}
+
+/// Serves one device to one front-end at a time. A second one waits in the queue of the socket.
+#[derive(Debug)]
+pub struct Server {
+    listener: Listener,
+    control: Arc<Control>,
+}
+
+/// Tells a [`Server`] things while it runs, from any thread.
+#[derive(Debug, Clone)]
+pub struct ServerHandle {
+    control: Arc<Control>,
+}
+
+#[derive(Debug)]
+struct Control {
+    /// An eventfd that is readable when there is news.
+    wake: OwnedFd,
+    /// An eventfd that is readable when the server is to end.
+    stop: OwnedFd,
+    is_stopping: AtomicBool,
+    is_refresh_due: AtomicBool,
+}
+
+/// How a session ended.
+enum End {
+    Closed,
+    Stopped,
+}
+
+/// Why a connection was closed by us.
+#[derive(Debug, Error)]
+enum ServeError {
+    #[error(transparent)]
+    Connection(#[from] ConnectionError),
+    #[error(transparent)]
+    Session(#[from] SessionError),
+}
+
+impl Server {
+    /// Listens on a socket file, which is removed with the server. A stale one, that nobody listens on, is replaced.
+    ///
+    /// # Errors
+    ///
+    /// Somebody listens there, something else is there, or the path cannot be used.
+    pub fn bind(path: &Path) -> Result<Self, ServerError> {
+        Self::new(Listener::bind(path)?)
+    }
+
+    /// Serves a Unix stream socket that was passed to this process under a number. With a listening one as
+    /// [`bind`](Self::bind); a connected one is the only front-end, and the server ends after it.
+    ///
+    /// # Errors
+    ///
+    /// There is no such descriptor, or it is something else.
+    pub fn from_inherited_fd(number: RawFd) -> Result<Self, ServerError> {
+        Self::new(Listener::inherited(number)?)
+    }
+
+    fn new(listener: Listener) -> Result<Self, ServerError> {
+        let eventfd = || {
+            rustix::event::eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)
+                .map_err(|errno| ServerError::System { what: "making an eventfd for the server", source: errno.into() })
+        };
+        let control = Control {
+            wake: eventfd()?,
+            stop: eventfd()?,
+            is_stopping: AtomicBool::new(false),
+            is_refresh_due: AtomicBool::new(false),
+        };
+        Ok(Self { listener, control: Arc::new(control) })
+    }
+
+    /// To tell the server things once it runs.
+    pub fn handle(&self) -> ServerHandle {
+        ServerHandle { control: Arc::clone(&self.control) }
+    }
+
+    /// Serves until [`ServerHandle::stop`], or until the only front-end is gone. All I/O of the device has ended when this
+    /// returns without an error.
+    ///
+    /// A front-end that breaks the protocol, or dies, is disconnected; the next one is served.
+    ///
+    /// # Errors
+    ///
+    /// The kernel gives no more connections.
+    pub fn run(mut self, device: &mut dyn Device) -> Result<(), ServerError> {
+        while let Some(stream) = self.next_front_end(device)? {
+            let mut connection = Connection::new(stream);
+            let pid = connection.peer_pid();
+            info!(pid, "front-end connected");
+            match self.serve(&mut connection, device) {
+                Ok(End::Closed) => info!(pid, "front-end disconnected"),
+                Ok(End::Stopped) => break,
+                Err(error) => warn!(pid, %error, "connection to the front-end closed"),
+            }
+        }
+        info!("stopping: waiting for the last I/O");
+        device.reset();
+        Ok(())
+    }
+
+    /// Waits for a connection. `None`: the server is to end.
+    fn next_front_end(&mut self, device: &mut dyn Device) -> Result<Option<UnixStream>, ServerError> {
+        let system = |what| move |source| ServerError::System { what, source };
+        loop {
+            if self.control.is_stopping() {
+                return Ok(None);
+            }
+            if self.control.take_refresh() {
+                refresh_capacity(device);
+            }
+            if let Some(stream) = self.listener.accept().map_err(system("accepting a front-end"))? {
+                return Ok(Some(stream));
+            }
+            let Some(socket) = self.listener.to_poll() else { return Ok(None) };
+            let wake = self.control.wake.as_fd();
+            let mut fds =
+                [PollFd::from_borrowed_fd(socket, PollFlags::IN), PollFd::from_borrowed_fd(wake, PollFlags::IN)];
+            match rustix::event::poll(&mut fds, None) {
+                Ok(_) | Err(Errno::INTR) => {}
+                Err(errno) => return Err(system("waiting for a front-end")(errno.into())),
+            }
+        }
+    }
+
+    /// One front-end, from connection to disconnection.
+    fn serve(&self, connection: &mut Connection, device: &mut dyn Device) -> Result<End, ServeError> {
+        let mut session = Session::new(device);
+        loop {
+            if self.control.is_stopping() {
+                return Ok(End::Stopped);
+            }
+            if self.control.take_refresh() {
+                session.refresh_capacity();
+            }
+            match connection.receive(self.control.wake.as_fd())? {
+                Received::Closed => return Ok(End::Closed),
+                Received::Woken => {}
+                Received::Message(message) => {
+                    if let Some(reply) = session.handle(message)? {
+                        connection.send(&reply, self.control.stop.as_fd())?;
+                    }
+                }
+            }
+        }
+    }
+}
+
+impl ServerHandle {
+    /// Ends the server: the front-end is disconnected, and I/O that is under way is waited for.
+    pub fn stop(&self) {
+        self.control.is_stopping.store(true, Ordering::Release);
+        signal(&self.control.stop);
+        signal(&self.control.wake);
+    }
+
+    /// Has the device look at the size of its disk again, and the front-end told if it changed.
+    pub fn refresh_capacity(&self) {
+        self.control.is_refresh_due.store(true, Ordering::Release);
+        signal(&self.control.wake);
+    }
+}
+
+impl Control {
+    fn is_stopping(&self) -> bool {
+        self.is_stopping.load(Ordering::Acquire)
+    }
+
+    /// Whether the size is to be looked at. Takes the news off `wake` first: what comes later is seen later.
+    fn take_refresh(&self) -> bool {
+        // EAGAIN: there was no news.
+        let _ = rustix::io::read(&self.wake, &mut [0; 8]);
+        self.is_refresh_due.swap(false, Ordering::AcqRel)
+    }
+}
+
+/// EAGAIN means that the counter is full: it is readable already.
+fn signal(eventfd: &OwnedFd) {
+    let _ = rustix::io::write(eventfd, &1_u64.to_ne_bytes());
+}

@@ -1,0 +1,169 @@
+//! Why a request is refused.
+
+use std::io;
+
+use thiserror::Error;
+use vhost::vhost_user::message::FrontendReq;
+
+use super::super::device::ConfigWriteError;
+use super::super::eventfd::NotAnEventfd;
+use super::super::memory_table::MemoryTableError;
+use super::super::message::MessageError;
+use crate::virtqueue::{InflightError, SharedMemoryError};
+
+/// Why a request is refused. Nothing has changed then.
+#[derive(Debug, Error)]
+pub enum RequestError {
+    /// It has not the form of a request.
+    #[error(transparent)]
+    Message(#[from] MessageError),
+    /// It belongs to a protocol feature that the front-end has not accepted.
+    #[error("VHOST_USER_PROTOCOL_F_{feature} was not negotiated")]
+    NotNegotiated {
+        /// Name of the feature.
+        feature: &'static str,
+    },
+    /// Protocol features that do not exist here.
+    #[error("protocol features {bits:#x} were not offered")]
+    UnofferedProtocolFeatures {
+        /// Those bits.
+        bits: u64,
+    },
+    /// Features that change what the rings look like or what an address means.
+    #[error("features {bits:#x} were not offered and cannot be ignored")]
+    UnofferedFeatures {
+        /// Those bits.
+        bits: u64,
+    },
+    /// The driver's features belong to the run of its queues.
+    #[error("other features ({from:#x} to {to:#x}) while vring {index} is started and enabled; stop it first")]
+    FeaturesWhileRunning {
+        /// Features in force.
+        from: u64,
+        /// Features that were to be.
+        to: u64,
+        /// A vring that runs.
+        index: usize,
+    },
+    /// A vring that the device does not have.
+    #[error("vring {index} does not exist, the device has {count}")]
+    NoSuchVring {
+        /// Its index.
+        index: u32,
+        /// How many there are.
+        count: usize,
+    },
+    /// A size that a split ring cannot have here.
+    #[error("vring {index}: a size of {size}; a power of two up to {max} is possible")]
+    VringSize {
+        /// The vring.
+        index: usize,
+        /// The size.
+        size: u32,
+        /// The largest possible.
+        max: u16,
+    },
+    /// A part of a ring that is not in one memory region.
+    #[error(
+        "vring {index}: the {part} at user address {user_address:#x}, {size_bytes} bytes, is not in one memory region"
+    )]
+    VringAddress {
+        /// The vring.
+        index: usize,
+        /// Which part of it.
+        part: &'static str,
+        /// Where it was to be.
+        user_address: u64,
+        /// How long it is.
+        size_bytes: u64,
+    },
+    /// It cannot be started yet.
+    #[error("vring {index} is to be started without {missing}")]
+    VringIncomplete {
+        /// The vring.
+        index: usize,
+        /// The request that is missing.
+        missing: &'static str,
+    },
+    /// An eventfd that is none.
+    #[error("vring {index}: {source}")]
+    Eventfd {
+        /// The vring.
+        index: usize,
+        /// What it is.
+        source: NotAnEventfd,
+    },
+    /// The memory table.
+    #[error(transparent)]
+    Memory(#[from] MemoryTableError),
+    /// The in-flight region.
+    #[error(transparent)]
+    Inflight(#[from] InflightError),
+    /// An in-flight region for another device.
+    #[error(
+        "an in-flight region for {queues} queues of {queue_size} descriptors; the device has {max_queues} of at most \
+         {max_queue_size}"
+    )]
+    InflightShape {
+        /// Queues of the region.
+        queues: u16,
+        /// Descriptors of each.
+        queue_size: u16,
+        /// Queues of the device.
+        max_queues: usize,
+        /// Their largest size.
+        max_queue_size: u16,
+    },
+    /// An in-flight region that cannot hold this ring.
+    #[error("vring {index} has {size} descriptors, the in-flight region tracks {entries} of each queue")]
+    InflightTooSmall {
+        /// The vring.
+        index: usize,
+        /// Its size.
+        size: u16,
+        /// Entries for it in the region.
+        entries: u16,
+    },
+    /// The dirty log.
+    #[error("the dirty log: {0}")]
+    Log(#[source] SharedMemoryError),
+    /// The configuration space.
+    #[error(transparent)]
+    Config(#[from] ConfigWriteError),
+    /// Flags of SET_CONFIG without a meaning.
+    #[error("SET_CONFIG with flags {flags:#x}")]
+    ConfigFlags {
+        /// The flags.
+        flags: u32,
+    },
+    /// The kernel refused.
+    #[error("{what}: {source}")]
+    System {
+        /// What was tried.
+        what: &'static str,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+}
+
+impl RequestError {
+    /// Whether the connection can go on when the front-end is told. After a message that is none, it cannot.
+    pub(super) fn is_answerable(&self) -> bool {
+        !matches!(self, Self::Message(error) if !matches!(error, MessageError::Unimplemented { .. }))
+    }
+}
+
+/// The request that ends the connection, and why.
+#[derive(Debug, Error)]
+#[error("{}: {source}", request_name(*.request))]
+pub struct SessionError {
+    /// Number of the request.
+    pub request: u32,
+    /// Why it is refused.
+    pub source: RequestError,
+}
+
+/// The name of a request in the specification.
+pub(super) fn request_name(request: u32) -> String {
+    FrontendReq::try_from(request).map_or_else(|_| format!("request {request}"), |known| format!("{known:?}"))
+}

@@ -1,0 +1,285 @@
+//! The session with one front-end: the state that its messages build, and what they make the device do.
+//!
+//! A request is checked completely before anything changes. What the front-end may get wrong without harm is tolerated
+//! where known front-ends do so, and the place says which.
+
+mod error;
+mod logging;
+mod negotiation;
+mod rings;
+mod vring;
+
+use std::os::fd::OwnedFd;
+
+use tracing::{debug, warn};
+use vhost::vhost_user::message::VhostUserProtocolFeatures;
+
+use self::error::request_name;
+pub use self::error::{RequestError, SessionError};
+use self::logging::Logging;
+use self::negotiation::Negotiation;
+use self::vring::Vring;
+use super::backend_channel::BackendChannel;
+use super::connection::Message;
+use super::device::Device;
+use super::memory_table::{MAX_REGIONS, MemoryTable};
+use super::message::{InflightDescription, RegionDescription, Reply, Request};
+use crate::virtqueue::InflightRegion;
+
+/// SET_CONFIG flags: 0 is a write of the driver. 1 is a live migration in the specification, and a write of the driver
+/// in rust-vmm's front-ends (Cloud Hypervisor), which have 2 for the migration.
+const CONFIG_FLAGS_KNOWN: u32 = 3;
+
+/// A reply's body, and a descriptor that goes with it. `None`: the request has no reply of its own.
+type Answer = Option<(Vec<u8>, Option<OwnedFd>)>;
+
+/// The session with one front-end, from connection to disconnection.
+///
+/// When it is dropped, the device learns that the front-end is gone.
+pub struct Session<'d> {
+    device: &'d mut dyn Device,
+    negotiation: Negotiation,
+    memory: MemoryTable,
+    vrings: Vec<Vring>,
+    inflight: Option<InflightRegion>,
+    logging: Logging,
+    channel: Option<BackendChannel>,
+}
+
+impl<'d> Session<'d> {
+    /// A session in which nothing was said yet.
+    pub fn new(device: &'d mut dyn Device) -> Self {
+        let vrings = (0..device.queue_count()).map(|_| Vring::default()).collect();
+        Self {
+            device,
+            negotiation: Negotiation::default(),
+            memory: MemoryTable::default(),
+            vrings,
+            inflight: None,
+            logging: Logging::default(),
+            channel: None,
+        }
+    }
+
+    /// Does what a message says. Gives the reply to send, if it has one.
+    ///
+    /// # Errors
+    ///
+    /// The connection must end: the message is none, or a request is refused and the front-end cannot be told.
+    pub fn handle(&mut self, message: Message) -> Result<Option<Reply>, SessionError> {
+        let Message { header, body, fds } = message;
+        let request = header.request;
+        let parsed = Request::parse(request, &body, fds.len()).map_err(RequestError::from);
+        let has_own_reply = parsed.as_ref().is_ok_and(has_own_reply);
+        debug!(request = request_name(request), fds = fds.len(), ?parsed, "message");
+        let outcome = parsed.and_then(|parsed| self.execute(parsed, fds));
+        let is_ack_wanted = header.needs_reply && self.negotiation.has(VhostUserProtocolFeatures::REPLY_ACK);
+        match outcome {
+            Ok(Some((body, fd))) => Ok(Some(Reply { request, body, fd })),
+            Ok(None) => Ok(is_ack_wanted.then(|| Reply::number(request, 0))),
+            Err(error) if is_ack_wanted && !has_own_reply && error.is_answerable() => {
+                warn!(request = request_name(request), %error, "request refused");
+                Ok(Some(Reply::number(request, 1)))
+            }
+            Err(source) => Err(SessionError { request, source }),
+        }
+    }
+
+    /// Tells the front-end that the configuration space has changed, if it can be told.
+    pub fn notify_config_change(&self) {
+        match &self.channel {
+            Some(channel) if self.negotiation.has(VhostUserProtocolFeatures::CONFIG) => channel.config_changed(),
+            _ => debug!("the front-end cannot be told that the configuration changed"),
+        }
+    }
+
+    /// Asks the device for the capacity again, and tells the front-end if it changed.
+    pub fn refresh_capacity(&mut self) {
+        if refresh_capacity(self.device) {
+            self.notify_config_change();
+        }
+    }
+
+    fn execute(&mut self, request: Request, fds: Vec<OwnedFd>) -> Result<Answer, RequestError> {
+        use VhostUserProtocolFeatures as Feature;
+        let mut fds = fds.into_iter();
+        match request {
+            Request::GetFeatures => return number(self.offered_features()),
+            Request::SetFeatures { features } => self.set_features(features)?,
+            Request::GetProtocolFeatures => return number(negotiation::OFFERED.bits()),
+            Request::SetProtocolFeatures { features } => self.set_protocol_features(features)?,
+            // Nothing to own: the connection is the session.
+            Request::SetOwner => {}
+            Request::ResetOwner => self.disable_all(),
+            Request::ResetDevice => {
+                self.negotiation.require(Feature::RESET_DEVICE, "RESET_DEVICE")?;
+                self.reset_device();
+            }
+            Request::SetStatus { status } => {
+                self.negotiation.require(Feature::STATUS, "STATUS")?;
+                self.set_status(status);
+            }
+            Request::GetStatus => {
+                self.negotiation.require(Feature::STATUS, "STATUS")?;
+                return number(self.negotiation.status.into());
+            }
+            Request::GetQueueNum => {
+                self.negotiation.require(Feature::MQ, "MQ")?;
+                return number(self.vrings.len() as u64);
+            }
+            Request::SetBackendReqFd => {
+                self.negotiation.require(Feature::BACKEND_REQ, "BACKEND_REQ")?;
+                self.channel = fds.next().map(BackendChannel::new);
+            }
+
+            Request::GetMaxMemSlots => {
+                self.negotiation.require(Feature::CONFIGURE_MEM_SLOTS, "CONFIGURE_MEM_SLOTS")?;
+                return number(MAX_REGIONS as u64);
+            }
+            Request::SetMemTable { regions } => self.set_memory(self.memory.replaced(regions.into_iter().zip(fds))?),
+            Request::AddMemReg(region) => self.add_region(region, fds.next())?,
+            Request::RemMemReg(region) => {
+                self.negotiation.require(Feature::CONFIGURE_MEM_SLOTS, "CONFIGURE_MEM_SLOTS")?;
+                self.set_memory(self.memory.without(&region)?);
+            }
+
+            Request::SetVringNum { index, size } => self.set_vring_num(index, size)?,
+            Request::SetVringAddr(address) => self.set_vring_addr(address)?,
+            Request::SetVringBase { index, next_avail } => self.set_vring_base(index, next_avail)?,
+            Request::SetVringKick(file) => self.set_vring_kick(file.index, fds.next())?,
+            Request::SetVringCall(file) => self.set_vring_call(file.index, fds.next())?,
+            Request::SetVringErr(file) => self.set_vring_err(file.index, fds.next())?,
+            Request::SetVringEnable { index, is_enabled } => self.set_vring_enable(index, is_enabled)?,
+            Request::GetVringBase { index } => return self.get_vring_base(index).map(|body| Some((body, None))),
+
+            Request::SetLogBase { size_bytes, offset_bytes } => {
+                return self.set_log_base(size_bytes, offset_bytes, fds.next()).map(|body| Some((body, None)));
+            }
+            // An eventfd to be signalled for each mark in the log. QEMU does not send it and nobody needs it.
+            Request::SetLogFd => {}
+
+            Request::GetConfig { offset_bytes, size_bytes, flags } => {
+                self.negotiation.require(Feature::CONFIG, "CONFIG")?;
+                return Ok(Some((self.get_config(offset_bytes, size_bytes, flags), None)));
+            }
+            Request::SetConfig { offset_bytes, flags, bytes } => self.set_config(offset_bytes, flags, &bytes)?,
+
+            Request::GetInflightFd(description) => return self.get_inflight_fd(description).map(Some),
+            Request::SetInflightFd(description) => self.set_inflight_fd(description, fds.next())?,
+        }
+        Ok(None)
+    }
+
+    fn add_region(&mut self, region: RegionDescription, fd: Option<OwnedFd>) -> Result<(), RequestError> {
+        self.negotiation.require(VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS, "CONFIGURE_MEM_SLOTS")?;
+        if let Some(fd) = fd {
+            self.set_memory(self.memory.with(region, fd)?);
+        }
+        Ok(())
+    }
+
+    /// Vrings that run keep the guest addresses they were started with.
+    fn set_memory(&mut self, table: MemoryTable) {
+        self.device.set_memory(table.memory());
+        self.memory = table;
+    }
+
+    /// The device's configuration space, and zeroes behind it: front-ends ask for as much as their own version of the
+    /// structure has.
+    fn get_config(&self, offset_bytes: u32, size_bytes: u32, flags: u32) -> Vec<u8> {
+        let space = self.device.config_space();
+        let bytes = (offset_bytes..).take(size_bytes as usize).map(|at| byte_at(&space, at));
+        [offset_bytes, size_bytes, flags].into_iter().flat_map(u32::to_ne_bytes).chain(bytes).collect()
+    }
+
+    /// A driver may only write fields that are writable. A migration carries the whole space, and what is in it already
+    /// needs no writing.
+    fn set_config(&mut self, offset_bytes: u32, flags: u32, bytes: &[u8]) -> Result<(), RequestError> {
+        self.negotiation.require(VhostUserProtocolFeatures::CONFIG, "CONFIG")?;
+        if flags & !CONFIG_FLAGS_KNOWN != 0 {
+            return Err(RequestError::ConfigFlags { flags });
+        }
+        if flags == 0 {
+            return Ok(self.device.write_config(offset_bytes, bytes)?);
+        }
+        let space = self.device.config_space();
+        let places = (offset_bytes..).zip(bytes).enumerate();
+        let mut others = places.filter(|(_, (at, byte))| byte_at(&space, *at) != **byte).map(|(place, _)| place);
+        let Some(first) = others.next() else { return Ok(()) };
+        let last = others.last().unwrap_or(first);
+        Ok(self.device.write_config(offset_bytes + first as u32, &bytes[first..=last])?)
+    }
+
+    /// Makes a region. It is used when the front-end gives it back, which some never do.
+    fn get_inflight_fd(&self, asked: InflightDescription) -> Result<(Vec<u8>, Option<OwnedFd>), RequestError> {
+        self.check_inflight(&asked)?;
+        let file = InflightRegion::create(asked.queues, asked.queue_size)?;
+        let made = InflightDescription { size_bytes: file.size_bytes, offset_bytes: 0, ..asked };
+        Ok((made.to_bytes(), Some(file.fd)))
+    }
+
+    /// Counts for vrings that start from now on.
+    fn set_inflight_fd(&mut self, given: InflightDescription, fd: Option<OwnedFd>) -> Result<(), RequestError> {
+        self.check_inflight(&given)?;
+        if let Some(fd) = fd {
+            let InflightDescription { size_bytes, offset_bytes, queues, queue_size, .. } = given;
+            self.inflight = Some(InflightRegion::from_fd(fd, offset_bytes, size_bytes, queues, queue_size)?);
+        }
+        Ok(())
+    }
+
+    fn check_inflight(&self, description: &InflightDescription) -> Result<(), RequestError> {
+        self.negotiation.require(VhostUserProtocolFeatures::INFLIGHT_SHMFD, "INFLIGHT_SHMFD")?;
+        let InflightDescription { queues, queue_size, .. } = *description;
+        let (max_queues, max_queue_size) = (self.vrings.len(), self.device.max_queue_size());
+        if usize::from(queues) > max_queues || queue_size > max_queue_size {
+            return Err(RequestError::InflightShape { queues, queue_size, max_queues, max_queue_size });
+        }
+        Ok(())
+    }
+}
+
+/// Asks the device for its capacity again. True: it has changed.
+pub(super) fn refresh_capacity(device: &mut dyn Device) -> bool {
+    match device.refresh_capacity() {
+        Ok(is_other) => is_other,
+        Err(error) => {
+            warn!(error, "the disk keeps its size");
+            false
+        }
+    }
+}
+
+impl Drop for Session<'_> {
+    fn drop(&mut self) {
+        self.device.abandon();
+        // Nobody reads the log any more; and the memory of a guest that is gone must not stay allocated because it is
+        // mapped here. What is under way keeps it until it ends.
+        self.set_log(None);
+        self.set_memory(MemoryTable::default());
+    }
+}
+
+fn number(number: u64) -> Result<Answer, RequestError> {
+    Ok(Some((number.to_ne_bytes().to_vec(), None)))
+}
+
+fn byte_at(space: &[u8], at: u32) -> u8 {
+    space.get(at as usize).copied().unwrap_or(0)
+}
+
+/// Requests that are answered whether the front-end sets the flag or not, and whose reply cannot say "no".
+fn has_own_reply(request: &Request) -> bool {
+    matches!(
+        request,
+        Request::GetFeatures
+            | Request::GetProtocolFeatures
+            | Request::GetQueueNum
+            | Request::GetMaxMemSlots
+            | Request::GetVringBase { .. }
+            | Request::SetLogBase { .. }
+            | Request::GetConfig { .. }
+            | Request::GetInflightFd(_)
+            | Request::GetStatus
+    )
+}

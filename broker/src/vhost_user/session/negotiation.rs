@@ -1,0 +1,137 @@
+//! Features, protocol features, device status; reset.
+
+use tracing::debug;
+use vhost::vhost_user::message::VhostUserProtocolFeatures;
+use virtio_bindings::virtio_config::{VIRTIO_F_ACCESS_PLATFORM, VIRTIO_F_IN_ORDER, VIRTIO_F_RING_PACKED};
+use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
+
+use super::{RequestError, Session};
+
+/// VHOST_F_LOG_ALL: the pages that the device writes are logged.
+const FEATURE_LOG_ALL: u64 = 1 << 26;
+/// VHOST_USER_F_PROTOCOL_FEATURES: SET_VRING_ENABLE says which rings are enabled.
+const FEATURE_PROTOCOL_FEATURES: u64 = 1 << 30;
+/// Features that a driver may not use if the device does not know it: others are harmless when ignored, and QEMU
+/// accepts some in the guest's name that it does not ask the back-end about (VIRTIO_F_ANY_LAYOUT, for example).
+const FEATURES_NOT_TO_IGNORE: u64 = 1 << VIRTIO_F_ACCESS_PLATFORM | 1 << VIRTIO_F_RING_PACKED | 1 << VIRTIO_F_IN_ORDER;
+
+/// The protocol features: exactly those that are implemented, because QEMU accepts whatever it finds here.
+pub(super) const OFFERED: VhostUserProtocolFeatures = VhostUserProtocolFeatures::MQ
+    .union(VhostUserProtocolFeatures::LOG_SHMFD)
+    .union(VhostUserProtocolFeatures::REPLY_ACK)
+    .union(VhostUserProtocolFeatures::BACKEND_REQ)
+    .union(VhostUserProtocolFeatures::CONFIG)
+    .union(VhostUserProtocolFeatures::INFLIGHT_SHMFD)
+    .union(VhostUserProtocolFeatures::RESET_DEVICE)
+    .union(VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS)
+    .union(VhostUserProtocolFeatures::STATUS);
+
+/// What was agreed.
+#[derive(Debug)]
+pub(super) struct Negotiation {
+    protocol_features: VhostUserProtocolFeatures,
+    /// VIRTIO features of the driver, once it has said so.
+    driver_features: Option<u64>,
+    /// VHOST_USER_F_PROTOCOL_FEATURES was accepted.
+    has_protocol_features: bool,
+    /// The device status of VIRTIO 1.2, 2.1.
+    pub(super) status: u8,
+}
+
+impl Default for Negotiation {
+    fn default() -> Self {
+        Self {
+            protocol_features: VhostUserProtocolFeatures::empty(),
+            driver_features: None,
+            has_protocol_features: false,
+            status: 0,
+        }
+    }
+}
+
+impl Negotiation {
+    pub(super) fn has(&self, feature: VhostUserProtocolFeatures) -> bool {
+        self.protocol_features.contains(feature)
+    }
+
+    pub(super) fn require(&self, feature: VhostUserProtocolFeatures, name: &'static str) -> Result<(), RequestError> {
+        if self.has(feature) { Ok(()) } else { Err(RequestError::NotNegotiated { feature: name }) }
+    }
+
+    pub(super) fn has_event_idx(&self) -> bool {
+        self.driver_features.unwrap_or(0) & 1 << VIRTIO_RING_F_EVENT_IDX != 0
+    }
+
+    /// Whether rings are enabled before SET_VRING_ENABLE says anything.
+    pub(super) fn are_rings_enabled_at_first(&self) -> bool {
+        !self.has_protocol_features
+    }
+}
+
+impl Session<'_> {
+    pub(super) fn offered_features(&self) -> u64 {
+        self.device.device_features() | FEATURE_LOG_ALL | FEATURE_PROTOCOL_FEATURES
+    }
+
+    /// Also turns logging on and off, while rings run: QEMU waits for the reply and then relies on it.
+    pub(super) fn set_features(&mut self, features: u64) -> Result<(), RequestError> {
+        let unoffered = features & !self.offered_features();
+        if unoffered & FEATURES_NOT_TO_IGNORE != 0 {
+            return Err(RequestError::UnofferedFeatures { bits: unoffered & FEATURES_NOT_TO_IGNORE });
+        }
+        if unoffered != 0 {
+            debug!(bits = format_args!("{unoffered:#x}"), "features that were not offered are ignored");
+        }
+        let driver_features = features & self.device.device_features();
+        if self.negotiation.driver_features != Some(driver_features) {
+            self.set_driver_features(driver_features)?;
+        }
+        self.negotiation.has_protocol_features = features & FEATURE_PROTOCOL_FEATURES != 0;
+        self.set_log_all(features & FEATURE_LOG_ALL != 0);
+        self.apply_enabled_to_all();
+        Ok(())
+    }
+
+    /// Rings that are started but disabled are stopped: Cloud Hypervisor resets a device by disabling its rings, and the
+    /// next driver's set-up follows.
+    fn set_driver_features(&mut self, features: u64) -> Result<(), RequestError> {
+        if let Some(index) = self.vrings.iter().position(|vring| vring.is_started && vring.is_enabled_in_device) {
+            let from = self.negotiation.driver_features.unwrap_or(0);
+            return Err(RequestError::FeaturesWhileRunning { from, to: features, index });
+        }
+        self.stop_all();
+        self.device.set_driver_features(features);
+        self.negotiation.driver_features = Some(features);
+        Ok(())
+    }
+
+    pub(super) fn set_protocol_features(&mut self, features: u64) -> Result<(), RequestError> {
+        let bits = features & !OFFERED.bits();
+        if bits != 0 {
+            return Err(RequestError::UnofferedProtocolFeatures { bits });
+        }
+        self.negotiation.protocol_features = VhostUserProtocolFeatures::from_bits_truncate(features);
+        Ok(())
+    }
+
+    /// A status of 0 is the driver's reset. QEMU sends it whenever it stops the device, also for `stop` and before a
+    /// migration: the memory, the in-flight region and the eventfds stay, as QEMU counts on.
+    pub(super) fn set_status(&mut self, status: u8) {
+        if status == 0 {
+            self.stop_all();
+            self.forget_log_if_all_stopped();
+            self.device.reset();
+            self.negotiation.driver_features = None;
+        }
+        self.negotiation.status = status;
+    }
+
+    /// Everything that a driver has set up is gone; the memory table, the channel and the protocol features are the
+    /// front-end's and stay.
+    pub(super) fn reset_device(&mut self) {
+        self.set_status(0);
+        self.set_log_all(false);
+        self.inflight = None;
+        self.vrings.iter_mut().for_each(super::Vring::reset);
+    }
+}

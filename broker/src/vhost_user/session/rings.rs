@@ -1,0 +1,249 @@
+//! Vrings: set-up, start, stop.
+//!
+//! A ring starts with SET_VRING_KICK and stops with GET_VRING_BASE. Some front-ends set a ring up anew without having
+//! stopped it (Cloud Hypervisor after a reset of the guest): the first message that would change a started ring stops
+//! it, and the SET_VRING_KICK that follows starts it again.
+
+use std::os::fd::OwnedFd;
+
+use tracing::{info, warn};
+use vm_memory::GuestAddress;
+use vmm_sys_util::eventfd::EventFd;
+
+use super::super::device::QueueEventfds;
+use super::super::eventfd;
+use super::super::message::VringAddress;
+use super::vring::RingAddresses;
+use super::{RequestError, Session};
+use crate::virtqueue::{InflightQueue, QueueSetup};
+
+/// The parts of a split ring: fixed bytes, bytes for each descriptor, and bytes that are there with
+/// VIRTIO_RING_F_EVENT_IDX (VIRTIO 1.2, 2.7).
+const DESC_TABLE: RingPart = RingPart { name: "descriptor table", fixed_bytes: 0, entry_bytes: 16, event_bytes: 0 };
+const AVAIL_RING: RingPart = RingPart { name: "available ring", fixed_bytes: 4, entry_bytes: 2, event_bytes: 2 };
+const USED_RING: RingPart = RingPart { name: "used ring", fixed_bytes: 4, entry_bytes: 8, event_bytes: 2 };
+
+struct RingPart {
+    name: &'static str,
+    fixed_bytes: u64,
+    entry_bytes: u64,
+    event_bytes: u64,
+}
+
+impl Session<'_> {
+    pub(super) fn set_vring_num(&mut self, index: u32, size: u32) -> Result<(), RequestError> {
+        let index = self.vring_index(index)?;
+        let max = self.device.max_queue_size();
+        let size = match u16::try_from(size) {
+            Ok(size) if size.is_power_of_two() && size <= max => size,
+            _ => return Err(RequestError::VringSize { index, size, max }),
+        };
+        if self.vrings[index].size != Some(size) {
+            self.stop(index);
+            self.vrings[index].size = Some(size);
+        }
+        Ok(())
+    }
+
+    /// For a ring that runs, the same addresses again only turn the logging of its used ring on or off.
+    pub(super) fn set_vring_addr(&mut self, address: VringAddress) -> Result<(), RequestError> {
+        let index = self.vring_index(address.index)?;
+        let VringAddress { desc_table, avail_ring, used_ring, used_log_gpa, .. } = address;
+        let addresses = RingAddresses { desc_table, avail_ring, used_ring };
+        if self.vrings[index].addresses != Some(addresses) {
+            // The size may still be unknown; that each part begins in memory can be said already.
+            for (part, user_address) in parts(addresses) {
+                self.translate(index, part.name, user_address, 1)?;
+            }
+            self.stop(index);
+            self.vrings[index].addresses = Some(addresses);
+        }
+        let vring = &mut self.vrings[index];
+        if vring.is_started && vring.used_log_gpa != used_log_gpa {
+            self.device.set_used_log(index as u16, used_log_gpa);
+        }
+        vring.used_log_gpa = used_log_gpa;
+        Ok(())
+    }
+
+    pub(super) fn set_vring_base(&mut self, index: u32, next_avail: u16) -> Result<(), RequestError> {
+        let index = self.vring_index(index)?;
+        self.stop(index);
+        self.vrings[index].next_avail = next_avail;
+        Ok(())
+    }
+
+    /// Starts the ring, or exchanges the eventfd of one that runs.
+    pub(super) fn set_vring_kick(&mut self, index: u32, fd: Option<OwnedFd>) -> Result<(), RequestError> {
+        let index = self.vring_index(index)?;
+        let kick = adopt(index, fd)?;
+        if self.vrings[index].is_started {
+            self.device.set_kick(index as u16, kick);
+            return Ok(());
+        }
+        let setup = self.queue_setup(index)?;
+        let duplicate = |fd: &Option<EventFd>| {
+            eventfd::duplicate(fd.as_ref())
+                .map_err(|source| RequestError::System { what: "duplicating an eventfd of a vring", source })
+        };
+        let (call, err) = (duplicate(&self.vrings[index].call)?, duplicate(&self.vrings[index].err)?);
+        info!(index, size = setup.size, next_avail = setup.next_avail, "vring starts");
+        self.device.start_queue(index as u16, setup, QueueEventfds { kick, call, err });
+        self.vrings[index].is_started = true;
+        self.apply_enabled(index);
+        Ok(())
+    }
+
+    fn queue_setup(&self, index: usize) -> Result<QueueSetup, RequestError> {
+        let vring = &self.vrings[index];
+        let missing = |missing| RequestError::VringIncomplete { index, missing };
+        let size = vring.size.ok_or_else(|| missing("SET_VRING_NUM"))?;
+        let addresses = vring.addresses.ok_or_else(|| missing("SET_VRING_ADDR"))?;
+        let event_idx = self.negotiation.has_event_idx();
+        let mut found = [GuestAddress(0); 3];
+        for (gpa, (part, user_address)) in found.iter_mut().zip(parts(addresses)) {
+            let event_bytes = if event_idx { part.event_bytes } else { 0 };
+            let size_bytes = part.fixed_bytes + u64::from(size) * part.entry_bytes + event_bytes;
+            *gpa = self.translate(index, part.name, user_address, size_bytes)?;
+        }
+        let [desc_table, avail_ring, used_ring] = found;
+        Ok(QueueSetup {
+            size,
+            desc_table,
+            avail_ring,
+            used_ring,
+            next_avail: vring.next_avail,
+            event_idx,
+            used_log_gpa: vring.used_log_gpa,
+            inflight: self.inflight_queue(index, size)?,
+        })
+    }
+
+    fn inflight_queue(&self, index: usize, size: u16) -> Result<Option<InflightQueue>, RequestError> {
+        let Some(region) = &self.inflight else { return Ok(None) };
+        match region.queue(index as u16) {
+            Some(queue) if queue.entries() < size => {
+                Err(RequestError::InflightTooSmall { index, size, entries: queue.entries() })
+            }
+            Some(queue) => Ok(Some(queue)),
+            None => {
+                warn!(index, "the front-end's in-flight region has no part for this vring: it is not tracked");
+                Ok(None)
+            }
+        }
+    }
+
+    fn translate(
+        &self,
+        index: usize,
+        part: &'static str,
+        user_address: u64,
+        size_bytes: u64,
+    ) -> Result<GuestAddress, RequestError> {
+        self.memory.translate(user_address, size_bytes).ok_or(RequestError::VringAddress {
+            index,
+            part,
+            user_address,
+            size_bytes,
+        })
+    }
+
+    pub(super) fn set_vring_call(&mut self, index: u32, fd: Option<OwnedFd>) -> Result<(), RequestError> {
+        let index = self.vring_index(index)?;
+        let call = adopt(index, fd)?;
+        if self.vrings[index].is_started {
+            let given = duplicate_for_device(call.as_ref())?;
+            self.device.set_call(index as u16, given);
+        }
+        self.vrings[index].call = call;
+        Ok(())
+    }
+
+    pub(super) fn set_vring_err(&mut self, index: u32, fd: Option<OwnedFd>) -> Result<(), RequestError> {
+        let index = self.vring_index(index)?;
+        let err = adopt(index, fd)?;
+        if self.vrings[index].is_started {
+            let given = duplicate_for_device(err.as_ref())?;
+            self.device.set_err(index as u16, given);
+        }
+        self.vrings[index].err = err;
+        Ok(())
+    }
+
+    /// Also for a ring that was never set up: QEMU enables all of them, whatever the driver uses.
+    pub(super) fn set_vring_enable(&mut self, index: u32, is_enabled: bool) -> Result<(), RequestError> {
+        let index = self.vring_index(index)?;
+        self.vrings[index].enabled = Some(is_enabled);
+        self.apply_enabled(index);
+        Ok(())
+    }
+
+    pub(super) fn disable_all(&mut self) {
+        for vring in &mut self.vrings {
+            vring.enabled = Some(false);
+        }
+        self.apply_enabled_to_all();
+    }
+
+    /// Stops the ring and gives the body of the reply: where it stopped.
+    pub(super) fn get_vring_base(&mut self, index: u32) -> Result<Vec<u8>, RequestError> {
+        let at = self.vring_index(index)?;
+        if self.vrings[at].is_started {
+            self.stop(at);
+            self.forget_log_if_all_stopped();
+        }
+        let next_avail = self.vrings[at].next_avail;
+        Ok([index, next_avail.into()].into_iter().flat_map(u32::to_ne_bytes).collect())
+    }
+
+    pub(super) fn stop_all(&mut self) {
+        for index in 0..self.vrings.len() {
+            self.stop(index);
+        }
+    }
+
+    fn stop(&mut self, index: usize) {
+        if self.vrings[index].is_started {
+            let next_avail = self.device.stop_queue(index as u16);
+            info!(index, next_avail, "vring stopped");
+            self.vrings[index].note_stopped(next_avail);
+        }
+    }
+
+    pub(super) fn apply_enabled_to_all(&mut self) {
+        for index in 0..self.vrings.len() {
+            self.apply_enabled(index);
+        }
+    }
+
+    /// Tells the device whether a started ring is enabled, if that is news.
+    fn apply_enabled(&mut self, index: usize) {
+        let is_held = self.are_rings_held();
+        let vring = &mut self.vrings[index];
+        let is_enabled = vring.enabled.unwrap_or(self.negotiation.are_rings_enabled_at_first()) && !is_held;
+        if vring.is_started && vring.is_enabled_in_device != is_enabled {
+            vring.is_enabled_in_device = is_enabled;
+            self.device.set_enabled(index as u16, is_enabled);
+        }
+    }
+
+    fn vring_index(&self, index: u32) -> Result<usize, RequestError> {
+        match usize::try_from(index) {
+            Ok(known) if known < self.vrings.len() => Ok(known),
+            _ => Err(RequestError::NoSuchVring { index, count: self.vrings.len() }),
+        }
+    }
+}
+
+fn parts(addresses: RingAddresses) -> [(RingPart, u64); 3] {
+    let RingAddresses { desc_table, avail_ring, used_ring } = addresses;
+    [(DESC_TABLE, desc_table), (AVAIL_RING, avail_ring), (USED_RING, used_ring)]
+}
+
+fn adopt(index: usize, fd: Option<OwnedFd>) -> Result<Option<EventFd>, RequestError> {
+    fd.map(eventfd::adopt).transpose().map_err(|source| RequestError::Eventfd { index, source })
+}
+
+fn duplicate_for_device(fd: Option<&EventFd>) -> Result<Option<EventFd>, RequestError> {
+    eventfd::duplicate(fd).map_err(|source| RequestError::System { what: "duplicating an eventfd of a vring", source })
+}
