@@ -44,7 +44,7 @@ impl DirtyLog {
             let end = byte_end.min(logged_end);
             let mask = bits_from(page % 8) & bits_below(end - page / 8 * 8);
             // Release: whoever sees the bit sees the page's new content.
-            self.bits.atomic::<AtomicU8>((page / 8) as usize).fetch_or(mask, Ordering::Release);
+            self.bits.to_store::<AtomicU8>((page / 8) as usize).fetch_or(mask, Ordering::Release);
             page = end;
         }
         let outside = end_page - logged_end.clamp(first_page, end_page);

@@ -164,57 +164,57 @@ impl InflightQueue {
     }
 
     pub(super) fn version(&self) -> u16 {
-        self.memory.load::<AtomicU16>(VERSION_OFFSET, Ordering::Acquire)
+        self.memory.atomic::<AtomicU16>(VERSION_OFFSET).load(Ordering::Acquire)
     }
 
     pub(super) fn set_version(&self, version: u16) {
-        self.memory.store::<AtomicU16>(VERSION_OFFSET, version, Ordering::Release);
+        self.memory.to_store::<AtomicU16>(VERSION_OFFSET).store(version, Ordering::Release);
     }
 
     /// For others who read the region; we ourselves go by the size that the front-end named.
     pub(super) fn set_desc_num(&self, desc_num: u16) {
-        self.memory.store::<AtomicU16>(DESC_NUM_OFFSET, desc_num, Ordering::Release);
+        self.memory.to_store::<AtomicU16>(DESC_NUM_OFFSET).store(desc_num, Ordering::Release);
     }
 
     pub(super) fn last_batch_head(&self) -> u16 {
-        self.memory.load::<AtomicU16>(LAST_BATCH_HEAD_OFFSET, Ordering::Acquire)
+        self.memory.atomic::<AtomicU16>(LAST_BATCH_HEAD_OFFSET).load(Ordering::Acquire)
     }
 
     pub(super) fn set_last_batch_head(&self, head: u16) {
-        self.memory.store::<AtomicU16>(LAST_BATCH_HEAD_OFFSET, head, Ordering::Release);
+        self.memory.to_store::<AtomicU16>(LAST_BATCH_HEAD_OFFSET).store(head, Ordering::Release);
     }
 
     pub(super) fn used_idx(&self) -> u16 {
-        self.memory.load::<AtomicU16>(USED_IDX_OFFSET, Ordering::Acquire)
+        self.memory.atomic::<AtomicU16>(USED_IDX_OFFSET).load(Ordering::Acquire)
     }
 
     pub(super) fn set_used_idx(&self, used_idx: u16) {
-        self.memory.store::<AtomicU16>(USED_IDX_OFFSET, used_idx, Ordering::Release);
+        self.memory.to_store::<AtomicU16>(USED_IDX_OFFSET).store(used_idx, Ordering::Release);
     }
 
     pub(super) fn is_in_flight(&self, head: u16) -> bool {
-        self.memory.load::<AtomicU8>(self.entry(head) + ENTRY_INFLIGHT_OFFSET, Ordering::Acquire) != 0
+        self.memory.atomic::<AtomicU8>(self.entry(head) + ENTRY_INFLIGHT_OFFSET).load(Ordering::Acquire) != 0
     }
 
     pub(super) fn set_in_flight(&self, head: u16, in_flight: bool) {
         let offset = self.entry(head) + ENTRY_INFLIGHT_OFFSET;
-        self.memory.store::<AtomicU8>(offset, u8::from(in_flight), Ordering::Release);
+        self.memory.to_store::<AtomicU8>(offset).store(u8::from(in_flight), Ordering::Release);
     }
 
     pub(super) fn counter(&self, head: u16) -> u64 {
-        self.memory.load::<AtomicU64>(self.entry(head) + ENTRY_COUNTER_OFFSET, Ordering::Acquire)
+        self.memory.atomic::<AtomicU64>(self.entry(head) + ENTRY_COUNTER_OFFSET).load(Ordering::Acquire)
     }
 
     pub(super) fn set_counter(&self, head: u16, counter: u64) {
-        self.memory.store::<AtomicU64>(self.entry(head) + ENTRY_COUNTER_OFFSET, counter, Ordering::Release);
+        self.memory.to_store::<AtomicU64>(self.entry(head) + ENTRY_COUNTER_OFFSET).store(counter, Ordering::Release);
     }
 
     pub(super) fn next(&self, head: u16) -> u16 {
-        self.memory.load::<AtomicU16>(self.entry(head) + ENTRY_NEXT_OFFSET, Ordering::Acquire)
+        self.memory.atomic::<AtomicU16>(self.entry(head) + ENTRY_NEXT_OFFSET).load(Ordering::Acquire)
     }
 
     pub(super) fn set_next(&self, head: u16, next: u16) {
-        self.memory.store::<AtomicU16>(self.entry(head) + ENTRY_NEXT_OFFSET, next, Ordering::Release);
+        self.memory.to_store::<AtomicU16>(self.entry(head) + ENTRY_NEXT_OFFSET).store(next, Ordering::Release);
     }
 
     /// Offset of `DescStateSplit` number `head`, which is below the number of entries.

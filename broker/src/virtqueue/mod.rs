@@ -18,6 +18,8 @@ mod recovery;
 mod rings;
 mod shared_memory;
 mod split_queue;
+#[cfg(test)]
+mod tests;
 
 pub use chain::{ChainError, DescriptorChain};
 pub use dirty_log::DirtyLog;

@@ -99,31 +99,31 @@ impl Rings {
 
     /// `avail.flags`: a hint, so no order.
     pub(super) fn avail_flags(&self) -> u16 {
-        u16::from_le(self.avail.load::<AtomicU16>(AVAIL_FLAGS_OFFSET, Ordering::Relaxed))
+        u16::from_le(self.avail.atomic::<AtomicU16>(AVAIL_FLAGS_OFFSET).load(Ordering::Relaxed))
     }
 
     /// `avail.idx`. The entries before it, and their descriptors, can be read after this.
     #[inline]
     pub(super) fn avail_idx(&self) -> u16 {
-        u16::from_le(self.avail.load::<AtomicU16>(AVAIL_IDX_OFFSET, Ordering::Acquire))
+        u16::from_le(self.avail.atomic::<AtomicU16>(AVAIL_IDX_OFFSET).load(Ordering::Acquire))
     }
 
     /// The entry of the available ring for index `idx`: any number.
     #[inline]
     pub(super) fn avail_entry(&self, idx: u16) -> u16 {
         let offset = AVAIL_ENTRIES_OFFSET + self.slot(idx) * AVAIL_ENTRY_BYTES;
-        u16::from_le(self.avail.load::<AtomicU16>(offset, Ordering::Relaxed))
+        u16::from_le(self.avail.atomic::<AtomicU16>(offset).load(Ordering::Relaxed))
     }
 
     /// `avail.used_event`: a hint, so no order.
     pub(super) fn used_event(&self) -> u16 {
         let offset = AVAIL_ENTRIES_OFFSET + usize::from(self.size) * AVAIL_ENTRY_BYTES;
-        u16::from_le(self.avail.load::<AtomicU16>(offset, Ordering::Relaxed))
+        u16::from_le(self.avail.atomic::<AtomicU16>(offset).load(Ordering::Relaxed))
     }
 
     /// `used.idx`, which is ours, but lies in the guest's memory: any number.
     pub(super) fn used_idx(&self) -> u16 {
-        u16::from_le(self.used.load::<AtomicU16>(USED_IDX_OFFSET, Ordering::Acquire))
+        u16::from_le(self.used.atomic::<AtomicU16>(USED_IDX_OFFSET).load(Ordering::Acquire))
     }
 
     /// Writes the entry of the used ring for index `idx`. The driver does not look at it before
@@ -131,28 +131,28 @@ impl Rings {
     #[inline]
     pub(super) fn set_used_entry(&self, idx: u16, head: u16, written_bytes: u32) -> UsedBytes {
         let offset = USED_ENTRIES_OFFSET + self.slot(idx) * USED_ENTRY_BYTES;
-        self.used.store::<AtomicU32>(offset, u32::from(head).to_le(), Ordering::Relaxed);
-        self.used.store::<AtomicU32>(offset + USED_ENTRY_LEN_OFFSET, written_bytes.to_le(), Ordering::Relaxed);
+        self.used.to_store::<AtomicU32>(offset).store(u32::from(head).to_le(), Ordering::Relaxed);
+        self.used.to_store::<AtomicU32>(offset + USED_ENTRY_LEN_OFFSET).store(written_bytes.to_le(), Ordering::Relaxed);
         UsedBytes { offset, len: USED_ENTRY_BYTES }
     }
 
     /// Writes `used.idx`: the entries before it now belong to the driver, with what was written before this.
     #[inline]
     pub(super) fn set_used_idx(&self, idx: u16) -> UsedBytes {
-        self.used.store::<AtomicU16>(USED_IDX_OFFSET, idx.to_le(), Ordering::Release);
+        self.used.to_store::<AtomicU16>(USED_IDX_OFFSET).store(idx.to_le(), Ordering::Release);
         UsedBytes { offset: USED_IDX_OFFSET, len: size_of::<u16>() }
     }
 
     /// Writes `used.flags`.
     pub(super) fn set_used_flags(&self, flags: u16) -> UsedBytes {
-        self.used.store::<AtomicU16>(USED_FLAGS_OFFSET, flags.to_le(), Ordering::Relaxed);
+        self.used.to_store::<AtomicU16>(USED_FLAGS_OFFSET).store(flags.to_le(), Ordering::Relaxed);
         UsedBytes { offset: USED_FLAGS_OFFSET, len: size_of::<u16>() }
     }
 
     /// Writes `used.avail_event`.
     pub(super) fn set_avail_event(&self, idx: u16) -> UsedBytes {
         let offset = USED_ENTRIES_OFFSET + usize::from(self.size) * USED_ENTRY_BYTES;
-        self.used.store::<AtomicU16>(offset, idx.to_le(), Ordering::Relaxed);
+        self.used.to_store::<AtomicU16>(offset).store(idx.to_le(), Ordering::Relaxed);
         UsedBytes { offset, len: EVENT_BYTES }
     }
 

@@ -3,7 +3,6 @@
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use thiserror::Error;
 use vm_memory::{
@@ -114,37 +113,27 @@ impl SharedMemory {
         self.mapping.get_slice(self.start, self.len).expect("checked when this was made")
     }
 
-    /// Loads one integer.
+    /// One integer, to load it.
     ///
     /// # Panics
     ///
     /// `offset` is outside, or not aligned to the integer: an error of this module's users, who have checked the length
     /// and the alignment when this was made.
     #[inline]
-    pub(super) fn load<A: AtomicInteger>(&self, offset: usize, order: Ordering) -> A::V {
-        self.atomic::<A>(offset).load(order)
-    }
-
-    /// Stores one integer.
-    ///
-    /// # Panics
-    ///
-    /// As [`load`](Self::load).
-    #[inline]
-    pub(super) fn store<A: AtomicInteger>(&self, offset: usize, value: A::V, order: Ordering) {
-        #[cfg(test)]
-        super::crash::before_store();
-        self.atomic::<A>(offset).store(value, order);
-    }
-
-    /// One integer for atomic operations.
-    ///
-    /// # Panics
-    ///
-    /// As [`load`](Self::load).
-    #[inline]
     pub(super) fn atomic<A: AtomicInteger>(&self, offset: usize) -> &A {
         debug_assert!(offset + size_of::<A>() <= self.len, "offset {offset} of {}", self.len);
         self.mapping.get_atomic_ref(self.start + offset).expect("an aligned offset inside")
+    }
+
+    /// One integer, to store it. Tests stop the world before any of these stores.
+    ///
+    /// # Panics
+    ///
+    /// As [`atomic`](Self::atomic).
+    #[inline]
+    pub(super) fn to_store<A: AtomicInteger>(&self, offset: usize) -> &A {
+        #[cfg(test)]
+        super::crash::before_store();
+        self.atomic(offset)
     }
 }

@@ -1,0 +1,184 @@
+//! A process that dies between any two of its stores loses no request and gives none back twice.
+
+use std::collections::VecDeque;
+use std::fs::File;
+
+use proptest::prelude::*;
+
+use super::driver::Driver;
+use crate::virtqueue::crash::{live_for, stores_made};
+use crate::virtqueue::{InflightQueue, InflightRegion, QueueSetup, SplitQueue};
+
+const SIZE: u16 = 4;
+
+/// What happens next, in the driver or in the device.
+#[derive(Clone, Copy, Debug)]
+enum Step {
+    /// The driver makes a chain available, if it has one.
+    Submit,
+    /// The driver takes what was given back.
+    Reap,
+    /// The device takes a chain, if there is one.
+    Pop,
+    /// The device gives one of those back that it has, this one of them.
+    Complete(usize),
+}
+
+fn any_step() -> impl Strategy<Value = Step> {
+    prop_oneof![
+        3 => Just(Step::Submit),
+        1 => Just(Step::Reap),
+        3 => Just(Step::Pop),
+        3 => (0..usize::from(SIZE)).prop_map(Step::Complete),
+    ]
+}
+
+/// What outlives the device: the driver, guest memory, the in-flight region.
+struct World {
+    driver: Driver,
+    region: File,
+    size_bytes: u64,
+    /// Requests that were made available and not given back yet, in that order: head and number.
+    outstanding: Vec<(u16, u64)>,
+    free: VecDeque<u16>,
+    submitted: u64,
+}
+
+impl World {
+    fn new() -> Self {
+        let file = InflightRegion::create(1, SIZE).expect("a memfd");
+        Self {
+            // The indexes wrap on the way.
+            driver: Driver::at_index(SIZE, 65534),
+            region: File::from(file.fd),
+            size_bytes: file.size_bytes,
+            outstanding: Vec::new(),
+            free: (0..SIZE).collect(),
+            submitted: 0,
+        }
+    }
+
+    fn inflight(&self) -> InflightQueue {
+        let fd = self.region.try_clone().expect("a file descriptor").into();
+        let region = InflightRegion::from_fd(fd, 0, self.size_bytes, 1, SIZE).expect("our own region");
+        region.queue(0).expect("its only queue")
+    }
+
+    fn submit(&mut self) {
+        if let Some(head) = self.free.pop_front() {
+            self.submitted += 1;
+            self.driver.submit(head, self.submitted);
+            self.outstanding.push((head, self.submitted));
+        }
+    }
+
+    /// Takes everything that was given back. Each must be outstanding: once given back, it is not any more.
+    fn reap(&mut self) {
+        while let Some((id, written_bytes)) = self.driver.reap() {
+            let head = u16::try_from(id).expect("a head");
+            let place = self.outstanding.iter().position(|&(outstanding, _)| outstanding == head);
+            let (_, number) = self.outstanding.remove(place.expect("given back, but not outstanding"));
+            assert_eq!(u64::from(written_bytes), number, "the entry belongs to another request");
+            self.free.push_back(head);
+        }
+    }
+}
+
+/// A device process.
+struct Device {
+    queue: SplitQueue,
+    /// Taken and not given back: head and number.
+    taken: Vec<(u16, u64)>,
+}
+
+impl Device {
+    fn start(world: &World) -> Self {
+        let setup = QueueSetup { inflight: Some(world.inflight()), ..world.driver.setup() };
+        // After a crash a front-end can only give the index of the used ring.
+        let setup = QueueSetup { next_avail: world.driver.load(super::driver::USED_RING + 2), ..setup };
+        let queue = SplitQueue::new(setup, &world.driver.memory).expect("a good region");
+        Self { queue, taken: Vec::new() }
+    }
+
+    fn pop(&mut self, world: &World) -> Option<u64> {
+        let mut chain = self.queue.pop(&world.driver.memory).expect("an honest driver")?;
+        let head = chain.head();
+        let number = chain.next().expect("one descriptor").expect("in the table").addr().0;
+        self.taken.push((head, number));
+        Some(number)
+    }
+
+    fn complete(&mut self, which: usize) {
+        if !self.taken.is_empty() {
+            let (head, number) = self.taken.remove(which % self.taken.len());
+            self.queue.complete(head, number as u32, None).expect("in flight");
+        }
+    }
+
+    fn step(&mut self, world: &mut World, step: Step) {
+        match step {
+            Step::Submit => world.submit(),
+            Step::Reap => world.reap(),
+            Step::Pop => drop(self.pop(world)),
+            Step::Complete(which) => self.complete(which),
+        }
+    }
+}
+
+/// Runs the script in processes of which each dies after so many stores, and a last one that lives.
+fn run(script: &[Step], lives: &[u64]) {
+    let mut world = World::new();
+    let mut done = 0;
+    for &stores in lives {
+        // A step that is cut short in the device has happened as far as it came; it is not done again.
+        let _died = live_for(stores, || {
+            let mut device = Device::start(&world);
+            while let Some(&step) = script.get(done) {
+                done += 1;
+                device.step(&mut world, step);
+            }
+        });
+        world.reap();
+    }
+
+    let mut device = Device::start(&world);
+    assert!(device.queue.needs_signal(), "those before may have died before they signalled");
+    let expected: Vec<u64> = world.outstanding.iter().map(|&(_, number)| number).collect();
+    let taken: Vec<u64> = std::iter::from_fn(|| device.pop(&world)).collect();
+    assert_eq!(taken, expected, "all that is outstanding, in the order of submission");
+    while !device.taken.is_empty() {
+        device.complete(1);
+    }
+    world.reap();
+    assert_eq!(world.outstanding, [], "each came back");
+    // The region agrees: nothing is left to be replayed.
+    let after = Device::start(&world);
+    assert_eq!((after.queue.in_flight(), after.queue.next_avail()), (0, world.driver.avail_idx));
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 64, ..ProptestConfig::default() })]
+
+    #[test]
+    fn a_device_that_dies_at_any_store_loses_no_request_and_gives_none_back_twice(
+        script in prop::collection::vec(any_step(), 1..40),
+        second_life in 0..60_u64,
+        third_life in 0..60_u64,
+    ) {
+        let before = stores_made();
+        run(&script, &[u64::MAX]);
+        let stores = stores_made() - before;
+        for first_life in 0..=stores {
+            run(&script, &[first_life]);
+            run(&script, &[first_life, second_life, third_life]);
+        }
+    }
+}
+
+#[test]
+fn a_life_is_cut_short_at_the_store_that_was_asked_for() {
+    let before = stores_made();
+    assert_eq!(live_for(3, || Device::start(&World::new()).queue.size()), None, "making a region ready stores more");
+    assert_eq!(stores_made() - before, 3);
+    assert_eq!(live_for(u64::MAX, || Device::start(&World::new()).queue.size()), Some(SIZE));
+}

@@ -1,0 +1,172 @@
+//! The log of written pages.
+
+use std::fs::File;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileExt;
+
+use proptest::prelude::*;
+use rustix::fs::MemfdFlags;
+use vm_memory::{Bytes, GuestAddress};
+
+use super::driver::{Driver, USED_RING};
+use crate::virtqueue::{DirtyLog, QueueSetup, SplitQueue};
+
+const PAGE_BYTES: u64 = 4096;
+
+fn file(size_bytes: u64) -> File {
+    let fd = rustix::fs::memfd_create("log", MemfdFlags::CLOEXEC).expect("a memfd");
+    rustix::fs::ftruncate(&fd, size_bytes).expect("memory");
+    File::from(fd)
+}
+
+fn another(file: &File) -> OwnedFd {
+    file.try_clone().expect("a file descriptor").into()
+}
+
+/// The pages that are marked in a log of `len_bytes` bytes, as the front-end reads it.
+fn marked(file: &File, offset_bytes: u64, len_bytes: usize) -> Vec<u64> {
+    let mut bits = vec![0; len_bytes];
+    file.read_exact_at(&mut bits, offset_bytes).expect("the log");
+    (0..8 * len_bytes as u64).filter(|page| bits[(page / 8) as usize] & 1 << (page % 8) != 0).collect()
+}
+
+#[test]
+fn every_page_that_was_touched_is_marked_and_no_other() {
+    let file = file(PAGE_BYTES);
+    let log = DirtyLog::from_fd(another(&file), 0, 64).expect("a log of 512 pages");
+    log.mark(0, 0);
+    assert!(marked(&file, 0, 64).is_empty());
+    log.mark(5 * PAGE_BYTES + 4095, 1);
+    assert_eq!(marked(&file, 0, 64), [5]);
+    log.mark(7 * PAGE_BYTES + 4095, 2);
+    assert_eq!(marked(&file, 0, 64), [5, 7, 8]);
+    log.mark(14 * PAGE_BYTES, 20 * PAGE_BYTES);
+    assert_eq!(marked(&file, 0, 64), [5, 7, 8].into_iter().chain(14..34).collect::<Vec<_>>());
+    assert_eq!(log.out_of_range_pages(), 0);
+}
+
+#[test]
+fn pages_beyond_the_log_are_counted_and_nothing_is_written_for_them() {
+    let file = file(2 * PAGE_BYTES);
+    // 24 pages, in front of bytes that belong to somebody else.
+    let log = DirtyLog::from_fd(another(&file), 0, 3).expect("a log of 24 pages");
+    log.mark(22 * PAGE_BYTES, 5 * PAGE_BYTES);
+    assert_eq!((marked(&file, 0, 8), log.out_of_range_pages()), (vec![22, 23], 3));
+    log.mark(24 * PAGE_BYTES, 1);
+    log.mark(u64::MAX, 1);
+    log.mark(u64::MAX - 4096, u64::MAX);
+    assert_eq!((marked(&file, 0, 8), log.out_of_range_pages()), (vec![22, 23], 3 + 1 + 1 + 2));
+}
+
+#[test]
+fn a_log_may_begin_at_any_page_of_its_file() {
+    let file = file(2 * PAGE_BYTES);
+    let log = DirtyLog::from_fd(another(&file), PAGE_BYTES, 64).expect("a log");
+    log.mark(0, 1);
+    assert_eq!((marked(&file, 0, 4096), marked(&file, PAGE_BYTES, 64)), (vec![], vec![0]));
+}
+
+#[test]
+fn bad_logs_are_refused() {
+    let file = file(2 * PAGE_BYTES);
+    let refusal = |offset_bytes, size_bytes| {
+        DirtyLog::from_fd(another(&file), offset_bytes, size_bytes).expect_err("a bad log").to_string()
+    };
+    assert_eq!(refusal(0, 0), "a shared area of 0 bytes");
+    assert_eq!(
+        refusal(64, 64),
+        "a shared area at offset 64 of its file, which is not a multiple of the page size 4096"
+    );
+    assert_eq!(refusal(4096, 4097), "a shared area of 4097 bytes at offset 4096 of a file of 8192 bytes");
+    assert_eq!(
+        refusal(u64::MAX - 4095, 4096),
+        "a shared area of 4096 bytes at offset 18446744073709547520 of a file of 8192 bytes"
+    );
+    let pipe = std::io::pipe().expect("a pipe").0;
+    let refusal = DirtyLog::from_fd(pipe.into(), 0, 1).expect_err("not a file").to_string();
+    assert_eq!(refusal, "a shared area of 1 bytes at offset 0 of a file of 0 bytes");
+}
+
+#[test]
+fn marks_of_several_threads_are_all_kept() {
+    let file = file(PAGE_BYTES);
+    let log = DirtyLog::from_fd(another(&file), 0, 128).expect("a log of 1024 pages");
+    std::thread::scope(|scope| {
+        for thread in 0..4 {
+            let log = &log;
+            scope.spawn(move || {
+                // Each byte of the log is written by all of them.
+                for page in (thread..1024).step_by(4) {
+                    log.mark(page * PAGE_BYTES, 1);
+                }
+            });
+        }
+    });
+    assert_eq!(marked(&file, 0, 128), (0..1024).collect::<Vec<_>>());
+}
+
+/// The pages of the log in which the used ring changed, given where it is in the log.
+fn changed_pages(before: &[u8], after: &[u8], used_log_gpa: u64) -> Vec<u64> {
+    let changed = (0..before.len()).filter(|&offset| before[offset] != after[offset]);
+    let mut pages: Vec<u64> = changed.map(|offset| (used_log_gpa + offset as u64) / PAGE_BYTES).collect();
+    pages.dedup();
+    pages
+}
+
+proptest! {
+    /// 1024 entries: a used ring of more than two pages, at any place of a page in the log.
+    #[test]
+    fn every_byte_of_the_used_ring_that_changes_is_logged(
+        used_log_gpa in 0..64 * PAGE_BYTES,
+        event_idx: bool,
+        start: u16,
+        rounds in 1..20_u16,
+    ) {
+        const RING_BYTES: usize = 6 + 8 * 1024;
+        let file = file(PAGE_BYTES);
+        let log = DirtyLog::from_fd(another(&file), 0, 4096).expect("a log");
+        let mut driver = Driver::at_index(1024, start);
+        let setup = QueueSetup { event_idx, used_log_gpa: Some(used_log_gpa), ..driver.setup() };
+        let mut queue = SplitQueue::new(setup, &driver.memory).expect("a good set-up");
+        let used_ring = |driver: &Driver| {
+            let mut bytes = vec![0; RING_BYTES];
+            driver.memory.read_slice(&mut bytes, GuestAddress(USED_RING)).expect("inside");
+            bytes
+        };
+        let before = used_ring(&driver);
+        for head in 0..rounds {
+            driver.submit(head, 0);
+            queue.pop(&driver.memory).expect("honest").expect("one");
+            queue.complete(head, 0x0101_0101, Some(&log)).expect("in flight");
+            queue.enable_kicks(Some(&log));
+            queue.disable_kicks(Some(&log));
+        }
+        let marks = marked(&file, 0, 4096);
+        for page in changed_pages(&before, &used_ring(&driver), used_log_gpa) {
+            prop_assert!(marks.contains(&page), "page {page} changed, marked are {marks:?}");
+        }
+        let ring_pages = used_log_gpa / PAGE_BYTES..=(used_log_gpa + RING_BYTES as u64 - 1) / PAGE_BYTES;
+        prop_assert!(marks.iter().all(|page| ring_pages.contains(page)), "{marks:?} outside {ring_pages:?}");
+        queue.mark_used_ring(&log);
+        prop_assert_eq!(marked(&file, 0, 4096), ring_pages.collect::<Vec<_>>());
+    }
+}
+
+#[test]
+fn nothing_is_logged_without_a_log_address() {
+    let file = file(PAGE_BYTES);
+    let log = DirtyLog::from_fd(another(&file), 0, 4096).expect("a log");
+    let mut driver = Driver::new(8);
+    let mut queue = SplitQueue::new(driver.setup(), &driver.memory).expect("a good set-up");
+    for head in 0..2 {
+        driver.submit(head, 0);
+        queue.pop(&driver.memory).expect("honest").expect("one");
+        queue.complete(head, 0, Some(&log)).expect("in flight");
+        queue.enable_kicks(Some(&log));
+        if head == 0 {
+            assert!(marked(&file, 0, 4096).is_empty());
+            queue.set_used_log_gpa(Some(0x3000));
+        }
+    }
+    assert_eq!(marked(&file, 0, 4096), [3]);
+}
