@@ -17,6 +17,7 @@
 
 pub mod direct;
 pub mod disk;
+pub mod engine;
 pub mod kernel;
 #[cfg(feature = "kvm")]
 pub mod kvm;

@@ -1,0 +1,129 @@
+//! What the engine's handle asks of its workers, and the way there.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, Sender, SyncSender, TryRecvError, channel, sync_channel};
+
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use super::EngineError;
+use crate::disk::Disk;
+use crate::vhost_user::{DeviceMemory, QueueEventfds};
+use crate::virtio_blk::RequestLimits;
+use crate::virtqueue::{DirtyLog, QueueSetup};
+
+/// One answer to a command: sent when the command is in force.
+pub(super) type Reply<T> = SyncSender<T>;
+
+/// A command, and the worker's own numbers of queues in it.
+#[derive(Debug)]
+pub(super) enum Command {
+    SetMemory { memory: Arc<DeviceMemory>, reply: Reply<()> },
+    SetDirtyLog { log: Option<Arc<DirtyLog>>, reply: Reply<()> },
+    SetUsedLog { queue: usize, used_log_gpa: Option<u64>, reply: Reply<()> },
+    SetLimits { limits: RequestLimits, reply: Reply<()> },
+    SetDisk { disk: Option<Arc<Disk>>, reply: Reply<()> },
+    Start { queue: usize, setup: QueueSetup, eventfds: QueueEventfds },
+    Stop { queue: usize, reply: Reply<u16> },
+    SetEnabled { queue: usize, enabled: bool, reply: Reply<()> },
+    SetEventfd { queue: usize, which: WhichEventfd, eventfd: Option<EventFd>, reply: Reply<()> },
+    Abandon,
+    Reset { reply: Reply<()> },
+    Shutdown,
+}
+
+/// The three eventfds of a vring.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum WhichEventfd {
+    Kick,
+    Call,
+    Err,
+}
+
+/// Made when a command is sent, fulfilled when it is in force.
+pub(super) struct Pending<T>(Receiver<T>);
+
+impl<T> Pending<T> {
+    /// A place for the answer, and who waits for it.
+    pub(super) fn new() -> (Reply<T>, Self) {
+        let (reply, pending) = sync_channel(1);
+        (reply, Self(pending))
+    }
+
+    /// Waits for the answer. `None`: the worker was shut down.
+    pub(super) fn wait(self) -> Option<T> {
+        self.0.recv().ok()
+    }
+}
+
+/// The sender's end of a worker's commands.
+#[derive(Clone, Debug)]
+pub(super) struct CommandSender {
+    commands: Sender<Command>,
+    bell: Arc<Bell>,
+}
+
+/// The worker's end.
+#[derive(Debug)]
+pub(super) struct CommandReceiver {
+    commands: Receiver<Command>,
+    bell: Arc<Bell>,
+}
+
+/// Tells a worker that there are commands: cheap to look at for one that polls, and a wake-up for one that sleeps.
+#[derive(Debug)]
+struct Bell {
+    rung: AtomicBool,
+    eventfd: EventFd,
+}
+
+/// A way from the engine's handle to one worker.
+pub(super) fn command_channel() -> Result<(CommandSender, CommandReceiver), EngineError> {
+    let (sender, receiver) = channel();
+    let eventfd = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK).map_err(EngineError::Eventfd)?;
+    let bell = Arc::new(Bell { rung: AtomicBool::new(false), eventfd });
+    Ok((CommandSender { commands: sender, bell: bell.clone() }, CommandReceiver { commands: receiver, bell }))
+}
+
+impl CommandSender {
+    /// Sends a command. A worker that was shut down does not take it, and drops its reply.
+    pub(super) fn send(&self, command: Command) {
+        if self.commands.send(command).is_err() {
+            return;
+        }
+        // After the command: a worker that sees the bell finds it.
+        self.bell.rung.store(true, Ordering::Release);
+        // Cannot fail but for a full counter, and then the worker is woken as well.
+        let _ = self.bell.eventfd.write(1);
+    }
+}
+
+impl CommandReceiver {
+    /// Whether commands may have come. One load.
+    #[inline]
+    pub(super) fn is_rung(&self) -> bool {
+        self.bell.rung.load(Ordering::Relaxed)
+    }
+
+    /// Becomes readable when a command comes.
+    pub(super) fn eventfd(&self) -> &EventFd {
+        &self.bell.eventfd
+    }
+
+    /// Silences the bell. What comes after that rings it again.
+    pub(super) fn silence(&self) {
+        // Nothing to read is as good.
+        let _ = self.bell.eventfd.read();
+        self.bell.rung.swap(false, Ordering::Acquire);
+    }
+
+    /// The next command.
+    pub(super) fn next(&self) -> Option<Command> {
+        match self.commands.try_recv() {
+            Ok(command) => Some(command),
+            Err(TryRecvError::Empty) => None,
+            // The handle is gone without a word: as if it had said so.
+            Err(TryRecvError::Disconnected) => Some(Command::Shutdown),
+        }
+    }
+}

@@ -1,0 +1,34 @@
+//! Why an engine cannot start.
+
+use std::io;
+
+use thiserror::Error;
+use vm_memory::mmap::MmapRegionError;
+
+/// Why an engine cannot start.
+#[derive(Debug, Error)]
+pub enum EngineError {
+    /// The kernel gives no io_uring.
+    #[error(
+        "a worker cannot create its io_uring: {0}; `ringpass probe` tells what stands in the way (the sysctl \
+         kernel.io_uring_disabled, a seccomp filter, a limit)"
+    )]
+    Ring(#[source] io::Error),
+    /// No file descriptor for waking a worker.
+    #[error("a worker cannot have an eventfd: {0}; is RLIMIT_NOFILE too low?")]
+    Eventfd(#[source] io::Error),
+    /// No memory for bounce buffers.
+    #[error("a worker cannot have its bounce buffers: {0}")]
+    BounceBuffers(#[source] MmapRegionError),
+    /// No thread.
+    #[error("a worker's thread cannot be started: {0}")]
+    Thread(#[source] io::Error),
+    /// A worker cannot run on the CPU that it was given.
+    #[error("a worker cannot be pinned to CPU {cpu}: {error}; is that CPU online, and allowed for this process?")]
+    Affinity {
+        /// Number of the CPU.
+        cpu: usize,
+        /// What the kernel said.
+        error: io::Error,
+    },
+}

@@ -1,0 +1,309 @@
+//! Carrying out requests: from a checked request to the used ring.
+//!
+//! Each request is in a slot and goes through one or more steps; each step is one entry of the ring. A read or write that
+//! the kernel did in part goes on where it stopped.
+
+use std::rc::Rc;
+
+use io_uring::{opcode, squeue};
+use nix::libc;
+use rustix::io::Errno;
+use vm_memory::Bytes;
+
+use super::bounce::{BouncePool, CHUNK_BYTES};
+use super::ring::DISK;
+use super::slot::{Slot, Step};
+use super::token::Token;
+use super::vring::State;
+use super::worker::Worker;
+use crate::vhost_user::DeviceMemory;
+use crate::virtio_blk::{Answer, ByteRange, GuestError, Operation, Request, SegmentList, Status};
+
+/// Attempts without progress after which a request fails: the kernel says "try again", but does not mean it.
+const RETRIES_MAX: u8 = 100;
+
+impl Worker<'_> {
+    /// Starts the request in a slot.
+    #[inline]
+    pub(super) fn begin(&mut self, number: u32) {
+        let slot = self.slots.get(number);
+        let Some(request) = &slot.request else { return };
+        slot.step = match request.operation {
+            Operation::Read { .. } | Operation::Write { .. } => {
+                let mask = self.disk.as_ref().map_or(0, |disk| disk.buffer_mask);
+                if mask != 0 && !is_aligned(&slot.segments, mask) {
+                    slot.step = Step::WaitForChunk;
+                    self.vrings[slot.queue].counters.bounced.add(1);
+                    self.waiting.push_back(number);
+                    return self.serve_waiting();
+                }
+                Step::Transfer
+            }
+            Operation::Flush => Step::Sync,
+            Operation::Discard(_) | Operation::WriteZeroes { .. } => Step::Range,
+            Operation::GetId => return self.give_id(number),
+        };
+        self.submit(number);
+    }
+
+    /// Hands the slot's step to the kernel.
+    #[inline]
+    fn submit(&mut self, number: u32) {
+        let slot = self.slots.get(number);
+        let Some(request) = slot.request else { return };
+        let entry = entry(slot, &request, &self.bounce, self.shared.is_write_through());
+        let entry = entry.user_data(Token::Request(number).to_user_data());
+        // SAFETY: the entry names the guest's memory, which `slot.memory` keeps mapped, or a chunk of `self.bounce`,
+        // which lives as long as the worker. Iovecs lie in the slot's own lists. The slot is released only when the
+        // completion was reaped, and the worker does not end, nor unwind, before all slots are released. Nobody has
+        // references into these bytes: they are accessed by volatile copies only.
+        unsafe { self.ring.push(&entry) };
+    }
+
+    /// The kernel is done with a slot's step.
+    #[inline]
+    pub(super) fn completed(&mut self, number: u32, result: i32) {
+        let slot = self.slots.get(number);
+        let Some(request) = slot.request else { return };
+        if result < 0 {
+            let errno = Errno::from_raw_os_error(-result);
+            if matches!(errno, Errno::INTR | Errno::AGAIN) && slot.retries < RETRIES_MAX {
+                slot.retries += 1;
+                return self.submit(number);
+            }
+            tracing::debug!(?request, %errno, "the disk failed a request");
+            return self.finish(number, Status::from_errno(errno));
+        }
+        match &slot.step {
+            Step::Transfer => {
+                let done_bytes = slot.progress_bytes + result as u64;
+                if done_bytes == u64::from(request.data_bytes) {
+                    return self.finish(number, Status::Ok);
+                }
+                if result == 0 {
+                    return self.end_of_disk(number);
+                }
+                slot.progress_bytes = done_bytes;
+                slot.retries = 0;
+                slot.compute_rest();
+                self.submit(number);
+            }
+            Step::Bounce { .. } => self.bounced(number, result as usize),
+            Step::Range if self.shared.is_write_through() => {
+                slot.step = Step::Sync;
+                self.submit(number);
+            }
+            Step::Range | Step::Sync => self.finish(number, Status::Ok),
+            Step::WaitForChunk => {}
+        }
+    }
+
+    /// A piece of a request came through its bounce buffer.
+    fn bounced(&mut self, number: u32, done_bytes: usize) {
+        if done_bytes == 0 {
+            return self.end_of_disk(number);
+        }
+        let slot = self.slots.get(number);
+        let (Some(request), Some(memory), Step::Bounce { chunk, piece_bytes }) =
+            (slot.request, slot.memory.as_ref(), &slot.step)
+        else {
+            return;
+        };
+        let done_bytes = done_bytes.min(*piece_bytes);
+        if matches!(request.operation, Operation::Read { .. }) {
+            let copied = self.bounce.empty(chunk, (memory, &slot.segments), (slot.progress_bytes, done_bytes));
+            if copied.is_err() {
+                return self.finish(number, Status::IoError);
+            }
+        }
+        slot.progress_bytes += done_bytes as u64;
+        slot.retries = 0;
+        if slot.progress_bytes == u64::from(request.data_bytes) {
+            return self.finish(number, Status::Ok);
+        }
+        self.begin_piece(number);
+    }
+
+    /// Starts the next piece of a request that has a bounce buffer.
+    fn begin_piece(&mut self, number: u32) {
+        let slot = self.slots.get(number);
+        let (Some(request), Some(memory), Step::Bounce { chunk, piece_bytes }) =
+            (slot.request, slot.memory.as_ref(), &mut slot.step)
+        else {
+            return;
+        };
+        let left_bytes = u64::from(request.data_bytes) - slot.progress_bytes;
+        *piece_bytes = left_bytes.min(CHUNK_BYTES as u64) as usize;
+        if matches!(request.operation, Operation::Write { .. }) {
+            let copied = self.bounce.fill(chunk, (memory, &slot.segments), (slot.progress_bytes, *piece_bytes));
+            if copied.is_err() {
+                return self.finish(number, Status::IoError);
+            }
+        }
+        self.submit(number);
+    }
+
+    /// Starts requests that wait for a bounce buffer, as long as there are some.
+    fn serve_waiting(&mut self) {
+        while !self.waiting.is_empty() {
+            let Some(chunk) = self.bounce.take() else { return };
+            if let Some(number) = self.waiting.pop_front() {
+                self.slots.get(number).step = Step::Bounce { chunk, piece_bytes: 0 };
+                self.begin_piece(number);
+            }
+        }
+    }
+
+    /// The kernel read or wrote nothing: the disk is smaller than it was.
+    fn end_of_disk(&mut self, number: u32) {
+        tracing::debug!(slot = number, "a request reached beyond the end of the disk, which must have become smaller");
+        self.finish(number, Status::IoError);
+    }
+
+    fn give_id(&mut self, number: u32) {
+        let slot = self.slots.get(number);
+        let Some(memory) = &slot.memory else { return };
+        let mut id = &self.shared.serial.as_bytes()[..];
+        let written = slot.segments.iter().try_for_each(|segment| {
+            let (part, rest) = id.split_at(segment.len_bytes.min(id.len()));
+            id = rest;
+            memory.write_slice(part, segment.gpa)
+        });
+        self.finish(number, if written.is_ok() { Status::Ok } else { Status::IoError });
+    }
+
+    /// A request has ended: the driver is told, and its slot is free again.
+    #[inline]
+    fn finish(&mut self, number: u32, status: Status) {
+        let slot = self.slots.get(number);
+        let (Some(request), Some(memory)) = (slot.request, slot.memory.take()) else { return };
+        let (queue, head) = (slot.queue, slot.head);
+        // Data first, then the log, then the used ring. Also what failed may have been written in part.
+        if let (Some(log), Operation::Read { .. } | Operation::GetId) = (&self.log, request.operation) {
+            for segment in slot.segments.iter() {
+                log.mark(segment.gpa.0, segment.len_bytes as u64);
+            }
+        }
+        let step = std::mem::replace(&mut slot.step, Step::Transfer);
+        self.slots.release(number);
+        self.count(queue, &request, status);
+        let answer =
+            Answer { status, status_gpa: request.status_gpa, written_bytes: request.written_bytes, refusal: None };
+        self.give_back(queue, head, &memory, &answer);
+        if let Some(active) = self.vrings[queue].active_mut() {
+            active.in_flight -= 1;
+            // Only a queue that runs goes on as if nothing had happened.
+            self.is_unsettled |= active.in_flight == 0 && !matches!(self.vrings[queue].state, State::Running(_));
+        }
+        self.is_unsettled |= self.endings.disk.is_some();
+        if let Step::Bounce { chunk, .. } = step {
+            self.bounce.give_back(chunk);
+            self.serve_waiting();
+        }
+    }
+
+    /// Answers a chain that is not executed.
+    pub(super) fn answer(&mut self, queue: usize, head: u16, memory: &Rc<DeviceMemory>, answer: &Answer) {
+        if let Some(refusal) = &answer.refusal {
+            let vring = &self.vrings[queue];
+            vring.counters.refused.add(1);
+            self.shared.guest_errors.record(vring.index, GuestError::from(refusal), refusal);
+        }
+        self.give_back(queue, head, memory, answer);
+    }
+
+    /// Writes the status and gives the chain back.
+    #[inline]
+    fn give_back(&mut self, queue: usize, head: u16, memory: &Rc<DeviceMemory>, answer: &Answer) {
+        // The byte was in this memory when the chain was parsed.
+        let _ = memory.write_obj(answer.status.byte(), answer.status_gpa);
+        let log = self.log.as_deref();
+        if let Some(log) = log {
+            log.mark(answer.status_gpa.0, 1);
+        }
+        let Some(active) = self.vrings[queue].active_mut() else { return };
+        match active.queue.complete(head, answer.written_bytes, log) {
+            Ok(()) => active.owes_signal = true,
+            Err(error) => self.break_down(queue, &error),
+        }
+    }
+
+    #[inline]
+    fn count(&self, queue: usize, request: &Request, status: Status) {
+        let counters = &self.vrings[queue].counters;
+        if status != Status::Ok {
+            return counters.failed.add(1);
+        }
+        match request.operation {
+            Operation::Read { .. } => {
+                counters.reads.add(1);
+                counters.read_bytes.add(request.data_bytes.into());
+            }
+            Operation::Write { .. } => {
+                counters.writes.add(1);
+                counters.written_bytes.add(request.data_bytes.into());
+            }
+            Operation::Flush => counters.flushes.add(1),
+            Operation::Discard(_) => counters.discards.add(1),
+            Operation::WriteZeroes { .. } => counters.write_zeroes.add(1),
+            Operation::GetId => {}
+        }
+    }
+}
+
+/// Whether addresses and lengths of all segments have none of the bits in `mask`.
+fn is_aligned(segments: &SegmentList, mask: usize) -> bool {
+    segments.iovecs().iter().all(|iovec| (iovec.iov_base.addr() | iovec.iov_len) & mask == 0)
+}
+
+/// The ring's entry for a slot's step.
+#[inline]
+fn entry(slot: &Slot, request: &Request, bounce: &BouncePool, write_through: bool) -> squeue::Entry {
+    let write_flags = if write_through { libc::RWF_DSYNC } else { 0 };
+    match (&slot.step, request.operation) {
+        (Step::Bounce { chunk, piece_bytes }, Operation::Write { offset_bytes }) => {
+            let (address, len_bytes) = (bounce.address(chunk), *piece_bytes as u32);
+            let write = opcode::Write::new(DISK, address, len_bytes);
+            write.offset(offset_bytes + slot.progress_bytes).rw_flags(write_flags).build()
+        }
+        (Step::Bounce { chunk, piece_bytes }, Operation::Read { offset_bytes }) => {
+            let (address, len_bytes) = (bounce.address(chunk), *piece_bytes as u32);
+            opcode::Read::new(DISK, address, len_bytes).offset(offset_bytes + slot.progress_bytes).build()
+        }
+        (Step::Transfer, Operation::Write { offset_bytes }) => match slot.remaining() {
+            &[one] => {
+                let write = opcode::Write::new(DISK, one.iov_base.cast(), one.iov_len as u32);
+                write.offset(offset_bytes + slot.progress_bytes).rw_flags(write_flags).build()
+            }
+            several => {
+                let write = opcode::Writev::new(DISK, several.as_ptr(), several.len() as u32);
+                write.offset(offset_bytes + slot.progress_bytes).rw_flags(write_flags).build()
+            }
+        },
+        (Step::Transfer, Operation::Read { offset_bytes }) => match slot.remaining() {
+            &[one] => {
+                let read = opcode::Read::new(DISK, one.iov_base.cast(), one.iov_len as u32);
+                read.offset(offset_bytes + slot.progress_bytes).build()
+            }
+            several => {
+                let read = opcode::Readv::new(DISK, several.as_ptr(), several.len() as u32);
+                read.offset(offset_bytes + slot.progress_bytes).build()
+            }
+        },
+        (Step::Range, Operation::Discard(range)) => punch_hole(range),
+        (Step::Range, Operation::WriteZeroes { range, unmap: true }) => punch_hole(range),
+        (Step::Range, Operation::WriteZeroes { range, unmap: false }) => {
+            fallocate(range, libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE)
+        }
+        // `begin` gives no operation any other step than these and `Sync`.
+        _ => opcode::Fsync::new(DISK).flags(io_uring::types::FsyncFlags::DATASYNC).build(),
+    }
+}
+
+fn punch_hole(range: ByteRange) -> squeue::Entry {
+    fallocate(range, libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE)
+}
+
+fn fallocate(range: ByteRange, mode: i32) -> squeue::Entry {
+    opcode::Fallocate::new(DISK, range.len_bytes).offset(range.offset_bytes).mode(mode).build()
+}

@@ -1,0 +1,359 @@
+//! The engine as others see it: a [`Device`] for the vhost-user session, and a handle for everybody else.
+
+use std::error::Error;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+use std::{fmt, io};
+
+use vmm_sys_util::eventfd::EventFd;
+
+use super::bounce::BouncePool;
+use super::command::{Command, CommandSender, Pending, Reply, WhichEventfd, command_channel};
+use super::counters::QueueCounters;
+use super::poll::PollPolicy;
+use super::slot::Slots;
+use super::thread::{Place, start};
+use super::vring::Vring;
+use super::worker::WorkerParts;
+use super::{EngineError, Shared};
+use crate::disk::Disk;
+use crate::vhost_user::{ConfigWriteError, Device, DeviceMemory, QueueEventfds};
+use crate::virtio_blk::{BlkConfig, BlkConfigError, CacheMode, GuestErrors};
+use crate::virtqueue::{DirtyLog, QueueSetup};
+
+/// The most requests that a worker has under way. More wait in their queues.
+const SLOTS_PER_WORKER_MAX: usize = 4096;
+
+/// What an engine is to be.
+#[derive(Debug)]
+pub struct EngineConfig {
+    /// The device as its driver sees it.
+    pub device: BlkConfig,
+    /// How long a worker that has nothing to do polls before it sleeps. Zero: it does not poll.
+    pub poll_time: Duration,
+    /// How many workers there are; at most one for each queue. `None`: one for each queue, at most as many as there are
+    /// CPUs for this process.
+    pub workers: Option<usize>,
+    /// The CPU of each worker. Empty: wherever the kernel puts them. If there are more workers than CPUs, several
+    /// share one.
+    pub cpus: Vec<usize>,
+}
+
+/// Where the engine gets its disk.
+///
+/// The engine asks when a queue starts, and gives the disk back when all queues have stopped while a dirty log is kept,
+/// which is when the guest may be about to go on elsewhere.
+pub trait DiskSource: Send {
+    /// The disk is wanted: sooner or later [`EngineControl::set_disk`] is to be called with it, from another thread.
+    /// Returns at once. Comes again and again, also when the engine has the disk.
+    fn request(&mut self);
+
+    /// The disk is not wanted any more: [`EngineControl::set_disk`] is not to be called after this. The engine lets go of
+    /// the disk when this has returned; then others may have it.
+    fn release(&mut self);
+
+    /// Reads the size of the disk again, in bytes.
+    ///
+    /// # Errors
+    ///
+    /// It cannot be read, or is of no use.
+    fn refresh_size_bytes(&mut self) -> Result<u64, Box<dyn Error + Send + Sync>>;
+}
+
+/// Executes the queues of a device.
+///
+/// Dropped, it takes nothing more; its threads end when the I/O under way has ended. [`shutdown`](Self::shutdown) waits
+/// for that.
+pub struct Engine {
+    control: EngineControl,
+    threads: Vec<JoinHandle<()>>,
+    source: Box<dyn DiskSource>,
+    cache_mode: CacheMode,
+    /// Queues that were started and not stopped.
+    started: Vec<bool>,
+    is_logging: bool,
+}
+
+/// A handle to an engine for other threads: gives it the disk, reads its counters.
+#[derive(Clone, Debug)]
+pub struct EngineControl {
+    workers: Arc<[CommandSender]>,
+    counters: Arc<[Arc<QueueCounters>]>,
+    shared: Arc<Shared>,
+}
+
+impl Engine {
+    /// Starts the workers. `source` gets the engine's control and makes what gives the engine its disk, by means of it.
+    ///
+    /// # Errors
+    ///
+    /// Each kind of [`EngineError`].
+    pub fn new(
+        config: EngineConfig,
+        source: impl FnOnce(EngineControl) -> io::Result<Box<dyn DiskSource>>,
+    ) -> Result<Self, EngineError> {
+        let device = config.device;
+        let queues = usize::from(device.num_queues());
+        let workers = config.workers.unwrap_or_else(available_cpus).clamp(1, queues);
+        let counters: Arc<[_]> = (0..queues).map(|_| Arc::new(QueueCounters::default())).collect();
+        let shared = Arc::new(Shared {
+            write_through: (!CacheMode::new().writeback()).into(),
+            guest_errors: GuestErrors::new(),
+            serial: *device.serial(),
+            device: Mutex::new(device),
+        });
+        let (mut senders, mut threads) = (Vec::new(), Vec::new());
+        for number in 0..workers {
+            let (sender, commands) = command_channel()?;
+            let own: Vec<_> = (number..queues).step_by(workers).map(|queue| (queue, counters[queue].clone())).collect();
+            let slots_max = (own.len() * usize::from(device.queue_size())).min(SLOTS_PER_WORKER_MAX);
+            let bounce = BouncePool::new()?;
+            let (shared, limits) = (shared.clone(), device.request_limits());
+            let (segments_max, poll_time) = (device.segment_capacity(), config.poll_time);
+            let place = Place {
+                number,
+                cpu: config.cpus.get(number % config.cpus.len().max(1)).copied(),
+                // Each queue's kicks, taken back and new; the commands.
+                completions_max: (slots_max + 3 * own.len() + 1) as u32,
+            };
+            threads.push(start(place, move || WorkerParts {
+                commands,
+                vrings: own.into_iter().map(|(queue, counters)| Vring::new(queue as u16, counters)).collect(),
+                slots: Slots::new(slots_max, segments_max),
+                bounce,
+                limits,
+                poll: PollPolicy::new(poll_time),
+                shared,
+            })?);
+            senders.push(sender);
+        }
+        let control = EngineControl { workers: senders.into(), counters, shared };
+        Ok(Self {
+            source: source(control.clone()).map_err(EngineError::Thread)?,
+            control,
+            threads,
+            cache_mode: CacheMode::new(),
+            started: vec![false; queues],
+            is_logging: false,
+        })
+    }
+
+    /// A handle for other threads.
+    pub fn control(&self) -> EngineControl {
+        self.control.clone()
+    }
+
+    /// Takes nothing more, waits until all I/O has ended, and lets go of the disk.
+    pub fn shutdown(mut self) {
+        self.source.release();
+        self.control.send_to_all(|| Command::Shutdown);
+        for thread in self.threads.drain(..) {
+            // A worker that panics ends the process.
+            let _ = thread.join();
+        }
+    }
+
+    /// Sends a command about one queue to its worker.
+    fn send(&self, index: u16, command: impl FnOnce(usize) -> Command) {
+        self.control.send(index, command);
+    }
+
+    /// The same, and waits until it is in force.
+    fn order<T>(&self, index: u16, command: impl FnOnce(usize, Reply<T>) -> Command) -> Option<T> {
+        let (reply, pending) = Pending::new();
+        self.send(index, |queue| command(queue, reply));
+        pending.wait()
+    }
+
+    fn set_eventfd(&self, index: u16, which: WhichEventfd, eventfd: Option<EventFd>) {
+        self.order(index, |queue, reply| Command::SetEventfd { queue, which, eventfd, reply });
+    }
+
+    fn device(&self) -> MutexGuard<'_, BlkConfig> {
+        self.control.shared.device()
+    }
+
+    fn apply_cache_mode(&self) {
+        let write_through = !self.cache_mode.writeback();
+        self.control.shared.write_through.store(write_through, Ordering::Release);
+    }
+}
+
+impl EngineControl {
+    /// Gives the engine its disk; requests are executed from now on. If it has one already, nothing changes.
+    ///
+    /// True: the disk has another size than the driver was told of.
+    pub fn set_disk(&self, disk: &Arc<Disk>) -> bool {
+        let has_changed = self.set_size_bytes(disk.size_bytes()).unwrap_or_else(|error| {
+            tracing::warn!(%error, "the disk has become useless");
+            false
+        });
+        self.order_all(|reply| Command::SetDisk { disk: Some(disk.clone()), reply });
+        has_changed
+    }
+
+    /// Returns when all I/O has ended and no worker holds the disk.
+    fn take_disk_back(&self) {
+        self.order_all(|reply| Command::SetDisk { disk: None, reply });
+    }
+
+    /// True: the capacity is another one now.
+    fn set_size_bytes(&self, size_bytes: u64) -> Result<bool, BlkConfigError> {
+        // Held until the workers know, so that they hear of two changes in their order.
+        let mut device = self.shared.device();
+        let has_changed = device.set_size_bytes(size_bytes)?;
+        if has_changed {
+            let limits = device.request_limits();
+            self.order_all(|reply| Command::SetLimits { limits, reply });
+        }
+        Ok(has_changed)
+    }
+
+    /// What each queue has done.
+    pub fn counters(&self) -> &[Arc<QueueCounters>] {
+        &self.counters
+    }
+
+    /// What the guest has done wrong.
+    pub fn guest_errors(&self) -> &GuestErrors {
+        &self.shared.guest_errors
+    }
+
+    fn send(&self, index: u16, command: impl FnOnce(usize) -> Command) {
+        let (index, workers) = (usize::from(index), self.workers.len());
+        self.workers[index % workers].send(command(index / workers));
+    }
+
+    fn send_to_all(&self, command: impl Fn() -> Command) {
+        for worker in self.workers.iter() {
+            worker.send(command());
+        }
+    }
+
+    /// Sends a command to all workers and waits until it is in force everywhere.
+    fn order_all(&self, command: impl Fn(Reply<()>) -> Command) {
+        let pending: Vec<_> = self
+            .workers
+            .iter()
+            .map(|worker| {
+                let (reply, pending) = Pending::new();
+                worker.send(command(reply));
+                pending
+            })
+            .collect();
+        for pending in pending {
+            // A worker that has ended holds nothing.
+            pending.wait();
+        }
+    }
+}
+
+impl Device for Engine {
+    fn queue_count(&self) -> u16 {
+        self.device().num_queues()
+    }
+
+    fn max_queue_size(&self) -> u16 {
+        self.device().queue_size()
+    }
+
+    fn device_features(&self) -> u64 {
+        self.device().device_features()
+    }
+
+    fn set_driver_features(&mut self, features: u64) {
+        self.cache_mode.set_driver_features(features);
+        self.apply_cache_mode();
+    }
+
+    fn config_space(&self) -> Vec<u8> {
+        self.device().to_bytes(self.cache_mode.writeback()).to_vec()
+    }
+
+    fn write_config(&mut self, offset_bytes: u32, bytes: &[u8]) -> Result<(), ConfigWriteError> {
+        self.cache_mode.write_config(offset_bytes, bytes)?;
+        self.apply_cache_mode();
+        Ok(())
+    }
+
+    fn set_memory(&mut self, memory: Arc<DeviceMemory>) {
+        self.control.order_all(|reply| Command::SetMemory { memory: memory.clone(), reply });
+    }
+
+    fn set_dirty_log(&mut self, log: Option<Arc<DirtyLog>>) {
+        self.is_logging = log.is_some();
+        self.control.order_all(|reply| Command::SetDirtyLog { log: log.clone(), reply });
+    }
+
+    fn set_used_log(&mut self, index: u16, used_log_gpa: Option<u64>) {
+        self.order(index, |queue, reply| Command::SetUsedLog { queue, used_log_gpa, reply });
+    }
+
+    fn start_queue(&mut self, index: u16, setup: QueueSetup, eventfds: QueueEventfds) {
+        self.started[usize::from(index)] = true;
+        self.send(index, |queue| Command::Start { queue, setup, eventfds });
+        self.source.request();
+    }
+
+    fn stop_queue(&mut self, index: u16) -> u16 {
+        let next_avail = self.order(index, |queue, reply| Command::Stop { queue, reply }).unwrap_or(0);
+        self.started[usize::from(index)] = false;
+        if self.is_logging && !self.started.contains(&true) {
+            // The guest is being migrated: whoever goes on with it needs the disk.
+            self.source.release();
+            self.control.take_disk_back();
+        }
+        next_avail
+    }
+
+    fn set_enabled(&mut self, index: u16, enabled: bool) {
+        self.order(index, |queue, reply| Command::SetEnabled { queue, enabled, reply });
+    }
+
+    fn set_call(&mut self, index: u16, call: Option<EventFd>) {
+        self.set_eventfd(index, WhichEventfd::Call, call);
+    }
+
+    fn set_kick(&mut self, index: u16, kick: Option<EventFd>) {
+        self.set_eventfd(index, WhichEventfd::Kick, kick);
+    }
+
+    fn set_err(&mut self, index: u16, err: Option<EventFd>) {
+        self.set_eventfd(index, WhichEventfd::Err, err);
+    }
+
+    fn abandon(&mut self) {
+        self.started.fill(false);
+        self.control.send_to_all(|| Command::Abandon);
+    }
+
+    fn reset(&mut self) {
+        self.started.fill(false);
+        self.control.order_all(|reply| Command::Reset { reply });
+        self.cache_mode = CacheMode::new();
+        self.apply_cache_mode();
+    }
+
+    fn refresh_capacity(&mut self) -> Result<bool, Box<dyn Error + Send + Sync>> {
+        let size_bytes = self.source.refresh_size_bytes()?;
+        Ok(self.control.set_size_bytes(size_bytes)?)
+    }
+}
+
+impl Drop for Engine {
+    fn drop(&mut self) {
+        self.control.send_to_all(|| Command::Shutdown);
+    }
+}
+
+impl fmt::Debug for Engine {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Engine").field("workers", &self.control.workers.len()).field("started", &self.started).finish()
+    }
+}
+
+fn available_cpus() -> usize {
+    thread::available_parallelism().map_or(1, usize::from)
+}

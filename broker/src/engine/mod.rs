@@ -1,0 +1,62 @@
+//! The engine: executes the queues of a virtio-blk device on io_uring.
+//!
+//! [`Engine`] is the [`Device`] that a vhost-user session drives. Its queues are divided among worker threads, each
+//! with an io_uring of its own; between two workers nothing is shared on the way of a request.
+//!
+//! - `worker`: the loop of a thread. `poll`: when it polls and when it sleeps. `ring`: its io_uring.
+//! - `vring`: the state of a queue. `slot`, `execute`, `bounce`: requests under way.
+//! - `command`, `orders`: what the handle asks of the workers, and what they do then.
+//!
+//! The guest's memory is never registered with the kernel: nothing is pinned but for the time of a request. Each request
+//! holds the memory table that it was taken with, so a front-end may change the table at any time.
+//!
+//! A worker that panics ends the process. A front-end notices that and can connect to a new process, which takes the
+//! requests up again; a device that hangs would help nobody.
+
+mod bounce;
+mod command;
+mod counters;
+mod error;
+mod execute;
+mod handle;
+mod orders;
+mod poll;
+mod ring;
+mod slot;
+mod thread;
+mod token;
+mod vring;
+mod worker;
+
+pub use counters::{Counter, QueueCounters};
+pub use error::EngineError;
+pub use handle::{DiskSource, Engine, EngineConfig, EngineControl};
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use crate::virtio_blk::{BlkConfig, GuestErrors, Serial};
+
+/// What all workers of a device look at.
+#[derive(Debug)]
+struct Shared {
+    /// Each write is to be stable when it completes.
+    write_through: AtomicBool,
+    guest_errors: GuestErrors,
+    serial: Serial,
+    /// Not for the way of a request: workers have their own copy of what they need.
+    device: Mutex<BlkConfig>,
+}
+
+impl Shared {
+    #[inline]
+    fn is_write_through(&self) -> bool {
+        // Whoever changes it answers the driver afterwards, and the driver sends what depends on it after that.
+        self.write_through.load(Ordering::Acquire)
+    }
+
+    fn device(&self) -> MutexGuard<'_, BlkConfig> {
+        // Whoever panicked while holding it left a whole configuration: each change of it is one assignment.
+        self.device.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

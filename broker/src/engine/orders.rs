@@ -1,0 +1,271 @@
+//! What a worker does when it is told to, and what follows once requests have ended.
+
+use std::fmt::Display;
+use std::os::fd::AsFd;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use vmm_sys_util::eventfd::EventFd;
+
+use super::command::{Command, Reply, WhichEventfd};
+use super::vring::{Active, Broken, Start, State, Vring, signal};
+use super::worker::{DiskInUse, Worker};
+use crate::disk::Disk;
+use crate::vhost_user::{DeviceMemory, QueueEventfds};
+use crate::virtqueue::{QueueSetup, SplitQueue};
+
+impl Worker<'_> {
+    /// Carries out the commands that have come.
+    pub(super) fn obey(&mut self) {
+        self.commands.silence();
+        while !self.endings.is_shutdown
+            && let Some(command) = self.commands.next()
+        {
+            self.carry_out(command);
+        }
+        self.is_unsettled = true;
+    }
+
+    fn carry_out(&mut self, command: Command) {
+        match command {
+            Command::SetMemory { memory, reply } => {
+                // A copy of the table for this thread alone; the mappings are shared.
+                self.set_memory(&Rc::new((*memory).clone()));
+                done(&reply);
+            }
+            Command::SetDirtyLog { log, reply } => {
+                self.log = log;
+                self.mark_used_rings();
+                done(&reply);
+            }
+            Command::SetUsedLog { queue, used_log_gpa, reply } => {
+                self.set_used_log(queue, used_log_gpa);
+                done(&reply);
+            }
+            Command::SetLimits { limits, reply } => {
+                self.limits = limits;
+                done(&reply);
+            }
+            Command::SetDisk { disk: Some(disk), reply } => {
+                self.take_disk(disk);
+                done(&reply);
+            }
+            Command::SetDisk { disk: None, reply } => self.endings.disk = Some(reply),
+            Command::Start { queue, setup, eventfds } => self.start(queue, setup, eventfds),
+            Command::Stop { queue, reply } => self.stop(queue, reply),
+            Command::SetEnabled { queue, enabled, reply } => {
+                self.vrings[queue].enabled = enabled;
+                done(&reply);
+            }
+            Command::SetEventfd { queue, which, eventfd, reply } => {
+                self.set_eventfd(queue, which, eventfd);
+                done(&reply);
+            }
+            Command::Abandon => {
+                self.give_up_queues();
+                // What is under way keeps its own.
+                self.memory = None;
+            }
+            Command::Reset { reply } => {
+                self.give_up_queues();
+                self.endings.resets.push(reply);
+            }
+            Command::Shutdown => {
+                self.give_up_queues();
+                self.endings.is_shutdown = true;
+            }
+        }
+    }
+
+    fn set_memory(&mut self, memory: &Rc<DeviceMemory>) {
+        self.memory = Some(Rc::clone(memory));
+        for number in 0..self.vrings.len() {
+            let moved = match &mut self.vrings[number].state {
+                State::Running(active) | State::Stopping { active, .. } => {
+                    active.memory = Rc::clone(memory);
+                    active.queue.set_memory(memory)
+                }
+                // What drains belongs to a front-end that is gone, with its memory. What is broken takes nothing more.
+                _ => Ok(()),
+            };
+            if let Err(error) = moved {
+                self.break_down(number, &error);
+            }
+        }
+    }
+
+    fn start(&mut self, queue: usize, setup: QueueSetup, eventfds: QueueEventfds) {
+        self.disarm(queue);
+        let vring = &mut self.vrings[queue];
+        vring.enabled = false;
+        let start = Start { setup, eventfds };
+        match &mut vring.state {
+            State::Draining { next, .. } => *next = Some(start),
+            state => *state = State::Waiting(start),
+        }
+    }
+
+    fn stop(&mut self, queue: usize, reply: Reply<u16>) {
+        self.disarm(queue);
+        let vring = &mut self.vrings[queue];
+        vring.state = match std::mem::replace(&mut vring.state, State::Stopped) {
+            State::Running(active) | State::Broken(Broken::Active(active)) | State::Stopping { active, .. } => {
+                State::Stopping { active, reply }
+            }
+            State::Waiting(start) | State::Broken(Broken::Unusable(start)) => {
+                let _ = reply.send(start.setup.next_avail);
+                State::Stopped
+            }
+            State::Draining { active, next } => {
+                let next_avail = next.map_or(active.queue.next_avail(), |start| start.setup.next_avail);
+                let _ = reply.send(next_avail);
+                State::Draining { active, next: None }
+            }
+            State::Stopped => {
+                let _ = reply.send(0);
+                State::Stopped
+            }
+        };
+    }
+
+    /// Nothing more is taken from any queue.
+    fn give_up_queues(&mut self) {
+        for number in 0..self.vrings.len() {
+            self.disarm(number);
+            self.vrings[number].abandon();
+        }
+    }
+
+    fn set_eventfd(&mut self, queue: usize, which: WhichEventfd, eventfd: Option<EventFd>) {
+        if which == WhichEventfd::Kick {
+            self.disarm(queue);
+        }
+        let vring = &mut self.vrings[queue];
+        vring.set_eventfd(which, eventfd);
+        let index = vring.index;
+        if which == WhichEventfd::Call
+            && let Some(call) = vring.eventfds_mut().and_then(|eventfds| eventfds.call.as_ref())
+        {
+            // What was said to the old one may not have been heard.
+            signal(call, index);
+        }
+    }
+
+    fn set_used_log(&mut self, queue: usize, used_log_gpa: Option<u64>) {
+        let vring = &mut self.vrings[queue];
+        if let Some(active) = vring.active_mut() {
+            active.queue.set_used_log_gpa(used_log_gpa);
+        }
+        if let State::Waiting(start) | State::Draining { next: Some(start), .. } = &mut vring.state {
+            start.setup.used_log_gpa = used_log_gpa;
+        }
+        self.mark_used_rings();
+    }
+
+    /// What was written to used rings before it was logged counts as written now.
+    fn mark_used_rings(&mut self) {
+        let Some(log) = &self.log else { return };
+        for active in self.vrings.iter_mut().filter_map(Vring::active_mut) {
+            active.queue.mark_used_ring(log);
+        }
+    }
+
+    fn take_disk(&mut self, disk: Arc<Disk>) {
+        if self.disk.is_some() {
+            return;
+        }
+        if let Err(error) = self.ring.register_disk(disk.as_fd()) {
+            tracing::error!(%error, "the disk cannot be registered in a worker's io_uring: its queues stand still");
+            return;
+        }
+        let buffer_mask = if disk.is_direct_io() { disk.logical_block_bytes() as usize - 1 } else { 0 };
+        self.disk = Some(DiskInUse { _disk: disk, buffer_mask });
+    }
+
+    /// Marks a queue as broken.
+    pub(super) fn break_down(&mut self, queue: usize, why: &dyn Display) {
+        self.disarm(queue);
+        self.vrings[queue].break_down(why);
+        self.is_unsettled = true;
+    }
+
+    /// Lets happen what waited for requests to end, or for the disk.
+    pub(super) fn settle(&mut self) {
+        self.is_unsettled = false;
+        for number in 0..self.vrings.len() {
+            self.settle_vring(number);
+        }
+        if self.slots.occupied() == 0
+            && let Some(reply) = self.endings.disk.take()
+        {
+            self.let_go_of_disk();
+            done(&reply);
+        }
+        if self.vrings.iter().all(|vring| matches!(vring.state, State::Stopped)) {
+            for reply in self.endings.resets.drain(..) {
+                done(&reply);
+            }
+        }
+    }
+
+    fn settle_vring(&mut self, number: usize) {
+        let vring = &mut self.vrings[number];
+        let state = std::mem::replace(&mut vring.state, State::Stopped);
+        vring.state = match state {
+            State::Stopping { active, reply } if active.in_flight == 0 => {
+                let next_avail = active.queue.next_avail();
+                // What was given back last is made known before the front-end hears that the queue has stopped.
+                vring.state = State::Running(active);
+                vring.signal_if_owed();
+                let _ = reply.send(next_avail);
+                State::Stopped
+            }
+            State::Draining { active, next } if active.in_flight == 0 => {
+                vring.state = State::Draining { active, next: None };
+                vring.signal_if_owed();
+                next.map_or(State::Stopped, State::Waiting)
+            }
+            other => other,
+        };
+        if let State::Waiting(_) = vring.state
+            && self.disk.is_some()
+            && self.endings.disk.is_none()
+        {
+            self.activate(number);
+        }
+    }
+
+    /// Sets up the queue of a vring that waits.
+    fn activate(&mut self, number: usize) {
+        let Some(memory) = self.memory.clone() else {
+            return self.break_down(number, &"it was started before the front-end gave the guest's memory");
+        };
+        let vring = &mut self.vrings[number];
+        let State::Waiting(start) = &mut vring.state else { return };
+        match SplitQueue::new(start.setup.clone(), &memory) {
+            Ok(queue) => {
+                if let Some(log) = &self.log {
+                    queue.mark_used_ring(log);
+                }
+                let eventfds = std::mem::take(&mut start.eventfds);
+                // Somebody else may have given chains back before this and not have said so.
+                vring.state = State::Running(Active { queue, memory, eventfds, in_flight: 0, owes_signal: true });
+            }
+            Err(error) => self.break_down(number, &error),
+        }
+    }
+
+    /// Nothing of this worker holds the disk any more. No request may be under way.
+    pub(super) fn let_go_of_disk(&mut self) {
+        let Some(in_use) = self.disk.take() else { return };
+        if let Err(error) = self.ring.unregister_disk() {
+            tracing::error!(%error, "the disk stays registered in a worker's io_uring, and its lock in force");
+        }
+        drop(in_use);
+    }
+}
+
+fn done(reply: &Reply<()>) {
+    // Nobody waits any more: then nobody has to know.
+    let _ = reply.send(());
+}

@@ -1,0 +1,148 @@
+//! Requests under way: what each has done so far, and what it does next.
+
+use std::rc::Rc;
+
+use nix::libc::iovec;
+
+use super::bounce::Chunk;
+use crate::vhost_user::DeviceMemory;
+use crate::virtio_blk::{Request, SegmentList};
+
+/// One request under way, or the room for one. The room is used again and again.
+#[derive(Debug)]
+pub(super) struct Slot {
+    /// The worker's number of the queue that it came from.
+    pub(super) queue: usize,
+    /// Its chain.
+    pub(super) head: u16,
+    /// `None`: the slot is free.
+    pub(super) request: Option<Request>,
+    /// Keeps the data's memory mapped.
+    pub(super) memory: Option<Rc<DeviceMemory>>,
+    /// Its data.
+    pub(super) segments: SegmentList,
+    /// What the kernel works on.
+    pub(super) step: Step,
+    /// How much of a read or write is done.
+    pub(super) progress_bytes: u64,
+    /// Attempts since there was progress last.
+    pub(super) retries: u8,
+    /// Where a read or write goes on that was done in part.
+    pub(super) rest: Vec<iovec>,
+}
+
+/// What the kernel does for a request.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Step {
+    /// Reads or writes the guest's memory.
+    Transfer,
+    /// Reads or writes a bounce buffer, which holds these many bytes of the data.
+    Bounce {
+        /// The buffer.
+        chunk: Chunk,
+        /// Length of this piece of the data.
+        piece_bytes: usize,
+    },
+    /// Nothing yet: there is no bounce buffer free.
+    WaitForChunk,
+    /// Discards or zeroes.
+    Range,
+    /// Makes stable what was written.
+    Sync,
+}
+
+/// The room for the requests of one worker.
+#[derive(Debug)]
+pub(super) struct Slots {
+    slots: Vec<Slot>,
+    /// The last one freed is used first: its memory is in the cache.
+    free: Vec<u32>,
+    slots_max: usize,
+    segments_max: usize,
+}
+
+impl Slots {
+    /// Room for `slots_max` requests of `segments_max` segments each. Memory is taken as it is needed first.
+    pub(super) fn new(slots_max: usize, segments_max: usize) -> Self {
+        Self { slots: Vec::with_capacity(slots_max), free: Vec::with_capacity(slots_max), slots_max, segments_max }
+    }
+
+    /// A free slot, if there is one.
+    #[inline]
+    pub(super) fn find(&mut self) -> Option<u32> {
+        if let Some(&number) = self.free.last() {
+            return Some(number);
+        }
+        if self.slots.len() == self.slots_max {
+            return None;
+        }
+        let number = self.slots.len() as u32;
+        self.slots.push(Slot {
+            queue: 0,
+            head: 0,
+            request: None,
+            memory: None,
+            segments: SegmentList::with_capacity(self.segments_max),
+            step: Step::Transfer,
+            progress_bytes: 0,
+            retries: 0,
+            rest: Vec::new(),
+        });
+        self.free.push(number);
+        Some(number)
+    }
+
+    /// Takes the slot that [`find`](Self::find) found.
+    #[inline]
+    pub(super) fn occupy(&mut self, number: u32) {
+        let found = self.free.pop();
+        debug_assert_eq!(found, Some(number), "only the slot that was found last");
+    }
+
+    /// Makes a slot free again.
+    #[inline]
+    pub(super) fn release(&mut self, number: u32) {
+        let slot = self.get(number);
+        slot.request = None;
+        slot.memory = None;
+        self.free.push(number);
+    }
+
+    /// A slot by its number.
+    #[inline]
+    pub(super) fn get(&mut self, number: u32) -> &mut Slot {
+        &mut self.slots[number as usize]
+    }
+
+    /// How many are occupied.
+    #[inline]
+    pub(super) fn occupied(&self) -> usize {
+        self.slots.len() - self.free.len()
+    }
+}
+
+impl Slot {
+    /// Where the rest of a read or write is in the guest's memory.
+    #[inline]
+    pub(super) fn remaining(&self) -> &[iovec] {
+        if self.progress_bytes == 0 { self.segments.iovecs() } else { &self.rest }
+    }
+
+    /// Builds the list of what is left of the data after `progress_bytes`.
+    pub(super) fn compute_rest(&mut self) {
+        self.rest.clear();
+        let mut skip_bytes = self.progress_bytes;
+        for iovec_ in self.segments.iovecs() {
+            let len_bytes = iovec_.iov_len as u64;
+            if skip_bytes >= len_bytes {
+                skip_bytes -= len_bytes;
+                continue;
+            }
+            self.rest.push(iovec {
+                iov_base: iovec_.iov_base.wrapping_byte_add(skip_bytes as usize),
+                iov_len: iovec_.iov_len - skip_bytes as usize,
+            });
+            skip_bytes = 0;
+        }
+    }
+}

@@ -1,0 +1,87 @@
+//! A worker's thread, from its start to its end.
+
+use std::io;
+use std::sync::mpsc::{SyncSender, sync_channel};
+use std::thread::{self, JoinHandle};
+
+use nix::sys::signal::SigSet;
+use rustix::thread::{CpuSet, sched_setaffinity};
+
+use super::EngineError;
+use super::ring::{self, Ring};
+use super::worker::{Worker, WorkerParts};
+
+/// Where a worker's thread is to run.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Place {
+    /// Number of the worker.
+    pub(super) number: usize,
+    /// Its CPU. `None`: wherever the kernel puts it.
+    pub(super) cpu: Option<usize>,
+    /// The largest number of completions that can be outstanding.
+    pub(super) completions_max: u32,
+}
+
+/// Starts a worker, and returns when it is ready.
+pub(super) fn start(
+    place: Place,
+    parts: impl FnOnce() -> WorkerParts + Send + 'static,
+) -> Result<JoinHandle<()>, EngineError> {
+    let (ready, is_ready) = sync_channel(1);
+    let thread = thread::Builder::new()
+        .name(format!("worker-{}", place.number))
+        .spawn(move || live(place, parts, &ready))
+        .map_err(EngineError::Thread)?;
+    match is_ready.recv() {
+        Ok(Ok(())) => Ok(thread),
+        Ok(Err(error)) => Err(error),
+        Err(_) => Err(EngineError::Thread(io::Error::other("it ended before it was ready"))),
+    }
+}
+
+fn live(place: Place, parts: impl FnOnce() -> WorkerParts, ready: &SyncSender<Result<(), EngineError>>) {
+    // Signals are for the program's own threads: here they would only interrupt.
+    let _ = SigSet::all().thread_block();
+    let tell = |result| ready.send(result).is_ok();
+    if let Some(cpu) = place.cpu
+        && let Err(error) = pin(cpu)
+    {
+        tell(Err(error));
+        return;
+    }
+    // The thread that creates a ring is the one that may use it.
+    let mut ring = match ring::create(place.completions_max) {
+        Ok(ring) => ring,
+        Err(error) => {
+            tell(Err(error));
+            return;
+        }
+    };
+    let mut worker = Worker::new(Ring::new(&mut ring), parts());
+    if !tell(Ok(())) {
+        return;
+    }
+    // Dropped first: a panic ends the process before the worker unwinds, which would unmap memory that the kernel still
+    // uses.
+    let _guard = AbortOnPanic;
+    worker.run();
+}
+
+fn pin(cpu: usize) -> Result<(), EngineError> {
+    if cpu >= CpuSet::MAX_CPU {
+        return Err(EngineError::Affinity { cpu, error: io::Error::from_raw_os_error(nix::libc::EINVAL) });
+    }
+    let mut cpus = CpuSet::new();
+    cpus.set(cpu);
+    sched_setaffinity(None, &cpus).map_err(|errno| EngineError::Affinity { cpu, error: errno.into() })
+}
+
+struct AbortOnPanic;
+
+impl Drop for AbortOnPanic {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            std::process::abort();
+        }
+    }
+}

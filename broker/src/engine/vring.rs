@@ -1,0 +1,187 @@
+//! One vring of a worker: its state, its eventfds, its counters.
+
+use std::fmt::Display;
+use std::io;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use vmm_sys_util::eventfd::EventFd;
+
+use super::command::{Reply, WhichEventfd};
+use super::counters::QueueCounters;
+use crate::vhost_user::{DeviceMemory, QueueEventfds};
+use crate::virtqueue::{QueueSetup, SplitQueue};
+
+/// What a vring does now.
+#[derive(Debug)]
+pub(super) enum State {
+    /// It was not started, or was stopped.
+    Stopped,
+    /// It was started, and waits for the disk.
+    Waiting(Start),
+    /// It takes chains, while it is enabled.
+    Running(Active),
+    /// The driver or the front-end broke the rules: it takes nothing more. What is under way ends.
+    Broken(Broken),
+    /// It takes nothing more and was asked to stop; the answer goes out when what is under way has ended.
+    Stopping { active: Active, reply: Reply<u16> },
+    /// Its front-end is gone. What is under way ends into what that front-end gave; then comes the next start.
+    Draining { active: Active, next: Option<Start> },
+}
+
+/// A start that could not happen yet.
+#[derive(Debug)]
+pub(super) struct Start {
+    pub(super) setup: QueueSetup,
+    pub(super) eventfds: QueueEventfds,
+}
+
+/// A vring whose queue is set up.
+#[derive(Debug)]
+pub(super) struct Active {
+    pub(super) queue: SplitQueue,
+    /// What new chains are taken from, and where the rings are.
+    pub(super) memory: Rc<DeviceMemory>,
+    pub(super) eventfds: QueueEventfds,
+    /// Requests under way.
+    pub(super) in_flight: u16,
+    /// Chains were given back since the driver was last told.
+    pub(super) owes_signal: bool,
+}
+
+/// A vring that cannot go on.
+#[derive(Debug)]
+pub(super) enum Broken {
+    /// It ran.
+    Active(Active),
+    /// Its rings were unusable from the beginning.
+    Unusable(Start),
+}
+
+/// One vring.
+#[derive(Debug)]
+pub(super) struct Vring {
+    /// Index of the queue in the device.
+    pub(super) index: u16,
+    pub(super) state: State,
+    /// VHOST_USER_SET_VRING_ENABLE.
+    pub(super) enabled: bool,
+    pub(super) kick_poll: KickPoll,
+    pub(super) counters: Arc<QueueCounters>,
+}
+
+/// The ring's interest in the kick eventfd.
+#[derive(Debug, Default)]
+pub(super) struct KickPoll {
+    /// A completion is to come.
+    pub(super) is_armed: bool,
+    /// Counts kick eventfds, so that what comes for an earlier one is not taken for this one's.
+    pub(super) generation: u32,
+}
+
+impl Vring {
+    pub(super) fn new(index: u16, counters: Arc<QueueCounters>) -> Self {
+        Self { index, state: State::Stopped, enabled: false, kick_poll: KickPoll::default(), counters }
+    }
+
+    /// The queue, in whatever state has one.
+    #[inline]
+    pub(super) fn active_mut(&mut self) -> Option<&mut Active> {
+        match &mut self.state {
+            State::Running(active)
+            | State::Broken(Broken::Active(active))
+            | State::Stopping { active, .. }
+            | State::Draining { active, .. } => Some(active),
+            State::Stopped | State::Waiting(_) | State::Broken(Broken::Unusable(_)) => None,
+        }
+    }
+
+    /// The queue, if it is to take chains.
+    #[inline]
+    pub(super) fn taking_mut(&mut self) -> Option<&mut Active> {
+        match &mut self.state {
+            State::Running(active) if self.enabled => Some(active),
+            _ => None,
+        }
+    }
+
+    /// The eventfds that the present front-end gave.
+    pub(super) fn eventfds_mut(&mut self) -> Option<&mut QueueEventfds> {
+        match &mut self.state {
+            State::Running(active) | State::Broken(Broken::Active(active)) | State::Stopping { active, .. } => {
+                Some(&mut active.eventfds)
+            }
+            State::Waiting(start)
+            | State::Broken(Broken::Unusable(start))
+            | State::Draining { next: Some(start), .. } => Some(&mut start.eventfds),
+            State::Stopped | State::Draining { next: None, .. } => None,
+        }
+    }
+
+    /// Tells the driver of chains that were given back since the last time, if it wants to know.
+    #[inline]
+    pub(super) fn signal_if_owed(&mut self) {
+        let index = self.index;
+        let Some(active) = self.active_mut() else { return };
+        if !std::mem::take(&mut active.owes_signal) {
+            return;
+        }
+        if !active.queue.needs_signal() {
+            return;
+        }
+        if let Some(call) = &active.eventfds.call {
+            signal(call, index);
+            self.counters.signals.add(1);
+        }
+    }
+
+    /// Replaces one of those eventfds.
+    pub(super) fn set_eventfd(&mut self, which: WhichEventfd, eventfd: Option<EventFd>) {
+        let Some(eventfds) = self.eventfds_mut() else { return };
+        match which {
+            WhichEventfd::Kick => eventfds.kick = eventfd,
+            WhichEventfd::Call => eventfds.call = eventfd,
+            WhichEventfd::Err => eventfds.err = eventfd,
+        }
+    }
+
+    /// The front-end is gone.
+    pub(super) fn abandon(&mut self) {
+        self.state = match std::mem::replace(&mut self.state, State::Stopped) {
+            State::Running(active)
+            | State::Broken(Broken::Active(active))
+            | State::Stopping { active, .. }
+            | State::Draining { active, .. } => State::Draining { active, next: None },
+            State::Stopped | State::Waiting(_) | State::Broken(Broken::Unusable(_)) => State::Stopped,
+        };
+    }
+
+    /// Nothing more is taken, and the error eventfd says so.
+    pub(super) fn break_down(&mut self, why: &dyn Display) {
+        self.state = match std::mem::replace(&mut self.state, State::Stopped) {
+            State::Running(active) => State::Broken(Broken::Active(active)),
+            State::Waiting(start) => State::Broken(Broken::Unusable(start)),
+            // It takes nothing more anyway.
+            other => {
+                self.state = other;
+                return;
+            }
+        };
+        self.counters.broken.add(1);
+        let index = self.index;
+        tracing::warn!(queue = index, "the queue stops: {why}");
+        if let Some(err) = self.eventfds_mut().and_then(|eventfds| eventfds.err.as_ref()) {
+            signal(err, index);
+        }
+    }
+}
+
+/// Signals an eventfd of the front-end.
+pub(super) fn signal(eventfd: &EventFd, index: u16) {
+    match eventfd.write(1) {
+        Ok(()) => {}
+        // The counter is full: whoever waits for it wakes up without us.
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+        Err(error) => tracing::debug!(queue = index, %error, "an eventfd of the front-end cannot be signalled"),
+    }
+}

@@ -1,0 +1,300 @@
+//! One worker: a thread with an io_uring that executes the requests of its queues.
+//!
+//! A turn takes a bounded number of chains from each queue, submits all of them with one system call, and gives back
+//! whatever has completed. Reads from the page cache complete inside that call. When a turn finds nothing to do, the
+//! [poll policy](super::poll) decides whether the worker looks again or sleeps until a kick, a completion or a command.
+
+use std::collections::VecDeque;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Instant;
+
+use super::Shared;
+use super::bounce::BouncePool;
+use super::command::{CommandReceiver, Reply};
+use super::poll::{Idle, PollPolicy};
+use super::ring::Ring;
+use super::slot::Slots;
+use super::token::Token;
+use super::vring::{State, Vring};
+use crate::disk::Disk;
+use crate::vhost_user::DeviceMemory;
+use crate::virtio_blk::{GuestError, Parsed, RequestLimits, parse};
+use crate::virtqueue::DirtyLog;
+
+/// The most chains that a turn takes from one queue.
+///
+/// What is taken together completes together, and the driver can go on only then: a turn must be short against the
+/// queue, or driver and worker wait for one another in turn. And it must be long against a system call, of which there is
+/// one for each turn. It also bounds how long one queue holds up others.
+const CHAINS_PER_TURN: usize = 8;
+
+/// A worker, in its own thread.
+pub(super) struct Worker<'r> {
+    pub(super) ring: Ring<'r>,
+    pub(super) commands: CommandReceiver,
+    /// The ring is to tell of commands.
+    is_bell_armed: bool,
+    pub(super) vrings: Vec<Vring>,
+    /// The queue that the last turn began with.
+    first_queue: usize,
+    pub(super) slots: Slots,
+    pub(super) bounce: BouncePool,
+    /// Requests that wait for a bounce buffer, the first one first.
+    pub(super) waiting: VecDeque<u32>,
+    pub(super) disk: Option<DiskInUse>,
+    pub(super) memory: Option<Rc<DeviceMemory>>,
+    pub(super) log: Option<Arc<DirtyLog>>,
+    pub(super) limits: RequestLimits,
+    pub(super) shared: Arc<Shared>,
+    poll: PollPolicy,
+    /// A vring or the worker may be able to change its state.
+    pub(super) is_unsettled: bool,
+    /// What waits for requests to end.
+    pub(super) endings: Endings,
+}
+
+/// Commands that are in force once no request is under way any more.
+#[derive(Debug, Default)]
+pub(super) struct Endings {
+    /// The disk is to go.
+    pub(super) disk: Option<Reply<()>>,
+    /// All queues are to stop.
+    pub(super) resets: Vec<Reply<()>>,
+    /// The worker is to end.
+    pub(super) is_shutdown: bool,
+}
+
+/// The disk that requests go to.
+#[derive(Debug)]
+pub(super) struct DiskInUse {
+    /// Held for its lock; requests name it as the ring's fixed file.
+    pub(super) _disk: Arc<Disk>,
+    /// Bits that must be zero in the addresses and lengths of buffers. Zero: any will do.
+    pub(super) buffer_mask: usize,
+}
+
+/// What a worker is made with.
+pub(super) struct WorkerParts {
+    pub(super) commands: CommandReceiver,
+    pub(super) vrings: Vec<Vring>,
+    pub(super) slots: Slots,
+    pub(super) bounce: BouncePool,
+    pub(super) limits: RequestLimits,
+    pub(super) poll: PollPolicy,
+    pub(super) shared: Arc<Shared>,
+}
+
+impl<'r> Worker<'r> {
+    pub(super) fn new(ring: Ring<'r>, parts: WorkerParts) -> Self {
+        Self {
+            ring,
+            commands: parts.commands,
+            is_bell_armed: false,
+            vrings: parts.vrings,
+            first_queue: 0,
+            slots: parts.slots,
+            bounce: parts.bounce,
+            waiting: VecDeque::new(),
+            disk: None,
+            memory: None,
+            log: None,
+            limits: parts.limits,
+            shared: parts.shared,
+            poll: parts.poll,
+            is_unsettled: false,
+            endings: Endings::default(),
+        }
+    }
+
+    /// Works until it was told to end and the last request has ended.
+    pub(super) fn run(&mut self) {
+        while !self.has_ended() {
+            if self.turn() {
+                self.poll.busy(Instant::now);
+                continue;
+            }
+            match self.poll.idle(self.slots.occupied() > 0, Instant::now) {
+                Idle::Poll => std::hint::spin_loop(),
+                // A queue without a kick eventfd is looked at all the time; others may have the processor in between.
+                Idle::Sleep if self.has_queue_without_kick() => std::thread::yield_now(),
+                Idle::Sleep => self.sleep(),
+            }
+        }
+        self.let_go_of_disk();
+    }
+
+    /// Looks once at everything. False: there was nothing to do.
+    fn turn(&mut self) -> bool {
+        let mut busy = false;
+        if self.commands.is_rung() {
+            self.obey();
+            busy = true;
+        }
+        if self.is_unsettled {
+            self.settle();
+        }
+        if self.may_take() {
+            // Another queue comes first each time, or the first would get all slots that become free.
+            let queues = self.vrings.len();
+            self.first_queue = if self.first_queue + 1 < queues { self.first_queue + 1 } else { 0 };
+            for number in (self.first_queue..queues).chain(0..self.first_queue) {
+                busy |= self.take(number);
+            }
+        }
+        self.ring.submit();
+        busy |= self.reap();
+        for vring in &mut self.vrings {
+            vring.signal_if_owed();
+        }
+        busy
+    }
+
+    /// Whether new chains may be taken at all.
+    fn may_take(&self) -> bool {
+        self.disk.is_some() && self.endings.disk.is_none()
+    }
+
+    /// Takes chains from one queue. False: there were none.
+    fn take(&mut self, number: usize) -> bool {
+        for taken in 0..CHAINS_PER_TURN {
+            let Some(slot_number) = self.slots.find() else { return taken > 0 };
+            let vring = &mut self.vrings[number];
+            let Some(active) = vring.taking_mut() else { return taken > 0 };
+            let memory = Rc::clone(&active.memory);
+            let chain = match active.queue.pop(&memory) {
+                Ok(Some(chain)) => chain,
+                Ok(None) => return taken > 0,
+                Err(error) => {
+                    self.shared.guest_errors.record(vring.index, GuestError::BrokenRing, &error);
+                    self.break_down(number, &error);
+                    return true;
+                }
+            };
+            let head = chain.head();
+            let slot = self.slots.get(slot_number);
+            match parse(chain, &self.limits, &mut slot.segments) {
+                Parsed::Request(request) => {
+                    active.in_flight += 1;
+                    slot.queue = number;
+                    slot.head = head;
+                    slot.request = Some(request);
+                    slot.memory = Some(memory);
+                    slot.progress_bytes = 0;
+                    slot.retries = 0;
+                    self.slots.occupy(slot_number);
+                    self.begin(slot_number);
+                }
+                Parsed::Answer(answer) => self.answer(number, head, &memory, &answer),
+                Parsed::Malformed(error) => {
+                    self.shared.guest_errors.record(vring.index, GuestError::from(&error), &error);
+                    self.break_down(number, &error);
+                    return true;
+                }
+            }
+        }
+        true
+    }
+
+    /// Deals with what has completed. False: nothing.
+    fn reap(&mut self) -> bool {
+        let mut busy = false;
+        self.ring.sync_completions();
+        while let Some(completion) = self.ring.reap() {
+            match Token::from_user_data(completion.user_data()) {
+                Token::Request(slot) => self.completed(slot, completion.result()),
+                Token::Kick { queue, generation } => self.kicked(queue, generation),
+                Token::Commands => self.is_bell_armed = false,
+                Token::Nothing => continue,
+            }
+            busy = true;
+        }
+        busy
+    }
+
+    fn kicked(&mut self, queue: u16, generation: u32) {
+        let vring = &mut self.vrings[usize::from(queue)];
+        if vring.kick_poll.generation != generation {
+            return;
+        }
+        vring.kick_poll.is_armed = false;
+        vring.counters.kicks.add(1);
+        if let Some(kick) = vring.eventfds_mut().and_then(|eventfds| eventfds.kick.as_ref()) {
+            // It does not block; that nothing is there is as good.
+            let _ = kick.read();
+        }
+    }
+
+    /// Ends the interest in a queue's kicks, before its eventfd changes or goes.
+    pub(super) fn disarm(&mut self, number: usize) {
+        let poll = &mut self.vrings[number].kick_poll;
+        let armed = std::mem::take(&mut poll.is_armed);
+        let token = Token::Kick { queue: number as u16, generation: poll.generation };
+        poll.generation = poll.generation.wrapping_add(1);
+        if armed {
+            self.ring.push_poll_remove(token.to_user_data(), Token::Nothing.to_user_data());
+        }
+    }
+
+    fn has_queue_without_kick(&mut self) -> bool {
+        self.may_take()
+            && self.vrings.iter_mut().filter_map(Vring::taking_mut).any(|active| active.eventfds.kick.is_none())
+    }
+
+    /// Waits for a kick, a completion or a command, unless there is something to do already.
+    fn sleep(&mut self) {
+        if !self.enable_kicks() && !self.commands.is_rung() {
+            self.arm();
+            self.ring.submit_and_wait();
+        }
+        self.disable_kicks();
+    }
+
+    /// Asks all drivers for kicks. True: there is work already.
+    fn enable_kicks(&mut self) -> bool {
+        if !self.may_take() {
+            // The queues are looked at once that changes.
+            return false;
+        }
+        let log = self.log.as_deref();
+        self.vrings.iter_mut().filter_map(Vring::taking_mut).fold(false, |has_work, active| {
+            // All of them, also if one has work already.
+            active.queue.enable_kicks(log) | has_work
+        })
+    }
+
+    fn disable_kicks(&mut self) {
+        let log = self.log.as_deref();
+        for active in self.vrings.iter_mut().filter_map(Vring::taking_mut) {
+            active.queue.disable_kicks(log);
+        }
+    }
+
+    /// Has the ring tell of kicks and commands.
+    fn arm(&mut self) {
+        if !self.is_bell_armed {
+            self.ring.push_poll(self.commands.eventfd(), Token::Commands.to_user_data());
+            self.is_bell_armed = true;
+        }
+        if !self.may_take() {
+            return;
+        }
+        for (number, vring) in self.vrings.iter_mut().enumerate() {
+            let generation = vring.kick_poll.generation;
+            if vring.kick_poll.is_armed {
+                continue;
+            }
+            let Some(active) = vring.taking_mut() else { continue };
+            let Some(kick) = &active.eventfds.kick else { continue };
+            let token = Token::Kick { queue: number as u16, generation };
+            self.ring.push_poll(kick, token.to_user_data());
+            vring.kick_poll.is_armed = true;
+        }
+    }
+
+    fn has_ended(&self) -> bool {
+        self.endings.is_shutdown
+            && self.slots.occupied() == 0
+            && self.vrings.iter().all(|vring| matches!(vring.state, State::Stopped))
+    }
+}
