@@ -292,3 +292,6 @@ impl Looks {
         tracing::info!(path = ?disk.path(), size_bytes = disk.size_bytes(), waited_ms, "the disk is locked for us");
     }
 }
+
+#[cfg(test)]
+mod tests;

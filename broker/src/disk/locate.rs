@@ -101,3 +101,6 @@ impl LocatedDisk {
         &self.config.path
     }
 }
+
+#[cfg(test)]
+mod tests;
