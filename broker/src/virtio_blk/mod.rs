@@ -12,6 +12,8 @@
 mod cache_mode;
 mod chain;
 mod config;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzzing;
 mod guest_errors;
 mod limits;
 mod refusal;

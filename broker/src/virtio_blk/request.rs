@@ -287,3 +287,6 @@ impl RequestLimits {
         }))
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -38,6 +38,11 @@ impl SegmentList {
         Self { iovecs: Vec::with_capacity(capacity), gpas: Vec::with_capacity(capacity), capacity }
     }
 
+    /// How many segments there is room for.
+    pub fn capacity(&self) -> usize {
+        self.capacity
+    }
+
     /// How many segments there are.
     pub fn len(&self) -> usize {
         self.iovecs.len()
