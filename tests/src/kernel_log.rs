@@ -107,7 +107,8 @@ fn kernel_message(line: &str) -> Option<&str> {
     (facility == 0).then_some(message)
 }
 
-fn is_trouble(message: &str) -> bool {
+/// Whether a message of a kernel, this machine's or a guest's, tells of trouble in it.
+pub fn is_trouble(message: &str) -> bool {
     let begins_a_word = |at: usize| !message[..at].ends_with(|c: char| c.is_ascii_alphanumeric());
     TROUBLE.iter().any(|sign| message.match_indices(sign).any(|(at, _)| begins_a_word(at)))
 }

@@ -11,6 +11,7 @@ pub mod harness;
 pub mod huge_pages;
 pub mod kernel_log;
 pub mod kvm_guest;
+pub mod linux_guest;
 pub mod needs;
 pub mod pairs;
 pub mod process_guest;

@@ -22,6 +22,8 @@ const PACKAGES: &[Package] = &[
     Package { name: "linux-libc-dev", reason: "<linux/io_uring.h>, which our structures are compared with" },
     Package { name: "e2fsprogs", reason: "mkfs.ext4: the file systems of the disks under test" },
     Package { name: "mount", reason: "mount and losetup: file systems and loop devices under test" },
+    Package { name: "qemu-system-x86", reason: "runs the Linux guests" },
+    Package { name: "make", reason: "builds fio for the Linux guests, from Debian's sources" },
 ];
 
 /// Installs the packages that are missing. Touches nothing, and needs no privilege, when none is.

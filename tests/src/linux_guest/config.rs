@@ -1,0 +1,220 @@
+//! What a virtual machine has, and the command line of QEMU that says so.
+
+use std::path::{Path, PathBuf};
+
+use super::image::{GuestImage, KernelSeries};
+
+/// The devices of a guest.
+#[derive(Clone, Debug)]
+pub struct LinuxGuestConfig {
+    /// The kernel to boot.
+    pub kernel: KernelSeries,
+    /// The guest's RAM in MiB: one memfd, shared with the back-ends.
+    pub memory_mib: u32,
+    /// Virtual CPUs.
+    pub cpus: u32,
+    /// Disks whose back-ends are other processes, each behind a PCIe port of its own, so that it can be unplugged. They
+    /// are `/dev/vda`, `/dev/vdb`, … in this order.
+    pub disks: Vec<VhostUserDisk>,
+    /// Further devices, as values of QEMU's `-device`.
+    pub devices: Vec<String>,
+    /// Further words of the kernel's command line.
+    pub kernel_arguments: Vec<String>,
+}
+
+impl Default for LinuxGuestConfig {
+    fn default() -> Self {
+        Self {
+            kernel: KernelSeries::Linux6_12,
+            memory_mib: 512,
+            cpus: 2,
+            disks: Vec::new(),
+            devices: Vec::new(),
+            kernel_arguments: Vec::new(),
+        }
+    }
+}
+
+/// A disk of a guest that a vhost-user-blk back-end serves.
+#[derive(Clone, Debug)]
+pub struct VhostUserDisk {
+    /// The id of the device for QEMU's monitor. Its character device is `<id>-socket`, its PCIe port `<id>-port`.
+    pub id: String,
+    /// The socket on which the back-end listens.
+    pub socket: PathBuf,
+    /// Virtqueues.
+    pub queues: u16,
+    /// Connect again, once a second, when the back-end is gone.
+    pub reconnect: bool,
+    /// Further properties of the device: `config-wce=off`.
+    pub properties: Vec<String>,
+}
+
+impl VhostUserDisk {
+    /// A disk with two queues that does not connect again.
+    pub fn new(id: &str, socket: &Path) -> Self {
+        Self { id: id.to_owned(), socket: socket.to_owned(), queues: 2, reconnect: false, properties: Vec::new() }
+    }
+
+    /// The id of the PCIe port into which the device can be plugged.
+    pub fn port(&self) -> String {
+        format!("{}-port", self.id)
+    }
+
+    /// The id of the character device.
+    pub fn socket_id(&self) -> String {
+        format!("{}-socket", self.id)
+    }
+
+    /// The value of `-chardev`.
+    fn chardev(&self, qemu: Version) -> String {
+        let reconnect = match (self.reconnect, qemu) {
+            (false, _) => "",
+            // QEMU 9.2 gave the option a finer unit and 10.2 no longer has the old one.
+            (true, qemu) if qemu < Version(9, 2) => ",reconnect=1",
+            (true, _) => ",reconnect-ms=1000",
+        };
+        format!("socket,id={},path={}{reconnect}", self.socket_id(), value(&self.socket))
+    }
+
+    /// The value of `-device`.
+    fn device(&self) -> String {
+        let properties: String = self.properties.iter().map(|property| format!(",{property}")).collect();
+        format!(
+            "vhost-user-blk-pci,id={},chardev={},bus={},num-queues={}{properties}",
+            self.id,
+            self.socket_id(),
+            self.port(),
+            self.queues
+        )
+    }
+}
+
+/// What executes the guest's instructions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Accelerator {
+    Kvm,
+    /// QEMU itself.
+    Tcg,
+}
+
+/// The version of QEMU, major and minor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Version(pub(super) u32, pub(super) u32);
+
+impl Version {
+    /// From the first line of `qemu-system-x86_64 --version`.
+    pub(super) fn parse(text: &str) -> Option<Self> {
+        let numbers = text.split_once("version ")?.1;
+        let mut parts = numbers.split(|c: char| !c.is_ascii_digit()).map(str::parse);
+        Some(Self(parts.next()?.ok()?, parts.next()?.ok()?))
+    }
+}
+
+/// Where the sockets and files of one QEMU are.
+#[derive(Debug)]
+pub(super) struct Places<'a>(pub(super) &'a Path);
+
+impl Places<'_> {
+    pub(super) fn qmp(&self) -> PathBuf {
+        self.0.join("qmp")
+    }
+
+    pub(super) fn agent(&self) -> PathBuf {
+        self.0.join("agent")
+    }
+
+    /// What the firmware and the kernel print.
+    pub(super) fn console(&self) -> PathBuf {
+        self.0.join("console")
+    }
+
+    pub(super) fn stderr(&self) -> PathBuf {
+        self.0.join("stderr")
+    }
+}
+
+/// What QEMU boots.
+#[derive(Debug)]
+pub(super) enum Start<'a> {
+    Kernel(&'a GuestImage),
+    /// The same machine, waiting for a guest that migrates to it.
+    Incoming(&'a GuestImage),
+    /// Whatever the firmware finds on the first disk.
+    Firmware,
+}
+
+/// The arguments of QEMU.
+pub(super) fn arguments(
+    config: &LinuxGuestConfig,
+    start: &Start<'_>,
+    accelerator: Accelerator,
+    qemu: Version,
+    places: &Places<'_>,
+) -> Vec<String> {
+    let mut arguments = Vec::new();
+    let mut add = |words: &[&str]| arguments.extend(words.iter().map(|word| (*word).to_owned()));
+    add(&["-M", "q35,memory-backend=ram", "-nodefaults", "-no-user-config", "-display", "none"]);
+    match accelerator {
+        Accelerator::Kvm => add(&["-accel", "kvm", "-cpu", "host"]),
+        // A CPU that has all that Debian's programs need, and little that costs time to emulate.
+        Accelerator::Tcg => add(&["-accel", "tcg,thread=multi", "-cpu", "Nehalem"]),
+    }
+    let memory_mib = config.memory_mib;
+    add(&["-smp", &config.cpus.to_string(), "-m", &memory_mib.to_string()]);
+    add(&["-object", &format!("memory-backend-memfd,id=ram,size={memory_mib}M,share=on")]);
+    add(&["-qmp", &format!("unix:{},server=on,wait=off", value(&places.qmp()))]);
+    add(&["-serial", &format!("file:{}", value(&places.console()))]);
+    add(&["-chardev", &format!("socket,id=agent,path={},server=on,wait=off", value(&places.agent()))]);
+    add(&["-serial", "chardev:agent"]);
+    match start {
+        Start::Kernel(image) | Start::Incoming(image) => {
+            let mut command_line =
+                String::from("console=ttyS0 loglevel=5 oops=panic panic=0 mitigations=off nokaslr tsc=reliable");
+            for argument in &config.kernel_arguments {
+                command_line.push(' ');
+                command_line.push_str(argument);
+            }
+            add(&["-kernel", &image.kernel().to_string_lossy(), "-initrd", &image.initramfs().to_string_lossy()]);
+            add(&["-append", &command_line]);
+        }
+        Start::Firmware => {}
+    }
+    if let Start::Incoming(_) = start {
+        add(&["-incoming", "defer"]);
+    }
+    for (disk, slot) in config.disks.iter().zip(1..) {
+        let chassis: u32 = slot;
+        add(&["-device", &format!("pcie-root-port,id={},chassis={chassis},slot={slot}", disk.port())]);
+        add(&["-chardev", &disk.chardev(qemu), "-device", &disk.device()]);
+    }
+    for device in &config.devices {
+        add(&["-device", device]);
+    }
+    arguments
+}
+
+/// A path as the value of an option, in which a comma separates.
+fn value(path: &Path) -> String {
+    path.to_string_lossy().replace(',', ",,")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_version_of_qemu_is_read() {
+        let text = "QEMU emulator version 7.2.22 (Debian 1:7.2+dfsg-7+deb12u18)\nCopyright (c) 2003-2022\n";
+        assert_eq!(Version::parse(text), Some(Version(7, 2)));
+        assert_eq!(Version::parse("QEMU emulator version 10.0.2"), Some(Version(10, 0)));
+        assert_eq!(Version::parse("something else"), None);
+    }
+
+    #[test]
+    fn a_disk_that_reconnects_says_so_in_the_words_of_its_qemu() {
+        let disk = VhostUserDisk { reconnect: true, ..VhostUserDisk::new("disk", Path::new("/tmp/a,b")) };
+        assert_eq!(disk.chardev(Version(7, 2)), "socket,id=disk-socket,path=/tmp/a,,b,reconnect=1");
+        assert_eq!(disk.chardev(Version(9, 2)), "socket,id=disk-socket,path=/tmp/a,,b,reconnect-ms=1000");
+    }
+}

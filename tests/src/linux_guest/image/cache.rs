@@ -1,0 +1,126 @@
+//! Where guest images are kept between test runs, and how they get there whole.
+
+use std::{
+    env,
+    fs::{self, File},
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Context, Result, ensure};
+
+/// The directory of cached files: `$XDG_CACHE_HOME/ringpass-tests`, or the same in `~/.cache`.
+///
+/// An entry is a directory that appears by a rename, and so is complete when it is there. Its name has the versions of
+/// what it was made from; it is never changed. Removing the whole directory is always allowed while no test runs.
+#[derive(Debug)]
+pub(super) struct Cache {
+    root: PathBuf,
+}
+
+impl Cache {
+    /// Opens the cache, making the directory if there is none.
+    ///
+    /// # Errors
+    ///
+    /// Neither `XDG_CACHE_HOME` nor `HOME` is set, or the directory cannot be made.
+    pub(super) fn open() -> Result<Self> {
+        let absolute = |variable| env::var_os(variable).map(PathBuf::from).filter(|path| path.is_absolute());
+        let parent = absolute("XDG_CACHE_HOME")
+            .or_else(|| absolute("HOME").map(|home| home.join(".cache")))
+            .context("neither XDG_CACHE_HOME nor HOME is an absolute path: set one, guest images are cached there")?;
+        Self::at(parent.join("ringpass-tests"))
+    }
+
+    fn at(root: PathBuf) -> Result<Self> {
+        fs::create_dir_all(&root).with_context(|| format!("making {}", root.display()))?;
+        Ok(Self { root })
+    }
+
+    /// Waits until no other process makes entries, and keeps others from it until the file is dropped. Readers of
+    /// finished entries need no lock.
+    ///
+    /// # Errors
+    ///
+    /// The lock's file cannot be opened or locked.
+    pub(super) fn lock(&self) -> Result<File> {
+        let path = self.root.join("lock");
+        let file = File::create(&path).with_context(|| format!("opening {}", path.display()))?;
+        file.lock().with_context(|| format!("locking {}", path.display()))?;
+        Ok(file)
+    }
+
+    /// The entry `name`, if it is there.
+    pub(super) fn find(&self, name: &str) -> Option<PathBuf> {
+        Some(self.root.join(name)).filter(|path| path.is_dir())
+    }
+
+    /// The entry `name`; `make` fills an empty directory if it is not there. The caller holds the [`lock`](Self::lock).
+    ///
+    /// # Errors
+    ///
+    /// `make` fails (nothing is left of it then), or the file system.
+    pub(super) fn entry(&self, name: &str, make: impl FnOnce(&Path) -> Result<()>) -> Result<PathBuf> {
+        ensure!(!name.is_empty() && !name.contains('/'), "{name:?} is not a name for a cache entry");
+        if let Some(found) = self.find(name) {
+            return Ok(found);
+        }
+        let unfinished =
+            tempfile::Builder::new().prefix(".unfinished-").tempdir_in(&self.root).context("making a cache entry")?;
+        make(unfinished.path()).with_context(|| format!("making the cache entry {name}"))?;
+        let path = self.root.join(name);
+        fs::rename(unfinished.keep(), &path).with_context(|| format!("moving to {}", path.display()))?;
+        Ok(path)
+    }
+
+    /// What was remembered under `key`.
+    pub(super) fn recall(&self, key: &str) -> Option<String> {
+        fs::read_to_string(self.root.join(key)).ok().map(|text| text.trim().to_owned())
+    }
+
+    /// Remembers one line under `key`, for example which entry is the newest kernel of a series.
+    ///
+    /// # Errors
+    ///
+    /// The file cannot be written.
+    pub(super) fn remember(&self, key: &str, line: &str) -> Result<()> {
+        let file = tempfile::NamedTempFile::new_in(&self.root).context("remembering")?;
+        fs::write(file.path(), format!("{line}\n")).context("remembering")?;
+        file.persist(self.root.join(key)).context("remembering")?;
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use anyhow::bail;
+
+    use super::*;
+
+    #[test]
+    fn an_entry_is_made_once_and_is_there_only_when_complete() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let cache = Cache::at(directory.path().join("cache")).expect("a new cache");
+        let failed = cache.entry("linux-1", |path| {
+            fs::write(path.join("vmlinuz"), "half")?;
+            bail!("no space")
+        });
+        assert_eq!(failed.expect_err("as made").root_cause().to_string(), "no space");
+        assert_eq!(cache.find("linux-1"), None);
+        assert_eq!(fs::read_dir(directory.path().join("cache")).expect("the cache").count(), 0);
+
+        let made = cache.entry("linux-1", |path| Ok(fs::write(path.join("vmlinuz"), "all")?)).expect("an entry");
+        let again = cache.entry("linux-1", |_| bail!("made twice")).expect("the same entry");
+        assert_eq!(made, again);
+        assert_eq!(fs::read_to_string(again.join("vmlinuz")).expect("its file"), "all");
+    }
+
+    #[test]
+    fn what_is_remembered_is_recalled() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let cache = Cache::at(directory.path().to_owned()).expect("a cache");
+        assert_eq!(cache.recall("newest"), None);
+        cache.remember("newest", "linux-1").expect("a write");
+        cache.remember("newest", "linux-2").expect("a write");
+        assert_eq!(cache.recall("newest").as_deref(), Some("linux-2"));
+    }
+}

@@ -1,0 +1,336 @@
+//! What a Linux guest boots: a kernel and an initramfs, made from Debian packages and kept in a cache.
+//!
+//! Nothing is installed: the packages are unpacked. The programs of the guest are busybox, fio (built statically from
+//! its source package, because Debian's own is linked with dozens of libraries) and a few programs of this machine with
+//! their libraries. The initramfs is all that the guest has: a program that were loaded from a disk under test would
+//! make two things fail at once.
+
+mod apt;
+mod cache;
+mod cpio;
+mod fio;
+mod modules;
+
+use std::{
+    cell::OnceCell,
+    ffi::OsStr,
+    fmt, fs,
+    hash::{DefaultHasher, Hash, Hasher},
+    os::unix::fs::MetadataExt,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use anyhow::{Context, Result, ensure};
+use apt::Apt;
+use cache::Cache;
+use cpio::Archive;
+use modules::ModuleTree;
+
+use crate::needs::{Need, find_program};
+
+/// The modules that a guest can load. The first is loaded when it comes up.
+const MODULES: [&str; 3] = ["virtio_blk", "virtio_balloon", "null_blk"];
+/// Programs of this machine that the guest gets, and the packages they are from.
+const HOST_PROGRAMS: [(&str, &str); 3] =
+    [("mke2fs", "e2fsprogs"), ("e2fsck", "e2fsprogs"), ("blkdiscard", "util-linux")];
+/// Programs that make the image, and their packages.
+const BUILD_PROGRAMS: [(&str, &str); 5] =
+    [("apt-get", "apt"), ("dpkg", "dpkg"), ("gcc", "gcc"), ("make", "make"), ("tar", "tar")];
+
+const INIT: &str = include_str!("init.sh");
+const LOAD_MODULE: &str = include_str!("load-module.sh");
+
+/// A series of Debian's kernels for virtual machines (`linux-image-*-cloud-amd64-unsigned`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum KernelSeries {
+    /// Debian 13, and Debian 12 beside its own.
+    Linux6_12,
+    /// Debian 12.
+    Linux6_1,
+}
+
+impl fmt::Display for KernelSeries {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Linux6_12 => "6.12",
+            Self::Linux6_1 => "6.1",
+        })
+    }
+}
+
+/// A kernel and an initramfs that belong together.
+#[derive(Clone, Debug)]
+pub struct GuestImage {
+    kernel: PathBuf,
+    initramfs: PathBuf,
+}
+
+impl GuestImage {
+    /// What [`of`](Self::of) needs of the machine. The network is needed too, the first time.
+    pub fn needs() -> Vec<Need> {
+        let programs = HOST_PROGRAMS.into_iter().chain(BUILD_PROGRAMS);
+        let architecture = Need::new("an x86-64 machine", || {
+            ensure!(
+                cfg!(target_arch = "x86_64"),
+                "the guest's kernel is for x86-64, and its programs are this machine's"
+            );
+            Ok(())
+        });
+        [architecture].into_iter().chain(programs.map(|(program, package)| Need::program(program, package))).collect()
+    }
+
+    /// The image with the newest kernel of a series, which is made if it is not in the cache: about half a minute, once.
+    ///
+    /// # Errors
+    ///
+    /// A package cannot be downloaded, or something cannot be built.
+    pub fn of(series: KernelSeries) -> Result<Self> {
+        let cache = Cache::open()?;
+        if let Some(image) = Self::find(&cache, series)? {
+            return Ok(image);
+        }
+        let _lock = cache.lock()?;
+        if let Some(image) = Self::find(&cache, series)? {
+            return Ok(image);
+        }
+        eprintln!("making the image of a Linux {series} guest, once");
+        Self::make(&cache, series).with_context(|| format!("making the image of a Linux {series} guest"))
+    }
+
+    /// The kernel that QEMU loads.
+    pub(super) fn kernel(&self) -> &Path {
+        &self.kernel
+    }
+
+    /// The initramfs that QEMU loads.
+    pub(super) fn initramfs(&self) -> &Path {
+        &self.initramfs
+    }
+
+    fn find(cache: &Cache, series: KernelSeries) -> Result<Option<Self>> {
+        let known = ["busybox", "fio", &kernel_key(series)].map(|key| known(cache, key));
+        let [Some(busybox), Some(fio), Some(linux)] = &known else { return Ok(None) };
+        let initramfs = cache.find(&initramfs_name([busybox, fio, linux])?);
+        Ok(initramfs.map(|initramfs| Self::in_directories(linux, &initramfs)))
+    }
+
+    fn in_directories(linux: &Path, initramfs: &Path) -> Self {
+        Self { kernel: linux.join("vmlinuz"), initramfs: initramfs.join("initramfs.cpio") }
+    }
+
+    fn make(cache: &Cache, series: KernelSeries) -> Result<Self> {
+        let apt = LazyApt::default();
+        let busybox = entry(cache, "busybox", || {
+            let apt = apt.get()?;
+            let name = format!("busybox-{}", apt.version("busybox-static")?);
+            cache.entry(&name, |entry| unpack_busybox(apt, entry))
+        })?;
+        let fio = entry(cache, "fio", || {
+            let apt = apt.get()?;
+            let name = format!("fio-{}", apt.version("fio")?);
+            cache.entry(&name, |entry| fio::build(apt, &entry.join("fio")))
+        })?;
+        let busybox_program = busybox.join("busybox");
+        let linux = entry(cache, &kernel_key(series), || {
+            let apt = apt.get()?;
+            let package = apt.newest_named(&format!("linux-image-{series}."), "-cloud-amd64-unsigned")?;
+            let name = format!("{package}-{}", apt.version(&package)?);
+            cache.entry(&name, |entry| unpack_kernel(apt, &package, &busybox_program, entry))
+        })?;
+        let initramfs = cache.entry(&initramfs_name([&busybox, &fio, &linux])?, |entry| {
+            let archive = initramfs(&busybox_program, &fio.join("fio"), &linux)?;
+            fs::write(entry.join("initramfs.cpio"), archive).context("writing the initramfs")
+        })?;
+        Ok(Self::in_directories(&linux, &initramfs))
+    }
+}
+
+/// Packages are looked for, once, when the cache lacks one.
+#[derive(Debug, Default)]
+struct LazyApt {
+    apt: OnceCell<(tempfile::TempDir, Apt)>,
+}
+
+impl LazyApt {
+    fn get(&self) -> Result<&Apt> {
+        if let Some((_, apt)) = self.apt.get() {
+            return Ok(apt);
+        }
+        let directory = tempfile::tempdir().context("making a directory for apt")?;
+        let apt = Apt::new(directory.path())?;
+        Ok(&self.apt.get_or_init(|| (directory, apt)).1)
+    }
+}
+
+/// The entry that is remembered under `key`: the version that was the newest when the cache was filled.
+fn known(cache: &Cache, key: &str) -> Option<PathBuf> {
+    cache.find(&cache.recall(key)?)
+}
+
+/// The entry that is remembered under `key`, or else the one that `make` gives, which is then remembered.
+fn entry(cache: &Cache, key: &str, make: impl FnOnce() -> Result<PathBuf>) -> Result<PathBuf> {
+    if let Some(path) = known(cache, key) {
+        return Ok(path);
+    }
+    let path = make()?;
+    let name = path.file_name().and_then(OsStr::to_str).context("a cache entry has a name")?;
+    cache.remember(key, name)?;
+    Ok(path)
+}
+
+/// The answer to a question about this machine that is asked once in each boot of it.
+pub(super) fn remembered_per_boot(question: &str, answer: impl FnOnce() -> String) -> Result<String> {
+    let cache = Cache::open()?;
+    let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").context("reading the id of this boot")?;
+    let key = format!("{question}-{}", boot.trim());
+    if let Some(found) = cache.recall(&key) {
+        return Ok(found);
+    }
+    let _lock = cache.lock()?;
+    if let Some(found) = cache.recall(&key) {
+        return Ok(found);
+    }
+    let answer = answer();
+    cache.remember(&key, &answer)?;
+    Ok(answer)
+}
+
+fn kernel_key(series: KernelSeries) -> String {
+    format!("linux-{series}")
+}
+
+/// A name that changes with everything that the initramfs is made from.
+fn initramfs_name(parts: [&Path; 3]) -> Result<String> {
+    // With fixed keys, so the same in all processes of one build.
+    let mut hasher = DefaultHasher::new();
+    (parts, INIT, LOAD_MODULE, MODULES).hash(&mut hasher);
+    for (name, package) in HOST_PROGRAMS {
+        let program = find_program(name).with_context(|| format!("there is no {name}: apt-get install {package}"))?;
+        let metadata = fs::metadata(&program).with_context(|| format!("looking at {}", program.display()))?;
+        (program, metadata.size(), metadata.mtime()).hash(&mut hasher);
+    }
+    Ok(format!("initramfs-{:016x}", hasher.finish()))
+}
+
+fn unpack_busybox(apt: &Apt, entry: &Path) -> Result<()> {
+    let unpacked = tempfile::tempdir().context("making a directory for busybox")?;
+    apt.unpack("busybox-static", unpacked.path())?;
+    let places = ["bin/busybox", "usr/bin/busybox"].map(|place| unpacked.path().join(place));
+    let program = places.iter().find(|path| path.exists()).context("the package has no busybox")?;
+    fs::copy(program, entry.join("busybox")).context("copying busybox")?;
+    Ok(())
+}
+
+/// The kernel and the modules, each with a list of what is to be loaded before it.
+fn unpack_kernel(apt: &Apt, package: &str, busybox: &Path, entry: &Path) -> Result<()> {
+    let unpacked = tempfile::tempdir_in(entry).context("making a directory for the kernel")?;
+    apt.unpack(package, unpacked.path())?;
+    let kernel = only_entry(&unpacked.path().join("boot"), "vmlinuz-")?;
+    fs::copy(kernel, entry.join("vmlinuz")).context("copying the kernel")?;
+    let release = ["lib/modules", "usr/lib/modules"]
+        .iter()
+        .find_map(|directory| only_entry(&unpacked.path().join(directory), "").ok())
+        .context("the package has no modules")?;
+    let tree = ModuleTree::new(&release, busybox)?;
+    let modules = entry.join("modules");
+    fs::create_dir(&modules).context("making a directory for modules")?;
+    for name in MODULES {
+        let mut order = String::new();
+        for module in tree.load_order(name)? {
+            order.push_str(&module.name);
+            order.push('\n');
+            fs::write(modules.join(format!("{}.ko", module.name)), module.object).context("writing a module")?;
+        }
+        fs::write(modules.join(format!("{name}.order")), order).context("writing the order of modules")?;
+    }
+    Ok(())
+}
+
+fn only_entry(directory: &Path, prefix: &str) -> Result<PathBuf> {
+    let entries = fs::read_dir(directory).with_context(|| format!("reading {}", directory.display()))?;
+    let is_it = |path: &PathBuf| path.file_name().and_then(OsStr::to_str).is_some_and(|name| name.starts_with(prefix));
+    entries
+        .filter_map(|entry| Some(entry.ok()?.path()))
+        .find(is_it)
+        .with_context(|| format!("{} has no {prefix}*", directory.display()))
+}
+
+fn initramfs(busybox: &Path, fio: &Path, linux: &Path) -> Result<Vec<u8>> {
+    let read = |path: &Path| fs::read(path).with_context(|| format!("reading {}", path.display()));
+    let mut archive = Archive::default();
+    for directory in ["/proc", "/sys", "/tmp", "/dev"] {
+        archive.directory(directory)?;
+    }
+    // The kernel opens it before the first program runs, which then mounts devtmpfs over it.
+    archive.character_device("/dev/console", 5, 1)?;
+    archive.file("/init", 0o755, INIT.as_bytes())?;
+    archive.file("/sbin/load-module", 0o755, LOAD_MODULE.as_bytes())?;
+
+    archive.file("/bin/busybox", 0o755, &read(busybox)?)?;
+    let applets = apt::run(Command::new(busybox).arg("--list"))?;
+    for applet in applets.lines().filter(|applet| *applet != "busybox") {
+        archive.symlink(&format!("/bin/{applet}"), "busybox")?;
+    }
+    archive.file("/sbin/fio", 0o755, &read(fio)?)?;
+    add_host_programs(&mut archive)?;
+    for entry in fs::read_dir(linux.join("modules")).context("reading the modules")? {
+        let path = entry?.path();
+        let name = path.file_name().and_then(OsStr::to_str).context("a module's name")?;
+        archive.file(&format!("/lib/modules/{name}"), 0o644, &read(&path)?)?;
+    }
+    Ok(archive.finish())
+}
+
+/// Programs of this machine in `/sbin`, with their libraries where the programs look for them.
+fn add_host_programs(archive: &mut Archive) -> Result<()> {
+    let mut libraries = Vec::new();
+    let mut functions = String::new();
+    for (name, package) in HOST_PROGRAMS {
+        let program = find_program(name).with_context(|| format!("there is no {name}: apt-get install {package}"))?;
+        functions.push_str(&format!("{name}() {{ /sbin/{name} \"$@\"; }}\n"));
+        archive.file(&format!("/sbin/{name}"), 0o755, &fs::read(&program).context("reading a program")?)?;
+        libraries.extend(libraries_in(&apt::run(Command::new("ldd").arg(&program))?));
+    }
+    libraries.sort();
+    libraries.dedup();
+    for library in libraries {
+        let content = fs::read(&library).with_context(|| format!("reading {library}"))?;
+        archive.file(&library, 0o755, &content)?;
+    }
+    archive.symlink("/sbin/mkfs.ext4", "mke2fs")?;
+    // Busybox's shell takes its own program of a name before one in PATH, but a function before both.
+    archive.file("/etc/functions", 0o644, functions.as_bytes())
+}
+
+/// The paths in what ldd(1) prints: `NAME => PATH (ADDRESS)` and, for the dynamic linker, `PATH (ADDRESS)`.
+fn libraries_in(ldd: &str) -> Vec<String> {
+    let path = |line: &str| {
+        let place = line.split_once("=>").map_or(line, |(_, place)| place).trim();
+        let path = place.split_once(" (").map_or(place, |(path, _)| path);
+        path.starts_with('/').then(|| path.to_owned())
+    };
+    ldd.lines().filter_map(path).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_libraries_and_the_dynamic_linker_are_found_in_the_output_of_ldd() {
+        let text = "\tlinux-vdso.so.1 (0x00007efd)\n\
+                    \tlibc.so.6 => /lib/x86_64-linux-gnu/libc.so.6 (0x00007efd)\n\
+                    \t/lib64/ld-linux-x86-64.so.2 (0x00007efd)\n";
+        assert_eq!(libraries_in(text), ["/lib/x86_64-linux-gnu/libc.so.6", "/lib64/ld-linux-x86-64.so.2"]);
+        assert_eq!(libraries_in("\tstatically linked\n"), [""; 0]);
+    }
+
+    #[test]
+    fn another_kernel_or_program_gives_another_initramfs() {
+        let [busybox, fio, old, new] = ["busybox-1", "fio-3", "linux-1", "linux-2"].map(Path::new);
+        let name = |linux| initramfs_name([busybox, fio, linux]).expect("the programs of e2fsprogs and util-linux");
+        assert_eq!(name(old), name(old));
+        assert_ne!(name(old), name(new));
+    }
+}

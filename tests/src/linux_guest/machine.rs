@@ -1,0 +1,198 @@
+//! One QEMU process with its two connections: the monitor and the guest's `init`.
+
+use std::{
+    fs::{self, File},
+    mem,
+    os::unix::net::UnixStream,
+    path::Path,
+    process::{Child, Command, ExitStatus, Stdio},
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, bail, ensure};
+
+use super::{
+    agent::Agent,
+    config::{Accelerator, LinuxGuestConfig, Places, Start, Version, arguments},
+    qmp::Qmp,
+};
+use crate::{kernel_log, needs::find_program};
+
+/// The program that is QEMU.
+pub(super) const PROGRAM: &str = "qemu-system-x86_64";
+/// How long QEMU may take until its monitor answers: it connects to all back-ends before.
+const START_LIMIT: Duration = Duration::from_secs(60);
+/// How much of the console a failure shows.
+const CONSOLE_TAIL_LINES: usize = 40;
+
+/// A running QEMU. Dropped, it is killed.
+#[derive(Debug)]
+pub(super) struct Machine {
+    child: Child,
+    directory: tempfile::TempDir,
+    pub(super) qmp: Qmp,
+    pub(super) agent: Agent,
+}
+
+impl Machine {
+    /// Starts QEMU and connects to it.
+    ///
+    /// # Errors
+    ///
+    /// There is no QEMU, or it ends at once: what it said is in the error.
+    pub(super) fn start(config: &LinuxGuestConfig, start: &Start<'_>, accelerator: Accelerator) -> Result<Self> {
+        let directory = tempfile::Builder::new().prefix("ringpass-guest-").tempdir().context("making a directory")?;
+        let places = Places(directory.path());
+        let program = find_program(PROGRAM).with_context(|| format!("there is no {PROGRAM}"))?;
+        let arguments = arguments(config, start, accelerator, version(&program)?, &places);
+        let stderr = File::create(places.stderr()).context("making a file for QEMU's messages")?;
+        let child = Command::new(program)
+            .args(arguments)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(stderr)
+            .spawn()
+            .context("starting QEMU")?;
+        let mut starting = Starting { child: Some(child) };
+        // The guest's side first: what it sends while nobody is connected is lost.
+        let connected = starting
+            .wait_for_socket(&places.agent())
+            .and_then(|()| Agent::connect(&places.agent()))
+            .and_then(|agent| Ok((agent, Qmp::connect(&places.qmp())?)));
+        let said = || format!("QEMU said: {}", fs::read_to_string(places.stderr()).unwrap_or_default().trim());
+        let (agent, qmp) = connected.with_context(said)?;
+        let child = starting.child.take().context("QEMU is gone")?;
+        Ok(Self { child, directory, qmp, agent })
+    }
+
+    /// Reads from the guest until `look` finds what it looks for.
+    ///
+    /// # Errors
+    ///
+    /// It does not in this time, or QEMU or the guest's kernel ends. The console is in the error.
+    pub(super) fn wait_until<T>(
+        &mut self,
+        what: &str,
+        limit: Duration,
+        mut look: impl FnMut(&mut Agent) -> Option<T>,
+    ) -> Result<T> {
+        let end = Instant::now() + limit;
+        let trouble = loop {
+            if let Some(found) = look(&mut self.agent) {
+                return Ok(found);
+            }
+            if Instant::now() >= end {
+                break format!("it takes longer than {limit:?}");
+            }
+            if !self.agent.pump(Duration::from_millis(200))? {
+                break format!("QEMU closed the guest's serial port ({:?})", self.child.try_wait());
+            }
+            if let Some(panic) = self.console().lines().find(|line| line.contains("Kernel panic")) {
+                break panic.to_owned();
+            }
+        };
+        bail!("waiting for {what}: {trouble}\n{}", self.describe());
+    }
+
+    /// Waits until QEMU ends by itself.
+    ///
+    /// # Errors
+    ///
+    /// It does not in this time.
+    pub(super) fn wait_end(&mut self, limit: Duration) -> Result<ExitStatus> {
+        let end = Instant::now() + limit;
+        loop {
+            if let Some(status) = self.child.try_wait().context("waiting for QEMU")? {
+                return Ok(status);
+            }
+            ensure!(Instant::now() < end, "QEMU still runs after {limit:?}\n{}", self.describe());
+            // Its output is read, or it would wait for us.
+            self.agent.pump(Duration::from_millis(20))?;
+            thread::sleep(Duration::from_millis(2));
+        }
+    }
+
+    /// Takes over the scripts of a guest that has migrated here; the machine that it comes from has ended.
+    ///
+    /// # Errors
+    ///
+    /// What the guest still wrote there cannot be read.
+    pub(super) fn go_on_from(&mut self, mut old: Self) -> Result<()> {
+        mem::swap(&mut self.agent, &mut old.agent);
+        self.agent.move_to(&mut old.agent)
+    }
+
+    /// What the firmware and the guest's kernel have printed.
+    pub(super) fn console(&self) -> String {
+        let bytes = fs::read(Places(self.directory.path()).console()).unwrap_or_default();
+        String::from_utf8_lossy(&bytes).into_owned()
+    }
+
+    /// Lines of the console with which the guest's kernel complains of itself.
+    pub(super) fn kernel_trouble(&self) -> Vec<String> {
+        self.console().lines().filter(|line| kernel_log::is_trouble(line)).map(str::to_owned).collect()
+    }
+
+    /// The directory of this QEMU, for sockets of its own.
+    pub(super) fn directory(&self) -> &Path {
+        self.directory.path()
+    }
+
+    /// What came last from everywhere, for the report of a failure.
+    pub(super) fn describe(&self) -> String {
+        let console = self.console();
+        let lines: Vec<&str> = console.lines().collect();
+        let console = lines[lines.len().saturating_sub(CONSOLE_TAIL_LINES)..].join("\n    ");
+        let agent = self.agent.tail().collect::<Vec<_>>().join("\n    ");
+        let stderr = fs::read_to_string(Places(self.directory.path()).stderr()).unwrap_or_default();
+        format!("  console:\n    {console}\n  scripts:\n    {agent}\n  QEMU:\n    {}", stderr.trim())
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        end(&mut self.child);
+    }
+}
+
+/// A QEMU that is not yet known to work: dropped with the child in it, it is killed.
+struct Starting {
+    child: Option<Child>,
+}
+
+impl Starting {
+    fn wait_for_socket(&mut self, path: &Path) -> Result<()> {
+        let child = self.child.as_mut().context("QEMU is gone")?;
+        let end = Instant::now() + START_LIMIT;
+        // QEMU makes the socket of its monitor before this one.
+        while UnixStream::connect(path).is_err() {
+            if let Some(status) = child.try_wait().context("waiting for QEMU")? {
+                bail!("QEMU ended at once: {status}");
+            }
+            ensure!(Instant::now() < end, "QEMU makes no socket in {START_LIMIT:?}");
+            thread::sleep(Duration::from_millis(5));
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Starting {
+    fn drop(&mut self) {
+        if let Some(child) = &mut self.child {
+            end(child);
+        }
+    }
+}
+
+fn end(child: &mut Child) {
+    if let Err(error) = child.kill().and_then(|()| child.wait().map(drop)) {
+        eprintln!("QEMU cannot be ended: {error}");
+    }
+}
+
+fn version(program: &Path) -> Result<Version> {
+    let output = Command::new(program).arg("--version").output().context("asking QEMU for its version")?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    Version::parse(&text).with_context(|| format!("QEMU says this of its version: {text}"))
+}

@@ -1,0 +1,149 @@
+//! Live migration of a guest to a second QEMU on the same machine.
+
+use std::{
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::{Value, json};
+
+use super::{LinuxGuest, LinuxGuestConfig, accelerator, config::Start, image::GuestImage, machine::Machine};
+
+/// A QEMU that waits for a guest. It has the same devices as the guest's, with back-ends of their own.
+#[derive(Debug)]
+pub struct IncomingGuest {
+    machine: Machine,
+}
+
+impl IncomingGuest {
+    /// Starts a QEMU that waits.
+    ///
+    /// # Errors
+    ///
+    /// QEMU does not start.
+    pub fn start(config: &LinuxGuestConfig) -> Result<Self> {
+        let image = GuestImage::of(config.kernel)?;
+        let accelerator = accelerator(&image)?;
+        let machine = Machine::start(config, &Start::Incoming(&image), accelerator)?;
+        Ok(Self { machine })
+    }
+}
+
+/// A migration that is under way: the guest still runs in the first QEMU, or already in the second.
+#[derive(Debug)]
+pub struct Migration {
+    source: LinuxGuest,
+    target: IncomingGuest,
+}
+
+impl LinuxGuest {
+    /// Begins to migrate the guest, with so many bytes per second and at most so much time without any guest running.
+    ///
+    /// # Errors
+    ///
+    /// A QEMU refuses, for example because a back-end cannot log what it writes.
+    pub fn migrate_to(
+        mut self,
+        mut target: IncomingGuest,
+        bandwidth_bytes_per_s: u64,
+        downtime: Duration,
+    ) -> Result<Migration> {
+        let uri = format!("unix:{}", target.machine.directory().join("migration").display());
+        target.machine.qmp.execute(json!({"execute": "migrate-incoming", "arguments": {"uri": uri}}))?;
+        set_parameters(&mut self, bandwidth_bytes_per_s, downtime)?;
+        self.qmp(json!({"execute": "migrate", "arguments": {"uri": uri}}))?;
+        Ok(Migration { source: self, target })
+    }
+}
+
+impl Migration {
+    /// The guest in the first QEMU, where it runs until the migration is [finished](Self::finish).
+    pub fn source(&mut self) -> &mut LinuxGuest {
+        &mut self.source
+    }
+
+    /// Changes bandwidth and downtime.
+    ///
+    /// # Errors
+    ///
+    /// QEMU refuses.
+    pub fn set_parameters(&mut self, bandwidth_bytes_per_s: u64, downtime: Duration) -> Result<()> {
+        set_parameters(&mut self.source, bandwidth_bytes_per_s, downtime)
+    }
+
+    /// Waits until all memory has been sent once, so that only what changes is sent from here on.
+    ///
+    /// # Errors
+    ///
+    /// The migration fails or ends before, or this takes longer than the limit.
+    pub fn wait_for_second_pass(&mut self, limit: Duration) -> Result<()> {
+        let end = Instant::now() + limit;
+        loop {
+            let state = self.state()?;
+            // The first synchronisation is at the start, the second begins the second pass.
+            if state["ram"]["dirty-sync-count"].as_u64().unwrap_or(0) >= 2 && state["status"] == "active" {
+                return Ok(());
+            }
+            ensure!(state["status"] != "completed", "the migration has ended before its second pass");
+            ensure!(Instant::now() < end, "no second pass after {limit:?}: {state}");
+            self.source.let_run(Duration::from_millis(50))?;
+        }
+    }
+
+    /// Waits for the end and goes on with the guest in the second QEMU. Scripts go on too.
+    ///
+    /// # Errors
+    ///
+    /// The migration fails, or takes longer than the limit.
+    pub fn finish(mut self, limit: Duration) -> Result<LinuxGuest> {
+        let end = Instant::now() + limit;
+        let state = loop {
+            let state = self.state()?;
+            if state["status"] == "completed" {
+                break state;
+            }
+            ensure!(Instant::now() < end, "the migration takes longer than {limit:?}: {state}");
+            // The source's serial port may be full. The guest may already have stopped.
+            self.source.machine.agent.pump(Duration::from_millis(20))?;
+        };
+        eprintln!(
+            "migrated {} MiB in {} ms, {} passes, {} ms without a guest",
+            state["ram"]["transferred"].as_u64().unwrap_or(0) >> 20,
+            state["total-time"],
+            state["ram"]["dirty-sync-count"],
+            state["downtime"],
+        );
+        let Self { mut source, mut target } = self;
+        source.qmp(json!({"execute": "quit"}))?;
+        source.machine.wait_end(Duration::from_secs(30))?;
+        let running_limit = Instant::now() + Duration::from_secs(30);
+        loop {
+            let status = target.machine.qmp.execute(json!({"execute": "query-status"}))?;
+            if status["status"] == "running" {
+                break;
+            }
+            ensure!(Instant::now() < running_limit, "the guest does not run after its migration: {status}");
+            thread::sleep(Duration::from_millis(5));
+        }
+        target.machine.go_on_from(source.machine).context("going on with the serial port of the second QEMU")?;
+        Ok(LinuxGuest { machine: target.machine })
+    }
+
+    fn state(&mut self) -> Result<Value> {
+        let state = self.source.qmp(json!({"execute": "query-migrate"}))?;
+        match state["status"].as_str() {
+            Some("failed" | "cancelled") => bail!(
+                "the migration has failed: {state}\nfrom:\n{}\nto:\n{}",
+                self.source.machine.describe(),
+                self.target.machine.describe()
+            ),
+            _ => Ok(state),
+        }
+    }
+}
+
+fn set_parameters(guest: &mut LinuxGuest, bandwidth_bytes_per_s: u64, downtime: Duration) -> Result<()> {
+    let arguments = json!({"max-bandwidth": bandwidth_bytes_per_s, "downtime-limit": downtime.as_millis() as u64});
+    guest.qmp(json!({"execute": "migrate-set-parameters", "arguments": arguments})).map(drop)
+}

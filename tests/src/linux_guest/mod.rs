@@ -1,0 +1,257 @@
+//! A Linux guest in QEMU: an unmodified kernel with its own virtio-blk driver.
+//!
+//! ```no_run
+//! use std::{path::Path, time::Duration};
+//! use ringpass_tests::linux_guest::{LinuxGuest, LinuxGuestConfig, VhostUserDisk};
+//!
+//! # fn main() -> anyhow::Result<()> {
+//! let disk = VhostUserDisk::new("disk", Path::new("/run/broker.sock"));
+//! let mut guest = LinuxGuest::boot(&LinuxGuestConfig { disks: vec![disk], ..LinuxGuestConfig::default() })?;
+//! guest.run("mkfs.ext4 -q /dev/vda && e2fsck -fn /dev/vda")?;
+//! let job = guest.spawn("fio --name=job --filename=/dev/vda --rw=randread --runtime=5 --time_based")?;
+//! guest.pause_and_resume()?;
+//! guest.wait(job, Duration::from_secs(30))?;
+//! guest.shut_down()
+//! # }
+//! ```
+//!
+//! The guest's only programs are those of its initramfs. It runs on KVM where Linux really boots under it, else QEMU
+//! executes its instructions (TCG). Everything that waits has a limit; what goes wrong is reported with the end of the
+//! guest's console.
+
+mod agent;
+mod config;
+mod firmware;
+mod image;
+mod machine;
+mod migration;
+mod qmp;
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, bail, ensure};
+use config::{Accelerator, Start};
+use machine::Machine;
+use serde_json::{Value, json};
+
+pub use agent::{Job, JobOutput};
+pub use config::{LinuxGuestConfig, VhostUserDisk};
+pub use firmware::FirmwareGuest;
+pub use image::{GuestImage, KernelSeries};
+pub use migration::{IncomingGuest, Migration};
+
+use crate::needs::Need;
+
+/// How long a guest may take to come up. Two or three seconds under TCG with nothing else running.
+const BOOT_LIMIT: Duration = Duration::from_secs(90);
+/// The same for the first trial of KVM: where it works, this is plenty.
+const KVM_TRIAL_LIMIT: Duration = Duration::from_secs(20);
+/// How long [`LinuxGuest::run`] waits for a script.
+const SCRIPT_LIMIT: Duration = Duration::from_secs(60);
+/// How long a device may take to come or go, and QEMU to end.
+const DEVICE_LIMIT: Duration = Duration::from_secs(30);
+
+/// What a Linux guest needs of the machine.
+pub fn needs() -> Vec<Need> {
+    let mut needs = GuestImage::needs();
+    needs.push(Need::program(machine::PROGRAM, "qemu-system-x86"));
+    needs
+}
+
+/// A running guest. Dropped, its QEMU is killed.
+#[derive(Debug)]
+pub struct LinuxGuest {
+    machine: Machine,
+}
+
+impl LinuxGuest {
+    /// Boots a guest and waits until it takes scripts.
+    ///
+    /// # Errors
+    ///
+    /// The image cannot be made, QEMU does not start, or the guest does not come up.
+    pub fn boot(config: &LinuxGuestConfig) -> Result<Self> {
+        let image = GuestImage::of(config.kernel)?;
+        let accelerator = accelerator(&image)?;
+        Self::boot_on(config, &image, accelerator, BOOT_LIMIT)
+    }
+
+    fn boot_on(
+        config: &LinuxGuestConfig,
+        image: &GuestImage,
+        accelerator: Accelerator,
+        limit: Duration,
+    ) -> Result<Self> {
+        let start = Instant::now();
+        let machine = Machine::start(config, &Start::Kernel(image), accelerator)?;
+        let mut guest = Self { machine };
+        guest.wait_for_boot(1, limit)?;
+        eprintln!("the guest is up after {:.1} s on {accelerator:?}", start.elapsed().as_secs_f64());
+        Ok(guest)
+    }
+
+    fn wait_for_boot(&mut self, count: u32, limit: Duration) -> Result<()> {
+        self.machine.wait_until("the guest to come up", limit, |agent| (agent.boots() >= count).then_some(()))
+    }
+
+    /// Runs a script (of busybox's shell) to its end, a minute at most, and gives what it writes.
+    ///
+    /// # Errors
+    ///
+    /// Its exit status is not 0, or it does not end. Use `set -e` for a script of several commands.
+    pub fn run(&mut self, script: &str) -> Result<String> {
+        let job = self.spawn(script)?;
+        self.wait(job, SCRIPT_LIMIT)
+    }
+
+    /// Starts a script beside others.
+    ///
+    /// # Errors
+    ///
+    /// QEMU is gone.
+    pub fn spawn(&mut self, script: &str) -> Result<Job> {
+        self.machine.agent.send(script)
+    }
+
+    /// Waits for the end of a script and gives what it has written.
+    ///
+    /// # Errors
+    ///
+    /// Its exit status is not 0, or it does not end in this time.
+    pub fn wait(&mut self, job: Job, limit: Duration) -> Result<String> {
+        let output = self.wait_output(job, limit)?;
+        ensure!(output.status == 0, "a script ended with status {}:\n{}", output.status, output.text);
+        Ok(output.text)
+    }
+
+    /// Waits for the end of a script that may fail.
+    ///
+    /// # Errors
+    ///
+    /// It does not end in this time.
+    pub fn wait_output(&mut self, job: Job, limit: Duration) -> Result<JobOutput> {
+        self.machine.wait_until("a script to end", limit, |agent| agent.take_ended(job))
+    }
+
+    /// Waits until a running script has written this.
+    ///
+    /// # Errors
+    ///
+    /// It does not in this time.
+    pub fn wait_for_text(&mut self, job: Job, text: &str, limit: Duration) -> Result<()> {
+        let what = format!("a script to write {text:?}");
+        self.machine.wait_until(&what, limit, |agent| agent.output_so_far(job).contains(text).then_some(()))
+    }
+
+    /// Lets the guest go on for this long, and takes what it writes.
+    ///
+    /// # Errors
+    ///
+    /// QEMU or the guest's kernel ends.
+    pub fn let_run(&mut self, time: Duration) -> Result<()> {
+        let end = Instant::now() + time;
+        let limit = time + Duration::from_secs(1);
+        self.machine.wait_until("time to pass", limit, |_| (Instant::now() >= end).then_some(()))
+    }
+
+    /// Executes a command of QEMU's monitor (QMP).
+    ///
+    /// # Errors
+    ///
+    /// QEMU refuses it.
+    pub fn qmp(&mut self, command: Value) -> Result<Value> {
+        self.machine.qmp.execute(command)
+    }
+
+    /// Stops the virtual machine, and thereby its virtqueues, and lets it go on.
+    ///
+    /// # Errors
+    ///
+    /// QEMU refuses, or does not answer.
+    pub fn pause_and_resume(&mut self) -> Result<()> {
+        self.qmp(json!({"execute": "stop"}))?;
+        self.qmp(json!({"execute": "cont"}))?;
+        Ok(())
+    }
+
+    /// Pushes the reset button, and waits until the guest is up again. All scripts are gone.
+    ///
+    /// # Errors
+    ///
+    /// It does not come up.
+    pub fn reset(&mut self) -> Result<()> {
+        let boots = self.machine.agent.boots();
+        self.qmp(json!({"execute": "system_reset"}))?;
+        self.wait_for_boot(boots + 1, BOOT_LIMIT)
+    }
+
+    /// Unplugs a device and waits until the guest has let it go.
+    ///
+    /// # Errors
+    ///
+    /// There is no such device, or the guest does not let it go.
+    pub fn unplug(&mut self, id: &str) -> Result<()> {
+        self.qmp(json!({"execute": "device_del", "arguments": {"id": id}}))?;
+        let end = Instant::now() + DEVICE_LIMIT;
+        loop {
+            let data = self.machine.qmp.wait_event("DEVICE_DELETED", end.saturating_duration_since(Instant::now()))?;
+            if data["device"] == id {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Plugs a disk in again that was [unplugged](Self::unplug), over the connection that it had.
+    ///
+    /// # Errors
+    ///
+    /// QEMU refuses.
+    pub fn plug(&mut self, disk: &VhostUserDisk) -> Result<()> {
+        let mut arguments = json!({
+            "driver": "vhost-user-blk-pci", "id": disk.id, "chardev": disk.socket_id(), "bus": disk.port(),
+            "num-queues": disk.queues,
+        });
+        for property in &disk.properties {
+            let Some((name, value)) = property.split_once('=') else { bail!("{property:?} is not NAME=VALUE") };
+            arguments[name] = Value::from(value);
+        }
+        self.qmp(json!({"execute": "device_add", "arguments": arguments})).map(drop)
+    }
+
+    /// What the firmware and the kernel have printed so far.
+    pub fn console(&self) -> String {
+        self.machine.console()
+    }
+
+    /// Powers the guest off from inside, and waits until QEMU has ended.
+    ///
+    /// # Errors
+    ///
+    /// It does not end, or the guest's kernel has complained of itself (a warning, a stall) since it was booted.
+    pub fn shut_down(mut self) -> Result<()> {
+        self.spawn("poweroff -f")?;
+        let status = self.machine.wait_end(DEVICE_LIMIT)?;
+        ensure!(status.success(), "QEMU: {status}\n{}", self.machine.describe());
+        let trouble = self.machine.kernel_trouble();
+        ensure!(trouble.is_empty(), "the guest's kernel complained:\n    {}", trouble.join("\n    "));
+        Ok(())
+    }
+}
+
+/// KVM, if a Linux guest comes up under it; that is tried once in each boot of this machine.
+fn accelerator(image: &GuestImage) -> Result<Accelerator> {
+    image::remembered_per_boot("kvm", || {
+        if std::fs::File::options().read(true).write(true).open("/dev/kvm").is_err() {
+            return "no".to_owned();
+        }
+        let config = LinuxGuestConfig { memory_mib: 256, ..LinuxGuestConfig::default() };
+        match LinuxGuest::boot_on(&config, image, Accelerator::Kvm, KVM_TRIAL_LIMIT) {
+            Ok(_) => "yes".to_owned(),
+            Err(error) => {
+                eprintln!("guests run without KVM: {error:#}");
+                "no".to_owned()
+            }
+        }
+    })
+    .map(|answer| if answer == "yes" { Accelerator::Kvm } else { Accelerator::Tcg })
+}

@@ -1,0 +1,47 @@
+//! What the tests with a Linux guest stand on: the guest itself, without a disk under test.
+
+use std::{process::ExitCode, time::Duration};
+
+use anyhow::{Result, ensure};
+use ringpass_tests::harness::{self, test};
+use ringpass_tests::linux_guest::{self, LinuxGuest, LinuxGuestConfig};
+
+fn main() -> ExitCode {
+    harness::run(vec![test("a_guest_runs_scripts_side_by_side_and_reports_what_failed", linux_guest::needs(), scripts)])
+}
+
+fn scripts() -> Result<()> {
+    let mut guest = LinuxGuest::boot(&LinuxGuestConfig::default())?;
+    ensure!(guest.run("echo to be; printf 'or not'")? == "to be\nor not\n");
+
+    // Each waits for the other.
+    let waiting = guest.spawn("until [ -e /tmp/a ]; do usleep 10000; done; echo a; touch /tmp/b")?;
+    let other = guest.spawn("touch /tmp/a; until [ -e /tmp/b ]; do usleep 10000; done; echo b")?;
+    ensure!(guest.wait(other, Duration::from_secs(30))? == "b\n");
+    ensure!(guest.wait(waiting, Duration::from_secs(30))? == "a\n");
+
+    let failed = guest.run("echo this went wrong >&2; exit 3").expect_err("status 3").to_string();
+    ensure!(failed == "a script ended with status 3:\nthis went wrong\n", "{failed}");
+
+    // The programs of the image, on a disk of the guest's own kernel.
+    guest.run(
+        "set -e
+        load-module null_blk nr_devices=1 memory_backed=1 gb=1
+        mkfs.ext4 -q /dev/nullb0
+        e2fsck -fn /dev/nullb0
+        for engine in psync libaio io_uring; do
+            fio --name=$engine --ioengine=$engine --filename=/dev/nullb0 --direct=1 --rw=randwrite --bs=4k --size=4m \\
+                --iodepth=8 --verify=crc32c --output-format=terse >/dev/null
+        done
+        blkdiscard --zeroout --length=16777216 /dev/nullb0",
+    )?;
+
+    let endless = guest.spawn("echo before; sleep 1000")?;
+    guest.wait_for_text(endless, "before\n", Duration::from_secs(30))?;
+    let late = guest.wait(endless, Duration::ZERO).expect_err("it sleeps").to_string();
+    ensure!(late.contains("it takes longer than 0ns") && late.contains("|before"), "{late}");
+
+    guest.reset()?;
+    ensure!(guest.run("ls /tmp/a 2>/dev/null || echo all is new")? == "all is new\n");
+    guest.shut_down()
+}
