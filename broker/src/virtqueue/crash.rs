@@ -1,11 +1,16 @@
-//! For tests: a process that dies between any two stores to shared memory.
+//! For tests: what happens between any two stores to shared memory. A process dies, or somebody else has a look.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+
+/// How many stores come before it, and what happens.
+type Visit = (u64, Box<dyn FnOnce()>);
 
 thread_local! {
     /// How many stores are still made; `None`: all.
     static STORES_LEFT: Cell<Option<u64>> = const { Cell::new(None) };
+    /// What happens between two stores to come.
+    static VISIT: RefCell<Option<Visit>> = const { RefCell::new(None) };
     /// How many stores were made in all.
     static STORES_MADE: Cell<u64> = const { Cell::new(0) };
 }
@@ -22,7 +27,28 @@ pub(super) fn before_store() {
         }
         STORES_LEFT.set(Some(left - 1));
     }
+    let visit = VISIT.with_borrow_mut(|visit| match visit {
+        Some((0, _)) => visit.take(),
+        Some((left, _)) => {
+            *left -= 1;
+            None
+        }
+        None => None,
+    });
+    if let Some((_, visit)) = visit {
+        visit();
+    }
     STORES_MADE.set(STORES_MADE.get() + 1);
+}
+
+/// Calls `visit` after `stores` more stores, right before the next one.
+pub(super) fn visit_after(stores: u64, visit: impl FnOnce() + 'static) {
+    VISIT.set(Some((stores, Box::new(visit))));
+}
+
+/// Whether the visit has happened. If not, it will not.
+pub(super) fn was_visited() -> bool {
+    VISIT.take().is_none()
 }
 
 /// Runs `life`, which dies after `stores` stores. `None`: it died.

@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 use std::fs::File;
+use std::os::unix::fs::FileExt;
 
 use proptest::prelude::*;
 
@@ -47,10 +48,13 @@ struct World {
 impl World {
     fn new() -> Self {
         let file = InflightRegion::create(1, SIZE).expect("a memfd");
+        // Nobody has used it (version 0), but all of its entries look as if they were in flight.
+        let region = File::from(file.fd);
+        region.write_all_at(&[1; 64], 16).expect("its entries");
         Self {
             // The indexes wrap on the way.
             driver: Driver::at_index(SIZE, 65534),
-            region: File::from(file.fd),
+            region,
             size_bytes: file.size_bytes,
             outstanding: Vec::new(),
             free: (0..SIZE).collect(),

@@ -3,12 +3,14 @@
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
+use std::sync::{Arc, Barrier, Mutex};
 
 use proptest::prelude::*;
 use rustix::fs::MemfdFlags;
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::driver::{Driver, USED_RING};
+use crate::virtqueue::crash::{visit_after, was_visited};
 use crate::virtqueue::{DirtyLog, QueueSetup, SplitQueue};
 
 const PAGE_BYTES: u64 = 4096;
@@ -89,20 +91,30 @@ fn bad_logs_are_refused() {
 
 #[test]
 fn marks_of_several_threads_are_all_kept() {
-    let file = file(PAGE_BYTES);
-    let log = DirtyLog::from_fd(another(&file), 0, 128).expect("a log of 1024 pages");
+    // So many that a lost mark of two threads at the same byte is as good as certain.
+    const LOG_BYTES: u64 = 1 << 19;
+    let file = file(LOG_BYTES);
+    let log = DirtyLog::from_fd(another(&file), 0, LOG_BYTES).expect("a log");
+    let start = Barrier::new(4);
     std::thread::scope(|scope| {
         for thread in 0..4 {
-            let log = &log;
+            let (log, start) = (&log, &start);
             scope.spawn(move || {
+                start.wait();
                 // Each byte of the log is written by all of them.
-                for page in (thread..1024).step_by(4) {
+                for page in (thread..8 * LOG_BYTES).step_by(4) {
                     log.mark(page * PAGE_BYTES, 1);
                 }
             });
         }
     });
-    assert_eq!(marked(&file, 0, 128), (0..1024).collect::<Vec<_>>());
+    assert_eq!(marked(&file, 0, LOG_BYTES as usize).len() as u64, 8 * LOG_BYTES);
+}
+
+fn used_ring(memory: &GuestMemoryMmap, size: usize) -> Vec<u8> {
+    let mut bytes = vec![0; 6 + 8 * size];
+    memory.read_slice(&mut bytes, GuestAddress(USED_RING)).expect("inside");
+    bytes
 }
 
 /// The pages of the log in which the used ring changed, given where it is in the log.
@@ -122,18 +134,12 @@ proptest! {
         start: u16,
         rounds in 1..20_u16,
     ) {
-        const RING_BYTES: usize = 6 + 8 * 1024;
         let file = file(PAGE_BYTES);
         let log = DirtyLog::from_fd(another(&file), 0, 4096).expect("a log");
         let mut driver = Driver::at_index(1024, start);
         let setup = QueueSetup { event_idx, used_log_gpa: Some(used_log_gpa), ..driver.setup() };
         let mut queue = SplitQueue::new(setup, &driver.memory).expect("a good set-up");
-        let used_ring = |driver: &Driver| {
-            let mut bytes = vec![0; RING_BYTES];
-            driver.memory.read_slice(&mut bytes, GuestAddress(USED_RING)).expect("inside");
-            bytes
-        };
-        let before = used_ring(&driver);
+        let before = used_ring(&driver.memory, 1024);
         for head in 0..rounds {
             driver.submit(head, 0);
             queue.pop(&driver.memory).expect("honest").expect("one");
@@ -142,13 +148,48 @@ proptest! {
             queue.disable_kicks(Some(&log));
         }
         let marks = marked(&file, 0, 4096);
-        for page in changed_pages(&before, &used_ring(&driver), used_log_gpa) {
+        for page in changed_pages(&before, &used_ring(&driver.memory, 1024), used_log_gpa) {
             prop_assert!(marks.contains(&page), "page {page} changed, marked are {marks:?}");
         }
-        let ring_pages = used_log_gpa / PAGE_BYTES..=(used_log_gpa + RING_BYTES as u64 - 1) / PAGE_BYTES;
+        let ring_pages = used_log_gpa / PAGE_BYTES..=(used_log_gpa + before.len() as u64 - 1) / PAGE_BYTES;
         prop_assert!(marks.iter().all(|page| ring_pages.contains(page)), "{marks:?} outside {ring_pages:?}");
         queue.mark_used_ring(&log);
         prop_assert_eq!(marked(&file, 0, 4096), ring_pages.collect::<Vec<_>>());
+    }
+}
+
+/// A front-end clears the log and copies the pages that were marked, again and again, while the device runs.
+#[test]
+fn a_front_end_that_copies_between_any_two_stores_misses_none() {
+    for event_idx in [false, true] {
+        for stores in 0.. {
+            let file = file(PAGE_BYTES);
+            let log = DirtyLog::from_fd(another(&file), 0, 64).expect("a log");
+            let mut driver = Driver::new(8);
+            let setup = QueueSetup { event_idx, used_log_gpa: Some(USED_RING), ..driver.setup() };
+            let mut queue = SplitQueue::new(setup, &driver.memory).expect("a good set-up");
+            driver.submit(3, 0);
+            queue.pop(&driver.memory).expect("honest").expect("one");
+
+            let copy = Arc::new(Mutex::new(used_ring(&driver.memory, 8)));
+            let (memory, log_file, copied) = (driver.memory.clone(), another(&file), Arc::clone(&copy));
+            visit_after(stores, move || {
+                File::from(log_file).write_all_at(&[0; 64], 0).expect("the log");
+                *copied.lock().expect("nobody panicked") = used_ring(&memory, 8);
+            });
+            queue.disable_kicks(Some(&log));
+            queue.complete(3, 77, Some(&log)).expect("in flight");
+            queue.enable_kicks(Some(&log));
+            if !was_visited() {
+                assert!(stores > 6, "there are more stores than that");
+                break;
+            }
+            let is_complete = *copy.lock().expect("nobody panicked") == used_ring(&driver.memory, 8);
+            assert!(
+                is_complete || marked(&file, 0, 64) == [USED_RING / PAGE_BYTES],
+                "after store {stores} the copy is not the last and nothing says so"
+            );
+        }
     }
 }
 
