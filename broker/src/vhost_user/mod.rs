@@ -16,6 +16,8 @@ mod backend_channel;
 mod connection;
 mod device;
 mod eventfd;
+#[cfg(test)]
+mod fake;
 mod listener;
 mod memory_table;
 pub mod message;

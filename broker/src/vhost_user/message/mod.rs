@@ -10,6 +10,8 @@
 mod body;
 mod reply;
 mod request;
+#[cfg(test)]
+mod tests;
 
 use thiserror::Error;
 use vhost::vhost_user::message::FrontendReq;
@@ -66,7 +68,7 @@ pub enum MessageError {
         size_bytes: u32,
     },
     /// The body has not the size that the request has.
-    #[error("{request:?} has a body of {size_bytes} bytes instead of {expected}")]
+    #[error("a body of {size_bytes} bytes instead of {expected}")]
     BodySize {
         /// The request.
         request: FrontendReq,
@@ -76,7 +78,7 @@ pub enum MessageError {
         expected: &'static str,
     },
     /// The request comes with too many or too few file descriptors.
-    #[error("{request:?} came with {fds} file descriptors instead of {expected}")]
+    #[error("{fds} file descriptors instead of {expected}")]
     FdCount {
         /// The request.
         request: FrontendReq,
@@ -86,7 +88,7 @@ pub enum MessageError {
         expected: usize,
     },
     /// A field has a value that it cannot have at any time.
-    #[error("{request:?}: {field} is {value:#x}")]
+    #[error("{field} is {value:#x}")]
     BadField {
         /// The request.
         request: FrontendReq,
@@ -96,7 +98,7 @@ pub enum MessageError {
         value: u64,
     },
     /// A request that no version of the specification has, or one that this device does not implement.
-    #[error("request {request} is not implemented")]
+    #[error("not implemented")]
     Unimplemented {
         /// Number of the request.
         request: u32,

@@ -131,7 +131,7 @@ pub enum RequestError {
     #[error(transparent)]
     Config(#[from] ConfigWriteError),
     /// Flags of SET_CONFIG without a meaning.
-    #[error("SET_CONFIG with flags {flags:#x}")]
+    #[error("flags {flags:#x} have no meaning")]
     ConfigFlags {
         /// The flags.
         flags: u32,

@@ -7,6 +7,8 @@ mod error;
 mod logging;
 mod negotiation;
 mod rings;
+#[cfg(test)]
+mod tests;
 mod vring;
 
 use std::os::fd::OwnedFd;

@@ -1,5 +1,8 @@
 //! The front-end's memory table: regions of files at guest-physical addresses.
 
+#[cfg(test)]
+mod tests;
+
 use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;

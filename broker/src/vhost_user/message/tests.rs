@@ -1,0 +1,199 @@
+//! Every request in its right form, and what is refused.
+
+use proptest::prelude::*;
+use vhost::vhost_user::message::FrontendReq as Code;
+
+use super::*;
+
+fn header(request: u32, flags: u32, size_bytes: u32) -> [u8; HEADER_BYTES] {
+    let words = [request, flags, size_bytes].map(u32::to_ne_bytes);
+    words.as_flattened().try_into().unwrap()
+}
+
+fn numbers(numbers: &[u64]) -> Vec<u8> {
+    numbers.iter().flat_map(|number| number.to_ne_bytes()).collect()
+}
+
+fn halves(numbers: &[u32]) -> Vec<u8> {
+    numbers.iter().flat_map(|number| number.to_ne_bytes()).collect()
+}
+
+/// Each request in its right form: code, body, number of descriptors, what it says.
+fn right_forms() -> Vec<(Code, Vec<u8>, usize, Request)> {
+    let region = RegionDescription { gpa: 1, size_bytes: 2, user_address: 3, file_offset_bytes: 4 };
+    let other = RegionDescription { gpa: 5, size_bytes: 6, user_address: 7, file_offset_bytes: 8 };
+    let address = VringAddress { index: 2, desc_table: 0x10, used_ring: 0x24, avail_ring: 0x32, used_log_gpa: None };
+    let logged = VringAddress { used_log_gpa: Some(9), ..address };
+    let inflight =
+        InflightDescription { size_bytes: 11, offset_bytes: 12, queues: 13, queue_size: 14, is_padded: false };
+    let inflight_body = [numbers(&[11, 12]), vec![13, 0, 14, 0]].concat();
+    let padded = InflightDescription { is_padded: true, ..inflight };
+    let with_fd = VringFile { index: 255, has_fd: true };
+    let without_fd = VringFile { index: 7, has_fd: false };
+    let get_config = Request::GetConfig { offset_bytes: 4, size_bytes: 2, flags: 1 };
+    let set_config = Request::SetConfig { offset_bytes: 4, flags: 1, bytes: vec![8, 9] };
+    vec![
+        (Code::GET_FEATURES, vec![], 0, Request::GetFeatures),
+        (Code::SET_FEATURES, numbers(&[5]), 0, Request::SetFeatures { features: 5 }),
+        (Code::SET_OWNER, vec![], 0, Request::SetOwner),
+        (Code::RESET_OWNER, vec![], 0, Request::ResetOwner),
+        (Code::SET_MEM_TABLE, halves(&[0, 0]), 0, Request::SetMemTable { regions: vec![] }),
+        (
+            Code::SET_MEM_TABLE,
+            [halves(&[2, 0xdead]), numbers(&[1, 2, 3, 4, 5, 6, 7, 8])].concat(),
+            2,
+            Request::SetMemTable { regions: vec![region, other] },
+        ),
+        (Code::SET_LOG_BASE, numbers(&[8, 9]), 1, Request::SetLogBase { size_bytes: 8, offset_bytes: 9 }),
+        (Code::SET_LOG_FD, vec![], 1, Request::SetLogFd),
+        (Code::SET_VRING_NUM, halves(&[1, 2]), 0, Request::SetVringNum { index: 1, size: 2 }),
+        (
+            Code::SET_VRING_ADDR,
+            [halves(&[2, 0]), numbers(&[0x10, 0x24, 0x32, 9])].concat(),
+            0,
+            Request::SetVringAddr(address),
+        ),
+        (
+            Code::SET_VRING_ADDR,
+            [halves(&[2, 1]), numbers(&[0x10, 0x24, 0x32, 9])].concat(),
+            0,
+            Request::SetVringAddr(logged),
+        ),
+        (Code::SET_VRING_BASE, halves(&[1, 0xffff]), 0, Request::SetVringBase { index: 1, next_avail: 0xffff }),
+        (Code::GET_VRING_BASE, halves(&[1, 77]), 0, Request::GetVringBase { index: 1 }),
+        (Code::SET_VRING_KICK, numbers(&[0xff]), 1, Request::SetVringKick(with_fd)),
+        (Code::SET_VRING_CALL, numbers(&[0x107]), 0, Request::SetVringCall(without_fd)),
+        (Code::SET_VRING_ERR, numbers(&[0xff]), 1, Request::SetVringErr(with_fd)),
+        (Code::GET_PROTOCOL_FEATURES, vec![], 0, Request::GetProtocolFeatures),
+        (Code::SET_PROTOCOL_FEATURES, numbers(&[5]), 0, Request::SetProtocolFeatures { features: 5 }),
+        (Code::GET_QUEUE_NUM, vec![], 0, Request::GetQueueNum),
+        (Code::SET_VRING_ENABLE, halves(&[3, 1]), 0, Request::SetVringEnable { index: 3, is_enabled: true }),
+        (Code::SET_VRING_ENABLE, halves(&[3, 0]), 0, Request::SetVringEnable { index: 3, is_enabled: false }),
+        (Code::SET_BACKEND_REQ_FD, vec![], 1, Request::SetBackendReqFd),
+        (Code::GET_CONFIG, halves(&[4, 2, 1]), 0, get_config.clone()),
+        (Code::GET_CONFIG, [halves(&[4, 2, 1]), vec![0, 0]].concat(), 0, get_config),
+        (Code::SET_CONFIG, [halves(&[4, 2, 1]), vec![8, 9]].concat(), 0, set_config),
+        (Code::GET_INFLIGHT_FD, inflight_body.clone(), 0, Request::GetInflightFd(inflight)),
+        (Code::SET_INFLIGHT_FD, [inflight_body, vec![1; 4]].concat(), 1, Request::SetInflightFd(padded)),
+        (Code::RESET_DEVICE, vec![], 0, Request::ResetDevice),
+        (Code::GET_MAX_MEM_SLOTS, vec![], 0, Request::GetMaxMemSlots),
+        (Code::ADD_MEM_REG, numbers(&[99, 1, 2, 3, 4]), 1, Request::AddMemReg(region)),
+        (Code::REM_MEM_REG, numbers(&[99, 1, 2, 3, 4]), 0, Request::RemMemReg(region)),
+        (Code::REM_MEM_REG, numbers(&[99, 1, 2, 3, 4]), 1, Request::RemMemReg(region)),
+        (Code::SET_STATUS, numbers(&[0xff]), 0, Request::SetStatus { status: 0xff }),
+        (Code::GET_STATUS, vec![], 0, Request::GetStatus),
+    ]
+}
+
+#[test]
+fn every_request_is_understood_in_its_right_form() {
+    for (code, body, fds, expected) in right_forms() {
+        assert_eq!(Request::parse(code.into(), &body, fds), Ok(expected), "{code:?}");
+    }
+}
+
+#[test]
+fn no_request_is_understood_with_a_body_of_another_size() {
+    for (code, body, fds, _) in right_forms() {
+        let sizes_of_code: Vec<usize> =
+            right_forms().into_iter().filter(|form| form.0 == code).map(|form| form.1.len()).collect();
+        // The size of a table is what its count says.
+        let is_right =
+            |size| if code == Code::SET_MEM_TABLE { size == body.len() } else { sizes_of_code.contains(&size) };
+        let is_inflight = matches!(code, Code::GET_INFLIGHT_FD | Code::SET_INFLIGHT_FD);
+        for size in (0..body.len() + 40).filter(|size| !is_right(*size) && !(is_inflight && [20, 24].contains(size))) {
+            let mut other = body.clone();
+            other.resize(size, 0);
+            let error = Request::parse(code.into(), &other, fds).expect_err("another size");
+            assert!(matches!(error, MessageError::BodySize { .. }), "{code:?} with {size} bytes: {error}");
+        }
+    }
+}
+
+#[test]
+fn no_request_is_understood_with_another_number_of_descriptors() {
+    for (code, body, fds, _) in right_forms() {
+        for other in (0..5).filter(|other| *other != fds && !(code == Code::REM_MEM_REG && *other < 2)) {
+            let error = Request::parse(code.into(), &body, other).expect_err("another number of descriptors");
+            assert!(matches!(error, MessageError::FdCount { .. }), "{code:?} with {other}: {error}");
+        }
+    }
+}
+
+#[test]
+fn fields_that_no_front_end_can_mean_are_refused() {
+    let table = |count| [halves(&[count, 0]), vec![0; 96]].concat();
+    let address = |desc, used, avail| [halves(&[0, 0]), numbers(&[desc, used, avail, 0])].concat();
+    let cases: [(Code, Vec<u8>, &str); 15] = [
+        (Code::SET_VRING_ENABLE, halves(&[0, 2]), "the state of a ring is 0x2"),
+        (Code::SET_VRING_BASE, halves(&[0, 0x1_0000]), "the index of a split ring is 0x10000"),
+        (Code::SET_VRING_KICK, numbers(&[0x200]), "vring and flag is 0x200"),
+        (Code::SET_VRING_CALL, numbers(&[1 << 63]), "vring and flag is 0x8000000000000000"),
+        (Code::SET_VRING_ADDR, [halves(&[0, 2]), vec![0; 32]].concat(), "flags is 0x2"),
+        (Code::SET_VRING_ADDR, address(8, 0, 0), "the descriptor table is 0x8"),
+        (Code::SET_VRING_ADDR, address(0, 2, 0), "the used ring is 0x2"),
+        (Code::SET_VRING_ADDR, address(0, 0, 1), "the available ring is 0x1"),
+        (Code::SET_MEM_TABLE, table(254), "the number of regions is 0xfe"),
+        (Code::SET_MEM_TABLE, table(u32::MAX), "the number of regions is 0xffffffff"),
+        (Code::SET_MEM_TABLE, table(4), "a body of 104 bytes instead of 8 and 32 for each region"),
+        (Code::GET_CONFIG, halves(&[0, 0, 0]), "offset (low half) and size (high half) is 0x0"),
+        (Code::GET_CONFIG, halves(&[4096, 1, 0]), "offset (low half) and size (high half) is 0x100001000"),
+        (Code::GET_CONFIG, halves(&[u32::MAX, 1, 0]), "offset (low half) and size (high half) is 0x1ffffffff"),
+        (Code::SET_STATUS, numbers(&[0x100]), "the device status is 0x100"),
+    ];
+    for (code, body, expected) in cases {
+        let error = Request::parse(code.into(), &body, 0).expect_err("a field that cannot be").to_string();
+        assert_eq!(error, expected, "{code:?}");
+    }
+}
+
+#[test]
+fn a_header_is_taken_apart() {
+    let parsed = Header::parse(header(77, 0b1001, 40));
+    assert_eq!(parsed, Ok(Header { request: 77, needs_reply: true, body_bytes: 40 }));
+    assert!(!Header::parse(header(77, 0b0001, 40)).unwrap().needs_reply);
+}
+
+#[test]
+fn a_header_that_cannot_be_is_refused() {
+    let cases = [
+        (header(1, 0b0000, 0), "message 1: version 0 of vhost-user, only 1 exists"),
+        (header(1, 0b0010, 0), "message 1: version 2 of vhost-user, only 1 exists"),
+        (header(1, 0b0101, 0), "message 1 is marked as a reply, which a front-end does not send here"),
+        (header(1, 0b1_0001, 0), "message 1: flags 0x11 have unknown bits"),
+        (header(1, 0b0001, 8193), "message 1 announces 8193 bytes; the longest that is read has 8192"),
+        (header(1, 0b0001, u32::MAX), "message 1 announces 4294967295 bytes; the longest that is read has 8192"),
+    ];
+    for (bytes, expected) in cases {
+        assert_eq!(Header::parse(bytes).unwrap_err().to_string(), expected);
+    }
+}
+
+#[test]
+fn the_largest_table_fits_into_a_message() {
+    let regions = MAX_FDS as u32;
+    let body = [halves(&[regions, 0]), vec![0; MAX_FDS * 32]].concat();
+    assert!(body.len() <= MAX_BODY_BYTES);
+    assert!(Request::parse(Code::SET_MEM_TABLE.into(), &body, MAX_FDS).is_ok());
+}
+
+#[test]
+fn a_reply_has_the_request_the_size_and_exactly_the_flags_that_qemu_compares() {
+    let reply = Reply::number(11, 0x1234);
+    assert_eq!(reply.to_bytes(), [halves(&[11, 5, 8]), numbers(&[0x1234])].concat());
+}
+
+proptest! {
+    #[test]
+    fn any_bytes_are_a_request_or_refused(request in 0_u32..50, body in prop::collection::vec(any::<u8>(), 0..200), fds in 0_usize..4) {
+        // Nothing more than not to panic: what is right is in the tables above.
+        let _ = Request::parse(request, &body, fds);
+    }
+
+    #[test]
+    fn any_header_is_understood_or_refused(bytes in any::<[u8; HEADER_BYTES]>()) {
+        if let Ok(header) = Header::parse(bytes) {
+            prop_assert!(header.body_bytes <= MAX_BODY_BYTES);
+        }
+    }
+}

@@ -1,0 +1,73 @@
+//! The configuration space and the channel to the front-end.
+
+use std::io::Read;
+use std::os::unix::net::UnixStream;
+
+use super::*;
+
+fn config(offset_bytes: u32, size_bytes: u32, flags: u32, bytes: &[u8]) -> Vec<u8> {
+    let header = [offset_bytes, size_bytes, flags];
+    header.iter().flat_map(|word| word.to_ne_bytes()).chain(bytes.iter().copied()).collect()
+}
+
+#[test]
+fn any_part_of_the_configuration_space_can_be_read_and_it_ends_in_zeroes() {
+    with_session(|rig| {
+        assert_eq!(rig.ask(Code::GET_CONFIG, config(8, 4, 0, &[0; 4])), config(8, 4, 0, &[8, 9, 10, 11]));
+        // Without room for the answer, and with the flag that crosvm sets.
+        assert_eq!(rig.ask(Code::GET_CONFIG, config(58, 4, 1, &[])), config(58, 4, 1, &[58, 59, 0, 0]));
+        let whole = rig.ask(Code::GET_CONFIG, config(0, 256, 0, &[0; 256]));
+        assert_eq!(whole.len(), 12 + 256);
+        assert!(whole[12 + 60..].iter().all(|byte| *byte == 0));
+    });
+}
+
+#[test]
+fn the_driver_writes_what_is_writable_and_nothing_else() {
+    with_session(|rig| {
+        rig.ok(Code::SET_CONFIG, config(32, 1, 0, &[0]), []);
+        assert_eq!(rig.calls.take(), [Call::WriteConfig(32, vec![0])]);
+        let error = rig.refused(Code::SET_CONFIG, config(31, 2, 0, &[31, 1]), no_fds);
+        assert!(error.starts_with("SET_CONFIG: bytes 31..33 of the configuration space cannot be written"), "{error}");
+        let error = rig.refused(Code::SET_CONFIG, config(32, 1, 4, &[1]), no_fds);
+        assert_eq!(error, "SET_CONFIG: flags 0x4 have no meaning");
+    });
+}
+
+#[test]
+fn a_migration_writes_only_what_differs() {
+    with_session(|rig| {
+        let mut space: Vec<u8> = (0..60).collect();
+        for flags in [1, 2] {
+            rig.ok(Code::SET_CONFIG, config(0, 60, flags, &space), []);
+            assert_eq!(rig.calls.take(), []);
+        }
+        space[32] = 0;
+        rig.ok(Code::SET_CONFIG, config(0, 60, 1, &space), []);
+        assert_eq!(rig.calls.take(), [Call::WriteConfig(32, vec![0])]);
+        space[0] = 1;
+        rig.refused(Code::SET_CONFIG, config(0, 60, 1, &space), no_fds);
+        // Beyond the end there are zeroes.
+        rig.ok(Code::SET_CONFIG, config(60, 4, 1, &[0; 4]), []);
+        rig.refused(Code::SET_CONFIG, config(60, 4, 1, &[0, 0, 0, 1]), no_fds);
+    });
+}
+
+#[test]
+fn the_front_end_is_told_of_a_change_over_its_channel_without_being_waited_for() {
+    with_session(|rig| {
+        rig.session.notify_config_change();
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        rig.ok(Code::SET_BACKEND_REQ_FD, [], [ours.into()]);
+        // More than the socket holds: nobody reads.
+        for _ in 0..10_000 {
+            rig.session.notify_config_change();
+        }
+        let mut first = [0; 12];
+        theirs.read_exact(&mut first).unwrap();
+        let expected = [2_u32, 1, 0].map(u32::to_ne_bytes);
+        assert_eq!(first, *expected.as_flattened());
+        drop(theirs);
+        rig.session.notify_config_change();
+    });
+}

@@ -1,0 +1,182 @@
+//! Features, acknowledgements, status, reset.
+
+use super::super::super::fake::{CHAINS_TAKEN, Call, FEATURES, QUEUES};
+use super::*;
+
+const EVENT_IDX: u64 = 1 << 29;
+const ANY_LAYOUT: u64 = 1 << 27;
+const RING_PACKED: u64 = 1 << 34;
+
+#[test]
+fn the_features_of_the_device_are_offered_with_those_of_vhost_user() {
+    with_new_session(|rig| {
+        assert_eq!(rig.ask_number(Code::GET_FEATURES), FEATURES | LOG_ALL | PROTOCOL_FEATURES);
+        assert_eq!(rig.ask_number(Code::GET_PROTOCOL_FEATURES), OFFERED.bits());
+    });
+}
+
+#[test]
+fn requests_of_a_protocol_feature_are_refused_until_it_is_negotiated() {
+    let inflight = [words(&[0, 0]), vec![1, 0, 1, 0]].concat();
+    let config = [12_u32, 4, 0].iter().flat_map(|word| word.to_ne_bytes()).collect::<Vec<_>>();
+    let requests: [(Code, Vec<u8>, usize, &str); 14] = [
+        (Code::GET_QUEUE_NUM, vec![], 0, "MQ"),
+        (Code::SET_LOG_BASE, words(&[4096, 0]), 1, "LOG_SHMFD"),
+        (Code::SET_BACKEND_REQ_FD, vec![], 1, "BACKEND_REQ"),
+        (Code::GET_CONFIG, config.clone(), 0, "CONFIG"),
+        (Code::SET_CONFIG, [config, vec![0; 4]].concat(), 0, "CONFIG"),
+        (Code::GET_INFLIGHT_FD, inflight.clone(), 0, "INFLIGHT_SHMFD"),
+        (Code::SET_INFLIGHT_FD, inflight, 1, "INFLIGHT_SHMFD"),
+        (Code::RESET_DEVICE, vec![], 0, "RESET_DEVICE"),
+        (Code::GET_MAX_MEM_SLOTS, vec![], 0, "CONFIGURE_MEM_SLOTS"),
+        (Code::ADD_MEM_REG, region(GPA, 4096, USER, 0), 1, "CONFIGURE_MEM_SLOTS"),
+        (Code::REM_MEM_REG, region(GPA, 4096, USER, 0), 0, "CONFIGURE_MEM_SLOTS"),
+        (Code::SET_STATUS, words(&[1]), 0, "STATUS"),
+        (Code::GET_STATUS, vec![], 0, "STATUS"),
+        (Code::SET_STATUS, words(&[0]), 0, "STATUS"),
+    ];
+    with_new_session(|rig| {
+        for (code, body, fds, feature) in requests {
+            let fds = std::iter::repeat_with(|| memfd(4096)).take(fds).collect();
+            let error = rig.session.handle(message(code, false, &body, fds)).unwrap_err().to_string();
+            assert_eq!(error, format!("{code:?}: VHOST_USER_PROTOCOL_F_{feature} was not negotiated"));
+        }
+        assert_eq!(rig.calls.take(), []);
+    });
+}
+
+#[test]
+fn features_that_were_not_offered_are_ignored_unless_they_change_the_rings() {
+    with_session(|rig| {
+        rig.ok(Code::SET_FEATURES, words(&[PROTOCOL_FEATURES | EVENT_IDX | ANY_LAYOUT]), []);
+        assert_eq!(rig.calls.take(), [Call::SetDriverFeatures(EVENT_IDX)]);
+        let error = rig.refused(Code::SET_FEATURES, words(&[EVENT_IDX | RING_PACKED]), no_fds);
+        assert_eq!(error, "SET_FEATURES: features 0x400000000 were not offered and cannot be ignored");
+    });
+}
+
+#[test]
+fn protocol_features_that_were_not_offered_are_refused() {
+    with_session(|rig| {
+        let inband_notifications = 1 << 14;
+        let error = rig.refused(Code::SET_PROTOCOL_FEATURES, words(&[inband_notifications]), no_fds);
+        assert_eq!(error, "SET_PROTOCOL_FEATURES: protocol features 0x4000 were not offered");
+    });
+}
+
+#[test]
+fn an_acknowledgement_is_only_sent_once_that_was_negotiated() {
+    with_new_session(|rig| {
+        let set_owner = || message(Code::SET_OWNER, true, &[], vec![]);
+        assert!(rig.session.handle(set_owner()).unwrap().is_none());
+        rig.ok(Code::SET_PROTOCOL_FEATURES, words(&[OFFERED.bits()]), []);
+        assert_eq!(rig.session.handle(set_owner()).unwrap().unwrap().body, words(&[0]));
+        rig.ok(Code::SET_OWNER, [], []);
+    });
+}
+
+#[test]
+fn a_request_with_a_reply_of_its_own_gets_one_reply_when_an_acknowledgement_is_asked_for() {
+    with_session(|rig| assert_eq!(rig.ack(Code::GET_QUEUE_NUM, [], []), u64::from(QUEUES)));
+}
+
+#[test]
+fn a_message_that_is_malformed_ends_the_session_also_when_an_acknowledgement_is_asked_for() {
+    with_session(|rig| {
+        let error = rig.session.handle(message(Code::SET_VRING_NUM, true, &[0; 7], vec![])).unwrap_err();
+        assert_eq!(error.to_string(), "SET_VRING_NUM: a body of 7 bytes instead of 8");
+    });
+}
+
+#[test]
+fn a_request_that_is_not_implemented_is_refused() {
+    with_session(|rig| {
+        let error = rig.refused(Code::SEND_RARP, words(&[0]), no_fds);
+        assert_eq!(error, "SEND_RARP: not implemented");
+        let unknown = Header { request: 1000, needs_reply: false, body_bytes: 0 };
+        let error = rig.session.handle(Message { header: unknown, body: vec![], fds: vec![] }).unwrap_err();
+        assert_eq!(error.to_string(), "request 1000: not implemented");
+    });
+}
+
+#[test]
+fn the_drivers_features_cannot_change_while_a_ring_is_enabled() {
+    with_session(|rig| {
+        rig.run(1);
+        let error = rig.refused(Code::SET_FEATURES, words(&[PROTOCOL_FEATURES | EVENT_IDX]), no_fds);
+        assert!(error.contains("while vring 1 is started and enabled"), "{error}");
+        // The same ones are no change.
+        rig.ok(Code::SET_FEATURES, words(&[PROTOCOL_FEATURES]), []);
+        assert_eq!(rig.calls.take(), []);
+    });
+}
+
+#[test]
+fn other_features_stop_rings_that_are_disabled_and_a_kick_starts_them_again() {
+    with_session(|rig| {
+        rig.run(1);
+        rig.ok(Code::SET_VRING_ENABLE, state(1, 0), []);
+        rig.ok(Code::SET_FEATURES, words(&[PROTOCOL_FEATURES | EVENT_IDX]), []);
+        rig.kick(1);
+        let calls = rig.calls.take();
+        assert_eq!(calls[..3], [Call::SetEnabled(1, false), Call::Stop(1), Call::SetDriverFeatures(EVENT_IDX)]);
+        assert!(
+            matches!(&calls[3..], [Call::Start(ring)] if ring.event_idx && ring.next_avail == 100 + CHAINS_TAKEN),
+            "{calls:?}"
+        );
+    });
+}
+
+#[test]
+fn the_status_is_kept_and_a_status_of_0_stops_the_device() {
+    with_session(|rig| {
+        rig.run(0);
+        rig.ok(Code::SET_STATUS, words(&[0xf]), []);
+        assert_eq!(rig.ask_number(Code::GET_STATUS), 0xf);
+        assert_eq!(rig.calls.take(), []);
+        rig.ok(Code::SET_STATUS, words(&[0]), []);
+        assert_eq!(rig.calls.take(), [Call::Stop(0), Call::Reset]);
+        assert_eq!(rig.ask_number(Code::GET_STATUS), 0);
+        // QEMU asks afterwards and must hear where the ring stopped, and it does not send the memory again.
+        assert_eq!(rig.stop(0), u32::from(100 + CHAINS_TAKEN));
+        rig.ok(Code::SET_FEATURES, words(&[PROTOCOL_FEATURES]), []);
+        rig.kick(0);
+        assert!(matches!(
+            &rig.calls.take()[..],
+            [Call::SetDriverFeatures(0), Call::Start(_), Call::SetEnabled(0, true)]
+        ));
+    });
+}
+
+#[test]
+fn a_status_of_more_than_8_bits_is_malformed() {
+    with_session(|rig| {
+        let error = rig.send(Code::SET_STATUS, words(&[0x100]), []).unwrap_err();
+        assert_eq!(error.to_string(), "SET_STATUS: the device status is 0x100");
+    });
+}
+
+#[test]
+fn a_reset_of_the_device_forgets_the_rings_and_keeps_memory_and_eventfds() {
+    with_session(|rig| {
+        rig.call(0);
+        rig.run(0);
+        rig.ok(Code::RESET_DEVICE, [], []);
+        assert_eq!(rig.calls.take(), [Call::Stop(0), Call::Reset]);
+        let error = rig.refused(Code::SET_VRING_KICK, file(0), || vec![eventfd()]);
+        assert_eq!(error, "SET_VRING_KICK: vring 0 is to be started without SET_VRING_NUM");
+        rig.set_up(0);
+        rig.kick(0);
+        let calls = rig.calls.take();
+        assert!(matches!(&calls[0], Call::Start(ring) if ring.eventfds == [true, true, false]), "{calls:?}");
+    });
+}
+
+#[test]
+fn reset_owner_disables_the_rings_and_nothing_else() {
+    with_session(|rig| {
+        rig.run(2);
+        rig.ok(Code::RESET_OWNER, [], []);
+        assert_eq!(rig.calls.take(), [Call::SetEnabled(2, false)]);
+    });
+}

@@ -1,0 +1,267 @@
+//! Set-up, start and stop of vrings.
+
+use super::super::super::fake::{CHAINS_TAKEN, Started};
+use super::*;
+
+const EVENT_IDX: u64 = 1 << 29;
+
+fn started(index: u16) -> Started {
+    Started {
+        index,
+        size: 256,
+        gpas: ring_gpas(index.into()),
+        next_avail: 100,
+        eventfds: [true, false, false],
+        ..Started::default()
+    }
+}
+
+#[test]
+fn a_ring_starts_with_its_kick_at_the_guests_addresses_and_runs_once_it_is_enabled() {
+    with_session(|rig| {
+        rig.add_memory();
+        rig.set_up(1);
+        rig.calls.take();
+        rig.kick(1);
+        assert_eq!(rig.calls.take(), [Call::Start(started(1))]);
+        rig.enable(1);
+        rig.enable(1);
+        assert_eq!(rig.calls.take(), [Call::SetEnabled(1, true)]);
+        rig.ok(Code::SET_VRING_ENABLE, state(1, 0), []);
+        assert_eq!(rig.calls.take(), [Call::SetEnabled(1, false)]);
+    });
+}
+
+#[test]
+fn without_protocol_features_a_ring_is_enabled_from_the_start() {
+    with_session(|rig| {
+        rig.ok(Code::SET_FEATURES, words(&[EVENT_IDX]), []);
+        rig.add_memory();
+        rig.set_up(0);
+        rig.calls.take();
+        rig.kick(0);
+        let ring = Started { event_idx: true, ..started(0) };
+        assert_eq!(rig.calls.take(), [Call::Start(ring), Call::SetEnabled(0, true)]);
+    });
+}
+
+#[test]
+fn a_ring_that_was_never_set_up_can_be_enabled_and_that_counts_when_it_starts() {
+    with_session(|rig| {
+        rig.enable(2);
+        assert_eq!(rig.calls.take(), []);
+        rig.add_memory();
+        rig.set_up(2);
+        rig.calls.take();
+        rig.kick(2);
+        assert_eq!(rig.calls.take(), [Call::Start(started(2)), Call::SetEnabled(2, true)]);
+    });
+}
+
+#[test]
+fn a_kick_without_a_descriptor_starts_a_ring_that_is_polled() {
+    with_session(|rig| {
+        rig.add_memory();
+        rig.set_up(0);
+        rig.calls.take();
+        rig.ok(Code::SET_VRING_KICK, no_file(0), []);
+        assert_eq!(rig.calls.take(), [Call::Start(Started { eventfds: [false; 3], ..started(0) })]);
+    });
+}
+
+#[test]
+fn eventfds_of_a_started_ring_can_change_at_any_time() {
+    with_session(|rig| {
+        rig.run(0);
+        rig.call(0);
+        rig.kick(0);
+        rig.ok(Code::SET_VRING_ERR, file(0), [eventfd()]);
+        rig.ok(Code::SET_VRING_CALL, no_file(0), []);
+        let expected = [Call::SetCall(0, true), Call::SetKick(0, true), Call::SetErr(0, true), Call::SetCall(0, false)];
+        assert_eq!(rig.calls.take(), expected);
+    });
+}
+
+#[test]
+fn a_ring_that_is_started_again_has_the_eventfds_it_was_given_before() {
+    with_session(|rig| {
+        rig.call(0);
+        rig.ok(Code::SET_VRING_ERR, file(0), [eventfd()]);
+        rig.run(0);
+        rig.stop(0);
+        rig.calls.take();
+        rig.kick(0);
+        let ring = Started { eventfds: [true; 3], next_avail: 100 + CHAINS_TAKEN, ..started(0) };
+        assert_eq!(rig.calls.take(), [Call::Start(ring), Call::SetEnabled(0, true)]);
+    });
+}
+
+#[test]
+fn a_ring_that_stops_tells_where_and_one_that_was_not_started_tells_its_base() {
+    with_session(|rig| {
+        rig.run(0);
+        assert_eq!(rig.stop(0), u32::from(100 + CHAINS_TAKEN));
+        assert_eq!(rig.calls.take(), [Call::Stop(0)]);
+        assert_eq!(rig.stop(0), u32::from(100 + CHAINS_TAKEN));
+        rig.ok(Code::SET_VRING_BASE, state(1, 0xffff), []);
+        assert_eq!(rig.stop(1), 0xffff);
+        assert_eq!(rig.stop(2), 0);
+        assert_eq!(rig.calls.take(), []);
+    });
+}
+
+#[test]
+fn the_same_set_up_again_does_not_stop_a_ring() {
+    with_session(|rig| {
+        rig.run(0);
+        rig.ok(Code::SET_VRING_NUM, state(0, 256), []);
+        rig.ok(Code::SET_VRING_ADDR, ring_address(0, None), []);
+        assert_eq!(rig.calls.take(), []);
+    });
+}
+
+/// What Cloud Hypervisor does after a reset of the guest: no GET_VRING_BASE.
+#[test]
+fn a_ring_that_is_set_up_anew_without_being_stopped_is_started_again_by_its_kick() {
+    let changes = [
+        (Code::SET_VRING_NUM, state(0, 128)),
+        (Code::SET_VRING_ADDR, address(0, ring_offsets(1).map(|offset| USER + offset), None)),
+        (Code::SET_VRING_BASE, state(0, 5)),
+    ];
+    for (code, body) in changes {
+        with_session(|rig| {
+            rig.run(0);
+            rig.ok(Code::SET_VRING_ENABLE, state(0, 0), []);
+            rig.ok(code, &body, []);
+            assert_eq!(rig.calls.take(), [Call::SetEnabled(0, false), Call::Stop(0)], "{code:?}");
+            rig.kick(0);
+            rig.enable(0);
+            let mut expected = Started { next_avail: 100 + CHAINS_TAKEN, ..started(0) };
+            match code {
+                Code::SET_VRING_NUM => expected.size = 128,
+                Code::SET_VRING_ADDR => expected.gpas = ring_gpas(1),
+                _ => expected.next_avail = 5,
+            }
+            assert_eq!(rig.calls.take(), [Call::Start(expected), Call::SetEnabled(0, true)], "{code:?}");
+        });
+    }
+}
+
+#[test]
+fn an_index_a_size_or_an_address_that_cannot_be_is_refused() {
+    with_session(|rig| {
+        rig.add_memory();
+        let too_high = format!("vring 3 does not exist, the device has {}", 3);
+        let by_index: [(Code, Vec<u8>, bool); 7] = [
+            (Code::SET_VRING_NUM, state(3, 256), false),
+            (Code::SET_VRING_ADDR, address(3, [USER; 3], None), false),
+            (Code::SET_VRING_BASE, state(3, 0), false),
+            (Code::SET_VRING_ENABLE, state(3, 1), false),
+            (Code::SET_VRING_KICK, file(3), true),
+            (Code::SET_VRING_CALL, file(3), true),
+            (Code::SET_VRING_ERR, file(3), true),
+        ];
+        for (code, body, has_fd) in by_index {
+            let fds = || if has_fd { vec![eventfd()] } else { vec![] };
+            assert_eq!(rig.refused(code, body, fds), format!("{code:?}: {too_high}"));
+        }
+        let error = rig.send(Code::GET_VRING_BASE, state(u32::MAX, 0), []).unwrap_err().to_string();
+        assert_eq!(error, "GET_VRING_BASE: vring 4294967295 does not exist, the device has 3");
+
+        for size in [0, 3, 2048, 0x1_0000, u32::MAX] {
+            let error = rig.refused(Code::SET_VRING_NUM, state(0, size), no_fds);
+            assert_eq!(
+                error,
+                format!("SET_VRING_NUM: vring 0: a size of {size}; a power of two up to 1024 is possible")
+            );
+        }
+
+        let outside = [USER + MEMORY_BYTES, USER - 16, 0, u64::MAX - 15];
+        for user_address in outside {
+            let error = rig.refused(Code::SET_VRING_ADDR, address(0, [USER, USER, user_address], None), no_fds);
+            let address =
+                format!("SET_VRING_ADDR: vring 0: the used ring at user address {user_address:#x}, 1 bytes, ");
+            assert_eq!(error, address + "is not in one memory region");
+        }
+    });
+}
+
+#[test]
+fn a_ring_that_is_not_all_in_one_region_is_not_started() {
+    with_session(|rig| {
+        rig.add_memory();
+        rig.set_up(0);
+        // 256 entries of the used ring are 2052 bytes.
+        let used_ring = USER + MEMORY_BYTES - 2048;
+        rig.ok(Code::SET_VRING_ADDR, address(0, [USER, USER + 0x2000, used_ring], None), []);
+        let error = rig.refused(Code::SET_VRING_KICK, file(0), || vec![eventfd()]);
+        assert!(error.contains(&format!("the used ring at user address {used_ring:#x}, 2052 bytes")), "{error}");
+        rig.ok(Code::SET_VRING_ADDR, address(0, [USER, USER + 0x2000, used_ring - 4], None), []);
+        rig.kick(0);
+        assert!(matches!(rig.calls.take()[..], [Call::Start(_)]));
+    });
+}
+
+#[test]
+fn a_ring_without_addresses_is_not_started() {
+    with_session(|rig| {
+        rig.ok(Code::SET_VRING_NUM, state(0, 256), []);
+        let error = rig.refused(Code::SET_VRING_KICK, file(0), || vec![eventfd()]);
+        assert_eq!(error, "SET_VRING_KICK: vring 0 is to be started without SET_VRING_ADDR");
+    });
+}
+
+#[test]
+fn what_is_no_eventfd_is_refused_as_one() {
+    with_session(|rig| {
+        rig.run(0);
+        for code in [Code::SET_VRING_KICK, Code::SET_VRING_CALL, Code::SET_VRING_ERR] {
+            let error = rig.refused(code, file(0), || vec![memfd(8)]);
+            assert!(error.contains("vring 0: the file descriptor is no eventfd but /memfd:vhost-user-test"), "{error}");
+        }
+    });
+}
+
+#[test]
+fn a_ring_that_starts_after_an_in_flight_region_was_given_is_tracked_in_it() {
+    with_session(|rig| {
+        rig.add_memory();
+        rig.set_up(0);
+        let asked = [words(&[0, 0]), vec![3, 0, 0, 1, 0, 0, 0, 0]].concat();
+        let reply = rig.send(Code::GET_INFLIGHT_FD, &asked, []).unwrap().unwrap();
+        // QEMU compares the size of the structure.
+        assert_eq!(reply.body.len(), asked.len());
+        assert_eq!(reply.body[16..], asked[16..]);
+        let size_bytes = u64::from_ne_bytes(reply.body[..8].try_into().unwrap());
+        let region = reply.fd.expect("the region");
+        assert_eq!(rustix::fs::fstat(&region).unwrap().st_size as u64, size_bytes);
+
+        rig.ok(Code::SET_INFLIGHT_FD, &reply.body, [region]);
+        rig.calls.take();
+        rig.kick(0);
+        assert_eq!(rig.calls.take(), [Call::Start(Started { is_tracked: true, ..started(0) })]);
+    });
+}
+
+#[test]
+fn an_in_flight_region_for_more_or_larger_queues_is_refused_and_one_for_smaller_queues_cannot_be_used() {
+    with_session(|rig| {
+        for (queues, queue_size) in [(4_u16, 256_u16), (1, 2048)] {
+            let mut asked = words(&[1 << 20, 0]);
+            asked.extend([queues, queue_size].iter().flat_map(|word| word.to_ne_bytes()));
+            let error = rig.refused(Code::SET_INFLIGHT_FD, &asked, || vec![memfd(1 << 20)]);
+            let shape = format!("an in-flight region for {queues} queues of {queue_size} descriptors; ");
+            assert_eq!(error, format!("SET_INFLIGHT_FD: {shape}the device has 3 of at most 1024"));
+            assert!(rig.send(Code::GET_INFLIGHT_FD, &asked, []).is_err());
+        }
+        rig.add_memory();
+        rig.set_up(0);
+        let small = [words(&[4096, 0]), vec![1, 0, 128, 0]].concat();
+        rig.ok(Code::SET_INFLIGHT_FD, small, [memfd(4096)]);
+        let error = rig.refused(Code::SET_VRING_KICK, file(0), || vec![eventfd()]);
+        assert!(
+            error.contains("vring 0 has 256 descriptors, the in-flight region tracks 128 of each queue"),
+            "{error}"
+        );
+    });
+}
