@@ -6,7 +6,7 @@
 use std::rc::Rc;
 
 use io_uring::{opcode, squeue};
-use nix::libc;
+use nix::libc::{self, iovec};
 use rustix::io::Errno;
 use vm_memory::Bytes;
 
@@ -15,7 +15,7 @@ use super::ring::DISK;
 use super::slot::{Slot, Step};
 use super::token::Token;
 use super::vring::State;
-use super::worker::Worker;
+use super::worker::{Alignment, Worker};
 use crate::vhost_user::DeviceMemory;
 use crate::virtio_blk::{Answer, ByteRange, GuestError, Operation, Request, SegmentList, Status};
 
@@ -30,8 +30,8 @@ impl Worker<'_> {
         let Some(request) = &slot.request else { return };
         slot.step = match request.operation {
             Operation::Read { .. } | Operation::Write { .. } => {
-                let mask = self.disk.as_ref().map_or(0, |disk| disk.buffer_mask);
-                if mask != 0 && !is_aligned(&slot.segments, mask) {
+                let alignment = self.disk.as_ref().and_then(|disk| disk.alignment);
+                if alignment.is_some_and(|alignment| !is_aligned(&slot.segments, alignment)) {
                     slot.step = Step::WaitForChunk;
                     self.vrings[slot.queue].counters.bounced.add(1);
                     self.waiting.push_back(number);
@@ -251,9 +251,10 @@ impl Worker<'_> {
     }
 }
 
-/// Whether addresses and lengths of all segments have none of the bits in `mask`.
-fn is_aligned(segments: &SegmentList, mask: usize) -> bool {
-    segments.iovecs().iter().all(|iovec| (iovec.iov_base.addr() | iovec.iov_len) & mask == 0)
+fn is_aligned(segments: &SegmentList, alignment: Alignment) -> bool {
+    let bad_bits =
+        |iovec: &iovec| iovec.iov_base.addr() & alignment.address_mask | iovec.iov_len & alignment.length_mask;
+    segments.iovecs().iter().all(|iovec| bad_bits(iovec) == 0)
 }
 
 /// The ring's entry for a slot's step.

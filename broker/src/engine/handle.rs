@@ -14,6 +14,7 @@ use super::command::{Command, CommandSender, Pending, Reply, WhichEventfd, comma
 use super::counters::QueueCounters;
 use super::poll::PollPolicy;
 use super::slot::Slots;
+use super::source::DiskSource;
 use super::thread::{Place, start};
 use super::vring::Vring;
 use super::worker::WorkerParts;
@@ -39,27 +40,6 @@ pub struct EngineConfig {
     /// The CPU of each worker. Empty: wherever the kernel puts them. If there are more workers than CPUs, several
     /// share one.
     pub cpus: Vec<usize>,
-}
-
-/// Where the engine gets its disk.
-///
-/// The engine asks when a queue starts, and gives the disk back when all queues have stopped while a dirty log is kept,
-/// which is when the guest may be about to go on elsewhere.
-pub trait DiskSource: Send {
-    /// The disk is wanted: sooner or later [`EngineControl::set_disk`] is to be called with it, from another thread.
-    /// Returns at once. Comes again and again, also when the engine has the disk.
-    fn request(&mut self);
-
-    /// The disk is not wanted any more: [`EngineControl::set_disk`] is not to be called after this. The engine lets go of
-    /// the disk when this has returned; then others may have it.
-    fn release(&mut self);
-
-    /// Reads the size of the disk again, in bytes.
-    ///
-    /// # Errors
-    ///
-    /// It cannot be read, or is of no use.
-    fn refresh_size_bytes(&mut self) -> Result<u64, Box<dyn Error + Send + Sync>>;
 }
 
 /// Executes the queues of a device.

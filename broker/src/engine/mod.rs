@@ -23,6 +23,7 @@ mod orders;
 mod poll;
 mod ring;
 mod slot;
+mod source;
 mod thread;
 mod token;
 mod vring;
@@ -30,7 +31,8 @@ mod worker;
 
 pub use counters::{Counter, QueueCounters};
 pub use error::EngineError;
-pub use handle::{DiskSource, Engine, EngineConfig, EngineControl};
+pub use handle::{Engine, EngineConfig, EngineControl};
+pub use source::DiskSource;
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -60,3 +62,6 @@ impl Shared {
         self.device.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -9,7 +9,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::command::{Command, Reply, WhichEventfd};
 use super::vring::{Active, Broken, Start, State, Vring, signal};
-use super::worker::{DiskInUse, Worker};
+use super::worker::{Alignment, DiskInUse, Worker};
 use crate::disk::Disk;
 use crate::vhost_user::{DeviceMemory, QueueEventfds};
 use crate::virtqueue::{QueueSetup, SplitQueue};
@@ -178,8 +178,11 @@ impl Worker<'_> {
             tracing::error!(%error, "the disk cannot be registered in a worker's io_uring: its queues stand still");
             return;
         }
-        let buffer_mask = if disk.is_direct_io() { disk.logical_block_bytes() as usize - 1 } else { 0 };
-        self.disk = Some(DiskInUse { _disk: disk, buffer_mask });
+        let alignment = disk.is_direct_io().then(|| Alignment {
+            address_mask: disk.memory_alignment_bytes() as usize - 1,
+            length_mask: disk.logical_block_bytes() as usize - 1,
+        });
+        self.disk = Some(DiskInUse { _disk: disk, alignment });
     }
 
     /// Marks a queue as broken.

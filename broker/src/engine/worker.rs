@@ -70,8 +70,17 @@ pub(super) struct Endings {
 pub(super) struct DiskInUse {
     /// Held for its lock; requests name it as the ring's fixed file.
     pub(super) _disk: Arc<Disk>,
-    /// Bits that must be zero in the addresses and lengths of buffers. Zero: any will do.
-    pub(super) buffer_mask: usize,
+    /// What buffers must keep to. `None`: any will do.
+    pub(super) alignment: Option<Alignment>,
+}
+
+/// What `O_DIRECT` demands of each piece of a buffer.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Alignment {
+    /// Bits that must be zero in its address.
+    pub(super) address_mask: usize,
+    /// Bits that must be zero in its length.
+    pub(super) length_mask: usize,
 }
 
 /// What a worker is made with.

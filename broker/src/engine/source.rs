@@ -1,0 +1,47 @@
+//! Where the engine gets its disk.
+
+use std::error::Error;
+use std::sync::Arc;
+
+#[cfg(doc)]
+use super::EngineControl;
+use crate::disk::{DiskLease, LeaseState};
+
+/// Where the engine gets its disk.
+///
+/// The engine asks when a queue starts, and gives the disk back when all queues have stopped while a dirty log is kept,
+/// which is when the guest may be about to go on elsewhere.
+pub trait DiskSource: Send {
+    /// The disk is wanted: sooner or later [`EngineControl::set_disk`] is to be called with it, from another thread.
+    /// Returns at once. Comes again and again, also when the engine has the disk.
+    fn request(&mut self);
+
+    /// The disk is not wanted any more: [`EngineControl::set_disk`] is not to be called after this. The engine lets go of
+    /// the disk when this has returned; then others may have it.
+    fn release(&mut self);
+
+    /// Reads the size of the disk again, in bytes.
+    ///
+    /// # Errors
+    ///
+    /// It cannot be read, or is of no use.
+    fn refresh_size_bytes(&mut self) -> Result<u64, Box<dyn Error + Send + Sync>>;
+}
+
+/// A lease whose `on_held` gives the disk to [`EngineControl::set_disk`].
+impl DiskSource for Arc<DiskLease> {
+    fn request(&mut self) {
+        self.acquire();
+    }
+
+    fn release(&mut self) {
+        DiskLease::release(self);
+    }
+
+    fn refresh_size_bytes(&mut self) -> Result<u64, Box<dyn Error + Send + Sync>> {
+        Ok(match self.state() {
+            LeaseState::Held(disk) => disk.refresh_size()?,
+            LeaseState::Released | LeaseState::Waiting { .. } => self.located().refresh_size()?,
+        })
+    }
+}

@@ -1,0 +1,360 @@
+//! An engine with a disk, and a guest with drivers for its queues.
+
+use std::collections::HashMap;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+use tempfile::NamedTempFile;
+use virtio_bindings::virtio_blk::{
+    VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
+    VIRTIO_BLK_T_WRITE_ZEROES,
+};
+use vm_memory::{Bytes, GuestAddress};
+
+use super::driver::{Buffer, DriverQueue, QUEUE_RAM_BYTES, Ram, Used};
+use crate::disk::{DirectIo, Disk, DiskConfig};
+use crate::engine::{DiskSource, Engine, EngineConfig, EngineControl};
+use crate::vhost_user::Device;
+use crate::virtio_blk::{BlkConfig, BlkParameters, DiscardLimits, WriteZeroesLimits};
+
+pub(super) const SECTOR: u64 = 512;
+/// Data of one request at most.
+pub(super) const DATA_BYTES: u64 = 16 << 10;
+/// Requests of one queue that can be outstanding.
+pub(super) const DEPTH_MAX: u16 = 128;
+pub(super) const RAM_BYTES: u64 = 32 << 20;
+pub(super) const DISK_BYTES: u64 = 16 << 20;
+/// RAM for a test's own use.
+pub(super) const SPARE_GPA: u64 = 24 << 20;
+
+/// Where the places for requests begin. One of them lies across the boundary of the two regions.
+const PLACES_GPA: u64 = 8 << 20;
+/// Header, status and data of a request.
+const PLACE_BYTES: u64 = 0x6000;
+const STATUS_OFFSET: u64 = 0x800;
+const DATA_OFFSET: u64 = 0x1000;
+
+/// What a test wants.
+#[derive(Clone)]
+pub(super) struct Options {
+    pub(super) queues: u16,
+    pub(super) queue_size: u16,
+    pub(super) workers: usize,
+    pub(super) poll_time: Duration,
+    pub(super) direct_io: DirectIo,
+    pub(super) read_only: bool,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            queues: 1,
+            queue_size: 256,
+            workers: 1,
+            poll_time: Duration::from_micros(32),
+            direct_io: DirectIo::Off,
+            read_only: false,
+        }
+    }
+}
+
+/// How often the engine asked for its disk and gave it back.
+#[derive(Debug, Default)]
+pub(super) struct SourceCalls {
+    pub(super) requests: AtomicU32,
+    pub(super) releases: AtomicU32,
+}
+
+struct Source {
+    calls: Arc<SourceCalls>,
+    file: std::fs::File,
+}
+
+impl DiskSource for Source {
+    fn request(&mut self) {
+        self.calls.requests.fetch_add(1, Ordering::SeqCst);
+    }
+
+    fn release(&mut self) {
+        self.calls.releases.fetch_add(1, Ordering::SeqCst);
+    }
+
+    fn refresh_size_bytes(&mut self) -> Result<u64, Box<dyn std::error::Error + Send + Sync>> {
+        Ok(self.file.metadata()?.len())
+    }
+}
+
+/// An engine, its disk, and the guest's RAM.
+pub(super) struct Rig {
+    pub(super) engine: Engine,
+    pub(super) image: NamedTempFile,
+    pub(super) ram: Ram,
+    pub(super) calls: Arc<SourceCalls>,
+    pub(super) options: Options,
+}
+
+impl Rig {
+    /// An engine that has the guest's memory, but no disk, and whose queues are not started.
+    pub(super) fn without_disk(options: Options) -> Self {
+        let image = NamedTempFile::new().unwrap();
+        image.as_file().write_all_at(&contents(0, 0, DISK_BYTES / SECTOR), 0).unwrap();
+        let calls = Arc::new(SourceCalls::default());
+        let source = Source { calls: calls.clone(), file: image.reopen().unwrap() };
+        let mut engine = Engine::new(config(&options), |_: EngineControl| -> io::Result<Box<dyn DiskSource>> {
+            Ok(Box::new(source))
+        })
+        .unwrap();
+        let ram = Ram::new(RAM_BYTES);
+        engine.set_memory(ram.device_memory());
+        Self { engine, image, ram, calls, options }
+    }
+
+    /// The same, with its disk.
+    pub(super) fn new(options: Options) -> Self {
+        let rig = Self::without_disk(options);
+        rig.engine.control().set_disk(&rig.open_disk());
+        rig
+    }
+
+    pub(super) fn open_disk(&self) -> Arc<Disk> {
+        let mut config = DiskConfig::new(self.image.path());
+        config.direct_io = self.options.direct_io;
+        config.read_only = self.options.read_only;
+        config.lock_wait = Some(super::driver::PATIENCE);
+        Arc::new(Disk::open(&config).unwrap())
+    }
+
+    /// A driver for a queue, which is not started yet.
+    pub(super) fn driver(&self, index: u16) -> BlockDriver {
+        let queue = DriverQueue::new(&self.ram, u64::from(index) * QUEUE_RAM_BYTES, self.options.queue_size);
+        BlockDriver::new(index, self.ram.clone(), queue)
+    }
+
+    /// Starts and enables a queue.
+    pub(super) fn start(&mut self, driver: &BlockDriver) {
+        self.engine.start_queue(driver.index, driver.queue.setup(0, None), driver.queue.eventfds());
+        self.engine.set_enabled(driver.index, true);
+    }
+
+    /// A driver for a queue that runs.
+    pub(super) fn running(&mut self, index: u16) -> BlockDriver {
+        let driver = self.driver(index);
+        self.start(&driver);
+        driver
+    }
+
+    /// What is on the disk.
+    pub(super) fn on_disk(&self, sector: u64, len_bytes: u64) -> Vec<u8> {
+        let mut bytes = vec![0; len_bytes as usize];
+        self.image.as_file().read_exact_at(&mut bytes, sector * SECTOR).unwrap();
+        bytes
+    }
+}
+
+fn config(options: &Options) -> EngineConfig {
+    let device = BlkConfig::new(BlkParameters {
+        size_bytes: DISK_BYTES,
+        logical_block_bytes: 512,
+        physical_block_bytes: 4096,
+        read_only: options.read_only,
+        num_queues: options.queues,
+        queue_size: options.queue_size,
+        serial: "engine-test".parse().unwrap(),
+        discard: Some(DiscardLimits { max_sectors: 1 << 16, alignment_sectors: 8 }),
+        write_zeroes: Some(WriteZeroesLimits { max_sectors: 1 << 16, may_unmap: true }),
+    })
+    .unwrap();
+    EngineConfig { device, poll_time: options.poll_time, workers: Some(options.workers), cpus: Vec::new() }
+}
+
+/// The content of a sector that was written for the `generation`th time.
+pub(super) fn content(generation: u64, sector: u64) -> [u8; SECTOR as usize] {
+    let mut bytes = [0; SECTOR as usize];
+    let mut rng = fastrand::Rng::with_seed(generation << 40 ^ sector);
+    rng.fill(&mut bytes);
+    bytes
+}
+
+/// Many sectors of content.
+pub(super) fn contents(generation: u64, sector: u64, sectors: u64) -> Vec<u8> {
+    (sector..sector + sectors).flat_map(|sector| content(generation, sector)).collect()
+}
+
+/// How a request ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Outcome {
+    /// Which one.
+    pub(super) head: u16,
+    /// `VIRTIO_BLK_S_*`.
+    pub(super) status: u8,
+    /// What was read.
+    pub(super) data: Vec<u8>,
+    /// The length in the used ring.
+    pub(super) used_bytes: u32,
+}
+
+/// A virtio-blk driver on one queue.
+pub(super) struct BlockDriver {
+    pub(super) index: u16,
+    pub(super) ram: Ram,
+    pub(super) queue: DriverQueue,
+    places: Vec<u64>,
+    /// By head: the place, and how much is read.
+    outstanding: HashMap<u16, (u64, u32)>,
+    /// The data is cut into buffers of this length.
+    pub(super) segment_bytes: u32,
+    /// The data begins this far behind a page boundary.
+    pub(super) misalignment_bytes: u64,
+    /// Waits for interrupts, and does not poll.
+    pub(super) by_interrupt: bool,
+    /// Chains added since the last kick.
+    added: u16,
+}
+
+impl BlockDriver {
+    fn new(index: u16, ram: Ram, queue: DriverQueue) -> Self {
+        let first = PLACES_GPA + u64::from(index) * u64::from(DEPTH_MAX) * PLACE_BYTES;
+        Self {
+            index,
+            ram,
+            queue,
+            places: (0..DEPTH_MAX).rev().map(|number| first + u64::from(number) * PLACE_BYTES).collect(),
+            outstanding: HashMap::new(),
+            segment_bytes: u32::MAX,
+            misalignment_bytes: 0,
+            by_interrupt: false,
+            added: 0,
+        }
+    }
+
+    /// How many requests are outstanding.
+    pub(super) fn depth(&self) -> usize {
+        self.outstanding.len()
+    }
+
+    /// Whether one more request of this length fits.
+    pub(super) fn has_room(&self, len_bytes: u32) -> bool {
+        let buffers = 2 + len_bytes.div_ceil(self.segment_bytes.min(len_bytes).max(1)) as usize;
+        !self.places.is_empty() && self.queue.has_room(buffers)
+    }
+
+    fn write(&self, gpa: u64, bytes: &[u8]) {
+        self.ram.memory.write_slice(bytes, GuestAddress(gpa)).unwrap();
+    }
+
+    /// Makes a request available, without a kick.
+    fn add(&mut self, kind: u32, sector: u64, out: &[u8], in_bytes: u32) -> u16 {
+        let place = self.places.pop().expect("a free place");
+        let mut header = [0; 16];
+        header[..4].copy_from_slice(&kind.to_le_bytes());
+        header[8..].copy_from_slice(&sector.to_le_bytes());
+        self.write(place, &header);
+        self.write(place + STATUS_OFFSET, &[0xff]);
+        let data = place + DATA_OFFSET + self.misalignment_bytes;
+        self.write(data, out);
+        let mut buffers = vec![Buffer { gpa: place, len_bytes: 16, writable: false }];
+        let len_bytes = if out.is_empty() { in_bytes } else { out.len() as u32 };
+        let mut offset = 0;
+        while offset < len_bytes {
+            let part_bytes = self.segment_bytes.min(len_bytes - offset);
+            let gpa = data + u64::from(offset);
+            buffers.push(Buffer { gpa, len_bytes: part_bytes, writable: out.is_empty() });
+            offset += part_bytes;
+        }
+        buffers.push(Buffer { gpa: place + STATUS_OFFSET, len_bytes: 1, writable: true });
+        let head = self.queue.add(&buffers);
+        self.outstanding.insert(head, (place, in_bytes));
+        self.added += 1;
+        head
+    }
+
+    pub(super) fn add_read(&mut self, sector: u64, sectors: u64) -> u16 {
+        self.add(VIRTIO_BLK_T_IN, sector, &[], (sectors * SECTOR) as u32)
+    }
+
+    pub(super) fn add_write(&mut self, sector: u64, data: &[u8]) -> u16 {
+        self.add(VIRTIO_BLK_T_OUT, sector, data, 0)
+    }
+
+    pub(super) fn add_flush(&mut self) -> u16 {
+        self.add(VIRTIO_BLK_T_FLUSH, 0, &[], 0)
+    }
+
+    /// Kicks for what was added, if the device wants that.
+    pub(super) fn kick(&mut self) {
+        let added = std::mem::take(&mut self.added);
+        if added > 0 {
+            self.queue.kick_if_wanted(added);
+        }
+    }
+
+    /// Waits for the next request that ends.
+    pub(super) fn wait(&mut self) -> Outcome {
+        self.kick();
+        let used = if self.by_interrupt { self.queue.wait_by_interrupt() } else { self.queue.wait_by_polling() };
+        self.outcome(used)
+    }
+
+    /// A request that has ended.
+    pub(super) fn poll(&mut self) -> Option<Outcome> {
+        let used = self.queue.reap()?;
+        Some(self.outcome(used))
+    }
+
+    fn outcome(&mut self, used: Used) -> Outcome {
+        let (place, in_bytes) = self.outstanding.remove(&used.head).expect("an outstanding request");
+        let mut data = vec![0; in_bytes as usize];
+        self.ram.memory.read_slice(&mut data, GuestAddress(place + DATA_OFFSET + self.misalignment_bytes)).unwrap();
+        let status = self.ram.memory.read_obj(GuestAddress(place + STATUS_OFFSET)).unwrap();
+        self.places.push(place);
+        Outcome { head: used.head, status, data, used_bytes: used.len_bytes }
+    }
+
+    /// One request from its beginning to its end, while no other is outstanding.
+    fn request(&mut self, kind: u32, sector: u64, out: &[u8], in_bytes: u32) -> Outcome {
+        let head = self.add(kind, sector, out, in_bytes);
+        let outcome = self.wait();
+        assert_eq!(outcome.head, head, "another request came back");
+        outcome
+    }
+
+    pub(super) fn read(&mut self, sector: u64, sectors: u64) -> Outcome {
+        self.request(VIRTIO_BLK_T_IN, sector, &[], (sectors * SECTOR) as u32)
+    }
+
+    pub(super) fn write_data(&mut self, sector: u64, data: &[u8]) -> Outcome {
+        self.request(VIRTIO_BLK_T_OUT, sector, data, 0)
+    }
+
+    pub(super) fn flush(&mut self) -> Outcome {
+        self.request(VIRTIO_BLK_T_FLUSH, 0, &[], 0)
+    }
+
+    pub(super) fn id(&mut self) -> Outcome {
+        self.request(VIRTIO_BLK_T_GET_ID, 0, &[], 20)
+    }
+
+    pub(super) fn discard(&mut self, sector: u64, sectors: u32) -> Outcome {
+        self.request(VIRTIO_BLK_T_DISCARD, 0, &range(sector, sectors, 0), 0)
+    }
+
+    pub(super) fn write_zeroes(&mut self, sector: u64, sectors: u32, unmap: bool) -> Outcome {
+        self.request(VIRTIO_BLK_T_WRITE_ZEROES, 0, &range(sector, sectors, unmap.into()), 0)
+    }
+
+    /// A request of an unknown kind.
+    pub(super) fn nonsense(&mut self) -> Outcome {
+        self.request(0xdead, 0, &[], 0)
+    }
+}
+
+fn range(sector: u64, sectors: u32, flags: u32) -> [u8; 16] {
+    let mut bytes = [0; 16];
+    bytes[..8].copy_from_slice(&sector.to_le_bytes());
+    bytes[8..12].copy_from_slice(&sectors.to_le_bytes());
+    bytes[12..].copy_from_slice(&flags.to_le_bytes());
+    bytes
+}
