@@ -54,6 +54,13 @@ struct Control {
     stop: OwnedFd,
     is_stopping: AtomicBool,
     is_refresh_due: AtomicBool,
+    is_announcement_due: AtomicBool,
+}
+
+/// What others had to say since the last look.
+struct News {
+    is_refresh_due: bool,
+    is_announcement_due: bool,
 }
 
 /// How a session ended.
@@ -101,6 +108,7 @@ impl Server {
             stop: eventfd()?,
             is_stopping: AtomicBool::new(false),
             is_refresh_due: AtomicBool::new(false),
+            is_announcement_due: AtomicBool::new(false),
         };
         Ok(Self { listener, control: Arc::new(control) })
     }
@@ -141,7 +149,8 @@ impl Server {
             if self.control.is_stopping() {
                 return Ok(None);
             }
-            if self.control.take_refresh() {
+            // A front-end that is still to come asks for the capacity itself.
+            if self.control.take_news().is_refresh_due {
                 refresh_capacity(device);
             }
             if let Some(stream) = self.listener.accept().map_err(system("accepting a front-end"))? {
@@ -165,8 +174,12 @@ impl Server {
             if self.control.is_stopping() {
                 return Ok(End::Stopped);
             }
-            if self.control.take_refresh() {
+            let news = self.control.take_news();
+            if news.is_refresh_due {
                 session.refresh_capacity();
+            }
+            if news.is_announcement_due {
+                session.notify_config_change();
             }
             match connection.receive(self.control.wake.as_fd())? {
                 Received::Closed => return Ok(End::Closed),
@@ -194,6 +207,12 @@ impl ServerHandle {
         self.control.is_refresh_due.store(true, Ordering::Release);
         signal(&self.control.wake);
     }
+
+    /// The device has another capacity already: has the front-end told, if there is one.
+    pub fn announce_capacity(&self) {
+        self.control.is_announcement_due.store(true, Ordering::Release);
+        signal(&self.control.wake);
+    }
 }
 
 impl Control {
@@ -201,11 +220,14 @@ impl Control {
         self.is_stopping.load(Ordering::Acquire)
     }
 
-    /// Whether the size is to be looked at. Takes the news off `wake` first: what comes later is seen later.
-    fn take_refresh(&self) -> bool {
-        // EAGAIN: there was no news.
+    /// Takes the news off `wake` first: what comes later is seen later.
+    fn take_news(&self) -> News {
+        // EAGAIN: there was none.
         let _ = rustix::io::read(&self.wake, &mut [0; 8]);
-        self.is_refresh_due.swap(false, Ordering::AcqRel)
+        News {
+            is_refresh_due: self.is_refresh_due.swap(false, Ordering::AcqRel),
+            is_announcement_due: self.is_announcement_due.swap(false, Ordering::AcqRel),
+        }
     }
 }
 
