@@ -43,12 +43,19 @@ pub enum LimitError {
 /// # Errors
 /// [`LimitError::HardTooLow`] if the hard limit is below the size of the disk, [`LimitError::System`].
 pub fn cap_file_growth(disk: &Disk) -> Result<(), LimitError> {
-    if disk.kind() == DiskKind::BlockDevice {
+    cap_file_growth_at(disk.kind(), disk.size_bytes())
+}
+
+/// The same for a disk of that kind and size, which need not be open yet, or has just been resized.
+///
+/// # Errors
+/// As [`cap_file_growth`].
+pub fn cap_file_growth_at(kind: DiskKind, size_bytes: u64) -> Result<(), LimitError> {
+    if kind == DiskKind::BlockDevice {
         return Ok(());
     }
     let system = |errno: nix::Error| LimitError::System { error: errno.into() };
     let (_, hard_bytes) = getrlimit(Resource::RLIMIT_FSIZE).map_err(system)?;
-    let size_bytes = disk.size_bytes();
     if hard_bytes != RLIM_INFINITY && hard_bytes < size_bytes {
         return Err(LimitError::HardTooLow { hard_bytes, size_bytes });
     }
