@@ -1,12 +1,13 @@
 //! `ringpass`: the broker as a program.
 
 mod demo;
+mod log;
 mod probe;
+mod serve;
 
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use tracing_subscriber::EnvFilter;
 
 /// Gives guests the host's io_uring in their own memory.
 #[derive(Debug, Parser)]
@@ -18,6 +19,8 @@ struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Serves a disk to a virtual machine, as a vhost-user-blk device.
+    Serve(serve::ServeArgs),
     /// Shows verified I/O of guests that drive the host's io_uring, beside a plain host process.
     Demo(demo::DemoArgs),
     /// Tells what this kernel and these limits allow, and what to change for the rest.
@@ -28,17 +31,14 @@ enum Command {
 }
 
 fn main() -> ExitCode {
+    let command = Arguments::parse().command;
     // Standard output is for results only.
-    let filter = EnvFilter::try_from_env("RINGPASS_LOG").unwrap_or_else(|_| EnvFilter::new("warn"));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
-
-    let result = match Arguments::parse().command {
+    log::start(if matches!(command, Command::Serve(_)) { serve::LOG_LEVEL } else { "warn" });
+    let result = match command {
+        Command::Serve(args) => serve::run(&args),
         Command::Demo(args) => demo::run(&args),
         Command::Probe(args) => probe::run(&args),
         Command::DemoGuest => demo::guest::run().map(|()| ExitCode::SUCCESS),
     };
-    result.unwrap_or_else(|error| {
-        eprintln!("ringpass: {error:#}");
-        ExitCode::FAILURE
-    })
+    log::exit_code("ringpass", result)
 }

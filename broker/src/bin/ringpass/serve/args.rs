@@ -1,0 +1,305 @@
+//! The options of `ringpass serve` and `vhost-user-ringpass`.
+
+use std::os::fd::RawFd;
+use std::path::PathBuf;
+use std::thread;
+use std::time::Duration;
+
+use anyhow::Context;
+use clap::{Args, ValueEnum};
+use ringpass_broker::disk::{DirectIo, DiskConfig, StartUp};
+use ringpass_broker::vhost_user::{Server, ServerError};
+use ringpass_broker::virtio_blk::Serial;
+
+/// vhost-user numbers queues with a byte.
+const QUEUES_MAX: u16 = 256;
+/// Front-ends that give each vCPU a queue refuse a device with fewer; more cost next to nothing.
+const QUEUES_MIN_BY_DEFAULT: u16 = 4;
+/// Longer polling would be a mistake in the unit.
+const POLL_MAX_US: u64 = 1_000_000;
+/// CPUs that Linux can have on the largest machines.
+const CPU_MAX: usize = 8191;
+
+/// Serve a disk to a virtual machine, as a vhost-user-blk device.
+///
+/// Any VMM with vhost-user can use it (QEMU: `-device vhost-user-blk-pci`), and the guest sees an ordinary virtio-blk disk.
+/// SIGTERM ends it when I/O has finished; SIGHUP has it look at the size of the disk, after a resize. Logs go to standard
+/// error; RUST_LOG sets their level (error, warn, info, debug).
+#[derive(Debug, Args)]
+pub(crate) struct ServeArgs {
+    /// Print what this program can do, as JSON for management software, and end.
+    #[arg(long, exclusive = true)]
+    print_capabilities: bool,
+
+    /// Unix socket to listen on. A file that an ended server left there is replaced.
+    #[arg(long, value_name = "PATH", required_unless_present_any = ["print_capabilities", "fd"], conflicts_with = "fd")]
+    socket_path: Option<PathBuf>,
+
+    /// Number of an open file descriptor: a Unix socket that listens, or one that is connected to the front-end.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(i32).range(0..))]
+    fd: Option<RawFd>,
+
+    /// Disk image or block device to serve.
+    #[arg(long, value_name = "FILE", required_unless_present = "print_capabilities")]
+    blk_file: Option<PathBuf>,
+
+    /// Refuse all writes. Several servers can share a read-only disk.
+    #[arg(long)]
+    read_only: bool,
+
+    /// Queues that a front-end can use at most [default: the number of CPUs, but 4 at least].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=i64::from(QUEUES_MAX)))]
+    num_queues: Option<u16>,
+
+    /// Requests in a queue at most: a power of two.
+    #[arg(long, value_name = "N", default_value_t = 256, value_parser = queue_size)]
+    queue_size: u16,
+
+    /// Bytes of a block as the guest sees it: a power of two [default: that of the disk].
+    #[arg(long, value_name = "BYTES", value_parser = logical_block)]
+    logical_block_size: Option<u32>,
+
+    /// Serial number that the guest sees: up to 20 characters.
+    #[arg(long, value_name = "TEXT", default_value = "", hide_default_value = true)]
+    serial: Serial,
+
+    /// Whether to bypass the host's page cache.
+    #[arg(long, value_enum, value_name = "WHEN", default_value_t = DirectIoArg::Auto)]
+    direct_io: DirectIoArg,
+
+    /// How long to look for requests after the last one before sleeping, in microseconds. 0: never look.
+    #[arg(long, value_name = "N", default_value_t = 32, value_parser = clap::value_parser!(u64).range(..=POLL_MAX_US))]
+    poll_us: u64,
+
+    /// CPUs for the threads that do I/O, for example 2,4-6: one thread for each. Without it there are as many as CPUs, or as
+    /// queues, if those are fewer.
+    #[arg(long, value_name = "LIST", value_parser = cpu_list)]
+    cpus: Option<CpuList>,
+
+    /// Start although another process has the disk, and wait for it: for the destination of a live migration.
+    #[arg(long, conflicts_with = "lock_wait_s")]
+    incoming: bool,
+
+    /// How long to wait for another process that has the disk before giving up, in seconds. I/O that a killed server left
+    /// is always waited for, and answers the front-end meanwhile.
+    #[arg(long, value_name = "N", default_value_t = 10, value_parser = clap::value_parser!(u64).range(..=86_400))]
+    lock_wait_s: u64,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum DirectIoArg {
+    /// Fail if the file system cannot.
+    On,
+    /// Use the page cache.
+    Off,
+    /// Bypass it where the file system can.
+    Auto,
+}
+
+/// The CPUs of a list such as `2,4-6`, in its order.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct CpuList(Vec<usize>);
+
+/// Where front-ends come from.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Socket<'a> {
+    Path(&'a PathBuf),
+    Inherited(RawFd),
+}
+
+impl Socket<'_> {
+    pub(super) fn serve(&self) -> Result<Server, ServerError> {
+        match self {
+            Self::Path(path) => Server::bind(path),
+            Self::Inherited(fd) => Server::from_inherited_fd(*fd),
+        }
+    }
+}
+
+impl ServeArgs {
+    pub(super) fn print_capabilities(&self) -> bool {
+        self.print_capabilities
+    }
+
+    pub(super) fn socket(&self) -> anyhow::Result<Socket<'_>> {
+        let path = self.socket_path.as_ref().map(Socket::Path);
+        path.or(self.fd.map(Socket::Inherited)).context("neither --socket-path nor --fd is given")
+    }
+
+    pub(super) fn disk_config(&self) -> anyhow::Result<DiskConfig> {
+        let path = self.blk_file.as_ref().context("--blk-file is not given")?;
+        let direct_io = match self.direct_io {
+            DirectIoArg::On => DirectIo::On,
+            DirectIoArg::Off => DirectIo::Off,
+            DirectIoArg::Auto => DirectIo::Auto,
+        };
+        Ok(DiskConfig { read_only: self.read_only, direct_io, ..DiskConfig::new(path) })
+    }
+
+    pub(super) fn start_up(&self) -> StartUp {
+        if self.incoming { StartUp::Incoming } else { StartUp::Grace(Duration::from_secs(self.lock_wait_s)) }
+    }
+
+    pub(super) fn num_queues(&self) -> u16 {
+        self.num_queues.unwrap_or_else(|| {
+            let cpus = thread::available_parallelism().map_or(1, usize::from);
+            u16::try_from(cpus).unwrap_or(QUEUES_MAX).clamp(QUEUES_MIN_BY_DEFAULT, QUEUES_MAX)
+        })
+    }
+
+    pub(super) fn queue_size(&self) -> u16 {
+        self.queue_size
+    }
+
+    pub(super) fn logical_block_bytes(&self) -> Option<u32> {
+        self.logical_block_size
+    }
+
+    pub(super) fn serial(&self) -> Serial {
+        self.serial
+    }
+
+    pub(super) fn poll_time(&self) -> Duration {
+        Duration::from_micros(self.poll_us)
+    }
+
+    pub(super) fn cpus(&self) -> &[usize] {
+        self.cpus.as_ref().map_or(&[], |list| &list.0)
+    }
+
+    pub(super) fn workers(&self) -> Option<usize> {
+        self.cpus.as_ref().map(|list| list.0.len())
+    }
+}
+
+fn queue_size(text: &str) -> Result<u16, String> {
+    match text.parse::<u16>() {
+        Ok(entries) if entries.is_power_of_two() && (4..=32768).contains(&entries) => Ok(entries),
+        _ => Err("must be a power of two from 4 to 32768; VMMs use 128 to 1024".into()),
+    }
+}
+
+fn logical_block(text: &str) -> Result<u32, String> {
+    match text.parse::<u32>() {
+        Ok(bytes) if bytes.is_power_of_two() && (512..=65536).contains(&bytes) => Ok(bytes),
+        _ => Err("must be a power of two from 512 to 65536; guests know 512 and 4096".into()),
+    }
+}
+
+fn cpu_list(text: &str) -> Result<CpuList, String> {
+    let bad = || format!("must be numbers of CPUs up to {CPU_MAX}, each once, such as 2,4-6");
+    let number = |text: &str| text.parse::<usize>().ok().filter(|&cpu| cpu <= CPU_MAX).ok_or_else(bad);
+    let mut cpus = Vec::new();
+    for part in text.split(',') {
+        let (first, last) = part.split_once('-').unwrap_or((part, part));
+        let range = number(first)?..=number(last)?;
+        if range.is_empty() || range.clone().any(|cpu| cpus.contains(&cpu)) {
+            return Err(bad());
+        }
+        cpus.extend(range);
+    }
+    Ok(CpuList(cpus))
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Debug, Parser)]
+    struct Program {
+        #[command(flatten)]
+        serve: ServeArgs,
+    }
+
+    fn parse(further: &[&str]) -> Result<ServeArgs, String> {
+        let arguments = ["program"].iter().chain(further);
+        Program::try_parse_from(arguments).map(|program| program.serve).map_err(|error| error.to_string())
+    }
+
+    fn with(further: &[&str]) -> Result<ServeArgs, String> {
+        parse(&[&["--socket-path", "s", "--blk-file", "f"], further].concat())
+    }
+
+    #[test]
+    fn a_socket_and_a_disk_are_enough() {
+        let args = with(&[]).unwrap();
+        assert_eq!(args.socket().unwrap(), Socket::Path(&"s".into()));
+        assert_eq!(args.disk_config().unwrap(), DiskConfig::new("f"));
+        assert_eq!(args.start_up(), StartUp::Grace(Duration::from_secs(10)));
+        assert!((QUEUES_MIN_BY_DEFAULT..=QUEUES_MAX).contains(&args.num_queues()));
+        assert_eq!((args.queue_size(), args.logical_block_bytes()), (256, None));
+        assert_eq!((args.cpus(), args.workers()), (&[][..], None));
+        assert_eq!(args.serial().as_bytes(), &[0; 20]);
+    }
+
+    #[test]
+    fn every_option_arrives() {
+        let args = parse(&[
+            "--fd=7",
+            "--blk-file=f",
+            "--read-only",
+            "--num-queues=2",
+            "--queue-size=1024",
+            "--logical-block-size=4096",
+            "--serial=abc",
+            "--direct-io=on",
+            "--poll-us=0",
+            "--cpus=3,0-1",
+            "--incoming",
+        ])
+        .unwrap();
+        assert_eq!(args.socket().unwrap(), Socket::Inherited(7));
+        let disk = DiskConfig { read_only: true, direct_io: DirectIo::On, ..DiskConfig::new("f") };
+        assert_eq!(args.disk_config().unwrap(), disk);
+        assert_eq!((args.num_queues(), args.queue_size(), args.logical_block_bytes()), (2, 1024, Some(4096)));
+        assert!(args.serial().as_bytes().starts_with(b"abc\0"));
+        assert_eq!(args.poll_time(), Duration::ZERO);
+        assert_eq!((args.cpus(), args.workers()), (&[3, 0, 1][..], Some(3)));
+        assert_eq!(args.start_up(), StartUp::Incoming);
+    }
+
+    #[test]
+    fn capabilities_need_no_other_option_and_allow_none() {
+        assert!(parse(&["--print-capabilities"]).unwrap().print_capabilities());
+        assert!(parse(&["--print-capabilities", "--read-only"]).is_err());
+    }
+
+    #[test]
+    fn what_is_missing_or_contradicts_is_named() {
+        for (arguments, named) in [
+            (&["--blk-file=f"][..], "--socket-path"),
+            (&["--socket-path=s"], "--blk-file"),
+            (&["--socket-path=s", "--fd=3", "--blk-file=f"], "--fd"),
+            (&["--socket-path=s", "--blk-file=f", "--incoming", "--lock-wait-s=1"], "--lock-wait-s"),
+        ] {
+            let message = parse(arguments).unwrap_err();
+            assert!(message.contains(named), "{arguments:?}: {message}");
+        }
+    }
+
+    #[test]
+    fn values_out_of_range_are_refused_with_the_range() {
+        for (argument, expected) in [
+            ("--num-queues=0", "1..=256"),
+            ("--num-queues=257", "1..=256"),
+            ("--queue-size=2", "from 4 to 32768"),
+            ("--queue-size=300", "a power of two"),
+            ("--queue-size=65536", "from 4 to 32768"),
+            ("--logical-block-size=256", "from 512 to 65536"),
+            ("--logical-block-size=1000", "a power of two"),
+            ("--serial=123456789012345678901", "room for 20"),
+            ("--direct-io=maybe", "possible values: on, off, auto"),
+            ("--poll-us=2000000", "0..=1000000"),
+            ("--fd=-1", "--fd"),
+            ("--cpus=", "numbers of CPUs"),
+            ("--cpus=3-1", "numbers of CPUs"),
+            ("--cpus=1,1", "each once"),
+            ("--cpus=0-99999999999", "up to 8191"),
+        ] {
+            let message = with(&[argument]).unwrap_err();
+            assert!(message.contains(expected), "{argument}: {message}");
+        }
+    }
+}

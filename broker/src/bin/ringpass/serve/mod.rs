@@ -1,0 +1,154 @@
+//! `ringpass serve`: a vhost-user-blk back-end. One process serves one disk to one front-end at a time.
+
+mod args;
+mod disk_source;
+mod refusal;
+
+use std::io::Write;
+use std::process::ExitCode;
+use std::sync::{Arc, OnceLock};
+
+use anyhow::{Context, ensure};
+use nix::sys::signal::{SigSet, Signal};
+use ringpass_broker::disk::{Capabilities, Disk, DiskLease, LocatedDisk};
+use ringpass_broker::engine::{Engine, EngineConfig, EngineControl};
+use ringpass_broker::limits;
+use ringpass_broker::vhost_user::{ServerHandle, Signals};
+use ringpass_broker::virtio_blk::{BlkConfig, BlkParameters, DiscardLimits, WriteZeroesLimits};
+
+pub(crate) use args::ServeArgs;
+use disk_source::LeasedDisk;
+
+/// What a server logs if nobody says otherwise: front-ends that come and go, and trouble.
+pub(crate) const LOG_LEVEL: &str = "info";
+
+/// The unit of limits in virtio-blk.
+const SECTOR_BYTES: u64 = 512;
+
+/// Runs `ringpass serve` until SIGTERM or SIGINT, or until the connection that was passed with `--fd` ends.
+///
+/// # Errors
+///
+/// Start-up fails, or the server cannot go on.
+pub(crate) fn run(args: &ServeArgs) -> anyhow::Result<ExitCode> {
+    if args.print_capabilities() {
+        let capabilities = serde_json::json!({ "type": "block", "features": ["read-only", "blk-file"] });
+        writeln!(std::io::stdout(), "{capabilities}").context("cannot write the capabilities")?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    // Before there are other threads, which inherit this.
+    let signals = Signals::block().context("cannot block signals")?;
+    if let Err(error) = limits::raise_open_files() {
+        tracing::warn!(%error, "cannot raise the limit of open files: a front-end with much memory may be refused");
+    }
+
+    let located = Arc::new(Disk::locate(&args.disk_config()?)?);
+    let device = BlkConfig::new(parameters(args, &located)?)?;
+    disk_source::cap_growth(&located, located.size_bytes())?;
+
+    let connections = Arc::new(Connections::default());
+    let lease = Arc::new(lease(located.clone(), connections.clone())?);
+    let config =
+        EngineConfig { device, poll_time: args.poll_time(), workers: args.workers(), cpus: args.cpus().to_vec() };
+    let mut engine = Engine::new(config, |control| {
+        // Nobody else sets it.
+        let _ = connections.engine.set(control);
+        Ok(Box::new(LeasedDisk::new(lease.clone())))
+    })
+    .map_err(refusal::explain)?;
+    interruptible(|| Ok(lease.start_up(args.start_up())?))?;
+
+    let server = args.socket()?.serve()?;
+    let handle = server.handle();
+    // Nobody else sets it.
+    let _ = connections.server.set(handle.clone());
+    signals.spawn(handle).context("cannot start the thread for signals")?;
+    tracing::info!(
+        disk = ?located.path(),
+        size_bytes = located.size_bytes(),
+        read_only = located.is_read_only(),
+        direct_io = located.is_direct_io(),
+        queues = device.num_queues(),
+        queue_size = device.queue_size(),
+        "waiting for a front-end"
+    );
+    let result = server.run(&mut engine);
+    engine.shutdown();
+    result?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Who is to be told of the disk, once they are there.
+#[derive(Default)]
+struct Connections {
+    engine: OnceLock<EngineControl>,
+    server: OnceLock<ServerHandle>,
+}
+
+/// A lease that gives the disk to the engine, and has a changed size told to the guest.
+fn lease(located: Arc<LocatedDisk>, connections: Arc<Connections>) -> anyhow::Result<DiskLease> {
+    DiskLease::new(located.clone(), move |disk| {
+        // Whoever had the disk until now may have resized it.
+        if let Err(error) = disk_source::cap_growth(&located, disk.size_bytes()) {
+            tracing::warn!(%error, "writes to the end of the disk will fail");
+        }
+        let has_other_size = connections.engine.get().is_some_and(|engine| engine.set_disk(&disk));
+        if let (true, Some(server)) = (has_other_size, connections.server.get()) {
+            server.announce_capacity();
+        }
+    })
+    .context("cannot start the thread that waits for the disk")
+}
+
+/// Waits for something that nothing has to be undone for: SIGTERM and SIGINT end the process there and then.
+fn interruptible<T>(wait: impl FnOnce() -> anyhow::Result<T>) -> anyhow::Result<T> {
+    let ending: SigSet = [Signal::SIGTERM, Signal::SIGINT].into_iter().collect();
+    ending.thread_unblock().context("cannot unblock signals")?;
+    let result = wait();
+    ending.thread_block().context("cannot block signals")?;
+    result
+}
+
+/// The device that the guest is to see.
+fn parameters(args: &ServeArgs, disk: &LocatedDisk) -> anyhow::Result<BlkParameters> {
+    let own_bytes = disk.logical_block_bytes();
+    let logical_block_bytes = args.logical_block_bytes().unwrap_or(own_bytes);
+    ensure!(
+        logical_block_bytes >= own_bytes,
+        "--logical-block-size {logical_block_bytes} is less than the {own_bytes} bytes in which {:?} must be read and \
+         written: leave the option out, or turn direct I/O off if this is a file",
+        disk.path()
+    );
+    ensure!(
+        disk.size_bytes().is_multiple_of(logical_block_bytes.into()),
+        "disk {:?} has {} bytes, which is no multiple of --logical-block-size {logical_block_bytes}: a guest could not \
+         reach the end of it. Use a smaller block or change the size of the disk",
+        disk.path(),
+        disk.size_bytes()
+    );
+    let Capabilities { punch_hole, zero_range } = disk.capabilities();
+    Ok(BlkParameters {
+        size_bytes: disk.size_bytes(),
+        logical_block_bytes,
+        physical_block_bytes: disk.physical_block_bytes(),
+        read_only: disk.is_read_only(),
+        num_queues: args.num_queues(),
+        queue_size: args.queue_size(),
+        serial: args.serial(),
+        discard: punch_hole.map(|limits| DiscardLimits {
+            max_sectors: sectors(limits.max_bytes),
+            alignment_sectors: sectors(limits.alignment_bytes.into()),
+        }),
+        write_zeroes: zero_range.map(|zero_range| {
+            let max_bytes = [Some(zero_range), punch_hole].into_iter().flatten().map(|limits| limits.max_bytes).min();
+            WriteZeroesLimits {
+                max_sectors: sectors(max_bytes.unwrap_or(zero_range.max_bytes)),
+                may_unmap: punch_hole.is_some(),
+            }
+        }),
+    })
+}
+
+fn sectors(bytes: u64) -> u32 {
+    u32::try_from(bytes / SECTOR_BYTES).unwrap_or(u32::MAX)
+}

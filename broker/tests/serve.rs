@@ -1,0 +1,321 @@
+//! `ringpass serve` and `vhost-user-ringpass` as whoever starts them meets them: the conventions for the programs of
+//! vhost-user back-ends, and what happens when start-up fails.
+
+use std::fs::{self, File};
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::sync::mpsc::{Receiver, channel};
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::libc;
+use ringpass_broker::disk::{Disk, DiskConfig};
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::Value;
+use tempfile::TempDir;
+
+/// Longer than anything takes on a machine with other work.
+const LIMIT: Duration = Duration::from_secs(60);
+
+/// Both programs, with the words that come before the options.
+const PROGRAMS: [(&str, &[&str]); 2] =
+    [(env!("CARGO_BIN_EXE_ringpass"), &["serve"]), (env!("CARGO_BIN_EXE_vhost-user-ringpass"), &[])];
+
+/// A directory with a disk image of 1 MiB.
+struct Place(TempDir);
+
+impl Place {
+    fn new() -> Self {
+        let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+        File::create(directory.path().join("disk.img")).unwrap().set_len(1 << 20).unwrap();
+        Self(directory)
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    /// A program with these options, in this directory.
+    fn command(&self, program: (&str, &[&str]), options: &[&str]) -> Command {
+        let mut command = Command::new(program.0);
+        command.args(program.1).args(options).current_dir(self.0.path()).stdin(Stdio::null());
+        command.env_remove("RUST_LOG");
+        command
+    }
+
+    /// `ringpass serve` on the image.
+    fn serve(&self, options: &[&str]) -> Command {
+        self.command(PROGRAMS[0], &[&["--blk-file", "disk.img"], options].concat())
+    }
+
+    /// The refusal: one line.
+    fn refusal(&self, options: &[&str]) -> String {
+        one_line_of_failure(self.serve(options).env("RUST_LOG", "off").output().unwrap())
+    }
+}
+
+fn one_line_of_failure(output: Output) -> String {
+    let text = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{text}");
+    assert!(output.stdout.is_empty());
+    assert_eq!(text.lines().count(), 1, "{text}");
+    assert!(text.starts_with("ringpass: "), "{text}");
+    text
+}
+
+fn assert_has(text: &str, parts: &[&str]) {
+    for part in parts {
+        assert!(text.contains(part), "{part:?} is missing in: {text}");
+    }
+}
+
+/// A running server; killed when dropped.
+struct Running {
+    child: Child,
+    lines: Receiver<String>,
+}
+
+impl Running {
+    fn start(command: &mut Command) -> Self {
+        let mut child = command.stderr(Stdio::piped()).stdout(Stdio::null()).spawn().unwrap();
+        let (sender, lines) = channel();
+        let stderr = BufReader::new(child.stderr.take().unwrap());
+        std::thread::spawn(move || {
+            for line in stderr.lines().map_while(Result::ok) {
+                let _ = sender.send(line);
+            }
+        });
+        Self { child, lines }
+    }
+
+    /// Waits for a line of the log.
+    fn wait_for(&self, text: &str) -> String {
+        let mut before = Vec::new();
+        loop {
+            match self.lines.recv_timeout(LIMIT) {
+                Ok(line) if line.contains(text) => return line,
+                Ok(line) => before.push(line),
+                Err(error) => panic!("{text:?} does not come ({error}): {before:?}"),
+            }
+        }
+    }
+
+    fn signal(&self, signal: Signal) {
+        kill_process(Pid::from_child(&self.child), signal).unwrap();
+    }
+
+    fn end(&mut self) -> ExitStatus {
+        let started = Instant::now();
+        loop {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                return status;
+            }
+            assert!(started.elapsed() < LIMIT, "the server does not end");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        // It may have ended already.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// As a container's seccomp filter does by default: `io_uring_setup(2)` fails with `EPERM` in this process from now on.
+fn forbid_io_uring() -> io::Result<()> {
+    let statement = |code: u32, jt, jf, k| libc::sock_filter { code: code as u16, jt, jf, k };
+    let mut filter = [
+        statement(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0, 0), // seccomp_data.nr
+        statement(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, 0, 1, libc::SYS_io_uring_setup as u32),
+        statement(libc::BPF_RET | libc::BPF_K, 0, 0, libc::SECCOMP_RET_ERRNO | libc::EPERM as u32),
+        statement(libc::BPF_RET | libc::BPF_K, 0, 0, libc::SECCOMP_RET_ALLOW),
+    ];
+    let program = libc::sock_fprog { len: filter.len() as u16, filter: filter.as_mut_ptr() };
+    // SAFETY: the call takes four integers and sets a flag of this thread.
+    Errno::result(unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) })?;
+    // SAFETY: the kernel copies the filter, which is alive during the call.
+    Errno::result(unsafe { libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &program) })?;
+    Ok(())
+}
+
+/// VHOST_USER_GET_FEATURES: a header of three little-endian words, without a body.
+fn is_answered(mut socket: &UnixStream) -> bool {
+    socket.set_read_timeout(Some(LIMIT)).unwrap();
+    let header: Vec<u8> = [1_u32, 1, 0].iter().flat_map(|word| word.to_le_bytes()).collect();
+    socket.write_all(&header).unwrap();
+    let mut answer = [0; 20];
+    socket.read_exact(&mut answer).is_ok() && answer[..4] == [1, 0, 0, 0]
+}
+
+#[test]
+fn capabilities_are_json_and_need_no_other_option() {
+    let place = Place::new();
+    for program in PROGRAMS {
+        let output = place.command(program, &["--print-capabilities"]).output().unwrap();
+        assert!(output.status.success());
+        assert!(output.stderr.is_empty(), "{}", String::from_utf8_lossy(&output.stderr));
+        let printed: Value = serde_json::from_slice(&output.stdout).unwrap();
+        assert_eq!(printed, serde_json::json!({ "type": "block", "features": ["read-only", "blk-file"] }));
+    }
+}
+
+#[test]
+fn the_descriptor_names_the_program_that_is_built() {
+    let text = fs::read_to_string(
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("share/qemu/vhost-user/50-vhost-user-ringpass.json"),
+    )
+    .unwrap();
+    let descriptor: Value = serde_json::from_str(&text).unwrap();
+    assert_eq!(descriptor["type"], "block");
+    assert!(descriptor["description"].is_string());
+    let binary = Path::new(descriptor["binary"].as_str().unwrap());
+    assert!(binary.is_absolute());
+    assert_eq!(binary.file_name(), Path::new(PROGRAMS[1].0).file_name());
+    let known = ["description", "type", "binary", "tags"];
+    assert!(descriptor.as_object().unwrap().keys().all(|key| known.contains(&key.as_str())), "{text}");
+}
+
+#[test]
+fn both_programs_answer_and_end_on_a_signal_without_leaving_a_socket() {
+    for (program, signal) in PROGRAMS.into_iter().zip([Signal::TERM, Signal::INT]) {
+        let place = Place::new();
+        let mut command = place.command(program, &["--socket-path", "s", "--blk-file", "disk.img"]);
+        let mut running = Running::start(&mut command);
+        running.wait_for("waiting for a front-end");
+        let front_end = UnixStream::connect(place.path("s")).unwrap();
+        assert!(is_answered(&front_end));
+        running.signal(signal);
+        assert_eq!(running.end().code(), Some(0));
+        assert!(!place.path("s").exists());
+        // The disk is free again.
+        Disk::open(&DiskConfig { lock_wait: Some(LIMIT), ..DiskConfig::new(place.path("disk.img")) }).unwrap();
+    }
+}
+
+#[test]
+fn a_listening_socket_can_be_passed() {
+    let place = Place::new();
+    let listener = UnixListener::bind(place.path("s")).unwrap();
+    let mut running = Running::start(place.serve(&["--fd", "0"]).stdin(OwnedFd::from(listener)));
+    for _ in 0..2 {
+        assert!(is_answered(&UnixStream::connect(place.path("s")).unwrap()));
+    }
+    running.signal(Signal::TERM);
+    assert_eq!(running.end().code(), Some(0));
+    assert!(place.path("s").exists(), "whoever made the socket removes it");
+}
+
+#[test]
+fn a_server_on_a_connected_socket_ends_with_its_front_end() {
+    let place = Place::new();
+    let (front_end, back_end) = UnixStream::pair().unwrap();
+    let mut running = Running::start(place.serve(&["--fd", "0"]).stdin(OwnedFd::from(back_end)));
+    assert!(is_answered(&front_end));
+    drop(front_end);
+    assert_eq!(running.end().code(), Some(0));
+}
+
+#[test]
+fn a_socket_that_an_ended_server_left_is_replaced() {
+    let place = Place::new();
+    drop(UnixListener::bind(place.path("s")).unwrap());
+    let running = Running::start(&mut place.serve(&["--socket-path", "s"]));
+    running.wait_for("waiting for a front-end");
+    assert!(is_answered(&UnixStream::connect(place.path("s")).unwrap()));
+}
+
+#[test]
+fn a_start_that_fails_says_why_in_one_line() {
+    let place = Place::new();
+    let _used = UnixListener::bind(place.path("used")).unwrap();
+    File::create(place.path("small.img")).unwrap().set_len(512).unwrap();
+    fs::write(place.path("text"), "x").unwrap();
+    let serve = |options: &[&str]| {
+        let command = place.command(PROGRAMS[0], &[&["--socket-path", "s"], options].concat()).output();
+        one_line_of_failure(command.unwrap())
+    };
+    assert_has(&serve(&["--blk-file", "none.img"]), &["cannot open disk \"none.img\"", "`truncate -s 10G none.img`"]);
+    assert_has(&serve(&["--blk-file", "."]), &["is a directory: a disk is a regular file or a block device"]);
+    assert_has(&serve(&["--blk-file", "text", "--direct-io", "off"]), &["no multiple of its blocks of 512 bytes"]);
+    assert_has(
+        &serve(&["--blk-file", "small.img", "--direct-io", "off", "--logical-block-size", "4096"]),
+        &["has 512 bytes, which is no multiple of --logical-block-size 4096", "Use a smaller block"],
+    );
+    assert_has(&serve(&["--blk-file", "disk.img", "--cpus", "8000"]), &["CPU 8000"]);
+    assert!(!place.path("s").exists());
+
+    assert_has(&place.refusal(&["--socket-path", "used"]), &["used: another process listens there"]);
+    assert_has(&place.refusal(&["--socket-path", "text"]), &["text: a file that is no socket is in the way"]);
+    assert_has(&place.refusal(&["--socket-path", "no/such/directory"]), &["no/such/directory", "No such file"]);
+    assert_has(&place.refusal(&["--fd", "0"]), &["file descriptor 0 is not a Unix stream socket"]);
+    assert_has(&place.refusal(&["--fd", "77"]), &["file descriptor 77"]);
+    assert_eq!(fs::read(place.path("text")).unwrap(), b"x");
+}
+
+#[test]
+fn a_host_that_forbids_io_uring_is_explained_with_how_to_allow_it() {
+    let place = Place::new();
+    let mut command = place.serve(&["--socket-path", "s"]);
+    // SAFETY: between fork and exec only system calls are made, on memory of the child's own stack.
+    unsafe { command.pre_exec(forbid_io_uring) };
+    let text = one_line_of_failure(command.env("RUST_LOG", "off").output().unwrap());
+    assert_has(
+        &text,
+        &["io_uring cannot be used", "a seccomp filter refuses io_uring_setup", "--security-opt seccomp="],
+    );
+    assert!(!place.path("s").exists());
+}
+
+#[test]
+fn a_bad_option_is_named_with_the_values_that_are_possible() {
+    let place = Place::new();
+    for program in PROGRAMS {
+        let options = ["--socket-path", "s", "--blk-file", "disk.img", "--queue-size", "100"];
+        let output = place.command(program, &options).output().unwrap();
+        assert!(!output.status.success());
+        assert!(output.stdout.is_empty());
+        assert_has(
+            &String::from_utf8(output.stderr).unwrap(),
+            &["'--queue-size <N>'", "a power of two from 4 to 32768"],
+        );
+    }
+}
+
+#[test]
+fn a_disk_that_a_living_process_has_is_refused_after_the_grace_and_the_process_named() {
+    let place = Place::new();
+    let _disk = Disk::open(&DiskConfig::new(place.path("disk.img"))).unwrap();
+    let text = place.refusal(&["--socket-path", "s", "--lock-wait-s", "0"]);
+    assert_has(&text, &["\"disk.img\" is locked", &format!("[{}]", std::process::id())]);
+    assert!(!place.path("s").exists());
+}
+
+#[test]
+fn a_server_that_waits_for_its_disk_ends_on_sigterm() {
+    let place = Place::new();
+    let _disk = Disk::open(&DiskConfig::new(place.path("disk.img"))).unwrap();
+    let mut running = Running::start(&mut place.serve(&["--socket-path", "s", "--lock-wait-s", "3600"]));
+    running.wait_for("is locked");
+    running.signal(Signal::TERM);
+    assert!(!running.end().success());
+}
+
+#[test]
+fn the_destination_of_a_migration_answers_before_it_has_the_disk_and_takes_it_when_it_is_free() {
+    let place = Place::new();
+    let disk = Disk::open(&DiskConfig::new(place.path("disk.img"))).unwrap();
+    let mut running = Running::start(&mut place.serve(&["--socket-path", "s", "--incoming"]));
+    running.wait_for("waiting for a front-end");
+    assert!(is_answered(&UnixStream::connect(place.path("s")).unwrap()));
+    drop(disk);
+    running.wait_for("the disk is locked for us");
+    running.signal(Signal::TERM);
+    assert_eq!(running.end().code(), Some(0));
+}
