@@ -18,6 +18,8 @@
 pub mod direct;
 pub mod disk;
 pub mod engine;
+#[cfg(any(test, feature = "fuzzing"))]
+mod fuzzing;
 pub mod kernel;
 #[cfg(feature = "kvm")]
 pub mod kvm;

@@ -13,6 +13,8 @@ mod chain;
 mod crash;
 mod dirty_log;
 mod error;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzzing;
 mod inflight;
 mod recovery;
 mod rings;

@@ -12,6 +12,7 @@ pub(super) use scene::{HEADER_GPA, INDIRECT_GPA, Scene, TABLE_ENTRIES};
 
 use self::model::Expected;
 use super::{BlkConfig, BlkParameters, DiscardLimits, Parsed, RequestLimits, SegmentList, WriteZeroesLimits, parse};
+use crate::fuzzing::Choices;
 use virtio_queue::desc::split::Descriptor;
 
 /// Where ranges of discard and write zeroes requests are put.
@@ -27,7 +28,7 @@ pub fn parse_chain(bytes: &[u8]) {
 }
 
 fn parse_and_check(bytes: &[u8]) -> Parsed {
-    let mut choices = Choices { bytes };
+    let mut choices = Choices::new(bytes);
     let limits = limits(&mut choices);
     let mut segments = SegmentList::with_capacity([1, 2, 3, 128][choices.below(4)]);
     let mut scene = Scene::new();
@@ -153,30 +154,7 @@ pub(super) fn place(scene: &Scene, head: u16, buffers: &[(u64, u32, bool)], dire
     }
 }
 
-/// Choices made by bytes; when they are used up, always the first.
-struct Choices<'a> {
-    bytes: &'a [u8],
-}
-
 impl Choices<'_> {
-    fn byte(&mut self) -> u8 {
-        match self.bytes.split_first() {
-            Some((&first, rest)) => {
-                self.bytes = rest;
-                first
-            }
-            None => 0,
-        }
-    }
-
-    fn below(&mut self, end: usize) -> usize {
-        usize::from(self.byte()) % end
-    }
-
-    fn number(&mut self) -> u64 {
-        u64::from_le_bytes(std::array::from_fn(|_| self.byte()))
-    }
-
     fn sector(&mut self) -> u64 {
         match self.below(8) {
             0..=4 => 8 * u64::from(self.byte() % 130),

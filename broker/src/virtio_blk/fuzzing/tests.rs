@@ -8,6 +8,7 @@ use proptest::strategy::ValueTree;
 use proptest::test_runner::TestRunner;
 
 use super::*;
+use crate::fuzzing::save_seed;
 
 /// Enough bytes for all choices of a chain.
 const CHOICES_MAX: usize = 100;
@@ -41,7 +42,11 @@ fn the_arbitrary_chains_reach_every_outcome() {
     let mut outcomes = BTreeMap::<String, u32>::new();
     for _ in 0..40_000 {
         let bytes = strategy.new_tree(&mut runner).expect("nothing is filtered").current();
-        *outcomes.entry(outcome(&parse_and_check(&bytes))).or_default() += 1;
+        let outcome = outcome(&parse_and_check(&bytes));
+        if !outcomes.contains_key(&outcome) {
+            save_seed("virtio_blk_request", &outcome, &bytes);
+        }
+        *outcomes.entry(outcome).or_default() += 1;
     }
     eprintln!("{outcomes:#?}");
     let expected = [

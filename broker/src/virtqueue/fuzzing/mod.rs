@@ -1,0 +1,285 @@
+//! Arbitrary in-flight regions and rings, for fuzzers and property tests.
+//!
+//! Bytes become a region as an earlier process, or a hostile front-end, may have left it, and then steps of a driver and
+//! a device, with restarts of the device. What is recovered is compared with a model.
+
+mod model;
+#[cfg(test)]
+mod tests;
+
+use std::collections::VecDeque;
+
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+
+use self::model::Contents;
+use super::inflight::VERSION;
+use super::{InflightQueue, InflightRegion, QueueError, QueueSetup, SplitQueue};
+use crate::fuzzing::Choices;
+
+const DESC_TABLE: u64 = 0;
+const AVAIL_RING: u64 = 0x1000;
+const USED_RING: u64 = 0x2000;
+const MEMORY_BYTES: usize = 0x3000;
+/// The region has entries for this many descriptors; queues have at most as many.
+const SIZE_MAX: u16 = 64;
+
+/// What a run came to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Outcome {
+    pub(super) refused: bool,
+    pub(super) replayed: bool,
+    pub(super) repaired: bool,
+    pub(super) restarted: bool,
+    pub(super) stopped: bool,
+    pub(super) completed: bool,
+}
+
+/// Starts queues from the region that the bytes describe and takes the steps that they describe.
+///
+/// # Panics
+///
+/// If a queue does not go on where the model says, or breaks a rule of its own.
+pub fn inflight_region(bytes: &[u8]) {
+    run(bytes);
+}
+
+fn run(bytes: &[u8]) -> Outcome {
+    let mut choices = Choices::new(bytes);
+    let mut world = World::new(&mut choices);
+    let mut outcome = Outcome::default();
+    world.fill_region(&mut choices);
+    let Some(mut device) = Device::start(&world, &mut outcome) else { return outcome };
+    while !choices.is_empty() {
+        match choices.below(12) {
+            0..=2 => world.make_available(&mut choices),
+            3..=5 => match device.pop(&world) {
+                Ok(()) => {}
+                Err(_) => {
+                    outcome.stopped = true;
+                    return outcome;
+                }
+            },
+            6..=7 => outcome.completed |= device.complete(&mut world, &mut choices),
+            8 => device.notifications(&mut choices),
+            9 => world.write_ring(&mut choices),
+            10 => world.write_region(&mut choices),
+            _ => {
+                outcome.restarted = true;
+                let expected = device.in_flight();
+                match Device::start(&world, &mut outcome) {
+                    Some(next) => {
+                        if !world.is_tampered {
+                            assert_eq!(next.replay, expected, "all that was in flight, in the order of taking");
+                        }
+                        device = next;
+                    }
+                    None => {
+                        assert!(world.is_tampered, "our own region was refused");
+                        return outcome;
+                    }
+                }
+            }
+        }
+    }
+    outcome
+}
+
+/// What outlives the device.
+struct World {
+    memory: GuestMemoryMmap,
+    size: u16,
+    event_idx: bool,
+    region: InflightQueue,
+    avail_idx: u16,
+    /// Somebody wrote what only the device may write.
+    is_tampered: bool,
+}
+
+impl World {
+    fn new(choices: &mut Choices<'_>) -> Self {
+        let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MEMORY_BYTES)]).expect("guest memory");
+        let file = InflightRegion::create(1, SIZE_MAX).expect("a memfd");
+        let region = InflightRegion::from_fd(file.fd, 0, file.size_bytes, 1, SIZE_MAX).expect("our own region");
+        let start = choices.number() as u16;
+        let world = Self {
+            memory,
+            size: 1 << choices.below(7),
+            event_idx: choices.below(2) == 1,
+            region: region.queue(0).expect("its only queue"),
+            avail_idx: start,
+            is_tampered: false,
+        };
+        world.store(USED_RING + 2, start);
+        world.store(AVAIL_RING + 2, start);
+        world
+    }
+
+    /// A region as another may have left it, mostly a good one.
+    fn fill_region(&mut self, choices: &mut Choices<'_>) {
+        let region = &self.region;
+        region.set_version([VERSION, VERSION, VERSION, 0, 2, 0xffff][choices.below(6)]);
+        let behind = if choices.below(8) == 7 { choices.number() as u16 } else { choices.below(4) as u16 };
+        region.set_used_idx(self.load(USED_RING + 2).wrapping_sub(behind));
+        region.set_last_batch_head(head(choices));
+        for n in 0..choices.below(usize::from(self.size) + 1) {
+            let entry = n as u16;
+            region.set_in_flight(entry, choices.below(3) == 0);
+            // Far from the end: a counter that goes round loses the order.
+            region.set_counter(entry, choices.number() >> 1);
+            region.set_next(entry, head(choices));
+        }
+        // The driver made available what is in flight.
+        let in_flight = (0..self.size).filter(|&head| region.is_in_flight(head)).count() as u16;
+        self.avail_idx = self.avail_idx.wrapping_add(in_flight);
+        self.store(AVAIL_RING + 2, self.avail_idx);
+    }
+
+    fn setup(&self) -> QueueSetup {
+        QueueSetup {
+            size: self.size,
+            desc_table: GuestAddress(DESC_TABLE),
+            avail_ring: GuestAddress(AVAIL_RING),
+            used_ring: GuestAddress(USED_RING),
+            next_avail: self.load(USED_RING + 2),
+            event_idx: self.event_idx,
+            used_log_gpa: None,
+            inflight: Some(self.region.clone()),
+        }
+    }
+
+    fn store(&self, gpa: u64, value: u16) {
+        self.memory.write_obj(value.to_le(), GuestAddress(gpa)).expect("inside");
+    }
+
+    fn load(&self, gpa: u64) -> u16 {
+        u16::from_le(self.memory.read_obj(GuestAddress(gpa)).expect("inside"))
+    }
+
+    fn make_available(&mut self, choices: &mut Choices<'_>) {
+        self.store(AVAIL_RING + 4 + 2 * u64::from(self.avail_idx % self.size), head(choices));
+        self.avail_idx = self.avail_idx.wrapping_add(1);
+        self.store(AVAIL_RING + 2, self.avail_idx);
+    }
+
+    /// The driver writes anything anywhere in its rings and its table.
+    fn write_ring(&mut self, choices: &mut Choices<'_>) {
+        let area = [DESC_TABLE, AVAIL_RING, AVAIL_RING, USED_RING][choices.below(4)];
+        let offset = 2 * choices.below(256) as u64;
+        self.is_tampered |= area == USED_RING;
+        self.store(area + offset, choices.number() as u16);
+        self.avail_idx = self.load(AVAIL_RING + 2);
+    }
+
+    /// The front-end writes anything to the region.
+    fn write_region(&mut self, choices: &mut Choices<'_>) {
+        self.is_tampered = true;
+        let value = choices.number();
+        let entry = choices.below(SIZE_MAX.into()) as u16;
+        match choices.below(6) {
+            0 => self.region.set_version(value as u16),
+            1 => self.region.set_used_idx(value as u16),
+            2 => self.region.set_last_batch_head(value as u16),
+            3 => self.region.set_in_flight(entry, value & 1 == 0),
+            4 => self.region.set_counter(entry, value),
+            _ => self.region.set_next(entry, value as u16),
+        }
+    }
+}
+
+/// A head: mostly one of a small queue, now and then one of none.
+fn head(choices: &mut Choices<'_>) -> u16 {
+    match choices.byte() {
+        byte @ 0..=239 => u16::from(byte % 8),
+        byte => u16::from(byte) * 257,
+    }
+}
+
+/// A device process.
+struct Device {
+    queue: SplitQueue,
+    replay: VecDeque<u16>,
+    /// Taken and not given back.
+    taken: Vec<u16>,
+}
+
+impl Device {
+    /// Starts a queue and compares where it goes on with the model. `None`: refused, and the region is as it was.
+    fn start(world: &World, outcome: &mut Outcome) -> Option<Self> {
+        let before = Contents::of(&world.region);
+        let used_idx = world.load(USED_RING + 2);
+        let expected = before.recovered(world.size, used_idx, used_idx);
+        let queue = match SplitQueue::new(world.setup(), &world.memory) {
+            Ok(queue) => queue,
+            Err(error) => {
+                assert!(expected.is_none(), "refused, but the model goes on: {error}");
+                assert_eq!(Contents::of(&world.region), before, "refused, but the region has changed");
+                outcome.refused = true;
+                return None;
+            }
+        };
+        let expected = expected.expect("a region that the model refuses");
+        assert_eq!(queue.next_avail(), expected.next_avail);
+        assert_eq!(usize::from(queue.in_flight()), expected.replay.len());
+        let after = Contents::of(&world.region);
+        assert_eq!((after.version, after.used_idx), (VERSION, used_idx), "the region is of one mind with the ring");
+        outcome.replayed |= !expected.replay.is_empty();
+        outcome.repaired |= before.version == VERSION && before.used_idx != used_idx;
+        Some(Self { queue, replay: expected.replay.into(), taken: Vec::new() })
+    }
+
+    /// Everything in flight, in the order of taking.
+    fn in_flight(&self) -> VecDeque<u16> {
+        // What was taken again was the first to be taken.
+        self.taken.iter().copied().chain(self.replay.iter().copied()).collect()
+    }
+
+    fn pop(&mut self, world: &World) -> Result<(), QueueError> {
+        let before = self.queue.next_avail();
+        let Some(mut chain) = self.queue.pop(&world.memory)? else {
+            assert!(self.replay.is_empty());
+            assert!(!self.queue.has_work());
+            return Ok(());
+        };
+        let head = chain.head();
+        assert!(head < world.size);
+        assert!(!self.taken.contains(&head), "taken twice");
+        assert!(chain.by_ref().count() <= 2 * 1024, "a chain has an end");
+        match self.replay.pop_front() {
+            Some(expected) => assert_eq!((head, self.queue.next_avail()), (expected, before)),
+            None => assert_eq!(self.queue.next_avail(), before.wrapping_add(1)),
+        }
+        assert!(world.is_tampered || world.region.is_in_flight(head), "taken, but not recorded");
+        self.taken.push(head);
+        assert_eq!(usize::from(self.queue.in_flight()), self.taken.len() + self.replay.len());
+        Ok(())
+    }
+
+    /// Gives back one of those taken. False: there is none.
+    fn complete(&mut self, world: &mut World, choices: &mut Choices<'_>) -> bool {
+        if self.taken.is_empty() {
+            return false;
+        }
+        let head = self.taken.remove(choices.below(self.taken.len()));
+        let used_idx = world.load(USED_RING + 2);
+        self.queue.complete(head, 7, None).expect("it is in flight");
+        self.queue.complete(head, 7, None).expect_err("it is not in flight any more");
+        assert!(!world.region.is_in_flight(head));
+        if !world.is_tampered {
+            assert_eq!(world.load(USED_RING + 2), used_idx.wrapping_add(1));
+            assert_eq!(world.load(USED_RING + 4 + 8 * u64::from(used_idx % world.size)), head);
+        }
+        assert_eq!(world.region.used_idx(), world.load(USED_RING + 2));
+        true
+    }
+
+    fn notifications(&mut self, choices: &mut Choices<'_>) {
+        match choices.below(3) {
+            0 => {
+                self.queue.needs_signal();
+                assert!(!self.queue.needs_signal(), "nothing was given back since");
+            }
+            1 => assert_eq!(self.queue.enable_kicks(None), self.queue.has_work()),
+            _ => self.queue.disable_kicks(None),
+        }
+    }
+}

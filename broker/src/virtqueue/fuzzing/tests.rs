@@ -1,0 +1,45 @@
+//! The body as a property test, and the seeds of the fuzzer.
+
+use std::collections::BTreeMap;
+
+use proptest::collection::vec;
+use proptest::prelude::*;
+use proptest::strategy::ValueTree;
+use proptest::test_runner::TestRunner;
+
+use super::*;
+use crate::fuzzing::save_seed;
+
+/// Enough bytes for a region of some entries and some dozens of steps.
+const CHOICES_MAX: usize = 300;
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(2_000))]
+
+    #[test]
+    fn every_region_is_recovered_as_the_model_says(bytes in vec(any::<u8>(), 0..CHOICES_MAX)) {
+        inflight_region(&bytes);
+    }
+}
+
+#[test]
+fn the_arbitrary_regions_reach_every_outcome() {
+    let mut runner = TestRunner::deterministic();
+    let strategy = vec(any::<u8>(), 0..CHOICES_MAX);
+    let mut outcomes = BTreeMap::<Outcome, u32>::new();
+    for _ in 0..4_000 {
+        let bytes = strategy.new_tree(&mut runner).expect("nothing is filtered").current();
+        let outcome = run(&bytes);
+        if !outcomes.contains_key(&outcome) {
+            save_seed("inflight_region", &format!("outcome-{}", outcomes.len()), &bytes);
+        }
+        *outcomes.entry(outcome).or_default() += 1;
+    }
+    eprintln!("{outcomes:#?}");
+    let reached = |is: fn(&Outcome) -> bool| outcomes.keys().any(is);
+    assert!(reached(|outcome| outcome.refused && !outcome.restarted));
+    assert!(reached(|outcome| outcome.replayed && outcome.repaired && outcome.completed));
+    assert!(reached(|outcome| outcome.restarted && outcome.completed && !outcome.stopped));
+    assert!(reached(|outcome| outcome.stopped));
+    assert!(reached(|outcome| *outcome == Outcome::default()));
+}
