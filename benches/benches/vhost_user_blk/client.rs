@@ -17,10 +17,14 @@ use virtio_driver::{VhostUser, VirtioBlkQueue, VirtioBlkTransport, VirtioFeature
 const BLOCK_BYTES: usize = 4096;
 /// Requests before the clock starts: caches and pollers are warm then.
 const WARM_UP: Duration = Duration::from_millis(150);
-/// Features that a Linux guest negotiates with both servers.
-const FEATURES: VirtioFeatureFlags = VirtioFeatureFlags::VERSION_1
+/// Features that a Linux guest negotiates with both servers. Without FLUSH each write would have to be stable at once.
+const FEATURES: u64 = VirtioFeatureFlags::VERSION_1
     .union(VirtioFeatureFlags::RING_EVENT_IDX)
-    .union(VirtioFeatureFlags::RING_INDIRECT_DESC);
+    .union(VirtioFeatureFlags::RING_INDIRECT_DESC)
+    .bits()
+    | VIRTIO_BLK_F_FLUSH;
+/// VIRTIO 1.2, 5.2.3.
+const VIRTIO_BLK_F_FLUSH: u64 = 1 << 9;
 /// No request takes that long: the server hangs.
 const TIME_OUT: Duration = Duration::from_secs(10);
 
@@ -51,7 +55,7 @@ pub(crate) struct Measurement {
 /// Keeps `depth` random 4 KiB requests in flight for `duration`.
 pub(crate) fn measure(socket: &Path, operation: Operation, depth: u16, duration: Duration) -> Result<Measurement> {
     let path = socket.to_str().context("the path of the socket is not UTF-8")?;
-    let mut transport: Box<VirtioBlkTransport> = Box::new(VhostUser::new(path, FEATURES.bits()).context("connecting")?);
+    let mut transport: Box<VirtioBlkTransport> = Box::new(VhostUser::new(path, FEATURES).context("connecting")?);
     let capacity_bytes = transport.get_config().context("reading the configuration")?.capacity.to_native() * 512;
     let blocks = capacity_bytes / BLOCK_BYTES as u64;
     ensure!(blocks > 0, "the disk is empty");

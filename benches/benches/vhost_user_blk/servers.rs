@@ -54,7 +54,7 @@ impl Server for Ringpass {
     fn command(&self, image: &Path, socket: &Path) -> Command {
         let mut command = Command::new(&self.program);
         command.arg("serve").arg("--socket-path").arg(socket).arg("--blk-file").arg(image);
-        command.args(["--num-queues", "1", "--direct-io", "off"]);
+        command.args(["--num-queues", "1", "--direct-io", "off"]).env("RUST_LOG", "warn");
         command
     }
 }
