@@ -5,6 +5,8 @@ use std::{env, path::Path, process::ExitCode};
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
 
+mod fuzz;
+
 // The one reader of the kernel log, compiled here as well: depending on the crate of the tests would mean building the
 // whole workspace before the first check of it can say that it does not build.
 #[path = "../../tests/src/kernel_log.rs"]

@@ -6,7 +6,7 @@ use anyhow::{Context, Result, bail};
 use clap::Args;
 
 use crate::{
-    quiet,
+    fuzz, quiet,
     steps::{self, Steps, cargo},
     test::TestRun,
 };
@@ -42,6 +42,8 @@ enum Work {
         /// The number of cases of each property test (`PROPTEST_CASES`), where it is not proptest's own 256.
         property_cases: Option<u32>,
     },
+    /// The fuzz targets.
+    Fuzz,
     /// The demo's own measurements, which mean something only while nothing else runs.
     Quiet,
 }
@@ -60,12 +62,21 @@ const SOAKS: &[Soak] = &[
         work: Work::Tests { filter: "not (package(ringpass-tests) & kind(test))", property_cases: Some(20_000) },
     },
     Soak {
+        name: "fuzz",
+        what: "the fuzz targets, ten minutes each, from what earlier runs found; a finding prints how to replay it",
+        duration: "an hour",
+        work: Work::Fuzz,
+    },
+    Soak {
         name: "quiet",
         what: "the demo: polling guests within 5 % of the host, without VM exits; on a machine that does nothing else",
         duration: "minutes",
         work: Work::Quiet,
     },
 ];
+
+/// For each target.
+const FUZZ_SECONDS: u64 = 600;
 
 const ALL: &str = "all";
 
@@ -112,6 +123,7 @@ fn run_each(steps: &mut Steps, soaks: &[&'static Soak], options: &Options) -> Re
         let result = steps
             .run(soak.name, || match &soak.work {
                 Work::Tests { filter, property_cases } => tests.run(command(filter, *property_cases, options)),
+                Work::Fuzz => run_fuzz(&tests, options),
                 Work::Quiet => quiet::run(options.seconds),
             })
             .and_then(|()| steps.run("kernel log", || tests.check_kernel_log()));
@@ -119,6 +131,12 @@ fn run_each(steps: &mut Steps, soaks: &[&'static Soak], options: &Options) -> Re
         result?;
     }
     Ok(())
+}
+
+fn run_fuzz(tests: &TestRun, options: &Options) -> Result<()> {
+    tests.run(cargo(&["nextest", "run", "--workspace", "--filterset", fuzz::SEED_TESTS]))?;
+    let seconds = options.seconds.unwrap_or(FUZZ_SECONDS);
+    fuzz::run(tests, &fuzz::Budget { seconds, seed: options.seed, keeps_corpus: true })
 }
 
 fn command(filter: &str, property_cases: Option<u32>, options: &Options) -> Command {
@@ -155,7 +173,7 @@ mod tests {
         assert_eq!(choose("properties").expect("a known name")[0].name, "properties");
         assert_eq!(choose("all").expect("all").len(), SOAKS.len());
         let refusal = choose("night").err().expect("an unknown name").to_string();
-        assert_eq!(refusal, "no soak is called \"night\"; there are end-to-end, properties, quiet and all");
+        assert_eq!(refusal, "no soak is called \"night\"; there are end-to-end, properties, fuzz, quiet and all");
     }
 
     #[test]

@@ -1,11 +1,18 @@
 //! `cargo xtask test`: everything that must hold before a change is taken.
 
-use std::{collections::BTreeSet, fs, io, path::Path, process::Command};
+use std::{
+    collections::BTreeSet,
+    fs,
+    io::{self, Write},
+    path::{Path, PathBuf},
+    process::Command,
+};
 
 use anyhow::{Context, Result, bail};
 use tempfile::TempDir;
 
 use crate::{
+    fuzz,
     kernel_log::KernelLog,
     packages,
     steps::{self, Steps, cargo},
@@ -13,6 +20,8 @@ use crate::{
 
 /// `cargo test` has no watchdog of its own: the whole run ends after this.
 const PLAIN_RUN_LIMIT: &str = "60m";
+/// As long as one can wait for; `cargo xtask soak fuzz` takes its time.
+const FUZZ_BUDGET: fuzz::Budget = fuzz::Budget { seconds: 15, seed: None, keeps_corpus: false };
 
 /// Runs every step; the first that fails ends the task.
 pub(crate) fn run() -> Result<()> {
@@ -27,6 +36,9 @@ pub(crate) fn run() -> Result<()> {
 fn run_steps(steps: &mut Steps) -> Result<()> {
     steps.run("Debian packages", packages::install_missing)?;
     steps.run("format", || steps::run(&mut cargo(&["fmt", "--all", "--check"])))?;
+    steps.run("format of the fuzz targets", || {
+        steps::run(&mut cargo(&["fmt", "--manifest-path", "fuzz/Cargo.toml", "--check"]))
+    })?;
     steps.run("lint", || {
         steps::run(&mut cargo(&["clippy", "--workspace", "--all-targets", "--keep-going", "--", "-D", "warnings"]))
     })?;
@@ -47,7 +59,8 @@ fn run_steps(steps: &mut Steps) -> Result<()> {
             tests.run(test_command)
         })
         .and_then(|()| steps.run("examples in the documentation", || tests.run(doctests())))
-        .and_then(|()| steps.run("kernel log", || tests.check_kernel_log()));
+        .and_then(|()| steps.run("kernel log", || tests.check_kernel_log()))
+        .and_then(|()| steps.run("fuzzing", || fuzz::run(&tests, &FUZZ_BUDGET)));
     tests.print_skipped()?;
     result
 }
@@ -95,7 +108,22 @@ impl TestRun {
 
     /// Runs a command whose tests append what they skip to the file in this variable (see the crate `ringpass-tests`).
     pub(crate) fn run(&self, mut command: Command) -> Result<()> {
-        steps::run(command.env("RINGPASS_SKIP_LOG", self.skip_log()))
+        let command = command.env("RINGPASS_SKIP_LOG", self.skip_log()).env("RINGPASS_FUZZ_SEEDS", self.fuzz_seeds());
+        steps::run(command)
+    }
+
+    /// Counts a test as skipped that is none of Cargo's.
+    pub(crate) fn skip(&self, name: &str, reason: &str) -> Result<()> {
+        let path = self.skip_log();
+        let log = fs::OpenOptions::new().create(true).append(true).open(&path);
+        // One line each: a reason may have several.
+        let line = format!("skipped\t{name}\t{}\n", reason.replace(['\n', '\t'], " "));
+        log.and_then(|mut log| log.write_all(line.as_bytes())).with_context(|| format!("writing {}", path.display()))
+    }
+
+    /// Where the tests save inputs for fuzz targets.
+    pub(crate) fn fuzz_seeds(&self) -> PathBuf {
+        self.directory.path().join("fuzz-seeds")
     }
 
     /// The harness looks at the kernel log around each test. This finds what came late or from other tests.
@@ -131,7 +159,7 @@ impl TestRun {
         Ok(())
     }
 
-    fn skip_log(&self) -> std::path::PathBuf {
+    fn skip_log(&self) -> PathBuf {
         self.directory.path().join("skipped")
     }
 }
@@ -189,6 +217,17 @@ mod tests {
             report.notes.into_iter().collect::<Vec<_>>(),
             [("ran without a look at the kernel log: x".to_owned(), 2)]
         );
+    }
+
+    #[test]
+    fn what_is_skipped_by_hand_is_in_the_report() {
+        let run = TestRun::begin().expect("a directory");
+        run.skip("fuzz::a", "needs this:\n\tand that").expect("a log");
+        run.skip("fuzz::b", "needs this").expect("a log");
+        let report = read_report(&run.skip_log()).expect("two good lines");
+        let reason =
+            |name: &str| report.skipped.iter().find(|(skipped, _)| skipped == name).map(|(_, why)| why.as_str());
+        assert_eq!((reason("fuzz::a"), reason("fuzz::b")), (Some("needs this:  and that"), Some("needs this")));
     }
 
     #[test]

@@ -1,0 +1,4 @@
+//! What a hostile driver made available as a request: any descriptor chain.
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| ringpass_broker::virtio_blk::fuzzing::parse_chain(bytes));
