@@ -37,6 +37,7 @@ pub(super) enum Call {
     SetErr(u16, bool),
     Abandon,
     Reset,
+    RefreshCapacity,
 }
 
 /// A queue that was started.
@@ -208,6 +209,7 @@ impl Device for FakeDevice {
     }
 
     fn refresh_capacity(&mut self) -> Result<bool, Box<dyn Error + Send + Sync>> {
+        self.calls.push(Call::RefreshCapacity);
         Ok(std::mem::take(&mut self.is_resized))
     }
 }

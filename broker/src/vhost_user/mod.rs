@@ -16,8 +16,10 @@ mod backend_channel;
 mod connection;
 mod device;
 mod eventfd;
-#[cfg(test)]
+#[cfg(any(test, feature = "fuzzing"))]
 mod fake;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzzing;
 mod listener;
 mod memory_table;
 pub mod message;

@@ -1,5 +1,8 @@
 //! The socket to one front-end: whole messages with their file descriptors.
 
+#[cfg(test)]
+mod tests;
+
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};

@@ -1,5 +1,8 @@
 //! Where front-ends come from: a socket file of our own, or a socket that was passed to this process.
 
+#[cfg(test)]
+mod tests;
+
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};

@@ -1,0 +1,53 @@
+//! Arbitrary messages, for fuzzers and property tests.
+//!
+//! Each body is a function from bytes, which may be any. A panic is a finding.
+
+mod script;
+#[cfg(test)]
+mod tests;
+
+use super::connection::Message;
+use super::fake::FakeDevice;
+use super::message::{HEADER_BYTES, Header, Request};
+use super::session::Session;
+
+use self::script::{Script, Sent};
+
+/// Takes a header and a body apart that came with some file descriptors.
+pub fn parse_message(bytes: &[u8]) {
+    let Some((header, rest)) = bytes.split_first_chunk::<HEADER_BYTES>() else { return };
+    let Ok(header) = Header::parse(*header) else { return };
+    let Some((fds, body)) = rest.split_first() else { return };
+    let body = &body[..body.len().min(header.body_bytes)];
+    // Printed too: messages must be possible for everything that is refused.
+    match Request::parse(header.request, body, usize::from(*fds)) {
+        Ok(request) => drop(format!("{request:?}")),
+        Err(error) => drop(error.to_string()),
+    }
+}
+
+/// A session with a front-end that sends what the bytes describe: mostly requests in their right form, in any order, with
+/// values that are right, nearly right and wrong.
+///
+/// # Panics
+///
+/// If the device is asked something that its contract excludes.
+pub fn run_session(bytes: &[u8]) {
+    let mut device = FakeDevice::default();
+    let mut session = Session::new(&mut device);
+    for Sent { bytes, fds } in Script::new(bytes) {
+        let Some((header, body)) = bytes.split_first_chunk::<HEADER_BYTES>() else { return };
+        let Ok(header) = Header::parse(*header) else { return };
+        if header.body_bytes != body.len() {
+            return;
+        }
+        match session.handle(Message { header, body: body.to_vec(), fds }) {
+            Ok(Some(reply)) => assert_eq!(reply.request, header.request, "a reply to another request"),
+            Ok(None) => {}
+            Err(error) => {
+                drop(error.to_string());
+                return;
+            }
+        }
+    }
+}

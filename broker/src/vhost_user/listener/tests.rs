@@ -1,0 +1,104 @@
+use std::os::fd::AsRawFd;
+
+use super::*;
+
+fn socket_path() -> (tempfile::TempDir, PathBuf) {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("vhost-user.sock");
+    (directory, path)
+}
+
+#[test]
+fn a_socket_is_removed_with_its_listener() {
+    let (_directory, path) = socket_path();
+    let mut listener = Listener::bind(&path).unwrap();
+    assert!(listener.accept().unwrap().is_none());
+    let _client = UnixStream::connect(&path).unwrap();
+    assert!(listener.accept().unwrap().is_some());
+    drop(listener);
+    assert!(!path.exists());
+}
+
+#[test]
+fn a_socket_that_somebody_else_put_there_is_not_removed() {
+    let (_directory, path) = socket_path();
+    let listener = Listener::bind(&path).unwrap();
+    std::fs::remove_file(&path).unwrap();
+    let _other = UnixListener::bind(&path).unwrap();
+    drop(listener);
+    assert!(path.exists());
+}
+
+#[test]
+fn a_socket_that_nobody_listens_on_is_replaced() {
+    let (_directory, path) = socket_path();
+    drop(UnixListener::bind(&path).unwrap());
+    assert!(path.exists(), "std leaves it");
+    let mut listener = Listener::bind(&path).unwrap();
+    let _client = UnixStream::connect(&path).unwrap();
+    assert!(listener.accept().unwrap().is_some());
+}
+
+#[test]
+fn a_socket_that_somebody_listens_on_is_refused_also_when_their_queue_is_full() {
+    let (_directory, path) = socket_path();
+    let listener = Listener::bind(&path).unwrap();
+    let refused = |path: &Path| Listener::bind(path).map(|_| ()).unwrap_err().to_string();
+    let expected = format!("{}: another process listens there; stop it, or give another path", path.display());
+    assert_eq!(refused(&path), expected);
+    let mut waiting = Vec::new();
+    while let Ok(client) = connect_without_waiting(&path) {
+        waiting.push(client);
+    }
+    assert_eq!(refused(&path), expected);
+    drop(listener);
+}
+
+#[test]
+fn a_file_that_is_no_socket_stays() {
+    let (_directory, path) = socket_path();
+    std::fs::write(&path, "precious").unwrap();
+    let error = Listener::bind(&path).unwrap_err().to_string();
+    assert!(error.ends_with("a file that is no socket is in the way; remove it, or give another path"), "{error}");
+    assert_eq!(std::fs::read(&path).unwrap(), b"precious");
+}
+
+#[test]
+fn a_path_that_cannot_be_is_refused_by_name() {
+    let error = Listener::bind(Path::new("/proc/no-such-directory/socket")).unwrap_err().to_string();
+    assert!(error.starts_with("/proc/no-such-directory/socket: listening there: "), "{error}");
+    let long = PathBuf::from(format!("/tmp/{}", "x".repeat(200)));
+    let error = Listener::bind(&long).unwrap_err().to_string();
+    assert!(error.contains("path must be shorter than SUN_LEN"), "{error}");
+}
+
+#[test]
+fn an_inherited_socket_is_taken_as_what_it_is() {
+    let (_directory, path) = socket_path();
+    let passed = UnixListener::bind(&path).unwrap();
+    let mut listener = Listener::inherited(passed.as_raw_fd()).unwrap();
+    assert!(listener.to_poll().is_some());
+    let _client = UnixStream::connect(&path).unwrap();
+    assert!(listener.accept().unwrap().is_some());
+    drop(listener);
+    assert!(path.exists(), "it is not ours to remove");
+
+    let (passed, _other) = UnixStream::pair().unwrap();
+    let mut connected = Listener::inherited(passed.as_raw_fd()).unwrap();
+    assert!(connected.accept().unwrap().is_some());
+    assert!(connected.accept().unwrap().is_none() && connected.to_poll().is_none(), "there is only one");
+}
+
+#[test]
+fn an_inherited_descriptor_of_another_kind_is_refused() {
+    let (pipe, _) = std::io::pipe().unwrap();
+    let datagram = std::os::unix::net::UnixDatagram::unbound().unwrap();
+    let tcp = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    for fd in [pipe.as_raw_fd(), datagram.as_raw_fd(), tcp.as_raw_fd()] {
+        let error = Listener::inherited(fd).unwrap_err().to_string();
+        let expected = format!("file descriptor {fd} is not a Unix stream socket; pass a listening or a connected one");
+        assert_eq!(error, expected);
+    }
+    let error = Listener::inherited(1_000_000).unwrap_err().to_string();
+    assert_eq!(error, "file descriptor 1000000: Bad file descriptor (os error 9)");
+}

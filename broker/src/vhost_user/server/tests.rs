@@ -1,0 +1,165 @@
+use std::io::{Read, Write};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::path::PathBuf;
+use std::thread::{self, JoinHandle};
+
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
+
+use super::super::fake::{Call, Calls, FakeDevice};
+use super::*;
+
+const GET_FEATURES: u32 = 1;
+const SET_PROTOCOL_FEATURES: u32 = 16;
+const SET_BACKEND_REQ_FD: u32 = 21;
+const BACKEND_REQ_AND_CONFIG: u64 = 1 << 5 | 1 << 9;
+
+/// A server in a thread.
+struct Rig {
+    _directory: tempfile::TempDir,
+    path: PathBuf,
+    handle: ServerHandle,
+    calls: Calls,
+    thread: JoinHandle<Result<(), ServerError>>,
+}
+
+impl Rig {
+    fn start() -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("socket");
+        let server = Server::bind(&path).unwrap();
+        let handle = server.handle();
+        let mut device = FakeDevice::default();
+        device.is_resized = true;
+        let calls = device.calls.clone();
+        let thread = thread::spawn(move || server.run(&mut device));
+        Self { _directory: directory, path, handle, calls, thread }
+    }
+
+    fn connect(&self) -> UnixStream {
+        UnixStream::connect(&self.path).unwrap()
+    }
+
+    /// Ends the server and gives what the device was asked.
+    fn stop(self) -> Vec<Call> {
+        self.handle.stop();
+        self.thread.join().unwrap().unwrap();
+        assert!(!self.path.exists(), "the socket is removed");
+        self.calls.take()
+    }
+}
+
+fn message(request: u32, body: &[u8]) -> Vec<u8> {
+    [[request, 1, body.len() as u32].map(u32::to_ne_bytes).as_flattened(), body].concat()
+}
+
+/// Waits until the server has done what was sent before.
+fn synchronise(stream: &mut UnixStream) {
+    stream.write_all(&message(GET_FEATURES, &[])).unwrap();
+    let mut reply = [0; 20];
+    stream.read_exact(&mut reply).unwrap();
+    assert_eq!(reply[..12], *[GET_FEATURES, 5, 8].map(u32::to_ne_bytes).as_flattened());
+}
+
+fn expect_end(stream: &mut UnixStream) {
+    match stream.read(&mut [0]) {
+        Ok(0) => {}
+        // It was closed with something unread.
+        Err(error) if error.kind() == io::ErrorKind::ConnectionReset => {}
+        other => panic!("the server closes the connection: {other:?}"),
+    }
+}
+
+#[test]
+fn one_front_end_is_served_after_another() {
+    let rig = Rig::start();
+    let mut first = rig.connect();
+    synchronise(&mut first);
+    // The second is connected, waits, and is served when the first is gone.
+    let mut second = rig.connect();
+    second.write_all(&message(GET_FEATURES, &[])).unwrap();
+    synchronise(&mut first);
+    drop(first);
+    let mut reply = [0; 20];
+    second.read_exact(&mut reply).unwrap();
+    assert_eq!(rig.calls.take(), [Call::Abandon, Call::SetMemory(vec![])], "the first one is gone by then");
+    drop(second);
+    rig.stop();
+}
+
+#[test]
+fn a_front_end_that_breaks_the_protocol_is_disconnected_and_the_next_one_served() {
+    let rig = Rig::start();
+    for wrong in [message(1000, &[]), message(8, &[0; 3]), vec![0; 12]] {
+        let mut stream = rig.connect();
+        stream.write_all(&wrong).unwrap();
+        expect_end(&mut stream);
+        synchronise(&mut rig.connect());
+    }
+    rig.stop();
+}
+
+#[test]
+fn the_server_ends_while_it_waits_for_a_front_end() {
+    let calls = Rig::start().stop();
+    assert_eq!(calls, [Call::Reset], "the I/O is waited for");
+}
+
+#[test]
+fn the_server_ends_in_the_middle_of_a_message() {
+    let rig = Rig::start();
+    let mut stream = rig.connect();
+    synchronise(&mut stream);
+    stream.write_all(&message(GET_FEATURES, &[])[..5]).unwrap();
+    let calls = rig.stop();
+    assert_eq!(calls, [Call::Abandon, Call::SetMemory(vec![]), Call::Reset]);
+    expect_end(&mut stream);
+}
+
+#[test]
+fn a_front_end_that_was_passed_connected_is_the_only_one() {
+    let (ours, mut theirs) = UnixStream::pair().unwrap();
+    let server = Server::from_inherited_fd(ours.as_raw_fd()).unwrap();
+    let thread = thread::spawn(move || server.run(&mut FakeDevice::default()));
+    synchronise(&mut theirs);
+    drop(theirs);
+    thread.join().unwrap().unwrap();
+    drop(ours);
+}
+
+#[test]
+fn a_changed_capacity_is_told_to_the_front_end() {
+    let rig = Rig::start();
+    let mut stream = rig.connect();
+    let (channel, mut received) = UnixStream::pair().unwrap();
+    stream.write_all(&message(SET_PROTOCOL_FEATURES, &BACKEND_REQ_AND_CONFIG.to_ne_bytes())).unwrap();
+    let fds: [BorrowedFd<'_>; 1] = [channel.as_fd()];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    assert!(control.push(SendAncillaryMessage::ScmRights(&fds)));
+    let bytes = message(SET_BACKEND_REQ_FD, &[]);
+    rustix::net::sendmsg(&stream, &[io::IoSlice::new(&bytes)], &mut control, SendFlags::empty()).unwrap();
+    drop(channel);
+    synchronise(&mut stream);
+
+    rig.handle.refresh_capacity();
+    let mut told = [0; 12];
+    received.read_exact(&mut told).unwrap();
+    assert_eq!(told, *[2_u32, 1, 0].map(u32::to_ne_bytes).as_flattened());
+
+    // The second time it is the same: nothing is told, and the channel ends with the server.
+    rig.handle.refresh_capacity();
+    synchronise(&mut stream);
+    rig.stop();
+    assert_eq!(received.read(&mut told).unwrap(), 0);
+}
+
+#[test]
+fn a_change_of_the_capacity_is_noticed_without_a_front_end() {
+    let rig = Rig::start();
+    rig.handle.refresh_capacity();
+    let mut stream = rig.connect();
+    synchronise(&mut stream);
+    assert_eq!(rig.calls.take(), [Call::RefreshCapacity]);
+    rig.stop();
+}
