@@ -32,9 +32,9 @@ pub(super) enum Call {
     Start(Started),
     Stop(u16),
     SetEnabled(u16, bool),
-    SetCall(u16, bool),
-    SetKick(u16, bool),
-    SetErr(u16, bool),
+    SetCallFd(u16, bool),
+    SetKickFd(u16, bool),
+    SetErrFd(u16, bool),
     Abandon,
     Reset,
     RefreshCapacity,
@@ -184,17 +184,17 @@ impl Device for FakeDevice {
     }
 
     fn set_call(&mut self, index: u16, call: Option<EventFd>) {
-        self.calls.push(Call::SetCall(index, call.is_some()));
+        self.calls.push(Call::SetCallFd(index, call.is_some()));
         self.started(index).eventfds.call = call;
     }
 
     fn set_kick(&mut self, index: u16, kick: Option<EventFd>) {
-        self.calls.push(Call::SetKick(index, kick.is_some()));
+        self.calls.push(Call::SetKickFd(index, kick.is_some()));
         self.started(index).eventfds.kick = kick;
     }
 
     fn set_err(&mut self, index: u16, err: Option<EventFd>) {
-        self.calls.push(Call::SetErr(index, err.is_some()));
+        self.calls.push(Call::SetErrFd(index, err.is_some()));
         self.started(index).eventfds.err = err;
     }
 

@@ -7,7 +7,7 @@ mod script;
 mod tests;
 
 use super::connection::Message;
-use super::fake::FakeDevice;
+use super::fake::{Call, FakeDevice};
 use super::message::{HEADER_BYTES, Header, Request};
 use super::session::Session;
 
@@ -33,21 +33,29 @@ pub fn parse_message(bytes: &[u8]) {
 ///
 /// If the device is asked something that its contract excludes.
 pub fn run_session(bytes: &[u8]) {
+    calls_of(bytes);
+}
+
+/// What such a session asks of its device, up to its end.
+fn calls_of(bytes: &[u8]) -> Vec<Call> {
     let mut device = FakeDevice::default();
+    let calls = device.calls.clone();
     let mut session = Session::new(&mut device);
     for Sent { bytes, fds } in Script::new(bytes) {
-        let Some((header, body)) = bytes.split_first_chunk::<HEADER_BYTES>() else { return };
-        let Ok(header) = Header::parse(*header) else { return };
+        let Some((header, body)) = bytes.split_first_chunk::<HEADER_BYTES>() else { break };
+        let Ok(header) = Header::parse(*header) else { break };
         if header.body_bytes != body.len() {
-            return;
+            break;
         }
         match session.handle(Message { header, body: body.to_vec(), fds }) {
             Ok(Some(reply)) => assert_eq!(reply.request, header.request, "a reply to another request"),
             Ok(None) => {}
             Err(error) => {
                 drop(error.to_string());
-                return;
+                break;
             }
         }
     }
+    drop(session);
+    calls.take()
 }

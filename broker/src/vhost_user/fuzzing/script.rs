@@ -8,6 +8,7 @@ use rustix::fs::MemfdFlags;
 use vhost::vhost_user::message::FrontendReq as Code;
 
 use super::super::fake::{FEATURES, MAX_QUEUE_SIZE, QUEUES};
+use crate::fuzzing::Choices;
 
 /// The most messages of one script.
 const MESSAGES_MAX: usize = 64;
@@ -35,7 +36,7 @@ const LOGGING: [Code; 2] = [Code::SET_LOG_BASE, Code::SET_FEATURES];
 
 /// The messages that some bytes describe: front-ends' usual sequences, with others in between.
 pub(super) struct Script<'a> {
-    rest: &'a [u8],
+    choices: Choices<'a>,
     messages: usize,
     /// What comes next.
     usual: &'static [Code],
@@ -45,22 +46,15 @@ pub(super) struct Script<'a> {
 
 impl<'a> Script<'a> {
     pub(super) fn new(bytes: &'a [u8]) -> Self {
-        Self { rest: bytes, messages: 0, usual: &OPENING, ring: 0 }
+        Self { choices: Choices::new(bytes), messages: 0, usual: &OPENING, ring: 0 }
     }
 
-    /// The next byte; 0 when there are no more, which is the tame choice everywhere.
     fn byte(&mut self) -> u8 {
-        match self.rest.split_first() {
-            Some((byte, rest)) => {
-                self.rest = rest;
-                *byte
-            }
-            None => 0,
-        }
+        self.choices.byte()
     }
 
     fn pick<T: Copy>(&mut self, from: &[T]) -> T {
-        from[usize::from(self.byte()) % from.len()]
+        from[self.choices.below(from.len())]
     }
 
     /// Mostly the first.
@@ -199,7 +193,7 @@ impl Iterator for Script<'_> {
     type Item = Sent;
 
     fn next(&mut self) -> Option<Sent> {
-        if self.rest.is_empty() || self.messages == MESSAGES_MAX {
+        if self.choices.is_empty() || self.messages == MESSAGES_MAX {
             return None;
         }
         // What every front-end begins with, so that most scripts get somewhere.

@@ -77,7 +77,8 @@ fn eventfds_of_a_started_ring_can_change_at_any_time() {
         rig.kick(0);
         rig.ok(Code::SET_VRING_ERR, file(0), [eventfd()]);
         rig.ok(Code::SET_VRING_CALL, no_file(0), []);
-        let expected = [Call::SetCall(0, true), Call::SetKick(0, true), Call::SetErr(0, true), Call::SetCall(0, false)];
+        let expected =
+            [Call::SetCallFd(0, true), Call::SetKickFd(0, true), Call::SetErrFd(0, true), Call::SetCallFd(0, false)];
         assert_eq!(rig.calls.take(), expected);
     });
 }
