@@ -16,11 +16,14 @@ pub struct ProcessName {
     pub pid: u32,
     /// Its command name: at most 15 bytes, which the process chooses; control characters are replaced.
     pub comm: String,
+    /// It has been killed, and its end waits for something: I/O of its own, as a rule. Its files are still open.
+    pub is_ending: bool,
 }
 
 impl fmt::Display for ProcessName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}[{}]", self.comm, self.pid)
+        write!(f, "{}[{}]", self.comm, self.pid)?;
+        if self.is_ending { f.write_str(" (which is ending)") } else { Ok(()) }
     }
 }
 
@@ -53,7 +56,14 @@ impl Process {
     pub(crate) fn name(&self) -> ProcessName {
         let comm = fs::read(self.dir.join("comm")).unwrap_or_default();
         let comm = printable(String::from_utf8_lossy(&comm).trim_end_matches('\n'));
-        ProcessName { pid: self.pid, comm: if comm.is_empty() { "?".into() } else { comm } }
+        let comm = if comm.is_empty() { "?".into() } else { comm };
+        ProcessName { pid: self.pid, comm, is_ending: self.is_ending() }
+    }
+
+    /// Whether it is on its way out (`exit(2)`, or a SIGKILL that it has not come to yet).
+    fn is_ending(&self) -> bool {
+        let is_exiting = fs::read_to_string(self.dir.join("stat")).is_ok_and(|stat| is_exiting(&stat));
+        is_exiting || self.status().is_some_and(|status| has_pending_kill(&status))
     }
 
     /// The text of `/proc/PID/status`.
@@ -84,6 +94,25 @@ impl Process {
     }
 }
 
+/// Whether the kernel's flags of a process have `PF_EXITING` (`proc_pid_stat(5)`, field 9; `<linux/sched.h>`).
+fn is_exiting(stat: &str) -> bool {
+    const PF_EXITING: u32 = 0x4;
+    // The second field is the name, in parentheses, which can hold anything.
+    let flags =
+        stat.rsplit_once(')').and_then(|(_, fields)| fields.split_ascii_whitespace().nth(6)?.parse::<u32>().ok());
+    flags.is_some_and(|flags| flags & PF_EXITING != 0)
+}
+
+/// Whether SIGKILL is pending, for the thread or the process (`proc_pid_status(5)`).
+fn has_pending_kill(status: &str) -> bool {
+    const SIGKILL_BIT: u64 = 1 << (9 - 1);
+    status
+        .lines()
+        .filter_map(|line| line.strip_prefix("SigPnd:").or_else(|| line.strip_prefix("ShdPnd:")))
+        .filter_map(|mask| u64::from_str_radix(mask.trim(), 16).ok())
+        .any(|mask| mask & SIGKILL_BIT != 0)
+}
+
 fn numbered_entries(dir: &Path) -> impl Iterator<Item = (u32, PathBuf)> + use<> {
     fs::read_dir(dir)
         .into_iter()
@@ -111,6 +140,20 @@ mod tests {
         assert!(own.status().unwrap().contains("VmPin"));
         assert_eq!(own.name().pid, std::process::id());
         assert_ne!(own.name().comm, "?");
+    }
+
+    #[test]
+    fn a_process_that_is_ending_is_known_by_its_flags_or_its_signals() {
+        let stat = |flags| format!("7 (a) (b) D 1 7 7 0 -1 {flags} 118 0 0 0");
+        assert!(is_exiting(&stat(0x40_4004)));
+        assert!(!is_exiting(&stat(0x40_0100)));
+        assert!(!is_exiting("7 (a"));
+        let status =
+            |thread, process| format!("Name:\ta\nSigPnd:\t{thread:016x}\nShdPnd:\t{process:016x}\nSigBlk:\t100\n");
+        assert!(has_pending_kill(&status(0x100, 0)));
+        assert!(has_pending_kill(&status(0, 0x300)));
+        assert!(!has_pending_kill(&status(0x200, 0x4000)));
+        assert!(!Process::with_pid(std::process::id()).is_ending());
     }
 
     #[test]

@@ -1,8 +1,8 @@
 //! What a disk can do besides reading, writing and flushing.
 //!
 //! The disk itself is not tried: `fallocate(2)` waits for direct I/O that is in flight (of a broker that was killed, for
-//! example), and changes the times of the file. So another file of the same file system is, which has no name and is
-//! gone at once.
+//! example), and changes the times of the file. What the usual file systems can is known. On others a file is tried that
+//! has no name and is gone at once; not on all, because its creation waits where the file system is frozen.
 
 use std::fs;
 use std::os::fd::{AsFd, AsRawFd};
@@ -58,11 +58,8 @@ impl Capabilities {
     }
 
     fn of_file(found: &Found, alignment_bytes: u32) -> Self {
-        let trial = unnamed_file_beside(found);
-        let can = |mode: FallocateFlags| match &trial {
-            Some(trial) => fallocate(trial, mode, 0, alignment_bytes.into()).is_ok(),
-            None => usual_modes(found).contains(mode),
-        };
+        let modes = known_modes(found).unwrap_or_else(|| tried_modes(found, alignment_bytes.into()));
+        let can = |mode: FallocateFlags| modes.contains(mode);
         let limits = RangeLimits { max_bytes: FILE_RANGE_MAX_BYTES, alignment_bytes };
         Self { punch_hole: can(PUNCH_HOLE).then_some(limits), zero_range: can(ZERO_RANGE).then_some(limits) }
     }
@@ -94,14 +91,21 @@ fn unnamed_file_beside(found: &Found) -> Option<impl AsFd + use<>> {
     (fstat(&file).ok()?.st_dev == fstat(&found.file).ok()?.st_dev).then_some(file)
 }
 
-/// What the file systems have that people put images on.
-fn usual_modes(found: &Found) -> FallocateFlags {
+fn tried_modes(found: &Found, length_bytes: u64) -> FallocateFlags {
+    let Some(trial) = unnamed_file_beside(found) else { return FallocateFlags::empty() };
+    let tried = [PUNCH_HOLE, ZERO_RANGE].into_iter().filter(|&mode| fallocate(&trial, mode, 0, length_bytes).is_ok());
+    tried.fold(FallocateFlags::empty(), FallocateFlags::union)
+}
+
+/// What the file systems have that people put images on. ext4 lacks `ZERO_RANGE` for files without extents, which it says
+/// when it is asked to.
+fn known_modes(found: &Found) -> Option<FallocateFlags> {
     /// `statfs(2)`: ext4, XFS, btrfs, F2FS, bcachefs.
     const HAVE_BOTH: [i64; 5] = [0xef53, 0x5846_5342, 0x9123_683e, 0xf2f5_2010, 0xca45_1a4e];
-    match fstatfs(&found.file).map(|found| found.f_type) {
-        Ok(magic) if HAVE_BOTH.contains(&magic) => PUNCH_HOLE | ZERO_RANGE,
-        Ok(TMPFS_MAGIC) => PUNCH_HOLE,
-        _ => FallocateFlags::empty(),
+    match fstatfs(&found.file).ok()?.f_type {
+        magic if HAVE_BOTH.contains(&magic) => Some(PUNCH_HOLE | ZERO_RANGE),
+        TMPFS_MAGIC => Some(PUNCH_HOLE),
+        _ => None,
     }
 }
 

@@ -126,11 +126,15 @@ impl DiskError {
     }
 
     /// Whether the error names somebody who has the disk and is alive: a process, or something in the kernel that was
-    /// set up on a device. If not, it is most likely I/O of a process that has ended.
+    /// set up on a device. If not, it is most likely I/O of a process that has ended, or has been killed and waits for it.
     pub fn names_living_holder(&self) -> bool {
         match self {
-            Self::Locked { holders, .. } => !holders.is_empty(),
-            Self::InUse { uses, .. } => uses.iter().any(|found| !matches!(found, DeviceUse::ReadBy(_))),
+            Self::Locked { holders, .. } => holders.iter().any(|process| !process.is_ending),
+            Self::InUse { uses, .. } => uses.iter().any(|found| match found {
+                DeviceUse::ReadBy(_) => false,
+                DeviceUse::OpenIn(process) => !process.is_ending,
+                DeviceUse::Mounted { .. } | DeviceUse::Swap { .. } | DeviceUse::PartOf { .. } => true,
+            }),
             _ => false,
         }
     }
@@ -258,6 +262,30 @@ fn shell_word(path: &Path) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn who_only_reads_a_device_or_has_been_killed_is_no_reason_to_give_up() {
+        let process = |is_ending| ProcessName { pid: 7, comm: "other".into(), is_ending };
+        let in_use = |uses| DiskError::InUse { path: "/dev/x".into(), uses, waited: Duration::ZERO };
+        let locked = |is_ending| DiskError::Locked {
+            path: "d.img".into(),
+            read_only: false,
+            holders: vec![process(is_ending)],
+            waited: Duration::ZERO,
+        };
+        for (error, is_living) in [
+            (in_use(vec![]), false),
+            (in_use(vec![DeviceUse::ReadBy(process(false))]), false),
+            (in_use(vec![DeviceUse::ReadBy(process(false)), DeviceUse::OpenIn(process(false))]), true),
+            (in_use(vec![DeviceUse::OpenIn(process(true))]), false),
+            (in_use(vec![DeviceUse::Swap { path: "/dev/x".into() }]), true),
+            (locked(false), true),
+            (locked(true), false),
+        ] {
+            assert!(error.is_busy());
+            assert_eq!(error.names_living_holder(), is_living, "{error}");
+        }
+    }
 
     #[test]
     fn paths_in_commands_are_one_word() {

@@ -134,7 +134,7 @@ fn pinned_by(process: &Process, real_uid: u32) -> Option<PinnedBy> {
     if status.real_uid != real_uid || status.pinned_bytes == 0 || status.is_exempt(process) {
         return None;
     }
-    let ProcessName { pid, comm } = process.name();
+    let ProcessName { pid, comm, .. } = process.name();
     Some(PinnedBy { pid, comm, pinned_bytes: status.pinned_bytes })
 }
 
