@@ -1,0 +1,225 @@
+//! Disks that are known before they can be had: beside a living owner, and beside I/O of one that has ended.
+
+use std::{
+    env,
+    fs::File,
+    io::{BufRead, BufReader, Read, Write},
+    path::Path,
+    process::{Child, Command, ExitCode, Stdio},
+    sync::{
+        Arc,
+        mpsc::{Receiver, RecvTimeoutError, channel},
+    },
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, ensure};
+use io_uring::{IoUring, opcode, types};
+use memmap2::MmapMut;
+use ringpass_broker::disk::{Disk, DiskConfig, DiskLease, LeaseState, LocatedDisk, StartUp};
+use ringpass_tests::{
+    disks::{DiskKind, LoopDevice, TestDisk},
+    harness::{self, Test, test},
+    needs::{Need, find_program},
+    stuck_disk::{StuckDisk, StuckKind},
+};
+use rustix::fs::{FallocateFlags, fallocate};
+
+const SIZE_BYTES: u64 = 4 << 20;
+const BLOCK_BYTES: usize = 4096;
+/// Longer than anything takes on a machine with other work.
+const LIMIT: Duration = Duration::from_secs(30);
+
+/// Set for the child process that has a write under way. Its argument is the disk.
+const CHILD_VARIABLE: &str = "RINGPASS_TEST_STUCK_WRITE";
+
+fn main() -> ExitCode {
+    if env::var_os(CHILD_VARIABLE).is_some() {
+        write_and_wait().expect("the child's write");
+        return ExitCode::SUCCESS;
+    }
+    let mut tests: Vec<Test> = DiskKind::ALL
+        .map(|kind| test(format!("what_is_told_of_a_disk_in_use_is_true_{kind}"), kind.needs(), move || truth(kind)))
+        .into();
+    let growing = DiskKind::Loop.needs();
+    tests.push(test("a_device_that_grows_is_seen_to_have_grown", growing, a_growing_device));
+    for kind in [StuckKind::LoopDevice, StuckKind::File] {
+        let name = format!("a_start_goes_on_beside_io_of_a_killed_process_and_has_the_disk_after_it_{kind}");
+        let needs = || StuckDisk::needs().into_iter().chain([Need::io_uring()]).collect::<Vec<_>>();
+        tests.push(test(name, needs(), move || a_killed_process(kind)));
+    }
+    harness::run(tests)
+}
+
+/// Located beside a process that has the disk, and compared with what then works.
+fn truth(kind: DiskKind) -> Result<()> {
+    let made = TestDisk::new(kind, SIZE_BYTES)?;
+    let disk = Disk::open(&made.config())?;
+    let located = Disk::locate(&made.config())?;
+    ensure!(located.size_bytes() == SIZE_BYTES && located.refresh_size()? == SIZE_BYTES);
+    ensure!(located.logical_block_bytes() == disk.logical_block_bytes());
+    ensure!(located.physical_block_bytes() == disk.physical_block_bytes());
+    ensure!(located.memory_alignment_bytes() == disk.memory_alignment_bytes());
+    ensure!(located.is_direct_io() == disk.is_direct_io());
+    let error = located.try_lock().err().context("the disk was had twice")?;
+    ensure!(error.is_busy() && error.names_living_holder(), "{error}");
+
+    let capabilities = located.capabilities();
+    ensure!(capabilities.zero_range.is_some(), "all these kinds can be zeroed");
+    for (mode, told) in
+        [(FallocateFlags::PUNCH_HOLE, capabilities.punch_hole), (FallocateFlags::ZERO_RANGE, capabilities.zero_range)]
+    {
+        write(&disk, 0, 0x5a)?;
+        let done = fallocate(&disk, mode | FallocateFlags::KEEP_SIZE, 0, BLOCK_BYTES as u64);
+        ensure!(done.is_ok() == told.is_some(), "{mode:?}: {done:?}, told {told:?}");
+        let expected = if done.is_ok() { 0 } else { 0x5a };
+        let found = read_at_alignment(&disk, BLOCK_BYTES as u32)?;
+        ensure!(found.iter().all(|&byte| byte == expected), "{mode:?}: another content");
+        if let Some(limits) = told {
+            let whole = limits.max_bytes.min(SIZE_BYTES);
+            fallocate(&disk, mode | FallocateFlags::KEEP_SIZE, 0, whole).with_context(|| format!("{whole} bytes"))?;
+        }
+    }
+    // A buffer at an address that is a multiple of what is promised, and of nothing larger.
+    write(&disk, 0, 0xa5)?;
+    let found = read_at_alignment(&disk, disk.memory_alignment_bytes())?;
+    ensure!(found.iter().all(|&byte| byte == 0xa5), "another content came back");
+    Ok(())
+}
+
+fn write(disk: &Disk, offset_bytes: u64, byte: u8) -> Result<()> {
+    let mut page = MmapMut::map_anon(BLOCK_BYTES)?;
+    page.fill(byte);
+    ensure!(rustix::io::pwrite(disk, &page, offset_bytes)? == BLOCK_BYTES);
+    Ok(())
+}
+
+fn read_at_alignment(disk: &Disk, alignment_bytes: u32) -> Result<Vec<u8>> {
+    let start = alignment_bytes as usize;
+    let mut pages = MmapMut::map_anon(start + BLOCK_BYTES)?;
+    let buffer = &mut pages[start..];
+    ensure!(rustix::io::pread(disk, &mut *buffer, 0)? == BLOCK_BYTES);
+    Ok(buffer.to_vec())
+}
+
+fn a_growing_device() -> Result<()> {
+    let made = TestDisk::new(DiskKind::Ext4PageCache, SIZE_BYTES)?;
+    let device = LoopDevice::new(made.path(), &[])?;
+    let config = DiskConfig::new(device.path());
+    let (disk, located) = (Disk::open(&config)?, Disk::locate(&config)?);
+    File::options().write(true).open(made.path())?.set_len(2 * SIZE_BYTES)?;
+    ensure!((disk.refresh_size()?, located.refresh_size()?) == (SIZE_BYTES, SIZE_BYTES), "the driver was not told yet");
+    let status = Command::new(find_program("losetup").context("there is no program `losetup`")?)
+        .arg("--set-capacity")
+        .arg(device.path())
+        .status()?;
+    ensure!(status.success());
+    ensure!((disk.refresh_size()?, located.refresh_size()?) == (2 * SIZE_BYTES, 2 * SIZE_BYTES));
+    ensure!((disk.size_bytes(), located.size_bytes()) == (2 * SIZE_BYTES, 2 * SIZE_BYTES));
+    Ok(())
+}
+
+/// The child: submits a write to its end and waits for it, or for its own end.
+fn write_and_wait() -> Result<()> {
+    let disk = Disk::open(&DiskConfig::new(env::args_os().nth(1).context("a path")?))?;
+    let mut ring = IoUring::new(2)?;
+    let page = MmapMut::map_anon(BLOCK_BYTES)?;
+    ring.submitter().register_files(&[std::os::fd::AsRawFd::as_raw_fd(&std::os::fd::AsFd::as_fd(&disk))])?;
+    println!("held");
+    std::io::stdout().flush()?;
+    std::io::stdin().read_exact(&mut [0])?;
+    let entry = opcode::Write::new(types::Fixed(0), page.as_ptr(), BLOCK_BYTES as u32).build();
+    // SAFETY: the page lives until the process ends, and the kernel only reads it.
+    unsafe { ring.submission().push(&entry) }?;
+    ring.submit()?;
+    println!("submitted");
+    std::io::stdout().flush()?;
+    ring.submit_and_wait(1)?;
+    Ok(())
+}
+
+/// The process with the write. Killed when dropped, and waited for.
+struct Writer {
+    child: Child,
+    said: BufReader<std::process::ChildStdout>,
+}
+
+impl Writer {
+    fn start(disk: &Path) -> Result<Self> {
+        let mut child = Command::new(env::current_exe()?)
+            .arg(disk)
+            .env(CHILD_VARIABLE, "1")
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()?;
+        let said = BufReader::new(child.stdout.take().context("a pipe")?);
+        let mut writer = Self { child, said };
+        writer.expect("held")?;
+        Ok(writer)
+    }
+
+    fn expect(&mut self, word: &str) -> Result<()> {
+        let mut line = String::new();
+        self.said.read_line(&mut line)?;
+        ensure!(line.trim_end() == word, "the child says {line:?}");
+        Ok(())
+    }
+
+    fn write(&mut self) -> Result<()> {
+        self.child.stdin.as_mut().context("a pipe")?.write_all(b"w")?;
+        self.expect("submitted")
+    }
+
+    /// It is not waited for: it may not end before its I/O does.
+    fn kill(&mut self) -> Result<()> {
+        Ok(self.child.kill()?)
+    }
+}
+
+impl Drop for Writer {
+    fn drop(&mut self) {
+        // It may have ended already.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn lease(located: LocatedDisk) -> Result<(DiskLease, Receiver<Arc<Disk>>)> {
+    let (sender, receiver) = channel();
+    // The test may have ended by then.
+    let lease = DiskLease::new(Arc::new(located), move |disk| drop(sender.send(disk)))?;
+    Ok((lease, receiver))
+}
+
+fn a_killed_process(kind: StuckKind) -> Result<()> {
+    let made = StuckDisk::new(kind, SIZE_BYTES)?;
+    let mut writer = Writer::start(made.path())?;
+    let (lease, held) = lease(Disk::locate(&made.config())?)?;
+    let error = lease.start_up(StartUp::Grace(Duration::ZERO)).err().context("a living process was passed over")?;
+    ensure!(error.to_string().contains(&format!("[{}]", writer.child.id())), "{error}");
+
+    made.freeze()?;
+    writer.write()?;
+    writer.kill()?;
+    // The answers of a device are asked for meanwhile.
+    let again = Disk::locate(&made.config())?;
+    ensure!(again.size_bytes() == SIZE_BYTES && again.capabilities() == lease.located().capabilities());
+    let started = Instant::now();
+    lease.start_up(StartUp::Grace(Duration::from_secs(3600))).context("nobody alive has the disk")?;
+    ensure!(started.elapsed() < LIMIT, "the start waited for {:?}", started.elapsed());
+    let early = held.recv_timeout(Duration::from_millis(500));
+    ensure!(matches!(early, Err(RecvTimeoutError::Timeout)), "the disk was had before the write had ended");
+    ensure!(matches!(lease.state(), LeaseState::Waiting { .. }));
+
+    made.thaw()?;
+    let disk = held.recv_timeout(LIMIT).context("the disk after the write")?;
+    let found = read_at_alignment(&disk, BLOCK_BYTES as u32)?;
+    // A write that was issued is done; one that waited in an io-wq worker may have been cancelled.
+    let was_written = found.iter().all(|&byte| byte == 0);
+    let was_cancelled = kind == StuckKind::File && found.iter().all(|&byte| byte == StuckDisk::INITIAL_BYTE);
+    ensure!(was_written || was_cancelled, "the lock was passed on before the write was done");
+    std::thread::sleep(Duration::from_millis(100));
+    ensure!(read_at_alignment(&disk, BLOCK_BYTES as u32)? == found, "a write came after the lock");
+    drop((disk, lease, held));
+    Ok(())
+}
