@@ -1,11 +1,9 @@
 //! Where the engine gets its disk.
 
 use std::error::Error;
-use std::sync::Arc;
 
 #[cfg(doc)]
 use super::EngineControl;
-use crate::disk::{DiskLease, LeaseState};
 
 /// Where the engine gets its disk.
 ///
@@ -26,22 +24,4 @@ pub trait DiskSource: Send {
     ///
     /// It cannot be read, or is of no use.
     fn refresh_size_bytes(&mut self) -> Result<u64, Box<dyn Error + Send + Sync>>;
-}
-
-/// A lease whose `on_held` gives the disk to [`EngineControl::set_disk`].
-impl DiskSource for Arc<DiskLease> {
-    fn request(&mut self) {
-        self.acquire();
-    }
-
-    fn release(&mut self) {
-        DiskLease::release(self);
-    }
-
-    fn refresh_size_bytes(&mut self) -> Result<u64, Box<dyn Error + Send + Sync>> {
-        Ok(match self.state() {
-            LeaseState::Held(disk) => disk.refresh_size()?,
-            LeaseState::Released | LeaseState::Waiting { .. } => self.located().refresh_size()?,
-        })
-    }
 }

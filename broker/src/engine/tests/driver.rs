@@ -39,11 +39,6 @@ impl Ram {
         Self { file, region_bytes, memory }
     }
 
-    /// The boundary between the two regions.
-    pub(super) fn boundary(&self) -> u64 {
-        self.region_bytes
-    }
-
     /// A mapping for the device.
     pub(super) fn device_memory(&self) -> Arc<DeviceMemory> {
         Arc::new(map(&self.file, self.region_bytes))

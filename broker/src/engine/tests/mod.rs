@@ -1,5 +1,7 @@
 //! Tests that drive an engine through rings in memory, as a guest would.
 
+mod disk;
 mod driver;
+mod front_end;
 mod requests;
 mod rig;

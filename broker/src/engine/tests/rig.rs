@@ -19,10 +19,9 @@ use crate::disk::{DirectIo, Disk, DiskConfig};
 use crate::engine::{DiskSource, Engine, EngineConfig, EngineControl};
 use crate::vhost_user::Device;
 use crate::virtio_blk::{BlkConfig, BlkParameters, DiscardLimits, WriteZeroesLimits};
+use crate::virtqueue::DirtyLog;
 
 pub(super) const SECTOR: u64 = 512;
-/// Data of one request at most.
-pub(super) const DATA_BYTES: u64 = 16 << 10;
 /// Requests of one queue that can be outstanding.
 pub(super) const DEPTH_MAX: u16 = 128;
 pub(super) const RAM_BYTES: u64 = 32 << 20;
@@ -94,6 +93,7 @@ pub(super) struct Rig {
     pub(super) ram: Ram,
     pub(super) calls: Arc<SourceCalls>,
     pub(super) options: Options,
+    log_file: NamedTempFile,
 }
 
 impl Rig {
@@ -109,7 +109,7 @@ impl Rig {
         .unwrap();
         let ram = Ram::new(RAM_BYTES);
         engine.set_memory(ram.device_memory());
-        Self { engine, image, ram, calls, options }
+        Self { engine, image, ram, calls, options, log_file: NamedTempFile::new().unwrap() }
     }
 
     /// The same, with its disk.
@@ -144,6 +144,24 @@ impl Rig {
         let driver = self.driver(index);
         self.start(&driver);
         driver
+    }
+
+    /// A log over all of RAM, kept in the rig.
+    pub(super) fn dirty_log(&mut self) -> Arc<DirtyLog> {
+        let bytes = RAM_BYTES / 4096 / 8;
+        self.log_file.as_file().set_len(bytes).unwrap();
+        Arc::new(DirtyLog::from_fd(self.log_file.reopen().unwrap().into(), 0, bytes).unwrap())
+    }
+
+    /// The pages that are marked in that log.
+    pub(super) fn marked_pages(&self) -> Vec<u64> {
+        let log = std::fs::read(self.log_file.path()).unwrap();
+        (0..RAM_BYTES / 4096).filter(|page| log[(page / 8) as usize] >> (page % 8) & 1 == 1).collect()
+    }
+
+    /// Clears that log.
+    pub(super) fn clear_log(&self) {
+        self.log_file.as_file().write_all_at(&[0; (RAM_BYTES / 4096 / 8) as usize], 0).unwrap();
     }
 
     /// What is on the disk.
@@ -208,6 +226,8 @@ pub(super) struct BlockDriver {
     pub(super) segment_bytes: u32,
     /// The data begins this far behind a page boundary.
     pub(super) misalignment_bytes: u64,
+    /// Where the data is, if not in the request's own place: for one request at a time.
+    pub(super) data_gpa: Option<u64>,
     /// Waits for interrupts, and does not poll.
     pub(super) by_interrupt: bool,
     /// Chains added since the last kick.
@@ -225,9 +245,15 @@ impl BlockDriver {
             outstanding: HashMap::new(),
             segment_bytes: u32::MAX,
             misalignment_bytes: 0,
+            data_gpa: None,
             by_interrupt: false,
             added: 0,
         }
+    }
+
+    /// The first page of the place that the next request gets, and the last one got if none is outstanding.
+    pub(super) fn place_pages(&self) -> u64 {
+        self.places.last().expect("a free place") / 4096
     }
 
     /// How many requests are outstanding.
@@ -245,6 +271,10 @@ impl BlockDriver {
         self.ram.memory.write_slice(bytes, GuestAddress(gpa)).unwrap();
     }
 
+    fn data_at(&self, place: u64) -> u64 {
+        self.data_gpa.unwrap_or(place + DATA_OFFSET) + self.misalignment_bytes
+    }
+
     /// Makes a request available, without a kick.
     fn add(&mut self, kind: u32, sector: u64, out: &[u8], in_bytes: u32) -> u16 {
         let place = self.places.pop().expect("a free place");
@@ -253,7 +283,7 @@ impl BlockDriver {
         header[8..].copy_from_slice(&sector.to_le_bytes());
         self.write(place, &header);
         self.write(place + STATUS_OFFSET, &[0xff]);
-        let data = place + DATA_OFFSET + self.misalignment_bytes;
+        let data = self.data_at(place);
         self.write(data, out);
         let mut buffers = vec![Buffer { gpa: place, len_bytes: 16, writable: false }];
         let len_bytes = if out.is_empty() { in_bytes } else { out.len() as u32 };
@@ -307,7 +337,7 @@ impl BlockDriver {
     fn outcome(&mut self, used: Used) -> Outcome {
         let (place, in_bytes) = self.outstanding.remove(&used.head).expect("an outstanding request");
         let mut data = vec![0; in_bytes as usize];
-        self.ram.memory.read_slice(&mut data, GuestAddress(place + DATA_OFFSET + self.misalignment_bytes)).unwrap();
+        self.ram.memory.read_slice(&mut data, GuestAddress(self.data_at(place))).unwrap();
         let status = self.ram.memory.read_obj(GuestAddress(place + STATUS_OFFSET)).unwrap();
         self.places.push(place);
         Outcome { head: used.head, status, data, used_bytes: used.len_bytes }

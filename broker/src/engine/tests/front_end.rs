@@ -1,0 +1,269 @@
+//! What a front-end may do to queues that run, and what becomes of queues that break.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use super::driver::{Buffer, PATIENCE, Ram, wait_readable, wait_until};
+use super::rig::{BlockDriver, Options, RAM_BYTES, Rig, SPARE_GPA, content, contents};
+use crate::vhost_user::Device;
+use crate::virtio_blk::GuestError;
+use crate::virtqueue::{InflightFile, InflightRegion};
+
+/// Reads at depth 8 and checks the content until it is told to end; returns how many were read.
+fn read_until(driver: &mut BlockDriver, end: &AtomicBool) -> u64 {
+    let (mut sent, mut ended) = (0, 0);
+    let mut sectors = HashMap::new();
+    while !(end.load(Ordering::Relaxed) && driver.depth() == 0) {
+        while !end.load(Ordering::Relaxed) && driver.depth() < 8 {
+            let sector = sent * 8 % 16_000;
+            sectors.insert(driver.add_read(sector, 8), sector);
+            sent += 1;
+        }
+        if driver.depth() == 0 {
+            break;
+        }
+        let outcome = driver.wait();
+        assert_eq!(outcome.status, 0);
+        assert_eq!(outcome.data, contents(0, sectors[&outcome.head], 8));
+        ended += 1;
+    }
+    ended
+}
+
+/// Does something to the engine again and again while a driver reads.
+fn under_load(options: Options, by_interrupt: bool, rounds: u32, mut act: impl FnMut(&mut Rig, u32)) {
+    let mut rig = Rig::new(options);
+    let mut driver = rig.driver(0);
+    driver.by_interrupt = by_interrupt;
+    driver.queue.event_idx = true;
+    rig.start(&driver);
+    let end = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let reader = scope.spawn(|| read_until(&mut driver, &end));
+        for round in 0..rounds {
+            act(&mut rig, round);
+        }
+        end.store(true, Ordering::Relaxed);
+        assert!(reader.join().unwrap() > 0);
+    });
+}
+
+#[test]
+fn memory_tables_can_be_exchanged_under_load() {
+    under_load(Options::default(), false, 500, |rig, _| {
+        // The same memory, mapped anew: the old mapping goes as soon as nothing under way needs it.
+        rig.engine.set_memory(rig.ram.device_memory());
+    });
+}
+
+#[test]
+fn a_queue_can_be_disabled_and_enabled_under_load() {
+    for poll_us in [0, 32] {
+        let options = Options { poll_time: Duration::from_micros(poll_us), ..Options::default() };
+        under_load(options, true, 500, |rig, _| {
+            rig.engine.set_enabled(0, false);
+            rig.engine.set_enabled(0, true);
+        });
+    }
+}
+
+#[test]
+fn a_disabled_queue_takes_nothing() {
+    let mut rig = Rig::new(Options::default());
+    let mut driver = rig.running(0);
+    rig.engine.set_enabled(0, false);
+    driver.add_read(0, 8);
+    driver.queue.kick.write(1).unwrap();
+    rig.engine.set_enabled(0, false);
+    assert_eq!(driver.poll(), None);
+    rig.engine.set_enabled(0, true);
+    assert_eq!(driver.wait().data, contents(0, 0, 8));
+}
+
+#[test]
+fn the_call_eventfd_can_change_under_load_and_no_interrupt_is_lost() {
+    let mut rig = Rig::new(Options { poll_time: Duration::ZERO, ..Options::default() });
+    let mut driver = rig.driver(0);
+    driver.by_interrupt = true;
+    rig.start(&driver);
+    for round in 0..200 {
+        driver.add_read(round * 8, 8);
+        driver.kick();
+        let call = EventFd::new(EFD_NONBLOCK).unwrap();
+        rig.engine.set_call(0, Some(call.try_clone().unwrap()));
+        // From now on the driver listens to the new one only.
+        driver.queue.call = call;
+        assert_eq!(driver.wait().data, contents(0, round * 8, 8));
+    }
+}
+
+#[test]
+fn the_kick_eventfd_can_change_and_no_kick_is_lost() {
+    let mut rig = Rig::new(Options { poll_time: Duration::ZERO, ..Options::default() });
+    let mut driver = rig.running(0);
+    for round in 0..200 {
+        let kick = EventFd::new(EFD_NONBLOCK).unwrap();
+        rig.engine.set_kick(0, Some(kick.try_clone().unwrap()));
+        driver.queue.kick = kick;
+        assert_eq!(driver.read(round * 8, 8).data, contents(0, round * 8, 8));
+    }
+}
+
+#[test]
+fn kicks_with_nothing_available_are_harmless() {
+    let mut rig = Rig::new(Options { poll_time: Duration::ZERO, ..Options::default() });
+    let mut driver = rig.running(0);
+    let counters = rig.engine.control().counters()[0].clone();
+    for round in 0..100 {
+        driver.queue.kick.write(1).unwrap();
+        wait_until("the kick", || counters.kicks.get() > round);
+    }
+    assert_eq!(driver.read(0, 8).data, contents(0, 0, 8));
+}
+
+#[test]
+fn a_queue_without_call_and_kick_eventfds_is_polled() {
+    let mut rig = Rig::new(Options { poll_time: Duration::ZERO, ..Options::default() });
+    let mut driver = rig.driver(0);
+    rig.engine.start_queue(0, driver.queue.setup(0, None), Default::default());
+    rig.engine.set_enabled(0, true);
+    for sector in 0..100 {
+        driver.add_read(sector, 1);
+        // No kick.
+        assert_eq!(driver.queue.wait_by_polling().len_bytes, 513);
+    }
+    assert_eq!(rig.engine.stop_queue(0), 100);
+}
+
+#[test]
+fn a_broken_queue_stops_alone_and_says_so() {
+    type Break = fn(&mut BlockDriver);
+    let breaks: [(&str, Break); 3] = [
+        ("an available index beyond the ring", |driver| driver.queue.set_avail_idx(5000)),
+        ("a head outside of the table", |driver| driver.queue.add_head(0x4000)),
+        ("a chain without a byte for the status", |driver| {
+            driver.queue.add(&[Buffer { gpa: SPARE_GPA, len_bytes: 16, writable: false }]);
+        }),
+    ];
+    for (what, break_queue) in breaks {
+        let mut rig = Rig::new(Options { queues: 2, poll_time: Duration::ZERO, ..Options::default() });
+        let (mut bad, mut good) = (rig.driver(0), rig.running(1));
+        let err = EventFd::new(EFD_NONBLOCK).unwrap();
+        let mut eventfds = bad.queue.eventfds();
+        eventfds.err = Some(err.try_clone().unwrap());
+        rig.engine.start_queue(0, bad.queue.setup(0, None), eventfds);
+        rig.engine.set_enabled(0, true);
+        assert_eq!(bad.read(0, 1).data, content(0, 0));
+        break_queue(&mut bad);
+        bad.queue.kick.write(1).unwrap();
+        assert!(wait_readable(&err, PATIENCE), "{what}: the error eventfd is signalled");
+        assert_eq!(good.read(8, 8).data, contents(0, 8, 8), "{what}: the other queue goes on");
+        let control = rig.engine.control();
+        assert_eq!(control.counters()[0].broken.get(), 1, "{what}");
+        let errors = control.guest_errors();
+        assert_eq!(errors.count(GuestError::BrokenRing) + errors.count(GuestError::MalformedChain), 1, "{what}");
+        // The driver resets the queue, and all is well again.
+        rig.engine.stop_queue(0);
+        let mut bad = rig.running(0);
+        assert_eq!(bad.read(0, 1).data, content(0, 0), "{what}: after a new start");
+    }
+}
+
+#[test]
+fn rings_outside_of_memory_signal_the_error_eventfd() {
+    let mut rig = Rig::new(Options::default());
+    let driver = rig.driver(0);
+    let mut setup = driver.queue.setup(5, None);
+    setup.avail_ring = vm_memory::GuestAddress(RAM_BYTES);
+    let err = EventFd::new(EFD_NONBLOCK).unwrap();
+    let mut eventfds = driver.queue.eventfds();
+    eventfds.err = Some(err.try_clone().unwrap());
+    rig.engine.start_queue(0, setup, eventfds);
+    assert!(wait_readable(&err, PATIENCE));
+    assert_eq!(rig.engine.stop_queue(0), 5);
+}
+
+#[test]
+fn memory_that_vanishes_from_under_a_queue_breaks_that_queue_only() {
+    let mut rig = Rig::new(Options { queues: 2, ..Options::default() });
+    let (one, mut two) = (rig.running(0), rig.running(1));
+    // Requests are at the end of RAM, the rings of the second queue at the beginning of it: give it less of the end.
+    let small = Ram::new(RAM_BYTES / 64);
+    rig.engine.set_memory(small.device_memory());
+    let control = rig.engine.control();
+    wait_until("the second queue's end", || control.counters()[1].broken.get() == 1);
+    assert_eq!(control.counters()[0].broken.get(), 0, "its rings are in the memory");
+    rig.engine.set_memory(rig.ram.device_memory());
+    rig.engine.stop_queue(0);
+    rig.engine.stop_queue(1);
+    drop((one, two));
+    two = rig.running(1);
+    assert_eq!(two.read(0, 1).data, content(0, 0));
+}
+
+#[test]
+fn a_front_end_that_vanishes_under_load_and_comes_back_loses_nothing() {
+    let mut rig = Rig::new(Options::default());
+    let file = InflightRegion::create(1, rig.options.queue_size).unwrap();
+    let region = |file: &InflightFile| {
+        let fd = file.fd.try_clone().unwrap();
+        InflightRegion::from_fd(fd, 0, file.size_bytes, 1, 256).unwrap()
+    };
+    let mut driver = rig.driver(0);
+    let mut sectors = HashMap::new();
+    let mut next = 0;
+    for round in 0..50 {
+        let (ram, inflight) = (rig.ram.device_memory(), region(&file).queue(0));
+        rig.engine.set_memory(ram);
+        // The index is what a front-end guesses that knows nothing: the in-flight region knows better.
+        let guess = driver.queue.used_idx();
+        rig.engine.start_queue(0, driver.queue.setup(guess, inflight), driver.queue.eventfds());
+        rig.engine.set_enabled(0, true);
+        for _ in 0..40 {
+            while driver.depth() < 16 {
+                let (sector, data) = (next % 1000 * 16, contents(next, next % 1000 * 16, 8));
+                sectors.insert(driver.add_write(sector, &data), (sector, data));
+                next += 1;
+            }
+            let outcome = driver.wait();
+            assert_eq!(outcome.status, 0, "round {round}");
+            sectors.remove(&outcome.head).expect("an outstanding request");
+        }
+        // With requests outstanding, some of them under way.
+        rig.engine.abandon();
+    }
+    let inflight = region(&file).queue(0);
+    rig.engine.set_memory(rig.ram.device_memory());
+    rig.engine.start_queue(0, driver.queue.setup(0, inflight), driver.queue.eventfds());
+    rig.engine.set_enabled(0, true);
+    while driver.depth() > 0 {
+        let outcome = driver.wait();
+        assert_eq!(outcome.status, 0);
+        let (sector, data) = sectors.remove(&outcome.head).expect("an outstanding request");
+        assert_eq!(rig.on_disk(sector, 8 * 512), data, "sector {sector}");
+    }
+    assert_eq!(driver.poll(), None, "nothing is completed twice");
+}
+
+#[test]
+fn reset_stops_all_queues_and_forgets_what_the_driver_chose() {
+    let mut rig = Rig::new(Options { queues: 2, ..Options::default() });
+    let features = rig.engine.device_features();
+    rig.engine.set_driver_features(features);
+    rig.engine.write_config(32, &[0]).unwrap();
+    assert_eq!(rig.engine.config_space()[32], 0, "write-through");
+    let (mut one, two) = (rig.running(0), rig.running(1));
+    assert_eq!(one.write_data(0, &[1; 512]).status, 0);
+    rig.engine.reset();
+    one.add_read(0, 1);
+    one.queue.kick.write(1).unwrap();
+    rig.engine.set_enabled(0, true);
+    assert_eq!(one.poll(), None, "the queue has stopped");
+    assert_eq!(rig.engine.config_space()[32], 1, "write-back");
+    drop((one, two));
+    let mut one = rig.running(0);
+    assert_eq!(one.read(0, 1).data, [1; 512], "the memory table is still in force");
+}
