@@ -13,9 +13,9 @@ pub(super) const HEADER_BYTES: usize = 16;
 /// What a chain consists of. Its data, readable or writable, is in the segment list.
 pub(super) struct Chain {
     pub(super) header: [u8; HEADER_BYTES],
-    /// Device-readable bytes after the header.
-    pub(super) readable_bytes: u64,
-    /// Device-writable bytes before the status.
+    /// Device-readable bytes after the header, and device-writable ones before the status. A chain has at most 4 GiB
+    /// (VIRTIO 1.2, 2.7.5.2).
+    pub(super) readable_bytes: u32,
     pub(super) writable_bytes: u32,
     pub(super) status_gpa: GuestAddress,
     /// The first reason not to execute it. The data is not complete then.
@@ -111,15 +111,14 @@ impl Walk<'_, '_> {
         if self.memory.find(status_gpa).is_none() {
             return Err(Unanswerable::StatusOutsideMemory { gpa: status_gpa });
         }
-        let writable_bytes = u32::try_from(self.writable_bytes - 1).unwrap_or(u32::MAX);
         let header_bytes = self.readable_bytes.min(HEADER_BYTES as u64);
         if header_bytes < HEADER_BYTES as u64 && self.refusal.is_none() {
-            self.refusal = Some(Refusal::ShortHeader { len_bytes: header_bytes });
+            self.refusal = Some(Refusal::ShortHeader { len_bytes: header_bytes as u32 });
         }
         Ok(Chain {
             header: self.header,
-            readable_bytes: self.readable_bytes - header_bytes,
-            writable_bytes,
+            readable_bytes: u32::try_from(self.readable_bytes - header_bytes).unwrap_or(u32::MAX),
+            writable_bytes: u32::try_from(self.writable_bytes - 1).unwrap_or(u32::MAX),
             status_gpa,
             refusal: self.refusal,
         })

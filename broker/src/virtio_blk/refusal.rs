@@ -29,7 +29,7 @@ pub enum Refusal {
     #[error("the request header has {len_bytes} of 16 bytes")]
     ShortHeader {
         /// Length of the device-readable part.
-        len_bytes: u64,
+        len_bytes: u32,
     },
     /// A buffer is not, or not as a whole, in the guest's memory.
     #[error("the buffer of {len_bytes} bytes at guest-physical {:#x} is not in the guest's memory", gpa.0)]
@@ -57,7 +57,7 @@ pub enum Refusal {
         /// The `type` field.
         request_type: u32,
         /// How many bytes.
-        len_bytes: u64,
+        len_bytes: u32,
     },
     /// The length of the data is not what the type needs.
     #[error("a request of type {request_type} cannot have {len_bytes} bytes of data")]
@@ -65,7 +65,7 @@ pub enum Refusal {
         /// The `type` field.
         request_type: u32,
         /// How many bytes.
-        len_bytes: u64,
+        len_bytes: u32,
     },
     /// A discard or write zeroes request has more ranges than the one that the configuration space allows.
     #[error("a request of type {request_type} has {ranges} ranges; the device takes one")]
@@ -73,7 +73,7 @@ pub enum Refusal {
         /// The `type` field.
         request_type: u32,
         /// How many ranges.
-        ranges: u64,
+        ranges: u32,
     },
     /// The range is not one of whole logical blocks.
     #[error("the {sectors} sectors from sector {sector} are not whole logical blocks")]

@@ -136,8 +136,7 @@ fn check(
     }
     let header = Header::from_bytes(chain.header);
     let request_type = header.request_type;
-    let readable_bytes = chain.readable_bytes;
-    let writable_bytes = u64::from(chain.writable_bytes);
+    let Chain { readable_bytes, writable_bytes, .. } = *chain;
     let no_data = |len_bytes| {
         if len_bytes == 0 { Ok(()) } else { Err(Refusal::WrongDirection { request_type, len_bytes }) }
     };
@@ -145,13 +144,13 @@ fn check(
         VIRTIO_BLK_T_IN => {
             no_data(readable_bytes)?;
             let extent = limits.data_extent(&header, writable_bytes)?;
-            Ok(extent.map(|range| (Operation::Read { offset_bytes: range.offset_bytes }, range.len_bytes as u32)))
+            Ok(extent.map(|range| (Operation::Read { offset_bytes: range.offset_bytes }, writable_bytes)))
         }
         VIRTIO_BLK_T_OUT => {
             limits.check_writable(request_type)?;
             no_data(writable_bytes)?;
             let extent = limits.data_extent(&header, readable_bytes)?;
-            Ok(extent.map(|range| (Operation::Write { offset_bytes: range.offset_bytes }, range.len_bytes as u32)))
+            Ok(extent.map(|range| (Operation::Write { offset_bytes: range.offset_bytes }, readable_bytes)))
         }
         VIRTIO_BLK_T_FLUSH => {
             segments.clear();
@@ -159,7 +158,7 @@ fn check(
         }
         VIRTIO_BLK_T_GET_ID => {
             no_data(readable_bytes)?;
-            if writable_bytes < VIRTIO_BLK_ID_BYTES.into() {
+            if writable_bytes < VIRTIO_BLK_ID_BYTES {
                 return Err(Refusal::DataLength { request_type, len_bytes: writable_bytes });
             }
             segments.truncate_bytes(VIRTIO_BLK_ID_BYTES as usize);
@@ -202,15 +201,15 @@ impl Range {
     /// Copies it from the segments, once.
     fn read(
         request_type: u32,
-        len_bytes: u64,
+        len_bytes: u32,
         memory: &GuestMemoryMmap<()>,
         segments: &SegmentList,
     ) -> Result<Self, Refusal> {
-        if len_bytes == 0 || !len_bytes.is_multiple_of(RANGE_BYTES as u64) {
+        if len_bytes == 0 || !len_bytes.is_multiple_of(RANGE_BYTES as u32) {
             return Err(Refusal::DataLength { request_type, len_bytes });
         }
-        if len_bytes > RANGE_BYTES as u64 {
-            return Err(Refusal::TooManyRanges { request_type, ranges: len_bytes / RANGE_BYTES as u64 });
+        if len_bytes > RANGE_BYTES as u32 {
+            return Err(Refusal::TooManyRanges { request_type, ranges: len_bytes / RANGE_BYTES as u32 });
         }
         let mut bytes = [0; RANGE_BYTES];
         let mut filled = 0;
@@ -233,12 +232,11 @@ impl RequestLimits {
 
     /// Where a read or write is on the disk. `None` if it has no data.
     #[inline]
-    fn data_extent(&self, header: &Header, len_bytes: u64) -> Result<Option<ByteRange>, Refusal> {
-        // 32 bits are enough for the chains that a queue gives.
-        if !len_bytes.is_multiple_of(SECTOR_BYTES.into()) || len_bytes > u32::MAX.into() {
+    fn data_extent(&self, header: &Header, len_bytes: u32) -> Result<Option<ByteRange>, Refusal> {
+        if !len_bytes.is_multiple_of(SECTOR_BYTES) {
             return Err(Refusal::DataLength { request_type: header.request_type, len_bytes });
         }
-        self.extent(header.sector, len_bytes / u64::from(SECTOR_BYTES))
+        self.extent(header.sector, (len_bytes / SECTOR_BYTES).into())
     }
 
     /// Checks a range of sectors, none of which has been trusted. `None` if it is empty.

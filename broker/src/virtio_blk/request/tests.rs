@@ -85,6 +85,17 @@ fn a_buffer_across_two_regions_is_two_segments() {
 }
 
 #[test]
+fn a_header_may_lie_across_two_regions() {
+    let scene = Scene::new();
+    scene.put_header(GuestAddress(0x1_3ff5), VIRTIO_BLK_T_IN, 0x1234);
+    let buffers = [(0x1_3ff5, 16, READABLE), (DATA_GPA, 512, WRITABLE), STATUS];
+    let (parsed, _) =
+        Case::read(0, 0).limits(|parameters| parameters.size_bytes = 1 << 30).buffers(&buffers).parse_in(scene);
+    let Parsed::Request(request) = parsed else { panic!("{parsed:?}") };
+    assert_eq!(request.operation, Operation::Read { offset_bytes: 0x1234 * 512 });
+}
+
+#[test]
 fn a_chain_means_the_same_with_any_part_of_it_in_an_indirect_table() {
     for direct in 0..3 {
         assert_eq!(Case::read(8, 4096).parse_with_direct(direct), Case::read(8, 4096).parse(), "{direct}");
@@ -192,16 +203,23 @@ fn a_second_range_is_unsupported() {
 fn data_that_is_no_whole_number_of_ranges_is_refused() {
     for len_bytes in [0, 1, 15, 17] {
         let refusal = Case::discard(0, 1, 0).buffers(&[HEADER, (RANGE_GPA, len_bytes, READABLE), STATUS]).refusal();
-        let expected = Refusal::DataLength { request_type: VIRTIO_BLK_T_DISCARD, len_bytes: len_bytes.into() };
+        let expected = Refusal::DataLength { request_type: VIRTIO_BLK_T_DISCARD, len_bytes };
         assert_eq!(refusal, expected);
     }
 }
 
 #[test]
-fn a_range_may_lie_in_several_descriptors() {
-    let buffers =
-        [HEADER, (RANGE_GPA, 5, READABLE), (RANGE_GPA + 5, 6, READABLE), (RANGE_GPA + 11, 5, READABLE), STATUS];
-    let request = Case::discard(7, 9, 0).buffers(&buffers).request();
+fn a_range_may_lie_in_several_places() {
+    let scene = Scene::new();
+    let range = [&7_u64.to_le_bytes()[..], &9_u32.to_le_bytes(), &[0; 4]].concat();
+    let mut buffers = vec![HEADER];
+    for (gpa, part) in [(DATA_GPA + 64, &range[..5]), (DATA_GPA, &range[5..11]), (0x1_3ffd, &range[11..])] {
+        scene.put(GuestAddress(gpa), part);
+        buffers.push((gpa, part.len() as u32, READABLE));
+    }
+    buffers.push(STATUS);
+    let (parsed, _) = Case::discard(0, 0, 0).buffers(&buffers).parse_in(scene);
+    let Parsed::Request(request) = parsed else { panic!("{parsed:?}") };
     assert_eq!(request.operation, Operation::Discard(ByteRange { offset_bytes: 7 * 512, len_bytes: 9 * 512 }));
 }
 
@@ -241,6 +259,15 @@ fn the_last_sector_can_be_reached_and_the_next_cannot() {
         Case::read(2048, 512).refusal().to_string(),
         "the 1 sectors from sector 2048 end beyond the capacity of the disk"
     );
+}
+
+#[test]
+fn a_request_longer_than_the_whole_disk_is_beyond_its_capacity() {
+    let one_block = |parameters: &mut BlkParameters| parameters.size_bytes = 512;
+    for case in [Case::read(0, 1024), Case::write(1, 1024), Case::discard(0, 2, 0)] {
+        let refusal = case.limits(one_block).refusal();
+        assert!(matches!(refusal, Refusal::BeyondCapacity { .. }), "{refusal}");
+    }
 }
 
 #[test]
@@ -303,7 +330,7 @@ fn a_readable_descriptor_after_a_writable_one_is_refused() {
 fn a_short_header_is_refused() {
     for len_bytes in [0, 1, 15] {
         let refusal = Case::read(0, 512).buffers(&[(HEADER_GPA, len_bytes, READABLE), STATUS]).refusal();
-        assert_eq!(refusal, Refusal::ShortHeader { len_bytes: len_bytes.into() });
+        assert_eq!(refusal, Refusal::ShortHeader { len_bytes });
         assert_eq!(refusal.status(), Status::IoError);
     }
 }

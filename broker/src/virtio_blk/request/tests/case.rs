@@ -81,7 +81,15 @@ impl Case {
 
     /// The same with all descriptors but the first few in an indirect table.
     pub(super) fn parse_with_direct(&self, direct: usize) -> (Parsed, Vec<(u64, usize)>) {
-        let mut scene = Scene::new();
+        self.run(Scene::new(), direct)
+    }
+
+    /// The same in memory in which there is something already.
+    pub(super) fn parse_in(&self, scene: Scene) -> (Parsed, Vec<(u64, usize)>) {
+        self.run(scene, self.buffers.len())
+    }
+
+    fn run(&self, mut scene: Scene, direct: usize) -> (Parsed, Vec<(u64, usize)>) {
         scene.put_header(GuestAddress(HEADER_GPA), self.request_type, self.sector);
         let (sector, sectors, flags) = self.range;
         scene.put_range(GuestAddress(RANGE_GPA), sector, sectors, flags);
