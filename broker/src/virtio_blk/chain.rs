@@ -28,7 +28,7 @@ impl Chain {
     #[inline]
     pub(super) fn walk(descriptors: DescriptorChain<'_>, segments: &mut SegmentList) -> Result<Self, Unanswerable> {
         let mut walk = Walk {
-            memory: Translator { memory: descriptors.memory(), last: None },
+            memory: Translator::new(descriptors.memory()),
             segments,
             header: [0; HEADER_BYTES],
             readable_bytes: 0,
@@ -73,7 +73,7 @@ impl Walk<'_, '_> {
             self.refusal = Some(Refusal::ReadableAfterWritable);
             return;
         }
-        let read_bytes = match usize::try_from(before_bytes).ok().and_then(|before| self.header.get_mut(before..)) {
+        let read_bytes = match self.header.get_mut(before_bytes as usize..) {
             Some(missing) if !missing.is_empty() => {
                 let part_bytes = missing.len().min(len_bytes as usize);
                 if !self.memory.read(gpa, &mut missing[..part_bytes]) {
@@ -108,7 +108,7 @@ impl Walk<'_, '_> {
             self.data(gpa, len_bytes - 1);
         }
         let status_gpa = GuestAddress(gpa.0.wrapping_add(u64::from(len_bytes - 1)));
-        if self.memory.find(status_gpa).is_none() {
+        if self.memory.find_frame(status_gpa).is_none() {
             return Err(Unanswerable::StatusOutsideMemory { gpa: status_gpa });
         }
         let header_bytes = self.readable_bytes.min(HEADER_BYTES as u64);
@@ -125,33 +125,56 @@ impl Walk<'_, '_> {
     }
 }
 
-/// Guest-physical to host addresses. Remembers the region of the last one: the parts of a request are mostly in the same.
+/// Guest-physical to host addresses.
+///
+/// Remembers a region for the header and the status, which drivers mostly have in one place, and one for the data.
 struct Translator<'m> {
     memory: &'m GuestMemoryMmap<()>,
-    last: Option<&'m GuestRegionMmap<()>>,
+    frame: Option<&'m GuestRegionMmap<()>>,
+    data: Option<&'m GuestRegionMmap<()>>,
 }
 
+/// A region, and an offset inside it.
+type Place<'m> = (&'m GuestRegionMmap<()>, u64);
+
 impl<'m> Translator<'m> {
-    /// The region in which the address is, and the offset there.
+    fn new(memory: &'m GuestMemoryMmap<()>) -> Self {
+        Self { memory, frame: None, data: None }
+    }
+
     #[inline]
-    fn find(&mut self, gpa: GuestAddress) -> Option<(&'m GuestRegionMmap<()>, u64)> {
-        if let Some(region) = self.last {
+    fn find_frame(&mut self, gpa: GuestAddress) -> Option<Place<'m>> {
+        let place = self.find(gpa, self.frame)?;
+        self.frame = Some(place.0);
+        Some(place)
+    }
+
+    #[inline]
+    fn find_data(&mut self, gpa: GuestAddress) -> Option<Place<'m>> {
+        let place = self.find(gpa, self.data.or(self.frame))?;
+        self.data = Some(place.0);
+        Some(place)
+    }
+
+    #[inline]
+    fn find(&self, gpa: GuestAddress, likely: Option<&'m GuestRegionMmap<()>>) -> Option<Place<'m>> {
+        if let Some(region) = likely {
             let offset_bytes = gpa.0.wrapping_sub(region.start_addr().0);
             if offset_bytes < region.len() {
                 return Some((region, offset_bytes));
             }
         }
         let region = self.memory.find_region(gpa)?;
-        self.last = Some(region);
         Some((region, gpa.0 - region.start_addr().0))
     }
 
-    /// Copies bytes out of guest memory, once. False if they are not all there.
+    /// Copies bytes of the header out of guest memory, once. False if they are not all there.
+    #[inline]
     fn read(&mut self, gpa: GuestAddress, bytes: &mut [u8]) -> bool {
-        match self.find(gpa) {
-            Some((region, offset_bytes)) if bytes.len() as u64 <= region.len() - offset_bytes => {
-                region.read_slice(bytes, MemoryRegionAddress(offset_bytes)).is_ok()
-            }
+        match self.find_frame(gpa) {
+            Some((region, offset_bytes)) if bytes.len() as u64 <= region.len() - offset_bytes => region
+                .get_slice(MemoryRegionAddress(offset_bytes), bytes.len())
+                .is_ok_and(|slice| slice.copy_to(bytes) == bytes.len()),
             // It may continue in the next region.
             Some(_) => self.memory.read_slice(bytes, gpa).is_ok(),
             None => false,
@@ -165,7 +188,7 @@ impl<'m> Translator<'m> {
         let mut at = gpa;
         let mut left_bytes = u64::from(len_bytes);
         loop {
-            let (region, offset_bytes) = self.find(at).ok_or(outside)?;
+            let (region, offset_bytes) = self.find_data(at).ok_or(outside)?;
             let here_bytes = left_bytes.min(region.len() - offset_bytes);
             let hva = region.get_host_address(MemoryRegionAddress(offset_bytes)).map_err(|_| outside)?;
             let segment = Segment { gpa: at, hva, len_bytes: here_bytes as usize };
