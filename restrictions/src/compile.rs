@@ -5,6 +5,7 @@ use core::fmt;
 use thiserror::Error;
 
 use crate::{
+    fields::FieldRules,
     operation::{LinuxVersion, Operation, RegisterOperation},
     policy::{Policy, SqeFlags, TargetSemantics},
     set::{OperationSet, RegisterOperationSet},
@@ -68,6 +69,15 @@ pub enum CompileError {
         /// The undefined bits.
         flags: SqeFlags,
     },
+    /// The policy has rules that no kernel enforces.
+    #[error(
+        "the kernel cannot enforce {}: with this policy direct mode is not possible, mediated mode is",
+        RuleNames(fields)
+    )]
+    NeedsMediation {
+        /// The rules on fields; [`FieldRules::rules`] names those that are set.
+        fields: FieldRules,
+    },
     /// The policy was written for kernels of the other kind.
     #[error("the policy is for kernels {policy}, this kernel's restrictions are those {kernel}")]
     OtherSemantics {
@@ -89,6 +99,8 @@ pub struct CompiledPolicy {
     operations: OperationSet,
     register_operations: RegisterOperationSet,
     semantics: RestrictionSemantics,
+    policy: Policy,
+    is_unsafe_accepted: bool,
 }
 
 impl Policy {
@@ -97,9 +109,12 @@ impl Policy {
     /// # Errors
     ///
     /// [`CompileError`]: the kernel lacks an operation that the policy needs (all of them are named), a class would be
-    /// empty, the flags contradict each other, or the policy is for other kernels.
+    /// empty, the flags contradict each other, or the policy is for other kernels or has rules that no kernel enforces.
     pub fn compile(&self, kernel: &KernelSupport) -> Result<CompiledPolicy, CompileError> {
         self.check_flags()?;
+        if !self.fields.is_empty() {
+            return Err(CompileError::NeedsMediation { fields: self.fields });
+        }
         if let TargetSemantics::Only(policy) = self.target
             && policy != kernel.semantics
         {
@@ -149,7 +164,14 @@ impl CompiledPolicy {
             .chain(register_operations.iter().map(RestrictionKind::RegisterOperation))
             .map(Restriction::new)
             .collect();
-        Ok(Self { entries, operations: policy.operations, register_operations, semantics })
+        Ok(Self {
+            entries,
+            operations: policy.operations,
+            register_operations,
+            semantics,
+            policy: *policy,
+            is_unsafe_accepted: false,
+        })
     }
 
     /// The table, for `IORING_REGISTER_RESTRICTIONS`.
@@ -170,10 +192,45 @@ impl CompiledPolicy {
         self.register_operations
     }
 
+    /// Accepts that the policy may let its guest out: the broker's rings then take it whatever its lint says.
+    ///
+    /// For tests, and for guests that are trusted as much as the owner of the ring.
+    #[must_use]
+    pub fn accept_unsafe(mut self) -> Self {
+        self.is_unsafe_accepted = true;
+        self
+    }
+
+    /// Whether [`accept_unsafe`](Self::accept_unsafe) was said.
+    #[must_use]
+    pub const fn is_unsafe_accepted(&self) -> bool {
+        self.is_unsafe_accepted
+    }
+
+    /// What it was compiled from.
+    #[must_use]
+    pub const fn policy(&self) -> &Policy {
+        &self.policy
+    }
+
     /// The semantics of the kernel it was compiled for.
     #[must_use]
     pub const fn semantics(&self) -> RestrictionSemantics {
         self.semantics
+    }
+}
+
+/// The names of the rules that are set.
+struct RuleNames<'a>(&'a FieldRules);
+
+impl fmt::Display for RuleNames<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut separator = "";
+        for rule in self.0.rules() {
+            write!(f, "{separator}{rule}")?;
+            separator = ", ";
+        }
+        Ok(())
     }
 }
 

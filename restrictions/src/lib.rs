@@ -17,16 +17,19 @@
 //!   least one operation of each class, so it means the same on both.
 //!
 //! Restrictions look at the opcode and the flags of an SQE, at nothing else: not at addresses, lengths, offsets, file
-//! slots, priorities or read/write flags.
+//! slots, priorities or read/write flags. A policy can have rules on those, too ([`FieldRules`]); then it is for rings
+//! whose SQEs a checker in user space sees before they are executed: the [`Checker`], which says of every SQE what the
+//! kernel would, and then what the rules say.
+//!
+//! What a policy lets its submitter reach is known from a table of all operations ([`Operation::facts`]):
+//! [`Policy::lint`] names each way out, [`Policy::describe`] says in words what a guest can do, and [`Policy::differences`]
+//! what another policy changes. With the feature `files` policies are read from and written to TOML ([`PolicyFile`]);
+//! [`BuiltIn`] are those that ship.
 //!
 //! ```
-//! use ringpass_restrictions::{Access, KernelSupport, Operation, Policy, RegisterOperation, RestrictionSemantics};
+//! use ringpass_restrictions::{Access, KernelSupport, LinuxVersion, Operation, Policy};
 //!
-//! let kernel = KernelSupport {
-//!     operations: (0..=Operation::WRITEV_FIXED.code()).map(Operation::new).collect(),
-//!     register_operations: (0..=RegisterOperation::REGISTER_QUERY.code()).map(RegisterOperation::new).collect(),
-//!     semantics: RestrictionSemantics::BeforeLinux7,
-//! };
+//! let kernel = KernelSupport::upstream(LinuxVersion { major: 6, minor: 18 });
 //! let policy = Policy::direct(Access::ReadOnly);
 //! let table = policy.compile(&kernel)?;
 //! assert!(table.operations().contains(Operation::READ_FIXED));
@@ -36,16 +39,37 @@
 
 #![forbid(unsafe_code)]
 
+mod builtin;
+mod check;
 mod compile;
+mod describe;
+mod diff;
+mod fields;
+#[cfg(feature = "files")]
+mod file;
+mod lint;
 mod operation;
 mod policy;
+mod reach;
 mod set;
+mod sqe;
 mod support;
 mod table;
 
+pub use builtin::BuiltIn;
+pub use check::{Checker, KernelRules, Refusal, RingMemory, Verdict};
 pub use compile::{Class, CompileError, CompiledPolicy};
+pub use diff::Difference;
+pub use fields::{
+    Attributes, FieldFault, FieldRule, FieldRules, IoPrioClasses, LengthRange, OffsetWindow, RwFlags, Slots,
+};
+#[cfg(feature = "files")]
+pub use file::{FileError, PolicyFile};
+pub use lint::{Finding, Lint, LintContext, Mode, NopHole, Severity};
 pub use operation::{LinuxVersion, Operation, RegisterOperation};
 pub use policy::{Access, Policy, SqeFlags, TargetSemantics};
+pub use reach::{OperationFacts, Reach};
 pub use set::{OperationSet, RegisterOperationSet};
+pub use sqe::Sqe;
 pub use support::{KernelSupport, RestrictionSemantics};
 pub use table::{Restriction, RestrictionKind};

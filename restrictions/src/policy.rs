@@ -5,6 +5,7 @@ use core::fmt;
 use bitflags::bitflags;
 
 use crate::{
+    fields::{Attributes, FieldRules, IoPrioClasses, LengthRange, OffsetWindow, RwFlags, Slots},
     operation::{Operation, RegisterOperation},
     set::{OperationSet, RegisterOperationSet},
     support::RestrictionSemantics,
@@ -81,6 +82,7 @@ pub struct Policy {
     pub(crate) register_operations: RegisterOperationSet,
     pub(crate) register_operations_if_known: RegisterOperationSet,
     pub(crate) target: TargetSemantics,
+    pub(crate) fields: FieldRules,
 }
 
 impl Policy {
@@ -94,6 +96,17 @@ impl Policy {
             register_operations: RegisterOperationSet::new(),
             register_operations_if_known: RegisterOperationSet::new(),
             target: TargetSemantics::Auto,
+            fields: FieldRules {
+                file_slots: None,
+                buffer_slots: None,
+                offset_window: None,
+                length_bytes: None,
+                alignment_bytes: None,
+                rw_flags: None,
+                ioprio_classes: None,
+                attributes: None,
+                max_outstanding: None,
+            },
         }
     }
 
@@ -118,6 +131,40 @@ impl Policy {
             Access::ReadWrite => policy.allow(Operation::WRITE_FIXED),
             Access::ReadOnly => policy,
         }
+    }
+
+    /// The built-in policy of a ring that the broker executes, SQE by SQE, for a guest.
+    ///
+    /// What [`direct`](Self::direct) allows, and of that: the file in slot 0, whole blocks of 512 bytes up to 1 GiB,
+    /// no attributes, of the `RWF_*` flags those that a disk has a use for, no realtime priority, and at most 65536
+    /// requests at once, which is the largest CQ. The window is the disk's: [`with_offset_window`](Self::with_offset_window).
+    #[must_use]
+    pub fn mediated(access: Access) -> Self {
+        Self::direct(access).with_fields(FieldRules {
+            file_slots: Some(Slots { first: 0, last: 0 }),
+            buffer_slots: None,
+            offset_window: None,
+            length_bytes: Some(LengthRange { min: 512, max: 1 << 30 }),
+            alignment_bytes: Some(512),
+            rw_flags: Some(RwFlags::DSYNC | RwFlags::NOWAIT | RwFlags::DONTCACHE),
+            ioprio_classes: Some(IoPrioClasses::NONE | IoPrioClasses::BEST_EFFORT | IoPrioClasses::IDLE),
+            attributes: Some(Attributes::empty()),
+            max_outstanding: Some(65536),
+        })
+    }
+
+    /// Sets the rules on the fields of SQEs, which only a checker in user space can enforce.
+    #[must_use]
+    pub const fn with_fields(mut self, fields: FieldRules) -> Self {
+        self.fields = fields;
+        self
+    }
+
+    /// Sets the part of the file that reads and writes may reach.
+    #[must_use]
+    pub const fn with_offset_window(mut self, window: OffsetWindow) -> Self {
+        self.fields.offset_window = Some(window);
+        self
     }
 
     /// Allows SQEs to ask for an operation.
@@ -192,6 +239,12 @@ impl Policy {
     #[must_use]
     pub fn register_operations_if_known(&self) -> RegisterOperationSet {
         self.register_operations_if_known.difference(&self.register_operations)
+    }
+
+    /// The rules on the fields of SQEs.
+    #[must_use]
+    pub const fn fields(&self) -> FieldRules {
+        self.fields
     }
 
     /// The kernels the policy is written for.

@@ -25,6 +25,23 @@ impl<C: From<u8> + Into<u8> + Copy> CodeSet<C> {
         Self { words: [0; 4], codes: PhantomData }
     }
 
+    /// The set with this bit map, the lowest numbers first.
+    pub(crate) const fn from_words(words: [u64; 4]) -> Self {
+        Self { words, codes: PhantomData }
+    }
+
+    /// The operations with numbers below `end`, 0 to 256.
+    pub(crate) const fn below(end: u16) -> Self {
+        let mut words = [0; 4];
+        let mut code = 0;
+        while code < end && code <= u8::MAX as u16 {
+            words[(code / 64) as usize] |= 1 << (code % 64);
+            code += 1;
+        }
+        Self::from_words(words)
+    }
+
+    #[inline]
     fn position(operation: C) -> (usize, u64) {
         let code: u8 = operation.into();
         (usize::from(code / WORD_BITS), 1 << (code % WORD_BITS))
@@ -43,6 +60,7 @@ impl<C: From<u8> + Into<u8> + Copy> CodeSet<C> {
     }
 
     /// Whether the operation is in the set.
+    #[inline]
     #[must_use]
     pub fn contains(&self, operation: C) -> bool {
         let (word, bit) = Self::position(operation);

@@ -2,7 +2,11 @@
 
 use core::fmt;
 
-use crate::set::{OperationSet, RegisterOperationSet};
+use crate::{
+    operation::{LinuxVersion, Operation, RegisterOperation},
+    reach,
+    set::{OperationSet, RegisterOperationSet},
+};
 
 /// What one kernel knows of the operations a policy can name.
 ///
@@ -14,8 +18,32 @@ pub struct KernelSupport {
     pub operations: OperationSet,
     /// The register operations the kernel takes in a restriction table.
     pub register_operations: RegisterOperationSet,
+    /// The SQE operations that the kernel has a number for, configured or not: those below its `IORING_OP_LAST`.
+    /// An SQE with another number fails with `EINVAL` before restrictions are looked at.
+    pub numbered: OperationSet,
+    /// The SQE operations that may carry `IOSQE_BUFFER_SELECT`. On any other that flag fails with `EOPNOTSUPP` before
+    /// restrictions are looked at.
+    pub buffer_select: OperationSet,
     /// How the kernel reads a table that has rules of one class only.
     pub semantics: RestrictionSemantics,
+}
+
+impl KernelSupport {
+    /// What an upstream kernel of a release supports, with everything configured, by this crate's tables.
+    ///
+    /// For policies that are looked at on another machine than the one they are for. Right for Linux 5.10 and later.
+    #[must_use]
+    pub fn upstream(version: LinuxVersion) -> Self {
+        let has = |since: Option<LinuxVersion>| since.is_some_and(|since| since <= version);
+        let operations: OperationSet = Operation::named().filter(|operation| has(operation.since())).collect();
+        Self {
+            operations,
+            register_operations: RegisterOperation::named().filter(|operation| has(operation.since())).collect(),
+            numbered: operations,
+            buffer_select: Operation::named().filter(|&operation| has(reach::buffer_select_since(operation))).collect(),
+            semantics: RestrictionSemantics::of(version),
+        }
+    }
 }
 
 /// How a kernel reads a restriction table that has rules of one class (SQE or register) only.
@@ -27,6 +55,14 @@ pub enum RestrictionSemantics {
     BeforeLinux7,
     /// A class without a rule is not restricted (from Linux 7.0).
     FromLinux7,
+}
+
+impl RestrictionSemantics {
+    /// Those of an upstream release.
+    #[must_use]
+    pub fn of(version: LinuxVersion) -> Self {
+        if version >= (LinuxVersion { major: 7, minor: 0 }) { Self::FromLinux7 } else { Self::BeforeLinux7 }
+    }
 }
 
 impl fmt::Display for RestrictionSemantics {

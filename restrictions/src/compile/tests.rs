@@ -8,6 +8,8 @@ fn kernel(last: Operation, last_register: RegisterOperation, semantics: Restrict
     KernelSupport {
         operations: (0..=last.code()).map(Operation::new).collect(),
         register_operations: (0..=last_register.code()).map(RegisterOperation::new).collect(),
+        numbered: (0..=last.code()).map(Operation::new).collect(),
+        buffer_select: OperationSet::new(),
         semantics,
     }
 }
@@ -205,6 +207,7 @@ proptest! {
                 prop_assert!(!allowed.contains(required));
             }
             CompileError::UndefinedFlags { flags } => prop_assert_eq!(flags.bits(), 0x80),
+            CompileError::NeedsMediation { fields } => prop_assert!(!fields.is_empty()),
             CompileError::OtherSemantics { policy: for_kernels, kernel: semantics } => {
                 prop_assert_ne!(for_kernels, semantics);
                 prop_assert_eq!(semantics, kernel.semantics);

@@ -1,0 +1,216 @@
+//! What one policy allows that another does not.
+
+use core::fmt;
+
+use crate::{
+    fields::{FieldRule, FieldRules},
+    policy::{Policy, SqeFlags, TargetSemantics},
+};
+
+/// A difference between two policies, seen from the first.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Difference {
+    /// The second allows more.
+    Widens(String),
+    /// The second allows less.
+    Narrows(String),
+    /// The second allows something else.
+    Changes(String),
+}
+
+impl Difference {
+    /// `"widens"`, `"narrows"` or `"changes"`.
+    #[must_use]
+    pub const fn effect(&self) -> &'static str {
+        match self {
+            Self::Widens(_) => "widens",
+            Self::Narrows(_) => "narrows",
+            Self::Changes(_) => "changes",
+        }
+    }
+
+    /// What is different.
+    #[must_use]
+    pub fn what(&self) -> &str {
+        let (Self::Widens(what) | Self::Narrows(what) | Self::Changes(what)) = self;
+        what
+    }
+}
+
+impl fmt::Display for Difference {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let sign = match self {
+            Self::Widens(_) => '+',
+            Self::Narrows(_) => '-',
+            Self::Changes(_) => '~',
+        };
+        write!(f, "{sign} {}", self.what())
+    }
+}
+
+impl Policy {
+    /// Everything in which `other` differs; nothing for an equal policy.
+    #[must_use]
+    pub fn differences(&self, other: &Self) -> Vec<Difference> {
+        let mut list = Vec::new();
+        for operation in other.operations.difference(&self.operations).iter() {
+            list.push(Difference::Widens(format!("SQEs may ask for {operation}")));
+        }
+        for operation in self.operations.difference(&other.operations).iter() {
+            list.push(Difference::Narrows(format!("SQEs may ask for {operation}")));
+        }
+        let each = |flags: SqeFlags| flags.iter().collect::<Vec<SqeFlags>>();
+        for flag in each(other.flags_allowed.difference(self.flags_allowed)) {
+            list.push(Difference::Widens(format!("SQEs may carry {flag}")));
+        }
+        for flag in each(self.flags_allowed.difference(other.flags_allowed)) {
+            list.push(Difference::Narrows(format!("SQEs may carry {flag}")));
+        }
+        for flag in each(self.flags_required.difference(other.flags_required)) {
+            list.push(Difference::Widens(format!("SQEs need not carry {flag}")));
+        }
+        for flag in each(other.flags_required.difference(self.flags_required)) {
+            list.push(Difference::Narrows(format!("SQEs need not carry {flag}")));
+        }
+        self.register_differences(other, &mut list);
+        field_differences(&self.fields, &other.fields, &mut list);
+        if self.target != other.target {
+            let kernels = |target| match target {
+                TargetSemantics::Auto => "all".to_owned(),
+                TargetSemantics::Only(semantics) => semantics.to_string(),
+            };
+            let what = format!("it is for kernels: {}, was {}", kernels(other.target), kernels(self.target));
+            list.push(Difference::Changes(what));
+        }
+        list
+    }
+
+    fn register_differences(&self, other: &Self, list: &mut Vec<Difference>) {
+        let kept = |policy: &Self| policy.register_operations.union(&policy.register_operations_if_known);
+        let (before, after) = (kept(self), kept(other));
+        for operation in after.difference(&before).iter() {
+            list.push(Difference::Widens(format!("the ring's owner keeps {operation}")));
+        }
+        for operation in before.difference(&after).iter() {
+            list.push(Difference::Narrows(format!("the ring's owner keeps {operation}")));
+        }
+        for operation in before.intersection(&after).iter() {
+            let is_needed = other.register_operations.contains(operation);
+            if self.register_operations.contains(operation) != is_needed {
+                let needed = if is_needed { "a kernel must have" } else { "a kernel need not have" };
+                list.push(Difference::Changes(format!("{needed} {operation}")));
+            }
+        }
+    }
+}
+
+fn field_differences(before: &FieldRules, after: &FieldRules, list: &mut Vec<Difference>) {
+    let mut rule = |rule: FieldRule, difference: Option<fn(String) -> Difference>, text: String| {
+        list.extend(difference.map(|difference| difference(format!("{rule}: {text}"))));
+    };
+    macro_rules! compare {
+        ($field:ident, $rule:ident, $is_within:expr) => {
+            rule(
+                FieldRule::$rule,
+                effect(before.$field, after.$field, $is_within),
+                format!("{}, was {}", shown(after.$field), shown(before.$field)),
+            )
+        };
+    }
+    compare!(file_slots, FileSlots, |a, b| b.first <= a.first && a.last <= b.last);
+    compare!(buffer_slots, BufferSlots, |a, b| b.first <= a.first && a.last <= b.last);
+    compare!(offset_window, OffsetWindow, |a, b| b.contains(a.start_bytes, a.len_bytes));
+    compare!(length_bytes, LengthBytes, |a, b| b.min <= a.min && a.max <= b.max);
+    compare!(alignment_bytes, AlignmentBytes, |a, b| a >= b);
+    compare!(rw_flags, RwFlags, |a, b| b.contains(a));
+    compare!(ioprio_classes, IoPrioClasses, |a, b| b.contains(a));
+    compare!(attributes, Attributes, |a, b| b.contains(a));
+    compare!(max_outstanding, MaxOutstanding, |a, b| a <= b);
+}
+
+/// `is_within(a, b)`: whether `a` allows nothing that `b` does not.
+fn effect<R: Copy + PartialEq>(
+    before: Option<R>,
+    after: Option<R>,
+    is_within: fn(R, R) -> bool,
+) -> Option<fn(String) -> Difference> {
+    match (before, after) {
+        _ if before == after => None,
+        (Some(_), None) => Some(Difference::Widens),
+        (None, _) => Some(Difference::Narrows),
+        (Some(before), Some(after)) if is_within(after, before) => Some(Difference::Narrows),
+        (Some(before), Some(after)) if is_within(before, after) => Some(Difference::Widens),
+        (Some(_), Some(_)) => Some(Difference::Changes),
+    }
+}
+
+fn shown<R: fmt::Debug>(rule: Option<R>) -> String {
+    rule.map_or("no rule".to_owned(), |value| format!("{value:?}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Access, BuiltIn, Operation, RegisterOperation, RestrictionSemantics};
+
+    fn lines(from: &Policy, to: &Policy) -> Vec<String> {
+        from.differences(to).iter().map(ToString::to_string).collect()
+    }
+
+    #[test]
+    fn equal_policies_differ_in_nothing_and_different_ones_in_something() {
+        for one in BuiltIn::ALL {
+            for other in BuiltIn::ALL {
+                assert_eq!(one.policy().differences(&other.policy()).is_empty(), one == other);
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_added_widens_and_the_other_way_round_narrows() {
+        let narrow = Policy::direct(Access::ReadOnly);
+        let wide = Policy::direct(Access::ReadWrite)
+            .with_flags_allowed(SqeFlags::FIXED_FILE | SqeFlags::IO_LINK)
+            .with_flags_required(SqeFlags::empty())
+            .allow_register(RegisterOperation::REGISTER_FILES);
+        let expected = [
+            "SQEs may ask for IORING_OP_WRITE_FIXED",
+            "SQEs may carry IOSQE_IO_LINK",
+            "SQEs need not carry IOSQE_FIXED_FILE",
+            "the ring's owner keeps IORING_REGISTER_FILES",
+        ];
+        assert_eq!(lines(&narrow, &wide), expected.map(|what| format!("+ {what}")));
+        assert_eq!(lines(&wide, &narrow), expected.map(|what| format!("- {what}")));
+    }
+
+    #[test]
+    fn a_rule_on_fields_narrows_and_a_moved_window_changes() {
+        let window = |start_bytes, len_bytes| {
+            Policy::direct(Access::ReadOnly).with_offset_window(crate::OffsetWindow { start_bytes, len_bytes })
+        };
+        let effect =
+            |from: &Policy, to: &Policy| from.differences(to).iter().map(Difference::effect).collect::<Vec<_>>();
+        let free = Policy::direct(Access::ReadOnly);
+        assert_eq!(effect(&free, &window(0, 4096)), ["narrows"]);
+        assert_eq!(effect(&window(0, 4096), &free), ["widens"]);
+        assert_eq!(effect(&window(0, 4096), &window(0, 8192)), ["widens"]);
+        assert_eq!(effect(&window(0, 8192), &window(4096, 4096)), ["narrows"]);
+        assert_eq!(effect(&window(0, 8192), &window(4096, 8192)), ["changes"]);
+    }
+
+    #[test]
+    fn a_need_that_becomes_a_wish_and_other_kernels_are_changes() {
+        let needed = Policy::new().allow(Operation::NOP).allow_register(RegisterOperation::REGISTER_EVENTFD);
+        let wished = Policy::new()
+            .allow(Operation::NOP)
+            .allow_register_if_known(RegisterOperation::REGISTER_EVENTFD)
+            .with_target(TargetSemantics::Only(RestrictionSemantics::FromLinux7));
+        assert_eq!(
+            lines(&needed, &wished),
+            [
+                "~ a kernel need not have IORING_REGISTER_EVENTFD",
+                "~ it is for kernels: from Linux 7.0 (a class without a rule is unrestricted), was all",
+            ]
+        );
+    }
+}

@@ -1,0 +1,297 @@
+//! Lint: the ways in which a policy would let a guest out, or let it exhaust the host.
+
+mod kinds;
+
+use core::fmt;
+
+use crate::{
+    fields::FieldRules,
+    operation::{Operation, RegisterOperation},
+    policy::{Policy, SqeFlags},
+    reach::{OperationFacts, Reach},
+    support::RestrictionSemantics,
+};
+pub use kinds::{Lint, Severity};
+
+/// Who executes the SQEs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Mode {
+    /// The host kernel, from the ring that the guest writes to.
+    Direct,
+    /// A program that sees, copies and checks each SQE first.
+    Mediated,
+}
+
+/// Whether the kernel has CVE-2026-64426 (`NOP` leaks file references).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum NopHole {
+    /// It has.
+    Open,
+    /// It has not.
+    Closed,
+    /// Nobody looked: taken for open.
+    #[default]
+    Unknown,
+}
+
+/// What a policy is looked at for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LintContext {
+    /// Who executes the SQEs.
+    pub mode: Mode,
+    /// The kernel's restrictions; `None` for all kernels.
+    pub semantics: Option<RestrictionSemantics>,
+    /// Whether the kernel's `NOP` is broken.
+    pub nop: NopHole,
+}
+
+impl LintContext {
+    /// For any kernel, in the mode that the policy is for: mediated if it has rules on fields.
+    #[must_use]
+    pub const fn for_any_kernel(policy: &Policy) -> Self {
+        let mode = if policy.fields.is_empty() { Mode::Direct } else { Mode::Mediated };
+        Self { mode, semantics: None, nop: NopHole::Unknown }
+    }
+}
+
+/// Something that lint has to say about a policy.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Finding {
+    /// Its kind.
+    pub lint: Lint,
+    /// How bad it is.
+    pub severity: Severity,
+    /// What in the policy it is about, by the kernel's names.
+    pub subject: String,
+    /// What a guest can do with it, or what is wrong.
+    pub what: String,
+}
+
+impl fmt::Display for Finding {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}[{}]: {}: {}", self.severity, self.lint, self.subject, self.what)
+    }
+}
+
+impl Policy {
+    /// Everything that lint has to say, the worst first.
+    #[must_use]
+    pub fn lint(&self, context: &LintContext) -> Vec<Finding> {
+        let mut findings = Findings { policy: self, context, list: Vec::new() };
+        findings.contradictions();
+        findings.classes();
+        for operation in self.operations.iter() {
+            match operation.facts() {
+                None => findings.add(
+                    Lint::UnknownOperation,
+                    Severity::Error,
+                    operation,
+                    "it is newer than this version, which knows the operations of Linux 7.0",
+                ),
+                Some(facts) => findings.operation(facts),
+            }
+        }
+        findings.flags();
+        findings.reads_and_writes();
+        findings.registers();
+        let mut list = findings.list;
+        list.sort_by_key(|finding| core::cmp::Reverse(finding.severity));
+        list
+    }
+}
+
+struct Findings<'a> {
+    policy: &'a Policy,
+    context: &'a LintContext,
+    list: Vec<Finding>,
+}
+
+impl Findings<'_> {
+    fn add(&mut self, lint: Lint, severity: Severity, subject: impl fmt::Display, what: impl fmt::Display) {
+        self.list.push(Finding { lint, severity, subject: subject.to_string(), what: what.to_string() });
+    }
+
+    fn contradictions(&mut self) {
+        let (allowed, required) = (self.policy.flags_allowed, self.policy.flags_required);
+        let undefined = (allowed | required).difference(SqeFlags::all());
+        if !undefined.is_empty() {
+            self.add(Lint::Contradiction, Severity::Error, undefined, "io_uring does not define these flags");
+        }
+        if !allowed.contains(required) {
+            let missing = required.difference(allowed);
+            self.add(Lint::Contradiction, Severity::Error, missing, "required, but not among the allowed flags");
+        }
+        if let Some(fault) = self.policy.fields.fault() {
+            self.add(Lint::Contradiction, Severity::Error, fault.rule, fault.what);
+        }
+        if self.context.mode == Mode::Direct {
+            for rule in self.policy.fields.rules() {
+                self.add(Lint::NotEnforceable, Severity::Error, rule, "no kernel enforces it");
+            }
+        }
+    }
+
+    fn classes(&mut self) {
+        if self.policy.operations.is_empty() {
+            self.add(Lint::EmptyOperationClass, Severity::Error, "SQE operations", "none is allowed");
+        }
+        if !self.policy.register_operations.is_empty() {
+            return;
+        }
+        let optional = self.policy.register_operations_if_known();
+        let free = "from Linux 7.0 a table without one leaves all register operations free";
+        let (severity, what) = match (self.context.semantics, optional.is_empty()) {
+            (Some(RestrictionSemantics::BeforeLinux7), true) => {
+                (Severity::Warning, format!("none is named; {free}, this kernel denies them"))
+            }
+            (_, true) => (Severity::Error, format!("none is named; {free}")),
+            (_, false) => (Severity::Warning, format!("a kernel without {optional} has none left; {free}")),
+        };
+        self.add(Lint::EmptyRegisterClass, severity, "register operations", what);
+    }
+
+    fn operation(&mut self, facts: &OperationFacts) {
+        let operation = facts.operation;
+        let required = self.policy.flags_required;
+        if facts.takes_file && !required.contains(SqeFlags::FIXED_FILE) {
+            let what = "the file may be any descriptor of the process that created the ring";
+            self.add(Lint::NoFixedFile, Severity::Error, operation, what);
+        }
+        if self.context.mode == Mode::Mediated && !self.policy.fields.is_empty() && !FieldRules::judge(operation) {
+            self.add(Lint::NeverAllowed, Severity::Warning, operation, "the rules on fields refuse every such SQE");
+        }
+        for (lint, reach) in special(operation) {
+            let severity = match (lint, self.context.nop) {
+                (Lint::Nop, NopHole::Closed) => Severity::Warning,
+                _ => Severity::Error,
+            };
+            self.add(lint, severity, operation, format!("lets the guest {}", facts.does));
+            if reach.is_all() {
+                return;
+            }
+        }
+        for (lint, reach) in GENERAL {
+            let reached = facts.reach & *reach;
+            if !reached.is_empty() && special(operation).all(|(_, covered)| !covered.contains(reached)) {
+                let severity = self.severity_of(*lint);
+                self.add(*lint, severity, operation, format!("lets the guest {}; reaches {reached}", facts.does));
+            }
+        }
+    }
+
+    /// In mediated mode a limit on requests bounds what piles up.
+    fn severity_of(&self, lint: Lint) -> Severity {
+        let is_bounded = self.context.mode == Mode::Mediated && self.policy.fields.max_outstanding.is_some();
+        match lint {
+            Lint::UnboundedWork if is_bounded => Severity::Note,
+            Lint::FileSize if self.policy.fields.offset_window.is_some() => Severity::Note,
+            _ => Severity::Error,
+        }
+    }
+
+    fn flags(&mut self) {
+        let flags = self.policy.flags_allowed | self.policy.flags_required;
+        for (flag, lint, severity, what) in [
+            (
+                SqeFlags::BUFFER_SELECT,
+                Lint::ProvidedBuffers,
+                Severity::Error,
+                "lets the guest read into addresses that were provided before",
+            ),
+            (
+                SqeFlags::ASYNC,
+                Lint::AsyncFlag,
+                self.severity_of(Lint::UnboundedWork),
+                "lets the guest queue any number of requests for worker threads",
+            ),
+            (SqeFlags::IO_DRAIN, Lint::OrderedRequests, Severity::Warning, "lets the guest hold requests back"),
+            (SqeFlags::IO_LINK, Lint::OrderedRequests, Severity::Warning, "lets the guest chain requests"),
+            (SqeFlags::IO_HARDLINK, Lint::OrderedRequests, Severity::Warning, "lets the guest chain requests"),
+            (
+                SqeFlags::CQE_SKIP_SUCCESS,
+                Lint::SkippedCompletions,
+                Severity::Warning,
+                "lets the guest have requests that post no CQE",
+            ),
+        ] {
+            if flags.contains(flag) {
+                self.add(lint, severity, flag, what);
+            }
+        }
+    }
+
+    /// What no restriction keeps out of reads and writes.
+    fn reads_and_writes(&mut self) {
+        let transfers = self
+            .policy
+            .operations
+            .iter()
+            .any(|operation| [Operation::READ_FIXED, Operation::WRITE_FIXED].contains(&operation));
+        let fields = &self.policy.fields;
+        if transfers && fields.attributes.is_none() {
+            let what = "the kernel reads attr_ptr at any address of the process that created the ring (Linux 6.14)";
+            self.add(Lint::Attributes, Severity::Warning, "reads and writes", what);
+        }
+        let is_realtime = |classes| crate::fields::IoPrioClasses::REALTIME.intersects(classes);
+        if transfers && fields.ioprio_classes.is_none_or(is_realtime) {
+            let what = "may have realtime priority, if the process that created the ring had the privilege";
+            self.add(Lint::RealtimePriority, Severity::Note, "reads and writes", what);
+        }
+        if self.context.mode == Mode::Mediated && fields.max_outstanding.is_none() {
+            let what = "is not set: any number of requests may be under way";
+            self.add(Lint::NoLimit, Severity::Warning, "fields.max_outstanding", what);
+        }
+    }
+
+    fn registers(&mut self) {
+        let kept = self.policy.register_operations.union(&self.policy.register_operations_if_known);
+        for operation in kept.iter().filter(|operation| GRANTING.contains(operation)) {
+            let what = "lets the ring's owner change what SQEs reach while the ring runs";
+            self.add(Lint::RegisterGrants, Severity::Note, operation, what);
+        }
+    }
+}
+
+/// Lints of their own for some operations, and the reach that each explains.
+fn special(operation: Operation) -> impl Iterator<Item = (Lint, Reach)> {
+    let memory = Reach::READS_MEMORY | Reach::WRITES_MEMORY;
+    let all = Reach::all();
+    let lint = match operation {
+        Operation::NOP | Operation::NOP128 => Some((Lint::Nop, Reach::empty())),
+        Operation::SPLICE | Operation::TEE => Some((Lint::Splice, Reach::OTHER_FILES)),
+        Operation::URING_CMD | Operation::URING_CMD128 => Some((Lint::UringCommand, all)),
+        Operation::PROVIDE_BUFFERS | Operation::REMOVE_BUFFERS | Operation::READ_MULTISHOT => {
+            Some((Lint::ProvidedBuffers, all))
+        }
+        Operation::MSG_RING => Some((Lint::MessageRing, Reach::OTHER_RINGS)),
+        Operation::READV_FIXED | Operation::WRITEV_FIXED => Some((Lint::VectoredFixed, memory)),
+        _ => None,
+    };
+    lint.into_iter()
+}
+
+/// The lint of each part of a reach.
+const GENERAL: &[(Lint, Reach)] = &[
+    (Lint::RawAddresses, Reach::READS_MEMORY.union(Reach::WRITES_MEMORY)),
+    (Lint::OtherFiles, Reach::OTHER_FILES),
+    (Lint::Network, Reach::NETWORK),
+    (Lint::Processes, Reach::PROCESSES),
+    (Lint::UnboundedWork, Reach::UNBOUNDED_MEMORY),
+    (Lint::FileSize, Reach::FILE_SIZE),
+    (Lint::MessageRing, Reach::OTHER_RINGS),
+    (Lint::UringCommand, Reach::DRIVER_COMMANDS),
+];
+
+/// Register operations that give SQEs files, credentials, buffers of provided kind, or other rings.
+const GRANTING: &[RegisterOperation] = &[
+    RegisterOperation::REGISTER_FILES,
+    RegisterOperation::REGISTER_FILES_UPDATE,
+    RegisterOperation::REGISTER_FILES2,
+    RegisterOperation::REGISTER_FILES_UPDATE2,
+    RegisterOperation::REGISTER_PERSONALITY,
+    RegisterOperation::REGISTER_PBUF_RING,
+    RegisterOperation::REGISTER_ZCRX_IFQ,
+];
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,155 @@
+//! What each io_uring operation can reach, with where that is known from.
+//!
+//! "The owner" is the process that created the ring: its address space, descriptors and credentials are what operations
+//! use, whoever writes the SQEs. Sources are files of the kernel's tree (Linux 7.0) with the function that shows it, and
+//! man pages. "Testable" rows are shown on a real ring by the tests of this project.
+
+mod table;
+
+use core::fmt;
+
+use bitflags::bitflags;
+
+use crate::{
+    operation::{LinuxVersion, Operation},
+    set::OperationSet,
+};
+use table::TABLE;
+
+bitflags! {
+    /// What an operation can reach besides registered buffers and the files of the ring's table.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+    pub struct Reach: u16 {
+        /// Reads memory of the owner, at an address the SQE names. (At least the errno tells what is mapped.)
+        const READS_MEMORY = 1 << 0;
+        /// Writes or discards memory of the owner, at an address the SQE names.
+        const WRITES_MEMORY = 1 << 1;
+        /// Files that are not in the ring's table, also with `IOSQE_FIXED_FILE`: by path or descriptor, or by opening,
+        /// closing and exchanging descriptors and table slots.
+        const OTHER_FILES = 1 << 2;
+        /// Sockets.
+        const NETWORK = 1 << 3;
+        /// Other processes and threads: waits for them, wakes them.
+        const PROCESSES = 1 << 4;
+        /// Kernel memory without bound: requests that wait for ever, or queue for io-wq workers, as many as the submitter
+        /// likes.
+        const UNBOUNDED_MEMORY = 1 << 5;
+        /// Other rings.
+        const OTHER_RINGS = 1 << 6;
+        /// Commands of a driver or file system: whatever those do.
+        const DRIVER_COMMANDS = 1 << 7;
+        /// The size of the file, also beyond `RLIMIT_FSIZE` in blocks.
+        const FILE_SIZE = 1 << 8;
+    }
+}
+
+impl Reach {
+    /// In words, to follow "reaches".
+    #[must_use]
+    pub fn description(self) -> &'static str {
+        match self {
+            Self::READS_MEMORY => "any address of the ring's owner, to read",
+            Self::WRITES_MEMORY => "any address of the ring's owner, to write",
+            Self::OTHER_FILES => "files outside the ring's table",
+            Self::NETWORK => "the network",
+            Self::PROCESSES => "other processes and threads",
+            Self::UNBOUNDED_MEMORY => "kernel memory without bound",
+            Self::OTHER_RINGS => "other rings",
+            Self::DRIVER_COMMANDS => "the commands of drivers and file systems",
+            Self::FILE_SIZE => "the size of the file",
+            _ => "several things",
+        }
+    }
+}
+
+/// The descriptions with commas between them; "nothing else" for nothing.
+impl fmt::Display for Reach {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.is_empty() {
+            return f.write_str("nothing else");
+        }
+        let mut separator = "";
+        for part in self.iter() {
+            write!(f, "{separator}{}", part.description())?;
+            separator = ", ";
+        }
+        Ok(())
+    }
+}
+
+/// What is known of an operation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct OperationFacts {
+    /// The operation.
+    pub operation: Operation,
+    /// What it does, to follow "a guest can".
+    pub does: &'static str,
+    /// What it can reach besides registered buffers and the files of the table.
+    pub reach: Reach,
+    /// Whether it works on the file that `fd` names, which `IOSQE_FIXED_FILE` makes a slot of the table.
+    pub takes_file: bool,
+    /// The release from which it takes provided buffers (`IOSQE_BUFFER_SELECT`); `None` for never.
+    pub buffer_select_since: Option<LinuxVersion>,
+    /// Where this is known from.
+    pub source: &'static str,
+}
+
+impl Operation {
+    /// What is known of the operation; `None` for one newer than this crate (Linux 7.0).
+    #[must_use]
+    pub fn facts(self) -> Option<&'static OperationFacts> {
+        TABLE.get(usize::from(self.code()))
+    }
+}
+
+pub(crate) fn buffer_select_since(operation: Operation) -> Option<LinuxVersion> {
+    operation.facts().and_then(|facts| facts.buffer_select_since)
+}
+
+/// All operations that this crate has a number for.
+pub(crate) const NUMBERED: OperationSet = OperationSet::below(TABLE.len() as u16);
+
+/// All of those that take provided buffers on the newest kernel.
+pub(crate) const BUFFER_SELECT: OperationSet = {
+    let mut words = [0u64; 4];
+    let mut code = 0;
+    while code < TABLE.len() {
+        if TABLE[code].buffer_select_since.is_some() {
+            words[code / 64] |= 1 << (code % 64);
+        }
+        code += 1;
+    }
+    OperationSet::from_words(words)
+};
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_operation_has_its_row_with_a_source() {
+        assert_eq!(TABLE.len(), Operation::named().count());
+        for (code, facts) in (0..).zip(TABLE) {
+            assert_eq!(facts.operation.code(), code);
+            assert_eq!(facts.operation.facts(), Some(facts));
+            assert!(!facts.does.is_empty() && facts.source.contains('.'), "{}", facts.operation);
+        }
+        assert_eq!(Operation::new(65).facts(), None);
+    }
+
+    #[test]
+    fn every_part_of_a_reach_has_words_of_its_own() {
+        let words: std::collections::BTreeSet<&str> = Reach::all().iter().map(Reach::description).collect();
+        assert_eq!(words.len(), Reach::all().iter().count());
+        assert!(!words.contains("several things"));
+        assert_eq!(Reach::empty().to_string(), "nothing else");
+        assert_eq!((Reach::NETWORK | Reach::OTHER_RINGS).to_string(), "the network, other rings");
+    }
+
+    #[test]
+    fn nothing_takes_provided_buffers_before_it_exists() {
+        for facts in TABLE {
+            assert!(facts.buffer_select_since.is_none_or(|since| Some(since) >= facts.operation.since()));
+        }
+    }
+}
