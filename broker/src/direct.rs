@@ -17,7 +17,7 @@ use crate::disk::Disk;
 use crate::memory::{ChangedSlots, GuestMemory, PinnedMemory, RegionConfig, Sharing};
 use crate::ring::{
     BellId, DoorbellThread, Enabled, IoWorkers, KernelRing, Placement, Reaper, RingConfig, RingEnd, RingError,
-    RingWindow, SqThread, SqThreadConfig, Submission, check_eventfd,
+    RingWindow, SqThread, SqThreadConfig, Submission, check_eventfd, refuse_unsafe,
 };
 
 /// How a device executes its queues.
@@ -122,12 +122,19 @@ impl DirectDevice {
     ///
     /// Drop privileges before: what they are now is what the SQ thread keeps, and memory pinned with others cannot be
     /// shared with queues later.
+    ///
+    /// # Errors
+    ///
+    /// [`RingError::UnsafePolicy`] for a policy with lint errors that nobody [accepted](CompiledPolicy::accept_unsafe);
+    /// memory that cannot be pinned; a CPU for the SQ thread that cannot be used.
     pub fn new(
         disk: Arc<Disk>,
         memory: &GuestMemory,
         policy: CompiledPolicy,
         config: DirectConfig,
     ) -> Result<Self, RingError> {
+        // Before half a second for each GiB of pinning.
+        refuse_unsafe(&policy)?;
         let (submission, pinned) = on_own_thread(|| -> Result<_, RingError> {
             let submission = match config.submission {
                 SubmissionConfig::SqThread(config) => Submission::SqThread(Arc::new(SqThread::new(config)?)),

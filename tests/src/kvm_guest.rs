@@ -62,7 +62,7 @@ pub struct KvmGuestConfig {
     pub blocks_max: u64,
     /// A second region of RAM, of 1 MiB, behind a hole of 1 MiB.
     pub hole: bool,
-    /// What the rings allow. None: the built-in policy.
+    /// What the rings allow, safe or not. None: the built-in policy.
     pub policy: Option<Policy>,
 }
 
@@ -125,10 +125,15 @@ impl KvmGuest {
         drop(file);
         let disk = Arc::new(Disk::open(&config.disk)?);
         let access = if config.disk.read_only { Access::ReadOnly } else { Access::ReadWrite };
+        let policy = match config.policy {
+            // Wrong on purpose.
+            Some(policy) => policy.compile(&kernel::support()?)?.accept_unsafe(),
+            None => Policy::direct(access).compile(&kernel::support()?)?,
+        };
         let device = DirectDevice::new(
             disk,
             &memory,
-            config.policy.unwrap_or_else(|| Policy::direct(access)).compile(&kernel::support()?)?,
+            policy,
             DirectConfig { submission: config.submission, workers: IoWorkers::default(), sharing: Sharing::Clone },
         )?;
         let machine = Machine::new(

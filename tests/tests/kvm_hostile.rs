@@ -214,7 +214,7 @@ fn child() -> Result<()> {
         }
     };
     let mut hostile = config(path, how.direct_io);
-    (hostile.disk.read_only, hostile.policy) = (how.read_only, Some(how.policy()));
+    (hostile.disk.read_only, hostile.policy) = (how.read_only, (!how.is_strict()).then(|| how.policy()));
     let (mut hostile, mut other) = (KvmGuest::start(hostile)?, KvmGuest::start(config(other_path, false))?);
     let ram = pattern(RAM, usize::try_from(hostile.memory().len_bytes())?);
     let other_ram = pattern(OTHER_RAM, usize::try_from(other.memory().len_bytes())?);

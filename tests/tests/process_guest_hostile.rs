@@ -298,6 +298,7 @@ fn child() -> Result<()> {
     let disk = Arc::new(Disk::open(&disk_config)?);
     let other_disk = Arc::new(Disk::open(&DiskConfig { direct_io: DirectIo::Off, ..DiskConfig::new(&paths[1]) })?);
     let policy = how.policy().compile(&kernel::support()?)?;
+    let policy = if how.rules == Rules::BuiltIn { policy } else { policy.accept_unsafe() };
     let hostile_guest = ProcessGuest::with_policy(&disk, filled_ram(10)?, how.submission(), policy)?;
     let mut hostile = Guest::new(hostile_guest, how.place)?;
     let mut other = Guest::new(ProcessGuest::new(&other_disk, filled_ram(11)?, how.submission())?, how.place)?;

@@ -3,15 +3,18 @@
 //!
 //! [`KernelRelease`] reads the version, distributors' ways of writing it included; [`affected`] lists the known
 //! [`Hole`]s of a release; [`KernelRelease::verdict`] is the advice drawn from both. [`support()`] asks the kernel itself
-//! which operations and restrictions it takes; it goes by trial and by the kernel's own answers, never by version.
+//! which operations and restrictions it takes; it goes by trial and by the kernel's own answers, never by version (but for
+//! one errno of refused SQEs). [`lint_context()`] is what the lint of a policy should know of the running kernel.
 
 mod holes;
+mod lint;
 mod release;
 mod support;
 mod verdict;
 mod version;
 
 pub use holes::{Hole, Reach, affected, known_holes};
+pub use lint::{lint_context, nop_hole};
 pub use release::{KernelRelease, ReleaseError};
 pub use support::support;
 pub use verdict::Verdict;

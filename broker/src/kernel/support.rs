@@ -5,15 +5,18 @@ use std::io;
 use io_uring::{IoUring, Probe, register::Restriction};
 use nix::libc::{EACCES, EINVAL};
 use ringpass_restrictions::{
-    KernelSupport, Operation, OperationSet, RegisterOperation, RegisterOperationSet, RestrictionSemantics,
+    KernelSupport, LinuxVersion, Operation, OperationSet, RegisterOperation, RegisterOperationSet, RestrictionSemantics,
 };
+
+use super::KernelRelease;
 
 /// Asks the running kernel what a restriction policy can be made of.
 ///
 /// Operations are those of `IORING_REGISTER_PROBE` (Linux 5.6). Register operations have no such list on most kernels,
 /// so one-entry restriction tables are tried: the kernel refuses the numbers that it does not know. The semantics of
 /// Linux 7.0 are told by what a table without register operations does. A few small rings are made and closed; the
-/// calling process keeps nothing of them.
+/// calling process keeps nothing of them. Which operations take provided buffers goes by the kernel's version: it decides
+/// the errno of an SQE that is refused, never whether it is.
 ///
 /// # Errors
 ///
@@ -23,6 +26,8 @@ pub fn support() -> io::Result<KernelSupport> {
     Ok(KernelSupport {
         operations: operations()?,
         register_operations: register_operations()?,
+        numbered: numbered()?,
+        buffer_select: buffer_select()?,
         semantics: semantics()?,
     })
 }
@@ -51,6 +56,26 @@ fn register_operations() -> io::Result<RegisterOperationSet> {
     Err(io::Error::from_raw_os_error(EINVAL))
 }
 
+/// As for register operations: the kernel compares the number in an entry with the last one it knows.
+fn numbered() -> io::Result<OperationSet> {
+    let ring = disabled_ring()?;
+    for last in (0..=u8::MAX).rev() {
+        match ring.submitter().register_restrictions(&mut [Restriction::sqe_op(last)]) {
+            Ok(()) => return Ok((0..=last).map(Operation::new).collect()),
+            Err(error) if error.raw_os_error() == Some(EINVAL) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Err(io::Error::from_raw_os_error(EINVAL))
+}
+
+fn buffer_select() -> io::Result<OperationSet> {
+    let release = KernelRelease::running().map_err(io::Error::other)?.upstream();
+    let part = |number: u16| u8::try_from(number).unwrap_or(u8::MAX);
+    let version = LinuxVersion { major: part(release.major), minor: part(release.minor) };
+    Ok(KernelSupport::upstream(version).buffer_select)
+}
+
 fn semantics() -> io::Result<RestrictionSemantics> {
     let ring = disabled_ring()?;
     let submitter = ring.submitter();
@@ -66,7 +91,7 @@ fn semantics() -> io::Result<RestrictionSemantics> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kernel::{KernelRelease, KernelVersion};
+    use crate::kernel::KernelVersion;
 
     #[test]
     fn the_running_kernel_has_the_operations_of_its_release() {

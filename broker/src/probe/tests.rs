@@ -1,7 +1,7 @@
 //! Reports from made-up facts: every refusal, by its words.
 
 use nix::libc::{EACCES, EINVAL, ENOMEM, ENOSYS, EPERM};
-use ringpass_restrictions::{KernelSupport, Operation, RegisterOperation, RestrictionSemantics};
+use ringpass_restrictions::{KernelSupport, Operation, OperationSet, RegisterOperation, RestrictionSemantics};
 
 use super::*;
 use crate::{
@@ -25,6 +25,8 @@ fn good() -> Facts {
         support: Ok(KernelSupport {
             operations: (0..=Operation::PIPE.code()).map(Operation::new).collect(),
             register_operations: (0..=RegisterOperation::REGISTER_QUERY.code()).map(RegisterOperation::new).collect(),
+            numbered: (0..=Operation::PIPE.code()).map(Operation::new).collect(),
+            buffer_select: OperationSet::new(),
             semantics: RestrictionSemantics::BeforeLinux7,
         }),
         features: Feature::ALL.map(|feature| (feature, Outcome::Works)).to_vec(),

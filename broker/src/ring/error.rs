@@ -3,6 +3,7 @@
 use std::io;
 
 use ringpass_guest_abi::LayoutError;
+use ringpass_restrictions::Finding;
 
 use super::StillRunning;
 use crate::memory::MemoryError;
@@ -97,6 +98,16 @@ pub enum RingError {
         /// What the kernel said.
         source: io::Error,
     },
+    /// The policy would let its guest out, or let it exhaust the host.
+    #[error(
+        "the policy has lint errors: {}; change it (`ringpass policy lint` explains each), or accept what a guest can do \
+         with it (--allow-unsafe-policy, CompiledPolicy::accept_unsafe)",
+        subjects(errors)
+    )]
+    UnsafePolicy {
+        /// What lint has found, the errors only.
+        errors: Vec<Finding>,
+    },
     /// Another system call failed.
     #[error("{what}: {source}")]
     System {
@@ -112,6 +123,11 @@ impl RingError {
     pub(crate) fn system<E: Into<io::Error>>(what: &'static str) -> impl FnOnce(E) -> Self {
         move |source| Self::System { what, source: source.into() }
     }
+}
+
+fn subjects(errors: &[Finding]) -> String {
+    let each: Vec<String> = errors.iter().map(|error| format!("{} ({})", error.subject, error.lint)).collect();
+    each.join(", ")
 }
 
 /// What is likely behind a refusal of `io_uring_setup(2)`, and what to do.

@@ -19,6 +19,7 @@ mod doorbell;
 mod end;
 mod error;
 mod placement;
+mod policy;
 mod sq_thread;
 pub(crate) mod sys;
 
@@ -38,6 +39,7 @@ pub(crate) use doorbell::{BellId, check_eventfd};
 pub use end::{Keepalive, Reaper, RingEnd, StillRunning};
 pub use error::RingError;
 pub use placement::{Placement, RingWindow};
+pub(crate) use policy::refuse_unsafe;
 pub use sq_thread::{SqThread, SqThreadConfig};
 
 use crate::disk::Disk;
@@ -157,7 +159,13 @@ impl KernelRing<Disabled> {
     }
 
     /// Puts the policy in force, for good.
+    ///
+    /// # Errors
+    ///
+    /// [`RingError::UnsafePolicy`] for one with lint errors that nobody [accepted](CompiledPolicy::accept_unsafe), or what
+    /// the kernel says.
     pub fn restrict(self, policy: &CompiledPolicy) -> Result<KernelRing<Restricted>, RingError> {
+        refuse_unsafe(policy)?;
         self.fd().restrict(policy.entries()).map_err(RingError::system("registering the ring's restrictions"))?;
         Ok(self.into_state())
     }

@@ -2,6 +2,7 @@
 
 mod demo;
 mod log;
+mod policy;
 mod probe;
 mod serve;
 
@@ -25,6 +26,8 @@ enum Command {
     Demo(demo::DemoArgs),
     /// Tells what this kernel and these limits allow, and what to change for the rest.
     Probe(probe::ProbeArgs),
+    /// Tells what a restriction policy lets a guest do.
+    Policy(policy::PolicyCommand),
     /// The guest's side of the demo; started by it.
     #[command(hide = true)]
     DemoGuest,
@@ -38,6 +41,7 @@ fn main() -> ExitCode {
         Command::Serve(args) => serve::run(&args),
         Command::Demo(args) => demo::run(&args),
         Command::Probe(args) => probe::run(&args),
+        Command::Policy(command) => policy::run(&command),
         Command::DemoGuest => demo::guest::run().map(|()| ExitCode::SUCCESS),
     };
     log::exit_code("ringpass", result)

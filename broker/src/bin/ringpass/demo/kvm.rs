@@ -14,12 +14,13 @@ use ringpass_broker::kvm::{ExitCounters, KvmPlacement, KvmQueue, KvmQueueConfig,
 use ringpass_broker::memory::{GuestMemory, IOVA_BASE, RegionConfig, Sharing};
 use ringpass_broker::ring::{IoWorkers, RingConfig, SqThreadConfig};
 use ringpass_guest_abi::{rings_area_bytes, sqes_area_bytes};
-use ringpass_restrictions::{Access, Policy, RegisterOperation};
+use ringpass_restrictions::{Access, RegisterOperation};
 use ringpass_vmm::{GuestCpu, Machine, MachineConfig, PROGRAM_SLOT};
 use ringpass_workload::{Job, Wait};
 use rustix::fs::MemfdFlags;
 
 use super::{BUFFERS_BYTES, ExitCounts, Outcome, SQ_THREAD_IDLE, Task, Way};
+use crate::policy::ChosenPolicy;
 
 const RING: RingConfig = RingConfig { sq_entries: 64, cq_entries: 128 };
 /// The guest's RAM: small, because it is pinned, and an ordinary user may pin 8 MiB in all.
@@ -67,13 +68,18 @@ pub(crate) struct KvmWay {
 
 impl KvmWay {
     /// Starts a virtual machine on `disk`. It knows the checksums of the blocks of its area.
-    pub(crate) fn start(disk: &Arc<Disk>, signal: Signal, expected: &[u64]) -> anyhow::Result<Self> {
+    pub(crate) fn start(
+        disk: &Arc<Disk>,
+        policy: ChosenPolicy,
+        signal: Signal,
+        expected: &[u64],
+    ) -> anyhow::Result<Self> {
         let kvm = Kvm::new().context("opening /dev/kvm (the user must be root or in the group `kvm`)")?;
         let (rings_gpa, sqes_gpa) = (0, rings_area_bytes(RING.cq_entries));
         let buffers_gpa = sqes_gpa + sqes_area_bytes(RING.sq_entries);
         assert!(buffers_gpa + BUFFERS_BYTES <= RAM_BYTES, "the RAM is large enough");
         let memory = memory()?;
-        let device = device(disk, &memory, signal)?;
+        let device = device(disk, &memory, policy, signal)?;
 
         let ram = RamRegion { gpa: 0, len_bytes: RAM_BYTES };
         let config = MachineConfig { vcpus: 1, ram: vec![ram], blocks_max: expected.len() as u64 };
@@ -156,7 +162,12 @@ fn memory() -> anyhow::Result<GuestMemory> {
     Ok(GuestMemory::new([RegionConfig { gpa: 0, len_bytes: RAM_BYTES, file, file_offset_bytes: 0 }])?)
 }
 
-fn device(disk: &Arc<Disk>, memory: &GuestMemory, signal: Signal) -> anyhow::Result<DirectDevice> {
+fn device(
+    disk: &Arc<Disk>,
+    memory: &GuestMemory,
+    policy: ChosenPolicy,
+    signal: Signal,
+) -> anyhow::Result<DirectDevice> {
     let support = kernel::support().context("asking the kernel what its io_uring can do")?;
     let access = if disk.is_read_only() { Access::ReadOnly } else { Access::ReadWrite };
     let can_clone = support.register_operations.contains(RegisterOperation::REGISTER_CLONE_BUFFERS);
@@ -170,6 +181,6 @@ fn device(disk: &Arc<Disk>, memory: &GuestMemory, signal: Signal) -> anyhow::Res
         workers: IoWorkers::default(),
         sharing: if can_clone { Sharing::Clone } else { Sharing::PinAgain },
     };
-    let policy = Policy::direct(access).compile(&support)?;
+    let policy = policy.compile(access, &support)?;
     Ok(DirectDevice::new(disk.clone(), memory, policy, config)?)
 }

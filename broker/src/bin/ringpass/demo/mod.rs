@@ -24,6 +24,7 @@ use ringpass_broker::kernel::KernelRelease;
 use ringpass_broker::limits;
 use ringpass_workload::{BlockQueue, Environment, Job, JobError, Report, Verify, Wait};
 
+use crate::policy::{ChosenPolicy, PolicyArgs};
 use image::Image;
 use kvm::{KvmWay, Signal};
 use process::{ProcessWay, Submission};
@@ -63,6 +64,8 @@ pub(crate) struct DemoArgs {
     /// Bypass the page cache: measures the disk more than the path to it.
     #[arg(long, value_enum, value_name = "WHEN", default_value_t = OnOff::Off)]
     direct_io: OnOff,
+    #[command(flatten)]
+    policy: PolicyArgs,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -130,10 +133,11 @@ struct Tally {
 
 /// Runs the demo and prints what came of it. Fails if any byte was wrong, or no guest could run.
 pub(crate) fn run(args: &DemoArgs) -> anyhow::Result<ExitCode> {
+    let policy = args.policy.read()?;
     let direct_io = if args.direct_io == OnOff::On { DirectIo::On } else { DirectIo::Off };
     let image = Image::open(args.blk_file.as_deref(), direct_io)?;
     let mut skipped = Vec::new();
-    let mut ways = make_ways(&image, &mut skipped)?;
+    let mut ways = make_ways(&image, policy, &mut skipped)?;
     // All guest memory exists: from here on no guest can make the image larger.
     limits::cap_file_growth(&image.disk)?;
 
@@ -157,17 +161,17 @@ pub(crate) fn run(args: &DemoArgs) -> anyhow::Result<ExitCode> {
 }
 
 /// The reference and every guest that can run here. The reference comes first.
-fn make_ways(image: &Image, skipped: &mut Vec<Skipped>) -> anyhow::Result<Vec<Box<dyn Way>>> {
+fn make_ways(image: &Image, policy: ChosenPolicy, skipped: &mut Vec<Skipped>) -> anyhow::Result<Vec<Box<dyn Way>>> {
     let expected = image.expected()?;
     let mut ways: Vec<Box<dyn Way>> = vec![Box::new(host::HostWay::new(&image.disk, expected.clone())?)];
     for submission in [Submission::SqThread, Submission::Kick] {
-        match ProcessWay::start(&image.disk, submission, &expected) {
+        match ProcessWay::start(&image.disk, policy, submission, &expected) {
             Ok(way) => ways.push(Box::new(way)),
             Err(error) => skipped.push(Skipped { name: submission.way(), why: format!("{error:#}") }),
         }
     }
     for signal in [Signal::Poll, Signal::Interrupt, Signal::Kick] {
-        match KvmWay::start(&image.disk, signal, &expected) {
+        match KvmWay::start(&image.disk, policy, signal, &expected) {
             Ok(way) => ways.push(Box::new(way)),
             Err(error) => skipped.push(Skipped { name: signal.way(), why: format!("{error:#}") }),
         }

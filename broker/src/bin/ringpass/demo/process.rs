@@ -16,11 +16,12 @@ use ringpass_broker::memory::{GuestMemory, IOVA_BASE, RegionConfig, Sharing};
 use ringpass_broker::ring::{IoWorkers, RingConfig, SqThreadConfig};
 use ringpass_guest::handover::{self, QueueEvents, QueueSetup, RegionSetup, Setup};
 use ringpass_guest_abi::{rings_area_bytes, sqes_area_bytes};
-use ringpass_restrictions::{Access, Policy};
+use ringpass_restrictions::Access;
 use rustix::fs::MemfdFlags;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
 
 use super::{Outcome, SQ_THREAD_IDLE, TIMEOUT, Task, Way};
+use crate::policy::ChosenPolicy;
 
 /// The guest's RAM: small, because it is pinned, and an ordinary user may pin 8 MiB in all.
 const RAM_BYTES: u64 = 1 << 20;
@@ -57,7 +58,12 @@ pub(crate) struct ProcessWay {
 
 impl ProcessWay {
     /// Starts a guest on `disk`. It knows the checksums of the blocks of its area.
-    pub(crate) fn start(disk: &Arc<Disk>, submission: Submission, expected: &[u64]) -> anyhow::Result<Self> {
+    pub(crate) fn start(
+        disk: &Arc<Disk>,
+        policy: ChosenPolicy,
+        submission: Submission,
+        expected: &[u64],
+    ) -> anyhow::Result<Self> {
         let ram = rustix::fs::memfd_create("guest-ram", MemfdFlags::CLOEXEC).context("making the guest's RAM")?;
         rustix::fs::ftruncate(&ram, RAM_BYTES).context("making the guest's RAM")?;
         let ram = Arc::new(File::from(ram));
@@ -75,7 +81,7 @@ impl ProcessWay {
             workers: IoWorkers::default(),
             sharing: Sharing::for_kernel(&support),
         };
-        let policy = Policy::direct(access).compile(&support)?;
+        let policy = policy.compile(access, &support)?;
         let device = DirectDevice::new(disk.clone(), &memory, policy, config)?;
 
         let (rings_gpa, sqes_gpa) = (0, rings_area_bytes(RING.cq_entries));

@@ -1,0 +1,380 @@
+//! `ringpass policy`: what a restriction policy lets a guest do.
+
+use std::{
+    fs,
+    io::{self, Write},
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
+
+use anyhow::Context;
+use clap::{Args, Subcommand, ValueEnum};
+use ringpass_broker::kernel::{self, KernelRelease};
+use ringpass_restrictions::{
+    Access, BuiltIn, CompileError, CompiledPolicy, Finding, KernelSupport, LintContext, LinuxVersion, Mode, NopHole,
+    Policy, PolicyFile, RestrictionSemantics, Severity,
+};
+use serde_json::json;
+
+/// Exit status of `lint` when there are errors, and of `diff` when there are differences.
+const FOUND: u8 = 1;
+/// Exit status when a policy cannot be read. (Also that of a command line that is wrong.)
+const TROUBLE: u8 = 2;
+
+/// Tell what a restriction policy lets a guest do.
+///
+/// POLICY is a file in TOML, or the name of a built-in policy: direct-read-write, direct-read-only, mediated-read-write,
+/// mediated-read-only. The exit status is 2 if a policy cannot be read.
+#[derive(Debug, Args)]
+pub(crate) struct PolicyCommand {
+    #[command(subcommand)]
+    action: Action,
+}
+
+#[derive(Debug, Subcommand)]
+enum Action {
+    /// Report each way in which a policy would let a guest out, or let it exhaust the host.
+    ///
+    /// The exit status is 0 without errors (there may be warnings and notes), 1 with errors.
+    Lint(LintArgs),
+    /// Print what a guest can do, in plain words.
+    Show(ShowArgs),
+    /// Print what policy B allows that A does not (+), what it does not (-), and what is different (~).
+    ///
+    /// The exit status is 0 if there is no difference, 1 if there is.
+    Diff(DiffArgs),
+    /// Print the names of the built-in policies.
+    List,
+}
+
+#[derive(Debug, Args)]
+struct LintArgs {
+    /// The policy: a file, or the name of a built-in one.
+    policy: String,
+    /// Who executes the guest's SQEs. Default: mediated if the policy has rules on fields, direct if not.
+    #[arg(long, value_enum)]
+    mode: Option<ModeName>,
+    /// The kernel it is for: a release such as 6.12 or 6.18.44, or `running`. Default: any.
+    #[arg(long, value_name = "RELEASE")]
+    kernel: Option<String>,
+    /// Warnings count as errors.
+    #[arg(long)]
+    strict: bool,
+    /// Print one JSON object.
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Debug, Args)]
+struct ShowArgs {
+    /// The policy: a file, or the name of a built-in one.
+    policy: String,
+    /// Print one JSON object.
+    #[arg(long, conflicts_with = "toml")]
+    json: bool,
+    /// Print the policy as a file: a beginning for one's own.
+    #[arg(long)]
+    toml: bool,
+}
+
+#[derive(Debug, Args)]
+struct DiffArgs {
+    /// The policy that is compared with.
+    a: String,
+    /// The policy that is compared.
+    b: String,
+    /// Print one JSON object.
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum ModeName {
+    Direct,
+    Mediated,
+}
+
+impl From<ModeName> for Mode {
+    fn from(name: ModeName) -> Self {
+        match name {
+            ModeName::Direct => Self::Direct,
+            ModeName::Mediated => Self::Mediated,
+        }
+    }
+}
+
+/// Which policy the rings of a program get.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct PolicyArgs {
+    /// The restriction policy of the guests' rings: a file, or the name of a built-in one. Default: direct-read-write, or
+    /// direct-read-only for a disk that is opened read-only.
+    #[arg(long, value_name = "POLICY")]
+    policy: Option<String>,
+    /// Take the policy although its lint has errors: guests can then get out, or exhaust the host.
+    #[arg(long)]
+    allow_unsafe_policy: bool,
+}
+
+impl PolicyArgs {
+    /// Reads the policy.
+    ///
+    /// # Errors
+    ///
+    /// It cannot be read.
+    pub(crate) fn read(&self) -> anyhow::Result<ChosenPolicy> {
+        let policy = self.policy.as_deref().map(|name| read(name).map(|file| file.policy)).transpose()?;
+        Ok(ChosenPolicy { policy, is_unsafe_accepted: self.allow_unsafe_policy })
+    }
+}
+
+/// The policy of a program's rings.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct ChosenPolicy {
+    /// None: the built-in one for the disk.
+    policy: Option<Policy>,
+    is_unsafe_accepted: bool,
+}
+
+impl ChosenPolicy {
+    /// The policy for a disk, compiled for this kernel.
+    ///
+    /// # Errors
+    ///
+    /// The kernel cannot enforce it.
+    pub(crate) fn compile(&self, access: Access, kernel: &KernelSupport) -> Result<CompiledPolicy, CompileError> {
+        let compiled = self.policy.unwrap_or_else(|| BuiltIn::Direct(access).policy()).compile(kernel)?;
+        Ok(if self.is_unsafe_accepted { compiled.accept_unsafe() } else { compiled })
+    }
+}
+
+/// Runs `ringpass policy`.
+///
+/// # Errors
+///
+/// The output cannot be written. (A policy that cannot be read is told here, with an exit status of its own.)
+pub(crate) fn run(command: &PolicyCommand) -> anyhow::Result<ExitCode> {
+    let mut out = Vec::new();
+    let status = match &command.action {
+        Action::Lint(args) => lint(args, &mut out),
+        Action::Show(args) => show(args, &mut out),
+        Action::Diff(args) => diff(args, &mut out),
+        Action::List => list(&mut out),
+    };
+    let status = status.unwrap_or_else(|error| {
+        eprintln!("ringpass: {error:#}");
+        TROUBLE
+    });
+    match io::stdout().write_all(&out) {
+        // The reader has seen enough.
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {}
+        written => written.context("cannot write the report")?,
+    }
+    Ok(ExitCode::from(status))
+}
+
+/// The built-in policy of that name, or the file.
+fn read(name: &str) -> anyhow::Result<PolicyFile> {
+    if let Some(built_in) = BuiltIn::from_name(name) {
+        return PolicyFile::parse(built_in.file()).with_context(|| format!("the built-in policy {name}"));
+    }
+    let path = Path::new(name);
+    let text = fs::read_to_string(path).with_context(|| {
+        let names = BuiltIn::ALL.map(BuiltIn::name).join(", ");
+        format!(
+            "cannot read the policy file {}, and no built-in policy has that name (there are {names})",
+            path.display()
+        )
+    })?;
+    PolicyFile::parse(&text).with_context(|| PathBuf::from(path).display().to_string())
+}
+
+/// A kernel to look at a policy for.
+struct Kernel {
+    support: KernelSupport,
+    semantics: RestrictionSemantics,
+    nop: NopHole,
+}
+
+fn kernel_named(name: &str) -> anyhow::Result<Kernel> {
+    if name == "running" {
+        let support = kernel::support().context("asking the kernel what its io_uring can do")?;
+        let context = kernel::lint_context(Mode::Direct, support.semantics);
+        return Ok(Kernel { support, semantics: support.semantics, nop: context.nop });
+    }
+    let release = KernelRelease::parse(name, "", None)
+        .with_context(|| format!("{name:?} is no kernel release: write one such as 6.12 or 6.18.44, or `running`"))?;
+    let upstream = release.upstream();
+    let part = |number: u16| u8::try_from(number).unwrap_or(u8::MAX);
+    let version = LinuxVersion { major: part(upstream.major), minor: part(upstream.minor) };
+    let support = KernelSupport::upstream(version);
+    Ok(Kernel { support, semantics: support.semantics, nop: kernel::nop_hole(&release) })
+}
+
+fn lint(args: &LintArgs, out: &mut Vec<u8>) -> anyhow::Result<u8> {
+    let policy = read(&args.policy)?.policy;
+    let kernel = args.kernel.as_deref().map(kernel_named).transpose()?;
+    let any = LintContext::for_any_kernel(&policy);
+    let context = LintContext {
+        mode: args.mode.map_or(any.mode, Mode::from),
+        semantics: kernel.as_ref().map(|kernel| kernel.semantics),
+        nop: kernel.as_ref().map_or(any.nop, |kernel| kernel.nop),
+    };
+    let findings = policy.lint(&context);
+    let refusal = match (&kernel, context.mode) {
+        (Some(kernel), Mode::Direct) => policy.compile(&kernel.support).err(),
+        _ => None,
+    };
+    let threshold = if args.strict { Severity::Warning } else { Severity::Error };
+    let is_bad = refusal.is_some() || findings.iter().any(|finding| finding.severity >= threshold);
+    if args.json {
+        write_lint_json(out, args, context.mode, &findings, refusal.as_ref())?;
+    } else {
+        write_lint(out, args, context.mode, &findings, refusal.as_ref())?;
+    }
+    Ok(if is_bad { FOUND } else { 0 })
+}
+
+const fn mode_name(mode: Mode) -> &'static str {
+    match mode {
+        Mode::Direct => "direct",
+        Mode::Mediated => "mediated",
+    }
+}
+
+fn count(findings: &[Finding], severity: Severity) -> usize {
+    findings.iter().filter(|finding| finding.severity == severity).count()
+}
+
+fn write_lint(
+    out: &mut Vec<u8>,
+    args: &LintArgs,
+    mode: Mode,
+    findings: &[Finding],
+    refusal: Option<&CompileError>,
+) -> io::Result<()> {
+    for (index, finding) in findings.iter().enumerate() {
+        writeln!(out, "{finding}")?;
+        // Once for each kind.
+        if findings[..index].iter().all(|earlier| earlier.lint != finding.lint) {
+            writeln!(out, "    {}", finding.lint.why())?;
+        }
+    }
+    if let Some(refusal) = refusal {
+        writeln!(out, "error: kernel {}: {refusal}", args.kernel.as_deref().unwrap_or_default())?;
+    }
+    writeln!(
+        out,
+        "{} for {} mode on {}: {} errors, {} warnings, {} notes",
+        args.policy,
+        mode_name(mode),
+        args.kernel.as_deref().map_or("any kernel".to_owned(), |kernel| format!("kernel {kernel}")),
+        count(findings, Severity::Error) + usize::from(refusal.is_some()),
+        count(findings, Severity::Warning),
+        count(findings, Severity::Note),
+    )
+}
+
+fn write_lint_json(
+    out: &mut Vec<u8>,
+    args: &LintArgs,
+    mode: Mode,
+    findings: &[Finding],
+    refusal: Option<&CompileError>,
+) -> anyhow::Result<()> {
+    let each = |finding: &Finding| {
+        json!({
+            "lint": finding.lint.name(),
+            "severity": finding.severity.name(),
+            "subject": finding.subject,
+            "what": finding.what,
+            "why": finding.lint.why(),
+        })
+    };
+    write_json(
+        out,
+        &json!({
+            "policy": args.policy,
+            "mode": mode_name(mode),
+            "kernel": args.kernel,
+            "compile_error": refusal.map(ToString::to_string),
+            "errors": count(findings, Severity::Error),
+            "warnings": count(findings, Severity::Warning),
+            "notes": count(findings, Severity::Note),
+            "findings": findings.iter().map(each).collect::<Vec<_>>(),
+        }),
+    )
+}
+
+fn show(args: &ShowArgs, out: &mut Vec<u8>) -> anyhow::Result<u8> {
+    let file = read(&args.policy)?;
+    if args.toml {
+        match BuiltIn::from_name(&args.policy) {
+            Some(built_in) => out.extend_from_slice(built_in.file().as_bytes()),
+            None => out.extend_from_slice(file.to_toml().as_bytes()),
+        }
+        return Ok(0);
+    }
+    let policy = &file.policy;
+    if args.json {
+        write_json(out, &policy_json(&args.policy, &file, policy))?;
+        return Ok(0);
+    }
+    let name = file.name.as_deref().unwrap_or(&args.policy);
+    let description = file.description.as_deref().map(|text| format!(": {text}")).unwrap_or_default();
+    writeln!(out, "{name}{description}\n\n{}", policy.describe())?;
+    Ok(0)
+}
+
+fn policy_json(shown: &str, file: &PolicyFile, policy: &Policy) -> serde_json::Value {
+    let allowed = policy.operations();
+    let operations = allowed.iter().map(|operation| {
+        let facts = operation.facts();
+        json!({
+            "operation": operation.to_string(),
+            "does": facts.map(|facts| facts.does),
+            "reaches": facts.map(|facts| facts.reach.iter().map(|reach| reach.description()).collect::<Vec<_>>()),
+            "source": facts.map(|facts| facts.source),
+        })
+    });
+    json!({
+        "policy": shown,
+        "name": file.name,
+        "description": file.description,
+        "operations": operations.collect::<Vec<_>>(),
+        "flags_required": policy.flags_required().to_string(),
+        "flags_allowed": policy.flags_allowed().to_string(),
+        "register_operations": policy.register_operations().iter().map(|o| o.to_string()).collect::<Vec<_>>(),
+        "register_operations_if_known":
+            policy.register_operations_if_known().iter().map(|o| o.to_string()).collect::<Vec<_>>(),
+        "field_rules": policy.fields().rules().map(|rule| rule.name()).collect::<Vec<_>>(),
+        "text": policy.describe(),
+    })
+}
+
+fn diff(args: &DiffArgs, out: &mut Vec<u8>) -> anyhow::Result<u8> {
+    let differences = read(&args.a)?.policy.differences(&read(&args.b)?.policy);
+    if args.json {
+        let each = differences.iter().map(|one| json!({ "effect": one.effect(), "what": one.what() }));
+        let differences = each.collect::<Vec<_>>();
+        write_json(out, &json!({ "a": args.a, "b": args.b, "differences": differences }))?;
+    } else {
+        for difference in &differences {
+            writeln!(out, "{difference}")?;
+        }
+    }
+    Ok(if differences.is_empty() { 0 } else { FOUND })
+}
+
+fn list(out: &mut Vec<u8>) -> anyhow::Result<u8> {
+    for built_in in BuiltIn::ALL {
+        let description = read(built_in.name())?.description.unwrap_or_default();
+        writeln!(out, "{:<22}{description}", built_in.name())?;
+    }
+    Ok(0)
+}
+
+fn write_json(out: &mut Vec<u8>, value: &serde_json::Value) -> anyhow::Result<()> {
+    serde_json::to_writer_pretty(&mut *out, value)?;
+    writeln!(out)?;
+    Ok(())
+}
