@@ -5,6 +5,7 @@
 pub mod broker_process;
 pub mod canaries;
 pub mod content;
+pub mod differential;
 pub mod disks;
 pub mod front_end;
 pub mod harness;
@@ -17,5 +18,6 @@ pub mod pairs;
 pub mod process_guest;
 pub mod ram_piece;
 pub mod raw_guest;
+pub mod restricted_ring;
 pub mod seed;
 pub mod stuck_disk;

@@ -1,0 +1,175 @@
+//! `ringpass policy` as a user and as a user's CI meet it.
+
+use std::{
+    fs,
+    process::{Command, Output},
+};
+
+use serde_json::Value;
+use tempfile::TempDir;
+
+/// Policy files in a directory of their own.
+struct Files(TempDir);
+
+const OPEN: &str = "\
+version = 1
+[sqe]
+operations = [\"IORING_OP_READ_FIXED\", \"IORING_OP_OPENAT\"]
+flags_required = []
+flags_allowed = [\"IOSQE_FIXED_FILE\"]
+[register]
+operations = [\"IORING_REGISTER_EVENTFD\"]
+";
+
+impl Files {
+    fn new() -> Self {
+        Self(tempfile::tempdir().unwrap())
+    }
+
+    fn with(self, name: &str, text: &str) -> Self {
+        fs::write(self.0.path().join(name), text).unwrap();
+        self
+    }
+
+    fn run(&self, arguments: &[&str]) -> Output {
+        Command::new(env!("CARGO_BIN_EXE_ringpass")).args(arguments).current_dir(self.0.path()).output().unwrap()
+    }
+
+    fn policy(&self, arguments: &[&str]) -> (i32, String, String) {
+        let output = self.run(&[&["policy"], arguments].concat());
+        let text = |bytes: &[u8]| String::from_utf8(bytes.to_vec()).unwrap();
+        (output.status.code().unwrap(), text(&output.stdout), text(&output.stderr))
+    }
+
+    fn json(&self, arguments: &[&str]) -> (i32, Value) {
+        let (status, out, err) = self.policy(&[arguments, &["--json"]].concat());
+        (status, serde_json::from_str(&out).unwrap_or_else(|error| panic!("{error}: {out}{err}")))
+    }
+}
+
+const BUILT_IN: [&str; 4] = ["direct-read-write", "direct-read-only", "mediated-read-write", "mediated-read-only"];
+
+#[test]
+fn the_built_in_policies_pass_lint_for_any_kernel_and_for_this_one() {
+    let files = Files::new();
+    for name in BUILT_IN {
+        for kernel in [&[][..], &["--kernel", "running"], &["--kernel", "6.12"], &["--kernel", "7.0.10"]] {
+            let (status, out, err) = files.policy(&[&["lint", name], kernel].concat());
+            assert_eq!(status, 0, "{out}{err}");
+            assert!(out.contains(": 0 errors, "), "{out}");
+        }
+    }
+    let (status, out, _) = files.policy(&["lint", "direct-read-write", "--strict"]);
+    assert_eq!(status, 1, "a warning counts: {out}");
+    let (_, out, _) = files.policy(&["list"]);
+    assert_eq!(out.lines().map(|line| line.split(' ').next().unwrap()).collect::<Vec<_>>(), BUILT_IN);
+}
+
+#[test]
+fn lint_names_each_way_out_and_exits_with_1() {
+    let files = Files::new().with("open.toml", OPEN);
+    let (status, out, _) = files.policy(&["lint", "open.toml"]);
+    assert_eq!(status, 1);
+    for line in [
+        "error[no-fixed-file]: IORING_OP_READ_FIXED: the file may be any descriptor",
+        "error[files-outside-table]: IORING_OP_OPENAT: lets the guest open any file that the owner may open",
+        "error[raw-addresses]: IORING_OP_OPENAT",
+        "open.toml for direct mode on any kernel: ",
+    ] {
+        assert!(out.contains(line), "{line}\n{out}");
+    }
+    let (status, report) = files.json(&["lint", "open.toml"]);
+    assert_eq!((status, &report["mode"], &report["compile_error"]), (1, &Value::from("direct"), &Value::Null));
+    let findings = report["findings"].as_array().unwrap();
+    let errors = findings.iter().filter(|finding| finding["severity"] == "error").count();
+    assert_eq!(report["errors"], errors);
+    assert!(findings.iter().all(|f| ["lint", "subject", "what", "why"].iter().all(|key| f[key].is_string())));
+}
+
+#[test]
+fn a_policy_that_a_kernel_cannot_enforce_is_an_error_for_that_kernel() {
+    let files = Files::new().with("new.toml", &OPEN.replace("OPENAT", "PIPE"));
+    let (status, report) = files.json(&["lint", "new.toml", "--kernel", "6.12"]);
+    assert_eq!(status, 1);
+    assert!(
+        report["compile_error"].as_str().unwrap().starts_with("this kernel does not know IORING_OP_PIPE: it takes")
+    );
+    let (status, report) = files.json(&["lint", "mediated-read-only", "--mode", "direct", "--kernel", "6.18"]);
+    assert_eq!(status, 1);
+    let refusal = report["compile_error"].as_str().unwrap();
+    assert!(refusal.contains("fields.file_slots") && refusal.contains("mediated mode is"), "{refusal}");
+}
+
+#[test]
+fn nop_is_judged_by_the_kernel_it_is_for() {
+    let files = Files::new().with("nop.toml", &OPEN.replace("OPENAT", "NOP").replace("[]", "[\"IOSQE_FIXED_FILE\"]"));
+    for (kernel, severity) in [("6.18.38", "error"), ("6.18.39", "warning"), ("6.12.3", "warning")] {
+        let (_, report) = files.json(&["lint", "nop.toml", "--kernel", kernel]);
+        let findings = report["findings"].as_array().unwrap();
+        let nop = findings.iter().find(|finding| finding["lint"] == "nop").unwrap();
+        assert_eq!(nop["severity"], severity, "{kernel}");
+    }
+}
+
+#[test]
+fn show_says_in_plain_words_what_a_guest_can_do_and_gives_the_file() {
+    let files = Files::new().with("open.toml", OPEN);
+    let (status, out, _) = files.policy(&["show", "open.toml"]);
+    assert_eq!(status, 0);
+    assert!(out.contains("  - open any file that the owner may open (IORING_OP_OPENAT)"), "{out}");
+    let (_, toml, _) = files.policy(&["show", "direct-read-only", "--toml"]);
+    let files = files.with("copy.toml", &toml);
+    assert_eq!(files.policy(&["diff", "direct-read-only", "copy.toml"]), (0, String::new(), String::new()));
+    let (status, shown) = files.json(&["show", "open.toml"]);
+    assert_eq!((status, &shown["operations"][1]["operation"]), (0, &Value::from("IORING_OP_OPENAT")));
+}
+
+#[test]
+fn diff_exits_with_1_where_there_is_a_difference() {
+    let files = Files::new().with("open.toml", OPEN);
+    let (status, out, _) = files.policy(&["diff", "direct-read-only", "direct-read-write"]);
+    assert_eq!((status, out.as_str()), (1, "+ SQEs may ask for IORING_OP_WRITE_FIXED\n"));
+    let (status, report) = files.json(&["diff", "direct-read-only", "open.toml"]);
+    assert_eq!((status, &report["differences"][0]["effect"]), (1, &Value::from("widens")));
+}
+
+#[test]
+fn what_is_wrong_with_a_file_is_said_with_its_place_and_exits_with_2() {
+    let files = Files::new().with("bad.toml", &OPEN.replace("READ_FIXED", "READ_FIXD"));
+    for arguments in [["lint", "bad.toml"].as_slice(), &["show", "bad.toml"], &["diff", "bad.toml", "direct-read-only"]]
+    {
+        let (status, out, err) = files.policy(arguments);
+        assert_eq!((status, out.as_str()), (2, ""), "{err}");
+        assert!(
+            err.contains("bad.toml: line 3, column 15: \"IORING_OP_READ_FIXD\" is no known SQE operation"),
+            "{err}"
+        );
+    }
+    let (status, _, err) = files.policy(&["show", "none"]);
+    assert!(status == 2 && err.contains("there are direct-read-write, direct-read-only"), "{err}");
+    let (status, _, err) = files.policy(&["lint", "direct-read-only", "--kernel", "new"]);
+    assert!(status == 2 && err.contains("\"new\" is no kernel release"), "{err}");
+}
+
+#[test]
+fn the_demo_refuses_a_policy_with_lint_errors_until_it_is_told_to_take_it() {
+    // Everything the demo needs, and a way out.
+    let text = OPEN.replace("IORING_OP_OPENAT", "IORING_OP_WRITE_FIXED").replace(
+        "\"IORING_REGISTER_EVENTFD\"",
+        "\"IORING_REGISTER_EVENTFD\", \"IORING_UNREGISTER_EVENTFD\", \"IORING_REGISTER_BUFFERS_UPDATE\"",
+    );
+    let files = Files::new().with("unsafe.toml", &text);
+    let demo = ["demo", "--json", "--seconds", "0.1", "--policy", "unsafe.toml"];
+    let why = |output: &Output| -> Vec<String> {
+        let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+        let skipped = report["skipped"].as_array().unwrap().iter();
+        skipped.map(|skipped| skipped["why"].as_str().unwrap().to_owned()).collect()
+    };
+    let refused = files.run(&demo);
+    assert!(!refused.status.success());
+    let reasons = why(&refused);
+    assert!(reasons.iter().any(|why| why.contains("IORING_OP_READ_FIXED (no-fixed-file)")), "{reasons:?}");
+    let taken = files.run(&[demo.as_slice(), &["--allow-unsafe-policy"]].concat());
+    assert!(taken.status.success(), "{}", String::from_utf8_lossy(&taken.stderr));
+    assert!(why(&taken).iter().all(|why| !why.contains("lint")), "{:?}", why(&taken));
+}

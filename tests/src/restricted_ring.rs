@@ -1,0 +1,88 @@
+//! A restricted ring of the test's own that takes any 64 bytes for an SQE.
+
+use anyhow::{Context, Result, ensure};
+use io_uring::{IoUring, register, squeue};
+use ringpass_restrictions::{RestrictionKind, Sqe};
+
+/// A ring under a restriction table, which goes on with the next SQE when one fails (`IORING_SETUP_SUBMIT_ALL`, 5.18).
+pub struct RestrictedRing {
+    ring: IoUring,
+    entries: u32,
+}
+
+impl RestrictedRing {
+    /// A ring that is not restricted, yet, and disabled.
+    ///
+    /// # Errors
+    ///
+    /// The kernel refuses.
+    pub fn disabled(entries: u32) -> Result<Self> {
+        let ring = IoUring::builder().setup_r_disabled().setup_submit_all().build(entries).context("making a ring")?;
+        Ok(Self { ring, entries })
+    }
+
+    /// The same, with a table in force, enabled.
+    ///
+    /// # Errors
+    ///
+    /// The kernel refuses.
+    pub fn new(entries: u32, table: &[RestrictionKind]) -> Result<Self> {
+        Self::disabled(entries)?.enable(table)
+    }
+
+    /// Puts a table in force and enables the ring.
+    ///
+    /// # Errors
+    ///
+    /// The kernel refuses.
+    pub fn enable(self, table: &[RestrictionKind]) -> Result<Self> {
+        let mut table: Vec<register::Restriction> = table.iter().copied().map(kernels).collect();
+        self.ring.submitter().register_restrictions(&mut table).context("restricting the ring")?;
+        self.ring.submitter().register_enable_rings().context("enabling the ring")?;
+        Ok(self)
+    }
+
+    /// For registering files and buffers.
+    pub fn submitter(&self) -> io_uring::Submitter<'_> {
+        self.ring.submitter()
+    }
+
+    /// Submits as many SQEs as the ring has room for at most, waits until `expected` CQEs are there, and gives the result
+    /// of each SQE, in their order: `None` without a CQE. The field `user_data` of the SQEs is this function's.
+    ///
+    /// # Errors
+    ///
+    /// The kernel refuses, or a CQE is nobody's.
+    ///
+    /// # Safety
+    ///
+    /// What the SQEs do, as far as the ring's restrictions let them, must be sound: they may name any memory.
+    pub unsafe fn submit(&mut self, sqes: &[Sqe], expected: usize) -> Result<Vec<Option<i32>>> {
+        ensure!(sqes.len() <= self.entries as usize, "more SQEs than the ring has entries");
+        for (index, sqe) in (0u64..).zip(sqes) {
+            let words = Sqe { user_data: index, ..*sqe }.to_words();
+            // SAFETY: the entry is the kernel's structure of 64 bytes, for which any bits are valid.
+            let entry = unsafe { std::mem::transmute::<[u64; 8], squeue::Entry>(words) };
+            // SAFETY: what the entry names is the caller's contract.
+            unsafe { self.ring.submission().push(&entry) }.context("the SQ is full")?;
+        }
+        let submitted = self.ring.submit_and_wait(expected).context("io_uring_enter")?;
+        ensure!(submitted == sqes.len(), "{submitted} of {} SQEs were consumed", sqes.len());
+        let mut results = vec![None; sqes.len()];
+        for cqe in self.ring.completion() {
+            let index = usize::try_from(cqe.user_data()).context("a CQE of nobody")?;
+            let result = results.get_mut(index).with_context(|| format!("a CQE of nobody: {index}"))?;
+            ensure!(result.replace(cqe.result()).is_none(), "two CQEs for SQE {index}");
+        }
+        Ok(results)
+    }
+}
+
+fn kernels(kind: RestrictionKind) -> register::Restriction {
+    match kind {
+        RestrictionKind::RegisterOperation(operation) => register::Restriction::register_op(operation.code()),
+        RestrictionKind::Operation(operation) => register::Restriction::sqe_op(operation.code()),
+        RestrictionKind::FlagsAllowed(flags) => register::Restriction::sqe_flags_allowed(flags.bits()),
+        RestrictionKind::FlagsRequired(flags) => register::Restriction::sqe_flags_required(flags.bits()),
+    }
+}
