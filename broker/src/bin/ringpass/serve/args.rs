@@ -20,12 +20,19 @@ const POLL_MAX_US: u64 = 1_000_000;
 /// CPUs that Linux can have on the largest machines.
 const CPU_MAX: usize = 8191;
 
-/// Serve a disk to a virtual machine, as a vhost-user-blk device.
-///
-/// Any VMM with vhost-user can use it (QEMU: `-device vhost-user-blk-pci`), and the guest sees an ordinary virtio-blk disk.
-/// SIGTERM ends it when I/O has finished; SIGHUP has it look at the size of the disk, after a resize. Logs go to standard
-/// error; RUST_LOG sets their level (error, warn, info, debug).
+/// What there is to know besides the options.
+const HELP: &str = "\
+Signals: SIGTERM and SIGINT end the server when I/O has finished (a second one ends it at once). SIGHUP has it look at the \
+size of the disk, after a resize, and tell the guest.
+
+Logs go to standard error; RUST_LOG sets their level: error, warn, info (the default), debug.
+
+QEMU: -object memory-backend-memfd,id=ram,size=SIZE,share=on -machine MACHINE,memory-backend=ram
+      -chardev socket,id=disk,path=PATH,reconnect=1 -device vhost-user-blk-pci,chardev=disk,num-queues=N";
+
+/// The options of both programs.
 #[derive(Debug, Args)]
+#[command(after_long_help = HELP)]
 pub(crate) struct ServeArgs {
     /// Print what this program can do, as JSON for management software, and end.
     #[arg(long, exclusive = true)]
@@ -81,7 +88,7 @@ pub(crate) struct ServeArgs {
     incoming: bool,
 
     /// How long to wait for another process that has the disk before giving up, in seconds. I/O that a killed server left
-    /// is always waited for, and answers the front-end meanwhile.
+    /// is waited for without limit; the front-end is answered meanwhile, and nothing is executed.
     #[arg(long, value_name = "N", default_value_t = 10, value_parser = clap::value_parser!(u64).range(..=86_400))]
     lock_wait_s: u64,
 }
