@@ -17,6 +17,9 @@ use ringpass_broker::disk::{Disk, DiskConfig};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use tempfile::TempDir;
+use vhost::VhostBackend;
+use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserProtocolFeatures, VhostUserVirtioFeatures};
+use vhost::vhost_user::{Frontend, VhostUserFrontend};
 
 /// Longer than anything takes on a machine with other work.
 const LIMIT: Duration = Duration::from_secs(60);
@@ -318,4 +321,50 @@ fn the_destination_of_a_migration_answers_before_it_has_the_disk_and_takes_it_wh
     running.wait_for("the disk is locked for us");
     running.signal(Signal::TERM);
     assert_eq!(running.end().code(), Some(0));
+}
+
+/// The capacity in sectors, as a front-end reads it (VIRTIO 1.2, 5.2.4).
+fn capacity_sectors(front_end: &mut Frontend) -> u64 {
+    let (_, space) = front_end.get_config(0, 60, VhostUserConfigFlags::empty(), &[0; 60]).unwrap();
+    u64::from_le_bytes(space[..8].try_into().unwrap())
+}
+
+fn limit_bytes(running: &Running, name: &str) -> u64 {
+    let limits = fs::read_to_string(format!("/proc/{}/limits", running.child.id())).unwrap();
+    let line = limits.lines().find_map(|line| line.strip_prefix(name)).unwrap();
+    line.split_ascii_whitespace().next().unwrap().parse().unwrap()
+}
+
+#[test]
+fn a_resized_image_has_its_new_size_after_sighup_and_cannot_grow_beyond_it() {
+    let place = Place::new();
+    let image = File::options().write(true).open(place.path("disk.img")).unwrap();
+    let running = Running::start(&mut place.serve(&["--socket-path", "s"]));
+    running.wait_for("waiting for a front-end");
+    assert_eq!(limit_bytes(&running, "Max file size"), 1 << 20);
+    let mut front_end = Frontend::connect(place.path("s"), 1).unwrap();
+    let protocol_features = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
+    assert_ne!(front_end.get_features().unwrap() & protocol_features, 0);
+    front_end.set_features(protocol_features).unwrap();
+    assert!(front_end.get_protocol_features().unwrap().contains(VhostUserProtocolFeatures::CONFIG));
+    front_end.set_protocol_features(VhostUserProtocolFeatures::CONFIG).unwrap();
+    assert_eq!(capacity_sectors(&mut front_end), (1 << 20) / 512);
+
+    let mut expected_bytes = 1 << 20;
+    for (size_bytes, is_usable) in [(3 << 20, true), ((3 << 20) + 100, false), (1 << 19, true)] {
+        image.set_len(size_bytes).unwrap();
+        running.signal(Signal::HUP);
+        if is_usable {
+            expected_bytes = size_bytes;
+        } else {
+            let line = running.wait_for("keeps its size");
+            assert_has(&line, &["no multiple of its blocks"]);
+        }
+        let started = Instant::now();
+        while capacity_sectors(&mut front_end) != expected_bytes / 512 {
+            assert!(started.elapsed() < LIMIT, "the size of {size_bytes} bytes is not told");
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        assert_eq!(limit_bytes(&running, "Max file size"), expected_bytes);
+    }
 }
