@@ -39,8 +39,9 @@ pub(crate) struct Budget {
     pub(crate) keeps_corpus: bool,
 }
 
-/// The filter (of cargo-nextest) of the tests that save seeds.
-pub(crate) const SEED_TESTS: &str = "package(ringpass-broker) & test(/fuzzing::tests::/)";
+/// The command of Cargo that runs the tests which save seeds, where not all tests are run anyway.
+pub(crate) const SAVE_SEEDS: &[&str] =
+    &["nextest", "run", "--package", "ringpass-broker", "--lib", "--filterset", "test(/fuzzing::tests::/)"];
 
 /// Builds and runs each target, from the seeds that the tests of `tests` saved.
 pub(crate) fn run(tests: &TestRun, budget: &Budget) -> Result<()> {

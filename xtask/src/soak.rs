@@ -134,7 +134,7 @@ fn run_each(steps: &mut Steps, soaks: &[&'static Soak], options: &Options) -> Re
 }
 
 fn run_fuzz(tests: &TestRun, options: &Options) -> Result<()> {
-    tests.run(cargo(&["nextest", "run", "--workspace", "--filterset", fuzz::SEED_TESTS]))?;
+    tests.run(cargo(fuzz::SAVE_SEEDS))?;
     let seconds = options.seconds.unwrap_or(FUZZ_SECONDS);
     fuzz::run(tests, &fuzz::Budget { seconds, seed: options.seed, keeps_corpus: true })
 }
