@@ -28,6 +28,8 @@ struct Target {
 const TARGETS: &[Target] = &[
     Target { name: "virtio_blk_request", input_bytes_max: 256 },
     Target { name: "inflight_region", input_bytes_max: 512 },
+    Target { name: "vhost_user_message", input_bytes_max: 512 },
+    Target { name: "vhost_user_session", input_bytes_max: 1024 },
 ];
 
 /// How long and with which choices.
@@ -41,7 +43,7 @@ pub(crate) struct Budget {
 
 /// The command of Cargo that runs the tests which save seeds, where not all tests are run anyway.
 pub(crate) const SAVE_SEEDS: &[&str] =
-    &["nextest", "run", "--package", "ringpass-broker", "--lib", "--filterset", "test(/fuzzing::tests::/)"];
+    &["nextest", "run", "--package", "ringpass-broker", "--lib", "--filterset", "test(/(fuzzing|message)::tests::/)"];
 
 /// Builds and runs each target, from the seeds that the tests of `tests` saved.
 pub(crate) fn run(tests: &TestRun, budget: &Budget) -> Result<()> {
@@ -113,6 +115,7 @@ fn options(target: &Target, budget: &Budget) -> Vec<String> {
         // One input takes microseconds: a minute is a hang, however busy the machine is.
         "-timeout=60".into(),
         "-verbosity=0".into(),
+        "-print_funcs=0".into(),
         "-print_final_stats=1".into(),
     ];
     // 0 would mean a random one.

@@ -4,6 +4,7 @@ use proptest::prelude::*;
 use vhost::vhost_user::message::FrontendReq as Code;
 
 use super::*;
+use crate::fuzzing::save_seed;
 
 fn header(request: u32, flags: u32, size_bytes: u32) -> [u8; HEADER_BYTES] {
     let words = [request, flags, size_bytes].map(u32::to_ne_bytes);
@@ -87,8 +88,10 @@ fn right_forms() -> Vec<(Code, Vec<u8>, usize, Request)> {
 
 #[test]
 fn every_request_is_understood_in_its_right_form() {
-    for (code, body, fds, expected) in right_forms() {
+    for (number, (code, body, fds, expected)) in (0..).zip(right_forms()) {
         assert_eq!(Request::parse(code.into(), &body, fds), Ok(expected), "{code:?}");
+        let header = header(code.into(), 1, body.len() as u32);
+        save_seed("vhost_user_message", &format!("{number}-{code:?}"), &[&header[..], &[fds as u8], &body].concat());
     }
 }
 

@@ -21,7 +21,7 @@ const AVAIL_RING: u64 = 0x1000;
 const USED_RING: u64 = 0x2000;
 const MEMORY_BYTES: usize = 0x3000;
 /// The region has entries for this many descriptors; queues have at most as many.
-const SIZE_MAX: u16 = 64;
+const SIZE_MAX: u16 = 16;
 
 /// What a run came to.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
@@ -126,7 +126,7 @@ impl World {
         let start = choices.number() as u16;
         let world = Self {
             memory,
-            size: 1 << choices.below(7),
+            size: 1 << choices.below(5),
             event_idx: choices.below(2) == 1,
             region,
             avail_idx: start,
