@@ -31,8 +31,9 @@ const FRAME_DESCRIPTORS: u16 = 2;
 /// specification, and without indirect descriptors they would hang the guest.
 const SEG_MAX_QUEUE_SIZE: u16 = 128;
 /// With at most 126 segments of this size a request stays below what one read or write of Linux transfers
-/// (`MAX_RW_COUNT`, 2 GiB - 4 KiB).
-const SIZE_MAX_BYTES: u32 = 16 << 20;
+/// (`MAX_RW_COUNT`, 2 GiB - 4 KiB). It is no larger because SeaBIOS 1.16 keeps 16 bits of the number of blocks in such a
+/// request, which must not be zero.
+const SIZE_MAX_BYTES: u32 = 1 << 20;
 /// Linux sends several ranges in one request if it may. To the host each is an operation of its own anyway.
 const MAX_RANGES: u32 = 1;
 
@@ -62,7 +63,7 @@ pub struct BlkParameters {
 /// A virtio-blk device as its driver sees it (VIRTIO 1.2, 5.2.3 and 5.2.4).
 ///
 /// - `capacity` is the size of the disk in whole logical blocks. What is left at its end cannot be reached.
-/// - `seg_max` is 126 (less, if queues are smaller than 128) and `size_max` 16 MiB: a request is one system call of the
+/// - `seg_max` is 126 (less, if queues are smaller than 128) and `size_max` 1 MiB: a request is one system call of the
 ///   host.
 /// - Discard and write zeroes requests have one range each, of at most 256 MiB and 64 MiB.
 /// - `writeback` is [`CacheMode`](super::CacheMode)'s.

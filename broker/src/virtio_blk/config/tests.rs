@@ -85,7 +85,7 @@ fn operations_that_the_disk_lacks_are_not_offered() {
 fn each_field_is_where_the_kernels_structure_has_it() {
     let config = config(|_| ());
     assert_eq!(field!(config, capacity: u64), 1 << 21);
-    assert_eq!(field!(config, size_max: u32), 16 << 20);
+    assert_eq!(field!(config, size_max: u32), 1 << 20);
     assert_eq!(field!(config, seg_max: u32), 126);
     assert_eq!(field!(config, blk_size: u32), 512);
     assert_eq!(field!(config, physical_block_exp: u8), 3);
@@ -211,6 +211,22 @@ fn a_request_of_seg_max_segments_fits_into_the_queue_and_into_one_system_call() 
         assert!(seg_max >= 1 && seg_max + 2 <= queue_size.into(), "{queue_size}");
         assert!(u64::from(seg_max) * u64::from(size_max) <= (2 << 30) - 4096, "{queue_size}");
         assert!(config.segment_capacity() >= seg_max as usize);
+    }
+}
+
+/// SeaBIOS 1.16 (`src/hw/virtio-blk.c`) divides the product by the block size, keeps 16 bits, and reads so many blocks at
+/// once: none, for ever, if those bits are zero.
+#[test]
+fn the_firmware_finds_a_number_of_blocks_that_it_can_read_at_once() {
+    for queue_size in [4, 8, 64, 128, 256, 32768] {
+        for block_bytes in [512, 4096, 65536] {
+            let config = config(|parameters| {
+                parameters.queue_size = queue_size;
+                parameters.logical_block_bytes = block_bytes;
+            });
+            let request_bytes = field!(config, seg_max: u32) * field!(config, size_max: u32);
+            assert_ne!((request_bytes / block_bytes) as u16, 0, "{queue_size} entries, {block_bytes} bytes");
+        }
     }
 }
 
