@@ -141,6 +141,11 @@ impl MemoryTable {
         Arc::clone(&self.memory)
     }
 
+    /// Whether there is no memory.
+    pub fn is_empty(&self) -> bool {
+        self.regions.is_empty()
+    }
+
     /// A table of exactly these regions (VHOST_USER_SET_MEM_TABLE). Those of them that this table has keep their
     /// mapping.
     ///

@@ -110,8 +110,7 @@ impl<'d> Session<'d> {
             Request::SetFeatures { features } => self.set_features(features)?,
             Request::GetProtocolFeatures => return number(negotiation::OFFERED.bits()),
             Request::SetProtocolFeatures { features } => self.set_protocol_features(features)?,
-            // Nothing to own: the connection is the session.
-            Request::SetOwner => {}
+            Request::SetOwner => self.begin(),
             Request::ResetOwner => self.disable_all(),
             Request::ResetDevice => {
                 self.negotiation.require(Feature::RESET_DEVICE, "RESET_DEVICE")?;
@@ -170,6 +169,14 @@ impl<'d> Session<'d> {
             Request::SetInflightFd(description) => self.set_inflight_fd(description, fds.next())?,
         }
         Ok(None)
+    }
+
+    /// The front-end begins: as a rule on a new connection, which has nothing yet. QEMU also begins again on an old one,
+    /// when the device was unplugged and is plugged in again; it has then forgotten the memory that it had shared.
+    fn begin(&mut self) {
+        if !self.vrings.iter().any(|vring| vring.is_started) && !self.memory.is_empty() {
+            self.set_memory(MemoryTable::default());
+        }
     }
 
     fn add_region(&mut self, region: RegionDescription, fd: Option<OwnedFd>) -> Result<(), RequestError> {

@@ -16,6 +16,28 @@ fn regions_are_added_and_removed_one_by_one() {
     });
 }
 
+/// QEMU, when a device is plugged in again over the character device of the one before.
+#[test]
+fn a_front_end_that_begins_again_on_the_same_connection_adds_its_regions_again() {
+    with_session(|rig| {
+        rig.run(0);
+        rig.stop(0);
+        rig.calls.take();
+        rig.ok(Code::SET_OWNER, [], []);
+        rig.add_memory();
+        assert_eq!(rig.calls.take(), [Call::SetMemory(vec![]), Call::SetMemory(vec![(GPA, MEMORY_BYTES)])]);
+    });
+}
+
+#[test]
+fn the_memory_of_a_ring_that_runs_stays_whoever_claims_to_own_the_session() {
+    with_session(|rig| {
+        rig.run(0);
+        rig.ok(Code::SET_OWNER, [], []);
+        assert_eq!(rig.calls.take(), []);
+    });
+}
+
 #[test]
 fn a_table_replaces_all_regions() {
     with_session(|rig| {
