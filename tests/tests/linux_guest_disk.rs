@@ -153,10 +153,12 @@ fn file_system(guest: &mut LinuxGuest) -> Result<()> {
 
 fn reset(guest: &mut LinuxGuest) -> Result<()> {
     guest.run("mount /dev/vda /mnt && echo unfinished >/mnt/late && sync")?;
-    eprintln!("synced"); guest.reset()?; eprintln!("reset");
+    guest.reset()?;
     // Mounting replays the journal: the reset came while the file system was in use.
     guest
-        .run("set -e\nmount /dev/vda /mnt\ncd /mnt\nmd5sum -c -s sums\ncat late\ncd /\numount /mnt\ne2fsck -fn /dev/vda")
+        .run(
+            "set -e\nmount /dev/vda /mnt\ncd /mnt\nmd5sum -c -s sums\ncat late\ncd /\numount /mnt\ne2fsck -fn /dev/vda",
+        )
         .map(drop)
 }
 

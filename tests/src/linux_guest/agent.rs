@@ -94,6 +94,11 @@ impl Agent {
         self.jobs.remove(&job.0).map(|progress| JobOutput { text: progress.text, status })
     }
 
+    /// Whether a script has ended.
+    pub(super) fn has_ended(&self, job: Job) -> bool {
+        self.jobs.get(&job.0).is_none_or(|progress| progress.status.is_some())
+    }
+
     /// What a script has written so far.
     pub(super) fn output_so_far(&self, job: Job) -> &str {
         self.jobs.get(&job.0).map_or("", |progress| &progress.text)

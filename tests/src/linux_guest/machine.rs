@@ -23,6 +23,8 @@ use crate::{kernel_log, needs::find_program};
 pub(super) const PROGRAM: &str = "qemu-system-x86_64";
 /// How long QEMU may take until its monitor answers: it connects to all back-ends before.
 const START_LIMIT: Duration = Duration::from_secs(60);
+/// How often a wait looks at the limits, and whether the guest still lives.
+const LOOK_INTERVAL: Duration = Duration::from_millis(200);
 /// How much of the console a failure shows.
 const CONSOLE_TAIL_LINES: usize = 40;
 
@@ -78,21 +80,31 @@ impl Machine {
         mut look: impl FnMut(&mut Agent) -> Option<T>,
     ) -> Result<T> {
         let end = Instant::now() + limit;
-        let trouble = loop {
+        loop {
             if let Some(found) = look(&mut self.agent) {
                 return Ok(found);
             }
             if Instant::now() >= end {
-                break format!("it takes longer than {limit:?}");
+                bail!("waiting for {what}: it takes longer than {limit:?}\n{}", self.describe());
             }
-            if !self.agent.pump(Duration::from_millis(200))? {
-                break format!("QEMU closed the guest's serial port ({:?})", self.child.try_wait());
-            }
-            if let Some(panic) = self.console().lines().find(|line| line.contains("Kernel panic")) {
-                break panic.to_owned();
-            }
-        };
-        bail!("waiting for {what}: {trouble}\n{}", self.describe());
+            self.take_output(end).with_context(|| format!("waiting for {what}"))?;
+        }
+    }
+
+    /// Takes what the guest has sent, or waits for it until `end`, but not for long.
+    ///
+    /// # Errors
+    ///
+    /// QEMU or the guest's kernel has ended. The console is in the error.
+    pub(super) fn take_output(&mut self, end: Instant) -> Result<()> {
+        let wait = end.saturating_duration_since(Instant::now()).clamp(Duration::from_millis(1), LOOK_INTERVAL);
+        if !self.agent.pump(wait)? {
+            bail!("QEMU closed the guest's serial port ({:?})\n{}", self.child.try_wait(), self.describe());
+        }
+        if let Some(panic) = self.console().lines().find(|line| line.contains("Kernel panic")) {
+            bail!("{panic}\n{}", self.describe());
+        }
+        Ok(())
     }
 
     /// Waits until QEMU ends by itself.

@@ -14,6 +14,7 @@ mount -t debugfs debugfs /sys/kernel/debug 2>/dev/null
 mount -t tmpfs tmpfs /tmp
 mkdir -p /dev/shm /mnt
 mount -t tmpfs tmpfs /dev/shm
+load-module virtio_pci
 load-module virtio_blk
 
 exec </dev/ttyS1 >/dev/ttyS1

@@ -29,8 +29,8 @@ use modules::ModuleTree;
 
 use crate::needs::{Need, find_program};
 
-/// The modules that a guest can load. The first is loaded when it comes up.
-const MODULES: [&str; 3] = ["virtio_blk", "virtio_balloon", "null_blk"];
+/// The modules that a guest can load. The first two are loaded when it comes up.
+const MODULES: [&str; 4] = ["virtio_pci", "virtio_blk", "virtio_balloon", "null_blk"];
 /// Programs of this machine that the guest gets, and the packages they are from.
 const HOST_PROGRAMS: [(&str, &str); 3] =
     [("mke2fs", "e2fsprogs"), ("e2fsck", "e2fsprogs"), ("blkdiscard", "util-linux")];
@@ -135,7 +135,7 @@ impl GuestImage {
         let linux = entry(cache, &kernel_key(series), || {
             let apt = apt.get()?;
             let package = apt.newest_named(&format!("linux-image-{series}."), "-cloud-amd64-unsigned")?;
-            let name = format!("{package}-{}", apt.version(&package)?);
+            let name = format!("{package}-{}-{:016x}", apt.version(&package)?, hash_of(MODULES));
             cache.entry(&name, |entry| unpack_kernel(apt, &package, &busybox_program, entry))
         })?;
         let initramfs = cache.entry(&initramfs_name([&busybox, &fio, &linux])?, |entry| {
@@ -196,21 +196,27 @@ pub(super) fn remembered_per_boot(question: &str, answer: impl FnOnce() -> Strin
     Ok(answer)
 }
 
+/// The entry of a kernel has the modules too, so that other modules make another entry.
 fn kernel_key(series: KernelSeries) -> String {
-    format!("linux-{series}")
+    format!("linux-{series}-{:016x}", hash_of(MODULES))
+}
+
+/// The same in all processes of one build.
+fn hash_of(value: impl Hash) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    value.hash(&mut hasher);
+    hasher.finish()
 }
 
 /// A name that changes with everything that the initramfs is made from.
 fn initramfs_name(parts: [&Path; 3]) -> Result<String> {
-    // With fixed keys, so the same in all processes of one build.
-    let mut hasher = DefaultHasher::new();
-    (parts, INIT, LOAD_MODULE, MODULES).hash(&mut hasher);
-    for (name, package) in HOST_PROGRAMS {
+    let programs = HOST_PROGRAMS.map(|(name, package)| {
         let program = find_program(name).with_context(|| format!("there is no {name}: apt-get install {package}"))?;
         let metadata = fs::metadata(&program).with_context(|| format!("looking at {}", program.display()))?;
-        (program, metadata.size(), metadata.mtime()).hash(&mut hasher);
-    }
-    Ok(format!("initramfs-{:016x}", hasher.finish()))
+        Ok((metadata.size(), metadata.mtime()))
+    });
+    let programs = programs.into_iter().collect::<Result<Vec<_>>>()?;
+    Ok(format!("initramfs-{:016x}", hash_of((parts, INIT, LOAD_MODULE, programs))))
 }
 
 fn unpack_busybox(apt: &Apt, entry: &Path) -> Result<()> {
