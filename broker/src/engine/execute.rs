@@ -222,8 +222,8 @@ impl Worker<'_> {
             log.mark(answer.status_gpa.0, 1);
         }
         let Some(active) = self.vrings[queue].active_mut() else { return };
-        match active.queue.complete(head, answer.written_bytes, log) {
-            Ok(()) => active.owes_signal = true,
+        match active.queue.put_used(head, answer.written_bytes, log) {
+            Ok(()) => active.has_unpublished = true,
             Err(error) => self.break_down(queue, &error),
         }
     }

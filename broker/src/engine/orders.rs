@@ -192,7 +192,7 @@ impl Worker<'_> {
         self.is_unsettled = true;
     }
 
-    /// Lets happen what waited for requests to end, or for the disk.
+    /// Lets happen what waited for requests to end, or for the disk. What was given back has been published by then.
     pub(super) fn settle(&mut self) {
         self.is_unsettled = false;
         for number in 0..self.vrings.len() {
@@ -217,17 +217,10 @@ impl Worker<'_> {
         vring.state = match state {
             State::Stopping { active, reply } if active.in_flight == 0 => {
                 let next_avail = active.queue.next_avail();
-                // What was given back last is made known before the front-end hears that the queue has stopped.
-                vring.state = State::Running(active);
-                vring.signal_if_owed();
                 let _ = reply.send(next_avail);
                 State::Stopped
             }
-            State::Draining { active, next } if active.in_flight == 0 => {
-                vring.state = State::Draining { active, next: None };
-                vring.signal_if_owed();
-                next.map_or(State::Stopped, State::Waiting)
-            }
+            State::Draining { active, next } if active.in_flight == 0 => next.map_or(State::Stopped, State::Waiting),
             other => other,
         };
         if let State::Waiting(_) = vring.state
@@ -252,7 +245,7 @@ impl Worker<'_> {
                 }
                 let eventfds = std::mem::take(&mut start.eventfds);
                 // Somebody else may have given chains back before this and not have said so.
-                vring.state = State::Running(Active { queue, memory, eventfds, in_flight: 0, owes_signal: true });
+                vring.state = State::Running(Active { queue, memory, eventfds, in_flight: 0, has_unpublished: true });
             }
             Err(error) => self.break_down(number, &error),
         }

@@ -10,7 +10,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::command::{Reply, WhichEventfd};
 use super::counters::QueueCounters;
 use crate::vhost_user::{DeviceMemory, QueueEventfds};
-use crate::virtqueue::{QueueSetup, SplitQueue};
+use crate::virtqueue::{DirtyLog, QueueSetup, SplitQueue};
 
 /// What a vring does now.
 #[derive(Debug)]
@@ -45,8 +45,8 @@ pub(super) struct Active {
     pub(super) eventfds: QueueEventfds,
     /// Requests under way.
     pub(super) in_flight: u16,
-    /// Chains were given back since the driver was last told.
-    pub(super) owes_signal: bool,
+    /// Chains were given back that the driver does not see yet.
+    pub(super) has_unpublished: bool,
 }
 
 /// A vring that cannot go on.
@@ -118,14 +118,15 @@ impl Vring {
         }
     }
 
-    /// Tells the driver of chains that were given back since the last time, if it wants to know.
+    /// Lets the driver see the chains that were given back since the last time, and interrupts it if it wants that.
     #[inline]
-    pub(super) fn signal_if_owed(&mut self) {
+    pub(super) fn publish(&mut self, log: Option<&DirtyLog>) {
         let index = self.index;
         let Some(active) = self.active_mut() else { return };
-        if !std::mem::take(&mut active.owes_signal) {
+        if !std::mem::take(&mut active.has_unpublished) {
             return;
         }
+        active.queue.publish(log);
         if !active.queue.needs_signal() {
             return;
         }

@@ -142,6 +142,7 @@ impl<'r> Worker<'r> {
         }
         if self.is_unsettled {
             self.settle();
+            busy = true;
         }
         if self.may_take() {
             // Another queue comes first each time, or the first would get all slots that become free.
@@ -154,7 +155,7 @@ impl<'r> Worker<'r> {
         self.ring.submit();
         busy |= self.reap();
         for vring in &mut self.vrings {
-            vring.signal_if_owed();
+            vring.publish(self.log.as_deref());
         }
         busy
     }

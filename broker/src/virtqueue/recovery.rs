@@ -70,7 +70,7 @@ fn begin(region: &InflightQueue, used_idx: u16) {
 
 /// What was given back in the used ring but not in the region is given back there too. Returns `last_batch_head`.
 ///
-/// We give chains back one by one; other back-ends by batches, linked through `next`.
+/// Chains are given back by batches, linked through `next`.
 fn finish_last_batch(region: &InflightQueue, size: u16, used_idx: u16) -> Result<u16, QueueError> {
     let region_used_idx = region.used_idx();
     let last_batch_head = region.last_batch_head();

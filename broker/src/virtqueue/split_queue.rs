@@ -92,7 +92,10 @@ impl SplitQueue {
             in_flight: replay.len() as u16,
             replay: replay.into(),
             is_in_flight,
-            tracker: inflight.map(|region| Tracker { region, next_counter, last_batch_head }),
+            tracker: inflight.map(|region| {
+                // A batch is never longer than the queue.
+                Tracker { region, next_counter, last_batch_head, batch: Vec::with_capacity(usize::from(size)) }
+            }),
             used_log_gpa,
             event_idx,
             signal_asked_at: None,
@@ -155,17 +158,14 @@ impl SplitQueue {
         Ok(Some(head))
     }
 
-    /// Gives a chain back to the driver: `written_bytes` bytes of its device-writable part were written.
-    ///
-    /// What the device wrote to the chain's buffers must be in `log` already. The driver may reuse the chain as soon as
-    /// this has stored the index of the used ring. The caller signals afterwards, if
-    /// [`needs_signal`](Self::needs_signal) says so.
+    /// Gives a chain back to the driver, which sees it at the next [`publish`](Self::publish): `written_bytes` bytes of
+    /// its device-writable part were written.
     ///
     /// # Errors
     ///
     /// The chain is not in flight: nothing was given back.
     #[inline]
-    pub fn complete(&mut self, head: u16, written_bytes: u32, log: Option<&DirtyLog>) -> Result<(), QueueError> {
+    pub fn put_used(&mut self, head: u16, written_bytes: u32, log: Option<&DirtyLog>) -> Result<(), QueueError> {
         match self.is_in_flight.get_mut(usize::from(head)) {
             Some(is_in_flight) if *is_in_flight => *is_in_flight = false,
             _ => return Err(QueueError::NotInFlight { head }),
@@ -176,13 +176,36 @@ impl SplitQueue {
         }
         let entry = self.rings.set_used_entry(self.next_used, head, written_bytes);
         self.next_used = self.next_used.wrapping_add(1);
-        let index = self.rings.set_used_idx(self.next_used);
         // Written first, then marked: the front-end clears marks and then reads.
         self.mark_used(log, entry);
+        Ok(())
+    }
+
+    /// Lets the driver see what was given back since the last time.
+    ///
+    /// What the device wrote to the chains' buffers must be in `log` already. The driver may reuse the chains as soon as
+    /// this has stored the index of the used ring. The caller signals afterwards, if
+    /// [`needs_signal`](Self::needs_signal) says so.
+    ///
+    /// One call for several chains costs less than one for each: the driver polls the line of memory that this writes.
+    #[inline]
+    pub fn publish(&mut self, log: Option<&DirtyLog>) {
+        let index = self.rings.set_used_idx(self.next_used);
         self.mark_used(log, index);
         if let Some(tracker) = &mut self.tracker {
-            tracker.used(head, self.next_used);
+            tracker.used(self.next_used);
         }
+    }
+
+    /// Gives one chain back so that the driver sees it at once.
+    ///
+    /// # Errors
+    ///
+    /// As [`put_used`](Self::put_used).
+    #[inline]
+    pub fn complete(&mut self, head: u16, written_bytes: u32, log: Option<&DirtyLog>) -> Result<(), QueueError> {
+        self.put_used(head, written_bytes, log)?;
+        self.publish(log);
         Ok(())
     }
 
@@ -271,6 +294,8 @@ struct Tracker {
     region: InflightQueue,
     next_counter: u64,
     last_batch_head: u16,
+    /// The heads that were put into the used ring since its index was stored last.
+    batch: Vec<u16>,
 }
 
 impl Tracker {
@@ -286,11 +311,14 @@ impl Tracker {
         self.region.set_next(head, self.last_batch_head);
         self.region.set_last_batch_head(head);
         self.last_batch_head = head;
+        self.batch.push(head);
     }
 
-    /// A chain is in the used ring, whose index is `used_idx` now.
-    fn used(&mut self, head: u16, used_idx: u16) {
-        self.region.set_in_flight(head, false);
+    /// The batch is in the used ring, whose index is `used_idx` now.
+    fn used(&mut self, used_idx: u16) {
+        for head in self.batch.drain(..) {
+            self.region.set_in_flight(head, false);
+        }
         self.region.set_used_idx(used_idx);
     }
 }

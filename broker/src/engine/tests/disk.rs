@@ -145,3 +145,15 @@ fn shutdown_ends_what_is_under_way_and_frees_the_disk() {
     assert!(ended == 0 || wait_readable(&driver.queue.call, PATIENCE), "the driver is told");
     Disk::open(&DiskConfig::new(image.path())).expect("nobody has the disk any more");
 }
+
+#[test]
+fn a_worker_that_does_not_poll_ends_when_its_last_request_has_ended() {
+    for _ in 0..50 {
+        let mut rig = Rig::new(Options { poll_time: std::time::Duration::ZERO, ..Options::default() });
+        let mut driver = rig.running(0);
+        // A flush, which ends on another thread while the worker sleeps.
+        driver.add_flush();
+        driver.kick();
+        rig.engine.shutdown();
+    }
+}

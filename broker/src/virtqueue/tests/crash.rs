@@ -21,8 +21,10 @@ enum Step {
     Reap,
     /// The device takes a chain, if there is one.
     Pop,
-    /// The device gives one of those back that it has, this one of them.
+    /// The device gives one of those back that it has, this one of them, and publishes what it has given back.
     Complete(usize),
+    /// The device gives one of those back, and keeps that to itself.
+    PutUsed(usize),
 }
 
 fn any_step() -> impl Strategy<Value = Step> {
@@ -30,7 +32,8 @@ fn any_step() -> impl Strategy<Value = Step> {
         3 => Just(Step::Submit),
         1 => Just(Step::Reap),
         3 => Just(Step::Pop),
-        3 => (0..usize::from(SIZE)).prop_map(Step::Complete),
+        2 => (0..usize::from(SIZE)).prop_map(Step::Complete),
+        2 => (0..usize::from(SIZE)).prop_map(Step::PutUsed),
     ]
 }
 
@@ -112,11 +115,16 @@ impl Device {
         Some(number)
     }
 
-    fn complete(&mut self, which: usize) {
+    fn put_used(&mut self, which: usize) {
         if !self.taken.is_empty() {
             let (head, number) = self.taken.remove(which % self.taken.len());
-            self.queue.complete(head, number as u32, None).expect("in flight");
+            self.queue.put_used(head, number as u32, None).expect("in flight");
         }
+    }
+
+    fn complete(&mut self, which: usize) {
+        self.put_used(which);
+        self.queue.publish(None);
     }
 
     fn step(&mut self, world: &mut World, step: Step) {
@@ -125,6 +133,7 @@ impl Device {
             Step::Reap => world.reap(),
             Step::Pop => drop(self.pop(world)),
             Step::Complete(which) => self.complete(which),
+            Step::PutUsed(which) => self.put_used(which),
         }
     }
 }

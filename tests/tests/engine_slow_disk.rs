@@ -1,0 +1,282 @@
+//! The engine on a disk that does not answer: what waits for hanging I/O, and what must not.
+
+use std::{
+    io,
+    os::fd::{AsFd, FromRawFd, IntoRawFd, OwnedFd},
+    process::ExitCode,
+    sync::{Arc, mpsc::channel},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, ensure};
+use ringpass_broker::{
+    disk::Disk,
+    engine::{DiskSource, Engine, EngineConfig},
+    vhost_user::{Device, QueueEventfds},
+    virtio_blk::{BlkConfig, BlkParameters, Serial},
+    virtqueue::{InflightFile, InflightQueue, InflightRegion, QueueSetup},
+};
+use ringpass_tests::{
+    front_end::{
+        blk::{BlkDriver, NO_STATUS, SECTOR_BYTES},
+        event::Event,
+        ram::{Ram, RamRegion},
+        shared,
+        vring::{DriverVring, Eventfds, VringLayout},
+    },
+    harness::{self, test},
+    stuck_disk::{StuckDisk, StuckKind},
+};
+use vhost::vhost_user::message::VhostUserInflight;
+use virtio_bindings::virtio_blk::VIRTIO_BLK_T_OUT;
+use vm_memory::GuestAddress;
+use vmm_sys_util::eventfd::EventFd;
+
+const SIZE_BYTES: u64 = 4 << 20;
+const QUEUE_SIZE: u16 = 64;
+const RAM_BYTES: u64 = 8 << 20;
+const BLOCK_BYTES: usize = 4096;
+/// Longer than anything takes that does not wait for the disk.
+const LIMIT: Duration = Duration::from_secs(30);
+/// How long we watch that nothing happens. If something wrong happened later, the test would miss it, not fail.
+const WATCH: Duration = Duration::from_millis(300);
+
+fn main() -> ExitCode {
+    let mut tests = vec![test(
+        "reads_and_other_queues_go_on_while_writes_of_a_file_hang",
+        StuckDisk::needs(),
+        reads_go_on_beside_hanging_writes,
+    )];
+    for kind in [StuckKind::File, StuckKind::LoopDevice] {
+        tests.push(test(format!("a_stop_waits_for_the_queues_own_io_only_{kind}"), StuckDisk::needs(), move || {
+            a_stop_waits_for_its_own_io(kind)
+        }));
+        tests.push(test(
+            format!("an_abandoned_queue_starts_again_only_after_its_io_and_completes_it_once_{kind}"),
+            StuckDisk::needs(),
+            move || an_abandoned_queue_comes_back(kind),
+        ));
+        tests.push(test(format!("a_shutdown_waits_for_hanging_io_{kind}"), StuckDisk::needs(), move || {
+            a_shutdown_waits(kind)
+        }));
+    }
+    harness::run(tests)
+}
+
+/// The disk is given once.
+struct NoSource;
+
+impl DiskSource for NoSource {
+    fn request(&mut self) {}
+
+    fn release(&mut self) {}
+
+    fn refresh_size_bytes(&mut self) -> Result<u64, Box<dyn std::error::Error + Send + Sync>> {
+        Ok(SIZE_BYTES)
+    }
+}
+
+/// An engine with two queues of one worker, and drivers for them.
+struct Machine {
+    // The engine goes first: it waits for nothing, and its threads end when the disk has been thawed.
+    engine: Engine,
+    disk: StuckDisk,
+    ram: Ram,
+    drivers: [BlkDriver; 2],
+    inflight: InflightFile,
+}
+
+impl Machine {
+    fn new(kind: StuckKind) -> Result<Self> {
+        let disk = StuckDisk::new(kind, SIZE_BYTES)?;
+        let opened = Arc::new(Disk::open(&disk.config_waiting())?);
+        let device = BlkConfig::new(BlkParameters {
+            size_bytes: opened.size_bytes(),
+            logical_block_bytes: opened.logical_block_bytes(),
+            physical_block_bytes: opened.physical_block_bytes(),
+            read_only: false,
+            num_queues: 2,
+            queue_size: QUEUE_SIZE,
+            serial: Serial::default(),
+            discard: None,
+            write_zeroes: None,
+        })?;
+        let config = EngineConfig { device, poll_time: Duration::ZERO, workers: Some(1), cpus: Vec::new() };
+        let mut engine = Engine::new(config, |_| -> io::Result<Box<dyn DiskSource>> { Ok(Box::new(NoSource)) })?;
+        engine.control().set_disk(&opened);
+        let ram = Ram::single(RAM_BYTES)?;
+        engine.set_memory(Arc::new(ram.memory().clone()));
+        let mut arena = ram.regions()[0].arena();
+        let mut driver = || -> Result<BlkDriver> {
+            let layout = VringLayout::take(&mut arena, QUEUE_SIZE)?;
+            let vring = DriverVring::new(&ram, layout, true, Eventfds::new()?)?;
+            BlkDriver::new(vring, &mut arena, 1 << 16)
+        };
+        let drivers = [driver()?, driver()?];
+        let inflight = InflightRegion::create(2, QUEUE_SIZE)?;
+        let mut machine = Self { engine, disk, ram, drivers, inflight };
+        machine.start(0)?;
+        machine.start(1)?;
+        Ok(machine)
+    }
+
+    fn inflight(&self, index: u16) -> Result<InflightQueue> {
+        let fd = self.inflight.fd.try_clone()?;
+        let region = InflightRegion::from_fd(fd, 0, self.inflight.size_bytes, 2, QUEUE_SIZE)?;
+        region.queue(index).context("a region of two queues")
+    }
+
+    /// Starts a queue as a front-end does that knows only the in-flight region.
+    fn start(&mut self, index: u16) -> Result<()> {
+        let inflight = self.inflight(index)?;
+        let vring = self.drivers[usize::from(index)].vring();
+        let layout = vring.layout();
+        let setup = QueueSetup {
+            size: layout.size,
+            desc_table: GuestAddress(layout.desc_gpa),
+            avail_ring: GuestAddress(layout.avail_gpa),
+            used_ring: GuestAddress(layout.used_gpa),
+            next_avail: vring.used_idx()?,
+            event_idx: true,
+            used_log_gpa: None,
+            inflight: Some(inflight),
+        };
+        let eventfds = vring.eventfds();
+        let eventfds =
+            QueueEventfds { kick: Some(eventfd(&eventfds.kick())?), call: Some(eventfd(&eventfds.call())?), err: None };
+        self.engine.start_queue(index, setup, eventfds);
+        self.engine.set_enabled(index, true);
+        Ok(())
+    }
+
+    /// Sends a write of this byte and waits until the engine has taken it.
+    fn send_write(&mut self, index: u16, block: u64, byte: u8) -> Result<()> {
+        let driver = &mut self.drivers[usize::from(index)];
+        let header = driver.put_header(VIRTIO_BLK_T_OUT, block * BLOCK_BYTES as u64 / SECTOR_BYTES)?;
+        let data = driver.put_data(&[byte; BLOCK_BYTES])?;
+        let status = driver.put_status()?;
+        let head = driver.vring().add(&[header, data, status])?;
+        driver.vring().publish()?;
+        let end = Instant::now() + LIMIT;
+        while !self.inflight_heads(index)?.contains(&head) {
+            ensure!(Instant::now() < end, "the engine does not take the write");
+            std::thread::yield_now();
+        }
+        Ok(())
+    }
+
+    /// What the in-flight region says of a queue.
+    fn inflight_heads(&self, index: u16) -> Result<Vec<u16>> {
+        let region = shared::InflightRegion::new(
+            VhostUserInflight::new(self.inflight.size_bytes, 0, 2, QUEUE_SIZE),
+            self.inflight.fd.try_clone()?,
+        );
+        region.heads(index)
+    }
+
+    fn used_idx(&mut self, index: usize) -> Result<u16> {
+        self.drivers[index].vring().used_idx()
+    }
+
+    fn wait_for_used(&mut self, index: usize) -> Result<()> {
+        let driver = &mut self.drivers[index];
+        driver.vring().wait_for_call(LIMIT)?;
+        driver.vring().take_used()?.context("something is used")?;
+        ensure!(driver.status()? == 0, "status {}", driver.status()?);
+        Ok(())
+    }
+}
+
+fn eventfd(event: &Event) -> Result<EventFd> {
+    let fd: OwnedFd = event.as_fd().try_clone_to_owned()?;
+    // SAFETY: the descriptor is a new one of an eventfd, and nobody else's.
+    Ok(unsafe { EventFd::from_raw_fd(fd.into_raw_fd()) })
+}
+
+fn reads_go_on_beside_hanging_writes() -> Result<()> {
+    let mut machine = Machine::new(StuckKind::File)?;
+    machine.disk.freeze()?;
+    machine.send_write(0, 0, 1)?;
+    for block in 1..50 {
+        let read = machine.drivers[1].read(block * 8, BLOCK_BYTES as u32)?;
+        ensure!(read == [StuckDisk::INITIAL_BYTE; BLOCK_BYTES], "block {block}");
+    }
+    ensure!(machine.used_idx(0)? == 0, "the write has ended on a frozen file system");
+    machine.disk.thaw()?;
+    machine.wait_for_used(0)?;
+    ensure!(machine.drivers[1].read(0, BLOCK_BYTES as u32)? == [1; BLOCK_BYTES]);
+    Ok(())
+}
+
+fn a_stop_waits_for_its_own_io(kind: StuckKind) -> Result<()> {
+    let mut machine = Machine::new(kind)?;
+    machine.disk.freeze()?;
+    machine.send_write(0, 0, 1)?;
+    ensure!(machine.engine.stop_queue(1) == 0, "the other queue stops");
+    let Machine { mut engine, disk, mut drivers, .. } = machine;
+    let (stopped, is_stopped) = channel();
+    std::thread::scope(|scope| {
+        scope.spawn(move || {
+            let next_avail = engine.stop_queue(0);
+            let _ = stopped.send(next_avail);
+        });
+        let early = is_stopped.recv_timeout(WATCH);
+        disk.thaw()?;
+        ensure!(early.is_err(), "the queue stopped with a write under way");
+        let next_avail = is_stopped.recv_timeout(LIMIT).context("the queue does not stop")?;
+        ensure!(next_avail == 1);
+        ensure!(drivers[0].vring().used_idx()? == 1 && drivers[0].status()? == 0, "the write is not completed");
+        Ok(())
+    })
+}
+
+fn an_abandoned_queue_comes_back(kind: StuckKind) -> Result<()> {
+    let mut machine = Machine::new(kind)?;
+    machine.disk.freeze()?;
+    machine.send_write(0, 0, 1)?;
+    machine.engine.abandon();
+    ensure!(machine.inflight_heads(0)?.len() == 1, "the write is in flight for the front-end that comes");
+
+    // The next front-end: other mappings, the same in-flight region, and one more request.
+    let file = Arc::new(machine.ram.regions()[0].file().try_clone()?);
+    let ram = Ram::new([RamRegion::of_file(file, 0, 0, RAM_BYTES)?])?;
+    machine.engine.set_memory(Arc::new(ram.memory().clone()));
+    machine.start(0)?;
+    machine.start(1)?;
+    if kind == StuckKind::File {
+        let read = machine.drivers[1].read(80, BLOCK_BYTES as u32)?;
+        ensure!(read == [StuckDisk::INITIAL_BYTE; BLOCK_BYTES], "a queue without I/O under way runs again");
+    }
+    std::thread::sleep(WATCH);
+    ensure!(machine.drivers[0].status()? == NO_STATUS, "something was executed again before the old write had ended");
+    machine.disk.thaw()?;
+    machine.wait_for_used(0)?;
+    // Had it been executed again, the driver would get it back twice, and the ring would say so.
+    machine.drivers[0].write(8, &[2; BLOCK_BYTES])?;
+    ensure!(machine.used_idx(0)? == 2, "used index {}", machine.used_idx(0)?);
+    ensure!(machine.inflight_heads(0)?.is_empty());
+    ensure!(machine.drivers[0].read(0, BLOCK_BYTES as u32)? == [1; BLOCK_BYTES]);
+    ensure!(machine.engine.stop_queue(0) == 3);
+    Ok(())
+}
+
+fn a_shutdown_waits(kind: StuckKind) -> Result<()> {
+    let mut machine = Machine::new(kind)?;
+    machine.disk.freeze()?;
+    machine.send_write(0, 0, 7)?;
+    let Machine { engine, disk, mut drivers, .. } = machine;
+    let (ended, has_ended) = channel();
+    std::thread::scope(|scope| {
+        scope.spawn(move || {
+            engine.shutdown();
+            let _ = ended.send(());
+        });
+        let early = has_ended.recv_timeout(WATCH);
+        disk.thaw()?;
+        ensure!(early.is_err(), "the engine ended with a write under way");
+        has_ended.recv_timeout(LIMIT).context("the engine does not end")?;
+        ensure!(drivers[0].vring().used_idx()? == 1 && drivers[0].status()? == 0, "the write is not completed");
+        drop(Disk::open(&disk.config_waiting())?);
+        Ok(())
+    })
+}
