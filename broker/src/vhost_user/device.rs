@@ -129,7 +129,8 @@ pub trait Device: Send {
     /// The front-end is gone, without having stopped its queues.
     ///
     /// Returns at once. Nothing new is taken; what is under way ends into the memory, the used ring and the in-flight
-    /// region that it began with. A later start of the same queue waits for that, inside the device.
+    /// region that it began with, and is logged as before. A later start of the same queue waits for that, inside the
+    /// device.
     fn abandon(&mut self);
 
     /// Stops all queues and waits for their I/O (VHOST_USER_RESET_DEVICE, VHOST_USER_SET_STATUS with 0, the end of the

@@ -2,6 +2,7 @@
 
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use rustix::event::EventfdFlags;
 use rustix::fs::MemfdFlags;
@@ -224,8 +225,11 @@ fn halves(halves: &[u32]) -> Vec<u8> {
     halves.iter().flat_map(|half| half.to_ne_bytes()).collect()
 }
 
+/// An eventfd with a count that no other has, to find it in /proc: the kernel gives its numbers again.
 fn eventfd() -> OwnedFd {
-    rustix::event::eventfd(0, EventfdFlags::CLOEXEC).expect("an eventfd")
+    static COUNT: AtomicU32 = AtomicU32::new(1 << 16);
+    let count = COUNT.fetch_add(1, Ordering::Relaxed);
+    rustix::event::eventfd(count, EventfdFlags::CLOEXEC).expect("an eventfd")
 }
 
 fn socket() -> OwnedFd {

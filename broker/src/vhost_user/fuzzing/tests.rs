@@ -131,8 +131,8 @@ fn ask_features(path: &Path) {
     assert_eq!(reply[..4], GET_FEATURES.to_ne_bytes());
 }
 
-/// What is the same for all descriptors of one file, and for no other file: the link in /proc, and the number of an
-/// eventfd.
+/// What is the same for all descriptors of one file, and for no other file: the link in /proc, and the count of an
+/// eventfd, which the fake device leaves alone.
 fn identity(fd: &impl AsRawFd) -> String {
     identity_of(&format!("/proc/self/fd/{}", fd.as_raw_fd()), &format!("/proc/self/fdinfo/{}", fd.as_raw_fd()))
         .expect("an open descriptor")
@@ -142,7 +142,7 @@ fn identity_of(link: &str, info: &str) -> Option<String> {
     let target = fs::read_link(link).ok()?.to_string_lossy().into_owned();
     let status = fs::metadata(link).ok()?;
     let info = fs::read_to_string(info).ok()?;
-    let eventfd = info.lines().find(|line| line.starts_with("eventfd-id")).unwrap_or("").to_owned();
+    let eventfd = info.lines().find(|line| line.starts_with("eventfd-count")).unwrap_or("").to_owned();
     Some(format!("{target} {} {eventfd}", std::os::unix::fs::MetadataExt::ino(&status)))
 }
 

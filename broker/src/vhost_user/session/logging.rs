@@ -80,7 +80,7 @@ impl Session<'_> {
         self.set_log(None);
     }
 
-    pub(super) fn set_log(&mut self, log: Option<Arc<DirtyLog>>) {
+    fn set_log(&mut self, log: Option<Arc<DirtyLog>>) {
         if log.is_some() || self.logging.is_in_force {
             self.logging.is_in_force = log.is_some();
             self.device.set_dirty_log(log);

@@ -51,6 +51,8 @@ pub struct Session<'d> {
 impl<'d> Session<'d> {
     /// A session in which nothing was said yet.
     pub fn new(device: &'d mut dyn Device) -> Self {
+        // What an earlier front-end had under way was logged for it until now: it may have come back.
+        device.set_dirty_log(None);
         let vrings = (0..device.queue_count()).map(|_| Vring::default()).collect();
         Self {
             device,
@@ -262,9 +264,8 @@ pub(super) fn refresh_capacity(device: &mut dyn Device) -> bool {
 impl Drop for Session<'_> {
     fn drop(&mut self) {
         self.device.abandon();
-        // Nobody reads the log any more; and the memory of a guest that is gone must not stay allocated because it is
-        // mapped here. What is under way keeps it until it ends.
-        self.set_log(None);
+        // The memory of a guest that is gone must not stay allocated because it is mapped here. What is under way keeps
+        // it until it ends, and is logged until then: a guest that migrates may have lost no more than its connection.
         self.set_memory(MemoryTable::default());
     }
 }

@@ -42,7 +42,9 @@ fn with_session(test: impl FnOnce(&mut Rig<'_>)) {
 fn with_new_session(test: impl FnOnce(&mut Rig<'_>)) {
     let mut device = FakeDevice::default();
     let calls = device.calls.clone();
-    test(&mut Rig { session: Session::new(&mut device), calls });
+    let mut rig = Rig { session: Session::new(&mut device), calls };
+    rig.calls.take();
+    test(&mut rig);
 }
 
 struct Rig<'d> {
@@ -211,4 +213,12 @@ fn the_device_learns_that_the_front_end_is_gone_and_lets_its_memory_go() {
     rig.run(0);
     drop(rig);
     assert_eq!(calls.take(), [Call::Abandon, Call::SetMemory(vec![])]);
+}
+
+#[test]
+fn what_a_front_end_had_under_way_is_logged_until_the_next_one_comes() {
+    let mut device = FakeDevice::default();
+    let calls = device.calls.clone();
+    drop(Session::new(&mut device));
+    assert_eq!(calls.take(), [Call::SetDirtyLog(false), Call::Abandon, Call::SetMemory(vec![])]);
 }
