@@ -73,7 +73,7 @@ pub trait Device: Send {
 
     /// The feature bits that the driver accepted: a subset of [`device_features`](Self::device_features).
     ///
-    /// Comes while no queue is started.
+    /// Comes while no queue is started. What the driver wrote to the configuration space stays.
     fn set_driver_features(&mut self, features: u64);
 
     /// The device's configuration space as it is now (VIRTIO 1.2, 5.2.4).
@@ -133,12 +133,9 @@ pub trait Device: Send {
     /// device.
     fn abandon(&mut self);
 
-    /// Stops all queues and waits for their I/O (VHOST_USER_RESET_DEVICE, VHOST_USER_SET_STATUS with 0, the end of the
-    /// program). Features that the driver accepted are forgotten.
+    /// Stops all queues and waits for their I/O: the end of the program. What the driver accepted and wrote is forgotten.
     ///
-    /// What the driver wrote to the configuration space stays. QEMU sends a status of 0 whenever it stops the device, keeps
-    /// its own copy of the space over that and over resets of the guest, and does not write it again: a device that
-    /// went back to a write-back cache would lose writes that the guest believes are on the disk.
+    /// A reset by the driver is not this: the session stops the queues then, one by one.
     fn reset(&mut self);
 
     /// Reads the size of the disk again, because somebody says that it changed. True: the capacity is another one now.

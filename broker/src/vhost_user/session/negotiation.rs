@@ -116,11 +116,14 @@ impl Session<'_> {
 
     /// A status of 0 is the driver's reset. QEMU sends it whenever it stops the device, also for `stop` and before a
     /// migration: the memory, the in-flight region and the eventfds stay, as QEMU counts on.
+    ///
+    /// What the driver wrote to the configuration space stays, too. QEMU has a copy of it, which it shows to the guest over
+    /// `stop` and over resets, and does not write again: a device that went back to a write-back cache would lose writes
+    /// that the guest takes for stable.
     pub(super) fn set_status(&mut self, status: u8) {
         if status == 0 {
             self.stop_all();
             self.forget_log_if_all_stopped();
-            self.device.reset();
             self.negotiation.driver_features = None;
         }
         self.negotiation.status = status;

@@ -135,7 +135,7 @@ fn the_status_is_kept_and_a_status_of_0_stops_the_device() {
         assert_eq!(rig.ask_number(Code::GET_STATUS), 0xf);
         assert_eq!(rig.calls.take(), []);
         rig.ok(Code::SET_STATUS, words(&[0]), []);
-        assert_eq!(rig.calls.take(), [Call::Stop(0), Call::Reset]);
+        assert_eq!(rig.calls.take(), [Call::Stop(0)]);
         assert_eq!(rig.ask_number(Code::GET_STATUS), 0);
         // QEMU asks afterwards and must hear where the ring stopped, and it does not send the memory again.
         assert_eq!(rig.stop(0), u32::from(100 + CHAINS_TAKEN));
@@ -162,7 +162,7 @@ fn a_reset_of_the_device_forgets_the_rings_and_keeps_memory_and_eventfds() {
         rig.call(0);
         rig.run(0);
         rig.ok(Code::RESET_DEVICE, [], []);
-        assert_eq!(rig.calls.take(), [Call::Stop(0), Call::Reset]);
+        assert_eq!(rig.calls.take(), [Call::Stop(0)]);
         let error = rig.refused(Code::SET_VRING_KICK, file(0), || vec![eventfd()]);
         assert_eq!(error, "SET_VRING_KICK: vring 0 is to be started without SET_VRING_NUM");
         rig.set_up(0);
