@@ -14,7 +14,7 @@ mod vring;
 use std::os::fd::OwnedFd;
 
 use tracing::{debug, warn};
-use vhost::vhost_user::message::VhostUserProtocolFeatures;
+use vhost::vhost_user::message::{VHOST_USER_CONFIG_OFFSET, VhostUserProtocolFeatures};
 
 use self::error::request_name;
 pub use self::error::{RequestError, SessionError};
@@ -197,9 +197,13 @@ impl<'d> Session<'d> {
 
     /// The device's configuration space, and zeroes behind it: front-ends ask for as much as their own version of the
     /// structure has.
+    ///
+    /// Cloud Hypervisor up to v50.0 counts from where the space of a virtio-mmio device begins (`Blk::new`
+    /// in its `vhost_user/blk.rs`); no virtio-blk device has anything of its own that far on.
     fn get_config(&self, offset_bytes: u32, size_bytes: u32, flags: u32) -> Vec<u8> {
         let space = self.device.config_space();
-        let bytes = (offset_bytes..).take(size_bytes as usize).map(|at| byte_at(&space, at));
+        let first = offset_bytes.checked_sub(VHOST_USER_CONFIG_OFFSET).unwrap_or(offset_bytes);
+        let bytes = (first..).take(size_bytes as usize).map(|at| byte_at(&space, at));
         [offset_bytes, size_bytes, flags].into_iter().flat_map(u32::to_ne_bytes).chain(bytes).collect()
     }
 

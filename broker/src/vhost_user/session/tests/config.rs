@@ -23,6 +23,13 @@ fn any_part_of_the_configuration_space_can_be_read_and_it_ends_in_zeroes() {
 }
 
 #[test]
+fn the_configuration_space_can_be_counted_from_where_that_of_virtio_mmio_begins() {
+    with_session(|rig| {
+        assert_eq!(rig.ask(Code::GET_CONFIG, config(256 + 8, 4, 1, &[0; 4])), config(256 + 8, 4, 1, &[8, 9, 10, 11]));
+    });
+}
+
+#[test]
 fn the_driver_writes_what_is_writable_and_nothing_else() {
     with_session(|rig| {
         rig.ok(Code::SET_CONFIG, config(32, 1, 0, &[0]), []);
