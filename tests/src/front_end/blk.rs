@@ -10,8 +10,9 @@ use virtio_bindings::virtio_blk::{
 use vm_memory::{Bytes, GuestAddress};
 
 use super::{
+    descriptor::Descriptor,
     ram::Arena,
-    vring::{Descriptor, DriverVring, Used},
+    vring::{DriverVring, Used},
 };
 
 /// Length of a request's header.
@@ -200,6 +201,16 @@ impl BlkDriver {
         let answer = self.try_write(sector, data)?;
         ensure!(answer == Answer { status: 0, len_bytes: 1 }, "writing at {sector}: {answer:?}");
         Ok(())
+    }
+
+    /// Writes what is in the buffer from `sector` on.
+    ///
+    /// # Errors
+    ///
+    /// The device does not answer with success.
+    pub fn write_buffer(&mut self, sector: u64, len_bytes: u32) -> Result<()> {
+        let buffer = Descriptor::readable(self.data_gpa, len_bytes);
+        succeeded("write", self.request(VIRTIO_BLK_T_OUT, sector, &[buffer])?)
     }
 
     /// Puts data into the buffer and gives its descriptor.

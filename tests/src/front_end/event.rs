@@ -1,7 +1,8 @@
-//! An eventfd: a kick or a call.
+//! Eventfds: kicks and calls.
 
 use std::{
     os::fd::{AsFd, BorrowedFd, OwnedFd},
+    sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
 
@@ -62,6 +63,60 @@ impl Event {
 impl AsFd for Event {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.as_fd()
+    }
+}
+
+/// The eventfds of a vring, which the front-end may change while the driver runs.
+#[derive(Debug)]
+pub struct Eventfds {
+    kick: Mutex<Arc<Event>>,
+    call: Mutex<Arc<Event>>,
+}
+
+impl Eventfds {
+    /// A new pair.
+    ///
+    /// # Errors
+    ///
+    /// No more file descriptors.
+    pub fn new() -> Result<Arc<Self>> {
+        let event = || Ok::<_, anyhow::Error>(Mutex::new(Arc::new(Event::new()?)));
+        Ok(Arc::new(Self { kick: event()?, call: event()? }))
+    }
+
+    /// The driver signals this one after it has made something available.
+    pub fn kick(&self) -> Arc<Event> {
+        self.kick.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// The device signals this one after it has used something.
+    pub fn call(&self) -> Arc<Event> {
+        self.call.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// From here on the driver signals `kick`; once at once, because the old one may have been signalled last.
+    ///
+    /// # Errors
+    ///
+    /// The eventfd cannot be written.
+    pub fn change_kick(&self, kick: Event) -> Result<()> {
+        let kick = Arc::new(kick);
+        *self.kick.lock().unwrap_or_else(PoisonError::into_inner) = kick.clone();
+        kick.signal()
+    }
+
+    /// From here on the driver waits for `call`. It looks at the ring once, because the old one may have been signalled.
+    ///
+    /// # Errors
+    ///
+    /// The eventfd cannot be written.
+    pub fn change_call(&self, call: Event) -> Result<()> {
+        let call = Arc::new(call);
+        let old = {
+            let mut current = self.call.lock().unwrap_or_else(PoisonError::into_inner);
+            std::mem::replace(&mut *current, call)
+        };
+        old.signal()
     }
 }
 

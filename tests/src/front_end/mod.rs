@@ -3,6 +3,7 @@
 
 pub mod blk;
 pub mod connection;
+pub mod descriptor;
 pub mod event;
 pub mod load;
 pub mod ram;

@@ -10,10 +10,11 @@ use tempfile::TempDir;
 
 use super::{
     blk::BlkDriver,
+    event::Eventfds,
     load::{BLOCK_BYTES, Load, LoadOptions},
     ram::{Arena, Ram, RamRegion},
     session::FrontEnd,
-    vring::{DriverVring, Eventfds, VringLayout},
+    vring::{DriverVring, VringLayout},
 };
 use crate::{
     broker_process::BrokerProcess,

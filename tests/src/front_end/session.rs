@@ -16,11 +16,7 @@ use virtio_bindings::{
 };
 
 use super::{
-    connection::Connection,
-    ram::Ram,
-    shared::InflightRegion,
-    vring::{Eventfds, VringLayout},
-    wire::Wire,
+    connection::Connection, event::Eventfds, ram::Ram, shared::InflightRegion, vring::VringLayout, wire::Wire,
 };
 
 /// How a front-end sets a device up.

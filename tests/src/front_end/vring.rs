@@ -1,7 +1,10 @@
 //! The driver's side of a split virtqueue (VIRTIO 1.2, 2.7), which can also put anything into it.
 
 use std::{
-    sync::{Arc, Mutex, PoisonError, atomic::Ordering, atomic::fence},
+    sync::{
+        Arc,
+        atomic::{Ordering, fence},
+    },
     time::{Duration, Instant},
 };
 
@@ -9,62 +12,13 @@ use anyhow::{Context, Result, bail, ensure};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::{
-    event::Event,
+    descriptor::{DESCRIPTOR_BYTES, Descriptor, F_NEXT},
+    event::Eventfds,
     ram::{Arena, Ram},
 };
 
-/// Descriptor flag: the next descriptor belongs to this chain.
-pub const F_NEXT: u16 = 1;
-/// Descriptor flag: the device writes this buffer.
-pub const F_WRITE: u16 = 2;
-/// Descriptor flag: the buffer is a table of descriptors.
-pub const F_INDIRECT: u16 = 4;
-
 /// Flag in the available ring: no interrupts wanted. In the used ring: no kicks wanted.
 const NO_NOTIFICATION: u16 = 1;
-
-/// A descriptor (VIRTIO 1.2, 2.7.5).
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Descriptor {
-    /// Guest-physical address of the buffer.
-    pub gpa: u64,
-    /// Its length in bytes.
-    pub len_bytes: u32,
-    /// `F_NEXT`, `F_WRITE`, `F_INDIRECT`.
-    pub flags: u16,
-    /// Index of the next descriptor, with `F_NEXT`.
-    pub next: u16,
-}
-
-/// Length of a descriptor in bytes.
-pub const DESCRIPTOR_BYTES: u64 = 16;
-
-impl Descriptor {
-    /// A buffer that the device reads.
-    pub fn readable(gpa: u64, len_bytes: u32) -> Self {
-        Self { gpa, len_bytes, ..Self::default() }
-    }
-
-    /// A buffer that the device writes.
-    pub fn writable(gpa: u64, len_bytes: u32) -> Self {
-        Self { gpa, len_bytes, flags: F_WRITE, next: 0 }
-    }
-
-    /// A table of descriptors.
-    pub fn indirect(gpa: u64, len_bytes: u32) -> Self {
-        Self { gpa, len_bytes, flags: F_INDIRECT, next: 0 }
-    }
-
-    /// As it is in memory.
-    pub fn to_bytes(self) -> [u8; DESCRIPTOR_BYTES as usize] {
-        let mut bytes = [0; DESCRIPTOR_BYTES as usize];
-        bytes[..8].copy_from_slice(&self.gpa.to_le_bytes());
-        bytes[8..12].copy_from_slice(&self.len_bytes.to_le_bytes());
-        bytes[12..14].copy_from_slice(&self.flags.to_le_bytes());
-        bytes[14..].copy_from_slice(&self.next.to_le_bytes());
-        bytes
-    }
-}
 
 /// Where a vring is in guest RAM.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -95,63 +49,18 @@ impl VringLayout {
         })
     }
 
+    /// The used index: what a front-end takes as base after the back-end has died.
+    ///
+    /// # Errors
+    ///
+    /// The vring is not in RAM.
+    pub fn used_idx(&self, ram: &Ram) -> Result<u16> {
+        Ok(ram.memory().load(GuestAddress(self.used_gpa + 2), Ordering::Acquire)?)
+    }
+
     /// Length of the used ring in bytes, with the event index.
     pub fn used_bytes(size: u16) -> u64 {
         6 + 8 * u64::from(size)
-    }
-}
-
-/// The eventfds of a vring, which the front-end may change while the driver runs.
-#[derive(Debug)]
-pub struct Eventfds {
-    kick: Mutex<Arc<Event>>,
-    call: Mutex<Arc<Event>>,
-}
-
-impl Eventfds {
-    /// A new pair.
-    ///
-    /// # Errors
-    ///
-    /// No more file descriptors.
-    pub fn new() -> Result<Arc<Self>> {
-        let event = || Ok::<_, anyhow::Error>(Mutex::new(Arc::new(Event::new()?)));
-        Ok(Arc::new(Self { kick: event()?, call: event()? }))
-    }
-
-    /// The driver signals this one after it has made something available.
-    pub fn kick(&self) -> Arc<Event> {
-        self.kick.lock().unwrap_or_else(PoisonError::into_inner).clone()
-    }
-
-    /// The device signals this one after it has used something.
-    pub fn call(&self) -> Arc<Event> {
-        self.call.lock().unwrap_or_else(PoisonError::into_inner).clone()
-    }
-
-    /// From here on the driver signals `kick`; once at once, because the old one may have been signalled last.
-    ///
-    /// # Errors
-    ///
-    /// The eventfd cannot be written.
-    pub fn change_kick(&self, kick: Event) -> Result<()> {
-        let kick = Arc::new(kick);
-        *self.kick.lock().unwrap_or_else(PoisonError::into_inner) = kick.clone();
-        kick.signal()
-    }
-
-    /// From here on the driver waits for `call`. It looks at the ring once, because the old one may have been signalled.
-    ///
-    /// # Errors
-    ///
-    /// The eventfd cannot be written.
-    pub fn change_call(&self, call: Event) -> Result<()> {
-        let call = Arc::new(call);
-        let old = {
-            let mut current = self.call.lock().unwrap_or_else(PoisonError::into_inner);
-            std::mem::replace(&mut *current, call)
-        };
-        old.signal()
     }
 }
 
@@ -204,6 +113,16 @@ impl DriverVring {
         })
     }
 
+    /// Empties the vring, as a driver does with one that it starts anew.
+    ///
+    /// # Errors
+    ///
+    /// The vring is not in RAM.
+    pub fn reset(&mut self) -> Result<()> {
+        *self = Self::new(&self.ram, self.layout, self.event_idx, self.eventfds.clone())?;
+        Ok(())
+    }
+
     /// Where the vring is.
     pub fn layout(&self) -> VringLayout {
         self.layout
@@ -229,6 +148,11 @@ impl DriverVring {
         self.next_used
     }
 
+    /// Where the used element is that was taken last.
+    pub fn last_used_gpa(&self) -> u64 {
+        self.layout.used_gpa + 4 + 8 * u64::from(self.next_used.wrapping_sub(1) % self.layout.size)
+    }
+
     /// The index of the next entry that becomes available.
     pub fn next_avail(&self) -> u16 {
         self.next_avail
@@ -240,7 +164,7 @@ impl DriverVring {
     ///
     /// The vring is not in RAM.
     pub fn used_idx(&self) -> Result<u16> {
-        self.load(self.layout.used_gpa + 2, Ordering::Acquire)
+        self.layout.used_idx(&self.ram)
     }
 
     /// Writes one descriptor of the table, whatever it says.

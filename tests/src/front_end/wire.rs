@@ -4,6 +4,7 @@
 use std::{
     io::{self, IoSlice, IoSliceMut},
     mem::MaybeUninit,
+    net::Shutdown,
     os::{
         fd::{BorrowedFd, OwnedFd},
         unix::net::UnixStream,
@@ -141,6 +142,15 @@ impl Wire {
         let received = self.receive_exactly(&mut body, &mut fds)?;
         ensure!(received == size_bytes, "the peer closed after {received} of {size_bytes} bytes of message {request}");
         Ok(Some(Message { request, flags, body, fds }))
+    }
+
+    /// Sends nothing any more: the peer sees the end of the connection behind what was sent.
+    ///
+    /// # Errors
+    ///
+    /// The peer has closed.
+    pub fn finish_sending(&self) -> io::Result<()> {
+        self.socket.shutdown(Shutdown::Write)
     }
 
     /// Whether the peer closes the connection without sending anything more than complete messages before.

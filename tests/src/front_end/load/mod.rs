@@ -4,14 +4,12 @@
 //! write has its own content, and a block belongs to one request at a time.
 
 mod model;
+mod running;
+mod written;
 
 use std::{
     fs::File,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, AtomicU64, Ordering},
-    },
-    thread::{self, JoinHandle},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -22,11 +20,16 @@ use virtio_bindings::virtio_blk::{
 };
 use vm_memory::{Bytes, GuestAddress};
 
-pub use self::model::{BLOCK_BYTES, Model};
+pub use self::{
+    model::{BLOCK_BYTES, Model},
+    running::RunningLoad,
+    written::{Period, WrittenPages},
+};
 use super::{
     blk::{HEADER_BYTES, NO_STATUS, SECTOR_BYTES, header, range},
+    descriptor::{DESCRIPTOR_BYTES, Descriptor},
     ram::Arena,
-    vring::{DESCRIPTOR_BYTES, Descriptor, DriverVring},
+    vring::DriverVring,
 };
 use crate::seed::Seed;
 
@@ -113,6 +116,8 @@ struct Request {
     first: usize,
     count: usize,
     data_gpa: u64,
+    /// When it was submitted, if what the device writes is noted.
+    period: Option<Period>,
 }
 
 impl Slot {
@@ -142,6 +147,7 @@ pub struct Load {
     rng: fastrand::Rng,
     outstanding: usize,
     completed: u64,
+    written: Arc<WrittenPages>,
 }
 
 impl Load {
@@ -163,7 +169,7 @@ impl Load {
             .collect::<Result<_>>()?;
         let model = Model::zeroes(options.first_block, options.blocks, options.seed);
         let rng = options.seed.derive("choices").rng();
-        Ok(Self { vring, options, model, slots, rng, outstanding: 0, completed: 0 })
+        Ok(Self { vring, options, model, slots, rng, outstanding: 0, completed: 0, written: Arc::default() })
     }
 
     /// The vring.
@@ -174,6 +180,11 @@ impl Load {
     /// What the disk must hold.
     pub fn model(&self) -> &Model {
         &self.model
+    }
+
+    /// The pages that the device wrote for this load, when that is noted.
+    pub fn written(&self) -> &Arc<WrittenPages> {
+        &self.written
     }
 
     /// Completed requests.
@@ -250,6 +261,7 @@ impl Load {
         let odd_bytes = if self.options.unaligned && self.rng.bool() { self.rng.u64(1..SLACK_BYTES) } else { 0 };
         let data_gpa = self.slots[index].data_gpa + odd_bytes;
         let operation = self.choose();
+        let period = self.written.period();
         let chain = self.chain(index, operation, first, count, data_gpa)?;
         let head = if self.options.indirect && self.rng.bool() {
             let table = self.vring.write_indirect_table(self.slots[index].table_gpa(), &chain)?;
@@ -257,7 +269,7 @@ impl Load {
         } else {
             self.vring.add(&chain)?
         };
-        self.slots[index].request = Some(Request { head, operation, first, count, data_gpa });
+        self.slots[index].request = Some(Request { head, operation, first, count, data_gpa, period });
         self.outstanding += 1;
         Ok(true)
     }
@@ -336,11 +348,12 @@ impl Load {
             self.check(index, request, used.len_bytes)
                 .with_context(|| format!("request {} of the load: {request:x?}", self.completed))?;
         }
+        self.written.set_next_used(self.vring.next_used());
         Ok(reaped)
     }
 
     fn check(&mut self, index: usize, request: Request, used_bytes: u32) -> Result<()> {
-        let Request { operation, first, count, data_gpa, .. } = request;
+        let Request { operation, first, count, data_gpa, period, .. } = request;
         let memory = self.vring.ram().memory();
         let status: u8 = memory.read_obj(GuestAddress(self.slots[index].status_gpa()))?;
         if status != 0 {
@@ -362,6 +375,13 @@ impl Load {
         }
         ensure!(used_bytes == written_bytes, "the device says that it wrote {used_bytes} bytes, not {written_bytes}");
         self.model.give_back(first, count, written);
+        if let Some(period) = period {
+            self.written.note(period, self.slots[index].status_gpa(), 1);
+            self.written.note(period, self.vring.last_used_gpa(), 8);
+            if let Operation::Read = operation {
+                self.written.note(period, data_gpa, len_bytes as u64);
+            }
+        }
         Ok(())
     }
 
@@ -389,56 +409,4 @@ fn segments(rng: &mut fastrand::Rng, buffer: Descriptor) -> Vec<Descriptor> {
         ..buffer
     };
     cuts.windows(2).map(part).collect()
-}
-
-/// A load on a thread of its own.
-#[derive(Debug)]
-pub struct RunningLoad {
-    thread: JoinHandle<Result<Load>>,
-    stop: Arc<AtomicBool>,
-    completed: Arc<AtomicU64>,
-}
-
-impl RunningLoad {
-    /// Starts it.
-    pub fn start(mut load: Load) -> Self {
-        let (stop, completed) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(load.completed())));
-        let (told, shown) = (stop.clone(), completed.clone());
-        let thread = thread::spawn(move || {
-            load.run_while(|completed| {
-                shown.store(completed, Ordering::Relaxed);
-                !told.load(Ordering::Relaxed)
-            })?;
-            Ok(load)
-        });
-        Self { thread, stop, completed }
-    }
-
-    /// Completed requests so far.
-    pub fn completed(&self) -> u64 {
-        self.completed.load(Ordering::Relaxed)
-    }
-
-    /// Waits until so many requests more have completed, or the load has failed, which [`finish`](Self::finish) tells.
-    pub fn wait_for_progress(&self, requests: u64) {
-        let end = self.completed() + requests;
-        while self.completed() < end && !self.thread.is_finished() {
-            thread::sleep(Duration::from_micros(200));
-        }
-    }
-
-    /// Whether it has ended by itself, which is a failure.
-    pub fn has_failed(&self) -> bool {
-        self.thread.is_finished()
-    }
-
-    /// Lets what is outstanding end, and gives the load back.
-    ///
-    /// # Errors
-    ///
-    /// Something was wrong.
-    pub fn finish(self) -> Result<Load> {
-        self.stop.store(true, Ordering::Relaxed);
-        self.thread.join().map_err(|_| anyhow::anyhow!("the load panicked"))?
-    }
 }

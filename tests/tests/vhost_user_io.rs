@@ -1,0 +1,100 @@
+//! The vhost-user-blk device as our own front-end sees it: every kind of request, every way of the rings.
+
+use std::process::ExitCode;
+
+use anyhow::{Result, ensure};
+use ringpass_tests::{
+    broker_process,
+    disks::DiskKind,
+    front_end::{
+        blk::SECTOR_BYTES,
+        load::LoadOptions,
+        rig::{Rig, TestRam},
+        session::{FrontEnd, Options, bit},
+    },
+    harness::{self, Test, test},
+    needs::Need,
+    seed::Seed,
+};
+use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
+
+const DISK_BYTES: u64 = 16 << 20;
+
+fn main() -> ExitCode {
+    let needs = |kind: DiskKind| kind.needs().into_iter().chain(broker_process::needs()).collect::<Vec<Need>>();
+    let mut tests: Vec<Test> = DiskKind::ALL
+        .map(|kind| {
+            test(format!("every_kind_of_request_does_what_it_says_on_{kind}"), needs(kind), move || every_request(kind))
+        })
+        .into();
+    for (name, features) in [
+        ("a_load_verifies_with_event_indexes_and_indirect_tables", 0),
+        ("a_load_verifies_without_event_indexes", bit(VIRTIO_RING_F_EVENT_IDX)),
+        ("a_load_verifies_without_indirect_tables", bit(VIRTIO_RING_F_INDIRECT_DESC)),
+    ] {
+        let run = move || load(Options::default().without(features), DiskKind::Ext4Direct);
+        tests.push(test(name, needs(DiskKind::Ext4Direct), run));
+    }
+    harness::run(tests)
+}
+
+fn every_request(kind: DiskKind) -> Result<()> {
+    let rig = Rig::new(kind, DISK_BYTES)?;
+    let broker = rig.broker(&["--serial", "a-serial-of-20-bytes"])?;
+    broker.explain(every_request_of(&rig))
+}
+
+fn every_request_of(rig: &Rig) -> Result<()> {
+    let mut ram = TestRam::new(2, 4 << 20)?;
+    let front_end = FrontEnd::connect(&rig.socket(), &ram.ram, Options::default())?;
+    let capacity = u64::from_le_bytes(front_end.connection().config(8)?.try_into().expect("eight bytes"));
+    ensure!(capacity == DISK_BYTES / SECTOR_BYTES, "capacity {capacity}");
+    let mut driver = ram.driver(&front_end, 0, 1 << 20)?;
+
+    let id = driver.id()?;
+    ensure!(id == b"a-serial-of-20-bytes", "the id is {:?}", String::from_utf8_lossy(&id));
+    let pattern: Vec<u8> = (0..1u32 << 20).map(|index| (index * 7 / 5) as u8).collect();
+    let sectors = pattern.len() as u32 / SECTOR_BYTES as u32;
+    driver.write(64, &pattern)?;
+    driver.flush()?;
+    ensure!(driver.read(64, pattern.len() as u32)? == pattern, "another content came back");
+    for unmap in [false, true] {
+        driver.write_zeroes(64, sectors / 2, unmap)?;
+        let found = driver.read(64, pattern.len() as u32)?;
+        let (zeroes, rest) = found.split_at(pattern.len() / 2);
+        ensure!(zeroes.iter().all(|&byte| byte == 0), "not zeroes after write zeroes with unmap {unmap}");
+        ensure!(*rest == pattern[pattern.len() / 2..], "write zeroes with unmap {unmap} reached too far");
+        driver.write(64, &pattern)?;
+    }
+    driver.discard(64, sectors / 2)?;
+    let found = driver.read(64, pattern.len() as u32)?;
+    ensure!(found[pattern.len() / 2..] == pattern[pattern.len() / 2..], "discard reached too far");
+    let last = DISK_BYTES / SECTOR_BYTES - 8;
+    driver.write(last, &pattern[..4096])?;
+    ensure!(driver.read(last, 4096)? == pattern[..4096], "another content came back from the last blocks");
+    ensure!(front_end.stop_vring(0)? == driver.vring().next_avail(), "another base");
+    Ok(())
+}
+
+fn load(options: Options, kind: DiskKind) -> Result<()> {
+    let rig = Rig::new(kind, DISK_BYTES)?;
+    let broker = rig.broker(&[])?;
+    broker.explain(load_of(&rig, options))
+}
+
+fn load_of(rig: &Rig, options: Options) -> Result<()> {
+    let mut ram = TestRam::new(3, 8 << 20)?;
+    let front_end = FrontEnd::connect(&rig.socket(), &ram.ram, options)?;
+    let load = LoadOptions {
+        indirect: front_end.has_indirect(),
+        unaligned: true,
+        flush_percent: 2,
+        write_zeroes_percent: 5,
+        ..LoadOptions::new(0, DISK_BYTES / 4096, 32, Seed::from_env_or_random())
+    };
+    let mut load = ram.load(&front_end, 0, 128, load)?;
+    load.run(harness::budget(5_000, 200_000))?;
+    let base = front_end.stop_vring(0)?;
+    ensure!(base == load.vring().next_avail(), "base {base}");
+    load.check_disk(&rig.disk_file()?)
+}

@@ -1,0 +1,323 @@
+//! Messages with wrong sizes, flags, descriptors, orders and values, thousands of connections long: the broker answers or
+//! closes that connection, serves the next, and keeps nothing.
+
+use std::{
+    fs::File,
+    io::Write,
+    os::{
+        fd::{AsFd, BorrowedFd, OwnedFd},
+        unix::{fs::FileExt, net::UnixStream},
+    },
+    path::Path,
+    process::ExitCode,
+    sync::Arc,
+    time::Duration,
+};
+
+use anyhow::{Context, Result, ensure};
+use ringpass_tests::{
+    broker_process::{self, BrokerProcess},
+    disks::DiskKind,
+    front_end::{
+        blk::SECTOR_BYTES,
+        event::Event,
+        ram::RamRegion,
+        rig::{Rig, TestRam},
+        session::{FrontEnd, Options},
+        wire::{FLAG_NEED_REPLY, FLAG_VERSION, Wire, encode},
+    },
+    harness::{self, test},
+    seed::Seed,
+};
+use rustix::fs::{MemfdFlags, memfd_create};
+use vhost::vhost_user::message::{
+    FrontendReq, VhostUserConfig, VhostUserConfigFlags, VhostUserInflight, VhostUserLog, VhostUserMemory,
+    VhostUserMemoryRegion, VhostUserSingleMemoryRegion, VhostUserVringAddr, VhostUserVringAddrFlags,
+    VhostUserVringState,
+};
+use vm_memory::ByteValued;
+
+const DISK_BYTES: u64 = 4 << 20;
+/// Guest RAM is the middle part of its file; before and behind it are bytes that nobody may touch.
+const RAM_BYTES: u64 = 4 << 20;
+const RAM_GPA: u64 = 1 << 20;
+const CANARY: u8 = 0xc5;
+/// How much more memory of its own the broker may have after all rounds: its allocator's, not the connections'.
+const GROWTH_BYTES: u64 = 2 << 20;
+
+fn main() -> ExitCode {
+    let needs = DiskKind::Ext4Direct.needs().into_iter().chain(broker_process::needs());
+    harness::run(vec![test("malformed_messages_end_their_connection_and_leave_nothing_behind", needs, malformed)])
+}
+
+fn malformed() -> Result<()> {
+    let seed = Seed::from_env_or_random();
+    let rig = Rig::new(DiskKind::Ext4Direct, DISK_BYTES)?;
+    let broker = rig.broker(&["--num-queues", "2"])?;
+    broker.explain(rounds(&rig, &broker, seed))
+}
+
+fn rounds(rig: &Rig, broker: &BrokerProcess, seed: Seed) -> Result<()> {
+    let rounds: u64 = harness::budget(10_000, 500_000);
+    let mut hostile = Hostile::new()?;
+    serve_honestly(&rig.socket())?;
+    let fds = broker.usage()?.fds;
+    let mut settled_bytes = 0;
+    for round in 0..rounds {
+        let mut rng = seed.derive(round).rng();
+        hostile.round(&rig.socket(), &mut rng).with_context(|| format!("round {round}"))?;
+        if round % 500 == 499 {
+            serve_honestly(&rig.socket()).with_context(|| format!("after round {round}"))?;
+            broker.wait_for_fds(fds).with_context(|| format!("after round {round}"))?;
+        }
+        if round == rounds / 4 {
+            settled_bytes = broker.usage()?.anonymous_bytes;
+        }
+    }
+    let bytes = broker.usage()?.anonymous_bytes;
+    ensure!(bytes <= settled_bytes + GROWTH_BYTES, "{bytes} bytes of memory, {settled_bytes} after a quarter");
+    hostile.check_canaries()?;
+    let disk = rig.disk_file()?;
+    ensure!(disk.metadata()?.len() == DISK_BYTES, "the disk has another size");
+    let mut content = vec![0; (DISK_BYTES - 4096) as usize];
+    disk.read_exact_at(&mut content, 0)?;
+    ensure!(content.iter().all(|&byte| byte == 0), "the disk was written");
+    Ok(())
+}
+
+/// A front-end that does nothing wrong is served: its last block is written and read.
+fn serve_honestly(socket: &Path) -> Result<()> {
+    let mut ram = TestRam::new(1, 1 << 20)?;
+    let front_end = FrontEnd::connect(socket, &ram.ram, Options::default())?;
+    let mut driver = ram.driver(&front_end, 1, 4096)?;
+    let last = (DISK_BYTES - 4096) / SECTOR_BYTES;
+    driver.write(last, &[0x77; 4096])?;
+    ensure!(driver.read(last, 4096)? == [0x77; 4096]);
+    front_end.stop_vring(1).map(drop)
+}
+
+/// A front-end that knows the protocol and does it wrong.
+struct Hostile {
+    ram_file: Arc<File>,
+    ram: RamRegion,
+    /// Descriptors of all kinds, to be sent where others are expected.
+    files: Vec<OwnedFd>,
+}
+
+impl Hostile {
+    fn new() -> Result<Self> {
+        let memfd = |len_bytes| -> Result<File> {
+            let file = File::from(memfd_create("ringpass-test", MemfdFlags::CLOEXEC)?);
+            file.set_len(len_bytes)?;
+            Ok(file)
+        };
+        let ram_file = Arc::new(memfd(3 * RAM_BYTES)?);
+        for part in [0, 2] {
+            ram_file.write_all_at(&vec![CANARY; RAM_BYTES as usize], part * RAM_BYTES)?;
+        }
+        let ram = RamRegion::of_file(ram_file.clone(), RAM_BYTES, RAM_GPA, RAM_BYTES)?;
+        let (pipe_end, other_pipe_end) = std::io::pipe()?;
+        let (socket, _) = UnixStream::pair()?;
+        let mut short = memfd(100)?;
+        short.write_all(&[CANARY; 100])?;
+        let files = vec![
+            Event::new()?.as_fd().try_clone_to_owned()?,
+            memfd(4096)?.into(),
+            memfd(64 << 20)?.into(),
+            memfd(0)?.into(),
+            short.into(),
+            ram_file.as_fd().try_clone_to_owned()?,
+            File::open("/dev/null")?.into(),
+            File::open("/")?.into(),
+            File::open("/proc/self/status")?.into(),
+            pipe_end.into(),
+            other_pipe_end.into(),
+            socket.into(),
+        ];
+        Ok(Self { ram_file, ram, files })
+    }
+
+    fn check_canaries(&self) -> Result<()> {
+        let mut part = vec![0; RAM_BYTES as usize];
+        for index in [0, 2] {
+            self.ram_file.read_exact_at(&mut part, index * RAM_BYTES)?;
+            ensure!(part.iter().all(|&byte| byte == CANARY), "bytes beside guest RAM were written");
+        }
+        Ok(())
+    }
+
+    /// One connection: some right messages, then some wrong ones. Then the broker closes it, if it has not yet.
+    fn round(&mut self, socket: &Path, rng: &mut fastrand::Rng) -> Result<()> {
+        let wire = Wire::connect(socket, Duration::from_secs(20))?;
+        // What the broker has closed cannot be sent to, and need not be.
+        let _ = self.right_messages(&wire, rng.usize(0..=4));
+        for _ in 0..rng.usize(1..=6) {
+            if self.wrong_message(&wire, rng).is_err() {
+                break;
+            }
+        }
+        let _ = wire.finish_sending();
+        wire.drain_until_closed().context("the broker neither answers nor closes")
+    }
+
+    /// The messages with which a session begins, as far as `stage`.
+    fn right_messages(&self, wire: &Wire, stage: usize) -> Result<()> {
+        let number = |value: u64| value.to_ne_bytes().to_vec();
+        let event = [self.files[0].as_fd()];
+        let send = |request: FrontendReq, body: &[u8], fds: &[BorrowedFd<'_>]| {
+            wire.send(request as u32, FLAG_VERSION, body, fds)
+        };
+        if stage >= 1 {
+            // The bits of the specification that back-ends may offer: PROTOCOL_FEATURES, and all of ours.
+            send(FrontendReq::SET_PROTOCOL_FEATURES, &number(0x1_b22b), &[])?;
+            send(FrontendReq::SET_FEATURES, &number(1 << 32 | 1 << 30), &[])?;
+        }
+        if stage >= 2 {
+            send(FrontendReq::ADD_MEM_REG, &single(&self.ram.message()), &[self.ram.file().as_fd()])?;
+        }
+        if stage >= 3 {
+            for index in 0..2 {
+                send(FrontendReq::SET_VRING_NUM, VhostUserVringState::new(index, 64).as_slice(), &[])?;
+                send(FrontendReq::SET_VRING_ADDR, self.vring_addr(index, [0, 0x1000, 0x2000]).as_slice(), &[])?;
+            }
+        }
+        if stage >= 4 {
+            for index in 0..2 {
+                send(FrontendReq::SET_VRING_CALL, &number(index), &event)?;
+                send(FrontendReq::SET_VRING_KICK, &number(index), &event)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn vring_addr(&self, index: u32, offsets: [u64; 3]) -> VhostUserVringAddr {
+        let user = self.ram.message().user_addr;
+        let [desc, used, avail] = offsets.map(|offset| user.wrapping_add(offset));
+        VhostUserVringAddr::new(index, VhostUserVringAddrFlags::empty(), desc, used, avail, 0)
+    }
+
+    /// Something close to a right message, wrong in some places.
+    fn wrong_message(&self, wire: &Wire, rng: &mut fastrand::Rng) -> Result<()> {
+        let (request, mut body, fds) = self.plausible(rng);
+        for _ in 0..rng.usize(0..=2) {
+            corrupt_word(&mut body, rng);
+        }
+        match rng.u8(0..20) {
+            0 => body.truncate(rng.usize(0..=body.len())),
+            1 => body.extend(std::iter::repeat_n(rng.u8(..), rng.usize(1..64))),
+            2 => body.resize(rng.usize(0..9000), 0),
+            _ => {}
+        }
+        let request = if rng.u8(0..20) == 0 { rng.u32(..) >> rng.u32(0..32) } else { request };
+        let flags = match rng.u8(0..10) {
+            0 => rng.u32(..),
+            1 => rng.u32(0..16),
+            2..=5 => FLAG_VERSION | FLAG_NEED_REPLY,
+            _ => FLAG_VERSION,
+        };
+        let mut bytes = encode(request, flags, &body);
+        if rng.u8(0..20) == 0 {
+            // A size that is not the body's: more or less follows.
+            let size_bytes = [0, 1, 4096, 65_536, u32::MAX, rng.u32(..)][rng.usize(0..6)];
+            bytes[8..12].copy_from_slice(&size_bytes.to_ne_bytes());
+        }
+        if rng.u8(0..20) == 0 {
+            bytes.truncate(rng.usize(1..=bytes.len()));
+        }
+        let mut sent: Vec<BorrowedFd<'_>> = fds.iter().map(|&file| self.files[file].as_fd()).collect();
+        match rng.u8(0..12) {
+            0 => sent.clear(),
+            1 => sent.extend((0..rng.usize(1..8)).map(|_| self.files[rng.usize(..self.files.len())].as_fd())),
+            2 => sent.extend((0..60).map(|_| self.files[rng.usize(..self.files.len())].as_fd())),
+            3 => sent.iter_mut().for_each(|fd| *fd = self.files[rng.usize(..self.files.len())].as_fd()),
+            _ => {}
+        }
+        // In two pieces now and then, the descriptors with either.
+        let cut = if rng.u8(0..10) == 0 { rng.usize(1..=bytes.len()) } else { bytes.len() };
+        let (first, second) = bytes.split_at(cut);
+        let late = rng.bool() && !second.is_empty();
+        wire.send_bytes(first, if late { &[] } else { &sent })?;
+        if !second.is_empty() {
+            wire.send_bytes(second, if late { &sent } else { &[] })?;
+        }
+        Ok(())
+    }
+
+    /// A message that could be right at some time, and which descriptors it has.
+    fn plausible(&self, rng: &mut fastrand::Rng) -> (u32, Vec<u8>, Vec<usize>) {
+        const EVENT: usize = 0;
+        const RAM: usize = 5;
+        const LOG: usize = 2;
+        let index = rng.u32(0..3);
+        let number = |value: u64| value.to_ne_bytes().to_vec();
+        let state = |number| VhostUserVringState::new(index, number).as_slice().to_vec();
+        let request = FrontendReq::try_from(rng.u32(1..=44)).unwrap_or(FrontendReq::GET_FEATURES);
+        let ram = self.ram.message();
+        let (body, fds) = match request {
+            FrontendReq::SET_FEATURES | FrontendReq::SET_PROTOCOL_FEATURES => {
+                (number(rng.u64(..) & rng.u64(..)), vec![])
+            }
+            FrontendReq::SET_STATUS => (number(rng.u64(0..256)), vec![]),
+            FrontendReq::SET_MEM_TABLE => {
+                let count = rng.usize(1..10);
+                let mut body = VhostUserMemory::new(count as u32).as_slice().to_vec();
+                let part_bytes = RAM_BYTES / 16;
+                for part in 0..count as u64 {
+                    let (at, offset) = (part * part_bytes, ram.mmap_offset + part * part_bytes);
+                    let region =
+                        VhostUserMemoryRegion::new(ram.guest_phys_addr + at, part_bytes, ram.user_addr + at, offset);
+                    body.extend_from_slice(region.as_slice());
+                }
+                (body, vec![RAM; count])
+            }
+            FrontendReq::ADD_MEM_REG | FrontendReq::REM_MEM_REG => (single(&ram), vec![RAM]),
+            FrontendReq::SET_LOG_BASE => (VhostUserLog::new(1 << 16, 0).as_slice().to_vec(), vec![LOG]),
+            FrontendReq::SET_LOG_FD | FrontendReq::SET_BACKEND_REQ_FD => (vec![], vec![self.files.len() - 1]),
+            FrontendReq::SET_VRING_NUM => (state(1 << rng.u32(0..16)), vec![]),
+            FrontendReq::SET_VRING_BASE => (state(rng.u32(0..0x1_0000)), vec![]),
+            FrontendReq::SET_VRING_ENABLE => (state(rng.u32(0..2)), vec![]),
+            FrontendReq::GET_VRING_BASE => (state(0), vec![]),
+            FrontendReq::SET_VRING_ADDR => {
+                let offsets = [(); 3].map(|()| rng.u64(0..RAM_BYTES + 8192) & !0xf);
+                (self.vring_addr(index, offsets).as_slice().to_vec(), vec![])
+            }
+            FrontendReq::SET_VRING_KICK | FrontendReq::SET_VRING_CALL | FrontendReq::SET_VRING_ERR => {
+                let has_fd = rng.u8(0..4) > 0;
+                let flag = if has_fd { 0 } else { 1 << 8 };
+                (number(u64::from(index) | flag), if has_fd { vec![EVENT] } else { vec![] })
+            }
+            FrontendReq::GET_CONFIG | FrontendReq::SET_CONFIG => {
+                let size_bytes = rng.u32(1..70);
+                let header = VhostUserConfig::new(rng.u32(0..64), size_bytes, VhostUserConfigFlags::WRITABLE);
+                ([header.as_slice(), &vec![0; size_bytes as usize]].concat(), vec![])
+            }
+            FrontendReq::GET_INFLIGHT_FD => (VhostUserInflight::new(0, 0, 2, 128).as_slice().to_vec(), vec![]),
+            FrontendReq::SET_INFLIGHT_FD => {
+                let size_bytes = [4096, 8192, rng.u64(0..1 << 20)][rng.usize(0..3)];
+                (VhostUserInflight::new(size_bytes, 0, 2, 128).as_slice().to_vec(), vec![LOG])
+            }
+            _ => (vec![], vec![]),
+        };
+        (request as u32, body, fds)
+    }
+}
+
+/// Puts a value that is often wrong where some field begins.
+fn corrupt_word(body: &mut [u8], rng: &mut fastrand::Rng) {
+    let interesting =
+        [0, 1, 2, 0xff, 0x100, 0xfff, 0x1000, 0x7fff_ffff, 0xffff_ffff, 1 << 32, i64::MAX as u64, u64::MAX];
+    let value = match rng.u8(0..3) {
+        0 => rng.u64(..),
+        _ => interesting[rng.usize(..interesting.len())],
+    };
+    let width = if rng.bool() { 4 } else { 8 };
+    if body.len() >= width {
+        let at = rng.usize(0..=(body.len() - width) / 4) * 4;
+        body[at..at + width].copy_from_slice(&value.to_ne_bytes()[..width]);
+    }
+}
+
+fn single(region: &VhostUserMemoryRegion) -> Vec<u8> {
+    let &VhostUserMemoryRegion { guest_phys_addr, memory_size, user_addr, mmap_offset } = region;
+    VhostUserSingleMemoryRegion::new(guest_phys_addr, memory_size, user_addr, mmap_offset).as_slice().to_vec()
+}
