@@ -20,9 +20,10 @@ use ringpass_tests::{
     front_end::{
         blk::{BlkDriver, NO_STATUS, SECTOR_BYTES},
         event::Event,
+        event::Eventfds,
         ram::{Ram, RamRegion},
         shared,
-        vring::{DriverVring, Eventfds, VringLayout},
+        vring::{DriverVring, VringLayout},
     },
     harness::{self, test},
     stuck_disk::{StuckDisk, StuckKind},
