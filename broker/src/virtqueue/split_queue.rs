@@ -34,6 +34,17 @@ pub struct QueueSetup {
     pub inflight: Option<InflightQueue>,
 }
 
+/// Whose a chain is, by its head.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Head {
+    /// The driver's, available or not.
+    Free,
+    /// Ours.
+    Taken,
+    /// In the used ring, whose index has not passed it yet: neither of the two may use it.
+    Used,
+}
+
 /// The device's side of one split virtqueue: takes chains, gives them back.
 ///
 /// The rings are written by the driver at any time; an error means that this queue must stop, with what is in flight.
@@ -47,9 +58,11 @@ pub struct SplitQueue {
     next_used: u16,
     /// Taken by an earlier process and not given back: to be taken again first.
     replay: VecDeque<u16>,
-    /// Which heads are taken and not given back, and how many.
-    is_in_flight: Box<[bool]>,
+    /// Whose each head is, and how many are taken.
+    heads: Box<[Head]>,
     in_flight: u16,
+    /// The heads that were put into the used ring since its index was stored last. Never longer than the queue.
+    batch: Vec<u16>,
     tracker: Option<Tracker>,
     used_log_gpa: Option<u64>,
     event_idx: bool,
@@ -79,9 +92,9 @@ impl SplitQueue {
             None => Recovered { next_avail, ..Recovered::default() },
         };
         let Recovered { next_avail, replay, next_counter, last_batch_head } = recovered;
-        let mut is_in_flight = vec![false; usize::from(size)].into_boxed_slice();
+        let mut heads = vec![Head::Free; usize::from(size)].into_boxed_slice();
         for &head in &replay {
-            is_in_flight[usize::from(head)] = true;
+            heads[usize::from(head)] = Head::Taken;
         }
         Ok(Self {
             rings,
@@ -91,11 +104,9 @@ impl SplitQueue {
             next_used,
             in_flight: replay.len() as u16,
             replay: replay.into(),
-            is_in_flight,
-            tracker: inflight.map(|region| {
-                // A batch is never longer than the queue.
-                Tracker { region, next_counter, last_batch_head, batch: Vec::with_capacity(usize::from(size)) }
-            }),
+            heads,
+            batch: Vec::with_capacity(usize::from(size)),
+            tracker: inflight.map(|region| Tracker { region, next_counter, last_batch_head }),
             used_log_gpa,
             event_idx,
             signal_asked_at: None,
@@ -145,10 +156,10 @@ impl SplitQueue {
             }
         }
         let head = self.rings.avail_entry(self.next_avail);
-        match self.is_in_flight.get_mut(usize::from(head)) {
+        match self.heads.get_mut(usize::from(head)) {
             None => return Err(QueueError::HeadOutOfRange { head, size }),
-            Some(true) => return Err(QueueError::HeadInFlight { head }),
-            Some(is_in_flight) => *is_in_flight = true,
+            Some(state @ Head::Free) => *state = Head::Taken,
+            Some(Head::Taken | Head::Used) => return Err(QueueError::HeadInFlight { head }),
         }
         self.in_flight += 1;
         self.next_avail = self.next_avail.wrapping_add(1);
@@ -166,11 +177,12 @@ impl SplitQueue {
     /// The chain is not in flight: nothing was given back.
     #[inline]
     pub fn put_used(&mut self, head: u16, written_bytes: u32, log: Option<&DirtyLog>) -> Result<(), QueueError> {
-        match self.is_in_flight.get_mut(usize::from(head)) {
-            Some(is_in_flight) if *is_in_flight => *is_in_flight = false,
-            _ => return Err(QueueError::NotInFlight { head }),
+        match self.heads.get_mut(usize::from(head)) {
+            Some(state @ Head::Taken) => *state = Head::Used,
+            Some(Head::Free | Head::Used) | None => return Err(QueueError::NotInFlight { head }),
         }
         self.in_flight -= 1;
+        self.batch.push(head);
         if let Some(tracker) = &mut self.tracker {
             tracker.about_to_use(head);
         }
@@ -190,10 +202,16 @@ impl SplitQueue {
     /// One call for several chains costs less than one for each: the driver polls the line of memory that this writes.
     #[inline]
     pub fn publish(&mut self, log: Option<&DirtyLog>) {
+        if self.batch.is_empty() {
+            return;
+        }
         let index = self.rings.set_used_idx(self.next_used);
         self.mark_used(log, index);
-        if let Some(tracker) = &mut self.tracker {
-            tracker.used(self.next_used);
+        if let Some(tracker) = &self.tracker {
+            tracker.used(&self.batch, self.next_used);
+        }
+        for head in self.batch.drain(..) {
+            self.heads[usize::from(head)] = Head::Free;
         }
     }
 
@@ -294,8 +312,6 @@ struct Tracker {
     region: InflightQueue,
     next_counter: u64,
     last_batch_head: u16,
-    /// The heads that were put into the used ring since its index was stored last.
-    batch: Vec<u16>,
 }
 
 impl Tracker {
@@ -311,12 +327,11 @@ impl Tracker {
         self.region.set_next(head, self.last_batch_head);
         self.region.set_last_batch_head(head);
         self.last_batch_head = head;
-        self.batch.push(head);
     }
 
     /// The batch is in the used ring, whose index is `used_idx` now.
-    fn used(&mut self, used_idx: u16) {
-        for head in self.batch.drain(..) {
+    fn used(&self, batch: &[u16], used_idx: u16) {
+        for &head in batch {
             self.region.set_in_flight(head, false);
         }
         self.region.set_used_idx(used_idx);

@@ -59,13 +59,14 @@ fn run(bytes: &[u8]) -> Outcome {
                     return outcome;
                 }
             },
-            6..=7 => outcome.completed |= device.complete(&mut world, &mut choices),
+            6 => device.put_used(&world, &mut choices),
+            7 => outcome.completed |= device.publish(&world),
             8 => device.notifications(&mut choices),
             9 => world.write_ring(&mut choices),
             10 => world.write_region(&mut choices),
             _ => {
                 outcome.restarted = true;
-                let expected = device.in_flight();
+                let expected = device.in_flight;
                 match Device::start(&world, &mut outcome) {
                     Some(next) => {
                         if !world.is_tampered {
@@ -223,6 +224,10 @@ struct Device {
     replay: VecDeque<u16>,
     /// Taken and not given back.
     taken: Vec<u16>,
+    /// Given back, but not published.
+    unpublished: Vec<u16>,
+    /// Everything taken and not published, in the order of taking.
+    in_flight: VecDeque<u16>,
 }
 
 impl Device {
@@ -247,13 +252,8 @@ impl Device {
         assert_eq!((after.version, after.used_idx), (VERSION, used_idx), "the region is of one mind with the ring");
         outcome.replayed |= !expected.replay.is_empty();
         outcome.repaired |= before.version == VERSION && before.used_idx != used_idx;
-        Some(Self { queue, replay: expected.replay.into(), taken: Vec::new() })
-    }
-
-    /// Everything in flight, in the order of taking.
-    fn in_flight(&self) -> VecDeque<u16> {
-        // What was taken again was the first to be taken.
-        self.taken.iter().copied().chain(self.replay.iter().copied()).collect()
+        let replay: VecDeque<u16> = expected.replay.into();
+        Some(Self { queue, in_flight: replay.clone(), replay, taken: Vec::new(), unpublished: Vec::new() })
     }
 
     fn pop(&mut self, world: &World) -> Result<(), QueueError> {
@@ -265,11 +265,14 @@ impl Device {
         };
         let head = chain.head();
         assert!(head < world.size);
-        assert!(!self.taken.contains(&head), "taken twice");
+        assert!(!self.taken.contains(&head) && !self.unpublished.contains(&head), "taken twice");
         assert!(chain.by_ref().count() <= 2 * 1024, "a chain has an end");
         match self.replay.pop_front() {
             Some(expected) => assert_eq!((head, self.queue.next_avail()), (expected, before)),
-            None => assert_eq!(self.queue.next_avail(), before.wrapping_add(1)),
+            None => {
+                assert_eq!(self.queue.next_avail(), before.wrapping_add(1));
+                self.in_flight.push_back(head);
+            }
         }
         assert!(world.is_tampered || world.region.is_in_flight(head), "taken, but not recorded");
         self.taken.push(head);
@@ -277,22 +280,41 @@ impl Device {
         Ok(())
     }
 
-    /// Gives back one of those taken. False: there is none.
-    fn complete(&mut self, world: &mut World, choices: &mut Choices<'_>) -> bool {
+    /// Gives back one of those taken. Nobody sees it yet.
+    fn put_used(&mut self, world: &World, choices: &mut Choices<'_>) {
         if self.taken.is_empty() {
-            return false;
+            return;
         }
         let head = self.taken.remove(choices.below(self.taken.len()));
         let used_idx = world.load(USED_RING + 2);
-        self.queue.complete(head, 7, None).expect("it is in flight");
-        self.queue.complete(head, 7, None).expect_err("it is not in flight any more");
-        assert!(!world.region.is_in_flight(head));
-        if !world.is_tampered {
-            assert_eq!(world.load(USED_RING + 2), used_idx.wrapping_add(1));
-            assert_eq!(world.load(USED_RING + 4 + 8 * u64::from(used_idx % world.size)), head);
+        let was_in_flight = world.region.is_in_flight(head);
+        self.queue.put_used(head, 7, None).expect("it is in flight");
+        self.queue.put_used(head, 7, None).expect_err("it is not in flight any more");
+        assert_eq!(world.load(USED_RING + 2), used_idx);
+        assert_eq!(world.region.is_in_flight(head), was_in_flight);
+        self.unpublished.push(head);
+    }
+
+    /// Lets the driver see what was given back. False: nothing was.
+    fn publish(&mut self, world: &World) -> bool {
+        let used_idx = world.load(USED_RING + 2);
+        self.queue.publish(None);
+        let published = std::mem::take(&mut self.unpublished);
+        for (n, &head) in (0..).zip(&published) {
+            assert!(!world.region.is_in_flight(head));
+            if !world.is_tampered {
+                let entry = u64::from(used_idx.wrapping_add(n) % world.size);
+                assert_eq!(world.load(USED_RING + 4 + 8 * entry), head);
+            }
         }
-        assert_eq!(world.region.used_idx(), world.load(USED_RING + 2));
-        true
+        if !world.is_tampered {
+            assert_eq!(usize::from(world.load(USED_RING + 2).wrapping_sub(used_idx)), published.len());
+        }
+        if !published.is_empty() {
+            assert_eq!(world.region.used_idx(), world.load(USED_RING + 2));
+        }
+        self.in_flight.retain(|head| !published.contains(head));
+        !published.is_empty()
     }
 
     fn notifications(&mut self, choices: &mut Choices<'_>) {

@@ -120,6 +120,30 @@ fn what_is_not_in_flight_cannot_be_completed() {
 }
 
 #[test]
+fn a_batch_is_seen_when_it_is_published_and_until_then_nobody_may_use_its_chains() {
+    let mut driver = Driver::new(8);
+    let region = inflight_queue(8);
+    let setup = QueueSetup { inflight: Some(region.clone()), ..driver.setup() };
+    let mut queue = SplitQueue::new(setup, &driver.memory).expect("a good set-up");
+    for head in [3, 5] {
+        driver.submit(head, 0);
+        assert!(pop(&mut queue, &driver).is_some());
+        queue.put_used(head, u32::from(head), None).expect("in flight");
+    }
+    assert_eq!((driver.reap(), queue.in_flight()), (None, 0));
+    assert_eq!(queue.put_used(3, 0, None), Err(QueueError::NotInFlight { head: 3 }));
+    driver.submit(5, 1);
+    assert!(matches!(queue.pop(&driver.memory), Err(QueueError::HeadInFlight { head: 5 })));
+    assert!(region.is_in_flight(3) && region.is_in_flight(5));
+
+    queue.publish(None);
+    assert_eq!((driver.reap(), driver.reap(), driver.reap()), (Some((3, 3)), Some((5, 5)), None));
+    assert!(!region.is_in_flight(3) && !region.is_in_flight(5));
+    assert_eq!(region.used_idx(), 2);
+    assert_eq!(pop(&mut queue, &driver), Some(1));
+}
+
+#[test]
 fn a_queue_starts_where_the_front_end_says() {
     let mut driver = Driver::at_index(8, 100);
     driver.submit(1, 10);
