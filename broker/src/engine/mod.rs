@@ -17,6 +17,7 @@ mod bounce;
 mod command;
 mod counters;
 mod error;
+mod eventfd;
 mod execute;
 mod handle;
 mod orders;

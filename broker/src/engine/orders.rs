@@ -8,7 +8,7 @@ use std::sync::Arc;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::command::{Command, Reply, WhichEventfd};
-use super::vring::{Active, Broken, Start, State, Vring, signal};
+use super::vring::{Active, Broken, Start, State, Vring};
 use super::worker::{Alignment, DiskInUse, Worker};
 use crate::disk::Disk;
 use crate::vhost_user::{DeviceMemory, QueueEventfds};
@@ -98,7 +98,7 @@ impl Worker<'_> {
         self.disarm(queue);
         let vring = &mut self.vrings[queue];
         vring.enabled = false;
-        let start = Start { setup, eventfds };
+        let start = Start { setup, eventfds: eventfds.into() };
         match &mut vring.state {
             State::Draining { next, .. } => *next = Some(start),
             state => *state = State::Waiting(start),
@@ -147,7 +147,7 @@ impl Worker<'_> {
             && let Some(call) = vring.eventfds_mut().and_then(|eventfds| eventfds.call.as_ref())
         {
             // What was said to the old one may not have been heard.
-            signal(call, index);
+            call.send(index);
         }
     }
 

@@ -1,7 +1,6 @@
 //! One vring of a worker: its state, its eventfds, its counters.
 
 use std::fmt::Display;
-use std::io;
 use std::rc::Rc;
 use std::sync::Arc;
 
@@ -9,7 +8,8 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::command::{Reply, WhichEventfd};
 use super::counters::QueueCounters;
-use crate::vhost_user::{DeviceMemory, QueueEventfds};
+use super::eventfd::{Eventfds, Kick, Signal};
+use crate::vhost_user::DeviceMemory;
 use crate::virtqueue::{DirtyLog, QueueSetup, SplitQueue};
 
 /// What a vring does now.
@@ -33,7 +33,7 @@ pub(super) enum State {
 #[derive(Debug)]
 pub(super) struct Start {
     pub(super) setup: QueueSetup,
-    pub(super) eventfds: QueueEventfds,
+    pub(super) eventfds: Eventfds,
 }
 
 /// A vring whose queue is set up.
@@ -42,7 +42,7 @@ pub(super) struct Active {
     pub(super) queue: SplitQueue,
     /// What new chains are taken from, and where the rings are.
     pub(super) memory: Rc<DeviceMemory>,
-    pub(super) eventfds: QueueEventfds,
+    pub(super) eventfds: Eventfds,
     /// Requests under way.
     pub(super) in_flight: u16,
     /// Chains were given back that the driver does not see yet.
@@ -106,7 +106,7 @@ impl Vring {
     }
 
     /// The eventfds that the present front-end gave.
-    pub(super) fn eventfds_mut(&mut self) -> Option<&mut QueueEventfds> {
+    pub(super) fn eventfds_mut(&mut self) -> Option<&mut Eventfds> {
         match &mut self.state {
             State::Running(active) | State::Broken(Broken::Active(active)) | State::Stopping { active, .. } => {
                 Some(&mut active.eventfds)
@@ -131,7 +131,7 @@ impl Vring {
             return;
         }
         if let Some(call) = &active.eventfds.call {
-            signal(call, index);
+            call.send(index);
             self.counters.signals.add(1);
         }
     }
@@ -140,9 +140,9 @@ impl Vring {
     pub(super) fn set_eventfd(&mut self, which: WhichEventfd, eventfd: Option<EventFd>) {
         let Some(eventfds) = self.eventfds_mut() else { return };
         match which {
-            WhichEventfd::Kick => eventfds.kick = eventfd,
-            WhichEventfd::Call => eventfds.call = eventfd,
-            WhichEventfd::Err => eventfds.err = eventfd,
+            WhichEventfd::Kick => eventfds.kick = eventfd.map(Kick),
+            WhichEventfd::Call => eventfds.call = eventfd.map(Signal::new),
+            WhichEventfd::Err => eventfds.err = eventfd.map(Signal::new),
         }
     }
 
@@ -172,17 +172,7 @@ impl Vring {
         let index = self.index;
         tracing::warn!(queue = index, "the queue stops: {why}");
         if let Some(err) = self.eventfds_mut().and_then(|eventfds| eventfds.err.as_ref()) {
-            signal(err, index);
+            err.send(index);
         }
-    }
-}
-
-/// Signals an eventfd of the front-end.
-pub(super) fn signal(eventfd: &EventFd, index: u16) {
-    match eventfd.write(1) {
-        Ok(()) => {}
-        // The counter is full: whoever waits for it wakes up without us.
-        Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-        Err(error) => tracing::debug!(queue = index, %error, "an eventfd of the front-end cannot be signalled"),
     }
 }

@@ -230,8 +230,7 @@ impl<'r> Worker<'r> {
         vring.kick_poll.is_armed = false;
         vring.counters.kicks.add(1);
         if let Some(kick) = vring.eventfds_mut().and_then(|eventfds| eventfds.kick.as_ref()) {
-            // It does not block; that nothing is there is as good.
-            let _ = kick.read();
+            kick.take();
         }
     }
 
@@ -297,7 +296,7 @@ impl<'r> Worker<'r> {
             let Some(active) = vring.taking_mut() else { continue };
             let Some(kick) = &active.eventfds.kick else { continue };
             let token = Token::Kick { queue: number as u16, generation };
-            self.ring.push_poll(kick, token.to_user_data());
+            self.ring.push_poll(&kick.0, token.to_user_data());
             vring.kick_poll.is_armed = true;
         }
     }

@@ -235,7 +235,7 @@ pub(crate) fn check_eventfd(what: &'static str, eventfd: &EventFd) -> Result<(),
 }
 
 /// `EventFd` has only the raw descriptor.
-pub(super) fn borrow(eventfd: &EventFd) -> BorrowedFd<'_> {
+pub(crate) fn borrow(eventfd: &EventFd) -> BorrowedFd<'_> {
     // SAFETY: the descriptor is open for as long as the EventFd, which the result borrows.
     unsafe { BorrowedFd::borrow_raw(eventfd.as_raw_fd()) }
 }

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::driver::{Buffer, PATIENCE, Ram, wait_readable, wait_until};
 use super::rig::{BlockDriver, Options, RAM_BYTES, Rig, SPARE_GPA, content, contents};
@@ -266,4 +266,27 @@ fn reset_stops_all_queues_and_forgets_what_the_driver_chose() {
     drop((one, two));
     let mut one = rig.running(0);
     assert_eq!(one.read(0, 1).data, [1; 512], "the memory table is still in force");
+}
+
+#[test]
+fn eventfds_that_block_do_not_block_the_engine() {
+    let mut rig = Rig::new(Options { poll_time: Duration::ZERO, ..Options::default() });
+    let mut driver = rig.driver(0);
+    let blocking = || EventFd::new(EFD_CLOEXEC).unwrap();
+    (driver.queue.kick, driver.queue.call) = (blocking(), blocking());
+    rig.start(&driver);
+    driver.by_interrupt = true;
+    for sector in 0..50 {
+        assert_eq!(driver.read(sector, 1).data, content(0, sector));
+    }
+    // A counter that takes no more: nobody reads this eventfd.
+    let full = blocking();
+    full.write(u64::MAX - 1).unwrap();
+    rig.engine.set_call(0, Some(full.try_clone().unwrap()));
+    driver.by_interrupt = false;
+    driver.queue.want_interrupts(true);
+    for sector in 0..50 {
+        assert_eq!(driver.read(sector, 1).data, content(0, sector));
+    }
+    assert_eq!(rig.engine.stop_queue(0), 100);
 }
