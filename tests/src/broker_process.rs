@@ -84,10 +84,19 @@ impl BrokerProcess {
     ///
     /// It ends before, or does not listen in time.
     pub fn start(socket: &Path, disk: &Path, arguments: &[&str]) -> Result<Self> {
-        let mut command = Command::new(program()?);
-        command.arg("serve").arg("--socket-path").arg(socket).arg("--blk-file").arg(disk).args(arguments);
-        let mut process = Self::spawn(command, socket)?;
-        process.wait_until_listening()?;
+        let mut process = Self::spawn(serve(socket, disk, arguments)?, socket)?;
+        process.wait_until(|_| is_listening(socket))?;
+        Ok(process)
+    }
+
+    /// The same at a path where another process still listens: it is waited for until it says that it listens.
+    ///
+    /// # Errors
+    ///
+    /// It ends before, or does not listen in time.
+    pub fn start_beside(socket: &Path, disk: &Path, arguments: &[&str]) -> Result<Self> {
+        let mut process = Self::spawn(serve(socket, disk, arguments)?, socket)?;
+        process.wait_until(|process| Ok(process.has_logged("waiting for a front-end")))?;
         Ok(process)
     }
 
@@ -115,10 +124,10 @@ impl BrokerProcess {
         Ok(Self { child, socket: socket.to_owned(), log, log_reader: Some(log_reader) })
     }
 
-    fn wait_until_listening(&mut self) -> Result<()> {
+    /// Waits until it listens, as `listens` finds out. A connection would show it as well, but it would be the first.
+    fn wait_until(&mut self, listens: impl Fn(&Self) -> Result<bool>) -> Result<()> {
         let end = Instant::now() + PATIENCE;
-        // A connection would do as well, but it would be this broker's first.
-        while !is_listening(&self.socket)? {
+        while !listens(self)? {
             if let Some(status) = self.child.try_wait()? {
                 self.join_log();
                 bail!("the broker ended with {status} before it listened:\n{}", self.log());
@@ -237,6 +246,22 @@ impl BrokerProcess {
         Ok(self.child.try_wait()?.is_none())
     }
 
+    /// Whether a thread of it waits in the kernel and cannot be interrupted (state D, proc_pid_stat(5)).
+    ///
+    /// # Errors
+    ///
+    /// It has ended.
+    pub fn has_hanging_thread(&self) -> Result<bool> {
+        for task in fs::read_dir(format!("/proc/{}/task", self.pid()))? {
+            // A thread may have ended since.
+            let Ok(stat) = fs::read_to_string(task?.path().join("stat")) else { continue };
+            if stat.rsplit_once(") ").is_some_and(|(_, fields)| fields.starts_with('D')) {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
     /// What it has of the machine.
     ///
     /// # Errors
@@ -313,6 +338,12 @@ impl fmt::Display for BrokerProcess {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "broker {} at {}", self.pid(), self.socket.display())
     }
+}
+
+fn serve(socket: &Path, disk: &Path, arguments: &[&str]) -> Result<Command> {
+    let mut command = Command::new(program()?);
+    command.arg("serve").arg("--socket-path").arg(socket).arg("--blk-file").arg(disk).args(arguments);
+    Ok(command)
 }
 
 /// Whether a process listens on the Unix socket at `path` (`/proc/net/unix`: the flag is `__SO_ACCEPTCON`).

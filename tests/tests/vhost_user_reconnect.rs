@@ -56,6 +56,11 @@ fn main() -> ExitCode {
             needs(StuckDisk::needs()),
             slow_io,
         ),
+        test(
+            "a_killed_broker_whose_io_hangs_in_a_worker_leaves_the_socket_to_its_successor",
+            needs(StuckDisk::needs()),
+            hanging_worker,
+        ),
     ]);
     harness::run(tests)
 }
@@ -123,7 +128,7 @@ fn killed_brokers(kind: DiskKind) -> Result<()> {
     let arguments = ["--num-queues", "2"];
     let mut broker = rig.broker(&arguments)?;
     let (loaded, mut front_end) = Loaded::start(&rig.socket(), seed)?;
-    for _ in 0..harness::budget(7, 350) {
+    for _ in 0..harness::budget(20, 350) {
         loaded.wait_a_little(&mut rng);
         broker.kill()?;
         if loaded.has_failed() {
@@ -219,6 +224,51 @@ fn slow_io() -> Result<()> {
     ensure!(slow.driver.read(16, 4096)? == vec![StuckDisk::INITIAL_BYTE; 4096], "the write reached too far");
     drop(front_end);
     Ok(())
+}
+
+/// A write that hangs in a thread of the process itself: the process cannot end, and its files stay open, also the socket
+/// that it listens on.
+fn hanging_worker() -> Result<()> {
+    let disk = StuckDisk::new(StuckKind::File, 4 << 20)?;
+    let directory = TempDir::new()?;
+    let socket = directory.path().join("vhost.sock");
+    let arguments = ["--direct-io", "on"];
+    let mut old = BrokerProcess::start(&socket, disk.path(), &arguments)?;
+    let mut ram = TestRam::new(1, 4 << 20)?;
+    let front_end = FrontEnd::connect(&socket, &ram.ram, Options::default())?;
+    let region = front_end.new_inflight_region(1, QUEUE_SIZE)?;
+    let mut driver = ram.driver(&front_end, 0, 64 << 10)?;
+    disk.freeze()?;
+    let written = vec![0xa7; 4096];
+    let data = driver.put_data(&written)?;
+    let chain = [driver.put_header(VIRTIO_BLK_T_OUT, 8)?, data, driver.put_status()?];
+    driver.vring().add(&chain)?;
+    driver.vring().publish()?;
+    wait_until("a worker hangs", || old.has_hanging_thread())?;
+    old.signal(Signal::KILL)?;
+
+    let new = BrokerProcess::start_beside(&socket, disk.path(), &arguments);
+    let served = new.as_ref().map_err(|error| anyhow::anyhow!("{error:#}")).and_then(|_| {
+        let front_end = FrontEnd::connect(&socket, &ram.ram, Options::default())?;
+        ensure!(old.is_running()?, "the old broker has ended, and nothing was shown");
+        Ok(front_end)
+    });
+    disk.thaw()?;
+    let new = new?;
+    let successor = new.explain(served)?;
+    old.wait()?;
+    drop(front_end);
+    successor.set_inflight_region(&region)?;
+    let (layout, eventfds) = (driver.vring().layout(), driver.vring().eventfds().clone());
+    successor.start_vring(0, &layout, &eventfds, layout.used_idx(&ram.ram)?)?;
+    if driver.vring().used_idx()? == driver.vring().next_used() {
+        new.explain(driver.vring().wait_for_call(Duration::from_secs(30)))?;
+    }
+    ensure!(driver.vring().take_used()?.is_some() && driver.status()? == 0, "status {}", driver.status()?);
+    new.explain(driver.read(8, 4096)).and_then(|found| {
+        ensure!(found == written, "the write is lost");
+        Ok(())
+    })
 }
 
 /// While the first broker's write hangs: the protocol in full, and nothing executed.
