@@ -13,6 +13,8 @@ use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use thiserror::Error;
 
+use crate::processes::Process;
+
 /// Why no front-end can be waited for.
 #[derive(Debug, Error)]
 pub enum ListenError {
@@ -171,9 +173,19 @@ fn remove_stale(path: &Path) -> Result<(), ListenError> {
     match connect_without_waiting(path) {
         Err(Errno::CONNREFUSED) => std::fs::remove_file(path).map_err(failed("removing the stale socket")),
         Err(errno) if errno != Errno::AGAIN => Err(failed("asking whether somebody listens there")(errno.into())),
+        // A process that was killed listens until its last I/O has ended, and accepts nobody. Its successor must not wait.
+        Ok(socket) if is_of_an_ending_process(&socket) => {
+            std::fs::remove_file(path).map_err(failed("removing the socket of a process that is ending"))
+        }
         // Accepted, or waiting in somebody's queue.
         _ => Err(ListenError::InUse { path: path.to_owned() }),
     }
+}
+
+/// Whether the process that listens has been killed, and only its end has not come yet.
+fn is_of_an_ending_process(connected: &OwnedFd) -> bool {
+    let Ok(peer) = rustix::net::sockopt::socket_peercred(connected) else { return false };
+    u32::try_from(peer.pid.as_raw_nonzero().get()).is_ok_and(|pid| Process::with_pid(pid).name().is_ending)
 }
 
 fn connect_without_waiting(path: &Path) -> Result<OwnedFd, Errno> {
