@@ -237,6 +237,10 @@ impl Findings<'_> {
             let what = "may have realtime priority, if the process that created the ring had the privilege";
             self.add(Lint::RealtimePriority, Severity::Note, "reads and writes", what);
         }
+        if self.context.mode == Mode::Direct && self.policy.operations.contains(Operation::WRITE_FIXED) {
+            let what = "queues without limit where the file system cannot write without blocking";
+            self.add(Lint::BlockingWrites, Severity::Warning, Operation::WRITE_FIXED, what);
+        }
         if self.context.mode == Mode::Mediated && fields.max_outstanding.is_none() {
             let what = "is not set: any number of requests may be under way";
             self.add(Lint::NoLimit, Severity::Warning, "fields.max_outstanding", what);

@@ -1,7 +1,7 @@
 //! A restricted ring of the test's own that takes any 64 bytes for an SQE.
 
 use anyhow::{Context, Result, ensure};
-use io_uring::{IoUring, register, squeue};
+use io_uring::{IoUring, cqueue, register, squeue};
 use ringpass_restrictions::{RestrictionKind, Sqe};
 
 /// A ring under a restriction table, which goes on with the next SQE when one fails (`IORING_SETUP_SUBMIT_ALL`, 5.18).
@@ -69,7 +69,8 @@ impl RestrictedRing {
         let submitted = self.ring.submit_and_wait(expected).context("io_uring_enter")?;
         ensure!(submitted == sqes.len(), "{submitted} of {} SQEs were consumed", sqes.len());
         let mut results = vec![None; sqes.len()];
-        for cqe in self.ring.completion() {
+        // The notification of a zero-copy send is not its result.
+        for cqe in self.ring.completion().filter(|cqe| !cqueue::notif(cqe.flags())) {
             let index = usize::try_from(cqe.user_data()).context("a CQE of nobody")?;
             let result = results.get_mut(index).with_context(|| format!("a CQE of nobody: {index}"))?;
             ensure!(result.replace(cqe.result()).is_none(), "two CQEs for SQE {index}");

@@ -99,6 +99,11 @@ lints! {
     UnboundedWork = "unbounded-work":
         "Requests of this kind wait for ever, or go to the kernel's worker threads (io-wq), and the SQ takes as many as \
          the guest writes: kernel memory grows without limit. Such work belongs on a queue of a bounded size.",
+    /// Writes that block.
+    BlockingWrites = "blocking-writes":
+        "A read or write that would block goes to the kernel's worker threads (io-wq), where it queues without limit. Buffered \
+         writes do so on file systems that cannot write without blocking (ext4, for one): open images with direct I/O, or \
+         bound the memory of the process that created the ring with a control group.",
     /// The size of the file.
     FileSize = "file-size":
         "The guest changes the size and the allocation of the image; RLIMIT_FSIZE does not bound what is allocated beyond \
