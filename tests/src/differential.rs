@@ -66,9 +66,10 @@ impl Case {
     }
 }
 
-/// Whether a failed SQE posts a CQE: all do, except the later ones of a chain whose first has
-/// `IOSQE_CQE_SKIP_SUCCESS`. `chain` is whether the chain that goes on is such a one.
-fn posts(chain: &mut Option<bool>, sqe: &Sqe) -> bool {
+/// Whether an SQE posts a CQE, where none with a link or with `IOSQE_CQE_SKIP_SUCCESS` succeeds: all do, except the later
+/// ones of a chain whose first has `IOSQE_CQE_SKIP_SUCCESS`, although it was refused. `chain` is whether the chain that
+/// goes on is such a one.
+pub(crate) fn posts(chain: &mut Option<bool>, sqe: &Sqe) -> bool {
     let flags = SqeFlags::from_bits_retain(sqe.flags);
     let is_silent = chain.is_some_and(|silent| silent);
     let silent = chain.unwrap_or(flags.contains(SqeFlags::CQE_SKIP_SUCCESS));

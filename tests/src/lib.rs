@@ -20,4 +20,5 @@ pub mod ram_piece;
 pub mod raw_guest;
 pub mod restricted_ring;
 pub mod seed;
+pub mod soundness;
 pub mod stuck_disk;

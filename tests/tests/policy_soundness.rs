@@ -1,0 +1,48 @@
+//! Under a policy without lint errors no SQE, whatever its bytes, changes what is outside.
+
+use std::process::ExitCode;
+
+use anyhow::{Context, Result, ensure};
+use ringpass_broker::kernel;
+use ringpass_restrictions::{Access, LintContext, Mode, Operation, Policy, Severity};
+use ringpass_tests::{
+    harness::{self, test},
+    needs::Need,
+    seed::Seed,
+    soundness,
+};
+
+fn main() -> ExitCode {
+    let needs = || [Need::io_uring()];
+    harness::run(vec![
+        test("no_sqe_gets_out_of_a_built_in_policy", needs(), built_in_policies),
+        test("an_sqe_that_gets_out_is_found", needs(), a_wrong_policy_is_found),
+    ])
+}
+
+fn built_in_policies() -> Result<()> {
+    let seed = Seed::from_env_or_random();
+    let sqes = harness::budget(50_000, 5_000_000);
+    for policy in soundness::built_in(&kernel::support()?)? {
+        let errors = policy.policy().lint(&kernel::lint_context(Mode::Direct, policy.semantics()));
+        ensure!(errors.iter().all(|finding| finding.severity < Severity::Error), "{errors:?}");
+        let outcome = soundness::run(&policy, seed, sqes)?;
+        eprintln!("{outcome:?}");
+        // Or little was tried of what could go wrong.
+        ensure!(outcome.executed > sqes / 50, "{outcome:?}");
+    }
+    Ok(())
+}
+
+/// The same with a policy that lint finds unsafe. (One without the fixed-file rule would read the terminal, and wait: the
+/// hostile guests do that, in a process of their own.)
+fn a_wrong_policy_is_found() -> Result<()> {
+    let policy = Policy::direct(Access::ReadOnly).allow(Operation::READ);
+    let findings = policy.lint(&LintContext::for_any_kernel(&policy));
+    ensure!(findings.iter().any(|finding| finding.severity == Severity::Error), "{findings:?}");
+    let compiled = policy.compile(&kernel::support()?)?;
+    let damage = soundness::run(&compiled, Seed::fixed(7), 1_000_000).err().context("no damage was found")?;
+    let damage = format!("{damage:#}");
+    ensure!(damage.contains("damage: ") || damage.contains("is changed"), "{damage}");
+    Ok(())
+}
