@@ -7,6 +7,7 @@ pub mod canaries;
 pub mod content;
 pub mod differential;
 pub mod disks;
+pub mod forgetful_proxy;
 pub mod front_end;
 pub mod harness;
 pub mod huge_pages;

@@ -12,7 +12,9 @@ use anyhow::{Context, Result, ensure};
 use ringpass_tests::broker_process::{self, BrokerProcess};
 use ringpass_tests::disks::{DiskKind, TestDisk};
 use ringpass_tests::harness::{self, test};
-use ringpass_tests::linux_guest::{self, FirmwareGuest, KernelSeries, LinuxGuest, LinuxGuestConfig, VhostUserDisk};
+use ringpass_tests::linux_guest::{
+    self, FirmwareGuest, KernelSeries, LinuxGuest, LinuxGuestConfig, VhostUserDisk, fio,
+};
 use ringpass_tests::needs::Need;
 use ringpass_tests::seed::Seed;
 use rustix::process::Signal;
@@ -94,14 +96,6 @@ fn firmware() -> Result<()> {
     served.end()
 }
 
-/// fio on a device or file, with verification of everything that it writes.
-fn fio(engine: &str, target: &str, more: &str) -> String {
-    format!(
-        "fio --name=check --ioengine={engine} --filename={target} --direct=1 --verify=crc32c --verify_fatal=1 \
-         --randrepeat=0 --output-format=terse {more} >/dev/null\n"
-    )
-}
-
 fn whole_life() -> Result<()> {
     let seed = Seed::from_env_or_random();
     let served = Served::new(128 * MIB, &["--num-queues", "2", "--serial", "ringpass-1"])?;
@@ -112,8 +106,8 @@ fn whole_life() -> Result<()> {
         ..LinuxGuestConfig::default()
     };
     let explained = |result: Result<()>| served.broker.explain(result);
-    let mut guest = served.broker.explain(LinuxGuest::boot(&config))?;
-    let guest = &mut guest;
+    let mut booted = served.broker.explain(LinuxGuest::boot(&config))?;
+    let guest = &mut booted;
     explained(step("what the guest sees of the disk", || appearance(guest)))?;
     explained(step("a file system under fio", || file_system(guest)))?;
     explained(step("a reset", || reset(guest)))?;
@@ -123,7 +117,8 @@ fn whole_life() -> Result<()> {
     explained(step("stop and cont under fio", || pauses(guest, seed)))?;
     explained(step("a balloon under fio", || balloon(guest)))?;
     explained(step("a resize", || resize(guest, &served)))?;
-    Ok(())
+    booted.shut_down()?;
+    served.end()
 }
 
 fn appearance(guest: &mut LinuxGuest) -> Result<()> {
@@ -144,8 +139,10 @@ fn file_system(guest: &mut LinuxGuest) -> Result<()> {
     let mut script = "set -e\nmkfs.ext4 -q /dev/vda\nmkdir -p /mnt\nmount /dev/vda /mnt\n".to_owned();
     for engine in ["libaio", "io_uring", "psync"] {
         let target = format!("/mnt/{engine}");
-        script.push_str(&fio(engine, &target, "--rw=randwrite --bs=4k --size=8m --iodepth=16 --fsync=256"));
-        script.push_str(&fio(engine, &target, "--rw=randrw --bsrange=4k-64k --size=16m --iodepth=4"));
+        script.push_str(&fio::verify(engine, &target, "--rw=randwrite --bs=4k --size=8m --iodepth=16 --fsync=256"));
+        script.push('\n');
+        script.push_str(&fio::verify(engine, &target, "--rw=randrw --bsrange=4k-64k --size=16m --iodepth=4"));
+        script.push('\n');
     }
     script.push_str("cd /mnt\ndd if=/dev/urandom of=data bs=1M count=4 2>/dev/null\nmd5sum data >sums\ncd /\numount /mnt\ne2fsck -fn /dev/vda\n");
     guest.run(&script).map(drop)
@@ -163,7 +160,7 @@ fn reset(guest: &mut LinuxGuest) -> Result<()> {
 }
 
 fn poll_queues(guest: &mut LinuxGuest) -> Result<()> {
-    let fio = fio("io_uring", "/dev/vda", "--hipri=1 --rw=randrw --bs=4k --size=8m --iodepth=8");
+    let fio = fio::verify("io_uring", "/dev/vda", "--hipri=1 --rw=randrw --bs=4k --size=8m --iodepth=8");
     let seen = guest.run(&format!(
         "set -e
         rmmod virtio_blk
@@ -187,7 +184,7 @@ fn hot_plug(guest: &mut LinuxGuest, device: &VhostUserDisk) -> Result<()> {
         dd if=/dev/vda bs=1M count=4 2>/dev/null | md5sum",
     )?;
     ensure!(again == sum, "before: {sum}, after: {again}");
-    guest.run(&fio("libaio", "/dev/vda", "--rw=randwrite --bs=4k --size=4m --iodepth=16")).map(drop)
+    guest.run(&fio::verify("libaio", "/dev/vda", "--rw=randwrite --bs=4k --size=4m --iodepth=16")).map(drop)
 }
 
 fn discard(guest: &mut LinuxGuest, served: &Served) -> Result<()> {
@@ -216,7 +213,11 @@ fn discard(guest: &mut LinuxGuest, served: &Served) -> Result<()> {
 
 fn pauses(guest: &mut LinuxGuest, seed: Seed) -> Result<()> {
     let mut rng = seed.derive("pauses").rng();
-    let job = guest.spawn(&fio("io_uring", "/dev/vda", "--rw=randwrite --bs=4k --size=16m --iodepth=32 --loops=2"))?;
+    let job = guest.spawn(&fio::verify(
+        "io_uring",
+        "/dev/vda",
+        "--rw=randwrite --bs=4k --size=16m --iodepth=32 --loops=2",
+    ))?;
     let mut pauses = 0;
     while !guest.has_ended(job)? {
         guest.let_run(Duration::from_millis(rng.u64(1..150)))?;
@@ -230,7 +231,8 @@ fn pauses(guest: &mut LinuxGuest, seed: Seed) -> Result<()> {
 
 fn balloon(guest: &mut LinuxGuest) -> Result<()> {
     guest.run("load-module virtio_balloon")?;
-    let job = guest.spawn(&fio("libaio", "/dev/vda", "--rw=randwrite --bs=16k --size=64m --iodepth=16 --loops=2"))?;
+    let job =
+        guest.spawn(&fio::verify("libaio", "/dev/vda", "--rw=randwrite --bs=16k --size=64m --iodepth=16 --loops=2"))?;
     let mut inflations = 0;
     while !guest.has_ended(job)? {
         for mib in [200, 500] {
@@ -260,7 +262,7 @@ fn resize(guest: &mut LinuxGuest, served: &Served) -> Result<()> {
         let sectors = mib * MIB / 512;
         guest.run(&format!("until [ $(cat /sys/block/vda/size) = {sectors} ]; do usleep 20000; done"))?;
         let last = format!("--rw=write --bs=64k --offset={} --size=1m", (mib - 1) * MIB);
-        guest.run(&fio("psync", "/dev/vda", &last))?;
+        guest.run(&fio::verify("psync", "/dev/vda", &last))?;
     }
     Ok(())
 }
@@ -277,9 +279,9 @@ fn older_guest() -> Result<()> {
         ..LinuxGuestConfig::default()
     };
     let mut guest = served.broker.explain(LinuxGuest::boot(&config))?;
-    let fio = fio("libaio", "/mnt/file", "--rw=randrw --bs=4k --size=8m --iodepth=16");
+    let fio = fio::verify("libaio", "/mnt/file", "--rw=randrw --bs=4k --size=8m --iodepth=16");
     guest.run(&format!(
-        "set -e\nmkfs.ext4 -q /dev/vda\nmkdir -p /mnt\nmount /dev/vda /mnt\n{fio}umount /mnt\ne2fsck -fn /dev/vda"
+        "set -e\nmkfs.ext4 -q /dev/vda\nmkdir -p /mnt\nmount /dev/vda /mnt\n{fio}\numount /mnt\ne2fsck -fn /dev/vda"
     ))?;
 
     let sum = guest.run("cat /sys/block/vdb/ro; md5sum </dev/vdb")?;

@@ -1,4 +1,4 @@
-//! The host's side of the guest's `init`: scripts go in, their output and exit statuses come out, over a serial port.
+//! The host's side of the guest's agent: scripts go in, their output and exit statuses come out, over a serial port.
 
 use std::{
     collections::{BTreeMap, VecDeque},
@@ -34,7 +34,7 @@ struct Progress {
     status: Option<i32>,
 }
 
-/// The connection to a guest's `init`.
+/// The connection to a guest's agent.
 #[derive(Debug)]
 pub(super) struct Agent {
     stream: UnixStream,

@@ -1,4 +1,4 @@
-//! One QEMU process with its two connections: the monitor and the guest's `init`.
+//! One QEMU process with its two connections: the monitor and the guest's agent.
 
 use std::{
     fs::{self, File},

@@ -21,6 +21,7 @@
 
 mod agent;
 mod config;
+pub mod fio;
 mod firmware;
 mod image;
 mod machine;

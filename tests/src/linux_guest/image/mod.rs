@@ -39,6 +39,7 @@ const BUILD_PROGRAMS: [(&str, &str); 5] =
     [("apt-get", "apt"), ("dpkg", "dpkg"), ("gcc", "gcc"), ("make", "make"), ("tar", "tar")];
 
 const INIT: &str = include_str!("init.sh");
+const AGENT: &str = include_str!("agent.sh");
 const LOAD_MODULE: &str = include_str!("load-module.sh");
 
 /// A series of Debian's kernels for virtual machines (`linux-image-*-cloud-amd64-unsigned`).
@@ -216,7 +217,7 @@ fn initramfs_name(parts: [&Path; 3]) -> Result<String> {
         Ok((metadata.size(), metadata.mtime()))
     });
     let programs = programs.into_iter().collect::<Result<Vec<_>>>()?;
-    Ok(format!("initramfs-{:016x}", hash_of((parts, INIT, LOAD_MODULE, programs))))
+    Ok(format!("initramfs-{:016x}", hash_of((parts, INIT, AGENT, LOAD_MODULE, programs))))
 }
 
 fn unpack_busybox(apt: &Apt, entry: &Path) -> Result<()> {
@@ -271,6 +272,7 @@ fn initramfs(busybox: &Path, fio: &Path, linux: &Path) -> Result<Vec<u8>> {
     // The kernel opens it before the first program runs, which then mounts devtmpfs over it.
     archive.character_device("/dev/console", 5, 1)?;
     archive.file("/init", 0o755, INIT.as_bytes())?;
+    archive.file("/sbin/agent", 0o755, AGENT.as_bytes())?;
     archive.file("/sbin/load-module", 0o755, LOAD_MODULE.as_bytes())?;
 
     archive.file("/bin/busybox", 0o755, &read(busybox)?)?;

@@ -1,0 +1,149 @@
+//! Live migration of a guest to a second QEMU with a second broker on the same disk.
+
+use std::{path::PathBuf, process::ExitCode, time::Duration};
+
+use anyhow::{Context, Result, bail, ensure};
+use ringpass_tests::broker_process::{self, BrokerProcess};
+use ringpass_tests::disks::{DiskKind, TestDisk};
+use ringpass_tests::forgetful_proxy::ForgetfulProxy;
+use ringpass_tests::harness::{self, test};
+use ringpass_tests::linux_guest::{
+    self, IncomingGuest, JobOutput, LinuxGuest, LinuxGuestConfig, Migration, VhostUserDisk, fio,
+};
+use ringpass_tests::needs::Need;
+
+const DISK_BYTES: u64 = 64 << 20;
+const LIMIT: Duration = Duration::from_secs(60);
+/// Slow enough that memory changes faster than it is sent: the migration goes on until it is told to end.
+const SLOW: (u64, Duration) = (32 << 20, Duration::from_millis(1));
+const FAST: (u64, Duration) = (4 << 30, Duration::from_secs(1));
+
+/// The guest reads these blocks into its page cache while it migrates, and looks at them there afterwards.
+const FILL: &str = "set -e
+    fio --name=cached --filename=/dev/vda --rw=write --bs=64k --size=32m --direct=1 --verify=crc32c \
+        --do_verify=0 --output-format=terse >/dev/null
+    echo 3 >/proc/sys/vm/drop_caches";
+const READ: &str = "dd if=/dev/vda of=/dev/null bs=1M count=32 2>/dev/null";
+const LOOK: &str = "before=$(awk '{print $3}' /sys/block/vda/stat)
+    fio --name=cached --filename=/dev/vda --rw=read --bs=64k --size=32m --verify=crc32c --verify_only \
+        --invalidate=0 --output-format=terse >/dev/null || exit
+    after=$(awk '{print $3}' /sys/block/vda/stat)
+    echo $((after - before)) sectors were read";
+/// The page cache of a block device goes with its last user.
+const HOLD: &str = "sleep 1000 </dev/vda";
+/// Changes memory for as long as the migration lasts, faster than it is sent.
+const CHANGE_MEMORY: &str = "set -e
+    rm -f /tmp/still
+    for name in a b; do dd if=/dev/urandom of=/tmp/$name bs=1M count=4 2>/dev/null; done
+    echo begins
+    until [ -e /tmp/still ]; do cat /tmp/a >/tmp/changing; cat /tmp/b >/tmp/changing; done";
+
+fn main() -> ExitCode {
+    harness::run(vec![
+        test("a_guest_migrates_to_another_broker_under_load_and_every_page_comes_along", needs(), migration),
+        test("a_migration_without_a_dirty_log_is_found_out", needs(), control),
+    ])
+}
+
+fn needs() -> Vec<Need> {
+    [linux_guest::needs(), broker_process::needs(), DiskKind::Ext4Direct.needs()].into_iter().flatten().collect()
+}
+
+/// Two sockets, and brokers of one disk.
+struct Brokers {
+    disk: TestDisk,
+    directory: tempfile::TempDir,
+    source: BrokerProcess,
+    target: BrokerProcess,
+}
+
+impl Brokers {
+    fn start() -> Result<Self> {
+        let disk = TestDisk::new(DiskKind::Ext4Direct, DISK_BYTES)?;
+        let directory = tempfile::tempdir().context("making a directory for sockets")?;
+        let source = directory.path().join("source.sock");
+        let target = directory.path().join("target.sock");
+        let source = BrokerProcess::start(&source, disk.path(), &["--num-queues", "2"])?;
+        let target = BrokerProcess::start(&target, disk.path(), &["--num-queues", "2", "--incoming"])?;
+        Ok(Self { disk, directory, source, target })
+    }
+
+    fn explain<T>(&self, result: Result<T>) -> Result<T> {
+        let result =
+            result.map_err(|error| anyhow::anyhow!("{error:#}\nthe target broker's log:\n{}", self.target.log()));
+        self.source.explain(result)
+    }
+}
+
+fn config(socket: PathBuf) -> LinuxGuestConfig {
+    LinuxGuestConfig {
+        memory_mib: 256,
+        disks: vec![VhostUserDisk::new("disk", &socket)],
+        // Nobody but the device writes to a page of the page cache then.
+        kernel_arguments: vec!["init_on_alloc=0".to_owned()],
+        ..LinuxGuestConfig::default()
+    }
+}
+
+/// A guest that migrates, and in its second pass reads what it will look at.
+fn begin(mut guest: LinuxGuest, target: IncomingGuest) -> Result<Migration> {
+    guest.run(FILL)?;
+    guest.spawn(HOLD)?;
+    let changes = guest.spawn(CHANGE_MEMORY)?;
+    guest.wait_for_text(changes, "begins", LIMIT)?;
+    let mut migration = guest.migrate_to(target, SLOW.0, SLOW.1)?;
+    migration.wait_for_second_pass(LIMIT)?;
+    migration.source().run(READ)?;
+    Ok(migration)
+}
+
+fn migration() -> Result<()> {
+    let brokers = Brokers::start()?;
+    let mut guest = brokers.explain(LinuxGuest::boot(&config(brokers.source.socket().to_owned())))?;
+    let target = brokers.explain(IncomingGuest::start(&config(brokers.target.socket().to_owned())))?;
+    // Not emptying the page cache at the start of each run.
+    let options = "--rw=randwrite --bsrange=4k-64k --offset=32m --size=16m --iodepth=16 --invalidate=0";
+    let load = guest.spawn(&fio::verify_until_stopped("libaio", "/dev/vda", options))?;
+
+    let mut migration = brokers.explain(begin(guest, target))?;
+    migration.set_parameters(FAST.0, FAST.1)?;
+    let mut guest = brokers.explain(migration.finish(LIMIT))?;
+
+    guest.run("touch /tmp/still")?;
+    guest.run(fio::STOP)?;
+    let said = brokers.explain(guest.wait(load, LIMIT))?;
+    ensure!(said.contains("is verified"), "{said}");
+    let looked = brokers.explain(guest.run(LOOK))?;
+    ensure!(looked == "0 sectors were read\n", "the page cache was not what was looked at: {looked}");
+    // The first broker has let go of the disk, and serves no one.
+    guest.run(&fio::verify("psync", "/dev/vda", "--rw=randrw --bs=4k --offset=48m --size=2m"))?;
+    guest.shut_down()?;
+    let Brokers { mut source, mut target, .. } = brokers;
+    ensure!(source.terminate()?.success() && target.terminate()?.success(), "{}\n{}", source.log(), target.log());
+    Ok(())
+}
+
+fn control() -> Result<()> {
+    let mut brokers = Brokers::start()?;
+    let socket = brokers.directory.path().join("proxy.sock");
+    let proxy = ForgetfulProxy::start(&socket, brokers.source.socket())?;
+    let guest = brokers.explain(LinuxGuest::boot(&config(socket)))?;
+    let target = brokers.explain(IncomingGuest::start(&config(brokers.target.socket().to_owned())))?;
+    let mut migration = brokers.explain(begin(guest, target))?;
+    migration.set_parameters(FAST.0, FAST.1)?;
+    let guest = migration.finish(LIMIT);
+    // It was not told that its guest leaves, and so keeps the disk.
+    proxy.wait()?;
+    brokers.source.kill()?;
+    let mut guest = brokers.explain(guest)?;
+
+    let look = guest.spawn(LOOK)?;
+    match guest.wait_output(look, LIMIT) {
+        Ok(JobOutput { status: 0, text }) => bail!("nothing is wrong with the page cache: {text}"),
+        Ok(JobOutput { text, .. }) => eprintln!("found out: {}", text.lines().next().unwrap_or("?")),
+        // The rings are memory that was not logged, too.
+        Err(error) => eprintln!("found out: {}", error.to_string().lines().next().unwrap_or("?")),
+    }
+    drop(brokers.disk);
+    Ok(())
+}
