@@ -25,7 +25,7 @@ const USED_IDX_OFFSET: usize = 2;
 const USED_ENTRIES_OFFSET: usize = 4;
 const USED_ENTRY_BYTES: usize = 8;
 const USED_ENTRY_LEN_OFFSET: usize = 4;
-/// Size of `used_event` and `avail_event`.
+/// Size of `used_event` and `avail_event`, which are there with VIRTIO_RING_F_EVENT_IDX only.
 const EVENT_BYTES: usize = 2;
 
 /// Where the driver put the three areas: guest-physical addresses, not checked.
@@ -54,8 +54,14 @@ pub(super) struct Rings {
 }
 
 impl Rings {
-    /// Finds the areas of a queue of `size` descriptors.
-    pub(super) fn locate(size: u16, addresses: RingAddresses, memory: &GuestMemoryMmap) -> Result<Self, QueueError> {
+    /// Finds the areas of a queue of `size` descriptors. Without `event_idx` the event indexes need not be in memory, and
+    /// must not be asked for.
+    pub(super) fn locate(
+        size: u16,
+        addresses: RingAddresses,
+        event_idx: bool,
+        memory: &GuestMemoryMmap,
+    ) -> Result<Self, QueueError> {
         if !size.is_power_of_two() || size > SIZE_MAX {
             return Err(QueueError::Size { size });
         }
@@ -73,13 +79,15 @@ impl Rings {
             // A front-end may map a region of odd addresses.
             if area.is_aligned(alignment_bytes) { Ok(area) } else { Err(misaligned()) }
         };
-        let avail_bytes = AVAIL_ENTRIES_OFFSET + entries * AVAIL_ENTRY_BYTES + EVENT_BYTES;
+        let event_bytes = if event_idx { EVENT_BYTES } else { 0 };
+        let avail_bytes = AVAIL_ENTRIES_OFFSET + entries * AVAIL_ENTRY_BYTES + event_bytes;
+        let used_bytes = USED_ENTRIES_OFFSET + entries * USED_ENTRY_BYTES + event_bytes;
         Ok(Self {
             size,
             desc_table_gpa: addresses.desc_table,
             desc_table: locate("descriptor table", addresses.desc_table, 16, entries * DESCRIPTOR_BYTES)?,
             avail: locate("available ring", addresses.avail_ring, 2, avail_bytes)?,
-            used: locate("used ring", addresses.used_ring, 4, used_ring_bytes(size))?,
+            used: locate("used ring", addresses.used_ring, 4, used_bytes)?,
         })
     }
 
@@ -158,7 +166,7 @@ impl Rings {
 
     /// All of the used ring.
     pub(super) fn whole_used_ring(&self) -> UsedBytes {
-        UsedBytes { offset: 0, len: used_ring_bytes(self.size) }
+        UsedBytes { offset: 0, len: self.used.len() }
     }
 
     /// The place of index `idx` in a ring. The size is a power of two.
@@ -166,8 +174,4 @@ impl Rings {
     fn slot(&self, idx: u16) -> usize {
         usize::from(idx & (self.size - 1))
     }
-}
-
-fn used_ring_bytes(size: u16) -> usize {
-    USED_ENTRIES_OFFSET + usize::from(size) * USED_ENTRY_BYTES + EVENT_BYTES
 }

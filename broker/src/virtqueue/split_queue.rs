@@ -85,7 +85,7 @@ impl SplitQueue {
         let QueueSetup { size, desc_table, avail_ring, used_ring, next_avail, event_idx, used_log_gpa, inflight } =
             setup;
         let addresses = RingAddresses { desc_table, avail_ring, used_ring };
-        let rings = Rings::locate(size, addresses, memory)?;
+        let rings = Rings::locate(size, addresses, event_idx, memory)?;
         let next_used = rings.used_idx();
         let recovered = match &inflight {
             Some(region) => recover(region, size, next_used, next_avail)?,
@@ -119,7 +119,7 @@ impl SplitQueue {
     ///
     /// A ring is not all in one region of `memory`. The queue must stop: it still holds the memory of before.
     pub fn set_memory(&mut self, memory: &GuestMemoryMmap) -> Result<(), QueueError> {
-        self.rings = Rings::locate(self.rings.size(), self.addresses, memory)?;
+        self.rings = Rings::locate(self.rings.size(), self.addresses, self.event_idx, memory)?;
         Ok(())
     }
 

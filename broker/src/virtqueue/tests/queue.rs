@@ -179,7 +179,7 @@ fn bad_set_ups_are_refused() {
     );
     assert_eq!(
         refusal(&driver, |setup| setup.used_ring = GuestAddress(MEMORY_BYTES - 64)),
-        "the used ring of 70 bytes at 0x1ffc0 is not all in one region of guest memory"
+        "the used ring of 68 bytes at 0x1ffc0 is not all in one region of guest memory"
     );
     for gpa in [MEMORY_BYTES, !15] {
         assert_eq!(
@@ -196,6 +196,20 @@ fn a_ring_may_end_with_the_memory() {
     setup.desc_table = GuestAddress(MEMORY_BYTES - 128);
     setup.avail_ring = GuestAddress(0);
     SplitQueue::new(setup, &driver.memory).expect("the first and the last bytes of memory");
+}
+
+#[test]
+fn without_event_idx_the_two_rings_end_with_their_last_entries() {
+    let driver = Driver::new(8);
+    for (setup, ring) in [
+        (QueueSetup { avail_ring: GuestAddress(MEMORY_BYTES - (4 + 8 * 2)), ..driver.setup() }, "available ring"),
+        (QueueSetup { used_ring: GuestAddress(MEMORY_BYTES - (4 + 8 * 8)), ..driver.setup() }, "used ring"),
+    ] {
+        let mut queue = SplitQueue::new(setup.clone(), &driver.memory).expect("all of it is there");
+        queue.set_memory(&driver.memory).expect("all of it is there");
+        let error = SplitQueue::new(QueueSetup { event_idx: true, ..setup }, &driver.memory).expect_err("2 more bytes");
+        assert!(matches!(error, QueueError::OutsideMemory { ring: refused, .. } if refused == ring), "{error}");
+    }
 }
 
 #[test]
