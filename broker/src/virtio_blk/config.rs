@@ -62,7 +62,7 @@ pub struct BlkParameters {
 
 /// A virtio-blk device as its driver sees it (VIRTIO 1.2, 5.2.3 and 5.2.4).
 ///
-/// - `capacity` is the size of the disk in whole logical blocks. What is left at its end cannot be reached.
+/// - `capacity` is the size of the disk, which consists of whole logical blocks.
 /// - `seg_max` is 126 (less, if queues are smaller than 128) and `size_max` 1 MiB: a request is one system call of the
 ///   host.
 /// - Discard and write zeroes requests have one range each, of at most 256 MiB and 64 MiB.
@@ -79,7 +79,7 @@ impl BlkConfig {
     ///
     /// # Errors
     ///
-    /// A parameter is out of its range, or the disk is smaller than one logical block.
+    /// A parameter is out of its range, or the disk is smaller than one logical block or ends within one.
     pub fn new(parameters: BlkParameters) -> Result<Self, BlkConfigError> {
         let BlkParameters { logical_block_bytes, num_queues, queue_size, .. } = parameters;
         if !logical_block_bytes.is_power_of_two()
@@ -104,12 +104,15 @@ impl BlkConfig {
     ///
     /// # Errors
     ///
-    /// It is smaller than one logical block; the capacity stays as it was.
+    /// It is smaller than one logical block, or ends within one; the capacity stays as it was.
     pub fn set_size_bytes(&mut self, size_bytes: u64) -> Result<bool, BlkConfigError> {
         let logical_block_bytes = self.parameters.logical_block_bytes;
         let blocks = size_bytes / u64::from(logical_block_bytes);
         if blocks == 0 {
             return Err(BlkConfigError::TooSmall { size_bytes, logical_block_bytes });
+        }
+        if !size_bytes.is_multiple_of(logical_block_bytes.into()) {
+            return Err(BlkConfigError::PartialBlock { size_bytes, logical_block_bytes });
         }
         let before_sectors = self.capacity_sectors;
         self.parameters.size_bytes = size_bytes;
@@ -268,6 +271,17 @@ pub enum BlkConfigError {
     QueueSize {
         /// The size asked for.
         queue_size: u16,
+    },
+    /// The disk ends within a logical block.
+    #[error(
+        "the disk has {size_bytes} bytes, which is no multiple of its logical blocks of {logical_block_bytes} bytes: a \
+         guest could not reach the end of it"
+    )]
+    PartialBlock {
+        /// Size of the disk.
+        size_bytes: u64,
+        /// Size of the logical block.
+        logical_block_bytes: u32,
     },
     /// The disk does not hold a single logical block.
     #[error("the disk has {size_bytes} bytes, less than one logical block of {logical_block_bytes} bytes")]

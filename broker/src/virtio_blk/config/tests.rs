@@ -117,10 +117,10 @@ fn writeback_is_what_the_cache_mode_says() {
 }
 
 #[test]
-fn capacity_is_in_sectors_and_ends_with_a_whole_logical_block() {
+fn capacity_is_in_sectors() {
     let config = config(|parameters| {
         parameters.logical_block_bytes = 4096;
-        parameters.size_bytes = 3 * 4096 + 3584;
+        parameters.size_bytes = 3 * 4096;
     });
     assert_eq!(config.capacity_sectors(), 24);
     assert_eq!(config.request_limits().capacity_sectors(), 24);
@@ -128,13 +128,25 @@ fn capacity_is_in_sectors_and_ends_with_a_whole_logical_block() {
 }
 
 #[test]
-fn a_new_size_changes_the_capacity_only_by_whole_blocks() {
+fn a_new_size_of_whole_blocks_changes_the_capacity() {
     let mut config = config(|parameters| parameters.logical_block_bytes = 4096);
-    assert_eq!(config.set_size_bytes((1 << 30) + 4095), Ok(false));
+    assert_eq!(config.set_size_bytes(1 << 30), Ok(false));
     assert_eq!(config.set_size_bytes((1 << 30) + 4096), Ok(true));
     assert_eq!(config.request_limits().capacity_sectors(), (1 << 21) + 8);
     assert_eq!(config.set_size_bytes(8192), Ok(true));
     assert_eq!(config.capacity_sectors(), 16);
+}
+
+#[test]
+fn a_size_that_ends_within_a_block_is_refused_and_the_capacity_stays() {
+    let mut config = config(|parameters| parameters.logical_block_bytes = 4096);
+    let refused = config.set_size_bytes((1 << 30) + 4608).unwrap_err();
+    assert_eq!(
+        refused.to_string(),
+        "the disk has 1073746432 bytes, which is no multiple of its logical blocks of 4096 bytes: a guest could not reach \
+         the end of it"
+    );
+    assert_eq!(config.capacity_sectors(), 1 << 21);
 }
 
 #[test]

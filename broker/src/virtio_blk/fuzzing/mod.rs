@@ -76,7 +76,7 @@ fn limits(choices: &mut Choices<'_>) -> RequestLimits {
     let flags = choices.byte();
     let max_sectors = [1, 8, 64, u32::MAX][choices.below(4)];
     let parameters = BlkParameters {
-        size_bytes: [512 << 10, 1 << 40, u64::MAX][choices.below(3)],
+        size_bytes: [512 << 10, 1 << 40, !4095][choices.below(3)],
         logical_block_bytes: if flags & 1 != 0 { 4096 } else { 512 },
         physical_block_bytes: 4096,
         read_only: flags & 2 != 0 && flags & 4 != 0,
