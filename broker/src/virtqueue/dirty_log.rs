@@ -31,7 +31,8 @@ impl DirtyLog {
         Ok(Self { bits: SharedMemory::map(fd, offset_bytes, size_bytes)?, out_of_range_pages: AtomicU64::new(0) })
     }
 
-    /// Marks the pages of `len_bytes` bytes from `gpa` on as written. Pages that the log has no bit for are counted.
+    /// Marks the pages of `len_bytes` bytes from `gpa` on as written. Pages that the log has no bit for are counted, and
+    /// the first of a log is reported: the guest that arrives elsewhere may lack them.
     pub fn mark(&self, gpa: u64, len_bytes: u64) {
         let Some(last_offset) = len_bytes.checked_sub(1) else { return };
         let first_page = gpa / PAGE_BYTES;
@@ -48,9 +49,19 @@ impl DirtyLog {
             page = end;
         }
         let outside = end_page - logged_end.clamp(first_page, end_page);
-        if outside > 0 {
-            self.out_of_range_pages.fetch_add(outside, Ordering::Relaxed);
+        if outside > 0 && self.count_out_of_range(outside) {
+            let log_bytes = self.bits.len();
+            tracing::warn!(
+                gpa = format_args!("{gpa:#x}"),
+                log_bytes,
+                "the front-end's dirty log has no bit for a page that was written: the guest may miss it after a migration"
+            );
         }
+    }
+
+    /// True: they are the first ones.
+    fn count_out_of_range(&self, pages: u64) -> bool {
+        self.out_of_range_pages.fetch_add(pages, Ordering::Relaxed) == 0
     }
 
     /// How many pages were to be marked for which the log has no bit: the front-end made it too small.
