@@ -12,7 +12,6 @@
 //!
 //! What neither catches: a read-only disk and a writer on two different nodes of one device. The reader then sees
 //! data change; nothing is damaged.
-
 //!
 //! Who must answer questions about a disk before it can be had uses a [`LocatedDisk`], and a [`DiskLease`] to have it
 //! and give it back.

@@ -1,6 +1,6 @@
 //! The engine: executes the queues of a virtio-blk device on io_uring.
 //!
-//! [`Engine`] is the [`Device`] that a vhost-user session drives. Its queues are divided among worker threads, each
+//! [`Engine`] is the [`Device`](crate::vhost_user::Device) that a vhost-user session drives. Its queues are divided among worker threads, each
 //! with an io_uring of its own; between two workers nothing is shared on the way of a request.
 //!
 //! - `worker`: the loop of a thread. `poll`: when it polls and when it sleeps. `ring`: its io_uring.
