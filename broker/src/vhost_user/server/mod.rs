@@ -10,7 +10,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use rustix::event::{EventfdFlags, PollFd, PollFlags};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
 use thiserror::Error;
 use tracing::{info, warn};
@@ -19,6 +19,9 @@ use super::connection::{Connection, ConnectionError, Received};
 use super::device::Device;
 use super::listener::{ListenError, Listener};
 use super::session::{Session, SessionError, refresh_capacity};
+
+/// How long to wait when a connection cannot be accepted, before it is tried again. The socket is readable all the while.
+const ACCEPT_PAUSE: Timespec = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
 
 /// Why the server ends without having been told to.
 #[derive(Debug, Error)]
@@ -128,7 +131,7 @@ impl Server {
     ///
     /// # Errors
     ///
-    /// The kernel gives no more connections.
+    /// The socket gives no more connections. What passes, as a lack of descriptors or of memory, is waited for.
     pub fn run(mut self, device: &mut dyn Device) -> Result<(), ServerError> {
         while let Some(stream) = self.next_front_end(device)? {
             let mut connection = Connection::new(stream);
@@ -148,6 +151,7 @@ impl Server {
     /// Waits for a connection. `None`: the server is to end.
     fn next_front_end(&mut self, device: &mut dyn Device) -> Result<Option<UnixStream>, ServerError> {
         let system = |what| move |source| ServerError::System { what, source };
+        let mut has_complained = false;
         loop {
             if self.control.is_stopping() {
                 return Ok(None);
@@ -156,14 +160,22 @@ impl Server {
             if self.control.take_news().is_refresh_due {
                 refresh_capacity(device);
             }
-            if let Some(stream) = self.listener.accept().map_err(system("accepting a front-end"))? {
-                return Ok(Some(stream));
-            }
+            let is_paused = match self.listener.accept() {
+                Ok(Some(stream)) => return Ok(Some(stream)),
+                Ok(None) => false,
+                Err(error) if is_lasting(&error) => return Err(system("accepting a front-end")(error)),
+                Err(error) => {
+                    if !std::mem::replace(&mut has_complained, true) {
+                        warn!(%error, "no front-end can be accepted; it is tried again and again");
+                    }
+                    true
+                }
+            };
             let Some(socket) = self.listener.to_poll() else { return Ok(None) };
-            let wake = self.control.wake.as_fd();
             let mut fds =
-                [PollFd::from_borrowed_fd(socket, PollFlags::IN), PollFd::from_borrowed_fd(wake, PollFlags::IN)];
-            match rustix::event::poll(&mut fds, None) {
+                [self.control.wake.as_fd(), socket].map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN));
+            let (fds, limit) = if is_paused { (&mut fds[..1], Some(&ACCEPT_PAUSE)) } else { (&mut fds[..], None) };
+            match rustix::event::poll(fds, limit) {
                 Ok(_) | Err(Errno::INTR) => {}
                 Err(errno) => return Err(system("waiting for a front-end")(errno.into())),
             }
@@ -195,6 +207,14 @@ impl Server {
             }
         }
     }
+}
+
+/// Whether a socket that failed to accept (`accept(2)`) will never do so again.
+fn is_lasting(error: &io::Error) -> bool {
+    matches!(
+        Errno::from_io_error(error),
+        Some(Errno::BADF | Errno::INVAL | Errno::NOTSOCK | Errno::OPNOTSUPP | Errno::FAULT)
+    )
 }
 
 impl ServerHandle {
