@@ -14,11 +14,13 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::libc;
 use ringpass_broker::disk::{Disk, DiskConfig};
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{Pid, Resource, Rlimit, Signal, kill_process, prlimit};
 use serde_json::Value;
 use tempfile::TempDir;
 use vhost::VhostBackend;
-use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserProtocolFeatures, VhostUserVirtioFeatures};
+use vhost::vhost_user::message::{
+    VhostUserConfigFlags, VhostUserInflight, VhostUserProtocolFeatures, VhostUserVirtioFeatures,
+};
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
 
 /// Longer than anything takes on a machine with other work.
@@ -342,12 +344,7 @@ fn a_resized_image_has_its_new_size_after_sighup_and_cannot_grow_beyond_it() {
     let running = Running::start(&mut place.serve(&["--socket-path", "s"]));
     running.wait_for("waiting for a front-end");
     assert_eq!(limit_bytes(&running, "Max file size"), 1 << 20);
-    let mut front_end = Frontend::connect(place.path("s"), 1).unwrap();
-    let protocol_features = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
-    assert_ne!(front_end.get_features().unwrap() & protocol_features, 0);
-    front_end.set_features(protocol_features).unwrap();
-    assert!(front_end.get_protocol_features().unwrap().contains(VhostUserProtocolFeatures::CONFIG));
-    front_end.set_protocol_features(VhostUserProtocolFeatures::CONFIG).unwrap();
+    let mut front_end = front_end(&place, VhostUserProtocolFeatures::CONFIG);
     assert_eq!(capacity_sectors(&mut front_end), (1 << 20) / 512);
 
     let mut expected_bytes = 1 << 20;
@@ -367,4 +364,64 @@ fn a_resized_image_has_its_new_size_after_sighup_and_cannot_grow_beyond_it() {
         }
         assert_eq!(limit_bytes(&running, "Max file size"), expected_bytes);
     }
+}
+
+/// A front-end that has these protocol features.
+fn front_end(place: &Place, features: VhostUserProtocolFeatures) -> Frontend {
+    let mut front_end = Frontend::connect(place.path("s"), 8).unwrap();
+    let protocol_features = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
+    assert_ne!(front_end.get_features().unwrap() & protocol_features, 0);
+    front_end.set_features(protocol_features).unwrap();
+    assert!(front_end.get_protocol_features().unwrap().contains(features));
+    front_end.set_protocol_features(features).unwrap();
+    front_end
+}
+
+#[test]
+fn an_in_flight_region_may_be_larger_than_the_disk() {
+    let place = Place::new();
+    File::create(place.path("small.img")).unwrap().set_len(64 << 10).unwrap();
+    let options = ["--socket-path", "s", "--blk-file", "small.img", "--num-queues", "8", "--queue-size", "1024"];
+    let running = Running::start(&mut place.command(PROGRAMS[0], &options));
+    running.wait_for("waiting for a front-end");
+    let mut front_end = front_end(&place, VhostUserProtocolFeatures::INFLIGHT_SHMFD);
+    let asked = VhostUserInflight { num_queues: 8, queue_size: 1024, ..VhostUserInflight::default() };
+    let (made, file) = front_end.get_inflight_fd(&asked).unwrap();
+    assert!(made.mmap_size > 64 << 10);
+    assert_eq!(file.metadata().unwrap().len(), made.mmap_size);
+    assert_eq!(limit_bytes(&running, "Max file size"), 64 << 10, "the disk cannot grow now as before");
+}
+
+#[test]
+fn a_log_that_nobody_reads_any_more_ends_nothing() {
+    let place = Place::new();
+    let mut command = place.serve(&["--socket-path", "s"]);
+    let mut child = command.stderr(Stdio::piped()).stdout(Stdio::null()).spawn().unwrap();
+    let mut log = BufReader::new(child.stderr.take().unwrap());
+    let mut line = String::new();
+    while !line.contains("waiting for a front-end") {
+        line.clear();
+        assert_ne!(log.read_line(&mut line).unwrap(), 0, "the server has ended");
+    }
+    drop(log);
+    let mut running = Running { child, lines: channel().1 };
+    for _ in 0..2 {
+        assert!(is_answered(&UnixStream::connect(place.path("s")).unwrap()));
+    }
+    running.signal(Signal::TERM);
+    assert_eq!(running.end().code(), Some(0));
+}
+
+#[test]
+fn a_server_without_free_descriptors_accepts_as_soon_as_it_has_one() {
+    let place = Place::new();
+    let running = Running::start(&mut place.serve(&["--socket-path", "s"]));
+    running.wait_for("waiting for a front-end");
+    let pid = Some(Pid::from_child(&running.child));
+    let limit = |current| Rlimit { current: Some(current), maximum: Some(1 << 10) };
+    prlimit(pid, Resource::Nofile, limit(0)).unwrap();
+    let front_end = UnixStream::connect(place.path("s")).unwrap();
+    running.wait_for("no front-end can be accepted");
+    prlimit(pid, Resource::Nofile, limit(1 << 10)).unwrap();
+    assert!(is_answered(&front_end));
 }

@@ -1,11 +1,15 @@
 //! Keeping guests from growing a disk image.
 
 use std::io;
+use std::sync::{Mutex, PoisonError};
 
 use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit, setrlimit};
 use nix::sys::signal::{SigHandler, Signal, signal};
 
 use crate::disk::{Disk, DiskKind};
+
+/// Held while the limit is looked at and changed: it belongs to the process.
+static LIMIT: Mutex<()> = Mutex::new(());
 
 /// Why the growth of files could not be limited. Nothing was changed.
 #[derive(Debug, thiserror::Error)]
@@ -37,8 +41,8 @@ pub enum LimitError {
 /// done for one.
 ///
 /// For programs, never for libraries, because it changes the whole process: it limits *every* file it writes, and the
-/// `ftruncate(2)` of memfds too. So call it when all memfds have their size, write logs to pipes or terminals, and in
-/// a process with several disks call it for the largest. Programs that this process executes inherit both.
+/// `ftruncate(2)` of memfds too. So call it when all memfds have their size (in-flight regions see to it themselves), write
+/// logs to pipes or terminals, and in a process with several disks call it for the largest. Programs that this process executes inherit both.
 ///
 /// # Errors
 /// [`LimitError::HardTooLow`] if the hard limit is below the size of the disk, [`LimitError::System`].
@@ -55,6 +59,7 @@ pub fn cap_file_growth_at(kind: DiskKind, size_bytes: u64) -> Result<(), LimitEr
         return Ok(());
     }
     let system = |errno: nix::Error| LimitError::System { error: errno.into() };
+    let _limit = LIMIT.lock().unwrap_or_else(PoisonError::into_inner);
     let (_, hard_bytes) = getrlimit(Resource::RLIMIT_FSIZE).map_err(system)?;
     if hard_bytes != RLIM_INFINITY && hard_bytes < size_bytes {
         return Err(LimitError::HardTooLow { hard_bytes, size_bytes });
@@ -63,6 +68,25 @@ pub fn cap_file_growth_at(kind: DiskKind, size_bytes: u64) -> Result<(), LimitEr
     // SAFETY: ignoring a signal installs no handler, so no code can run in signal context.
     unsafe { signal(Signal::SIGXFSZ, SigHandler::SigIgn) }.map_err(system)?;
     setrlimit(Resource::RLIMIT_FSIZE, size_bytes, hard_bytes).map_err(system)
+}
+
+/// Makes a file longer that is no disk, a memfd: `grow` gives it `size_bytes` bytes, which a disk of a smaller size must not
+/// forbid. For that moment the soft limit is no smaller, if the hard one allows it; the engine checks each request anyway.
+///
+/// # Errors
+/// Those of `grow`; the limit cannot be set.
+pub(crate) fn grow_beyond_cap(size_bytes: u64, grow: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
+    let _limit = LIMIT.lock().unwrap_or_else(PoisonError::into_inner);
+    let set = |soft_bytes, hard_bytes| setrlimit(Resource::RLIMIT_FSIZE, soft_bytes, hard_bytes).map_err(io::Error::from);
+    let (soft_bytes, hard_bytes) = getrlimit(Resource::RLIMIT_FSIZE).map_err(io::Error::from)?;
+    // RLIM_INFINITY is the highest number.
+    if soft_bytes >= size_bytes {
+        return grow();
+    }
+    set(size_bytes, hard_bytes)?;
+    let grown = grow();
+    set(soft_bytes, hard_bytes)?;
+    grown
 }
 
 #[cfg(test)]

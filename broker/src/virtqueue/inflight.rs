@@ -10,6 +10,7 @@ use rustix::fs::{MemfdFlags, SealFlags};
 use thiserror::Error;
 
 use super::shared_memory::{SharedMemory, SharedMemoryError};
+use crate::limits::grow_beyond_cap;
 
 /// `version` of a queue's region that is in use; 0 is a region that nobody has used yet.
 pub(super) const VERSION: u16 = 1;
@@ -93,10 +94,12 @@ impl InflightRegion {
     /// No such queues can be, or the kernel makes no file.
     pub fn create(queues: u16, queue_size: u16) -> Result<InflightFile, InflightError> {
         let size_bytes = region_bytes(queues, queue_size)?;
-        let system = |what| move |errno: rustix::io::Errno| InflightError::Create { what, source: errno.into() };
+        let failed = |what| move |source| InflightError::Create { what, source };
+        let system = |what| move |errno: rustix::io::Errno| failed(what)(errno.into());
         let fd = rustix::fs::memfd_create("ringpass-inflight", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)
             .map_err(system("making the memfd of an in-flight region"))?;
-        rustix::fs::ftruncate(&fd, size_bytes).map_err(system("sizing the memfd of an in-flight region"))?;
+        grow_beyond_cap(size_bytes, || Ok(rustix::fs::ftruncate(&fd, size_bytes)?))
+            .map_err(failed("sizing the memfd of an in-flight region"))?;
         // The front-end holds the file while we use the mapping: nobody can make its pages vanish under us.
         rustix::fs::fcntl_add_seals(&fd, SealFlags::GROW | SealFlags::SHRINK | SealFlags::SEAL)
             .map_err(system("sealing the memfd of an in-flight region"))?;
