@@ -166,6 +166,13 @@ impl InflightQueue {
         self.entries
     }
 
+    /// As if nobody had used it: the next start of the queue believes the front-end and replays nothing. For a queue that
+    /// has stopped and whose driver is reset: a chain that is still recorded then, because it could not be answered, will
+    /// never be asked for again.
+    pub fn begin_again(&self) {
+        self.set_version(0);
+    }
+
     pub(super) fn version(&self) -> u16 {
         self.memory.atomic::<AtomicU16>(VERSION_OFFSET).load(Ordering::Acquire)
     }

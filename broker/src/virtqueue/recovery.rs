@@ -40,9 +40,10 @@ pub(super) fn recover(
     }
     let last_batch_head = match finish_last_batch(region, size, used_idx) {
         Ok(head) => head,
-        // The rings were set up anew and the front-end kept the region, which says nothing: begin again.
-        Err(_) if (0..size).all(|head| !region.is_in_flight(head)) => {
-            region.set_version(0);
+        // The rings were set up anew and the front-end kept the region. Either it says nothing, or a chain in it belongs
+        // to a driver before, which never got it back: rings that begin at 0 have used nothing yet.
+        Err(_) if (used_idx, next_avail) == (0, 0) || (0..size).all(|head| !region.is_in_flight(head)) => {
+            region.begin_again();
             return recover(region, size, used_idx, next_avail);
         }
         Err(error) => return Err(error),

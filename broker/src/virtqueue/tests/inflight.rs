@@ -154,6 +154,28 @@ fn a_region_that_says_nothing_does_not_stop_a_ring_that_was_set_up_anew() {
 }
 
 #[test]
+fn a_chain_that_was_never_answered_does_not_stop_a_ring_that_was_set_up_anew() {
+    // Of a driver before: its ring broke with this chain in flight.
+    let region = left(8, 40_000, &[(3, 7)]);
+    let recovered = recover(&region, 8, 0, 0).expect("a ring that begins");
+    assert_eq!(recovered, Recovered::default());
+    assert_eq!((region.version(), region.used_idx(), region.is_in_flight(3)), (1, 0, false));
+
+    // A process that died with its first chains in flight leaves a region that fits: they are taken again.
+    let region = left(8, 0, &[(3, 0)]);
+    assert_eq!(recover(&region, 8, 0, 0).expect("a good region").replay, [3]);
+}
+
+#[test]
+fn a_region_that_is_begun_again_says_nothing_and_the_front_end_is_believed() {
+    let region = left(8, 1, &[(3, 7)]);
+    region.begin_again();
+    // A chain behind the lost one was given back already: it must not be taken a second time.
+    assert_eq!(recover(&region, 8, 1, 2).expect("as if new"), Recovered { next_avail: 2, ..Recovered::default() });
+    assert!(!region.is_in_flight(3));
+}
+
+#[test]
 fn another_format_and_too_few_entries_are_refused() {
     let region = inflight_queue(8);
     region.set_version(2);
