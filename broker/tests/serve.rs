@@ -3,7 +3,7 @@
 
 use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader, Read, Write};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -14,14 +14,16 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::libc;
 use ringpass_broker::disk::{Disk, DiskConfig};
+use rustix::fs::{MemfdFlags, memfd_create};
 use rustix::process::{Pid, Resource, Rlimit, Signal, kill_process, prlimit};
 use serde_json::Value;
 use tempfile::TempDir;
-use vhost::VhostBackend;
 use vhost::vhost_user::message::{
     VhostUserConfigFlags, VhostUserInflight, VhostUserProtocolFeatures, VhostUserVirtioFeatures,
 };
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
+use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
+use vmm_sys_util::eventfd::EventFd;
 
 /// Longer than anything takes on a machine with other work.
 const LIMIT: Duration = Duration::from_secs(60);
@@ -312,17 +314,81 @@ fn a_server_that_waits_for_its_disk_ends_on_sigterm() {
     assert!(!running.end().success());
 }
 
+/// Starts the first vring, as a front-end does when its guest runs. It goes on until what this gives is dropped.
+fn start_vring(front_end: &mut Frontend) -> EventFd {
+    const RAM_BYTES: u64 = 1 << 20;
+    const USER_ADDRESS: u64 = 1 << 32;
+    let ram = File::from(memfd_create("ram", MemfdFlags::CLOEXEC).unwrap());
+    ram.set_len(RAM_BYTES).unwrap();
+    let region = VhostUserMemoryRegionInfo {
+        guest_phys_addr: 0,
+        memory_size: RAM_BYTES,
+        userspace_addr: USER_ADDRESS,
+        mmap_offset: 0,
+        mmap_handle: ram.as_raw_fd(),
+    };
+    let rings = VringConfigData {
+        queue_max_size: 128,
+        queue_size: 128,
+        flags: 0,
+        desc_table_addr: USER_ADDRESS,
+        avail_ring_addr: USER_ADDRESS + 0x1000,
+        used_ring_addr: USER_ADDRESS + 0x2000,
+        log_addr: None,
+    };
+    let kick = EventFd::new(0).unwrap();
+    front_end.set_mem_table(&[region]).unwrap();
+    front_end.set_vring_num(0, rings.queue_size).unwrap();
+    front_end.set_vring_base(0, 0).unwrap();
+    front_end.set_vring_addr(0, &rings).unwrap();
+    front_end.set_vring_kick(0, &kick).unwrap();
+    kick
+}
+
+/// Fails if somebody waits for the disk. That nobody comes can only be seen by giving them time.
+fn assert_nobody_waits(place: &Place) {
+    for _ in 0..10 {
+        Disk::open(&DiskConfig::new(place.path("disk.img"))).expect("nobody else wants the disk");
+        std::thread::sleep(Duration::from_millis(30));
+    }
+}
+
 #[test]
-fn the_destination_of_a_migration_answers_before_it_has_the_disk_and_takes_it_when_it_is_free() {
+fn the_destination_of_a_migration_takes_the_disk_when_its_guest_runs_and_the_source_has_let_go() {
     let place = Place::new();
-    let disk = Disk::open(&DiskConfig::new(place.path("disk.img"))).unwrap();
+    let source = || Disk::open(&DiskConfig::new(place.path("disk.img"))).unwrap();
+    let disk = source();
     let mut running = Running::start(&mut place.serve(&["--socket-path", "s", "--incoming"]));
     running.wait_for("waiting for a front-end");
-    assert!(is_answered(&UnixStream::connect(place.path("s")).unwrap()));
+    let mut front_end = front_end(&place, VhostUserProtocolFeatures::CONFIG);
+    assert_eq!(capacity_sectors(&mut front_end), (1 << 20) / 512);
+    // The guest is reset while its memory is copied: the source gives the disk back and asks for it again.
+    drop(disk);
+    assert_nobody_waits(&place);
+    let disk = source();
+    let _vring = start_vring(&mut front_end);
+    running.wait_for("nothing is executed yet");
     drop(disk);
     running.wait_for("the disk is locked for us");
     running.signal(Signal::TERM);
     assert_eq!(running.end().code(), Some(0));
+}
+
+#[test]
+fn a_destination_whose_front_end_is_gone_leaves_the_disk_to_the_source() {
+    let place = Place::new();
+    let disk = Disk::open(&DiskConfig::new(place.path("disk.img"))).unwrap();
+    let running = Running::start(&mut place.serve(&["--socket-path", "s", "--incoming"]));
+    running.wait_for("waiting for a front-end");
+    let mut front_end = front_end(&place, VhostUserProtocolFeatures::CONFIG);
+    let _vring = start_vring(&mut front_end);
+    running.wait_for("nothing is executed yet");
+    drop(front_end);
+    running.wait_for("front-end disconnected");
+    drop(disk);
+    // A look that had begun before may still have it for a moment.
+    Disk::open(&DiskConfig { lock_wait: Some(LIMIT), ..DiskConfig::new(place.path("disk.img")) }).unwrap();
+    assert_nobody_waits(&place);
 }
 
 /// The capacity in sectors, as a front-end reads it (VIRTIO 1.2, 5.2.4).

@@ -28,6 +28,8 @@ struct FixedDisk;
 impl DiskSource for FixedDisk {
     fn request(&mut self) {}
 
+    fn stop_waiting(&mut self) {}
+
     fn release(&mut self) {}
 
     fn refresh_size_bytes(&mut self) -> Result<u64, Box<dyn Error + Send + Sync>> {

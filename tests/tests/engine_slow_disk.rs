@@ -70,6 +70,8 @@ struct NoSource;
 impl DiskSource for NoSource {
     fn request(&mut self) {}
 
+    fn stop_waiting(&mut self) {}
+
     fn release(&mut self) {}
 
     fn refresh_size_bytes(&mut self) -> Result<u64, Box<dyn std::error::Error + Send + Sync>> {

@@ -46,7 +46,9 @@ pub enum StartUp {
     /// Give up if a living process still has it after that time. If no process does, it is I/O of one that has ended:
     /// go on, and the disk is had when that I/O has ended.
     Grace(Duration),
-    /// Go on at once: whoever has it will give it back in its own time, as the source of a live migration does.
+    /// Go on at once, and leave the disk alone until [`DiskLease::acquire`] is called, because a guest runs here: the
+    /// destination of a live migration. The source gives the disk back whenever it may be about to lose the guest, and
+    /// wants it again if the guest stays.
     Incoming,
 }
 
@@ -122,17 +124,27 @@ impl DiskLease {
         self.shared.inner().state.clone()
     }
 
-    /// For the start of a program: [`Self::acquire`], and wait until it is clear that the program can go on. It may go on
-    /// without having the disk yet, see [`StartUp`].
+    /// Stops waiting for the disk, if it is not had yet; what is had stays. It is waited for again at the next
+    /// [`Self::acquire`].
+    pub fn stop_waiting(&self) {
+        let mut inner = self.shared.inner();
+        if matches!(inner.state, LeaseState::Waiting { .. }) {
+            inner.state = LeaseState::Released;
+            self.shared.changed.notify_all();
+        }
+    }
+
+    /// For the start of a program: [`Self::acquire`], if that is to be, and wait until it is clear that the program can go
+    /// on. It may go on without having the disk yet, see [`StartUp`].
     ///
     /// # Errors
     /// A living process still has the disk ([`DiskError::Locked`], [`DiskError::InUse`]), or it cannot be opened. The
     /// lease is then released.
     pub fn start_up(&self, how: StartUp) -> Result<(), DiskError> {
-        self.acquire();
         let StartUp::Grace(grace) = how else {
             return Ok(());
         };
+        self.acquire();
         let end = Instant::now() + grace;
         let mut inner = self.shared.inner();
         while matches!(inner.state, LeaseState::Waiting { .. }) {

@@ -309,6 +309,7 @@ impl Device for Engine {
     fn abandon(&mut self) {
         self.started.fill(false);
         self.control.send_to_all(|| Command::Abandon);
+        self.source.stop_waiting();
     }
 
     fn reset(&mut self) {

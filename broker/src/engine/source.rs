@@ -14,6 +14,10 @@ pub trait DiskSource: Send {
     /// Returns at once. Comes again and again, also when the engine has the disk.
     fn request(&mut self);
 
+    /// The front-end is gone. If the engine has the disk, it keeps it; if not, it does not want it before the next
+    /// [`request`](Self::request): the guest may be running elsewhere, on that disk. Returns at once.
+    fn stop_waiting(&mut self);
+
     /// The disk is not wanted any more: [`EngineControl::set_disk`] is not to be called after this. The engine lets go of
     /// the disk when this has returned; then others may have it.
     fn release(&mut self);

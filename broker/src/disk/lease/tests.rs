@@ -176,14 +176,31 @@ fn a_start_within_the_grace_gets_the_disk() {
 }
 
 #[test]
-fn the_destination_of_a_migration_starts_while_the_source_has_the_disk() {
+fn the_destination_of_a_migration_leaves_the_disk_alone_until_it_is_asked_for() {
     let image = Image::new();
     let (lease, held) = image.lease();
     let source = lock(&image.path);
     lease.start_up(StartUp::Incoming).unwrap();
+    assert!(matches!(lease.state(), LeaseState::Released));
+    lease.acquire();
     assert!(!is_held(&lease));
     drop(source);
     held.recv_timeout(LIMIT).unwrap();
+}
+
+#[test]
+fn who_stops_waiting_keeps_a_disk_that_is_had_and_asks_for_no_other() {
+    let image = Image::new();
+    let (lease, held) = image.lease();
+    let other = lock(&image.path);
+    lease.acquire();
+    lease.stop_waiting();
+    assert!(matches!(lease.state(), LeaseState::Released));
+    drop(other);
+    lease.acquire();
+    held.recv_timeout(LIMIT).unwrap();
+    lease.stop_waiting();
+    assert!(is_held(&lease));
 }
 
 #[test]

@@ -77,6 +77,8 @@ impl DiskSource for Source {
         self.calls.requests.fetch_add(1, Ordering::SeqCst);
     }
 
+    fn stop_waiting(&mut self) {}
+
     fn release(&mut self) {
         self.calls.releases.fetch_add(1, Ordering::SeqCst);
     }

@@ -83,7 +83,8 @@ pub(crate) struct ServeArgs {
     #[arg(long, value_name = "LIST", value_parser = cpu_list)]
     cpus: Option<CpuList>,
 
-    /// Start although another process has the disk, and wait for it: for the destination of a live migration.
+    /// Start although another process has the disk, and take it when the guest runs here and the other lets go: for the
+    /// destination of a live migration.
     #[arg(long, conflicts_with = "lock_wait_s")]
     incoming: bool,
 

@@ -23,6 +23,10 @@ impl DiskSource for LeasedDisk {
         self.lease.acquire();
     }
 
+    fn stop_waiting(&mut self) {
+        self.lease.stop_waiting();
+    }
+
     fn release(&mut self) {
         self.lease.release();
     }
