@@ -23,7 +23,7 @@ use super::{EngineError, Shared};
 use crate::disk::Disk;
 use crate::vhost_user::{ConfigWriteError, Device, DeviceMemory, QueueEventfds};
 use crate::virtio_blk::{BlkConfig, BlkConfigError, CacheMode, GuestErrors};
-use crate::virtqueue::{DirtyLog, QueueSetup};
+use crate::virtqueue::{DirtyLog, QUEUE_SIZE_MAX, QueueSetup};
 
 /// The most requests that a worker has under way. More wait in their queues.
 const SLOTS_PER_WORKER_MAX: usize = 4096;
@@ -237,8 +237,10 @@ impl Device for Engine {
         self.device().num_queues()
     }
 
+    /// Front-ends set their rings up as their own configuration says. What the device is prepared for goes by the size in
+    /// its configuration, and a longer ring waits.
     fn max_queue_size(&self) -> u16 {
-        self.device().queue_size()
+        QUEUE_SIZE_MAX
     }
 
     fn device_features(&self) -> u64 {

@@ -11,6 +11,7 @@ use super::{
     DiscardLimits, MAX_DISCARD_SECTORS, MAX_WRITE_ZEROES_SECTORS, RequestLimits, SECTOR_BYTES, Serial,
     WriteZeroesLimits,
 };
+use crate::virtqueue::QUEUE_SIZE_MAX;
 
 /// Length of the configuration space: `struct virtio_blk_config` up to and with `unused1` (VIRTIO 1.2, 5.2.4). What comes
 /// after belongs to features that are not offered.
@@ -20,8 +21,6 @@ pub const CONFIG_SPACE_BYTES: usize = 60;
 pub(super) const WRITEBACK_OFFSET_BYTES: usize = 32;
 
 const LOGICAL_BLOCK_MAX_BYTES: u32 = 64 << 10;
-/// The largest virtqueue (VIRTIO 1.2, 2.7).
-const QUEUE_SIZE_MAX: u16 = 1 << 15;
 /// A chain has a header, a status and at least one buffer of data.
 const QUEUE_SIZE_MIN: u16 = 4;
 /// The descriptors of a request that are not data: the header and the status.
@@ -50,7 +49,7 @@ pub struct BlkParameters {
     pub read_only: bool,
     /// How many queues there are: at least 1.
     pub num_queues: u16,
-    /// The largest size of a queue: a power of two from 4 to 32768.
+    /// The size of queue that the device is made for: a power of two from 4 to 32768. Queues may have another one.
     pub queue_size: u16,
     /// The serial number that the guest sees.
     pub serial: Serial,
@@ -203,7 +202,7 @@ impl BlkConfig {
         self.parameters.num_queues
     }
 
-    /// The largest size of a queue.
+    /// The size of queue that the device is made for.
     pub fn queue_size(&self) -> u16 {
         self.parameters.queue_size
     }

@@ -9,13 +9,12 @@ use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU64, Ordering};
 use rustix::fs::{MemfdFlags, SealFlags};
 use thiserror::Error;
 
+use super::rings::QUEUE_SIZE_MAX;
 use super::shared_memory::{SharedMemory, SharedMemoryError};
 use crate::limits::grow_beyond_cap;
 
 /// `version` of a queue's region that is in use; 0 is a region that nobody has used yet.
 pub(super) const VERSION: u16 = 1;
-/// The largest queue (VIRTIO 1.2, 2.7).
-const QUEUE_SIZE_MAX: u16 = 32768;
 
 /// Offsets of the fields of `QueueRegionSplit`.
 const VERSION_OFFSET: usize = 8;

@@ -27,5 +27,6 @@ pub use chain::{ChainError, DescriptorChain};
 pub use dirty_log::DirtyLog;
 pub use error::QueueError;
 pub use inflight::{InflightError, InflightFile, InflightQueue, InflightRegion};
+pub use rings::QUEUE_SIZE_MAX;
 pub use shared_memory::SharedMemoryError;
 pub use split_queue::{QueueSetup, SplitQueue};

@@ -10,8 +10,8 @@ use vm_memory::{GuestAddress, GuestMemoryMmap, VolatileSlice};
 use super::error::QueueError;
 use super::shared_memory::SharedMemory;
 
-/// The largest queue (VIRTIO 1.2, 2.7).
-const SIZE_MAX: u16 = 32768;
+/// The largest queue, in descriptors (VIRTIO 1.2, 2.7).
+pub const QUEUE_SIZE_MAX: u16 = 32768;
 
 const DESCRIPTOR_BYTES: usize = 16;
 /// The available ring: `flags`, `idx`, the entries, `used_event`.
@@ -62,7 +62,7 @@ impl Rings {
         event_idx: bool,
         memory: &GuestMemoryMmap,
     ) -> Result<Self, QueueError> {
-        if !size.is_power_of_two() || size > SIZE_MAX {
+        if !size.is_power_of_two() || size > QUEUE_SIZE_MAX {
             return Err(QueueError::Size { size });
         }
         let entries = usize::from(size);

@@ -210,3 +210,24 @@ fn aligned_buffers_are_not_bounced() {
     verify_at_depth(&mut driver, 8, 100, 0..2000, 1);
     assert_eq!(rig.engine.control().counters()[0].bounced.get(), 0);
 }
+
+#[test]
+fn a_ring_may_be_larger_than_the_device_expects() {
+    let mut rig = Rig::new(Options { queue_size: 64, ..Options::default() });
+    assert_eq!(rig.engine.max_queue_size(), 32768, "what VIRTIO allows");
+    rig.options.queue_size = 256;
+    let mut driver = rig.running(0);
+    for generation in 0..8 {
+        let mut sectors = HashMap::new();
+        while driver.has_room(4096) {
+            let sector = 8 * (generation + sectors.len() as u64);
+            sectors.insert(driver.add_read(sector, 8), sector);
+        }
+        assert!(sectors.len() > 64);
+        while driver.depth() > 0 {
+            let outcome = driver.wait();
+            assert_eq!(outcome.status, 0);
+            assert_eq!(outcome.data, contents(0, sectors[&outcome.head], 8));
+        }
+    }
+}

@@ -58,7 +58,7 @@ pub(crate) struct ServeArgs {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=i64::from(QUEUES_MAX)))]
     num_queues: Option<u16>,
 
-    /// Requests in a queue at most: a power of two.
+    /// Requests of a queue that are executed at a time: a power of two. Front-ends may have longer queues, where requests wait.
     #[arg(long, value_name = "N", default_value_t = 256, value_parser = queue_size)]
     queue_size: u16,
 
