@@ -24,6 +24,7 @@ pub mod kernel;
 #[cfg(feature = "kvm")]
 pub mod kvm;
 pub mod limits;
+mod log_limit;
 pub mod memory;
 pub mod probe;
 mod processes;
