@@ -98,6 +98,14 @@ impl CommandSender {
     }
 }
 
+#[cfg(test)]
+impl CommandSender {
+    /// What wakes the worker.
+    pub(super) fn eventfd(&self) -> &EventFd {
+        &self.bell.eventfd
+    }
+}
+
 impl CommandReceiver {
     /// Whether commands may have come. One load.
     #[inline]
@@ -110,10 +118,16 @@ impl CommandReceiver {
         &self.bell.eventfd
     }
 
-    /// Silences the bell. What comes after that rings it again.
-    pub(super) fn silence(&self) {
+    /// Takes what woke the worker, so that it does not do so again. Whether commands have come, the bell says: this may
+    /// belong to one that was obeyed before the sender came to its eventfd.
+    pub(super) fn take_wake_up(&self) {
         // Nothing to read is as good.
         let _ = self.bell.eventfd.read();
+    }
+
+    /// Silences the bell. What comes after that rings it again.
+    pub(super) fn silence(&self) {
+        self.take_wake_up();
         self.bell.rung.swap(false, Ordering::Acquire);
     }
 

@@ -3,6 +3,7 @@
 //! Each request is in a slot and goes through one or more steps; each step is one entry of the ring. A read or write that
 //! the kernel did in part goes on where it stopped.
 
+use std::fmt::Display;
 use std::rc::Rc;
 
 use io_uring::{opcode, squeue};
@@ -71,7 +72,16 @@ impl Worker<'_> {
                 slot.retries += 1;
                 return self.submit(number);
             }
-            tracing::debug!(?request, %errno, "the disk failed a request");
+            if errno == Errno::OPNOTSUPP
+                && slot.step == Step::Range
+                && let Operation::WriteZeroes { unmap: true, .. } = request.operation
+            {
+                // To unmap is a permission (VIRTIO 1.2, 5.2.6): the zeroes are what counts.
+                slot.step = Step::ZeroRange;
+                return self.submit(number);
+            }
+            let queue = slot.queue;
+            self.report_failure(queue, &format_args!("{:?}: {errno}", request.operation));
             return self.finish(number, Status::from_errno(errno));
         }
         match &slot.step {
@@ -89,11 +99,11 @@ impl Worker<'_> {
                 self.submit(number);
             }
             Step::Bounce { .. } => self.bounced(number, result as usize),
-            Step::Range if self.shared.is_write_through() => {
+            Step::Range | Step::ZeroRange if self.shared.is_write_through() => {
                 slot.step = Step::Sync;
                 self.submit(number);
             }
-            Step::Range | Step::Sync => self.finish(number, Status::Ok),
+            Step::Range | Step::ZeroRange | Step::Sync => self.finish(number, Status::Ok),
             Step::WaitForChunk => {}
         }
     }
@@ -156,8 +166,18 @@ impl Worker<'_> {
 
     /// The kernel read or wrote nothing: the disk is smaller than it was.
     fn end_of_disk(&mut self, number: u32) {
-        tracing::debug!(slot = number, "a request reached beyond the end of the disk, which must have become smaller");
+        let queue = self.slots.get(number).queue;
+        self.report_failure(queue, &"it reached beyond the end of the disk, which must have become smaller");
         self.finish(number, Status::IoError);
+    }
+
+    /// Says what the disk did not do, unless something like it was said a short while ago.
+    #[cold]
+    fn report_failure(&self, queue: usize, why: &dyn Display) {
+        if let Some(total) = self.shared.disk_errors.count() {
+            let index = self.vrings[queue].index;
+            tracing::warn!(queue = index, total, "the disk failed a request: {why} ({total} so far)");
+        }
     }
 
     fn give_id(&mut self, number: u32) {
@@ -179,7 +199,8 @@ impl Worker<'_> {
         let (Some(request), Some(memory)) = (slot.request, slot.memory.take()) else { return };
         let (queue, head) = (slot.queue, slot.head);
         // Data first, then the log, then the used ring. Also what failed may have been written in part.
-        if let (Some(log), Operation::Read { .. } | Operation::GetId) = (&self.log, request.operation) {
+        let log = self.vrings[queue].active_mut().and_then(|active| active.log.as_deref());
+        if let (Some(log), Operation::Read { .. } | Operation::GetId) = (log, request.operation) {
             for segment in slot.segments.iter() {
                 log.mark(segment.gpa.0, segment.len_bytes as u64);
             }
@@ -217,11 +238,11 @@ impl Worker<'_> {
     fn give_back(&mut self, queue: usize, head: u16, memory: &Rc<DeviceMemory>, answer: &Answer) {
         // The byte was in this memory when the chain was parsed.
         let _ = memory.write_obj(answer.status.byte(), answer.status_gpa);
-        let log = self.log.as_deref();
+        let Some(active) = self.vrings[queue].active_mut() else { return };
+        let log = active.log.as_deref();
         if let Some(log) = log {
             log.mark(answer.status_gpa.0, 1);
         }
-        let Some(active) = self.vrings[queue].active_mut() else { return };
         match active.queue.put_used(head, answer.written_bytes, log) {
             Ok(()) => active.has_unpublished = true,
             Err(error) => self.break_down(queue, &error),
@@ -293,7 +314,8 @@ fn entry(slot: &Slot, request: &Request, bounce: &BouncePool, write_through: boo
         },
         (Step::Range, Operation::Discard(range)) => punch_hole(range),
         (Step::Range, Operation::WriteZeroes { range, unmap: true }) => punch_hole(range),
-        (Step::Range, Operation::WriteZeroes { range, unmap: false }) => {
+        (Step::Range, Operation::WriteZeroes { range, unmap: false })
+        | (Step::ZeroRange, Operation::WriteZeroes { range, .. }) => {
             fallocate(range, libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE)
         }
         // `begin` gives no operation any other step than these and `Sync`.

@@ -2,7 +2,7 @@
 
 use std::error::Error;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, MutexGuard};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 use std::{fmt, io};
@@ -13,6 +13,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::bounce::BouncePool;
 use super::command::{Command, CommandSender, Pending, Reply, WhichEventfd, command_channel};
 use super::counters::QueueCounters;
+use super::orders::end_process;
 use super::poll::PollPolicy;
 use super::slot::Slots;
 use super::source::DiskSource;
@@ -52,8 +53,8 @@ pub struct Engine {
     threads: Vec<JoinHandle<()>>,
     source: Box<dyn DiskSource>,
     cache_mode: CacheMode,
-    /// Queues that were started and not stopped.
-    started: Vec<bool>,
+    /// The available index with which each queue was started that was not stopped.
+    started: Vec<Option<u16>>,
     is_logging: bool,
 }
 
@@ -79,12 +80,7 @@ impl Engine {
         let queues = usize::from(device.num_queues());
         let workers = config.workers.unwrap_or_else(available_cpus).clamp(1, queues);
         let counters: Arc<[_]> = (0..queues).map(|_| Arc::new(QueueCounters::default())).collect();
-        let shared = Arc::new(Shared {
-            write_through: (!CacheMode::new().writeback()).into(),
-            guest_errors: GuestErrors::new(),
-            serial: *device.serial(),
-            device: Mutex::new(device),
-        });
+        let shared = Arc::new(Shared::new(device));
         let (mut senders, mut threads) = (Vec::new(), Vec::new());
         for number in 0..workers {
             let (sender, commands) = command_channel()?;
@@ -116,7 +112,7 @@ impl Engine {
             control,
             threads,
             cache_mode: CacheMode::new(),
-            started: vec![false; queues],
+            started: vec![None; queues],
             is_logging: false,
         })
     }
@@ -165,11 +161,12 @@ impl Engine {
 impl EngineControl {
     /// Gives the engine its disk; requests are executed from now on. If it has one already, nothing changes.
     ///
-    /// True: the disk has another size than the driver was told of.
+    /// True: the disk has another size than the driver was told of. If that size is of no use at all, the process ends.
     pub fn set_disk(&self, disk: &Arc<Disk>) -> bool {
         let has_changed = self.set_size_bytes(disk.size_bytes()).unwrap_or_else(|error| {
-            tracing::warn!(%error, "the disk has become useless");
-            false
+            // Somebody else has had it since the guest was told of its size. With a capacity beyond its end, writes
+            // would make it grow.
+            end_process(&format_args!("the disk's new size is of no use: {error}"))
         });
         forgo_access_times(disk);
         self.order_all(|reply| Command::SetDisk { disk: Some(disk.clone()), reply });
@@ -203,7 +200,8 @@ impl EngineControl {
         &self.shared.guest_errors
     }
 
-    fn send(&self, index: u16, command: impl FnOnce(usize) -> Command) {
+    /// Sends a command about one queue to its worker.
+    pub(super) fn send(&self, index: u16, command: impl FnOnce(usize) -> Command) {
         let (index, workers) = (usize::from(index), self.workers.len());
         self.workers[index % workers].send(command(index / workers));
     }
@@ -276,15 +274,17 @@ impl Device for Engine {
     }
 
     fn start_queue(&mut self, index: u16, setup: QueueSetup, eventfds: QueueEventfds) {
-        self.started[usize::from(index)] = true;
+        self.started[usize::from(index)] = Some(setup.next_avail);
         self.send(index, |queue| Command::Start { queue, setup, eventfds });
         self.source.request();
     }
 
     fn stop_queue(&mut self, index: u16) -> u16 {
-        let next_avail = self.order(index, |queue, reply| Command::Stop { queue, reply }).unwrap_or(0);
-        self.started[usize::from(index)] = false;
-        if self.is_logging && !self.started.contains(&true) {
+        let started_at = self.started[usize::from(index)].take();
+        let stopped_at = self.order(index, |queue, reply| Command::Stop { queue, reply });
+        // A worker that was shut down has taken nothing since.
+        let next_avail = stopped_at.or(started_at).unwrap_or_default();
+        if self.is_logging && self.started.iter().all(Option::is_none) {
             // The guest is being migrated: whoever goes on with it needs the disk.
             self.source.release();
             self.control.take_disk_back();
@@ -309,13 +309,13 @@ impl Device for Engine {
     }
 
     fn abandon(&mut self) {
-        self.started.fill(false);
+        self.started.fill(None);
         self.control.send_to_all(|| Command::Abandon);
         self.source.stop_waiting();
     }
 
     fn reset(&mut self) {
-        self.started.fill(false);
+        self.started.fill(None);
         self.control.order_all(|reply| Command::Reset { reply });
         self.cache_mode = CacheMode::new();
         self.apply_cache_mode();

@@ -11,7 +11,7 @@
 //! holds the memory table that it was taken with, so a front-end may change the table at any time.
 //!
 //! A worker that panics ends the process. A front-end notices that and can connect to a new process, which takes the
-//! requests up again; a device that hangs would help nobody.
+//! requests up again; a device that hangs would help nobody. So does a disk that turns out to be of no use.
 
 mod bounce;
 mod command;
@@ -38,7 +38,8 @@ pub use source::DiskSource;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use crate::virtio_blk::{BlkConfig, GuestErrors, Serial};
+use crate::log_limit::LogLimit;
+use crate::virtio_blk::{BlkConfig, CacheMode, GuestErrors, Serial};
 
 /// What all workers of a device look at.
 #[derive(Debug)]
@@ -46,12 +47,27 @@ struct Shared {
     /// Each write is to be stable when it completes.
     write_through: AtomicBool,
     guest_errors: GuestErrors,
+    /// Requests that the disk failed.
+    disk_errors: LogLimit,
+    /// Queues that stopped, or were held, without having been told to.
+    stopped_queues: LogLimit,
     serial: Serial,
     /// Not for the way of a request: workers have their own copy of what they need.
     device: Mutex<BlkConfig>,
 }
 
 impl Shared {
+    fn new(device: BlkConfig) -> Self {
+        Self {
+            write_through: (!CacheMode::new().writeback()).into(),
+            guest_errors: GuestErrors::new(),
+            disk_errors: LogLimit::new(),
+            stopped_queues: LogLimit::new(),
+            serial: *device.serial(),
+            device: Mutex::new(device),
+        }
+    }
+
     #[inline]
     fn is_write_through(&self) -> bool {
         // Whoever changes it answers the driver afterwards, and the driver sends what depends on it after that.

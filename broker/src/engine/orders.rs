@@ -35,6 +35,9 @@ impl Worker<'_> {
             }
             Command::SetDirtyLog { log, reply } => {
                 self.log = log;
+                for active in self.vrings.iter_mut().filter_map(Vring::present_mut) {
+                    active.log = self.log.clone();
+                }
                 self.mark_used_rings();
                 done(&reply);
             }
@@ -80,16 +83,17 @@ impl Worker<'_> {
     fn set_memory(&mut self, memory: &Rc<DeviceMemory>) {
         self.memory = Some(Rc::clone(memory));
         for number in 0..self.vrings.len() {
-            let moved = match &mut self.vrings[number].state {
-                State::Running(active) | State::Stopping { active, .. } => {
-                    active.memory = Rc::clone(memory);
-                    active.queue.set_memory(memory)
+            // What drains belongs to a front-end that is gone, with its memory. What is broken takes nothing more, and
+            // while a queue is stopped nothing else is asked.
+            let State::Running(active) = &mut self.vrings[number].state else { continue };
+            active.memory = Rc::clone(memory);
+            match active.queue.set_memory(memory) {
+                Ok(()) => active.is_held = false,
+                // A region that is exchanged goes first and then comes back.
+                Err(error) => {
+                    active.is_held = true;
+                    self.report_stop(number, &format_args!("{error}; it waits for memory that has its rings"));
                 }
-                // What drains belongs to a front-end that is gone, with its memory. What is broken takes nothing more.
-                _ => Ok(()),
-            };
-            if let Err(error) = moved {
-                self.break_down(number, &error);
             }
         }
     }
@@ -98,7 +102,7 @@ impl Worker<'_> {
         self.disarm(queue);
         let vring = &mut self.vrings[queue];
         vring.enabled = false;
-        let start = Start { setup, eventfds: eventfds.into() };
+        let start = Start { setup, eventfds: eventfds.into(), stop: None };
         match &mut vring.state {
             State::Draining { next, .. } => *next = Some(start),
             state => *state = State::Waiting(start),
@@ -109,11 +113,27 @@ impl Worker<'_> {
         self.disarm(queue);
         let vring = &mut self.vrings[queue];
         vring.state = match std::mem::replace(&mut vring.state, State::Stopped) {
-            State::Running(active) | State::Broken(Broken::Active(active)) | State::Stopping { active, .. } => {
-                State::Stopping { active, reply }
+            State::Running(active) => {
+                // Without memory, what is to be replayed cannot be executed, and must not be waited for.
+                let is_replaying = !active.is_held;
+                State::Stopping { active, is_replaying, reply }
             }
-            State::Waiting(start) | State::Broken(Broken::Unusable(start)) => {
+            State::Broken(Broken::Active(active)) | State::Stopping { active, .. } => {
+                State::Stopping { active, is_replaying: false, reply }
+            }
+            // Its in-flight region is looked at first.
+            State::Waiting(start) if start.setup.inflight.is_some() => {
+                State::Waiting(Start { stop: Some(reply), ..start })
+            }
+            State::Draining { active, next: Some(start) } if start.setup.inflight.is_some() => {
+                State::Draining { active, next: Some(Start { stop: Some(reply), ..start }) }
+            }
+            State::Waiting(start) => {
                 let _ = reply.send(start.setup.next_avail);
+                State::Stopped
+            }
+            State::Broken(Broken::Idle { next_avail, .. }) => {
+                let _ = reply.send(next_avail);
                 State::Stopped
             }
             State::Draining { active, next } => {
@@ -121,10 +141,8 @@ impl Worker<'_> {
                 let _ = reply.send(next_avail);
                 State::Draining { active, next: None }
             }
-            State::Stopped => {
-                let _ = reply.send(0);
-                State::Stopped
-            }
+            // The handle knows with what index it was started, if it was.
+            State::Stopped => State::Stopped,
         };
     }
 
@@ -153,7 +171,7 @@ impl Worker<'_> {
 
     fn set_used_log(&mut self, queue: usize, used_log_gpa: Option<u64>) {
         let vring = &mut self.vrings[queue];
-        if let Some(active) = vring.active_mut() {
+        if let Some(active) = vring.present_mut() {
             active.queue.set_used_log_gpa(used_log_gpa);
         }
         if let State::Waiting(start) | State::Draining { next: Some(start), .. } = &mut vring.state {
@@ -164,9 +182,10 @@ impl Worker<'_> {
 
     /// What was written to used rings before it was logged counts as written now.
     fn mark_used_rings(&mut self) {
-        let Some(log) = &self.log else { return };
-        for active in self.vrings.iter_mut().filter_map(Vring::active_mut) {
-            active.queue.mark_used_ring(log);
+        for active in self.vrings.iter_mut().filter_map(Vring::present_mut) {
+            if let Some(log) = &active.log {
+                active.queue.mark_used_ring(log);
+            }
         }
     }
 
@@ -175,8 +194,7 @@ impl Worker<'_> {
             return;
         }
         if let Err(error) = self.ring.register_disk(disk.as_fd()) {
-            tracing::error!(%error, "the disk cannot be registered in a worker's io_uring: its queues stand still");
-            return;
+            end_process(&format_args!("the disk cannot be registered in a worker's io_uring: {error}"));
         }
         let alignment = disk.is_direct_io().then(|| Alignment {
             address_mask: disk.memory_alignment_bytes() as usize - 1,
@@ -188,8 +206,17 @@ impl Worker<'_> {
     /// Marks a queue as broken.
     pub(super) fn break_down(&mut self, queue: usize, why: &dyn Display) {
         self.disarm(queue);
-        self.vrings[queue].break_down(why);
+        if self.vrings[queue].break_down() {
+            self.report_stop(queue, why);
+        }
         self.is_unsettled = true;
+    }
+
+    /// Says that a queue takes nothing for now, unless something like it was said a short while ago.
+    fn report_stop(&self, queue: usize, why: &dyn Display) {
+        if let Some(total) = self.shared.stopped_queues.count() {
+            tracing::warn!(queue = self.vrings[queue].index, total, "the queue stops: {why} ({total} times so far)");
+        }
     }
 
     /// Lets happen what waited for requests to end, or for the disk. What was given back has been published by then.
@@ -215,17 +242,21 @@ impl Worker<'_> {
         let vring = &mut self.vrings[number];
         let state = std::mem::replace(&mut vring.state, State::Stopped);
         vring.state = match state {
-            State::Stopping { active, reply } if active.in_flight == 0 => {
-                let next_avail = active.queue.next_avail();
-                let _ = reply.send(next_avail);
+            State::Stopping { active, is_replaying, reply }
+                if active.in_flight == 0 && !(is_replaying && active.queue.has_replay()) =>
+            {
+                let _ = reply.send(active.queue.next_avail());
                 State::Stopped
+            }
+            State::Broken(Broken::Active(Active { in_flight: 0, queue, eventfds, .. })) => {
+                State::Broken(Broken::Idle { next_avail: queue.next_avail(), eventfds })
             }
             State::Draining { active, next } if active.in_flight == 0 => next.map_or(State::Stopped, State::Waiting),
             other => other,
         };
-        if let State::Waiting(_) = vring.state
-            && self.disk.is_some()
-            && self.endings.disk.is_none()
+        let has_disk = self.disk.is_some() && self.endings.disk.is_none();
+        if let State::Waiting(start) = &vring.state
+            && (has_disk || start.stop.is_some())
         {
             self.activate(number);
         }
@@ -243,9 +274,24 @@ impl Worker<'_> {
                 if let Some(log) = &self.log {
                     queue.mark_used_ring(log);
                 }
-                let eventfds = std::mem::take(&mut start.eventfds);
-                // Somebody else may have given chains back before this and not have said so.
-                vring.state = State::Running(Active { queue, memory, eventfds, in_flight: 0, has_unpublished: true });
+                let (eventfds, stop) = (std::mem::take(&mut start.eventfds), start.stop.take());
+                let active = Active {
+                    queue,
+                    memory,
+                    eventfds,
+                    in_flight: 0,
+                    is_held: false,
+                    log: self.log.clone(),
+                    // Somebody else may have given chains back before this and not have said so.
+                    has_unpublished: true,
+                };
+                vring.state = match stop {
+                    None => State::Running(active),
+                    Some(reply) => {
+                        self.is_unsettled = true;
+                        State::Stopping { active, is_replaying: true, reply }
+                    }
+                };
             }
             Err(error) => self.break_down(number, &error),
         }
@@ -259,6 +305,13 @@ impl Worker<'_> {
         }
         drop(in_use);
     }
+}
+
+/// Ends the process, because nobody would notice otherwise that the guest's requests wait for ever. The front-end notices
+/// this, and can connect to a new process.
+pub(super) fn end_process(why: &dyn Display) -> ! {
+    tracing::error!("{why}; the program ends here, so that the front-end can connect to a new one");
+    std::process::exit(1);
 }
 
 fn done(reply: &Reply<()>) {

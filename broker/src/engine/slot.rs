@@ -47,6 +47,8 @@ pub(super) enum Step {
     WaitForChunk,
     /// Discards or zeroes.
     Range,
+    /// Zeroes without giving the space back, because the disk could not do that.
+    ZeroRange,
     /// Makes stable what was written.
     Sync,
 }
@@ -90,6 +92,12 @@ impl Slots {
         });
         self.free.push(number);
         Some(number)
+    }
+
+    /// Whether [`find`](Self::find) would find one.
+    #[inline]
+    pub(super) fn has_room(&self) -> bool {
+        self.occupied() < self.slots_max
     }
 
     /// Takes the slot that [`find`](Self::find) found.

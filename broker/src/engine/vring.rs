@@ -1,6 +1,5 @@
 //! One vring of a worker: its state, its eventfds, its counters.
 
-use std::fmt::Display;
 use std::rc::Rc;
 use std::sync::Arc;
 
@@ -23,8 +22,10 @@ pub(super) enum State {
     Running(Active),
     /// The driver or the front-end broke the rules: it takes nothing more. What is under way ends.
     Broken(Broken),
-    /// It takes nothing more and was asked to stop; the answer goes out when what is under way has ended.
-    Stopping { active: Active, reply: Reply<u16> },
+    /// It takes nothing new and was asked to stop; the answer goes out when what is under way has ended.
+    ///
+    /// What an earlier process had taken counts as under way: the answer says that it was taken.
+    Stopping { active: Active, is_replaying: bool, reply: Reply<u16> },
     /// Its front-end is gone. What is under way ends into what that front-end gave; then comes the next start.
     Draining { active: Active, next: Option<Start> },
 }
@@ -34,6 +35,8 @@ pub(super) enum State {
 pub(super) struct Start {
     pub(super) setup: QueueSetup,
     pub(super) eventfds: Eventfds,
+    /// It was asked to stop meanwhile, and an earlier process may have left something to be executed before that.
+    pub(super) stop: Option<Reply<u16>>,
 }
 
 /// A vring whose queue is set up.
@@ -45,17 +48,31 @@ pub(super) struct Active {
     pub(super) eventfds: Eventfds,
     /// Requests under way.
     pub(super) in_flight: u16,
+    /// Its rings are not in the guest's memory as it is now: it waits for a table that has them. What is under way ends
+    /// into the rings as they were.
+    pub(super) is_held: bool,
+    /// Where what the queue writes is marked: kept when its front-end goes, since the next one has a log of its own.
+    pub(super) log: Option<Arc<DirtyLog>>,
     /// Chains were given back that the driver does not see yet.
     pub(super) has_unpublished: bool,
 }
 
+/// Which chains of a queue are to be taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Takes {
+    Everything,
+    /// Those that an earlier process had taken.
+    Replay,
+}
+
 /// A vring that cannot go on.
 #[derive(Debug)]
+#[expect(clippy::large_enum_variant, reason = "a vring has the room anyway, for its other states")]
 pub(super) enum Broken {
-    /// It ran.
+    /// Something of it is under way.
     Active(Active),
-    /// Its rings were unusable from the beginning.
-    Unusable(Start),
+    /// Nothing is under way, so it keeps none of the guest's memory; or its rings were unusable from the beginning.
+    Idle { next_avail: u16, eventfds: Eventfds },
 }
 
 /// One vring.
@@ -92,15 +109,30 @@ impl Vring {
             | State::Broken(Broken::Active(active))
             | State::Stopping { active, .. }
             | State::Draining { active, .. } => Some(active),
-            State::Stopped | State::Waiting(_) | State::Broken(Broken::Unusable(_)) => None,
+            State::Stopped | State::Waiting(_) | State::Broken(Broken::Idle { .. }) => None,
         }
+    }
+
+    /// The queue, if it belongs to the present front-end.
+    pub(super) fn present_mut(&mut self) -> Option<&mut Active> {
+        if let State::Draining { .. } = self.state { None } else { self.active_mut() }
     }
 
     /// The queue, if it is to take chains.
     #[inline]
     pub(super) fn taking_mut(&mut self) -> Option<&mut Active> {
         match &mut self.state {
-            State::Running(active) if self.enabled => Some(active),
+            State::Running(active) if self.enabled && !active.is_held => Some(active),
+            _ => None,
+        }
+    }
+
+    /// The queue, if chains are to be taken from it, and which.
+    #[inline]
+    pub(super) fn taking_or_replaying_mut(&mut self) -> Option<(&mut Active, Takes)> {
+        match &mut self.state {
+            State::Running(active) if self.enabled && !active.is_held => Some((active, Takes::Everything)),
+            State::Stopping { active, is_replaying: true, .. } => Some((active, Takes::Replay)),
             _ => None,
         }
     }
@@ -111,22 +143,21 @@ impl Vring {
             State::Running(active) | State::Broken(Broken::Active(active)) | State::Stopping { active, .. } => {
                 Some(&mut active.eventfds)
             }
-            State::Waiting(start)
-            | State::Broken(Broken::Unusable(start))
-            | State::Draining { next: Some(start), .. } => Some(&mut start.eventfds),
+            State::Waiting(start) | State::Draining { next: Some(start), .. } => Some(&mut start.eventfds),
+            State::Broken(Broken::Idle { eventfds, .. }) => Some(eventfds),
             State::Stopped | State::Draining { next: None, .. } => None,
         }
     }
 
     /// Lets the driver see the chains that were given back since the last time, and interrupts it if it wants that.
     #[inline]
-    pub(super) fn publish(&mut self, log: Option<&DirtyLog>) {
+    pub(super) fn publish(&mut self) {
         let index = self.index;
         let Some(active) = self.active_mut() else { return };
         if !std::mem::take(&mut active.has_unpublished) {
             return;
         }
-        active.queue.publish(log);
+        active.queue.publish(active.log.as_deref());
         if !active.queue.needs_signal() {
             return;
         }
@@ -153,26 +184,34 @@ impl Vring {
             | State::Broken(Broken::Active(active))
             | State::Stopping { active, .. }
             | State::Draining { active, .. } => State::Draining { active, next: None },
-            State::Stopped | State::Waiting(_) | State::Broken(Broken::Unusable(_)) => State::Stopped,
+            State::Stopped | State::Waiting(_) | State::Broken(Broken::Idle { .. }) => State::Stopped,
         };
     }
 
-    /// Nothing more is taken, and the error eventfd says so.
-    pub(super) fn break_down(&mut self, why: &dyn Display) {
+    /// Nothing more is taken, and the error eventfd says so. False: nothing would have been taken anyway.
+    pub(super) fn break_down(&mut self) -> bool {
         self.state = match std::mem::replace(&mut self.state, State::Stopped) {
             State::Running(active) => State::Broken(Broken::Active(active)),
-            State::Waiting(start) => State::Broken(Broken::Unusable(start)),
-            // It takes nothing more anyway.
+            State::Waiting(Start { setup, stop: Some(reply), .. }) => {
+                let _ = reply.send(setup.next_avail);
+                State::Stopped
+            }
+            State::Waiting(Start { setup, eventfds, stop: None }) => {
+                State::Broken(Broken::Idle { next_avail: setup.next_avail, eventfds })
+            }
+            State::Stopping { active, is_replaying: true, reply } => {
+                State::Stopping { active, is_replaying: false, reply }
+            }
             other => {
                 self.state = other;
-                return;
+                return false;
             }
         };
         self.counters.broken.add(1);
         let index = self.index;
-        tracing::warn!(queue = index, "the queue stops: {why}");
         if let Some(err) = self.eventfds_mut().and_then(|eventfds| eventfds.err.as_ref()) {
             err.send(index);
         }
+        true
     }
 }

@@ -16,7 +16,7 @@ use super::poll::{Idle, PollPolicy};
 use super::ring::Ring;
 use super::slot::Slots;
 use super::token::Token;
-use super::vring::{State, Vring};
+use super::vring::{State, Takes, Vring};
 use crate::disk::Disk;
 use crate::vhost_user::DeviceMemory;
 use crate::virtio_blk::{GuestError, Parsed, RequestLimits, parse};
@@ -44,6 +44,7 @@ pub(super) struct Worker<'r> {
     pub(super) waiting: VecDeque<u32>,
     pub(super) disk: Option<DiskInUse>,
     pub(super) memory: Option<Rc<DeviceMemory>>,
+    /// Where queues that are to start mark what they write; each that has started has its own.
     pub(super) log: Option<Arc<DirtyLog>>,
     pub(super) limits: RequestLimits,
     pub(super) shared: Arc<Shared>,
@@ -134,7 +135,7 @@ impl<'r> Worker<'r> {
     }
 
     /// Looks once at everything. False: there was nothing to do.
-    fn turn(&mut self) -> bool {
+    pub(super) fn turn(&mut self) -> bool {
         let mut busy = false;
         if self.commands.is_rung() {
             self.obey();
@@ -155,24 +156,28 @@ impl<'r> Worker<'r> {
         self.ring.submit();
         busy |= self.reap();
         for vring in &mut self.vrings {
-            vring.publish(self.log.as_deref());
+            vring.publish();
         }
         busy
     }
 
-    /// Whether new chains may be taken at all.
+    /// Whether chains may be taken at all. If not because there is no room, the next completion makes some.
     fn may_take(&self) -> bool {
-        self.disk.is_some() && self.endings.disk.is_none()
+        self.disk.is_some() && self.endings.disk.is_none() && self.slots.has_room()
     }
 
     /// Takes chains from one queue. False: there were none.
-    fn take(&mut self, number: usize) -> bool {
+    pub(super) fn take(&mut self, number: usize) -> bool {
         for taken in 0..CHAINS_PER_TURN {
             let Some(slot_number) = self.slots.find() else { return taken > 0 };
             let vring = &mut self.vrings[number];
-            let Some(active) = vring.taking_mut() else { return taken > 0 };
+            let Some((active, takes)) = vring.taking_or_replaying_mut() else { return taken > 0 };
             let memory = Rc::clone(&active.memory);
-            let chain = match active.queue.pop(&memory) {
+            let popped = match takes {
+                Takes::Everything => active.queue.pop(&memory),
+                Takes::Replay => Ok(active.queue.pop_replay(&memory)),
+            };
+            let chain = match popped {
                 Ok(Some(chain)) => chain,
                 Ok(None) => return taken > 0,
                 Err(error) => {
@@ -181,6 +186,8 @@ impl<'r> Worker<'r> {
                     return true;
                 }
             };
+            // The queue has stopped when the last of them has ended, which may be in this turn.
+            self.is_unsettled |= takes == Takes::Replay;
             let head = chain.head();
             let slot = self.slots.get(slot_number);
             match parse(chain, &self.limits, &mut slot.segments) {
@@ -214,7 +221,10 @@ impl<'r> Worker<'r> {
             match Token::from_user_data(completion.user_data()) {
                 Token::Request(slot) => self.completed(slot, completion.result()),
                 Token::Kick { queue, generation } => self.kicked(queue, generation),
-                Token::Commands => self.is_bell_armed = false,
+                Token::Commands => {
+                    self.is_bell_armed = false;
+                    self.commands.take_wake_up();
+                }
                 Token::Nothing => continue,
             }
             busy = true;
@@ -251,7 +261,7 @@ impl<'r> Worker<'r> {
     }
 
     /// Waits for a kick, a completion or a command, unless there is something to do already.
-    fn sleep(&mut self) {
+    pub(super) fn sleep(&mut self) {
         if !self.enable_kicks() && !self.commands.is_rung() {
             self.arm();
             self.ring.submit_and_wait();
@@ -260,22 +270,20 @@ impl<'r> Worker<'r> {
     }
 
     /// Asks all drivers for kicks. True: there is work already.
-    fn enable_kicks(&mut self) -> bool {
+    pub(super) fn enable_kicks(&mut self) -> bool {
         if !self.may_take() {
             // The queues are looked at once that changes.
             return false;
         }
-        let log = self.log.as_deref();
         self.vrings.iter_mut().filter_map(Vring::taking_mut).fold(false, |has_work, active| {
             // All of them, also if one has work already.
-            active.queue.enable_kicks(log) | has_work
+            active.queue.enable_kicks(active.log.as_deref()) | has_work
         })
     }
 
     fn disable_kicks(&mut self) {
-        let log = self.log.as_deref();
         for active in self.vrings.iter_mut().filter_map(Vring::taking_mut) {
-            active.queue.disable_kicks(log);
+            active.queue.disable_kicks(active.log.as_deref());
         }
     }
 

@@ -117,7 +117,8 @@ impl SplitQueue {
     ///
     /// # Errors
     ///
-    /// A ring is not all in one region of `memory`. The queue must stop: it still holds the memory of before.
+    /// A ring is not all in one region of `memory`. The queue still holds the rings of before: it may give chains back
+    /// there, and must take no more until this has succeeded.
     pub fn set_memory(&mut self, memory: &GuestMemoryMmap) -> Result<(), QueueError> {
         self.rings = Rings::locate(self.rings.size(), self.addresses, self.event_idx, memory)?;
         Ok(())
@@ -140,6 +141,18 @@ impl SplitQueue {
             },
         };
         Ok(Some(DescriptorChain::in_queue(memory, &self.rings, head)))
+    }
+
+    /// Takes the next of the chains that an earlier process had taken and not given back, and none that is new. `None`:
+    /// none of them is left.
+    pub fn pop_replay<'m>(&'m mut self, memory: &'m GuestMemoryMmap) -> Option<DescriptorChain<'m>> {
+        let head = self.replay.pop_front()?;
+        Some(DescriptorChain::in_queue(memory, &self.rings, head))
+    }
+
+    /// Whether some of those chains are left.
+    pub fn has_replay(&self) -> bool {
+        !self.replay.is_empty()
     }
 
     #[inline]

@@ -2,15 +2,17 @@
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{TryRecvError, sync_channel};
 use std::time::Duration;
 
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::driver::{Buffer, PATIENCE, Ram, wait_readable, wait_until};
 use super::rig::{BlockDriver, Options, RAM_BYTES, Rig, SPARE_GPA, content, contents};
+use crate::engine::command::Command;
 use crate::vhost_user::Device;
 use crate::virtio_blk::GuestError;
-use crate::virtqueue::{InflightFile, InflightRegion};
+use crate::virtqueue::{InflightFile, InflightRegion, SplitQueue};
 
 /// Reads at depth 8 and checks the content until it is told to end; returns how many were read.
 fn read_until(driver: &mut BlockDriver, end: &AtomicBool) -> u64 {
@@ -187,31 +189,89 @@ fn rings_outside_of_memory_signal_the_error_eventfd() {
 }
 
 #[test]
-fn memory_that_vanishes_from_under_a_queue_breaks_that_queue_only() {
-    let mut rig = Rig::new(Options { queues: 2, ..Options::default() });
-    let (one, mut two) = (rig.running(0), rig.running(1));
-    // Requests are at the end of RAM, the rings of the second queue at the beginning of it: give it less of the end.
+fn a_queue_whose_rings_are_not_in_memory_for_a_while_goes_on_when_they_come_back() {
+    let mut rig = Rig::new(Options { queues: 2, poll_time: Duration::ZERO, ..Options::default() });
+    let (mut one, mut two) = (rig.running(0), rig.running(1));
+    assert_eq!(two.read(0, 1).data, content(0, 0));
+    // The rings of the second queue are not in what is left.
     let small = Ram::new(RAM_BYTES / 64);
     rig.engine.set_memory(small.device_memory());
-    let control = rig.engine.control();
-    wait_until("the second queue's end", || control.counters()[1].broken.get() == 1);
-    assert_eq!(control.counters()[0].broken.get(), 0, "its rings are in the memory");
+    two.add_read(8, 8);
+    two.queue.kick.write(1).unwrap();
+    // Answered by the worker, after it has had every chance to look at the queue.
+    rig.engine.set_enabled(1, true);
+    rig.engine.set_enabled(1, true);
+    assert_eq!(two.poll(), None);
     rig.engine.set_memory(rig.ram.device_memory());
-    rig.engine.stop_queue(0);
-    rig.engine.stop_queue(1);
-    drop((one, two));
-    two = rig.running(1);
+    assert_eq!(two.wait().data, contents(0, 8, 8));
+    assert_eq!(one.read(0, 1).data, content(0, 0));
+    let control = rig.engine.control();
+    assert_eq!([0, 1].map(|queue| control.counters()[queue].broken.get()), [0, 0]);
+}
+
+#[test]
+fn a_queue_whose_rings_are_not_in_memory_can_be_stopped() {
+    let mut rig = Rig::new(Options { queues: 2, ..Options::default() });
+    let mut two = rig.running(1);
     assert_eq!(two.read(0, 1).data, content(0, 0));
+    let small = Ram::new(RAM_BYTES / 64);
+    rig.engine.set_memory(small.device_memory());
+    assert_eq!(rig.engine.stop_queue(1), 1);
+}
+
+fn region(file: &InflightFile) -> InflightRegion {
+    InflightRegion::from_fd(file.fd.try_clone().unwrap(), 0, file.size_bytes, 1, 256).unwrap()
+}
+
+#[test]
+fn a_stop_is_answered_when_what_an_earlier_process_had_taken_is_executed() {
+    // It may be told to stop before or after it was set up, and before the disk is there.
+    for (has_disk, is_set_up) in [(true, true), (true, false), (false, false)] {
+        let mut rig = Rig::without_disk(Options::default());
+        let disk = rig.open_disk();
+        if has_disk {
+            rig.engine.control().set_disk(&disk);
+        }
+        let mut driver = rig.driver(0);
+        let file = InflightRegion::create(1, rig.options.queue_size).unwrap();
+        for sector in [0, 8, 16] {
+            driver.add_write(sector, &contents(1, sector, 8));
+        }
+        let memory = rig.ram.device_memory();
+        let mut killed = SplitQueue::new(driver.queue.setup(0, region(&file).queue(0)), &memory).unwrap();
+        while killed.pop(&memory).unwrap().is_some() {}
+        drop(killed);
+        // What nobody has taken yet.
+        driver.add_write(24, &contents(1, 24, 8));
+
+        // It is not even enabled: a front-end disables a queue before it stops it.
+        rig.engine.start_queue(0, driver.queue.setup(0, region(&file).queue(0)), driver.queue.eventfds());
+        if is_set_up {
+            rig.engine.set_enabled(0, false);
+            rig.engine.set_enabled(0, false);
+        }
+        let (reply, answer) = sync_channel(1);
+        rig.engine.control().send(0, |queue| Command::Stop { queue, reply });
+        if !has_disk {
+            rig.engine.set_enabled(0, false);
+            rig.engine.set_enabled(0, false);
+            assert_eq!(answer.try_recv(), Err(TryRecvError::Empty), "the disk is not there yet");
+            assert_eq!(driver.poll(), None);
+            rig.engine.control().set_disk(&disk);
+        }
+        assert_eq!(answer.recv(), Ok(3));
+        for _ in 0..3 {
+            assert_eq!(driver.poll().expect("a request that has ended").status, 0);
+        }
+        assert_eq!(driver.poll(), None);
+        assert_eq!(rig.on_disk(0, 32 * 512), [contents(1, 0, 24), contents(0, 24, 8)].concat());
+    }
 }
 
 #[test]
 fn a_front_end_that_vanishes_under_load_and_comes_back_loses_nothing() {
     let mut rig = Rig::new(Options::default());
     let file = InflightRegion::create(1, rig.options.queue_size).unwrap();
-    let region = |file: &InflightFile| {
-        let fd = file.fd.try_clone().unwrap();
-        InflightRegion::from_fd(fd, 0, file.size_bytes, 1, 256).unwrap()
-    };
     let mut driver = rig.driver(0);
     let mut sectors = HashMap::new();
     let mut next = 0;

@@ -5,3 +5,4 @@ mod driver;
 mod front_end;
 mod requests;
 mod rig;
+mod turns;

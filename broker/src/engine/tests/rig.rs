@@ -174,7 +174,7 @@ impl Rig {
     }
 }
 
-fn config(options: &Options) -> EngineConfig {
+pub(super) fn config(options: &Options) -> EngineConfig {
     let device = BlkConfig::new(BlkParameters {
         size_bytes: DISK_BYTES,
         logical_block_bytes: 512,
@@ -313,6 +313,10 @@ impl BlockDriver {
 
     pub(super) fn add_flush(&mut self) -> u16 {
         self.add(VIRTIO_BLK_T_FLUSH, 0, &[], 0)
+    }
+
+    pub(super) fn add_write_zeroes(&mut self, sector: u64, sectors: u32, unmap: bool) -> u16 {
+        self.add(VIRTIO_BLK_T_WRITE_ZEROES, 0, &range(sector, sectors, unmap.into()), 0)
     }
 
     /// Kicks for what was added, if the device wants that.

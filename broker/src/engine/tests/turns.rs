@@ -1,0 +1,141 @@
+//! Single turns of a worker that is run by hand: what a thread of its own would make a matter of time.
+
+use std::sync::Arc;
+use std::sync::mpsc::sync_channel;
+use std::time::Duration;
+
+use nix::libc;
+
+use super::driver::{wait_readable, wait_until};
+use super::rig::{BlockDriver, Options, Rig, SECTOR, config, contents};
+use crate::engine::Shared;
+use crate::engine::bounce::BouncePool;
+use crate::engine::command::{Command, CommandSender, Reply, command_channel};
+use crate::engine::poll::PollPolicy;
+use crate::engine::ring::{self, Ring};
+use crate::engine::slot::Slots;
+use crate::engine::vring::Vring;
+use crate::engine::worker::{Worker, WorkerParts};
+
+/// Runs `act` with a worker of one queue that has room for `slots_max` requests.
+fn by_hand(slots_max: usize, act: impl FnOnce(&mut Rig, &mut Worker<'_>, &CommandSender)) {
+    let mut rig = Rig::without_disk(Options::default());
+    let device = config(&rig.options).device;
+    let (limits, segments_max) = (device.request_limits(), device.segment_capacity());
+    let (sender, commands) = command_channel().unwrap();
+    let mut ring = ring::create(64).unwrap();
+    let mut worker = Worker::new(
+        Ring::new(&mut ring),
+        WorkerParts {
+            commands,
+            vrings: vec![Vring::new(0, Arc::default())],
+            slots: Slots::new(slots_max, segments_max),
+            bounce: BouncePool::new().unwrap(),
+            limits,
+            poll: PollPolicy::new(Duration::ZERO),
+            shared: Arc::new(Shared::new(device)),
+        },
+    );
+    act(&mut rig, &mut worker, &sender);
+}
+
+/// For a command whose answer nobody waits for.
+fn nobody<T>() -> Reply<T> {
+    sync_channel(1).0
+}
+
+/// A driver for the queue, which runs after the next turn.
+fn running(rig: &Rig, sender: &CommandSender) -> BlockDriver {
+    let driver = rig.driver(0);
+    sender.send(Command::SetMemory { memory: rig.ram.device_memory(), reply: nobody() });
+    sender.send(Command::SetDisk { disk: Some(rig.open_disk()), reply: nobody() });
+    sender.send(Command::Start { queue: 0, setup: driver.queue.setup(0, None), eventfds: driver.queue.eventfds() });
+    sender.send(Command::SetEnabled { queue: 0, enabled: true, reply: nobody() });
+    driver
+}
+
+#[test]
+fn a_wake_up_that_comes_after_its_command_was_obeyed_wakes_the_worker_once() {
+    by_hand(8, |_, worker, sender| {
+        worker.turn();
+        // Its command was found by polling, before this.
+        sender.eventfd().write(1).unwrap();
+        worker.sleep();
+        worker.turn();
+        assert!(!wait_readable(sender.eventfd(), Duration::ZERO), "the next sleep would end at once");
+    });
+}
+
+#[test]
+fn a_worker_without_room_for_requests_does_not_stay_awake_for_chains_that_it_cannot_take() {
+    by_hand(0, |rig, worker, sender| {
+        let mut driver = running(rig, sender);
+        driver.add_read(0, 8);
+        worker.turn();
+        assert!(!worker.turn(), "there is nothing that it can do");
+        assert!(!worker.enable_kicks(), "it would look again at once");
+    });
+}
+
+#[test]
+fn a_worker_that_waits_for_the_end_of_a_queue_has_nothing_to_do() {
+    by_hand(8, |rig, worker, sender| {
+        let mut driver = running(rig, sender);
+        worker.turn();
+        driver.add_flush();
+        assert!(worker.take(0));
+        let (reply, stopped) = sync_channel(1);
+        sender.send(Command::Stop { queue: 0, reply });
+        worker.obey();
+        worker.settle();
+        assert!(!worker.take(0));
+        assert!(!worker.is_unsettled, "it would look again at once");
+        wait_until("the stop", || {
+            worker.turn();
+            stopped.try_recv() == Ok(1)
+        });
+    });
+}
+
+#[test]
+fn what_is_under_way_is_logged_where_it_began_also_when_the_next_front_end_keeps_no_log() {
+    by_hand(8, |rig, worker, sender| {
+        let log = rig.dirty_log();
+        sender.send(Command::SetDirtyLog { log: Some(log), reply: nobody() });
+        let mut driver = running(rig, sender);
+        worker.turn();
+        rig.clear_log();
+        let place = driver.place_pages();
+        // A flush, which ends on another thread.
+        driver.add_flush();
+        worker.turn();
+        sender.send(Command::Abandon);
+        sender.send(Command::SetDirtyLog { log: None, reply: nobody() });
+        wait_until("the end of the flush", || {
+            worker.turn();
+            worker.slots.occupied() == 0
+        });
+        assert_eq!(driver.poll().expect("the flush has ended").status, 0);
+        assert_eq!(rig.marked_pages(), [driver.queue.used_ring() / 4096, place]);
+    });
+}
+
+#[test]
+fn write_zeroes_where_no_hole_can_be_punched_write_zeroes() {
+    by_hand(8, |rig, worker, sender| {
+        let mut driver = running(rig, sender);
+        worker.turn();
+        driver.add_write_zeroes(8, 8, true);
+        assert!(worker.take(0));
+        // As if a file system had said so that cannot punch holes.
+        worker.completed(0, -libc::EOPNOTSUPP);
+        let mut outcome = None;
+        wait_until("the end of the request", || {
+            worker.turn();
+            outcome = driver.poll();
+            outcome.is_some()
+        });
+        assert_eq!(outcome.unwrap().status, 0);
+        assert_eq!(rig.on_disk(0, 24 * SECTOR), [contents(0, 0, 8), vec![0; 4096], contents(0, 16, 8)].concat());
+    });
+}
