@@ -14,9 +14,9 @@ pub const SQ_CQ_OVERFLOW: u32 = 1 << 1;
 pub const CQ_EVENTFD_DISABLED: u32 = 1 << 0;
 
 /// Most entries of a submission queue: `IORING_MAX_ENTRIES`.
-const SQ_ENTRIES_MAX: u32 = 32768;
+pub(crate) const SQ_ENTRIES_MAX: u32 = 32768;
 /// Most entries of a completion queue: `IORING_MAX_CQ_ENTRIES`.
-const CQ_ENTRIES_MAX: u32 = 2 * SQ_ENTRIES_MAX;
+pub(crate) const CQ_ENTRIES_MAX: u32 = 2 * SQ_ENTRIES_MAX;
 /// Room for the indexes and flags in front of the CQEs. The kernel uses 320 bytes of it (Linux 5.1 to 6.18).
 const RINGS_HEADER_BYTES: u64 = 1024;
 /// Where 32-bit offsets into the rings area end.

@@ -13,6 +13,14 @@
 //! - [`DriverRing`]: the driver's side of the ring over such memory, with its memory orderings.
 //! - [`MappedRing`]: [`RingMemory`] over two plain mappings, for guests that can name them by pointer.
 //!
+//! How a queue of a virtio-blk device becomes such a ring is the other half, version 0 of an interface that `docs/abi.md`
+//! of the repository specifies:
+//!
+//! - [`request`], [`probe`], [`attach`]: the requests that a driver sends on ordinary virtqueues.
+//! - [`queue_order`]: which of them may stand where on a queue.
+//! - [`control`]: the page of words that device and driver share for as long as a queue is attached.
+//! - [`epoch`]: the protocol by which one ring follows another, as two state machines.
+//!
 //! The crate has no dependencies and needs no `std`. All its logic is safe code; only [`MappedRing`] touches raw
 //! memory.
 //!
@@ -88,10 +96,17 @@
 extern crate std;
 
 mod address;
+pub mod attach;
+pub mod control;
 mod entry;
+pub mod epoch;
 mod layout;
+pub mod little_endian;
 mod mapped;
 mod memory;
+pub mod probe;
+pub mod queue_order;
+pub mod request;
 mod ring;
 #[cfg(test)]
 mod test_memory;

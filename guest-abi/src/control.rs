@@ -1,0 +1,223 @@
+//! The control page: what the device and the driver of an attached queue tell each other.
+//!
+//! 4096 bytes in guest memory, little-endian. The driver fills it with zeroes before ATTACH. From ATTACH to its completion
+//! each word has one writer. Words of the two sides lie on different cache lines (no machine has lines of more than 256
+//! bytes). All words are 32 bits wide, aligned, and read and written whole.
+
+use core::fmt;
+use core::mem::offset_of;
+
+use crate::epoch::Announcement;
+use crate::little_endian::{Le32, wire};
+use crate::request::ErrorCode;
+use crate::{Doorbell, LayoutError, RingLayout, RingMemory};
+
+/// [`RingRecord::doorbell`]: [`Doorbell::WhenAsleep`].
+pub const DOORBELL_WHEN_ASLEEP: u32 = 1;
+/// [`RingRecord::doorbell`]: [`Doorbell::Always`].
+pub const DOORBELL_ALWAYS: u32 = 2;
+
+/// [`RingRecord::mode`]: the host kernel consumes the ring.
+pub const MODE_DIRECT: u32 = 1;
+/// [`RingRecord::mode`]: the device consumes the ring and checks each entry.
+pub const MODE_MEDIATED: u32 = 2;
+
+/// Where the parts of a ring are: offsets in bytes into the rings part of its area.
+///
+/// Written by the device before it announces `Open`, and stable until the driver has acknowledged the end of that epoch.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct RingRecord {
+    /// SQ head.
+    pub sq_head_offset_bytes: Le32,
+    /// SQ tail.
+    pub sq_tail_offset_bytes: Le32,
+    /// SQ flags.
+    pub sq_flags_offset_bytes: Le32,
+    /// CQ head.
+    pub cq_head_offset_bytes: Le32,
+    /// CQ tail.
+    pub cq_tail_offset_bytes: Le32,
+    /// CQ flags.
+    pub cq_flags_offset_bytes: Le32,
+    /// The CQEs.
+    pub cqes_offset_bytes: Le32,
+    /// [`DOORBELL_WHEN_ASLEEP`] or [`DOORBELL_ALWAYS`].
+    pub doorbell: Le32,
+    /// [`MODE_DIRECT`] or [`MODE_MEDIATED`]. For people: a driver does the same in both.
+    pub mode: Le32,
+}
+wire!(RingRecord {
+    sq_head_offset_bytes,
+    sq_tail_offset_bytes,
+    sq_flags_offset_bytes,
+    cq_head_offset_bytes,
+    cq_tail_offset_bytes,
+    cq_flags_offset_bytes,
+    cqes_offset_bytes,
+    doorbell,
+    mode,
+});
+
+/// The control page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct ControlPage {
+    /// Device: the [`Announcement`]. Written last, with release; read with acquire.
+    pub announced: Le32,
+    /// Device: why the last ring ended before its time, an [`ErrorCode`]; 0 after an operator's switch. Written before
+    /// `announced`. For people.
+    pub end_reason: Le32,
+    /// Device: the ring of the epoch that is open.
+    pub ring: RingRecord,
+    /// Device: 0 in version 0; a driver does not look.
+    pub device_reserved: [Le32; 53],
+    /// Driver: the announcement whose demand it has fulfilled. Written with release, before the doorbell.
+    pub acknowledged: Le32,
+    /// Driver: 1 if the device is to complete ATTACH rather than to open another epoch. Written before DETACH is sent.
+    pub detach: Le32,
+    /// Driver: 0 in version 0; a device does not look.
+    pub driver_reserved: [Le32; 62],
+    /// Nobody: 0.
+    pub reserved: [[Le32; 64]; 14],
+}
+wire!(ControlPage { announced, end_reason, ring, device_reserved, acknowledged, detach, driver_reserved, reserved });
+
+/// Length of the control page in bytes.
+pub const CONTROL_PAGE_BYTES: u32 = 4096;
+const _: () = assert!(ControlPage::BYTES == CONTROL_PAGE_BYTES as usize);
+
+/// Offset of [`ControlPage::announced`] in bytes.
+pub const ANNOUNCED_OFFSET_BYTES: u32 = offset_of!(ControlPage, announced) as u32;
+/// Offset of [`ControlPage::end_reason`] in bytes.
+pub const END_REASON_OFFSET_BYTES: u32 = offset_of!(ControlPage, end_reason) as u32;
+/// Offset of [`ControlPage::ring`] in bytes.
+pub const RING_OFFSET_BYTES: u32 = offset_of!(ControlPage, ring) as u32;
+/// Offset of [`ControlPage::acknowledged`] in bytes.
+pub const ACKNOWLEDGED_OFFSET_BYTES: u32 = offset_of!(ControlPage, acknowledged) as u32;
+/// Offset of [`ControlPage::detach`] in bytes.
+pub const DETACH_OFFSET_BYTES: u32 = offset_of!(ControlPage, detach) as u32;
+
+/// Why a ring's record cannot be used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RecordError {
+    /// Its layout is not possible.
+    Layout(LayoutError),
+    /// `doorbell` is neither of the two values.
+    Doorbell(u32),
+}
+
+impl RingRecord {
+    /// What a device writes for a ring.
+    pub fn new(layout: &RingLayout, mode: u32) -> Self {
+        let doorbell = match layout.doorbell {
+            Doorbell::WhenAsleep => DOORBELL_WHEN_ASLEEP,
+            Doorbell::Always => DOORBELL_ALWAYS,
+        };
+        Self {
+            sq_head_offset_bytes: layout.sq_head_offset.into(),
+            sq_tail_offset_bytes: layout.sq_tail_offset.into(),
+            sq_flags_offset_bytes: layout.sq_flags_offset.into(),
+            cq_head_offset_bytes: layout.cq_head_offset.into(),
+            cq_tail_offset_bytes: layout.cq_tail_offset.into(),
+            cq_flags_offset_bytes: layout.cq_flags_offset.into(),
+            cqes_offset_bytes: layout.cqes_offset.into(),
+            doorbell: doorbell.into(),
+            mode: mode.into(),
+        }
+    }
+
+    /// The layout, checked, of a ring whose size and area the driver chose.
+    pub fn layout(
+        &self,
+        sq_entries: u32,
+        cq_entries: u32,
+        lengths: &crate::attach::Lengths,
+    ) -> Result<RingLayout, RecordError> {
+        let doorbell = match self.doorbell.get() {
+            DOORBELL_WHEN_ASLEEP => Doorbell::WhenAsleep,
+            DOORBELL_ALWAYS => Doorbell::Always,
+            other => return Err(RecordError::Doorbell(other)),
+        };
+        let layout = RingLayout {
+            sq_entries,
+            cq_entries,
+            sq_head_offset: self.sq_head_offset_bytes.get(),
+            sq_tail_offset: self.sq_tail_offset_bytes.get(),
+            sq_flags_offset: self.sq_flags_offset_bytes.get(),
+            cq_head_offset: self.cq_head_offset_bytes.get(),
+            cq_tail_offset: self.cq_tail_offset_bytes.get(),
+            cq_flags_offset: self.cq_flags_offset_bytes.get(),
+            cqes_offset: self.cqes_offset_bytes.get(),
+            rings_bytes: lengths.rings_bytes,
+            sqes_bytes: lengths.sqes_bytes,
+            doorbell,
+        };
+        layout.validate().map_err(RecordError::Layout)?;
+        Ok(layout)
+    }
+}
+
+/// The driver's accesses to a control page, over memory whose offsets count from the start of the page.
+#[derive(Debug)]
+pub struct DriverControl<M> {
+    memory: M,
+}
+
+impl<M: RingMemory> DriverControl<M> {
+    /// The page in `memory`, which has at least [`CONTROL_PAGE_BYTES`] bytes.
+    pub fn new(memory: M) -> Self {
+        Self { memory }
+    }
+
+    /// Fills the page with zeroes, before ATTACH is sent.
+    pub fn clear(&self) {
+        for offset_bytes in (0..CONTROL_PAGE_BYTES).step_by(4) {
+            self.memory.store_relaxed(offset_bytes, 0);
+        }
+    }
+
+    /// The device's word, for [`epoch::driver::Event::Announced`](crate::epoch::driver::Event::Announced). What the
+    /// device wrote before it is visible after.
+    pub fn announced(&self) -> u32 {
+        u32::from_le(self.memory.load_acquire(ANNOUNCED_OFFSET_BYTES))
+    }
+
+    /// Why the last ring ended before its time. `None`: a code of a later version.
+    pub fn end_reason(&self) -> Option<ErrorCode> {
+        ErrorCode::from_number(u32::from_le(self.memory.load_relaxed(END_REASON_OFFSET_BYTES)))
+    }
+
+    /// A copy of the ring's record, to be read after an announcement of `Open`.
+    pub fn ring(&self) -> RingRecord {
+        let mut bytes = [0; RingRecord::BYTES];
+        for (offset_bytes, word) in (RING_OFFSET_BYTES..).step_by(4).zip(bytes.chunks_exact_mut(4)) {
+            word.copy_from_slice(&self.memory.load_relaxed(offset_bytes).to_ne_bytes());
+        }
+        RingRecord::from_bytes(&bytes)
+    }
+
+    /// Acknowledges. What the driver read and wrote before is done when the device sees it. The doorbell comes after.
+    pub fn acknowledge(&self, announcement: Announcement) {
+        self.memory.store_release(ACKNOWLEDGED_OFFSET_BYTES, announcement.to_word().to_le());
+    }
+
+    /// Asks for the end, before DETACH is sent.
+    pub fn set_detach(&self) {
+        self.memory.store_release(DETACH_OFFSET_BYTES, 1u32.to_le());
+    }
+}
+
+impl fmt::Display for RecordError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Layout(error) => write!(f, "the device describes a ring that cannot be: {error}"),
+            Self::Doorbell(value) => write!(f, "the device describes a doorbell of unknown kind {value}"),
+        }
+    }
+}
+
+impl core::error::Error for RecordError {}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,48 @@
+use super::*;
+use crate::attach::Lengths;
+use crate::epoch::{Epoch, Phase};
+use crate::layout::tests::kernel_like;
+use crate::test_memory::TestMemory;
+
+#[test]
+fn the_two_sides_write_different_cache_lines() {
+    let device = [ANNOUNCED_OFFSET_BYTES, END_REASON_OFFSET_BYTES, RING_OFFSET_BYTES];
+    let driver = [ACKNOWLEDGED_OFFSET_BYTES, DETACH_OFFSET_BYTES];
+    assert!(device.iter().all(|offset_bytes| offset_bytes / 256 == 0));
+    assert!(driver.iter().all(|offset_bytes| offset_bytes / 256 == 1));
+    assert!((RING_OFFSET_BYTES as usize + RingRecord::BYTES) <= 256);
+}
+
+#[test]
+fn a_driver_reads_what_the_device_wrote_and_the_other_way_round() {
+    let layout = kernel_like(8, 16, Doorbell::WhenAsleep);
+    let memory = TestMemory::new(&layout);
+    let control = DriverControl::new(memory.clone());
+    control.clear();
+    assert_eq!((control.announced(), control.end_reason()), (0, Some(ErrorCode::None)));
+    let record = RingRecord::new(&layout, MODE_DIRECT);
+    for (offset_bytes, word) in (RING_OFFSET_BYTES..).step_by(4).zip(record.to_bytes().chunks_exact(4)) {
+        memory.store_relaxed(offset_bytes, u32::from_ne_bytes(word.try_into().expect("four bytes")));
+    }
+    let open = Announcement { epoch: Epoch::new(1), phase: Phase::Open };
+    memory.store_release(ANNOUNCED_OFFSET_BYTES, open.to_word().to_le());
+    assert_eq!(control.announced(), open.to_word());
+    let lengths = Lengths { control_bytes: 4096, rings_bytes: layout.rings_bytes, sqes_bytes: layout.sqes_bytes };
+    assert_eq!(control.ring().layout(8, 16, &lengths), Ok(layout));
+
+    control.acknowledge(Announcement { phase: Phase::Drain, ..open });
+    control.set_detach();
+    let words = [ACKNOWLEDGED_OFFSET_BYTES, DETACH_OFFSET_BYTES].map(|at| u32::from_le(memory.load_relaxed(at)));
+    assert_eq!(words, [1 << 2 | 2, 1]);
+}
+
+#[test]
+fn a_record_that_cannot_be_is_refused() {
+    let layout = kernel_like(8, 16, Doorbell::WhenAsleep);
+    let lengths = Lengths { control_bytes: 4096, rings_bytes: layout.rings_bytes, sqes_bytes: layout.sqes_bytes };
+    let record = RingRecord::new(&layout, MODE_DIRECT);
+    let doorbell = RingRecord { doorbell: 3.into(), ..record };
+    assert_eq!(doorbell.layout(8, 16, &lengths), Err(RecordError::Doorbell(3)));
+    let outside = RingRecord { cq_tail_offset_bytes: (layout.rings_bytes as u32).into(), ..record };
+    assert!(matches!(outside.layout(8, 16, &lengths), Err(RecordError::Layout(LayoutError::Misplaced { .. }))));
+}

@@ -1,0 +1,187 @@
+//! What a device says of itself, and the choice of a version.
+
+use core::fmt;
+
+use crate::attach::AttachLimits;
+use crate::little_endian::{Le16, Le32, Le64, wire};
+use crate::{FixedAddressing, SLOT_BYTES};
+
+/// [`ProbeAnswer::magic`]: the bytes `ringpass`.
+pub const MAGIC: u64 = 0x7373_6170_676e_6972;
+
+/// The version that this crate describes. Version 0 is not frozen: both sides must be of the same state of it.
+pub const VERSION: u16 = 0;
+
+/// [`ProbeAnswer::features`]: a write with `RWF_DSYNC` is durable when it completes (force unit access). Without it a
+/// driver does not attach while the write cache is off, and follows a write with FUA by a flush.
+pub const F_DSYNC: u64 = 1 << 0;
+
+/// The feature bits that this crate knows.
+pub const FEATURES_KNOWN: u64 = F_DSYNC;
+
+/// The answer of PROBE.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct ProbeAnswer {
+    /// [`MAGIC`].
+    pub magic: Le64,
+    /// Bytes of the answer that the device knows, this field and the magic included. Fields beyond are zero.
+    pub answer_bytes: Le32,
+    /// Lowest version that the device has.
+    pub version_min: Le16,
+    /// Highest version that the device has.
+    pub version_max: Le16,
+    /// `F_*`. The driver takes those that it knows and names them in ATTACH.
+    pub features: Le64,
+    /// What is added to a guest-physical address to make `sqe.addr`, in bytes: a multiple of 1 GiB, not zero.
+    pub iova_base: Le64,
+    /// Most SQ entries of a ring.
+    pub sq_entries_max: Le32,
+    /// Most CQ entries of a ring.
+    pub cq_entries_max: Le32,
+    /// Alignment of the control page and of the areas, and the unit of their lengths, in bytes: a power of two, 4096 to
+    /// 65536.
+    pub page_bytes: Le32,
+    /// Alignment that each data segment's address and length need, in bytes: a power of two, at most 4096. The position
+    /// on the disk and the total length are multiples of the logical block size besides.
+    pub segment_align_bytes: Le32,
+    /// Most bytes of one SQE; a multiple of `segment_align_bytes`.
+    pub segment_bytes_max: Le32,
+    /// Queues of the device, queue 0 included. 1: nothing can be attached.
+    pub queue_count: Le16,
+    /// 0.
+    pub reserved: Le16,
+}
+wire!(ProbeAnswer {
+    magic,
+    answer_bytes,
+    version_min,
+    version_max,
+    features,
+    iova_base,
+    sq_entries_max,
+    cq_entries_max,
+    page_bytes,
+    segment_align_bytes,
+    segment_bytes_max,
+    queue_count,
+    reserved,
+});
+
+/// What a driver may count on: an answer that was checked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Device {
+    /// The version to use, the highest that both have.
+    pub version: u16,
+    /// The features that both know.
+    pub features: u64,
+    /// How addresses are made.
+    pub addressing: FixedAddressing,
+    /// What ATTACH may ask for.
+    pub limits: AttachLimits,
+    /// Alignment of each data segment's address and length, in bytes.
+    pub segment_align_bytes: u32,
+    /// Most bytes of one SQE.
+    pub segment_bytes_max: u32,
+    /// Queues of the device, queue 0 included.
+    pub queue_count: u16,
+}
+
+/// Why a driver uses a device as an ordinary virtio-blk device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ProbeError {
+    /// No magic: another device that says OK to whatever it is asked.
+    NotRingpass,
+    /// The device has only these versions.
+    Version {
+        /// Lowest.
+        min: u16,
+        /// Highest.
+        max: u16,
+    },
+    /// A field is outside of its range.
+    Field {
+        /// Its name.
+        field: &'static str,
+        /// Its value.
+        value: u64,
+    },
+}
+
+impl ProbeAnswer {
+    /// The answer in the first bytes that a device wrote; what is missing is zero.
+    pub fn from_prefix(bytes: &[u8]) -> Self {
+        let mut whole = [0; Self::BYTES];
+        let length = bytes.len().min(Self::BYTES);
+        whole[..length].copy_from_slice(&bytes[..length]);
+        Self::from_bytes(&whole)
+    }
+
+    /// Checks the answer of a device for a driver of version [`VERSION`].
+    pub fn check(&self) -> Result<Device, ProbeError> {
+        if self.magic.get() != MAGIC {
+            return Err(ProbeError::NotRingpass);
+        }
+        let (min, max) = (self.version_min.get(), self.version_max.get());
+        if !(min..=max).contains(&VERSION) {
+            return Err(ProbeError::Version { min, max });
+        }
+        let answer_bytes = self.answer_bytes.get();
+        let iova_base = self.iova_base.get();
+        let page_bytes = self.page_bytes.get();
+        let segment_align_bytes = self.segment_align_bytes.get();
+        let segment_bytes_max = self.segment_bytes_max.get();
+        let entries = [self.sq_entries_max.get(), self.cq_entries_max.get()];
+        let entries_fit = |entries: u32, limit: u32| entries.is_power_of_two() && entries <= limit;
+        let checks = [
+            ("answer_bytes", u64::from(answer_bytes), answer_bytes as usize >= Self::BYTES),
+            ("iova_base", iova_base, iova_base != 0 && iova_base.is_multiple_of(SLOT_BYTES)),
+            ("sq_entries_max", entries[0].into(), entries_fit(entries[0], crate::layout::SQ_ENTRIES_MAX)),
+            ("cq_entries_max", entries[1].into(), entries_fit(entries[1], crate::layout::CQ_ENTRIES_MAX)),
+            ("page_bytes", page_bytes.into(), page_bytes.is_power_of_two() && (4096..=65536).contains(&page_bytes)),
+            (
+                "segment_align_bytes",
+                segment_align_bytes.into(),
+                segment_align_bytes.is_power_of_two() && segment_align_bytes <= 4096,
+            ),
+            ("segment_bytes_max", segment_bytes_max.into(), segment_bytes_max >= 4096),
+            ("queue_count", self.queue_count.get().into(), self.queue_count.get() != 0),
+        ];
+        for (field, value, is_good) in checks {
+            if !is_good {
+                return Err(ProbeError::Field { field, value });
+            }
+        }
+        Ok(Device {
+            version: VERSION,
+            features: self.features.get() & FEATURES_KNOWN,
+            addressing: FixedAddressing { iova_base },
+            limits: AttachLimits {
+                features: self.features.get(),
+                sq_entries_max: entries[0],
+                cq_entries_max: entries[1],
+                page_bytes,
+            },
+            segment_align_bytes,
+            segment_bytes_max,
+            queue_count: self.queue_count.get(),
+        })
+    }
+}
+
+impl fmt::Display for ProbeError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::NotRingpass => write!(f, "the device is no ringpass device"),
+            Self::Version { min, max } => {
+                write!(f, "the device has versions {min} to {max} of the interface, this driver has {VERSION}")
+            }
+            Self::Field { field, value } => write!(f, "the device says {field} is {value:#x}, which cannot be"),
+        }
+    }
+}
+
+impl core::error::Error for ProbeError {}
+
+#[cfg(test)]
+mod tests;
