@@ -1,0 +1,249 @@
+//! The driver in the guest: an honest one with the machine of the crate, and one that lies.
+
+use ringpass_guest_abi::epoch::driver::{Action, Event, Machine, State};
+use ringpass_guest_abi::epoch::{Announcement, Area, Epoch, Phase};
+
+use crate::explore::Label;
+use crate::list::List;
+use crate::model::{Broken, Cheat, Notice, REQUESTS, System};
+
+#[derive(Clone, Copy, Hash)]
+pub(crate) struct Driver {
+    pub(crate) machine: Machine,
+    pub(crate) requests: [Request; REQUESTS],
+    work: List<Work, 8>,
+    /// The ring that is read, and how many of its CQEs were.
+    ring: Option<(Area, u8)>,
+    has_queue_back: bool,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) enum Request {
+    Waiting,
+    OnRing,
+    Done,
+}
+
+/// One access to what is shared.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+enum Work {
+    PostEvent,
+    LookAtAnnouncement,
+    LookAtUsedRing,
+    Acknowledge(Announcement),
+    Kick,
+    SetDetach,
+    SendDetach,
+}
+
+impl Driver {
+    pub(crate) fn new() -> Self {
+        Self {
+            machine: Machine::new(),
+            requests: [Request::Waiting; REQUESTS],
+            work: List::new(),
+            ring: None,
+            has_queue_back: false,
+        }
+    }
+
+    pub(crate) fn uses(&self, area: Area) -> bool {
+        self.ring.is_some_and(|(used, _)| used == area)
+    }
+
+    pub(crate) fn is_at_rest(&self) -> bool {
+        self.work.is_empty()
+    }
+
+    pub(crate) fn has_queue_back(&self) -> bool {
+        self.has_queue_back
+    }
+
+    fn feed(&mut self, event: Event) -> Broken {
+        for action in self.machine.step(event) {
+            match action {
+                Action::Start(epoch) => self.ring = Some((epoch.area(), 0)),
+                Action::Drain | Action::Reap(_) => {}
+                Action::Acknowledge(announcement) => {
+                    self.ring = None;
+                    self.work.push(Work::Acknowledge(announcement));
+                    self.work.push(Work::Kick);
+                }
+                Action::RequestDetach => {
+                    self.work.push(Work::SetDetach);
+                    self.work.push(Work::SendDetach);
+                }
+                Action::Release => {
+                    self.ring = None;
+                    self.has_queue_back = true;
+                }
+                Action::Reset => return Err(format!("an honest device seemed faulty: {event:?}")),
+            }
+        }
+        Ok(())
+    }
+}
+
+impl System {
+    pub(crate) fn driver_steps(&self, step: &mut impl FnMut(Label, &dyn Fn(&mut Self) -> Broken)) {
+        let driver = self.driver;
+        if let Some(work) = driver.work.get(0) {
+            step(("the driver works", work_name(work)), &|system| {
+                system.driver.work.remove(0);
+                system.driver_work(work)
+            });
+        } else if self.call {
+            step(("the driver is called", 0), &|system| {
+                system.call = false;
+                let work = &mut system.driver.work;
+                let looks = [Work::LookAtAnnouncement, Work::LookAtUsedRing];
+                if system.notice == Notice::Event && system.cheat != Some(Cheat::ForgetEvent) {
+                    work.push(Work::PostEvent);
+                }
+                looks.into_iter().for_each(|look| work.push(look));
+                if system.notice == Notice::Event && system.cheat == Some(Cheat::ForgetEvent) {
+                    work.push(Work::PostEvent);
+                }
+                Ok(())
+            });
+        }
+        self.request_steps(step);
+        self.end_steps(step);
+    }
+
+    /// Submitting and reaping: on other CPUs than the rest.
+    fn request_steps(&self, step: &mut impl FnMut(Label, &dyn Fn(&mut Self) -> Broken)) {
+        let driver = self.driver;
+        // Which of them waits makes no difference: they are all alike.
+        let waiting = driver.requests.iter().position(|request| *request == Request::Waiting);
+        if let (Some(request), Some((area, _)), true) = (waiting, driver.ring, driver.machine.may_submit()) {
+            step(("the driver submits request", request), &|system| {
+                system.driver.requests[request] = Request::OnRing;
+                system.areas[area.index()].sq.push(request as u8);
+                Ok(())
+            });
+        }
+        if let (Some(request), true) = (waiting, driver.has_queue_back) {
+            step(("the virtqueue executes request", request), &|system| {
+                if system.is_in_flight(request) {
+                    return Err(format!("request {request} was issued again before its older I/O ended"));
+                }
+                system.driver.requests[request] = Request::Done;
+                system.execute(request)
+            });
+        }
+        if let Some((area, reaped)) = driver.ring
+            && let Some((request, executed)) = self.areas[area.index()].cq.get(reaped.into())
+        {
+            let request = usize::from(request);
+            step(("the driver reaps request", request), &|system| {
+                system.driver.ring = Some((area, reaped + 1));
+                let is_done = executed || system.cheat == Some(Cheat::CanceledIsDone);
+                system.driver.requests[request] = if is_done { Request::Done } else { Request::Waiting };
+                if is_done && !system.executed[request] {
+                    return Err(format!("request {request} was lost: done and never executed"));
+                }
+                Ok(())
+            });
+        }
+    }
+
+    fn end_steps(&self, step: &mut impl FnMut(Label, &dyn Fn(&mut Self) -> Broken)) {
+        let driver = self.driver;
+        let on_ring = driver.requests.contains(&Request::OnRing);
+        if matches!(driver.machine.state(), State::Draining { .. })
+            && (!on_ring || self.cheat == Some(Cheat::AcknowledgeUndrained))
+        {
+            step(("the driver has drained", 0), &|system| {
+                system.driver.put_aside();
+                system.driver.feed(Event::Drained)
+            });
+        }
+        let has_cqe =
+            driver.ring.is_some_and(|(area, reaped)| self.areas[area.index()].cq.get(reaped.into()).is_some());
+        if matches!(driver.machine.state(), State::Reaping { .. } | State::Leaving)
+            && (!has_cqe || self.cheat == Some(Cheat::AcknowledgeUnreaped))
+        {
+            step(("the driver has reaped", 0), &|system| {
+                system.driver.put_aside();
+                system.driver.feed(Event::Reaped)
+            });
+        }
+        if self.budget.detaches > 0 && driver.work.is_empty() {
+            step(("the driver wants its queue back", 0), &|system| {
+                system.budget.detaches -= 1;
+                system.driver.feed(Event::Detach)
+            });
+        }
+    }
+
+    fn driver_work(&mut self, work: Work) -> Broken {
+        match work {
+            Work::PostEvent => self.event_posted = true,
+            Work::LookAtAnnouncement => return self.driver.feed(Event::Announced(self.announced)),
+            Work::LookAtUsedRing if self.used == 2 => return self.driver.feed(Event::AttachCompleted),
+            Work::LookAtUsedRing => {}
+            Work::Acknowledge(announcement) => self.acknowledged = announcement.to_word(),
+            Work::Kick => self.kick = self.cheat != Some(Cheat::NoKick),
+            Work::SetDetach => self.detach = true,
+            Work::SendDetach => self.detach_sent = true,
+        }
+        Ok(())
+    }
+
+    /// A driver that writes anything into what it shares, as long as its budget lasts. What matters is which word the
+    /// device finds: the right answer, or another.
+    pub(crate) fn lie_steps(&self, step: &mut impl FnMut(Label, &dyn Fn(&mut Self) -> Broken)) {
+        if self.budget.lies == 0 {
+            return;
+        }
+        let words = [Phase::Open, Phase::Drain, Phase::Ended]
+            .into_iter()
+            .flat_map(|phase| (0..4).map(move |number| Announcement { epoch: Epoch::new(number), phase }.to_word()));
+        for word in words.chain([0, u32::MAX]) {
+            step(("a lie in the driver's word", word as usize), &|system| {
+                system.budget.lies -= 1;
+                system.acknowledged = word;
+                system.kick = true;
+                Ok(())
+            });
+            step(("a lie in the device's word", word as usize), &|system| {
+                system.budget.lies -= 1;
+                system.announced = word;
+                Ok(())
+            });
+        }
+        step(("a lie in the detach word", 0), &|system| {
+            system.budget.lies -= 1;
+            system.detach = !system.detach;
+            Ok(())
+        });
+        step(("a DETACH from nowhere", 0), &|system| {
+            system.budget.lies -= 1;
+            system.detach_sent = true;
+            Ok(())
+        });
+    }
+}
+
+impl Driver {
+    fn put_aside(&mut self) {
+        for request in &mut self.requests {
+            if *request == Request::OnRing {
+                *request = Request::Waiting;
+            }
+        }
+    }
+}
+
+fn work_name(work: Work) -> usize {
+    match work {
+        Work::Acknowledge(announcement) => announcement.to_word() as usize,
+        Work::PostEvent => 100,
+        Work::LookAtAnnouncement => 101,
+        Work::LookAtUsedRing => 102,
+        Work::Kick => 103,
+        Work::SetDetach => 104,
+        Work::SendDetach => 105,
+    }
+}

@@ -1,0 +1,143 @@
+//! The two machines of the epoch protocol against each other, over every interleaving of their accesses to what they
+//! share, with a kernel whose rings end late, devices that are killed at any step, and drivers that lie.
+//!
+//! Shown: never two rings on one area, never a ring built where the driver reads, never a request issued again before its
+//! older I/O has ended, never one executed twice or lost, and from every state a way to the end. And shown to be shown: a
+//! search finds each rule of the protocol when one side does not keep it.
+//!
+//! Not here: memory orderings and the wrap of the ring's indexes (`tests/loom_orderings`, `src/ring/tests.rs`).
+
+mod device;
+mod driver;
+mod explore;
+mod kernel;
+mod list;
+mod model;
+
+use explore::{Report, explore};
+use model::{Budget, Cheat, Notice, System};
+
+/// Searches, and prints how much there was.
+fn holds(name: &str, system: System) -> Report {
+    let report = explore(system).unwrap_or_else(|story| panic!("{story}"));
+    println!("{name}: {} states, {} transitions, {} ends", report.states, report.transitions, report.goals);
+    assert!(report.goals > 0);
+    report
+}
+
+/// The rule that a search finds broken. `expected` is how its message begins.
+fn breaks(system: System, expected: &str) {
+    let story = explore(system).expect_err("the search should have found the broken rule");
+    println!("{story}");
+    assert!(story.contains(expected), "expected {expected:?}, found {story}");
+}
+
+const NOTHING: Budget = Budget { crashes: 0, stops: 0, drains: 0, ends: 0, refusals: 0, detaches: 0, lies: 0 };
+
+#[test]
+fn drains_lose_and_double_nothing() {
+    holds("three drains", System::new(Budget { drains: 3, ..NOTHING }));
+}
+
+#[test]
+fn ends_lose_and_double_nothing() {
+    holds("two ends and a drain", System::new(Budget { ends: 2, drains: 1, ..NOTHING }));
+}
+
+#[test]
+fn a_device_that_is_killed_at_any_step_loses_and_doubles_nothing() {
+    holds("two kills and a drain", System::new(Budget { crashes: 2, drains: 1, ..NOTHING }));
+    holds("a kill and an end", System::new(Budget { crashes: 1, ends: 1, ..NOTHING }));
+}
+
+#[test]
+fn a_queue_that_stops_and_starts_loses_and_doubles_nothing() {
+    holds("two stops and a drain", System::new(Budget { stops: 2, drains: 1, ..NOTHING }));
+    holds("a stop and a kill", System::new(Budget { stops: 1, crashes: 1, ..NOTHING }));
+}
+
+#[test]
+fn a_driver_gets_its_queue_back_whatever_happens_meanwhile() {
+    holds("a detach, a kill, a drain", System::new(Budget { detaches: 1, crashes: 1, drains: 1, ..NOTHING }));
+    holds("a detach, a stop, an end", System::new(Budget { detaches: 1, stops: 1, ends: 1, ..NOTHING }));
+}
+
+#[test]
+fn a_device_that_gives_out_no_ring_any_more_loses_and_doubles_nothing() {
+    holds("a refusal, a kill, a drain", System::new(Budget { refusals: 1, crashes: 1, drains: 1, ..NOTHING }));
+    holds("a refusal, a stop", System::new(Budget { refusals: 1, stops: 1, ..NOTHING }));
+}
+
+#[test]
+fn every_change_is_heard_of_by_event_alone() {
+    holds("by EVENT", System::new(Budget { crashes: 1, drains: 1, ..NOTHING }).by(Notice::Event));
+    holds("by EVENT, detach", System::new(Budget { detaches: 1, ends: 1, ..NOTHING }).by(Notice::Event));
+}
+
+#[test]
+fn no_lie_makes_two_rings_on_one_area_or_a_device_that_cannot_go_on() {
+    let budget = Budget { lies: 2, crashes: 1, stops: 1, drains: 1, ends: 1, refusals: 1, ..NOTHING };
+    holds("two lies", System::new(budget));
+}
+
+#[test]
+fn reusing_an_area_before_its_ring_is_gone_is_found() {
+    breaks(System::new(Budget { drains: 2, ..NOTHING }).with(Cheat::ReuseEarly), "two rings have the");
+    breaks(System::new(Budget { detaches: 1, ..NOTHING }).with(Cheat::ReuseEarly), "ATTACH was completed before");
+}
+
+#[test]
+fn announcing_the_end_before_the_lock_is_found() {
+    let system = System::new(Budget { crashes: 1, ..NOTHING }).with(Cheat::EndBeforeLock);
+    breaks(system, "issued again before its older I/O ended");
+}
+
+#[test]
+fn opening_without_the_drivers_word_is_found() {
+    // The third ring is then built in the area of the first, which a slow driver still reads.
+    let system = System::new(Budget { ends: 2, ..NOTHING }).with(Cheat::OpenUnasked);
+    breaks(system, "an honest device seemed faulty");
+}
+
+#[test]
+fn taking_every_attach_for_the_first_one_is_found() {
+    breaks(System::new(Budget { crashes: 1, ..NOTHING }).with(Cheat::AlwaysFirst), "while the driver reads it");
+}
+
+#[test]
+fn not_looking_at_the_detach_word_is_found() {
+    let system = System::new(Budget { detaches: 1, crashes: 1, ..NOTHING }).with(Cheat::ForgetDetach);
+    breaks(system, "nothing leads from here to the end");
+}
+
+#[test]
+fn a_base_behind_attach_is_found() {
+    let system = System::new(Budget { stops: 1, ..NOTHING }).with(Cheat::BaseBehindAttach);
+    breaks(system, "nothing leads from here to the end");
+}
+
+#[test]
+fn missing_signals_are_found() {
+    breaks(System::new(NOTHING).with(Cheat::NoSignal), "nothing leads from here to the end");
+    breaks(System::new(Budget { drains: 1, ..NOTHING }).with(Cheat::NoKick), "nothing leads from here to the end");
+    let detached = Budget { detaches: 1, crashes: 1, ..NOTHING };
+    breaks(System::new(detached).with(Cheat::SilentStart), "nothing leads from here to the end");
+    let by_event = System::new(Budget { drains: 1, ..NOTHING }).by(Notice::Event);
+    breaks(by_event.with(Cheat::ForgetEvent), "nothing leads from here to the end");
+}
+
+#[test]
+fn acknowledging_a_ring_that_is_not_drained_is_found() {
+    let system = System::new(Budget { drains: 1, ..NOTHING }).with(Cheat::AcknowledgeUndrained);
+    breaks(system, "issued again before its older I/O ended");
+}
+
+#[test]
+fn not_reaping_a_ring_that_has_ended_is_found() {
+    breaks(System::new(Budget { ends: 1, ..NOTHING }).with(Cheat::AcknowledgeUnreaped), "was executed twice");
+}
+
+#[test]
+fn taking_a_canceled_request_for_done_is_found() {
+    breaks(System::new(Budget { ends: 1, ..NOTHING }).with(Cheat::CanceledIsDone), "was lost");
+}
