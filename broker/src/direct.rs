@@ -5,6 +5,7 @@
 
 use std::ops::Range;
 use std::panic::resume_unwind;
+use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread;
 use std::time::Duration;
@@ -126,7 +127,8 @@ impl DirectDevice {
     /// # Errors
     ///
     /// [`RingError::UnsafePolicy`] for a policy with lint errors that nobody [accepted](CompiledPolicy::accept_unsafe);
-    /// memory that cannot be pinned; a CPU for the SQ thread that cannot be used.
+    /// [`RingError::IntegrityProfile`] for a block device that keeps protection information; memory that cannot be
+    /// pinned; a CPU for the SQ thread that cannot be used.
     pub fn new(
         disk: Arc<Disk>,
         memory: &GuestMemory,
@@ -135,6 +137,7 @@ impl DirectDevice {
     ) -> Result<Self, RingError> {
         // Before half a second for each GiB of pinning.
         refuse_unsafe(&policy)?;
+        refuse_integrity_profile(disk.path(), disk.integrity_profile()?)?;
         let (submission, pinned) = on_own_thread(|| -> Result<_, RingError> {
             let submission = match config.submission {
                 SubmissionConfig::SqThread(config) => Submission::SqThread(Arc::new(SqThread::new(config)?)),
@@ -299,6 +302,14 @@ impl State {
             // It ended just now.
             Some(Ok(_)) | None => Ok(()),
         }
+    }
+}
+
+/// No restriction keeps a guest from naming the buffer of the protection information: an address of this process.
+fn refuse_integrity_profile(path: &Path, profile: Option<String>) -> Result<(), RingError> {
+    match profile {
+        None => Ok(()),
+        Some(profile) => Err(RingError::IntegrityProfile { path: path.to_owned(), profile }),
     }
 }
 

@@ -384,3 +384,13 @@ fn no_descriptor_of_a_ring_survives_exec() {
     }
     assert!(setup.doorbell.as_raw_fd() >= 0);
 }
+
+#[test]
+fn a_disk_with_an_integrity_profile_is_refused_with_the_reason() {
+    refuse_integrity_profile(Path::new("/dev/x"), None).unwrap();
+    let error =
+        refuse_integrity_profile(Path::new("/dev/x"), Some("T10-DIF-TYPE1-CRC".into())).unwrap_err().to_string();
+    for part in ["\"/dev/x\"", "T10-DIF-TYPE1-CRC", "attr_ptr", "vhost-user"] {
+        assert!(error.contains(part), "{error}");
+    }
+}

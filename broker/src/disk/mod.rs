@@ -21,6 +21,7 @@ mod capabilities;
 mod error;
 mod geometry;
 mod holders;
+mod integrity;
 mod lease;
 mod locate;
 mod lock;
@@ -177,6 +178,16 @@ impl Disk {
     /// What it is on the host.
     pub fn kind(&self) -> DiskKind {
         self.kind
+    }
+
+    /// The name of the integrity profile, if it is a block device that keeps protection information beside its blocks
+    /// (`integrity/format` in sysfs, e.g. `T10-DIF-TYPE1-CRC`). No guest may have such a device in direct mode.
+    ///
+    /// # Errors
+    /// [`DiskError::Query`]: sysfs does not know the device.
+    pub fn integrity_profile(&self) -> Result<Option<String>, DiskError> {
+        integrity::profile(&self.file, self.kind)
+            .map_err(|error| open::query_error(&self.path, "the integrity profile (in /sys/dev/block)", error))
     }
 
     /// The path by which it was opened.

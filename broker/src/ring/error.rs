@@ -1,11 +1,13 @@
 //! Why a ring is refused.
 
 use std::io;
+use std::path::PathBuf;
 
 use ringpass_guest_abi::LayoutError;
 use ringpass_restrictions::Finding;
 
 use super::StillRunning;
+use crate::disk::DiskError;
 use crate::memory::MemoryError;
 
 /// Why a ring could not be made or changed.
@@ -108,6 +110,21 @@ pub enum RingError {
         /// What lint has found, the errors only.
         errors: Vec<Finding>,
     },
+    /// The disk keeps protection information, for which a guest could name any memory of this process.
+    #[error(
+        "block device {path:?} has an integrity profile ({profile}): a guest with a ring of its own could have the kernel \
+         read and write any memory of this process as protection information (attr_ptr, Linux 6.14). Serve it over \
+         vhost-user instead, or format the device without protection information"
+    )]
+    IntegrityProfile {
+        /// The path of the disk as it was given.
+        path: PathBuf,
+        /// The name of the profile.
+        profile: String,
+    },
+    /// A question about the disk failed.
+    #[error(transparent)]
+    Disk(#[from] DiskError),
     /// Another system call failed.
     #[error("{what}: {source}")]
     System {
