@@ -47,6 +47,8 @@ mod diff;
 mod fields;
 #[cfg(feature = "files")]
 mod file;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzzing;
 mod lint;
 mod operation;
 mod policy;

@@ -30,6 +30,8 @@ const TARGETS: &[Target] = &[
     Target { name: "inflight_region", input_bytes_max: 512 },
     Target { name: "vhost_user_message", input_bytes_max: 512 },
     Target { name: "vhost_user_session", input_bytes_max: 1024 },
+    Target { name: "policy_file", input_bytes_max: 2048 },
+    Target { name: "policy_check", input_bytes_max: 512 },
 ];
 
 /// How long and with which choices.
@@ -42,8 +44,17 @@ pub(crate) struct Budget {
 }
 
 /// The command of Cargo that runs the tests which save seeds, where not all tests are run anyway.
-pub(crate) const SAVE_SEEDS: &[&str] =
-    &["nextest", "run", "--package", "ringpass-broker", "--lib", "--filterset", "test(/(fuzzing|message)::tests::/)"];
+pub(crate) const SAVE_SEEDS: &[&str] = &[
+    "nextest",
+    "run",
+    "--package",
+    "ringpass-broker",
+    "--package",
+    "ringpass-restrictions",
+    "--lib",
+    "--filterset",
+    "test(/(fuzzing|message)::tests::/)",
+];
 
 /// Builds and runs each target, from the seeds that the tests of `tests` saved.
 pub(crate) fn run(tests: &TestRun, budget: &Budget) -> Result<()> {
