@@ -77,7 +77,8 @@ pub fn cap_file_growth_at(kind: DiskKind, size_bytes: u64) -> Result<(), LimitEr
 /// Those of `grow`; the limit cannot be set.
 pub(crate) fn grow_beyond_cap(size_bytes: u64, grow: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
     let _limit = LIMIT.lock().unwrap_or_else(PoisonError::into_inner);
-    let set = |soft_bytes, hard_bytes| setrlimit(Resource::RLIMIT_FSIZE, soft_bytes, hard_bytes).map_err(io::Error::from);
+    let set =
+        |soft_bytes, hard_bytes| setrlimit(Resource::RLIMIT_FSIZE, soft_bytes, hard_bytes).map_err(io::Error::from);
     let (soft_bytes, hard_bytes) = getrlimit(Resource::RLIMIT_FSIZE).map_err(io::Error::from)?;
     // RLIM_INFINITY is the highest number.
     if soft_bytes >= size_bytes {

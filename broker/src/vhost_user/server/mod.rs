@@ -172,8 +172,7 @@ impl Server {
                 }
             };
             let Some(socket) = self.listener.to_poll() else { return Ok(None) };
-            let mut fds =
-                [self.control.wake.as_fd(), socket].map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN));
+            let mut fds = [self.control.wake.as_fd(), socket].map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN));
             let (fds, limit) = if is_paused { (&mut fds[..1], Some(&ACCEPT_PAUSE)) } else { (&mut fds[..], None) };
             match rustix::event::poll(fds, limit) {
                 Ok(_) | Err(Errno::INTR) => {}
