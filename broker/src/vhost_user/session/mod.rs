@@ -26,6 +26,7 @@ use super::connection::Message;
 use super::device::Device;
 use super::memory_table::{MAX_REGIONS, MemoryTable};
 use super::message::{InflightDescription, RegionDescription, Reply, Request};
+use crate::log_limit::LogLimit;
 use crate::virtqueue::InflightRegion;
 
 /// SET_CONFIG flags: 0 is a write of the driver. 1 is a live migration in the specification, and a write of the driver
@@ -46,6 +47,8 @@ pub struct Session<'d> {
     inflight: Option<InflightRegion>,
     logging: Logging,
     channel: Option<BackendChannel>,
+    /// A guest can cause some refusals at will, with what it writes to its configuration space for example.
+    refusals: LogLimit,
 }
 
 impl<'d> Session<'d> {
@@ -62,6 +65,7 @@ impl<'d> Session<'d> {
             inflight: None,
             logging: Logging::default(),
             channel: None,
+            refusals: LogLimit::new(),
         }
     }
 
@@ -82,7 +86,9 @@ impl<'d> Session<'d> {
             Ok(Some((body, fd))) => Ok(Some(Reply { request, body, fd })),
             Ok(None) => Ok(is_ack_wanted.then(|| Reply::number(request, 0))),
             Err(error) if is_ack_wanted && !has_own_reply && error.is_answerable() => {
-                warn!(request = request_name(request), %error, "request refused");
+                if let Some(total) = self.refusals.count() {
+                    warn!(request = request_name(request), %error, total, "request refused");
+                }
                 Ok(Some(Reply::number(request, 1)))
             }
             Err(source) => Err(SessionError { request, source }),

@@ -6,7 +6,7 @@
 
 use std::os::fd::OwnedFd;
 
-use tracing::{info, warn};
+use tracing::{debug, warn};
 use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -87,7 +87,7 @@ impl Session<'_> {
                 .map_err(|source| RequestError::System { what: "duplicating an eventfd of a vring", source })
         };
         let (call, err) = (duplicate(&self.vrings[index].call)?, duplicate(&self.vrings[index].err)?);
-        info!(index, size = setup.size, next_avail = setup.next_avail, "vring starts");
+        debug!(index, size = setup.size, next_avail = setup.next_avail, "vring starts");
         self.device.start_queue(index as u16, setup, QueueEventfds { kick, call, err });
         self.vrings[index].is_started = true;
         self.apply_enabled(index);
@@ -205,7 +205,7 @@ impl Session<'_> {
     fn stop(&mut self, index: usize) {
         if self.vrings[index].is_started {
             let next_avail = self.device.stop_queue(index as u16);
-            info!(index, next_avail, "vring stopped");
+            debug!(index, next_avail, "vring stopped");
             self.vrings[index].note_stopped(next_avail);
         }
     }
