@@ -123,6 +123,7 @@ impl Session<'_> {
     pub(super) fn set_status(&mut self, status: u8) {
         if status == 0 {
             self.stop_all();
+            self.begin_inflight_again();
             self.forget_log_if_all_stopped();
             self.negotiation.driver_features = None;
         }

@@ -90,6 +90,7 @@ impl Session<'_> {
         debug!(index, size = setup.size, next_avail = setup.next_avail, "vring starts");
         self.device.start_queue(index as u16, setup, QueueEventfds { kick, call, err });
         self.vrings[index].is_started = true;
+        self.vrings[index].is_tracked = true;
         self.apply_enabled(index);
         Ok(())
     }
@@ -199,6 +200,19 @@ impl Session<'_> {
     pub(super) fn stop_all(&mut self) {
         for index in 0..self.vrings.len() {
             self.stop(index);
+        }
+    }
+
+    /// After the driver's reset, with all rings stopped: what their regions still have in flight could not be answered and
+    /// belongs to nobody now. The rings of a vring that has not run in this session may still be waited for by their driver.
+    pub(super) fn begin_inflight_again(&mut self) {
+        let Some(region) = &self.inflight else { return };
+        for (index, vring) in self.vrings.iter_mut().enumerate() {
+            if std::mem::take(&mut vring.is_tracked)
+                && let Some(queue) = region.queue(index as u16)
+            {
+                queue.begin_again();
+            }
         }
     }
 

@@ -24,6 +24,8 @@ pub(super) struct Vring {
     /// What SET_VRING_ENABLE said, if it was sent.
     pub(super) enabled: Option<bool>,
     pub(super) is_started: bool,
+    /// The in-flight region has records of this session for it.
+    pub(super) is_tracked: bool,
     /// What the device was told. False whenever the ring is not started.
     pub(super) is_enabled_in_device: bool,
 }

@@ -245,6 +245,39 @@ fn a_ring_that_starts_after_an_in_flight_region_was_given_is_tracked_in_it() {
 }
 
 #[test]
+fn a_reset_of_the_driver_clears_the_in_flight_records_of_rings_that_ran_and_of_no_others() {
+    /// Offset of `version` in the region of a queue, which is 0 in one that nobody used, and from one queue to the next.
+    const VERSION_OFFSET: u64 = 8;
+    const STRIDE: u64 = 16 + 256 * 16 + 48;
+    let region = memfd(1 << 16);
+    let description = [words(&[1 << 16, 0]), vec![2, 0, 0, 1, 0, 0, 0, 0]].concat();
+    let mark_used = || {
+        for index in 0..2 {
+            rustix::io::pwrite(&region, &[1], index * STRIDE + VERSION_OFFSET).unwrap();
+        }
+    };
+    let are_used = || {
+        [0, 1].map(|index| {
+            let mut version = [0];
+            rustix::io::pread(&region, &mut version, index * STRIDE + VERSION_OFFSET).unwrap();
+            version == [1]
+        })
+    };
+    for reset in [Code::SET_STATUS, Code::RESET_DEVICE] {
+        with_session(|rig| {
+            mark_used();
+            rig.ok(Code::SET_INFLIGHT_FD, &description, [region.try_clone().unwrap()]);
+            rig.run(0);
+            rig.ok(Code::SET_STATUS, words(&[0xf]), []);
+            rig.stop(0);
+            assert_eq!(are_used(), [true, true], "a ring that only stops will go on");
+            rig.ok(reset, if reset == Code::SET_STATUS { words(&[0]) } else { vec![] }, []);
+            assert_eq!(are_used(), [false, true]);
+        });
+    }
+}
+
+#[test]
 fn an_in_flight_region_for_more_or_larger_queues_is_refused_and_one_for_smaller_queues_cannot_be_used() {
     with_session(|rig| {
         for (queues, queue_size) in [(4_u16, 256_u16), (1, 2048)] {
