@@ -260,6 +260,15 @@ impl Device for Engine {
         Ok(())
     }
 
+    fn driver_settings(&self) -> u8 {
+        self.cache_mode.settings()
+    }
+
+    fn restore_driver_settings(&mut self, settings: u8) {
+        self.cache_mode.restore(settings);
+        self.apply_cache_mode();
+    }
+
     fn set_memory(&mut self, memory: Arc<DeviceMemory>) {
         self.control.order_all(|reply| Command::SetMemory { memory: memory.clone(), reply });
     }

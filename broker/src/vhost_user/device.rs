@@ -82,6 +82,13 @@ pub trait Device: Send {
     /// The driver writes to the configuration space.
     fn write_config(&mut self, offset_bytes: u32, bytes: &[u8]) -> Result<(), ConfigWriteError>;
 
+    /// What the driver has set that a process which takes over must know: bits of the device's own, 0 at first.
+    fn driver_settings(&self) -> u8;
+
+    /// Takes up what [`driver_settings`](Self::driver_settings) of an earlier process was, or of this one. It was kept by the
+    /// front-end: any value may come.
+    fn restore_driver_settings(&mut self, settings: u8);
+
     /// The guest's memory, from now on.
     ///
     /// Returns when every queue takes new chains from it only. Requests that are under way keep the old memory until

@@ -25,6 +25,8 @@ const WRITABLE_BYTE: u32 = 32;
 pub(super) enum Call {
     SetDriverFeatures(u64),
     WriteConfig(u32, Vec<u8>),
+    /// Only if there is something.
+    RestoreDriverSettings(u8),
     /// Guest addresses and lengths of the regions.
     SetMemory(Vec<(u64, u64)>),
     SetDirtyLog(bool),
@@ -138,6 +140,20 @@ impl Device for FakeDevice {
         }
         self.calls.push(Call::WriteConfig(offset_bytes, bytes.to_vec()));
         Ok(())
+    }
+
+    /// 1 when the writable byte is 0.
+    fn driver_settings(&self) -> u8 {
+        u8::from(self.space.0[WRITABLE_BYTE as usize] == 0)
+    }
+
+    fn restore_driver_settings(&mut self, settings: u8) {
+        if settings & 1 != 0 {
+            self.space.0[WRITABLE_BYTE as usize] = 0;
+        }
+        if settings != 0 {
+            self.calls.push(Call::RestoreDriverSettings(settings));
+        }
     }
 
     fn set_memory(&mut self, memory: Arc<DeviceMemory>) {

@@ -5,6 +5,9 @@ use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_FLUSH};
 use super::config::WRITEBACK_OFFSET_BYTES;
 use crate::vhost_user::ConfigWriteError;
 
+/// Bit of [`CacheMode::settings`]: the driver wrote 0 to `writeback`.
+const SETTING_WRITE_THROUGH: u8 = 1;
+
 /// Whether completed writes may still be volatile (VIRTIO 1.2, 5.2.5 and 5.2.6.2).
 ///
 /// The device has a write-back cache: the host's, or the disk's own. It must behave as write-through for a driver that
@@ -27,6 +30,20 @@ impl CacheMode {
     /// driver runs (QEMU: at `cont`, and when migration begins).
     pub fn set_driver_features(&mut self, features: u64) {
         self.driver_features = Some(features);
+    }
+
+    /// What the driver has chosen, for a process that takes over: bits for [`restore`](Self::restore). 0: nothing that
+    /// the next process would not do by itself.
+    pub fn settings(&self) -> u8 {
+        if self.chosen == Some(false) { SETTING_WRITE_THROUGH } else { 0 }
+    }
+
+    /// Takes up what an earlier process had. Unknown bits are ignored, and nothing turns write-through off: that is up to
+    /// the driver.
+    pub fn restore(&mut self, settings: u8) {
+        if settings & SETTING_WRITE_THROUGH != 0 {
+            self.chosen = Some(false);
+        }
     }
 
     /// The value of `writeback` in the configuration space: true if writes are volatile until they are flushed, false if
@@ -120,6 +137,24 @@ mod tests {
         assert!(!mode.writeback());
         mode.set_driver_features(FLUSH);
         assert!(mode.writeback());
+    }
+
+    #[test]
+    fn write_through_that_the_driver_chose_is_taken_up_by_the_next_process() {
+        let mut mode = negotiated(FLUSH | CONFIG_WCE);
+        assert_eq!(mode.settings(), 0);
+        mode.write_config(32, &[0]).unwrap();
+        let mut next = CacheMode::new();
+        next.restore(mode.settings());
+        assert_eq!(next.settings(), mode.settings(), "and by the one after it");
+        next.set_driver_features(FLUSH | CONFIG_WCE);
+        assert!(!next.writeback());
+
+        mode.write_config(32, &[1]).unwrap();
+        assert_eq!(mode.settings(), 0);
+        // What says nothing changes nothing: write-through is never wrong.
+        next.restore(0);
+        assert!(!next.writeback());
     }
 
     #[test]

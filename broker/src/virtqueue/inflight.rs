@@ -17,11 +17,15 @@ use crate::limits::grow_beyond_cap;
 pub(super) const VERSION: u16 = 1;
 
 /// Offsets of the fields of `QueueRegionSplit`.
+const FEATURES_OFFSET: usize = 0;
 const VERSION_OFFSET: usize = 8;
 const DESC_NUM_OFFSET: usize = 10;
 const LAST_BATCH_HEAD_OFFSET: usize = 12;
 const USED_IDX_OFFSET: usize = 14;
 const HEADER_BYTES: usize = 16;
+/// Where the driver's settings are in `features` of the first queue. The specification has no feature yet and has back-ends
+/// write 0; should it get some, they will begin at the other end.
+const SETTINGS_SHIFT: u32 = 56;
 /// Size of `DescStateSplit`, and the offsets of its fields.
 const ENTRY_BYTES: usize = 16;
 const ENTRY_INFLIGHT_OFFSET: usize = 0;
@@ -123,6 +127,24 @@ impl InflightRegion {
         }
         let memory = SharedMemory::map(fd, offset_bytes, needed_bytes)?;
         Ok(Self { memory, queues, queue_size })
+    }
+
+    /// What a driver had set of the device when a process recorded it last; 0 if none did. Bits of the device's own.
+    ///
+    /// Front-ends do not repeat every setting to a process that takes over, so it is kept where that one finds it: in bits
+    /// that are ours alone, and that other back-ends do not look at.
+    pub fn driver_settings(&self) -> u8 {
+        (self.features().load(Ordering::Acquire) >> SETTINGS_SHIFT) as u8
+    }
+
+    /// Records them.
+    pub fn set_driver_settings(&self, settings: u8) {
+        let others = self.features().load(Ordering::Acquire) & !(0xff << SETTINGS_SHIFT);
+        self.features().store(others | u64::from(settings) << SETTINGS_SHIFT, Ordering::Release);
+    }
+
+    fn features(&self) -> &AtomicU64 {
+        self.memory.to_store(FEATURES_OFFSET)
     }
 
     /// The part of queue `index`. `None`: the region was made for fewer queues.

@@ -221,14 +221,27 @@ impl<'d> Session<'d> {
             return Err(RequestError::ConfigFlags { flags });
         }
         if flags == 0 {
-            return Ok(self.device.write_config(offset_bytes, bytes)?);
+            return self.write_config(offset_bytes, bytes);
         }
         let space = self.device.config_space();
         let places = (offset_bytes..).zip(bytes).enumerate();
         let mut others = places.filter(|(_, (at, byte))| byte_at(&space, *at) != **byte).map(|(place, _)| place);
         let Some(first) = others.next() else { return Ok(()) };
         let last = others.last().unwrap_or(first);
-        Ok(self.device.write_config(offset_bytes + first as u32, &bytes[first..=last])?)
+        self.write_config(offset_bytes + first as u32, &bytes[first..=last])
+    }
+
+    /// The driver relies on what it wrote as soon as it is answered, also if this process is killed then.
+    fn write_config(&mut self, offset_bytes: u32, bytes: &[u8]) -> Result<(), RequestError> {
+        self.device.write_config(offset_bytes, bytes)?;
+        self.keep_driver_settings();
+        Ok(())
+    }
+
+    fn keep_driver_settings(&self) {
+        if let Some(region) = &self.inflight {
+            region.set_driver_settings(self.device.driver_settings());
+        }
     }
 
     /// Makes a region. It is used when the front-end gives it back, which some never do.
@@ -239,12 +252,16 @@ impl<'d> Session<'d> {
         Ok((made.to_bytes(), Some(file.fd)))
     }
 
-    /// Counts for vrings that start from now on.
+    /// Counts for vrings that start from now on. What the driver had set is taken up at once: a region that an earlier
+    /// process used comes before the vrings whose requests depend on it.
     fn set_inflight_fd(&mut self, given: InflightDescription, fd: Option<OwnedFd>) -> Result<(), RequestError> {
         self.check_inflight(&given)?;
         if let Some(fd) = fd {
             let InflightDescription { size_bytes, offset_bytes, queues, queue_size, .. } = given;
-            self.inflight = Some(InflightRegion::from_fd(fd, offset_bytes, size_bytes, queues, queue_size)?);
+            let region = InflightRegion::from_fd(fd, offset_bytes, size_bytes, queues, queue_size)?;
+            self.device.restore_driver_settings(region.driver_settings());
+            self.inflight = Some(region);
+            self.keep_driver_settings();
         }
         Ok(())
     }

@@ -1,6 +1,6 @@
 //! The in-flight region: its file, and what is read from it.
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
 use rustix::fs::{MemfdFlags, SealFlags};
 
@@ -198,4 +198,26 @@ fn counters_go_on_after_a_restart_and_round_their_end() {
     }
     assert_eq!(region.counter(3), 0);
     assert!(region.is_in_flight(3));
+}
+
+#[test]
+fn what_the_driver_set_is_kept_beside_the_records_of_the_queues() {
+    let file = InflightRegion::create(2, 8).expect("a memfd");
+    let map = || {
+        let fd = file.fd.try_clone().expect("a file descriptor");
+        InflightRegion::from_fd(fd, 0, file.size_bytes, 2, 8).expect("our own region")
+    };
+    let region = map();
+    assert_eq!(region.driver_settings(), 0, "nobody has used it");
+    region.set_driver_settings(0x81);
+    for index in 0..2 {
+        let queue = region.queue(index).expect("two queues");
+        assert_eq!(recover(&queue, 8, 5, 5).expect("a new region").next_avail, 5);
+        queue.begin_again();
+    }
+    assert_eq!(map().driver_settings(), 0x81, "the next process finds it");
+    region.set_driver_settings(0);
+    assert_eq!(map().driver_settings(), 0);
+    let bytes = std::fs::read(format!("/proc/self/fd/{}", file.fd.as_raw_fd())).expect("the region");
+    assert_eq!(bytes[..8], [0; 8], "`features` is as others expect it");
 }

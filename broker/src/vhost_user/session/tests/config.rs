@@ -42,6 +42,35 @@ fn the_driver_writes_what_is_writable_and_nothing_else() {
 }
 
 #[test]
+fn what_the_driver_wrote_is_kept_in_the_in_flight_region_for_the_next_process() {
+    let region = memfd(1 << 16);
+    let description = [words(&[1 << 16, 0]), vec![1, 0, 0, 1, 0, 0, 0, 0]].concat();
+    let give = |rig: &mut Rig<'_>| {
+        rig.ok(Code::SET_INFLIGHT_FD, &description, [region.try_clone().unwrap()]);
+        rig.calls.take()
+    };
+    with_session(|rig| {
+        assert_eq!(give(rig), []);
+        rig.ok(Code::SET_CONFIG, config(32, 1, 0, &[0]), []);
+    });
+    with_session(|rig| {
+        assert_eq!(give(rig), [Call::RestoreDriverSettings(1)]);
+        rig.ok(Code::SET_CONFIG, config(32, 1, 0, &[1]), []);
+    });
+    with_session(|rig| {
+        assert_eq!(give(rig), []);
+        // What was written before there is a region is kept in it, too.
+        rig.ok(Code::SET_CONFIG, config(32, 1, 0, &[0]), []);
+    });
+    with_session(|rig| {
+        rustix::io::pwrite(&region, &[0; 8], 0).unwrap();
+        rig.ok(Code::SET_CONFIG, config(32, 1, 0, &[0]), []);
+        give(rig);
+        assert_eq!(give(rig), [Call::RestoreDriverSettings(1)]);
+    });
+}
+
+#[test]
 fn a_migration_writes_only_what_differs() {
     with_session(|rig| {
         let mut space: Vec<u8> = (0..60).collect();
