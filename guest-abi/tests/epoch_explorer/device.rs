@@ -1,7 +1,7 @@
 //! The device process: the machine of the crate, and what executes its actions, one access to shared memory at a time.
 
 use ringpass_guest_abi::epoch::device::{Action, AreaUse, Event, Machine, State};
-use ringpass_guest_abi::epoch::{Announcement, Area, Epoch};
+use ringpass_guest_abi::epoch::{Announcement, Area, Epoch, Phase};
 use ringpass_guest_abi::queue_order::{QueueOrder, Verdict};
 use ringpass_guest_abi::request::{ErrorCode, RequestType};
 
@@ -163,6 +163,9 @@ impl System {
     fn device_work(&mut self, work: Work) -> Broken {
         match work {
             Work::Store(announcement) => {
+                if announcement.phase == Phase::Ended && !self.rings.is_empty() && self.cheat.is_none() {
+                    return Err("the end was announced while a ring was left".into());
+                }
                 self.announced = announcement.to_word();
                 if self.cheat == Some(Cheat::OpenUnasked) {
                     self.acknowledged = self.announced;
