@@ -65,8 +65,8 @@ wire!(RingRecord {
 pub struct ControlPage {
     /// Device: the [`Announcement`]. Written last, with release; read with acquire.
     pub announced: Le32,
-    /// Device: why the last ring ended before its time, an [`ErrorCode`]; 0 after an operator's switch. Written before
-    /// `announced`. For people.
+    /// Device: why the last ring ended before its time, an [`ErrorCode`]; 0 after a switch and after a restart. Written
+    /// before `announced`. For people.
     pub end_reason: Le32,
     /// Device: the ring of the epoch that is open.
     pub ring: RingRecord,

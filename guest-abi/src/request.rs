@@ -94,7 +94,7 @@ pub const PAYLOAD_BYTES_MAX: u32 = 4096;
 
 /// How a request ended ([`Outcome::error`]).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[repr(u32)]
+#[repr(C)]
 pub enum ErrorCode {
     /// It was done.
     None = 0,
@@ -179,7 +179,7 @@ pub struct Outcome {
 wire!(Outcome { error, field_offset_bytes, value });
 
 /// [`Outcome::field_offset_bytes`]: no field.
-pub const NO_FIELD: u32 = u32::MAX;
+pub const NO_FIELD: u32 = 0xffff_ffff;
 
 impl Outcome {
     /// An outcome that is about no field.

@@ -1,0 +1,95 @@
+//! The numbers in the hand-written tables of `docs/abi.md`.
+
+use std::mem::offset_of;
+
+use ringpass_guest_abi::attach::AttachPayload;
+use ringpass_guest_abi::control::{
+    ACKNOWLEDGED_OFFSET_BYTES, ANNOUNCED_OFFSET_BYTES, DETACH_OFFSET_BYTES, END_REASON_OFFSET_BYTES, RING_OFFSET_BYTES,
+    RingRecord,
+};
+use ringpass_guest_abi::probe::ProbeAnswer;
+use ringpass_guest_abi::request::{ErrorCode, RequestType};
+
+use crate::in_repository;
+
+/// `| offset | `field` |` for fields of a structure that starts at some offset of the table.
+macro_rules! rows {
+    ($start:expr, $prefix:literal, $type:ident { $($field:ident),* $(,)? }) => {
+        [$(($start as usize + offset_of!($type, $field), concat!($prefix, stringify!($field)))),*]
+    };
+}
+
+#[test]
+fn the_numbers_of_the_specification_are_those_of_the_crate() {
+    let document = std::fs::read_to_string(in_repository("docs/abi.md")).expect("docs/abi.md");
+    let lines: Vec<&str> = document.lines().collect();
+    let has_line = |start: &str| assert!(lines.iter().any(|line| line.starts_with(start)), "no line {start:?}");
+
+    for code in ErrorCode::ALL {
+        has_line(&format!("| {} | {} |", code as u32, format!("{code:?}").to_uppercase()));
+    }
+    for request in RequestType::ALL {
+        let number = format!("{:08x}", request.number());
+        let name = format!("{request:?}").to_uppercase();
+        let start = format!("| {name} | 0x{}_{} |", &number[..4], &number[4..]);
+        has_line(&start);
+        let line = lines.iter().find(|line| line.starts_with(&start)).expect("just found");
+        let bytes = [request.payload_bytes(), request.answer_bytes()];
+        let cells: Vec<&str> = line.split('|').skip(4).collect();
+        for (cell, bytes) in cells.into_iter().zip(bytes) {
+            let says_bytes = cell.contains(&format!("{bytes} bytes"));
+            assert!(says_bytes || cell.trim() == "-" && bytes == 0 || cell.trim() == "`ringpass_outcome`", "{line}");
+        }
+    }
+    let fields = rows!(
+        0,
+        "",
+        ProbeAnswer {
+            magic,
+            answer_bytes,
+            version_min,
+            version_max,
+            features,
+            iova_base,
+            sq_entries_max,
+            cq_entries_max,
+            page_bytes,
+            segment_align_bytes,
+            segment_bytes_max,
+            queue_count,
+            reserved,
+        }
+    )
+    .into_iter()
+    .chain(rows!(0, "", AttachPayload { version, reserved, features, sq_entries, cq_entries, control_gpa, areas }));
+    for (offset_bytes, field) in fields {
+        let is_row = |line: &&&str| {
+            let rest = line.strip_prefix(&format!("| {offset_bytes} | `le"));
+            rest.and_then(|rest| rest.split_once(' ')).is_some_and(|(_, name)| name.starts_with(field))
+        };
+        assert!(lines.iter().find(is_row).is_some(), "no line for {field} at {offset_bytes}");
+    }
+    let words = rows!(
+        RING_OFFSET_BYTES,
+        "ring.",
+        RingRecord {
+            sq_head_offset_bytes,
+            sq_tail_offset_bytes,
+            sq_flags_offset_bytes,
+            cq_head_offset_bytes,
+            cq_tail_offset_bytes,
+            cq_flags_offset_bytes,
+            cqes_offset_bytes,
+            doorbell,
+            mode,
+        }
+    );
+    for (offset_bytes, word) in words.into_iter().chain([
+        (ANNOUNCED_OFFSET_BYTES as usize, "announced"),
+        (END_REASON_OFFSET_BYTES as usize, "end_reason"),
+        (ACKNOWLEDGED_OFFSET_BYTES as usize, "acknowledged"),
+        (DETACH_OFFSET_BYTES as usize, "detach"),
+    ]) {
+        has_line(&format!("| {offset_bytes} | `{word}` |"));
+    }
+}
