@@ -15,7 +15,8 @@ pub enum Event {
         detach: bool,
     },
     /// Nothing older than this attachment is left: every ring that ever used the areas is gone, those of other processes
-    /// too (their lock on the disk is free and this process has it).
+    /// too (their lock on the disk is free and this process has it). Only what the wait of this attachment found: one that
+    /// was begun for an earlier attachment is not reported.
     Released,
     /// The ring that was to be built runs.
     Built,
