@@ -282,10 +282,7 @@ fn answers_and_executes_nothing(socket: &Path, ram: &Ram, slow: &mut SlowDriver)
     let (layout, eventfds) = (vring.layout(), vring.eventfds().clone());
     let base = layout.used_idx(ram)?;
     front_end.start_vring(0, &layout, &eventfds, base)?;
-    // A vring that could not start yet stops all the same, and starts again.
-    let stopped = front_end.stop_vring(0)?;
-    ensure!(stopped == base || stopped == base + 1, "base {stopped}, {base} before");
-    front_end.start_vring(0, &layout, &eventfds, base)?;
+    // It would not stop before the disk is there: what is recorded as taken must be executed first.
     vring.kick()?;
     // Long enough for what would execute at once.
     thread::sleep(Duration::from_millis(200));
