@@ -3,9 +3,7 @@
 //! The tests themselves are the programs in `tests/`: each registers its tests with [`harness`].
 
 pub mod broker_process;
-pub mod canaries;
 pub mod content;
-pub mod differential;
 pub mod disks;
 pub mod forgetful_proxy;
 pub mod front_end;
@@ -16,10 +14,10 @@ pub mod kvm_guest;
 pub mod linux_guest;
 pub mod needs;
 pub mod pairs;
+pub mod policy_kernels;
 pub mod process_guest;
 pub mod ram_piece;
 pub mod raw_guest;
-pub mod restricted_ring;
-pub mod seed;
-pub mod soundness;
 pub mod stuck_disk;
+
+pub use ringpass_policy_on_kernel::{canaries, differential, restricted_ring, seed, soundness};

@@ -1,6 +1,10 @@
 //! Tasks of the ringpass repository: `cargo xtask test` and `cargo xtask soak`.
 
-use std::{env, path::Path, process::ExitCode};
+use std::{
+    env,
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
 
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
@@ -31,6 +35,12 @@ enum Task {
     Test,
     /// Run tests for long, with larger budgets. Without a name: list what there is.
     Soak(soak::Options),
+    /// Run the policy tests on this kernel and in guests with others, and write docs/kernel-support.md.
+    KernelSupport {
+        /// A further kernel (bzImage) for a guest, with initramfs, tmpfs and a serial port built in.
+        #[arg(long, value_name = "IMAGE")]
+        kernel: Vec<PathBuf>,
+    },
 }
 
 fn main() -> ExitCode {
@@ -45,10 +55,23 @@ fn main() -> ExitCode {
 
 fn run() -> Result<()> {
     let task = CommandLine::parse().task;
+    // Before the directory changes.
+    let task = match task {
+        Task::KernelSupport { kernel } => {
+            let kernel =
+                kernel.iter().map(std::path::absolute).collect::<Result<_, _>>().context("a path to a kernel")?;
+            Task::KernelSupport { kernel }
+        }
+        task => task,
+    };
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().context("xtask has no parent directory")?;
     env::set_current_dir(root).with_context(|| format!("entering {}", root.display()))?;
     match task {
         Task::Test => test::run(),
         Task::Soak(options) => soak::run(&options),
+        Task::KernelSupport { kernel } => {
+            let program = ["run", "--package", "ringpass-tests", "--bin", "kernel_support", "--"];
+            steps::run(steps::cargo(&program).arg("docs/kernel-support.md").args(kernel))
+        }
     }
 }

@@ -56,6 +56,13 @@ const SOAKS: &[Soak] = &[
         work: Work::Tests { filter: "package(ringpass-tests) & kind(test)", property_cases: None },
     },
     Soak {
+        name: "policies",
+        what: "100 million SQEs on the kernel and in the checker, 5 million that look for a way out of each policy, and guests \
+               with other kernels",
+        duration: "half an hour",
+        work: Work::Tests { filter: "package(ringpass-tests) & binary(/^policy_/)", property_cases: None },
+    },
+    Soak {
         name: "properties",
         what: "the unit and property tests of all crates, 20 000 cases of each property",
         duration: "minutes",
@@ -173,7 +180,10 @@ mod tests {
         assert_eq!(choose("properties").expect("a known name")[0].name, "properties");
         assert_eq!(choose("all").expect("all").len(), SOAKS.len());
         let refusal = choose("night").err().expect("an unknown name").to_string();
-        assert_eq!(refusal, "no soak is called \"night\"; there are end-to-end, properties, fuzz, quiet and all");
+        assert_eq!(
+            refusal,
+            "no soak is called \"night\"; there are end-to-end, policies, properties, fuzz, quiet and all"
+        );
     }
 
     #[test]

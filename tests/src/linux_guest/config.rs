@@ -20,6 +20,11 @@ pub struct LinuxGuestConfig {
     pub devices: Vec<String>,
     /// Further words of the kernel's command line.
     pub kernel_arguments: Vec<String>,
+    /// A kernel (`bzImage`) to boot instead of the one of [`kernel`](Self::kernel). Its modules are not there: what the
+    /// guest needs must be built in.
+    pub kernel_image: Option<PathBuf>,
+    /// Further programs of the guest, in `/sbin`: linked statically.
+    pub programs: Vec<PathBuf>,
 }
 
 impl Default for LinuxGuestConfig {
@@ -31,6 +36,8 @@ impl Default for LinuxGuestConfig {
             disks: Vec::new(),
             devices: Vec::new(),
             kernel_arguments: Vec::new(),
+            kernel_image: None,
+            programs: Vec::new(),
         }
     }
 }
@@ -129,6 +136,11 @@ impl Places<'_> {
         self.0.join("console")
     }
 
+    /// The image's initramfs with further programs, if there are some.
+    pub(super) fn initramfs(&self) -> PathBuf {
+        self.0.join("initramfs")
+    }
+
     pub(super) fn stderr(&self) -> PathBuf {
         self.0.join("stderr")
     }
@@ -175,7 +187,10 @@ pub(super) fn arguments(
                 command_line.push(' ');
                 command_line.push_str(argument);
             }
-            add(&["-kernel", &image.kernel().to_string_lossy(), "-initrd", &image.initramfs().to_string_lossy()]);
+            let kernel = config.kernel_image.as_deref().unwrap_or(image.kernel());
+            let with_programs = places.initramfs();
+            let initramfs = if config.programs.is_empty() { image.initramfs() } else { &with_programs };
+            add(&["-kernel", &kernel.to_string_lossy(), "-initrd", &initramfs.to_string_lossy()]);
             add(&["-append", &command_line]);
         }
         Start::Firmware => {}

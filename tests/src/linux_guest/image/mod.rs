@@ -109,6 +109,23 @@ impl GuestImage {
         &self.initramfs
     }
 
+    /// The initramfs with further programs in `/sbin`: an archive behind the image's own. The kernel unpacks both.
+    ///
+    /// # Errors
+    ///
+    /// A file cannot be read.
+    pub(super) fn initramfs_with(&self, programs: &[PathBuf]) -> Result<Vec<u8>> {
+        let read = |path: &Path| fs::read(path).with_context(|| format!("reading {}", path.display()));
+        let mut archive = Archive::default();
+        for program in programs {
+            let name = program.file_name().and_then(OsStr::to_str).context("a program's name")?;
+            archive.file(&format!("/sbin/{name}"), 0o755, &read(program)?)?;
+        }
+        let mut initramfs = read(&self.initramfs)?;
+        initramfs.extend(archive.finish());
+        Ok(initramfs)
+    }
+
     fn find(cache: &Cache, series: KernelSeries) -> Result<Option<Self>> {
         let known = ["busybox", "fio", &kernel_key(series)].map(|key| known(cache, key));
         let [Some(busybox), Some(fio), Some(linux)] = &known else { return Ok(None) };

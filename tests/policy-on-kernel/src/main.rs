@@ -1,16 +1,18 @@
 //! What the policy tests say of the kernel that this program runs on, as one line of JSON: its restriction semantics, and
 //! whether the checker agrees with it and the built-in policies hold.
 //!
-//! One static program for guests without anything else (`/proc` and a writable `/tmp` are needed):
-//! `RUSTFLAGS="-C target-feature=+crt-static" cargo build -p ringpass-tests --bin policy_on_kernel --target
-//! x86_64-unknown-linux-gnu`. Arguments: SQEs to compare, SQEs to look for a way out with; the seed is `RINGPASS_SEED`.
+//! Linked statically it runs in guests without anything else (`/proc` and a writable `/tmp` are needed). Arguments: SQEs to compare, SQEs to look for a way out with; the seed is `RINGPASS_SEED`.
 
 use std::{env, process::ExitCode};
 
 use anyhow::{Context, Result};
-use ringpass_broker::kernel::{self, KernelRelease};
+use ringpass_policy_on_kernel::{
+    differential,
+    kernel::{self, KernelRelease},
+    seed::Seed,
+    soundness,
+};
 use ringpass_restrictions::{BuiltIn, FieldRules, RestrictionSemantics};
-use ringpass_tests::{differential, seed::Seed, soundness};
 
 fn main() -> ExitCode {
     match run() {

@@ -1,0 +1,31 @@
+//! Runs the policy tests on this machine's kernel and in guests with others, and writes what they found as a document.
+//! Arguments: the document, further kernels (`bzImage`) for guests. The seed is `RINGPASS_SEED`.
+
+use std::{env, path::PathBuf, time::Duration};
+
+use anyhow::{Context, Result};
+use ringpass_tests::{
+    linux_guest::{KernelSeries, LinuxGuestConfig},
+    policy_kernels::{self, Amount},
+    seed::Seed,
+};
+
+fn main() -> Result<()> {
+    let mut arguments = env::args_os().skip(1).map(PathBuf::from);
+    let path = arguments.next().context("no path for the document")?;
+    let seed = Seed::from_env_or_random();
+    let amount = Amount { compared: 100_000, sound: 20_000, limit: Duration::from_secs(600) };
+    let program = policy_kernels::build_program()?;
+    let series = [KernelSeries::Linux6_1, KernelSeries::Linux6_12];
+    let debians = series.map(|kernel| LinuxGuestConfig { kernel, ..LinuxGuestConfig::default() });
+    let others = arguments.map(|image| LinuxGuestConfig { kernel_image: Some(image), ..LinuxGuestConfig::default() });
+    let mut reports = Vec::new();
+    for config in debians.into_iter().chain(others) {
+        reports.push(policy_kernels::in_guest(&program, config, amount, seed)?);
+    }
+    reports.push(policy_kernels::on_host(&program, amount, seed)?);
+    for report in &reports {
+        report.check(amount)?;
+    }
+    policy_kernels::write_document(&path, &reports)
+}

@@ -1,0 +1,55 @@
+//! Kernel and checker agree, and nothing gets out of the built-in policies, on other kernels than this machine's.
+
+use std::{env, path::PathBuf, process::ExitCode, time::Duration};
+
+use anyhow::{Context, Result, ensure};
+use ringpass_tests::{
+    harness::{self, test},
+    linux_guest::{self, KernelSeries, LinuxGuestConfig},
+    needs::Need,
+    policy_kernels::{self, Amount, KERNEL_IMAGE},
+    seed::Seed,
+};
+
+fn main() -> ExitCode {
+    let mut named = linux_guest::needs();
+    named.push(Need::new("a kernel of yours", || {
+        env::var_os(KERNEL_IMAGE).map(drop).with_context(|| format!("name a bzImage in {KERNEL_IMAGE}"))
+    }));
+    harness::run(vec![
+        test("policies_hold_on_debians_linux_6_1", linux_guest::needs(), || debians(KernelSeries::Linux6_1)),
+        test("policies_hold_on_debians_linux_6_12", linux_guest::needs(), || debians(KernelSeries::Linux6_12)),
+        test("policies_hold_on_a_kernel_that_is_named", named, named_kernel),
+        test("the_static_program_runs_on_this_kernel", vec![Need::io_uring()], this_kernel),
+    ])
+}
+
+fn amount() -> Amount {
+    let limit = harness::budget(Duration::from_secs(240), Duration::from_secs(3600));
+    Amount { compared: harness::budget(100_000, 1_000_000), sound: harness::budget(10_000, 200_000), limit }
+}
+
+fn debians(kernel: KernelSeries) -> Result<()> {
+    let release = guest(LinuxGuestConfig { kernel, ..LinuxGuestConfig::default() })?;
+    ensure!(release.starts_with(&format!("{kernel}.")), "the guest runs {release}");
+    Ok(())
+}
+
+fn named_kernel() -> Result<()> {
+    let image = env::var_os(KERNEL_IMAGE).map(PathBuf::from);
+    guest(LinuxGuestConfig { kernel_image: image, ..LinuxGuestConfig::default() }).map(drop)
+}
+
+fn guest(config: LinuxGuestConfig) -> Result<String> {
+    let (seed, amount) = (Seed::from_env_or_random(), amount());
+    let report = policy_kernels::in_guest(&policy_kernels::build_program()?, config, amount, seed)?;
+    eprintln!("{report:?}");
+    report.check(amount)?;
+    Ok(report.kernel)
+}
+
+fn this_kernel() -> Result<()> {
+    let (seed, amount) = (Seed::from_env_or_random(), amount());
+    let report = policy_kernels::on_host(&policy_kernels::build_program()?, amount, seed)?;
+    report.check(amount)
+}
