@@ -4,7 +4,7 @@ use std::{process::ExitCode, time::Duration};
 
 use anyhow::{Result, ensure};
 use ringpass_tests::harness::{self, test};
-use ringpass_tests::linux_guest::{self, LinuxGuest, LinuxGuestConfig};
+use ringpass_tests::linux_guest::{self, LinuxGuest, LinuxGuestConfig, fio};
 
 fn main() -> ExitCode {
     harness::run(vec![test("a_guest_runs_scripts_side_by_side_and_reports_what_failed", linux_guest::needs(), scripts)])
@@ -35,6 +35,25 @@ fn scripts() -> Result<()> {
         done
         blkdiscard --zeroout --length=16777216 /dev/nullb0",
     )?;
+
+    // A block that is whole and in its place, but of an earlier run, as if the later write had been lost: blocks go
+    // back to what they were for as long as fio writes.
+    let options = "--rw=randwrite --bs=4k --size=1m --iodepth=4";
+    let run = fio::verify("libaio", "/dev/nullb0", options);
+    let slow_run = fio::verify("libaio", "/dev/nullb0", &format!("{options} --rate_iops=200"));
+    let lost = guest.spawn(&format!(
+        "{run} || exit 99
+        dd if=/dev/nullb0 of=/tmp/old bs=4k count=8 2>/dev/null
+        until [ -e /tmp/enough ]; do
+            dd if=/tmp/old of=/dev/nullb0 bs=4k count=8 oflag=direct conv=notrunc 2>/dev/null
+        done &
+        {slow_run}
+        status=$?
+        touch /tmp/enough
+        exit $status"
+    ))?;
+    let lost = guest.wait_output(lost, Duration::from_secs(60))?;
+    ensure!(lost.status == 1 && lost.text.contains("verify: bad header"), "{lost:?}");
 
     let endless = guest.spawn("echo before; sleep 1000")?;
     guest.wait_for_text(endless, "before\n", Duration::from_secs(30))?;

@@ -181,8 +181,9 @@ pub(super) fn arguments(
     add(&["-serial", "chardev:agent"]);
     match start {
         Start::Kernel(image) | Start::Incoming(image) => {
-            let mut command_line =
-                String::from("console=ttyS0 loglevel=5 oops=panic panic=0 mitigations=off nokaslr tsc=reliable");
+            let mut command_line = String::from(
+                "console=ttyS0 loglevel=5 oops=panic panic=0 mitigations=off nokaslr tsc=reliable no_timer_check",
+            );
             for argument in &config.kernel_arguments {
                 command_line.push(' ');
                 command_line.push_str(argument);

@@ -2,8 +2,8 @@
 
 /// A shell command that runs fio on a device or a file.
 ///
-/// Each block gets its offset, a checksum, and the seed of its run: a block that was lost, torn, misplaced or is of
-/// another run is found out. The run ends at the first.
+/// Each block gets its offset, a checksum, and the number of the write, which differs from run to run: a block that was
+/// lost, torn, misplaced or is of another run is found out, and ends the run.
 pub fn verify(engine: &str, target: &str, options: &str) -> String {
     format!(
         "fio --name=check --ioengine={engine} --filename={target} --direct=1 --verify=crc32c --verify_fatal=1 \

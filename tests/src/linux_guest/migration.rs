@@ -10,6 +10,9 @@ use serde_json::{Value, json};
 
 use super::{LinuxGuest, LinuxGuestConfig, accelerator, config::Start, image::GuestImage, machine::Machine};
 
+/// How much memory is little: enough that a busy machine notices in time, and sent in a few seconds at a crawl.
+const LITTLE_BYTES: u64 = 24 << 20;
+
 /// A QEMU that waits for a guest. It has the same devices as the guest's, with back-ends of their own.
 #[derive(Debug)]
 pub struct IncomingGuest {
@@ -72,22 +75,30 @@ impl Migration {
         set_parameters(&mut self.source, bandwidth_bytes_per_s, downtime)
     }
 
-    /// Waits until all memory has been sent once, so that only what changes is sent from here on.
+    /// Waits until all memory has been sent once, so that only what changes is sent from here on. Before that, when
+    /// little of it remains, slows the migration down to this many bytes per second: it does not end then, even if the
+    /// guest does not get to run for a while.
     ///
     /// # Errors
     ///
     /// The migration fails or ends before, or this takes longer than the limit.
-    pub fn wait_for_second_pass(&mut self, limit: Duration) -> Result<()> {
+    pub fn crawl_into_second_pass(&mut self, bandwidth_bytes_per_s: u64, limit: Duration) -> Result<()> {
         let end = Instant::now() + limit;
+        let mut is_slow = false;
         loop {
             let state = self.state()?;
             // The first synchronisation is at the start, the second begins the second pass.
             if state["ram"]["dirty-sync-count"].as_u64().unwrap_or(0) >= 2 && state["status"] == "active" {
                 return Ok(());
             }
+            let remaining_bytes = state["ram"]["remaining"].as_u64().unwrap_or(u64::MAX);
+            if !is_slow && remaining_bytes < LITTLE_BYTES {
+                self.set_parameters(bandwidth_bytes_per_s, Duration::from_millis(1))?;
+                is_slow = true;
+            }
             ensure!(state["status"] != "completed", "the migration has ended before its second pass");
             ensure!(Instant::now() < end, "no second pass after {limit:?}: {state}");
-            self.source.let_run(Duration::from_millis(50))?;
+            self.source.let_run(Duration::from_millis(20))?;
         }
     }
 
