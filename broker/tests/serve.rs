@@ -111,6 +111,15 @@ impl Running {
         }
     }
 
+    /// Waits for lines of the log that come in any order.
+    fn wait_for_all(&self, texts: &[&str]) {
+        let mut missing = texts.to_vec();
+        while !missing.is_empty() {
+            let line = self.lines.recv_timeout(LIMIT).unwrap_or_else(|error| panic!("{missing:?}: {error}"));
+            missing.retain(|text| !line.contains(text));
+        }
+    }
+
     fn signal(&self, signal: Signal) {
         kill_process(Pid::from_child(&self.child), signal).unwrap();
     }
@@ -482,7 +491,8 @@ fn a_log_that_nobody_reads_any_more_ends_nothing() {
 fn a_server_without_free_descriptors_accepts_as_soon_as_it_has_one() {
     let place = Place::new();
     let running = Running::start(&mut place.serve(&["--socket-path", "s"]));
-    running.wait_for("waiting for a front-end");
+    // Until then it needs descriptors of its own.
+    running.wait_for_all(&["waiting for a front-end", "requests are executed from now on"]);
     let pid = Some(Pid::from_child(&running.child));
     let limit = |current| Rlimit { current: Some(current), maximum: Some(1 << 10) };
     prlimit(pid, Resource::Nofile, limit(0)).unwrap();

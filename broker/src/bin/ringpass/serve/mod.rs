@@ -93,6 +93,7 @@ fn lease(located: Arc<LocatedDisk>, connections: Arc<Connections>) -> anyhow::Re
             tracing::warn!(%error, "writes to the end of the disk will fail");
         }
         let has_other_size = connections.engine.get().is_some_and(|engine| engine.set_disk(&disk));
+        tracing::info!("requests are executed from now on");
         if let (true, Some(server)) = (has_other_size, connections.server.get()) {
             server.announce_capacity();
         }
