@@ -68,6 +68,9 @@ pub struct Usage {
     pub cpu_ns: u64,
 }
 
+/// The server's own, and when vrings start: tests wait for that.
+const LOG_LEVELS: &str = "info,ringpass_broker::vhost_user::session::rings=debug";
+
 /// A running broker. It is killed when dropped.
 #[derive(Debug)]
 pub struct BrokerProcess {
@@ -107,7 +110,7 @@ impl BrokerProcess {
     /// It cannot be started.
     pub fn spawn(mut command: Command, socket: &Path) -> Result<Self> {
         let mut child = command
-            .env("RUST_LOG", env::var("RUST_LOG").unwrap_or_else(|_| "info".to_owned()))
+            .env("RUST_LOG", env::var("RUST_LOG").unwrap_or_else(|_| LOG_LEVELS.to_owned()))
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::piped())
