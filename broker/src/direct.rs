@@ -15,7 +15,7 @@ use ringpass_restrictions::CompiledPolicy;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::disk::Disk;
-use crate::memory::{ChangedSlots, GuestMemory, PinnedMemory, RegionConfig, Sharing};
+use crate::memory::{ChangedSlots, GuestMemory, MemoryError, PinnedMemory, RegionConfig, Sharing};
 use crate::ring::{
     BellId, DoorbellThread, Enabled, IoWorkers, KernelRing, Placement, Reaper, RingConfig, RingEnd, RingError,
     RingWindow, SqThread, SqThreadConfig, Submission, check_eventfd, refuse_unsafe,
@@ -225,24 +225,42 @@ impl DirectDevice {
     ///
     /// As for [`GuestMemory::with_region`] and [`PinnedMemory::pin`]; the memory is as it was.
     pub fn plug(&self, region: RegionConfig) -> Result<(), RingError> {
+        self.change_memory(|memory| memory.with_region(region))
+    }
+
+    /// Exchanges the guest's RAM for these regions while the queues run, in the same way. When this returns, no request that
+    /// the guest submits from now on reaches a region that is not among them; the pages of one that is gone are unpinned when
+    /// the requests that were under way have ended.
+    ///
+    /// # Errors
+    ///
+    /// As for [`GuestMemory::with_regions`] and [`PinnedMemory::pin`]; the memory is as it was.
+    pub fn set_memory(&self, regions: impl IntoIterator<Item = RegionConfig>) -> Result<(), RingError> {
+        self.change_memory(|memory| memory.with_regions(regions))
+    }
+
+    fn change_memory(
+        &self,
+        change: impl FnOnce(&GuestMemory) -> Result<GuestMemory, MemoryError>,
+    ) -> Result<(), RingError> {
         let _plugging = self.plugging.lock().unwrap_or_else(PoisonError::into_inner);
         let before = self.state().pinned.clone();
-        let memory = before.memory().with_region(region)?;
-        let (grown, slots) = on_own_thread(|| before.grown_to(&memory))?;
-        let grown = Arc::new(grown);
+        let memory = change(before.memory())?;
+        let (other, slots) = on_own_thread(|| before.changed_to(&memory))?;
+        let other = Arc::new(other);
 
         let mut state = self.state();
         let queues: Vec<_> = state.rings.iter().filter_map(|ring| ring.queue.upgrade()).collect();
         for (index, queue) in queues.iter().enumerate() {
             if let Some(running) = lock(queue).as_mut() {
-                if let Err(error) = running.ring.replace_memory(&grown, slots) {
-                    take_back(&queues[..index], &before, &grown, slots);
+                if let Err(error) = running.ring.replace_memory(&other, slots) {
+                    take_back(&queues[..index], &before, &other, slots);
                     return Err(error);
                 }
-                running.pinned = grown.clone();
+                running.pinned = other.clone();
             }
         }
-        state.pinned = grown;
+        state.pinned = other;
         Ok(())
     }
 
@@ -361,6 +379,14 @@ impl DirectQueue {
     pub fn replace_completion(&self, completion: Option<&EventFd>) -> Result<(), RingError> {
         match lock(&self.running).as_ref() {
             Some(running) => running.ring.replace_completion(completion),
+            None => Ok(()),
+        }
+    }
+
+    /// The same for a file that is known to be an eventfd, which the caller signals. No ring is made on the calling thread.
+    pub(crate) fn set_completion(&self, completion: Option<&EventFd>) -> Result<(), RingError> {
+        match lock(&self.running).as_ref() {
+            Some(running) => running.ring.set_completion(completion),
             None => Ok(()),
         }
     }

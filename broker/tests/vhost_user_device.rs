@@ -60,7 +60,8 @@ impl Rig {
             write_zeroes: None,
         })
         .unwrap();
-        let config = EngineConfig { device, poll_time: Duration::ZERO, workers: Some(QUEUES), cpus: Vec::new() };
+        let config =
+            EngineConfig { device, poll_time: Duration::ZERO, workers: Some(QUEUES), cpus: Vec::new(), attach: None };
         let source = |_: EngineControl| -> io::Result<Box<dyn DiskSource>> { Ok(Box::new(FixedDisk)) };
         let mut engine = Engine::new(config, source).unwrap();
         engine.control().set_disk(&Arc::new(Disk::open(&DiskConfig::new(&image)).unwrap()));

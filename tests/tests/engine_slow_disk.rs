@@ -104,7 +104,8 @@ impl Machine {
             discard: None,
             write_zeroes: None,
         })?;
-        let config = EngineConfig { device, poll_time: Duration::ZERO, workers: Some(1), cpus: Vec::new() };
+        let config =
+            EngineConfig { device, poll_time: Duration::ZERO, workers: Some(1), cpus: Vec::new(), attach: None };
         let mut engine = Engine::new(config, |_| -> io::Result<Box<dyn DiskSource>> { Ok(Box::new(NoSource)) })?;
         engine.control().set_disk(&opened);
         let ram = Ram::single(RAM_BYTES)?;

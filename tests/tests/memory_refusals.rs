@@ -162,7 +162,7 @@ fn privileges() -> Result<()> {
     rustix::thread::set_capabilities(None, sets)?;
     let more = RamFile::new(&[extent(2 * MIB, MIB)], PageSize::Small)?.for_broker();
     let larger = memory.with_region(more.into_iter().next().context("one region")?)?;
-    let message = pinned.grown_to(&larger).err().context("no refusal")?.to_string();
+    let message = pinned.changed_to(&larger).err().context("no refusal")?.to_string();
     ensure!(message.starts_with("the memory was pinned with other privileges than this process has now"), "{message}");
     ensure!(message.ends_with("drop privileges before pinning"), "{message}");
     Ok(())

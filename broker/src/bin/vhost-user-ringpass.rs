@@ -2,6 +2,8 @@
 //! programs of vhost-user back-ends (QEMU, docs/interop/vhost-user.rst, "Backend program conventions"): no subcommand, and
 //! `--print-capabilities`. `share/qemu/vhost-user/50-vhost-user-ringpass.json` describes it to them.
 
+#[path = "ringpass/chosen_policy.rs"]
+mod chosen_policy;
 #[path = "ringpass/log.rs"]
 mod log;
 #[path = "ringpass/serve/mod.rs"]

@@ -4,9 +4,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, SyncSender, TryRecvError, channel, sync_channel};
 
+use ringpass_guest_abi::epoch::Area;
+use ringpass_guest_abi::request::ErrorCode;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::EngineError;
+use super::attach::AttachmentId;
+use super::attach::builder::Built;
 use crate::disk::Disk;
 use crate::vhost_user::{DeviceMemory, QueueEventfds};
 use crate::virtio_blk::RequestLimits;
@@ -18,18 +22,84 @@ pub(super) type Reply<T> = SyncSender<T>;
 /// A command, and the worker's own numbers of queues in it.
 #[derive(Debug)]
 pub(super) enum Command {
-    SetMemory { memory: Arc<DeviceMemory>, reply: Reply<()> },
-    SetDirtyLog { log: Option<Arc<DirtyLog>>, reply: Reply<()> },
-    SetUsedLog { queue: usize, used_log_gpa: Option<u64>, reply: Reply<()> },
-    SetLimits { limits: RequestLimits, reply: Reply<()> },
-    SetDisk { disk: Option<Arc<Disk>>, reply: Reply<()> },
-    Start { queue: usize, setup: QueueSetup, eventfds: QueueEventfds },
-    Stop { queue: usize, reply: Reply<u16> },
-    SetEnabled { queue: usize, enabled: bool, reply: Reply<()> },
-    SetEventfd { queue: usize, which: WhichEventfd, eventfd: Option<EventFd>, reply: Reply<()> },
+    SetMemory {
+        memory: Arc<DeviceMemory>,
+        reply: Reply<()>,
+    },
+    SetDirtyLog {
+        log: Option<Arc<DirtyLog>>,
+        reply: Reply<()>,
+    },
+    SetUsedLog {
+        queue: usize,
+        used_log_gpa: Option<u64>,
+        reply: Reply<()>,
+    },
+    SetLimits {
+        limits: RequestLimits,
+        reply: Reply<()>,
+    },
+    SetDisk {
+        disk: Option<Arc<Disk>>,
+        reply: Reply<()>,
+    },
+    Start {
+        queue: usize,
+        setup: QueueSetup,
+        eventfds: QueueEventfds,
+    },
+    Stop {
+        queue: usize,
+        reply: Reply<u16>,
+    },
+    SetEnabled {
+        queue: usize,
+        enabled: bool,
+        reply: Reply<()>,
+    },
+    SetEventfd {
+        queue: usize,
+        which: WhichEventfd,
+        eventfd: Option<EventFd>,
+        reply: Reply<()>,
+    },
     Abandon,
-    Reset { reply: Reply<()> },
+    Reset {
+        reply: Reply<()>,
+    },
     Shutdown,
+    /// Something that was ordered for an attachment of the queue has come about.
+    Attachment {
+        queue: usize,
+        attachment: AttachmentId,
+        event: AttachEvent,
+    },
+    /// The driver has asked for the queue back.
+    Detach {
+        queue: usize,
+    },
+    /// Rings end; their drivers get others.
+    EndRings {
+        reason: ErrorCode,
+    },
+    /// Rings end and none follows. `done` is told when they are gone.
+    FinishRings {
+        reason: ErrorCode,
+        done: Option<Reply<()>>,
+    },
+    /// Queue 0: the driver is to look at its other queues.
+    TellDriver,
+}
+
+/// What has come about.
+#[derive(Debug)]
+pub(super) enum AttachEvent {
+    /// A ring was made.
+    Built(Box<Built>),
+    /// It was not.
+    BuildFailed(ErrorCode),
+    /// The ring of this area, which was closed, is gone.
+    Gone(Area),
 }
 
 /// The three eventfds of a vring.

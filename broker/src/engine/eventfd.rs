@@ -72,6 +72,11 @@ impl Signal {
         }
     }
 
+    /// The eventfd, for somebody else who signals it too.
+    pub(super) fn eventfd(&self) -> &EventFd {
+        &self.eventfd
+    }
+
     fn has_room(&self) -> bool {
         let now = Timespec { tv_sec: 0, tv_nsec: 0 };
         poll(&mut [PollFd::new(&borrow_eventfd(&self.eventfd), PollFlags::OUT)], Some(&now)) == Ok(1)

@@ -7,9 +7,12 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 use std::{fmt, io};
 
+use ringpass_guest_abi::request::ErrorCode;
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap};
 use vmm_sys_util::eventfd::EventFd;
 
+use super::attach::{Attach, AttachConfig, Gate, GateStatus, Order, WorkerSender, builder};
 use super::bounce::BouncePool;
 use super::command::{Command, CommandSender, Pending, Reply, WhichEventfd, command_channel};
 use super::counters::QueueCounters;
@@ -42,6 +45,8 @@ pub struct EngineConfig {
     /// The CPU of each worker. Empty: wherever the kernel puts them. If there are more workers than CPUs, several
     /// share one.
     pub cpus: Vec<usize>,
+    /// How queues become rings of their drivers. `None`: the device does not offer that.
+    pub attach: Option<AttachConfig>,
 }
 
 /// Executes the queues of a device.
@@ -56,6 +61,8 @@ pub struct Engine {
     /// The available index with which each queue was started that was not stopped.
     started: Vec<Option<u16>>,
     is_logging: bool,
+    /// What the front-end gave last.
+    memory: Option<Arc<DeviceMemory>>,
 }
 
 /// A handle to an engine for other threads: gives it the disk, reads its counters.
@@ -64,6 +71,7 @@ pub struct EngineControl {
     workers: Arc<[CommandSender]>,
     counters: Arc<[Arc<QueueCounters>]>,
     shared: Arc<Shared>,
+    attach: Option<Attach>,
 }
 
 impl Engine {
@@ -81,13 +89,16 @@ impl Engine {
         let workers = config.workers.unwrap_or_else(available_cpus).clamp(1, queues);
         let counters: Arc<[_]> = (0..queues).map(|_| Arc::new(QueueCounters::default())).collect();
         let shared = Arc::new(Shared::new(device));
-        let (mut senders, mut threads) = (Vec::new(), Vec::new());
-        for number in 0..workers {
-            let (sender, commands) = command_channel()?;
+        let (senders, receivers): (Vec<_>, Vec<_>) =
+            (0..workers).map(|_| command_channel()).collect::<Result<Vec<_>, _>>()?.into_iter().unzip();
+        let senders: Arc<[CommandSender]> = senders.into();
+        let attach = config.attach.map(|attach| start_attach(attach, queues as u16, &senders)).transpose()?;
+        let mut threads = Vec::new();
+        for (number, commands) in receivers.into_iter().enumerate() {
             let own: Vec<_> = (number..queues).step_by(workers).map(|queue| (queue, counters[queue].clone())).collect();
             let slots_max = (own.len() * usize::from(device.queue_size())).min(SLOTS_PER_WORKER_MAX);
             let bounce = BouncePool::new()?;
-            let (shared, limits) = (shared.clone(), device.request_limits());
+            let (shared, limits, attach) = (shared.clone(), device.request_limits(), attach.clone());
             let (segments_max, poll_time) = (device.segment_capacity(), config.poll_time);
             let place = Place {
                 number,
@@ -103,10 +114,10 @@ impl Engine {
                 limits,
                 poll: PollPolicy::new(poll_time),
                 shared,
+                attach,
             })?);
-            senders.push(sender);
         }
-        let control = EngineControl { workers: senders.into(), counters, shared };
+        let control = EngineControl { workers: senders, counters, shared, attach };
         Ok(Self {
             source: source(control.clone()).map_err(EngineError::Thread)?,
             control,
@@ -114,6 +125,7 @@ impl Engine {
             cache_mode: CacheMode::new(),
             started: vec![None; queues],
             is_logging: false,
+            memory: None,
         })
     }
 
@@ -169,6 +181,8 @@ impl EngineControl {
             end_process(&format_args!("the disk's new size is of no use: {error}"))
         });
         forgo_access_times(disk);
+        // Before a worker can ask for a ring.
+        self.order_builder(|done| Order::SetDisk { disk: Some(disk.clone()), done });
         self.order_all(|reply| Command::SetDisk { disk: Some(disk.clone()), reply });
         has_changed
     }
@@ -176,6 +190,21 @@ impl EngineControl {
     /// Returns when all I/O has ended and no worker holds the disk.
     fn take_disk_back(&self) {
         self.order_all(|reply| Command::SetDisk { disk: None, reply });
+        self.order_builder(|done| Order::SetDisk { disk: None, done });
+    }
+
+    /// Sends an order to who makes rings, if somebody does, and waits until it is carried out.
+    fn order_builder(&self, order: impl FnOnce(Reply<()>) -> Order) {
+        if let Some(attach) = &self.attach {
+            let (done, pending) = Pending::new();
+            attach.order(order(done));
+            pending.wait();
+        }
+    }
+
+    /// What each queue's ring does, if the device offers rings.
+    pub fn rings(&self) -> Option<GateStatus> {
+        self.attach.as_ref().map(|attach| attach.gate.status())
     }
 
     /// True: the capacity is another one now.
@@ -230,6 +259,21 @@ impl EngineControl {
     }
 }
 
+/// Starts what makes rings.
+fn start_attach(config: AttachConfig, queue_count: u16, workers: &Arc<[CommandSender]>) -> Result<Attach, EngineError> {
+    let (config, gate) = (Arc::new(config), Arc::new(Gate::new(queue_count)));
+    let orders = builder::start(config.clone(), gate.clone(), WorkerSender::new(workers))?;
+    Ok(Attach::new(config, queue_count, gate, orders, workers))
+}
+
+/// Whether all regions of `before` are in `memory`, and are the same memory.
+fn has_all(memory: &DeviceMemory, before: &DeviceMemory) -> bool {
+    let same = |region: &GuestRegionMmap<()>, other: &GuestRegionMmap<()>| {
+        (region.start_addr(), region.len(), region.as_ptr()) == (other.start_addr(), other.len(), other.as_ptr())
+    };
+    before.iter().all(|region| memory.iter().any(|other| same(region, other)))
+}
+
 impl Device for Engine {
     fn queue_count(&self) -> u16 {
         self.device().num_queues()
@@ -271,10 +315,31 @@ impl Device for Engine {
 
     fn set_memory(&mut self, memory: Arc<DeviceMemory>) {
         self.control.order_all(|reply| Command::SetMemory { memory: memory.clone(), reply });
+        if let Some(attach) = &self.control.attach {
+            let loses_some = self.memory.as_ref().is_some_and(|before| !has_all(&memory, before));
+            let (done, pending) = Pending::new();
+            attach.order(Order::SetMemory { memory: memory.clone(), done });
+            // Rings must not reach what is gone. What is new takes long to pin; until then a driver's requests in it go the
+            // other way (docs/abi.md, section 7).
+            if loses_some {
+                pending.wait();
+            }
+        }
+        self.memory = Some(memory);
     }
 
     fn set_dirty_log(&mut self, log: Option<Arc<DirtyLog>>) {
         self.is_logging = log.is_some();
+        if let Some(attach) = &self.control.attach {
+            let may_ask_again = attach.gate.set_logging(self.is_logging);
+            if self.is_logging {
+                // The kernel logs nothing of what a ring writes. The guest need not be asked, nor could it answer: the
+                // front-end waits for this with its locks held.
+                self.control.order_all(|done| Command::FinishRings { reason: ErrorCode::Mode, done: Some(done) });
+            } else if may_ask_again {
+                attach.send(0, |_| Command::TellDriver);
+            }
+        }
         self.control.order_all(|reply| Command::SetDirtyLog { log: log.clone(), reply });
     }
 
@@ -290,10 +355,19 @@ impl Device for Engine {
 
     fn stop_queue(&mut self, index: u16) -> u16 {
         let started_at = self.started[usize::from(index)].take();
+        if self.control.attach.is_some() {
+            // All queues stop as a rule, one after the other: their rings end side by side.
+            self.control.send_to_all(|| Command::EndRings { reason: ErrorCode::None });
+        }
         let stopped_at = self.order(index, |queue, reply| Command::Stop { queue, reply });
         // A worker that was shut down has taken nothing since.
         let next_avail = stopped_at.or(started_at).unwrap_or_default();
-        if self.is_logging && self.started.iter().all(Option::is_none) {
+        let all_stopped = self.started.iter().all(Option::is_none);
+        if let (true, Some(attach)) = (all_stopped, &self.control.attach) {
+            // A device reset, as far as a back-end can see one.
+            attach.gate.begin_again();
+        }
+        if self.is_logging && all_stopped {
             // The guest is being migrated: whoever goes on with it needs the disk.
             self.source.release();
             self.control.take_disk_back();

@@ -6,6 +6,7 @@
 //! - `worker`: the loop of a thread. `poll`: when it polls and when it sleeps. `ring`: its io_uring.
 //! - `vring`: the state of a queue. `slot`, `execute`, `bounce`: requests under way.
 //! - `command`, `orders`: what the handle asks of the workers, and what they do then.
+//! - `attach`, `interface`, `epochs`: queues that become rings, if the device offers that ([`AttachConfig`]).
 //!
 //! The guest's memory is never registered with the kernel: nothing is pinned but for the time of a request. Each request
 //! holds the memory table that it was taken with, so a front-end may change the table at any time.
@@ -13,13 +14,16 @@
 //! A worker that panics ends the process. A front-end notices that and can connect to a new process, which takes the
 //! requests up again; a device that hangs would help nobody. So does a disk that turns out to be of no use.
 
+mod attach;
 mod bounce;
 mod command;
 mod counters;
+mod epochs;
 mod error;
 mod eventfd;
 mod execute;
 mod handle;
+mod interface;
 mod orders;
 mod poll;
 mod ring;
@@ -30,6 +34,7 @@ mod token;
 mod vring;
 mod worker;
 
+pub use attach::{AttachConfig, GateStatus, Refused, RingCounts, RingStatus};
 pub use counters::{Counter, QueueCounters};
 pub use error::EngineError;
 pub use handle::{Engine, EngineConfig, EngineControl};

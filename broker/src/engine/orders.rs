@@ -5,6 +5,9 @@ use std::os::fd::AsFd;
 use std::rc::Rc;
 use std::sync::Arc;
 
+use ringpass_guest_abi::epoch::device::Event;
+use ringpass_guest_abi::queue_order::QueueOrder;
+use ringpass_guest_abi::request::ErrorCode;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::command::{Command, Reply, WhichEventfd};
@@ -77,6 +80,14 @@ impl Worker<'_> {
                 self.give_up_queues();
                 self.endings.is_shutdown = true;
             }
+            Command::Attachment { queue, attachment, event } => self.attachment_event(queue, attachment, event),
+            Command::Detach { queue } => self.epoch_event(queue, Event::Finish(ErrorCode::Detached)),
+            Command::EndRings { reason } => self.end_rings(reason, Event::End),
+            Command::FinishRings { reason, done } => {
+                self.end_rings(reason, Event::Finish(reason));
+                self.endings.rings.extend(done);
+            }
+            Command::TellDriver => self.tell_driver(),
         }
     }
 
@@ -86,6 +97,7 @@ impl Worker<'_> {
             // What drains belongs to a front-end that is gone, with its memory. What is broken takes nothing more, and
             // while a queue is stopped nothing else is asked.
             let State::Running(active) = &mut self.vrings[number].state else { continue };
+            let keeps_ring = active.attachment.as_mut().is_none_or(|attachment| attachment.moves_to(memory));
             active.memory = Rc::clone(memory);
             match active.queue.set_memory(memory) {
                 Ok(()) => active.is_held = false,
@@ -94,6 +106,9 @@ impl Worker<'_> {
                     active.is_held = true;
                     self.report_stop(number, &format_args!("{error}; it waits for memory that has its rings"));
                 }
+            }
+            if !keeps_ring {
+                self.end_ring(number, ErrorCode::Memory, Event::End);
             }
         }
     }
@@ -144,6 +159,8 @@ impl Worker<'_> {
             // The handle knows with what index it was started, if it was.
             State::Stopped => State::Stopped,
         };
+        self.answer_event_of_stopping(queue);
+        self.epoch_event(queue, Event::Stop);
     }
 
     /// Nothing more is taken from any queue.
@@ -151,6 +168,7 @@ impl Worker<'_> {
         for number in 0..self.vrings.len() {
             self.disarm(number);
             self.vrings[number].abandon();
+            self.epoch_event(number, Event::Stop);
         }
     }
 
@@ -160,6 +178,10 @@ impl Worker<'_> {
         }
         let vring = &mut self.vrings[queue];
         vring.set_eventfd(which, eventfd);
+        if which == WhichEventfd::Call {
+            self.give_call_to_ring(queue);
+        }
+        let vring = &mut self.vrings[queue];
         let index = vring.index;
         if which == WhichEventfd::Call
             && let Some(call) = vring.eventfds_mut().and_then(|eventfds| eventfds.call.as_ref())
@@ -208,6 +230,7 @@ impl Worker<'_> {
         self.disarm(queue);
         if self.vrings[queue].break_down() {
             self.report_stop(queue, why);
+            self.epoch_event(queue, Event::Stop);
         }
         self.is_unsettled = true;
     }
@@ -231,6 +254,11 @@ impl Worker<'_> {
             self.let_go_of_disk();
             done(&reply);
         }
+        if self.vrings.iter_mut().all(|vring| vring.attachment_mut().is_none()) {
+            for reply in self.endings.rings.drain(..) {
+                done(&reply);
+            }
+        }
         if self.vrings.iter().all(|vring| matches!(vring.state, State::Stopped)) {
             for reply in self.endings.resets.drain(..) {
                 done(&reply);
@@ -243,15 +271,16 @@ impl Worker<'_> {
         let state = std::mem::replace(&mut vring.state, State::Stopped);
         vring.state = match state {
             State::Stopping { active, is_replaying, reply }
-                if active.in_flight == 0 && !(is_replaying && active.queue.has_replay()) =>
+                if !active.is_busy() && !(is_replaying && active.queue.has_replay()) =>
             {
                 let _ = reply.send(active.queue.next_avail());
                 State::Stopped
             }
-            State::Broken(Broken::Active(Active { in_flight: 0, queue, eventfds, .. })) => {
+            State::Broken(Broken::Active(active)) if !active.is_busy() => {
+                let Active { queue, eventfds, .. } = active;
                 State::Broken(Broken::Idle { next_avail: queue.next_avail(), eventfds })
             }
-            State::Draining { active, next } if active.in_flight == 0 => next.map_or(State::Stopped, State::Waiting),
+            State::Draining { active, next } if !active.is_busy() => next.map_or(State::Stopped, State::Waiting),
             other => other,
         };
         let has_disk = self.disk.is_some() && self.endings.disk.is_none();
@@ -268,6 +297,7 @@ impl Worker<'_> {
             return self.break_down(number, &"it was started before the front-end gave the guest's memory");
         };
         let vring = &mut self.vrings[number];
+        let order = QueueOrder::new(vring.index);
         let State::Waiting(start) = &mut vring.state else { return };
         match SplitQueue::new(start.setup.clone(), &memory) {
             Ok(queue) => {
@@ -284,6 +314,9 @@ impl Worker<'_> {
                     log: self.log.clone(),
                     // Somebody else may have given chains back before this and not have said so.
                     has_unpublished: true,
+                    order,
+                    attachment: None,
+                    event: None,
                 };
                 vring.state = match stop {
                     None => State::Running(active),

@@ -3,8 +3,10 @@
 use std::rc::Rc;
 use std::sync::Arc;
 
+use ringpass_guest_abi::queue_order::QueueOrder;
 use vmm_sys_util::eventfd::EventFd;
 
+use super::attach::{Attachment, Reply as InterfaceReply};
 use super::command::{Reply, WhichEventfd};
 use super::counters::QueueCounters;
 use super::eventfd::{Eventfds, Kick, Signal};
@@ -55,6 +57,23 @@ pub(super) struct Active {
     pub(super) log: Option<Arc<DirtyLog>>,
     /// Chains were given back that the driver does not see yet.
     pub(super) has_unpublished: bool,
+    /// What was taken from it since it started, as far as rings go.
+    pub(super) order: QueueOrder,
+    /// It is attached: nothing is taken from it.
+    pub(super) attachment: Option<Box<Attachment>>,
+    /// Queue 0: the EVENT that waits for something to tell. It is recorded in the in-flight region.
+    pub(super) event: Option<InterfaceReply>,
+}
+
+impl Active {
+    /// Whether something of it is still under way: requests, or rings.
+    pub(super) fn is_busy(&self) -> bool {
+        self.in_flight > 0 || self.attachment.is_some()
+    }
+
+    fn takes(&self) -> bool {
+        !self.is_held && self.attachment.is_none()
+    }
 }
 
 /// Which chains of a queue are to be taken.
@@ -122,7 +141,7 @@ impl Vring {
     #[inline]
     pub(super) fn taking_mut(&mut self) -> Option<&mut Active> {
         match &mut self.state {
-            State::Running(active) if self.enabled && !active.is_held => Some(active),
+            State::Running(active) if self.enabled && active.takes() => Some(active),
             _ => None,
         }
     }
@@ -131,10 +150,20 @@ impl Vring {
     #[inline]
     pub(super) fn taking_or_replaying_mut(&mut self) -> Option<(&mut Active, Takes)> {
         match &mut self.state {
-            State::Running(active) if self.enabled && !active.is_held => Some((active, Takes::Everything)),
+            State::Running(active) if self.enabled && active.takes() => Some((active, Takes::Everything)),
             State::Stopping { active, is_replaying: true, .. } => Some((active, Takes::Replay)),
             _ => None,
         }
+    }
+
+    /// The attachment, in whatever state has one.
+    pub(super) fn attachment_mut(&mut self) -> Option<&mut Attachment> {
+        self.active_mut().and_then(|active| active.attachment.as_deref_mut())
+    }
+
+    /// Whether the queue's kicks are to be heard although it takes no chains: they are doorbells.
+    pub(super) fn has_doorbell(&self) -> bool {
+        matches!(&self.state, State::Running(active) if active.attachment.is_some())
     }
 
     /// The eventfds that the present front-end gave.
@@ -161,6 +190,16 @@ impl Vring {
         if !active.queue.needs_signal() {
             return;
         }
+        if let Some(call) = &active.eventfds.call {
+            call.send(index);
+            self.counters.signals.add(1);
+        }
+    }
+
+    /// Interrupts the driver, whether it wants that or not.
+    pub(super) fn signal(&mut self) {
+        let index = self.index;
+        let Some(active) = self.active_mut() else { return };
         if let Some(call) = &active.eventfds.call {
             call.send(index);
             self.counters.signals.add(1);

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::Shared;
+use super::attach::{Attach, Reply as InterfaceReply};
 use super::bounce::BouncePool;
 use super::command::{CommandReceiver, Reply};
 use super::poll::{Idle, PollPolicy};
@@ -53,6 +54,12 @@ pub(super) struct Worker<'r> {
     pub(super) is_unsettled: bool,
     /// What waits for requests to end.
     pub(super) endings: Endings,
+    /// What makes rings of queues. `None`: the device does not offer that.
+    pub(super) attach: Option<Attach>,
+    /// How many queues were attached.
+    pub(super) attachments: u64,
+    /// Queue 0: there is something to tell the driver, and there was no EVENT to tell it with.
+    pub(super) has_news: bool,
 }
 
 /// Commands that are in force once no request is under way any more.
@@ -62,6 +69,8 @@ pub(super) struct Endings {
     pub(super) disk: Option<Reply<()>>,
     /// All queues are to stop.
     pub(super) resets: Vec<Reply<()>>,
+    /// All rings are to be gone.
+    pub(super) rings: Vec<Reply<()>>,
     /// The worker is to end.
     pub(super) is_shutdown: bool,
 }
@@ -93,6 +102,7 @@ pub(super) struct WorkerParts {
     pub(super) limits: RequestLimits,
     pub(super) poll: PollPolicy,
     pub(super) shared: Arc<Shared>,
+    pub(super) attach: Option<Attach>,
 }
 
 impl<'r> Worker<'r> {
@@ -114,6 +124,9 @@ impl<'r> Worker<'r> {
             poll: parts.poll,
             is_unsettled: false,
             endings: Endings::default(),
+            attach: parts.attach,
+            attachments: 0,
+            has_news: false,
         }
     }
 
@@ -153,6 +166,9 @@ impl<'r> Worker<'r> {
                 busy |= self.take(number);
             }
         }
+        if self.attach.is_some() {
+            self.arm_doorbells();
+        }
         self.ring.submit();
         busy |= self.reap();
         for vring in &mut self.vrings {
@@ -174,7 +190,7 @@ impl<'r> Worker<'r> {
             let Some((active, takes)) = vring.taking_or_replaying_mut() else { return taken > 0 };
             let memory = Rc::clone(&active.memory);
             let popped = match takes {
-                Takes::Everything => active.queue.pop(&memory),
+                Takes::Everything => active.queue.pop_unrecorded(&memory),
                 Takes::Replay => Ok(active.queue.pop_replay(&memory)),
             };
             let chain = match popped {
@@ -190,7 +206,16 @@ impl<'r> Worker<'r> {
             self.is_unsettled |= takes == Takes::Replay;
             let head = chain.head();
             let slot = self.slots.get(slot_number);
-            match parse(chain, &self.limits, &mut slot.segments) {
+            let parsed = parse(chain, &self.limits, &mut slot.segments);
+            if let Parsed::Interface(request) = &parsed {
+                let (reply, payload) = InterfaceReply::new(head, request, memory, &slot.segments);
+                self.take_interface(number, request.request_type, reply, &payload);
+                continue;
+            }
+            active.queue.record();
+            active.order.take(None, 0);
+            match parsed {
+                Parsed::Interface(_) => {}
                 Parsed::Request(request) => {
                     active.in_flight += 1;
                     slot.queue = number;
@@ -241,6 +266,9 @@ impl<'r> Worker<'r> {
         vring.counters.kicks.add(1);
         if let Some(kick) = vring.eventfds_mut().and_then(|eventfds| eventfds.kick.as_ref()) {
             kick.take();
+        }
+        if vring.has_doorbell() {
+            self.doorbell_rang(usize::from(queue));
         }
     }
 
@@ -296,17 +324,29 @@ impl<'r> Worker<'r> {
         if !self.may_take() {
             return;
         }
-        for (number, vring) in self.vrings.iter_mut().enumerate() {
-            let generation = vring.kick_poll.generation;
-            if vring.kick_poll.is_armed {
-                continue;
+        for number in 0..self.vrings.len() {
+            if self.vrings[number].taking_mut().is_some() {
+                self.arm_kick(number);
             }
-            let Some(active) = vring.taking_mut() else { continue };
-            let Some(kick) = &active.eventfds.kick else { continue };
-            let token = Token::Kick { queue: number as u16, generation };
-            self.ring.push_poll(&kick.0, token.to_user_data());
-            vring.kick_poll.is_armed = true;
         }
+    }
+
+    /// Has the ring tell of the doorbells of attached queues, also while the worker is busy with others.
+    fn arm_doorbells(&mut self) {
+        for number in 0..self.vrings.len() {
+            if self.vrings[number].has_doorbell() {
+                self.arm_kick(number);
+            }
+        }
+    }
+
+    /// Has the ring tell of the next kick of a queue that runs.
+    fn arm_kick(&mut self, number: usize) {
+        let Vring { state: State::Running(active), kick_poll, .. } = &mut self.vrings[number] else { return };
+        let Some(kick) = active.eventfds.kick.as_ref().filter(|_| !kick_poll.is_armed) else { return };
+        let token = Token::Kick { queue: number as u16, generation: kick_poll.generation };
+        self.ring.push_poll(&kick.0, token.to_user_data());
+        kick_poll.is_armed = true;
     }
 
     fn has_ended(&self) -> bool {

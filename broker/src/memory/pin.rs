@@ -105,20 +105,27 @@ impl PinnedMemory {
         }
     }
 
-    /// Pins what `memory` has more than the memory pinned here, beside it: rings that run are not touched until
-    /// [`KernelRing::replace_memory`](crate::ring::KernelRing::replace_memory).
+    /// Pins what `memory` has and the memory pinned here has not, beside it, and leaves out what `memory` has not: rings that
+    /// run are not touched until [`KernelRing::replace_memory`](crate::ring::KernelRing::replace_memory).
     ///
     /// Takes as long as [`pin`](Self::pin) takes for the slots that change; call it on a thread that may block.
-    pub fn grown_to(&self, memory: &GuestMemory) -> Result<(Self, ChangedSlots), MemoryError> {
+    pub fn changed_to(&self, memory: &GuestMemory) -> Result<(Self, ChangedSlots), MemoryError> {
         let holder = self.copied(memory.layout().table_slots())?;
-        let layout = memory.layout();
-        let changed: Vec<_> = layout.slots().iter().filter(|slot| !memory.has_same_slot(slot, &self.memory)).collect();
+        let slots = memory.layout().slots();
+        let changed: Vec<_> = slots.iter().filter(|slot| !memory.has_same_slot(slot, &self.memory)).collect();
         let charge = Charge::new(memory, changed.iter().copied())?;
         changed.iter().try_for_each(|slot| pin_slot(&holder, memory, slot, &charge))?;
-        let first = changed.first().map_or(0, |slot| slot.index);
-        let count = changed.last().map_or(0, |slot| slot.index + 1 - first);
-        let grown = Self { holder: Some(holder), memory: memory.clone(), accounting: self.accounting };
-        Ok((grown, ChangedSlots { first, count }))
+        let is_left = |index| slots.iter().any(|slot| slot.index == index);
+        let gone = self.memory.layout().slots().iter().map(|slot| slot.index).filter(|&index| !is_left(index));
+        let gone: Vec<u32> = gone.collect();
+        gone.iter()
+            .try_for_each(|&slot| holder.clear_buffer(slot))
+            .map_err(MemoryError::system("taking a buffer out of the table"))?;
+        let indexes = || changed.iter().map(|slot| slot.index).chain(gone.iter().copied());
+        let first = indexes().min().unwrap_or(0);
+        let count = indexes().max().map_or(0, |last| last + 1 - first);
+        let other = Self { holder: Some(holder), memory: memory.clone(), accounting: self.accounting };
+        Ok((other, ChangedSlots { first, count }))
     }
 
     /// The same memory in a table as large as that of `other`, to take a change of rings back with.

@@ -12,6 +12,7 @@ use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemory
 
 use super::layout::SCRATCH_BYTES;
 use super::{IovaLayout, MemoryError};
+use crate::limits::grow_beyond_cap;
 
 /// The highest address a region may end at: 16384 slots of 1 GiB.
 const GPA_LIMIT: u64 = ringpass_guest_abi::SLOT_BYTES * ringpass_guest_abi::SLOT_COUNT_MAX as u64;
@@ -97,7 +98,6 @@ impl GuestMemory {
     /// Names the first region that is empty, not aligned to its file's pages, above 16 TiB, overlapping another, longer
     /// than its file, not writable, or on a file system whose pages cannot be pinned.
     pub fn new(configs: impl IntoIterator<Item = RegionConfig>) -> Result<Self, MemoryError> {
-        // Made now and not when a hole first appears: by then RLIMIT_FSIZE may be down.
         let scratch = scratch_file().map_err(MemoryError::system("making the scratch file for holes in guest RAM"))?;
         Self::build(configs.into_iter().map(check).collect::<Result<_, _>>()?, Arc::new(scratch))
     }
@@ -107,6 +107,15 @@ impl GuestMemory {
         let mut regions = self.regions.clone();
         regions.push(check(config)?);
         Self::build(regions, self.scratch.clone())
+    }
+
+    /// These regions instead; those that are the same as here, file included, are the same memory.
+    ///
+    /// # Errors
+    ///
+    /// As for [`new`](Self::new).
+    pub fn with_regions(&self, configs: impl IntoIterator<Item = RegionConfig>) -> Result<Self, MemoryError> {
+        Self::build(configs.into_iter().map(check).collect::<Result<_, _>>()?, self.scratch.clone())
     }
 
     fn build(mut regions: Vec<Region>, scratch: Arc<OwnedFd>) -> Result<Self, MemoryError> {
@@ -271,7 +280,8 @@ fn map(region: &Region) -> Result<GuestRegionMmap, MemoryError> {
 fn scratch_file() -> io::Result<OwnedFd> {
     let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
     let scratch = rustix::fs::memfd_create("ringpass-scratch", flags)?;
-    rustix::fs::ftruncate(&scratch, SCRATCH_BYTES)?;
+    // The process may have a limit on what files grow to, for the sake of its disk.
+    grow_beyond_cap(SCRATCH_BYTES, || Ok(rustix::fs::ftruncate(&scratch, SCRATCH_BYTES)?))?;
     rustix::fs::fcntl_add_seals(&scratch, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
     Ok(scratch)
 }

@@ -129,13 +129,13 @@ fn plugging_pins_only_the_slots_that_change() {
     let memory = GuestMemory::new([region(0, MIB), region(5 << 30, MIB)]).unwrap();
     let pinned = PinnedMemory::pin(&memory, Sharing::Clone).unwrap();
     let grown = memory.with_region(region(7 << 30, 2 * MIB)).unwrap();
-    let (_, slots) = pinned.grown_to(&grown).unwrap();
+    let (_, slots) = pinned.changed_to(&grown).unwrap();
     assert_eq!(slots, ChangedSlots { first: 7, count: 1 });
     let grown = memory.with_region(region(3 * MIB, MIB)).unwrap();
-    let (_, slots) = pinned.grown_to(&grown).unwrap();
+    let (_, slots) = pinned.changed_to(&grown).unwrap();
     assert_eq!(slots, ChangedSlots { first: 0, count: 1 }, "the hole between is filled");
     let grown = memory.with_region(region((9 << 30) - MIB, 2 * MIB)).unwrap();
-    let (_, slots) = pinned.grown_to(&grown).unwrap();
+    let (_, slots) = pinned.changed_to(&grown).unwrap();
     assert_eq!(slots, ChangedSlots { first: 8, count: 2 });
 }
 
@@ -144,6 +144,6 @@ fn without_cloning_memory_cannot_be_plugged_and_the_error_says_why() {
     let memory = GuestMemory::new([region(0, MIB)]).unwrap();
     let pinned = PinnedMemory::pin(&memory, Sharing::PinAgain).unwrap();
     let grown = memory.with_region(region(MIB, MIB)).unwrap();
-    let error = pinned.grown_to(&grown).unwrap_err().to_string();
+    let error = pinned.changed_to(&grown).unwrap_err().to_string();
     assert!(error.contains("IORING_REGISTER_DST_REPLACE (Linux 6.13)"), "{error}");
 }

@@ -10,6 +10,7 @@
 //! -EISDIR or -EBADF to everything, at once.
 
 use std::any::Any;
+use std::fmt;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
@@ -125,6 +126,17 @@ pub struct RingEnd {
 struct Progress {
     phase: Mutex<Phase>,
     changed: Condvar,
+    listeners: Mutex<Listeners>,
+}
+
+/// Who is to be told of the end, once.
+#[derive(Default)]
+struct Listeners(Vec<Box<dyn FnOnce() + Send>>);
+
+impl fmt::Debug for Listeners {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Listeners").field(&self.0.len()).finish()
+    }
 }
 
 #[derive(Clone, Copy, Debug, Default)]
@@ -187,6 +199,23 @@ impl RingEnd {
         }
     }
 
+    /// Calls `tell` at the end, on the thread that waits for it, which has others to wait for: it must be quick. If the
+    /// ring has ended already, it is called at once.
+    pub fn on_end(&self, tell: impl FnOnce() + Send + 'static) {
+        // Held over the look at the phase, so that an end that comes now finds it in the list or has been seen.
+        let mut listeners = self.listeners();
+        if self.has_ended() {
+            drop(listeners);
+            tell();
+        } else {
+            listeners.0.push(Box::new(tell));
+        }
+    }
+
+    fn listeners(&self) -> MutexGuard<'_, Listeners> {
+        self.progress.listeners.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn phase(&self) -> MutexGuard<'_, Phase> {
         self.progress.phase.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -194,6 +223,10 @@ impl RingEnd {
     fn set(&self, phase: Phase) {
         *self.phase() = phase;
         self.progress.changed.notify_all();
+        if let Phase::Ended { .. } = phase {
+            let listeners = std::mem::take(&mut *self.listeners());
+            listeners.0.into_iter().for_each(|tell| tell());
+        }
     }
 }
 

@@ -199,12 +199,18 @@ impl KernelRing<Enabled> {
         if let Some(completion) = completion {
             check_eventfd("completion", completion)?;
         }
+        self.set_completion(completion)?;
+        let Some(completion) = completion else { return Ok(()) };
+        completion.write(1).map_err(RingError::system("signalling the new completion eventfd"))
+    }
+
+    /// The same for a file that is known to be an eventfd, which the caller signals.
+    pub(crate) fn set_completion(&self, completion: Option<&EventFd>) -> Result<(), RingError> {
         self.fd().unregister_eventfd().map_err(RingError::system("unregistering the completion eventfd"))?;
         let Some(completion) = completion else { return Ok(()) };
         self.fd()
             .register_eventfd(completion_fd(completion))
-            .map_err(RingError::system("registering the completion eventfd"))?;
-        completion.write(1).map_err(RingError::system("signalling the new completion eventfd"))
+            .map_err(RingError::system("registering the completion eventfd"))
     }
 
     /// Gives the running ring memory that `pinned` has and it has not. Takes microseconds; I/O goes on.

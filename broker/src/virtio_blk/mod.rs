@@ -27,7 +27,7 @@ pub use config::{BlkConfig, BlkConfigError, BlkParameters, CONFIG_SPACE_BYTES};
 pub use guest_errors::{GuestError, GuestErrors};
 pub use limits::{DiscardLimits, MAX_DISCARD_SECTORS, MAX_WRITE_ZEROES_SECTORS, RequestLimits, WriteZeroesLimits};
 pub use refusal::{Refusal, Unanswerable};
-pub use request::{Answer, ByteRange, Operation, Parsed, Request, parse};
+pub use request::{Answer, ByteRange, InterfaceRequest, Operation, Parsed, Request, parse};
 pub use segments::{Segment, SegmentList};
 pub use serial::{Serial, SerialError};
 pub use status::Status;

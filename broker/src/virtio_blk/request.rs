@@ -1,5 +1,6 @@
 //! One descriptor chain as a checked request.
 
+use ringpass_guest_abi::request::{RequestType, T_PROBE};
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_ID_BYTES, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN,
     VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES, VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
@@ -20,6 +21,9 @@ pub enum Parsed {
     Request(Request),
     /// Execute nothing and answer. The segment list is empty.
     Answer(Answer),
+    /// It is about the queues themselves, by the interface of `docs/abi.md`: payload, then room for the answer, are in the
+    /// segment list. A device that does not offer rings answers it as [`Refusal::UnknownType`].
+    Interface(InterfaceRequest),
     /// It cannot be answered: stop this queue, and no other.
     Malformed(Unanswerable),
 }
@@ -36,6 +40,21 @@ pub struct Request {
     pub status_gpa: GuestAddress,
     /// The length for the used ring: all device-writable bytes, also if the request fails, because a driver must ignore
     /// what is beyond it, and the status is the last (VIRTIO 1.2, 2.7.8.2).
+    pub written_bytes: u32,
+}
+
+/// A request by which a driver asks for rings. Nothing of its payload was looked at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct InterfaceRequest {
+    /// Which one.
+    pub request_type: RequestType,
+    /// Length of the payload: the first bytes in the segment list.
+    pub payload_bytes: u32,
+    /// Room for the answer: the rest of the segment list.
+    pub answer_bytes: u32,
+    /// Where the status goes: one byte, in the guest's memory.
+    pub status_gpa: GuestAddress,
+    /// The length for the used ring, as in [`Request::written_bytes`].
     pub written_bytes: u32,
 }
 
@@ -108,6 +127,16 @@ pub fn parse(chain: DescriptorChain<'_>, limits: &RequestLimits, segments: &mut 
         }
     };
     let written_bytes = chain.writable_bytes.saturating_add(1);
+    if let Some(request_type) = interface_request(&chain) {
+        let Chain { readable_bytes: payload_bytes, writable_bytes: answer_bytes, status_gpa, .. } = chain;
+        return Parsed::Interface(InterfaceRequest {
+            request_type,
+            payload_bytes,
+            answer_bytes,
+            status_gpa,
+            written_bytes,
+        });
+    }
     match check(&chain, memory, limits, segments) {
         Ok(Some((operation, data_bytes))) => {
             Parsed::Request(Request { operation, data_bytes, status_gpa: chain.status_gpa, written_bytes })
@@ -115,6 +144,13 @@ pub fn parse(chain: DescriptorChain<'_>, limits: &RequestLimits, segments: &mut 
         Ok(None) => answer(&chain, written_bytes, None, segments),
         Err(refusal) => answer(&chain, written_bytes, Some(refusal), segments),
     }
+}
+
+/// The request of `docs/abi.md` that a well-formed chain is, if it is one. Their numbers are far above all others.
+#[inline]
+fn interface_request(chain: &Chain) -> Option<RequestType> {
+    let request_type = Header::from_bytes(chain.header).request_type;
+    if request_type < T_PROBE || chain.refusal.is_some() { None } else { RequestType::from_number(request_type) }
 }
 
 #[cold]

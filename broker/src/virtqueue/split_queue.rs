@@ -64,6 +64,8 @@ pub struct SplitQueue {
     /// The heads that were put into the used ring since its index was stored last. Never longer than the queue.
     batch: Vec<u16>,
     tracker: Option<Tracker>,
+    /// Taken last, and not recorded in the in-flight region yet.
+    unrecorded: Option<u16>,
     used_log_gpa: Option<u64>,
     event_idx: bool,
     /// `next_used` when `needs_signal` was last asked. `None`: never, and the driver may have missed anything.
@@ -107,6 +109,7 @@ impl SplitQueue {
             heads,
             batch: Vec::with_capacity(usize::from(size)),
             tracker: inflight.map(|region| Tracker { region, next_counter, last_batch_head }),
+            unrecorded: None,
             used_log_gpa,
             event_idx,
             signal_asked_at: None,
@@ -133,19 +136,57 @@ impl SplitQueue {
     /// already; the entry stays where it is. The chain's descriptors are not looked at yet.
     #[inline]
     pub fn pop<'m>(&'m mut self, memory: &'m GuestMemoryMmap) -> Result<Option<DescriptorChain<'m>>, QueueError> {
-        let head = match self.replay.pop_front() {
-            Some(head) => head,
-            None => match self.take_available()? {
-                Some(head) => head,
-                None => return Ok(None),
-            },
-        };
+        let Some(head) = self.take()? else { return Ok(None) };
+        self.record();
         Ok(Some(DescriptorChain::in_queue(memory, &self.rings, head)))
+    }
+
+    /// The same without the record, for who must look at the chain to know whether it belongs into the region.
+    /// [`record`](Self::record) comes before the chain is executed; a chain that is never recorded is, for a later
+    /// process, one that was never taken.
+    #[inline]
+    pub fn pop_unrecorded<'m>(
+        &'m mut self,
+        memory: &'m GuestMemoryMmap,
+    ) -> Result<Option<DescriptorChain<'m>>, QueueError> {
+        let head = self.take()?;
+        Ok(head.map(|head| DescriptorChain::in_queue(memory, &self.rings, head)))
+    }
+
+    /// Records the chain that was taken last as in flight, unless it is already.
+    #[inline]
+    pub fn record(&mut self) {
+        if let (Some(head), Some(tracker)) = (self.unrecorded.take(), &mut self.tracker) {
+            tracker.taken(head);
+        }
+    }
+
+    /// Puts the chain that was taken last back, as if it had not been taken: the next [`pop`](Self::pop) of this queue or of
+    /// one that continues it gives it again. False, and nothing changes, if `head` is not that chain, or was recorded.
+    pub fn untake(&mut self, head: u16) -> bool {
+        let is_last = self.unrecorded == Some(head);
+        if is_last {
+            self.unrecorded = None;
+            self.heads[usize::from(head)] = Head::Free;
+            self.in_flight -= 1;
+            self.next_avail = self.next_avail.wrapping_sub(1);
+        }
+        is_last
+    }
+
+    #[inline]
+    fn take(&mut self) -> Result<Option<u16>, QueueError> {
+        self.unrecorded = None;
+        match self.replay.pop_front() {
+            Some(head) => Ok(Some(head)),
+            None => self.take_available(),
+        }
     }
 
     /// Takes the next of the chains that an earlier process had taken and not given back, and none that is new. `None`:
     /// none of them is left.
     pub fn pop_replay<'m>(&'m mut self, memory: &'m GuestMemoryMmap) -> Option<DescriptorChain<'m>> {
+        self.unrecorded = None;
         let head = self.replay.pop_front()?;
         Some(DescriptorChain::in_queue(memory, &self.rings, head))
     }
@@ -176,9 +217,7 @@ impl SplitQueue {
         }
         self.in_flight += 1;
         self.next_avail = self.next_avail.wrapping_add(1);
-        if let Some(tracker) = &mut self.tracker {
-            tracker.taken(head);
-        }
+        self.unrecorded = Some(head);
         Ok(Some(head))
     }
 

@@ -1,5 +1,6 @@
 //! `ringpass`: the broker as a program.
 
+mod chosen_policy;
 mod demo;
 mod log;
 mod policy;

@@ -187,7 +187,13 @@ pub(super) fn config(options: &Options) -> EngineConfig {
         write_zeroes: Some(WriteZeroesLimits { max_sectors: 1 << 16, may_unmap: true }),
     })
     .unwrap();
-    EngineConfig { device, poll_time: options.poll_time, workers: Some(options.workers), cpus: Vec::new() }
+    EngineConfig {
+        device,
+        poll_time: options.poll_time,
+        workers: Some(options.workers),
+        cpus: Vec::new(),
+        attach: None,
+    }
 }
 
 /// The content of a sector that was written for the `generation`th time.

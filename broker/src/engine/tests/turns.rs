@@ -34,6 +34,7 @@ fn by_hand(slots_max: usize, act: impl FnOnce(&mut Rig, &mut Worker<'_>, &Comman
             limits,
             poll: PollPolicy::new(Duration::ZERO),
             shared: Arc::new(Shared::new(device)),
+            attach: None,
         },
     );
     act(&mut rig, &mut worker, &sender);

@@ -63,6 +63,10 @@ pub(super) fn check(scene: &mut Scene, head: u16, limits: &RequestLimits, segmen
                 written_bytes: answer.written_bytes,
             }
         }
+        Parsed::Interface(request) => {
+            assert_eq!(data.len() as u64, u64::from(request.payload_bytes) + u64::from(request.answer_bytes));
+            Expected::Interface { request, data }
+        }
         Parsed::Malformed(_) => {
             assert!(segments.is_empty());
             Expected::Malformed
@@ -94,7 +98,8 @@ fn limits(choices: &mut Choices<'_>) -> RequestLimits {
 /// First a request as a driver might send it, in some arrangement of descriptors, then up to three arbitrary descriptors
 /// in place of its own.
 fn fill(scene: &mut Scene, choices: &mut Choices<'_>) -> u16 {
-    let request_type = [0, 1, 4, 8, 11, 13, choices.byte().into(), u32::MAX][choices.below(8)];
+    let interface = 0x7270_0000 + u32::from(choices.byte() % 16);
+    let request_type = [0, 1, 4, 8, 11, 13, choices.byte().into(), u32::MAX, interface][choices.below(9)];
     scene.put_header(GuestAddress(HEADER_GPA), request_type, choices.sector());
     let range_sectors = [8, 1, 0, 9, 64, choices.byte().into(), u32::MAX][choices.below(7)];
     let flags = [0, 0, 0, 1, 2, 0x8000_0000][choices.below(6)];

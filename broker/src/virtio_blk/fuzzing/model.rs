@@ -2,10 +2,11 @@
 
 use std::collections::HashSet;
 
+use ringpass_guest_abi::request::RequestType;
 use vm_memory::GuestAddress;
 
 use super::scene::{Scene, TABLE_ENTRIES};
-use crate::virtio_blk::{ByteRange, Operation, Request, RequestLimits, Status};
+use crate::virtio_blk::{ByteRange, InterfaceRequest, Operation, Request, RequestLimits, Status};
 
 /// No buffer in the scene's memory is as long.
 const LONGEST_IN_MEMORY_BYTES: u64 = 0x1_0000;
@@ -15,6 +16,7 @@ const LONGEST_IN_MEMORY_BYTES: u64 = 0x1_0000;
 pub(super) enum Expected {
     Request { request: Request, data: Vec<(u64, *mut u8)> },
     Answer { status: Status, status_gpa: GuestAddress, written_bytes: u32 },
+    Interface { request: InterfaceRequest, data: Vec<(u64, *mut u8)> },
     Malformed,
 }
 
@@ -34,7 +36,20 @@ pub(super) fn parse(scene: &Scene, head: u16, limits: &RequestLimits, room: usiz
     let total_writable: u64 = buffers.iter().filter(|buffer| buffer.is_writable).map(|buffer| buffer.len_bytes).sum();
     let status_gpa = GuestAddress(status_gpa);
     let written_bytes = total_writable.min(u32::MAX.into()) as u32;
-    match meaning(scene, &buffers, limits, room) {
+    let mut interface = None;
+    let meaning = parts(scene, &buffers, room).and_then(|parts| match interface_request(parts.request_type()) {
+        None => meaning(scene, parts, limits),
+        Some(request_type) => {
+            let (payload_bytes, answer_bytes) = (parts.readable.len() as u32, parts.writable.len() as u32);
+            let request = InterfaceRequest { request_type, payload_bytes, answer_bytes, status_gpa, written_bytes };
+            interface = Some((request, [parts.readable, parts.writable].concat()));
+            Ok((None, Vec::new()))
+        }
+    });
+    if let Some((request, data)) = interface {
+        return Expected::Interface { request, data };
+    }
+    match meaning {
         Ok((Some(operation), data)) => {
             let data_bytes = data.len() as u32;
             Expected::Request { request: Request { operation, data_bytes, status_gpa, written_bytes }, data }
@@ -85,7 +100,32 @@ fn buffers(scene: &Scene, head: u16) -> Option<Vec<Buffer>> {
 
 type Meaning = (Option<Operation>, Vec<(u64, *mut u8)>);
 
-fn meaning(scene: &Scene, buffers: &[Buffer], limits: &RequestLimits, room: usize) -> Result<Meaning, Status> {
+/// The parts of a request: guest-physical and host address of each byte behind the header and before the status.
+struct Parts {
+    header: [u8; 16],
+    readable: Vec<(u64, *mut u8)>,
+    writable: Vec<(u64, *mut u8)>,
+}
+
+impl Parts {
+    fn request_type(&self) -> u32 {
+        u32::from_le_bytes(self.header[..4].try_into().expect("4 bytes"))
+    }
+}
+
+/// The numbers of `docs/abi.md`.
+fn interface_request(number: u32) -> Option<RequestType> {
+    match number {
+        0x7270_0000 => Some(RequestType::Probe),
+        0x7270_0002 => Some(RequestType::Arm),
+        0x7270_0005 => Some(RequestType::Attach),
+        0x7270_0006 => Some(RequestType::Event),
+        0x7270_0009 => Some(RequestType::Detach),
+        _ => None,
+    }
+}
+
+fn parts(scene: &Scene, buffers: &[Buffer], room: usize) -> Result<Parts, Status> {
     let is_in_order = buffers.is_sorted_by_key(|buffer| buffer.is_writable);
     let mut readable = Vec::new();
     let mut writable = Vec::new();
@@ -108,9 +148,15 @@ fn meaning(scene: &Scene, buffers: &[Buffer], limits: &RequestLimits, room: usiz
     if runs(data.iter().chain(&writable)) > room {
         return Err(Status::IoError);
     }
+    Ok(Parts { header: header.try_into().expect("16 bytes were split off"), readable: data, writable })
+}
+
+fn meaning(scene: &Scene, parts: Parts, limits: &RequestLimits) -> Result<Meaning, Status> {
+    let request_type = parts.request_type();
+    let Parts { header, readable: data, mut writable } = parts;
     let sector = u64::from_le_bytes(header[8..].try_into().expect("8 bytes are left"));
     let length = |data: &Vec<_>| if data.len() % 512 == 0 { Ok(data.len() as u64 / 512) } else { Err(Status::IoError) };
-    match u32::from_le_bytes(header[..4].try_into().expect("4 bytes were taken")) {
+    match request_type {
         0 if data.is_empty() => {
             let extent = extent(limits, sector, length(&writable)?)?;
             Ok((extent.map(|extent| Operation::Read { offset_bytes: extent.offset_bytes }), writable))

@@ -28,6 +28,7 @@ fn outcome(parsed: &Parsed) -> String {
     match parsed {
         Parsed::Request(request) => words(format!("{:?}", request.operation)),
         Parsed::Answer(answer) => answer.refusal.map_or("NothingToDo".into(), |refusal| words(format!("{refusal:?}"))),
+        Parsed::Interface(request) => words(format!("{:?}", request.request_type)),
         Parsed::Malformed(error) => {
             let debug = format!("{error:?}");
             words(debug.trim_start_matches("Chain(").to_owned())
@@ -50,9 +51,13 @@ fn the_arbitrary_chains_reach_every_outcome() {
     }
     eprintln!("{outcomes:#?}");
     let expected = [
+        "Arm",
+        "Attach",
         "BeyondCapacity",
         "DataLength",
+        "Detach",
         "Discard",
+        "Event",
         "Flags",
         "Flush",
         "GetId",
@@ -64,6 +69,7 @@ fn the_arbitrary_chains_reach_every_outcome() {
         "NoStatus",
         "NothingToDo",
         "OutsideMemory",
+        "Probe",
         "RangeTooLong",
         "Read",
         "ReadOnly",

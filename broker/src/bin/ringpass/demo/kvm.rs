@@ -20,7 +20,7 @@ use ringpass_workload::{Job, Wait};
 use rustix::fs::MemfdFlags;
 
 use super::{BUFFERS_BYTES, ExitCounts, Outcome, SQ_THREAD_IDLE, Task, Way};
-use crate::policy::ChosenPolicy;
+use crate::chosen_policy::ChosenPolicy;
 
 const RING: RingConfig = RingConfig { sq_entries: 64, cq_entries: 128 };
 /// The guest's RAM: small, because it is pinned, and an ordinary user may pin 8 MiB in all.

@@ -24,7 +24,7 @@ use ringpass_broker::kernel::KernelRelease;
 use ringpass_broker::limits;
 use ringpass_workload::{BlockQueue, Environment, Job, JobError, Report, Verify, Wait};
 
-use crate::policy::{ChosenPolicy, PolicyArgs};
+use crate::chosen_policy::{ChosenPolicy, PolicyArgs};
 use image::Image;
 use kvm::{KvmWay, Signal};
 use process::{ProcessWay, Submission};

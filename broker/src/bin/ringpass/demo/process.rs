@@ -21,7 +21,7 @@ use rustix::fs::MemfdFlags;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
 
 use super::{Outcome, SQ_THREAD_IDLE, TIMEOUT, Task, Way};
-use crate::policy::ChosenPolicy;
+use crate::chosen_policy::ChosenPolicy;
 
 /// The guest's RAM: small, because it is pinned, and an ordinary user may pin 8 MiB in all.
 const RAM_BYTES: u64 = 1 << 20;

@@ -11,6 +11,8 @@ use ringpass_broker::disk::{DirectIo, DiskConfig, StartUp};
 use ringpass_broker::vhost_user::{Server, ServerError};
 use ringpass_broker::virtio_blk::Serial;
 
+use super::rings::RingArgs;
+
 /// vhost-user numbers queues with a byte.
 const QUEUES_MAX: u16 = 256;
 /// Front-ends that give each vCPU a queue refuse a device with fewer; more cost next to nothing.
@@ -92,6 +94,9 @@ pub(crate) struct ServeArgs {
     /// is waited for without limit; the front-end is answered meanwhile, and nothing is executed.
     #[arg(long, value_name = "N", default_value_t = 10, value_parser = clap::value_parser!(u64).range(..=86_400))]
     lock_wait_s: u64,
+
+    #[command(flatten)]
+    rings: RingArgs,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -146,6 +151,10 @@ impl ServeArgs {
 
     pub(super) fn start_up(&self) -> StartUp {
         if self.incoming { StartUp::Incoming } else { StartUp::Grace(Duration::from_secs(self.lock_wait_s)) }
+    }
+
+    pub(super) fn rings(&self) -> &RingArgs {
+        &self.rings
     }
 
     pub(super) fn num_queues(&self) -> u16 {

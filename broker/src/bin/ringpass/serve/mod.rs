@@ -3,6 +3,7 @@
 mod args;
 mod disk_source;
 mod refusal;
+mod rings;
 
 use std::io::Write;
 use std::process::ExitCode;
@@ -48,8 +49,14 @@ pub(crate) fn run(args: &ServeArgs) -> anyhow::Result<ExitCode> {
 
     let connections = Arc::new(Connections::default());
     let lease = Arc::new(lease(located.clone(), connections.clone())?);
-    let config =
-        EngineConfig { device, poll_time: args.poll_time(), workers: args.workers(), cpus: args.cpus().to_vec() };
+    let offer = args.rings().offer(&located)?;
+    let config = EngineConfig {
+        device,
+        poll_time: args.poll_time(),
+        workers: args.workers(),
+        cpus: args.cpus().to_vec(),
+        attach: offer.config(),
+    };
     let mut engine = Engine::new(config, |control| {
         // Nobody else sets it.
         let _ = connections.engine.set(control);

@@ -1,0 +1,287 @@
+//! The thread that pins the guest's memory and makes rings.
+//!
+//! Pinning takes half a second for each GiB, and making a ring a system call that waits for other rings: neither is for a
+//! worker, which executes other queues, nor for the protocol thread, for which the front-end waits. Here one thing happens
+//! after the other, so that nothing has to be said about the order of two changes of memory.
+
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::thread;
+use std::time::Duration;
+
+use nix::sys::signal::SigSet;
+use ringpass_guest_abi::attach::Geometry;
+use ringpass_guest_abi::epoch::Epoch;
+use ringpass_guest_abi::request::ErrorCode;
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use super::discards::DiscardWatch;
+use super::{AttachConfig, AttachmentId, Gate, LiveRing, Refused, WorkerSender};
+use crate::direct::{DirectDevice, QueueConfig, QueuePlacement};
+use crate::disk::Disk;
+use crate::engine::EngineError;
+use crate::engine::command::{AttachEvent, Command, Reply};
+use crate::log_limit::LogLimit;
+use crate::memory::{GuestMemory, MemoryError, RegionConfig};
+use crate::ring::{RingConfig, RingEnd, RingError, StillRunning};
+use crate::vhost_user::DeviceMemory;
+
+/// How often memory is looked at while it is pinned, and the words of rings that count.
+const LOOK: Duration = Duration::from_millis(50);
+/// How often a ring that failed half-way is mentioned while it does not end.
+const REMIND: Duration = Duration::from_secs(10);
+
+/// What the builder is asked for.
+#[derive(Debug)]
+pub(in crate::engine) enum Order {
+    /// Make a ring.
+    Build(BuildOrder),
+    /// The guest's memory, from now on. Rings that run have it when `done` is told.
+    SetMemory { memory: Arc<DeviceMemory>, done: Reply<()> },
+    /// The disk of rings that are made from now on. `None`: it is let go when `done` is told. No ring may run.
+    SetDisk { disk: Option<Arc<Disk>>, done: Reply<()> },
+    /// No queue is attached any more: nothing has to stay pinned.
+    Unpin,
+}
+
+/// A ring that is to be made.
+#[derive(Debug)]
+pub(in crate::engine) struct BuildOrder {
+    pub(in crate::engine) queue: u16,
+    pub(in crate::engine) attachment: AttachmentId,
+    pub(in crate::engine) geometry: Geometry,
+    pub(in crate::engine) epoch: Epoch,
+    /// What completions signal.
+    pub(in crate::engine) call: Option<EventFd>,
+    pub(in crate::engine) call_generation: u32,
+}
+
+/// A ring that was made.
+#[derive(Debug)]
+pub(in crate::engine) struct Built {
+    pub(in crate::engine) ring: LiveRing,
+    /// The call eventfd that it has.
+    pub(in crate::engine) call_generation: u32,
+}
+
+struct Builder {
+    config: Arc<AttachConfig>,
+    gate: Arc<Gate>,
+    workers: WorkerSender,
+    memory: Option<Arc<DeviceMemory>>,
+    disk: Option<Arc<Disk>>,
+    pinned: Option<Pinned>,
+    refusals: LogLimit,
+}
+
+/// The guest's memory, pinned, and the rings over it.
+struct Pinned {
+    device: DirectDevice,
+    watch: DiscardWatch,
+}
+
+/// Starts the thread. It ends when nobody can order anything any more.
+pub(in crate::engine) fn start(
+    config: Arc<AttachConfig>,
+    gate: Arc<Gate>,
+    workers: WorkerSender,
+) -> Result<Sender<Order>, EngineError> {
+    let (sender, orders) = channel();
+    thread::Builder::new()
+        .name("ring-builder".into())
+        .spawn(move || {
+            // Signals are for the program's own threads.
+            let _ = SigSet::all().thread_block();
+            let refusals = LogLimit::new();
+            Builder { config, gate, workers, memory: None, disk: None, pinned: None, refusals }.run(&orders);
+        })
+        .map_err(EngineError::Thread)?;
+    Ok(sender)
+}
+
+impl Builder {
+    fn run(&mut self, orders: &Receiver<Order>) {
+        loop {
+            let order = if self.pinned.is_some() {
+                orders.recv_timeout(LOOK)
+            } else {
+                orders.recv().map_err(|_| RecvTimeoutError::Disconnected)
+            };
+            match order {
+                Ok(order) => self.carry_out(order),
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => return,
+            }
+            self.look();
+        }
+    }
+
+    fn carry_out(&mut self, order: Order) {
+        match order {
+            Order::Build(order) => {
+                let (queue, attachment) = (order.queue, order.attachment);
+                let event = match self.build(order) {
+                    Ok(built) => AttachEvent::Built(Box::new(built)),
+                    Err(refused) => {
+                        if let Some(total) = self.refusals.count() {
+                            tracing::warn!(queue, total, "no ring for the queue: {} ({total} so far)", refused.why);
+                        }
+                        let code = refused.code;
+                        self.gate.note_refusal(queue, refused);
+                        AttachEvent::BuildFailed(code)
+                    }
+                };
+                self.workers.send(queue, |queue| Command::Attachment { queue, attachment, event });
+            }
+            Order::SetMemory { memory, done } => {
+                self.set_memory(memory);
+                // Nobody waits any more: then nobody has to know.
+                let _ = done.send(());
+            }
+            Order::SetDisk { disk, done } => {
+                self.pinned = None;
+                self.disk = disk;
+                let _ = done.send(());
+            }
+            Order::Unpin => self.pinned = None,
+        }
+    }
+
+    fn build(&mut self, order: BuildOrder) -> Result<Built, Refused> {
+        if let Some(refused) = self.gate.status().closed {
+            return Err(refused);
+        }
+        let BuildOrder { geometry, epoch, call, call_generation, .. } = order;
+        let doorbell = eventfd().map_err(|error| refused(&error))?;
+        let config = QueueConfig {
+            ring: RingConfig { sq_entries: geometry.sq_entries(), cq_entries: geometry.cq_entries() },
+            placement: QueuePlacement::GuestRam {
+                rings_gpa: geometry.rings(epoch.area()).gpa(),
+                sqes_gpa: geometry.sqes(epoch.area()).gpa(),
+            },
+            doorbell: Some(eventfd_of(&doorbell).map_err(|error| refused(&error))?),
+            completion: call,
+        };
+        let device = self.device()?;
+        match device.attach(config) {
+            Ok(queue) => Ok(Built { ring: LiveRing { epoch, queue, doorbell }, call_generation }),
+            Err(error) => {
+                // The driver gets its areas back with the refusal.
+                await_closed(&device.ends());
+                Err(refused(&error))
+            }
+        }
+    }
+
+    /// The device that makes rings; the guest's memory is pinned for the first of them.
+    fn device(&mut self) -> Result<&DirectDevice, Refused> {
+        if self.pinned.is_none() {
+            self.pinned = Some(self.pin()?);
+        }
+        // It is there now.
+        self.pinned.as_ref().map(|pinned| &pinned.device).ok_or_else(|| refused(&MemoryError::NoRegions.into()))
+    }
+
+    fn pin(&self) -> Result<Pinned, Refused> {
+        let (Some(memory), Some(disk)) = (&self.memory, &self.disk) else {
+            let why = "the device has neither memory nor a disk any more: its front-end is going".into();
+            return Err(Refused { code: ErrorCode::Mode, why });
+        };
+        let regions = regions(memory);
+        let memory = GuestMemory::new(regions.clone()).map_err(|error| refused(&error.into()))?;
+        let device = DirectDevice::new(disk.clone(), &memory, self.config.policy.clone(), self.config.direct)
+            .map_err(|error| refused(&error))?;
+        let watch = DiscardWatch::new(&regions).map_err(|error| {
+            refused(&RingError::System { what: "looking at a file of guest memory", source: error })
+        })?;
+        tracing::info!(bytes = memory.len_bytes(), regions = regions.len(), "guest memory is pinned for rings");
+        Ok(Pinned { device, watch })
+    }
+
+    /// Rings that run get the new memory, if they can be changed; otherwise they end, and are made anew over it.
+    fn set_memory(&mut self, memory: Arc<DeviceMemory>) {
+        let regions = regions(&memory);
+        self.memory = Some(memory);
+        let Some(pinned) = &mut self.pinned else { return };
+        if !pinned.device.ends().iter().any(is_open) {
+            // Nothing runs: what is pinned is only in the way.
+            self.pinned = None;
+            return;
+        }
+        let changed = pinned.device.set_memory(regions.clone()).map_err(|error| error.to_string());
+        if let Err(error) = changed.and_then(|()| pinned.watch.set_regions(&regions).map_err(|error| error.to_string()))
+        {
+            tracing::warn!("rings end, because the guest's memory changed in a way that they cannot follow: {error}");
+            self.workers.send_to_all(|| Command::EndRings { reason: ErrorCode::Memory });
+            // A ring that still runs keeps its memory until it ends.
+            self.pinned = None;
+        }
+    }
+
+    fn look(&mut self) {
+        self.gate.sample();
+        let Some(discarded) = self.pinned.as_mut().and_then(|pinned| pinned.watch.look()) else { return };
+        if !self.gate.note_discard() {
+            return;
+        }
+        tracing::error!(
+            bytes = discarded.bytes,
+            "guest memory was discarded while rings had it pinned: data that the guest wrote or read through a ring since \
+             then may be wrong. Direct mode ends, and does not come back before the driver resets the device. A balloon, \
+             free page reporting, virtio-mem and postcopy do this: use a guest without them, or --mode virtqueue"
+        );
+        self.workers.send_to_all(|| Command::FinishRings { reason: ErrorCode::Discarded, done: None });
+        self.pinned = None;
+    }
+}
+
+/// The regions of a table, for pinning.
+fn regions(memory: &DeviceMemory) -> Vec<RegionConfig> {
+    let region = |region: &vm_memory::GuestRegionMmap<()>| {
+        // The session makes them of files only.
+        let file = region.file_offset()?;
+        Some(RegionConfig {
+            gpa: region.start_addr().0,
+            len_bytes: region.len(),
+            file: file.arc().clone(),
+            file_offset_bytes: file.start(),
+        })
+    };
+    memory.iter().filter_map(region).collect()
+}
+
+fn is_open(end: &RingEnd) -> bool {
+    matches!(end.wait(Duration::ZERO), Err(StillRunning::Open))
+}
+
+/// Waits until the rings that are closed have ended. Those that run are left alone.
+fn await_closed(ends: &[RingEnd]) {
+    for end in ends {
+        while let Err(StillRunning::Closed { .. }) = end.wait(Duration::ZERO) {
+            let _ = end.wait(REMIND);
+        }
+    }
+}
+
+fn refused(error: &RingError) -> Refused {
+    let code = match error {
+        RingError::AreaInUse { .. } => ErrorCode::Busy,
+        RingError::Memory(MemoryError::Memlock(_) | MemoryError::NoMemoryToPin { .. } | MemoryError::System { .. }) => {
+            ErrorCode::Resources
+        }
+        RingError::Memory(_) => ErrorCode::Memory,
+        RingError::IntegrityProfile { .. } | RingError::UnsafePolicy { .. } => ErrorCode::Mode,
+        RingError::Create { source, .. } if source.raw_os_error() == Some(nix::libc::EFAULT) => ErrorCode::Memory,
+        _ => ErrorCode::Resources,
+    };
+    Refused { code, why: error.to_string() }
+}
+
+fn eventfd() -> Result<EventFd, RingError> {
+    EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK).map_err(RingError::system("making the eventfd of a doorbell"))
+}
+
+fn eventfd_of(eventfd: &EventFd) -> Result<EventFd, RingError> {
+    eventfd.try_clone().map_err(RingError::system("duplicating the eventfd of a doorbell"))
+}

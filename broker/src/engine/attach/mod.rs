@@ -1,0 +1,184 @@
+//! Queues that become rings: the device's side of `docs/abi.md`.
+//!
+//! A driver asks for a ring on an ordinary virtqueue, so it is the worker of that queue who hears of it and who runs the
+//! queue's epoch machine ([`ringpass_guest_abi::epoch::device`]). What takes long or may wait is done elsewhere:
+//!
+//! - [`Attachment`]: a queue with a pending ATTACH. Belongs to the queue's worker.
+//! - [`Gate`]: what all queues share: who has which ranges of guest memory, and whether rings are given out at all.
+//! - [`builder`]: the thread that pins the guest's memory and makes rings. It owns the
+//!   [`DirectDevice`](crate::direct::DirectDevice), from the first ring to the end of the last attachment: memory is pinned only
+//!   while there are rings.
+//! - [`discards`]: notices that the front-end discards memory that is pinned.
+//! - [`Reply`]: a request of the interface that is to be answered, now or later.
+//!
+//! The steps of the machine are carried out by the worker in `engine/epochs.rs`, the requests taken in `engine/interface.rs`.
+
+mod attachment;
+pub(super) mod builder;
+mod discards;
+mod gate;
+mod reply;
+
+use std::sync::Arc;
+use std::sync::Weak;
+use std::sync::mpsc::Sender;
+
+use ringpass_guest_abi::attach::AttachLimits;
+use ringpass_guest_abi::probe::{F_DSYNC, MAGIC, ProbeAnswer, VERSION};
+use ringpass_restrictions::CompiledPolicy;
+
+pub(super) use attachment::{Attachment, AttachmentId, LiveRing, host_address};
+pub(super) use builder::{BuildOrder, Order};
+pub(super) use gate::Gate;
+pub use gate::{GateStatus, Refused, RingCounts, RingStatus};
+pub(super) use reply::Reply;
+
+use super::command::{Command, CommandSender};
+use super::worker::Alignment;
+use crate::direct::DirectConfig;
+use crate::memory::IOVA_BASE;
+use crate::ring::{RingError, refuse_unsafe};
+
+/// Alignment of control page and areas, and the unit of their lengths: the page size of the kernel.
+fn page_bytes() -> u32 {
+    rustix::param::page_size() as u32
+}
+
+/// Most bytes of one SQE. Long enough that splitting costs nothing, short enough that an SQ thread, which copies what is in
+/// the page cache, gets to the other queues in between.
+const SEGMENT_BYTES_MAX: u32 = 4 << 20;
+
+/// What a device offers to drivers that can have rings.
+#[derive(Debug, Clone)]
+pub struct AttachConfig {
+    /// How rings are executed.
+    pub direct: DirectConfig,
+    /// What a guest's ring may do.
+    pub policy: CompiledPolicy,
+    /// Most SQ entries of a ring: a power of two, at most 32768.
+    pub sq_entries_max: u32,
+    /// Most CQ entries of a ring: a power of two, at least `sq_entries_max`, at most 65536.
+    pub cq_entries_max: u32,
+}
+
+impl AttachConfig {
+    /// With rings of at most 2048 SQ and 4096 CQ entries: twice what front-ends and drivers use for queues.
+    ///
+    /// # Errors
+    ///
+    /// [`RingError::UnsafePolicy`] for a policy with lint errors that nobody [accepted](CompiledPolicy::accept_unsafe).
+    pub fn new(direct: DirectConfig, policy: CompiledPolicy) -> Result<Self, RingError> {
+        refuse_unsafe(&policy)?;
+        Ok(Self { direct, policy, sq_entries_max: 2048, cq_entries_max: 4096 })
+    }
+
+    /// What ATTACH may ask for.
+    pub fn limits(&self) -> AttachLimits {
+        AttachLimits {
+            features: F_DSYNC,
+            sq_entries_max: self.sq_entries_max,
+            cq_entries_max: self.cq_entries_max,
+            page_bytes: page_bytes(),
+        }
+    }
+
+    /// Most bytes of one SQE.
+    pub fn segment_bytes_max(&self) -> u32 {
+        SEGMENT_BYTES_MAX
+    }
+}
+
+/// What the workers of a device that offers rings share.
+#[derive(Clone, Debug)]
+pub(super) struct Attach {
+    config: Arc<AttachConfig>,
+    queue_count: u16,
+    pub(super) gate: Arc<Gate>,
+    orders: Sender<Order>,
+    workers: Weak<[CommandSender]>,
+}
+
+impl Attach {
+    pub(super) fn new(
+        config: Arc<AttachConfig>,
+        queue_count: u16,
+        gate: Arc<Gate>,
+        orders: Sender<Order>,
+        workers: &Arc<[CommandSender]>,
+    ) -> Self {
+        Self { config, queue_count, gate, orders, workers: Arc::downgrade(workers) }
+    }
+
+    pub(super) fn limits(&self) -> AttachLimits {
+        self.config.limits()
+    }
+
+    pub(super) fn queue_count(&self) -> u16 {
+        self.queue_count
+    }
+
+    /// The answer to PROBE, for a disk that wants its buffers aligned so.
+    pub(super) fn probe_answer(&self, alignment: Option<Alignment>) -> ProbeAnswer {
+        let AttachLimits { features, sq_entries_max, cq_entries_max, page_bytes } = self.limits();
+        let align_bytes = alignment.map_or(1, |alignment| (alignment.address_mask | alignment.length_mask) + 1);
+        ProbeAnswer {
+            magic: MAGIC.into(),
+            answer_bytes: (ProbeAnswer::BYTES as u32).into(),
+            version_min: VERSION.into(),
+            version_max: VERSION.into(),
+            features: features.into(),
+            iova_base: IOVA_BASE.into(),
+            sq_entries_max: sq_entries_max.into(),
+            cq_entries_max: cq_entries_max.into(),
+            page_bytes: page_bytes.into(),
+            segment_align_bytes: (align_bytes as u32).into(),
+            segment_bytes_max: SEGMENT_BYTES_MAX.into(),
+            queue_count: self.queue_count.into(),
+            reserved: 0.into(),
+        }
+    }
+
+    /// Hands an order to the builder. One that has ended builds nothing any more: the engine is going.
+    pub(super) fn order(&self, order: Order) {
+        let _ = self.orders.send(order);
+    }
+
+    /// Sends a command about one queue to its worker.
+    pub(super) fn send(&self, index: u16, command: impl FnOnce(usize) -> Command) {
+        send_to_worker(&self.workers, index, command);
+    }
+
+    /// The same for somebody who may outlive the engine.
+    pub(super) fn sender(&self) -> WorkerSender {
+        WorkerSender(self.workers.clone())
+    }
+}
+
+/// Reaches the workers for as long as there are some. It does not keep them.
+#[derive(Clone, Debug)]
+pub(super) struct WorkerSender(Weak<[CommandSender]>);
+
+impl WorkerSender {
+    pub(super) fn new(workers: &Arc<[CommandSender]>) -> Self {
+        Self(Arc::downgrade(workers))
+    }
+
+    /// Sends a command about one queue to its worker.
+    pub(super) fn send(&self, index: u16, command: impl FnOnce(usize) -> Command) {
+        send_to_worker(&self.0, index, command);
+    }
+
+    /// Sends a command to all workers.
+    pub(super) fn send_to_all(&self, command: impl Fn() -> Command) {
+        if let Some(workers) = self.0.upgrade() {
+            workers.iter().for_each(|worker| worker.send(command()));
+        }
+    }
+}
+
+fn send_to_worker(workers: &Weak<[CommandSender]>, index: u16, command: impl FnOnce(usize) -> Command) {
+    if let Some(workers) = workers.upgrade() {
+        let (index, count) = (usize::from(index), workers.len());
+        workers[index % count].send(command(index / count));
+    }
+}

@@ -1,0 +1,67 @@
+//! A request of the interface that waits for its answer.
+
+use std::rc::Rc;
+
+use ringpass_guest_abi::request::PAYLOAD_BYTES_MAX;
+use vm_memory::{Bytes, GuestAddress};
+
+use crate::vhost_user::DeviceMemory;
+use crate::virtio_blk::{InterfaceRequest, SegmentList};
+use crate::virtqueue::DirtyLog;
+
+/// Where the answer of a request goes. The request may stay pending for as long as its queue runs.
+#[derive(Debug)]
+pub(in crate::engine) struct Reply {
+    /// Its chain.
+    pub(in crate::engine) head: u16,
+    /// What the chain was found in.
+    pub(in crate::engine) memory: Rc<DeviceMemory>,
+    pub(in crate::engine) status_gpa: GuestAddress,
+    /// The length for the used ring.
+    pub(in crate::engine) written_bytes: u32,
+    /// Room for the answer, in its order.
+    places: Vec<(GuestAddress, usize)>,
+}
+
+impl Reply {
+    /// The reply of a request that was just parsed, and its payload, which is copied once: as much of it as any payload may
+    /// have, and a byte more if it is longer.
+    pub(in crate::engine) fn new(
+        head: u16,
+        request: &InterfaceRequest,
+        memory: Rc<DeviceMemory>,
+        segments: &SegmentList,
+    ) -> (Self, Vec<u8>) {
+        let mut payload_left = request.payload_bytes as usize;
+        let mut payload = Vec::new();
+        let mut places = Vec::new();
+        for segment in segments.iter() {
+            let readable = payload_left.min(segment.len_bytes);
+            payload_left -= readable;
+            let wanted = readable.min((PAYLOAD_BYTES_MAX as usize + 1).saturating_sub(payload.len()));
+            let filled = payload.len();
+            payload.resize(filled + wanted, 0);
+            // It was in this memory when the chain was parsed.
+            let _ = memory.read_slice(&mut payload[filled..], segment.gpa);
+            if readable < segment.len_bytes {
+                let gpa = GuestAddress(segment.gpa.0 + readable as u64);
+                places.push((gpa, segment.len_bytes - readable));
+            }
+        }
+        let InterfaceRequest { status_gpa, written_bytes, .. } = *request;
+        (Self { head, memory, status_gpa, written_bytes, places }, payload)
+    }
+
+    /// Writes as much of the answer as there is room for. The status is written when the chain is given back.
+    pub(in crate::engine) fn write(&self, answer: &[u8], log: Option<&DirtyLog>) {
+        let mut rest = answer;
+        for &(gpa, len_bytes) in &self.places {
+            let (part, later) = rest.split_at(len_bytes.min(rest.len()));
+            rest = later;
+            let _ = self.memory.write_slice(part, gpa);
+            if let Some(log) = log {
+                log.mark(gpa.0, part.len() as u64);
+            }
+        }
+    }
+}

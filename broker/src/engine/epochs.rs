@@ -1,0 +1,228 @@
+//! Carries out the steps of a queue's epochs (`docs/abi.md`, section 6).
+//!
+//! The machine decides and touches nothing; here is what it decides about: the control page, the rings, the pending ATTACH.
+
+use std::collections::VecDeque;
+
+use ringpass_guest_abi::epoch::device::{Action, Event};
+use ringpass_guest_abi::epoch::{Announcement, Area, Epoch, Phase};
+use ringpass_guest_abi::request::{ErrorCode, Outcome};
+
+use super::attach::builder::Built;
+use super::attach::{Attachment, AttachmentId, BuildOrder, LiveRing, Order};
+use super::command::{AttachEvent, Command};
+use super::worker::Worker;
+
+impl Worker<'_> {
+    /// Takes an event of a queue's epochs as far as it goes. Queues that are not attached have none.
+    pub(super) fn epoch_event(&mut self, number: usize, event: Event) {
+        let mut events = VecDeque::from([event]);
+        while let Some(event) = events.pop_front() {
+            let vring = &mut self.vrings[number];
+            let index = vring.index;
+            let Some(attachment) = vring.attachment_mut() else { return };
+            let before = attachment.machine.state();
+            let actions = attachment.machine.step(event);
+            let after = attachment.machine.state();
+            if before != after {
+                tracing::debug!(queue = index, ?event, ?after, "epoch");
+                if let Some(attach) = &self.attach {
+                    attach.gate.note_state(index, after);
+                }
+            }
+            for action in actions {
+                events.extend(self.act(number, action));
+            }
+        }
+    }
+
+    /// Carries out one action. Gives what follows from it at once.
+    fn act(&mut self, number: usize, action: Action) -> Option<Event> {
+        match action {
+            // The worker has the disk, or it would not have taken the ATTACH: no other process has I/O under way. Rings of
+            // this one are gone before their attachment is.
+            Action::AwaitRelease => return Some(Event::Released),
+            Action::Announce(announcement) => return self.announce(number, announcement),
+            Action::Build(epoch) => self.order_ring(number, epoch),
+            Action::Close(area) => self.close_ring(number, area),
+            Action::CompleteAttach(code) => self.complete_attach(number, code),
+            Action::Stopped => self.leave_attach(number),
+        }
+        None
+    }
+
+    fn announce(&mut self, number: usize, announcement: Announcement) -> Option<Event> {
+        let vring = &mut self.vrings[number];
+        let active = vring.active_mut()?;
+        let attachment = active.attachment.as_deref_mut()?;
+        if announcement.phase != Phase::Ended {
+            attachment.end_reason = ErrorCode::None;
+        }
+        attachment.announce(announcement, active.log.as_deref());
+        let acknowledged = attachment.acknowledged();
+        let Announcement { epoch, phase } = announcement;
+        tracing::info!(queue = vring.index, %epoch, ?phase, "announced");
+        vring.signal();
+        self.have_driver_told();
+        Some(Event::Acknowledged(acknowledged))
+    }
+
+    fn order_ring(&mut self, number: usize, epoch: Epoch) {
+        let vring = &mut self.vrings[number];
+        let queue = vring.index;
+        let (Some(attach), Some(active)) = (&self.attach, vring.active_mut()) else { return };
+        let Some(Attachment { id, geometry, call_generation, .. }) = active.attachment.as_deref() else { return };
+        let (attachment, geometry, call_generation) = (*id, *geometry, *call_generation);
+        let call = active.eventfds.call.as_ref().map(|call| call.eventfd().try_clone()).transpose();
+        match call {
+            Ok(call) => {
+                let order = BuildOrder { queue, attachment, geometry, epoch, call, call_generation };
+                attach.order(Order::Build(order));
+            }
+            Err(error) => {
+                tracing::warn!(queue, %error, "no ring for the queue: its call eventfd cannot be duplicated");
+                let event = AttachEvent::BuildFailed(ErrorCode::Resources);
+                attach.send(queue, |queue| Command::Attachment { queue, attachment, event });
+            }
+        }
+    }
+
+    /// Something that was ordered for an attachment has come about.
+    pub(super) fn attachment_event(&mut self, number: usize, id: AttachmentId, event: AttachEvent) {
+        let is_its = self.vrings[number].attachment_mut().is_some_and(|attachment| attachment.id == id);
+        if !is_its {
+            // An attachment waits for what it has ordered, so this does not happen. A ring that came with it is closed.
+            tracing::error!(queue = self.vrings[number].index, ?event, "something of an attachment that is over");
+            return;
+        }
+        let event = match event {
+            AttachEvent::Built(built) => {
+                self.place_ring(number, *built);
+                Event::Built
+            }
+            AttachEvent::BuildFailed(code) => Event::BuildFailed(code),
+            AttachEvent::Gone(area) => Event::Gone(area),
+        };
+        self.epoch_event(number, event);
+    }
+
+    /// Takes a ring over that was built, and tells the driver where its parts are.
+    fn place_ring(&mut self, number: usize, built: Built) {
+        let Built { ring, call_generation } = built;
+        let vring = &mut self.vrings[number];
+        let index = vring.index;
+        let Some(active) = vring.active_mut() else { return };
+        let Some(attachment) = active.attachment.as_deref_mut() else { return };
+        let layout = *ring.queue.layout();
+        attachment.describe_ring(&layout, active.log.as_deref());
+        if let Some(attach) = &self.attach {
+            let rings_gpa = attachment.geometry.rings(ring.epoch.area()).gpa();
+            attach.gate.ring_opens(index, (*active.memory).clone(), rings_gpa, layout);
+        }
+        let has_call = call_generation == attachment.call_generation;
+        let area = ring.epoch.area();
+        attachment.rings[area.index()] = Some(ring);
+        if !has_call {
+            self.give_call_to_ring(number);
+        }
+    }
+
+    /// Has the completions of a queue's ring signal the queue's call eventfd, which is another one now. The caller signals
+    /// it once.
+    pub(super) fn give_call_to_ring(&mut self, number: usize) {
+        let vring = &mut self.vrings[number];
+        let index = vring.index;
+        let Some(active) = vring.active_mut() else { return };
+        let Some(attachment) = active.attachment.as_deref_mut() else { return };
+        attachment.call_generation = attachment.call_generation.wrapping_add(1);
+        let Some(ring) = attachment.live() else { return };
+        let call = active.eventfds.call.as_ref().map(|call| call.eventfd());
+        if let Err(error) = ring.queue.set_completion(call) {
+            // The driver would wait for interrupts that do not come: it gets another ring.
+            tracing::warn!(queue = index, %error, "the ring ends, because it cannot have the new call eventfd");
+            self.end_ring(number, ErrorCode::Resources, Event::End);
+        }
+    }
+
+    fn close_ring(&mut self, number: usize, area: Area) {
+        let vring = &mut self.vrings[number];
+        let index = vring.index;
+        let (Some(attach), Some(attachment)) = (self.attach.clone(), vring.attachment_mut()) else { return };
+        let Some(LiveRing { queue, .. }) = attachment.take_ring(area) else { return };
+        let attachment = attachment.id;
+        attach.gate.ring_closes(index);
+        let workers = attach.sender();
+        queue.close().on_end(move || {
+            let event = AttachEvent::Gone(area);
+            workers.send(index, |queue| Command::Attachment { queue, attachment, event });
+        });
+    }
+
+    fn complete_attach(&mut self, number: usize, code: ErrorCode) {
+        let Some(attachment) = self.take_attachment(number) else { return };
+        let vring = &mut self.vrings[number];
+        tracing::info!(queue = vring.index, ?code, "the queue is a virtqueue again");
+        if let Some(active) = vring.active_mut() {
+            active.order.attach_completed();
+        }
+        self.give_outcome(number, &attachment.attach, &Outcome::of(code));
+        let vring = &mut self.vrings[number];
+        vring.publish();
+        // Unconditionally: what the driver wants to be interrupted for is behind, while ARM is not reaped.
+        vring.signal();
+        self.have_driver_told();
+    }
+
+    /// The queue stops with ATTACH pending: it stays in the available ring, and is found there by whoever goes on.
+    fn leave_attach(&mut self, number: usize) {
+        let Some(attachment) = self.take_attachment(number) else { return };
+        if let Some(active) = self.vrings[number].active_mut() {
+            active.queue.untake(attachment.attach.head);
+        }
+    }
+
+    fn take_attachment(&mut self, number: usize) -> Option<Box<Attachment>> {
+        let vring = &mut self.vrings[number];
+        let attachment = vring.active_mut()?.attachment.take()?;
+        if let Some(attach) = &self.attach
+            && attach.gate.leave(vring.index)
+        {
+            attach.order(Order::Unpin);
+        }
+        self.is_unsettled = true;
+        Some(attachment)
+    }
+
+    /// The driver's kick on an attached queue: there may be something in the SQ, or an acknowledgement.
+    pub(super) fn doorbell_rang(&mut self, number: usize) {
+        let Some(attachment) = self.vrings[number].attachment_mut() else { return };
+        if let Some(ring) = attachment.live() {
+            // Full is as good.
+            let _ = ring.doorbell.write(1);
+        }
+        let acknowledged = attachment.acknowledged();
+        self.epoch_event(number, Event::Acknowledged(acknowledged));
+        self.check_behind_attach(number);
+    }
+
+    /// Ends the rings of all queues of this worker.
+    pub(super) fn end_rings(&mut self, reason: ErrorCode, event: Event) {
+        for number in 0..self.vrings.len() {
+            self.end_ring(number, reason, event);
+        }
+    }
+
+    pub(super) fn end_ring(&mut self, number: usize, reason: ErrorCode, event: Event) {
+        if let Some(attachment) = self.vrings[number].attachment_mut() {
+            attachment.end_reason = reason;
+        }
+        self.epoch_event(number, event);
+    }
+
+    /// Has the worker of queue 0 complete EVENT.
+    fn have_driver_told(&self) {
+        if let Some(attach) = &self.attach {
+            attach.send(0, |_| Command::TellDriver);
+        }
+    }
+}
