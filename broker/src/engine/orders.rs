@@ -271,7 +271,7 @@ impl Worker<'_> {
         let state = std::mem::replace(&mut vring.state, State::Stopped);
         vring.state = match state {
             State::Stopping { active, is_replaying, reply }
-                if !active.is_busy() && !(is_replaying && active.queue.has_replay()) =>
+                if !(active.is_busy() || is_replaying && active.queue.has_replay()) =>
             {
                 let _ = reply.send(active.queue.next_avail());
                 State::Stopped

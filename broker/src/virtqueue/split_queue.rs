@@ -186,8 +186,8 @@ impl SplitQueue {
     /// Takes the next of the chains that an earlier process had taken and not given back, and none that is new. `None`:
     /// none of them is left.
     pub fn pop_replay<'m>(&'m mut self, memory: &'m GuestMemoryMmap) -> Option<DescriptorChain<'m>> {
-        self.unrecorded = None;
         let head = self.replay.pop_front()?;
+        self.unrecorded = None;
         Some(DescriptorChain::in_queue(memory, &self.rings, head))
     }
 

@@ -76,17 +76,20 @@ impl Attachment {
         self.rings.iter().flatten().next()
     }
 
-    /// Whether all ranges are in `memory`, and are the memory that they were. If so, that is where the control page is from
-    /// now on.
+    /// Guest memory is another one now. Whether a ring can stay: all ranges are in `memory`, and are the memory that they
+    /// were.
+    ///
+    /// The control page is where the guest has it. If it is nowhere any more, it stays where it was until ATTACH completes.
     pub(in crate::engine) fn moves_to(&mut self, memory: &Rc<DeviceMemory>) -> bool {
-        let stays = self.geometry.ranges().iter().all(|(_, range)| {
-            let now = host_address(memory, range);
-            now.is_some() && now == host_address(&self.memory, range)
-        });
-        if stays {
-            self.memory = Rc::clone(memory);
+        let ranges = self.geometry.ranges();
+        let addresses = |memory: &DeviceMemory| ranges.map(|(_, range)| host_address(memory, &range));
+        let now = addresses(memory);
+        if now.contains(&None) {
+            return false;
         }
-        stays
+        let before = addresses(&self.memory);
+        self.memory = Rc::clone(memory);
+        now == before
     }
 
     /// The two words that an ATTACH begins with.

@@ -39,6 +39,11 @@ impl Ram {
         Self { file, region_bytes, memory }
     }
 
+    /// The memfd.
+    pub(super) fn file(&self) -> &File {
+        &self.file
+    }
+
     /// A mapping for the device.
     pub(super) fn device_memory(&self) -> Arc<DeviceMemory> {
         Arc::new(map(&self.file, self.region_bytes))

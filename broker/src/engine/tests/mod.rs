@@ -1,8 +1,10 @@
 //! Tests that drive an engine through rings in memory, as a guest would.
 
+mod attach;
 mod disk;
 mod driver;
 mod front_end;
 mod requests;
 mod rig;
+mod ring_driver;
 mod turns;

@@ -16,7 +16,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::driver::{Buffer, DriverQueue, QUEUE_RAM_BYTES, Ram, Used};
 use crate::disk::{DirectIo, Disk, DiskConfig};
-use crate::engine::{DiskSource, Engine, EngineConfig, EngineControl};
+use crate::engine::{AttachConfig, DiskSource, Engine, EngineConfig, EngineControl};
 use crate::vhost_user::Device;
 use crate::virtio_blk::{BlkConfig, BlkParameters, DiscardLimits, WriteZeroesLimits};
 use crate::virtqueue::DirtyLog;
@@ -45,6 +45,7 @@ pub(super) struct Options {
     pub(super) poll_time: Duration,
     pub(super) direct_io: DirectIo,
     pub(super) read_only: bool,
+    pub(super) attach: Option<AttachConfig>,
 }
 
 impl Default for Options {
@@ -56,6 +57,7 @@ impl Default for Options {
             poll_time: Duration::from_micros(32),
             direct_io: DirectIo::Off,
             read_only: false,
+            attach: None,
         }
     }
 }
@@ -192,7 +194,7 @@ pub(super) fn config(options: &Options) -> EngineConfig {
         poll_time: options.poll_time,
         workers: Some(options.workers),
         cpus: Vec::new(),
-        attach: None,
+        attach: options.attach.clone(),
     }
 }
 
@@ -243,7 +245,7 @@ pub(super) struct BlockDriver {
 }
 
 impl BlockDriver {
-    fn new(index: u16, ram: Ram, queue: DriverQueue) -> Self {
+    pub(super) fn new(index: u16, ram: Ram, queue: DriverQueue) -> Self {
         let first = PLACES_GPA + u64::from(index) * u64::from(DEPTH_MAX) * PLACE_BYTES;
         Self {
             index,

@@ -1,0 +1,412 @@
+//! Queues that become rings, and everything that can happen to them while they are.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use ringpass_guest_abi::attach::AttachPayload;
+use ringpass_guest_abi::epoch::driver::State;
+use ringpass_guest_abi::probe::{MAGIC, VERSION};
+use ringpass_guest_abi::request::{EVENT_QUEUES, ErrorCode, T_ATTACH, T_EVENT, T_PROBE};
+use ringpass_restrictions::{Access, BuiltIn};
+use rustix::fs::{FallocateFlags, fallocate};
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use super::driver::{DriverQueue, QUEUE_RAM_BYTES, wait_readable, wait_until};
+use super::rig::{BlockDriver, Options, Rig, contents};
+use super::ring_driver::{FirstQueue, RingDriver, whole};
+use crate::direct::{DirectConfig, SubmissionConfig};
+use crate::engine::AttachConfig;
+use crate::kernel;
+use crate::memory::{IOVA_BASE, Sharing};
+use crate::ring::{IoWorkers, SqThreadConfig};
+use crate::vhost_user::{Device, DeviceMemory};
+
+fn attach_config() -> AttachConfig {
+    let support = kernel::support().unwrap();
+    let policy = BuiltIn::Direct(Access::ReadWrite).policy().compile(&support).unwrap();
+    let idle = Duration::from_millis(5);
+    let direct = DirectConfig {
+        submission: SubmissionConfig::SqThread(SqThreadConfig { idle, cpu: None }),
+        workers: IoWorkers::default(),
+        sharing: Sharing::for_kernel(&support),
+    };
+    AttachConfig::new(direct, policy).unwrap()
+}
+
+fn rig(queues: u16, workers: usize) -> Rig {
+    Rig::new(Options { queues, workers, attach: Some(attach_config()), ..Options::default() })
+}
+
+fn queue(rig: &Rig, index: u16) -> DriverQueue {
+    DriverQueue::new(&rig.ram, u64::from(index) * QUEUE_RAM_BYTES, rig.options.queue_size)
+}
+
+fn start(rig: &mut Rig, index: u16, queue: &DriverQueue, next_avail: u16) {
+    rig.engine.start_queue(index, queue.setup(next_avail, None), queue.eventfds());
+    rig.engine.set_enabled(index, true);
+}
+
+fn first_queue(rig: &mut Rig) -> FirstQueue {
+    let queue = queue(rig, 0);
+    start(rig, 0, &queue, 0);
+    FirstQueue::new(&rig.ram, queue)
+}
+
+fn ring_driver(rig: &mut Rig, index: u16) -> RingDriver {
+    let queue = queue(rig, index);
+    start(rig, index, &queue, 0);
+    RingDriver::new(&rig.ram, index, queue)
+}
+
+/// A queue whose ring is open.
+fn attached(rig: &mut Rig, index: u16) -> RingDriver {
+    let mut driver = ring_driver(rig, index);
+    driver.attach();
+    driver.wait_open();
+    driver
+}
+
+fn verify(rig: &Rig, driver: &mut RingDriver, generation: u64) {
+    let sector = 64 * u64::from(driver.index) + 8 * (generation % 8);
+    let data = contents(generation, sector, 8);
+    driver.write(sector * 512, &data);
+    assert_eq!(rig.on_disk(sector, 4096), data);
+    assert_eq!(driver.read(sector * 512, 4096), data);
+}
+
+#[test]
+fn a_device_says_what_it_offers_and_one_without_rings_does_not_know_the_question() {
+    let mut rig = rig(3, 1);
+    let (answer, status) = first_queue(&mut rig).probe();
+    assert_eq!(status, 0);
+    let device = answer.check().unwrap();
+    assert_eq!((answer.magic.get(), device.version, device.queue_count), (MAGIC, VERSION, 3));
+    assert_eq!(device.addressing.iova_base, IOVA_BASE);
+
+    let mut plain = Rig::new(Options::default());
+    let (answer, status) = first_queue(&mut plain).probe();
+    assert_eq!((status, answer.magic.get()), (2, u64::from_ne_bytes([0xff; 8])), "nothing but the status is written");
+}
+
+#[test]
+fn a_queue_becomes_a_ring_of_the_host_and_a_virtqueue_again() {
+    for workers in [1, 2] {
+        let mut rig = rig(2, workers);
+        let mut first = first_queue(&mut rig);
+        first.post_event();
+        let mut driver = attached(&mut rig, 1);
+        assert_eq!(driver.epoch(), Some(1));
+        assert_eq!(first.wait_event(), EVENT_QUEUES);
+        verify(&rig, &mut driver, 1);
+
+        first.post_event();
+        driver.set_detach();
+        assert_eq!(first.detach(1), whole(ErrorCode::None));
+        assert_eq!(driver.wait_attach(), whole(ErrorCode::Detached));
+        let mut block = BlockDriver::new(1, rig.ram.clone(), driver.queue);
+        assert_eq!(block.read(80, 8).data, rig.on_disk(80, 4096));
+    }
+}
+
+#[test]
+fn completions_interrupt_the_driver_also_through_another_eventfd() {
+    let mut rig = rig(2, 1);
+    let mut driver = attached(&mut rig, 1);
+    for round in 0..20 {
+        let call = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).unwrap();
+        rig.engine.set_call(1, Some(call.try_clone().unwrap()));
+        assert!(wait_readable(&call, Duration::ZERO), "the new one is signalled once");
+        call.read().unwrap();
+        driver.read(4096 * round, 4096);
+        assert!(wait_readable(&call, Duration::from_secs(10)), "a completion signals it");
+    }
+    // A queue that polls.
+    rig.engine.set_call(1, None);
+    driver.read(0, 4096);
+}
+
+#[test]
+fn a_stopped_queue_is_attached_again_by_whoever_goes_on_with_it() {
+    let mut rig = rig(2, 2);
+    let mut driver = attached(&mut rig, 1);
+    for round in 1..6 {
+        verify(&rig, &mut driver, round);
+        let base = rig.engine.stop_queue(1);
+        assert_eq!(base, 1, "ARM was used, ATTACH is to be seen again");
+        assert_eq!(driver.queue.used_idx(), base);
+        start(&mut rig, 1, &driver.queue, base);
+        wait_until("the end of the epoch", || {
+            driver.look();
+            !matches!(driver.machine.state(), State::Running { .. })
+        });
+        driver.wait_open();
+        assert_eq!(driver.epoch(), Some(round as u32 + 1));
+    }
+}
+
+#[test]
+fn the_first_queue_that_stops_ends_the_rings_of_all() {
+    let mut rig = rig(3, 1);
+    let _first = first_queue(&mut rig);
+    let mut drivers = [attached(&mut rig, 1), attached(&mut rig, 2)];
+    rig.engine.stop_queue(0);
+    for driver in &mut drivers {
+        wait_until("the end of the epoch", || {
+            driver.look();
+            driver.epoch() != Some(1)
+        });
+    }
+    assert_eq!(rig.engine.stop_queue(1), 1);
+    assert_eq!(rig.engine.stop_queue(2), 1);
+}
+
+#[test]
+fn requests_under_way_at_a_stop_are_completed_or_submitted_again() {
+    let mut rig = rig(2, 1);
+    let mut driver = attached(&mut rig, 1);
+    for round in 0..10_u64 {
+        let data = contents(100 + round, 0, 8);
+        driver.write_without_waiting(0, &data, 7);
+        let base = rig.engine.stop_queue(1);
+        start(&mut rig, 1, &driver.queue, base);
+        assert_eq!(driver.wait(7), 4096);
+        assert_eq!(rig.on_disk(0, 4096), data);
+        driver.wait_open();
+    }
+}
+
+#[test]
+fn an_event_is_completed_empty_when_its_queue_stops_and_news_are_kept_for_the_next() {
+    let mut rig = rig(2, 1);
+    let mut first = first_queue(&mut rig);
+    first.post_event();
+    // Behind it: when this is answered, EVENT was taken.
+    first.probe();
+    assert_eq!(rig.engine.stop_queue(0), 2);
+    assert_eq!(first.wait_event(), 0);
+    let mut driver = attached(&mut rig, 1);
+    start(&mut rig, 0, &first.queue, 2);
+    first.post_event();
+    assert_eq!(first.wait_event(), EVENT_QUEUES);
+    // One is enough: a second one sends the first back.
+    first.post_event();
+    let earlier = first.take_event();
+    first.post_event();
+    assert_eq!(first.queue.wait_by_polling().head, earlier);
+    driver.read(0, 4096);
+}
+
+#[test]
+fn attachments_that_cannot_be_are_refused_with_the_field_and_leave_a_virtqueue() {
+    let mut rig = rig(3, 1);
+    let other = attached(&mut rig, 1);
+    let mut driver = ring_driver(&mut rig, 2);
+    let good = driver.payload();
+    let with = |change: &dyn Fn(&mut AttachPayload)| {
+        let mut payload = good;
+        change(&mut payload);
+        payload.to_bytes().to_vec()
+    };
+    let across_regions = |p: &mut AttachPayload| {
+        p.cq_entries = 256.into();
+        p.areas[0].rings_gpa = ((16_u64 << 20) - 0x1000).into();
+    };
+    let long = [with(&|_| {}), vec![0, 1]].concat();
+    for (payload, code, field) in [
+        (with(&|p| p.version = 1.into()), ErrorCode::Version, 0),
+        (with(&|p| p.reserved[1] = 1.into()), ErrorCode::Reserved, 2),
+        (with(&|p| p.features = (1 << 63).into()), ErrorCode::Features, 8),
+        (with(&|p| p.sq_entries = 0.into()), ErrorCode::Entries, 16),
+        (with(&|p| p.sq_entries = 48.into()), ErrorCode::Entries, 16),
+        (with(&|p| p.cq_entries = 8192.into()), ErrorCode::Entries, 20),
+        (with(&|p| p.control_gpa = 0x10.into()), ErrorCode::Alignment, 24),
+        (with(&|p| p.areas[0].rings_gpa = (!0xfff).into()), ErrorCode::Range, 32),
+        (with(&|p| p.areas[1].sqes_gpa = p.control_gpa), ErrorCode::Overlap, 56),
+        (with(&|p| p.areas[1].rings_gpa = (1_u64 << 40).into()), ErrorCode::Memory, 48),
+        // Across the boundary of two regions.
+        (with(&across_regions), ErrorCode::Memory, 32),
+        (with(&|p| p.areas[0].sqes_gpa = other.payload().areas[1].sqes_gpa), ErrorCode::Busy, 40),
+        (vec![0; 8], ErrorCode::Length, u32::MAX),
+        (vec![0; 5000], ErrorCode::Length, u32::MAX),
+        (long, ErrorCode::Reserved, u32::MAX),
+    ] {
+        assert_eq!(driver.refused(&payload), (code as u32, field, 1), "{code:?}");
+    }
+    // Not right behind ARM.
+    driver.send_attach(&good.to_bytes());
+    assert_eq!(driver.wait_attach(), whole(ErrorCode::Order));
+    let mut block = BlockDriver::new(2, rig.ram.clone(), driver.queue);
+    assert_eq!(block.read(0, 8).data, rig.on_disk(0, 4096));
+}
+
+#[test]
+fn requests_of_the_interface_are_refused_on_queues_that_they_are_not_for() {
+    let mut rig = rig(2, 1);
+    let mut first = first_queue(&mut rig);
+    assert_eq!(first.detach(0), whole(ErrorCode::Queue));
+    assert_eq!(first.detach(2), whole(ErrorCode::Queue));
+    let mut driver = ring_driver(&mut rig, 1);
+    for kind in [T_PROBE, T_EVENT] {
+        let head = driver.interface.send(&mut driver.queue, 2, kind, &[]);
+        assert_eq!(driver.queue.wait_by_polling().head, head);
+        assert_eq!(driver.interface.outcome(2), whole(ErrorCode::Queue));
+    }
+    let payload = driver.payload().to_bytes();
+    assert_eq!(first.other(T_ATTACH, &payload), whole(ErrorCode::Queue));
+    // Detaching what is not attached does nothing.
+    assert_eq!(first.detach(1), whole(ErrorCode::None));
+}
+
+#[test]
+fn something_behind_attach_stops_the_queue_until_it_is_set_up_again() {
+    let mut rig = rig(2, 1);
+    let mut driver = attached(&mut rig, 1);
+    driver.interface.send(&mut driver.queue, 2, T_PROBE, &[]);
+    let counters = rig.engine.control().counters()[1].clone();
+    wait_until("the stop of the queue", || counters.broken.get() == 1);
+    assert_eq!(rig.engine.stop_queue(1), 1);
+    // A driver that begins again is served.
+    let mut driver = attached(&mut rig, 1);
+    verify(&rig, &mut driver, 3);
+}
+
+#[test]
+fn a_log_ends_rings_before_it_is_in_force_and_they_come_back_after_it() {
+    let mut rig = rig(2, 1);
+    let mut first = first_queue(&mut rig);
+    let mut driver = attached(&mut rig, 1);
+    verify(&rig, &mut driver, 1);
+    first.post_event();
+    first.wait_event();
+    let log = rig.dirty_log();
+    rig.engine.set_dirty_log(Some(log));
+    assert!(driver.is_attach_complete(), "no ring is left when this returns");
+    assert_eq!(driver.wait_attach(), whole(ErrorCode::Mode));
+    assert_eq!(driver.refused(&driver.payload().to_bytes()), whole(ErrorCode::Mode));
+    first.post_event();
+    assert_eq!(first.wait_event(), EVENT_QUEUES, "the end of the ring");
+    first.post_event();
+    rig.engine.set_dirty_log(None);
+    assert_eq!(first.wait_event(), EVENT_QUEUES, "rings may be asked for again");
+    driver.attach_again();
+    driver.wait_open();
+    verify(&rig, &mut driver, 2);
+}
+
+/// Has the device map all memory anew: the ring that is attached ends, and another opens over the new mapping.
+fn change_mapping(rig: &mut Rig, driver: &mut RingDriver, memory: &Arc<DeviceMemory>) {
+    rig.engine.set_memory(memory.clone());
+    wait_until("a ring over the new mapping", || {
+        driver.look();
+        driver.epoch() == Some(2)
+    });
+}
+
+/// Memory without one of its two regions.
+fn without(memory: &DeviceMemory, region: usize) -> Arc<DeviceMemory> {
+    let region = memory.iter().nth(region).unwrap();
+    Arc::new(memory.remove_region(region.start_addr(), region.len()).unwrap().0)
+}
+
+#[test]
+fn a_region_can_leave_and_come_back_under_a_ring_that_does_not_use_it() {
+    let mut rig = rig(2, 1);
+    // Control page and areas are in the second region: without the first one the virtqueue is held, and the ring runs on.
+    let mut driver = attached(&mut rig, 1);
+    let whole_memory = rig.ram.device_memory();
+    change_mapping(&mut rig, &mut driver, &whole_memory);
+    rig.engine.set_memory(without(&whole_memory, 0));
+    verify(&rig, &mut driver, 1);
+    assert_eq!(driver.try_read(0), -nix::libc::EFAULT, "memory that has left is not reached");
+    rig.engine.set_memory(whole_memory);
+    wait_until("the memory that came back", || driver.try_read(0) == 512);
+    assert_eq!(driver.epoch(), Some(2));
+}
+
+#[test]
+fn a_ring_whose_own_memory_leaves_ends_and_the_queue_is_a_virtqueue() {
+    let mut rig = rig(2, 1);
+    let mut driver = attached(&mut rig, 1);
+    let whole_memory = rig.ram.device_memory();
+    change_mapping(&mut rig, &mut driver, &whole_memory);
+    rig.engine.set_memory(without(&whole_memory, 1));
+    wait_until("the end of the ring", || {
+        driver.look();
+        driver.is_attach_complete()
+    });
+    assert_eq!(driver.wait_attach(), whole(ErrorCode::Memory));
+}
+
+#[test]
+fn discarded_memory_ends_rings_until_all_queues_have_stopped() {
+    let mut rig = rig(2, 1);
+    let _first = first_queue(&mut rig);
+    let mut driver = attached(&mut rig, 1);
+    verify(&rig, &mut driver, 1);
+    let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+    fallocate(rig.ram.file(), flags, 20 << 20, 4096).unwrap();
+    wait_until("the end of the ring", || driver.is_attach_complete());
+    assert_eq!(driver.wait_attach(), whole(ErrorCode::Discarded));
+    assert_eq!(driver.refused(&driver.payload().to_bytes()), whole(ErrorCode::Discarded));
+    let refused = rig.engine.control().rings().unwrap();
+    assert_eq!(refused.closed.unwrap().code, ErrorCode::Discarded);
+    rig.engine.stop_queue(1);
+    rig.engine.stop_queue(0);
+    let mut driver = attached(&mut rig, 1);
+    verify(&rig, &mut driver, 2);
+}
+
+#[test]
+fn a_front_end_that_vanishes_and_comes_back_finds_its_attachment() {
+    let mut rig = rig(2, 1);
+    let mut driver = attached(&mut rig, 1);
+    for round in 1..5 {
+        driver.write_without_waiting(0, &contents(round, 0, 8), round);
+        rig.engine.abandon();
+        rig.engine.set_memory(rig.ram.device_memory());
+        start(&mut rig, 1, &driver.queue, driver.queue.used_idx());
+        assert_eq!(driver.wait(round), 4096);
+        driver.wait_open();
+    }
+    rig.engine.reset();
+}
+
+#[test]
+fn what_a_ring_does_is_counted_from_its_own_words() {
+    let mut rig = rig(2, 1);
+    let mut driver = attached(&mut rig, 1);
+    for _ in 0..10 {
+        driver.read(0, 4096);
+    }
+    let control = rig.engine.control();
+    let counts = || {
+        let counts = control.rings().unwrap().queues[1].counts;
+        (counts.submitted, counts.completed)
+    };
+    assert_eq!(counts(), (10, 10));
+    let base = rig.engine.stop_queue(1);
+    start(&mut rig, 1, &driver.queue, base);
+    assert_eq!(counts(), (10, 10), "also when the ring has ended");
+    wait_until("the next epoch", || {
+        driver.look();
+        driver.epoch() == Some(2)
+    });
+    driver.read(0, 4096);
+    assert_eq!(counts(), (11, 11));
+}
+
+#[test]
+fn a_driver_that_scribbles_on_its_control_page_harms_itself_only() {
+    let mut rig = rig(3, 1);
+    let mut good = attached(&mut rig, 1);
+    let bad = attached(&mut rig, 2);
+    for word in 0..2000_u32 {
+        bad.scribble(word);
+        if word % 100 == 0 {
+            verify(&rig, &mut good, u64::from(word));
+        }
+    }
+    assert_eq!(rig.engine.stop_queue(2), 1);
+    verify(&rig, &mut good, 7);
+}
