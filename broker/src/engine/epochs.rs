@@ -3,6 +3,7 @@
 //! The machine decides and touches nothing; here is what it decides about: the control page, the rings, the pending ATTACH.
 
 use std::collections::VecDeque;
+use std::fmt::Display;
 
 use ringpass_guest_abi::epoch::device::{Action, Event};
 use ringpass_guest_abi::epoch::{Announcement, Area, Epoch, Phase};
@@ -10,7 +11,7 @@ use ringpass_guest_abi::request::{ErrorCode, Outcome};
 
 use super::attach::builder::Built;
 use super::attach::{Attachment, AttachmentId, BuildOrder, LiveRing, Order};
-use super::command::{AttachEvent, Command};
+use super::command::{AttachEvent, Command, Reply};
 use super::worker::Worker;
 
 impl Worker<'_> {
@@ -22,6 +23,10 @@ impl Worker<'_> {
             let index = vring.index;
             let Some(attachment) = vring.attachment_mut() else { return };
             let before = attachment.machine.state();
+            if matches!(event, Event::Stop | Event::End | Event::Finish(_)) && attachment.deferred.take().is_some() {
+                // It was not begun, and is not wanted any more.
+                events.push_back(Event::BuildFailed(ErrorCode::Mode));
+            }
             let actions = attachment.machine.step(event);
             let after = attachment.machine.state();
             if before != after {
@@ -61,15 +66,22 @@ impl Worker<'_> {
         attachment.announce(announcement, active.log.as_deref());
         let acknowledged = attachment.acknowledged();
         let Announcement { epoch, phase } = announcement;
-        tracing::info!(queue = vring.index, %epoch, ?phase, "announced");
         vring.signal();
+        self.report_mode(number, &format_args!("epoch {epoch}: {phase:?}"));
         self.have_driver_told();
         Some(Event::Acknowledged(acknowledged))
     }
 
+    /// Has a ring made, now or when the queue is enabled.
     fn order_ring(&mut self, number: usize, epoch: Epoch) {
         let vring = &mut self.vrings[number];
         let queue = vring.index;
+        if !vring.enabled {
+            if let Some(attachment) = vring.attachment_mut() {
+                attachment.deferred = Some(epoch);
+            }
+            return;
+        }
         let (Some(attach), Some(active)) = (&self.attach, vring.active_mut()) else { return };
         let Some(Attachment { id, geometry, call_generation, .. }) = active.attachment.as_deref() else { return };
         let (attachment, geometry, call_generation) = (*id, *geometry, *call_generation);
@@ -85,6 +97,19 @@ impl Worker<'_> {
                 attach.send(queue, |queue| Command::Attachment { queue, attachment, event });
             }
         }
+    }
+
+    /// The queue was enabled or disabled. A disabled queue executes nothing, so its ring ends; another one is made when
+    /// it is enabled again. `reply` is told when that is in force.
+    pub(super) fn enable_ring(&mut self, number: usize, enabled: bool, reply: Reply<()>) {
+        let deferred = self.vrings[number].attachment_mut().and_then(|attachment| attachment.deferred.take());
+        match deferred {
+            Some(epoch) => self.order_ring(number, epoch),
+            None if !enabled => self.end_ring(number, ErrorCode::None, Event::End),
+            None => {}
+        }
+        self.endings.disabled.push((number, reply));
+        self.is_unsettled = true;
     }
 
     /// Something that was ordered for an attachment has come about.
@@ -104,6 +129,8 @@ impl Worker<'_> {
             AttachEvent::Gone(area) => Event::Gone(area),
         };
         self.epoch_event(number, event);
+        // Somebody may wait for the end of a ring.
+        self.is_unsettled = true;
     }
 
     /// Takes a ring over that was built, and tells the driver where its parts are.
@@ -161,7 +188,6 @@ impl Worker<'_> {
     fn complete_attach(&mut self, number: usize, code: ErrorCode) {
         let Some(attachment) = self.take_attachment(number) else { return };
         let vring = &mut self.vrings[number];
-        tracing::info!(queue = vring.index, ?code, "the queue is a virtqueue again");
         if let Some(active) = vring.active_mut() {
             active.order.attach_completed();
         }
@@ -170,7 +196,17 @@ impl Worker<'_> {
         vring.publish();
         // Unconditionally: what the driver wants to be interrupted for is behind, while ARM is not reaped.
         vring.signal();
+        self.report_mode(number, &format_args!("a virtqueue again ({code:?})"));
         self.have_driver_told();
+    }
+
+    /// Says who executes a queue now, unless something like it was said a short while ago: guests can change it at will.
+    fn report_mode(&self, number: usize, what: &dyn Display) {
+        let queue = self.vrings[number].index;
+        match self.shared.mode_changes.count() {
+            Some(total) => tracing::info!(queue, total, "{what}"),
+            None => tracing::debug!(queue, "{what}"),
+        }
     }
 
     /// The queue stops with ATTACH pending: it stays in the available ring, and is found there by whoever goes on.

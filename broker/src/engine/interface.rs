@@ -60,7 +60,7 @@ impl Worker<'_> {
                 let memory = Rc::clone(&reply.memory);
                 let attachment = Attachment::new(AttachmentId(self.attachments), geometry, reply, memory);
                 let (found, detach) = attachment.found();
-                tracing::info!(queue = index, found, "a driver asks for a ring");
+                tracing::debug!(queue = index, found, detach, "a driver asks for a ring");
                 if let Some(active) = vring.active_mut() {
                     active.attachment = Some(Box::new(attachment));
                 }

@@ -54,6 +54,8 @@ struct Shared {
     guest_errors: GuestErrors,
     /// Requests that the disk failed.
     disk_errors: LogLimit,
+    /// Queues that became rings or virtqueues.
+    mode_changes: LogLimit,
     /// Queues that stopped, or were held, without having been told to.
     stopped_queues: LogLimit,
     serial: Serial,
@@ -67,6 +69,7 @@ impl Shared {
             write_through: (!CacheMode::new().writeback()).into(),
             guest_errors: GuestErrors::new(),
             disk_errors: LogLimit::new(),
+            mode_changes: LogLimit::new(),
             stopped_queues: LogLimit::new(),
             serial: *device.serial(),
             device: Mutex::new(device),

@@ -61,7 +61,7 @@ impl Worker<'_> {
             Command::Stop { queue, reply } => self.stop(queue, reply),
             Command::SetEnabled { queue, enabled, reply } => {
                 self.vrings[queue].enabled = enabled;
-                done(&reply);
+                self.enable_ring(queue, enabled, reply);
             }
             Command::SetEventfd { queue, which, eventfd, reply } => {
                 self.set_eventfd(queue, which, eventfd);
@@ -254,6 +254,15 @@ impl Worker<'_> {
             self.let_go_of_disk();
             done(&reply);
         }
+        let vrings = &mut self.vrings;
+        self.endings.disabled.retain(|(number, reply)| {
+            let vring = &mut vrings[*number];
+            let is_in_force = vring.enabled || vring.attachment_mut().is_none_or(|attachment| attachment.is_quiet());
+            if is_in_force {
+                done(reply);
+            }
+            !is_in_force
+        });
         if self.vrings.iter_mut().all(|vring| vring.attachment_mut().is_none()) {
             for reply in self.endings.rings.drain(..) {
                 done(&reply);

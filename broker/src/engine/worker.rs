@@ -69,6 +69,8 @@ pub(super) struct Endings {
     pub(super) disk: Option<Reply<()>>,
     /// All queues are to stop.
     pub(super) resets: Vec<Reply<()>>,
+    /// A queue was enabled or disabled.
+    pub(super) disabled: Vec<(usize, Reply<()>)>,
     /// All rings are to be gone.
     pub(super) rings: Vec<Reply<()>>,
     /// The worker is to end.

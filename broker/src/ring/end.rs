@@ -199,6 +199,11 @@ impl RingEnd {
         }
     }
 
+    /// Whether the other tells of the same ring.
+    pub fn is_same(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.progress, &other.progress)
+    }
+
     /// Calls `tell` at the end, on the thread that waits for it, which has others to wait for: it must be quick. If the
     /// ring has ended already, it is called at once.
     pub fn on_end(&self, tell: impl FnOnce() + Send + 'static) {

@@ -9,7 +9,7 @@ use ringpass_guest_abi::control::{
     ACKNOWLEDGED_OFFSET_BYTES, ANNOUNCED_OFFSET_BYTES, DETACH_OFFSET_BYTES, END_REASON_OFFSET_BYTES, MODE_DIRECT,
     RING_OFFSET_BYTES, RingRecord,
 };
-use ringpass_guest_abi::epoch::device::Machine;
+use ringpass_guest_abi::epoch::device::{AreaUse, Machine};
 use ringpass_guest_abi::epoch::{Announcement, Area, Epoch};
 use ringpass_guest_abi::request::ErrorCode;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
@@ -36,6 +36,8 @@ pub(in crate::engine) struct Attachment {
     pub(in crate::engine) rings: [Option<LiveRing>; 2],
     /// Why the next end comes.
     pub(in crate::engine) end_reason: ErrorCode,
+    /// A ring that is to be made once the queue is enabled.
+    pub(in crate::engine) deferred: Option<Epoch>,
     /// Counts call eventfds: a ring may be built for one that has been replaced.
     pub(in crate::engine) call_generation: u32,
     /// Where the control page is.
@@ -66,9 +68,19 @@ impl Attachment {
             attach,
             rings: [None, None],
             end_reason: ErrorCode::None,
+            deferred: None,
             call_generation: 0,
             memory,
         }
+    }
+
+    /// Whether no ring exists, nor one that is closed and still under way, nor one that is being made.
+    pub(in crate::engine) fn is_quiet(&self) -> bool {
+        Area::ALL.into_iter().all(|area| match self.machine.area(area) {
+            AreaUse::Free => true,
+            AreaUse::Building => self.deferred.is_some(),
+            AreaUse::Live | AreaUse::Dying => false,
+        })
     }
 
     /// The ring that the driver submits to, if there is one.

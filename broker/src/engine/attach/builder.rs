@@ -29,8 +29,8 @@ use crate::vhost_user::DeviceMemory;
 
 /// How often memory is looked at while it is pinned, and the words of rings that count.
 const LOOK: Duration = Duration::from_millis(50);
-/// How often a ring that failed half-way is mentioned while it does not end.
-const REMIND: Duration = Duration::from_secs(10);
+/// How long is waited for the end of a ring at a time.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// What the builder is asked for.
 #[derive(Debug)]
@@ -72,7 +72,9 @@ struct Builder {
     memory: Option<Arc<DeviceMemory>>,
     disk: Option<Arc<Disk>>,
     pinned: Option<Pinned>,
+    /// What a guest can bring about as often as it likes.
     refusals: LogLimit,
+    pinnings: LogLimit,
 }
 
 /// The guest's memory, pinned, and the rings over it.
@@ -93,8 +95,10 @@ pub(in crate::engine) fn start(
         .spawn(move || {
             // Signals are for the program's own threads.
             let _ = SigSet::all().thread_block();
-            let refusals = LogLimit::new();
-            Builder { config, gate, workers, memory: None, disk: None, pinned: None, refusals }.run(&orders);
+            let (refusals, pinnings) = (LogLimit::new(), LogLimit::new());
+            let mut builder =
+                Builder { config, gate, workers, memory: None, disk: None, pinned: None, refusals, pinnings };
+            builder.run(&orders);
         })
         .map_err(EngineError::Thread)?;
     Ok(sender)
@@ -164,11 +168,13 @@ impl Builder {
             completion: call,
         };
         let device = self.device()?;
+        let others = device.ends();
         match device.attach(config) {
             Ok(queue) => Ok(Built { ring: LiveRing { epoch, queue, doorbell }, call_generation }),
             Err(error) => {
-                // The driver gets its areas back with the refusal.
-                await_closed(&device.ends());
+                // The driver gets its areas back with the refusal. A ring that failed half-way has no I/O, so it ends soon.
+                let ends = device.ends();
+                ends.iter().filter(|end| !others.iter().any(|other| other.is_same(end))).for_each(await_end);
                 Err(refused(&error))
             }
         }
@@ -195,7 +201,15 @@ impl Builder {
         let watch = DiscardWatch::new(&regions).map_err(|error| {
             refused(&RingError::System { what: "looking at a file of guest memory", source: error })
         })?;
-        tracing::info!(bytes = memory.len_bytes(), regions = regions.len(), "guest memory is pinned for rings");
+        if let Some(total) = self.pinnings.count() {
+            let bytes = memory.len_bytes();
+            tracing::info!(
+                bytes,
+                regions = regions.len(),
+                total,
+                "guest memory is pinned for rings ({total} times so far)"
+            );
+        }
         Ok(Pinned { device, watch })
     }
 
@@ -255,13 +269,9 @@ fn is_open(end: &RingEnd) -> bool {
     matches!(end.wait(Duration::ZERO), Err(StillRunning::Open))
 }
 
-/// Waits until the rings that are closed have ended. Those that run are left alone.
-fn await_closed(ends: &[RingEnd]) {
-    for end in ends {
-        while let Err(StillRunning::Closed { .. }) = end.wait(Duration::ZERO) {
-            let _ = end.wait(REMIND);
-        }
-    }
+fn await_end(end: &RingEnd) {
+    // The thread that waits for it tells of one that takes long.
+    while end.wait(PATIENCE).is_err() {}
 }
 
 fn refused(error: &RingError) -> Refused {

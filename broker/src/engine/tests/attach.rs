@@ -410,3 +410,27 @@ fn a_driver_that_scribbles_on_its_control_page_harms_itself_only() {
     assert_eq!(rig.engine.stop_queue(2), 1);
     verify(&rig, &mut good, 7);
 }
+
+#[test]
+fn a_queue_that_is_disabled_has_no_ring_until_it_is_enabled_again() {
+    let mut rig = rig(2, 1);
+    let mut driver = attached(&mut rig, 1);
+    for round in 1..4 {
+        verify(&rig, &mut driver, round);
+        rig.engine.set_enabled(1, false);
+        // Acknowledged, but nothing may be executed.
+        wait_until("the end of the epoch", || {
+            driver.look();
+            matches!(driver.machine.state(), State::Idle { .. })
+        });
+        std::thread::sleep(Duration::from_millis(20));
+        driver.look();
+        assert!(matches!(driver.machine.state(), State::Idle { .. }));
+        if round == 3 {
+            assert_eq!(rig.engine.stop_queue(1), 1, "a ring that is not begun holds up nothing");
+        } else {
+            rig.engine.set_enabled(1, true);
+            driver.wait_open();
+        }
+    }
+}
