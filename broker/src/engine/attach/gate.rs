@@ -219,3 +219,86 @@ impl QueueState {
         count(&mut self.counts.completed, &mut ring.cq_tail, cq_tail);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use ringpass_guest_abi::attach::{AreaAddress, AttachLimits, AttachPayload};
+
+    use super::*;
+
+    /// A geometry of one page for each range, from page `first` on.
+    fn geometry(first: u64) -> Geometry {
+        let page = |number: u64| ((first + number) * 4096).into();
+        let payload = AttachPayload {
+            sq_entries: 8.into(),
+            cq_entries: 16.into(),
+            control_gpa: page(0),
+            areas: [1, 3].map(|n| AreaAddress { rings_gpa: page(n), sqes_gpa: page(n + 1) }),
+            ..AttachPayload::default()
+        };
+        let limits = AttachLimits { features: 0, sq_entries_max: 8, cq_entries_max: 16, page_bytes: 4096 };
+        payload.check(&limits).unwrap()
+    }
+
+    #[test]
+    fn no_two_queues_have_a_byte_in_common() {
+        let gate = Gate::new(3);
+        gate.enter(1, &geometry(10)).unwrap();
+        for first in [6, 10, 14] {
+            let error = gate.enter(2, &geometry(first)).unwrap_err();
+            assert_eq!(error.code, ErrorCode::Busy, "page {first}");
+        }
+        gate.enter(2, &geometry(15)).unwrap();
+        assert!(!gate.leave(1));
+        assert!(gate.leave(2), "it was the last one");
+        gate.enter(2, &geometry(10)).unwrap();
+    }
+
+    #[test]
+    fn a_log_closes_the_gate_and_its_end_is_news_only_if_nothing_else_does() {
+        let gate = Gate::new(2);
+        assert!(!gate.set_logging(false), "it was open");
+        assert!(!gate.set_logging(true));
+        assert_eq!(gate.enter(1, &geometry(0)).unwrap_err().code, ErrorCode::Mode);
+        assert!(gate.note_discard());
+        assert!(!gate.note_discard(), "that is known");
+        assert!(!gate.set_logging(false), "discarded memory keeps it closed");
+        assert_eq!(gate.enter(1, &geometry(0)).unwrap_err().code, ErrorCode::Discarded);
+        gate.begin_again();
+        gate.enter(1, &geometry(0)).unwrap();
+    }
+
+    #[test]
+    fn indexes_that_wrap_are_counted_on() {
+        let memory = DeviceMemory::from_ranges(&[(GuestAddress(0), 4096)]).unwrap();
+        let layout = RingLayout {
+            sq_entries: 8,
+            cq_entries: 16,
+            sq_head_offset: 0,
+            sq_tail_offset: 4,
+            sq_flags_offset: 8,
+            cq_head_offset: 12,
+            cq_tail_offset: 16,
+            cq_flags_offset: 20,
+            cqes_offset: 64,
+            rings_bytes: 4096,
+            sqes_bytes: 4096,
+            doorbell: ringpass_guest_abi::Doorbell::Always,
+        };
+        let gate = Gate::new(1);
+        gate.ring_opens(0, memory.clone(), 0, layout);
+        for (sq_tail, cq_tail) in [(0xf000_0000_u32, 0xefff_fff0_u32), (5, 3)] {
+            memory.store(sq_tail, GuestAddress(4), Ordering::Relaxed).unwrap();
+            memory.store(cq_tail, GuestAddress(16), Ordering::Relaxed).unwrap();
+            gate.sample();
+        }
+        let expected = RingCounts { submitted: (1 << 32) + 5, completed: (1 << 32) + 3 };
+        assert_eq!(gate.status().queues[0].counts, expected);
+        gate.ring_closes(0);
+        gate.ring_opens(0, memory.clone(), 0, layout);
+        memory.store(1_u32, GuestAddress(4), Ordering::Relaxed).unwrap();
+        memory.store(0_u32, GuestAddress(16), Ordering::Relaxed).unwrap();
+        let counts = gate.status().queues[0].counts;
+        assert_eq!(counts.submitted, expected.submitted + 1);
+    }
+}

@@ -221,3 +221,78 @@ fn what_the_driver_set_is_kept_beside_the_records_of_the_queues() {
     let bytes = std::fs::read(format!("/proc/self/fd/{}", file.fd.as_raw_fd())).expect("the region");
     assert_eq!(bytes[..8], [0; 8], "`features` is as others expect it");
 }
+
+/// A queue that begins, with `region`.
+fn begin(driver: &Driver, region: &InflightQueue) -> SplitQueue {
+    let setup = QueueSetup { inflight: Some(region.clone()), ..driver.setup() };
+    SplitQueue::new(setup, &driver.memory).expect("a good set-up")
+}
+
+fn heads(queue: &mut SplitQueue, driver: &Driver) -> Vec<u16> {
+    std::iter::from_fn(|| queue.pop(&driver.memory).expect("good rings").map(|chain| chain.head())).collect()
+}
+
+#[test]
+fn a_chain_that_was_not_recorded_is_one_that_was_not_taken_for_a_later_process() {
+    let mut driver = Driver::new(8);
+    let region = inflight_queue(8);
+    let mut queue = begin(&driver, &region);
+    driver.submit(2, 0);
+    driver.submit(5, 0);
+    assert_eq!(queue.pop(&driver.memory).unwrap().unwrap().head(), 2);
+    assert_eq!(queue.pop_unrecorded(&driver.memory).unwrap().unwrap().head(), 5);
+    assert_eq!((region.is_in_flight(2), region.is_in_flight(5)), (true, false));
+    assert_eq!((queue.in_flight(), queue.next_avail()), (2, 2));
+
+    // Replayed, and taken anew.
+    let mut successor = begin(&driver, &region);
+    assert_eq!(successor.next_avail(), 1);
+    assert_eq!(heads(&mut successor, &driver), [2, 5]);
+}
+
+#[test]
+fn an_unrecorded_chain_can_be_recorded_later_or_given_back_as_it_is() {
+    let mut driver = Driver::new(8);
+    let region = inflight_queue(8);
+    let mut queue = begin(&driver, &region);
+    driver.submit(2, 0);
+    driver.submit(5, 0);
+    queue.pop_unrecorded(&driver.memory).unwrap();
+    queue.record();
+    assert!(region.is_in_flight(2));
+    queue.pop_unrecorded(&driver.memory).unwrap();
+    queue.complete(5, 0, None).unwrap();
+    assert_eq!((region.is_in_flight(2), region.is_in_flight(5), region.used_idx()), (true, false, 1));
+    assert_eq!(driver.reap(), Some((5, 0)));
+    assert_eq!(heads(&mut begin(&driver, &region), &driver), [2]);
+}
+
+#[test]
+fn a_replayed_chain_keeps_its_place_in_the_region() {
+    let driver = Driver::new(8);
+    let region = left(8, 0, &[(1, 7), (4, 3)]);
+    let mut queue = begin(&driver, &region);
+    for head in [4, 1] {
+        assert_eq!(queue.pop_unrecorded(&driver.memory).unwrap().unwrap().head(), head);
+        queue.record();
+    }
+    assert_eq!((region.counter(4), region.counter(1)), (3, 7));
+}
+
+#[test]
+fn only_the_chain_that_was_taken_last_and_not_recorded_can_be_put_back() {
+    let mut driver = Driver::new(8);
+    let region = inflight_queue(8);
+    let mut queue = begin(&driver, &region);
+    driver.submit(2, 0);
+    driver.submit(5, 0);
+    queue.pop_unrecorded(&driver.memory).unwrap();
+    queue.pop_unrecorded(&driver.memory).unwrap();
+    assert!(!queue.untake(2));
+    assert_eq!((queue.in_flight(), queue.next_avail()), (2, 2));
+    assert!(queue.untake(5));
+    assert!(!queue.untake(5));
+    assert_eq!((queue.in_flight(), queue.next_avail()), (1, 1));
+    assert_eq!(heads(&mut queue, &driver), [5]);
+    assert!(!queue.untake(5), "it is recorded now");
+}
