@@ -231,7 +231,7 @@ fn the_probe_tells_an_ordinary_user_that_direct_mode_is_available() {
     let report = json(&output);
     let modes = report["modes"].as_array().unwrap();
     let available = |mode: &&Value| mode["available"] == true;
-    assert_eq!(modes.iter().filter(available).count(), 2, "{report}");
+    assert_eq!(modes.iter().filter(available).count(), 3, "{report}");
     for mode in modes.iter().filter(|mode| mode["available"] == false) {
         assert!(mode["why"].as_str().unwrap().contains("does not have it yet"), "{mode}");
         assert!(mode["change"].as_array().unwrap().iter().any(Value::is_string), "{mode}");

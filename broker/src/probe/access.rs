@@ -21,7 +21,7 @@ pub(super) fn checks(facts: &Facts) -> Vec<Check> {
 }
 
 fn io_uring(facts: &Facts) -> Check {
-    let check = Check::ok("io-uring", "io_uring", settings(facts)).needed_for(&ModeName::DIRECT);
+    let check = Check::ok("io-uring", "io_uring", settings(facts)).needed_for(&ModeName::KERNEL_EXECUTED);
     match facts.setup {
         Outcome::Works => check,
         Outcome::Failed { errno, .. } => {

@@ -5,18 +5,21 @@ use crate::kernel::Verdict;
 
 /// All modes, the fastest first.
 pub(super) fn modes(facts: &Facts, checks: &[Check]) -> Vec<Mode> {
-    let direct = ModeName::DIRECT.map(|name| direct(name, facts, checks));
-    direct.into_iter().chain([ModeName::Mediated, ModeName::Virtqueue].map(not_built)).collect()
+    let [guest_ram, window] = ModeName::DIRECT.map(|name| judge(name, facts, checks));
+    vec![guest_ram, window, not_built(ModeName::Mediated), judge(ModeName::Virtqueue, facts, checks)]
 }
 
-fn direct(name: ModeName, facts: &Facts, checks: &[Check]) -> Mode {
+fn judge(name: ModeName, facts: &Facts, checks: &[Check]) -> Mode {
     let needed: Vec<&Check> = checks.iter().filter(|check| check.needed_for.contains(&name)).collect();
     let missing: Vec<&&Check> = needed.iter().filter(|check| check.status == Status::Missing).collect();
     // What could not be tried builds on something that is missing, which says why.
     let available = needed.iter().all(|check| check.status == Status::Ok);
     if available {
+        // What holds for a guest's own ring; a virtqueue pins nothing and gives the guest nothing of the kernel's.
+        let is_direct = ModeName::DIRECT.contains(&name);
         let notes = default_note(facts.kernel.verdict()).into_iter().chain(limits::note(facts));
-        return Mode { name, available, why: None, change: Vec::new(), notes: notes.collect() };
+        let notes = if is_direct { notes.collect() } else { Vec::new() };
+        return Mode { name, available, why: None, change: Vec::new(), notes };
     }
     let reasons: Vec<String> =
         missing.iter().map(|check| format!("{}: {}", check.title, check.why.as_deref().unwrap_or("missing"))).collect();

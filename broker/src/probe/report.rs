@@ -212,6 +212,9 @@ impl ModeName {
     /// Both placements of direct mode.
     pub(super) const DIRECT: [Self; 2] = [Self::DirectGuestRam, Self::DirectWindow];
 
+    /// All that have io_uring do the I/O, which is every mode that is built.
+    pub(super) const KERNEL_EXECUTED: [Self; 3] = [Self::DirectGuestRam, Self::DirectWindow, Self::Virtqueue];
+
     /// For people.
     pub const fn title(self) -> &'static str {
         match self {
