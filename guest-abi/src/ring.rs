@@ -85,6 +85,11 @@ impl<M: RingMemory> DriverRing<M> {
         &self.layout
     }
 
+    /// The memory, when the ring is used no more.
+    pub fn into_memory(self) -> M {
+        self.memory
+    }
+
     /// Requests pushed whose completion has not been reaped.
     pub fn outstanding(&self) -> u32 {
         self.outstanding

@@ -18,6 +18,7 @@ pub mod policy_kernels;
 pub mod process_guest;
 pub mod ram_piece;
 pub mod raw_guest;
+pub mod socket_guest;
 pub mod stuck_disk;
 
 pub use ringpass_policy_on_kernel::{canaries, differential, restricted_ring, seed, soundness};

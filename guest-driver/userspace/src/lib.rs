@@ -6,6 +6,7 @@
 //! - [`GuestRam`]: the RAM, mapped; [`RamAllocator`] hands out [`RamArea`]s of it.
 //! - [`RamRing`]: an io_uring ring whose memory is in such areas, for `ringpass_guest_abi::DriverRing`.
 //! - [`ProcessEnv`]: clock, doorbell, interrupts and latencies, for `ringpass_workload`.
+//! - [`vhost_user`]: a disk of `ringpass serve`, or of any other vhost-user-blk device, with rings where it offers them.
 //! - [`handover`]: how a broker process gives all this to a guest process over a UNIX socket.
 
 #![deny(unsafe_code)]
@@ -16,6 +17,7 @@ pub mod handover;
 mod ram;
 mod raw;
 mod ring;
+pub mod vhost_user;
 
 pub use allocator::{AllocateError, RamAllocator};
 pub use environment::{EnvError, ProcessEnv};

@@ -6,12 +6,14 @@
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
 use std::ptr::NonNull;
 use std::slice;
+use std::sync::atomic::{AtomicU16, AtomicU32};
 
 use memmap2::MmapRaw;
 use ringpass_guest_abi::{MappedRing, RingLayout};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::ram::{GuestRam, RamArea, RamError, RamRegion};
+use crate::vhost_user::{ByAddress, Queue};
 
 impl GuestRam {
     /// Maps `regions`, shared, readable and writable.
@@ -75,6 +77,42 @@ impl RamArea {
         }
         true
     }
+}
+
+impl RamArea {
+    /// The 16 bits at `offset_bytes`, which others may change at any time. None where the area is shorter, or they are
+    /// not aligned.
+    pub(crate) fn word16(&self, offset_bytes: u64) -> Option<&AtomicU16> {
+        let (at, _) = self.range(offset_bytes, 2).filter(|(at, _)| at.cast::<u16>().is_aligned())?;
+        // SAFETY: mapped readable and writable for as long as `self`, which the result borrows, and aligned. Everybody
+        // accesses it atomically: this driver through this function, the device by the rules of virtqueues.
+        Some(unsafe { AtomicU16::from_ptr(at.cast().as_ptr()) })
+    }
+
+    /// The 32 bits at `offset_bytes`, in the same way.
+    pub(crate) fn word32(&self, offset_bytes: u64) -> Option<&AtomicU32> {
+        let (at, _) = self.range(offset_bytes, 4).filter(|(at, _)| at.cast::<u32>().is_aligned())?;
+        // SAFETY: as for 16 bits; the words of control pages are 32 bits for both sides.
+        Some(unsafe { AtomicU32::from_ptr(at.cast().as_ptr()) })
+    }
+}
+
+impl Queue {
+    /// The queue for requests that name their memory by guest-physical address.
+    ///
+    /// # Safety
+    ///
+    /// Nobody borrows the bytes of an area ([`RamArea::bytes_mut`]) while a request that names them has not ended.
+    pub unsafe fn by_address(&mut self) -> ByAddress<'_> {
+        self.addressed()
+    }
+}
+
+/// RAM of this process's own, which nobody can make shorter.
+pub(crate) fn map_own(regions: &[RamRegion<'_>]) -> Result<GuestRam, RamError> {
+    // SAFETY: the caller has sealed the files against shrinking. Bytes are borrowed only by owners of areas that no request
+    // names: a queue owns the buffers of its requests until they have ended.
+    unsafe { GuestRam::map(regions) }
 }
 
 /// The address of byte `offset` of a mapping. The caller has checked that it lies inside.

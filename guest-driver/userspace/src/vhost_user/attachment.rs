@@ -1,0 +1,211 @@
+//! A queue that is, or is about to be, a ring: the driver's side of the epochs over guest RAM.
+
+use std::sync::atomic::{Ordering, fence};
+
+use ringpass_guest_abi::attach::{AreaAddress, AttachPayload, Lengths};
+use ringpass_guest_abi::control::{CONTROL_PAGE_BYTES, DriverControl};
+use ringpass_guest_abi::epoch::Epoch;
+use ringpass_guest_abi::epoch::driver::{Action, Event, Machine};
+use ringpass_guest_abi::probe::Device;
+use ringpass_guest_abi::{Cqe, DriverRing, RingMemory, Sqe};
+
+use super::Error;
+use super::memory::Memory;
+use crate::{RamArea, RamRing};
+
+/// The control page as memory of words.
+#[derive(Debug)]
+struct Page(RamArea);
+
+impl Page {
+    fn word(&self, offset_bytes: u32) -> &std::sync::atomic::AtomicU32 {
+        self.0.word32(offset_bytes.into()).expect("a word of the control page")
+    }
+}
+
+impl RingMemory for Page {
+    fn load_relaxed(&self, offset_bytes: u32) -> u32 {
+        self.word(offset_bytes).load(Ordering::Relaxed)
+    }
+
+    fn load_acquire(&self, offset_bytes: u32) -> u32 {
+        self.word(offset_bytes).load(Ordering::Acquire)
+    }
+
+    fn store_relaxed(&self, offset_bytes: u32, value: u32) {
+        self.word(offset_bytes).store(value, Ordering::Relaxed);
+    }
+
+    fn store_release(&self, offset_bytes: u32, value: u32) {
+        self.word(offset_bytes).store(value, Ordering::Release);
+    }
+
+    fn full_fence(&self) {
+        fence(Ordering::SeqCst);
+    }
+
+    fn write_sqe(&self, _slot: u32, _sqe: &Sqe) {
+        unreachable!("a control page has no SQEs");
+    }
+
+    fn read_cqe(&self, _offset_bytes: u32) -> Cqe {
+        unreachable!("a control page has no CQEs");
+    }
+}
+
+/// The sizes of a queue's rings.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RingSize {
+    /// SQ entries: a power of two.
+    pub sq_entries: u32,
+    /// CQ entries: a power of two, at least as many. The most requests that are outstanding.
+    pub cq_entries: u32,
+}
+
+/// Memory for the rings of one queue, and where its epochs are.
+#[derive(Debug)]
+pub(super) struct Attachment {
+    device: Device,
+    size: RingSize,
+    lengths: Lengths,
+    control: DriverControl<Page>,
+    payload: AttachPayload,
+    /// The areas of even and odd epochs; one of them is lent to the ring that runs.
+    areas: [Option<(RamArea, RamArea)>; 2],
+    machine: Machine,
+    ring: Option<(Epoch, DriverRing<RamRing>)>,
+    is_muted: bool,
+    pub(super) epochs: u64,
+}
+
+impl Attachment {
+    /// Takes memory for rings of this size, which is within the limits of `device`.
+    pub(super) fn new(memory: &Memory, device: Device, size: RingSize) -> Result<Self, Error> {
+        let lengths = Lengths::of(size.sq_entries, size.cq_entries, device.limits.page_bytes);
+        let aligned = |len_bytes| allocate_aligned(memory, len_bytes, device.limits.page_bytes.into());
+        let control = aligned(lengths.control_bytes.max(CONTROL_PAGE_BYTES.into()))?;
+        let mut areas = Vec::new();
+        for _ in 0..2 {
+            areas.push((aligned(lengths.rings_bytes)?, aligned(lengths.sqes_bytes)?));
+        }
+        let address =
+            |area: &(RamArea, RamArea)| AreaAddress { rings_gpa: area.0.gpa().into(), sqes_gpa: area.1.gpa().into() };
+        let payload = AttachPayload {
+            version: device.version.into(),
+            features: device.features.into(),
+            sq_entries: size.sq_entries.into(),
+            cq_entries: size.cq_entries.into(),
+            control_gpa: control.gpa().into(),
+            areas: [address(&areas[0]), address(&areas[1])],
+            ..AttachPayload::default()
+        };
+        let mut areas = areas.into_iter();
+        Ok(Self {
+            device,
+            size,
+            lengths,
+            control: DriverControl::new(Page(control)),
+            payload,
+            areas: [areas.next(), areas.next()],
+            machine: Machine::new(),
+            ring: None,
+            is_muted: false,
+            epochs: 0,
+        })
+    }
+
+    /// Begins anew, before ATTACH is sent. Gives its payload.
+    pub(super) fn begin(&mut self) -> [u8; AttachPayload::BYTES] {
+        self.take_ring_back();
+        self.control.clear();
+        self.machine = Machine::new();
+        self.payload.to_bytes()
+    }
+
+    pub(super) fn device(&self) -> &Device {
+        &self.device
+    }
+
+    pub(super) fn may_submit(&self) -> bool {
+        self.machine.may_submit()
+    }
+
+    /// The ring that runs, or that ended and may still have completions.
+    pub(super) fn ring(&mut self) -> Option<&mut DriverRing<RamRing>> {
+        self.ring.as_mut().map(|(_, ring)| ring)
+    }
+
+    /// The epoch of that ring.
+    pub(super) fn epoch(&self) -> Option<u32> {
+        self.ring.as_ref().map(|(epoch, _)| epoch.number())
+    }
+
+    /// What the device announces now.
+    pub(super) fn announced(&self) -> u32 {
+        self.control.announced()
+    }
+
+    /// A step of the machine. The caller does what is to be done.
+    pub(super) fn step(&mut self, event: Event) -> impl Iterator<Item = Action> + use<> {
+        self.machine.step(event).into_iter()
+    }
+
+    /// Begins the ring of an epoch that has opened.
+    pub(super) fn start(&mut self, epoch: Epoch) -> Result<(), Error> {
+        self.take_ring_back();
+        let broken = |error: &dyn std::fmt::Display| Error::BrokenDevice(error.to_string());
+        let RingSize { sq_entries, cq_entries } = self.size;
+        let layout =
+            self.control.ring().layout(sq_entries, cq_entries, &self.lengths).map_err(|error| broken(&error))?;
+        let (rings, sqes) = self.areas[epoch.area().index()].take().expect("areas come back before the next epoch");
+        let ring = RamRing::new(rings, sqes, &layout).map_err(|error| broken(&error))?;
+        let mut ring = DriverRing::new(ring, layout).map_err(|error| broken(&error))?;
+        if self.is_muted {
+            ring.mute_interrupts();
+        }
+        self.ring = Some((epoch, ring));
+        self.epochs += 1;
+        Ok(())
+    }
+
+    /// The ring that ended is read no more.
+    pub(super) fn take_ring_back(&mut self) {
+        if let Some((epoch, ring)) = self.ring.take() {
+            self.areas[epoch.area().index()] = Some(ring.into_memory().into_areas());
+        }
+    }
+
+    pub(super) fn acknowledge(&self, announcement: ringpass_guest_abi::epoch::Announcement) {
+        self.control.acknowledge(announcement);
+    }
+
+    pub(super) fn set_detach(&self) {
+        self.control.set_detach();
+    }
+
+    /// Whether completions are to interrupt. True: there is one already.
+    pub(super) fn set_muted(&mut self, muted: bool) -> bool {
+        self.is_muted = muted;
+        match &mut self.ring {
+            Some((_, ring)) if muted => {
+                ring.mute_interrupts();
+                false
+            }
+            Some((_, ring)) => ring.unmute_interrupts(),
+            None => false,
+        }
+    }
+}
+
+/// An area at a multiple of `align_bytes`, which is a power of two and at least a page.
+fn allocate_aligned(memory: &Memory, len_bytes: u64, align_bytes: u64) -> Result<RamArea, Error> {
+    loop {
+        let area = memory.allocate(len_bytes)?;
+        let beyond_bytes = area.gpa() % align_bytes;
+        if beyond_bytes == 0 {
+            return Ok(area);
+        }
+        // Given up, and what is before the next multiple: only where the device has larger pages than this process.
+        memory.allocate(align_bytes - beyond_bytes)?;
+    }
+}

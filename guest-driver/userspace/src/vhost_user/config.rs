@@ -1,0 +1,89 @@
+//! What the configuration space of the device says (VIRTIO 1.2, 5.2.4).
+
+use virtio_bindings::virtio_blk::{
+    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO,
+    VIRTIO_BLK_F_SIZE_MAX, VIRTIO_BLK_F_WRITE_ZEROES,
+};
+
+/// The space up to `write_zeroes_may_unmap` and its padding.
+pub(super) const BYTES: usize = 60;
+
+/// The features that this driver knows.
+pub(super) const FEATURES: u64 = 1 << VIRTIO_BLK_F_BLK_SIZE
+    | 1 << VIRTIO_BLK_F_DISCARD
+    | 1 << VIRTIO_BLK_F_FLUSH
+    | 1 << VIRTIO_BLK_F_MQ
+    | 1 << VIRTIO_BLK_F_RO
+    | 1 << VIRTIO_BLK_F_SIZE_MAX
+    | 1 << VIRTIO_BLK_F_WRITE_ZEROES;
+
+/// A disk, as its device describes it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Geometry {
+    /// Size in bytes.
+    pub size_bytes: u64,
+    /// What positions and lengths are multiples of, in bytes.
+    pub logical_block_bytes: u32,
+    /// No writes.
+    pub is_read_only: bool,
+    /// Completed writes may be in a volatile cache until a flush.
+    pub has_write_cache: bool,
+    /// Most bytes of one discard. 0: the device does not discard.
+    pub discard_bytes_max: u64,
+    /// Most bytes of zeroes in one request. 0: the device does not write zeroes.
+    pub write_zeroes_bytes_max: u64,
+    /// Most bytes of one buffer on a virtqueue.
+    pub(super) segment_bytes_max: u32,
+}
+
+impl Geometry {
+    /// What is missing at the end of `space` is zero.
+    pub(super) fn read(space: &[u8], features: u64) -> Self {
+        let number = |offset: usize, bytes: usize| {
+            (0..bytes).rev().fold(0_u64, |sum, n| sum << 8 | u64::from(space.get(offset + n).copied().unwrap_or(0)))
+        };
+        let has = |feature: u32| features & 1 << feature != 0;
+        let bytes = |feature, offset| if has(feature) { number(offset, 4) * 512 } else { 0 };
+        let if_has = |feature, offset, otherwise: u32| match has(feature) {
+            true => u32::try_from(number(offset, 4)).unwrap_or(otherwise).max(1),
+            false => otherwise,
+        };
+        Self {
+            size_bytes: number(0, 8).saturating_mul(512),
+            logical_block_bytes: if_has(VIRTIO_BLK_F_BLK_SIZE, 20, 512),
+            is_read_only: has(VIRTIO_BLK_F_RO),
+            has_write_cache: has(VIRTIO_BLK_F_FLUSH),
+            discard_bytes_max: bytes(VIRTIO_BLK_F_DISCARD, 36),
+            write_zeroes_bytes_max: bytes(VIRTIO_BLK_F_WRITE_ZEROES, 48),
+            segment_bytes_max: if_has(VIRTIO_BLK_F_SIZE_MAX, 8, u32::MAX),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn fields_count_only_with_their_features() {
+        let mut space = [0; BYTES];
+        space[..8].copy_from_slice(&2048_u64.to_le_bytes());
+        space[20..24].copy_from_slice(&4096_u32.to_le_bytes());
+        space[36..40].copy_from_slice(&16_u32.to_le_bytes());
+        space[48..52].copy_from_slice(&32_u32.to_le_bytes());
+        let all = Geometry::read(&space, u64::MAX & !(1 << VIRTIO_BLK_F_SIZE_MAX));
+        let expected = Geometry {
+            size_bytes: 1 << 20,
+            logical_block_bytes: 4096,
+            is_read_only: true,
+            has_write_cache: true,
+            discard_bytes_max: 8192,
+            write_zeroes_bytes_max: 16384,
+            segment_bytes_max: u32::MAX,
+        };
+        assert_eq!(all, expected);
+        let none = Geometry::read(&space, 0);
+        assert_eq!((none.logical_block_bytes, none.discard_bytes_max, none.is_read_only), (512, 0, false));
+        assert_eq!(Geometry::read(&[], u64::MAX).size_bytes, 0);
+    }
+}

@@ -1,0 +1,391 @@
+//! A disk behind a vhost-user socket.
+
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use ringpass_guest_abi::probe::Device;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use super::Error;
+use super::attachment::{Attachment, RingSize};
+use super::config::{FEATURES, Geometry};
+use super::connection::{Connection, Offer};
+use super::driver::Driver;
+use super::first_queue::FirstQueue;
+use super::memory::Memory;
+use super::queue::Queue;
+use super::requests::Requests;
+use super::virtqueue::Virtqueue;
+use crate::{RamArea, raw};
+
+/// Where the first region of RAM is. Not at 0, so that no address is mistaken for none.
+const RAM_GPA: u64 = 1 << 20;
+/// How often queue 0 is looked at without an interrupt, for one that was lost with a device.
+const LOOK: Duration = Duration::from_millis(250);
+/// How long a queue may take to become a ring when one is insisted on: pinning takes half a second for each GiB.
+const RING_PATIENCE: Duration = Duration::from_secs(60);
+
+/// How queues are to be executed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum Way {
+    /// As rings of the host's io_uring if the device offers that, otherwise as virtqueues.
+    #[default]
+    Auto,
+    /// As rings; it is an error if they cannot be had.
+    Ring,
+    /// As virtqueues.
+    Virtqueue,
+}
+
+/// What a driver wants.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Options {
+    /// How much RAM the driver makes and offers, in bytes. All of it is pinned while there are rings.
+    pub memory_bytes: u64,
+    /// Queues besides queue 0; fewer if the device has fewer.
+    pub queues: u16,
+    /// Descriptors of each virtqueue: a power of two, 16 to 32768. A third of it can be outstanding.
+    pub queue_size: u16,
+    /// Sizes of the rings.
+    pub ring: RingSize,
+    /// How queues are executed.
+    pub way: Way,
+    /// Keep a region in which a device notes what it has taken. Without it requests on virtqueues can be lost, or done
+    /// twice, when the device is killed; those on rings cannot.
+    pub inflight: bool,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            memory_bytes: 16 << 20,
+            queues: 1,
+            queue_size: 512,
+            ring: RingSize { sq_entries: 128, cq_entries: 128 },
+            way: Way::Auto,
+            inflight: true,
+        }
+    }
+}
+
+/// What all queues of a disk share.
+#[derive(Debug)]
+pub(super) struct Shared {
+    first: Mutex<FirstQueue>,
+    news: Arc<AtomicU64>,
+}
+
+impl Shared {
+    pub(super) fn first(&self) -> MutexGuard<'_, FirstQueue> {
+        self.first.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// How often the device has told of something.
+    pub(super) fn news(&self) -> u64 {
+        self.news.load(Ordering::Acquire)
+    }
+}
+
+/// A disk behind a vhost-user socket, for a process that is its own guest.
+///
+/// A device that is gone is waited for without end; requests stay where they are, and go on when it is back.
+#[derive(Debug)]
+pub struct Disk {
+    // Dropped in this order: first nobody waits for events any more, then the device lets go of the memory.
+    _events: Events,
+    connection: Arc<Connection>,
+    shared: Arc<Shared>,
+    memory: Arc<Memory>,
+    geometry: Geometry,
+    probed: Option<Device>,
+    options: Options,
+    drivers: Mutex<Vec<Option<Driver>>>,
+    queue_count: u16,
+}
+
+impl Disk {
+    /// Connects to the device and sets its queues up.
+    ///
+    /// # Errors
+    ///
+    /// Nobody serves there, or not what this driver needs; memory cannot be had.
+    pub fn connect(path: impl AsRef<Path>, options: Options) -> Result<Self, Error> {
+        let offer = Offer::new(path.as_ref(), &options, FEATURES)?;
+        let geometry = Geometry::read(&offer.config, offer.features());
+        let memory = Arc::new(Memory::new());
+        memory.add(RAM_GPA, options.memory_bytes.next_multiple_of(4096))?;
+        let news = Arc::new(AtomicU64::new(0));
+        let mut first = FirstQueue::new(&memory, 16.max(options.queue_size.min(64)), news.clone())?;
+        let others = options.queues.min(offer.queue_count.saturating_sub(1));
+        let mut queues = Vec::new();
+        for _ in 0..others {
+            let queue = Virtqueue::new(&memory, options.queue_size)?;
+            let requests = Requests::new(&memory, &queue)?;
+            queues.push((queue, requests));
+        }
+        let setups: Vec<_> = queues.iter().map(|(queue, _)| queue.setup().clone()).collect();
+        first.set_others(setups.clone());
+        let all = std::iter::once(first.setup().clone()).chain(setups).collect();
+        let connection = Arc::new(offer.start(memory.clone(), all)?);
+        let probed = if options.way == Way::Virtqueue { None } else { first.probe()? };
+        if probed.is_some() {
+            first.post_event();
+        }
+        let shared = Arc::new(Shared { first: Mutex::new(first), news });
+        let depth = usize::from(options.queue_size / 3).min(options.ring.cq_entries as usize).max(1);
+        let drivers = queues.into_iter().zip(1..);
+        let drivers =
+            drivers.map(|((queue, requests), index)| Driver::new(index, shared.clone(), queue, requests, depth));
+        let drivers = drivers.map(Some).collect();
+        Ok(Self {
+            _events: Events::start(shared.clone(), connection.clone(), options.inflight)?,
+            connection,
+            shared,
+            memory,
+            geometry,
+            probed,
+            options,
+            drivers: Mutex::new(drivers),
+            queue_count: others + 1,
+        })
+    }
+
+    /// Size and limits of the disk.
+    pub fn geometry(&self) -> &Geometry {
+        &self.geometry
+    }
+
+    /// What the device offers to drivers that can have rings. `None`: it is an ordinary disk.
+    pub fn offers_rings(&self) -> Option<&Device> {
+        self.probed.as_ref()
+    }
+
+    /// Queues in use, queue 0 included.
+    pub fn queue_count(&self) -> u16 {
+        self.queue_count
+    }
+
+    /// How often the device was lost and found again.
+    pub fn reconnects(&self) -> u64 {
+        self.connection.reconnects()
+    }
+
+    /// Takes a queue, 1 and up. What it is executed as, the options say.
+    ///
+    /// # Errors
+    ///
+    /// There is no such queue, or somebody has it; a ring is insisted on and cannot be had.
+    pub fn queue(&self, index: u16) -> Result<Queue, Error> {
+        let mut drivers = self.drivers.lock().unwrap_or_else(PoisonError::into_inner);
+        let place = usize::from(index).checked_sub(1).and_then(|at| drivers.get_mut(at));
+        let no_queue = Error::NoQueue { index, count: self.queue_count };
+        let mut driver = place.and_then(Option::take).ok_or(no_queue)?;
+        drop(drivers);
+        match self.options.way {
+            Way::Virtqueue => {}
+            Way::Auto => self.attach(&mut driver)?,
+            Way::Ring => {
+                if self.probed.is_none() {
+                    return Err(Error::Lacks { what: "rings (`ringpass serve` says why when it starts)" });
+                }
+                self.attach(&mut driver)?;
+                await_ring(&mut driver)?;
+            }
+        }
+        Ok(Queue::new(driver, self.connection.clone()))
+    }
+
+    fn attach(&self, driver: &mut Driver) -> Result<(), Error> {
+        let Some(device) = self.probed else { return Ok(()) };
+        let RingSize { sq_entries, cq_entries } = self.options.ring;
+        let size = RingSize {
+            sq_entries: sq_entries.min(device.limits.sq_entries_max),
+            cq_entries: cq_entries.min(device.limits.cq_entries_max),
+        };
+        driver.want_ring(Attachment::new(&self.memory, device, size)?);
+        Ok(())
+    }
+
+    /// Takes a piece of the driver's RAM, for good.
+    ///
+    /// # Errors
+    ///
+    /// There is no such piece.
+    pub fn allocate(&self, len_bytes: u64) -> Result<RamArea, Error> {
+        self.memory.allocate(len_bytes)
+    }
+
+    /// The same in the region at `gpa`.
+    ///
+    /// # Errors
+    ///
+    /// There is no such region or no such piece.
+    pub fn allocate_in(&self, gpa: u64, len_bytes: u64) -> Result<RamArea, Error> {
+        self.memory.allocate_in(gpa, len_bytes)
+    }
+
+    /// Adds a region of RAM while the queues run. Requests may name it when this returns; rings reach it a little later, and
+    /// until then such requests go over queue 0.
+    ///
+    /// # Errors
+    ///
+    /// It overlaps another, or the device refuses it.
+    pub fn add_memory(&self, gpa: u64, len_bytes: u64) -> Result<(), Error> {
+        let region = self.memory.add(gpa, len_bytes)?;
+        self.connection.add_region(&region).inspect_err(|_| drop(self.memory.remove(gpa)))
+    }
+
+    /// Takes a region of RAM away from the device. Requests that name it fail.
+    ///
+    /// # Errors
+    ///
+    /// There is no such region, or the device refuses.
+    pub fn remove_memory(&self, gpa: u64) -> Result<(), Error> {
+        let region = self.memory.remove(gpa).ok_or(Error::NoMemory)?;
+        self.connection.remove_region(&region)
+    }
+
+    /// Makes all completed writes stable.
+    ///
+    /// # Errors
+    ///
+    /// The disk failed.
+    pub fn flush(&self) -> Result<(), Error> {
+        if self.geometry.has_write_cache { self.shared.first().flush() } else { Ok(()) }
+    }
+
+    /// The content of the range does not matter any more.
+    ///
+    /// # Errors
+    ///
+    /// The device does not do that, or not with such a range.
+    pub fn discard(&self, offset_bytes: u64, len_bytes: u64) -> Result<(), Error> {
+        self.in_pieces("discards", self.geometry.discard_bytes_max, offset_bytes, len_bytes, |first, offset, len| {
+            first.discard(offset, len)
+        })
+    }
+
+    /// The range shall read as zeroes.
+    ///
+    /// # Errors
+    ///
+    /// The device does not do that, or not with such a range.
+    pub fn write_zeroes(&self, offset_bytes: u64, len_bytes: u64, unmap: bool) -> Result<(), Error> {
+        let max_bytes = self.geometry.write_zeroes_bytes_max;
+        self.in_pieces("writing zeroes", max_bytes, offset_bytes, len_bytes, |first, offset, len| {
+            first.write_zeroes(offset, len, unmap)
+        })
+    }
+
+    fn in_pieces(
+        &self,
+        what: &'static str,
+        max_bytes: u64,
+        offset_bytes: u64,
+        len_bytes: u64,
+        mut piece: impl FnMut(&mut FirstQueue, u64, u64) -> Result<(), Error>,
+    ) -> Result<(), Error> {
+        if max_bytes == 0 {
+            return Err(Error::Lacks { what });
+        }
+        let mut done_bytes = 0;
+        while done_bytes < len_bytes {
+            let now_bytes = (len_bytes - done_bytes).min(max_bytes);
+            piece(&mut self.shared.first(), offset_bytes + done_bytes, now_bytes)?;
+            done_bytes += now_bytes;
+        }
+        Ok(())
+    }
+
+    /// The disk's serial number: up to 20 characters.
+    ///
+    /// # Errors
+    ///
+    /// The device does not say.
+    pub fn serial(&self) -> Result<String, Error> {
+        self.shared.first().serial()
+    }
+
+    /// Stops all queues and lets them go on, as a machine does that is paused and resumed.
+    ///
+    /// # Errors
+    ///
+    /// The device refuses.
+    pub fn pause_and_resume(&self) -> Result<(), Error> {
+        self.connection.stop_and_go_on()
+    }
+}
+
+/// Waits until the queue is a ring.
+fn await_ring(driver: &mut Driver) -> Result<(), Error> {
+    let end = Instant::now() + RING_PATIENCE;
+    while !driver.is_ring() {
+        driver.progress();
+        if let Some(code) = driver.refused() {
+            return Err(Error::Refused { code });
+        }
+        if let Some(fault) = driver.fault() {
+            return Err(Error::BrokenDevice(fault.to_string()));
+        }
+        if Instant::now() >= end {
+            return Err(Error::Lacks { what: "a ring within a minute" });
+        }
+        thread::sleep(Duration::from_micros(200));
+    }
+    Ok(())
+}
+
+/// The thread that takes what the device tells of on queue 0 while nobody else uses that.
+#[derive(Debug)]
+struct Events {
+    stop: Arc<EventFd>,
+    is_stopping: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Events {
+    fn start(shared: Arc<Shared>, connection: Arc<Connection>, has_inflight: bool) -> Result<Self, Error> {
+        let stop = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK).map_err(Error::system("making an eventfd"))?;
+        let (stop, is_stopping) = (Arc::new(stop), Arc::new(AtomicBool::new(false)));
+        let (theirs, is_told) = (stop.clone(), is_stopping.clone());
+        let thread = thread::Builder::new()
+            .name("ringpass-events".into())
+            .spawn(move || {
+                let mut reconnects = 0;
+                while !is_told.load(Ordering::Acquire) {
+                    let call = shared.first().setup().call();
+                    let timeout = Timespec::try_from(LOOK).ok();
+                    let mut fds =
+                        [&*call, &*theirs].map(|event| PollFd::from_borrowed_fd(raw::borrow(event), PollFlags::IN));
+                    let _ = poll(&mut fds, timeout.as_ref());
+                    let _ = call.read();
+                    // Whoever has the queue takes what comes for everybody.
+                    let Ok(mut first) = shared.first.try_lock() else { continue };
+                    let lost = connection.reconnects() != std::mem::replace(&mut reconnects, connection.reconnects());
+                    if lost && !has_inflight {
+                        first.renew_event();
+                    }
+                    if let Err(error) = first.service() {
+                        tracing::error!("{error}");
+                        return;
+                    }
+                }
+            })
+            .map_err(Error::system("starting the thread for events"))?;
+        Ok(Self { stop, is_stopping, thread: Some(thread) })
+    }
+}
+
+impl Drop for Events {
+    fn drop(&mut self) {
+        self.is_stopping.store(true, Ordering::Release);
+        let _ = self.stop.write(1);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}

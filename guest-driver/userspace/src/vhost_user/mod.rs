@@ -1,0 +1,43 @@
+//! A disk behind a vhost-user socket, for a process that is its own guest.
+//!
+//! The process is front-end and driver at once: it brings its own RAM, sets the queues of the device up, asks for rings in band
+//! (`docs/abi.md`), and reads and writes. From its memory to the host kernel there is then nothing in between.
+//!
+//! - [`Disk`]: the connection, the RAM, queue 0 with flush, discard and write zeroes.
+//! - [`Queue`]: reads and writes, by polling or by interrupt; one for each thread.
+//!
+//! Inside: `connection` keeps the device set up, whatever becomes of it; `virtqueue` and `requests` are virtio-blk;
+//! `attachment` is the ring of a queue and where its epochs are; `driver` decides where each request goes.
+//!
+//! ```no_run
+//! use std::time::Duration;
+//!
+//! use ringpass_guest::vhost_user::{Disk, Operation, Options};
+//!
+//! let disk = Disk::connect("/run/vm1.sock", Options::default())?;
+//! let mut queue = disk.queue(1)?;
+//! let buffer = disk.allocate(4096)?;
+//! queue.submit(Operation::Read, buffer, 0, 4096, 7).expect("an empty queue has room");
+//! let done = queue.wait(Duration::from_secs(1)).expect("a disk that answers");
+//! assert_eq!((done.tag, done.result?), (7, 4096));
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+
+mod attachment;
+mod config;
+mod connection;
+mod disk;
+mod driver;
+mod error;
+mod first_queue;
+mod memory;
+mod queue;
+mod requests;
+mod virtqueue;
+
+pub use attachment::RingSize;
+pub use config::Geometry;
+pub use disk::{Disk, Options, Way};
+pub use driver::Counters;
+pub use error::Error;
+pub use queue::{ByAddress, Done, ExecutedBy, Operation, Queue};

@@ -1,0 +1,237 @@
+//! One queue, as an application uses it.
+
+use std::io;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use ringpass_guest_abi::request::ErrorCode;
+use ringpass_workload::{BlockQueue, Completion, PushRefusal, Request};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::Error;
+use super::connection::Connection;
+use super::driver::{Counters, Driver};
+use crate::{RamArea, raw};
+
+/// What a request does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Operation {
+    /// Disk to buffer.
+    Read,
+    /// Buffer to disk.
+    Write,
+    /// The same, stable when it completes.
+    DurableWrite,
+}
+
+/// Who executes a queue.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ExecutedBy {
+    /// The host kernel, as a ring of this epoch.
+    Ring {
+        /// The number of the epoch.
+        epoch: u32,
+    },
+    /// The device's process, as a virtqueue. If a ring was refused: why.
+    Virtqueue {
+        /// What the device said.
+        refused: Option<ErrorCode>,
+    },
+    /// Nobody at the moment: one ring has ended, or ATTACH was sent, and the next ring is not there.
+    Nobody,
+}
+
+/// A request that has ended, with its buffer.
+#[derive(Debug)]
+pub struct Done {
+    /// What the request was given.
+    pub tag: u64,
+    /// Bytes that were transferred: all of them.
+    pub result: io::Result<u32>,
+    /// The request's buffer.
+    pub buffer: RamArea,
+}
+
+/// One queue of a disk. It belongs to one thread at a time.
+#[derive(Debug)]
+pub struct Queue {
+    driver: Driver,
+    connection: Arc<Connection>,
+    /// Buffers of requests under way, by the number that the driver knows them by.
+    lent: Vec<Option<(u64, RamArea)>>,
+    free: Vec<usize>,
+}
+
+impl Queue {
+    pub(super) fn new(driver: Driver, connection: Arc<Connection>) -> Self {
+        Self { driver, connection, lent: Vec::new(), free: Vec::new() }
+    }
+
+    /// Puts a request into the queue: the first `len_bytes` bytes of `buffer`, which the queue keeps until they have been
+    /// transferred. It is sent by [`send`](Self::send), [`poll`](Self::poll) or [`wait`](Self::wait).
+    ///
+    /// # Errors
+    ///
+    /// The buffer comes back: as many requests are outstanding as can be, or it is shorter than that.
+    pub fn submit(
+        &mut self,
+        operation: Operation,
+        buffer: RamArea,
+        offset_bytes: u64,
+        len_bytes: u32,
+        tag: u64,
+    ) -> Result<(), RamArea> {
+        if u64::from(len_bytes) > buffer.len_bytes() || len_bytes == 0 {
+            return Err(buffer);
+        }
+        let number = self.free.pop().unwrap_or_else(|| {
+            self.lent.push(None);
+            self.lent.len() - 1
+        });
+        let request = Request {
+            write: operation != Operation::Read,
+            offset_bytes,
+            gpa: buffer.gpa(),
+            len_bytes,
+            durable: operation == Operation::DurableWrite,
+            user_data: number as u64,
+        };
+        if !self.driver.push(&request) {
+            self.free.push(number);
+            return Err(buffer);
+        }
+        self.lent[number] = Some((tag, buffer));
+        Ok(())
+    }
+
+    /// Sends what was submitted, as far as there is room.
+    pub fn send(&mut self) {
+        self.driver.send();
+    }
+
+    /// The next request that has ended, if there is one. Also sends what was submitted.
+    pub fn poll(&mut self) -> Option<Done> {
+        loop {
+            let completion = self.driver.reap()?;
+            let number = usize::try_from(completion.user_data).unwrap_or(usize::MAX);
+            let Some((tag, buffer)) = self.lent.get_mut(number).and_then(Option::take) else { continue };
+            self.free.push(number);
+            let result = u32::try_from(completion.res).map_err(|_| io::Error::from_raw_os_error(-completion.res));
+            return Some(Done { tag, result, buffer });
+        }
+    }
+
+    /// The next request that ends, by interrupt; `None` if none does in this time.
+    pub fn wait(&mut self, timeout: Duration) -> Option<Done> {
+        let end = Instant::now() + timeout;
+        loop {
+            let _ = self.driver.set_muted(false);
+            if let Some(done) = self.poll() {
+                return Some(done);
+            }
+            let left = end.saturating_duration_since(Instant::now());
+            if left.is_zero() || !wait_for(&self.interrupt(), left) {
+                return self.poll();
+            }
+        }
+    }
+
+    /// Signalled when there is something to [`poll`](Self::poll) for, unless that is muted.
+    pub fn interrupt(&self) -> Arc<EventFd> {
+        self.driver.setup().call()
+    }
+
+    /// Uses another eventfd for interrupts from now on, which is signalled once.
+    ///
+    /// # Errors
+    ///
+    /// The device refuses it.
+    pub fn renew_interrupt(&mut self) -> Result<(), Error> {
+        self.connection.renew_call(usize::from(self.driver.index))
+    }
+
+    /// Requests that have not ended.
+    pub fn outstanding(&self) -> usize {
+        self.driver.outstanding()
+    }
+
+    /// Who executes the queue now.
+    pub fn executed_by(&self) -> ExecutedBy {
+        match self.driver.epoch() {
+            Some(epoch) if self.driver.is_ring() => ExecutedBy::Ring { epoch },
+            _ if self.driver.is_virtqueue() => ExecutedBy::Virtqueue { refused: self.driver.refused() },
+            _ => ExecutedBy::Nobody,
+        }
+    }
+
+    /// Has the queue become a virtqueue, and waits for that.
+    ///
+    /// # Errors
+    ///
+    /// The device broke the protocol.
+    pub fn detach(&mut self) -> Result<(), Error> {
+        self.driver.give_ring_up();
+        while !self.driver.is_virtqueue() {
+            self.driver.progress();
+            if let Some(fault) = self.driver.fault() {
+                return Err(Error::BrokenDevice(fault.to_string()));
+            }
+            std::thread::yield_now();
+        }
+        Ok(())
+    }
+
+    /// What the queue has done.
+    pub fn counters(&self) -> Counters {
+        self.driver.counters()
+    }
+
+    /// What the device did against the rules. All requests fail then.
+    pub fn fault(&self) -> Option<&Error> {
+        self.driver.fault()
+    }
+
+    pub(crate) fn addressed(&mut self) -> ByAddress<'_> {
+        ByAddress { driver: &mut self.driver }
+    }
+}
+
+/// A queue that takes requests by guest-physical address.
+#[derive(Debug)]
+pub struct ByAddress<'q> {
+    driver: &'q mut Driver,
+}
+
+impl BlockQueue for ByAddress<'_> {
+    fn push(&mut self, request: &Request) -> Result<(), PushRefusal> {
+        if self.driver.push(request) { Ok(()) } else { Err(PushRefusal::Full) }
+    }
+
+    fn publish(&mut self) -> bool {
+        // It rings by itself: the doorbell may be another one the next moment.
+        self.driver.send();
+        false
+    }
+
+    fn reap(&mut self) -> Option<Completion> {
+        self.driver.reap()
+    }
+
+    fn mute(&mut self) {
+        self.driver.set_muted(true);
+    }
+
+    fn unmute(&mut self) -> bool {
+        self.driver.set_muted(false)
+    }
+}
+
+/// Waits for an interrupt and takes it. False: none came in this time.
+fn wait_for(interrupt: &EventFd, timeout: Duration) -> bool {
+    let timeout = Timespec::try_from(timeout).unwrap_or(Timespec { tv_sec: i64::MAX, tv_nsec: 0 });
+    let mut fds = [PollFd::from_borrowed_fd(raw::borrow(interrupt), PollFlags::IN)];
+    let came = poll(&mut fds, Some(&timeout));
+    let _ = interrupt.read();
+    came != Ok(0)
+}
