@@ -5,6 +5,7 @@
 //! things again, and goes on where the used index says.
 
 use std::fs::File;
+use std::net::Shutdown;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -32,7 +33,7 @@ const QUEUES_MAX: u64 = 256;
 /// How long to wait at first before it is tried again to connect.
 const RETRY_MIN: Duration = Duration::from_millis(5);
 /// And at most.
-const RETRY_MAX: Duration = Duration::from_millis(500);
+const RETRY_MAX: Duration = Duration::from_millis(40);
 
 /// What was negotiated at the first connection. A device that comes back must offer it again.
 #[derive(Clone, Copy, Debug)]
@@ -186,6 +187,14 @@ impl Connection {
         let call = self.shared.queues[index].renew_call()?;
         let failed = Error::protocol("changing the call eventfd");
         self.shared.tell(|frontend| frontend.set_vring_call(index, &call).map_err(failed))
+    }
+
+    /// Gives this connection up for a new one. A device that was killed and cannot end, because I/O of it hangs, does not close
+    /// its socket; another may serve already.
+    pub(super) fn renew(&self) {
+        if let Some(link) = self.shared.link().as_ref() {
+            let _ = link.stream.shutdown(Shutdown::Both);
+        }
     }
 
     /// Stops all queues and starts them again where they stopped, as a machine does that is paused.

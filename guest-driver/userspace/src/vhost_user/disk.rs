@@ -310,6 +310,12 @@ impl Disk {
         self.shared.first().serial()
     }
 
+    /// Connects anew, for whoever knows that another process serves the disk now. A device that was killed while I/O of it hangs
+    /// does not close its connection before that has ended.
+    pub fn reconnect(&self) {
+        self.connection.renew();
+    }
+
     /// Stops all queues and lets them go on, as a machine does that is paused and resumed.
     ///
     /// # Errors

@@ -24,7 +24,6 @@ const RETRIES_MAX: u32 = 1000;
 const EIO: i32 = -5;
 const EAGAIN: i32 = -11;
 const EINTR: i32 = -4;
-const EFAULT: i32 = -14;
 const ECANCELED: i32 = -125;
 
 /// What one queue has done.
@@ -34,7 +33,7 @@ pub struct Counters {
     pub epochs: u64,
     /// Requests that were sent again, because the ring or the connection they were on has ended, or the device did a part.
     pub resubmitted: u64,
-    /// Requests that went to queue 0, because rings did not reach their memory.
+    /// Requests that went to queue 0, because they failed on a ring.
     pub detoured: u64,
 }
 
@@ -338,7 +337,6 @@ impl Driver {
                     pending.retries += u32::from(cqe.res != ECANCELED);
                     self.put_aside(id);
                 }
-                EFAULT => self.detour(id),
                 res if res > 0 => {
                     let left_bytes = pending.request.len_bytes - pending.done_bytes;
                     pending.done_bytes += (res as u32).min(left_bytes);
@@ -349,9 +347,9 @@ impl Driver {
                         self.put_aside(id);
                     }
                 }
-                // Nothing was transferred: that is beyond the end of the disk.
-                0 => self.complete(id, EIO),
-                error => self.complete(id, error),
+                // Not the last word: rings may not reach that memory (yet), or whose ring it is was killed while it worked on
+                // the request. The answer of queue 0 counts.
+                _ => self.detour(id),
             }
         }
     }
@@ -364,7 +362,7 @@ impl Driver {
         }
     }
 
-    /// Rings do not reach the request's memory: queue 0 does.
+    /// Does a request over queue 0, and waits for it.
     fn detour(&mut self, id: usize) {
         let Some(pending) = &self.slots[id] else { return };
         let Request { write, offset_bytes, gpa, len_bytes, durable, .. } = rest(pending);
