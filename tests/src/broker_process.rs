@@ -62,6 +62,8 @@ pub struct Usage {
     pub anonymous_bytes: u64,
     /// Mapped pages of files, in bytes, without shared memory (`RssFile`).
     pub file_bytes: u64,
+    /// Memory that is pinned, in bytes (`VmPin`): guest RAM that rings reach.
+    pub pinned_bytes: u64,
     /// Open file descriptors.
     pub fds: usize,
     /// CPU time of all its threads so far, in nanoseconds (`/proc/PID/task/TID/schedstat`).
@@ -287,6 +289,7 @@ impl BrokerProcess {
         Ok(Usage {
             anonymous_bytes: bytes("RssAnon")?,
             file_bytes: bytes("RssFile")?,
+            pinned_bytes: bytes("VmPin")?,
             fds: fs::read_dir(directory.join("fd"))?.count(),
             cpu_ns,
         })
@@ -306,6 +309,23 @@ impl BrokerProcess {
             }
             ensure!(Instant::now() < end, "{open} descriptors are open, {fds} were: {}", self.open_files());
             thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// Waits until it pins no memory: rings end a little after they were closed.
+    ///
+    /// # Errors
+    ///
+    /// It keeps some.
+    pub fn wait_for_unpinned(&self) -> Result<()> {
+        let end = Instant::now() + PATIENCE;
+        loop {
+            let pinned_bytes = self.usage()?.pinned_bytes;
+            if pinned_bytes == 0 {
+                return Ok(());
+            }
+            ensure!(Instant::now() < end, "{pinned_bytes} bytes stay pinned");
+            thread::sleep(Duration::from_millis(2));
         }
     }
 

@@ -17,7 +17,7 @@ use vhost::vhost_user::message::{
 };
 use vm_memory::ByteValued;
 
-use super::wire::{FLAG_NEED_REPLY, FLAG_REPLY, FLAG_VERSION, Message, Wire};
+use super::wire::{Cut, FLAG_NEED_REPLY, FLAG_REPLY, FLAG_VERSION, Message, Wire};
 
 /// How long an answer is waited for: much longer than any takes on a busy machine.
 pub const ANSWER_TIMEOUT: Duration = Duration::from_secs(20);
@@ -40,7 +40,16 @@ impl Connection {
     ///
     /// Nobody listens at `path`.
     pub fn open(path: &Path) -> Result<Self> {
-        Ok(Self { wire: Wire::connect(path, ANSWER_TIMEOUT)?, reply_ack: false })
+        Self::open_until(path, None)
+    }
+
+    /// The same, and cuts the connection there.
+    ///
+    /// # Errors
+    ///
+    /// Nobody listens at `path`.
+    pub fn open_until(path: &Path, cut: Option<Cut>) -> Result<Self> {
+        Ok(Self { wire: Wire::connect(path, ANSWER_TIMEOUT)?.cut_at(cut), reply_ack: false })
     }
 
     /// The messages as bytes.

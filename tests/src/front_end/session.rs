@@ -74,7 +74,15 @@ impl FrontEnd {
     ///
     /// A message is refused, or not answered.
     pub fn connect(path: &Path, ram: &Ram, options: Options) -> Result<Self> {
-        let mut connection = Connection::open(path)?;
+        Self::negotiate(Connection::open(path)?, ram, options)
+    }
+
+    /// The same on a connection on which nothing was sent.
+    ///
+    /// # Errors
+    ///
+    /// A message is refused, or not answered.
+    pub fn negotiate(mut connection: Connection, ram: &Ram, options: Options) -> Result<Self> {
         let offered = connection.features()?;
         let needed = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() | bit(VIRTIO_F_VERSION_1);
         ensure!(offered & needed == needed, "the back-end offers {offered:#x}");

@@ -10,6 +10,7 @@ use std::{
         unix::net::UnixStream,
     },
     path::Path,
+    sync::atomic::{AtomicUsize, Ordering},
     time::Duration,
 };
 
@@ -56,10 +57,30 @@ pub fn encode(request: u32, flags: u32, body: &[u8]) -> Vec<u8> {
     bytes
 }
 
+/// Where a connection is to be cut by its own side.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Cut {
+    /// Which message, from 0 on.
+    pub message: usize,
+    /// Where in it.
+    pub at: CutAt,
+}
+
+/// Where in a message.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum CutAt {
+    /// Half of it is sent, and all its descriptors.
+    Within,
+    /// All of it is sent, and no answer is read.
+    Behind,
+}
+
 /// One end of a connection.
 #[derive(Debug)]
 pub struct Wire {
     socket: UnixStream,
+    cut: Option<Cut>,
+    sent: AtomicUsize,
 }
 
 impl Wire {
@@ -81,7 +102,17 @@ impl Wire {
     pub fn new(socket: UnixStream, timeout: Duration) -> Result<Self> {
         socket.set_read_timeout(Some(timeout))?;
         socket.set_write_timeout(Some(timeout))?;
-        Ok(Self { socket })
+        Ok(Self { socket, cut: None, sent: AtomicUsize::new(0) })
+    }
+
+    /// The same with an end: sending that message fails, and [`is_cut`] knows the error.
+    pub fn cut_at(self, cut: Option<Cut>) -> Self {
+        Self { cut, ..self }
+    }
+
+    /// How many messages were sent.
+    pub fn sent(&self) -> usize {
+        self.sent.load(Ordering::Relaxed)
     }
 
     /// Changes how long an answer is waited for.
@@ -119,7 +150,15 @@ impl Wire {
     ///
     /// As [`send_bytes`](Self::send_bytes).
     pub fn send(&self, request: u32, flags: u32, body: &[u8], fds: &[BorrowedFd<'_>]) -> io::Result<()> {
-        self.send_bytes(&encode(request, flags, body), fds)
+        let bytes = encode(request, flags, body);
+        let message = self.sent.fetch_add(1, Ordering::Relaxed);
+        let Some(Cut { at, .. }) = self.cut.filter(|cut| cut.message == message) else {
+            return self.send_bytes(&bytes, fds);
+        };
+        let end = if at == CutAt::Within { bytes.len() / 2 } else { bytes.len() };
+        self.send_bytes(&bytes[..end], fds)?;
+        self.hang_up()?;
+        Err(io::Error::new(io::ErrorKind::ConnectionAborted, "the connection is cut here"))
     }
 
     /// The next message, or `None` if the peer has closed between two messages.
@@ -151,6 +190,15 @@ impl Wire {
     /// The peer has closed.
     pub fn finish_sending(&self) -> io::Result<()> {
         self.socket.shutdown(Shutdown::Write)
+    }
+
+    /// Ends the connection in both directions.
+    ///
+    /// # Errors
+    ///
+    /// The peer has closed.
+    pub fn hang_up(&self) -> io::Result<()> {
+        self.socket.shutdown(Shutdown::Both)
     }
 
     /// Whether the peer closes the connection without sending anything more than complete messages before.
@@ -195,6 +243,12 @@ impl Wire {
         }
         Ok(filled)
     }
+}
+
+/// Whether the error says that the connection was cut as it was to be.
+pub fn is_cut(error: &anyhow::Error) -> bool {
+    let causes = error.chain().filter_map(|cause| cause.downcast_ref::<io::Error>());
+    causes.into_iter().any(|error| error.kind() == io::ErrorKind::ConnectionAborted)
 }
 
 /// Whether the error says that the peer closed with bytes unread.

@@ -1,0 +1,115 @@
+//! A broker that gives out rings, and a front-end on it whose first queue is started: what tests of rings begin with.
+
+use anyhow::Result;
+use ringpass_guest_abi::FixedAddressing;
+
+use super::{FirstQueue, RingDriver};
+use crate::{
+    broker_process::BrokerProcess,
+    disks::DiskKind,
+    front_end::{
+        rig::{Rig, TestRam},
+        session::{FrontEnd, Options},
+        vring::DriverVring,
+    },
+};
+
+/// Entries of each virtqueue.
+pub const QUEUE_SIZE: u16 = 64;
+
+/// Starts queue 0 of a device, and asks it how rings name memory.
+///
+/// # Errors
+///
+/// The device offers no rings.
+pub fn start_first(front_end: &FrontEnd, ram: &mut TestRam) -> Result<(FirstQueue, FixedAddressing)> {
+    let vring = start(front_end, ram, 0)?;
+    let mut first = FirstQueue::new(vring, &mut ram.arenas[0])?;
+    let addressing = first.probe()?;
+    Ok((first, addressing))
+}
+
+/// Starts a queue that is to be attached.
+///
+/// # Errors
+///
+/// A message is refused.
+pub fn start_ring(
+    front_end: &FrontEnd,
+    ram: &mut TestRam,
+    index: u16,
+    addressing: FixedAddressing,
+) -> Result<RingDriver> {
+    let vring = start(front_end, ram, index)?;
+    RingDriver::new(vring, &mut ram.arenas[0], addressing)
+}
+
+/// Starts a queue from its used index on: all that a front-end knows of one that somebody else has left.
+///
+/// # Errors
+///
+/// A message is refused.
+pub fn start_again(front_end: &FrontEnd, vring: &DriverVring, index: u16) -> Result<()> {
+    front_end.start_vring(index, &vring.layout(), vring.eventfds(), vring.used_idx()?)
+}
+
+fn start(front_end: &FrontEnd, ram: &mut TestRam, index: u16) -> Result<DriverVring> {
+    let vring = ram.vring(front_end, QUEUE_SIZE)?;
+    front_end.start_vring(index, &vring.layout(), vring.eventfds(), 0)?;
+    Ok(vring)
+}
+
+/// A broker, a front-end, and the driver of queue 0.
+#[derive(Debug)]
+pub struct Bench {
+    /// The disk and the place of the socket.
+    pub rig: Rig,
+    /// The broker.
+    pub broker: BrokerProcess,
+    /// The guest's RAM.
+    pub ram: TestRam,
+    /// The front-end.
+    pub front_end: FrontEnd,
+    /// The driver of queue 0.
+    pub first: FirstQueue,
+    /// How SQEs name memory.
+    pub addressing: FixedAddressing,
+}
+
+impl Bench {
+    /// A disk of zeroes of this size, a broker with this many queues and these further arguments, and 16 MiB of RAM.
+    ///
+    /// # Errors
+    ///
+    /// The broker does not serve, or offers no rings.
+    pub fn new(kind: DiskKind, disk_bytes: u64, queues: u16, arguments: &[&str]) -> Result<Self> {
+        let rig = Rig::new(kind, disk_bytes)?;
+        let queues = queues.to_string();
+        let arguments = [&["--mode", "direct", "--num-queues", &queues], arguments].concat();
+        let broker = rig.broker(&arguments)?;
+        let mut ram = TestRam::new(1, 16 << 20)?;
+        let front_end = FrontEnd::connect(&rig.socket(), &ram.ram, Options::default())?;
+        let (first, addressing) = broker.explain(start_first(&front_end, &mut ram))?;
+        Ok(Self { rig, broker, ram, front_end, first, addressing })
+    }
+
+    /// A queue that is started and not attached.
+    ///
+    /// # Errors
+    ///
+    /// A message is refused.
+    pub fn started(&mut self, index: u16) -> Result<RingDriver> {
+        self.broker.explain(start_ring(&self.front_end, &mut self.ram, index, self.addressing))
+    }
+
+    /// A queue whose ring is open.
+    ///
+    /// # Errors
+    ///
+    /// It does not open.
+    pub fn attached(&mut self, index: u16) -> Result<RingDriver> {
+        let mut driver = self.started(index)?;
+        self.broker.explain(driver.attach())?;
+        Ok(driver)
+    }
+}

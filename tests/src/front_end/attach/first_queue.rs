@@ -1,0 +1,140 @@
+//! The driver of queue 0, as far as rings go.
+
+use anyhow::{Context, Result, ensure};
+use ringpass_guest_abi::{
+    FixedAddressing,
+    probe::ProbeAnswer,
+    request::{DetachPayload, EventAnswer, T_DETACH, T_EVENT, T_PROBE},
+};
+
+use super::{Found, Interface, PATIENCE};
+use crate::front_end::{ram::Arena, vring::DriverVring};
+
+const EVENT_PLACE: u64 = 0;
+const OTHER_PLACE: u64 = 1;
+
+/// The driver of queue 0.
+#[derive(Debug)]
+pub struct FirstQueue {
+    vring: DriverVring,
+    interface: Interface,
+    event: Option<u16>,
+    has_event: bool,
+}
+
+impl FirstQueue {
+    /// The driver of an empty queue 0.
+    ///
+    /// # Errors
+    ///
+    /// Not enough RAM is left.
+    pub fn new(vring: DriverVring, arena: &mut Arena) -> Result<Self> {
+        Ok(Self { vring, interface: Interface::take(arena, 2)?, event: None, has_event: false })
+    }
+
+    /// The queue.
+    pub fn vring(&mut self) -> &mut DriverVring {
+        &mut self.vring
+    }
+
+    /// Begins anew on an empty queue.
+    ///
+    /// # Errors
+    ///
+    /// It is not in RAM.
+    pub fn restart(&mut self) -> Result<()> {
+        (self.event, self.has_event) = (None, false);
+        self.vring.reset()
+    }
+
+    /// Sends PROBE; gives how SQEs name memory.
+    ///
+    /// # Errors
+    ///
+    /// The device offers no rings.
+    pub fn probe(&mut self) -> Result<FixedAddressing> {
+        self.request(T_PROBE, &[])?;
+        let (answer, status) = self.interface.answer(&self.vring, OTHER_PLACE)?;
+        ensure!(status == 0, "PROBE has status {status}");
+        let device = ProbeAnswer::from_prefix(&answer).check().map_err(|error| anyhow::anyhow!("{error:?}"))?;
+        Ok(device.addressing)
+    }
+
+    /// Sends a request and waits for its end.
+    ///
+    /// # Errors
+    ///
+    /// It does not end.
+    pub fn request(&mut self, kind: u32, payload: &[u8]) -> Result<()> {
+        let head = self.interface.send(&mut self.vring, OTHER_PLACE, kind, payload)?;
+        while self.next_used()? != head {}
+        Ok(())
+    }
+
+    /// The same for one that is answered with an outcome.
+    ///
+    /// # Errors
+    ///
+    /// It does not end.
+    pub fn outcome_of(&mut self, kind: u32, payload: &[u8]) -> Result<Found> {
+        self.request(kind, payload)?;
+        self.interface.outcome(&self.vring, OTHER_PLACE)
+    }
+
+    /// Sends DETACH.
+    ///
+    /// # Errors
+    ///
+    /// It does not end.
+    pub fn detach(&mut self, queue: u16) -> Result<Found> {
+        let payload = DetachPayload { queue: queue.into(), ..DetachPayload::default() };
+        self.outcome_of(T_DETACH, &payload.to_bytes())
+    }
+
+    /// Makes an EVENT pending.
+    ///
+    /// # Errors
+    ///
+    /// The queue is full.
+    pub fn post_event(&mut self) -> Result<()> {
+        self.event = Some(self.interface.send(&mut self.vring, EVENT_PLACE, T_EVENT, &[])?);
+        Ok(())
+    }
+
+    /// Whether EVENT has ended. PROBE is sent to find out: requests of a queue are taken in their order.
+    ///
+    /// # Errors
+    ///
+    /// PROBE does not end.
+    pub fn has_event_ended(&mut self) -> Result<bool> {
+        self.request(T_PROBE, &[])?;
+        Ok(self.has_event)
+    }
+
+    /// Waits until EVENT ends; gives its bits.
+    ///
+    /// # Errors
+    ///
+    /// It does not end.
+    pub fn wait_event(&mut self) -> Result<u32> {
+        ensure!(self.event.is_some() || self.has_event, "no EVENT was posted");
+        while !self.has_event {
+            self.next_used()?;
+        }
+        self.has_event = false;
+        let (answer, status) = self.interface.answer(&self.vring, EVENT_PLACE)?;
+        ensure!(status == 0, "EVENT has status {status}");
+        let mut bytes = [0; EventAnswer::BYTES];
+        bytes.copy_from_slice(&answer[..EventAnswer::BYTES]);
+        Ok(EventAnswer::from_bytes(&bytes).events.get())
+    }
+
+    fn next_used(&mut self) -> Result<u16> {
+        self.vring.spin_for_used(PATIENCE).context("on queue 0")?;
+        let used = self.vring.take_used()?.context("nothing is used")?;
+        if self.event == Some(used.head) {
+            (self.event, self.has_event) = (None, true);
+        }
+        Ok(used.head)
+    }
+}

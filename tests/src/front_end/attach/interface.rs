@@ -1,0 +1,107 @@
+//! Requests of the interface as descriptor chains.
+
+use anyhow::Result;
+use ringpass_guest_abi::request::{ErrorCode, NO_FIELD, Outcome};
+use vm_memory::{Bytes, GuestAddress};
+
+use crate::front_end::{
+    blk::{HEADER_BYTES, NO_STATUS, header},
+    descriptor::Descriptor,
+    ram::Arena,
+    vring::DriverVring,
+};
+
+/// Room of one request: its header and the longest payload, its answer, its status.
+const PLACE_BYTES: u64 = 0x3000;
+const ANSWER_OFFSET: u64 = 0x2000;
+const ANSWER_BYTES: usize = 0x100;
+const STATUS_OFFSET: u64 = 0x2800;
+
+/// What a request that answers with an outcome has come to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Found {
+    /// `ErrorCode` as a number.
+    pub code: u32,
+    /// Offset of the field of the payload that is wrong.
+    pub field_offset_bytes: u32,
+    /// The status byte.
+    pub status: u8,
+}
+
+/// An outcome that names no field.
+pub fn whole(code: ErrorCode) -> Found {
+    Found { code: code as u32, field_offset_bytes: NO_FIELD, status: u8::from(!code.is_ok()) }
+}
+
+/// Success.
+pub fn ok() -> Found {
+    whole(ErrorCode::None)
+}
+
+/// Places for requests of one queue.
+#[derive(Debug, Clone, Copy)]
+pub struct Interface {
+    gpa: u64,
+}
+
+impl Interface {
+    /// So many places.
+    ///
+    /// # Errors
+    ///
+    /// Not so much RAM is left.
+    pub fn take(arena: &mut Arena, places: u64) -> Result<Self> {
+        Ok(Self { gpa: arena.take(places * PLACE_BYTES, 0x1000)? })
+    }
+
+    /// Makes a request available in a place, and kicks. Gives its head.
+    ///
+    /// # Errors
+    ///
+    /// The queue is full.
+    pub fn send(&self, vring: &mut DriverVring, place: u64, kind: u32, payload: &[u8]) -> Result<u16> {
+        let at = self.at(place);
+        let memory = vring.ram().memory();
+        memory.write_slice(&header(kind, 0), GuestAddress(at))?;
+        memory.write_slice(payload, GuestAddress(at + u64::from(HEADER_BYTES)))?;
+        memory.write_slice(&[0xff; ANSWER_BYTES], GuestAddress(at + ANSWER_OFFSET))?;
+        memory.write_obj(NO_STATUS, GuestAddress(at + STATUS_OFFSET))?;
+        let head = vring.add(&[
+            Descriptor::readable(at, HEADER_BYTES + u32::try_from(payload.len())?),
+            Descriptor::writable(at + ANSWER_OFFSET, ANSWER_BYTES as u32),
+            Descriptor::writable(at + STATUS_OFFSET, 1),
+        ])?;
+        vring.publish_quietly()?;
+        vring.kick()?;
+        Ok(head)
+    }
+
+    /// The answer in a place, and its status.
+    ///
+    /// # Errors
+    ///
+    /// It is not in RAM.
+    pub fn answer(&self, vring: &DriverVring, place: u64) -> Result<([u8; ANSWER_BYTES], u8)> {
+        let at = self.at(place);
+        let mut answer = [0; ANSWER_BYTES];
+        vring.ram().memory().read_slice(&mut answer, GuestAddress(at + ANSWER_OFFSET))?;
+        Ok((answer, vring.ram().memory().read_obj(GuestAddress(at + STATUS_OFFSET))?))
+    }
+
+    /// The outcome in a place.
+    ///
+    /// # Errors
+    ///
+    /// It is not in RAM.
+    pub fn outcome(&self, vring: &DriverVring, place: u64) -> Result<Found> {
+        let (answer, status) = self.answer(vring, place)?;
+        let mut bytes = [0; Outcome::BYTES];
+        bytes.copy_from_slice(&answer[..Outcome::BYTES]);
+        let outcome = Outcome::from_bytes(&bytes);
+        Ok(Found { code: outcome.error.get(), field_offset_bytes: outcome.field_offset_bytes.get(), status })
+    }
+
+    fn at(&self, place: u64) -> u64 {
+        self.gpa + place * PLACE_BYTES
+    }
+}

@@ -1,0 +1,138 @@
+//! Requests on a ring.
+
+use std::{
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Result, ensure};
+use nix::libc::{EAGAIN, ECANCELED};
+use ringpass_guest_abi::{Cqe, DriverRing, Sqe};
+use vm_memory::{Bytes, GuestAddress};
+
+use super::{PATIENCE, RingDriver};
+
+impl RingDriver {
+    /// An SQE that reads into, or writes from, one of the buffers.
+    ///
+    /// # Errors
+    ///
+    /// The length is none.
+    pub fn sqe(&self, is_write: bool, buffer: u64, len_bytes: u32, offset_bytes: u64, user_data: u64) -> Result<Sqe> {
+        self.sqe_at(is_write, self.buffers.at(buffer), len_bytes, offset_bytes, user_data)
+    }
+
+    /// An SQE for any memory.
+    ///
+    /// # Errors
+    ///
+    /// The memory has no address.
+    pub fn sqe_at(&self, is_write: bool, gpa: u64, len_bytes: u32, offset_bytes: u64, user_data: u64) -> Result<Sqe> {
+        let address = self.addressing.resolve(gpa, len_bytes).map_err(|error| anyhow::anyhow!("{error}"))?;
+        let make = if is_write { Sqe::write_fixed } else { Sqe::read_fixed };
+        Ok(make(address, len_bytes, offset_bytes, user_data))
+    }
+
+    /// Submits a request, now or when the next ring opens.
+    ///
+    /// # Errors
+    ///
+    /// The ring is full.
+    pub fn submit(&mut self, sqe: Sqe) -> Result<()> {
+        if let Some(ring) = self.ring.as_mut().filter(|_| self.machine.may_submit()) {
+            ring.push(&sqe).map_err(|error| anyhow::anyhow!("{error}"))?;
+            if ring.publish() {
+                self.vring.kick()?;
+            }
+        }
+        self.outstanding.push(sqe);
+        Ok(())
+    }
+
+    /// Takes completions. What was not executed stays outstanding, and goes to the next ring.
+    pub fn reap(&mut self) {
+        while let Some(cqe) = self.ring.as_mut().and_then(DriverRing::reap) {
+            if ![-ECANCELED, -EAGAIN].contains(&cqe.res) {
+                self.outstanding.retain(|sqe| sqe.user_data != cqe.user_data);
+                self.completions.push(cqe);
+            }
+        }
+    }
+
+    /// A completion that was reaped, if it is there.
+    pub fn take_completion(&mut self, user_data: u64) -> Option<i32> {
+        let found = self.completions.iter().position(|cqe| cqe.user_data == user_data)?;
+        Some(self.completions.swap_remove(found).res)
+    }
+
+    /// Any completion.
+    pub fn pop_completion(&mut self) -> Option<Cqe> {
+        self.completions.pop()
+    }
+
+    /// Waits for the completion of a request by looking at the ring, over whatever epochs come.
+    ///
+    /// # Errors
+    ///
+    /// It does not come, or the queue is not attached any more.
+    pub fn wait(&mut self, user_data: u64) -> Result<i32> {
+        let end = Instant::now() + PATIENCE;
+        loop {
+            self.reap();
+            if let Some(res) = self.take_completion(user_data) {
+                return Ok(res);
+            }
+            self.look()?;
+            self.ensure_attached()?;
+            ensure!(Instant::now() < end, "no completion of {user_data:#x} within {PATIENCE:?}: {:?}", self.machine);
+            thread::yield_now();
+        }
+    }
+
+    /// Waits for an interrupt, for so long.
+    ///
+    /// # Errors
+    ///
+    /// The eventfd cannot be read.
+    pub fn wait_interrupt(&mut self, timeout: Duration) -> Result<bool> {
+        let call = self.vring.eventfds().call();
+        let came = call.wait(timeout)?;
+        call.take()?;
+        Ok(came)
+    }
+
+    /// Does one request, whatever comes of it.
+    ///
+    /// # Errors
+    ///
+    /// It does not end.
+    pub fn perform(&mut self, sqe: Sqe) -> Result<i32> {
+        self.submit(sqe)?;
+        self.wait(sqe.user_data)
+    }
+
+    /// Reads from the disk.
+    ///
+    /// # Errors
+    ///
+    /// It does not succeed.
+    pub fn read(&mut self, offset_bytes: u64, len_bytes: u32) -> Result<Vec<u8>> {
+        let res = self.perform(self.sqe(false, 0, len_bytes, offset_bytes, 1)?)?;
+        ensure!(i64::from(res) == i64::from(len_bytes), "reading {len_bytes} at {offset_bytes}: {res}");
+        let mut data = vec![0; len_bytes as usize];
+        self.vring.ram().memory().read_slice(&mut data, GuestAddress(self.buffers.at(0)))?;
+        Ok(data)
+    }
+
+    /// Writes to the disk.
+    ///
+    /// # Errors
+    ///
+    /// It does not succeed.
+    pub fn write(&mut self, offset_bytes: u64, data: &[u8]) -> Result<()> {
+        self.vring.ram().memory().write_slice(data, GuestAddress(self.buffers.at(0)))?;
+        let res = self.perform(self.sqe(true, 0, u32::try_from(data.len())?, offset_bytes, 2)?)?;
+        ensure!(usize::try_from(res) == Ok(data.len()), "writing {} at {offset_bytes}: {res}", data.len());
+        Ok(())
+    }
+}

@@ -1,0 +1,350 @@
+//! Queues that are rings are stopped, left behind, and taken up again by whoever goes on: ATTACH is seen again exactly
+//! once, neither it nor ARM is ever in the in-flight region, and nothing runs before the older I/O has ended.
+
+use std::{
+    process::ExitCode,
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, ensure};
+use ringpass_guest_abi::request::{EVENT_QUEUES, ErrorCode};
+use ringpass_tests::{
+    broker_process::{self, BrokerProcess},
+    canaries::pattern,
+    disks::DiskKind,
+    front_end::{
+        attach::{
+            RingDriver,
+            bench::{Bench, QUEUE_SIZE, start_again, start_first, start_ring},
+            ok, wait_until, whole,
+        },
+        rig::TestRam,
+        session::{FrontEnd, Options},
+        shared::InflightRegion,
+    },
+    harness::{self, Test, test},
+    needs::Need,
+    seed::Seed,
+    stuck_disk::{StuckDisk, StuckKind},
+};
+use rustix::process::Signal;
+use tempfile::TempDir;
+
+const DISK_BYTES: u64 = 16 << 20;
+const SLOW_ARGUMENTS: [&str; 6] = ["--direct-io", "on", "--mode", "direct", "--num-queues", "3"];
+/// How long nothing happens that would happen at once.
+const AT_ONCE: Duration = Duration::from_millis(300);
+/// What an answer takes at most that waits for a ring and for no disk.
+const PROMPT: Duration = Duration::from_secs(5);
+
+fn main() -> ExitCode {
+    let needs = || DiskKind::Ext4Direct.needs().into_iter().chain(broker_process::needs()).collect::<Vec<Need>>();
+    let slow_needs = || StuckDisk::needs().into_iter().chain(broker_process::needs()).collect::<Vec<Need>>();
+    let mut tests: Vec<Test> = Vec::new();
+    for way in [Way::StopAndGoOn, Way::Vanish, Way::Kill] {
+        for with_records in [true, false] {
+            let records = if with_records { "with" } else { "without" };
+            let name = format!("attach_is_seen_again_once_{}_{records}_in_flight_records", way.name());
+            tests.push(test(name, needs(), move || restarts(way, with_records)));
+        }
+    }
+    tests.extend([test("a_stopped_queue_waits_for_its_own_ring_and_for_no_other", slow_needs(), slow_stop)]);
+    for kind in [StuckKind::LoopDevice, StuckKind::File] {
+        let name = format!("a_killed_broker_s_ring_has_ended_only_when_its_io_has_on_a_{kind}");
+        tests.push(test(name, slow_needs(), move || killed_with_slow_io(kind)));
+    }
+    harness::run(tests)
+}
+
+/// How a device is left and taken up again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Way {
+    /// GET_VRING_BASE of all queues, and all are started again on the same connection.
+    StopAndGoOn,
+    /// The front-end closes its connection and connects again.
+    Vanish,
+    /// The broker is killed, and another one comes.
+    Kill,
+}
+
+impl Way {
+    fn name(self) -> &'static str {
+        match self {
+            Self::StopAndGoOn => "after_a_stop",
+            Self::Vanish => "after_a_disconnect",
+            Self::Kill => "after_a_kill",
+        }
+    }
+}
+
+/// A guest with queue 0 and one attached queue, and what its front-end keeps.
+struct Guest {
+    bench: Bench,
+    driver: RingDriver,
+    region: Option<InflightRegion>,
+}
+
+impl Guest {
+    fn new(with_records: bool) -> Result<Self> {
+        let mut bench = Bench::new(DiskKind::Ext4Direct, DISK_BYTES, 2, &[])?;
+        let mut region = None;
+        if with_records {
+            // Before any queue is started: Bench has started queue 0.
+            bench.front_end.stop_vring(0)?;
+            region = Some(bench.front_end.new_inflight_region(2, QUEUE_SIZE)?);
+            start_again(&bench.front_end, bench.first.vring(), 0)?;
+        }
+        let driver = bench.attached(1)?;
+        Ok(Self { bench, driver, region })
+    }
+
+    /// Neither ARM nor ATTACH is recorded; of queue 0, so many requests are.
+    fn check_records(&self, first: usize) -> Result<()> {
+        let Some(region) = &self.region else { return Ok(()) };
+        ensure!(region.heads(1)?.is_empty(), "in flight on an attached queue: {:?}", region.heads(1)?);
+        let found = region.heads(0)?;
+        ensure!(found.len() == first, "in flight on queue 0: {found:?}, expected were {first}");
+        Ok(())
+    }
+
+    /// Makes an EVENT pending, which is recorded, and takes the news that there are.
+    fn post_event(&mut self) -> Result<()> {
+        self.bench.first.post_event()?;
+        wait_until("an EVENT that is pending and recorded", || {
+            if !self.bench.first.has_event_ended()? {
+                return Ok(self.check_records(1).is_ok());
+            }
+            ensure!(self.bench.first.wait_event()? == EVENT_QUEUES);
+            self.bench.first.post_event()?;
+            Ok(false)
+        })
+    }
+
+    /// Leaves the device and takes it up again, in this order of the queues.
+    fn restart(&mut self, way: Way, order: [u16; 2]) -> Result<()> {
+        let Self { bench, driver, region } = self;
+        match way {
+            Way::StopAndGoOn => {
+                for index in order {
+                    let base = bench.front_end.stop_vring(index)?;
+                    let vring = if index == 0 { bench.first.vring() } else { driver.vring() };
+                    let used = vring.used_idx()?;
+                    ensure!(base == used, "queue {index} stops at {base}, and {used} are used");
+                }
+                self.check_records(0)?;
+            }
+            Way::Vanish => self.reconnect()?,
+            Way::Kill => {
+                bench.broker.kill()?;
+                ensure!(region.as_ref().is_none_or(|region| region.heads(1).is_ok_and(|heads| heads.is_empty())));
+                bench.broker = bench.rig.broker(&["--mode", "direct", "--num-queues", "2"])?;
+                self.reconnect()?;
+            }
+        }
+        let Self { bench, driver, .. } = self;
+        for index in order {
+            let vring = if index == 0 { bench.first.vring() } else { driver.vring() };
+            start_again(&bench.front_end, vring, index)?;
+        }
+        Ok(())
+    }
+
+    fn reconnect(&mut self) -> Result<()> {
+        let Self { bench, region, .. } = self;
+        // One front-end after the other is served.
+        bench.front_end.connection().wire().hang_up()?;
+        bench.front_end = FrontEnd::connect(&bench.rig.socket(), &bench.ram.ram, Options::default())?;
+        region.iter().try_for_each(|region| bench.front_end.set_inflight_region(region))
+    }
+}
+
+fn restarts(way: Way, with_records: bool) -> Result<()> {
+    let seed = Seed::from_env_or_random();
+    let mut rng = seed.derive("order").rng();
+    let mut guest = Guest::new(with_records)?;
+    let broker_explains = |guest: &Guest, result: Result<()>| guest.bench.broker.explain(result);
+    for round in 1..=harness::budget(10, 500) {
+        let result = one_restart(&mut guest, way, round, rng.bool());
+        broker_explains(&guest, result.with_context(|| format!("round {round}, {seed}")))?;
+    }
+    let result = detach(&mut guest);
+    broker_explains(&guest, result)
+}
+
+fn one_restart(guest: &mut Guest, way: Way, round: u32, first_queue_first: bool) -> Result<()> {
+    let offset_bytes = u64::from(round % 64) * 4096;
+    let data = pattern(round.into(), 4096);
+    guest.driver.write(offset_bytes, &data)?;
+    ensure!(guest.driver.read(offset_bytes, 4096)? == data);
+    // Without records, a front-end that loses its back-end can only say how many requests of a queue were used, not which:
+    // what is pending on queue 0 is lost then.
+    let has_event = way == Way::StopAndGoOn || guest.region.is_some();
+    if has_event {
+        guest.post_event()?;
+    }
+    // Under way when the ring is taken away.
+    for request in 0..16 {
+        guest.driver.submit(guest.driver.sqe(true, 1 + request, 4096, (64 + request) * 4096, 100 + request)?)?;
+    }
+    guest.restart(way, if first_queue_first { [0, 1] } else { [1, 0] })?;
+    guest.driver.wait_epoch(round + 1)?;
+    for request in 0..16 {
+        let res = guest.driver.wait(100 + request)?;
+        ensure!(res == 4096, "request {request}: {res}");
+    }
+    ensure!(guest.driver.vring().used_idx()? == 1, "ARM is used, and nothing else");
+    if has_event {
+        let events = guest.bench.first.wait_event()?;
+        // The end of the ring may come before queue 0 stops, and then there is something to tell.
+        let is_empty = way == Way::StopAndGoOn && events == 0;
+        ensure!(is_empty || events == EVENT_QUEUES, "EVENT says {events:#x}");
+    }
+    guest.check_records(0)
+}
+
+/// ATTACH ends once, however often it was seen.
+fn detach(guest: &mut Guest) -> Result<()> {
+    guest.driver.set_detach();
+    ensure!(guest.bench.first.detach(1)? == ok());
+    let found = guest.driver.wait_attach()?;
+    ensure!(found == whole(ErrorCode::Detached), "{found:?}");
+    thread::sleep(Duration::from_millis(50));
+    ensure!(guest.driver.vring().used_idx()? == 2, "something was used twice");
+    guest.bench.broker.wait_for_unpinned()?;
+    ensure!(guest.bench.front_end.stop_vring(1)? == 2);
+    guest.check_records(0)
+}
+
+/// A guest on a disk whose writes can be made to hang.
+struct SlowGuest {
+    broker: BrokerProcess,
+    directory: TempDir,
+    ram: TestRam,
+    /// The last to go: it waits for whoever has it open.
+    disk: StuckDisk,
+}
+
+impl SlowGuest {
+    fn new(kind: StuckKind) -> Result<Self> {
+        let disk = StuckDisk::new(kind, 4 << 20)?;
+        let directory = TempDir::new()?;
+        let broker = BrokerProcess::start(&directory.path().join("vhost.sock"), disk.path(), &SLOW_ARGUMENTS)?;
+        Ok(Self { disk, directory, broker, ram: TestRam::new(1, 16 << 20)? })
+    }
+
+    fn connect(&self) -> Result<FrontEnd> {
+        FrontEnd::connect(&self.directory.path().join("vhost.sock"), &self.ram.ram, Options::default())
+    }
+
+    /// Submits a write that hangs.
+    fn hang(&self, driver: &mut RingDriver) -> Result<()> {
+        self.disk.freeze()?;
+        driver.submit(driver.sqe(true, 0, 4096, 8192, 77)?)?;
+        thread::sleep(Duration::from_millis(100));
+        driver.reap();
+        ensure!(driver.outstanding().len() == 1, "the write did not hang");
+        Ok(())
+    }
+}
+
+fn slow_stop() -> Result<()> {
+    let mut guest = SlowGuest::new(StuckKind::LoopDevice)?;
+    let front_end = guest.connect()?;
+    let (mut first, addressing) = start_first(&front_end, &mut guest.ram)?;
+    let mut stuck = start_ring(&front_end, &mut guest.ram, 1, addressing)?;
+    let mut idle = start_ring(&front_end, &mut guest.ram, 2, addressing)?;
+    stuck.attach()?;
+    idle.attach()?;
+    guest.hang(&mut stuck)?;
+    let stopped = (|| -> Result<()> {
+        for (index, base) in [(2, 1), (0, first.vring().used_idx()?)] {
+            let begin = Instant::now();
+            let found = front_end.stop_vring(index)?;
+            ensure!(found == base, "queue {index} stops at {found}, not at {base}");
+            ensure!(begin.elapsed() < PROMPT, "queue {index} took {:?} to stop", begin.elapsed());
+        }
+        // The rings of all queues end with the first stop, and the one with the write has not ended.
+        thread::sleep(AT_ONCE);
+        ensure!(stuck.announced() >> 2 == 1 && stuck.announced() & 3 == 1, "word {:#x}", stuck.announced());
+        start_again(&front_end, idle.vring(), 2)?;
+        idle.wait_epoch(2)?;
+        Ok(())
+    })();
+    // Its own queue waits.
+    let begin = Instant::now();
+    let own = thread::scope(|scope| {
+        let stopping = scope.spawn(|| front_end.stop_vring(1));
+        thread::sleep(AT_ONCE);
+        let early = stopping.is_finished();
+        guest.disk.thaw()?;
+        let base = stopping.join().map_err(|_| anyhow::anyhow!("the thread panicked"))??;
+        ensure!(!early, "the queue has stopped before its I/O had ended");
+        Ok(base)
+    });
+    guest.broker.explain(stopped)?;
+    let base = guest.broker.explain(own)?;
+    ensure!(base == 1, "queue 1 stops at {base} after {:?}", begin.elapsed());
+    start_again(&front_end, stuck.vring(), 1)?;
+    let res = guest.broker.explain(stuck.wait(77))?;
+    ensure!(res == 4096, "the write: {res}");
+    Ok(())
+}
+
+fn killed_with_slow_io(kind: StuckKind) -> Result<()> {
+    let mut guest = SlowGuest::new(kind)?;
+    let front_end = guest.connect()?;
+    let region = front_end.new_inflight_region(3, QUEUE_SIZE)?;
+    let (mut first, addressing) = start_first(&front_end, &mut guest.ram)?;
+    let mut driver = start_ring(&front_end, &mut guest.ram, 1, addressing)?;
+    driver.attach()?;
+    guest.hang(&mut driver)?;
+    guest.broker.signal(Signal::KILL)?;
+    let socket = guest.directory.path().join("vhost.sock");
+    let new = BrokerProcess::start_beside(&socket, guest.disk.path(), &SLOW_ARGUMENTS);
+    drop(front_end);
+    let silent = (|| -> Result<FrontEnd> {
+        let begin = Instant::now();
+        let front_end = guest.connect()?;
+        ensure!(front_end.connection().config(8)?.len() == 8);
+        front_end.set_inflight_region(&region)?;
+        start_again(&front_end, first.vring(), 0)?;
+        start_again(&front_end, driver.vring(), 1)?;
+        ensure!(begin.elapsed() < PROMPT, "the new broker took {:?} to answer", begin.elapsed());
+        first.post_event()?;
+        let used = first.vring().used_idx()?;
+        let end = Instant::now() + AT_ONCE;
+        while Instant::now() < end {
+            let word = driver.announced();
+            ensure!(word == 1 << 2 | 1, "{word:#x} is announced before the old I/O has ended");
+            ensure!(first.vring().used_idx()? == used, "something was executed before the old I/O had ended");
+            ensure!(region.heads(0)?.is_empty() && region.heads(1)?.is_empty(), "something was taken");
+            thread::sleep(Duration::from_millis(1));
+        }
+        Ok(front_end)
+    })();
+    guest.disk.thaw()?;
+    let new = new?;
+    let front_end = new.explain(silent)?;
+    guest.broker.wait()?;
+    let mut finish = || -> Result<()> {
+        driver.wait_epoch(2)?;
+        let res = driver.wait(77)?;
+        if res != 4096 {
+            // An error of a ring whose process was killed is not the last word (docs/abi.md, section 7).
+            ensure!(res < 0, "the write: {res}");
+            eprintln!("the write has ended with {res} and is sent again");
+            let res = driver.perform(driver.sqe(true, 0, 4096, 8192, 78)?)?;
+            ensure!(res == 4096, "the second write: {res}");
+        }
+        ensure!(first.wait_event()? == EVENT_QUEUES);
+        ensure!(region.heads(1)?.is_empty());
+        ensure!(driver.read(12288, 4096)? == [StuckDisk::INITIAL_BYTE; 4096]);
+        ensure!(driver.read(8192, 4096)? == [0; 4096], "the write is lost");
+        ensure!(driver.outstanding().is_empty());
+        Ok(())
+    };
+    new.explain(finish())?;
+    drop(front_end);
+    Ok(())
+}
