@@ -236,7 +236,7 @@ impl Worker<'_> {
     /// Writes the status and gives the chain back.
     #[inline]
     pub(super) fn give_back(&mut self, queue: usize, head: u16, memory: &Rc<DeviceMemory>, answer: &Answer) {
-        // The byte was in this memory when the chain was parsed.
+        // The byte was in this memory when the chain was parsed; what was pending since may be answered in another.
         let _ = memory.write_obj(answer.status.byte(), answer.status_gpa);
         let Some(active) = self.vrings[queue].active_mut() else { return };
         let log = active.log.as_deref();

@@ -99,6 +99,10 @@ impl Worker<'_> {
             let State::Running(active) = &mut self.vrings[number].state else { continue };
             let keeps_ring = active.attachment.as_mut().is_none_or(|attachment| attachment.moves_to(memory));
             active.memory = Rc::clone(memory);
+            // What is pending for as long as the queue is attached is answered where the guest has its memory by then, and
+            // holds no region that has left.
+            let attach = active.attachment.as_mut().map(|attachment| &mut attachment.attach);
+            attach.into_iter().chain(&mut active.event).for_each(|reply| reply.memory = Rc::clone(memory));
             match active.queue.set_memory(memory) {
                 Ok(()) => active.is_held = false,
                 // A region that is exchanged goes first and then comes back.
@@ -109,6 +113,8 @@ impl Worker<'_> {
             }
             if !keeps_ring {
                 self.end_ring(number, ErrorCode::Memory, Event::End);
+            } else if let Some(attach) = &self.attach {
+                attach.gate.ring_moves(self.vrings[number].index, memory);
             }
         }
     }

@@ -138,6 +138,13 @@ impl Gate {
         state.refused = None;
     }
 
+    /// A queue's ring, if there is one, runs on in another table with the same memory under it.
+    pub(in crate::engine) fn ring_moves(&self, queue: u16, memory: &DeviceMemory) {
+        if let Some(ring) = &mut self.state().queues[usize::from(queue)].ring {
+            ring.memory = memory.clone();
+        }
+    }
+
     /// A ring is about to end: what it did counts, and its memory is let go.
     pub(in crate::engine) fn ring_closes(&self, queue: u16) {
         let mut state = self.state();

@@ -14,7 +14,7 @@ use crate::virtqueue::DirtyLog;
 pub(in crate::engine) struct Reply {
     /// Its chain.
     pub(in crate::engine) head: u16,
-    /// What the chain was found in.
+    /// The guest's memory as it is now. The places of the answer were in it when the chain was parsed.
     pub(in crate::engine) memory: Rc<DeviceMemory>,
     pub(in crate::engine) status_gpa: GuestAddress,
     /// The length for the used ring.
@@ -58,6 +58,7 @@ impl Reply {
         for &(gpa, len_bytes) in &self.places {
             let (part, later) = rest.split_at(len_bytes.min(rest.len()));
             rest = later;
+            // A place may have left since, and then nobody reads the answer.
             let _ = self.memory.write_slice(part, gpa);
             if let Some(log) = log {
                 log.mark(gpa.0, part.len() as u64);
