@@ -56,6 +56,12 @@ const SOAKS: &[Soak] = &[
         work: Work::Tests { filter: "package(ringpass-tests) & kind(test)", property_cases: None },
     },
     Soak {
+        name: "rings",
+        what: "drivers that mean harm on a broker's socket for 20 minutes; restarts, disconnects, and what changes under rings",
+        duration: "half an hour",
+        work: Work::Tests { filter: "package(ringpass-tests) & binary(/^attach_/)", property_cases: None },
+    },
+    Soak {
         name: "policies",
         what: "100 million SQEs on the kernel and in the checker, 5 million that look for a way out of each policy, and guests \
                with other kernels",
@@ -182,7 +188,7 @@ mod tests {
         let refusal = choose("night").err().expect("an unknown name").to_string();
         assert_eq!(
             refusal,
-            "no soak is called \"night\"; there are end-to-end, policies, properties, fuzz, quiet and all"
+            "no soak is called \"night\"; there are end-to-end, rings, policies, properties, fuzz, quiet and all"
         );
     }
 

@@ -4,7 +4,7 @@ use std::{thread, time::Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use ringpass_guest_abi::{
-    Cqe, DriverRing, FixedAddressing, Sqe,
+    Cqe, DriverRing, FixedAddressing, RingLayout, Sqe,
     attach::{AreaAddress, AttachPayload, Lengths},
     control::{CONTROL_PAGE_BYTES, DriverControl},
     epoch::driver::{Action, Event, Machine, State},
@@ -13,7 +13,7 @@ use ringpass_guest_abi::{
 };
 
 use super::{Found, Interface, PATIENCE, Words, wait_until};
-use crate::front_end::{ram::Arena, vring::DriverVring};
+use crate::front_end::{descriptor::Descriptor, ram::Arena, vring::DriverVring};
 
 /// Entries of the SQ.
 pub const SQ_ENTRIES: u32 = 32;
@@ -23,6 +23,8 @@ const PAGE_BYTES: u32 = 4096;
 
 const ARM_PLACE: u64 = 0;
 const ATTACH_PLACE: u64 = 1;
+/// For requests that are neither.
+const OTHER_PLACE: u64 = 2;
 
 /// A driver's buffers: so many, each of so many bytes, one behind the other.
 #[derive(Debug, Clone, Copy)]
@@ -185,7 +187,7 @@ impl RingDriver {
     ///
     /// The queue is full.
     pub fn send_arm(&mut self) -> Result<()> {
-        self.send_other(ARM_PLACE, T_ARM, &[]).map(drop)
+        self.send_at(ARM_PLACE, T_ARM, &[]).map(drop)
     }
 
     /// Sends ATTACH.
@@ -194,16 +196,29 @@ impl RingDriver {
     ///
     /// The queue is full.
     pub fn send_attach(&mut self, payload: &[u8]) -> Result<()> {
-        self.attach_head = Some(self.send_other(ATTACH_PLACE, T_ATTACH, payload)?);
+        self.attach_head = Some(self.send_at(ATTACH_PLACE, T_ATTACH, payload)?);
         Ok(())
     }
 
-    /// Sends any request of the interface in one of the places.
+    /// Sends a request of virtio-blk, with its header and status in a place. Gives its head.
     ///
     /// # Errors
     ///
     /// The queue is full.
-    pub fn send_other(&mut self, place: u64, kind: u32, payload: &[u8]) -> Result<u16> {
+    pub fn send_block(&mut self, kind: u32, sector: u64, data: Descriptor) -> Result<u16> {
+        self.interface.send_block(&mut self.vring, OTHER_PLACE, kind, sector, data)
+    }
+
+    /// Sends any request of the interface, in a place of its own.
+    ///
+    /// # Errors
+    ///
+    /// The queue is full.
+    pub fn send_other(&mut self, kind: u32, payload: &[u8]) -> Result<u16> {
+        self.send_at(OTHER_PLACE, kind, payload)
+    }
+
+    fn send_at(&mut self, place: u64, kind: u32, payload: &[u8]) -> Result<u16> {
         self.interface.send(&mut self.vring, place, kind, payload)
     }
 
@@ -256,6 +271,29 @@ impl RingDriver {
             State::Running { epoch } => Some(epoch.number()),
             _ => None,
         }
+    }
+
+    /// Where the parts of the ring are that it uses.
+    pub fn ring_layout(&self) -> Option<&RingLayout> {
+        self.ring.as_ref().map(DriverRing::layout)
+    }
+
+    /// The outcome of the request that was sent with [`send_other`](Self::send_other).
+    ///
+    /// # Errors
+    ///
+    /// It is not in RAM.
+    pub fn other_outcome(&self) -> Result<Found> {
+        self.interface.outcome(&self.vring, OTHER_PLACE)
+    }
+
+    /// The status of the request that was sent with [`send_block`](Self::send_block).
+    ///
+    /// # Errors
+    ///
+    /// It is not in RAM.
+    pub fn block_status(&self) -> Result<u8> {
+        Ok(self.interface.answer(&self.vring, OTHER_PLACE)?.1)
     }
 
     /// Looks at the device's word and does what it says.

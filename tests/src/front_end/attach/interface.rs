@@ -76,6 +76,29 @@ impl Interface {
         Ok(head)
     }
 
+    /// The same for a request of virtio-blk.
+    ///
+    /// # Errors
+    ///
+    /// The queue is full.
+    pub fn send_block(
+        &self,
+        vring: &mut DriverVring,
+        place: u64,
+        kind: u32,
+        sector: u64,
+        data: Descriptor,
+    ) -> Result<u16> {
+        let at = self.at(place);
+        vring.ram().memory().write_slice(&header(kind, sector), GuestAddress(at))?;
+        vring.ram().memory().write_obj(NO_STATUS, GuestAddress(at + STATUS_OFFSET))?;
+        let head =
+            vring.add(&[Descriptor::readable(at, HEADER_BYTES), data, Descriptor::writable(at + STATUS_OFFSET, 1)])?;
+        vring.publish_quietly()?;
+        vring.kick()?;
+        Ok(head)
+    }
+
     /// The answer in a place, and its status.
     ///
     /// # Errors

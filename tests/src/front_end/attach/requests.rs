@@ -119,8 +119,17 @@ impl RingDriver {
     pub fn read(&mut self, offset_bytes: u64, len_bytes: u32) -> Result<Vec<u8>> {
         let res = self.perform(self.sqe(false, 0, len_bytes, offset_bytes, 1)?)?;
         ensure!(i64::from(res) == i64::from(len_bytes), "reading {len_bytes} at {offset_bytes}: {res}");
+        self.buffer(0, len_bytes)
+    }
+
+    /// What is in a buffer.
+    ///
+    /// # Errors
+    ///
+    /// It is not in RAM.
+    pub fn buffer(&self, buffer: u64, len_bytes: u32) -> Result<Vec<u8>> {
         let mut data = vec![0; len_bytes as usize];
-        self.vring.ram().memory().read_slice(&mut data, GuestAddress(self.buffers.at(0)))?;
+        self.vring.ram().memory().read_slice(&mut data, GuestAddress(self.buffers.at(buffer)))?;
         Ok(data)
     }
 

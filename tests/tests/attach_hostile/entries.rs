@@ -1,0 +1,157 @@
+//! What a hostile driver puts into its ring: entries that it may not have, and more of them than it reaps.
+
+use std::{
+    sync::atomic::Ordering,
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, ensure};
+use nix::libc::{EACCES, EBADF, EFAULT, EFBIG, EINVAL, EISDIR, EOPNOTSUPP};
+use ringpass_guest_abi::Sqe;
+use ringpass_tests::{
+    canaries::pattern,
+    disks::DiskKind,
+    front_end::attach::{
+        PATIENCE, RingDriver, SQ_ENTRIES,
+        bench::{Bench, start_again},
+    },
+};
+use vm_memory::{Bytes, GuestAddress};
+
+const DISK_BYTES: u64 = 16 << 20;
+const BLOCK_BYTES: u32 = 4096;
+const READ_FIXED: u8 = 4;
+const WRITE_FIXED: u8 = 5;
+const FIXED_FILE: u8 = 1;
+
+/// Requests that are never reaped, and how many such rings follow one another.
+const FLOOD: u32 = 20_000;
+const FLOODS: u64 = 3;
+
+/// Each entry that is not a fixed read or write of this disk and this memory is refused by the kernel.
+pub(crate) fn forbidden() -> Result<()> {
+    let mut bench = Bench::new(DiskKind::Ext4PageCache, DISK_BYTES, 2, &[])?;
+    let mut driver = bench.attached(1)?;
+    let result = each_forbidden(&mut driver);
+    bench.broker.explain(result)?;
+    let disk = bench.rig.disk_file()?.metadata()?.len();
+    ensure!(disk == DISK_BYTES, "the disk has {disk} bytes now");
+    Ok(())
+}
+
+fn each_forbidden(driver: &mut RingDriver) -> Result<()> {
+    let expected = pattern(3, BLOCK_BYTES as usize);
+    driver.write(0, &expected)?;
+    let good = driver.sqe(false, 1, BLOCK_BYTES, 0, 10)?;
+    let with = |change: &dyn Fn(&mut Sqe)| {
+        let mut sqe = good;
+        change(&mut sqe);
+        sqe
+    };
+    let mut check = |what: &str, sqe: Sqe, allowed: &[i32]| -> Result<i32> {
+        let res = driver.perform(sqe).with_context(|| what.to_owned())?;
+        ensure!(allowed.contains(&-res), "{what}: {res}, allowed are the errors {allowed:?}");
+        Ok(res)
+    };
+
+    let mut refused = 0;
+    for opcode in (0..=u8::MAX).filter(|opcode| ![READ_FIXED, WRITE_FIXED].contains(opcode)) {
+        // Unknown ones are no operations before they are forbidden ones.
+        let sqe = with(&|sqe| sqe.opcode = opcode);
+        refused += u32::from(check(&format!("operation {opcode}"), sqe, &[EACCES, EINVAL])? == -EACCES);
+    }
+    ensure!(refused >= 50, "only {refused} operations are forbidden");
+    for flags in (0..=u8::MAX).filter(|&flags| flags != FIXED_FILE) {
+        let sqe = with(&|sqe| sqe.flags = flags);
+        // Some make no sense for a read, which the kernel looks at first.
+        check(&format!("flags {flags:#x}"), sqe, &[EACCES, EINVAL, EOPNOTSUPP])?;
+    }
+    for fd in [1, 2, 3, 1000, i32::MAX, -1, i32::MIN] {
+        check(&format!("fixed file {fd}"), with(&|sqe| sqe.fd = fd), &[EBADF, EISDIR])?;
+    }
+    for buf_index in [1, 2, 16383, 16384, u16::MAX] {
+        check(&format!("buffer {buf_index}"), with(&|sqe| sqe.buf_index = buf_index), &[EFAULT])?;
+    }
+    let ram_end = good.addr - driver_gpa(&good) + (16 << 20);
+    let stack = (&raw const refused).addr() as u64;
+    for addr in [0, 4096, driver_gpa(&good), ram_end, ram_end - 1, u64::MAX - 4095, stack, 1 << 47] {
+        check(&format!("address {addr:#x}"), with(&|sqe| sqe.addr = addr), &[EFAULT])?;
+    }
+    for len_bytes in [17 << 20, 1 << 30, i32::MAX.cast_unsigned(), u32::MAX] {
+        check(&format!("length {len_bytes}"), with(&|sqe| sqe.len_bytes = len_bytes), &[EFAULT, EINVAL])?;
+    }
+    check("other credentials", with(&|sqe| sqe.personality = 7), &[EINVAL])?;
+    for off_bytes in [DISK_BYTES, 1 << 40, i64::MAX.cast_unsigned() - 8191] {
+        let sqe = with(&|sqe| (sqe.opcode, sqe.off_bytes) = (WRITE_FIXED, off_bytes));
+        check(&format!("a write at {off_bytes:#x}"), sqe, &[EFBIG, EINVAL])?;
+    }
+    // RWF_APPEND.
+    check("a write that appends", with(&|sqe| (sqe.opcode, sqe.rw_flags) = (WRITE_FIXED, 0x10)), &[EFBIG])?;
+    ensure!(driver.read(0, BLOCK_BYTES)? == expected, "the ring is not what it was");
+    Ok(())
+}
+
+/// Where the memory of a request is for the guest.
+fn driver_gpa(sqe: &Sqe) -> u64 {
+    // The offset within the slot: the RAM of the bench is all in the first one.
+    sqe.addr % (1 << 30)
+}
+
+/// Nothing is reaped. The ring goes, and with it all that the kernel has kept; another queue and the next ring go on.
+pub(crate) fn never_reaped(submission: &str) -> Result<()> {
+    let arguments = ["--submission", submission, "--sq-idle-ms", "2"];
+    let mut bench = Bench::new(DiskKind::Ext4PageCache, DISK_BYTES, 3, &arguments)?;
+    let mut other = bench.attached(1)?;
+    let mut driver = bench.attached(2)?;
+    let fds = bench.broker.usage()?.fds;
+    for round in 0..FLOODS {
+        let result = flood(&mut driver, &mut other).with_context(|| format!("flood {round}"));
+        bench.broker.explain(result)?;
+        let begin = Instant::now();
+        let base = bench.broker.explain(bench.front_end.stop_vring(2))?;
+        ensure!(begin.elapsed() < Duration::from_secs(10), "the ring took {:?} to end", begin.elapsed());
+        ensure!(base == 1, "stopped at {base}");
+        driver.restart()?;
+        start_again(&bench.front_end, driver.vring(), 2)?;
+        bench.broker.explain(driver.attach())?;
+        ensure!(driver.read(0, 512)?.len() == 512);
+        bench.broker.explain(other.read(0, 512))?;
+        bench.broker.wait_for_fds(fds)?;
+    }
+    Ok(())
+}
+
+/// Reads without end: the tail runs on, the head of the CQ stays.
+fn flood(driver: &mut RingDriver, other: &mut RingDriver) -> Result<()> {
+    let layout = *driver.ring_layout().context("no ring is open")?;
+    let epoch = driver.epoch().context("no ring is open")?;
+    let area = driver.payload().areas[epoch as usize % 2];
+    let sqe = driver.sqe(false, 0, 512, 0, 1)?;
+    let bytes: Vec<u8> = sqe.to_words().into_iter().flat_map(u64::to_ne_bytes).collect();
+    let ram = driver.vring().ram().clone();
+    for slot in 0..SQ_ENTRIES {
+        ram.memory().write_slice(&bytes, GuestAddress(area.sqes_gpa.get() + u64::from(slot) * 64))?;
+    }
+    let word = |offset_bytes: u32| GuestAddress(area.rings_gpa.get() + u64::from(offset_bytes));
+    let begin: u32 = ram.memory().load(word(layout.sq_tail_offset), Ordering::Acquire)?;
+    let mut sent = 0;
+    let end = Instant::now() + PATIENCE;
+    while sent < FLOOD && Instant::now() < end {
+        let head: u32 = ram.memory().load(word(layout.sq_head_offset), Ordering::Acquire)?;
+        let room = SQ_ENTRIES.saturating_sub(begin.wrapping_add(sent).wrapping_sub(head));
+        sent += room;
+        ram.memory().store(begin.wrapping_add(sent), word(layout.sq_tail_offset), Ordering::Release)?;
+        driver.vring().kick()?;
+        if room == 0 {
+            thread::yield_now();
+        }
+        if sent % 4096 < room {
+            other.read(0, 512).context("another queue")?;
+        }
+    }
+    // A kernel may stop taking more instead.
+    eprintln!("{sent} reads, of which none was reaped");
+    ensure!(sent > 2 * SQ_ENTRIES, "the ring took nothing");
+    other.read(0, 512).context("another queue").map(drop)
+}
