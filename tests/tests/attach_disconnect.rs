@@ -58,15 +58,16 @@ fn cut_sessions() -> Result<()> {
     Ok(())
 }
 
-/// The next front-end is served, and leaves the broker as it was.
+/// The broker is as it was, and the next front-end is served.
 fn nothing_left(rig: &Rig, broker: &BrokerProcess, fds: usize) -> Result<()> {
+    broker.wait_for_unpinned()?;
+    broker.wait_for_fds(fds).context("after the session")?;
     let mut ram = TestRam::new(1, 1 << 20)?;
     let front_end = FrontEnd::connect(&rig.socket(), &ram.ram, Options::default())?;
     let mut driver = ram.driver(&front_end, 0, 4096)?;
     driver.read(DISK_BYTES / SECTOR_BYTES - 8, 4096)?;
     drop(front_end);
-    broker.wait_for_unpinned()?;
-    broker.wait_for_fds(fds)
+    broker.wait_for_fds(fds).context("after the next front-end")
 }
 
 /// Gives the number of its messages.

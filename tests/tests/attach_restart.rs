@@ -99,10 +99,17 @@ impl Guest {
         Ok(Self { bench, driver, region })
     }
 
-    /// Neither ARM nor ATTACH is recorded; of queue 0, so many requests are.
-    fn check_records(&self, first: usize) -> Result<()> {
+    /// Neither ARM nor ATTACH is recorded.
+    fn check_attached(&self) -> Result<()> {
         let Some(region) = &self.region else { return Ok(()) };
         ensure!(region.heads(1)?.is_empty(), "in flight on an attached queue: {:?}", region.heads(1)?);
+        Ok(())
+    }
+
+    /// Of queue 0, so many requests are.
+    fn check_records(&self, first: usize) -> Result<()> {
+        self.check_attached()?;
+        let Some(region) = &self.region else { return Ok(()) };
         let found = region.heads(0)?;
         ensure!(found.len() == first, "in flight on queue 0: {found:?}, expected were {first}");
         Ok(())
@@ -113,6 +120,7 @@ impl Guest {
         self.bench.first.post_event()?;
         wait_until("an EVENT that is pending and recorded", || {
             if !self.bench.first.has_event_ended()? {
+                self.check_attached()?;
                 return Ok(self.check_records(1).is_ok());
             }
             ensure!(self.bench.first.wait_event()? == EVENT_QUEUES);
@@ -123,7 +131,7 @@ impl Guest {
 
     /// Leaves the device and takes it up again, in this order of the queues.
     fn restart(&mut self, way: Way, order: [u16; 2]) -> Result<()> {
-        let Self { bench, driver, region } = self;
+        let Self { bench, driver, .. } = self;
         match way {
             Way::StopAndGoOn => {
                 for index in order {
@@ -137,7 +145,8 @@ impl Guest {
             Way::Vanish => self.reconnect()?,
             Way::Kill => {
                 bench.broker.kill()?;
-                ensure!(region.as_ref().is_none_or(|region| region.heads(1).is_ok_and(|heads| heads.is_empty())));
+                self.check_attached()?;
+                let Self { bench, .. } = self;
                 bench.broker = bench.rig.broker(&["--mode", "direct", "--num-queues", "2"])?;
                 self.reconnect()?;
             }
