@@ -29,6 +29,7 @@ mod thread;
 mod token;
 mod vring;
 mod worker;
+mod writer;
 
 pub use counters::{Counter, QueueCounters};
 pub use error::EngineError;

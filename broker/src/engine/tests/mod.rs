@@ -6,3 +6,4 @@ mod front_end;
 mod requests;
 mod rig;
 mod turns;
+mod writer;
