@@ -161,7 +161,7 @@ fn a_guest_that_cannot_be_pinned_is_skipped_with_what_to_do() {
         assert!(why.contains("pinning needs 1 MiB, RLIMIT_MEMLOCK is 512 KiB"), "{why}");
         assert!(why.contains("LimitMEMLOCK="), "{why}");
     }
-    assert_eq!(skipped.len(), 5);
+    assert_eq!(skipped.len(), 6);
 }
 
 #[test]

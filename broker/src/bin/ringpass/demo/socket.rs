@@ -12,7 +12,7 @@ use std::time::Duration;
 use anyhow::{Context, bail};
 use ringpass_broker::direct::{DirectConfig, SubmissionConfig};
 use ringpass_broker::disk::Disk;
-use ringpass_broker::engine::{AttachConfig, DiskSource, Engine, EngineConfig};
+use ringpass_broker::engine::{AttachConfig, DiskSource, Engine, EngineConfig, EngineControl};
 use ringpass_broker::kernel;
 use ringpass_broker::memory::Sharing;
 use ringpass_broker::ring::{IoWorkers, SqThreadConfig};
@@ -65,6 +65,7 @@ impl DiskSource for OwnDisk {
 /// Serves until it is dropped.
 struct ServerThread {
     handle: ServerHandle,
+    engine: EngineControl,
     thread: Option<JoinHandle<()>>,
     directory: TempDir,
 }
@@ -82,7 +83,11 @@ impl SocketWay {
             inflight: true,
         };
         let guest = GuestDisk::connect(server.socket(), options)?;
-        let queue = guest.queue(1)?;
+        let queue = guest.queue(1).map_err(|error| {
+            // The guest hears a number only.
+            let why = server.engine.rings().and_then(|gate| gate.queues.get(1)?.refused.clone());
+            why.map_or_else(|| error.into(), |refused| anyhow::anyhow!("{}", refused.why))
+        })?;
         let buffers = guest.allocate(BUFFERS_BYTES)?;
         let buffers_gpa = buffers.gpa();
         let doorbell = EventFd::new(EFD_CLOEXEC).context("making an eventfd")?;
@@ -136,7 +141,8 @@ impl ServerThread {
         let config = EngineConfig { device, poll_time, workers: Some(1), cpus: Vec::new(), attach: Some(attach) };
         let source = OwnDisk(disk.clone());
         let mut engine = Engine::new(config, |_| -> io::Result<Box<dyn DiskSource>> { Ok(Box::new(source)) })?;
-        engine.control().set_disk(disk);
+        let control = engine.control();
+        control.set_disk(disk);
         let server = Server::bind(&directory.path().join("socket"))?;
         let handle = server.handle();
         let thread = thread::Builder::new()
@@ -148,7 +154,7 @@ impl ServerThread {
                 engine.shutdown();
             })
             .context("starting the server's thread")?;
-        Ok(Self { handle, thread: Some(thread), directory })
+        Ok(Self { handle, engine: control, thread: Some(thread), directory })
     }
 
     fn socket(&self) -> std::path::PathBuf {
