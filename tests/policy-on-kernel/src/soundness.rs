@@ -203,10 +203,10 @@ pub fn any_without_errors(rng: &mut fastrand::Rng, kernel: &KernelSupport, nop: 
         .with_flags_allowed(SqeFlags::FIXED_FILE)
         .with_flags_required(SqeFlags::FIXED_FILE);
     let operations: Vec<Operation> =
-        kernel.operations.iter().filter(|&operation| is_clean(&base.clone().allow(operation))).collect();
+        kernel.operations.iter().filter(|&operation| is_clean(&base.allow(operation))).collect();
     ensure!(operations.contains(&Operation::WRITE_FIXED), "lint finds an error in writes: {operations:?}");
     loop {
-        let mut policy = base.clone();
+        let mut policy = base;
         for &operation in operations.iter().filter(|_| rng.bool()) {
             policy = policy.allow(operation);
         }
