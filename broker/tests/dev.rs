@@ -124,7 +124,8 @@ fn a_device_says_who_executes_each_queue_and_counts() {
     assert_eq!(stats["queues"][1]["by_guest"]["completed"], 10);
     assert_eq!(stats["queues"][1]["by_device"]["reads"], 0);
     assert_eq!(stats["queues"][0]["by_device"]["flushes"], 1);
-    assert!(place.text(&["show", "vm"]).contains("queue 1: ring epoch 1 open sq 128 cq 128"), "{}", place.text(&["show"]));
+    let text = place.text(&["show", "vm"]);
+    assert!(text.contains("queue 1: ring epoch 1 open sq 128 cq 128"), "{text}");
     assert!(place.text(&["stats", "vm"]).lines().nth(2).unwrap().ends_with("10"), "{}", place.text(&["stats", "vm"]));
 
     queue.detach().unwrap();
