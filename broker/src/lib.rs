@@ -15,6 +15,7 @@
 //! [`kernel`] and [`probe`] tell what this kernel and these limits allow; [`limits`] has the resource limits that
 //! matter.
 
+pub mod control;
 pub mod direct;
 pub mod disk;
 pub mod engine;

@@ -80,7 +80,7 @@ fn the_demo_verifies_every_way_for_an_ordinary_user_with_8_mib_of_memlock() {
     let kvm_is_closed = |skipped: &Value| skipped["why"].as_str().unwrap().contains("/dev/kvm");
     assert!(skipped.iter().all(kvm_is_closed), "nothing is skipped but what this user may not do: {skipped:?}");
     let ways = report["ways"].as_array().unwrap();
-    let names = ["host", "process", "process-kick", "kvm-poll", "kvm-irq", "kvm-kick"];
+    let names = ["host", "process", "process-kick", "process-vhost-user", "kvm-poll", "kvm-irq", "kvm-kick"];
     let shown = |name: &&str| skipped.iter().all(|skipped| skipped["name"] != **name);
     let expected = names.iter().filter(|name| shown(name)).flat_map(|name| [(*name, 1), (*name, 32)]);
     let found = ways.iter().map(|way| (way["name"].as_str().unwrap(), way["depth"].as_u64().unwrap()));
@@ -161,7 +161,7 @@ fn a_guest_that_cannot_be_pinned_is_skipped_with_what_to_do() {
         assert!(why.contains("pinning needs 1 MiB, RLIMIT_MEMLOCK is 512 KiB"), "{why}");
         assert!(why.contains("LimitMEMLOCK="), "{why}");
     }
-    assert_eq!(skipped.len(), 5);
+    assert_eq!(skipped.len(), 6);
 }
 
 #[test]

@@ -50,7 +50,7 @@ impl Place {
     fn command(&self, program: (&str, &[&str]), options: &[&str]) -> Command {
         let mut command = Command::new(program.0);
         command.args(program.1).args(options).current_dir(self.0.path()).stdin(Stdio::null());
-        command.env_remove("RUST_LOG");
+        command.env_remove("RUST_LOG").env("RUNTIME_DIRECTORY", self.0.path());
         command
     }
 

@@ -112,6 +112,8 @@ impl BrokerProcess {
     /// It cannot be started.
     pub fn spawn(mut command: Command, socket: &Path) -> Result<Self> {
         let mut child = command
+            // A place of its own for its control socket.
+            .env("RUNTIME_DIRECTORY", socket.parent().unwrap_or(Path::new(".")))
             .env("RUST_LOG", env::var("RUST_LOG").unwrap_or_else(|_| LOG_LEVELS.to_owned()))
             .stdin(Stdio::null())
             .stdout(Stdio::null())

@@ -13,6 +13,7 @@ pub mod kernel_log;
 pub mod kvm_guest;
 pub mod linux_guest;
 pub mod needs;
+pub mod page_cache;
 pub mod pairs;
 pub mod policy_kernels;
 pub mod process_guest;

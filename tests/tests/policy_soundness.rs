@@ -16,6 +16,7 @@ fn main() -> ExitCode {
     let needs = || [Need::io_uring()];
     harness::run(vec![
         test("no_sqe_gets_out_of_a_built_in_policy", needs(), built_in_policies),
+        test("no_sqe_gets_out_of_any_policy_without_lint_errors", needs(), policies_without_errors),
         test("an_sqe_that_gets_out_is_found", needs(), a_wrong_policy_is_found),
     ])
 }
@@ -31,6 +32,24 @@ fn built_in_policies() -> Result<()> {
         // Or little was tried of what could go wrong.
         ensure!(outcome.executed > sqes / 50, "{outcome:?}");
     }
+    Ok(())
+}
+
+/// Whatever flags and operations lint lets through, not only what is built in.
+fn policies_without_errors() -> Result<()> {
+    let seed = Seed::from_env_or_random();
+    let (policies, sqes) = harness::budget((100, 1_000), (1_000, 10_000));
+    let support = kernel::support()?;
+    let nop = kernel::lint_context(Mode::Direct, support.semantics).nop;
+    let mut rng = seed.derive("policies").rng();
+    let mut executed = 0;
+    for _ in 0..policies {
+        let policy = soundness::any_without_errors(&mut rng, &support, nop)?;
+        let outcome = soundness::run(&policy, seed, sqes).with_context(|| format!("{:?}", policy.policy()))?;
+        executed += outcome.executed;
+    }
+    eprintln!("{policies} policies, {executed} of {} SQEs did something", policies * sqes);
+    ensure!(executed > policies * sqes / 100, "only {executed} did something");
     Ok(())
 }
 

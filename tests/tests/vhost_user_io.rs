@@ -1,22 +1,26 @@
 //! The vhost-user-blk device as our own front-end sees it: every kind of request, every way of the rings.
 
-use std::process::ExitCode;
+use std::{fs::File, process::ExitCode};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use ringpass_tests::{
     broker_process,
     disks::DiskKind,
     front_end::{
-        blk::SECTOR_BYTES,
+        blk::{BlkDriver, SECTOR_BYTES},
         load::LoadOptions,
         rig::{Rig, TestRam},
         session::{FrontEnd, Options, bit},
     },
     harness::{self, Test, test},
     needs::Need,
+    page_cache::unstable_pages,
     seed::Seed,
 };
-use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
+use virtio_bindings::{
+    virtio_blk::{VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_FLUSH},
+    virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC},
+};
 
 const DISK_BYTES: u64 = 16 << 20;
 
@@ -35,6 +39,11 @@ fn main() -> ExitCode {
         let run = move || load(Options::default().without(features), DiskKind::Ext4Direct);
         tests.push(test(name, needs(DiskKind::Ext4Direct), run));
     }
+    tests.push(test(
+        "what_is_flushed_or_written_through_is_on_the_disk",
+        needs(DiskKind::Ext4PageCache).into_iter().chain([Need::cachestat()]),
+        stability,
+    ));
     harness::run(tests)
 }
 
@@ -73,6 +82,59 @@ fn every_request_of(rig: &Rig) -> Result<()> {
     driver.write(last, &pattern[..4096])?;
     ensure!(driver.read(last, 4096)? == pattern[..4096], "another content came back from the last blocks");
     ensure!(front_end.stop_vring(0)? == driver.vring().next_avail(), "another base");
+    Ok(())
+}
+
+fn stability() -> Result<()> {
+    let rig = Rig::new(DiskKind::Ext4PageCache, DISK_BYTES)?;
+    let broker = rig.broker(&[])?;
+    broker.explain(stability_of(&rig))
+}
+
+fn stability_of(rig: &Rig) -> Result<()> {
+    /// Place of `writeback` in the configuration space (VIRTIO 1.2, 5.2.4).
+    const WRITEBACK: u32 = 32;
+    let disk = rig.disk_file()?;
+    disk.sync_all()?;
+    let mut ram = TestRam::new(1, 4 << 20)?;
+    {
+        let front_end = FrontEnd::connect(&rig.socket(), &ram.ram, Options::default())?;
+        let mut driver = ram.driver(&front_end, 0, 1 << 20)?;
+        let data = vec![1; 1 << 20];
+        // The kernel writes dirty pages out when it likes, so one that stays dirty for a moment is enough.
+        let leaves_dirty_pages = |driver: &mut BlkDriver| -> Result<bool> {
+            for _ in 0..100 {
+                driver.write(64, &data)?;
+                if unstable_pages(&disk)? > 0 {
+                    return Ok(true);
+                }
+            }
+            Ok(false)
+        };
+        ensure!(leaves_dirty_pages(&mut driver)?, "each write is stable at once");
+        driver.flush()?;
+        ensure!(unstable_pages(&disk)? == 0, "pages are dirty after a flush");
+
+        front_end.connection().set_config(WRITEBACK, &[0])?;
+        check_write_through(&mut driver, &disk)?;
+        front_end.connection().set_config(WRITEBACK, &[1])?;
+        ensure!(leaves_dirty_pages(&mut driver)?, "the cache stays off");
+        driver.flush()?;
+        front_end.stop_vring(0)?;
+    }
+    let no_flush = Options::default().without(bit(VIRTIO_BLK_F_FLUSH) | bit(VIRTIO_BLK_F_CONFIG_WCE));
+    let front_end = FrontEnd::connect(&rig.socket(), &ram.ram, no_flush)?;
+    check_write_through(&mut ram.driver(&front_end, 0, 1 << 20)?, &disk).context("for a driver that cannot flush")
+}
+
+fn check_write_through(driver: &mut BlkDriver, disk: &File) -> Result<()> {
+    for round in 0..20u8 {
+        for bytes in [512, 4096, 1 << 20] {
+            driver.write(64 + u64::from(round), &vec![round; bytes])?;
+            let pages = unstable_pages(disk)?;
+            ensure!(pages == 0, "{pages} pages are dirty after a write of {bytes} bytes with write-through");
+        }
+    }
     Ok(())
 }
 

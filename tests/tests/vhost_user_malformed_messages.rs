@@ -19,7 +19,8 @@ use ringpass_tests::{
     broker_process::{self, BrokerProcess},
     disks::DiskKind,
     front_end::{
-        blk::SECTOR_BYTES,
+        blk::{HEADER_BYTES, NO_STATUS, SECTOR_BYTES, header},
+        descriptor::{DESCRIPTOR_BYTES, Descriptor, F_NEXT},
         event::Event,
         ram::RamRegion,
         rig::{Rig, TestRam},
@@ -35,6 +36,7 @@ use vhost::vhost_user::message::{
     VhostUserMemoryRegion, VhostUserSingleMemoryRegion, VhostUserVringAddr, VhostUserVringAddrFlags,
     VhostUserVringState,
 };
+use virtio_bindings::virtio_blk::{VIRTIO_BLK_S_OK, VIRTIO_BLK_T_IN};
 use vm_memory::ByteValued;
 
 const DISK_BYTES: u64 = 4 << 20;
@@ -42,6 +44,13 @@ const DISK_BYTES: u64 = 4 << 20;
 const RAM_BYTES: u64 = 4 << 20;
 const RAM_GPA: u64 = 1 << 20;
 const CANARY: u8 = 0xc5;
+/// Where the vrings are in each part of the file: descriptor table, used ring, available ring.
+const RING_OFFSETS: [u64; 3] = [0, 0x1000, 0x2000];
+/// Where the request's header and its status are. What a wrong message can have written is behind
+/// [`PREPARED_BYTES`]: a header that is written over could be one of a request that writes the disk.
+const HEADER_OFFSET: u64 = 0x3000;
+const STATUS_OFFSET: u64 = 0x3800;
+const PREPARED_BYTES: u64 = 0x4000;
 /// How much more memory of its own the broker may have after all rounds: its allocator's, not the connections'.
 const GROWTH_BYTES: u64 = 2 << 20;
 
@@ -76,7 +85,7 @@ fn rounds(rig: &Rig, broker: &BrokerProcess, seed: Seed) -> Result<()> {
     }
     let bytes = broker.usage()?.anonymous_bytes;
     ensure!(bytes <= settled_bytes + GROWTH_BYTES, "{bytes} bytes of memory, {settled_bytes} after a quarter");
-    hostile.check_canaries()?;
+    hostile.check_ram()?;
     let disk = rig.disk_file()?;
     ensure!(disk.metadata()?.len() == DISK_BYTES, "the disk has another size");
     let mut content = vec![0; (DISK_BYTES - 4096) as usize];
@@ -98,11 +107,19 @@ fn serve_honestly(socket: &Path) -> Result<()> {
 
 /// A front-end that knows the protocol and does it wrong.
 struct Hostile {
+    /// Three parts, the middle one guest RAM. What the broker may touch of a file is what a message says, so this one is
+    /// sent only with messages that say the middle part.
     ram_file: Arc<File>,
     ram: RamRegion,
-    /// Descriptors of all kinds, to be sent where others are expected.
+    /// Descriptors of all kinds, to be sent where others are expected. All of them may be written.
     files: Vec<OwnedFd>,
 }
+
+/// Which of [`Hostile::files`] a plausible message has.
+const EVENT: usize = 0;
+const LOG: usize = 2;
+/// Another file like that of guest RAM.
+const OTHER_RAM: usize = 5;
 
 impl Hostile {
     fn new() -> Result<Self> {
@@ -112,9 +129,11 @@ impl Hostile {
             Ok(file)
         };
         let ram_file = Arc::new(memfd(3 * RAM_BYTES)?);
-        for part in [0, 2] {
-            ram_file.write_all_at(&vec![CANARY; RAM_BYTES as usize], part * RAM_BYTES)?;
+        for (part, fill) in [(0, CANARY), (1, 0), (2, CANARY)] {
+            ram_file.write_all_at(&part_of_ram(fill), part * RAM_BYTES)?;
         }
+        let other_ram = memfd(3 * RAM_BYTES)?;
+        other_ram.write_all_at(&part_of_ram(0), RAM_BYTES)?;
         let ram = RamRegion::of_file(ram_file.clone(), RAM_BYTES, RAM_GPA, RAM_BYTES)?;
         let (pipe_end, other_pipe_end) = std::io::pipe()?;
         let (socket, _) = UnixStream::pair()?;
@@ -126,7 +145,7 @@ impl Hostile {
             memfd(64 << 20)?.into(),
             memfd(0)?.into(),
             short.into(),
-            ram_file.as_fd().try_clone_to_owned()?,
+            other_ram.into(),
             File::open("/dev/null")?.into(),
             File::open("/")?.into(),
             File::open("/proc/self/status")?.into(),
@@ -137,12 +156,17 @@ impl Hostile {
         Ok(Self { ram_file, ram, files })
     }
 
-    fn check_canaries(&self) -> Result<()> {
-        let mut part = vec![0; RAM_BYTES as usize];
-        for index in [0, 2] {
+    /// Nothing was written beside guest RAM, though requests were executed.
+    fn check_ram(&self) -> Result<()> {
+        let part = |index| -> Result<Vec<u8>> {
+            let mut part = vec![0; RAM_BYTES as usize];
             self.ram_file.read_exact_at(&mut part, index * RAM_BYTES)?;
-            ensure!(part.iter().all(|&byte| byte == CANARY), "bytes beside guest RAM were written");
+            Ok(part)
+        };
+        for index in [0, 2] {
+            ensure!(part(index)? == part_of_ram(CANARY), "bytes beside guest RAM were written");
         }
+        ensure!(part(1)?[STATUS_OFFSET as usize] == VIRTIO_BLK_S_OK as u8, "no request was executed in all rounds");
         Ok(())
     }
 
@@ -173,12 +197,12 @@ impl Hostile {
             send(FrontendReq::SET_FEATURES, &number(1 << 32 | 1 << 30), &[])?;
         }
         if stage >= 2 {
-            send(FrontendReq::ADD_MEM_REG, &single(&self.ram.message()), &[self.ram.file().as_fd()])?;
+            send(FrontendReq::ADD_MEM_REG, &single(&self.ram.message()), &[self.ram_file.as_fd()])?;
         }
         if stage >= 3 {
             for index in 0..2 {
                 send(FrontendReq::SET_VRING_NUM, VhostUserVringState::new(index, 64).as_slice(), &[])?;
-                send(FrontendReq::SET_VRING_ADDR, self.vring_addr(index, [0, 0x1000, 0x2000]).as_slice(), &[])?;
+                send(FrontendReq::SET_VRING_ADDR, self.vring_addr(index, RING_OFFSETS).as_slice(), &[])?;
             }
         }
         if stage >= 4 {
@@ -198,7 +222,8 @@ impl Hostile {
 
     /// Something close to a right message, wrong in some places.
     fn wrong_message(&self, wire: &Wire, rng: &mut fastrand::Rng) -> Result<()> {
-        let (request, mut body, fds) = self.plausible(rng);
+        let (plausible_request, plausible_body, fds) = self.plausible(rng);
+        let mut body = plausible_body.clone();
         for _ in 0..rng.usize(0..=2) {
             corrupt_word(&mut body, rng);
         }
@@ -208,7 +233,7 @@ impl Hostile {
             2 => body.resize(rng.usize(0..9000), 0),
             _ => {}
         }
-        let request = if rng.u8(0..20) == 0 { rng.u32(..) >> rng.u32(0..32) } else { request };
+        let request = if rng.u8(0..20) == 0 { rng.u32(..) >> rng.u32(0..32) } else { plausible_request };
         let flags = match rng.u8(0..10) {
             0 => rng.u32(..),
             1 => rng.u32(0..16),
@@ -224,7 +249,13 @@ impl Hostile {
         if rng.u8(0..20) == 0 {
             bytes.truncate(rng.usize(1..=bytes.len()));
         }
-        let mut sent: Vec<BorrowedFd<'_>> = fds.iter().map(|&file| self.files[file].as_fd()).collect();
+        let names_ram = [FrontendReq::SET_MEM_TABLE, FrontendReq::ADD_MEM_REG].map(|request| request as u32);
+        let is_as_planned = bytes == encode(plausible_request, flags, &plausible_body);
+        let file = |file: usize| match file {
+            OTHER_RAM if names_ram.contains(&request) && is_as_planned => self.ram_file.as_fd(),
+            file => self.files[file].as_fd(),
+        };
+        let mut sent: Vec<BorrowedFd<'_>> = fds.into_iter().map(file).collect();
         match rng.u8(0..12) {
             0 => sent.clear(),
             1 => sent.extend((0..rng.usize(1..8)).map(|_| self.files[rng.usize(..self.files.len())].as_fd())),
@@ -245,9 +276,6 @@ impl Hostile {
 
     /// A message that could be right at some time, and which descriptors it has.
     fn plausible(&self, rng: &mut fastrand::Rng) -> (u32, Vec<u8>, Vec<usize>) {
-        const EVENT: usize = 0;
-        const RAM: usize = 5;
-        const LOG: usize = 2;
         let index = rng.u32(0..3);
         let number = |value: u64| value.to_ne_bytes().to_vec();
         let state = |number| VhostUserVringState::new(index, number).as_slice().to_vec();
@@ -268,9 +296,9 @@ impl Hostile {
                         VhostUserMemoryRegion::new(ram.guest_phys_addr + at, part_bytes, ram.user_addr + at, offset);
                     body.extend_from_slice(region.as_slice());
                 }
-                (body, vec![RAM; count])
+                (body, vec![OTHER_RAM; count])
             }
-            FrontendReq::ADD_MEM_REG | FrontendReq::REM_MEM_REG => (single(&ram), vec![RAM]),
+            FrontendReq::ADD_MEM_REG | FrontendReq::REM_MEM_REG => (single(&ram), vec![OTHER_RAM]),
             FrontendReq::SET_LOG_BASE => (VhostUserLog::new(1 << 16, 0).as_slice().to_vec(), vec![LOG]),
             FrontendReq::SET_LOG_FD | FrontendReq::SET_BACKEND_REQ_FD => (vec![], vec![self.files.len() - 1]),
             FrontendReq::SET_VRING_NUM => (state(1 << rng.u32(0..16)), vec![]),
@@ -278,7 +306,8 @@ impl Hostile {
             FrontendReq::SET_VRING_ENABLE => (state(rng.u32(0..2)), vec![]),
             FrontendReq::GET_VRING_BASE => (state(0), vec![]),
             FrontendReq::SET_VRING_ADDR => {
-                let offsets = [(); 3].map(|()| rng.u64(0..RAM_BYTES + 8192) & !0xf);
+                let offsets = RING_OFFSETS
+                    .map(|right| [right, rng.u64(PREPARED_BYTES..RAM_BYTES + 8192) & !0xf][rng.usize(0..2)]);
                 (self.vring_addr(index, offsets).as_slice().to_vec(), vec![])
             }
             FrontendReq::SET_VRING_KICK | FrontendReq::SET_VRING_CALL | FrontendReq::SET_VRING_ERR => {
@@ -300,6 +329,34 @@ impl Hostile {
         };
         (request as u32, body, fds)
     }
+}
+
+/// What each part of a file of guest RAM holds: a vring with a request to read, and `fill` elsewhere. The parts beside
+/// guest RAM have it as well, so that whoever takes them for guest RAM writes there.
+fn part_of_ram(fill: u8) -> Vec<u8> {
+    let mut part = vec![fill; RAM_BYTES as usize];
+    let mut put = |offset: u64, bytes: &[u8]| part[offset as usize..][..bytes.len()].copy_from_slice(bytes);
+    let [desc, _, avail] = RING_OFFSETS;
+    put(0, &[0; PREPARED_BYTES as usize]);
+    let gpa = |offset| RAM_GPA + offset;
+    let chain = [
+        Descriptor::readable(gpa(HEADER_OFFSET), HEADER_BYTES),
+        // As far as the last byte of guest RAM.
+        Descriptor::writable(gpa(RAM_BYTES - 4096), 4096),
+        Descriptor::writable(gpa(STATUS_OFFSET), 1),
+    ];
+    for (index, mut descriptor) in chain.into_iter().enumerate() {
+        if index + 1 < chain.len() {
+            descriptor.flags |= F_NEXT;
+            descriptor.next = index as u16 + 1;
+        }
+        put(desc + index as u64 * DESCRIPTOR_BYTES, &descriptor.to_bytes());
+    }
+    put(HEADER_OFFSET, &header(VIRTIO_BLK_T_IN, 0));
+    put(STATUS_OFFSET, &[NO_STATUS]);
+    // Flags 0, one entry, which is descriptor 0.
+    put(avail, &[0, 0, 1, 0, 0, 0]);
+    part
 }
 
 /// Puts a value that is often wrong where some field begins.

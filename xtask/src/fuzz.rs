@@ -32,6 +32,7 @@ const TARGETS: &[Target] = &[
     Target { name: "vhost_user_session", input_bytes_max: 1024 },
     Target { name: "policy_file", input_bytes_max: 2048 },
     Target { name: "policy_check", input_bytes_max: 512 },
+    Target { name: "policy_kernel", input_bytes_max: 512 },
 ];
 
 /// How long and with which choices.
@@ -51,6 +52,8 @@ pub(crate) const SAVE_SEEDS: &[&str] = &[
     "ringpass-broker",
     "--package",
     "ringpass-restrictions",
+    "--package",
+    "ringpass-policy-on-kernel",
     "--lib",
     "--filterset",
     "test(/(fuzzing|message)::tests::/)",

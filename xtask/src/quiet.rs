@@ -8,7 +8,7 @@ use serde_json::Value;
 use crate::steps::cargo;
 
 /// Ways that poll: they are to be as fast as the host.
-const POLLING: [&str; 2] = ["process", "kvm-poll"];
+const POLLING: [&str; 3] = ["process", "process-vhost-user", "kvm-poll"];
 const DEPTHS: [u64; 2] = [1, 32];
 const RATIO_TO_HOST_MAX: f64 = 1.05;
 /// All exits of a polling virtual machine, those for interrupts of the host included.
@@ -61,7 +61,14 @@ mod tests {
     fn report(ratio: f64, exits: Option<f64>) -> Value {
         let way = |name: &str, depth: u64, exits: Option<f64>| json!({"name": name, "depth": depth, "errors": 0, "ratio_to_host": ratio, "exits_per_io": exits});
         json!({
-            "ways": [way("process", 1, None), way("process", 32, None), way("kvm-poll", 1, exits), way("kvm-poll", 32, exits)],
+            "ways": [
+                way("process", 1, None),
+                way("process", 32, None),
+                way("process-vhost-user", 1, None),
+                way("process-vhost-user", 32, None),
+                way("kvm-poll", 1, exits),
+                way("kvm-poll", 32, exits),
+            ],
             "skipped": [],
         })
     }
@@ -69,9 +76,9 @@ mod tests {
     #[test]
     fn a_fast_report_passes_and_a_slow_or_incomplete_one_does_not() {
         assert_eq!(failures(&report(1.05, Some(0.009))), [""; 0]);
-        assert_eq!(failures(&report(1.06, Some(0.0))).len(), 4);
+        assert_eq!(failures(&report(1.06, Some(0.0))).len(), 6);
         assert_eq!(failures(&report(1.0, Some(0.01))).len(), 2);
         assert_eq!(failures(&report(1.0, None)).len(), 2);
-        assert_eq!(failures(&json!({"ways": [], "skipped": []})).len(), 4);
+        assert_eq!(failures(&json!({"ways": [], "skipped": []})).len(), 6);
     }
 }

@@ -29,9 +29,11 @@ const VIRTIO_BLK_F_FLUSH: u64 = 1 << 9;
 const TIME_OUT: Duration = Duration::from_secs(10);
 
 /// What is asked of the disk.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub(crate) enum Operation {
+    #[value(name = "randread")]
     Read,
+    #[value(name = "randwrite")]
     Write,
 }
 

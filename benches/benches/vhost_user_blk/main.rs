@@ -32,6 +32,10 @@ struct Args {
     /// Size of the image.
     #[arg(long, default_value_t = 256)]
     size_mib: u64,
+    /// The image is written in pieces of this size. The page cache keeps large pieces as large folios, and ext4 then goes
+    /// through all blocks of a folio for each write: a good part of the time is its own, whoever asks for the write.
+    #[arg(long, default_value_t = 1024)]
+    piece_kib: usize,
     /// How often each server is measured, in turn.
     #[arg(long, default_value_t = 7)]
     rounds: usize,
@@ -41,6 +45,9 @@ struct Args {
     /// Requests in flight.
     #[arg(long, value_delimiter = ',', default_values_t = [1, 4, 32])]
     depths: Vec<u16>,
+    /// What is asked of the disk.
+    #[arg(long, value_delimiter = ',', default_values_t = [Operation::Read, Operation::Write])]
+    operations: Vec<Operation>,
     /// Exit with an error unless every row has at least this ratio of IOPS, and a p99 no worse.
     #[arg(long)]
     require_ratio: Option<f64>,
@@ -55,9 +62,10 @@ struct Args {
 fn main() -> Result<ExitCode> {
     let args = Args::parse();
     ensure!(args.rounds > 0 && args.millis > 0 && args.size_mib > 0, "rounds, millis and size must not be zero");
+    ensure!(args.piece_kib > 0 && args.piece_kib.is_multiple_of(4), "pieces are whole blocks of 4 KiB");
     let dir = tempfile::Builder::new().prefix("ringpass-bench-").tempdir_in(&args.dir).context("making a directory")?;
     let image = dir.path().join("image");
-    fill(&image, args.size_mib)?;
+    fill(&image, args.size_mib, args.piece_kib)?;
     let ringpass = Ringpass::build()?;
     let report = Comparison { args: &args, image, socket: dir.path().join("socket"), ringpass }.run()?;
     if args.json {
@@ -80,9 +88,9 @@ struct Comparison<'a> {
 
 impl Comparison<'_> {
     fn run(&self) -> Result<Report> {
-        let cases = [Operation::Read, Operation::Write]
-            .into_iter()
-            .flat_map(|operation| self.args.depths.iter().map(move |&depth| (operation, depth)));
+        let operations = &self.args.operations;
+        let cases =
+            operations.iter().flat_map(|&operation| self.args.depths.iter().map(move |&depth| (operation, depth)));
         let mut rows = Vec::new();
         for (operation, depth) in cases {
             let rival = self.best_rival(operation, depth)?;
@@ -121,10 +129,10 @@ impl Comparison<'_> {
 }
 
 /// Every block with bytes of its own: no holes, nothing that compresses to one page.
-fn fill(image: &PathBuf, size_mib: u64) -> Result<()> {
+fn fill(image: &PathBuf, size_mib: u64, piece_kib: usize) -> Result<()> {
     let mut file = fs::File::create(image).with_context(|| format!("creating {image:?}"))?;
-    let mut piece = vec![0; 1 << 20];
-    for _ in 0..size_mib {
+    let mut piece = vec![0; piece_kib << 10];
+    for _ in 0..(size_mib << 10) / piece_kib as u64 {
         fastrand::fill(&mut piece);
         file.write_all(&piece).with_context(|| format!("filling {image:?}"))?;
     }

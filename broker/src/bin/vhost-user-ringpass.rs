@@ -6,6 +6,8 @@
 mod chosen_policy;
 #[path = "ringpass/log.rs"]
 mod log;
+#[path = "ringpass/runtime_dir.rs"]
+mod runtime_dir;
 #[path = "ringpass/serve/mod.rs"]
 mod serve;
 

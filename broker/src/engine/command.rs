@@ -168,11 +168,31 @@ impl CommandSender {
     }
 }
 
+/// Wakes a worker without a command for it.
+#[derive(Debug)]
+pub(super) struct Waker(Arc<Bell>);
+
+impl Waker {
+    /// Wakes the worker, if it sleeps or is about to.
+    pub(super) fn wake(&self) {
+        // As for a command.
+        let _ = self.0.eventfd.write(1);
+    }
+}
+
 #[cfg(test)]
 impl CommandSender {
     /// What wakes the worker.
     pub(super) fn eventfd(&self) -> &EventFd {
         &self.bell.eventfd
+    }
+}
+
+#[cfg(test)]
+impl CommandReceiver {
+    /// How many can ring the bell or hear it.
+    pub(super) fn bell_users(&self) -> usize {
+        Arc::strong_count(&self.bell)
     }
 }
 
@@ -199,6 +219,11 @@ impl CommandReceiver {
     pub(super) fn silence(&self) {
         self.take_wake_up();
         self.bell.rung.swap(false, Ordering::Acquire);
+    }
+
+    /// Wakes the worker.
+    pub(super) fn waker(&self) -> Waker {
+        Waker(Arc::clone(&self.bell))
     }
 
     /// The next command.

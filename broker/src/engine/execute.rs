@@ -4,6 +4,7 @@
 //! the kernel did in part goes on where it stopped.
 
 use std::fmt::Display;
+use std::os::fd::AsFd;
 use std::rc::Rc;
 
 use io_uring::{opcode, squeue};
@@ -52,6 +53,16 @@ impl Worker<'_> {
     fn submit(&mut self, number: u32) {
         let slot = self.slots.get(number);
         let Some(request) = slot.request else { return };
+        if let (Step::Transfer, Operation::Write { offset_bytes }) = (&slot.step, request.operation)
+            && let (Some(writer), Some(disk)) = (&mut self.writer, &self.disk)
+            && writer.is_needed()
+            && !self.shared.is_write_through()
+        {
+            let offset_bytes = offset_bytes + slot.progress_bytes;
+            // SAFETY: as below; the iovecs stay in place until the slot is released, as their lists are on the heap. The
+            // disk stays open, because the worker lets go of it only when no request is under way.
+            return unsafe { writer.send(number, disk.disk.as_fd(), slot.remaining(), offset_bytes) };
+        }
         let entry = entry(slot, &request, &self.bounce, self.shared.is_write_through());
         let entry = entry.user_data(Token::Request(number).to_user_data());
         // SAFETY: the entry names the guest's memory, which `slot.memory` keeps mapped, or a chunk of `self.bounce`,

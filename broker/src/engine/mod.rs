@@ -33,6 +33,7 @@ mod thread;
 mod token;
 mod vring;
 mod worker;
+mod writer;
 
 pub use attach::{AttachConfig, GateStatus, Refused, RingCounts, RingStatus};
 pub use counters::{Counter, QueueCounters};

@@ -13,7 +13,8 @@ use vmm_sys_util::eventfd::EventFd;
 use super::command::{Command, Reply, WhichEventfd};
 use super::vring::{Active, Broken, Start, State, Vring};
 use super::worker::{Alignment, DiskInUse, Worker};
-use crate::disk::Disk;
+use super::writer::Writer;
+use crate::disk::{Disk, DiskKind};
 use crate::vhost_user::{DeviceMemory, QueueEventfds};
 use crate::virtqueue::{QueueSetup, SplitQueue};
 
@@ -228,7 +229,17 @@ impl Worker<'_> {
             address_mask: disk.memory_alignment_bytes() as usize - 1,
             length_mask: disk.logical_block_bytes() as usize - 1,
         });
-        self.disk = Some(DiskInUse { _disk: disk, alignment });
+        // The kernel does the writes to a file one after the other anyway. Those to a block device it does side by side,
+        // and one that waits for the device must not hold up the others.
+        let is_written = disk.kind() == DiskKind::RegularFile && alignment.is_none() && !disk.is_read_only();
+        if is_written && self.writer.is_none() {
+            // Now and not with the first write, which would wait for it.
+            match Writer::start(self.slots.room(), self.poll.renewed(), self.commands.waker()) {
+                Ok(writer) => self.writer = Some(writer),
+                Err(error) => tracing::warn!(%error, "no thread for writes into the page cache: they are slower"),
+            }
+        }
+        self.disk = Some(DiskInUse { disk, alignment });
     }
 
     /// Marks a queue as broken.

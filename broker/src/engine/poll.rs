@@ -55,6 +55,11 @@ impl PollPolicy {
         }
     }
 
+    /// Another one that polls for as long, for another thread.
+    pub(super) fn renewed(&self) -> Self {
+        Self::new(self.poll_time)
+    }
+
     /// A turn found nothing to do.
     #[inline]
     pub(super) fn idle(&mut self, requests_under_way: bool, now: impl FnOnce() -> Instant) -> Idle {

@@ -100,6 +100,11 @@ impl Slots {
         self.occupied() < self.slots_max
     }
 
+    /// The most that can be occupied.
+    pub(super) fn room(&self) -> usize {
+        self.slots_max
+    }
+
     /// Takes the slot that [`find`](Self::find) found.
     #[inline]
     pub(super) fn occupy(&mut self, number: u32) {

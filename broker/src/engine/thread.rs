@@ -76,7 +76,8 @@ fn pin(cpu: usize) -> Result<(), EngineError> {
     sched_setaffinity(None, &cpus).map_err(|errno| EngineError::Affinity { cpu, error: errno.into() })
 }
 
-struct AbortOnPanic;
+/// Ends the process if the thread panics.
+pub(super) struct AbortOnPanic;
 
 impl Drop for AbortOnPanic {
     fn drop(&mut self) {

@@ -18,6 +18,7 @@ use super::ring::Ring;
 use super::slot::Slots;
 use super::token::Token;
 use super::vring::{State, Takes, Vring};
+use super::writer::Writer;
 use crate::disk::Disk;
 use crate::vhost_user::DeviceMemory;
 use crate::virtio_blk::{GuestError, Parsed, RequestLimits, parse};
@@ -44,12 +45,14 @@ pub(super) struct Worker<'r> {
     /// Requests that wait for a bounce buffer, the first one first.
     pub(super) waiting: VecDeque<u32>,
     pub(super) disk: Option<DiskInUse>,
+    /// Carries out writes into the page cache of a file. `None`: the disk is not such a file, or there is none yet.
+    pub(super) writer: Option<Writer>,
     pub(super) memory: Option<Rc<DeviceMemory>>,
     /// Where queues that are to start mark what they write; each that has started has its own.
     pub(super) log: Option<Arc<DirtyLog>>,
     pub(super) limits: RequestLimits,
     pub(super) shared: Arc<Shared>,
-    poll: PollPolicy,
+    pub(super) poll: PollPolicy,
     /// A vring or the worker may be able to change its state.
     pub(super) is_unsettled: bool,
     /// What waits for requests to end.
@@ -81,7 +84,7 @@ pub(super) struct Endings {
 #[derive(Debug)]
 pub(super) struct DiskInUse {
     /// Held for its lock; requests name it as the ring's fixed file.
-    pub(super) _disk: Arc<Disk>,
+    pub(super) disk: Arc<Disk>,
     /// What buffers must keep to. `None`: any will do.
     pub(super) alignment: Option<Alignment>,
 }
@@ -119,6 +122,7 @@ impl<'r> Worker<'r> {
             bounce: parts.bounce,
             waiting: VecDeque::new(),
             disk: None,
+            writer: None,
             memory: None,
             log: None,
             limits: parts.limits,
@@ -140,6 +144,8 @@ impl<'r> Worker<'r> {
                 continue;
             }
             match self.poll.idle(self.slots.occupied() > 0, Instant::now) {
+                // The writer may be bound to the same CPU.
+                Idle::Poll if self.writer.as_ref().is_some_and(Writer::is_busy) => std::thread::yield_now(),
                 Idle::Poll => std::hint::spin_loop(),
                 // A queue without a kick eventfd is looked at all the time; others may have the processor in between.
                 Idle::Sleep if self.has_queue_without_kick() => std::thread::yield_now(),
@@ -170,6 +176,9 @@ impl<'r> Worker<'r> {
         }
         if self.attach.is_some() {
             self.arm_doorbells();
+        }
+        if let Some(writer) = &mut self.writer {
+            writer.wake();
         }
         self.ring.submit();
         busy |= self.reap();
@@ -256,6 +265,10 @@ impl<'r> Worker<'r> {
             }
             busy = true;
         }
+        while let Some((slot, result)) = self.writer.as_mut().and_then(Writer::take) {
+            self.completed(slot, result);
+            busy = true;
+        }
         busy
     }
 
@@ -292,9 +305,12 @@ impl<'r> Worker<'r> {
 
     /// Waits for a kick, a completion or a command, unless there is something to do already.
     pub(super) fn sleep(&mut self) {
-        if !self.enable_kicks() && !self.commands.is_rung() {
+        if !self.enable_kicks() && !self.commands.is_rung() && self.writer.as_ref().is_none_or(Writer::announce_sleep) {
             self.arm();
             self.ring.submit_and_wait();
+        }
+        if let Some(writer) = &self.writer {
+            writer.announce_waking();
         }
         self.disable_kicks();
     }

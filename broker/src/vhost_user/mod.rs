@@ -20,7 +20,7 @@ mod eventfd;
 mod fake;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod fuzzing;
-mod listener;
+pub(crate) mod listener;
 mod memory_table;
 pub mod message;
 mod server;

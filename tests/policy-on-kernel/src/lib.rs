@@ -6,6 +6,8 @@
 
 pub mod canaries;
 pub mod differential;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzzing;
 #[allow(dead_code, unused_imports, unreachable_pub, reason = "written for the crate it belongs to")]
 pub mod kernel;
 pub mod restricted_ring;

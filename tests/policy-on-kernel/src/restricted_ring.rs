@@ -58,6 +58,38 @@ impl RestrictedRing {
     ///
     /// What the SQEs do, as far as the ring's restrictions let them, must be sound: they may name any memory.
     pub unsafe fn submit(&mut self, sqes: &[Sqe], expected: usize) -> Result<Vec<Option<i32>>> {
+        // SAFETY: the contract is the same.
+        unsafe { self.submit_and_wait(sqes, expected) }?;
+        let mut results = vec![None; sqes.len()];
+        // The notification of a zero-copy send is not its result.
+        for cqe in self.ring.completion().filter(|cqe| !cqueue::notif(cqe.flags())) {
+            let index = usize::try_from(cqe.user_data()).context("a CQE of nobody")?;
+            let result = results.get_mut(index).with_context(|| format!("a CQE of nobody: {index}"))?;
+            ensure!(result.replace(cqe.result()).is_none(), "two CQEs for SQE {index}");
+        }
+        Ok(results)
+    }
+
+    /// The same where nobody knows how many CQEs will come, and some requests go on: gives the number of CQEs, of these
+    /// SQEs or of earlier ones, that are no errors.
+    ///
+    /// # Errors
+    ///
+    /// The kernel refuses.
+    ///
+    /// # Safety
+    ///
+    /// As for [`submit`](Self::submit), and until the ring is gone.
+    pub unsafe fn submit_on(&mut self, sqes: &[Sqe]) -> Result<usize> {
+        // SAFETY: the contract is the same.
+        unsafe { self.submit_and_wait(sqes, 0) }?;
+        Ok(self.ring.completion().filter(|cqe| cqe.result() >= 0).count())
+    }
+
+    /// # Safety
+    ///
+    /// As for [`submit`](Self::submit).
+    unsafe fn submit_and_wait(&mut self, sqes: &[Sqe], expected: usize) -> Result<()> {
         ensure!(sqes.len() <= self.entries as usize, "more SQEs than the ring has entries");
         for (index, sqe) in (0u64..).zip(sqes) {
             let words = Sqe { user_data: index, ..*sqe }.to_words();
@@ -68,14 +100,7 @@ impl RestrictedRing {
         }
         let submitted = self.ring.submit_and_wait(expected).context("io_uring_enter")?;
         ensure!(submitted == sqes.len(), "{submitted} of {} SQEs were consumed", sqes.len());
-        let mut results = vec![None; sqes.len()];
-        // The notification of a zero-copy send is not its result.
-        for cqe in self.ring.completion().filter(|cqe| !cqueue::notif(cqe.flags())) {
-            let index = usize::try_from(cqe.user_data()).context("a CQE of nobody")?;
-            let result = results.get_mut(index).with_context(|| format!("a CQE of nobody: {index}"))?;
-            ensure!(result.replace(cqe.result()).is_none(), "two CQEs for SQE {index}");
-        }
-        Ok(results)
+        Ok(())
     }
 }
 

@@ -8,7 +8,10 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 use memmap2::MmapMut;
-use ringpass_restrictions::{BuiltIn, CompiledPolicy, KernelSupport, Sqe, SqeFlags};
+use ringpass_restrictions::{
+    BuiltIn, CompiledPolicy, KernelSupport, LintContext, Mode, NopHole, Operation, Policy, RegisterOperation, Severity,
+    Sqe, SqeFlags,
+};
 
 use crate::{
     canaries::{Canaries, pattern},
@@ -49,6 +52,10 @@ struct Enclosure {
     canaries: Canaries,
     expected: Vec<u8>,
     buffers: [u64; BUFFERS],
+    /// What the policy lets pass.
+    opcodes: Vec<u8>,
+    flags_allowed: SqeFlags,
+    flags_required: SqeFlags,
 }
 
 impl Enclosure {
@@ -72,7 +79,10 @@ impl Enclosure {
         let table: Vec<_> = policy.entries().iter().map(|entry| entry.kind()).collect();
         let ring = ring.enable(&table)?;
         let buffers = std::array::from_fn(|index| address(index).addr() as u64);
-        Ok(Self { ring, memory, disk, canaries, expected, buffers })
+        let policy = policy.policy();
+        let opcodes = policy.operations().iter().map(|operation| operation.code()).collect();
+        let (flags_allowed, flags_required) = (policy.flags_allowed(), policy.flags_required());
+        Ok(Self { ring, memory, disk, canaries, expected, buffers, opcodes, flags_allowed, flags_required })
     }
 
     /// Anything: near what passes, with some of it replaced by random bytes or by what is worth trying.
@@ -86,8 +96,8 @@ impl Enclosure {
         let slot = rng.usize(..BUFFERS);
         let offset = rng.u64(..2 * BUFFER_BYTES as u64);
         let good = Sqe {
-            opcode: [4, 5][rng.usize(..2)],
-            flags: SqeFlags::FIXED_FILE.bits(),
+            opcode: self.opcodes[rng.usize(..self.opcodes.len())],
+            flags: self.flags_required.bits() | self.flags_allowed.bits() & rng.u8(..) & rng.u8(..),
             off: rng.u64(..DISK_BYTES),
             addr: self.buffers[slot] + offset % BUFFER_BYTES as u64,
             len: rng.u32(..=2 * PAGE_BYTES as u32),
@@ -113,6 +123,21 @@ impl Enclosure {
             12 => Sqe { addr: random.addr, len: random.len, ..good },
             _ => good,
         }
+    }
+
+    /// Submits these SQEs, and gives the number of requests that did something.
+    fn submit(&mut self, batch: &[Sqe]) -> Result<u64> {
+        if self.flags_allowed != SqeFlags::FIXED_FILE {
+            // Requests may wait for others, or post no CQE: what they do late, a later look finds.
+            // SAFETY: that nothing but the buffers is touched is what this finds out; those, and the file, are the
+            // kernel's own as long as the ring lives. The canaries are owned here and looked at between batches only.
+            return Ok(unsafe { self.ring.submit_on(batch) }? as u64);
+        }
+        let mut chain = None;
+        let cqes = batch.iter().filter(|sqe| posts(&mut chain, sqe)).count();
+        // SAFETY: as above.
+        let results = unsafe { self.ring.submit(batch, cqes) }?;
+        Ok(results.iter().filter(|result| result.is_some_and(|result| result >= 0)).count() as u64)
     }
 
     /// Everything that must be as it was.
@@ -145,14 +170,8 @@ pub fn run(policy: &CompiledPolicy, seed: Seed, sqes: u64) -> Result<Outcome> {
     let mut outcome = Outcome::default();
     while outcome.sqes < sqes {
         let batch: Vec<Sqe> = (0..BATCH).map(|_| enclosure.sqe(&mut rng)).collect();
-        // No policy here lets a link pass, or an SQE without a CQE.
-        let mut chain = None;
-        let cqes = batch.iter().filter(|sqe| posts(&mut chain, sqe)).count();
-        // SAFETY: that nothing but the buffers is touched is what this finds out; the canaries are owned here and looked
-        // at between batches only.
-        let results = unsafe { enclosure.ring.submit(&batch, cqes) }.with_context(|| format!("{seed}"))?;
+        outcome.executed += enclosure.submit(&batch).with_context(|| format!("{seed}"))?;
         outcome.sqes += u64::from(BATCH);
-        outcome.executed += results.iter().filter(|result| result.is_some_and(|result| result >= 0)).count() as u64;
         enclosure.look().with_context(|| format!("{seed}, in the batch that ends at SQE {}", outcome.sqes))?;
         outcome.looks += 1;
     }
@@ -167,4 +186,36 @@ pub fn run(policy: &CompiledPolicy, seed: Seed, sqes: u64) -> Result<Outcome> {
 pub fn built_in(kernel: &KernelSupport) -> Result<Vec<CompiledPolicy>> {
     let policies = BuiltIn::ALL.into_iter().filter(|built_in| matches!(built_in, BuiltIn::Direct(_)));
     Ok(policies.map(|built_in| built_in.policy().compile(kernel)).collect::<Result<_, _>>()?)
+}
+
+/// Any policy in which lint finds no error in direct mode: some of the operations that have none, with some of the flags
+/// that have none.
+///
+/// # Errors
+///
+/// The kernel lacks an operation.
+pub fn any_without_errors(rng: &mut fastrand::Rng, kernel: &KernelSupport, nop: NopHole) -> Result<CompiledPolicy> {
+    let context = LintContext { mode: Mode::Direct, semantics: Some(kernel.semantics), nop };
+    let is_clean = |policy: &Policy| policy.lint(&context).iter().all(|finding| finding.severity < Severity::Error);
+    let register = RegisterOperation::REGISTER_EVENTFD;
+    let base = Policy::new()
+        .allow_register(register)
+        .with_flags_allowed(SqeFlags::FIXED_FILE)
+        .with_flags_required(SqeFlags::FIXED_FILE);
+    let operations: Vec<Operation> =
+        kernel.operations.iter().filter(|&operation| is_clean(&base.allow(operation))).collect();
+    ensure!(operations.contains(&Operation::WRITE_FIXED), "lint finds an error in writes: {operations:?}");
+    loop {
+        let mut policy = base;
+        for &operation in operations.iter().filter(|_| rng.bool()) {
+            policy = policy.allow(operation);
+        }
+        let (allowed, required) = (rng.u8(..) & rng.u8(..), rng.u8(..) & rng.u8(..) & rng.u8(..));
+        let required = SqeFlags::from_bits_retain(required) | SqeFlags::FIXED_FILE;
+        let allowed = SqeFlags::from_bits_retain(allowed) | required;
+        let policy = policy.with_flags_allowed(allowed).with_flags_required(required);
+        if is_clean(&policy) {
+            return Ok(policy.compile(kernel)?);
+        }
+    }
 }

@@ -2,9 +2,11 @@
 
 mod chosen_policy;
 mod demo;
+mod dev;
 mod log;
 mod policy;
 mod probe;
+mod runtime_dir;
 mod serve;
 
 use std::process::ExitCode;
@@ -23,6 +25,8 @@ struct Arguments {
 enum Command {
     /// Serves a disk to a virtual machine, as a vhost-user-blk device.
     Serve(serve::ServeArgs),
+    /// Looks at served devices.
+    Dev(dev::DevCommand),
     /// Shows verified I/O of guests that drive the host's io_uring, beside a plain host process.
     Demo(demo::DemoArgs),
     /// Tells what this kernel and these limits allow, and what to change for the rest.
@@ -40,6 +44,7 @@ fn main() -> ExitCode {
     log::start(if matches!(command, Command::Serve(_)) { serve::LOG_LEVEL } else { "warn" });
     let result = match command {
         Command::Serve(args) => serve::run(&args),
+        Command::Dev(command) => dev::run(&command),
         Command::Demo(args) => demo::run(&args),
         Command::Probe(args) => probe::run(&args),
         Command::Policy(command) => policy::run(&command),

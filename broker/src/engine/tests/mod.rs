@@ -8,3 +8,4 @@ mod requests;
 mod rig;
 mod ring_driver;
 mod turns;
+mod writer;

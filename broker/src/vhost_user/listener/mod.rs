@@ -58,7 +58,7 @@ pub enum ListenError {
 
 /// A source of connections.
 #[derive(Debug)]
-pub(super) struct Listener {
+pub(crate) struct Listener {
     source: Source,
     /// The socket file, if it is ours. Here only to be removed.
     _file: Option<SocketFile>,
@@ -73,7 +73,7 @@ enum Source {
 
 impl Listener {
     /// Listens on a path. A socket file that nobody listens on any more is replaced.
-    pub(super) fn bind(path: &Path) -> Result<Self, ListenError> {
+    pub(crate) fn bind(path: &Path) -> Result<Self, ListenError> {
         let failed = |what| move |source| ListenError::Path { path: path.to_owned(), what, source };
         let listener = match UnixListener::bind(path) {
             Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
@@ -115,7 +115,7 @@ impl Listener {
     }
 
     /// The next connection, if one is there. Never waits.
-    pub(super) fn accept(&mut self) -> io::Result<Option<UnixStream>> {
+    pub(crate) fn accept(&mut self) -> io::Result<Option<UnixStream>> {
         match &mut self.source {
             Source::Connected(stream) => Ok(stream.take()),
             Source::Listening(listener) => match listener.accept() {
@@ -130,7 +130,7 @@ impl Listener {
     }
 
     /// What becomes readable when there is something to accept. `None`: no connection will come any more.
-    pub(super) fn to_poll(&self) -> Option<BorrowedFd<'_>> {
+    pub(crate) fn to_poll(&self) -> Option<BorrowedFd<'_>> {
         match &self.source {
             Source::Listening(listener) => Some(listener.as_fd()),
             Source::Connected(_) => None,

@@ -47,7 +47,8 @@ impl Contents {
         });
         let published: Vec<u16> = if batch > size.into() { Vec::new() } else { list.take(batch).collect() };
         if published.len() < batch {
-            return if marked.is_empty() { anew } else { None };
+            // Rings that begin at 0 have used nothing yet: what is marked belongs to a driver before.
+            return if marked.is_empty() || (used_idx, next_avail) == (0, 0) { anew } else { None };
         }
         let mut replay: Vec<u16> = marked.difference(&published.into_iter().collect()).copied().collect();
         // Stable: heads of the same counter stay in their order.

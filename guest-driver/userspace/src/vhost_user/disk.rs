@@ -196,7 +196,7 @@ impl Disk {
                 await_ring(&mut driver)?;
             }
         }
-        Ok(Queue::new(driver, self.connection.clone()))
+        Ok(Queue::new(driver))
     }
 
     fn attach(&self, driver: &mut Driver) -> Result<(), Error> {
@@ -308,6 +308,19 @@ impl Disk {
     /// The device does not say.
     pub fn serial(&self) -> Result<String, Error> {
         self.shared.first().serial()
+    }
+
+    /// Has queue `index` interrupted through another eventfd, as it happens in machines whose interrupts are moved. Whoever
+    /// waits for an interrupt does not notice.
+    ///
+    /// # Errors
+    ///
+    /// There is no such queue, or the device refuses the eventfd.
+    pub fn move_interrupt(&self, index: u16) -> Result<(), Error> {
+        if index >= self.queue_count {
+            return Err(Error::NoQueue { index, count: self.queue_count });
+        }
+        self.connection.renew_call(index.into())
     }
 
     /// Connects anew, for whoever knows that another process serves the disk now. A device that was killed while I/O of it hangs

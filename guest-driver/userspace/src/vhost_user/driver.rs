@@ -55,6 +55,16 @@ struct Pending {
     place: Place,
 }
 
+/// Whether a request is on a ring.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Placed {
+    OnRing,
+    /// There is no room, or no ring.
+    No,
+    /// No ring can take it.
+    Never,
+}
+
 /// Who executes the queue.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Mode {
@@ -178,15 +188,23 @@ impl Driver {
         let pending =
             Pending { request: *request, sequence: self.sequence, done_bytes: 0, retries: 0, place: Place::Waiting };
         self.slots[id] = Some(pending);
-        self.waiting.push_back(id);
+        // The usual case: there is a ring, and nobody waits.
+        if !(self.waiting.is_empty() && self.is_ring() && self.place_on_ring(id) == Placed::OnRing) {
+            self.waiting.push_back(id);
+        }
         true
     }
 
     /// Takes the next completion.
     pub(super) fn reap(&mut self) -> Option<Completion> {
-        if self.done.is_empty() {
-            self.progress();
+        if let Some(completion) = self.done.pop_front() {
+            return Some(completion);
         }
+        // The usual case; what the device announces is looked at when there is none.
+        if let Some(completion) = self.reap_one_of_ring() {
+            return Some(completion);
+        }
+        self.progress();
         self.done.pop_front()
     }
 
@@ -288,69 +306,103 @@ impl Driver {
     }
 
     fn send_to_ring(&mut self) {
-        let Some(attachment) = self.attachment.as_mut().filter(|attachment| attachment.may_submit()) else { return };
-        let addressing = attachment.device().addressing;
-        let align_mask = u64::from(attachment.device().segment_align_bytes) - 1;
-        let segment_bytes_max = attachment.device().segment_bytes_max;
-        let Some(ring) = attachment.ring() else { return };
-        let mut detours = Vec::new();
-        while let Some(&id) = self.waiting.front() {
-            let Some(pending) = self.slots[id].as_mut() else { break };
-            let Request { write, offset_bytes, gpa, len_bytes, durable, .. } = rest(pending);
-            let len_bytes = len_bytes.min(segment_bytes_max);
-            let address =
-                addressing.resolve(gpa, len_bytes).ok().filter(|_| (gpa | u64::from(len_bytes)) & align_mask == 0);
-            let Some(address) = address else {
-                // Not for a ring, whatever it is; the device says what is wrong with it, if anything is.
-                self.waiting.pop_front();
-                detours.push(id);
-                continue;
-            };
-            let build = if write { Sqe::write_fixed } else { Sqe::read_fixed };
-            let sqe = build(address, len_bytes, offset_bytes, id as u64);
-            let sqe = if durable && write { sqe.durable() } else { sqe };
-            if ring.push(&sqe).is_err() {
-                break;
-            }
-            pending.place = Place::Ring;
-            self.waiting.pop_front();
+        if !self.is_ring() {
+            return;
         }
-        if ring.publish() {
+        while let Some(&id) = self.waiting.front() {
+            match self.place_on_ring(id) {
+                Placed::OnRing => {
+                    self.waiting.pop_front();
+                }
+                Placed::No => break,
+                Placed::Never => {
+                    self.waiting.pop_front();
+                    self.publish();
+                    self.detour(id);
+                }
+            }
+        }
+        self.publish();
+    }
+
+    /// Shows the kernel what is on the ring.
+    #[inline]
+    fn publish(&mut self) {
+        if self.attachment.as_mut().and_then(Attachment::ring).is_some_and(|ring| ring.publish()) {
             self.queue.kick();
         }
-        for id in detours {
-            self.detour(id);
+    }
+
+    /// Puts a request onto the ring, which the kernel does not see yet.
+    #[inline]
+    fn place_on_ring(&mut self, id: usize) -> Placed {
+        let Some(pending) = self.slots[id].as_mut() else { return Placed::No };
+        let Some(attachment) = self.attachment.as_mut() else { return Placed::No };
+        let device = *attachment.device();
+        let Request { write, offset_bytes, gpa, len_bytes, durable, .. } = rest(pending);
+        let len_bytes = len_bytes.min(device.segment_bytes_max);
+        let is_aligned = (gpa | u64::from(len_bytes)) & (u64::from(device.segment_align_bytes) - 1) == 0;
+        // What rings cannot name, queue 0 can; and if there is anything wrong with it, it says so.
+        let Some(address) = device.addressing.resolve(gpa, len_bytes).ok().filter(|_| is_aligned) else {
+            return Placed::Never;
+        };
+        let build = if write { Sqe::write_fixed } else { Sqe::read_fixed };
+        let sqe = build(address, len_bytes, offset_bytes, id as u64);
+        let sqe = if durable && write { sqe.durable() } else { sqe };
+        match attachment.ring().map(|ring| ring.push(&sqe)) {
+            Some(Ok(())) => {
+                pending.place = Place::Ring;
+                Placed::OnRing
+            }
+            Some(Err(_)) | None => Placed::No,
         }
     }
 
     fn reap_ring(&mut self) {
-        while let Some(cqe) = self.attachment.as_mut().and_then(Attachment::ring).and_then(|ring| ring.reap()) {
+        while let Some(completion) = self.reap_one_of_ring() {
+            self.done.push_back(completion);
+        }
+    }
+
+    /// The next completion on the ring that ends a request.
+    #[inline]
+    fn reap_one_of_ring(&mut self) -> Option<Completion> {
+        loop {
+            let cqe = self.attachment.as_mut().and_then(Attachment::ring)?.reap()?;
             let id = usize::try_from(cqe.user_data).unwrap_or(usize::MAX);
-            let Some(Some(pending)) = self.slots.get_mut(id).filter(|slot| {
-                // A device that makes completions up reaches nothing that is not on the ring.
-                slot.as_ref().is_some_and(|pending| pending.place == Place::Ring)
-            }) else {
+            // A device that makes completions up reaches nothing that is not on the ring.
+            let Some(Some(pending)) = self.slots.get_mut(id) else { continue };
+            if pending.place != Place::Ring {
                 continue;
-            };
-            match cqe.res {
-                ECANCELED | EAGAIN | EINTR if pending.retries < RETRIES_MAX => {
-                    pending.retries += u32::from(cqe.res != ECANCELED);
-                    self.put_aside(id);
-                }
-                res if res > 0 => {
-                    let left_bytes = pending.request.len_bytes - pending.done_bytes;
-                    pending.done_bytes += (res as u32).min(left_bytes);
-                    if pending.done_bytes == pending.request.len_bytes {
-                        let len_bytes = pending.request.len_bytes;
-                        self.complete(id, len_bytes as i32);
-                    } else {
-                        self.put_aside(id);
-                    }
-                }
-                // Not the last word: rings may not reach that memory (yet), or whose ring it is was killed while it worked on
-                // the request. The answer of queue 0 counts.
-                _ => self.detour(id),
             }
+            let left_bytes = pending.request.len_bytes - pending.done_bytes;
+            if cqe.res > 0 && cqe.res as u32 >= left_bytes {
+                let res = pending.request.len_bytes as i32;
+                return self.end(id, res);
+            }
+            self.unfinished(id, cqe.res);
+            if let Some(completion) = self.done.pop_front() {
+                return Some(completion);
+            }
+        }
+    }
+
+    /// A request whose completion is not its end.
+    #[cold]
+    fn unfinished(&mut self, id: usize, res: i32) {
+        let Some(Some(pending)) = self.slots.get_mut(id) else { return };
+        match res {
+            ECANCELED | EAGAIN | EINTR if pending.retries < RETRIES_MAX => {
+                pending.retries += u32::from(res != ECANCELED);
+                self.put_aside(id);
+            }
+            res if res > 0 => {
+                pending.done_bytes += res as u32;
+                self.put_aside(id);
+            }
+            // Not the last word: rings may not reach that memory (yet), or whose ring it is was killed while it worked on
+            // the request. The answer of queue 0 counts.
+            _ => self.detour(id),
         }
     }
 
@@ -376,10 +428,16 @@ impl Driver {
     }
 
     fn complete(&mut self, id: usize, res: i32) {
-        if let Some(pending) = self.slots[id].take() {
-            self.free.push(id);
-            self.done.push_back(Completion { user_data: pending.request.user_data, res });
-        }
+        let completion = self.end(id, res);
+        self.done.extend(completion);
+    }
+
+    /// A request has ended.
+    #[inline]
+    fn end(&mut self, id: usize, res: i32) -> Option<Completion> {
+        let pending = self.slots[id].take()?;
+        self.free.push(id);
+        Some(Completion { user_data: pending.request.user_data, res })
     }
 
     /// Looks at what the device says of rings.

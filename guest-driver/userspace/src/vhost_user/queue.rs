@@ -10,7 +10,6 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::Error;
-use super::connection::Connection;
 use super::driver::{Counters, Driver};
 use crate::{RamArea, raw};
 
@@ -57,15 +56,14 @@ pub struct Done {
 #[derive(Debug)]
 pub struct Queue {
     driver: Driver,
-    connection: Arc<Connection>,
     /// Buffers of requests under way, by the number that the driver knows them by.
     lent: Vec<Option<(u64, RamArea)>>,
     free: Vec<usize>,
 }
 
 impl Queue {
-    pub(super) fn new(driver: Driver, connection: Arc<Connection>) -> Self {
-        Self { driver, connection, lent: Vec::new(), free: Vec::new() }
+    pub(super) fn new(driver: Driver) -> Self {
+        Self { driver, lent: Vec::new(), free: Vec::new() }
     }
 
     /// Puts a request into the queue: the first `len_bytes` bytes of `buffer`, which the queue keeps until they have been
@@ -140,15 +138,6 @@ impl Queue {
     /// Signalled when there is something to [`poll`](Self::poll) for, unless that is muted.
     pub fn interrupt(&self) -> Arc<EventFd> {
         self.driver.setup().call()
-    }
-
-    /// Uses another eventfd for interrupts from now on, which is signalled once.
-    ///
-    /// # Errors
-    ///
-    /// The device refuses it.
-    pub fn renew_interrupt(&mut self) -> Result<(), Error> {
-        self.connection.renew_call(usize::from(self.driver.index))
     }
 
     /// Requests that have not ended.

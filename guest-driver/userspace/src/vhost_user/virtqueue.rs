@@ -56,7 +56,9 @@ impl Setup {
     /// Makes another eventfd to be signalled. The device has to be told.
     pub(super) fn renew_call(&self) -> Result<Arc<EventFd>, Error> {
         let call = Arc::new(eventfd()?);
-        *self.call.lock().unwrap_or_else(PoisonError::into_inner) = call.clone();
+        let before = std::mem::replace(&mut *self.call.lock().unwrap_or_else(PoisonError::into_inner), call.clone());
+        // Whoever waits for the old one looks at the new one.
+        let _ = before.write(1);
         Ok(call)
     }
 

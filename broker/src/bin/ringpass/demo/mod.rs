@@ -10,6 +10,7 @@ mod image;
 mod kvm;
 mod process;
 mod report;
+mod socket;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -29,6 +30,7 @@ use image::Image;
 use kvm::{KvmWay, Signal};
 use process::{ProcessWay, Submission};
 use report::{DemoReport, DiskReport, Row, Skipped};
+use socket::SocketWay;
 
 /// Bytes of each request.
 const BLOCK_BYTES: u64 = 4096;
@@ -169,6 +171,10 @@ fn make_ways(image: &Image, policy: ChosenPolicy, skipped: &mut Vec<Skipped>) ->
             Ok(way) => ways.push(Box::new(way)),
             Err(error) => skipped.push(Skipped { name: submission.way(), why: format!("{error:#}") }),
         }
+    }
+    match SocketWay::start(&image.disk, policy, &expected) {
+        Ok(way) => ways.push(Box::new(way)),
+        Err(error) => skipped.push(Skipped { name: socket::NAME, why: format!("{error:#}") }),
     }
     for signal in [Signal::Poll, Signal::Interrupt, Signal::Kick] {
         match KvmWay::start(&image.disk, policy, signal, &expected) {

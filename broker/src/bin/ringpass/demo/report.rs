@@ -89,13 +89,13 @@ impl DemoReport {
         let _ = writeln!(text, "kernel {}, {} ({}, {cache})\n", self.kernel, self.disk.name, mib(self.disk.size_bytes));
         let _ = writeln!(
             text,
-            "{:<14}{:>6}{:>12}{:>10}{:>10}{:>10}{:>9}{:>10}{:>12}{:>8}",
+            "{:<19}{:>6}{:>12}{:>10}{:>10}{:>10}{:>9}{:>10}{:>12}{:>8}",
             "way", "depth", "IOPS", "p50", "p99", "p99.9", "vs host", "exits/IO", "verified", "errors"
         );
         for row in &self.ways {
             let _ = writeln!(
                 text,
-                "{:<14}{:>6}{:>12.0}{:>10}{:>10}{:>10}{:>8.2}x{:>10}{:>12}{:>8}",
+                "{:<19}{:>6}{:>12.0}{:>10}{:>10}{:>10}{:>8.2}x{:>10}{:>12}{:>8}",
                 row.name,
                 row.depth,
                 row.iops,

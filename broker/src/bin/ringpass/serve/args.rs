@@ -1,7 +1,7 @@
 //! The options of `ringpass serve` and `vhost-user-ringpass`.
 
 use std::os::fd::RawFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::Duration;
 
@@ -11,6 +11,7 @@ use ringpass_broker::disk::{DirectIo, DiskConfig, StartUp};
 use ringpass_broker::vhost_user::{Server, ServerError};
 use ringpass_broker::virtio_blk::Serial;
 
+use super::control::ControlArgs;
 use super::rings::RingArgs;
 
 /// vhost-user numbers queues with a byte.
@@ -97,6 +98,9 @@ pub(crate) struct ServeArgs {
 
     #[command(flatten)]
     rings: RingArgs,
+
+    #[command(flatten)]
+    control: ControlArgs,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -151,6 +155,14 @@ impl ServeArgs {
 
     pub(super) fn start_up(&self) -> StartUp {
         if self.incoming { StartUp::Incoming } else { StartUp::Grace(Duration::from_secs(self.lock_wait_s)) }
+    }
+
+    pub(super) fn control(&self) -> &ControlArgs {
+        &self.control
+    }
+
+    pub(super) fn socket_path(&self) -> Option<&Path> {
+        self.socket_path.as_deref()
     }
 
     pub(super) fn rings(&self) -> &RingArgs {

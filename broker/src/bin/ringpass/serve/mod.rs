@@ -1,6 +1,7 @@
 //! `ringpass serve`: a vhost-user-blk back-end. One process serves one disk to one front-end at a time.
 
 mod args;
+mod control;
 mod disk_source;
 mod refusal;
 mod rings;
@@ -66,6 +67,17 @@ pub(crate) fn run(args: &ServeArgs) -> anyhow::Result<ExitCode> {
     interruptible(|| Ok(lease.start_up(args.start_up())?))?;
 
     let server = args.socket()?.serve()?;
+    let name = args.control().name(args.socket_path(), located.path());
+    let source = control::Source {
+        logical_block_bytes: args.logical_block_bytes().unwrap_or(located.logical_block_bytes()),
+        name: name.clone(),
+        disk: located.clone(),
+        mode: args.rings().mode(),
+        offer,
+        engine: engine.control(),
+    };
+    // Answers until the end of the process.
+    let _control = control::serve(args.control().bind(&name)?, source)?;
     let handle = server.handle();
     // Nobody else sets it.
     let _ = connections.server.set(handle.clone());

@@ -82,6 +82,17 @@ impl Offer {
     }
 }
 
+impl ModeArg {
+    /// As on the command line.
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::Direct => "direct",
+            Self::Virtqueue => "virtqueue",
+        }
+    }
+}
+
 impl RingArgs {
     pub(super) fn mode(&self) -> ModeArg {
         self.mode

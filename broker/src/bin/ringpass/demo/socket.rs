@@ -1,0 +1,173 @@
+//! A guest that gets its ring in band, over the socket of a served disk.
+//!
+//! Broker and guest are threads of this process here, because the image belongs to it and nobody else can have it. Between
+//! them is the socket, and then only guest RAM.
+
+use std::error::Error;
+use std::io;
+use std::sync::Arc;
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use ringpass_broker::direct::{DirectConfig, SubmissionConfig};
+use ringpass_broker::disk::Disk;
+use ringpass_broker::engine::{AttachConfig, DiskSource, Engine, EngineConfig, EngineControl};
+use ringpass_broker::kernel;
+use ringpass_broker::memory::Sharing;
+use ringpass_broker::ring::{IoWorkers, SqThreadConfig};
+use ringpass_broker::vhost_user::{Server, ServerHandle};
+use ringpass_broker::virtio_blk::{BlkConfig, BlkParameters};
+use ringpass_guest::ProcessEnv;
+use ringpass_guest::vhost_user::{Disk as GuestDisk, ExecutedBy, Options, Queue, RingSize, Way as GuestWay};
+use ringpass_restrictions::Access;
+use ringpass_workload::Job;
+use tempfile::TempDir;
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
+
+use super::{BUFFERS_BYTES, Outcome, SQ_THREAD_IDLE, Task, Way, perform};
+use crate::chosen_policy::ChosenPolicy;
+
+/// Small, because it is pinned.
+const RAM_BYTES: u64 = 1 << 20;
+/// Descriptors of the virtqueues; a third of them can be outstanding.
+const QUEUE_SIZE: u16 = 128;
+
+/// The way's name in the report.
+pub(crate) const NAME: &str = "process-vhost-user";
+
+/// A served disk and the guest on its socket.
+pub(crate) struct SocketWay {
+    // Dropped in this order: the guest lets go of its ring, then the server ends.
+    queue: Queue,
+    environment: ProcessEnv,
+    buffers_gpa: u64,
+    expected: Vec<u64>,
+    _guest: GuestDisk,
+    _server: ServerThread,
+}
+
+/// The disk is there from the beginning, and stays.
+struct OwnDisk(Arc<Disk>);
+
+impl DiskSource for OwnDisk {
+    fn request(&mut self) {}
+
+    fn stop_waiting(&mut self) {}
+
+    fn release(&mut self) {}
+
+    fn refresh_size_bytes(&mut self) -> Result<u64, Box<dyn Error + Send + Sync>> {
+        Ok(self.0.size_bytes())
+    }
+}
+
+/// Serves until it is dropped.
+struct ServerThread {
+    handle: ServerHandle,
+    engine: EngineControl,
+    thread: Option<JoinHandle<()>>,
+    directory: TempDir,
+}
+
+impl SocketWay {
+    /// Serves `disk` and gets a ring from it. The guest knows the checksums of the blocks of its area.
+    pub(crate) fn start(disk: &Arc<Disk>, policy: ChosenPolicy, expected: &[u64]) -> anyhow::Result<Self> {
+        let server = ServerThread::start(disk, policy)?;
+        let options = Options {
+            memory_bytes: RAM_BYTES,
+            queues: 1,
+            queue_size: QUEUE_SIZE,
+            ring: RingSize { sq_entries: 64, cq_entries: 128 },
+            way: GuestWay::Ring,
+            inflight: true,
+        };
+        let guest = GuestDisk::connect(server.socket(), options)?;
+        let queue = guest.queue(1).map_err(|error| {
+            // The guest hears a number only.
+            let why = server.engine.rings().and_then(|gate| gate.queues.get(1)?.refused.clone());
+            why.map_or_else(|| error.into(), |refused| anyhow::anyhow!("{}", refused.why))
+        })?;
+        let buffers = guest.allocate(BUFFERS_BYTES)?;
+        let buffers_gpa = buffers.gpa();
+        let doorbell = EventFd::new(EFD_CLOEXEC).context("making an eventfd")?;
+        let interrupt = queue.interrupt().try_clone().context("sharing an eventfd")?;
+        let environment = ProcessEnv::new(buffers, doorbell, interrupt);
+        Ok(Self { queue, environment, buffers_gpa, expected: expected.to_vec(), _guest: guest, _server: server })
+    }
+}
+
+impl Way for SocketWay {
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
+    fn perform(&mut self, task: Task) -> anyhow::Result<Outcome> {
+        let task = Task { job: Job { buffers_gpa: self.buffers_gpa, ..task.job }, ..task };
+        // SAFETY: a workload borrows a buffer only while no request names it.
+        let mut queue = unsafe { self.queue.by_address() };
+        let report = perform(task, &mut queue, &mut self.environment, &mut self.expected)?;
+        let latencies = super::pairs(&self.environment.take_latencies_ns()?);
+        if !matches!(self.queue.executed_by(), ExecutedBy::Ring { .. }) {
+            bail!("the guest has lost its ring: {:?}", self.queue.executed_by());
+        }
+        Ok(Outcome { report, latencies, exits: None })
+    }
+}
+
+impl ServerThread {
+    fn start(disk: &Arc<Disk>, policy: ChosenPolicy) -> anyhow::Result<Self> {
+        let directory = TempDir::with_prefix("ringpass-demo-").context("making a directory for the socket")?;
+        let device = BlkConfig::new(BlkParameters {
+            size_bytes: disk.size_bytes(),
+            logical_block_bytes: disk.logical_block_bytes(),
+            physical_block_bytes: disk.physical_block_bytes(),
+            read_only: disk.is_read_only(),
+            num_queues: 2,
+            queue_size: QUEUE_SIZE,
+            serial: "".parse().context("an empty serial number")?,
+            discard: None,
+            write_zeroes: None,
+        })?;
+        let support = kernel::support().context("asking the kernel what its io_uring can do")?;
+        let access = if disk.is_read_only() { Access::ReadOnly } else { Access::ReadWrite };
+        let direct = DirectConfig {
+            submission: SubmissionConfig::SqThread(SqThreadConfig { idle: SQ_THREAD_IDLE, cpu: None }),
+            workers: IoWorkers::default(),
+            sharing: Sharing::for_kernel(&support),
+        };
+        let attach = AttachConfig::new(direct, policy.compile(access, &support)?)?;
+        let poll_time = Duration::ZERO;
+        let config = EngineConfig { device, poll_time, workers: Some(1), cpus: Vec::new(), attach: Some(attach) };
+        let source = OwnDisk(disk.clone());
+        let mut engine = Engine::new(config, |_| -> io::Result<Box<dyn DiskSource>> { Ok(Box::new(source)) })?;
+        let control = engine.control();
+        control.set_disk(disk);
+        let server = Server::bind(&directory.path().join("socket"))?;
+        let handle = server.handle();
+        let thread = thread::Builder::new()
+            .name("demo-server".into())
+            .spawn(move || {
+                if let Err(error) = server.run(&mut engine) {
+                    tracing::warn!(%error, "the demo's server");
+                }
+                engine.shutdown();
+            })
+            .context("starting the server's thread")?;
+        Ok(Self { handle, engine: control, thread: Some(thread), directory })
+    }
+
+    fn socket(&self) -> std::path::PathBuf {
+        self.directory.path().join("socket")
+    }
+}
+
+impl Drop for ServerThread {
+    fn drop(&mut self) {
+        self.handle.stop();
+        if let Some(thread) = self.thread.take() {
+            // It does not panic; if it did, nothing is left to be done.
+            let _ = thread.join();
+        }
+    }
+}

@@ -1,0 +1,160 @@
+//! Devices for people.
+
+use ringpass_broker::control::{ByGuest, DeviceStats, DeviceStatus, ExecutedBy, QueueStats};
+
+use super::client::Found;
+
+pub(super) fn list(found: &[Found]) -> String {
+    if found.is_empty() {
+        return "no devices\n".into();
+    }
+    let mut rows = vec![["name", "pid", "disk"].map(str::to_owned)];
+    for Found { name, pid, disk, .. } in found {
+        let pid = pid.map_or("gone".into(), |pid| pid.to_string());
+        rows.push([name.clone(), pid, disk.clone().unwrap_or_default()]);
+    }
+    table(&rows)
+}
+
+pub(super) fn show(status: &DeviceStatus) -> String {
+    let DeviceStatus { name, pid, version, disk, mode, rings, queues } = status;
+    let access = if disk.read_only { "read-only" } else { "read-write" };
+    let cache = if disk.direct_io { "direct I/O" } else { "page cache" };
+    let mut text = format!(
+        "{name}: pid {pid} ringpass {version} mode {mode}\n  disk {} {} bytes, blocks of {}, {access}, {cache}\n",
+        disk.path, disk.size_bytes, disk.logical_block_bytes
+    );
+    match &rings.limits {
+        Some(limits) => {
+            text += &format!(
+                "  rings offered: SQ up to {}, CQ up to {}, {} bytes a request; for {}\n",
+                limits.sq_entries_max, limits.cq_entries_max, limits.segment_bytes_max, rings.wants
+            );
+        }
+        None => text += &format!("  rings not offered: {}\n", rings.why_not.join("; ")),
+    }
+    if let Some(why) = &rings.closed {
+        text += &format!("  no rings for now: {why}\n");
+    }
+    for queue in queues {
+        text += &format!("  queue {}: {}", queue.index, executed_by(queue.executed_by));
+        if let (Some(epoch), Some(phase)) = (queue.epoch, &queue.phase) {
+            text += &format!(" epoch {epoch} {phase}");
+        }
+        if let (Some(sq_entries), Some(cq_entries)) = (queue.sq_entries, queue.cq_entries) {
+            text += &format!(" sq {sq_entries} cq {cq_entries}");
+        }
+        if let Some(why) = &queue.why_no_ring {
+            text += &format!(" ({why})");
+        }
+        text.push('\n');
+    }
+    text
+}
+
+fn executed_by(who: ExecutedBy) -> &'static str {
+    match who {
+        ExecutedBy::Virtqueue => "virtqueue",
+        ExecutedBy::Ring => "ring",
+        ExecutedBy::Nobody => "between two rings",
+    }
+}
+
+const COLUMNS: [&str; 9] =
+    ["queue", "reads", "read MiB", "writes", "written MiB", "flushes", "errors", "kicks", "ring (guest's word)"];
+
+pub(super) fn stats(stats: &DeviceStats) -> String {
+    let mut rows = vec![COLUMNS.map(str::to_owned)];
+    rows.extend(stats.queues.iter().map(|queue| row(queue, 1.0)));
+    table(&rows)
+}
+
+/// What was done between two counts, per second.
+pub(super) fn rates(before: &DeviceStats, now: &DeviceStats, seconds: f64) -> String {
+    let mut rows = vec![COLUMNS.map(str::to_owned)];
+    for (before, now) in before.queues.iter().zip(&now.queues) {
+        rows.push(row(&difference(before, now), seconds));
+    }
+    table(&rows)
+}
+
+/// A device that was restarted begins to count anew.
+fn difference(before: &QueueStats, now: &QueueStats) -> QueueStats {
+    let (was, mut is) = (before.by_device, now.by_device);
+    for (is, was) in [
+        (&mut is.reads, was.reads),
+        (&mut is.read_bytes, was.read_bytes),
+        (&mut is.writes, was.writes),
+        (&mut is.written_bytes, was.written_bytes),
+        (&mut is.flushes, was.flushes),
+        (&mut is.failed, was.failed),
+        (&mut is.refused, was.refused),
+        (&mut is.kicks, was.kicks),
+    ] {
+        *is = is.saturating_sub(was);
+    }
+    let was = before.by_guest.unwrap_or_default();
+    let by_guest = now.by_guest.map(|is| ByGuest {
+        submitted: is.submitted.saturating_sub(was.submitted),
+        completed: is.completed.saturating_sub(was.completed),
+    });
+    QueueStats { index: now.index, by_device: is, by_guest }
+}
+
+fn row(queue: &QueueStats, seconds: f64) -> [String; 9] {
+    let each = |count: u64| format!("{:.0}", count as f64 / seconds);
+    let mib = |bytes: u64| format!("{:.1}", bytes as f64 / seconds / f64::from(1 << 20));
+    let by = &queue.by_device;
+    [
+        queue.index.to_string(),
+        each(by.reads),
+        mib(by.read_bytes),
+        each(by.writes),
+        mib(by.written_bytes),
+        each(by.flushes),
+        each(by.failed + by.refused),
+        each(by.kicks),
+        queue.by_guest.map_or_else(|| "-".into(), |by| each(by.completed)),
+    ]
+}
+
+/// Columns side by side.
+fn table<const N: usize>(rows: &[[String; N]]) -> String {
+    let widths: [usize; N] =
+        std::array::from_fn(|column| rows.iter().map(|row| row[column].len()).max().unwrap_or_default());
+    let mut text = String::new();
+    for row in rows {
+        let cells: Vec<String> = row.iter().zip(widths).map(|(cell, width)| format!("{cell:<width$}")).collect();
+        text += cells.join("  ").trim_end();
+        text.push('\n');
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use ringpass_broker::control::ByDevice;
+
+    use super::*;
+
+    fn counted(reads: u64, completed: u64) -> DeviceStats {
+        let by_device = ByDevice { reads, read_bytes: reads << 20, ..ByDevice::default() };
+        let by_guest = Some(ByGuest { submitted: completed, completed });
+        DeviceStats { name: "vm1".into(), queues: vec![QueueStats { index: 1, by_device, by_guest }] }
+    }
+
+    #[test]
+    fn rates_are_per_second_and_a_restart_is_no_negative_rate() {
+        let text = rates(&counted(100, 1000), &counted(300, 5000), 2.0);
+        let last: Vec<&str> = text.lines().last().unwrap().split_whitespace().collect();
+        assert_eq!(last, ["1", "100", "100.0", "0", "0.0", "0", "0", "0", "2000"]);
+        let text = rates(&counted(100, 1000), &counted(3, 5), 1.0);
+        assert!(text.lines().last().unwrap().ends_with('0'), "{text}");
+    }
+
+    #[test]
+    fn columns_are_aligned() {
+        let rows = [["name", "pid"].map(str::to_owned), ["a-long-name", "1"].map(str::to_owned)];
+        assert_eq!(table(&rows), "name         pid\na-long-name  1\n");
+    }
+}

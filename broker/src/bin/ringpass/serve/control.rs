@@ -1,0 +1,217 @@
+//! What a served device says of itself when it is asked.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use anyhow::{Context, ensure};
+use clap::Args;
+use ringpass_broker::control::{
+    ByDevice, ByGuest, ControlServer, ControlSocket, DeviceStats, DeviceStatus, DiskStatus, ExecutedBy, LimitStatus,
+    QueueStats, QueueStatus, RingsOffer, StatusSource,
+};
+use ringpass_broker::disk::LocatedDisk;
+use ringpass_broker::engine::{EngineControl, QueueCounters, RingStatus};
+use ringpass_guest_abi::epoch::device::State;
+
+use super::rings::{ModeArg, Offer};
+use crate::runtime_dir::{self, SUFFIX};
+
+const NAME_MAX: usize = 64;
+/// No control socket.
+const NONE: &str = "none";
+
+/// The options about the control socket.
+#[derive(Debug, Args)]
+pub(super) struct ControlArgs {
+    /// Name of the device for `ringpass dev`: letters, digits, `-`, `_` and `.` [default: the socket's file name, or the disk's,
+    /// without its extension].
+    #[arg(long, value_name = "NAME", value_parser = device_name)]
+    name: Option<String>,
+
+    /// Socket on which the device can be asked, or `none` [default: NAME.control in $RUNTIME_DIRECTORY, in /run/ringpass for
+    /// root, or in $XDG_RUNTIME_DIR/ringpass].
+    #[arg(long, value_name = "PATH")]
+    control_socket: Option<PathBuf>,
+}
+
+fn device_name(text: &str) -> Result<String, String> {
+    let is_good = |character: char| character.is_ascii_alphanumeric() || "-_.".contains(character);
+    if text.is_empty() || text.len() > NAME_MAX || text.starts_with('.') || !text.chars().all(is_good) {
+        return Err(format!("must be 1 to {NAME_MAX} letters, digits, `-`, `_` and `.`, and not begin with a dot"));
+    }
+    Ok(text.to_owned())
+}
+
+impl ControlArgs {
+    /// The device's name.
+    pub(super) fn name(&self, socket: Option<&Path>, disk: &Path) -> String {
+        self.name.clone().unwrap_or_else(|| {
+            let stem = socket.unwrap_or(disk).file_stem().unwrap_or_default().to_string_lossy();
+            let clean: String = stem.chars().filter(|&character| device_name(&character.to_string()).is_ok()).collect();
+            device_name(&clean).unwrap_or_else(|_| "disk".into())
+        })
+    }
+
+    /// Makes the socket, which nobody is answered on yet. Without one that was not asked for the device goes on.
+    ///
+    /// # Errors
+    ///
+    /// One that was asked for cannot be had.
+    pub(super) fn bind(&self, name: &str) -> anyhow::Result<Option<ControlSocket>> {
+        if let Some(path) = &self.control_socket {
+            if path.as_os_str() == NONE {
+                return Ok(None);
+            }
+            let socket = ControlSocket::bind(path).context("--control-socket")?;
+            return Ok(Some(socket));
+        }
+        let bound = (|| {
+            let directory = runtime_dir::for_this_user().context("no directory for it: XDG_RUNTIME_DIR is not set")?;
+            runtime_dir::make(&directory)?;
+            let path = directory.join(format!("{name}{SUFFIX}"));
+            ensure!(path.as_os_str().len() < 108, "{} is too long for a socket", path.display());
+            Ok(ControlSocket::bind(&path)?)
+        })();
+        Ok(bound.inspect_err(|error| tracing::warn!("`ringpass dev` will not see this device: {error:#}")).ok())
+    }
+}
+
+/// Who knows about a served device.
+pub(super) struct Source {
+    pub(super) name: String,
+    pub(super) disk: Arc<LocatedDisk>,
+    pub(super) logical_block_bytes: u32,
+    pub(super) mode: ModeArg,
+    pub(super) offer: Offer,
+    pub(super) engine: EngineControl,
+}
+
+/// Answers from now on, if there is a socket.
+pub(super) fn serve(socket: Option<ControlSocket>, source: Source) -> anyhow::Result<Option<ControlServer>> {
+    let source: Arc<dyn StatusSource> = Arc::new(source);
+    Ok(socket.map(|socket| socket.serve(source)).transpose()?)
+}
+
+impl StatusSource for Source {
+    fn status(&self) -> DeviceStatus {
+        let gate = self.engine.rings();
+        let rings = |index: usize| gate.as_ref().and_then(|gate| gate.queues.get(index));
+        let (why_not, limits) = match &self.offer {
+            Offer::No(why_not) => (why_not.clone(), None),
+            Offer::Rings(config) => {
+                let limits = config.limits();
+                let limits = LimitStatus {
+                    sq_entries_max: limits.sq_entries_max,
+                    cq_entries_max: limits.cq_entries_max,
+                    segment_bytes_max: config.segment_bytes_max(),
+                };
+                (Vec::new(), Some(limits))
+            }
+        };
+        DeviceStatus {
+            name: self.name.clone(),
+            pid: std::process::id(),
+            version: env!("CARGO_PKG_VERSION").into(),
+            disk: DiskStatus {
+                path: self.disk.path().display().to_string(),
+                size_bytes: self.disk.size_bytes(),
+                logical_block_bytes: self.logical_block_bytes,
+                read_only: self.disk.is_read_only(),
+                direct_io: self.disk.is_direct_io(),
+            },
+            mode: self.mode.name().into(),
+            rings: RingsOffer {
+                offered: limits.is_some(),
+                why_not,
+                closed: gate.as_ref().and_then(|gate| gate.closed.as_ref()).map(|refused| refused.why.clone()),
+                limits,
+                wants: "guests without balloon, free page reporting, virtio-mem and postcopy".into(),
+            },
+            queues: (0..self.engine.counters().len()).map(|index| queue(index, rings(index))).collect(),
+        }
+    }
+
+    fn stats(&self) -> DeviceStats {
+        let gate = self.engine.rings();
+        let by_guest = |index: usize| {
+            let counts = gate.as_ref()?.queues.get(index)?.counts;
+            (counts.submitted > 0).then_some(ByGuest { submitted: counts.submitted, completed: counts.completed })
+        };
+        let queues = self.engine.counters().iter().enumerate();
+        let queues = queues.map(|(index, counters)| QueueStats {
+            index: index as u16,
+            by_device: by_device(counters),
+            by_guest: by_guest(index),
+        });
+        DeviceStats { name: self.name.clone(), queues: queues.collect() }
+    }
+}
+
+fn queue(index: usize, ring: Option<&RingStatus>) -> QueueStatus {
+    let state = ring.and_then(|ring| ring.state);
+    let (epoch, phase) = match state {
+        Some(State::Waiting { .. }) => (None, Some("waiting")),
+        Some(State::Opening { epoch }) => (Some(epoch), Some("opening")),
+        Some(State::Open { epoch }) => (Some(epoch), Some("open")),
+        Some(State::Draining { epoch }) => (Some(epoch), Some("draining")),
+        Some(State::Ending { epoch }) => (Some(epoch), Some("ending")),
+        Some(State::Ended { epoch }) => (Some(epoch), Some("ended")),
+        Some(State::Finishing { .. }) => (None, Some("finishing")),
+        Some(State::Stopping) => (None, Some("stopping")),
+        Some(State::Detached) | None => (None, None),
+    };
+    let layout = ring.and_then(|ring| ring.layout);
+    QueueStatus {
+        index: index as u16,
+        executed_by: match (phase, layout) {
+            (None, _) => ExecutedBy::Virtqueue,
+            (Some(_), Some(_)) => ExecutedBy::Ring,
+            (Some(_), None) => ExecutedBy::Nobody,
+        },
+        epoch: epoch.map(|epoch| epoch.number()),
+        phase: phase.map(str::to_owned),
+        sq_entries: layout.map(|layout| layout.sq_entries),
+        cq_entries: layout.map(|layout| layout.cq_entries),
+        why_no_ring: ring.and_then(|ring| ring.refused.as_ref()).map(|refused| refused.why.clone()),
+    }
+}
+
+fn by_device(counters: &QueueCounters) -> ByDevice {
+    ByDevice {
+        reads: counters.reads.get(),
+        read_bytes: counters.read_bytes.get(),
+        writes: counters.writes.get(),
+        written_bytes: counters.written_bytes.get(),
+        flushes: counters.flushes.get(),
+        discards: counters.discards.get(),
+        write_zeroes: counters.write_zeroes.get(),
+        failed: counters.failed.get(),
+        refused: counters.refused.get(),
+        kicks: counters.kicks.get(),
+        signals: counters.signals.get(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn name(socket: Option<&str>, disk: &str) -> String {
+        ControlArgs { name: None, control_socket: None }.name(socket.map(Path::new), Path::new(disk))
+    }
+
+    #[test]
+    fn a_device_is_called_like_its_socket_or_its_disk() {
+        assert_eq!(name(Some("/run/vm1.sock"), "/disks/a.img"), "vm1");
+        assert_eq!(name(None, "/dev/vg0/root disk.img"), "rootdisk");
+        assert_eq!(name(Some("/run/ "), "x"), "disk");
+    }
+
+    #[test]
+    fn names_cannot_lead_elsewhere() {
+        for bad in ["", ".", "..", "a/b", "a b", "ä", &"x".repeat(65)] {
+            assert!(device_name(bad).is_err(), "{bad}");
+        }
+        assert_eq!(device_name("vm-1_a.b").unwrap(), "vm-1_a.b");
+    }
+}

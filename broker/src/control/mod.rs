@@ -1,0 +1,23 @@
+//! Looking at a device from outside: each process that serves one answers questions on a Unix socket.
+//!
+//! A client sends one line, a JSON object such as `{"request":"show"}`, and gets one line, a JSON object: a
+//! [`DeviceStatus`], a [`DeviceStats`], or `{"error": "..."}`. Fields are only ever added. Whoever may open the socket, its
+//! owner, may ask; nothing can be changed.
+
+mod server;
+mod status;
+
+pub use server::{ControlError, ControlServer, ControlSocket};
+pub use status::{
+    ByDevice, ByGuest, DeviceStats, DeviceStatus, DiskStatus, ExecutedBy, LimitStatus, QueueStats, QueueStatus,
+    RingsOffer,
+};
+
+/// Who knows the answers. Asked on the thread of the socket.
+pub trait StatusSource: Send + Sync {
+    /// What the device is, and how it is executed now.
+    fn status(&self) -> DeviceStatus;
+
+    /// What it has done.
+    fn stats(&self) -> DeviceStats;
+}

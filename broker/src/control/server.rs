@@ -1,0 +1,251 @@
+//! The socket on which a device is asked.
+
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use nix::sys::signal::SigSet;
+use rustix::event::{EventfdFlags, PollFd, PollFlags, poll};
+use serde::Deserialize;
+use thiserror::Error;
+
+use super::StatusSource;
+use crate::vhost_user::listener::{ListenError, Listener};
+
+/// The longest question.
+const LINE_BYTES_MAX: u64 = 4096;
+/// How long a client may take, to ask and to read the answer. Others wait meanwhile; all are the owner's.
+const PATIENCE: Duration = Duration::from_secs(2);
+/// How long to wait when no connection can be accepted.
+const PAUSE: Duration = Duration::from_millis(200);
+
+/// Why nobody can be answered.
+#[derive(Debug, Error)]
+pub enum ControlError {
+    /// The socket.
+    #[error(transparent)]
+    Listen(#[from] ListenError),
+    /// The kernel refused.
+    #[error("{}: {what}: {source}", .path.display())]
+    System {
+        /// The socket.
+        path: PathBuf,
+        /// What was tried.
+        what: &'static str,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+}
+
+/// A socket that nobody is answered on yet. Removed when dropped.
+#[derive(Debug)]
+pub struct ControlSocket {
+    listener: Listener,
+    path: PathBuf,
+}
+
+/// Answers on a thread of its own, until it is dropped.
+#[derive(Debug)]
+pub struct ControlServer {
+    stop: Arc<OwnedFd>,
+    is_stopping: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+/// What can be asked.
+#[derive(Debug, Deserialize)]
+#[serde(tag = "request", rename_all = "kebab-case", deny_unknown_fields)]
+enum Question {
+    Show,
+    Stats,
+}
+
+impl ControlSocket {
+    /// Listens there, for the owner only. A socket that nobody listens on any more is replaced.
+    ///
+    /// # Errors
+    ///
+    /// Somebody listens there, or the path cannot be used.
+    pub fn bind(path: &Path) -> Result<Self, ControlError> {
+        let listener = Listener::bind(path)?;
+        let owner_only = std::fs::Permissions::from_mode(0o600);
+        std::fs::set_permissions(path, owner_only).map_err(failed(path, "keeping others out"))?;
+        Ok(Self { listener, path: path.to_owned() })
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Answers from now on.
+    ///
+    /// # Errors
+    ///
+    /// There is no thread or no descriptor for it.
+    pub fn serve(self, source: Arc<dyn StatusSource>) -> Result<ControlServer, ControlError> {
+        let Self { mut listener, path } = self;
+        let flags = EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC;
+        let stop = rustix::event::eventfd(0, flags).map_err(failed(&path, "making an eventfd"))?;
+        let (stop, is_stopping) = (Arc::new(stop), Arc::new(AtomicBool::new(false)));
+        let (theirs, is_told) = (stop.clone(), is_stopping.clone());
+        let thread = thread::Builder::new()
+            .name("control".into())
+            .spawn(move || {
+                // Signals are for the program's own threads.
+                let _ = SigSet::all().thread_block();
+                while !is_told.load(Ordering::Acquire) {
+                    answer_next(&mut listener, &theirs, &*source);
+                }
+            })
+            .map_err(failed(&path, "starting the thread that answers"))?;
+        Ok(ControlServer { stop, is_stopping, thread: Some(thread) })
+    }
+}
+
+fn failed<E: Into<io::Error>>(path: &Path, what: &'static str) -> impl FnOnce(E) -> ControlError {
+    let path = path.to_owned();
+    move |source| ControlError::System { path, what, source: source.into() }
+}
+
+/// Waits for a client, and answers it.
+fn answer_next(listener: &mut Listener, stop: &OwnedFd, source: &dyn StatusSource) {
+    match listener.accept() {
+        Ok(Some(stream)) => {
+            if let Err(error) = answer(&stream, source) {
+                tracing::debug!(%error, "a client of the control socket");
+            }
+        }
+        Ok(None) => {
+            let Some(socket) = listener.to_poll() else { return };
+            let mut fds = [stop.as_fd(), socket].map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN));
+            let _ = poll(&mut fds, None);
+        }
+        // A lack of descriptors passes.
+        Err(error) => {
+            tracing::debug!(%error, "no client of the control socket can be accepted");
+            thread::sleep(PAUSE);
+        }
+    }
+}
+
+fn answer(stream: &UnixStream, source: &dyn StatusSource) -> io::Result<()> {
+    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.set_write_timeout(Some(PATIENCE))?;
+    let mut line = String::new();
+    BufReader::new(stream.take(LINE_BYTES_MAX)).read_line(&mut line)?;
+    let mut answer = reply(&line, source);
+    answer.push('\n');
+    (&*stream).write_all(answer.as_bytes())
+}
+
+/// The answer to a line.
+fn reply(line: &str, source: &dyn StatusSource) -> String {
+    let json = match serde_json::from_str(line) {
+        Ok(Question::Show) => serde_json::to_value(source.status()),
+        Ok(Question::Stats) => serde_json::to_value(source.stats()),
+        Err(error) => {
+            let error = format!(
+                "not understood: {error}; ask with one line, {{\"request\":\"show\"}} or {{\"request\":\"stats\"}}"
+            );
+            Ok(serde_json::json!({ "error": error }))
+        }
+    };
+    json.unwrap_or_else(|error| serde_json::json!({ "error": error.to_string() })).to_string()
+}
+
+impl Drop for ControlServer {
+    fn drop(&mut self) {
+        self.is_stopping.store(true, Ordering::Release);
+        let _ = rustix::io::write(&*self.stop, &1_u64.to_ne_bytes());
+        if let Some(thread) = self.thread.take() {
+            // It does not panic; if it did, nothing is left to be done.
+            let _ = thread.join();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Instant;
+
+    use super::*;
+    use crate::control::{DeviceStats, DeviceStatus, DiskStatus, RingsOffer};
+
+    struct Fixed;
+
+    impl StatusSource for Fixed {
+        fn status(&self) -> DeviceStatus {
+            let disk = DiskStatus {
+                path: "disk.img".into(),
+                size_bytes: 4096,
+                logical_block_bytes: 512,
+                read_only: false,
+                direct_io: true,
+            };
+            let rings =
+                RingsOffer { offered: false, why_not: vec![], closed: None, limits: None, wants: String::new() };
+            let (name, mode, version) = ("vm1".into(), "auto".into(), "0".into());
+            DeviceStatus { name, pid: 1, version, disk, mode, rings, queues: vec![] }
+        }
+
+        fn stats(&self) -> DeviceStats {
+            DeviceStats { name: "vm1".into(), queues: vec![] }
+        }
+    }
+
+    fn served() -> (tempfile::TempDir, PathBuf, ControlServer) {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("vm1.control");
+        let server = ControlSocket::bind(&path).unwrap().serve(Arc::new(Fixed)).unwrap();
+        (directory, path, server)
+    }
+
+    fn ask(path: &Path, bytes: &[u8]) -> serde_json::Value {
+        let stream = UnixStream::connect(path).unwrap();
+        (&stream).write_all(bytes).unwrap();
+        let mut line = String::new();
+        BufReader::new(stream).read_line(&mut line).unwrap();
+        serde_json::from_str(&line).unwrap()
+    }
+
+    #[test]
+    fn a_question_is_answered_and_another_is_told_what_can_be_asked() {
+        let (_directory, path, _server) = served();
+        assert_eq!(ask(&path, b"{\"request\":\"show\"}\n")["disk"]["size_bytes"], 4096);
+        assert_eq!(ask(&path, b"{\"request\":\"stats\"}\n")["name"], "vm1");
+        for line in [&b"{\"request\":\"stop\"}\n"[..], b"\n", b"garbage\n", &[b'x'; 8192]] {
+            let error = ask(&path, line)["error"].as_str().unwrap().to_owned();
+            assert!(error.contains(r#"{"request":"show"}"#), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_client_that_hangs_holds_up_others_for_a_moment_only() {
+        let (_directory, path, server) = served();
+        let hanging = UnixStream::connect(&path).unwrap();
+        (&hanging).write_all(b"{\"requ").unwrap();
+        let start = Instant::now();
+        assert_eq!(ask(&path, b"{\"request\":\"stats\"}\n")["name"], "vm1");
+        assert!(start.elapsed() < PATIENCE * 5, "{:?}", start.elapsed());
+        drop(server);
+        assert!(!path.exists(), "the socket is removed");
+    }
+
+    #[test]
+    fn others_are_kept_out_and_a_stale_socket_is_replaced() {
+        let (_directory, path, server) = served();
+        assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+        let error = ControlSocket::bind(&path).unwrap_err().to_string();
+        assert!(error.contains("another process listens there"), "{error}");
+        drop(server);
+        drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
+        ControlSocket::bind(&path).unwrap();
+    }
+}

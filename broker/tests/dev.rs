@@ -1,0 +1,181 @@
+//! `ringpass dev` on served devices, as an operator meets it.
+
+use std::fs::File;
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::PathBuf;
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use ringpass_guest::vhost_user::{Disk, Operation, Options, Way};
+use serde_json::Value;
+use tempfile::TempDir;
+
+const PROGRAM: &str = env!("CARGO_BIN_EXE_ringpass");
+/// Longer than anything takes on a machine with other work.
+const LIMIT: Duration = Duration::from_secs(60);
+
+/// A directory with disks, sockets, and the control sockets of devices.
+struct Place(TempDir);
+
+/// A served device; ends with the test.
+struct Served(Child);
+
+impl Drop for Served {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+impl Place {
+    fn new() -> Self {
+        Self(tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap())
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(PROGRAM);
+        command.args(arguments).current_dir(self.0.path()).env("RUNTIME_DIRECTORY", self.path("run"));
+        command.env_remove("RUST_LOG").stdin(Stdio::null());
+        command
+    }
+
+    fn serve(&self, name: &str) -> Served {
+        self.serve_as(name, name, &[])
+    }
+
+    /// A device whose files are called `name`, and that itself is called `device`.
+    fn serve_as(&self, name: &str, device: &str, options: &[&str]) -> Served {
+        let (socket, image) = (format!("{name}.sock"), format!("{name}.img"));
+        File::create(self.path(&image)).unwrap().set_len(1 << 20).unwrap();
+        let arguments =
+            [&["serve", "--socket-path", &socket, "--blk-file", &image, "--num-queues", "2"], options].concat();
+        let child = self.command(&arguments).stderr(Stdio::null()).spawn().unwrap();
+        let end = Instant::now() + LIMIT;
+        while !self.path(&socket).exists() || self.dev(&["show", device]).status.code() != Some(0) {
+            assert!(Instant::now() < end, "{name} is not served");
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        Served(child)
+    }
+
+    fn dev(&self, arguments: &[&str]) -> Output {
+        self.command(&[&["dev"], arguments].concat()).output().unwrap()
+    }
+
+    fn json(&self, arguments: &[&str]) -> Value {
+        let output = self.dev(&[arguments, &["--json"]].concat());
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        serde_json::from_slice(&output.stdout).unwrap()
+    }
+
+    fn text(&self, arguments: &[&str]) -> String {
+        let output = self.dev(arguments);
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout).unwrap()
+    }
+}
+
+#[test]
+fn devices_are_listed_by_name_and_those_that_are_gone_are_marked() {
+    let place = Place::new();
+    assert_eq!(place.text(&["list"]), "no devices\n");
+    let (_one, _two) = (place.serve("one"), place.serve_as("two", "second", &["--name", "second"]));
+    drop(UnixListener::bind(place.path("run/stale.control")).unwrap());
+    let found = place.json(&["list"]);
+    let names: Vec<&str> = found.as_array().unwrap().iter().map(|found| found["name"].as_str().unwrap()).collect();
+    assert_eq!(names, ["one", "second", "stale"]);
+    assert!(found[0]["pid"].is_u64() && found[2]["pid"].is_null());
+    assert!(place.text(&["list"]).contains("stale   gone"), "{}", place.text(&["list"]));
+    let output = place.dev(&["show", "three"]);
+    assert_eq!(output.status.code(), Some(1));
+    let error = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(error.contains("no device three") && error.contains("one, second, stale"), "{error}");
+}
+
+#[test]
+fn a_device_says_who_executes_each_queue_and_counts() {
+    let place = Place::new();
+    let _served = place.serve_as("vm", "vm", &["--mode", "direct"]);
+    let status = place.json(&["show", "vm"]);
+    assert_eq!((&status["mode"], &status["rings"]["offered"]), (&"direct".into(), &true.into()));
+    assert!(status["rings"]["wants"].as_str().unwrap().contains("virtio-mem"));
+    assert_eq!(status["queues"][1]["executed_by"], "virtqueue");
+
+    let options = Options { memory_bytes: 2 << 20, way: Way::Ring, ..Options::default() };
+    let disk = Disk::connect(place.path("vm.sock"), options).unwrap();
+    let mut queue = disk.queue(1).unwrap();
+    let mut buffer = disk.allocate(4096).unwrap();
+    for _ in 0..10 {
+        queue.submit(Operation::Read, buffer, 0, 4096, 0).unwrap();
+        let done = queue.wait(LIMIT).unwrap();
+        done.result.unwrap();
+        buffer = done.buffer;
+    }
+    disk.flush().unwrap();
+    let status = place.json(&["show", "vm"]);
+    let ring = &status["queues"][1];
+    assert_eq!((&ring["executed_by"], &ring["epoch"], &ring["phase"]), (&"ring".into(), &1.into(), &"open".into()));
+    let stats = place.json(&["stats", "vm"]);
+    assert_eq!(stats["queues"][1]["by_guest"]["completed"], 10);
+    assert_eq!(stats["queues"][1]["by_device"]["reads"], 0);
+    assert_eq!(stats["queues"][0]["by_device"]["flushes"], 1);
+    let text = place.text(&["show", "vm"]);
+    assert!(text.contains("queue 1: ring epoch 1 open sq 128 cq 128"), "{text}");
+    assert!(place.text(&["stats", "vm"]).lines().nth(2).unwrap().ends_with("10"), "{}", place.text(&["stats", "vm"]));
+
+    queue.detach().unwrap();
+    let status = place.json(&["show", &place.path("run/vm.control").display().to_string()]);
+    assert_eq!(status["queues"][1]["executed_by"], "virtqueue");
+}
+
+#[test]
+fn a_device_without_rings_says_why() {
+    let place = Place::new();
+    let _served = place.serve_as("plain", "plain", &["--read-only"]);
+    let text = place.text(&["show", "plain"]);
+    assert!(text.contains("rings not offered: the disk is read-only"), "{text}");
+}
+
+#[test]
+fn clients_that_misbehave_hold_up_neither_the_device_nor_others_for_long() {
+    let place = Place::new();
+    let _served = place.serve("vm");
+    let connect = || UnixStream::connect(place.path("run/vm.control")).unwrap();
+    let idle: Vec<UnixStream> = (0..3).map(|_| connect()).collect();
+    (&connect()).write_all(&vec![b'x'; 1 << 16]).unwrap_or_default();
+    let garbage = connect();
+    (&garbage).write_all(b"\xff\xfe\n").unwrap();
+    let disk = Disk::connect(place.path("vm.sock"), Options { memory_bytes: 2 << 20, ..Options::default() }).unwrap();
+    assert_eq!(disk.geometry().size_bytes, 1 << 20);
+    let asking = connect();
+    (&asking).write_all(b"{\"request\":\"show\"}\n").unwrap();
+    let mut line = String::new();
+    BufReader::new(asking).read_line(&mut line).unwrap();
+    assert!(line.contains("\"name\":\"vm\""), "{line}");
+    drop(idle);
+}
+
+#[test]
+fn two_devices_of_one_name_and_a_control_socket_that_cannot_be_are_told() {
+    let place = Place::new();
+    let _served = place.serve("vm");
+    File::create(place.path("other.img")).unwrap().set_len(1 << 20).unwrap();
+    let serve = ["serve", "--socket-path", "other.sock", "--blk-file", "other.img", "--name", "vm"];
+    let explicit = [&serve[..], &["--control-socket", "run/vm.control"]].concat();
+    let output = place.command(&explicit).output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    let error = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(error.contains("--control-socket") && error.contains("another process listens there"), "{error}");
+
+    // The default one is not worth a disk: the device goes on without.
+    let mut child = place.command(&serve).stderr(Stdio::piped()).spawn().unwrap();
+    let lines = BufReader::new(child.stderr.take().unwrap()).lines().map_while(Result::ok);
+    let said: Vec<String> = lines.take_while(|line| !line.contains("waiting for a front-end")).collect();
+    let _served = Served(child);
+    assert!(said.iter().any(|line| line.contains("will not see this device")), "{said:?}");
+}

@@ -1,0 +1,138 @@
+//! What a front-end may change while a guest drives rings: eventfds and memory.
+
+use std::{
+    process::ExitCode,
+    sync::atomic::{AtomicBool, Ordering},
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, anyhow, ensure};
+use ringpass_guest::vhost_user::{Disk, ExecutedBy, Operation, Queue, Way};
+use ringpass_tests::{
+    broker_process,
+    disks::DiskKind,
+    front_end::rig::Rig,
+    harness::{self, Test, test},
+    needs::Need,
+    seed::Seed,
+    socket_guest::{Load, LoadedQueue, connect, options},
+};
+use ringpass_workload::Wait;
+
+const MIB: u64 = 1 << 20;
+const DISK_BYTES: u64 = 32 * MIB;
+/// A request that is waited for longer has lost its interrupt.
+const LOST: Duration = Duration::from_secs(5);
+/// The worst latency of a queue that runs while memory comes and goes.
+const WORST_NS: u64 = 10_000_000;
+/// The machine may have something else to do: one undisturbed attempt shows it.
+const ATTEMPTS: u32 = 8;
+
+fn main() -> ExitCode {
+    let with = |name: &str, body: fn() -> Result<()>| -> Test {
+        let needs = DiskKind::Ext4PageCache.needs().into_iter().chain(broker_process::needs());
+        test(name, needs.chain([Need::cpus(2), Need::available_memory_bytes(1 << 30)]), body)
+    };
+    harness::run(vec![
+        with("a_ring_s_call_eventfd_changes_under_load_and_no_interrupt_is_lost", moved_interrupts),
+        with("memory_that_comes_and_goes_does_not_hold_up_a_ring", latency),
+    ])
+}
+
+fn moved_interrupts() -> Result<()> {
+    let rig = Rig::new(DiskKind::Ext4PageCache, DISK_BYTES)?;
+    let broker = rig.broker(&["--mode", "direct", "--num-queues", "2"])?;
+    broker.explain((|| {
+        let disk = connect(&rig.socket(), options(1, 4 * MIB, Way::Ring))?;
+        let mut queue = disk.queue(1)?;
+        let moves = harness::budget(1000, 50_000);
+        let is_over = AtomicBool::new(false);
+        let completed = thread::scope(|scope| {
+            let driver = scope.spawn(|| drive(&disk, &mut queue, &is_over));
+            for _ in 0..moves {
+                disk.move_interrupt(1)?;
+                if driver.is_finished() {
+                    break;
+                }
+                thread::sleep(Duration::from_micros(500));
+            }
+            is_over.store(true, Ordering::Relaxed);
+            driver.join().map_err(|_| anyhow!("the driver panicked"))?
+        })?;
+        eprintln!("{moves} eventfds, {completed} requests");
+        ensure!(completed > u64::try_from(moves)?, "only {completed} requests");
+        ensure!(matches!(queue.executed_by(), ExecutedBy::Ring { epoch: 1 }), "{:?}", queue.executed_by());
+        Ok(())
+    })())
+}
+
+/// Reads, a few at a time, and sleeps until it is interrupted.
+fn drive(disk: &Disk, queue: &mut Queue, is_over: &AtomicBool) -> Result<u64> {
+    let mut completed = 0;
+    let mut idle = (0..4).map(|_| disk.allocate(4096)).collect::<Result<Vec<_>, _>>()?;
+    while !is_over.load(Ordering::Relaxed) || queue.outstanding() > 0 {
+        while let Some(buffer) = idle.pop().filter(|_| !is_over.load(Ordering::Relaxed)) {
+            ensure!(queue.submit(Operation::Read, buffer, 0, 4096, 0).is_ok(), "there is room for four");
+        }
+        if queue.outstanding() == 0 {
+            break;
+        }
+        queue.send();
+        let start = Instant::now();
+        let done = queue.wait(LOST).context("an interrupt was lost: nothing came")?;
+        ensure!(start.elapsed() < LOST, "an interrupt was lost: the completion was there without it");
+        done.result?;
+        idle.push(done.buffer);
+        completed += 1;
+    }
+    Ok(completed)
+}
+
+fn latency() -> Result<()> {
+    let rig = Rig::new(DiskKind::Ext4PageCache, DISK_BYTES)?;
+    let broker = rig.broker(&["--mode", "direct", "--num-queues", "2"])?;
+    broker.explain((|| {
+        let disk = connect(&rig.socket(), options(1, 4 * MIB, Way::Ring))?;
+        let load = Load { depth: 1, block_bytes: 4096, blocks: 64, wait: Wait::Poll };
+        let mut queue = LoadedQueue::new(&disk, 1, load, Seed::fixed(1))?;
+        queue.job.write_percent = 100;
+        queue.fill()?;
+        queue.job.write_percent = 0;
+        let mut worst_ns = u64::MAX;
+        for attempt in 0..ATTEMPTS {
+            let changes = thread::scope(|scope| {
+                let changing = scope.spawn(|| -> Result<u32> {
+                    let start = Instant::now();
+                    let mut changes = 0;
+                    // In the GiB of the running queue's memory, and in another.
+                    for gpa in [256 * MIB, 5 << 30, 768 * MIB] {
+                        disk.add_memory(gpa, 64 * MIB)?;
+                        thread::sleep(Duration::from_millis(100));
+                        disk.remove_memory(gpa)?;
+                        changes += 2;
+                    }
+                    ensure!(start.elapsed() < Duration::from_secs(20), "the changes took {:?}", start.elapsed());
+                    Ok(changes)
+                });
+                while !changing.is_finished() {
+                    queue.run(50_000_000, 0)?;
+                }
+                changing.join().map_err(|_| anyhow!("the front-end panicked"))?
+            })?;
+            let latencies = queue.take_latencies_ns()?;
+            worst_ns = worst_ns.min(latencies.max());
+            eprintln!(
+                "attempt {attempt}: {changes} changes, {} requests, median {} ns, worst {} ns",
+                latencies.len(),
+                latencies.value_at_quantile(0.5),
+                latencies.max()
+            );
+            ensure!(matches!(queue.queue.executed_by(), ExecutedBy::Ring { epoch: 1 }), "the ring ended on the way");
+            if worst_ns < WORST_NS {
+                return Ok(());
+            }
+        }
+        anyhow::bail!("a request took {worst_ns} ns at least while memory came and went, the limit is {WORST_NS}")
+    })())
+}
