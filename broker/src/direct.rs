@@ -264,6 +264,18 @@ impl DirectDevice {
         Ok(())
     }
 
+    /// Whether no I/O can land any more in memory that [`set_memory`](Self::set_memory) took away: nothing is pinned but what
+    /// the guest has now. For a process with one device; what another has pinned in the same process would count.
+    ///
+    /// False is no promise that it comes: rings that are closed keep what they had until they have ended.
+    ///
+    /// # Errors
+    ///
+    /// `/proc` does not tell what this process has pinned.
+    pub(crate) fn has_drained(&self) -> Result<bool, RingError> {
+        Ok(self.state().pinned.is_all_that_is_pinned()?)
+    }
+
     /// The rings of this device that have not ended: those of its queues, and those that were closed, dropped or given
     /// up and still have I/O under way. Guest memory may be reused, handed back, or given to another device once all of
     /// them have ended: this device knows which areas its own rings still write to, another does not.

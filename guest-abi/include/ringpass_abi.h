@@ -159,7 +159,7 @@ enum ringpass_error {
    */
   RINGPASS_ERROR_OVERLAP = 9,
   /**
-   * A range does not lie in one piece of guest RAM, or the host cannot have rings in memory of that kind.
+   * A range does not lie in one piece of guest RAM, or not any more, or the host cannot have rings in memory of that kind.
    */
   RINGPASS_ERROR_MEMORY = 10,
   /**

@@ -116,7 +116,7 @@ pub enum ErrorCode {
     Range = 8,
     /// Two of the five ranges overlap.
     Overlap = 9,
-    /// A range does not lie in one piece of guest RAM, or the host cannot have rings in memory of that kind.
+    /// A range does not lie in one piece of guest RAM, or not any more, or the host cannot have rings in memory of that kind.
     Memory = 10,
     /// The request is for another queue: ARM and ATTACH never on queue 0, all others only there.
     Queue = 11,

@@ -10,16 +10,17 @@ use std::{
 use anyhow::{Context, Result, ensure};
 use ringpass_guest_abi::request::{EVENT_QUEUES, ErrorCode};
 use ringpass_tests::{
-    broker_process::{self, BrokerProcess},
+    broker_process,
     canaries::pattern,
     disks::DiskKind,
     front_end::{
         attach::{
             RingDriver,
             bench::{Bench, QUEUE_SIZE, start_again, start_first, start_ring},
-            ok, wait_until, whole,
+            ok,
+            slow::SlowGuest,
+            wait_until, whole,
         },
-        rig::TestRam,
         session::{FrontEnd, Options},
         shared::InflightRegion,
     },
@@ -29,10 +30,8 @@ use ringpass_tests::{
     stuck_disk::{StuckDisk, StuckKind},
 };
 use rustix::process::Signal;
-use tempfile::TempDir;
 
 const DISK_BYTES: u64 = 16 << 20;
-const SLOW_ARGUMENTS: [&str; 6] = ["--direct-io", "on", "--mode", "direct", "--num-queues", "3"];
 /// How long nothing happens that would happen at once.
 const AT_ONCE: Duration = Duration::from_millis(300);
 /// What an answer takes at most that waits for a ring and for no disk.
@@ -225,38 +224,6 @@ fn detach(guest: &mut Guest) -> Result<()> {
     guest.check_records(0)
 }
 
-/// A guest on a disk whose writes can be made to hang.
-struct SlowGuest {
-    broker: BrokerProcess,
-    directory: TempDir,
-    ram: TestRam,
-    /// The last to go: it waits for whoever has it open.
-    disk: StuckDisk,
-}
-
-impl SlowGuest {
-    fn new(kind: StuckKind) -> Result<Self> {
-        let disk = StuckDisk::new(kind, 4 << 20)?;
-        let directory = TempDir::new()?;
-        let broker = BrokerProcess::start(&directory.path().join("vhost.sock"), disk.path(), &SLOW_ARGUMENTS)?;
-        Ok(Self { disk, directory, broker, ram: TestRam::new(1, 16 << 20)? })
-    }
-
-    fn connect(&self) -> Result<FrontEnd> {
-        FrontEnd::connect(&self.directory.path().join("vhost.sock"), &self.ram.ram, Options::default())
-    }
-
-    /// Submits a write that hangs.
-    fn hang(&self, driver: &mut RingDriver) -> Result<()> {
-        self.disk.freeze()?;
-        driver.submit(driver.sqe(true, 0, 4096, 8192, 77)?)?;
-        thread::sleep(Duration::from_millis(100));
-        driver.reap();
-        ensure!(driver.outstanding().len() == 1, "the write did not hang");
-        Ok(())
-    }
-}
-
 fn slow_stop() -> Result<()> {
     let mut guest = SlowGuest::new(StuckKind::LoopDevice)?;
     let front_end = guest.connect()?;
@@ -309,8 +276,7 @@ fn killed_with_slow_io(kind: StuckKind) -> Result<()> {
     driver.attach()?;
     guest.hang(&mut driver)?;
     guest.broker.signal(Signal::KILL)?;
-    let socket = guest.directory.path().join("vhost.sock");
-    let new = BrokerProcess::start_beside(&socket, guest.disk.path(), &SLOW_ARGUMENTS);
+    let new = guest.start_beside();
     drop(front_end);
     let silent = (|| -> Result<FrontEnd> {
         let begin = Instant::now();

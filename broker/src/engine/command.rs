@@ -26,6 +26,10 @@ pub(super) enum Command {
         memory: Arc<DeviceMemory>,
         reply: Reply<()>,
     },
+    /// Nothing: in force once no request that is under way uses a table that is not the present one any more.
+    LeaveFormerMemory {
+        reply: Reply<()>,
+    },
     SetDirtyLog {
         log: Option<Arc<DirtyLog>>,
         reply: Reply<()>,

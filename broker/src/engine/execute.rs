@@ -227,7 +227,7 @@ impl Worker<'_> {
             // Only a queue that runs goes on as if nothing had happened.
             self.is_unsettled |= active.in_flight == 0 && !matches!(self.vrings[queue].state, State::Running(_));
         }
-        self.is_unsettled |= self.endings.disk.is_some();
+        self.is_unsettled |= self.endings.disk.is_some() || !self.endings.former_memory.is_empty();
         if let Step::Bounce { chunk, .. } = step {
             self.bounce.give_back(chunk);
             self.serve_waiting();

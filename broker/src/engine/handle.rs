@@ -314,16 +314,19 @@ impl Device for Engine {
     }
 
     fn set_memory(&mut self, memory: Arc<DeviceMemory>) {
+        // A front-end that is gone hears of nothing.
+        let loses_some = self.memory.as_ref().is_some_and(|before| !has_all(&memory, before));
         self.control.order_all(|reply| Command::SetMemory { memory: memory.clone(), reply });
-        if let Some(attach) = &self.control.attach {
-            let loses_some = self.memory.as_ref().is_some_and(|before| !has_all(&memory, before));
+        let rings = self.control.attach.as_ref().map(|attach| {
             let (done, pending) = Pending::new();
-            attach.order(Order::SetMemory { memory: memory.clone(), done });
-            // Rings must not reach what is gone. What is new takes long to pin; until then a driver's requests in it go the
-            // other way (docs/abi.md, section 7).
-            if loses_some {
-                pending.wait();
-            }
+            attach.order(Order::SetMemory { memory: memory.clone(), loses_some, done });
+            pending
+        });
+        // Whoever takes memory away may give it to somebody else: nothing may land there any more. Memory that is new is not
+        // waited for: it takes long to pin, and until then a driver's requests in it go the other way (docs/abi.md, section 7).
+        if loses_some {
+            self.control.order_all(|reply| Command::LeaveFormerMemory { reply });
+            rings.map(Pending::wait);
         }
         self.memory = Some(memory);
     }
@@ -393,6 +396,7 @@ impl Device for Engine {
 
     fn abandon(&mut self) {
         self.started.fill(None);
+        self.memory = None;
         self.control.send_to_all(|| Command::Abandon);
         self.source.stop_waiting();
     }

@@ -10,6 +10,7 @@ use ringpass_guest_abi::queue_order::QueueOrder;
 use ringpass_guest_abi::request::ErrorCode;
 use vmm_sys_util::eventfd::EventFd;
 
+use super::attach::Ranges;
 use super::command::{Command, Reply, WhichEventfd};
 use super::vring::{Active, Broken, Start, State, Vring};
 use super::worker::{Alignment, DiskInUse, Worker};
@@ -37,6 +38,7 @@ impl Worker<'_> {
                 self.set_memory(&Rc::new((*memory).clone()));
                 done(&reply);
             }
+            Command::LeaveFormerMemory { reply } => self.endings.former_memory.push(reply),
             Command::SetDirtyLog { log, reply } => {
                 self.log = log;
                 for active in self.vrings.iter_mut().filter_map(Vring::present_mut) {
@@ -70,8 +72,9 @@ impl Worker<'_> {
             }
             Command::Abandon => {
                 self.give_up_queues();
-                // What is under way keeps its own.
+                // What is under way keeps its own, and the next front-end does not wait for it.
                 self.memory = None;
+                self.former_memory.clear();
             }
             Command::Reset { reply } => {
                 self.give_up_queues();
@@ -93,12 +96,13 @@ impl Worker<'_> {
     }
 
     fn set_memory(&mut self, memory: &Rc<DeviceMemory>) {
-        self.memory = Some(Rc::clone(memory));
+        self.former_memory.retain(|table| table.strong_count() > 0);
+        self.former_memory.extend(self.memory.replace(Rc::clone(memory)).as_ref().map(Rc::downgrade));
         for number in 0..self.vrings.len() {
             // What drains belongs to a front-end that is gone, with its memory. What is broken takes nothing more, and
             // while a queue is stopped nothing else is asked.
             let State::Running(active) = &mut self.vrings[number].state else { continue };
-            let keeps_ring = active.attachment.as_mut().is_none_or(|attachment| attachment.moves_to(memory));
+            let ranges = active.attachment.as_mut().map(|attachment| attachment.move_to(memory));
             active.memory = Rc::clone(memory);
             // What is pending for as long as the queue is attached is answered where the guest has its memory by then, and
             // holds no region that has left.
@@ -112,10 +116,12 @@ impl Worker<'_> {
                     self.report_stop(number, &format_args!("{error}; it waits for memory that has its rings"));
                 }
             }
-            if !keeps_ring {
-                self.end_ring(number, ErrorCode::Memory, Event::End);
-            } else if let Some(attach) = &self.attach {
-                attach.gate.ring_moves(self.vrings[number].index, memory);
+            match (ranges, &self.attach) {
+                (Some(Ranges::Stayed), Some(attach)) => attach.gate.ring_moves(self.vrings[number].index, memory),
+                (Some(Ranges::Moved), _) => self.end_ring(number, ErrorCode::Memory, Event::End),
+                // The driver could not say that it has heard of the end, nor would the device have a place to ask in.
+                (Some(Ranges::Left), _) => self.end_ring(number, ErrorCode::Memory, Event::Finish(ErrorCode::Memory)),
+                (Some(Ranges::Stayed), None) | (None, _) => {}
             }
         }
     }
@@ -270,6 +276,12 @@ impl Worker<'_> {
         {
             self.let_go_of_disk();
             done(&reply);
+        }
+        if !self.endings.former_memory.is_empty() {
+            self.former_memory.retain(|table| table.strong_count() > 0);
+            if self.former_memory.is_empty() {
+                self.endings.former_memory.drain(..).for_each(|reply| done(&reply));
+            }
         }
         let vrings = &mut self.vrings;
         self.endings.disabled.retain(|(number, reply)| {

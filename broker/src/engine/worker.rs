@@ -5,7 +5,7 @@
 //! [poll policy](super::poll) decides whether the worker looks again or sleeps until a kick, a completion or a command.
 
 use std::collections::VecDeque;
-use std::rc::Rc;
+use std::rc::{Rc, Weak};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -48,6 +48,8 @@ pub(super) struct Worker<'r> {
     /// Carries out writes into the page cache of a file. `None`: the disk is not such a file, or there is none yet.
     pub(super) writer: Option<Writer>,
     pub(super) memory: Option<Rc<DeviceMemory>>,
+    /// The tables before, of the same front-end, while something holds them.
+    pub(super) former_memory: Vec<Weak<DeviceMemory>>,
     /// Where queues that are to start mark what they write; each that has started has its own.
     pub(super) log: Option<Arc<DirtyLog>>,
     pub(super) limits: RequestLimits,
@@ -74,6 +76,8 @@ pub(super) struct Endings {
     pub(super) resets: Vec<Reply<()>>,
     /// A queue was enabled or disabled.
     pub(super) disabled: Vec<(usize, Reply<()>)>,
+    /// No request is to be in memory that has left.
+    pub(super) former_memory: Vec<Reply<()>>,
     /// All rings are to be gone.
     pub(super) rings: Vec<Reply<()>>,
     /// The worker is to end.
@@ -124,6 +128,7 @@ impl<'r> Worker<'r> {
             disk: None,
             writer: None,
             memory: None,
+            former_memory: Vec::new(),
             log: None,
             limits: parts.limits,
             shared: parts.shared,

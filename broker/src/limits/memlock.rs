@@ -81,6 +81,17 @@ impl Memlock {
         Ok(Self { soft_bytes: limit(soft), hard_bytes: limit(hard), exempt: own.is_exempt(&own_process), pinned_by })
     }
 
+    /// What this process has pinned, in bytes, whether it is charged for it or not (`VmPin` in `/proc/PID/status`).
+    ///
+    /// # Errors
+    /// When `/proc/PID/status` cannot be read or understood.
+    pub(crate) fn pinned_by_this_process() -> io::Result<u64> {
+        let status = Process::with_pid(std::process::id()).status().as_deref().and_then(Status::parse);
+        let status =
+            status.ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "no VmPin in /proc/PID/status"))?;
+        Ok(status.pinned_bytes)
+    }
+
     /// What this user's processes have pinned and are charged for, in bytes.
     pub fn pinned_bytes(&self) -> u64 {
         self.pinned_by.iter().fold(0, |sum, process| sum.saturating_add(process.pinned_bytes))

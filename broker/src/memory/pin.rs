@@ -1,5 +1,6 @@
 //! Guest RAM as registered buffers, pinned once and shared by all rings of a device.
 
+use std::collections::BTreeMap;
 use std::io;
 
 use ringpass_restrictions::{KernelSupport, RegisterOperation};
@@ -41,6 +42,8 @@ pub struct PinnedMemory {
     holder: Option<RingFd>,
     memory: GuestMemory,
     accounting: Accounting,
+    /// What each slot made this process have pinned more, in bytes: a huge page that slots share counts for one of them.
+    pinned_bytes: BTreeMap<u32, u64>,
 }
 
 /// Whom pinned memory is charged to. The kernel clones only within one account.
@@ -76,15 +79,18 @@ impl PinnedMemory {
     pub fn pin(memory: &GuestMemory, sharing: Sharing) -> Result<Self, MemoryError> {
         let charge = Charge::new(memory, memory.layout().slots().iter())?;
         let accounting = Accounting::of(&charge.memlock);
+        let mut pinned_bytes = BTreeMap::new();
         let holder = match sharing {
             Sharing::Clone => {
                 let holder = new_holder(memory.layout().table_slots())?;
-                memory.layout().slots().iter().try_for_each(|slot| pin_slot(&holder, memory, slot, &charge))?;
+                for slot in memory.layout().slots() {
+                    pinned_bytes.insert(slot.index, pin_and_measure(&holder, memory, slot, &charge)?);
+                }
                 Some(holder)
             }
             Sharing::PinAgain => None,
         };
-        Ok(Self { holder, memory: memory.clone(), accounting })
+        Ok(Self { holder, memory: memory.clone(), accounting, pinned_bytes })
     }
 
     /// The memory that is pinned.
@@ -114,24 +120,29 @@ impl PinnedMemory {
         let slots = memory.layout().slots();
         let changed: Vec<_> = slots.iter().filter(|slot| !memory.has_same_slot(slot, &self.memory)).collect();
         let charge = Charge::new(memory, changed.iter().copied())?;
-        changed.iter().try_for_each(|slot| pin_slot(&holder, memory, slot, &charge))?;
+        let mut pinned_bytes = self.pinned_bytes.clone();
+        for slot in &changed {
+            pinned_bytes.insert(slot.index, pin_and_measure(&holder, memory, slot, &charge)?);
+        }
         let is_left = |index| slots.iter().any(|slot| slot.index == index);
         let gone = self.memory.layout().slots().iter().map(|slot| slot.index).filter(|&index| !is_left(index));
         let gone: Vec<u32> = gone.collect();
         gone.iter()
             .try_for_each(|&slot| holder.clear_buffer(slot))
             .map_err(MemoryError::system("taking a buffer out of the table"))?;
+        pinned_bytes.retain(|slot, _| !gone.contains(slot));
         let indexes = || changed.iter().map(|slot| slot.index).chain(gone.iter().copied());
         let first = indexes().min().unwrap_or(0);
         let count = indexes().max().map_or(0, |last| last + 1 - first);
-        let other = Self { holder: Some(holder), memory: memory.clone(), accounting: self.accounting };
+        let other = Self { holder: Some(holder), memory: memory.clone(), accounting: self.accounting, pinned_bytes };
         Ok((other, ChangedSlots { first, count }))
     }
 
     /// The same memory in a table as large as that of `other`, to take a change of rings back with.
     pub(crate) fn sized_like(&self, other: &Self) -> Result<Self, MemoryError> {
         let holder = self.copied(other.memory.layout().table_slots())?;
-        Ok(Self { holder: Some(holder), memory: self.memory.clone(), accounting: self.accounting })
+        let pinned_bytes = self.pinned_bytes.clone();
+        Ok(Self { holder: Some(holder), memory: self.memory.clone(), accounting: self.accounting, pinned_bytes })
     }
 
     /// Gives a running `ring` the buffers of `slots`, all or none. Requests under way keep the old ones until they
@@ -142,6 +153,17 @@ impl PinnedMemory {
             return Ok(());
         }
         ring.clone_buffer_slots(holder, slots.first, slots.count).map_err(|error| self.not_cloned(error))
+    }
+
+    /// Whether this process has nothing pinned but this. What slots held before they changed stays pinned for as long as a
+    /// request uses it, and nothing else tells of that.
+    ///
+    /// False for ever if something else is pinned in this process, or if such a request ended just while a slot was being
+    /// measured.
+    pub(crate) fn is_all_that_is_pinned(&self) -> Result<bool, MemoryError> {
+        // Each ring would have its own.
+        let Some(_) = &self.holder else { return Err(MemoryError::CannotPlug) };
+        Ok(pinned_by_this_process()? <= self.pinned_bytes.values().sum())
     }
 
     /// A spare ring that shares everything pinned here, with at least `table_slots` slots.
@@ -202,6 +224,17 @@ fn pin_slot(ring: &RingFd, memory: &GuestMemory, slot: &Slot, charge: &Charge) -
         Some(nix::libc::ENOMEM) => charge.refused(source),
         _ => MemoryError::Register { slot: slot.index, gpa: slot.gpa, len_bytes: slot.len_bytes, source },
     })
+}
+
+/// Gives the bytes that the process has pinned more now.
+fn pin_and_measure(ring: &RingFd, memory: &GuestMemory, slot: &Slot, charge: &Charge) -> Result<u64, MemoryError> {
+    let before_bytes = pinned_by_this_process()?;
+    pin_slot(ring, memory, slot, charge)?;
+    Ok(pinned_by_this_process()?.saturating_sub(before_bytes))
+}
+
+fn pinned_by_this_process() -> Result<u64, MemoryError> {
+    Memlock::pinned_by_this_process().map_err(MemoryError::system("reading what this process has pinned"))
 }
 
 fn current_memlock() -> Result<Memlock, MemoryError> {

@@ -53,6 +53,17 @@ pub(in crate::engine) struct LiveRing {
     pub(in crate::engine) doorbell: EventFd,
 }
 
+/// What became of the ranges of an attachment when guest memory changed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::engine) enum Ranges {
+    /// They are the memory that they were.
+    Stayed,
+    /// They are in other memory: a ring in the old one is of no use.
+    Moved,
+    /// Some are nowhere.
+    Left,
+}
+
 impl Attachment {
     /// `memory` has all ranges of `geometry`.
     pub(in crate::engine) fn new(
@@ -88,20 +99,18 @@ impl Attachment {
         self.rings.iter().flatten().next()
     }
 
-    /// Guest memory is another one now. Whether a ring can stay: all ranges are in `memory`, and are the memory that they
-    /// were.
-    ///
-    /// The control page is where the guest has it. If it is nowhere any more, it stays where it was until ATTACH completes.
-    pub(in crate::engine) fn moves_to(&mut self, memory: &Rc<DeviceMemory>) -> bool {
+    /// Guest memory is another one now, and the control page is where the guest has it. If a range is nowhere any more, it
+    /// stays where it was until ATTACH completes, for which nothing is said or asked in the control page.
+    pub(in crate::engine) fn move_to(&mut self, memory: &Rc<DeviceMemory>) -> Ranges {
         let ranges = self.geometry.ranges();
         let addresses = |memory: &DeviceMemory| ranges.map(|(_, range)| host_address(memory, &range));
         let now = addresses(memory);
         if now.contains(&None) {
-            return false;
+            return Ranges::Left;
         }
         let before = addresses(&self.memory);
         self.memory = Rc::clone(memory);
-        now == before
+        if now == before { Ranges::Stayed } else { Ranges::Moved }
     }
 
     /// The two words that an ATTACH begins with.

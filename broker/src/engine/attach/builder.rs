@@ -7,7 +7,7 @@
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::sys::signal::SigSet;
 use ringpass_guest_abi::attach::Geometry;
@@ -29,6 +29,10 @@ use crate::vhost_user::DeviceMemory;
 
 /// How often memory is looked at while it is pinned, and the words of rings that count.
 const LOOK: Duration = Duration::from_millis(50);
+/// How often is looked whether memory that leaves is pinned still, and how long.
+const DRAIN_LOOK: Duration = Duration::from_micros(200);
+/// Longer than an ordinary request takes; one that takes longer is waited for with its ring.
+const DRAIN_PATIENCE: Duration = Duration::from_secs(1);
 /// How long is waited for the end of a ring at a time.
 const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -37,8 +41,9 @@ const PATIENCE: Duration = Duration::from_secs(10);
 pub(in crate::engine) enum Order {
     /// Make a ring.
     Build(BuildOrder),
-    /// The guest's memory, from now on. Rings that run have it when `done` is told.
-    SetMemory { memory: Arc<DeviceMemory>, done: Reply<()> },
+    /// The guest's memory, from now on. Rings that run have it when `done` is told. If it `loses_some`, no I/O of a ring
+    /// can land in that any more by then.
+    SetMemory { memory: Arc<DeviceMemory>, loses_some: bool, done: Reply<()> },
     /// The disk of rings that are made from now on. `None`: it is let go when `done` is told. No ring may run.
     SetDisk { disk: Option<Arc<Disk>>, done: Reply<()> },
     /// No queue is attached any more: nothing has to stay pinned.
@@ -81,6 +86,32 @@ struct Builder {
 struct Pinned {
     device: DirectDevice,
     watch: DiscardWatch,
+}
+
+impl Pinned {
+    /// Gives the rings that run these regions for what they had.
+    fn follow(&mut self, regions: &[RegionConfig]) -> Result<(), RingError> {
+        self.device.set_memory(regions.iter().cloned())?;
+        let looking = RingError::system("looking at a file of guest memory");
+        self.watch.set_regions(regions).map_err(looking)
+    }
+
+    /// Waits until requests that were under way have ended and with them what they kept pinned. False: they take long, or
+    /// that cannot be told.
+    fn await_drain(&self) -> bool {
+        let end = Instant::now() + DRAIN_PATIENCE;
+        loop {
+            match self.device.has_drained() {
+                Ok(true) => return true,
+                Ok(false) if Instant::now() < end => thread::sleep(DRAIN_LOOK),
+                Ok(false) => return false,
+                Err(error) => {
+                    tracing::warn!(%error, "cannot tell whether I/O in memory that leaves has ended");
+                    return false;
+                }
+            }
+        }
+    }
 }
 
 /// Starts the thread. It ends when nobody can order anything any more.
@@ -138,8 +169,8 @@ impl Builder {
                 };
                 self.workers.send(queue, |queue| Command::Attachment { queue, attachment, event });
             }
-            Order::SetMemory { memory, done } => {
-                self.set_memory(memory);
+            Order::SetMemory { memory, loses_some, done } => {
+                self.set_memory(memory, loses_some);
                 // Nobody waits any more: then nobody has to know.
                 let _ = done.send(());
             }
@@ -214,23 +245,34 @@ impl Builder {
     }
 
     /// Rings that run get the new memory, if they can be changed; otherwise they end, and are made anew over it.
-    fn set_memory(&mut self, memory: Arc<DeviceMemory>) {
+    fn set_memory(&mut self, memory: Arc<DeviceMemory>, loses_some: bool) {
         let regions = regions(&memory);
         self.memory = Some(memory);
-        let Some(pinned) = &mut self.pinned else { return };
-        if !pinned.device.ends().iter().any(is_open) {
-            // Nothing runs: what is pinned is only in the way.
-            self.pinned = None;
-            return;
+        let Some(mut pinned) = self.pinned.take() else { return };
+        let is_running = pinned.device.ends().iter().any(is_open);
+        match pinned.follow(&regions) {
+            // What is pinned for nothing is only in the way.
+            Ok(()) if !is_running => {}
+            Ok(()) if !loses_some || pinned.await_drain() => {
+                self.pinned = Some(pinned);
+                return;
+            }
+            Ok(()) => tracing::warn!(
+                "rings end, because their I/O keeps memory for longer than {DRAIN_PATIENCE:?} that the front-end takes away"
+            ),
+            // A front-end that is gone has taken all of it.
+            Err(_) if regions.is_empty() => {}
+            Err(error) => {
+                tracing::warn!(
+                    "rings end, because the guest's memory changed in a way that they cannot follow: {error}"
+                );
+            }
         }
-        let changed = pinned.device.set_memory(regions.clone()).map_err(|error| error.to_string());
-        if let Err(error) = changed.and_then(|()| pinned.watch.set_regions(&regions).map_err(|error| error.to_string()))
-        {
-            tracing::warn!("rings end, because the guest's memory changed in a way that they cannot follow: {error}");
-            self.workers.send_to_all(|| Command::EndRings { reason: ErrorCode::Memory });
-            // A ring that still runs keeps its memory until it ends.
-            self.pinned = None;
+        self.workers.send_to_all(|| Command::EndRings { reason: ErrorCode::Memory });
+        if loses_some {
+            pinned.device.ends().iter().for_each(await_end);
         }
+        // A ring that still runs keeps its memory until it ends.
     }
 
     fn look(&mut self) {

@@ -27,7 +27,7 @@ use ringpass_guest_abi::attach::AttachLimits;
 use ringpass_guest_abi::probe::{F_DSYNC, MAGIC, ProbeAnswer, VERSION};
 use ringpass_restrictions::CompiledPolicy;
 
-pub(super) use attachment::{Attachment, AttachmentId, LiveRing, host_address};
+pub(super) use attachment::{Attachment, AttachmentId, LiveRing, Ranges, host_address};
 pub(super) use builder::{BuildOrder, Order};
 pub(super) use gate::Gate;
 pub use gate::{GateStatus, Refused, RingCounts, RingStatus};

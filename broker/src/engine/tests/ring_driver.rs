@@ -259,6 +259,16 @@ impl RingDriver {
         self.queue.used_idx() >= 2
     }
 
+    /// What came for ATTACH, and its status.
+    pub(super) fn answer(&self) -> (Vec<u8>, u8) {
+        self.interface.answer(ATTACH_PLACE)
+    }
+
+    /// The device's word.
+    pub(super) fn announced(&self) -> u32 {
+        self.control.announced()
+    }
+
     pub(super) fn set_detach(&self) {
         self.control.set_detach();
     }

@@ -6,6 +6,7 @@ mod driver;
 mod first_queue;
 mod interface;
 mod requests;
+pub mod slow;
 mod words;
 
 use std::{

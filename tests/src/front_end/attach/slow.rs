@@ -1,0 +1,94 @@
+//! A guest on a disk whose writes can be made to hang.
+
+use std::{path::PathBuf, thread, time::Duration};
+
+use anyhow::{Result, ensure};
+use tempfile::TempDir;
+
+use super::RingDriver;
+use crate::{
+    broker_process::BrokerProcess,
+    front_end::{
+        rig::TestRam,
+        session::{FrontEnd, Options},
+    },
+    stuck_disk::{StuckDisk, StuckKind},
+};
+
+const ARGUMENTS: [&str; 6] = ["--direct-io", "on", "--mode", "direct", "--num-queues", "3"];
+
+/// A guest on a disk whose writes can be made to hang.
+#[derive(Debug)]
+pub struct SlowGuest {
+    /// Serves the disk, with rings.
+    pub broker: BrokerProcess,
+    directory: TempDir,
+    /// The guest's RAM.
+    pub ram: TestRam,
+    /// The last to go: it waits for whoever has it open.
+    pub disk: StuckDisk,
+}
+
+impl SlowGuest {
+    /// The `user_data` of a write that hangs.
+    pub const HANGING: u64 = 77;
+    /// Where on the disk it goes.
+    pub const HANGING_OFFSET_BYTES: u64 = 8192;
+
+    /// A disk of 4 MiB and a broker on it.
+    ///
+    /// # Errors
+    ///
+    /// A program that is needed fails.
+    pub fn new(kind: StuckKind) -> Result<Self> {
+        let disk = StuckDisk::new(kind, 4 << 20)?;
+        let directory = TempDir::new()?;
+        let broker = BrokerProcess::start(&socket_in(&directory), disk.path(), &ARGUMENTS)?;
+        Ok(Self { disk, directory, broker, ram: TestRam::new(1, 16 << 20)? })
+    }
+
+    /// A front-end.
+    ///
+    /// # Errors
+    ///
+    /// A message is refused.
+    pub fn connect(&self) -> Result<FrontEnd> {
+        FrontEnd::connect(&socket_in(&self.directory), &self.ram.ram, Options::default())
+    }
+
+    /// Another broker, while the first one's I/O has not ended.
+    ///
+    /// # Errors
+    ///
+    /// It does not start.
+    pub fn start_beside(&self) -> Result<BrokerProcess> {
+        BrokerProcess::start_beside(&socket_in(&self.directory), self.disk.path(), &ARGUMENTS)
+    }
+
+    /// Submits a write of 4096 bytes of the driver's first buffer, which hangs.
+    ///
+    /// # Errors
+    ///
+    /// It does not hang.
+    pub fn hang(&self, driver: &mut RingDriver) -> Result<()> {
+        self.hang_from(driver, driver.buffers().at(0))
+    }
+
+    /// The same with data from anywhere.
+    ///
+    /// # Errors
+    ///
+    /// It does not hang.
+    pub fn hang_from(&self, driver: &mut RingDriver, gpa: u64) -> Result<()> {
+        self.disk.freeze()?;
+        driver.submit(driver.sqe_at(true, gpa, 4096, Self::HANGING_OFFSET_BYTES, Self::HANGING)?)?;
+        thread::sleep(Duration::from_millis(100));
+        driver.reap();
+        ensure!(driver.outstanding().len() == 1, "the write did not hang");
+        Ok(())
+    }
+}
+
+fn socket_in(directory: &TempDir) -> PathBuf {
+    directory.path().join("vhost.sock")
+}

@@ -1,0 +1,147 @@
+//! A front-end that takes memory away is answered when no I/O can land there any more, however it was executed.
+
+use std::{
+    process::ExitCode,
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Result, anyhow, ensure};
+use ringpass_tests::{
+    broker_process,
+    front_end::{
+        attach::{
+            bench::{start_first, start_ring},
+            slow::SlowGuest,
+            wait_until,
+        },
+        blk::SECTOR_BYTES,
+        descriptor::Descriptor,
+        ram::RamRegion,
+        session::FrontEnd,
+    },
+    harness::{self, test},
+    needs::Need,
+    stuck_disk::{StuckDisk, StuckKind},
+};
+use virtio_bindings::virtio_blk::{VIRTIO_BLK_S_OK, VIRTIO_BLK_T_OUT};
+
+const REGION_GPA: u64 = 4 << 30;
+/// How long nothing happens that would happen at once.
+const AT_ONCE: Duration = Duration::from_millis(300);
+/// Longer than a ring may keep memory from its front-end.
+const LONG: Duration = Duration::from_millis(1600);
+/// What an answer takes at most once there is nothing to wait for.
+const PROMPT: Duration = Duration::from_secs(5);
+
+fn main() -> ExitCode {
+    let needs = || StuckDisk::needs().into_iter().chain(broker_process::needs()).collect::<Vec<Need>>();
+    harness::run(vec![
+        test("memory_that_leaves_is_waited_for_while_a_ring_uses_it_and_the_ring_stays", needs(), ring_stays),
+        test("memory_that_leaves_is_waited_for_with_its_ring_if_that_takes_long", needs(), ring_ends),
+        test("memory_that_leaves_is_waited_for_while_a_virtqueue_uses_it", needs(), virtqueue),
+        test("memory_of_a_front_end_that_is_gone_is_not_waited_for", needs(), gone),
+    ])
+}
+
+/// A guest with a region of RAM that can be taken from it.
+struct Guest {
+    slow: SlowGuest,
+    front_end: FrontEnd,
+    region: RamRegion,
+}
+
+impl Guest {
+    fn new() -> Result<Self> {
+        let slow = SlowGuest::new(StuckKind::LoopDevice)?;
+        let front_end = slow.connect()?;
+        let region = RamRegion::new(REGION_GPA, 1 << 20)?;
+        front_end.connection().add_mem_reg(&region.message(), region.file())?;
+        Ok(Self { slow, front_end, region })
+    }
+
+    /// Takes the region away, and lets the disk go on after a while.
+    fn remove(&self, stuck_for: Duration) -> Result<()> {
+        let connection = self.front_end.connection();
+        thread::scope(|scope| {
+            let removing = scope.spawn(|| connection.rem_mem_reg(&self.region.message(), Some(self.region.file())));
+            thread::sleep(stuck_for);
+            let is_early = removing.is_finished();
+            self.slow.disk.thaw()?;
+            let begin = Instant::now();
+            removing.join().map_err(|_| anyhow!("the front-end panicked"))??;
+            ensure!(!is_early, "the front-end was answered while a request used the region");
+            ensure!(begin.elapsed() < PROMPT, "the answer took {:?} more", begin.elapsed());
+            eprintln!("answered {:?} after the disk", begin.elapsed());
+            Ok(())
+        })
+    }
+}
+
+fn ring_stays() -> Result<()> {
+    with_ring(AT_ONCE, 1)
+}
+
+fn ring_ends() -> Result<()> {
+    with_ring(LONG, 2)
+}
+
+fn with_ring(stuck_for: Duration, epoch: u32) -> Result<()> {
+    let mut guest = Guest::new()?;
+    let (_first, addressing) = start_first(&guest.front_end, &mut guest.slow.ram)?;
+    let mut driver = start_ring(&guest.front_end, &mut guest.slow.ram, 1, addressing)?;
+    driver.attach()?;
+    // It is pinned with the first ring.
+    guest.slow.hang_from(&mut driver, REGION_GPA)?;
+    let removed = guest.remove(stuck_for);
+    guest.slow.broker.explain(removed)?;
+    let result = (|| {
+        let res = driver.wait(SlowGuest::HANGING)?;
+        ensure!(res == 4096, "the write: {res}");
+        driver.wait_epoch(epoch)?;
+        // What is left is reached.
+        ensure!(driver.read(SlowGuest::HANGING_OFFSET_BYTES, 4096)? == [0; 4096], "the write is lost");
+        ensure!(driver.epoch() == Some(epoch), "epoch {:?}", driver.epoch());
+        let res = driver.perform(driver.sqe_at(false, REGION_GPA, 4096, 0, 5)?)?;
+        ensure!(res < 0, "memory that has left is reached");
+        Ok(())
+    })();
+    guest.slow.broker.explain(result)
+}
+
+fn virtqueue() -> Result<()> {
+    let mut guest = Guest::new()?;
+    let (_first, addressing) = start_first(&guest.front_end, &mut guest.slow.ram)?;
+    let mut driver = start_ring(&guest.front_end, &mut guest.slow.ram, 1, addressing)?;
+    guest.slow.disk.freeze()?;
+    let sector = SlowGuest::HANGING_OFFSET_BYTES / SECTOR_BYTES;
+    driver.send_block(VIRTIO_BLK_T_OUT, sector, Descriptor::readable(REGION_GPA, 4096))?;
+    thread::sleep(Duration::from_millis(100));
+    ensure!(driver.vring().used_idx()? == 0, "the write did not hang");
+    let removed = guest.remove(AT_ONCE);
+    guest.slow.broker.explain(removed)?;
+    wait_until("the write ends", || Ok(driver.vring().used_idx()? == 1))?;
+    ensure!(driver.block_status()? == VIRTIO_BLK_S_OK as u8);
+    Ok(())
+}
+
+/// Somebody else may come while its I/O has not ended.
+fn gone() -> Result<()> {
+    let mut guest = Guest::new()?;
+    let (_first, addressing) = start_first(&guest.front_end, &mut guest.slow.ram)?;
+    let mut driver = start_ring(&guest.front_end, &mut guest.slow.ram, 1, addressing)?;
+    driver.attach()?;
+    guest.slow.hang_from(&mut driver, REGION_GPA)?;
+    guest.front_end.connection().wire().hang_up()?;
+    let begin = Instant::now();
+    let next = guest.slow.connect().and_then(|front_end| {
+        let region = RamRegion::new(REGION_GPA, 1 << 20)?;
+        front_end.connection().add_mem_reg(&region.message(), region.file())?;
+        front_end.connection().rem_mem_reg(&region.message(), Some(region.file()))
+    });
+    let elapsed = begin.elapsed();
+    guest.slow.disk.thaw()?;
+    guest.slow.broker.explain(next)?;
+    ensure!(elapsed < PROMPT, "the next front-end waited {elapsed:?}");
+    Ok(())
+}
