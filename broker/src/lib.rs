@@ -10,7 +10,7 @@
 //!    ring has really ended.
 //! 4. [`direct`] puts these together as a device with queues.
 //!
-//! With the feature `kvm`, the module `kvm` connects those queues to virtual machines.
+//! With the feature `sandbox`, the module `sandbox` confines a program that serves a device. With the feature `kvm`, the module `kvm` connects those queues to virtual machines.
 //!
 //! [`kernel`] and [`probe`] tell what this kernel and these limits allow; [`limits`] has the resource limits that
 //! matter.
@@ -30,6 +30,9 @@ pub mod memory;
 pub mod probe;
 mod processes;
 pub mod ring;
+#[cfg(feature = "sandbox")]
+pub mod sandbox;
+mod threads;
 pub mod vhost_user;
 pub mod virtio_blk;
 pub mod virtqueue;

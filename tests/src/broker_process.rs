@@ -355,6 +355,9 @@ impl Drop for BrokerProcess {
         {
             eprintln!("the broker {} stays behind: {error:#}", self.pid());
         }
+        // Nothing that a test does is beyond what serving may do.
+        let is_refused = self.has_logged("the sandbox refused");
+        assert!(!is_refused || thread::panicking(), "the sandbox of a broker is too narrow:\n{}", self.log());
     }
 }
 

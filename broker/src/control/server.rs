@@ -10,12 +10,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use nix::sys::signal::SigSet;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, poll};
 use serde::Deserialize;
 use thiserror::Error;
 
 use super::StatusSource;
+use crate::threads::leave_signals_to_others;
 use crate::vhost_user::listener::{ListenError, Listener};
 
 /// The longest question.
@@ -98,8 +98,7 @@ impl ControlSocket {
         let thread = thread::Builder::new()
             .name("control".into())
             .spawn(move || {
-                // Signals are for the program's own threads.
-                let _ = SigSet::all().thread_block();
+                leave_signals_to_others();
                 while !is_told.load(Ordering::Acquire) {
                     answer_next(&mut listener, &theirs, &*source);
                 }

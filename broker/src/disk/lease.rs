@@ -6,7 +6,7 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use super::acquire::{Attempt, BackOff};
-use super::{Disk, DiskError, LocatedDisk};
+use super::{Disk, DiskError, LocatedDisk, Start, StartUp};
 
 /// How soon the waiting thread looks again for who has the disk; then half as often each time, at most every
 /// [`REPORT_INTERVAL`].
@@ -40,18 +40,6 @@ pub enum LeaseState {
     Held(Arc<Disk>),
 }
 
-/// What [`DiskLease::start_up`] is to do when somebody else has the disk.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum StartUp {
-    /// Give up if a living process still has it after that time. If no process does, it is I/O of one that has ended:
-    /// go on, and the disk is had when that I/O has ended.
-    Grace(Duration),
-    /// Go on at once, and leave the disk alone until [`DiskLease::acquire`] is called, because a guest runs here: the
-    /// destination of a live migration. The source gives the disk back whenever it may be about to lose the guest, and
-    /// wants it again if the guest stays.
-    Incoming,
-}
-
 #[derive(Debug)]
 struct Shared {
     located: Arc<LocatedDisk>,
@@ -63,8 +51,8 @@ struct Shared {
 #[derive(Debug)]
 struct Inner {
     state: LeaseState,
-    /// What stood in the way when the thread last looked, while waiting.
-    obstacle: Option<DiskError>,
+    /// The disk, taken by somebody else of this process, while the thread has not come to it.
+    taken: Option<Disk>,
     /// The thread is in `on_held`.
     is_telling: bool,
     is_ending: bool,
@@ -77,8 +65,7 @@ impl DiskLease {
     /// # Errors
     /// The thread cannot be started.
     pub fn new(located: Arc<LocatedDisk>, on_held: impl FnMut(Arc<Disk>) + Send + 'static) -> io::Result<Self> {
-        let inner =
-            Mutex::new(Inner { state: LeaseState::Released, obstacle: None, is_telling: false, is_ending: false });
+        let inner = Mutex::new(Inner { state: LeaseState::Released, taken: None, is_telling: false, is_ending: false });
         let shared = Arc::new(Shared { located, inner, changed: Condvar::new() });
         let thread = thread::Builder::new().name("disk-lease".into()).spawn({
             let shared = shared.clone();
@@ -97,7 +84,6 @@ impl DiskLease {
         let mut inner = self.shared.inner();
         if matches!(inner.state, LeaseState::Released) {
             inner.state = LeaseState::Waiting { since: Instant::now() };
-            inner.obstacle = None;
             self.shared.changed.notify_all();
         }
     }
@@ -134,32 +120,28 @@ impl DiskLease {
         }
     }
 
-    /// For the start of a program: [`Self::acquire`], if that is to be, and wait until it is clear that the program can go
-    /// on. It may go on without having the disk yet, see [`StartUp`].
-    ///
-    /// # Errors
-    /// A living process still has the disk ([`DiskError::Locked`], [`DiskError::InUse`]), or it cannot be opened. The
-    /// lease is then released.
-    pub fn start_up(&self, how: StartUp) -> Result<(), DiskError> {
-        let StartUp::Grace(grace) = how else {
-            return Ok(());
-        };
-        self.acquire();
-        let end = Instant::now() + grace;
-        let mut inner = self.shared.inner();
-        while matches!(inner.state, LeaseState::Waiting { .. }) {
-            let left = end.saturating_duration_since(Instant::now());
-            match &inner.obstacle {
-                Some(obstacle) if obstacle.is_busy() && !obstacle.names_living_holder() => break,
-                Some(obstacle) if !obstacle.is_busy() || left.is_zero() => {
-                    inner.state = LeaseState::Released;
-                    self.shared.changed.notify_all();
-                    return inner.obstacle.take().map_or(Ok(()), Err);
+    /// For the start of a program: goes on as [`LocatedDisk::start_up`] has found. Returns when a disk that is had is leased.
+    pub fn begin(&self, start: Start) {
+        match start {
+            Start::Later => {}
+            Start::Waits => self.acquire(),
+            Start::Has(disk) => {
+                self.shared.inner().taken = Some(disk);
+                self.acquire();
+                let mut inner = self.shared.inner();
+                while matches!(inner.state, LeaseState::Waiting { .. }) {
+                    inner = self.shared.wait(inner, None);
                 }
-                Some(_) => inner = self.shared.wait(inner, Some(left)),
-                None => inner = self.shared.wait(inner, None),
             }
         }
+    }
+
+    /// [`LocatedDisk::start_up`] and [`Self::begin`].
+    ///
+    /// # Errors
+    /// Those of [`LocatedDisk::start_up`]. The lease is released.
+    pub fn start_up(&self, how: StartUp) -> Result<(), DiskError> {
+        self.begin(self.located().start_up(how)?);
         Ok(())
     }
 }
@@ -211,7 +193,6 @@ impl Shared {
             return;
         }
         inner.state = LeaseState::Held(disk.clone());
-        inner.obstacle = None;
         inner.is_telling = true;
         drop(inner);
         on_held(disk);
@@ -221,9 +202,13 @@ impl Shared {
 
     /// `None`: it is not wanted any more.
     fn wait_for_disk(&self, since: Instant) -> Option<Disk> {
+        let mut looks = Looks::new(since);
+        if let Some(disk) = self.inner().taken.take() {
+            looks.report_success(&disk);
+            return Some(disk);
+        }
         let mut acquisition = self.located.acquisition();
         let mut back_off = BackOff::default();
-        let mut looks = Looks::new(since);
         loop {
             let (obstacle, pause) = match acquisition.attempt() {
                 Ok(Attempt::Got(disk)) => {
@@ -236,20 +221,16 @@ impl Shared {
             if let Some(obstacle) = &obstacle {
                 looks.report(obstacle);
             }
-            if !self.pause(since, obstacle, pause) {
+            if !self.pause(since, pause) {
                 return None;
             }
         }
     }
 
     /// Sleeps. False, and no more sleep, as soon as the disk is not wanted any more.
-    fn pause(&self, since: Instant, obstacle: Option<DiskError>, pause: Duration) -> bool {
+    fn pause(&self, since: Instant, pause: Duration) -> bool {
         let end = Instant::now() + pause;
         let mut inner = self.inner();
-        if obstacle.is_some() && inner.is_waiting(since) {
-            inner.obstacle = obstacle;
-            self.changed.notify_all();
-        }
         while inner.is_waiting(since) {
             let left = end.saturating_duration_since(Instant::now());
             if left.is_zero() {
@@ -269,7 +250,7 @@ impl Inner {
 }
 
 /// When to look for who has the disk, and when to tell.
-struct Looks {
+pub(super) struct Looks {
     since: Instant,
     next_look: Instant,
     interval: Duration,
@@ -277,11 +258,11 @@ struct Looks {
 }
 
 impl Looks {
-    fn new(since: Instant) -> Self {
+    pub(super) fn new(since: Instant) -> Self {
         Self { since, next_look: since, interval: FIRST_LOOK_INTERVAL, next_report: None }
     }
 
-    fn is_due(&mut self) -> bool {
+    pub(super) fn is_due(&mut self) -> bool {
         let now = Instant::now();
         let is_due = now >= self.next_look;
         if is_due {
@@ -291,7 +272,7 @@ impl Looks {
         is_due
     }
 
-    fn report(&mut self, obstacle: &DiskError) {
+    pub(super) fn report(&mut self, obstacle: &DiskError) {
         let now = Instant::now();
         if self.next_report.is_none_or(|next| now >= next) {
             self.next_report = Some(now + REPORT_INTERVAL);

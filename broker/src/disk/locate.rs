@@ -1,5 +1,6 @@
 //! A disk that is known and not had.
 
+use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -41,6 +42,11 @@ impl LocatedDisk {
 
     pub(super) fn acquisition(&self) -> Acquisition<'_> {
         Acquisition::new(&self.anchor, &self.config)
+    }
+
+    /// The file or device node itself, not opened for anything (`O_PATH`).
+    pub fn anchor(&self) -> BorrowedFd<'_> {
+        self.anchor.as_fd()
     }
 
     /// Size in bytes when it was last looked at: a multiple of [`Self::logical_block_bytes`], never zero. Whoever has

@@ -26,6 +26,7 @@ mod lease;
 mod locate;
 mod lock;
 mod open;
+mod start_up;
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -36,8 +37,9 @@ pub use crate::processes::ProcessName;
 pub use capabilities::{Capabilities, RangeLimits};
 pub use error::{DiskError, FileKind};
 pub use holders::DeviceUse;
-pub use lease::{DiskLease, LeaseState, StartUp};
+pub use lease::{DiskLease, LeaseState};
 pub use locate::LocatedDisk;
+pub use start_up::{Start, StartUp};
 
 use acquire::Acquisition;
 use geometry::Geometry;

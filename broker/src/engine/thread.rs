@@ -4,12 +4,12 @@ use std::io;
 use std::sync::mpsc::{SyncSender, sync_channel};
 use std::thread::{self, JoinHandle};
 
-use nix::sys::signal::SigSet;
 use rustix::thread::{CpuSet, sched_setaffinity};
 
 use super::EngineError;
 use super::ring::{self, Ring};
 use super::worker::{Worker, WorkerParts};
+use crate::threads::leave_signals_to_others;
 
 /// Where a worker's thread is to run.
 #[derive(Clone, Copy, Debug)]
@@ -40,8 +40,7 @@ pub(super) fn start(
 }
 
 fn live(place: Place, parts: impl FnOnce() -> WorkerParts, ready: &SyncSender<Result<(), EngineError>>) {
-    // Signals are for the program's own threads: here they would only interrupt.
-    let _ = SigSet::all().thread_block();
+    leave_signals_to_others();
     let tell = |result| ready.send(result).is_ok();
     if let Some(cpu) = place.cpu
         && let Err(error) = pin(cpu)

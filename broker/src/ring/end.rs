@@ -69,12 +69,17 @@ impl AsFd for EndToken {
     }
 }
 
+/// Directories in one of which each ring makes a directory for a moment, whose descriptor then tells of the ring's end: the first
+/// one that takes it.
+pub fn token_places() -> Vec<PathBuf> {
+    let runtime = std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from);
+    runtime.into_iter().chain([PathBuf::from("/dev/shm"), std::env::temp_dir()]).collect()
+}
+
 /// A new directory of our own, in memory if there is such a place.
 fn temporary_directory() -> io::Result<PathBuf> {
-    let runtime = std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from);
-    let places = runtime.into_iter().chain([PathBuf::from("/dev/shm"), std::env::temp_dir()]);
     let mut last = io::Error::from(io::ErrorKind::NotFound);
-    for place in places {
+    for place in token_places() {
         for _ in 0..16 {
             let name = format!(".ringpass-{}-{:016x}", std::process::id(), random()?);
             let path = place.join(name);

@@ -13,6 +13,7 @@ use ringpass_broker::virtio_blk::Serial;
 
 use super::control::ControlArgs;
 use super::rings::RingArgs;
+use super::sandbox::SandboxArgs;
 
 /// vhost-user numbers queues with a byte.
 const QUEUES_MAX: u16 = 256;
@@ -101,6 +102,9 @@ pub(crate) struct ServeArgs {
 
     #[command(flatten)]
     control: ControlArgs,
+
+    #[command(flatten)]
+    sandbox: SandboxArgs,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -163,6 +167,10 @@ impl ServeArgs {
 
     pub(super) fn socket_path(&self) -> Option<&Path> {
         self.socket_path.as_deref()
+    }
+
+    pub(super) fn sandbox(&self) -> &SandboxArgs {
+        &self.sandbox
     }
 
     pub(super) fn rings(&self) -> &RingArgs {

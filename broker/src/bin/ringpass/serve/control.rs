@@ -52,27 +52,38 @@ impl ControlArgs {
         })
     }
 
-    /// Makes the socket, which nobody is answered on yet. Without one that was not asked for the device goes on.
-    ///
-    /// # Errors
-    ///
-    /// One that was asked for cannot be had.
-    pub(super) fn bind(&self, name: &str) -> anyhow::Result<Option<ControlSocket>> {
+    /// Where the control socket is to be, in a directory that is there. `None`: there is to be none. Without one that was not
+    /// asked for the device goes on.
+    pub(super) fn path(&self, name: &str) -> Option<PathBuf> {
         if let Some(path) = &self.control_socket {
-            if path.as_os_str() == NONE {
-                return Ok(None);
-            }
-            let socket = ControlSocket::bind(path).context("--control-socket")?;
-            return Ok(Some(socket));
+            return Some(path.clone()).filter(|path| path.as_os_str() != NONE);
         }
-        let bound = (|| {
+        let found = (|| {
             let directory = runtime_dir::for_this_user().context("no directory for it: XDG_RUNTIME_DIR is not set")?;
             runtime_dir::make(&directory)?;
             let path = directory.join(format!("{name}{SUFFIX}"));
             ensure!(path.as_os_str().len() < 108, "{} is too long for a socket", path.display());
-            Ok(ControlSocket::bind(&path)?)
+            Ok(path)
         })();
-        Ok(bound.inspect_err(|error| tracing::warn!("`ringpass dev` will not see this device: {error:#}")).ok())
+        found.inspect_err(Self::tell_of_none).ok()
+    }
+
+    /// Makes the socket at that [`path`](Self::path), which nobody is answered on yet.
+    ///
+    /// # Errors
+    ///
+    /// One that was asked for cannot be had.
+    pub(super) fn bind(&self, path: Option<&Path>) -> anyhow::Result<Option<ControlSocket>> {
+        let Some(path) = path else { return Ok(None) };
+        let bound = ControlSocket::bind(path);
+        if self.control_socket.is_some() {
+            return Ok(Some(bound.context("--control-socket")?));
+        }
+        Ok(bound.map_err(Into::into).inspect_err(Self::tell_of_none).ok())
+    }
+
+    fn tell_of_none(error: &anyhow::Error) {
+        tracing::warn!("`ringpass dev` will not see this device: {error:#}");
     }
 }
 

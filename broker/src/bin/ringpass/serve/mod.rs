@@ -5,6 +5,7 @@ mod control;
 mod disk_source;
 mod refusal;
 mod rings;
+mod sandbox;
 
 use std::io::Write;
 use std::process::ExitCode;
@@ -48,6 +49,13 @@ pub(crate) fn run(args: &ServeArgs) -> anyhow::Result<ExitCode> {
     let device = BlkConfig::new(parameters(args, &located)?)?;
     disk_source::cap_growth(&located, located.size_bytes())?;
 
+    let name = args.control().name(args.socket_path(), located.path());
+    let control_path = args.control().path(&name);
+    // Who has the disk cannot be seen from inside.
+    let start = interruptible(|| Ok(located.start_up(args.start_up())?))?;
+    // Rings keep the credentials with which they are made.
+    let sandbox = args.sandbox().enter(&located, args.socket_path(), control_path.as_deref())?;
+
     let connections = Arc::new(Connections::default());
     let lease = Arc::new(lease(located.clone(), connections.clone())?);
     let offer = args.rings().offer(&located)?;
@@ -64,10 +72,9 @@ pub(crate) fn run(args: &ServeArgs) -> anyhow::Result<ExitCode> {
         Ok(Box::new(LeasedDisk::new(lease.clone())))
     })
     .map_err(refusal::explain)?;
-    interruptible(|| Ok(lease.start_up(args.start_up())?))?;
+    lease.begin(start);
 
     let server = args.socket()?.serve()?;
-    let name = args.control().name(args.socket_path(), located.path());
     let source = control::Source {
         logical_block_bytes: args.logical_block_bytes().unwrap_or(located.logical_block_bytes()),
         name: name.clone(),
@@ -77,11 +84,12 @@ pub(crate) fn run(args: &ServeArgs) -> anyhow::Result<ExitCode> {
         engine: engine.control(),
     };
     // Answers until the end of the process.
-    let _control = control::serve(args.control().bind(&name)?, source)?;
+    let _control = control::serve(args.control().bind(control_path.as_deref())?, source)?;
     let handle = server.handle();
     // Nobody else sets it.
     let _ = connections.server.set(handle.clone());
     signals.spawn(handle).context("cannot start the thread for signals")?;
+    sandbox.close()?;
     tracing::info!(
         disk = ?located.path(),
         size_bytes = located.size_bytes(),
