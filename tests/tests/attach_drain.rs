@@ -2,6 +2,7 @@
 
 use std::{
     process::ExitCode,
+    sync::Arc,
     thread,
     time::{Duration, Instant},
 };
@@ -24,6 +25,7 @@ use ringpass_tests::{
     needs::Need,
     stuck_disk::{StuckDisk, StuckKind},
 };
+use rustix::fs::{FallocateFlags, fallocate};
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_S_OK, VIRTIO_BLK_T_OUT};
 
 const REGION_GPA: u64 = 4 << 30;
@@ -40,6 +42,8 @@ fn main() -> ExitCode {
         test("memory_that_leaves_is_waited_for_while_a_ring_uses_it_and_the_ring_stays", needs(), ring_stays),
         test("memory_that_leaves_is_waited_for_with_its_ring_if_that_takes_long", needs(), ring_ends),
         test("memory_that_leaves_is_waited_for_while_a_virtqueue_uses_it", needs(), virtqueue),
+        test("memory_that_leaves_is_waited_for_though_its_ring_ended_for_a_discard", needs(), discarded),
+        test("memory_that_leaves_is_waited_for_though_its_ring_ended_for_other_memory", needs(), not_pinned),
         test("memory_of_a_front_end_that_is_gone_is_not_waited_for", needs(), gone),
     ])
 }
@@ -107,6 +111,39 @@ fn with_ring(stuck_for: Duration, epoch: u32) -> Result<()> {
         Ok(())
     })();
     guest.slow.broker.explain(result)
+}
+
+/// A ring that is ending already.
+fn with_ending_ring(end: impl FnOnce(&Guest) -> Result<()>) -> Result<()> {
+    let mut guest = Guest::new()?;
+    let (_first, addressing) = start_first(&guest.front_end, &mut guest.slow.ram)?;
+    let mut driver = start_ring(&guest.front_end, &mut guest.slow.ram, 1, addressing)?;
+    driver.attach()?;
+    guest.slow.hang_from(&mut driver, REGION_GPA)?;
+    end(&guest)?;
+    thread::sleep(AT_ONCE);
+    let removed = guest.remove(AT_ONCE);
+    guest.slow.broker.explain(removed)
+}
+
+fn discarded() -> Result<()> {
+    with_ending_ring(|guest| {
+        let ram = &guest.slow.ram.ram.regions()[0];
+        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        fallocate(ram.file(), flags, ram.len_bytes() - 8192, 4096)?;
+        guest.slow.broker.wait_for_log("guest memory was discarded")
+    })
+}
+
+fn not_pinned() -> Result<()> {
+    with_ending_ring(|guest| {
+        // A file of a file system whose pages cannot be pinned.
+        let file = tempfile::tempfile_in(env!("CARGO_MANIFEST_DIR"))?;
+        file.set_len(1 << 20)?;
+        let other = RamRegion::of_file(Arc::new(file), 0, 8 << 30, 1 << 20)?;
+        guest.front_end.connection().add_mem_reg(&other.message(), other.file())?;
+        guest.slow.broker.wait_for_log("rings end, because the guest's memory changed")
+    })
 }
 
 fn virtqueue() -> Result<()> {

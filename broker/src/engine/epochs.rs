@@ -7,6 +7,7 @@ use std::fmt::Display;
 
 use ringpass_guest_abi::epoch::device::{Action, Event};
 use ringpass_guest_abi::epoch::{Announcement, Area, Epoch, Phase};
+use ringpass_guest_abi::queue_order::QueueOrder;
 use ringpass_guest_abi::request::{ErrorCode, Outcome};
 
 use super::attach::builder::Built;
@@ -129,6 +130,9 @@ impl Worker<'_> {
             AttachEvent::Gone(area) => Event::Gone(area),
         };
         self.epoch_event(number, event);
+        if let Some(attachment) = self.vrings[number].attachment_mut() {
+            attachment.forget_former_memory();
+        }
         // Somebody may wait for the end of a ring.
         self.is_unsettled = true;
     }
@@ -186,6 +190,13 @@ impl Worker<'_> {
     }
 
     fn complete_attach(&mut self, number: usize, code: ErrorCode) {
+        let vring = &mut self.vrings[number];
+        let order = QueueOrder::new(vring.index);
+        if let Some(active) = vring.active_mut().filter(|active| active.is_held) {
+            // The used ring is in memory that has left. ATTACH is seen again when the queue has its rings again.
+            active.order = order;
+            return self.leave_attach(number);
+        }
         let Some(attachment) = self.take_attachment(number) else { return };
         let vring = &mut self.vrings[number];
         if let Some(active) = vring.active_mut() {

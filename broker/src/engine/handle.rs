@@ -262,7 +262,8 @@ impl EngineControl {
 /// Starts what makes rings.
 fn start_attach(config: AttachConfig, queue_count: u16, workers: &Arc<[CommandSender]>) -> Result<Attach, EngineError> {
     let (config, gate) = (Arc::new(config), Arc::new(Gate::new(queue_count)));
-    let orders = builder::start(config.clone(), gate.clone(), WorkerSender::new(workers))?;
+    let workers = WorkerSender::new(workers);
+    let orders = builder::start(config.clone(), gate.clone(), workers.clone())?;
     Ok(Attach::new(config, queue_count, gate, orders, workers))
 }
 
@@ -316,12 +317,13 @@ impl Device for Engine {
     fn set_memory(&mut self, memory: Arc<DeviceMemory>) {
         // A front-end that is gone hears of nothing.
         let loses_some = self.memory.as_ref().is_some_and(|before| !has_all(&memory, before));
-        self.control.order_all(|reply| Command::SetMemory { memory: memory.clone(), reply });
+        // The builder first: no worker that knows this table has a ring made in the one before.
         let rings = self.control.attach.as_ref().map(|attach| {
             let (done, pending) = Pending::new();
             attach.order(Order::SetMemory { memory: memory.clone(), loses_some, done });
             pending
         });
+        self.control.order_all(|reply| Command::SetMemory { memory: memory.clone(), reply });
         // Whoever takes memory away may give it to somebody else: nothing may land there any more. Memory that is new is not
         // waited for: it takes long to pin, and until then a driver's requests in it go the other way (docs/abi.md, section 7).
         if loses_some {

@@ -120,7 +120,7 @@ impl Worker<'_> {
     pub(super) fn tell_driver(&mut self) {
         // Queue 0 is the first queue of the first worker.
         let event = match &mut self.vrings[0].state {
-            State::Running(active) => active.event.take(),
+            State::Running(active) if !active.is_held => active.event.take(),
             _ => None,
         };
         match event {
@@ -133,6 +133,10 @@ impl Worker<'_> {
     pub(super) fn answer_event_of_stopping(&mut self, number: usize) {
         let vring = &mut self.vrings[number];
         let State::Stopping { active, .. } = &mut vring.state else { return };
+        if active.is_held {
+            // The used ring is in memory that has left. EVENT is recorded: whoever goes on finds it there.
+            return;
+        }
         if let Some(reply) = active.event.take() {
             self.give_event(number, &reply, 0);
             // The queue may have stopped before the turn ends.

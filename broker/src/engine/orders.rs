@@ -23,9 +23,12 @@ impl Worker<'_> {
     /// Carries out the commands that have come.
     pub(super) fn obey(&mut self) {
         self.commands.silence();
-        while !self.endings.is_shutdown
-            && let Some(command) = self.commands.next()
-        {
+        // After it was told to end as well: it may wait for rings, and hears of their end.
+        while let Some(command) = self.commands.next() {
+            if self.endings.is_shutdown && matches!(command, Command::Shutdown) {
+                // What is said again and again when nobody can send any more.
+                break;
+            }
             self.carry_out(command);
         }
         self.is_unsettled = true;
@@ -124,6 +127,10 @@ impl Worker<'_> {
                 (Some(Ranges::Stayed), None) | (None, _) => {}
             }
         }
+        // Queue 0 may have its rings again.
+        if std::mem::take(&mut self.has_news) {
+            self.tell_driver();
+        }
     }
 
     fn start(&mut self, queue: usize, setup: QueueSetup, eventfds: QueueEventfds) {
@@ -201,6 +208,19 @@ impl Worker<'_> {
         {
             // What was said to the old one may not have been heard.
             call.send(index);
+        }
+        if which == WhichEventfd::Kick && vring.attachment_mut().is_some() {
+            self.give_kick_to_ring(queue);
+        }
+    }
+
+    /// What was said with the old eventfd may not have been heard. Without one nobody would hear of a ring that sleeps.
+    fn give_kick_to_ring(&mut self, queue: usize) {
+        let vring = &mut self.vrings[queue];
+        if vring.eventfds_mut().is_some_and(|eventfds| eventfds.kick.is_some()) {
+            self.doorbell_rang(queue);
+        } else {
+            self.end_ring(queue, ErrorCode::Mode, Event::Finish(ErrorCode::Mode));
         }
     }
 

@@ -79,18 +79,16 @@ impl PinnedMemory {
     pub fn pin(memory: &GuestMemory, sharing: Sharing) -> Result<Self, MemoryError> {
         let charge = Charge::new(memory, memory.layout().slots().iter())?;
         let accounting = Accounting::of(&charge.memlock);
-        let mut pinned_bytes = BTreeMap::new();
         let holder = match sharing {
-            Sharing::Clone => {
-                let holder = new_holder(memory.layout().table_slots())?;
-                for slot in memory.layout().slots() {
-                    pinned_bytes.insert(slot.index, pin_and_measure(&holder, memory, slot, &charge)?);
-                }
-                Some(holder)
-            }
+            Sharing::Clone => Some(new_holder(memory.layout().table_slots())?),
             Sharing::PinAgain => None,
         };
-        Ok(Self { holder, memory: memory.clone(), accounting, pinned_bytes })
+        // From here on what is pinned is unpinned if the rest cannot be.
+        let mut pinned = Self { holder, memory: memory.clone(), accounting, pinned_bytes: BTreeMap::new() };
+        if sharing == Sharing::Clone {
+            memory.layout().slots().iter().try_for_each(|slot| pinned.pin_slot(slot, &charge))?;
+        }
+        Ok(pinned)
     }
 
     /// The memory that is pinned.
@@ -116,26 +114,43 @@ impl PinnedMemory {
     ///
     /// Takes as long as [`pin`](Self::pin) takes for the slots that change; call it on a thread that may block.
     pub fn changed_to(&self, memory: &GuestMemory) -> Result<(Self, ChangedSlots), MemoryError> {
-        let holder = self.copied(memory.layout().table_slots())?;
+        let mut other = Self {
+            holder: Some(self.copied(memory.layout().table_slots())?),
+            memory: memory.clone(),
+            accounting: self.accounting,
+            pinned_bytes: self.pinned_bytes.clone(),
+        };
         let slots = memory.layout().slots();
         let changed: Vec<_> = slots.iter().filter(|slot| !memory.has_same_slot(slot, &self.memory)).collect();
-        let charge = Charge::new(memory, changed.iter().copied())?;
-        let mut pinned_bytes = self.pinned_bytes.clone();
-        for slot in &changed {
-            pinned_bytes.insert(slot.index, pin_and_measure(&holder, memory, slot, &charge)?);
-        }
         let is_left = |index| slots.iter().any(|slot| slot.index == index);
-        let gone = self.memory.layout().slots().iter().map(|slot| slot.index).filter(|&index| !is_left(index));
-        let gone: Vec<u32> = gone.collect();
-        gone.iter()
-            .try_for_each(|&slot| holder.clear_buffer(slot))
-            .map_err(MemoryError::system("taking a buffer out of the table"))?;
-        pinned_bytes.retain(|slot, _| !gone.contains(slot));
+        let before = self.memory.layout().slots().iter().map(|slot| slot.index);
+        let gone: Vec<u32> = before.filter(|&index| !is_left(index)).collect();
+        // Before anything is pinned: a huge page that is in the table already is not accounted again, also if it is there only
+        // for a moment more.
         let indexes = || changed.iter().map(|slot| slot.index).chain(gone.iter().copied());
+        indexes()
+            .filter(|index| self.pinned_bytes.contains_key(index))
+            .try_for_each(|index| other.clear_slot(index))?;
+        let charge = Charge::new(memory, changed.iter().copied())?;
+        changed.iter().try_for_each(|slot| other.pin_slot(slot, &charge))?;
         let first = indexes().min().unwrap_or(0);
         let count = indexes().max().map_or(0, |last| last + 1 - first);
-        let other = Self { holder: Some(holder), memory: memory.clone(), accounting: self.accounting, pinned_bytes };
         Ok((other, ChangedSlots { first, count }))
+    }
+
+    /// Pins a slot that is empty, and notes what the process has pinned more then.
+    fn pin_slot(&mut self, slot: &Slot, charge: &Charge) -> Result<(), MemoryError> {
+        let Some(holder) = &self.holder else { return Err(MemoryError::CannotPlug) };
+        let before_bytes = pinned_by_this_process()?;
+        pin_slot(holder, &self.memory, slot, charge)?;
+        self.pinned_bytes.insert(slot.index, pinned_by_this_process()?.saturating_sub(before_bytes));
+        Ok(())
+    }
+
+    fn clear_slot(&mut self, index: u32) -> Result<(), MemoryError> {
+        let Some(holder) = &self.holder else { return Err(MemoryError::CannotPlug) };
+        self.pinned_bytes.remove(&index);
+        holder.clear_buffer(index).map_err(MemoryError::system("taking a buffer out of the table"))
     }
 
     /// The same memory in a table as large as that of `other`, to take a change of rings back with.
@@ -158,12 +173,15 @@ impl PinnedMemory {
     /// Whether this process has nothing pinned but this. What slots held before they changed stays pinned for as long as a
     /// request uses it, and nothing else tells of that.
     ///
-    /// False for ever if something else is pinned in this process, or if such a request ended just while a slot was being
-    /// measured.
+    /// False for ever if something else is pinned in this process, if such a request ended just while a slot was being
+    /// measured, or if a huge page counts for another slot, which may go first.
     pub(crate) fn is_all_that_is_pinned(&self) -> Result<bool, MemoryError> {
         // Each ring would have its own.
         let Some(_) = &self.holder else { return Err(MemoryError::CannotPlug) };
-        Ok(pinned_by_this_process()? <= self.pinned_bytes.values().sum())
+        let mut slots = self.memory.layout().slots().iter();
+        let has_own_pages =
+            slots.all(|slot| self.pinned_bytes.get(&slot.index).is_some_and(|&own| own >= slot.len_bytes));
+        Ok(has_own_pages && pinned_by_this_process()? <= self.pinned_bytes.values().sum())
     }
 
     /// A spare ring that shares everything pinned here, with at least `table_slots` slots.
@@ -224,13 +242,6 @@ fn pin_slot(ring: &RingFd, memory: &GuestMemory, slot: &Slot, charge: &Charge) -
         Some(nix::libc::ENOMEM) => charge.refused(source),
         _ => MemoryError::Register { slot: slot.index, gpa: slot.gpa, len_bytes: slot.len_bytes, source },
     })
-}
-
-/// Gives the bytes that the process has pinned more now.
-fn pin_and_measure(ring: &RingFd, memory: &GuestMemory, slot: &Slot, charge: &Charge) -> Result<u64, MemoryError> {
-    let before_bytes = pinned_by_this_process()?;
-    pin_slot(ring, memory, slot, charge)?;
-    Ok(pinned_by_this_process()?.saturating_sub(before_bytes))
 }
 
 fn pinned_by_this_process() -> Result<u64, MemoryError> {

@@ -42,6 +42,8 @@ pub(in crate::engine) struct Attachment {
     pub(in crate::engine) call_generation: u32,
     /// Where the control page is.
     memory: Rc<DeviceMemory>,
+    /// Where it was, while a ring is there still: the kernel writes to its areas until it is gone.
+    former_memory: Vec<Rc<DeviceMemory>>,
 }
 
 /// A ring that runs.
@@ -82,6 +84,7 @@ impl Attachment {
             deferred: None,
             call_generation: 0,
             memory,
+            former_memory: Vec::new(),
         }
     }
 
@@ -108,9 +111,20 @@ impl Attachment {
         if now.contains(&None) {
             return Ranges::Left;
         }
-        let before = addresses(&self.memory);
-        self.memory = Rc::clone(memory);
-        if now == before { Ranges::Stayed } else { Ranges::Moved }
+        let former = std::mem::replace(&mut self.memory, Rc::clone(memory));
+        if now == addresses(&former) {
+            return Ranges::Stayed;
+        }
+        self.former_memory.push(former);
+        self.forget_former_memory();
+        Ranges::Moved
+    }
+
+    /// To be called when a ring may be gone.
+    pub(in crate::engine) fn forget_former_memory(&mut self) {
+        if self.is_quiet() {
+            self.former_memory.clear();
+        }
     }
 
     /// The two words that an ATTACH begins with.

@@ -9,7 +9,6 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use nix::sys::signal::SigSet;
 use ringpass_guest_abi::attach::Geometry;
 use ringpass_guest_abi::epoch::Epoch;
 use ringpass_guest_abi::request::ErrorCode;
@@ -22,9 +21,12 @@ use crate::direct::{DirectDevice, QueueConfig, QueuePlacement};
 use crate::disk::Disk;
 use crate::engine::EngineError;
 use crate::engine::command::{AttachEvent, Command, Reply};
+use crate::engine::thread::AbortOnPanic;
+use crate::limits::Memlock;
 use crate::log_limit::LogLimit;
 use crate::memory::{GuestMemory, MemoryError, RegionConfig};
 use crate::ring::{RingConfig, RingEnd, RingError, StillRunning};
+use crate::threads::leave_signals_to_others;
 use crate::vhost_user::DeviceMemory;
 
 /// How often memory is looked at while it is pinned, and the words of rings that count.
@@ -33,6 +35,8 @@ const LOOK: Duration = Duration::from_millis(50);
 const DRAIN_LOOK: Duration = Duration::from_micros(200);
 /// Longer than an ordinary request takes; one that takes longer is waited for with its ring.
 const DRAIN_PATIENCE: Duration = Duration::from_secs(1);
+/// How long what is pinned may take to go before the guest's memory is pinned: the kernel takes rings apart later.
+const SETTLE: Duration = Duration::from_millis(100);
 /// How long is waited for the end of a ring at a time.
 const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -77,6 +81,8 @@ struct Builder {
     memory: Option<Arc<DeviceMemory>>,
     disk: Option<Arc<Disk>>,
     pinned: Option<Pinned>,
+    /// Rings over memory that was let go of, which may not have ended.
+    ending: Vec<RingEnd>,
     /// What a guest can bring about as often as it likes.
     refusals: LogLimit,
     pinnings: LogLimit,
@@ -89,7 +95,24 @@ struct Pinned {
 }
 
 impl Pinned {
-    /// Gives the rings that run these regions for what they had.
+    /// Gives the rings that run these regions for what they had. False: they must end.
+    fn has_followed(&mut self, regions: &[RegionConfig], loses_some: bool) -> bool {
+        match self.follow(regions) {
+            Ok(()) if !loses_some || self.await_drain() => return true,
+            Ok(()) => tracing::warn!(
+                "rings end, because their I/O keeps memory for longer than {DRAIN_PATIENCE:?} that the front-end takes away"
+            ),
+            // A front-end that is gone has taken all of it.
+            Err(_) if regions.is_empty() => {}
+            Err(error) => {
+                tracing::warn!(
+                    "rings end, because the guest's memory changed in a way that they cannot follow: {error}"
+                );
+            }
+        }
+        false
+    }
+
     fn follow(&mut self, regions: &[RegionConfig]) -> Result<(), RingError> {
         self.device.set_memory(regions.iter().cloned())?;
         let looking = RingError::system("looking at a file of guest memory");
@@ -124,11 +147,21 @@ pub(in crate::engine) fn start(
     thread::Builder::new()
         .name("ring-builder".into())
         .spawn(move || {
-            // Signals are for the program's own threads.
-            let _ = SigSet::all().thread_block();
+            leave_signals_to_others();
+            // Queues and the front-end wait for what this thread does.
+            let _guard = AbortOnPanic;
             let (refusals, pinnings) = (LogLimit::new(), LogLimit::new());
-            let mut builder =
-                Builder { config, gate, workers, memory: None, disk: None, pinned: None, refusals, pinnings };
+            let mut builder = Builder {
+                config,
+                gate,
+                workers,
+                memory: None,
+                disk: None,
+                pinned: None,
+                ending: Vec::new(),
+                refusals,
+                pinnings,
+            };
             builder.run(&orders);
         })
         .map_err(EngineError::Thread)?;
@@ -175,11 +208,13 @@ impl Builder {
                 let _ = done.send(());
             }
             Order::SetDisk { disk, done } => {
-                self.pinned = None;
+                self.unpin();
                 self.disk = disk;
                 let _ = done.send(());
             }
-            Order::Unpin => self.pinned = None,
+            // Another queue has come meanwhile, and may have its ring.
+            Order::Unpin if self.gate.is_in_use() => {}
+            Order::Unpin => self.unpin(),
         }
     }
 
@@ -225,6 +260,11 @@ impl Builder {
             let why = "the device has neither memory nor a disk any more: its front-end is going".into();
             return Err(Refused { code: ErrorCode::Mode, why });
         };
+        // What is pinned is measured, and what ended a moment ago must not end meanwhile.
+        let end = Instant::now() + SETTLE;
+        while Memlock::pinned_by_this_process().is_ok_and(|bytes| bytes > 0) && Instant::now() < end {
+            thread::sleep(DRAIN_LOOK);
+        }
         let regions = regions(memory);
         let memory = GuestMemory::new(regions.clone()).map_err(|error| refused(&error.into()))?;
         let device = DirectDevice::new(disk.clone(), &memory, self.config.policy.clone(), self.config.direct)
@@ -247,32 +287,37 @@ impl Builder {
     /// Rings that run get the new memory, if they can be changed; otherwise they end, and are made anew over it.
     fn set_memory(&mut self, memory: Arc<DeviceMemory>, loses_some: bool) {
         let regions = regions(&memory);
+        // A front-end that is gone is not answered, and the next one does not wait for its rings.
+        let is_gone = regions.is_empty();
         self.memory = Some(memory);
-        let Some(mut pinned) = self.pinned.take() else { return };
-        let is_running = pinned.device.ends().iter().any(is_open);
-        match pinned.follow(&regions) {
-            // What is pinned for nothing is only in the way.
-            Ok(()) if !is_running => {}
-            Ok(()) if !loses_some || pinned.await_drain() => {
+        if let Some(mut pinned) = self.pinned.take() {
+            if !pinned.device.ends().iter().any(is_open) {
+                // Nothing runs: what is pinned is only in the way.
+                self.let_go(pinned);
+            } else if pinned.has_followed(&regions, loses_some) {
                 self.pinned = Some(pinned);
-                return;
-            }
-            Ok(()) => tracing::warn!(
-                "rings end, because their I/O keeps memory for longer than {DRAIN_PATIENCE:?} that the front-end takes away"
-            ),
-            // A front-end that is gone has taken all of it.
-            Err(_) if regions.is_empty() => {}
-            Err(error) => {
-                tracing::warn!(
-                    "rings end, because the guest's memory changed in a way that they cannot follow: {error}"
-                );
+            } else {
+                self.workers.send_to_all(|| Command::EndRings { reason: ErrorCode::Memory });
+                self.let_go(pinned);
             }
         }
-        self.workers.send_to_all(|| Command::EndRings { reason: ErrorCode::Memory });
         if loses_some {
-            pinned.device.ends().iter().for_each(await_end);
+            self.ending.drain(..).for_each(|end| await_end(&end));
+        } else if is_gone {
+            self.ending.clear();
         }
-        // A ring that still runs keeps its memory until it ends.
+    }
+
+    fn unpin(&mut self) {
+        if let Some(pinned) = self.pinned.take() {
+            self.let_go(pinned);
+        }
+    }
+
+    /// A ring that still runs keeps its memory until it ends.
+    fn let_go(&mut self, pinned: Pinned) {
+        self.ending.retain(|end| !end.has_ended());
+        self.ending.extend(pinned.device.ends());
     }
 
     fn look(&mut self) {
@@ -288,7 +333,7 @@ impl Builder {
              free page reporting, virtio-mem and postcopy do this: use a guest without them, or --mode virtqueue"
         );
         self.workers.send_to_all(|| Command::FinishRings { reason: ErrorCode::Discarded, done: None });
-        self.pinned = None;
+        self.unpin();
     }
 }
 

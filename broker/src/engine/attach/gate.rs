@@ -119,6 +119,11 @@ impl Gate {
         state.queues.iter().all(|queue| queue.ranges.is_none())
     }
 
+    /// Whether some queue has ranges.
+    pub(in crate::engine) fn is_in_use(&self) -> bool {
+        self.state().queues.iter().any(|queue| queue.ranges.is_some())
+    }
+
     /// Notes where the epochs of a queue are.
     pub(in crate::engine) fn note_state(&self, queue: u16, machine: State) {
         self.state().queues[usize::from(queue)].machine = Some(machine);

@@ -20,7 +20,6 @@ mod gate;
 mod reply;
 
 use std::sync::Arc;
-use std::sync::Weak;
 use std::sync::mpsc::Sender;
 
 use ringpass_guest_abi::attach::AttachLimits;
@@ -95,7 +94,7 @@ pub(super) struct Attach {
     queue_count: u16,
     pub(super) gate: Arc<Gate>,
     orders: Sender<Order>,
-    workers: Weak<[CommandSender]>,
+    workers: WorkerSender,
 }
 
 impl Attach {
@@ -104,9 +103,9 @@ impl Attach {
         queue_count: u16,
         gate: Arc<Gate>,
         orders: Sender<Order>,
-        workers: &Arc<[CommandSender]>,
+        workers: WorkerSender,
     ) -> Self {
-        Self { config, queue_count, gate, orders, workers: Arc::downgrade(workers) }
+        Self { config, queue_count, gate, orders, workers }
     }
 
     pub(super) fn limits(&self) -> AttachLimits {
@@ -145,40 +144,33 @@ impl Attach {
 
     /// Sends a command about one queue to its worker.
     pub(super) fn send(&self, index: u16, command: impl FnOnce(usize) -> Command) {
-        send_to_worker(&self.workers, index, command);
+        self.workers.send(index, command);
     }
 
-    /// The same for somebody who may outlive the engine.
+    /// The same for somebody who tells of something later.
     pub(super) fn sender(&self) -> WorkerSender {
-        WorkerSender(self.workers.clone())
+        self.workers.clone()
     }
 }
 
-/// Reaches the workers for as long as there are some. It does not keep them.
+/// Reaches the workers. They do not end for want of somebody who sends, but because they are told: they must hear of the end of
+/// their rings also when the engine is gone.
 #[derive(Clone, Debug)]
-pub(super) struct WorkerSender(Weak<[CommandSender]>);
+pub(super) struct WorkerSender(Arc<[CommandSender]>);
 
 impl WorkerSender {
     pub(super) fn new(workers: &Arc<[CommandSender]>) -> Self {
-        Self(Arc::downgrade(workers))
+        Self(Arc::clone(workers))
     }
 
     /// Sends a command about one queue to its worker.
     pub(super) fn send(&self, index: u16, command: impl FnOnce(usize) -> Command) {
-        send_to_worker(&self.0, index, command);
+        let (index, count) = (usize::from(index), self.0.len());
+        self.0[index % count].send(command(index / count));
     }
 
     /// Sends a command to all workers.
     pub(super) fn send_to_all(&self, command: impl Fn() -> Command) {
-        if let Some(workers) = self.0.upgrade() {
-            workers.iter().for_each(|worker| worker.send(command()));
-        }
-    }
-}
-
-fn send_to_worker(workers: &Weak<[CommandSender]>, index: u16, command: impl FnOnce(usize) -> Command) {
-    if let Some(workers) = workers.upgrade() {
-        let (index, count) = (usize::from(index), workers.len());
-        workers[index % count].send(command(index / count));
+        self.0.iter().for_each(|worker| worker.send(command()));
     }
 }
