@@ -1,0 +1,154 @@
+//! A broker that serves is confined, rings or not, and does its work all the same.
+
+use std::{
+    fs,
+    os::unix::{fs::chown, process::CommandExt},
+    path::Path,
+    process::{Command, ExitCode},
+};
+
+use anyhow::{Context, Result, ensure};
+use ringpass_guest_abi::request::ErrorCode;
+use ringpass_tests::{
+    broker_process::{self, BrokerProcess},
+    disks::DiskKind,
+    front_end::{
+        attach::{
+            bench::{Bench, start_first, start_ring},
+            wait_until, whole,
+        },
+        blk::SECTOR_BYTES,
+        descriptor::Descriptor,
+        rig::{Rig, TestRam},
+        session::{FrontEnd, Options},
+    },
+    harness::{self, test},
+    needs::Need,
+};
+use virtio_bindings::virtio_blk::{VIRTIO_BLK_S_OK, VIRTIO_BLK_T_IN};
+
+const DISK_BYTES: u64 = 4 << 20;
+/// `CAP_IPC_LOCK` (`<linux/capability.h>`), which root keeps where it cannot raise RLIMIT_MEMLOCK.
+const IPC_LOCK: u64 = 1 << 14;
+/// `O_CLOEXEC` as `/proc/PID/fdinfo` has it.
+const CLOEXEC: u32 = 0o2_000_000;
+/// The user `nobody`, and its group.
+const NOBODY: u32 = 65534;
+
+fn main() -> ExitCode {
+    let needs = |more: Vec<Need>| {
+        let kind = DiskKind::Ext4PageCache.needs().into_iter();
+        kind.chain(broker_process::needs()).chain(more).collect::<Vec<Need>>()
+    };
+    harness::run(vec![
+        test("every_thread_is_without_privileges_and_filtered_and_no_file_outlives_an_exec", needs(vec![]), confined),
+        test("a_broker_without_a_sandbox_says_so_and_has_what_its_user_has", needs(vec![]), not_confined),
+        test(
+            "an_ordinary_user_s_broker_serves_and_says_what_rings_need_that_it_lacks",
+            needs(vec![Need::root()]),
+            ordinary_user,
+        ),
+    ])
+}
+
+fn confined() -> Result<()> {
+    let mut bench = Bench::new(DiskKind::Ext4PageCache, DISK_BYTES, 3, &[])?;
+    let mut driver = bench.attached(1)?;
+    driver.write(0, &[0x5a; 4096])?;
+    let process = format!("/proc/{}", bench.broker.pid());
+    let mut threads = Vec::new();
+    for task in fs::read_dir(format!("{process}/task"))? {
+        let Ok(status) = fs::read_to_string(task?.path().join("status")) else { continue };
+        let name = field(&status, "Name")?;
+        for set in ["CapEff", "CapPrm", "CapInh", "CapAmb", "CapBnd"] {
+            let set_bits = u64::from_str_radix(field(&status, set)?, 16)?;
+            ensure!(set_bits & !IPC_LOCK == 0, "{set} of thread {name}: {set_bits:#x}");
+        }
+        ensure!(field(&status, "NoNewPrivs")? == "1", "thread {name}");
+        ensure!(field(&status, "Seccomp")? == "2", "thread {name} is not filtered");
+        threads.push(name.to_owned());
+    }
+    // The one that polls the ring is the kernel's, with the credentials of the ring's creator.
+    ensure!(threads.iter().any(|name| name.starts_with("iou-sqp")), "no SQ thread among {threads:?}");
+    // Standard streams, and what whoever runs the tests has passed on.
+    let inherited = files_over_exec("/proc/self")?;
+    let (files, kept) = (fs::read_dir(format!("{process}/fdinfo"))?.count(), files_over_exec(&process)?);
+    for number in kept.iter().filter(|number| !inherited.contains(number)) {
+        let link = fs::read_link(format!("{process}/fd/{number}"));
+        ensure!(false, "descriptor {number}, {link:?}, would stay open over an exec");
+    }
+    eprintln!("{files} files, threads: {}", threads.join(", "));
+    ensure!(files > 10, "only {files} files");
+    driver.read(0, 4096).map(drop)
+}
+
+fn not_confined() -> Result<()> {
+    let rig = Rig::new(DiskKind::Ext4PageCache, DISK_BYTES)?;
+    let broker = rig.broker(&["--sandbox", "off"])?;
+    broker.wait_for_log("WARN ringpass::serve::sandbox: --sandbox off")?;
+    let status = fs::read_to_string(format!("/proc/{}/status", broker.pid()))?;
+    ensure!(field(&status, "Seccomp")? == "0" && field(&status, "NoNewPrivs")? == "0");
+    let own = fs::read_to_string("/proc/self/status")?;
+    ensure!(field(&status, "CapEff")? == field(&own, "CapEff")?);
+    Ok(())
+}
+
+fn ordinary_user() -> Result<()> {
+    let directory = tempfile::Builder::new().prefix("ringpass-nobody-").tempdir_in("/tmp")?;
+    let path = |name: &str| directory.path().join(name);
+    let program = path("ringpass");
+    fs::copy(broker_process::program()?, &program)?;
+    fs::File::create_new(path("disk.img"))?.set_len(DISK_BYTES)?;
+    for path in [directory.path(), &path("disk.img")] {
+        chown(path, Some(NOBODY), Some(NOBODY))?;
+    }
+    let broker = BrokerProcess::spawn(serve_as_nobody(&program, directory.path()), &path("s"))?;
+    broker.explain((|| {
+        broker.wait_for_log("waiting for a front-end")?;
+        let mut ram = TestRam::new(1, 16 << 20)?;
+        let front_end = FrontEnd::connect(broker.socket(), &ram.ram, Options::default())?;
+        let (_first, addressing) = start_first(&front_end, &mut ram)?;
+        let mut driver = start_ring(&front_end, &mut ram, 1, addressing)?;
+        driver.send_both(&driver.payload().to_bytes())?;
+        let found = driver.wait_attach()?;
+        ensure!(found == whole(ErrorCode::Resources), "ATTACH: {found:?}");
+        broker.wait_for_log("pinning needs 16 MiB, RLIMIT_MEMLOCK is 8 MiB")?;
+        broker.wait_for_log("LimitMEMLOCK=")?;
+        // It is a virtqueue.
+        let used = driver.vring().used_idx()?;
+        let data = Descriptor::writable(driver.buffers().at(0), 4096);
+        driver.send_block(VIRTIO_BLK_T_IN, DISK_BYTES / SECTOR_BYTES - 8, data)?;
+        wait_until("a read", || Ok(driver.vring().used_idx()? != used))?;
+        ensure!(u32::from(driver.block_status()?) == VIRTIO_BLK_S_OK);
+        Ok(())
+    })())
+}
+
+/// A broker of `nobody`, who may pin 8 MiB.
+fn serve_as_nobody(program: &Path, directory: &Path) -> Command {
+    let mut command = Command::new("prlimit");
+    command.arg("--memlock=8388608:8388608").arg(program).args(["serve", "--socket-path"]);
+    command.arg(directory.join("s")).arg("--blk-file").arg(directory.join("disk.img"));
+    command.args(["--control-socket", "none", "--mode", "direct"]);
+    command.uid(NOBODY).gid(NOBODY);
+    command
+}
+
+/// Descriptors that an executed program would get.
+fn files_over_exec(process: &str) -> Result<Vec<String>> {
+    let mut numbers = Vec::new();
+    for file in fs::read_dir(format!("{process}/fdinfo"))? {
+        let file = file?;
+        // Closed meanwhile.
+        let Ok(info) = fs::read_to_string(file.path()) else { continue };
+        if u32::from_str_radix(field(&info, "flags")?, 8)? & CLOEXEC == 0 {
+            numbers.push(file.file_name().to_string_lossy().into_owned());
+        }
+    }
+    Ok(numbers)
+}
+
+fn field<'a>(status: &'a str, name: &str) -> Result<&'a str> {
+    let line = status.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
+    line.map(str::trim).with_context(|| format!("no {name} in {status}"))
+}
