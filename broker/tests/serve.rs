@@ -199,6 +199,35 @@ fn the_descriptor_names_the_program_that_is_built() {
 }
 
 #[test]
+fn the_systemd_unit_starts_the_program_and_gives_it_no_privileges() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("share/systemd/ringpass@.service");
+    let unit = fs::read_to_string(path).unwrap();
+    for line in ["CapabilityBoundingSet=", "NoNewPrivileges=yes", "LimitMEMLOCK=infinity", "MemoryMax=80%"] {
+        assert!(unit.lines().any(|found| found == line), "{line}");
+    }
+    let settings = unit.lines().filter(|line| !line.starts_with(['#', '[']) && !line.is_empty());
+    assert!(settings.clone().all(|line| line.contains('=')), "each line is a comment, a section or a setting");
+
+    let place = Place::new();
+    let start = settings.clone().find_map(|line| line.strip_prefix("ExecStart=")).unwrap();
+    let directory = place.path("").display().to_string();
+    let start = start.replace("/run/ringpass/", &directory).replace("%i", "vm1");
+    let start = start.replace("${DISK}", "disk.img").replace("$OPTIONS", "--num-queues 2");
+    let mut words = start.split(' ');
+    assert_eq!(words.next().map(Path::new).and_then(Path::file_name), Path::new(PROGRAMS[0].0).file_name());
+    let words: Vec<&str> = words.collect();
+    let mut running = Running::start(&mut place.command((PROGRAMS[0].0, &[]), &words));
+    running.wait_for("waiting for a front-end");
+    assert!(is_answered(&UnixStream::connect(place.path("vm1.sock")).unwrap()));
+    assert!(place.path("vm1.control").exists());
+    // ExecReload.
+    running.signal(Signal::HUP);
+    running.wait_for("looking at the size of the disk");
+    running.signal(Signal::TERM);
+    assert_eq!(running.end().code(), Some(0));
+}
+
+#[test]
 fn both_programs_answer_and_end_on_a_signal_without_leaving_a_socket() {
     for (program, signal) in PROGRAMS.into_iter().zip([Signal::TERM, Signal::INT]) {
         let place = Place::new();
