@@ -1,0 +1,305 @@
+//! Keeps queues busy, and their completions in order.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use ringpass_guest::RamArea;
+use ringpass_guest::vhost_user::{Disk, Done, ExecutedBy, Geometry, Operation, Queue};
+
+use crate::args::{Arguments, Command, WaitArg};
+use crate::ends::{Input, is_zero};
+use crate::interrupt;
+use crate::progress::Progress;
+
+/// How long to sleep at most before looking at Ctrl-C again.
+const LOOK: Duration = Duration::from_millis(200);
+
+/// A piece of the disk.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Range {
+    /// Where it begins.
+    pub(crate) offset_bytes: u64,
+    /// Its length. `None`: as long as the input turns out to be.
+    pub(crate) len_bytes: Option<u64>,
+}
+
+impl Range {
+    /// What is asked for, if the disk has it.
+    ///
+    /// # Errors
+    ///
+    /// It is not on the disk, not in whole blocks, or the disk cannot be written.
+    pub(crate) fn checked(arguments: &Arguments, disk: &Geometry, input: Option<&Input>) -> Result<Self> {
+        let Arguments { offset_bytes, length_bytes, .. } = *arguments;
+        let block_bytes = u64::from(disk.logical_block_bytes);
+        ensure!(
+            !(disk.is_read_only && matches!(arguments.command, Command::Write { .. })),
+            "the disk is read-only: serve it without --read-only to write it"
+        );
+        let left_bytes = disk.size_bytes.checked_sub(offset_bytes).filter(|&left_bytes| left_bytes > 0);
+        let left_bytes = left_bytes.with_context(|| {
+            format!(
+                "--offset-bytes {offset_bytes} is not before the end of the disk, which has {} bytes",
+                disk.size_bytes
+            )
+        })?;
+        let (len_bytes, what) = match (length_bytes, input.map(|input| (input.len_bytes(), input.name()))) {
+            (Some(asked_bytes), Some((Some(has_bytes), name))) if has_bytes < asked_bytes => {
+                bail!("{name} has {has_bytes} bytes, less than --length-bytes {asked_bytes}")
+            }
+            (Some(asked_bytes), _) => (Some(asked_bytes), "--length-bytes"),
+            (None, None) => (Some(left_bytes), "the rest of the disk"),
+            (None, Some((has_bytes, name))) => (has_bytes, name),
+        };
+        for (what, bytes) in [("--offset-bytes", offset_bytes), (what, len_bytes.unwrap_or(0))] {
+            ensure!(
+                bytes.is_multiple_of(block_bytes),
+                "{what}: {bytes} bytes are no multiple of {block_bytes}, the bytes of a block of the disk"
+            );
+        }
+        if let Some(bytes) = len_bytes.filter(|&bytes| bytes > left_bytes) {
+            bail!(
+                "{what}: {bytes} bytes do not fit: the disk has {} bytes, {left_bytes} from --offset-bytes on",
+                disk.size_bytes
+            );
+        }
+        Ok(Self { offset_bytes, len_bytes })
+    }
+}
+
+/// Which way bytes go. Offsets are those within the range.
+pub(crate) enum Direction<'d> {
+    /// Each block in its turn.
+    FromDisk(&'d mut dyn FnMut(u64, &[u8]) -> Result<()>),
+    /// Fills each block in its turn, the last one perhaps in part.
+    ToDisk {
+        /// Gives how much there was.
+        fill: &'d mut dyn FnMut(&mut [u8]) -> Result<usize>,
+        /// Has the disk make zeroes instead of taking them.
+        zeroes: Option<&'d Disk>,
+    },
+}
+
+/// Queues of a disk, with buffers.
+pub(crate) struct Transfer<'d> {
+    disk: &'d Disk,
+    queues: Vec<Queue>,
+    buffers: Vec<RamArea>,
+    block_bytes: u64,
+    depth: usize,
+    wait: WaitArg,
+    patience: Duration,
+    moved_bytes: u64,
+}
+
+/// A copy that is under way.
+#[derive(Default)]
+struct Course {
+    /// The block that is begun next, and the one that is finished next.
+    next: u64,
+    oldest: u64,
+    /// Bytes of blocks that were begun.
+    begun_bytes: u64,
+    is_all_begun: bool,
+    /// Blocks that ended before their turn.
+    early: BTreeMap<u64, (RamArea, u32)>,
+    /// Lengths of blocks that were begun, the oldest first.
+    lengths: VecDeque<u32>,
+}
+
+impl<'d> Transfer<'d> {
+    /// Takes queues and makes buffers.
+    ///
+    /// # Errors
+    ///
+    /// The disk has only its first queue; rings are insisted on and cannot be had.
+    pub(crate) fn new(disk: &'d Disk, arguments: &Arguments, block_bytes: u64) -> Result<Self> {
+        let count = disk.queue_count().saturating_sub(1).min(arguments.queues);
+        ensure!(count > 0, "the disk has one queue, which is the driver's own: serve it with --num-queues 2 or more");
+        let queues = (1..=count).map(|index| disk.queue(index)).collect::<Result<Vec<_>, _>>()?;
+        let depth = usize::from(arguments.depth);
+        let buffers = (0..queues.len() * depth).map(|_| disk.allocate(arguments.block_bytes_wanted()));
+        let buffers = buffers.collect::<Result<_, _>>()?;
+        let patience = Duration::from_secs(arguments.patience_s);
+        Ok(Self { disk, queues, buffers, block_bytes, depth, wait: arguments.wait, patience, moved_bytes: 0 })
+    }
+
+    /// What the last run moved.
+    pub(crate) fn moved_bytes(&self) -> u64 {
+        self.moved_bytes
+    }
+
+    /// How it went, for people.
+    pub(crate) fn summary(&self) -> String {
+        let ways = self.queues.iter().map(|queue| match queue.executed_by() {
+            ExecutedBy::Ring { epoch } => format!("a ring (epoch {epoch})"),
+            ExecutedBy::Virtqueue { refused: Some(why) } => format!("a virtqueue ({why:?})"),
+            ExecutedBy::Virtqueue { refused: None } => "a virtqueue".into(),
+            ExecutedBy::Nobody => "between two rings".into(),
+        });
+        let ways: Vec<String> = ways.zip(1..).map(|(way, index)| format!("queue {index} is {way}")).collect();
+        let again: u64 = self.queues.iter().map(|queue| queue.counters().resubmitted).sum();
+        format!("{}; requests sent again: {again}, server lost: {} times", ways.join(", "), self.disk.reconnects())
+    }
+
+    /// Copies.
+    ///
+    /// # Errors
+    ///
+    /// The disk or the other end fails; nothing came for too long; the program is to end.
+    pub(crate) fn run(&mut self, range: Range, mut direction: Direction<'_>, progress: &Progress) -> Result<()> {
+        let mut course = Course::default();
+        self.moved_bytes = 0;
+        let mut last_move = Instant::now();
+        loop {
+            while !course.is_all_begun && self.begin(&mut course, range, &mut direction)? {}
+            if course.is_all_begun && course.oldest == course.next {
+                return Ok(());
+            }
+            interrupt::check(self.moved_bytes)?;
+            progress.note_losses(self.disk.reconnects());
+            let before = self.moved_bytes;
+            self.finish(&mut course, range, &mut direction)?;
+            if self.moved_bytes > before {
+                progress.moved(self.moved_bytes - before);
+                last_move = Instant::now();
+            }
+            ensure!(
+                last_move.elapsed() < self.patience,
+                "nothing came from the server for {} s: is `ringpass serve` running, and is its disk free?",
+                self.patience.as_secs()
+            );
+        }
+    }
+
+    /// Begins the next block. False: there is no room for it now.
+    fn begin(&mut self, course: &mut Course, range: Range, direction: &mut Direction<'_>) -> Result<bool> {
+        let left_bytes = range.len_bytes.map_or(self.block_bytes, |len_bytes| len_bytes - course.begun_bytes);
+        let mut len_bytes = left_bytes.min(self.block_bytes);
+        if len_bytes == 0 {
+            course.is_all_begun = true;
+            return Ok(false);
+        }
+        let queue = queue_of(course.next, &mut self.queues);
+        if queue.outstanding() >= self.depth {
+            return Ok(false);
+        }
+        let Some(mut buffer) = self.buffers.pop() else { return Ok(false) };
+        let offset_bytes = range.offset_bytes + course.begun_bytes;
+        let mut operation = Operation::Read;
+        if let Direction::ToDisk { fill, zeroes } = direction {
+            operation = Operation::Write;
+            let bytes = buffer.bytes_mut(0, len_bytes).context("a buffer is as long as a block")?;
+            let filled_bytes = fill(bytes)? as u64;
+            if filled_bytes < len_bytes {
+                self.check_end(range, offset_bytes, filled_bytes)?;
+                course.is_all_begun = true;
+                len_bytes = filled_bytes;
+            }
+            let is_made = |disk: &&Disk| disk.geometry().write_zeroes_bytes_max > 0;
+            let bytes = &bytes[..usize::try_from(len_bytes)?];
+            if let Some(disk) = zeroes.filter(is_made).filter(|_| !bytes.is_empty() && is_zero(bytes)) {
+                disk.write_zeroes(offset_bytes, len_bytes, true)?;
+                course.early.insert(course.next, (buffer, len_bytes as u32));
+                course.take(len_bytes);
+                return Ok(true);
+            }
+            if len_bytes == 0 {
+                self.buffers.push(buffer);
+                return Ok(false);
+            }
+            let size_bytes = self.disk.geometry().size_bytes;
+            ensure!(
+                offset_bytes + len_bytes <= size_bytes,
+                "the input does not fit: the disk has {size_bytes} bytes, which are written"
+            );
+        }
+        let queue = queue_of(course.next, &mut self.queues);
+        if let Err(buffer) = queue.submit(operation, buffer, offset_bytes, len_bytes as u32, course.next) {
+            ensure!(
+                matches!(direction, Direction::FromDisk(_)),
+                "a queue takes fewer requests than it should: lower --depth"
+            );
+            self.buffers.push(buffer);
+            return Ok(false);
+        }
+        course.take(len_bytes);
+        Ok(true)
+    }
+
+    /// The input ended within a block.
+    fn check_end(&self, range: Range, offset_bytes: u64, filled_bytes: u64) -> Result<()> {
+        let total_bytes = offset_bytes - range.offset_bytes + filled_bytes;
+        if let Some(len_bytes) = range.len_bytes {
+            bail!("the input ended after {total_bytes} of {len_bytes} bytes");
+        }
+        let block_bytes = u64::from(self.disk.geometry().logical_block_bytes);
+        ensure!(
+            filled_bytes.is_multiple_of(block_bytes),
+            "the input ended after {total_bytes} bytes, which are no multiple of {block_bytes}, the bytes of a block of the disk: \
+             its end is not written"
+        );
+        Ok(())
+    }
+
+    /// Takes what has ended, waiting for it, and passes on what is in its turn.
+    fn finish(&mut self, course: &mut Course, range: Range, direction: &mut Direction<'_>) -> Result<()> {
+        // Nothing goes on before the oldest.
+        let is_due = course.early.contains_key(&course.oldest);
+        if !is_due && self.wait == WaitArg::Interrupt {
+            let done = queue_of(course.oldest, &mut self.queues).wait(LOOK);
+            done.into_iter().try_for_each(|done| note(done, course, range, self.block_bytes))?;
+        }
+        let mut is_idle = !is_due;
+        for queue in &mut self.queues {
+            queue.send();
+            while let Some(done) = queue.poll() {
+                is_idle = false;
+                note(done, course, range, self.block_bytes)?;
+            }
+            if let Some(fault) = queue.fault() {
+                bail!("{fault}");
+            }
+        }
+        if is_idle && self.wait == WaitArg::Poll {
+            std::thread::yield_now();
+        }
+        while let Some((mut buffer, len_bytes)) = course.early.remove(&course.oldest) {
+            if let Direction::FromDisk(put) = direction {
+                let bytes = buffer.bytes_mut(0, len_bytes.into()).context("a buffer is as long as a block")?;
+                put(course.oldest * self.block_bytes, bytes)?;
+            }
+            self.buffers.push(buffer);
+            self.moved_bytes += u64::from(len_bytes);
+            course.oldest += 1;
+            course.lengths.pop_front();
+        }
+        Ok(())
+    }
+}
+
+/// The queue of a block: each in its turn.
+fn queue_of(block: u64, queues: &mut [Queue]) -> &mut Queue {
+    let at = usize::try_from(block).unwrap_or(usize::MAX) % queues.len();
+    &mut queues[at]
+}
+
+impl Course {
+    fn take(&mut self, len_bytes: u64) {
+        self.next += 1;
+        self.begun_bytes += len_bytes;
+        self.lengths.push_back(len_bytes as u32);
+    }
+}
+
+/// A request has ended; it may not be its turn.
+fn note(done: Done, course: &mut Course, range: Range, block_bytes: u64) -> Result<()> {
+    let Done { tag, result, buffer } = done;
+    let place = range.offset_bytes + tag * block_bytes;
+    let moved_bytes = result.with_context(|| format!("the disk failed at byte {place}"))?;
+    let wanted_bytes = usize::try_from(tag - course.oldest).ok().and_then(|index| course.lengths.get(index));
+    ensure!(wanted_bytes == Some(&moved_bytes), "the disk did {moved_bytes} of {wanted_bytes:?} bytes at byte {place}");
+    course.early.insert(tag, (buffer, moved_bytes));
+    Ok(())
+}
