@@ -62,6 +62,8 @@ pub struct Usage {
     pub anonymous_bytes: u64,
     /// Mapped pages of files, in bytes, without shared memory (`RssFile`).
     pub file_bytes: u64,
+    /// Memory that is pinned for the kernel, in bytes (`VmPin`): that of guests, while there are rings.
+    pub pinned_bytes: u64,
     /// Open file descriptors.
     pub fds: usize,
     /// CPU time of all its threads so far, in nanoseconds (`/proc/PID/task/TID/schedstat`).
@@ -289,6 +291,7 @@ impl BrokerProcess {
         Ok(Usage {
             anonymous_bytes: bytes("RssAnon")?,
             file_bytes: bytes("RssFile")?,
+            pinned_bytes: bytes("VmPin")?,
             fds: fs::read_dir(directory.join("fd"))?.count(),
             cpu_ns,
         })
