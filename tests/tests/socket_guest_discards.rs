@@ -39,6 +39,9 @@ const OWN_BYTES: u64 = 8 * MIB;
 const VM_MIB: u64 = 256;
 /// How much of it is left when the balloon is inflated.
 const INFLATED_MIB: u64 = 192;
+/// Memory that can be plugged into it, and how much of it is.
+const PLUGGABLE_MIB: u64 = 256;
+const PLUGGED_MIB: u64 = 128;
 /// Where the process offers it: no matter, but not where its own is.
 const VM_GPA: u64 = 4 << 30;
 /// From the first discard to the error in the log. The broker looks twenty times a second.
@@ -58,6 +61,7 @@ fn main() -> ExitCode {
     harness::run(vec![
         with("an_inflated_balloon_ends_direct_mode_until_the_device_is_reset", balloon),
         with("free_page_reporting_ends_direct_mode_until_the_device_is_reset", free_page_reporting),
+        with("memory_that_virtio_mem_unplugs_ends_direct_mode_until_the_device_is_reset", virtio_mem),
     ])
 }
 
@@ -273,4 +277,46 @@ fn free_page_reporting() -> Result<()> {
         ends_direct_mode(&scene, &mut guest, driver, begin, end)?;
         guest.shut_down()
     })())
+}
+
+fn virtio_mem() -> Result<()> {
+    let scene = Scene::new(PLUGGABLE_MIB * MIB)?;
+    scene.broker.explain((|| {
+        let path = scene.memory.path();
+        let config = LinuxGuestConfig {
+            memory_mib: VM_MIB as u32,
+            memory_max_mib: Some((VM_MIB + PLUGGABLE_MIB) as u32),
+            objects: vec![format!(
+                "memory-backend-file,id=pluggable,size={PLUGGABLE_MIB}M,mem-path={},share=on",
+                path.display()
+            )],
+            devices: vec!["virtio-mem-pci,id=plugged,memdev=pluggable".to_owned()],
+            ..LinuxGuestConfig::default()
+        };
+        let mut guest = LinuxGuest::boot(&config)?;
+        guest.run("load-module virtio_mem")?;
+        await_plugged(&mut guest, PLUGGED_MIB)?;
+        // QEMU offers the whole region to its back-ends, so that what is not plugged is pinned, too.
+        let driver = scene.connect(Seed::from_env_or_random())?;
+        let unplug = |guest: &mut LinuxGuest| request_plugged(guest, 0);
+        let plug = |guest: &mut LinuxGuest| await_plugged(guest, PLUGGED_MIB);
+        ends_direct_mode(&scene, &mut guest, driver, unplug, plug)?;
+        guest.shut_down()
+    })())
+}
+
+fn request_plugged(guest: &mut LinuxGuest, mib: u64) -> Result<()> {
+    let property = json!({"path": "/machine/peripheral/plugged", "property": "requested-size", "value": mib * MIB});
+    guest.qmp(json!({"execute": "qom-set", "arguments": property})).map(drop)
+}
+
+fn await_plugged(guest: &mut LinuxGuest, mib: u64) -> Result<()> {
+    request_plugged(guest, mib)?;
+    let property = json!({"path": "/machine/peripheral/plugged", "property": "size"});
+    let start = Instant::now();
+    while guest.qmp(json!({"execute": "qom-get", "arguments": property}))? != mib * MIB {
+        ensure!(start.elapsed() < LIMIT, "the guest does not plug what it is to");
+        guest.let_run(Duration::from_millis(10))?;
+    }
+    Ok(())
 }
