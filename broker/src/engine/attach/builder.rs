@@ -16,7 +16,7 @@ use ringpass_guest_abi::request::ErrorCode;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use super::discards::DiscardWatch;
+use super::discards::{DiscardWatch, Discarded};
 use super::{AttachConfig, AttachmentId, Gate, LiveRing, Refused, WorkerSender};
 use crate::direct::{DirectDevice, QueueConfig, QueuePlacement};
 use crate::disk::Disk;
@@ -75,6 +75,7 @@ struct Builder {
     /// What a guest can bring about as often as it likes.
     refusals: LogLimit,
     pinnings: LogLimit,
+    discards: LogLimit,
 }
 
 /// The guest's memory, pinned, and the rings over it.
@@ -95,10 +96,18 @@ pub(in crate::engine) fn start(
         .spawn(move || {
             // Signals are for the program's own threads.
             let _ = SigSet::all().thread_block();
-            let (refusals, pinnings) = (LogLimit::new(), LogLimit::new());
-            let mut builder =
-                Builder { config, gate, workers, memory: None, disk: None, pinned: None, refusals, pinnings };
-            builder.run(&orders);
+            Builder {
+                config,
+                gate,
+                workers,
+                memory: None,
+                disk: None,
+                pinned: None,
+                refusals: LogLimit::new(),
+                pinnings: LogLimit::new(),
+                discards: LogLimit::new(),
+            }
+            .run(&orders);
         })
         .map_err(EngineError::Thread)?;
     Ok(sender)
@@ -117,7 +126,8 @@ impl Builder {
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => return,
             }
-            self.look();
+            self.gate.sample();
+            self.look_for_discards();
         }
     }
 
@@ -144,11 +154,13 @@ impl Builder {
                 let _ = done.send(());
             }
             Order::SetDisk { disk, done } => {
-                self.pinned = None;
+                self.unpin();
                 self.disk = disk;
                 let _ = done.send(());
             }
-            Order::Unpin => self.pinned = None,
+            // The next queue may have been attached since this was ordered.
+            Order::Unpin if self.gate.is_in_use() => {}
+            Order::Unpin => self.unpin(),
         }
     }
 
@@ -167,10 +179,14 @@ impl Builder {
             doorbell: Some(eventfd_of(&doorbell).map_err(|error| refused(&error))?),
             completion: call,
         };
-        let device = self.device()?;
+        let Pinned { device, watch } = self.pinned()?;
         let others = device.ends();
         match device.attach(config) {
-            Ok(queue) => Ok(Built { ring: LiveRing { epoch, queue, doorbell }, call_generation }),
+            Ok(queue) => {
+                // Pinned by now, whether for all rings or for this one.
+                watch.expect_all();
+                Ok(Built { ring: LiveRing { epoch, queue, doorbell }, call_generation })
+            }
             Err(error) => {
                 // The driver gets its areas back with the refusal. A ring that failed half-way has no I/O, so it ends soon.
                 let ends = device.ends();
@@ -180,13 +196,13 @@ impl Builder {
         }
     }
 
-    /// The device that makes rings; the guest's memory is pinned for the first of them.
-    fn device(&mut self) -> Result<&DirectDevice, Refused> {
+    /// What makes rings; the guest's memory is pinned for the first of them.
+    fn pinned(&mut self) -> Result<&mut Pinned, Refused> {
         if self.pinned.is_none() {
             self.pinned = Some(self.pin()?);
         }
         // It is there now.
-        self.pinned.as_ref().map(|pinned| &pinned.device).ok_or_else(|| refused(&MemoryError::NoRegions.into()))
+        self.pinned.as_mut().ok_or_else(|| refused(&MemoryError::NoRegions.into()))
     }
 
     fn pin(&self) -> Result<Pinned, Refused> {
@@ -196,11 +212,11 @@ impl Builder {
         };
         let regions = regions(memory);
         let memory = GuestMemory::new(regions.clone()).map_err(|error| refused(&error.into()))?;
-        let device = DirectDevice::new(disk.clone(), &memory, self.config.policy.clone(), self.config.direct)
-            .map_err(|error| refused(&error))?;
         let watch = DiscardWatch::new(&regions).map_err(|error| {
             refused(&RingError::System { what: "looking at a file of guest memory", source: error })
         })?;
+        let device = DirectDevice::new(disk.clone(), &memory, self.config.policy.clone(), self.config.direct)
+            .map_err(|error| refused(&error))?;
         if let Some(total) = self.pinnings.count() {
             let bytes = memory.len_bytes();
             tracing::info!(
@@ -217,15 +233,17 @@ impl Builder {
     fn set_memory(&mut self, memory: Arc<DeviceMemory>) {
         let regions = regions(&memory);
         self.memory = Some(memory);
-        let Some(pinned) = &mut self.pinned else { return };
-        if !pinned.device.ends().iter().any(is_open) {
+        if self.pinned.as_ref().is_some_and(|pinned| !pinned.device.ends().iter().any(is_open)) {
             // Nothing runs: what is pinned is only in the way.
-            self.pinned = None;
-            return;
+            self.unpin();
         }
+        // What leaves is not looked at any more.
+        self.look_for_discards();
+        let Some(pinned) = &mut self.pinned else { return };
         let changed = pinned.device.set_memory(regions.clone()).map_err(|error| error.to_string());
-        if let Err(error) = changed.and_then(|()| pinned.watch.set_regions(&regions).map_err(|error| error.to_string()))
-        {
+        let changed = changed.and_then(|()| pinned.watch.set_regions(&regions).map_err(|error| error.to_string()));
+        pinned.watch.expect_all();
+        if let Err(error) = changed {
             tracing::warn!("rings end, because the guest's memory changed in a way that they cannot follow: {error}");
             self.workers.send_to_all(|| Command::EndRings { reason: ErrorCode::Memory });
             // A ring that still runs keeps its memory until it ends.
@@ -233,20 +251,34 @@ impl Builder {
         }
     }
 
-    fn look(&mut self) {
-        self.gate.sample();
-        let Some(discarded) = self.pinned.as_mut().and_then(|pinned| pinned.watch.look()) else { return };
-        if !self.gate.note_discard() {
-            return;
+    /// Nothing stays pinned. A discard that is noticed only now is told; there is no ring to be taken away.
+    fn unpin(&mut self) {
+        if let Some(discarded) = self.pinned.take().and_then(|mut pinned| pinned.watch.look()) {
+            self.tell(&discarded);
         }
-        tracing::error!(
-            bytes = discarded.bytes,
-            "guest memory was discarded while rings had it pinned: data that the guest wrote or read through a ring since \
-             then may be wrong. Direct mode ends, and does not come back before the driver resets the device. A balloon, \
-             free page reporting, virtio-mem and postcopy do this: use a guest without them, or --mode virtqueue"
-        );
+    }
+
+    fn look_for_discards(&mut self) {
+        let Some(discarded) = self.pinned.as_mut().and_then(|pinned| pinned.watch.look()) else { return };
+        // First, so that no ring is asked for in between.
+        self.gate.note_discard();
+        self.tell(&discarded);
         self.workers.send_to_all(|| Command::FinishRings { reason: ErrorCode::Discarded, done: None });
         self.pinned = None;
+    }
+
+    fn tell(&self, discarded: &Discarded) {
+        // A guest with a balloon can reset its device as often as it likes.
+        if let Some(total) = self.discards.count() {
+            tracing::error!(
+                bytes = discarded.bytes,
+                total,
+                "guest memory was discarded while rings had it pinned: data that the guest wrote or read through a ring since \
+                 then may be wrong. Direct mode ends, and does not come back before the driver resets the device. A balloon, \
+                 free page reporting, virtio-mem and postcopy do this: use a guest without them, or --mode virtqueue \
+                 ({total} times so far)"
+            );
+        }
     }
 }
 
