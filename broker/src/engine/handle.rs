@@ -71,7 +71,7 @@ pub struct EngineControl {
     workers: Arc<[CommandSender]>,
     counters: Arc<[Arc<QueueCounters>]>,
     shared: Arc<Shared>,
-    attach: Option<Attach>,
+    pub(super) attach: Option<Attach>,
 }
 
 impl Engine {
@@ -400,6 +400,10 @@ impl Device for Engine {
         self.started.fill(None);
         self.memory = None;
         self.control.send_to_all(|| Command::Abandon);
+        if let Some(attach) = &self.control.attach {
+            // The next front-end may have another guest. If it is the same one, its discards show again.
+            attach.gate.begin_again();
+        }
         self.source.stop_waiting();
     }
 

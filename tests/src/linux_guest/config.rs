@@ -11,11 +11,17 @@ pub struct LinuxGuestConfig {
     pub kernel: KernelSeries,
     /// The guest's RAM in MiB: one memfd, shared with the back-ends.
     pub memory_mib: u32,
+    /// A file on tmpfs, of that length, that is the guest's RAM instead.
+    pub memory_file: Option<PathBuf>,
+    /// How much RAM it can have with what is plugged, in MiB; more than it has, for devices that bring some.
+    pub memory_max_mib: Option<u32>,
     /// Virtual CPUs.
     pub cpus: u32,
     /// Disks whose back-ends are other processes, each behind a PCIe port of its own, so that it can be unplugged. They
     /// are `/dev/vda`, `/dev/vdb`, … in this order.
     pub disks: Vec<VhostUserDisk>,
+    /// Objects that devices need, as values of QEMU's `-object`.
+    pub objects: Vec<String>,
     /// Further devices, as values of QEMU's `-device`.
     pub devices: Vec<String>,
     /// Further words of the kernel's command line.
@@ -32,8 +38,11 @@ impl Default for LinuxGuestConfig {
         Self {
             kernel: KernelSeries::Linux6_12,
             memory_mib: 512,
+            memory_file: None,
+            memory_max_mib: None,
             cpus: 2,
             disks: Vec::new(),
+            objects: Vec::new(),
             devices: Vec::new(),
             kernel_arguments: Vec::new(),
             kernel_image: None,
@@ -173,8 +182,13 @@ pub(super) fn arguments(
         Accelerator::Tcg => add(&["-accel", "tcg,thread=multi", "-cpu", "Nehalem"]),
     }
     let memory_mib = config.memory_mib;
-    add(&["-smp", &config.cpus.to_string(), "-m", &memory_mib.to_string()]);
-    add(&["-object", &format!("memory-backend-memfd,id=ram,size={memory_mib}M,share=on")]);
+    let most = config.memory_max_mib.map(|mib| format!(",maxmem={mib}M")).unwrap_or_default();
+    add(&["-smp", &config.cpus.to_string(), "-m", &format!("{memory_mib}M{most}")]);
+    let backend = match &config.memory_file {
+        None => "memory-backend-memfd".to_owned(),
+        Some(file) => format!("memory-backend-file,mem-path={}", value(file)),
+    };
+    add(&["-object", &format!("{backend},id=ram,size={memory_mib}M,share=on")]);
     add(&["-qmp", &format!("unix:{},server=on,wait=off", value(&places.qmp()))]);
     add(&["-serial", &format!("file:{}", value(&places.console()))]);
     add(&["-chardev", &format!("socket,id=agent,path={},server=on,wait=off", value(&places.agent()))]);
@@ -203,6 +217,9 @@ pub(super) fn arguments(
         let chassis: u32 = slot;
         add(&["-device", &format!("pcie-root-port,id={},chassis={chassis},slot={slot}", disk.port())]);
         add(&["-chardev", &disk.chardev(qemu), "-device", &disk.device()]);
+    }
+    for object in &config.objects {
+        add(&["-object", object]);
     }
     for device in &config.devices {
         add(&["-device", device]);

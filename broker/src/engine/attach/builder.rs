@@ -15,7 +15,7 @@ use ringpass_guest_abi::request::ErrorCode;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use super::discards::DiscardWatch;
+use super::discards::{DiscardWatch, Discarded};
 use super::{AttachConfig, AttachmentId, Gate, LiveRing, Refused, WorkerSender};
 use crate::direct::{DirectDevice, QueueConfig, QueuePlacement};
 use crate::disk::Disk;
@@ -86,6 +86,7 @@ struct Builder {
     /// What a guest can bring about as often as it likes.
     refusals: LogLimit,
     pinnings: LogLimit,
+    discards: LogLimit,
 }
 
 /// The guest's memory, pinned, and the rings over it.
@@ -116,7 +117,9 @@ impl Pinned {
     fn follow(&mut self, regions: &[RegionConfig]) -> Result<(), RingError> {
         self.device.set_memory(regions.iter().cloned())?;
         let looking = RingError::system("looking at a file of guest memory");
-        self.watch.set_regions(regions).map_err(looking)
+        self.watch.set_regions(regions).map_err(looking)?;
+        self.watch.expect_all();
+        Ok(())
     }
 
     /// Waits until requests that were under way have ended and with them what they kept pinned. False: they take long, or
@@ -150,8 +153,7 @@ pub(in crate::engine) fn start(
             leave_signals_to_others();
             // Queues and the front-end wait for what this thread does.
             let _guard = AbortOnPanic;
-            let (refusals, pinnings) = (LogLimit::new(), LogLimit::new());
-            let mut builder = Builder {
+            Builder {
                 config,
                 gate,
                 workers,
@@ -159,10 +161,11 @@ pub(in crate::engine) fn start(
                 disk: None,
                 pinned: None,
                 ending: Vec::new(),
-                refusals,
-                pinnings,
-            };
-            builder.run(&orders);
+                refusals: LogLimit::new(),
+                pinnings: LogLimit::new(),
+                discards: LogLimit::new(),
+            }
+            .run(&orders);
         })
         .map_err(EngineError::Thread)?;
     Ok(sender)
@@ -181,7 +184,8 @@ impl Builder {
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => return,
             }
-            self.look();
+            self.gate.sample();
+            self.look_for_discards();
         }
     }
 
@@ -233,10 +237,14 @@ impl Builder {
             doorbell: Some(eventfd_of(&doorbell).map_err(|error| refused(&error))?),
             completion: call,
         };
-        let device = self.device()?;
+        let Pinned { device, watch } = self.pinned()?;
         let others = device.ends();
         match device.attach(config) {
-            Ok(queue) => Ok(Built { ring: LiveRing { epoch, queue, doorbell }, call_generation }),
+            Ok(queue) => {
+                // Pinned by now, whether for all rings or for this one.
+                watch.expect_all();
+                Ok(Built { ring: LiveRing { epoch, queue, doorbell }, call_generation })
+            }
             Err(error) => {
                 // The driver gets its areas back with the refusal. A ring that failed half-way has no I/O, so it ends soon.
                 let ends = device.ends();
@@ -246,13 +254,13 @@ impl Builder {
         }
     }
 
-    /// The device that makes rings; the guest's memory is pinned for the first of them.
-    fn device(&mut self) -> Result<&DirectDevice, Refused> {
+    /// What makes rings; the guest's memory is pinned for the first of them.
+    fn pinned(&mut self) -> Result<&mut Pinned, Refused> {
         if self.pinned.is_none() {
             self.pinned = Some(self.pin()?);
         }
         // It is there now.
-        self.pinned.as_ref().map(|pinned| &pinned.device).ok_or_else(|| refused(&MemoryError::NoRegions.into()))
+        self.pinned.as_mut().ok_or_else(|| refused(&MemoryError::NoRegions.into()))
     }
 
     fn pin(&self) -> Result<Pinned, Refused> {
@@ -267,11 +275,11 @@ impl Builder {
         }
         let regions = regions(memory);
         let memory = GuestMemory::new(regions.clone()).map_err(|error| refused(&error.into()))?;
-        let device = DirectDevice::new(disk.clone(), &memory, self.config.policy.clone(), self.config.direct)
-            .map_err(|error| refused(&error))?;
         let watch = DiscardWatch::new(&regions).map_err(|error| {
             refused(&RingError::System { what: "looking at a file of guest memory", source: error })
         })?;
+        let device = DirectDevice::new(disk.clone(), &memory, self.config.policy.clone(), self.config.direct)
+            .map_err(|error| refused(&error))?;
         if let Some(total) = self.pinnings.count() {
             let bytes = memory.len_bytes();
             tracing::info!(
@@ -290,11 +298,14 @@ impl Builder {
         // A front-end that is gone is not answered, and the next one does not wait for its rings.
         let is_gone = regions.is_empty();
         self.memory = Some(memory);
+        if self.pinned.as_ref().is_some_and(|pinned| !pinned.device.ends().iter().any(is_open)) {
+            // Nothing runs: what is pinned is only in the way.
+            self.unpin();
+        }
+        // What leaves is not looked at any more.
+        self.look_for_discards();
         if let Some(mut pinned) = self.pinned.take() {
-            if !pinned.device.ends().iter().any(is_open) {
-                // Nothing runs: what is pinned is only in the way.
-                self.let_go(pinned);
-            } else if pinned.has_followed(&regions, loses_some) {
+            if pinned.has_followed(&regions, loses_some) {
                 self.pinned = Some(pinned);
             } else {
                 self.workers.send_to_all(|| Command::EndRings { reason: ErrorCode::Memory });
@@ -308,10 +319,13 @@ impl Builder {
         }
     }
 
+    /// Nothing stays pinned. A discard that is noticed only now is told; there is no ring to be taken away.
     fn unpin(&mut self) {
-        if let Some(pinned) = self.pinned.take() {
-            self.let_go(pinned);
+        let Some(mut pinned) = self.pinned.take() else { return };
+        if let Some(discarded) = pinned.watch.look() {
+            self.tell(&discarded);
         }
+        self.let_go(pinned);
     }
 
     /// A ring that still runs keeps its memory until it ends.
@@ -320,20 +334,27 @@ impl Builder {
         self.ending.extend(pinned.device.ends());
     }
 
-    fn look(&mut self) {
-        self.gate.sample();
+    fn look_for_discards(&mut self) {
         let Some(discarded) = self.pinned.as_mut().and_then(|pinned| pinned.watch.look()) else { return };
-        if !self.gate.note_discard() {
-            return;
-        }
-        tracing::error!(
-            bytes = discarded.bytes,
-            "guest memory was discarded while rings had it pinned: data that the guest wrote or read through a ring since \
-             then may be wrong. Direct mode ends, and does not come back before the driver resets the device. A balloon, \
-             free page reporting, virtio-mem and postcopy do this: use a guest without them, or --mode virtqueue"
-        );
+        // First, so that no ring is asked for in between.
+        self.gate.note_discard();
+        self.tell(&discarded);
         self.workers.send_to_all(|| Command::FinishRings { reason: ErrorCode::Discarded, done: None });
         self.unpin();
+    }
+
+    fn tell(&self, discarded: &Discarded) {
+        // A guest with a balloon can reset its device as often as it likes.
+        if let Some(total) = self.discards.count() {
+            tracing::error!(
+                bytes = discarded.bytes,
+                total,
+                "guest memory was discarded while rings had it pinned: data that the guest wrote or read through a ring since \
+                 then may be wrong. Direct mode ends, and does not come back before the driver resets the device. A balloon, \
+                 free page reporting, virtio-mem and postcopy do this: use a guest without them, or --mode virtqueue \
+                 ({total} times so far)"
+            );
+        }
     }
 }
 

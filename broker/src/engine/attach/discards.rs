@@ -2,15 +2,33 @@
 //!
 //! A balloon, free page reporting, virtio-mem and postcopy punch holes into the file of guest memory. The guest then has
 //! new pages where a ring still uses the old ones, and neither of the two fails. The kernel tells nobody; what can be seen is
-//! that the file has fewer blocks (`st_blocks`). All pages are there when they are pinned, and the pins themselves never take
-//! one away, so a number that falls means a discard. (Pages that come to another part of the file at the same time can
-//! hide one: it is then seen when the next falls.)
+//! that the file has fewer blocks (`st_blocks`). All pages are there when they are pinned, so there is a number below which a
+//! file cannot be; and the pins themselves never take one away, so a number that falls means a discard.
+//!
+//! What takes pages away without anybody's doing does not touch these: pinned pages are neither swapped out nor dropped. (A page
+//! of tmpfs in swap counts on. One that was never written can be dropped, and then counts no more.) A hole in a part of a huge
+//! page is filled with zeroes in place, and nothing is taken away, neither from the guest nor from a ring.
+//!
+//! The blocks of a file are one number. What happens in parts of it that are not memory of this guest (any more) counts as well:
+//! the alarm may be false.
+//!
+//! What is not seen:
+//! - a page that is discarded and comes back between two looks;
+//! - pages for which as many come between two looks, if the file has parts that are not memory of this guest, and those are
+//!   filled: QEMU's hole below 1 MiB, a file for several guests.
+//!
+//! Neither lasts. Whoever discards goes on, and leaves memory discarded, since that is what it is for.
 
 use std::fs::File;
 use std::io;
 use std::sync::Arc;
 
+use rustix::fs::Stat;
+
 use crate::memory::RegionConfig;
+
+/// The unit of `st_blocks`.
+const BLOCK_BYTES: u64 = 512;
 
 /// The files of pinned memory, and how many blocks they had.
 #[derive(Debug, Default)]
@@ -21,8 +39,12 @@ pub(super) struct DiscardWatch {
 #[derive(Debug)]
 struct Watched {
     file: Arc<File>,
-    /// The most that were seen, in 512 bytes.
+    /// The file behind the descriptor: device and inode. A front-end gives a descriptor of its own for each region.
+    identity: (u64, u64),
+    /// How many there were last, in 512 bytes, or must be.
     blocks: u64,
+    /// How many the memory of the guest has.
+    memory_blocks: u64,
 }
 
 /// Memory that was discarded.
@@ -33,7 +55,7 @@ pub(super) struct Discarded {
 }
 
 impl DiscardWatch {
-    /// Watches the files of memory that was just pinned.
+    /// Watches the files of memory that is about to be pinned, or was.
     pub(super) fn new(regions: &[RegionConfig]) -> io::Result<Self> {
         let mut watch = Self::default();
         watch.set_regions(regions)?;
@@ -43,19 +65,32 @@ impl DiscardWatch {
     /// Watches other files from now on; those that stay keep what was seen of them.
     pub(super) fn set_regions(&mut self, regions: &[RegionConfig]) -> io::Result<()> {
         let mut files: Vec<Watched> = Vec::new();
-        for RegionConfig { file, .. } in regions {
-            if files.iter().any(|watched| Arc::ptr_eq(&watched.file, file)) {
-                continue;
-            }
-            let before = self.files.iter().find(|watched| Arc::ptr_eq(&watched.file, file));
-            let blocks = match before {
-                Some(watched) => watched.blocks,
-                None => blocks(file)?,
-            };
-            files.push(Watched { file: file.clone(), blocks });
+        let mut ranges: Vec<Vec<(u64, u64)>> = Vec::new();
+        for &RegionConfig { ref file, file_offset_bytes, len_bytes, .. } in regions {
+            let stat = stat(file)?;
+            let identity = identity(&stat);
+            let known = files.iter().position(|watched| watched.identity == identity);
+            let index = known.unwrap_or_else(|| {
+                let before = self.files.iter().find(|watched| watched.identity == identity);
+                let blocks = before.map_or_else(|| blocks(&stat), |watched| watched.blocks);
+                files.push(Watched { file: file.clone(), identity, blocks, memory_blocks: 0 });
+                ranges.push(Vec::new());
+                files.len() - 1
+            });
+            ranges[index].push((file_offset_bytes, file_offset_bytes + len_bytes));
+        }
+        for (watched, ranges) in files.iter_mut().zip(ranges) {
+            watched.memory_blocks = covered_bytes(ranges) / BLOCK_BYTES;
         }
         self.files = files;
         Ok(())
+    }
+
+    /// All memory is pinned now: what is not there of it was discarded, even if nobody has looked before.
+    pub(super) fn expect_all(&mut self) {
+        for watched in &mut self.files {
+            watched.blocks = watched.blocks.max(watched.memory_blocks);
+        }
     }
 
     /// Looks at all files. `None`: nothing was discarded since the last time.
@@ -63,16 +98,36 @@ impl DiscardWatch {
         let mut lost_blocks = 0;
         for watched in &mut self.files {
             // A file that cannot be looked at is as it was: fstat(2) of an open file does not fail.
-            let Ok(now) = blocks(&watched.file) else { continue };
+            let Ok(stat) = stat(&watched.file) else { continue };
+            let now = blocks(&stat);
             lost_blocks += watched.blocks.saturating_sub(now);
             watched.blocks = now;
         }
-        (lost_blocks > 0).then_some(Discarded { bytes: lost_blocks * 512 })
+        (lost_blocks > 0).then_some(Discarded { bytes: lost_blocks * BLOCK_BYTES })
     }
 }
 
-fn blocks(file: &File) -> io::Result<u64> {
-    Ok(u64::try_from(rustix::fs::fstat(file)?.st_blocks).unwrap_or_default())
+fn stat(file: &File) -> io::Result<Stat> {
+    Ok(rustix::fs::fstat(file)?)
+}
+
+fn identity(stat: &Stat) -> (u64, u64) {
+    (stat.st_dev, stat.st_ino)
+}
+
+fn blocks(stat: &Stat) -> u64 {
+    u64::try_from(stat.st_blocks).unwrap_or_default()
+}
+
+/// How many bytes are in at least one of the ranges.
+fn covered_bytes(mut ranges: Vec<(u64, u64)>) -> u64 {
+    ranges.sort_unstable();
+    let (mut covered_bytes, mut reached) = (0, 0);
+    for (start, end) in ranges {
+        covered_bytes += end.saturating_sub(start.max(reached));
+        reached = reached.max(end);
+    }
+    covered_bytes
 }
 
 #[cfg(test)]
@@ -83,16 +138,33 @@ mod tests {
 
     const PAGES: u64 = 16;
 
-    fn memory() -> RegionConfig {
+    /// Memory of which no page is there.
+    fn sparse() -> RegionConfig {
         let file = File::from(memfd_create("ringpass-test", MemfdFlags::CLOEXEC).unwrap());
         file.set_len(PAGES * 4096).unwrap();
-        fallocate(&file, FallocateFlags::empty(), 0, PAGES * 4096).unwrap();
         RegionConfig { gpa: 0, len_bytes: PAGES * 4096, file: Arc::new(file), file_offset_bytes: 0 }
+    }
+
+    /// Memory of which all pages are there.
+    fn memory() -> RegionConfig {
+        let region = sparse();
+        fill(&region, 0, PAGES);
+        region
+    }
+
+    fn fill(region: &RegionConfig, page: u64, pages: u64) {
+        fallocate(&*region.file, FallocateFlags::empty(), page * 4096, pages * 4096).unwrap();
     }
 
     fn punch(region: &RegionConfig, page: u64) {
         let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
         fallocate(&*region.file, flags, page * 4096, 4096).unwrap();
+    }
+
+    /// A part of a region, with a descriptor of its own.
+    fn part(region: &RegionConfig, page: u64, pages: u64) -> RegionConfig {
+        let file = Arc::new(region.file.try_clone().unwrap());
+        RegionConfig { gpa: page * 4096, len_bytes: pages * 4096, file, file_offset_bytes: page * 4096 }
     }
 
     #[test]
@@ -106,11 +178,60 @@ mod tests {
     }
 
     #[test]
+    fn pages_that_come_are_no_matter() {
+        let region = sparse();
+        let mut watch = DiscardWatch::new(std::slice::from_ref(&region)).unwrap();
+        assert_eq!(watch.look(), None);
+        fill(&region, 0, PAGES);
+        watch.expect_all();
+        assert_eq!(watch.look(), None);
+    }
+
+    #[test]
+    fn a_page_that_is_discarded_before_anybody_looks_is_noticed() {
+        let region = sparse();
+        let mut watch = DiscardWatch::new(std::slice::from_ref(&region)).unwrap();
+        // Pinned, and at once discarded.
+        fill(&region, 0, PAGES);
+        punch(&region, 3);
+        watch.expect_all();
+        assert_eq!(watch.look(), Some(Discarded { bytes: 4096 }));
+    }
+
+    #[test]
+    fn a_file_with_several_regions_is_one() {
+        let region = memory();
+        let parts = [part(&region, 0, 6), part(&region, 6, 10), part(&region, 2, 4)];
+        let mut watch = DiscardWatch::new(&parts).unwrap();
+        watch.expect_all();
+        assert_eq!(watch.look(), None, "what two regions share is there once");
+        punch(&region, 3);
+        assert_eq!(watch.look(), Some(Discarded { bytes: 4096 }));
+    }
+
+    #[test]
+    fn memory_that_comes_does_not_hide_a_discard() {
+        let region = sparse();
+        fill(&region, 0, 8);
+        let mut watch = DiscardWatch::new(&[part(&region, 0, 8)]).unwrap();
+        // The other half comes and is pinned, while the guest discards in the first.
+        fill(&region, 8, 8);
+        punch(&region, 3);
+        watch.set_regions(&[part(&region, 0, 8), part(&region, 8, 8)]).unwrap();
+        watch.expect_all();
+        assert_eq!(watch.look(), Some(Discarded { bytes: 4096 }));
+    }
+
+    #[test]
     fn a_discard_between_two_tables_is_noticed() {
         let regions = [memory(), memory()];
         let mut watch = DiscardWatch::new(&regions[..1]).unwrap();
         punch(&regions[0], 0);
         watch.set_regions(&regions).unwrap();
+        assert_eq!(watch.look(), Some(Discarded { bytes: 4096 }));
+        // Also if the region has left and come back meanwhile, with another descriptor.
+        punch(&regions[1], 0);
+        watch.set_regions(&[part(&regions[1], 0, PAGES)]).unwrap();
         assert_eq!(watch.look(), Some(Discarded { bytes: 4096 }));
     }
 

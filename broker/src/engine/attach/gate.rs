@@ -119,11 +119,6 @@ impl Gate {
         state.queues.iter().all(|queue| queue.ranges.is_none())
     }
 
-    /// Whether some queue has ranges.
-    pub(in crate::engine) fn is_in_use(&self) -> bool {
-        self.state().queues.iter().any(|queue| queue.ranges.is_some())
-    }
-
     /// Notes where the epochs of a queue are.
     pub(in crate::engine) fn note_state(&self, queue: u16, machine: State) {
         self.state().queues[usize::from(queue)].machine = Some(machine);
@@ -171,12 +166,17 @@ impl Gate {
         was_closed && state.closed().is_none()
     }
 
-    /// Memory was discarded while it was pinned: no rings until [`begin_again`](Self::begin_again). False: that was known.
-    pub(in crate::engine) fn note_discard(&self) -> bool {
-        !std::mem::replace(&mut self.state().is_discarded, true)
+    /// Whether a queue has ranges.
+    pub(in crate::engine) fn is_in_use(&self) -> bool {
+        self.state().queues.iter().any(|queue| queue.ranges.is_some())
     }
 
-    /// The driver has reset the device: it has no requests that could have been touched.
+    /// Memory was discarded while it was pinned: no rings until [`begin_again`](Self::begin_again).
+    pub(in crate::engine) fn note_discard(&self) {
+        self.state().is_discarded = true;
+    }
+
+    /// The driver has reset the device, or the front-end is another one: there are no requests that could have been touched.
     pub(in crate::engine) fn begin_again(&self) {
         self.state().is_discarded = false;
     }
@@ -261,8 +261,8 @@ mod tests {
             assert_eq!(error.code, ErrorCode::Busy, "page {first}");
         }
         gate.enter(2, &geometry(15)).unwrap();
-        assert!(!gate.leave(1));
-        assert!(gate.leave(2), "it was the last one");
+        assert!(!gate.leave(1) && gate.is_in_use());
+        assert!(gate.leave(2) && !gate.is_in_use(), "it was the last one");
         gate.enter(2, &geometry(10)).unwrap();
     }
 
@@ -272,8 +272,7 @@ mod tests {
         assert!(!gate.set_logging(false), "it was open");
         assert!(!gate.set_logging(true));
         assert_eq!(gate.enter(1, &geometry(0)).unwrap_err().code, ErrorCode::Mode);
-        assert!(gate.note_discard());
-        assert!(!gate.note_discard(), "that is known");
+        gate.note_discard();
         assert!(!gate.set_logging(false), "discarded memory keeps it closed");
         assert_eq!(gate.enter(1, &geometry(0)).unwrap_err().code, ErrorCode::Discarded);
         gate.begin_again();

@@ -8,7 +8,6 @@ use ringpass_guest_abi::epoch::driver::State;
 use ringpass_guest_abi::probe::{MAGIC, VERSION};
 use ringpass_guest_abi::request::{EVENT_QUEUES, ErrorCode, T_ATTACH, T_EVENT, T_PROBE};
 use ringpass_restrictions::{Access, BuiltIn};
-use rustix::fs::{FallocateFlags, fallocate};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
@@ -22,7 +21,7 @@ use crate::memory::{IOVA_BASE, Sharing};
 use crate::ring::{IoWorkers, SqThreadConfig};
 use crate::vhost_user::{Device, DeviceMemory};
 
-fn attach_config() -> AttachConfig {
+pub(super) fn attach_config() -> AttachConfig {
     let support = kernel::support().unwrap();
     let policy = BuiltIn::Direct(Access::ReadWrite).policy().compile(&support).unwrap();
     let idle = Duration::from_millis(5);
@@ -34,7 +33,7 @@ fn attach_config() -> AttachConfig {
     AttachConfig::new(direct, policy).unwrap()
 }
 
-fn rig(queues: u16, workers: usize) -> Rig {
+pub(super) fn rig(queues: u16, workers: usize) -> Rig {
     Rig::new(Options { queues, workers, attach: Some(attach_config()), ..Options::default() })
 }
 
@@ -47,7 +46,7 @@ fn start(rig: &mut Rig, index: u16, queue: &DriverQueue, next_avail: u16) {
     rig.engine.set_enabled(index, true);
 }
 
-fn first_queue(rig: &mut Rig) -> FirstQueue {
+pub(super) fn first_queue(rig: &mut Rig) -> FirstQueue {
     let queue = queue(rig, 0);
     start(rig, 0, &queue, 0);
     FirstQueue::new(&rig.ram, queue)
@@ -60,14 +59,14 @@ fn ring_driver(rig: &mut Rig, index: u16) -> RingDriver {
 }
 
 /// A queue whose ring is open.
-fn attached(rig: &mut Rig, index: u16) -> RingDriver {
+pub(super) fn attached(rig: &mut Rig, index: u16) -> RingDriver {
     let mut driver = ring_driver(rig, index);
     driver.attach();
     driver.wait_open();
     driver
 }
 
-fn verify(rig: &Rig, driver: &mut RingDriver, generation: u64) {
+pub(super) fn verify(rig: &Rig, driver: &mut RingDriver, generation: u64) {
     let sector = 64 * u64::from(driver.index) + 8 * (generation % 8);
     let data = contents(generation, sector, 8);
     driver.write(sector * 512, &data);
@@ -343,25 +342,6 @@ fn a_ring_whose_own_memory_leaves_ends_and_the_queue_is_a_virtqueue() {
         "nor is the place of the answer, which has left, too"
     );
     assert_eq!(rig.engine.control().rings().unwrap().queues[1].state, None, "it is not attached");
-}
-
-#[test]
-fn discarded_memory_ends_rings_until_all_queues_have_stopped() {
-    let mut rig = rig(2, 1);
-    let _first = first_queue(&mut rig);
-    let mut driver = attached(&mut rig, 1);
-    verify(&rig, &mut driver, 1);
-    let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-    fallocate(rig.ram.file(), flags, 20 << 20, 4096).unwrap();
-    wait_until("the end of the ring", || driver.is_attach_complete());
-    assert_eq!(driver.wait_attach(), whole(ErrorCode::Discarded));
-    assert_eq!(driver.refused(&driver.payload().to_bytes()), whole(ErrorCode::Discarded));
-    let refused = rig.engine.control().rings().unwrap();
-    assert_eq!(refused.closed.unwrap().code, ErrorCode::Discarded);
-    rig.engine.stop_queue(1);
-    rig.engine.stop_queue(0);
-    let mut driver = attached(&mut rig, 1);
-    verify(&rig, &mut driver, 2);
 }
 
 #[test]

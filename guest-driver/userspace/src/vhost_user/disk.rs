@@ -1,5 +1,6 @@
 //! A disk behind a vhost-user socket.
 
+use std::fs::File;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -236,6 +237,18 @@ impl Disk {
     /// It overlaps another, or the device refuses it.
     pub fn add_memory(&self, gpa: u64, len_bytes: u64) -> Result<(), Error> {
         let region = self.memory.add(gpa, len_bytes)?;
+        self.connection.add_region(&region).inspect_err(|_| drop(self.memory.remove(gpa)))
+    }
+
+    /// Adds the first `len_bytes` bytes of a file that somebody else uses too (the RAM of a virtual machine, a buffer pool): a
+    /// memfd, or a file on tmpfs or hugetlbfs, open for reading and writing. No area of it is given away; requests name it by
+    /// address. While there are rings it is pinned with the rest, and nobody may discard pages of it.
+    ///
+    /// # Errors
+    ///
+    /// It is not made of whole pages, is longer than the file or overlaps another region, or the device refuses it.
+    pub fn add_foreign_memory(&self, gpa: u64, file: File, len_bytes: u64) -> Result<(), Error> {
+        let region = self.memory.add_foreign(gpa, file, len_bytes)?;
         self.connection.add_region(&region).inspect_err(|_| drop(self.memory.remove(gpa)))
     }
 

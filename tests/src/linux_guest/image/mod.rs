@@ -30,7 +30,7 @@ use modules::ModuleTree;
 use crate::needs::{Need, find_program};
 
 /// The modules that a guest can load. The first two are loaded when it comes up.
-const MODULES: [&str; 4] = ["virtio_pci", "virtio_blk", "virtio_balloon", "null_blk"];
+const MODULES: [&str; 5] = ["virtio_pci", "virtio_blk", "virtio_balloon", "virtio_mem", "null_blk"];
 /// Programs of this machine that the guest gets, and the packages they are from.
 const HOST_PROGRAMS: [(&str, &str); 3] =
     [("mke2fs", "e2fsprogs"), ("e2fsck", "e2fsprogs"), ("blkdiscard", "util-linux")];

@@ -22,7 +22,8 @@ const SQ_IDLE_MAX_MS: u64 = 60_000;
 /// The options about rings.
 #[derive(Debug, Args)]
 pub(super) struct RingArgs {
-    /// Whether guests with a ringpass driver can have the host's io_uring itself.
+    /// Whether guests with a ringpass driver can have the host's io_uring itself. Their memory is then pinned: for guests without
+    /// balloon, free page reporting, virtio-mem and postcopy.
     #[arg(long, value_enum, value_name = "MODE", default_value_t = ModeArg::Auto)]
     mode: ModeArg,
 
