@@ -1,0 +1,319 @@
+//! `ringpass-dd`, the example of the user-space driver, as a person runs it.
+
+use std::{
+    fs,
+    io::{Read, Write},
+    os::unix::fs::MetadataExt,
+    path::{Path, PathBuf},
+    process::{Child, Command, ExitCode, Output, Stdio},
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, anyhow, ensure};
+use ringpass_tests::{
+    broker_process::{self, BrokerProcess},
+    canaries::pattern,
+    disks::DiskKind,
+    front_end::rig::Rig,
+    harness::{self, test},
+    needs::Need,
+};
+use rustix::process::{Pid, Signal, kill_process};
+
+const MIB: u64 = 1 << 20;
+const DISK_BYTES: u64 = 48 * MIB;
+/// What an end takes at most that waits for nothing.
+const PROMPT: Duration = Duration::from_secs(10);
+const BROKER_ARGUMENTS: [&str; 4] = ["--mode", "direct", "--num-queues", "5"];
+
+fn main() -> ExitCode {
+    let needs = || {
+        let kind = DiskKind::Ext4PageCache.needs().into_iter();
+        let program = Need::new("the example `ringpass-dd`", || program().map(drop));
+        kind.chain(broker_process::needs()).chain([Need::cpus(2), program]).collect::<Vec<Need>>()
+    };
+    harness::run(vec![
+        test("what_is_written_is_read_again_by_every_way", needs(), every_way),
+        test("a_flipped_byte_is_found_where_it_is", needs(), flipped_byte),
+        test("pipes_and_parts_are_copied", needs(), pipes),
+        test("zeroes_become_holes_on_both_ends", needs(), holes),
+        test("what_cannot_be_done_is_refused_and_changes_nothing", needs(), refusals),
+        test("a_copy_survives_servers_that_are_killed", needs(), killed_servers),
+        test("an_interrupted_copy_ends_and_says_how_far_it_came", needs(), interrupted),
+        test("a_server_that_stays_away_is_given_up", needs(), lost_server),
+    ])
+}
+
+/// Cargo builds the examples of a workspace with its tests.
+fn program() -> Result<PathBuf> {
+    let test_program = std::env::current_exe()?;
+    let profile =
+        test_program.parent().and_then(Path::parent).context("the test program is not in a target directory")?;
+    let program = profile.join("examples/ringpass-dd");
+    ensure!(program.exists(), "there is no {}: `cargo build -p ringpass-guest --examples`", program.display());
+    Ok(program)
+}
+
+/// A served disk, and room for files.
+struct Place {
+    rig: Rig,
+    broker: BrokerProcess,
+}
+
+impl Place {
+    fn new(arguments: &[&str]) -> Result<Self> {
+        let rig = Rig::new(DiskKind::Ext4PageCache, DISK_BYTES)?;
+        let broker = rig.broker(arguments)?;
+        Ok(Self { rig, broker })
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.rig.directory().join(name)
+    }
+
+    fn file(&self, name: &str, bytes: &[u8]) -> Result<String> {
+        fs::write(self.path(name), bytes)?;
+        Ok(self.path(name).display().to_string())
+    }
+
+    fn command(&self, arguments: &[&str]) -> Result<Command> {
+        let mut command = Command::new(program()?);
+        command.arg("--socket").arg(self.rig.socket()).args(arguments);
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        Ok(command)
+    }
+
+    fn run(&self, arguments: &[&str]) -> Result<Output> {
+        Ok(self.command(arguments)?.output()?)
+    }
+
+    fn succeed(&self, arguments: &[&str]) -> Result<Output> {
+        let output = self.run(arguments)?;
+        self.broker.explain(status_is(&output, 0).with_context(|| format!("{arguments:?}")))?;
+        Ok(output)
+    }
+
+    /// The disk as it is.
+    fn disk(&self) -> Result<Vec<u8>> {
+        let mut bytes = Vec::new();
+        self.rig.disk_file()?.read_to_end(&mut bytes)?;
+        Ok(bytes)
+    }
+}
+
+fn text(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+fn status_is(output: &Output, code: i32) -> Result<()> {
+    ensure!(output.status.code() == Some(code), "{}: {}", output.status, text(output));
+    Ok(())
+}
+
+fn content(seed: u64) -> Result<Vec<u8>> {
+    Ok(pattern(seed, usize::try_from(DISK_BYTES)?))
+}
+
+fn every_way() -> Result<()> {
+    let place = Place::new(&BROKER_ARGUMENTS)?;
+    let output = place.path("out").display().to_string();
+    let mut seed = 0;
+    for way in ["ring", "virtqueue"] {
+        for wait in ["interrupt", "poll"] {
+            for (queues, depth, block) in [("1", "1", "1MiB"), ("4", "16", "256KiB"), ("2", "128", "4096")] {
+                seed += 1;
+                let content = content(seed)?;
+                let input = place.file("in", &content)?;
+                let how = ["--way", way, "--wait", wait, "--queues", queues, "--depth", depth, "--block-bytes", block];
+                let written = place.succeed(&[&["write", "--input", &input, "--verify"], &how[..]].concat())?;
+                let word = if way == "ring" { "queue 1 is a ring (epoch 1)" } else { "queue 1 is a virtqueue" };
+                ensure!(text(&written).contains(word), "{}", text(&written));
+                ensure!(place.disk()? == content, "the disk holds something else: {how:?}");
+                place.succeed(&[&["read", "--output", &output], &how[..]].concat())?;
+                ensure!(fs::read(&output)? == content, "another content is read: {how:?}");
+            }
+        }
+    }
+    Ok(())
+}
+
+fn flipped_byte() -> Result<()> {
+    let place = Place::new(&BROKER_ARGUMENTS)?;
+    let mut content = content(7)?;
+    let input = place.file("in", &content)?;
+    place.succeed(&["write", "--input", &input])?;
+    place.succeed(&["verify", "--input", &input])?;
+    for at in [12_345_678, 30_000_000] {
+        content[at] ^= 0x10;
+    }
+    let input = place.file("in", &content)?;
+    let output = place.run(&["verify", "--input", &input, "--queues", "3"])?;
+    status_is(&output, 1)?;
+    let expected =
+        format!("in 2 bytes; the first is at 12345678 of the disk: it has {:#04x}", content[12_345_678] ^ 0x10);
+    ensure!(text(&output).contains(&expected), "{}", text(&output));
+    Ok(())
+}
+
+fn pipes() -> Result<()> {
+    let place = Place::new(&BROKER_ARGUMENTS)?;
+    let (before, part) = (content(1)?, pattern(2, 3 << 20));
+    let input = place.file("in", &before)?;
+    place.succeed(&["write", "--input", &input])?;
+    let mut child =
+        place.command(&["write", "--input", "-", "--offset-bytes", "5MiB"])?.stdin(Stdio::piped()).spawn()?;
+    let mut stdin = child.stdin.take().context("it is piped")?;
+    for piece in part.chunks(77_777) {
+        stdin.write_all(piece)?;
+    }
+    drop(stdin);
+    status_is(&child.wait_with_output()?, 0)?;
+    let read = place.succeed(&["read", "--output", "-", "--offset-bytes", "5MiB", "--length-bytes", "3MiB"])?;
+    ensure!(read.stdout == part, "another content is read");
+    let mut expected = before;
+    expected[5 << 20..8 << 20].copy_from_slice(&part);
+    ensure!(place.disk()? == expected, "something else was written");
+    Ok(())
+}
+
+fn holes() -> Result<()> {
+    let place = Place::new(&BROKER_ARGUMENTS)?;
+    let mut sparse = content(3)?;
+    let input = place.file("in", &sparse)?;
+    place.succeed(&["write", "--input", &input])?;
+    sparse[4 << 20..40 << 20].fill(0);
+    let input = place.file("in", &sparse)?;
+    let blocks = || Ok::<u64, anyhow::Error>(place.rig.disk_file()?.metadata()?.blocks());
+    let before = blocks()?;
+    place.succeed(&["write", "--input", &input, "--sparse", "--verify"])?;
+    ensure!(place.disk()? == sparse, "another content");
+    ensure!(blocks()? * 512 < before * 512 - 30 * MIB, "the disk still has {} blocks of {before}", blocks()?);
+    let output = place.path("out");
+    place.succeed(&["read", "--output", &output.display().to_string(), "--sparse"])?;
+    ensure!(fs::read(&output)? == sparse, "another content is read");
+    ensure!(fs::metadata(&output)?.blocks() * 512 < 20 * MIB, "no holes");
+    Ok(())
+}
+
+fn refusals() -> Result<()> {
+    let place = Place::new(&BROKER_ARGUMENTS)?;
+    let content = content(4)?;
+    let input = place.file("in", &content)?;
+    place.succeed(&["write", "--input", &input])?;
+    let long = place.file("long", &vec![1; usize::try_from(DISK_BYTES)? + 512])?;
+    let odd = place.file("odd", &[2; 1000])?;
+    let output = place.path("out").display().to_string();
+    for (arguments, expected) in [
+        (&["write", "--input", &long][..], "do not fit: the disk has 50331648 bytes"),
+        (&["write", "--input", &odd], "1000 bytes are no multiple of 512"),
+        (&["write", "--input", &input, "--offset-bytes", "1MiB"], "do not fit"),
+        (&["write", "--input", &odd, "--offset-bytes", "7"], "--offset-bytes: 7 bytes are no multiple of 512"),
+        (&["write", "--input", &odd, "--length-bytes", "2048"], "has 1000 bytes, less than --length-bytes 2048"),
+        (&["write", "--input", "-", "--verify"], "--verify reads the input twice"),
+        (&["write", "--input", "nowhere"], "opening nowhere"),
+        (&["write", "--input", &input, "--block-bytes", "1000"], "must be a multiple of the disk's block of 512 bytes"),
+        (&["write", "--input", &input, "--block-bytes", "1GiB"], "at most 4 MiB"),
+        (&["read", "--output", &output, "--offset-bytes", "48MiB"], "is not before the end of the disk"),
+        (&["read", "--output", "-", "--sparse"], "--sparse leaves holes, which only a file can have"),
+    ] {
+        let output = place.run(arguments)?;
+        status_is(&output, 2).with_context(|| format!("{arguments:?}"))?;
+        ensure!(text(&output).contains(expected), "{arguments:?}: {}", text(&output));
+        ensure!(text(&output).lines().count() == 1, "not one line: {}", text(&output));
+    }
+    ensure!(place.disk()? == content, "something was written");
+    ensure!(!place.path("out").exists(), "a file was made");
+    drop(place);
+
+    let place = Place::new(&["--read-only", "--num-queues", "2"])?;
+    let input = place.file("in", &content)?;
+    let output = place.run(&["write", "--input", &input])?;
+    status_is(&output, 2)?;
+    ensure!(text(&output).contains("the disk is read-only"), "{}", text(&output));
+    place.succeed(&["read", "--output", "-"])?;
+    let output = place.run(&["read", "--output", "-", "--way", "ring"])?;
+    status_is(&output, 2)?;
+    ensure!(text(&output).contains("does not offer rings"), "{}", text(&output));
+    Ok(())
+}
+
+/// A copy that takes a while, since its input comes slowly.
+struct SlowCopy {
+    child: Child,
+    input: thread::JoinHandle<()>,
+    content: Vec<u8>,
+}
+
+impl SlowCopy {
+    fn start(place: &Place, arguments: &[&str]) -> Result<Self> {
+        let content = content(5)?;
+        let arguments = [&["write", "--input", "-"], arguments].concat();
+        let mut child = place.command(&arguments)?.stdin(Stdio::piped()).spawn()?;
+        let mut stdin = child.stdin.take().context("it is piped")?;
+        let bytes = content.clone();
+        let input = thread::spawn(move || {
+            for piece in bytes.chunks(1 << 20) {
+                if stdin.write_all(piece).is_err() {
+                    return;
+                }
+                thread::sleep(Duration::from_millis(40));
+            }
+        });
+        Ok(Self { child, input, content })
+    }
+
+    /// Waits for its end. Gives what it said, and what it had to copy.
+    fn end(self) -> Result<(Output, Vec<u8>)> {
+        let output = self.child.wait_with_output()?;
+        self.input.join().map_err(|_| anyhow!("the input's thread panicked"))?;
+        Ok((output, self.content))
+    }
+}
+
+fn killed_servers() -> Result<()> {
+    let mut place = Place::new(&BROKER_ARGUMENTS)?;
+    let copy = SlowCopy::start(&place, &["--queues", "2"])?;
+    for _ in 0..3 {
+        thread::sleep(Duration::from_millis(400));
+        place.broker.kill()?;
+        place.broker = place.rig.broker(&BROKER_ARGUMENTS)?;
+    }
+    let (output, content) = copy.end()?;
+    place.broker.explain(status_is(&output, 0))?;
+    ensure!(place.disk()? == content, "another content");
+    let text = text(&output);
+    ensure!(text.contains("server lost: 3 times"), "{text}");
+    ensure!(text.contains("the server was lost and is there again; going on"), "{text}");
+    Ok(())
+}
+
+fn interrupted() -> Result<()> {
+    let place = Place::new(&BROKER_ARGUMENTS)?;
+    let copy = SlowCopy::start(&place, &[])?;
+    thread::sleep(Duration::from_millis(500));
+    let pid = Pid::from_raw(i32::try_from(copy.child.id())?).context("a process")?;
+    kill_process(pid, Signal::INT)?;
+    let begin = Instant::now();
+    let (output, _) = copy.end()?;
+    ensure!(begin.elapsed() < PROMPT, "it ended after {:?}", begin.elapsed());
+    status_is(&output, 2)?;
+    ensure!(text(&output).contains("ringpass-dd: interrupted after "), "{}", text(&output));
+    // The server serves the next one.
+    place.succeed(&["read", "--output", "-"]).map(drop)
+}
+
+fn lost_server() -> Result<()> {
+    let mut place = Place::new(&BROKER_ARGUMENTS)?;
+    let copy = SlowCopy::start(&place, &["--patience-s", "1"])?;
+    thread::sleep(Duration::from_millis(200));
+    place.broker.kill()?;
+    let (output, _) = copy.end()?;
+    status_is(&output, 2)?;
+    ensure!(text(&output).contains("nothing came from the server for 1 s"), "{}", text(&output));
+    let output =
+        Command::new(program()?).args(["read", "--output", "-", "--socket"]).arg(place.path("none")).output()?;
+    status_is(&output, 2)?;
+    ensure!(text(&output).contains("is `ringpass serve --socket-path` running there?"), "{}", text(&output));
+    Ok(())
+}
