@@ -135,6 +135,21 @@ impl DirectDevice {
         policy: CompiledPolicy,
         config: DirectConfig,
     ) -> Result<Self, RingError> {
+        Self::new_while(disk, memory, policy, config, &|| true)
+    }
+
+    /// The same, given up while memory is being pinned as soon as `is_wanted` says so ([`PinnedMemory::pin_while`]).
+    ///
+    /// # Errors
+    ///
+    /// As for [`new`](Self::new), and [`MemoryError::NotWanted`].
+    pub fn new_while(
+        disk: Arc<Disk>,
+        memory: &GuestMemory,
+        policy: CompiledPolicy,
+        config: DirectConfig,
+        is_wanted: &(dyn Fn() -> bool + Sync),
+    ) -> Result<Self, RingError> {
         // Before half a second for each GiB of pinning.
         refuse_unsafe(&policy)?;
         refuse_integrity_profile(disk.path(), disk.integrity_profile()?)?;
@@ -143,7 +158,7 @@ impl DirectDevice {
                 SubmissionConfig::SqThread(config) => Submission::SqThread(Arc::new(SqThread::new(config)?)),
                 SubmissionConfig::Doorbell => Submission::Doorbell,
             };
-            Ok((submission, PinnedMemory::pin(memory, config.sharing)?))
+            Ok((submission, PinnedMemory::pin_while(memory, config.sharing, is_wanted)?))
         })?;
         Ok(Self {
             disk,

@@ -4,6 +4,8 @@
 
 use std::collections::VecDeque;
 use std::fmt::Display;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use ringpass_guest_abi::epoch::device::{Action, Event};
 use ringpass_guest_abi::epoch::{Announcement, Area, Epoch, Phase};
@@ -24,9 +26,12 @@ impl Worker<'_> {
             let index = vring.index;
             let Some(attachment) = vring.attachment_mut() else { return };
             let before = attachment.machine.state();
-            if matches!(event, Event::Stop | Event::End | Event::Finish(_)) && attachment.deferred.take().is_some() {
-                // It was not begun, and is not wanted any more.
-                events.push_back(Event::BuildFailed(ErrorCode::Mode));
+            if matches!(event, Event::Stop | Event::End | Event::Finish(_)) {
+                attachment.is_build_wanted.store(false, Ordering::Relaxed);
+                if attachment.deferred.take().is_some() {
+                    // It was not begun.
+                    events.push_back(Event::BuildFailed(ErrorCode::Mode));
+                }
             }
             let actions = attachment.machine.step(event);
             let after = attachment.machine.state();
@@ -84,12 +89,14 @@ impl Worker<'_> {
             return;
         }
         let (Some(attach), Some(active)) = (&self.attach, vring.active_mut()) else { return };
-        let Some(Attachment { id, geometry, call_generation, .. }) = active.attachment.as_deref() else { return };
-        let (attachment, geometry, call_generation) = (*id, *geometry, *call_generation);
+        let Some(ours) = active.attachment.as_deref_mut() else { return };
+        let is_wanted = Arc::new(AtomicBool::new(true));
+        ours.is_build_wanted = is_wanted.clone();
+        let (attachment, geometry, call_generation) = (ours.id, ours.geometry, ours.call_generation);
         let call = active.eventfds.call.as_ref().map(|call| call.eventfd().try_clone()).transpose();
         match call {
             Ok(call) => {
-                let order = BuildOrder { queue, attachment, geometry, epoch, call, call_generation };
+                let order = BuildOrder { queue, attachment, geometry, epoch, call, call_generation, is_wanted };
                 attach.order(Order::Build(order));
             }
             Err(error) => {

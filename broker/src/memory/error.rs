@@ -161,6 +161,9 @@ pub enum MemoryError {
          IORING_REGISTER_CLONE_BUFFERS and IORING_REGISTER_DST_REPLACE (Linux 6.13)"
     )]
     CannotPlug,
+    /// Whoever wanted the memory pinned has changed their mind.
+    #[error("pinning was given up half-way: nobody wants it any more")]
+    NotWanted,
     /// A guest-physical range does not lie in one region.
     #[error("the {len_bytes:#x} bytes at guest-physical {gpa:#x} do not lie inside one memory region of the guest")]
     OutsideRam {

@@ -77,6 +77,19 @@ impl PinnedMemory {
     /// [`MemoryError::Memlock`] when RLIMIT_MEMLOCK does not allow it, with what is needed and how to raise it; nothing
     /// stays pinned.
     pub fn pin(memory: &GuestMemory, sharing: Sharing) -> Result<Self, MemoryError> {
+        Self::pin_while(memory, sharing, &|| true)
+    }
+
+    /// The same, given up as soon as `is_wanted` says so: it is asked before each GiB.
+    ///
+    /// # Errors
+    ///
+    /// As for [`pin`](Self::pin), and [`MemoryError::NotWanted`]; nothing stays pinned.
+    pub fn pin_while(
+        memory: &GuestMemory,
+        sharing: Sharing,
+        is_wanted: &dyn Fn() -> bool,
+    ) -> Result<Self, MemoryError> {
         let charge = Charge::new(memory, memory.layout().slots().iter())?;
         let accounting = Accounting::of(&charge.memlock);
         let holder = match sharing {
@@ -86,7 +99,12 @@ impl PinnedMemory {
         // From here on what is pinned is unpinned if the rest cannot be.
         let mut pinned = Self { holder, memory: memory.clone(), accounting, pinned_bytes: BTreeMap::new() };
         if sharing == Sharing::Clone {
-            memory.layout().slots().iter().try_for_each(|slot| pinned.pin_slot(slot, &charge))?;
+            for slot in memory.layout().slots() {
+                if !is_wanted() {
+                    return Err(MemoryError::NotWanted);
+                }
+                pinned.pin_slot(slot, &charge)?;
+            }
         }
         Ok(pinned)
     }

@@ -140,6 +140,18 @@ fn plugging_pins_only_the_slots_that_change() {
 }
 
 #[test]
+fn pinning_is_given_up_between_two_slots_and_leaves_nothing() {
+    let memory = GuestMemory::new([region(0, MIB), region(4 << 30, MIB), region(8 << 30, MIB)]).unwrap();
+    let asked = std::cell::Cell::new(0);
+    let is_wanted = || asked.replace(asked.get() + 1) < 2;
+    let before = crate::limits::Memlock::pinned_by_this_process().unwrap();
+    let error = PinnedMemory::pin_while(&memory, Sharing::Clone, &is_wanted).unwrap_err();
+    assert!(matches!(error, MemoryError::NotWanted), "{error}");
+    assert_eq!(asked.get(), 3);
+    assert_eq!(crate::limits::Memlock::pinned_by_this_process().unwrap(), before);
+}
+
+#[test]
 fn without_cloning_memory_cannot_be_plugged_and_the_error_says_why() {
     let memory = GuestMemory::new([region(0, MIB)]).unwrap();
     let pinned = PinnedMemory::pin(&memory, Sharing::PinAgain).unwrap();

@@ -1,7 +1,8 @@
 //! A queue with a pending ATTACH.
 
 use std::rc::Rc;
-use std::sync::atomic::Ordering;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use ringpass_guest_abi::RingLayout;
 use ringpass_guest_abi::attach::{Geometry, GpaRange};
@@ -38,6 +39,8 @@ pub(in crate::engine) struct Attachment {
     pub(in crate::engine) end_reason: ErrorCode,
     /// A ring that is to be made once the queue is enabled.
     pub(in crate::engine) deferred: Option<Epoch>,
+    /// Whether the ring that is being made is still wanted.
+    pub(in crate::engine) is_build_wanted: Arc<AtomicBool>,
     /// Counts call eventfds: a ring may be built for one that has been replaced.
     pub(in crate::engine) call_generation: u32,
     /// Where the control page is.
@@ -82,6 +85,7 @@ impl Attachment {
             rings: [None, None],
             end_reason: ErrorCode::None,
             deferred: None,
+            is_build_wanted: Arc::default(),
             call_generation: 0,
             memory,
             former_memory: Vec::new(),

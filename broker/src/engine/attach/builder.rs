@@ -5,6 +5,7 @@
 //! after the other, so that nothing has to be said about the order of two changes of memory.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -64,6 +65,8 @@ pub(in crate::engine) struct BuildOrder {
     /// What completions signal.
     pub(in crate::engine) call: Option<EventFd>,
     pub(in crate::engine) call_generation: u32,
+    /// Cleared when the ring is not wanted any more: then somebody may be waiting for the end of this.
+    pub(in crate::engine) is_wanted: Arc<AtomicBool>,
 }
 
 /// A ring that was made.
@@ -192,9 +195,10 @@ impl Builder {
     fn carry_out(&mut self, order: Order) {
         match order {
             Order::Build(order) => {
-                let (queue, attachment) = (order.queue, order.attachment);
+                let (queue, attachment, is_wanted) = (order.queue, order.attachment, order.is_wanted.clone());
                 let event = match self.build(order) {
                     Ok(built) => AttachEvent::Built(Box::new(built)),
+                    Err(refused) if !is_wanted.load(Ordering::Relaxed) => AttachEvent::BuildFailed(refused.code),
                     Err(refused) => {
                         if let Some(total) = self.refusals.count() {
                             tracing::warn!(queue, total, "no ring for the queue: {} ({total} so far)", refused.why);
@@ -226,7 +230,7 @@ impl Builder {
         if let Some(refused) = self.gate.status().closed {
             return Err(refused);
         }
-        let BuildOrder { geometry, epoch, call, call_generation, .. } = order;
+        let BuildOrder { geometry, epoch, call, call_generation, is_wanted, .. } = order;
         let doorbell = eventfd().map_err(|error| refused(&error))?;
         let config = QueueConfig {
             ring: RingConfig { sq_entries: geometry.sq_entries(), cq_entries: geometry.cq_entries() },
@@ -237,7 +241,7 @@ impl Builder {
             doorbell: Some(eventfd_of(&doorbell).map_err(|error| refused(&error))?),
             completion: call,
         };
-        let Pinned { device, watch } = self.pinned()?;
+        let Pinned { device, watch } = self.pinned(&|| is_wanted.load(Ordering::Relaxed))?;
         let others = device.ends();
         match device.attach(config) {
             Ok(queue) => {
@@ -255,15 +259,15 @@ impl Builder {
     }
 
     /// What makes rings; the guest's memory is pinned for the first of them.
-    fn pinned(&mut self) -> Result<&mut Pinned, Refused> {
+    fn pinned(&mut self, is_wanted: &(dyn Fn() -> bool + Sync)) -> Result<&mut Pinned, Refused> {
         if self.pinned.is_none() {
-            self.pinned = Some(self.pin()?);
+            self.pinned = Some(self.pin(is_wanted)?);
         }
         // It is there now.
         self.pinned.as_mut().ok_or_else(|| refused(&MemoryError::NoRegions.into()))
     }
 
-    fn pin(&self) -> Result<Pinned, Refused> {
+    fn pin(&self, is_wanted: &(dyn Fn() -> bool + Sync)) -> Result<Pinned, Refused> {
         let (Some(memory), Some(disk)) = (&self.memory, &self.disk) else {
             let why = "the device has neither memory nor a disk any more: its front-end is going".into();
             return Err(Refused { code: ErrorCode::Mode, why });
@@ -278,7 +282,8 @@ impl Builder {
         let watch = DiscardWatch::new(&regions).map_err(|error| {
             refused(&RingError::System { what: "looking at a file of guest memory", source: error })
         })?;
-        let device = DirectDevice::new(disk.clone(), &memory, self.config.policy.clone(), self.config.direct)
+        let policy = self.config.policy.clone();
+        let device = DirectDevice::new_while(disk.clone(), &memory, policy, self.config.direct, is_wanted)
             .map_err(|error| refused(&error))?;
         if let Some(total) = self.pinnings.count() {
             let bytes = memory.len_bytes();
@@ -384,7 +389,7 @@ fn await_end(end: &RingEnd) {
 
 fn refused(error: &RingError) -> Refused {
     let code = match error {
-        RingError::AreaInUse { .. } => ErrorCode::Busy,
+        RingError::AreaInUse { .. } | RingError::Memory(MemoryError::NotWanted) => ErrorCode::Busy,
         RingError::Memory(MemoryError::Memlock(_) | MemoryError::NoMemoryToPin { .. } | MemoryError::System { .. }) => {
             ErrorCode::Resources
         }
