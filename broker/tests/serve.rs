@@ -258,6 +258,29 @@ fn a_listening_socket_can_be_passed() {
 }
 
 #[test]
+fn a_policy_file_of_one_s_own_is_read_and_one_with_a_mistake_refused_before_the_disk_is_taken() {
+    let place = Place::new();
+    let ringpass = |arguments: &[&str]| place.command((PROGRAMS[0].0, &[]), arguments).output().unwrap();
+    let shown = ringpass(&["policy", "show", "direct-read-write", "--toml"]);
+    assert!(shown.status.success());
+    fs::write(place.path("own.toml"), shown.stdout).unwrap();
+    for mode in ["direct", "virtqueue"] {
+        let options = ["--socket-path", "s", "--policy", "own.toml", "--mode", mode];
+        let mut running = Running::start(&mut place.serve(&options));
+        running.wait_for("waiting for a front-end");
+        running.signal(Signal::TERM);
+        assert_eq!(running.end().code(), Some(0));
+    }
+
+    fs::write(place.path("bad.toml"), "version = 1\nsqe = 7\n").unwrap();
+    let _holder = Disk::open(&DiskConfig::new(place.path("disk.img"))).unwrap();
+    let refusal = place.refusal(&["--socket-path", "s", "--policy", "bad.toml", "--mode", "virtqueue"]);
+    assert_has(&refusal, &["bad.toml"]);
+    let refusal = place.refusal(&["--socket-path", "s", "--policy", "none.toml"]);
+    assert_has(&refusal, &["none.toml", "direct-read-write"]);
+}
+
+#[test]
 fn a_server_on_a_connected_socket_ends_with_its_front_end() {
     let place = Place::new();
     let (front_end, back_end) = UnixStream::pair().unwrap();

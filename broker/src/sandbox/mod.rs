@@ -10,8 +10,11 @@
 //! 2. [`Unprivileged::restrict_paths`]: no file but the few that serving opens again later (Landlock, Linux 5.13).
 //! 3. [`Restricted::filter_system_calls`]: no system call but those that serving makes (seccomp), for all threads.
 //!
+//! Beside them, [`close_descriptors_on_exec`] sees to what the process was started with.
+//!
 //! For programs: each changes the whole process, and none can be undone.
 
+mod descriptors;
 mod paths;
 mod privileges;
 mod refused;
@@ -19,6 +22,7 @@ mod system_calls;
 
 use std::io;
 
+pub use descriptors::close_descriptors_on_exec;
 pub use paths::{Paths, Restricted};
 pub use privileges::{Unprivileged, drop_privileges};
 

@@ -16,6 +16,7 @@ use nix::sys::signal::{SigSet, Signal};
 use ringpass_broker::disk::{Capabilities, Disk, DiskLease, LocatedDisk};
 use ringpass_broker::engine::{Engine, EngineConfig, EngineControl};
 use ringpass_broker::limits;
+use ringpass_broker::sandbox::close_descriptors_on_exec;
 use ringpass_broker::vhost_user::{ServerHandle, Signals};
 use ringpass_broker::virtio_blk::{BlkConfig, BlkParameters, DiscardLimits, WriteZeroesLimits};
 
@@ -39,6 +40,7 @@ pub(crate) fn run(args: &ServeArgs) -> anyhow::Result<ExitCode> {
         writeln!(std::io::stdout(), "{capabilities}").context("cannot write the capabilities")?;
         return Ok(ExitCode::SUCCESS);
     }
+    close_descriptors_on_exec()?;
     // Before there are other threads, which inherit this.
     let signals = Signals::block().context("cannot block signals")?;
     if let Err(error) = limits::raise_open_files() {
@@ -46,6 +48,8 @@ pub(crate) fn run(args: &ServeArgs) -> anyhow::Result<ExitCode> {
     }
 
     let located = Arc::new(Disk::locate(&args.disk_config()?)?);
+    // A file of the user's, which the server cannot read any more when it is confined.
+    let policy = args.rings().policy()?;
     let device = BlkConfig::new(parameters(args, &located)?)?;
     disk_source::cap_growth(&located, located.size_bytes())?;
 
@@ -58,7 +62,7 @@ pub(crate) fn run(args: &ServeArgs) -> anyhow::Result<ExitCode> {
 
     let connections = Arc::new(Connections::default());
     let lease = Arc::new(lease(located.clone(), connections.clone())?);
-    let offer = args.rings().offer(&located)?;
+    let offer = args.rings().offer(&located, policy)?;
     let config = EngineConfig {
         device,
         poll_time: args.poll_time(),

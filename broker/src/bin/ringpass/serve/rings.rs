@@ -14,7 +14,7 @@ use ringpass_broker::probe::{self, ModeName};
 use ringpass_broker::ring::{IoWorkers, SqThreadConfig};
 use ringpass_restrictions::Access;
 
-use crate::chosen_policy::PolicyArgs;
+use crate::chosen_policy::{ChosenPolicy, PolicyArgs};
 
 /// Longer polling would be a mistake in the unit.
 const SQ_IDLE_MAX_MS: u64 = 60_000;
@@ -99,14 +99,22 @@ impl RingArgs {
         self.mode
     }
 
+    /// Reads the policy of rings, whether or not they will be offered: a mistake in it must not wait for the day on which it
+    /// is used.
+    ///
+    /// # Errors
+    ///
+    /// It cannot be read.
+    pub(super) fn policy(&self) -> anyhow::Result<ChosenPolicy> {
+        self.policy.read()
+    }
+
     /// Decides.
     ///
     /// # Errors
     ///
-    /// Rings are insisted on and cannot be had; a policy that cannot be read or that would let a guest out.
-    pub(super) fn offer(&self, disk: &LocatedDisk) -> anyhow::Result<Offer> {
-        // Read in any case: a mistake in it must not wait for the day on which it is used.
-        let policy = self.policy.read()?;
+    /// Rings are insisted on and cannot be had; a policy that would let a guest out.
+    pub(super) fn offer(&self, disk: &LocatedDisk, policy: ChosenPolicy) -> anyhow::Result<Offer> {
         if self.mode == ModeArg::Virtqueue {
             return Ok(Offer::No(vec!["--mode virtqueue".into()]));
         }
