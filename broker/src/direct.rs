@@ -138,7 +138,7 @@ impl DirectDevice {
         Self::new_while(disk, memory, policy, config, &|| true)
     }
 
-    /// The same, given up while memory is being pinned as soon as `is_wanted` says so ([`PinnedMemory::pin_while`]).
+    /// The same, given up when `is_wanted` says while memory is being pinned that it is not ([`PinnedMemory::pin_while`]).
     ///
     /// # Errors
     ///
@@ -240,7 +240,7 @@ impl DirectDevice {
     ///
     /// As for [`GuestMemory::with_region`] and [`PinnedMemory::pin`]; the memory is as it was.
     pub fn plug(&self, region: RegionConfig) -> Result<(), RingError> {
-        self.change_memory(|memory| memory.with_region(region))
+        self.change_memory(|memory| memory.with_region(region), &|| true)
     }
 
     /// Exchanges the guest's RAM for these regions while the queues run, in the same way. When this returns, no request that
@@ -251,17 +251,31 @@ impl DirectDevice {
     ///
     /// As for [`GuestMemory::with_regions`] and [`PinnedMemory::pin`]; the memory is as it was.
     pub fn set_memory(&self, regions: impl IntoIterator<Item = RegionConfig>) -> Result<(), RingError> {
-        self.change_memory(|memory| memory.with_regions(regions))
+        self.set_memory_while(regions, &|| true)
+    }
+
+    /// The same, given up when `is_wanted` says while memory is being pinned that it is not.
+    ///
+    /// # Errors
+    ///
+    /// As for [`set_memory`](Self::set_memory), and [`MemoryError::NotWanted`].
+    pub fn set_memory_while(
+        &self,
+        regions: impl IntoIterator<Item = RegionConfig>,
+        is_wanted: &(dyn Fn() -> bool + Sync),
+    ) -> Result<(), RingError> {
+        self.change_memory(|memory| memory.with_regions(regions), is_wanted)
     }
 
     fn change_memory(
         &self,
         change: impl FnOnce(&GuestMemory) -> Result<GuestMemory, MemoryError>,
+        is_wanted: &(dyn Fn() -> bool + Sync),
     ) -> Result<(), RingError> {
         let _plugging = self.plugging.lock().unwrap_or_else(PoisonError::into_inner);
         let before = self.state().pinned.clone();
         let memory = change(before.memory())?;
-        let (other, slots) = on_own_thread(|| before.changed_to(&memory))?;
+        let (other, slots) = on_own_thread(|| before.changed_to_while(&memory, is_wanted))?;
         let other = Arc::new(other);
 
         let mut state = self.state();

@@ -4,8 +4,6 @@
 
 use std::collections::VecDeque;
 use std::fmt::Display;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use ringpass_guest_abi::epoch::device::{Action, Event};
 use ringpass_guest_abi::epoch::{Announcement, Area, Epoch, Phase};
@@ -13,7 +11,7 @@ use ringpass_guest_abi::queue_order::QueueOrder;
 use ringpass_guest_abi::request::{ErrorCode, Outcome};
 
 use super::attach::builder::Built;
-use super::attach::{Attachment, AttachmentId, BuildOrder, LiveRing, Order};
+use super::attach::{Attachment, AttachmentId, BuildOrder, LiveRing, Order, PendingRing, Ticket};
 use super::command::{AttachEvent, Command, Reply};
 use super::worker::Worker;
 
@@ -26,12 +24,9 @@ impl Worker<'_> {
             let index = vring.index;
             let Some(attachment) = vring.attachment_mut() else { return };
             let before = attachment.machine.state();
-            if matches!(event, Event::Stop | Event::End | Event::Finish(_)) {
-                attachment.is_build_wanted.store(false, Ordering::Relaxed);
-                if attachment.deferred.take().is_some() {
-                    // It was not begun.
-                    events.push_back(Event::BuildFailed(ErrorCode::Mode));
-                }
+            if matches!(event, Event::Stop | Event::End | Event::Finish(_)) && attachment.forgo_ring() {
+                // It was not begun.
+                events.push_back(Event::BuildFailed(ErrorCode::Mode));
             }
             let actions = attachment.machine.step(event);
             let after = attachment.machine.state();
@@ -84,19 +79,19 @@ impl Worker<'_> {
         let queue = vring.index;
         if !vring.enabled {
             if let Some(attachment) = vring.attachment_mut() {
-                attachment.deferred = Some(epoch);
+                attachment.pending = Some(PendingRing::Deferred(epoch));
             }
             return;
         }
         let (Some(attach), Some(active)) = (&self.attach, vring.active_mut()) else { return };
         let Some(ours) = active.attachment.as_deref_mut() else { return };
-        let is_wanted = Arc::new(AtomicBool::new(true));
-        ours.is_build_wanted = is_wanted.clone();
         let (attachment, geometry, call_generation) = (ours.id, ours.geometry, ours.call_generation);
         let call = active.eventfds.call.as_ref().map(|call| call.eventfd().try_clone()).transpose();
         match call {
             Ok(call) => {
-                let order = BuildOrder { queue, attachment, geometry, epoch, call, call_generation, is_wanted };
+                let ticket = Ticket::default();
+                ours.pending = Some(PendingRing::Ordered(ticket.clone()));
+                let order = BuildOrder { queue, attachment, geometry, epoch, call, call_generation, ticket };
                 attach.order(Order::Build(order));
             }
             Err(error) => {
@@ -110,7 +105,7 @@ impl Worker<'_> {
     /// The queue was enabled or disabled. A disabled queue executes nothing, so its ring ends; another one is made when
     /// it is enabled again. `reply` is told when that is in force.
     pub(super) fn enable_ring(&mut self, number: usize, enabled: bool, reply: Reply<()>) {
-        let deferred = self.vrings[number].attachment_mut().and_then(|attachment| attachment.deferred.take());
+        let deferred = self.vrings[number].attachment_mut().and_then(Attachment::take_deferred);
         match deferred {
             Some(epoch) => self.order_ring(number, epoch),
             None if !enabled => self.end_ring(number, ErrorCode::None, Event::End),
@@ -122,11 +117,14 @@ impl Worker<'_> {
 
     /// Something that was ordered for an attachment has come about.
     pub(super) fn attachment_event(&mut self, number: usize, id: AttachmentId, event: AttachEvent) {
-        let is_its = self.vrings[number].attachment_mut().is_some_and(|attachment| attachment.id == id);
-        if !is_its {
+        let attachment = self.vrings[number].attachment_mut().filter(|attachment| attachment.id == id);
+        let Some(attachment) = attachment else {
             // An attachment waits for what it has ordered, so this does not happen. A ring that came with it is closed.
             tracing::error!(queue = self.vrings[number].index, ?event, "something of an attachment that is over");
             return;
+        };
+        if !matches!(event, AttachEvent::Gone(_)) {
+            attachment.pending = None;
         }
         let event = match event {
             AttachEvent::Built(built) => {

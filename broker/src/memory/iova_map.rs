@@ -14,6 +14,9 @@ use super::{IOVA_BASE, MemoryError, Piece, Slot, Source};
 /// All guests of a process are registered at the same addresses, one slot at a time.
 static ADDRESSES: Mutex<()> = Mutex::new(());
 
+/// How much is faulted in at a time: well below what somebody who waits would notice.
+const POPULATE_BYTES: u64 = 32 << 20;
+
 /// One slot, mapped at `IOVA_BASE + gpa` with every page present. Unmapped when dropped.
 pub(super) struct MappedSlot {
     address: u64,
@@ -22,12 +25,13 @@ pub(super) struct MappedSlot {
 }
 
 impl MappedSlot {
-    /// Maps `slot` of `memory` and faults all of its pages in.
-    pub(super) fn map(memory: &GuestMemory, slot: &Slot) -> Result<Self, MemoryError> {
+    /// Maps `slot` of `memory` and faults all of its pages in, unless `is_wanted` says meanwhile that it is not.
+    pub(super) fn map(memory: &GuestMemory, slot: &Slot, is_wanted: &dyn Fn() -> bool) -> Result<Self, MemoryError> {
         let addresses = ADDRESSES.lock().unwrap_or_else(PoisonError::into_inner);
         let mut mapped = Self { address: IOVA_BASE + slot.gpa, mapped_bytes: 0, _addresses: addresses };
         for piece in &slot.pieces {
             mapped.append(memory, piece)?;
+            mapped.populate(memory, piece, is_wanted)?;
         }
         Ok(mapped)
     }
@@ -36,12 +40,12 @@ impl MappedSlot {
     fn append(&mut self, memory: &GuestMemory, piece: &Piece) -> Result<(), MemoryError> {
         let address = self.address + self.mapped_bytes;
         debug_assert_eq!(address, IOVA_BASE + piece.gpa);
-        let (name, fd, offset_bytes) = match piece.source {
+        let (fd, offset_bytes) = match piece.source {
             Source::Region { region, offset_bytes } => {
                 let config = &memory.regions()[region].config;
-                (file_name(&config.file), config.file.as_fd(), config.file_offset_bytes + offset_bytes)
+                (config.file.as_fd(), config.file_offset_bytes + offset_bytes)
             }
-            Source::Scratch => ("scratch".into(), memory.scratch().as_fd(), 0),
+            Source::Scratch => (memory.scratch().as_fd(), 0),
         };
         let start = address as *mut c_void;
         let len = piece.len_bytes as usize;
@@ -51,23 +55,42 @@ impl MappedSlot {
         let result =
             unsafe { rustix::mm::mmap(start, len, ProtFlags::READ | ProtFlags::WRITE, flags, fd, offset_bytes) };
         match result {
-            Ok(_) => self.mapped_bytes += piece.len_bytes,
-            Err(Errno::EXIST) => return Err(MemoryError::AddressTaken { address }),
-            Err(source) => {
-                return Err(MemoryError::System { what: "mapping guest memory at its IOVA", source: source.into() });
+            Ok(_) => {
+                self.mapped_bytes += piece.len_bytes;
+                Ok(())
+            }
+            Err(Errno::EXIST) => Err(MemoryError::AddressTaken { address }),
+            Err(source) => Err(MemoryError::System { what: "mapping guest memory at its IOVA", source: source.into() }),
+        }
+    }
+
+    /// Faults the pages of a piece in, which was mapped.
+    fn populate(&self, memory: &GuestMemory, piece: &Piece, is_wanted: &dyn Fn() -> bool) -> Result<(), MemoryError> {
+        let address = IOVA_BASE + piece.gpa;
+        debug_assert!(address + piece.len_bytes <= self.address + self.mapped_bytes);
+        let mut done_bytes = 0;
+        while done_bytes < piece.len_bytes {
+            if !is_wanted() {
+                return Err(MemoryError::NotWanted);
+            }
+            let part_bytes = POPULATE_BYTES.min(piece.len_bytes - done_bytes);
+            let start = (address + done_bytes) as *mut c_void;
+            // SAFETY: this value mapped the range and nobody else knows of it; populating changes no byte.
+            match unsafe { rustix::mm::madvise(start, part_bytes as usize, Advice::LinuxPopulateWrite) } {
+                Ok(()) => done_bytes += part_bytes,
+                // Before Linux 5.14 there is no such advice: the registration faults the pages in itself, more slowly.
+                Err(Errno::INVAL) => return Ok(()),
+                Err(source) => {
+                    let file = match piece.source {
+                        Source::Region { region, .. } => file_name(&memory.regions()[region].config.file),
+                        Source::Scratch => "scratch".into(),
+                    };
+                    let source = io::Error::from(source);
+                    return Err(MemoryError::Populate { gpa: piece.gpa, len_bytes: piece.len_bytes, file, source });
+                }
             }
         }
-        // SAFETY: the range was mapped by this value just now and nobody else knows of it; populating changes no byte.
-        match unsafe { rustix::mm::madvise(start, len, Advice::LinuxPopulateWrite) } {
-            // Before Linux 5.14 there is no such advice: the registration faults the pages in itself, more slowly.
-            Ok(()) | Err(Errno::INVAL) => Ok(()),
-            Err(source) => Err(MemoryError::Populate {
-                gpa: piece.gpa,
-                len_bytes: piece.len_bytes,
-                file: name,
-                source: io::Error::from(source),
-            }),
-        }
+        Ok(())
     }
 
     /// Address of the first byte.

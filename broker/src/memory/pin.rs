@@ -80,7 +80,7 @@ impl PinnedMemory {
         Self::pin_while(memory, sharing, &|| true)
     }
 
-    /// The same, given up as soon as `is_wanted` says so: it is asked before each GiB.
+    /// The same, given up when `is_wanted` says that it is not, which is asked every few milliseconds.
     ///
     /// # Errors
     ///
@@ -100,10 +100,7 @@ impl PinnedMemory {
         let mut pinned = Self { holder, memory: memory.clone(), accounting, pinned_bytes: BTreeMap::new() };
         if sharing == Sharing::Clone {
             for slot in memory.layout().slots() {
-                if !is_wanted() {
-                    return Err(MemoryError::NotWanted);
-                }
-                pinned.pin_slot(slot, &charge)?;
+                pinned.pin_slot(slot, &charge, is_wanted)?;
             }
         }
         Ok(pinned)
@@ -122,7 +119,7 @@ impl PinnedMemory {
             None => {
                 let charge = Charge::new(&self.memory, layout.slots().iter())?;
                 register_table(ring, layout.table_slots())?;
-                layout.slots().iter().try_for_each(|slot| pin_slot(ring, &self.memory, slot, &charge))
+                layout.slots().iter().try_for_each(|slot| pin_slot(ring, &self.memory, slot, &charge, &|| true))
             }
         }
     }
@@ -132,6 +129,19 @@ impl PinnedMemory {
     ///
     /// Takes as long as [`pin`](Self::pin) takes for the slots that change; call it on a thread that may block.
     pub fn changed_to(&self, memory: &GuestMemory) -> Result<(Self, ChangedSlots), MemoryError> {
+        self.changed_to_while(memory, &|| true)
+    }
+
+    /// The same, given up when `is_wanted` says that it is not, which is asked every few milliseconds.
+    ///
+    /// # Errors
+    ///
+    /// As for [`pin`](Self::pin), and [`MemoryError::NotWanted`]; nothing more than before stays pinned.
+    pub fn changed_to_while(
+        &self,
+        memory: &GuestMemory,
+        is_wanted: &dyn Fn() -> bool,
+    ) -> Result<(Self, ChangedSlots), MemoryError> {
         let mut other = Self {
             holder: Some(self.copied(memory.layout().table_slots())?),
             memory: memory.clone(),
@@ -150,17 +160,17 @@ impl PinnedMemory {
             .filter(|index| self.pinned_bytes.contains_key(index))
             .try_for_each(|index| other.clear_slot(index))?;
         let charge = Charge::new(memory, changed.iter().copied())?;
-        changed.iter().try_for_each(|slot| other.pin_slot(slot, &charge))?;
+        changed.iter().try_for_each(|slot| other.pin_slot(slot, &charge, is_wanted))?;
         let first = indexes().min().unwrap_or(0);
         let count = indexes().max().map_or(0, |last| last + 1 - first);
         Ok((other, ChangedSlots { first, count }))
     }
 
     /// Pins a slot that is empty, and notes what the process has pinned more then.
-    fn pin_slot(&mut self, slot: &Slot, charge: &Charge) -> Result<(), MemoryError> {
+    fn pin_slot(&mut self, slot: &Slot, charge: &Charge, is_wanted: &dyn Fn() -> bool) -> Result<(), MemoryError> {
         let Some(holder) = &self.holder else { return Err(MemoryError::CannotPlug) };
         let before_bytes = pinned_by_this_process()?;
-        pin_slot(holder, &self.memory, slot, charge)?;
+        pin_slot(holder, &self.memory, slot, charge, is_wanted)?;
         self.pinned_bytes.insert(slot.index, pinned_by_this_process()?.saturating_sub(before_bytes));
         Ok(())
     }
@@ -252,8 +262,14 @@ fn register_table(ring: &RingFd, table_slots: u32) -> Result<(), MemoryError> {
 }
 
 /// Maps, registers and unmaps one slot.
-fn pin_slot(ring: &RingFd, memory: &GuestMemory, slot: &Slot, charge: &Charge) -> Result<(), MemoryError> {
-    let mapped = MappedSlot::map(memory, slot)?;
+fn pin_slot(
+    ring: &RingFd,
+    memory: &GuestMemory,
+    slot: &Slot,
+    charge: &Charge,
+    is_wanted: &dyn Fn() -> bool,
+) -> Result<(), MemoryError> {
+    let mapped = MappedSlot::map(memory, slot, is_wanted)?;
     // SAFETY: guest RAM and scratch, mapped shared just now; this process never makes references to either.
     let result = unsafe { ring.pin_buffer(slot.index, mapped.address(), mapped.len_bytes()) };
     result.map_err(|source| match source.raw_os_error() {

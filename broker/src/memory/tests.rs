@@ -140,15 +140,22 @@ fn plugging_pins_only_the_slots_that_change() {
 }
 
 #[test]
-fn pinning_is_given_up_between_two_slots_and_leaves_nothing() {
-    let memory = GuestMemory::new([region(0, MIB), region(4 << 30, MIB), region(8 << 30, MIB)]).unwrap();
-    let asked = std::cell::Cell::new(0);
-    let is_wanted = || asked.replace(asked.get() + 1) < 2;
-    let before = crate::limits::Memlock::pinned_by_this_process().unwrap();
-    let error = PinnedMemory::pin_while(&memory, Sharing::Clone, &is_wanted).unwrap_err();
-    assert!(matches!(error, MemoryError::NotWanted), "{error}");
-    assert_eq!(asked.get(), 3);
-    assert_eq!(crate::limits::Memlock::pinned_by_this_process().unwrap(), before);
+fn pinning_is_given_up_within_a_slot_and_leaves_what_was() {
+    let large = GuestMemory::new([region(0, MIB), region(4 << 30, 100 * MIB)]).unwrap();
+    let small = GuestMemory::new([region(0, MIB)]).unwrap();
+    let pinned_bytes = || crate::limits::Memlock::pinned_by_this_process().unwrap();
+    type Pinning<'a> = &'a dyn Fn(&dyn Fn() -> bool) -> Result<(), MemoryError>;
+    let given_up = |pin: Pinning<'_>, questions: u32| {
+        let before = pinned_bytes();
+        let asked = std::cell::Cell::new(0);
+        let error = pin(&|| asked.replace(asked.get() + 1) < questions - 1).unwrap_err();
+        assert!(matches!(error, MemoryError::NotWanted), "{error}");
+        assert_eq!((asked.get(), pinned_bytes()), (questions, before));
+    };
+    given_up(&|is_wanted| PinnedMemory::pin_while(&large, Sharing::Clone, is_wanted).map(drop), 3);
+    let pinned = PinnedMemory::pin(&small, Sharing::Clone).unwrap();
+    given_up(&|is_wanted| pinned.changed_to_while(&large, is_wanted).map(drop), 2);
+    pinned.changed_to(&large).unwrap();
 }
 
 #[test]

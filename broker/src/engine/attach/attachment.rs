@@ -1,8 +1,7 @@
 //! A queue with a pending ATTACH.
 
 use std::rc::Rc;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering;
 
 use ringpass_guest_abi::RingLayout;
 use ringpass_guest_abi::attach::{Geometry, GpaRange};
@@ -16,7 +15,7 @@ use ringpass_guest_abi::request::ErrorCode;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::Reply;
+use super::{Reply, Ticket};
 use crate::direct::DirectQueue;
 use crate::vhost_user::DeviceMemory;
 use crate::virtqueue::DirtyLog;
@@ -37,16 +36,23 @@ pub(in crate::engine) struct Attachment {
     pub(in crate::engine) rings: [Option<LiveRing>; 2],
     /// Why the next end comes.
     pub(in crate::engine) end_reason: ErrorCode,
-    /// A ring that is to be made once the queue is enabled.
-    pub(in crate::engine) deferred: Option<Epoch>,
-    /// Whether the ring that is being made is still wanted.
-    pub(in crate::engine) is_build_wanted: Arc<AtomicBool>,
+    /// A ring that is to be made and can still be forgone at once.
+    pub(in crate::engine) pending: Option<PendingRing>,
     /// Counts call eventfds: a ring may be built for one that has been replaced.
     pub(in crate::engine) call_generation: u32,
     /// Where the control page is.
     memory: Rc<DeviceMemory>,
     /// Where it was, while a ring is there still: the kernel writes to its areas until it is gone.
     former_memory: Vec<Rc<DeviceMemory>>,
+}
+
+/// A ring that is to be made.
+#[derive(Debug)]
+pub(in crate::engine) enum PendingRing {
+    /// Once the queue is enabled.
+    Deferred(Epoch),
+    /// By the builder, who may have begun.
+    Ordered(Ticket),
 }
 
 /// A ring that runs.
@@ -84,8 +90,7 @@ impl Attachment {
             attach,
             rings: [None, None],
             end_reason: ErrorCode::None,
-            deferred: None,
-            is_build_wanted: Arc::default(),
+            pending: None,
             call_generation: 0,
             memory,
             former_memory: Vec::new(),
@@ -96,9 +101,27 @@ impl Attachment {
     pub(in crate::engine) fn is_quiet(&self) -> bool {
         Area::ALL.into_iter().all(|area| match self.machine.area(area) {
             AreaUse::Free => true,
-            AreaUse::Building => self.deferred.is_some(),
+            AreaUse::Building => matches!(self.pending, Some(PendingRing::Deferred(_))),
             AreaUse::Live | AreaUse::Dying => false,
         })
+    }
+
+    /// Forgoes the ring that is to be made. False: there is none, or it is being made and the outcome will be told.
+    pub(in crate::engine) fn forgo_ring(&mut self) -> bool {
+        match self.pending.take() {
+            Some(PendingRing::Deferred(_)) => true,
+            Some(PendingRing::Ordered(ticket)) => ticket.withdraw(),
+            None => false,
+        }
+    }
+
+    /// The epoch of the ring that waits for the queue to be enabled. It does not wait any more.
+    pub(in crate::engine) fn take_deferred(&mut self) -> Option<Epoch> {
+        let deferred = self.pending.take_if(|pending| matches!(pending, PendingRing::Deferred(_)));
+        match deferred {
+            Some(PendingRing::Deferred(epoch)) => Some(epoch),
+            Some(PendingRing::Ordered(_)) | None => None,
+        }
     }
 
     /// The ring that the driver submits to, if there is one.

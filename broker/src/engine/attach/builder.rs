@@ -5,7 +5,6 @@
 //! after the other, so that nothing has to be said about the order of two changes of memory.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -17,7 +16,7 @@ use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::discards::{DiscardWatch, Discarded};
-use super::{AttachConfig, AttachmentId, Gate, LiveRing, Refused, WorkerSender};
+use super::{AttachConfig, AttachmentId, Gate, LiveRing, Refused, Ticket, WorkerSender};
 use crate::direct::{DirectDevice, QueueConfig, QueuePlacement};
 use crate::disk::Disk;
 use crate::engine::EngineError;
@@ -65,8 +64,8 @@ pub(in crate::engine) struct BuildOrder {
     /// What completions signal.
     pub(in crate::engine) call: Option<EventFd>,
     pub(in crate::engine) call_generation: u32,
-    /// Cleared when the ring is not wanted any more: then somebody may be waiting for the end of this.
-    pub(in crate::engine) is_wanted: Arc<AtomicBool>,
+    /// By which the order can be taken back.
+    pub(in crate::engine) ticket: Ticket,
 }
 
 /// A ring that was made.
@@ -100,14 +99,16 @@ struct Pinned {
 
 impl Pinned {
     /// Gives the rings that run these regions for what they had. False: they must end.
-    fn has_followed(&mut self, regions: &[RegionConfig], loses_some: bool) -> bool {
-        match self.follow(regions) {
+    fn has_followed(&mut self, regions: &[RegionConfig], loses_some: bool, gate: &Gate) -> bool {
+        match self.follow(regions, gate) {
             Ok(()) if !loses_some || self.await_drain() => return true,
             Ok(()) => tracing::warn!(
                 "rings end, because their I/O keeps memory for longer than {DRAIN_PATIENCE:?} that the front-end takes away"
             ),
             // A front-end that is gone has taken all of it.
             Err(_) if regions.is_empty() => {}
+            // Nor does anybody follow once all queues have stopped.
+            Err(RingError::Memory(MemoryError::NotWanted)) => {}
             Err(error) => {
                 tracing::warn!(
                     "rings end, because the guest's memory changed in a way that they cannot follow: {error}"
@@ -117,8 +118,8 @@ impl Pinned {
         false
     }
 
-    fn follow(&mut self, regions: &[RegionConfig]) -> Result<(), RingError> {
-        self.device.set_memory(regions.iter().cloned())?;
+    fn follow(&mut self, regions: &[RegionConfig], gate: &Gate) -> Result<(), RingError> {
+        self.device.set_memory_while(regions.iter().cloned(), &|| gate.is_in_use())?;
         let looking = RingError::system("looking at a file of guest memory");
         self.watch.set_regions(regions).map_err(looking)?;
         self.watch.expect_all();
@@ -195,10 +196,13 @@ impl Builder {
     fn carry_out(&mut self, order: Order) {
         match order {
             Order::Build(order) => {
-                let (queue, attachment, is_wanted) = (order.queue, order.attachment, order.is_wanted.clone());
-                let event = match self.build(order) {
+                let (queue, attachment) = (order.queue, order.attachment);
+                let pinned = self.pinned(&order.ticket);
+                if !order.ticket.begin() {
+                    return;
+                }
+                let event = match pinned.and_then(|pinned| build(pinned, order)) {
                     Ok(built) => AttachEvent::Built(Box::new(built)),
-                    Err(refused) if !is_wanted.load(Ordering::Relaxed) => AttachEvent::BuildFailed(refused.code),
                     Err(refused) => {
                         if let Some(total) = self.refusals.count() {
                             tracing::warn!(queue, total, "no ring for the queue: {} ({total} so far)", refused.why);
@@ -226,48 +230,19 @@ impl Builder {
         }
     }
 
-    fn build(&mut self, order: BuildOrder) -> Result<Built, Refused> {
+    /// What makes rings; the guest's memory is pinned for the first of them.
+    fn pinned(&mut self, ticket: &Ticket) -> Result<&mut Pinned, Refused> {
         if let Some(refused) = self.gate.status().closed {
             return Err(refused);
         }
-        let BuildOrder { geometry, epoch, call, call_generation, is_wanted, .. } = order;
-        let doorbell = eventfd().map_err(|error| refused(&error))?;
-        let config = QueueConfig {
-            ring: RingConfig { sq_entries: geometry.sq_entries(), cq_entries: geometry.cq_entries() },
-            placement: QueuePlacement::GuestRam {
-                rings_gpa: geometry.rings(epoch.area()).gpa(),
-                sqes_gpa: geometry.sqes(epoch.area()).gpa(),
-            },
-            doorbell: Some(eventfd_of(&doorbell).map_err(|error| refused(&error))?),
-            completion: call,
-        };
-        let Pinned { device, watch } = self.pinned(&|| is_wanted.load(Ordering::Relaxed))?;
-        let others = device.ends();
-        match device.attach(config) {
-            Ok(queue) => {
-                // Pinned by now, whether for all rings or for this one.
-                watch.expect_all();
-                Ok(Built { ring: LiveRing { epoch, queue, doorbell }, call_generation })
-            }
-            Err(error) => {
-                // The driver gets its areas back with the refusal. A ring that failed half-way has no I/O, so it ends soon.
-                let ends = device.ends();
-                ends.iter().filter(|end| !others.iter().any(|other| other.is_same(end))).for_each(await_end);
-                Err(refused(&error))
-            }
-        }
-    }
-
-    /// What makes rings; the guest's memory is pinned for the first of them.
-    fn pinned(&mut self, is_wanted: &(dyn Fn() -> bool + Sync)) -> Result<&mut Pinned, Refused> {
         if self.pinned.is_none() {
-            self.pinned = Some(self.pin(is_wanted)?);
+            self.pinned = Some(self.pin(ticket)?);
         }
         // It is there now.
         self.pinned.as_mut().ok_or_else(|| refused(&MemoryError::NoRegions.into()))
     }
 
-    fn pin(&self, is_wanted: &(dyn Fn() -> bool + Sync)) -> Result<Pinned, Refused> {
+    fn pin(&self, ticket: &Ticket) -> Result<Pinned, Refused> {
         let (Some(memory), Some(disk)) = (&self.memory, &self.disk) else {
             let why = "the device has neither memory nor a disk any more: its front-end is going".into();
             return Err(Refused { code: ErrorCode::Mode, why });
@@ -283,7 +258,8 @@ impl Builder {
             refused(&RingError::System { what: "looking at a file of guest memory", source: error })
         })?;
         let policy = self.config.policy.clone();
-        let device = DirectDevice::new_while(disk.clone(), &memory, policy, self.config.direct, is_wanted)
+        let is_wanted = || ticket.is_wanted();
+        let device = DirectDevice::new_while(disk.clone(), &memory, policy, self.config.direct, &is_wanted)
             .map_err(|error| refused(&error))?;
         if let Some(total) = self.pinnings.count() {
             let bytes = memory.len_bytes();
@@ -310,7 +286,7 @@ impl Builder {
         // What leaves is not looked at any more.
         self.look_for_discards();
         if let Some(mut pinned) = self.pinned.take() {
-            if pinned.has_followed(&regions, loses_some) {
+            if pinned.has_followed(&regions, loses_some, &self.gate) {
                 self.pinned = Some(pinned);
             } else {
                 self.workers.send_to_all(|| Command::EndRings { reason: ErrorCode::Memory });
@@ -359,6 +335,36 @@ impl Builder {
                  free page reporting, virtio-mem and postcopy do this: use a guest without them, or --mode virtqueue \
                  ({total} times so far)"
             );
+        }
+    }
+}
+
+/// Makes a ring over what is pinned.
+fn build(pinned: &mut Pinned, order: BuildOrder) -> Result<Built, Refused> {
+    let Pinned { device, watch } = pinned;
+    let BuildOrder { geometry, epoch, call, call_generation, .. } = order;
+    let doorbell = eventfd().map_err(|error| refused(&error))?;
+    let config = QueueConfig {
+        ring: RingConfig { sq_entries: geometry.sq_entries(), cq_entries: geometry.cq_entries() },
+        placement: QueuePlacement::GuestRam {
+            rings_gpa: geometry.rings(epoch.area()).gpa(),
+            sqes_gpa: geometry.sqes(epoch.area()).gpa(),
+        },
+        doorbell: Some(eventfd_of(&doorbell).map_err(|error| refused(&error))?),
+        completion: call,
+    };
+    let others = device.ends();
+    match device.attach(config) {
+        Ok(queue) => {
+            // Pinned by now, whether for all rings or for this one.
+            watch.expect_all();
+            Ok(Built { ring: LiveRing { epoch, queue, doorbell }, call_generation })
+        }
+        Err(error) => {
+            // The driver gets its areas back with the refusal. A ring that failed half-way has no I/O, so it ends soon.
+            let ends = device.ends();
+            ends.iter().filter(|end| !others.iter().any(|other| other.is_same(end))).for_each(await_end);
+            Err(refused(&error))
         }
     }
 }

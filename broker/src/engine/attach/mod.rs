@@ -9,6 +9,7 @@
 //!   [`DirectDevice`](crate::direct::DirectDevice), from the first ring to the end of the last attachment: memory is pinned only
 //!   while there are rings.
 //! - [`discards`]: notices that the front-end discards memory that is pinned.
+//! - [`Ticket`]: lets a worker take back what it ordered of the builder.
 //! - [`Reply`]: a request of the interface that is to be answered, now or later.
 //!
 //! The steps of the machine are carried out by the worker in `engine/epochs.rs`, the requests taken in `engine/interface.rs`.
@@ -18,6 +19,7 @@ pub(super) mod builder;
 mod discards;
 mod gate;
 mod reply;
+mod ticket;
 
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
@@ -26,11 +28,12 @@ use ringpass_guest_abi::attach::AttachLimits;
 use ringpass_guest_abi::probe::{F_DSYNC, MAGIC, ProbeAnswer, VERSION};
 use ringpass_restrictions::CompiledPolicy;
 
-pub(super) use attachment::{Attachment, AttachmentId, LiveRing, Ranges, host_address};
+pub(super) use attachment::{Attachment, AttachmentId, LiveRing, PendingRing, Ranges, host_address};
 pub(super) use builder::{BuildOrder, Order};
 pub(super) use gate::Gate;
 pub use gate::{GateStatus, Refused, RingCounts, RingStatus};
 pub(super) use reply::Reply;
+pub(super) use ticket::Ticket;
 
 use super::command::{Command, CommandSender};
 use super::worker::Alignment;
