@@ -1,14 +1,13 @@
 //! The socket on which a device is asked.
 
-use std::io::{self, BufRead, BufReader, Read, Write};
+use std::io::{self, ErrorKind, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, poll};
 use serde::Deserialize;
@@ -19,7 +18,7 @@ use crate::threads::leave_signals_to_others;
 use crate::vhost_user::listener::{ListenError, Listener};
 
 /// The longest question.
-const LINE_BYTES_MAX: u64 = 4096;
+const LINE_BYTES_MAX: usize = 4096;
 /// How long a client may take, to ask and to read the answer. Others wait meanwhile; all are the owner's.
 const PATIENCE: Duration = Duration::from_secs(2);
 /// How long to wait when no connection can be accepted.
@@ -73,10 +72,7 @@ impl ControlSocket {
     ///
     /// Somebody listens there, or the path cannot be used.
     pub fn bind(path: &Path) -> Result<Self, ControlError> {
-        let listener = Listener::bind(path)?;
-        let owner_only = std::fs::Permissions::from_mode(0o600);
-        std::fs::set_permissions(path, owner_only).map_err(failed(path, "keeping others out"))?;
-        Ok(Self { listener, path: path.to_owned() })
+        Ok(Self { listener: Listener::bind_for_owner(path)?, path: path.to_owned() })
     }
 
     /// Where it is.
@@ -135,18 +131,49 @@ fn answer_next(listener: &mut Listener, stop: &OwnedFd, source: &dyn StatusSourc
 }
 
 fn answer(stream: &UnixStream, source: &dyn StatusSource) -> io::Result<()> {
-    stream.set_read_timeout(Some(PATIENCE))?;
-    stream.set_write_timeout(Some(PATIENCE))?;
-    let mut line = String::new();
-    BufReader::new(stream.take(LINE_BYTES_MAX)).read_line(&mut line)?;
+    let end = Instant::now() + PATIENCE;
+    let line = read_line(stream, end)?;
     let mut answer = reply(&line, source);
     answer.push('\n');
-    (&*stream).write_all(answer.as_bytes())
+    let mut rest = answer.as_bytes();
+    while !rest.is_empty() {
+        stream.set_write_timeout(Some(left(end)?))?;
+        match (&*stream).write(rest) {
+            Ok(count) => rest = &rest[count..],
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+/// Everything up to the end of a line, of the stream, or of what is taken from a client.
+fn read_line(mut stream: &UnixStream, end: Instant) -> io::Result<Vec<u8>> {
+    let mut line = Vec::new();
+    let mut part = [0; 512];
+    while line.len() < LINE_BYTES_MAX && !line.contains(&b'\n') {
+        stream.set_read_timeout(Some(left(end)?))?;
+        match stream.read(&mut part) {
+            Ok(0) => break,
+            Ok(count) => line.extend_from_slice(&part[..count]),
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(line)
+}
+
+/// How much time a client has left.
+fn left(end: Instant) -> io::Result<Duration> {
+    match end.saturating_duration_since(Instant::now()) {
+        Duration::ZERO => Err(ErrorKind::TimedOut.into()),
+        left => Ok(left),
+    }
 }
 
 /// The answer to a line.
-fn reply(line: &str, source: &dyn StatusSource) -> String {
-    let json = match serde_json::from_str(line) {
+fn reply(line: &[u8], source: &dyn StatusSource) -> String {
+    let json = match serde_json::from_slice(line) {
         Ok(Question::Show) => serde_json::to_value(source.status()),
         Ok(Question::Stats) => serde_json::to_value(source.stats()),
         Err(error) => {
@@ -172,7 +199,8 @@ impl Drop for ControlServer {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Instant;
+    use std::io::{BufRead, BufReader};
+    use std::os::unix::fs::PermissionsExt;
 
     use super::*;
     use crate::control::{DeviceStats, DeviceStatus, DiskStatus, RingsOffer};
@@ -230,9 +258,17 @@ mod tests {
         let (_directory, path, server) = served();
         let hanging = UnixStream::connect(&path).unwrap();
         (&hanging).write_all(b"{\"requ").unwrap();
+        let slow = UnixStream::connect(&path).unwrap();
+        let talking = thread::spawn(move || {
+            // Until the server hangs up.
+            while (&slow).write_all(b" ").is_ok() {
+                thread::sleep(PATIENCE / 20);
+            }
+        });
         let start = Instant::now();
         assert_eq!(ask(&path, b"{\"request\":\"stats\"}\n")["name"], "vm1");
         assert!(start.elapsed() < PATIENCE * 5, "{:?}", start.elapsed());
+        talking.join().unwrap();
         drop(server);
         assert!(!path.exists(), "the socket is removed");
     }

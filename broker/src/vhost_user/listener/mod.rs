@@ -9,6 +9,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
+use rustix::fs::Mode;
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use thiserror::Error;
@@ -28,6 +29,12 @@ pub enum ListenError {
     #[error("{}: a file that is no socket is in the way; remove it, or give another path", .path.display())]
     NotASocket {
         /// The file.
+        path: PathBuf,
+    },
+    /// The kernel has no room for the path (`sun_path` in unix(7)).
+    #[error("{}: a socket's path has at most {PATH_BYTES_MAX} bytes, this one has {}; give a shorter one", .path.display(), .path.as_os_str().len())]
+    TooLong {
+        /// The path.
         path: PathBuf,
     },
     /// The path cannot be listened on.
@@ -56,6 +63,11 @@ pub enum ListenError {
     },
 }
 
+/// `sun_path` without the byte that ends it.
+const PATH_BYTES_MAX: usize = 107;
+/// How many may wait to be accepted.
+const BACKLOG: i32 = 128;
+
 /// A source of connections.
 #[derive(Debug)]
 pub(crate) struct Listener {
@@ -74,17 +86,30 @@ enum Source {
 impl Listener {
     /// Listens on a path. A socket file that nobody listens on any more is replaced.
     pub(crate) fn bind(path: &Path) -> Result<Self, ListenError> {
+        Self::bind_with(path, None)
+    }
+
+    /// The same, and only the owner of the file can connect.
+    pub(crate) fn bind_for_owner(path: &Path) -> Result<Self, ListenError> {
+        Self::bind_with(path, Some(Mode::RUSR | Mode::WUSR))
+    }
+
+    fn bind_with(path: &Path, mode: Option<Mode>) -> Result<Self, ListenError> {
         let failed = |what| move |source| ListenError::Path { path: path.to_owned(), what, source };
-        let listener = match UnixListener::bind(path) {
-            Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
+        let listener = match listen(path, mode) {
+            Err(Errno::ADDRINUSE) => {
                 remove_stale(path)?;
-                UnixListener::bind(path)
+                listen(path, mode)
             }
             other => other,
         };
-        let listener = listener.map_err(failed("listening there"))?;
+        let listener = listener.map_err(|errno| match errno {
+            Errno::NAMETOOLONG if path.as_os_str().len() > PATH_BYTES_MAX => {
+                ListenError::TooLong { path: path.to_owned() }
+            }
+            errno => failed("listening there")(errno.into()),
+        })?;
         let file = SocketFile::of(path).map_err(failed("looking at the new socket"))?;
-        listener.set_nonblocking(true).map_err(failed("making it non-blocking"))?;
         Ok(Self { source: Source::Listening(listener), _file: Some(file) })
     }
 
@@ -138,6 +163,23 @@ impl Listener {
     }
 }
 
+/// A new socket file, with at most that mode. Non-blocking.
+fn listen(path: &Path, mode: Option<Mode>) -> Result<UnixListener, Errno> {
+    let socket = new_socket()?;
+    if let Some(mode) = mode {
+        // The file takes over what the socket has (unix_bind_bsd in Linux), so there is no moment in which others could connect.
+        rustix::fs::fchmod(&socket, mode)?;
+    }
+    rustix::net::bind(&socket, &SocketAddrUnix::new(path)?)?;
+    rustix::net::listen(&socket, BACKLOG)?;
+    Ok(UnixListener::from(socket))
+}
+
+fn new_socket() -> Result<OwnedFd, Errno> {
+    let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
+    rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)
+}
+
 /// A socket file of ours, removed when it is dropped, unless somebody has put another one there.
 #[derive(Debug)]
 struct SocketFile {
@@ -189,8 +231,7 @@ fn is_of_an_ending_process(connected: &OwnedFd) -> bool {
 }
 
 fn connect_without_waiting(path: &Path) -> Result<OwnedFd, Errno> {
-    let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
-    let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    let socket = new_socket()?;
     rustix::net::connect(&socket, &SocketAddrUnix::new(path)?)?;
     Ok(socket)
 }
