@@ -92,7 +92,9 @@ impl Worker<'_> {
         let wanted = payload(bytes).map(|bytes| DetachPayload::from_bytes(&bytes));
         let code = match wanted.and_then(|payload| payload.check(attach.queue_count())) {
             Ok(queue) => {
-                attach.send(queue, |queue| Command::Detach { queue });
+                if attach.gate.tell_detach(queue) {
+                    attach.send(queue, |queue| Command::Detach { queue });
+                }
                 ErrorCode::None
             }
             Err(code) => code,

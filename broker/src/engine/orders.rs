@@ -88,7 +88,12 @@ impl Worker<'_> {
                 self.endings.is_shutdown = true;
             }
             Command::Attachment { queue, attachment, event } => self.attachment_event(queue, attachment, event),
-            Command::Detach { queue } => self.epoch_event(queue, Event::Finish(ErrorCode::Detached)),
+            Command::Detach { queue } => {
+                if let Some(attach) = &self.attach {
+                    attach.gate.hear_detach(self.vrings[queue].index);
+                }
+                self.epoch_event(queue, Event::Finish(ErrorCode::Detached));
+            }
             Command::EndRings { reason } => self.end_rings(reason, Event::End),
             Command::FinishRings { reason, done } => {
                 self.end_rings(reason, Event::Finish(reason));

@@ -34,6 +34,8 @@ struct QueueState {
     ring: Option<LiveWords>,
     counts: RingCounts,
     refused: Option<Refused>,
+    /// Its worker has been told of a DETACH and has not heard it yet.
+    is_detach_told: bool,
 }
 
 /// Why a queue got no ring, or lost it, last.
@@ -117,6 +119,17 @@ impl Gate {
         left.ranges = None;
         left.machine = None;
         state.queues.iter().all(|queue| queue.ranges.is_none())
+    }
+
+    /// The driver asks for a queue back. True: its worker is to be told. It may be busy, and is told once, or a guest could fill the
+    /// host's memory with what waits for it.
+    pub(in crate::engine) fn tell_detach(&self, queue: u16) -> bool {
+        !std::mem::replace(&mut self.state().queues[usize::from(queue)].is_detach_told, true)
+    }
+
+    /// The worker of a queue hears of it.
+    pub(in crate::engine) fn hear_detach(&self, queue: u16) {
+        self.state().queues[usize::from(queue)].is_detach_told = false;
     }
 
     /// Notes where the epochs of a queue are.
@@ -264,6 +277,14 @@ mod tests {
         assert!(!gate.leave(1) && gate.is_in_use());
         assert!(gate.leave(2) && !gate.is_in_use(), "it was the last one");
         gate.enter(2, &geometry(10)).unwrap();
+    }
+
+    #[test]
+    fn a_worker_is_told_of_one_detach_at_a_time() {
+        let gate = Gate::new(2);
+        assert!(gate.tell_detach(1) && !gate.tell_detach(1) && gate.tell_detach(0));
+        gate.hear_detach(1);
+        assert!(gate.tell_detach(1) && !gate.tell_detach(0));
     }
 
     #[test]
