@@ -7,38 +7,28 @@
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use ringpass_guest_abi::attach::Geometry;
 use ringpass_guest_abi::epoch::Epoch;
 use ringpass_guest_abi::request::ErrorCode;
-use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::EventFd;
 
-use super::discards::{DiscardWatch, Discarded};
+use super::discards::Discarded;
+use super::pinned::{Pinned, await_end, refused, regions};
 use super::{AttachConfig, AttachmentId, Gate, LiveRing, Refused, Ticket, WorkerSender};
-use crate::direct::{DirectDevice, QueueConfig, QueuePlacement};
 use crate::disk::Disk;
 use crate::engine::EngineError;
 use crate::engine::command::{AttachEvent, Command, Reply};
 use crate::engine::thread::AbortOnPanic;
-use crate::limits::Memlock;
 use crate::log_limit::LogLimit;
-use crate::memory::{GuestMemory, MemoryError, RegionConfig};
-use crate::ring::{RingConfig, RingEnd, RingError, StillRunning};
+use crate::memory::MemoryError;
+use crate::ring::RingEnd;
 use crate::threads::leave_signals_to_others;
 use crate::vhost_user::DeviceMemory;
 
 /// How often memory is looked at while it is pinned, and the words of rings that count.
 const LOOK: Duration = Duration::from_millis(50);
-/// How often is looked whether memory that leaves is pinned still, and how long.
-const DRAIN_LOOK: Duration = Duration::from_micros(200);
-/// Longer than an ordinary request takes; one that takes longer is waited for with its ring.
-const DRAIN_PATIENCE: Duration = Duration::from_secs(1);
-/// How long what is pinned may take to go before the guest's memory is pinned: the kernel takes rings apart later.
-const SETTLE: Duration = Duration::from_millis(100);
-/// How long is waited for the end of a ring at a time.
-const PATIENCE: Duration = Duration::from_secs(10);
 
 /// What the builder is asked for.
 #[derive(Debug)]
@@ -89,59 +79,6 @@ struct Builder {
     refusals: LogLimit,
     pinnings: LogLimit,
     discards: LogLimit,
-}
-
-/// The guest's memory, pinned, and the rings over it.
-struct Pinned {
-    device: DirectDevice,
-    watch: DiscardWatch,
-}
-
-impl Pinned {
-    /// Gives the rings that run these regions for what they had. False: they must end.
-    fn has_followed(&mut self, regions: &[RegionConfig], loses_some: bool, gate: &Gate) -> bool {
-        match self.follow(regions, gate) {
-            Ok(()) if !loses_some || self.await_drain() => return true,
-            Ok(()) => tracing::warn!(
-                "rings end, because their I/O keeps memory for longer than {DRAIN_PATIENCE:?} that the front-end takes away"
-            ),
-            // A front-end that is gone has taken all of it.
-            Err(_) if regions.is_empty() => {}
-            // Nor does anybody follow once all queues have stopped.
-            Err(RingError::Memory(MemoryError::NotWanted)) => {}
-            Err(error) => {
-                tracing::warn!(
-                    "rings end, because the guest's memory changed in a way that they cannot follow: {error}"
-                );
-            }
-        }
-        false
-    }
-
-    fn follow(&mut self, regions: &[RegionConfig], gate: &Gate) -> Result<(), RingError> {
-        self.device.set_memory_while(regions.iter().cloned(), &|| gate.is_in_use())?;
-        let looking = RingError::system("looking at a file of guest memory");
-        self.watch.set_regions(regions).map_err(looking)?;
-        self.watch.expect_all();
-        Ok(())
-    }
-
-    /// Waits until requests that were under way have ended and with them what they kept pinned. False: they take long, or
-    /// that cannot be told.
-    fn await_drain(&self) -> bool {
-        let end = Instant::now() + DRAIN_PATIENCE;
-        loop {
-            match self.device.has_drained() {
-                Ok(true) => return true,
-                Ok(false) if Instant::now() < end => thread::sleep(DRAIN_LOOK),
-                Ok(false) => return false,
-                Err(error) => {
-                    tracing::warn!(%error, "cannot tell whether I/O in memory that leaves has ended");
-                    return false;
-                }
-            }
-        }
-    }
 }
 
 /// Starts the thread. It ends when nobody can order anything any more.
@@ -195,13 +132,14 @@ impl Builder {
 
     fn carry_out(&mut self, order: Order) {
         match order {
+            Order::Build(order) if !order.ticket.is_wanted() => {}
             Order::Build(order) => {
                 let (queue, attachment) = (order.queue, order.attachment);
                 let pinned = self.pinned(&order.ticket);
                 if !order.ticket.begin() {
                     return;
                 }
-                let event = match pinned.and_then(|pinned| build(pinned, order)) {
+                let event = match pinned.and_then(|pinned| pinned.make_ring(order)) {
                     Ok(built) => AttachEvent::Built(Box::new(built)),
                     Err(refused) => {
                         if let Some(total) = self.refusals.count() {
@@ -247,30 +185,12 @@ impl Builder {
             let why = "the device has neither memory nor a disk any more: its front-end is going".into();
             return Err(Refused { code: ErrorCode::Mode, why });
         };
-        // What is pinned is measured, and what ended a moment ago must not end meanwhile.
-        let end = Instant::now() + SETTLE;
-        while Memlock::pinned_by_this_process().is_ok_and(|bytes| bytes > 0) && Instant::now() < end {
-            thread::sleep(DRAIN_LOOK);
-        }
-        let regions = regions(memory);
-        let memory = GuestMemory::new(regions.clone()).map_err(|error| refused(&error.into()))?;
-        let watch = DiscardWatch::new(&regions).map_err(|error| {
-            refused(&RingError::System { what: "looking at a file of guest memory", source: error })
-        })?;
-        let policy = self.config.policy.clone();
-        let is_wanted = || ticket.is_wanted();
-        let device = DirectDevice::new_while(disk.clone(), &memory, policy, self.config.direct, &is_wanted)
-            .map_err(|error| refused(&error))?;
+        let pinned = Pinned::new(&self.config, disk, memory, ticket)?;
         if let Some(total) = self.pinnings.count() {
-            let bytes = memory.len_bytes();
-            tracing::info!(
-                bytes,
-                regions = regions.len(),
-                total,
-                "guest memory is pinned for rings ({total} times so far)"
-            );
+            let bytes = pinned.len_bytes();
+            tracing::info!(bytes, total, "guest memory is pinned for rings ({total} times so far)");
         }
-        Ok(Pinned { device, watch })
+        Ok(pinned)
     }
 
     /// Rings that run get the new memory, if they can be changed; otherwise they end, and are made anew over it.
@@ -279,7 +199,7 @@ impl Builder {
         // A front-end that is gone is not answered, and the next one does not wait for its rings.
         let is_gone = regions.is_empty();
         self.memory = Some(memory);
-        if self.pinned.as_ref().is_some_and(|pinned| !pinned.device.ends().iter().any(is_open)) {
+        if self.pinned.as_ref().is_some_and(|pinned| !pinned.has_open_rings()) {
             // Nothing runs: what is pinned is only in the way.
             self.unpin();
         }
@@ -303,7 +223,7 @@ impl Builder {
     /// Nothing stays pinned. A discard that is noticed only now is told; there is no ring to be taken away.
     fn unpin(&mut self) {
         let Some(mut pinned) = self.pinned.take() else { return };
-        if let Some(discarded) = pinned.watch.look() {
+        if let Some(discarded) = pinned.look_for_discards() {
             self.tell(&discarded);
         }
         self.let_go(pinned);
@@ -312,11 +232,11 @@ impl Builder {
     /// A ring that still runs keeps its memory until it ends.
     fn let_go(&mut self, pinned: Pinned) {
         self.ending.retain(|end| !end.has_ended());
-        self.ending.extend(pinned.device.ends());
+        self.ending.extend(pinned.ends());
     }
 
     fn look_for_discards(&mut self) {
-        let Some(discarded) = self.pinned.as_mut().and_then(|pinned| pinned.watch.look()) else { return };
+        let Some(discarded) = self.pinned.as_mut().and_then(|pinned| pinned.look_for_discards()) else { return };
         // First, so that no ring is asked for in between.
         self.gate.note_discard();
         self.tell(&discarded);
@@ -337,80 +257,4 @@ impl Builder {
             );
         }
     }
-}
-
-/// Makes a ring over what is pinned.
-fn build(pinned: &mut Pinned, order: BuildOrder) -> Result<Built, Refused> {
-    let Pinned { device, watch } = pinned;
-    let BuildOrder { geometry, epoch, call, call_generation, .. } = order;
-    let doorbell = eventfd().map_err(|error| refused(&error))?;
-    let config = QueueConfig {
-        ring: RingConfig { sq_entries: geometry.sq_entries(), cq_entries: geometry.cq_entries() },
-        placement: QueuePlacement::GuestRam {
-            rings_gpa: geometry.rings(epoch.area()).gpa(),
-            sqes_gpa: geometry.sqes(epoch.area()).gpa(),
-        },
-        doorbell: Some(eventfd_of(&doorbell).map_err(|error| refused(&error))?),
-        completion: call,
-    };
-    let others = device.ends();
-    match device.attach(config) {
-        Ok(queue) => {
-            // Pinned by now, whether for all rings or for this one.
-            watch.expect_all();
-            Ok(Built { ring: LiveRing { epoch, queue, doorbell }, call_generation })
-        }
-        Err(error) => {
-            // The driver gets its areas back with the refusal. A ring that failed half-way has no I/O, so it ends soon.
-            let ends = device.ends();
-            ends.iter().filter(|end| !others.iter().any(|other| other.is_same(end))).for_each(await_end);
-            Err(refused(&error))
-        }
-    }
-}
-
-/// The regions of a table, for pinning.
-fn regions(memory: &DeviceMemory) -> Vec<RegionConfig> {
-    let region = |region: &vm_memory::GuestRegionMmap<()>| {
-        // The session makes them of files only.
-        let file = region.file_offset()?;
-        Some(RegionConfig {
-            gpa: region.start_addr().0,
-            len_bytes: region.len(),
-            file: file.arc().clone(),
-            file_offset_bytes: file.start(),
-        })
-    };
-    memory.iter().filter_map(region).collect()
-}
-
-fn is_open(end: &RingEnd) -> bool {
-    matches!(end.wait(Duration::ZERO), Err(StillRunning::Open))
-}
-
-fn await_end(end: &RingEnd) {
-    // The thread that waits for it tells of one that takes long.
-    while end.wait(PATIENCE).is_err() {}
-}
-
-fn refused(error: &RingError) -> Refused {
-    let code = match error {
-        RingError::AreaInUse { .. } | RingError::Memory(MemoryError::NotWanted) => ErrorCode::Busy,
-        RingError::Memory(MemoryError::Memlock(_) | MemoryError::NoMemoryToPin { .. } | MemoryError::System { .. }) => {
-            ErrorCode::Resources
-        }
-        RingError::Memory(_) => ErrorCode::Memory,
-        RingError::IntegrityProfile { .. } | RingError::UnsafePolicy { .. } => ErrorCode::Mode,
-        RingError::Create { source, .. } if source.raw_os_error() == Some(nix::libc::EFAULT) => ErrorCode::Memory,
-        _ => ErrorCode::Resources,
-    };
-    Refused { code, why: error.to_string() }
-}
-
-fn eventfd() -> Result<EventFd, RingError> {
-    EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK).map_err(RingError::system("making the eventfd of a doorbell"))
-}
-
-fn eventfd_of(eventfd: &EventFd) -> Result<EventFd, RingError> {
-    eventfd.try_clone().map_err(RingError::system("duplicating the eventfd of a doorbell"))
 }

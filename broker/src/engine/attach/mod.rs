@@ -5,9 +5,9 @@
 //!
 //! - [`Attachment`]: a queue with a pending ATTACH. Belongs to the queue's worker.
 //! - [`Gate`]: what all queues share: who has which ranges of guest memory, and whether rings are given out at all.
-//! - [`builder`]: the thread that pins the guest's memory and makes rings. It owns the
-//!   [`DirectDevice`](crate::direct::DirectDevice), from the first ring to the end of the last attachment: memory is pinned only
-//!   while there are rings.
+//! - [`builder`]: the thread that pins the guest's memory and makes rings, one thing after the other.
+//! - [`pinned`]: what it owns from the first ring to the end of the last attachment, the
+//!   [`DirectDevice`](crate::direct::DirectDevice): memory is pinned only while there are rings.
 //! - [`discards`]: notices that the front-end discards memory that is pinned.
 //! - [`Ticket`]: lets a worker take back what it ordered of the builder.
 //! - [`Reply`]: a request of the interface that is to be answered, now or later.
@@ -18,6 +18,7 @@ mod attachment;
 pub(super) mod builder;
 mod discards;
 mod gate;
+mod pinned;
 mod reply;
 mod ticket;
 

@@ -1,6 +1,7 @@
 //! Tests that drive an engine through rings in memory, as a guest would.
 
 mod attach;
+mod builder;
 mod discards;
 mod disk;
 mod driver;
