@@ -12,6 +12,7 @@ use ringpass_tests::{
     broker_process,
     front_end::{
         attach::{
+            RingDriver,
             bench::{start_first, start_ring},
             slow::SlowGuest,
             wait_until,
@@ -26,6 +27,7 @@ use ringpass_tests::{
     stuck_disk::{StuckDisk, StuckKind},
 };
 use rustix::fs::{FallocateFlags, fallocate};
+use vhost::vhost_user::message::FrontendReq;
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_S_OK, VIRTIO_BLK_T_OUT};
 
 const REGION_GPA: u64 = 4 << 30;
@@ -45,6 +47,17 @@ fn main() -> ExitCode {
         test("memory_that_leaves_is_waited_for_though_its_ring_ended_for_a_discard", needs(), discarded),
         test("memory_that_leaves_is_waited_for_though_its_ring_ended_for_other_memory", needs(), not_pinned),
         test("memory_of_a_front_end_that_is_gone_is_not_waited_for", needs(), gone),
+        test("a_front_end_that_leaves_while_its_memory_is_waited_for_makes_room_for_the_next", needs(), || {
+            leaves_waiting(|guest| {
+                guest.front_end.connection().rem_mem_reg(&guest.region.message(), Some(guest.region.file()))
+            })
+        }),
+        test("a_front_end_that_leaves_while_its_queue_stops_makes_room_for_the_next", needs(), || {
+            leaves_waiting(|guest| guest.front_end.stop_vring(1).map(drop))
+        }),
+        test("a_front_end_that_leaves_while_its_queue_is_disabled_makes_room_for_the_next", needs(), || {
+            leaves_waiting(|guest| guest.front_end.connection().set_vring(FrontendReq::SET_VRING_ENABLE, 1, 0))
+        }),
     ])
 }
 
@@ -165,10 +178,29 @@ fn virtqueue() -> Result<()> {
 /// Somebody else may come while its I/O has not ended.
 fn gone() -> Result<()> {
     let mut guest = Guest::new()?;
+    let _driver = hanging_ring(&mut guest)?;
+    make_room(&guest)
+}
+
+/// The same while it waits for the answer to a message, which waits for that I/O.
+fn leaves_waiting(ask: impl FnOnce(&Guest) -> Result<()>) -> Result<()> {
+    let mut guest = Guest::new()?;
+    let _driver = hanging_ring(&mut guest)?;
+    guest.front_end.connection().wire().set_timeout(AT_ONCE)?;
+    ensure!(ask(&guest).is_err(), "the message does not wait for I/O that hangs");
+    make_room(&guest)
+}
+
+fn hanging_ring(guest: &mut Guest) -> Result<RingDriver> {
     let (_first, addressing) = start_first(&guest.front_end, &mut guest.slow.ram)?;
     let mut driver = start_ring(&guest.front_end, &mut guest.slow.ram, 1, addressing)?;
     driver.attach()?;
     guest.slow.hang_from(&mut driver, REGION_GPA)?;
+    Ok(driver)
+}
+
+/// The front-end goes, and the next one is answered.
+fn make_room(guest: &Guest) -> Result<()> {
     guest.front_end.connection().wire().hang_up()?;
     let begin = Instant::now();
     let next = guest.slow.connect().and_then(|front_end| {

@@ -2,7 +2,8 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Receiver, Sender, SyncSender, TryRecvError, channel, sync_channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender, TryRecvError, channel, sync_channel};
+use std::time::Duration;
 
 use ringpass_guest_abi::epoch::Area;
 use ringpass_guest_abi::request::ErrorCode;
@@ -15,6 +16,9 @@ use crate::disk::Disk;
 use crate::vhost_user::{DeviceMemory, QueueEventfds};
 use crate::virtio_blk::RequestLimits;
 use crate::virtqueue::{DirtyLog, QueueSetup};
+
+/// How often is asked whether an answer is still wanted. Most come long before.
+const LOOK: Duration = Duration::from_millis(50);
 
 /// One answer to a command: sent when the command is in force.
 pub(super) type Reply<T> = SyncSender<T>;
@@ -127,6 +131,16 @@ impl<T> Pending<T> {
     /// Waits for the answer. `None`: the worker was shut down.
     pub(super) fn wait(self) -> Option<T> {
         self.0.recv().ok()
+    }
+
+    /// The same for as long as it is wanted, which is asked now and then. `None`: it was not.
+    pub(super) fn wait_while(self, is_wanted: impl Fn() -> bool) -> Option<T> {
+        loop {
+            match self.0.recv_timeout(LOOK) {
+                Err(RecvTimeoutError::Timeout) if is_wanted() => {}
+                answer => return answer.ok(),
+            }
+        }
     }
 }
 

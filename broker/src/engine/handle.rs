@@ -8,15 +8,14 @@ use std::time::Duration;
 use std::{fmt, io};
 
 use ringpass_guest_abi::request::ErrorCode;
-use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::attach::{Attach, AttachConfig, Gate, GateStatus, Order, WorkerSender, builder};
+use super::attach::{Attach, AttachConfig, Gate, Order, WorkerSender, builder};
 use super::bounce::BouncePool;
 use super::command::{Command, CommandSender, Pending, Reply, WhichEventfd, command_channel};
+use super::control::EngineControl;
 use super::counters::QueueCounters;
-use super::orders::end_process;
 use super::poll::PollPolicy;
 use super::slot::Slots;
 use super::source::DiskSource;
@@ -24,9 +23,8 @@ use super::thread::{Place, start};
 use super::vring::Vring;
 use super::worker::WorkerParts;
 use super::{EngineError, Shared};
-use crate::disk::Disk;
-use crate::vhost_user::{ConfigWriteError, Device, DeviceMemory, QueueEventfds};
-use crate::virtio_blk::{BlkConfig, BlkConfigError, CacheMode, GuestErrors};
+use crate::vhost_user::{ConfigWriteError, Device, DeviceMemory, PeerWatch, QueueEventfds};
+use crate::virtio_blk::{BlkConfig, CacheMode};
 use crate::virtqueue::{DirtyLog, QUEUE_SIZE_MAX, QueueSetup};
 
 /// The most requests that a worker has under way. More wait in their queues.
@@ -63,15 +61,8 @@ pub struct Engine {
     is_logging: bool,
     /// What the front-end gave last.
     memory: Option<Arc<DeviceMemory>>,
-}
-
-/// A handle to an engine for other threads: gives it the disk, reads its counters.
-#[derive(Clone, Debug)]
-pub struct EngineControl {
-    workers: Arc<[CommandSender]>,
-    counters: Arc<[Arc<QueueCounters>]>,
-    shared: Arc<Shared>,
-    pub(super) attach: Option<Attach>,
+    /// The front-end.
+    peer: Option<PeerWatch>,
 }
 
 impl Engine {
@@ -126,6 +117,7 @@ impl Engine {
             started: vec![None; queues],
             is_logging: false,
             memory: None,
+            peer: None,
         })
     }
 
@@ -153,7 +145,24 @@ impl Engine {
     fn order<T>(&self, index: u16, command: impl FnOnce(usize, Reply<T>) -> Command) -> Option<T> {
         let (reply, pending) = Pending::new();
         self.send(index, |queue| command(queue, reply));
-        pending.wait()
+        self.wait(pending)
+    }
+
+    /// Sends a command to all workers and waits until it is in force everywhere.
+    fn order_all(&self, command: impl Fn(Reply<()>) -> Command) {
+        for pending in self.control.begin_order(command) {
+            // A worker that has ended holds nothing.
+            self.wait(pending);
+        }
+    }
+
+    /// Waits for an answer, and not for a front-end that is gone: whoever comes next would wait for its I/O.
+    fn wait<T>(&self, pending: Pending<T>) -> Option<T> {
+        pending.wait_while(|| !self.is_peer_gone())
+    }
+
+    fn is_peer_gone(&self) -> bool {
+        self.peer.as_ref().is_some_and(PeerWatch::is_gone)
     }
 
     fn set_eventfd(&self, index: u16, which: WhichEventfd, eventfd: Option<EventFd>) {
@@ -167,95 +176,6 @@ impl Engine {
     fn apply_cache_mode(&self) {
         let write_through = !self.cache_mode.writeback();
         self.control.shared.write_through.store(write_through, Ordering::Release);
-    }
-}
-
-impl EngineControl {
-    /// Gives the engine its disk; requests are executed from now on. If it has one already, nothing changes.
-    ///
-    /// True: the disk has another size than the driver was told of. If that size is of no use at all, the process ends.
-    pub fn set_disk(&self, disk: &Arc<Disk>) -> bool {
-        let has_changed = self.set_size_bytes(disk.size_bytes()).unwrap_or_else(|error| {
-            // Somebody else has had it since the guest was told of its size. With a capacity beyond its end, writes
-            // would make it grow.
-            end_process(&format_args!("the disk's new size is of no use: {error}"))
-        });
-        forgo_access_times(disk);
-        // Before a worker can ask for a ring.
-        self.order_builder(|done| Order::SetDisk { disk: Some(disk.clone()), done });
-        self.order_all(|reply| Command::SetDisk { disk: Some(disk.clone()), reply });
-        has_changed
-    }
-
-    /// Returns when all I/O has ended and no worker holds the disk.
-    fn take_disk_back(&self) {
-        self.order_all(|reply| Command::SetDisk { disk: None, reply });
-        self.order_builder(|done| Order::SetDisk { disk: None, done });
-    }
-
-    /// Sends an order to who makes rings, if somebody does, and waits until it is carried out.
-    fn order_builder(&self, order: impl FnOnce(Reply<()>) -> Order) {
-        if let Some(attach) = &self.attach {
-            let (done, pending) = Pending::new();
-            attach.order(order(done));
-            pending.wait();
-        }
-    }
-
-    /// What each queue's ring does, if the device offers rings.
-    pub fn rings(&self) -> Option<GateStatus> {
-        self.attach.as_ref().map(|attach| attach.gate.status())
-    }
-
-    /// True: the capacity is another one now.
-    fn set_size_bytes(&self, size_bytes: u64) -> Result<bool, BlkConfigError> {
-        // Held until the workers know, so that they hear of two changes in their order.
-        let mut device = self.shared.device();
-        let has_changed = device.set_size_bytes(size_bytes)?;
-        if has_changed {
-            let limits = device.request_limits();
-            self.order_all(|reply| Command::SetLimits { limits, reply });
-        }
-        Ok(has_changed)
-    }
-
-    /// What each queue has done.
-    pub fn counters(&self) -> &[Arc<QueueCounters>] {
-        &self.counters
-    }
-
-    /// What the guest has done wrong.
-    pub fn guest_errors(&self) -> &GuestErrors {
-        &self.shared.guest_errors
-    }
-
-    /// Sends a command about one queue to its worker.
-    pub(super) fn send(&self, index: u16, command: impl FnOnce(usize) -> Command) {
-        let (index, workers) = (usize::from(index), self.workers.len());
-        self.workers[index % workers].send(command(index / workers));
-    }
-
-    fn send_to_all(&self, command: impl Fn() -> Command) {
-        for worker in self.workers.iter() {
-            worker.send(command());
-        }
-    }
-
-    /// Sends a command to all workers and waits until it is in force everywhere.
-    fn order_all(&self, command: impl Fn(Reply<()>) -> Command) {
-        let pending: Vec<_> = self
-            .workers
-            .iter()
-            .map(|worker| {
-                let (reply, pending) = Pending::new();
-                worker.send(command(reply));
-                pending
-            })
-            .collect();
-        for pending in pending {
-            // A worker that has ended holds nothing.
-            pending.wait();
-        }
     }
 }
 
@@ -276,6 +196,10 @@ fn has_all(memory: &DeviceMemory, before: &DeviceMemory) -> bool {
 }
 
 impl Device for Engine {
+    fn set_peer(&mut self, peer: Option<PeerWatch>) {
+        self.peer = peer;
+    }
+
     fn queue_count(&self) -> u16 {
         self.device().num_queues()
     }
@@ -323,12 +247,12 @@ impl Device for Engine {
             attach.order(Order::SetMemory { memory: memory.clone(), loses_some, done });
             pending
         });
-        self.control.order_all(|reply| Command::SetMemory { memory: memory.clone(), reply });
+        self.order_all(|reply| Command::SetMemory { memory: memory.clone(), reply });
         // Whoever takes memory away may give it to somebody else: nothing may land there any more. Memory that is new is not
         // waited for: it takes long to pin, and until then a driver's requests in it go the other way (docs/abi.md, section 7).
         if loses_some {
-            self.control.order_all(|reply| Command::LeaveFormerMemory { reply });
-            rings.map(Pending::wait);
+            self.order_all(|reply| Command::LeaveFormerMemory { reply });
+            rings.map(|pending| self.wait(pending));
         }
         self.memory = Some(memory);
     }
@@ -340,12 +264,12 @@ impl Device for Engine {
             if self.is_logging {
                 // The kernel logs nothing of what a ring writes. The guest need not be asked, nor could it answer: the
                 // front-end waits for this with its locks held.
-                self.control.order_all(|done| Command::FinishRings { reason: ErrorCode::Mode, done: Some(done) });
+                self.order_all(|done| Command::FinishRings { reason: ErrorCode::Mode, done: Some(done) });
             } else if may_ask_again {
                 attach.send(0, |_| Command::TellDriver);
             }
         }
-        self.control.order_all(|reply| Command::SetDirtyLog { log: log.clone(), reply });
+        self.order_all(|reply| Command::SetDirtyLog { log: log.clone(), reply });
     }
 
     fn set_used_log(&mut self, index: u16, used_log_gpa: Option<u64>) {
@@ -367,6 +291,9 @@ impl Device for Engine {
         let stopped_at = self.order(index, |queue, reply| Command::Stop { queue, reply });
         // A worker that was shut down has taken nothing since.
         let next_avail = stopped_at.or(started_at).unwrap_or_default();
+        if stopped_at.is_none() && self.is_peer_gone() {
+            return next_avail;
+        }
         let all_stopped = self.started.iter().all(Option::is_none);
         if let (true, Some(attach)) = (all_stopped, &self.control.attach) {
             // A device reset, as far as a back-end can see one.
@@ -399,6 +326,7 @@ impl Device for Engine {
     fn abandon(&mut self) {
         self.started.fill(None);
         self.memory = None;
+        self.peer = None;
         self.control.send_to_all(|| Command::Abandon);
         if let Some(attach) = &self.control.attach {
             // The next front-end may have another guest. If it is the same one, its discards show again.
@@ -409,7 +337,7 @@ impl Device for Engine {
 
     fn reset(&mut self) {
         self.started.fill(None);
-        self.control.order_all(|reply| Command::Reset { reply });
+        self.order_all(|reply| Command::Reset { reply });
         self.cache_mode = CacheMode::new();
         self.apply_cache_mode();
     }
@@ -434,10 +362,4 @@ impl fmt::Debug for Engine {
 
 fn available_cpus() -> usize {
     thread::available_parallelism().map_or(1, usize::from)
-}
-
-/// Saves the kernel a look at the inode in each read: nobody wants to know when a guest read last.
-fn forgo_access_times(disk: &Disk) {
-    // Only the owner of a file may do that (open(2), `O_NOATIME`); it works as well without.
-    let _ = fcntl_getfl(disk).and_then(|flags| fcntl_setfl(disk, flags | OFlags::NOATIME));
 }

@@ -5,7 +5,8 @@
 //!
 //! - `worker`: the loop of a thread. `poll`: when it polls and when it sleeps. `ring`: its io_uring.
 //! - `vring`: the state of a queue. `slot`, `execute`, `bounce`: requests under way.
-//! - `command`, `orders`: what the handle asks of the workers, and what they do then.
+//! - `handle`: the engine as the session sees it. `control`: as other threads see it.
+//! - `command`, `orders`: what they ask of the workers, and what these do then.
 //! - `attach`, `interface`, `epochs`: queues that become rings, if the device offers that ([`AttachConfig`]).
 //!
 //! The guest's memory is never registered with the kernel: nothing is pinned but for the time of a request. Each request
@@ -17,6 +18,7 @@
 mod attach;
 mod bounce;
 mod command;
+mod control;
 mod counters;
 mod epochs;
 mod error;
@@ -36,9 +38,10 @@ mod worker;
 mod writer;
 
 pub use attach::{AttachConfig, GateStatus, Refused, RingCounts, RingStatus};
+pub use control::EngineControl;
 pub use counters::{Counter, QueueCounters};
 pub use error::EngineError;
-pub use handle::{Engine, EngineConfig, EngineControl};
+pub use handle::{Engine, EngineConfig};
 pub use source::DiskSource;
 
 use std::sync::atomic::{AtomicBool, Ordering};

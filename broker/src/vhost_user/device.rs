@@ -10,6 +10,7 @@ use std::sync::Arc;
 use thiserror::Error;
 use vmm_sys_util::eventfd::EventFd;
 
+use super::connection::PeerWatch;
 use crate::virtqueue::{DirtyLog, QueueSetup};
 
 /// The guest's memory as the front-end described it: regions of files at guest-physical addresses.
@@ -62,6 +63,10 @@ pub enum ConfigWriteError {
 /// Queue indexes are below [`queue_count`](Self::queue_count); the session has checked that. A queue is started at most
 /// once before it is stopped.
 pub trait Device: Send {
+    /// A front-end has connected. Once it is gone, no call goes on waiting for I/O: what it gives then does not matter, for nobody
+    /// is answered, and [`abandon`](Self::abandon) follows. `None`: nobody can tell, and each call waits to the end.
+    fn set_peer(&mut self, peer: Option<PeerWatch>);
+
     /// How many queues the device has: at least 1, at most 256.
     fn queue_count(&self) -> u16;
 
@@ -91,8 +96,8 @@ pub trait Device: Send {
 
     /// The guest's memory, from now on.
     ///
-    /// Returns when every queue takes new chains from it only. Requests that are under way keep the old memory until
-    /// they end; this does not wait for them.
+    /// Returns when every queue takes new chains from it only and, if memory of the table before is not in it, when no I/O that
+    /// is under way can land in that any more.
     fn set_memory(&mut self, memory: Arc<DeviceMemory>);
 
     /// Where pages that the device writes are marked; `None` stops it.

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
 
+use super::connection::PeerWatch;
 use super::device::{ConfigWriteError, Device, DeviceMemory, QueueEventfds};
 use crate::virtqueue::{DirtyLog, QueueSetup};
 
@@ -108,6 +109,9 @@ impl FakeDevice {
 }
 
 impl Device for FakeDevice {
+    /// No call waits for anything.
+    fn set_peer(&mut self, _peer: Option<PeerWatch>) {}
+
     fn queue_count(&self) -> u16 {
         QUEUES
     }

@@ -27,7 +27,7 @@ mod server;
 mod session;
 mod signals;
 
-pub use connection::{Connection, ConnectionError, Message, Received};
+pub use connection::{Connection, ConnectionError, Message, PeerWatch, Received};
 pub use device::{ConfigWriteError, Device, DeviceMemory, QueueEventfds};
 pub use eventfd::NotAnEventfd;
 pub use listener::ListenError;

@@ -4,6 +4,7 @@
 //! worker, which executes other queues, nor for the protocol thread, for which the front-end waits. Here one thing happens
 //! after the other, so that nothing has to be said about the order of two changes of memory.
 
+use std::mem::ManuallyDrop;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread;
@@ -15,7 +16,7 @@ use ringpass_guest_abi::request::ErrorCode;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::discards::Discarded;
-use super::pinned::{Pinned, await_end, refused, regions};
+use super::pinned::{Pinned, refused, regions};
 use super::{AttachConfig, AttachmentId, Gate, LiveRing, Refused, Ticket, WorkerSender};
 use crate::disk::Disk;
 use crate::engine::EngineError;
@@ -64,6 +65,16 @@ pub(in crate::engine) struct Built {
     pub(in crate::engine) ring: LiveRing,
     /// The call eventfd that it has.
     pub(in crate::engine) call_generation: u32,
+}
+
+/// Tells who waits, when it is dropped.
+struct Answer(Reply<()>);
+
+impl Drop for Answer {
+    fn drop(&mut self) {
+        // Nobody waits any more: then nobody has to know.
+        let _ = self.0.send(());
+    }
 }
 
 struct Builder {
@@ -152,15 +163,11 @@ impl Builder {
                 };
                 self.workers.send(queue, |queue| Command::Attachment { queue, attachment, event });
             }
-            Order::SetMemory { memory, loses_some, done } => {
-                self.set_memory(memory, loses_some);
-                // Nobody waits any more: then nobody has to know.
-                let _ = done.send(());
-            }
+            Order::SetMemory { memory, loses_some, done } => self.set_memory(memory, loses_some, Answer(done)),
             Order::SetDisk { disk, done } => {
+                let _done = Answer(done);
                 self.unpin();
                 self.disk = disk;
-                let _ = done.send(());
             }
             // Another queue has come meanwhile, and may have its ring.
             Order::Unpin if self.gate.is_in_use() => {}
@@ -194,7 +201,7 @@ impl Builder {
     }
 
     /// Rings that run get the new memory, if they can be changed; otherwise they end, and are made anew over it.
-    fn set_memory(&mut self, memory: Arc<DeviceMemory>, loses_some: bool) {
+    fn set_memory(&mut self, memory: Arc<DeviceMemory>, loses_some: bool, done: Answer) {
         let regions = regions(&memory);
         // A front-end that is gone is not answered, and the next one does not wait for its rings.
         let is_gone = regions.is_empty();
@@ -214,7 +221,13 @@ impl Builder {
             }
         }
         if loses_some {
-            self.ending.drain(..).for_each(|end| await_end(&end));
+            // Not here: I/O that hangs would hold up whoever comes next.
+            let done = Arc::new(done);
+            for end in self.ending.drain(..) {
+                // An end that nobody waits for any more never comes, and is not told.
+                let done = ManuallyDrop::new(done.clone());
+                end.on_end(move || drop(ManuallyDrop::into_inner(done)));
+            }
         } else if is_gone {
             self.ending.clear();
         }

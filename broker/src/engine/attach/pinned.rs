@@ -169,8 +169,7 @@ pub(super) fn regions(memory: &DeviceMemory) -> Vec<RegionConfig> {
     memory.iter().filter_map(region).collect()
 }
 
-/// Waits for the real end of a ring.
-pub(super) fn await_end(end: &RingEnd) {
+fn await_end(end: &RingEnd) {
     // The thread that waits for it tells of one that takes long.
     while end.wait(PATIENCE).is_err() {}
 }

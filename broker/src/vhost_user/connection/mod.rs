@@ -1,5 +1,6 @@
 //! The socket to one front-end: whole messages with their file descriptors.
 
+mod peer;
 #[cfg(test)]
 mod tests;
 
@@ -16,6 +17,7 @@ use rustix::net::{
 };
 use thiserror::Error;
 
+pub use self::peer::PeerWatch;
 use super::message::{HEADER_BYTES, Header, MAX_FDS, MessageError, Reply};
 
 /// A message whose header was understood. The body was not looked at.
@@ -91,6 +93,15 @@ impl Connection {
     /// The process at the other end, if the kernel tells.
     pub fn peer_pid(&self) -> Option<i32> {
         rustix::net::sockopt::socket_peercred(&self.stream).ok().map(|credentials| credentials.pid.as_raw_pid())
+    }
+
+    /// Tells somebody else whether the front-end is still there.
+    ///
+    /// # Errors
+    ///
+    /// There is no descriptor for it.
+    pub fn peer_watch(&self) -> io::Result<PeerWatch> {
+        PeerWatch::new(&self.stream)
     }
 
     /// Waits for a whole message, or until `wake` is readable.

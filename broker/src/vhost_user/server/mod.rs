@@ -183,6 +183,7 @@ impl Server {
 
     /// One front-end, from connection to disconnection.
     fn serve(&self, connection: &mut Connection, device: &mut dyn Device) -> Result<End, ServeError> {
+        device.set_peer(connection.peer_watch().inspect_err(|error| warn!(%error, "cannot watch the front-end")).ok());
         let mut session = Session::new(device);
         loop {
             if self.control.is_stopping() {

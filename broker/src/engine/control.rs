@@ -1,0 +1,119 @@
+//! The engine as other threads see it.
+
+use std::sync::Arc;
+
+use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
+
+use super::Shared;
+use super::attach::{Attach, GateStatus, Order};
+use super::command::{Command, CommandSender, Pending, Reply};
+use super::counters::QueueCounters;
+use super::orders::end_process;
+use crate::disk::Disk;
+use crate::virtio_blk::{BlkConfigError, GuestErrors};
+
+/// A handle to an engine for other threads: gives it the disk, reads its counters.
+#[derive(Clone, Debug)]
+pub struct EngineControl {
+    pub(super) workers: Arc<[CommandSender]>,
+    pub(super) counters: Arc<[Arc<QueueCounters>]>,
+    pub(super) shared: Arc<Shared>,
+    pub(super) attach: Option<Attach>,
+}
+
+impl EngineControl {
+    /// Gives the engine its disk; requests are executed from now on. If it has one already, nothing changes.
+    ///
+    /// True: the disk has another size than the driver was told of. If that size is of no use at all, the process ends.
+    pub fn set_disk(&self, disk: &Arc<Disk>) -> bool {
+        let has_changed = self.set_size_bytes(disk.size_bytes()).unwrap_or_else(|error| {
+            // Somebody else has had it since the guest was told of its size. With a capacity beyond its end, writes
+            // would make it grow.
+            end_process(&format_args!("the disk's new size is of no use: {error}"))
+        });
+        forgo_access_times(disk);
+        // Before a worker can ask for a ring.
+        self.order_builder(|done| Order::SetDisk { disk: Some(disk.clone()), done });
+        self.order_all(|reply| Command::SetDisk { disk: Some(disk.clone()), reply });
+        has_changed
+    }
+
+    /// Returns when all I/O has ended and no worker holds the disk.
+    pub(super) fn take_disk_back(&self) {
+        self.order_all(|reply| Command::SetDisk { disk: None, reply });
+        self.order_builder(|done| Order::SetDisk { disk: None, done });
+    }
+
+    /// Sends an order to who makes rings, if somebody does, and waits until it is carried out.
+    fn order_builder(&self, order: impl FnOnce(Reply<()>) -> Order) {
+        if let Some(attach) = &self.attach {
+            let (done, pending) = Pending::new();
+            attach.order(order(done));
+            pending.wait();
+        }
+    }
+
+    /// What each queue's ring does, if the device offers rings.
+    pub fn rings(&self) -> Option<GateStatus> {
+        self.attach.as_ref().map(|attach| attach.gate.status())
+    }
+
+    /// True: the capacity is another one now.
+    pub(super) fn set_size_bytes(&self, size_bytes: u64) -> Result<bool, BlkConfigError> {
+        // Held until the workers know, so that they hear of two changes in their order.
+        let mut device = self.shared.device();
+        let has_changed = device.set_size_bytes(size_bytes)?;
+        if has_changed {
+            let limits = device.request_limits();
+            self.order_all(|reply| Command::SetLimits { limits, reply });
+        }
+        Ok(has_changed)
+    }
+
+    /// What each queue has done.
+    pub fn counters(&self) -> &[Arc<QueueCounters>] {
+        &self.counters
+    }
+
+    /// What the guest has done wrong.
+    pub fn guest_errors(&self) -> &GuestErrors {
+        &self.shared.guest_errors
+    }
+
+    /// Sends a command about one queue to its worker.
+    pub(super) fn send(&self, index: u16, command: impl FnOnce(usize) -> Command) {
+        let (index, workers) = (usize::from(index), self.workers.len());
+        self.workers[index % workers].send(command(index / workers));
+    }
+
+    pub(super) fn send_to_all(&self, command: impl Fn() -> Command) {
+        for worker in self.workers.iter() {
+            worker.send(command());
+        }
+    }
+
+    /// Sends a command to all workers and waits until it is in force everywhere.
+    fn order_all(&self, command: impl Fn(Reply<()>) -> Command) {
+        for pending in self.begin_order(command) {
+            // A worker that has ended holds nothing.
+            pending.wait();
+        }
+    }
+
+    /// Sends a command to all workers, each of which tells when it is in force.
+    pub(super) fn begin_order(&self, command: impl Fn(Reply<()>) -> Command) -> Vec<Pending<()>> {
+        let workers = self.workers.iter();
+        let begun = workers.map(|worker| {
+            let (reply, pending) = Pending::new();
+            worker.send(command(reply));
+            pending
+        });
+        begun.collect()
+    }
+}
+
+/// Saves the kernel a look at the inode in each read: nobody wants to know when a guest read last.
+fn forgo_access_times(disk: &Disk) {
+    // Only the owner of a file may do that (open(2), `O_NOATIME`); it works as well without.
+    let _ = fcntl_getfl(disk).and_then(|flags| fcntl_setfl(disk, flags | OFlags::NOATIME));
+}
