@@ -40,8 +40,8 @@ const REGION_BYTES: u64 = 256 << 20;
 const LATENCY: Duration = Duration::from_millis(10);
 /// A request that waits for a processor takes long, too. But a stall by the change itself would be there each time.
 const ATTEMPTS: usize = 10;
-/// The most that a queue without I/O may take to stop. A twentieth of what pinning takes here.
-const STOP: Duration = Duration::from_millis(200);
+/// The most that a queue may take to stop and a region to leave, without I/O. A tenth of what pinning takes here.
+const STOP: Duration = Duration::from_millis(500);
 
 fn main() -> ExitCode {
     let needs = |more: Vec<Need>| {
@@ -65,6 +65,16 @@ fn main() -> ExitCode {
             "a_queue_stops_soon_although_a_region_that_came_is_being_pinned",
             needs(vec![Need::available_memory_bytes(9 * GIB)]),
             stop_behind_a_region,
+        ),
+        test(
+            "memory_leaves_soon_although_the_guest_is_being_pinned_for_a_ring",
+            needs(vec![Need::available_memory_bytes(6 * GIB)]),
+            leave_before_a_ring,
+        ),
+        test(
+            "memory_leaves_soon_although_a_region_that_came_is_being_pinned_and_the_ring_stays",
+            needs(vec![Need::available_memory_bytes(9 * GIB)]),
+            leave_behind_a_region,
         ),
         test("memory_that_has_left_is_let_go_though_rings_run_on", needs(vec![]), let_go),
         test("pending_requests_are_answered_in_the_memory_that_the_guest_has_by_then", needs(vec![]), answers_move),
@@ -189,6 +199,61 @@ fn stop_behind_a_region() -> Result<()> {
     stop_soon(&bench, 2)?;
     stop_soon(&bench, 1)?;
     bench.broker.wait_for_unpinned()
+}
+
+/// A guest that begins has its memory changed by its firmware and its VMM while a driver attaches.
+fn leave_before_a_ring() -> Result<()> {
+    let mut bench = Bench::new(DiskKind::Ext4PageCache, DISK_BYTES, 2, &[])?;
+    let (small, large) = (RamRegion::new(2 * GIB, 1 << 20)?, RamRegion::new(4 * GIB, 12 * GIB)?);
+    for region in [&small, &large] {
+        bench.front_end.connection().add_mem_reg(&region.message(), region.file())?;
+    }
+    let mut driver = bench.started(1)?;
+    driver.send_both(&driver.payload().to_bytes())?;
+    wait_until("pinning", || Ok(bench.broker.usage()?.pinned_bytes > 16 << 20))?;
+    leave_soon(&bench, &small)?;
+    wait_until("pinning again", || Ok(bench.broker.usage()?.pinned_bytes > 16 << 20))?;
+    leave_soon(&bench, &large)?;
+    let ring = driver.wait_open().and_then(|()| driver.read(0, 512));
+    bench.broker.explain(ring)?;
+    Ok(())
+}
+
+/// The region that is being pinned is not waited for, and nor is it forgotten.
+fn leave_behind_a_region() -> Result<()> {
+    let mut bench = Bench::new(DiskKind::Ext4PageCache, DISK_BYTES, 2, &[])?;
+    let small = RamRegion::new(2 * GIB, 1 << 20)?;
+    bench.front_end.connection().add_mem_reg(&small.message(), small.file())?;
+    let mut driver = bench.attached(1)?;
+    let epoch = driver.epoch();
+    let before = bench.broker.usage()?.pinned_bytes;
+    let large = RamRegion::new(4 * GIB, 2 * GIB)?;
+    bench.front_end.connection().add_mem_reg(&large.message(), large.file())?;
+    wait_until("pinning", || Ok(bench.broker.usage()?.pinned_bytes > before + (16 << 20)))?;
+    leave_soon(&bench, &small)?;
+    let result = (|| {
+        let mut read = |gpa| driver.perform(driver.sqe_at(false, gpa, BLOCK_BYTES, 0, 5)?);
+        ensure!(read(2 * GIB)? == -EFAULT, "memory that has left is reached");
+        wait_until(
+            "the large region is reached",
+            || Ok(read(6 * GIB - u64::from(BLOCK_BYTES))? == BLOCK_BYTES as i32),
+        )?;
+        leave_soon(&bench, &large)?;
+        ensure!(read(4 * GIB)? == -EFAULT, "memory that has left is reached");
+        ensure!(driver.epoch() == epoch, "the ring ended");
+        Ok(())
+    })();
+    bench.broker.explain(result)
+}
+
+/// Takes a region away.
+fn leave_soon(bench: &Bench, region: &RamRegion) -> Result<()> {
+    let begin = Instant::now();
+    bench.front_end.connection().rem_mem_reg(&region.message(), Some(region.file()))?;
+    let elapsed = begin.elapsed();
+    eprintln!("{} MiB left after {elapsed:?}", region.len_bytes() >> 20);
+    ensure!(elapsed < STOP, "the front-end waited {elapsed:?}");
+    Ok(())
 }
 
 /// Stops a queue with a pending ATTACH.

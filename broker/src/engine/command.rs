@@ -10,8 +10,7 @@ use ringpass_guest_abi::request::ErrorCode;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::EngineError;
-use super::attach::AttachmentId;
-use super::attach::builder::Built;
+use super::attach::{AttachmentId, Built};
 use crate::disk::Disk;
 use crate::vhost_user::{DeviceMemory, QueueEventfds};
 use crate::virtio_blk::RequestLimits;

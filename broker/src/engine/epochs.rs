@@ -10,8 +10,7 @@ use ringpass_guest_abi::epoch::{Announcement, Area, Epoch, Phase};
 use ringpass_guest_abi::queue_order::QueueOrder;
 use ringpass_guest_abi::request::{ErrorCode, Outcome};
 
-use super::attach::builder::Built;
-use super::attach::{Attachment, AttachmentId, BuildOrder, LiveRing, Order, PendingRing, Ticket};
+use super::attach::{Attachment, AttachmentId, BuildOrder, Built, LiveRing, Order, PendingRing, Ticket};
 use super::command::{AttachEvent, Command, Reply};
 use super::worker::Worker;
 

@@ -57,6 +57,14 @@ impl Backing {
     }
 }
 
+impl RegionConfig {
+    /// Whether both name the same pages at the same address.
+    fn is_same(&self, other: &Self) -> bool {
+        (self.gpa, self.len_bytes, self.file_offset_bytes) == (other.gpa, other.len_bytes, other.file_offset_bytes)
+            && Arc::ptr_eq(&self.file, &other.file)
+    }
+}
+
 /// A checked region.
 #[derive(Clone, Debug)]
 pub(crate) struct Region {
@@ -72,9 +80,7 @@ impl Region {
 
     /// Whether both name the same pages at the same address.
     fn is_same(&self, other: &Self) -> bool {
-        self.range() == other.range()
-            && self.config.file_offset_bytes == other.config.file_offset_bytes
-            && Arc::ptr_eq(&self.config.file, &other.config.file)
+        self.config.is_same(&other.config)
     }
 }
 
@@ -154,6 +160,11 @@ impl GuestMemory {
     /// Bytes of RAM.
     pub fn len_bytes(&self) -> u64 {
         self.regions.iter().map(|region| region.config.len_bytes).sum()
+    }
+
+    /// Whether this region is among them, and is the same memory.
+    pub(crate) fn has_region(&self, config: &RegionConfig) -> bool {
+        self.regions.iter().any(|region| region.config.is_same(config))
     }
 
     pub(crate) fn regions(&self) -> &[Region] {

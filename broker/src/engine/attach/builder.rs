@@ -6,66 +6,28 @@
 
 use std::mem::ManuallyDrop;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::mpsc::RecvTimeoutError;
 use std::thread;
 use std::time::Duration;
 
-use ringpass_guest_abi::attach::Geometry;
-use ringpass_guest_abi::epoch::Epoch;
 use ringpass_guest_abi::request::ErrorCode;
-use vmm_sys_util::eventfd::EventFd;
 
 use super::discards::Discarded;
+use super::order::{BuildOrder, Built, Order, OrderReceiver, OrderSender, order_channel};
 use super::pinned::{Pinned, refused, regions};
-use super::{AttachConfig, AttachmentId, Gate, LiveRing, Refused, Ticket, WorkerSender};
+use super::{AttachConfig, Gate, Refused, Ticket, WorkerSender};
 use crate::disk::Disk;
 use crate::engine::EngineError;
 use crate::engine::command::{AttachEvent, Command, Reply};
 use crate::engine::thread::AbortOnPanic;
 use crate::log_limit::LogLimit;
-use crate::memory::MemoryError;
-use crate::ring::RingEnd;
+use crate::memory::{MemoryError, RegionConfig};
+use crate::ring::{RingEnd, RingError};
 use crate::threads::leave_signals_to_others;
 use crate::vhost_user::DeviceMemory;
 
 /// How often memory is looked at while it is pinned, and the words of rings that count.
 const LOOK: Duration = Duration::from_millis(50);
-
-/// What the builder is asked for.
-#[derive(Debug)]
-pub(in crate::engine) enum Order {
-    /// Make a ring.
-    Build(BuildOrder),
-    /// The guest's memory, from now on. Rings that run have it when `done` is told. If it `loses_some`, no I/O of a ring
-    /// can land in that any more by then.
-    SetMemory { memory: Arc<DeviceMemory>, loses_some: bool, done: Reply<()> },
-    /// The disk of rings that are made from now on. `None`: it is let go when `done` is told. No ring may run.
-    SetDisk { disk: Option<Arc<Disk>>, done: Reply<()> },
-    /// No queue is attached any more: nothing has to stay pinned.
-    Unpin,
-}
-
-/// A ring that is to be made.
-#[derive(Debug)]
-pub(in crate::engine) struct BuildOrder {
-    pub(in crate::engine) queue: u16,
-    pub(in crate::engine) attachment: AttachmentId,
-    pub(in crate::engine) geometry: Geometry,
-    pub(in crate::engine) epoch: Epoch,
-    /// What completions signal.
-    pub(in crate::engine) call: Option<EventFd>,
-    pub(in crate::engine) call_generation: u32,
-    /// By which the order can be taken back.
-    pub(in crate::engine) ticket: Ticket,
-}
-
-/// A ring that was made.
-#[derive(Debug)]
-pub(in crate::engine) struct Built {
-    pub(in crate::engine) ring: LiveRing,
-    /// The call eventfd that it has.
-    pub(in crate::engine) call_generation: u32,
-}
 
 /// Tells who waits, when it is dropped.
 struct Answer(Reply<()>);
@@ -78,12 +40,15 @@ impl Drop for Answer {
 }
 
 struct Builder {
+    orders: OrderReceiver,
     config: Arc<AttachConfig>,
     gate: Arc<Gate>,
     workers: WorkerSender,
     memory: Option<Arc<DeviceMemory>>,
     disk: Option<Arc<Disk>>,
     pinned: Option<Pinned>,
+    /// Rings that are to be made in memory of which an order tells that is to come.
+    postponed: Vec<BuildOrder>,
     /// Rings over memory that was let go of, which may not have ended.
     ending: Vec<RingEnd>,
     /// What a guest can bring about as often as it likes.
@@ -97,8 +62,8 @@ pub(in crate::engine) fn start(
     config: Arc<AttachConfig>,
     gate: Arc<Gate>,
     workers: WorkerSender,
-) -> Result<Sender<Order>, EngineError> {
-    let (sender, orders) = channel();
+) -> Result<OrderSender, EngineError> {
+    let (sender, orders) = order_channel();
     thread::Builder::new()
         .name("ring-builder".into())
         .spawn(move || {
@@ -106,35 +71,35 @@ pub(in crate::engine) fn start(
             // Queues and the front-end wait for what this thread does.
             let _guard = AbortOnPanic;
             Builder {
+                orders,
                 config,
                 gate,
                 workers,
                 memory: None,
                 disk: None,
                 pinned: None,
+                postponed: Vec::new(),
                 ending: Vec::new(),
                 refusals: LogLimit::new(),
                 pinnings: LogLimit::new(),
                 discards: LogLimit::new(),
             }
-            .run(&orders);
+            .run();
         })
         .map_err(EngineError::Thread)?;
     Ok(sender)
 }
 
 impl Builder {
-    fn run(&mut self, orders: &Receiver<Order>) {
+    fn run(&mut self) {
         loop {
-            let order = if self.pinned.is_some() {
-                orders.recv_timeout(LOOK)
-            } else {
-                orders.recv().map_err(|_| RecvTimeoutError::Disconnected)
-            };
-            match order {
+            match self.orders.next(self.pinned.is_some().then_some(LOOK)) {
                 Ok(order) => self.carry_out(order),
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => return,
+            }
+            if !self.orders.changes().are_coming() {
+                std::mem::take(&mut self.postponed).into_iter().for_each(|order| self.build(order));
             }
             self.gate.sample();
             self.look_for_discards();
@@ -143,26 +108,7 @@ impl Builder {
 
     fn carry_out(&mut self, order: Order) {
         match order {
-            Order::Build(order) if !order.ticket.is_wanted() => {}
-            Order::Build(order) => {
-                let (queue, attachment) = (order.queue, order.attachment);
-                let pinned = self.pinned(&order.ticket);
-                if !order.ticket.begin() {
-                    return;
-                }
-                let event = match pinned.and_then(|pinned| pinned.make_ring(order)) {
-                    Ok(built) => AttachEvent::Built(Box::new(built)),
-                    Err(refused) => {
-                        if let Some(total) = self.refusals.count() {
-                            tracing::warn!(queue, total, "no ring for the queue: {} ({total} so far)", refused.why);
-                        }
-                        let code = refused.code;
-                        self.gate.note_refusal(queue, refused);
-                        AttachEvent::BuildFailed(code)
-                    }
-                };
-                self.workers.send(queue, |queue| Command::Attachment { queue, attachment, event });
-            }
+            Order::Build(order) => self.build(order),
             Order::SetMemory { memory, loses_some, done } => self.set_memory(memory, loses_some, Answer(done)),
             Order::SetDisk { disk, done } => {
                 let _done = Answer(done);
@@ -175,16 +121,51 @@ impl Builder {
         }
     }
 
-    /// What makes rings; the guest's memory is pinned for the first of them.
-    fn pinned(&mut self, ticket: &Ticket) -> Result<&mut Pinned, Refused> {
+    fn build(&mut self, order: BuildOrder) {
+        if !order.ticket.is_wanted() {
+            return;
+        }
+        if self.orders.changes().are_coming() {
+            // What is pinned may lack what the guest has by now.
+            return self.postponed.push(order);
+        }
+        let prepared = self.prepare(&order.ticket);
+        if prepared.is_err() && self.orders.changes().are_coming() {
+            // Given up for that: whoever tells of the change may be waiting.
+            return self.postponed.push(order);
+        }
+        if !order.ticket.begin() {
+            return;
+        }
+        let (queue, attachment) = (order.queue, order.attachment);
+        let event = match prepared.and_then(|()| self.make_ring(order)) {
+            Ok(built) => AttachEvent::Built(Box::new(built)),
+            Err(refused) => {
+                if let Some(total) = self.refusals.count() {
+                    tracing::warn!(queue, total, "no ring for the queue: {} ({total} so far)", refused.why);
+                }
+                let code = refused.code;
+                self.gate.note_refusal(queue, refused);
+                AttachEvent::BuildFailed(code)
+            }
+        };
+        self.workers.send(queue, |queue| Command::Attachment { queue, attachment, event });
+    }
+
+    /// The guest's memory is pinned for the first ring.
+    fn prepare(&mut self, ticket: &Ticket) -> Result<(), Refused> {
         if let Some(refused) = self.gate.status().closed {
             return Err(refused);
         }
         if self.pinned.is_none() {
             self.pinned = Some(self.pin(ticket)?);
         }
-        // It is there now.
-        self.pinned.as_mut().ok_or_else(|| refused(&MemoryError::NoRegions.into()))
+        Ok(())
+    }
+
+    fn make_ring(&mut self, order: BuildOrder) -> Result<Built, Refused> {
+        let pinned = self.pinned.as_mut().ok_or_else(|| refused(&MemoryError::NoRegions.into()))?;
+        pinned.make_ring(order)
     }
 
     fn pin(&self, ticket: &Ticket) -> Result<Pinned, Refused> {
@@ -192,7 +173,9 @@ impl Builder {
             let why = "the device has neither memory nor a disk any more: its front-end is going".into();
             return Err(Refused { code: ErrorCode::Mode, why });
         };
-        let pinned = Pinned::new(&self.config, disk, memory, ticket)?;
+        let changes = self.orders.changes();
+        let is_wanted = || ticket.is_wanted() && !changes.are_coming();
+        let pinned = Pinned::new(&self.config, disk, memory, &is_wanted)?;
         if let Some(total) = self.pinnings.count() {
             let bytes = pinned.len_bytes();
             tracing::info!(bytes, total, "guest memory is pinned for rings ({total} times so far)");
@@ -200,7 +183,8 @@ impl Builder {
         Ok(pinned)
     }
 
-    /// Rings that run get the new memory, if they can be changed; otherwise they end, and are made anew over it.
+    /// Rings that run get the new memory, if they can be changed; otherwise they end, and are made anew over it. `done` is told
+    /// before memory that is new is pinned.
     fn set_memory(&mut self, memory: Arc<DeviceMemory>, loses_some: bool, done: Answer) {
         let regions = regions(&memory);
         // A front-end that is gone is not answered, and the next one does not wait for its rings.
@@ -212,13 +196,8 @@ impl Builder {
         }
         // What leaves is not looked at any more.
         self.look_for_discards();
-        if let Some(mut pinned) = self.pinned.take() {
-            if pinned.has_followed(&regions, loses_some, &self.gate) {
-                self.pinned = Some(pinned);
-            } else {
-                self.workers.send_to_all(|| Command::EndRings { reason: ErrorCode::Memory });
-                self.let_go(pinned);
-            }
+        if loses_some || is_gone {
+            self.lose(&regions);
         }
         if loses_some {
             // Not here: I/O that hangs would hold up whoever comes next.
@@ -231,6 +210,42 @@ impl Builder {
         } else if is_gone {
             self.ending.clear();
         }
+        self.gain(&regions);
+    }
+
+    /// No ring that runs has what is not among `regions`.
+    fn lose(&mut self, regions: &[RegionConfig]) {
+        let Some(mut pinned) = self.pinned.take() else { return };
+        if pinned.has_lost_all_but(regions) {
+            self.pinned = Some(pinned);
+        } else {
+            self.end_rings(pinned);
+        }
+    }
+
+    /// Rings that run have `regions`, unless the guest has others by then: pinning takes long, and whoever tells of that may be
+    /// waiting.
+    fn gain(&mut self, regions: &[RegionConfig]) {
+        let Some(mut pinned) = self.pinned.take() else { return };
+        let (gate, changes) = (&self.gate, self.orders.changes());
+        match pinned.follow(regions, &|| gate.is_in_use() && !changes.are_coming()) {
+            Ok(()) => self.pinned = Some(pinned),
+            // What is to come goes on from what is pinned.
+            Err(RingError::Memory(MemoryError::NotWanted)) if self.gate.is_in_use() => self.pinned = Some(pinned),
+            Err(error) => {
+                if self.gate.is_in_use() {
+                    tracing::warn!(
+                        "rings end, because the guest's memory changed in a way that they cannot follow: {error}"
+                    );
+                }
+                self.end_rings(pinned);
+            }
+        }
+    }
+
+    fn end_rings(&mut self, pinned: Pinned) {
+        self.workers.send_to_all(|| Command::EndRings { reason: ErrorCode::Memory });
+        self.let_go(pinned);
     }
 
     /// Nothing stays pinned. A discard that is noticed only now is told; there is no ring to be taken away.

@@ -9,7 +9,7 @@
 //! - [`pinned`]: what it owns from the first ring to the end of the last attachment, the
 //!   [`DirectDevice`](crate::direct::DirectDevice): memory is pinned only while there are rings.
 //! - [`discards`]: notices that the front-end discards memory that is pinned.
-//! - [`Ticket`]: lets a worker take back what it ordered of the builder.
+//! - [`Order`]: what it is asked for. [`Ticket`]: lets a worker take back what it ordered of the builder.
 //! - [`Reply`]: a request of the interface that is to be answered, now or later.
 //!
 //! The steps of the machine are carried out by the worker in `engine/epochs.rs`, the requests taken in `engine/interface.rs`.
@@ -18,21 +18,21 @@ mod attachment;
 pub(super) mod builder;
 mod discards;
 mod gate;
+mod order;
 mod pinned;
 mod reply;
 mod ticket;
 
 use std::sync::Arc;
-use std::sync::mpsc::Sender;
 
 use ringpass_guest_abi::attach::AttachLimits;
 use ringpass_guest_abi::probe::{F_DSYNC, MAGIC, ProbeAnswer, VERSION};
 use ringpass_restrictions::CompiledPolicy;
 
 pub(super) use attachment::{Attachment, AttachmentId, LiveRing, PendingRing, Ranges, host_address};
-pub(super) use builder::{BuildOrder, Order};
 pub(super) use gate::Gate;
 pub use gate::{GateStatus, Refused, RingCounts, RingStatus};
+pub(super) use order::{BuildOrder, Built, Order, OrderSender};
 pub(super) use reply::Reply;
 pub(super) use ticket::Ticket;
 
@@ -97,7 +97,7 @@ pub(super) struct Attach {
     config: Arc<AttachConfig>,
     queue_count: u16,
     pub(super) gate: Arc<Gate>,
-    orders: Sender<Order>,
+    orders: OrderSender,
     workers: WorkerSender,
 }
 
@@ -106,7 +106,7 @@ impl Attach {
         config: Arc<AttachConfig>,
         queue_count: u16,
         gate: Arc<Gate>,
-        orders: Sender<Order>,
+        orders: OrderSender,
         workers: WorkerSender,
     ) -> Self {
         Self { config, queue_count, gate, orders, workers }
@@ -141,9 +141,9 @@ impl Attach {
         }
     }
 
-    /// Hands an order to the builder. One that has ended builds nothing any more: the engine is going.
+    /// Hands an order to the builder.
     pub(super) fn order(&self, order: Order) {
-        let _ = self.orders.send(order);
+        self.orders.send(order);
     }
 
     /// Sends a command about one queue to its worker.

@@ -8,9 +8,9 @@ use ringpass_guest_abi::request::ErrorCode;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use super::builder::{BuildOrder, Built};
 use super::discards::{DiscardWatch, Discarded};
-use super::{AttachConfig, Gate, LiveRing, Refused, Ticket};
+use super::order::{BuildOrder, Built};
+use super::{AttachConfig, LiveRing, Refused};
 use crate::direct::{DirectDevice, QueueConfig, QueuePlacement};
 use crate::disk::Disk;
 use crate::limits::Memlock;
@@ -35,12 +35,12 @@ pub(super) struct Pinned {
 }
 
 impl Pinned {
-    /// Pins `memory` for rings on `disk`, for as long as the ring of `ticket` is wanted.
+    /// Pins `memory` for rings on `disk`, for as long as that is wanted.
     pub(super) fn new(
         config: &AttachConfig,
         disk: &Arc<Disk>,
         memory: &DeviceMemory,
-        ticket: &Ticket,
+        is_wanted: &(dyn Fn() -> bool + Sync),
     ) -> Result<Self, Refused> {
         // What is pinned is measured, and what ended a moment ago must not end meanwhile.
         let end = Instant::now() + SETTLE;
@@ -52,8 +52,8 @@ impl Pinned {
         let watch = DiscardWatch::new(&regions).map_err(|error| {
             refused(&RingError::System { what: "looking at a file of guest memory", source: error })
         })?;
-        let (policy, is_wanted) = (config.policy.clone(), || ticket.is_wanted());
-        let device = DirectDevice::new_while(disk.clone(), &memory, policy, config.direct, &is_wanted)
+        let policy = config.policy.clone();
+        let device = DirectDevice::new_while(disk.clone(), &memory, policy, config.direct, is_wanted)
             .map_err(|error| refused(&error))?;
         Ok(Self { device, watch })
     }
@@ -108,28 +108,31 @@ impl Pinned {
         }
     }
 
-    /// Gives the rings that run these regions for what they had. False: they must end.
-    pub(super) fn has_followed(&mut self, regions: &[RegionConfig], loses_some: bool, gate: &Gate) -> bool {
-        match self.follow(regions, gate) {
-            Ok(()) if !loses_some || self.await_drain() => return true,
+    /// Takes from the rings that run what is not among `regions`. False: they must end, for it may still be in use.
+    pub(super) fn has_lost_all_but(&mut self, regions: &[RegionConfig]) -> bool {
+        let had = self.device.memory();
+        let left: Vec<_> = regions.iter().filter(|region| had.has_region(region)).cloned().collect();
+        if left.is_empty() {
+            // Nor is there a ring that has its areas.
+            return false;
+        }
+        match self.follow(&left, &|| true) {
+            Ok(()) if self.await_drain() => return true,
             Ok(()) => tracing::warn!(
                 "rings end, because their I/O keeps memory for longer than {DRAIN_PATIENCE:?} that the front-end takes away"
             ),
-            // A front-end that is gone has taken all of it.
-            Err(_) if regions.is_empty() => {}
-            // Nor does anybody follow once all queues have stopped.
-            Err(RingError::Memory(MemoryError::NotWanted)) => {}
-            Err(error) => {
-                tracing::warn!(
-                    "rings end, because the guest's memory changed in a way that they cannot follow: {error}"
-                );
-            }
+            Err(error) => tracing::warn!("rings end, because memory cannot be taken from them: {error}"),
         }
         false
     }
 
-    fn follow(&mut self, regions: &[RegionConfig], gate: &Gate) -> Result<(), RingError> {
-        self.device.set_memory_while(regions.iter().cloned(), &|| gate.is_in_use())?;
+    /// Gives the rings that run these regions for what they had, if it is wanted until that is pinned.
+    pub(super) fn follow(
+        &mut self,
+        regions: &[RegionConfig],
+        is_wanted: &(dyn Fn() -> bool + Sync),
+    ) -> Result<(), RingError> {
+        self.device.set_memory_while(regions.iter().cloned(), is_wanted)?;
         let looking = RingError::system("looking at a file of guest memory");
         self.watch.set_regions(regions).map_err(looking)?;
         self.watch.expect_all();

@@ -1,7 +1,6 @@
 //! The thread that makes rings, told by the test in what order things come to it.
 
 use std::sync::Arc;
-use std::sync::mpsc::Sender;
 use std::time::Instant;
 
 use ringpass_guest_abi::attach::{AreaAddress, AttachPayload, Geometry};
@@ -10,15 +9,14 @@ use ringpass_guest_abi::epoch::Epoch;
 use super::attach::attach_config;
 use super::driver::{PATIENCE, wait_until};
 use super::rig::{Options, Rig};
-use crate::engine::attach::builder::{self, Built};
-use crate::engine::attach::{AttachmentId, BuildOrder, Gate, Order, Ticket, WorkerSender};
+use crate::engine::attach::{AttachmentId, BuildOrder, Built, Gate, Order, OrderSender, Ticket, WorkerSender, builder};
 use crate::engine::command::{AttachEvent, Command, CommandReceiver, Pending, Reply, command_channel};
 use crate::limits::Memlock;
 
 /// The builder, and the worker that hears of it.
 struct Bench {
     gate: Arc<Gate>,
-    orders: Sender<Order>,
+    orders: OrderSender,
     worker: CommandReceiver,
     rig: Rig,
 }
@@ -40,7 +38,7 @@ impl Bench {
 
     fn carried_out(&self, order: impl FnOnce(Reply<()>) -> Order) {
         let (done, pending) = Pending::new();
-        self.orders.send(order(done)).unwrap();
+        self.orders.send(order(done));
         pending.wait().unwrap();
     }
 
@@ -57,7 +55,7 @@ impl Bench {
             call_generation: 0,
             ticket,
         };
-        self.orders.send(Order::Build(order)).unwrap();
+        self.orders.send(Order::Build(order));
     }
 
     /// The ring that is made next, and its queue.
@@ -103,7 +101,7 @@ fn memory_stays_pinned_for_a_queue_that_comes_while_the_last_one_leaves() {
     // The worker of queue 0 has found that it is the last one, that of queue 1 is quicker with its order.
     assert!(bench.gate.leave(0));
     bench.order(1, Ticket::default());
-    bench.orders.send(Order::Unpin).unwrap();
+    bench.orders.send(Order::Unpin);
     let (_, second) = bench.built();
     // Made of what is pinned: there is no second pinning beside it.
     bench.order(2, Ticket::default());
@@ -112,7 +110,7 @@ fn memory_stays_pinned_for_a_queue_that_comes_while_the_last_one_leaves() {
     drop((second, third));
     bench.gate.leave(1);
     bench.gate.leave(2);
-    bench.orders.send(Order::Unpin).unwrap();
+    bench.orders.send(Order::Unpin);
     wait_until("nothing is pinned", || pinned_bytes() == 0);
 }
 
