@@ -1,4 +1,4 @@
-//! A broker that serves is confined, rings or not, and does its work all the same.
+//! A broker that serves is confined, rings or not, and does its work all the same. So says the unit that starts it.
 
 use std::{
     fs,
@@ -47,6 +47,11 @@ fn main() -> ExitCode {
             "an_ordinary_user_s_broker_serves_and_says_what_rings_need_that_it_lacks",
             needs(vec![Need::root()]),
             ordinary_user,
+        ),
+        test(
+            "systemd_understands_every_line_of_the_unit",
+            vec![Need::program("systemd-analyze", "systemd")],
+            systemd_unit,
         ),
     ])
 }
@@ -120,6 +125,28 @@ fn ordinary_user() -> Result<()> {
         ensure!(u32::from(driver.block_status()?) == VIRTIO_BLK_S_OK);
         Ok(())
     })())
+}
+
+/// What it does with them is not tried: it would have to be the first process.
+fn systemd_unit() -> Result<()> {
+    let unit = Path::new(env!("CARGO_MANIFEST_DIR")).join("../broker/share/systemd/ringpass@.service");
+    let unit = fs::read_to_string(&unit).with_context(|| unit.display().to_string())?;
+    // The program is not installed.
+    let unit = unit.replace("/usr/bin/ringpass", "/bin/true");
+    verify(&unit)?;
+    ensure!(verify(&unit.replace("NoNewPrivileges=yes", "NoNewPrivilege=yes")).is_err(), "a mistake passes");
+    Ok(())
+}
+
+fn verify(unit: &str) -> Result<()> {
+    let directory = tempfile::tempdir()?;
+    let path = directory.path().join("ringpass@vm1.service");
+    fs::write(&path, unit)?;
+    let output =
+        Command::new("systemd-analyze").args(["verify", "--man=no", "--recursive-errors=no"]).arg(path).output()?;
+    let errors = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success() && errors.is_empty(), "{errors}");
+    Ok(())
 }
 
 /// A broker of `nobody`, who may pin 8 MiB.

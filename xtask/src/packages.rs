@@ -23,6 +23,7 @@ const PACKAGES: &[Package] = &[
     Package { name: "e2fsprogs", reason: "mkfs.ext4: the file systems of the disks under test" },
     Package { name: "mount", reason: "mount and losetup: file systems and loop devices under test" },
     Package { name: "qemu-system-x86", reason: "runs the Linux guests" },
+    Package { name: "systemd", reason: "systemd-analyze: checks the unit that starts the server" },
     Package { name: "make", reason: "builds fio for the Linux guests, from Debian's sources" },
 ];
 
