@@ -7,6 +7,7 @@ use std::{
     os::fd::AsFd,
     ptr::NonNull,
     thread,
+    time::{Duration, Instant},
 };
 
 use memmap2::{MmapMut, MmapOptions, MmapRaw};
@@ -30,6 +31,9 @@ const PAGE_BYTES: usize = 4096;
 const BUFFER_SLOTS_MAX: u32 = 1 << 14;
 /// How long an idle SQ thread spins; the shortest there is, since nothing is ever submitted.
 const SQ_THREAD_IDLE_MS: u32 = 1;
+/// How long an SQ thread may take until it runs, on a busy machine, and how often is looked.
+const SQ_THREAD_START: Duration = Duration::from_secs(1);
+const SQ_THREAD_LOOK: Duration = Duration::from_micros(100);
 
 /// A step that failed, and why.
 struct Failure {
@@ -208,8 +212,20 @@ fn shared_submission_thread() -> Trial {
 
 /// The thread id of a ring's SQ thread, if `/proc` tells.
 fn sq_thread(ring: &RingFd) -> Option<u32> {
-    let text = fs::read_to_string(format!("/proc/self/fdinfo/{}", ring.raw())).ok()?;
-    text.lines().find_map(|line| line.strip_prefix("SqThread:"))?.trim().parse().ok()
+    let us = rustix::thread::gettid().as_raw_nonzero().get().cast_unsigned();
+    let end = Instant::now() + SQ_THREAD_START;
+    loop {
+        let text = fs::read_to_string(format!("/proc/self/fdinfo/{}", ring.raw())).ok()?;
+        let thread = text.lines().find_map(|line| line.strip_prefix("SqThread:"))?.trim().parse().ok()?;
+        // The kernel names the thread that made the ring until the other one has run (`io_sq_thread` in io_uring/sqpoll.c).
+        if thread != us {
+            return Some(thread);
+        }
+        if Instant::now() >= end {
+            return None;
+        }
+        thread::sleep(SQ_THREAD_LOOK);
+    }
 }
 
 fn cloned_buffers() -> Trial {
@@ -268,6 +284,7 @@ impl Pages {
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::FileExt;
+    use std::sync::atomic::{AtomicBool, Ordering};
 
     use super::*;
 
@@ -282,6 +299,21 @@ mod tests {
         let first = |pages: &Pages, index| unsafe { pages.page(index).read_volatile() };
         assert_eq!([0, 1, 2].map(|index| first(&rising, index)), [1, 2, 3]);
         assert_eq!([0, 1, 2].map(|index| first(&falling, index)), [3, 2, 1]);
+    }
+
+    /// On a busy machine the SQ thread does not run at once.
+    #[test]
+    fn an_sq_thread_that_has_not_run_yet_is_not_taken_for_the_thread_that_made_it() {
+        let is_over = AtomicBool::new(false);
+        thread::scope(|scope| {
+            for _ in 0..2 * thread::available_parallelism().unwrap().get() {
+                scope.spawn(|| while !is_over.load(Ordering::Relaxed) {});
+            }
+            let us = rustix::thread::gettid().as_raw_nonzero().get().cast_unsigned();
+            let named: Vec<_> = (0..20).map(|_| sq_thread(&ring(IoringSetupFlags::SQPOLL).ok().unwrap())).collect();
+            is_over.store(true, Ordering::Relaxed);
+            assert!(!named.contains(&Some(us)), "{us} made the rings: {named:?}");
+        });
     }
 
     #[test]
