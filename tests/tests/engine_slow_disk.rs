@@ -3,6 +3,7 @@
 use std::{
     io,
     os::fd::{AsFd, FromRawFd, IntoRawFd, OwnedFd},
+    os::unix::net::UnixStream,
     process::ExitCode,
     sync::{Arc, mpsc::channel},
     time::{Duration, Instant},
@@ -12,9 +13,9 @@ use anyhow::{Context, Result, ensure};
 use ringpass_broker::{
     disk::Disk,
     engine::{DiskSource, Engine, EngineConfig},
-    vhost_user::{Device, QueueEventfds},
+    vhost_user::{Device, PeerWatch, QueueEventfds},
     virtio_blk::{BlkConfig, BlkParameters, Serial},
-    virtqueue::{InflightFile, InflightQueue, InflightRegion, QueueSetup},
+    virtqueue::{DirtyLog, InflightFile, InflightQueue, InflightRegion, QueueSetup},
 };
 use ringpass_tests::{
     front_end::{
@@ -43,11 +44,18 @@ const LIMIT: Duration = Duration::from_secs(30);
 const WATCH: Duration = Duration::from_millis(300);
 
 fn main() -> ExitCode {
-    let mut tests = vec![test(
-        "reads_and_other_queues_go_on_while_writes_of_a_file_hang",
-        StuckDisk::needs(),
-        reads_go_on_beside_hanging_writes,
-    )];
+    let mut tests = vec![
+        test(
+            "reads_and_other_queues_go_on_while_writes_of_a_file_hang",
+            StuckDisk::needs(),
+            reads_go_on_beside_hanging_writes,
+        ),
+        test(
+            "a_front_end_that_migrates_does_not_wait_for_io_that_another_has_left_behind",
+            StuckDisk::needs(),
+            a_migration_beside_io_left_behind,
+        ),
+    ];
     for kind in [StuckKind::File, StuckKind::LoopDevice] {
         tests.push(test(format!("a_stop_waits_for_the_queues_own_io_only_{kind}"), StuckDisk::needs(), move || {
             a_stop_waits_for_its_own_io(kind)
@@ -56,6 +64,11 @@ fn main() -> ExitCode {
             format!("an_abandoned_queue_starts_again_only_after_its_io_and_completes_it_once_{kind}"),
             StuckDisk::needs(),
             move || an_abandoned_queue_comes_back(kind),
+        ));
+        tests.push(test(
+            format!("a_queue_whose_stop_nobody_waits_for_starts_again_only_after_its_io_{kind}"),
+            StuckDisk::needs(),
+            move || a_stop_that_nobody_waits_for(kind),
         ));
         tests.push(test(format!("a_shutdown_waits_for_hanging_io_{kind}"), StuckDisk::needs(), move || {
             a_shutdown_waits(kind)
@@ -216,12 +229,12 @@ fn a_stop_waits_for_its_own_io(kind: StuckKind) -> Result<()> {
     let mut machine = Machine::new(kind)?;
     machine.disk.freeze()?;
     machine.send_write(0, 0, 1)?;
-    ensure!(machine.engine.stop_queue(1) == 0, "the other queue stops");
+    ensure!(machine.engine.stop_queue(1) == Some(0), "the other queue stops");
     let Machine { mut engine, disk, mut drivers, .. } = machine;
     let (stopped, is_stopped) = channel();
     std::thread::scope(|scope| {
         scope.spawn(move || {
-            let next_avail = engine.stop_queue(0);
+            let next_avail = engine.stop_queue(0).unwrap();
             let _ = stopped.send(next_avail);
         });
         let early = is_stopped.recv_timeout(WATCH);
@@ -260,7 +273,60 @@ fn an_abandoned_queue_comes_back(kind: StuckKind) -> Result<()> {
     ensure!(machine.used_idx(0)? == 2, "used index {}", machine.used_idx(0)?);
     ensure!(machine.inflight_heads(0)?.is_empty());
     ensure!(machine.drivers[0].read(0, BLOCK_BYTES as u32)? == [1; BLOCK_BYTES]);
-    ensure!(machine.engine.stop_queue(0) == 3);
+    ensure!(machine.engine.stop_queue(0) == Some(3));
+    Ok(())
+}
+
+/// A start behind a stop that was given up: as from a front-end that sent both and closed the connection.
+fn a_stop_that_nobody_waits_for(kind: StuckKind) -> Result<()> {
+    let mut machine = Machine::new(kind)?;
+    machine.disk.freeze()?;
+    machine.send_write(0, 0, 1)?;
+    let (ours, theirs) = UnixStream::pair()?;
+    machine.engine.set_peer(Some(PeerWatch::new(&ours)?));
+    drop(theirs);
+    ensure!(machine.engine.stop_queue(0).is_none(), "the queue stopped with a write under way");
+
+    machine.start(0)?;
+    std::thread::sleep(WATCH);
+    ensure!(machine.drivers[0].status()? == NO_STATUS, "something was executed again before the old write had ended");
+    machine.disk.thaw()?;
+    machine.wait_for_used(0)?;
+    machine.drivers[0].write(8, &[2; BLOCK_BYTES])?;
+    ensure!(machine.used_idx(0)? == 2, "used index {}", machine.used_idx(0)?);
+    ensure!(machine.inflight_heads(0)?.is_empty());
+    ensure!(machine.drivers[0].read(0, BLOCK_BYTES as u32)? == [1; BLOCK_BYTES]);
+    ensure!(machine.engine.stop_queue(0) == Some(3));
+    Ok(())
+}
+
+fn a_migration_beside_io_left_behind() -> Result<()> {
+    let mut machine = Machine::new(StuckKind::File)?;
+    machine.disk.freeze()?;
+    machine.send_write(0, 0, 1)?;
+    machine.engine.abandon();
+
+    // The next front-end has the other queue only.
+    machine.engine.set_memory(Arc::new(machine.ram.memory().clone()));
+    machine.start(1)?;
+    machine.drivers[1].read(80, BLOCK_BYTES as u32)?;
+    let log_bytes = RAM_BYTES / 4096 / 8;
+    let log = tempfile::tempfile()?;
+    log.set_len(log_bytes)?;
+    machine.engine.set_dirty_log(Some(Arc::new(DirtyLog::from_fd(log.into(), 0, log_bytes)?)));
+    let Machine { mut engine, disk, .. } = machine;
+    let (stopped, is_stopped) = channel();
+    std::thread::scope(|scope| {
+        let engine = &mut engine;
+        scope.spawn(move || stopped.send(engine.stop_queue(1)));
+        let early = is_stopped.recv_timeout(LIMIT);
+        let is_locked = Disk::open(&disk.config()).is_err();
+        disk.thaw()?;
+        ensure!(early.context("the queue waits for the write that was left behind")? == Some(1));
+        ensure!(is_locked, "the disk can be had with a write under way");
+        anyhow::Ok(())
+    })?;
+    drop(Disk::open(&disk.config_waiting()).context("the disk is not let go of")?);
     Ok(())
 }
 

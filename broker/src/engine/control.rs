@@ -38,10 +38,13 @@ impl EngineControl {
         has_changed
     }
 
-    /// Returns when all I/O has ended and no worker holds the disk.
-    pub(super) fn take_disk_back(&self) {
-        self.order_all(|reply| Command::SetDisk { disk: None, reply });
-        self.order_builder(|done| Order::SetDisk { disk: None, done });
+    /// Has everybody let go of the disk as soon as no I/O of theirs is under way; no queue may run. That is not waited for: I/O
+    /// that a front-end has left behind may hang, and whoever wants the disk waits for its lock.
+    pub(super) fn give_disk_up(&self) {
+        self.begin_order(|reply| Command::SetDisk { disk: None, reply });
+        if let Some(attach) = &self.attach {
+            attach.order(Order::SetDisk { disk: None, done: Pending::new().0 });
+        }
     }
 
     /// Sends an order to who makes rings, if somebody does, and waits until it is carried out.

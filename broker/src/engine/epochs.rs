@@ -29,6 +29,8 @@ impl Worker<'_> {
             }
             let actions = attachment.machine.step(event);
             let after = attachment.machine.state();
+            // Whoever takes that memory away waits for this, and the next ring is ordered in a moment.
+            self.is_unsettled |= attachment.forget_former_memory();
             if before != after {
                 tracing::debug!(queue = index, ?event, ?after, "epoch");
                 if let Some(attach) = &self.attach {
@@ -134,9 +136,6 @@ impl Worker<'_> {
             AttachEvent::Gone(area) => Event::Gone(area),
         };
         self.epoch_event(number, event);
-        if let Some(attachment) = self.vrings[number].attachment_mut() {
-            attachment.forget_former_memory();
-        }
         // Somebody may wait for the end of a ring.
         self.is_unsettled = true;
     }

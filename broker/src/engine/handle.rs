@@ -282,29 +282,29 @@ impl Device for Engine {
         self.source.request();
     }
 
-    fn stop_queue(&mut self, index: u16) -> u16 {
-        let started_at = self.started[usize::from(index)].take();
+    fn stop_queue(&mut self, index: u16) -> Option<u16> {
         if self.control.attach.is_some() {
             // All queues stop as a rule, one after the other: their rings end side by side.
             self.control.send_to_all(|| Command::EndRings { reason: ErrorCode::None });
         }
         let stopped_at = self.order(index, |queue, reply| Command::Stop { queue, reply });
+        if stopped_at.is_none() && self.is_peer_gone() {
+            return None;
+        }
+        let started_at = self.started[usize::from(index)].take();
         // A worker that was shut down has taken nothing since.
         let next_avail = stopped_at.or(started_at).unwrap_or_default();
-        if stopped_at.is_none() && self.is_peer_gone() {
-            return next_avail;
-        }
         let all_stopped = self.started.iter().all(Option::is_none);
         if let (true, Some(attach)) = (all_stopped, &self.control.attach) {
             // A device reset, as far as a back-end can see one.
             attach.gate.begin_again();
         }
         if self.is_logging && all_stopped {
-            // The guest is being migrated: whoever goes on with it needs the disk.
+            // The guest is being migrated: whoever goes on with it needs the disk, and waits until its lock is free.
             self.source.release();
-            self.control.take_disk_back();
+            self.control.give_disk_up();
         }
-        next_avail
+        Some(next_avail)
     }
 
     fn set_enabled(&mut self, index: u16, enabled: bool) {

@@ -10,7 +10,7 @@ use ringpass_guest_abi::queue_order::QueueOrder;
 use ringpass_guest_abi::request::ErrorCode;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::attach::Ranges;
+use super::attach::{Attachment, Ranges};
 use super::command::{Command, Reply, WhichEventfd};
 use super::vring::{Active, Broken, Start, State, Vring};
 use super::worker::{Alignment, DiskInUse, Worker};
@@ -143,10 +143,16 @@ impl Worker<'_> {
         let vring = &mut self.vrings[queue];
         vring.enabled = false;
         let start = Start { setup, eventfds: eventfds.into(), stop: None };
-        match &mut vring.state {
-            State::Draining { next, .. } => *next = Some(start),
-            state => *state = State::Waiting(start),
-        }
+        vring.state = match std::mem::replace(&mut vring.state, State::Stopped) {
+            // As a rule a front-end that is gone. Whoever it is, no request is executed beside an older one.
+            State::Running(active)
+            | State::Broken(Broken::Active(active))
+            | State::Stopping { active, .. }
+            | State::Draining { active, .. } => State::Draining { active, next: Some(start) },
+            State::Stopped | State::Waiting(_) | State::Broken(Broken::Idle { .. }) => State::Waiting(start),
+        };
+        // If it was not told to stop.
+        self.epoch_event(queue, Event::Stop);
     }
 
     fn stop(&mut self, queue: usize, reply: Reply<u16>) {
@@ -311,12 +317,16 @@ impl Worker<'_> {
         let vrings = &mut self.vrings;
         self.endings.disabled.retain(|(number, reply)| {
             let vring = &mut vrings[*number];
-            let is_in_force = vring.enabled || vring.attachment_mut().is_none_or(|attachment| attachment.is_quiet());
+            let is_enabled = vring.enabled;
+            // The ring of a front-end that is gone was not disabled by this one.
+            let attachment = vring.present_mut().and_then(|active| active.attachment.as_deref());
+            let is_in_force = is_enabled || attachment.is_none_or(Attachment::is_quiet);
             if is_in_force {
                 done(reply);
             }
             !is_in_force
         });
+        // Rings of a front-end that is gone as well: its guest may have come back, and reads what they write.
         if self.vrings.iter_mut().all(|vring| vring.attachment_mut().is_none()) {
             for reply in self.endings.rings.drain(..) {
                 done(&reply);

@@ -121,7 +121,9 @@ pub trait Device: Send {
     /// Waits for the I/O of this queue, and of no other. What an earlier process had taken according to the in-flight
     /// region counts as taken, so it is executed before this returns, even if the disk has to be waited for; unless the
     /// queue is broken. A queue that never got to run gives the index it was started with.
-    fn stop_queue(&mut self, index: u16) -> u16;
+    ///
+    /// `None`: the front-end is gone, and the queue's I/O goes on. Nothing else is to be done for that front-end.
+    fn stop_queue(&mut self, index: u16) -> Option<u16>;
 
     /// Whether a started queue may take chains. What is under way goes on.
     ///

@@ -1,6 +1,7 @@
 //! A device that executes nothing: it records what it is asked and insists on the contract of [`Device`].
 
 use std::error::Error;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
@@ -60,16 +61,20 @@ pub(super) struct Started {
 
 /// The record, which outlives the device.
 #[derive(Debug, Clone, Default)]
-pub(super) struct Calls(Arc<Mutex<Vec<Call>>>);
+pub(super) struct Calls {
+    made: Arc<Mutex<Vec<Call>>>,
+    /// No queue stops any more.
+    pub(super) is_front_end_gone: Arc<AtomicBool>,
+}
 
 impl Calls {
     /// What was asked since this was last called.
     pub(super) fn take(&self) -> Vec<Call> {
-        std::mem::take(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
+        std::mem::take(&mut self.made.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     fn push(&self, call: Call) {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).push(call);
+        self.made.lock().unwrap_or_else(PoisonError::into_inner).push(call);
     }
 }
 
@@ -192,10 +197,13 @@ impl Device for FakeDevice {
         assert!(queue.is_none(), "a queue is started once before it is stopped");
     }
 
-    fn stop_queue(&mut self, index: u16) -> u16 {
-        let queue = self.queues[usize::from(index)].take().expect("a queue that was started");
+    fn stop_queue(&mut self, index: u16) -> Option<u16> {
         self.calls.push(Call::Stop(index));
-        queue.setup.next_avail.wrapping_add(CHAINS_TAKEN)
+        if self.calls.is_front_end_gone.load(Ordering::Relaxed) {
+            return None;
+        }
+        let queue = self.queues[usize::from(index)].take().expect("a queue that was started");
+        Some(queue.setup.next_avail.wrapping_add(CHAINS_TAKEN))
     }
 
     fn set_enabled(&mut self, index: u16, enabled: bool) {

@@ -101,18 +101,22 @@ impl Attachment {
     pub(in crate::engine) fn is_quiet(&self) -> bool {
         Area::ALL.into_iter().all(|area| match self.machine.area(area) {
             AreaUse::Free => true,
-            AreaUse::Building => matches!(self.pending, Some(PendingRing::Deferred(_))),
+            AreaUse::Building => !matches!(self.pending, Some(PendingRing::Ordered(_))),
             AreaUse::Live | AreaUse::Dying => false,
         })
     }
 
     /// Forgoes the ring that is to be made. False: there is none, or it is being made and the outcome will be told.
     pub(in crate::engine) fn forgo_ring(&mut self) -> bool {
-        match self.pending.take() {
+        let is_forgone = match &self.pending {
             Some(PendingRing::Deferred(_)) => true,
             Some(PendingRing::Ordered(ticket)) => ticket.withdraw(),
             None => false,
+        };
+        if is_forgone {
+            self.pending = None;
         }
+        is_forgone
     }
 
     /// The epoch of the ring that waits for the queue to be enabled. It does not wait any more.
@@ -147,11 +151,13 @@ impl Attachment {
         Ranges::Moved
     }
 
-    /// To be called when a ring may be gone.
-    pub(in crate::engine) fn forget_former_memory(&mut self) {
-        if self.is_quiet() {
+    /// To be called when a ring may be gone, before the next one is ordered. True: something was let go.
+    pub(in crate::engine) fn forget_former_memory(&mut self) -> bool {
+        let forgets = self.is_quiet() && !self.former_memory.is_empty();
+        if forgets {
             self.former_memory.clear();
         }
+        forgets
     }
 
     /// The two words that an ATTACH begins with.

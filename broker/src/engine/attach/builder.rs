@@ -231,7 +231,9 @@ impl Builder {
         match pinned.follow(regions, &|| gate.is_in_use() && !changes.are_coming()) {
             Ok(()) => self.pinned = Some(pinned),
             // What is to come goes on from what is pinned.
-            Err(RingError::Memory(MemoryError::NotWanted)) if self.gate.is_in_use() => self.pinned = Some(pinned),
+            Err(RingError::Memory(MemoryError::NotWanted)) if changes.are_coming() => self.pinned = Some(pinned),
+            // No queue was attached any more. One that is by now has its memory pinned anew.
+            Err(RingError::Memory(MemoryError::NotWanted)) => self.let_go(pinned),
             Err(error) => {
                 if self.gate.is_in_use() {
                     tracing::warn!(

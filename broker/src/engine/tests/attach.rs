@@ -131,7 +131,7 @@ fn a_stopped_queue_is_attached_again_by_whoever_goes_on_with_it() {
     let mut driver = attached(&mut rig, 1);
     for round in 1..6 {
         verify(&rig, &mut driver, round);
-        let base = rig.engine.stop_queue(1);
+        let base = rig.engine.stop_queue(1).unwrap();
         assert_eq!(base, 1, "ARM was used, ATTACH is to be seen again");
         assert_eq!(driver.queue.used_idx(), base);
         start(&mut rig, 1, &driver.queue, base);
@@ -156,8 +156,8 @@ fn the_first_queue_that_stops_ends_the_rings_of_all() {
             driver.epoch() != Some(1)
         });
     }
-    assert_eq!(rig.engine.stop_queue(1), 1);
-    assert_eq!(rig.engine.stop_queue(2), 1);
+    assert_eq!(rig.engine.stop_queue(1), Some(1));
+    assert_eq!(rig.engine.stop_queue(2), Some(1));
 }
 
 #[test]
@@ -167,7 +167,7 @@ fn requests_under_way_at_a_stop_are_completed_or_submitted_again() {
     for round in 0..10_u64 {
         let data = contents(100 + round, 0, 8);
         driver.write_without_waiting(0, &data, 7);
-        let base = rig.engine.stop_queue(1);
+        let base = rig.engine.stop_queue(1).unwrap();
         start(&mut rig, 1, &driver.queue, base);
         assert_eq!(driver.wait(7), 4096);
         assert_eq!(rig.on_disk(0, 4096), data);
@@ -182,7 +182,7 @@ fn an_event_is_completed_empty_when_its_queue_stops_and_news_are_kept_for_the_ne
     first.post_event();
     // Behind it: when this is answered, EVENT was taken.
     first.probe();
-    assert_eq!(rig.engine.stop_queue(0), 2);
+    assert_eq!(rig.engine.stop_queue(0), Some(2));
     assert_eq!(first.wait_event(), 0);
     let mut driver = attached(&mut rig, 1);
     start(&mut rig, 0, &first.queue, 2);
@@ -264,7 +264,7 @@ fn something_behind_attach_stops_the_queue_until_it_is_set_up_again() {
     driver.interface.send(&mut driver.queue, 2, T_PROBE, &[]);
     let counters = rig.engine.control().counters()[1].clone();
     wait_until("the stop of the queue", || counters.broken.get() == 1);
-    assert_eq!(rig.engine.stop_queue(1), 1);
+    assert_eq!(rig.engine.stop_queue(1), Some(1));
     // A driver that begins again is served.
     let mut driver = attached(&mut rig, 1);
     verify(&rig, &mut driver, 3);
@@ -372,7 +372,7 @@ fn what_a_ring_does_is_counted_from_its_own_words() {
         (counts.submitted, counts.completed)
     };
     assert_eq!(counts(), (10, 10));
-    let base = rig.engine.stop_queue(1);
+    let base = rig.engine.stop_queue(1).unwrap();
     start(&mut rig, 1, &driver.queue, base);
     assert_eq!(counts(), (10, 10), "also when the ring has ended");
     wait_until("the next epoch", || {
@@ -394,7 +394,7 @@ fn a_driver_that_scribbles_on_its_control_page_harms_itself_only() {
             verify(&rig, &mut good, u64::from(word));
         }
     }
-    assert_eq!(rig.engine.stop_queue(2), 1);
+    assert_eq!(rig.engine.stop_queue(2), Some(1));
     verify(&rig, &mut good, 7);
 }
 
@@ -414,7 +414,7 @@ fn a_queue_that_is_disabled_has_no_ring_until_it_is_enabled_again() {
         driver.look();
         assert!(matches!(driver.machine.state(), State::Idle { .. }));
         if round == 3 {
-            assert_eq!(rig.engine.stop_queue(1), 1, "a ring that is not begun holds up nothing");
+            assert_eq!(rig.engine.stop_queue(1), Some(1), "a ring that is not begun holds up nothing");
         } else {
             rig.engine.set_enabled(1, true);
             driver.wait_open();

@@ -33,7 +33,7 @@ fn a_queue_that_never_got_the_disk_stops_at_once_with_the_index_it_was_started_w
     let driver = rig.driver(0);
     rig.engine.start_queue(0, driver.queue.setup(77, None), driver.queue.eventfds());
     rig.engine.set_enabled(0, true);
-    assert_eq!(rig.engine.stop_queue(0), 77);
+    assert_eq!(rig.engine.stop_queue(0), Some(77));
 }
 
 #[test]
@@ -46,10 +46,10 @@ fn the_last_queue_that_stops_while_a_log_is_kept_frees_the_disk_for_others() {
     let log = rig.dirty_log();
     rig.engine.set_dirty_log(Some(log));
     assert_eq!(one.read(0, 8).status, 0);
-    assert_eq!(rig.engine.stop_queue(0), 1);
+    assert_eq!(rig.engine.stop_queue(0), Some(1));
     assert_eq!(rig.calls.releases.load(Ordering::SeqCst), 0, "the other queue still runs");
     assert_eq!(two.read(0, 8).status, 0);
-    assert_eq!(rig.engine.stop_queue(1), 1);
+    assert_eq!(rig.engine.stop_queue(1), Some(1));
     assert_eq!(rig.calls.releases.load(Ordering::SeqCst), 1);
     let other = try_open(&rig).expect("the lock is free when the stop was answered");
 

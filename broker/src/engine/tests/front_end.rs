@@ -141,7 +141,7 @@ fn a_queue_without_call_and_kick_eventfds_is_polled() {
         // No kick.
         assert_eq!(driver.queue.wait_by_polling().len_bytes, 513);
     }
-    assert_eq!(rig.engine.stop_queue(0), 100);
+    assert_eq!(rig.engine.stop_queue(0), Some(100));
 }
 
 #[test]
@@ -189,7 +189,7 @@ fn rings_outside_of_memory_signal_the_error_eventfd() {
     eventfds.err = Some(err.try_clone().unwrap());
     rig.engine.start_queue(0, setup, eventfds);
     assert!(wait_readable(&err, PATIENCE));
-    assert_eq!(rig.engine.stop_queue(0), 5);
+    assert_eq!(rig.engine.stop_queue(0), Some(5));
 }
 
 #[test]
@@ -220,7 +220,7 @@ fn a_queue_whose_rings_are_not_in_memory_can_be_stopped() {
     assert_eq!(two.read(0, 1).data, content(0, 0));
     let small = Ram::new(RAM_BYTES / 64);
     rig.engine.set_memory(small.device_memory());
-    assert_eq!(rig.engine.stop_queue(1), 1);
+    assert_eq!(rig.engine.stop_queue(1), Some(1));
 }
 
 fn region(file: &InflightFile) -> InflightRegion {
@@ -352,5 +352,5 @@ fn eventfds_that_block_do_not_block_the_engine() {
     for sector in 0..50 {
         assert_eq!(driver.read(sector, 1).data, content(0, sector));
     }
-    assert_eq!(rig.engine.stop_queue(0), 100);
+    assert_eq!(rig.engine.stop_queue(0), Some(100));
 }

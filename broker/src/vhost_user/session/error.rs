@@ -136,6 +136,14 @@ pub enum RequestError {
         /// The flags.
         flags: u32,
     },
+    /// A vring cannot be stopped for somebody who is gone.
+    #[error(
+        "the front-end is gone; I/O of vring {index} is still under way, and the next front-end does not wait for it"
+    )]
+    FrontEndGone {
+        /// The vring.
+        index: usize,
+    },
     /// The kernel refused.
     #[error("{what}: {source}")]
     System {
@@ -147,9 +155,15 @@ pub enum RequestError {
 }
 
 impl RequestError {
-    /// Whether the connection can go on when the front-end is told. After a message that is none, it cannot.
+    /// Whether the connection can go on when the front-end is told. After a message that is none, it cannot, nor when nobody is
+    /// there.
     pub(super) fn is_answerable(&self) -> bool {
-        !matches!(self, Self::Message(error) if !matches!(error, MessageError::Unimplemented { .. }))
+        match self {
+            Self::Message(error) => matches!(error, MessageError::Unimplemented { .. }),
+            // What it has said after that is not to be carried out.
+            Self::FrontEndGone { .. } => false,
+            _ => true,
+        }
     }
 }
 

@@ -122,11 +122,11 @@ impl<'d> Session<'d> {
             Request::ResetOwner => self.disable_all(),
             Request::ResetDevice => {
                 self.negotiation.require(Feature::RESET_DEVICE, "RESET_DEVICE")?;
-                self.reset_device();
+                self.reset_device()?;
             }
             Request::SetStatus { status } => {
                 self.negotiation.require(Feature::STATUS, "STATUS")?;
-                self.set_status(status);
+                self.set_status(status)?;
             }
             Request::GetStatus => {
                 self.negotiation.require(Feature::STATUS, "STATUS")?;

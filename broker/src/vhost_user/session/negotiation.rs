@@ -99,7 +99,7 @@ impl Session<'_> {
             let from = self.negotiation.driver_features.unwrap_or(0);
             return Err(RequestError::FeaturesWhileRunning { from, to: features, index });
         }
-        self.stop_all();
+        self.stop_all()?;
         self.device.set_driver_features(features);
         self.negotiation.driver_features = Some(features);
         Ok(())
@@ -120,22 +120,24 @@ impl Session<'_> {
     /// What the driver wrote to the configuration space stays, too. QEMU has a copy of it, which it shows to the guest over
     /// `stop` and over resets, and does not write again: a device that went back to a write-back cache would lose writes
     /// that the guest takes for stable.
-    pub(super) fn set_status(&mut self, status: u8) {
+    pub(super) fn set_status(&mut self, status: u8) -> Result<(), RequestError> {
         if status == 0 {
-            self.stop_all();
+            self.stop_all()?;
             self.begin_inflight_again();
             self.forget_log_if_all_stopped();
             self.negotiation.driver_features = None;
         }
         self.negotiation.status = status;
+        Ok(())
     }
 
     /// Everything that a driver has set up is gone; the memory table, the channel and the protocol features are the
     /// front-end's and stay.
-    pub(super) fn reset_device(&mut self) {
-        self.set_status(0);
+    pub(super) fn reset_device(&mut self) -> Result<(), RequestError> {
+        self.set_status(0)?;
         self.set_log_all(false);
         self.inflight = None;
         self.vrings.iter_mut().for_each(super::Vring::reset);
+        Ok(())
     }
 }

@@ -39,7 +39,7 @@ impl Session<'_> {
             _ => return Err(RequestError::VringSize { index, size, max }),
         };
         if self.vrings[index].size != Some(size) {
-            self.stop(index);
+            self.stop(index)?;
             self.vrings[index].size = Some(size);
         }
         Ok(())
@@ -55,7 +55,7 @@ impl Session<'_> {
             for (part, user_address) in parts(addresses) {
                 self.translate(index, part.name, user_address, 1)?;
             }
-            self.stop(index);
+            self.stop(index)?;
             self.vrings[index].addresses = Some(addresses);
         }
         let vring = &mut self.vrings[index];
@@ -68,7 +68,7 @@ impl Session<'_> {
 
     pub(super) fn set_vring_base(&mut self, index: u32, next_avail: u16) -> Result<(), RequestError> {
         let index = self.vring_index(index)?;
-        self.stop(index);
+        self.stop(index)?;
         self.vrings[index].next_avail = next_avail;
         Ok(())
     }
@@ -190,17 +190,15 @@ impl Session<'_> {
     pub(super) fn get_vring_base(&mut self, index: u32) -> Result<Vec<u8>, RequestError> {
         let at = self.vring_index(index)?;
         if self.vrings[at].is_started {
-            self.stop(at);
+            self.stop(at)?;
             self.forget_log_if_all_stopped();
         }
         let next_avail = self.vrings[at].next_avail;
         Ok([index, next_avail.into()].into_iter().flat_map(u32::to_ne_bytes).collect())
     }
 
-    pub(super) fn stop_all(&mut self) {
-        for index in 0..self.vrings.len() {
-            self.stop(index);
-        }
+    pub(super) fn stop_all(&mut self) -> Result<(), RequestError> {
+        (0..self.vrings.len()).try_for_each(|index| self.stop(index))
     }
 
     /// After the driver's reset, with all rings stopped: what their regions still have in flight could not be answered and
@@ -216,12 +214,14 @@ impl Session<'_> {
         }
     }
 
-    fn stop(&mut self, index: usize) {
+    fn stop(&mut self, index: usize) -> Result<(), RequestError> {
         if self.vrings[index].is_started {
-            let next_avail = self.device.stop_queue(index as u16);
+            let stopped_at = self.device.stop_queue(index as u16);
+            let next_avail = stopped_at.ok_or(RequestError::FrontEndGone { index })?;
             debug!(index, next_avail, "vring stopped");
             self.vrings[index].note_stopped(next_avail);
         }
+        Ok(())
     }
 
     pub(super) fn apply_enabled_to_all(&mut self) {

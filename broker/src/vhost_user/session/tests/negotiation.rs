@@ -1,5 +1,7 @@
 //! Features, acknowledgements, status, reset.
 
+use std::sync::atomic::Ordering;
+
 use super::super::super::fake::{CHAINS_TAKEN, Call, FEATURES, QUEUES};
 use super::*;
 
@@ -146,6 +148,26 @@ fn the_status_is_kept_and_a_status_of_0_stops_the_device() {
             [Call::SetDriverFeatures(0), Call::Start(_), Call::SetEnabled(0, true)]
         ));
     });
+}
+
+#[test]
+fn a_front_end_that_is_gone_while_a_ring_stops_is_not_heard_to_the_end() {
+    for (code, body) in [
+        (Code::SET_STATUS, words(&[0])),
+        (Code::RESET_DEVICE, vec![]),
+        (Code::SET_VRING_BASE, state(0, 7)),
+        (Code::GET_VRING_BASE, state(0, 0)),
+    ] {
+        with_session(|rig| {
+            rig.run(0);
+            rig.calls.take();
+            rig.calls.is_front_end_gone.store(true, Ordering::Relaxed);
+            // Whether it wants an acknowledgement or not.
+            let error = rig.session.handle(message(code, true, &body, no_fds())).unwrap_err().to_string();
+            assert!(error.contains("the front-end is gone; I/O of vring 0 is still under way"), "{error}");
+            assert_eq!(rig.calls.take(), [Call::Stop(0)], "{code:?}");
+        });
+    }
 }
 
 #[test]
