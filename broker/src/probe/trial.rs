@@ -283,6 +283,7 @@ impl Pages {
 
 #[cfg(test)]
 mod tests {
+    use std::hint::spin_loop;
     use std::os::unix::fs::FileExt;
     use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -307,7 +308,11 @@ mod tests {
         let is_over = AtomicBool::new(false);
         thread::scope(|scope| {
             for _ in 0..2 * thread::available_parallelism().unwrap().get() {
-                scope.spawn(|| while !is_over.load(Ordering::Relaxed) {});
+                scope.spawn(|| {
+                    while !is_over.load(Ordering::Relaxed) {
+                        spin_loop();
+                    }
+                });
             }
             let us = rustix::thread::gettid().as_raw_nonzero().get().cast_unsigned();
             let named: Vec<_> = (0..20).map(|_| sq_thread(&ring(IoringSetupFlags::SQPOLL).ok().unwrap())).collect();
