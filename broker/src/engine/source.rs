@@ -18,8 +18,9 @@ pub trait DiskSource: Send {
     /// [`request`](Self::request): the guest may be running elsewhere, on that disk. Returns at once.
     fn stop_waiting(&mut self);
 
-    /// The disk is not wanted any more: [`EngineControl::set_disk`] is not to be called after this. The engine lets go of
-    /// the disk when this has returned; then others may have it.
+    /// The disk is not wanted any more: [`EngineControl::set_disk`] is not to be called after this, before the next
+    /// [`request`](Self::request). When this has returned, the engine lets go of the disk as soon as no I/O is under way,
+    /// which is not waited for; then others may have it.
     fn release(&mut self);
 
     /// Reads the size of the disk again, in bytes.

@@ -22,7 +22,7 @@ pub(in crate::engine) enum Order {
     /// The guest's memory, from now on. Rings that run have it when `done` is told. If it `loses_some`, no I/O of a ring
     /// can land in that any more by then.
     SetMemory { memory: Arc<DeviceMemory>, loses_some: bool, done: Reply<()> },
-    /// The disk of rings that are made from now on. `None`: it is let go when `done` is told. No ring may run.
+    /// The disk of rings that are made from now on. `None`: it is let go when `done` is told, except by rings that are ending.
     SetDisk { disk: Option<Arc<Disk>>, done: Reply<()> },
     /// No queue is attached any more: nothing has to stay pinned.
     Unpin,
