@@ -187,7 +187,8 @@ impl Builder {
     /// before memory that is new is pinned.
     fn set_memory(&mut self, memory: Arc<DeviceMemory>, loses_some: bool, done: Answer) {
         let regions = regions(&memory);
-        // A front-end that is gone is not answered, and the next one does not wait for its rings.
+        // An empty table: of a front-end that is gone, which is not answered, and the next one does not wait for its rings; or of one
+        // that begins again (SET_OWNER), with no queue started.
         let is_gone = regions.is_empty();
         self.memory = Some(memory);
         if self.pinned.as_ref().is_some_and(|pinned| !pinned.has_open_rings()) {
