@@ -4,6 +4,7 @@
 //! worker, which executes other queues, nor for the protocol thread, for which the front-end waits. Here one thing happens
 //! after the other, so that nothing has to be said about the order of two changes of memory.
 
+use std::collections::BTreeMap;
 use std::mem::ManuallyDrop;
 use std::sync::Arc;
 use std::sync::mpsc::RecvTimeoutError;
@@ -47,8 +48,8 @@ struct Builder {
     memory: Option<Arc<DeviceMemory>>,
     disk: Option<Arc<Disk>>,
     pinned: Option<Pinned>,
-    /// Rings that are to be made in memory of which an order tells that is to come.
-    postponed: Vec<BuildOrder>,
+    /// Rings that are to be made in memory of which an order tells that is to come, by their queue.
+    postponed: BTreeMap<u16, BuildOrder>,
     /// Rings over memory that was let go of, which may not have ended.
     ending: Vec<RingEnd>,
     /// What a guest can bring about as often as it likes.
@@ -78,7 +79,7 @@ pub(in crate::engine) fn start(
                 memory: None,
                 disk: None,
                 pinned: None,
-                postponed: Vec::new(),
+                postponed: BTreeMap::new(),
                 ending: Vec::new(),
                 refusals: LogLimit::new(),
                 pinnings: LogLimit::new(),
@@ -99,7 +100,7 @@ impl Builder {
                 Err(RecvTimeoutError::Disconnected) => return,
             }
             if !self.orders.changes().are_coming() {
-                std::mem::take(&mut self.postponed).into_iter().for_each(|order| self.build(order));
+                std::mem::take(&mut self.postponed).into_values().for_each(|order| self.build(order));
             }
             self.gate.sample();
             self.look_for_discards();
@@ -127,12 +128,12 @@ impl Builder {
         }
         if self.orders.changes().are_coming() {
             // What is pinned may lack what the guest has by now.
-            return self.postponed.push(order);
+            return self.postpone(order);
         }
         let prepared = self.prepare(&order.ticket);
         if prepared.is_err() && self.orders.changes().are_coming() {
             // Given up for that: whoever tells of the change may be waiting.
-            return self.postponed.push(order);
+            return self.postpone(order);
         }
         if !order.ticket.begin() {
             return;
@@ -150,6 +151,11 @@ impl Builder {
             }
         };
         self.workers.send(queue, |queue| Command::Attachment { queue, attachment, event });
+    }
+
+    fn postpone(&mut self, order: BuildOrder) {
+        // What the queue ordered before it has taken back.
+        self.postponed.insert(order.queue, order);
     }
 
     /// The guest's memory is pinned for the first ring.

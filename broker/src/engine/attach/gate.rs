@@ -246,13 +246,13 @@ impl QueueState {
 }
 
 #[cfg(test)]
-mod tests {
+pub(in crate::engine) mod tests {
     use ringpass_guest_abi::attach::{AreaAddress, AttachLimits, AttachPayload};
 
     use super::*;
 
     /// A geometry of one page for each range, from page `first` on.
-    fn geometry(first: u64) -> Geometry {
+    pub(in crate::engine) fn geometry(first: u64) -> Geometry {
         let page = |number: u64| ((first + number) * 4096).into();
         let payload = AttachPayload {
             sq_entries: 8.into(),

@@ -1,8 +1,9 @@
 //! What is asked of the thread that makes rings, and the way there.
 
-use std::sync::Arc;
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use ringpass_guest_abi::attach::Geometry;
@@ -53,15 +54,36 @@ pub(in crate::engine) struct Built {
 /// A way to the builder.
 #[derive(Clone, Debug)]
 pub(in crate::engine) struct OrderSender {
-    orders: Sender<Order>,
+    notes: Sender<Note>,
     changes: Changes,
+    repeated: Arc<Mutex<Repeated>>,
 }
 
 /// The builder's end of it.
 #[derive(Debug)]
 pub(super) struct OrderReceiver {
-    orders: Receiver<Order>,
+    notes: Receiver<Note>,
     changes: Changes,
+    repeated: Arc<Mutex<Repeated>>,
+}
+
+/// What is on its way to the builder.
+#[derive(Debug)]
+enum Note {
+    Order(Order),
+    /// The order of this queue in [`Repeated`].
+    Build(u16),
+    /// The one there.
+    Unpin,
+}
+
+/// Orders that a guest brings about as often as it likes, also while the builder is busy with something that takes long. Each kind
+/// is on its way once at most, so that nothing piles up.
+#[derive(Debug, Default)]
+struct Repeated {
+    /// The last one of each queue: a queue that orders a ring has taken back what it ordered before.
+    builds: BTreeMap<u16, BuildOrder>,
+    unpin: bool,
 }
 
 /// Orders on their way that change the guest's memory.
@@ -78,27 +100,56 @@ impl Changes {
 
 /// A way to the builder, and its end.
 pub(super) fn order_channel() -> (OrderSender, OrderReceiver) {
-    let ((sender, receiver), changes) = (channel(), Changes::default());
-    (OrderSender { orders: sender, changes: changes.clone() }, OrderReceiver { orders: receiver, changes })
+    let ((sender, receiver), changes, repeated) = (channel(), Changes::default(), Arc::default());
+    (
+        OrderSender { notes: sender, changes: changes.clone(), repeated: Arc::clone(&repeated) },
+        OrderReceiver { notes: receiver, changes, repeated },
+    )
 }
 
 impl OrderSender {
     /// Sends an order. A builder that has ended builds nothing any more: the engine is going.
     pub(in crate::engine) fn send(&self, order: Order) {
-        if matches!(order, Order::SetMemory { .. }) {
-            // Before the order, so that there are never less than none.
-            self.changes.0.fetch_add(1, Ordering::Relaxed);
+        let note = match order {
+            Order::Build(order) => {
+                let queue = order.queue;
+                let former = lock(&self.repeated).builds.insert(queue, order);
+                former.is_none().then_some(Note::Build(queue))
+            }
+            Order::Unpin => {
+                let is_ordered = std::mem::replace(&mut lock(&self.repeated).unpin, true);
+                (!is_ordered).then_some(Note::Unpin)
+            }
+            Order::SetMemory { .. } => {
+                // Before the order, so that there are never less than none.
+                self.changes.0.fetch_add(1, Ordering::Relaxed);
+                Some(Note::Order(order))
+            }
+            Order::SetDisk { .. } => Some(Note::Order(order)),
+        };
+        if let Some(note) = note {
+            let _ = self.notes.send(note);
         }
-        let _ = self.orders.send(order);
     }
 }
 
 impl OrderReceiver {
     /// The next order, at most for so long.
     pub(super) fn next(&self, timeout: Option<Duration>) -> Result<Order, RecvTimeoutError> {
-        let order = match timeout {
-            Some(timeout) => self.orders.recv_timeout(timeout)?,
-            None => self.orders.recv().map_err(|_| RecvTimeoutError::Disconnected)?,
+        let note = match timeout {
+            Some(timeout) => self.notes.recv_timeout(timeout)?,
+            None => self.notes.recv().map_err(|_| RecvTimeoutError::Disconnected)?,
+        };
+        let order = match note {
+            Note::Order(order) => order,
+            Note::Build(queue) => {
+                let order = lock(&self.repeated).builds.remove(&queue);
+                Order::Build(order.expect("it was put there before the note was sent"))
+            }
+            Note::Unpin => {
+                lock(&self.repeated).unpin = false;
+                Order::Unpin
+            }
         };
         if matches!(order, Order::SetMemory { .. }) {
             self.changes.0.fetch_sub(1, Ordering::Relaxed);
@@ -109,5 +160,49 @@ impl OrderReceiver {
     /// Tells of changes that are coming.
     pub(super) fn changes(&self) -> &Changes {
         &self.changes
+    }
+}
+
+fn lock(repeated: &Mutex<Repeated>) -> MutexGuard<'_, Repeated> {
+    repeated.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::gate::tests::geometry;
+    use super::*;
+
+    fn build(queue: u16, id: u64) -> BuildOrder {
+        BuildOrder {
+            queue,
+            attachment: AttachmentId(id),
+            geometry: geometry(0),
+            epoch: Epoch::NONE.next(),
+            call: None,
+            call_generation: 0,
+            ticket: Ticket::default(),
+        }
+    }
+
+    #[test]
+    fn what_a_guest_orders_over_and_over_while_nobody_looks_is_on_its_way_once() {
+        let (sender, receiver) = order_channel();
+        for id in 0..1000 {
+            sender.send(Order::Build(build(1, id)));
+            sender.send(Order::Unpin);
+            sender.send(Order::Build(build(2, id)));
+        }
+        let next = || receiver.next(Some(Duration::ZERO));
+        assert!(matches!(next(), Ok(Order::Build(BuildOrder { queue: 1, attachment: AttachmentId(999), .. }))));
+        assert!(matches!(next(), Ok(Order::Unpin)));
+        assert!(matches!(next(), Ok(Order::Build(BuildOrder { queue: 2, attachment: AttachmentId(999), .. }))));
+        assert!(matches!(next(), Err(RecvTimeoutError::Timeout)));
+
+        // What comes afterwards is on its way again.
+        sender.send(Order::Unpin);
+        sender.send(Order::Build(build(1, 1000)));
+        assert!(matches!(next(), Ok(Order::Unpin)));
+        assert!(matches!(next(), Ok(Order::Build(BuildOrder { queue: 1, attachment: AttachmentId(1000), .. }))));
+        assert!(matches!(next(), Err(RecvTimeoutError::Timeout)));
     }
 }
