@@ -33,6 +33,8 @@ pub(super) use attachment::{Attachment, AttachmentId, LiveRing, PendingRing, Ran
 pub(super) use gate::Gate;
 pub use gate::{GateStatus, Refused, RingCounts, RingStatus};
 pub(super) use order::{BuildOrder, Built, Order, OrderSender};
+#[cfg(test)]
+pub(super) use order::{OrderReceiver, order_channel};
 pub(super) use reply::Reply;
 pub(super) use ticket::Ticket;
 

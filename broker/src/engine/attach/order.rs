@@ -61,7 +61,7 @@ pub(in crate::engine) struct OrderSender {
 
 /// The builder's end of it.
 #[derive(Debug)]
-pub(super) struct OrderReceiver {
+pub(in crate::engine) struct OrderReceiver {
     notes: Receiver<Note>,
     changes: Changes,
     repeated: Arc<Mutex<Repeated>>,
@@ -99,7 +99,7 @@ impl Changes {
 }
 
 /// A way to the builder, and its end.
-pub(super) fn order_channel() -> (OrderSender, OrderReceiver) {
+pub(in crate::engine) fn order_channel() -> (OrderSender, OrderReceiver) {
     let ((sender, receiver), changes, repeated) = (channel(), Changes::default(), Arc::default());
     (
         OrderSender { notes: sender, changes: changes.clone(), repeated: Arc::clone(&repeated) },
@@ -135,7 +135,7 @@ impl OrderSender {
 
 impl OrderReceiver {
     /// The next order, at most for so long.
-    pub(super) fn next(&self, timeout: Option<Duration>) -> Result<Order, RecvTimeoutError> {
+    pub(in crate::engine) fn next(&self, timeout: Option<Duration>) -> Result<Order, RecvTimeoutError> {
         let note = match timeout {
             Some(timeout) => self.notes.recv_timeout(timeout)?,
             None => self.notes.recv().map_err(|_| RecvTimeoutError::Disconnected)?,

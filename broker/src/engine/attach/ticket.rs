@@ -22,7 +22,7 @@ impl Ticket {
     }
 
     /// Begins with the ring. False: the order was taken back, and nothing is to be told.
-    pub(super) fn begin(&self) -> bool {
+    pub(in crate::engine) fn begin(&self) -> bool {
         self.decide(BEGUN)
     }
 

@@ -37,7 +37,7 @@ pub(super) fn rig(queues: u16, workers: usize) -> Rig {
     Rig::new(Options { queues, workers, attach: Some(attach_config()), ..Options::default() })
 }
 
-fn queue(rig: &Rig, index: u16) -> DriverQueue {
+pub(super) fn driver_queue(rig: &Rig, index: u16) -> DriverQueue {
     DriverQueue::new(&rig.ram, u64::from(index) * QUEUE_RAM_BYTES, rig.options.queue_size)
 }
 
@@ -47,13 +47,13 @@ fn start(rig: &mut Rig, index: u16, queue: &DriverQueue, next_avail: u16) {
 }
 
 pub(super) fn first_queue(rig: &mut Rig) -> FirstQueue {
-    let queue = queue(rig, 0);
+    let queue = driver_queue(rig, 0);
     start(rig, 0, &queue, 0);
     FirstQueue::new(&rig.ram, queue)
 }
 
 fn ring_driver(rig: &mut Rig, index: u16) -> RingDriver {
-    let queue = queue(rig, index);
+    let queue = driver_queue(rig, index);
     start(rig, index, &queue, 0);
     RingDriver::new(&rig.ram, index, queue)
 }
@@ -303,7 +303,7 @@ fn change_mapping(rig: &mut Rig, driver: &mut RingDriver, memory: &Arc<DeviceMem
 }
 
 /// Memory without one of its two regions.
-fn without(memory: &DeviceMemory, region: usize) -> Arc<DeviceMemory> {
+pub(super) fn without(memory: &DeviceMemory, region: usize) -> Arc<DeviceMemory> {
     let region = memory.iter().nth(region).unwrap();
     Arc::new(memory.remove_region(region.start_addr(), region.len()).unwrap().0)
 }

@@ -6,12 +6,13 @@ use std::time::Instant;
 use ringpass_guest_abi::attach::{AreaAddress, AttachPayload, Geometry};
 use ringpass_guest_abi::epoch::Epoch;
 
-use super::attach::attach_config;
+use super::attach::{attach_config, without};
 use super::driver::{PATIENCE, wait_until};
 use super::rig::{Options, Rig};
 use crate::engine::attach::{AttachmentId, BuildOrder, Built, Gate, Order, OrderSender, Ticket, WorkerSender, builder};
 use crate::engine::command::{AttachEvent, Command, CommandReceiver, Pending, Reply, command_channel};
 use crate::limits::Memlock;
+use crate::vhost_user::DeviceMemory;
 
 /// The builder, and the worker that hears of it.
 struct Bench {
@@ -32,8 +33,12 @@ impl Bench {
         let disk = Some(bench.rig.open_disk());
         bench.carried_out(|done| Order::SetDisk { disk, done });
         let memory = bench.rig.ram.device_memory();
-        bench.carried_out(|done| Order::SetMemory { memory, loses_some: false, done });
+        bench.set_memory(memory, false);
         bench
+    }
+
+    fn set_memory(&self, memory: Arc<DeviceMemory>, loses_some: bool) {
+        self.carried_out(|done| Order::SetMemory { memory, loses_some, done });
     }
 
     fn carried_out(&self, order: impl FnOnce(Reply<()>) -> Order) {
@@ -112,6 +117,26 @@ fn memory_stays_pinned_for_a_queue_that_comes_while_the_last_one_leaves() {
     bench.gate.leave(2);
     bench.orders.send(Order::Unpin);
     wait_until("nothing is pinned", || pinned_bytes() == 0);
+}
+
+#[test]
+fn memory_that_comes_while_no_queue_is_attached_is_there_for_the_next_one() {
+    let bench = Bench::new();
+    let whole_memory = bench.rig.ram.device_memory();
+    bench.set_memory(without(&whole_memory, 1), true);
+    bench.order(0, Ticket::default());
+    let (_, first) = bench.built();
+    let former_bytes = pinned_bytes();
+    // The last queue leaves, and its ring is about to end. Another one comes before what is pinned was let go.
+    assert!(bench.gate.leave(0));
+    bench.set_memory(whole_memory, false);
+    bench.order(1, Ticket::default());
+    bench.orders.send(Order::Unpin);
+    let (_, second) = bench.built();
+    drop(first);
+    wait_until("only the second ring's memory is pinned", || pinned_bytes() < 3 * former_bytes);
+    assert!(pinned_bytes() >= 2 * former_bytes, "the ring does not have all of the guest's memory");
+    drop(second);
 }
 
 #[test]

@@ -5,6 +5,7 @@ mod builder;
 mod discards;
 mod disk;
 mod driver;
+mod epochs;
 mod front_end;
 mod requests;
 mod rig;

@@ -9,8 +9,9 @@ use nix::libc;
 use super::driver::{wait_readable, wait_until};
 use super::rig::{BlockDriver, Options, Rig, SECTOR, config, contents};
 use crate::engine::Shared;
+use crate::engine::attach::Attach;
 use crate::engine::bounce::BouncePool;
-use crate::engine::command::{Command, CommandSender, Reply, command_channel};
+use crate::engine::command::{Command, CommandReceiver, CommandSender, Reply, command_channel};
 use crate::engine::poll::PollPolicy;
 use crate::engine::ring::{self, Ring};
 use crate::engine::slot::Slots;
@@ -19,29 +20,40 @@ use crate::engine::worker::{Worker, WorkerParts};
 
 /// Runs `act` with a worker of one queue that has room for `slots_max` requests.
 fn by_hand(slots_max: usize, act: impl FnOnce(&mut Rig, &mut Worker<'_>, &CommandSender)) {
-    let mut rig = Rig::without_disk(Options::default());
+    let (sender, commands) = command_channel().unwrap();
+    with_worker(commands, 1, slots_max, None, |rig, worker| act(rig, worker, &sender));
+}
+
+/// Runs `act` with a worker that obeys `commands` when it is told to.
+pub(super) fn with_worker(
+    commands: CommandReceiver,
+    queues: u16,
+    slots_max: usize,
+    attach: Option<Attach>,
+    act: impl FnOnce(&mut Rig, &mut Worker<'_>),
+) {
+    let mut rig = Rig::without_disk(Options { queues, ..Options::default() });
     let device = config(&rig.options).device;
     let (limits, segments_max) = (device.request_limits(), device.segment_capacity());
-    let (sender, commands) = command_channel().unwrap();
     let mut ring = ring::create(64).unwrap();
     let mut worker = Worker::new(
         Ring::new(&mut ring),
         WorkerParts {
             commands,
-            vrings: vec![Vring::new(0, Arc::default())],
+            vrings: (0..queues).map(|index| Vring::new(index, Arc::default())).collect(),
             slots: Slots::new(slots_max, segments_max),
             bounce: BouncePool::new().unwrap(),
             limits,
             poll: PollPolicy::new(Duration::ZERO),
             shared: Arc::new(Shared::new(device)),
-            attach: None,
+            attach,
         },
     );
-    act(&mut rig, &mut worker, &sender);
+    act(&mut rig, &mut worker);
 }
 
 /// For a command whose answer nobody waits for.
-fn nobody<T>() -> Reply<T> {
+pub(super) fn nobody<T>() -> Reply<T> {
     sync_channel(1).0
 }
 
