@@ -200,7 +200,10 @@ impl Drop for ControlServer {
 #[cfg(test)]
 mod tests {
     use std::io::{BufRead, BufReader};
+    use std::mem::MaybeUninit;
     use std::os::unix::fs::PermissionsExt;
+
+    use rustix::fs::inotify;
 
     use super::*;
     use crate::control::{DeviceStats, DeviceStatus, DiskStatus, RingsOffer};
@@ -274,9 +277,23 @@ mod tests {
     }
 
     #[test]
-    fn others_are_kept_out_and_a_stale_socket_is_replaced() {
+    fn there_is_no_moment_in_which_others_could_connect() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("vm1.sock");
+        let watch = inotify::init(inotify::CreateFlags::NONBLOCK).unwrap();
+        inotify::add_watch(&watch, directory.path(), inotify::WatchFlags::CREATE | inotify::WatchFlags::ATTRIB)
+            .unwrap();
+        let socket = ControlSocket::bind(&path).unwrap();
+        assert_eq!(std::fs::metadata(socket.path()).unwrap().permissions().mode() & 0o777, 0o600);
+        let mut buffer = [MaybeUninit::uninit(); 4096];
+        let mut events = inotify::Reader::new(watch, &mut buffer);
+        assert_eq!(events.next().unwrap().events(), inotify::ReadFlags::CREATE);
+        assert!(events.next().is_err(), "it had another mode at first");
+    }
+
+    #[test]
+    fn others_are_told_that_the_socket_is_in_use_and_a_stale_socket_is_replaced() {
         let (_directory, path, server) = served();
-        assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
         let error = ControlSocket::bind(&path).unwrap_err().to_string();
         assert!(error.contains("another process listens there"), "{error}");
         drop(server);

@@ -80,7 +80,11 @@ impl PinnedMemory {
         Self::pin_while(memory, sharing, &|| true)
     }
 
-    /// The same, given up when `is_wanted` says that it is not, which is asked every few milliseconds.
+    /// The same, given up when `is_wanted` says that it is not.
+    ///
+    /// That is asked while pages are faulted in, as a rule every few milliseconds. A page of 1 GiB is cleared at one go, and pages
+    /// that are there already are pinned in the time that one system call takes for a slot of up to 1 GiB. Before Linux 5.14 that
+    /// call faults them in as well: there it is asked once for each slot.
     ///
     /// # Errors
     ///
@@ -132,7 +136,7 @@ impl PinnedMemory {
         self.changed_to_while(memory, &|| true)
     }
 
-    /// The same, given up when `is_wanted` says that it is not, which is asked every few milliseconds.
+    /// The same, given up when `is_wanted` says that it is not, which is asked as by [`pin_while`](Self::pin_while).
     ///
     /// # Errors
     ///

@@ -97,7 +97,7 @@ pub trait Device: Send {
     /// The guest's memory, from now on.
     ///
     /// Returns when every queue takes new chains from it only and, if memory of the table before is not in it, when no I/O that
-    /// is under way can land in that any more.
+    /// is under way can land in that any more. What a device prepares in memory that is new need not be ready.
     fn set_memory(&mut self, memory: Arc<DeviceMemory>);
 
     /// Where pages that the device writes are marked; `None` stops it.

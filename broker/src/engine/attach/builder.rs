@@ -189,8 +189,8 @@ impl Builder {
         Ok(pinned)
     }
 
-    /// Rings that run get the new memory, if they can be changed; otherwise they end, and are made anew over it. `done` is told
-    /// before memory that is new is pinned.
+    /// Rings that run get the new memory, if they can be changed; otherwise they end, and are made anew over it. If it `loses_some`,
+    /// `done` is told before memory that is new is pinned.
     fn set_memory(&mut self, memory: Arc<DeviceMemory>, loses_some: bool, done: Answer) {
         let regions = regions(&memory);
         // An empty table: of a front-end that is gone, which is not answered, and the next one does not wait for its rings; or of one

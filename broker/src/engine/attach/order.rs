@@ -20,8 +20,8 @@ use crate::vhost_user::DeviceMemory;
 pub(in crate::engine) enum Order {
     /// Make a ring.
     Build(BuildOrder),
-    /// The guest's memory, from now on. Rings that run have it when `done` is told. If it `loses_some`, no I/O of a ring
-    /// can land in that any more by then.
+    /// The guest's memory, from now on. If it `loses_some`, `done` is told as soon as no I/O of a ring can land in that any more,
+    /// otherwise when rings that run have what is new.
     SetMemory { memory: Arc<DeviceMemory>, loses_some: bool, done: Reply<()> },
     /// The disk of rings that are made from now on. `None`: it is let go when `done` is told, except by rings that are ending.
     SetDisk { disk: Option<Arc<Disk>>, done: Reply<()> },

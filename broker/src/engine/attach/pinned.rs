@@ -22,8 +22,9 @@ use crate::vhost_user::DeviceMemory;
 const DRAIN_LOOK: Duration = Duration::from_micros(200);
 /// Longer than an ordinary request takes; one that takes longer is waited for with its ring.
 const DRAIN_PATIENCE: Duration = Duration::from_secs(1);
-/// How long what is pinned may take to go before the guest's memory is pinned: the kernel takes rings apart later.
-const SETTLE: Duration = Duration::from_millis(100);
+/// How long what is pinned may take to go before the guest's memory is pinned: the kernel takes rings apart later. With I/O that
+/// hangs it does not go, and is pinned beside the other.
+const SETTLE: Duration = Duration::from_millis(500);
 /// How long is waited for the end of a ring at a time.
 const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -42,9 +43,11 @@ impl Pinned {
         memory: &DeviceMemory,
         is_wanted: &(dyn Fn() -> bool + Sync),
     ) -> Result<Self, Refused> {
-        // What is pinned is measured, and what ended a moment ago must not end meanwhile.
+        // What is pinned is measured, and what ended a moment ago must not end meanwhile. Nor may the guest's memory count twice
+        // against RLIMIT_MEMLOCK.
         let end = Instant::now() + SETTLE;
-        while Memlock::pinned_by_this_process().is_ok_and(|bytes| bytes > 0) && Instant::now() < end {
+        let is_pinned = || Memlock::pinned_by_this_process().is_ok_and(|bytes| bytes > 0);
+        while is_pinned() && is_wanted() && Instant::now() < end {
             thread::sleep(DRAIN_LOOK);
         }
         let regions = regions(memory);
