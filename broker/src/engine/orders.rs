@@ -59,10 +59,17 @@ impl Worker<'_> {
                 done(&reply);
             }
             Command::SetDisk { disk: Some(disk), reply } => {
-                self.take_disk(disk);
+                if self.endings.disk.is_some() {
+                    self.endings.next_disk = Some(disk);
+                } else {
+                    self.take_disk(disk);
+                }
                 done(&reply);
             }
-            Command::SetDisk { disk: None, reply } => self.endings.disk = Some(reply),
+            Command::SetDisk { disk: None, reply } => {
+                self.endings.disk = Some(reply);
+                self.endings.next_disk = None;
+            }
             Command::Start { queue, setup, eventfds } => self.start(queue, setup, eventfds),
             Command::Stop { queue, reply } => self.stop(queue, reply),
             Command::SetEnabled { queue, enabled, reply } => {
@@ -307,6 +314,11 @@ impl Worker<'_> {
         {
             self.let_go_of_disk();
             done(&reply);
+            if let Some(disk) = self.endings.next_disk.take() {
+                self.take_disk(disk);
+                // Queues may wait for it.
+                self.is_unsettled = true;
+            }
         }
         if !self.endings.former_memory.is_empty() {
             self.former_memory.retain(|table| table.strong_count() > 0);

@@ -72,6 +72,8 @@ pub(super) struct Worker<'r> {
 pub(super) struct Endings {
     /// The disk is to go.
     pub(super) disk: Option<Reply<()>>,
+    /// And this one comes after it. A lock that is shared can be had again before.
+    pub(super) next_disk: Option<Arc<Disk>>,
     /// All queues are to stop.
     pub(super) resets: Vec<Reply<()>>,
     /// A queue was enabled or disabled.

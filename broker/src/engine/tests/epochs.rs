@@ -8,7 +8,7 @@ use std::time::Duration;
 use ringpass_guest_abi::request::ErrorCode;
 
 use super::attach::{attach_config, driver_queue};
-use super::rig::Rig;
+use super::rig::{Options, Rig};
 use super::ring_driver::RingDriver;
 use super::turns::{nobody, with_worker};
 use crate::engine::attach::{Attach, BuildOrder, Gate, Order, OrderReceiver, WorkerSender, order_channel};
@@ -34,7 +34,8 @@ fn with_attached(act: impl FnOnce(Bench<'_, '_>)) {
     let (sender, orders) = order_channel();
     let workers = WorkerSender::new(&Arc::from([commands.clone()]));
     let attach = Attach::new(Arc::new(attach_config()), QUEUE + 1, Arc::new(Gate::new(QUEUE + 1)), sender, workers);
-    with_worker(obeyed, QUEUE + 1, 8, Some(attach), |rig, worker| {
+    let options = Options { queues: QUEUE + 1, ..Options::default() };
+    with_worker(obeyed, options, 8, Some(attach), |rig, worker| {
         let memory = rig.ram.device_memory();
         commands.send(Command::SetMemory { memory, reply: nobody() });
         commands.send(Command::SetDisk { disk: Some(rig.open_disk()), reply: nobody() });

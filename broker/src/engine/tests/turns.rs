@@ -21,18 +21,18 @@ use crate::engine::worker::{Worker, WorkerParts};
 /// Runs `act` with a worker of one queue that has room for `slots_max` requests.
 fn by_hand(slots_max: usize, act: impl FnOnce(&mut Rig, &mut Worker<'_>, &CommandSender)) {
     let (sender, commands) = command_channel().unwrap();
-    with_worker(commands, 1, slots_max, None, |rig, worker| act(rig, worker, &sender));
+    with_worker(commands, Options::default(), slots_max, None, |rig, worker| act(rig, worker, &sender));
 }
 
 /// Runs `act` with a worker that obeys `commands` when it is told to.
 pub(super) fn with_worker(
     commands: CommandReceiver,
-    queues: u16,
+    options: Options,
     slots_max: usize,
     attach: Option<Attach>,
     act: impl FnOnce(&mut Rig, &mut Worker<'_>),
 ) {
-    let mut rig = Rig::without_disk(Options { queues, ..Options::default() });
+    let mut rig = Rig::without_disk(options);
     let device = config(&rig.options).device;
     let (limits, segments_max) = (device.request_limits(), device.segment_capacity());
     let mut ring = ring::create(64).unwrap();
@@ -40,7 +40,7 @@ pub(super) fn with_worker(
         Ring::new(&mut ring),
         WorkerParts {
             commands,
-            vrings: (0..queues).map(|index| Vring::new(index, Arc::default())).collect(),
+            vrings: (0..rig.options.queues).map(|index| Vring::new(index, Arc::default())).collect(),
             slots: Slots::new(slots_max, segments_max),
             bounce: BouncePool::new().unwrap(),
             limits,
@@ -59,7 +59,12 @@ pub(super) fn nobody<T>() -> Reply<T> {
 
 /// A driver for the queue, which runs after the next turn.
 fn running(rig: &Rig, sender: &CommandSender) -> BlockDriver {
-    let driver = rig.driver(0);
+    running_at(rig, sender, 0)
+}
+
+/// The same, with its rings where the guest has those of queue `place`.
+fn running_at(rig: &Rig, sender: &CommandSender, place: u16) -> BlockDriver {
+    let driver = rig.driver(place);
     sender.send(Command::SetMemory { memory: rig.ram.device_memory(), reply: nobody() });
     sender.send(Command::SetDisk { disk: Some(rig.open_disk()), reply: nobody() });
     sender.send(Command::Start { queue: 0, setup: driver.queue.setup(0, None), eventfds: driver.queue.eventfds() });
@@ -150,5 +155,34 @@ fn write_zeroes_where_no_hole_can_be_punched_write_zeroes() {
         });
         assert_eq!(outcome.unwrap().status, 0);
         assert_eq!(rig.on_disk(0, 24 * SECTOR), [contents(0, 0, 8), vec![0; 4096], contents(0, 16, 8)].concat());
+    });
+}
+
+#[test]
+fn a_disk_that_comes_before_the_former_one_is_let_go_is_there_afterwards() {
+    let (sender, commands) = command_channel().unwrap();
+    // Its lock is shared, so it can be had again meanwhile.
+    let options = Options { read_only: true, ..Options::default() };
+    with_worker(commands, options, 8, None, |rig, worker| {
+        let mut former = running(rig, &sender);
+        worker.turn();
+        former.add_read(0, 8);
+        assert!(worker.take(0));
+        sender.send(Command::Abandon);
+        let (reply, let_go) = sync_channel(1);
+        sender.send(Command::SetDisk { disk: None, reply });
+        let mut driver = running_at(rig, &sender, 1);
+        worker.obey();
+        worker.settle();
+        assert!(let_go.try_recv().is_err(), "the read has not ended");
+        driver.add_read(0, 8);
+        let mut outcome = None;
+        wait_until("the end of the request", || {
+            worker.turn();
+            outcome = driver.poll();
+            outcome.is_some()
+        });
+        assert_eq!(outcome.unwrap().status, 0);
+        assert_eq!(let_go.try_recv(), Ok(()));
     });
 }
