@@ -178,8 +178,10 @@ pub(super) fn arguments(
     add(&["-M", "q35,memory-backend=ram", "-nodefaults", "-no-user-config", "-display", "none"]);
     match accelerator {
         Accelerator::Kvm => add(&["-accel", "kvm", "-cpu", "host"]),
-        // A CPU that has all that Debian's programs need, and little that costs time to emulate.
-        Accelerator::Tcg => add(&["-accel", "tcg,thread=multi", "-cpu", "Nehalem"]),
+        // A CPU that has all that Debian's programs need, and little that costs time to emulate. Without CMPXCHG16B: before QEMU 8.0
+        // it makes flags of whatever was compared last, if an interrupt has returned shortly before it (`helper_cmpxchg16b_unlocked`
+        // reads a `cc_op` that was not written back). Then TF may be among them, and the kernel dies in its allocator.
+        Accelerator::Tcg => add(&["-accel", "tcg,thread=multi", "-cpu", "Nehalem,-cx16"]),
     }
     let memory_mib = config.memory_mib;
     let most = config.memory_max_mib.map(|mib| format!(",maxmem={mib}M")).unwrap_or_default();
