@@ -180,8 +180,9 @@ pub(super) fn arguments(
         Accelerator::Kvm => add(&["-accel", "kvm", "-cpu", "host"]),
         // A CPU that has all that Debian's programs need, and little that costs time to emulate. Without CMPXCHG16B: before QEMU 8.0
         // it makes flags of whatever was compared last, if an interrupt has returned shortly before it (`helper_cmpxchg16b_unlocked`
-        // reads a `cc_op` that was not written back). Then TF may be among them, and the kernel dies in its allocator.
-        Accelerator::Tcg => add(&["-accel", "tcg,thread=multi", "-cpu", "Nehalem,-cx16"]),
+        // reads a `cc_op` that was not written back). Then TF may be among them, and the kernel dies in its allocator. One thread for
+        // all CPUs: with one for each, kernels have died of an INT3 that another CPU had put into code for a moment while patching it.
+        Accelerator::Tcg => add(&["-accel", "tcg,thread=single", "-cpu", "Nehalem,-cx16"]),
     }
     let memory_mib = config.memory_mib;
     let most = config.memory_max_mib.map(|mib| format!(",maxmem={mib}M")).unwrap_or_default();
