@@ -1,4 +1,4 @@
-//! Tasks of the ringpass repository: `cargo xtask test` and `cargo xtask soak`.
+//! Tasks of the ringpass repository: `cargo xtask test`, `cargo xtask repeat` and `cargo xtask soak`.
 
 use std::{
     env,
@@ -18,6 +18,7 @@ mod fuzz;
 mod kernel_log;
 mod packages;
 mod quiet;
+mod repeat;
 mod soak;
 mod steps;
 mod test;
@@ -33,6 +34,8 @@ struct CommandLine {
 enum Task {
     /// Install what the tests need, then check the format, lint, build the documentation and run all tests.
     Test,
+    /// Run all tests several times in a row, on an idle or a busy machine, to find those that fail now and then.
+    Repeat(repeat::Options),
     /// Run tests for long, with larger budgets. Without a name: list what there is.
     Soak(soak::Options),
     /// Run the policy tests on this kernel and in guests with others, and write docs/kernel-support.md.
@@ -68,6 +71,7 @@ fn run() -> Result<()> {
     env::set_current_dir(root).with_context(|| format!("entering {}", root.display()))?;
     match task {
         Task::Test => test::run(),
+        Task::Repeat(options) => repeat::run(&options),
         Task::Soak(options) => soak::run(&options),
         Task::KernelSupport { kernel } => {
             let program = ["run", "--package", "ringpass-tests", "--bin", "kernel_support", "--"];

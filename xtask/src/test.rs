@@ -48,16 +48,9 @@ fn run_steps(steps: &mut Steps) -> Result<()> {
     steps.run("documentation", || document(&[]))?;
     steps.run("documentation of private items", || document(&["--document-private-items"]))?;
 
-    let has_nextest = steps::has_nextest();
-    let test_command = if has_nextest { nextest() } else { plain() };
     let mut tests = TestRun::begin()?;
     let result = steps
-        .run("tests", || {
-            if !has_nextest {
-                println!("cargo-nextest is not installed: the tests run one program after the other");
-            }
-            tests.run(test_command)
-        })
+        .run("tests", || tests.run(all_tests()))
         .and_then(|()| steps.run("examples in the documentation", || tests.run(doctests())))
         .and_then(|()| steps.run("kernel log", || tests.check_kernel_log()))
         .and_then(|()| steps.run("fuzzing", || fuzz::run(&tests, &FUZZ_BUDGET)));
@@ -76,6 +69,15 @@ fn lint_bare_metal() -> Command {
     let mut command = cargo(&["clippy"]);
     command.args(program).args(["--profile", "bare-metal", "--", "-D", "warnings"]);
     command
+}
+
+/// All tests but the examples in the documentation.
+pub(crate) fn all_tests() -> Command {
+    if steps::has_nextest() {
+        return nextest();
+    }
+    println!("cargo-nextest is not installed: the tests run one program after the other");
+    plain()
 }
 
 fn nextest() -> Command {
