@@ -13,7 +13,7 @@
 //! With the feature `sandbox`, the module `sandbox` confines a program that serves a device. With the feature `kvm`, the module `kvm` connects those queues to virtual machines.
 //!
 //! [`kernel`] and [`probe`] tell what this kernel and these limits allow; [`limits`] has the resource limits that
-//! matter.
+//! matter; [`printable`] shows errors and text of others to people.
 
 pub mod control;
 pub mod direct;
@@ -27,6 +27,7 @@ pub mod kvm;
 pub mod limits;
 mod log_limit;
 pub mod memory;
+pub mod printable;
 pub mod probe;
 mod processes;
 pub mod ring;

@@ -9,12 +9,14 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{AtFlags, CWD, Statx, StatxFlags, statx};
 
+use crate::printable::printable;
+
 /// A process, named for a person: `comm[pid]`.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct ProcessName {
     /// Its number in the broker's pid namespace.
     pub pid: u32,
-    /// Its command name: at most 15 bytes, which the process chooses; control characters are replaced.
+    /// Its command name: at most 15 bytes, which the process chooses; control characters are escapes.
     pub comm: String,
     /// It has been killed, and its end waits for something: I/O of its own, as a rule. Its files are still open.
     pub is_ending: bool,
@@ -55,7 +57,7 @@ impl Process {
 
     pub(crate) fn name(&self) -> ProcessName {
         let comm = fs::read(self.dir.join("comm")).unwrap_or_default();
-        let comm = printable(String::from_utf8_lossy(&comm).trim_end_matches('\n'));
+        let comm = printable(String::from_utf8_lossy(&comm).trim_end_matches('\n')).to_string();
         let comm = if comm.is_empty() { "?".into() } else { comm };
         ProcessName { pid: self.pid, comm, is_ending: self.is_ending() }
     }
@@ -121,11 +123,6 @@ fn numbered_entries(dir: &Path) -> impl Iterator<Item = (u32, PathBuf)> + use<> 
         .filter_map(|entry| Some((entry.file_name().to_str()?.parse().ok()?, entry.path())))
 }
 
-/// `text` without control characters: names that others choose go to terminals and logs.
-fn printable(text: &str) -> String {
-    text.chars().map(|c| if c.is_control() { '\u{fffd}' } else { c }).collect()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -154,11 +151,6 @@ mod tests {
         assert!(has_pending_kill(&status(0, 0x300)));
         assert!(!has_pending_kill(&status(0x200, 0x4000)));
         assert!(!Process::with_pid(std::process::id()).is_ending());
-    }
-
-    #[test]
-    fn names_cannot_control_a_terminal() {
-        assert_eq!(printable("a\u{1b}[2Jb"), "a\u{fffd}[2Jb");
     }
 
     #[test]

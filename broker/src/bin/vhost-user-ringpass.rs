@@ -4,7 +4,7 @@
 
 #[path = "ringpass/chosen_policy.rs"]
 mod chosen_policy;
-#[path = "ringpass/log.rs"]
+#[path = "ringpass/log/mod.rs"]
 mod log;
 #[path = "ringpass/runtime_dir.rs"]
 mod runtime_dir;

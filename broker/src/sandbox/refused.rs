@@ -27,11 +27,18 @@ extern "C" fn refuse(_signal: c_int, _info: *mut libc::siginfo_t, context: *mut 
     // SAFETY: the kernel passes a valid `ucontext_t` to a handler with SA_SIGINFO, for this thread alone.
     let context = unsafe { &mut *context };
     let number = refuse_in(context);
-    if LINES.fetch_add(1, Ordering::Relaxed) < LINES_MAX {
+    if LINES.fetch_add(1, Ordering::Relaxed) < LINES_MAX && has_room() {
         let line = Line::about(number);
         // SAFETY: the bytes are on this stack. Nobody could be told that they cannot be written.
         let _ = unsafe { libc::write(libc::STDERR_FILENO, line.bytes.as_ptr().cast(), line.len) };
     }
+}
+
+/// Whether standard error takes a line at once: whatever thread this is, it must not wait for a reader.
+fn has_room() -> bool {
+    let mut stderr = libc::pollfd { fd: libc::STDERR_FILENO, events: libc::POLLOUT, revents: 0 };
+    // SAFETY: one structure on this stack, which the kernel writes to.
+    unsafe { libc::poll(&mut stderr, 1, 0) == 1 }
 }
 
 /// Has the interrupted call return -EPERM, and gives its number.

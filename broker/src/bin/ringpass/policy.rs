@@ -15,6 +15,7 @@ use ringpass_restrictions::{
 use serde_json::json;
 
 use crate::chosen_policy::read;
+use crate::log;
 
 /// Exit status of `lint` when there are errors, and of `diff` when there are differences.
 const FOUND: u8 = 1;
@@ -117,7 +118,7 @@ pub(crate) fn run(command: &PolicyCommand) -> anyhow::Result<ExitCode> {
         Action::List => list(&mut out),
     };
     let status = status.unwrap_or_else(|error| {
-        eprintln!("ringpass: {error:#}");
+        log::tell("ringpass", &error);
         TROUBLE
     });
     match io::stdout().write_all(&out) {

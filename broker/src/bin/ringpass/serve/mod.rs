@@ -20,6 +20,7 @@ use ringpass_broker::sandbox::close_descriptors_on_exec;
 use ringpass_broker::vhost_user::{ServerHandle, Signals};
 use ringpass_broker::virtio_blk::{BlkConfig, BlkParameters, DiscardLimits, WriteZeroesLimits};
 
+use crate::log;
 pub(crate) use args::ServeArgs;
 use disk_source::LeasedDisk;
 
@@ -59,6 +60,8 @@ pub(crate) fn run(args: &ServeArgs) -> anyhow::Result<ExitCode> {
     let start = interruptible(|| Ok(located.start_up(args.start_up())?))?;
     // Rings keep the credentials with which they are made.
     let sandbox = args.sandbox().enter(&located, args.socket_path(), control_path.as_deref())?;
+    // The first further thread: privileges are gone, and no other thread is to wait for whoever reads the log.
+    log::write_in_background().context("cannot start the thread that writes the log")?;
 
     let connections = Arc::new(Connections::default());
     let lease = Arc::new(lease(located.clone(), connections.clone())?);
