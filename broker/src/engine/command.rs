@@ -12,7 +12,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use super::EngineError;
 use super::attach::{AttachmentId, Built};
 use crate::disk::Disk;
-use crate::vhost_user::{DeviceMemory, QueueEventfds};
+use crate::vhost_user::{DeviceMemory, QueueEventfds, RingFault};
 use crate::virtio_blk::RequestLimits;
 use crate::virtqueue::{DirtyLog, QueueSetup};
 
@@ -54,6 +54,12 @@ pub(super) enum Command {
         queue: usize,
         setup: QueueSetup,
         eventfds: QueueEventfds,
+    },
+    /// The driver set the queue up so that it cannot start.
+    Break {
+        queue: usize,
+        fault: RingFault,
+        err: Option<EventFd>,
     },
     Stop {
         queue: usize,

@@ -23,7 +23,7 @@ use super::thread::{Place, start};
 use super::vring::Vring;
 use super::worker::WorkerParts;
 use super::{EngineError, Shared};
-use crate::vhost_user::{ConfigWriteError, Device, DeviceMemory, PeerWatch, QueueEventfds};
+use crate::vhost_user::{ConfigWriteError, Device, DeviceMemory, PeerWatch, QueueEventfds, RingFault};
 use crate::virtio_blk::{BlkConfig, CacheMode};
 use crate::virtqueue::{DirtyLog, QUEUE_SIZE_MAX, QueueSetup};
 
@@ -280,6 +280,10 @@ impl Device for Engine {
         self.started[usize::from(index)] = Some(setup.next_avail);
         self.send(index, |queue| Command::Start { queue, setup, eventfds });
         self.source.request();
+    }
+
+    fn break_queue(&mut self, index: u16, fault: RingFault, err: Option<EventFd>) {
+        self.send(index, |queue| Command::Break { queue, fault, err });
     }
 
     fn stop_queue(&mut self, index: u16) -> Option<u16> {

@@ -12,11 +12,13 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::attach::{Attachment, Ranges};
 use super::command::{Command, Reply, WhichEventfd};
+use super::eventfd::Signal;
 use super::vring::{Active, Broken, Start, State, Vring};
 use super::worker::{Alignment, DiskInUse, Worker};
 use super::writer::Writer;
 use crate::disk::{Disk, DiskKind};
 use crate::vhost_user::{DeviceMemory, QueueEventfds};
+use crate::virtio_blk::GuestError;
 use crate::virtqueue::{QueueSetup, SplitQueue};
 
 impl Worker<'_> {
@@ -71,6 +73,14 @@ impl Worker<'_> {
                 self.endings.next_disk = None;
             }
             Command::Start { queue, setup, eventfds } => self.start(queue, setup, eventfds),
+            Command::Break { queue, fault, err } => {
+                let vring = &self.vrings[queue];
+                vring.counters.broken.add(1);
+                self.shared.guest_errors.record(vring.index, GuestError::BrokenRing, &fault);
+                if let Some(err) = err {
+                    Signal::new(err).send(vring.index);
+                }
+            }
             Command::Stop { queue, reply } => self.stop(queue, reply),
             Command::SetEnabled { queue, enabled, reply } => {
                 self.vrings[queue].enabled = enabled;

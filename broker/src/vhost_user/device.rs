@@ -11,6 +11,7 @@ use thiserror::Error;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::connection::PeerWatch;
+use super::ring_fault::RingFault;
 use crate::virtqueue::{DirtyLog, QueueSetup};
 
 /// The guest's memory as the front-end described it: regions of files at guest-physical addresses.
@@ -115,6 +116,12 @@ pub trait Device: Send {
     /// Returns at once. Nothing is executed before the I/O of an earlier run of this queue has ended and the lock of
     /// the disk is held. A queue whose rings turn out to be unusable signals its error eventfd.
     fn start_queue(&mut self, index: u16, setup: QueueSetup, eventfds: QueueEventfds);
+
+    /// The driver set a queue up so that it cannot run. The front-end takes it for started, but it is not: the device signals
+    /// the error eventfd, counts and logs the fault, and stops nothing later.
+    ///
+    /// Returns at once.
+    fn break_queue(&mut self, index: u16, fault: RingFault, err: Option<EventFd>);
 
     /// Stops a queue that was started and gives the index of the next available entry it would have taken.
     ///

@@ -9,6 +9,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::connection::PeerWatch;
 use super::device::{ConfigWriteError, Device, DeviceMemory, QueueEventfds};
+use super::ring_fault::RingFault;
 use crate::virtqueue::{DirtyLog, QueueSetup};
 
 /// Queues of the fake device.
@@ -35,6 +36,8 @@ pub(super) enum Call {
     SetUsedLog(u16, Option<u64>),
     Start(Started),
     Stop(u16),
+    /// What the driver did wrong, and whether there is an error eventfd.
+    Break(u16, RingFault, bool),
     SetEnabled(u16, bool),
     SetCallFd(u16, bool),
     SetKickFd(u16, bool),
@@ -183,6 +186,8 @@ impl Device for FakeDevice {
 
     fn start_queue(&mut self, index: u16, setup: QueueSetup, eventfds: QueueEventfds) {
         assert!(setup.size.is_power_of_two() && setup.size <= MAX_QUEUE_SIZE, "a checked size");
+        let addresses = [(setup.desc_table, 16), (setup.avail_ring, 2), (setup.used_ring, 4)];
+        assert!(addresses.iter().all(|(gpa, alignment)| gpa.0.is_multiple_of(*alignment)), "aligned addresses");
         self.calls.push(Call::Start(Started {
             index,
             size: setup.size,
@@ -195,6 +200,11 @@ impl Device for FakeDevice {
         }));
         let queue = self.queues[usize::from(index)].replace(FakeQueue { setup, eventfds });
         assert!(queue.is_none(), "a queue is started once before it is stopped");
+    }
+
+    fn break_queue(&mut self, index: u16, fault: RingFault, err: Option<EventFd>) {
+        assert!(self.queues[usize::from(index)].is_none(), "a queue that runs is not broken from outside");
+        self.calls.push(Call::Break(index, fault, err.is_some()));
     }
 
     fn stop_queue(&mut self, index: u16) -> Option<u16> {

@@ -34,7 +34,8 @@ const FLAG_REPLY: u32 = 0b0100;
 /// Bit 3 of the flags: the front-end wants to know whether the request succeeded.
 const FLAG_NEED_REPLY: u32 = 0b1000;
 
-/// Why a message is none. The stream cannot be trusted after that.
+/// Why bytes are no request. After most of these the stream cannot be trusted; [`is_request`](Self::is_request) has the
+/// exceptions.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub enum MessageError {
     /// Bits 0 and 1 of the flags.
@@ -103,6 +104,22 @@ pub enum MessageError {
         /// Number of the request.
         request: u32,
     },
+}
+
+impl MessageError {
+    /// Whether the message is whole and only asks for something that makes no sense: the front-end can be told, and the
+    /// messages behind it mean what they say.
+    pub fn is_request(&self) -> bool {
+        match self {
+            Self::BadField { .. } | Self::Unimplemented { .. } => true,
+            Self::Version { .. }
+            | Self::UnexpectedReply { .. }
+            | Self::UnknownFlags { .. }
+            | Self::TooLong { .. }
+            | Self::BodySize { .. }
+            | Self::FdCount { .. } => false,
+        }
+    }
 }
 
 /// The checked header of a message.

@@ -1,6 +1,6 @@
 //! Requests of the front-end.
 
-use vhost::vhost_user::message::{FrontendReq, VHOST_USER_CONFIG_SIZE};
+use vhost::vhost_user::message::FrontendReq;
 
 use super::body::Fields;
 use super::{MAX_FDS, MessageError};
@@ -37,7 +37,8 @@ pub struct RegionDescription {
     pub file_offset_bytes: u64,
 }
 
-/// Where the front-end has the parts of a vring mapped (VHOST_USER_SET_VRING_ADDR).
+/// Where the front-end has the parts of a vring mapped (VHOST_USER_SET_VRING_ADDR). The addresses are the driver's, and
+/// may be anything.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct VringAddress {
     /// Index of the vring; not checked.
@@ -248,16 +249,6 @@ fn vring_address(request: FrontendReq, body: &[u8]) -> Result<VringAddress, Mess
         return Err(bad_field(request, "flags", flags.into()));
     }
     let (desc_table, used_ring, avail_ring, log_gpa) = (fields.u64(), fields.u64(), fields.u64(), fields.u64());
-    // The alignments of VIRTIO 1.2, 2.7.
-    for (field, address, alignment) in [
-        ("the descriptor table", desc_table, 16),
-        ("the available ring", avail_ring, 2),
-        ("the used ring", used_ring, 4),
-    ] {
-        if !address.is_multiple_of(alignment) {
-            return Err(bad_field(request, field, address));
-        }
-    }
     let used_log_gpa = (flags & VRING_FLAG_LOG != 0).then_some(log_gpa);
     Ok(VringAddress { index, desc_table, used_ring, avail_ring, used_log_gpa })
 }
@@ -316,24 +307,16 @@ fn inflight(request: FrontendReq, body: &[u8]) -> Result<InflightDescription, Me
     })
 }
 
-/// Offset, size and flags; what is asked for must lie in the 4096 bytes that a configuration space can have.
-fn config_header(request: FrontendReq, fields: &mut Fields<'_>) -> Result<(u32, u32, u32), MessageError> {
-    let (offset_bytes, size_bytes, flags) = (fields.u32(), fields.u32(), fields.u32());
-    match offset_bytes.checked_add(size_bytes) {
-        Some(end_bytes) if size_bytes > 0 && end_bytes <= VHOST_USER_CONFIG_SIZE => {
-            Ok((offset_bytes, size_bytes, flags))
-        }
-        _ => Err(bad_field(request, "offset (low half) and size (high half)", {
-            u64::from(size_bytes) << 32 | u64::from(offset_bytes)
-        })),
-    }
+/// Offset, size and flags. Where a driver reads or writes can be its own choice, so any place is a request.
+fn config_header(fields: &mut Fields<'_>) -> (u32, u32, u32) {
+    (fields.u32(), fields.u32(), fields.u32())
 }
 
 /// The body of the question has room for the answer, or not: both are sent.
 fn get_config(request: FrontendReq, body: &[u8]) -> Result<Request, MessageError> {
     let expected = "12, or 12 and the size that is asked for";
     let mut fields = Fields::at_least(request, body, CONFIG_HEADER_BYTES, expected)?;
-    let (offset_bytes, size_bytes, flags) = config_header(request, &mut fields)?;
+    let (offset_bytes, size_bytes, flags) = config_header(&mut fields);
     match fields.rest().len() {
         room_bytes if room_bytes == 0 || room_bytes == size_bytes as usize => {
             Ok(Request::GetConfig { offset_bytes, size_bytes, flags })
@@ -345,7 +328,7 @@ fn get_config(request: FrontendReq, body: &[u8]) -> Result<Request, MessageError
 fn set_config(request: FrontendReq, body: &[u8]) -> Result<Request, MessageError> {
     let expected = "12 and the size that is written";
     let mut fields = Fields::at_least(request, body, CONFIG_HEADER_BYTES, expected)?;
-    let (offset_bytes, size_bytes, flags) = config_header(request, &mut fields)?;
+    let (offset_bytes, size_bytes, flags) = config_header(&mut fields);
     let bytes = fields.rest();
     if bytes.len() != size_bytes as usize {
         return Err(MessageError::BodySize { request, size_bytes: body.len(), expected });

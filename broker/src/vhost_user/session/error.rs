@@ -3,15 +3,17 @@
 use std::io;
 
 use thiserror::Error;
-use vhost::vhost_user::message::FrontendReq;
+use vhost::vhost_user::message::{FrontendReq, VHOST_USER_CONFIG_SIZE};
 
-use super::super::device::ConfigWriteError;
 use super::super::eventfd::NotAnEventfd;
 use super::super::memory_table::MemoryTableError;
 use super::super::message::MessageError;
 use crate::virtqueue::{InflightError, SharedMemoryError};
 
-/// Why a request is refused. Nothing has changed then.
+/// Why a request is refused: the front-end asks for what makes no sense. Nothing has changed then.
+///
+/// What a guest can bring about through a front-end that does nothing wrong is none of these: see
+/// [`RingFault`](crate::vhost_user::RingFault) and [`ConfigWriteError`](crate::vhost_user::ConfigWriteError).
 #[derive(Debug, Error)]
 pub enum RequestError {
     /// It has not the form of a request.
@@ -53,30 +55,6 @@ pub enum RequestError {
         /// How many there are.
         count: usize,
     },
-    /// A size that a split ring cannot have here.
-    #[error("vring {index}: a size of {size}; a power of two up to {max} is possible")]
-    VringSize {
-        /// The vring.
-        index: usize,
-        /// The size.
-        size: u32,
-        /// The largest possible.
-        max: u16,
-    },
-    /// A part of a ring that is not in one memory region.
-    #[error(
-        "vring {index}: the {part} at user address {user_address:#x}, {size_bytes} bytes, is not in one memory region"
-    )]
-    VringAddress {
-        /// The vring.
-        index: usize,
-        /// Which part of it.
-        part: &'static str,
-        /// Where it was to be.
-        user_address: u64,
-        /// How long it is.
-        size_bytes: u64,
-    },
     /// It cannot be started yet.
     #[error("vring {index} is to be started without {missing}")]
     VringIncomplete {
@@ -114,22 +92,20 @@ pub enum RequestError {
         /// Their largest size.
         max_queue_size: u16,
     },
-    /// An in-flight region that cannot hold this ring.
-    #[error("vring {index} has {size} descriptors, the in-flight region tracks {entries} of each queue")]
-    InflightTooSmall {
-        /// The vring.
-        index: usize,
-        /// Its size.
-        size: u16,
-        /// Entries for it in the region.
-        entries: u16,
-    },
     /// The dirty log.
     #[error("the dirty log: {0}")]
     Log(#[source] SharedMemoryError),
-    /// The configuration space.
-    #[error(transparent)]
-    Config(#[from] ConfigWriteError),
+    /// A part that no configuration space has.
+    #[error(
+        "{size_bytes} bytes from byte {offset_bytes} of the configuration space on; ask for 1 or more of its first \
+         {VHOST_USER_CONFIG_SIZE}"
+    )]
+    ConfigRange {
+        /// Where it begins.
+        offset_bytes: u32,
+        /// How long it is.
+        size_bytes: u32,
+    },
     /// Flags of SET_CONFIG without a meaning.
     #[error("flags {flags:#x} have no meaning")]
     ConfigFlags {
@@ -159,7 +135,7 @@ impl RequestError {
     /// there.
     pub(super) fn is_answerable(&self) -> bool {
         match self {
-            Self::Message(error) => matches!(error, MessageError::Unimplemented { .. }),
+            Self::Message(error) => error.is_request(),
             // What it has said after that is not to be carried out.
             Self::FrontEndGone { .. } => false,
             _ => true,

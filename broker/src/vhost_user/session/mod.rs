@@ -14,7 +14,7 @@ mod vring;
 use std::os::fd::OwnedFd;
 
 use tracing::{debug, warn};
-use vhost::vhost_user::message::{VHOST_USER_CONFIG_OFFSET, VhostUserProtocolFeatures};
+use vhost::vhost_user::message::{VHOST_USER_CONFIG_OFFSET, VHOST_USER_CONFIG_SIZE, VhostUserProtocolFeatures};
 
 use self::error::request_name;
 pub use self::error::{RequestError, SessionError};
@@ -23,7 +23,7 @@ use self::negotiation::Negotiation;
 use self::vring::Vring;
 use super::backend_channel::BackendChannel;
 use super::connection::Message;
-use super::device::Device;
+use super::device::{ConfigWriteError, Device};
 use super::memory_table::{MAX_REGIONS, MemoryTable};
 use super::message::{InflightDescription, RegionDescription, Reply, Request};
 use crate::log_limit::LogLimit;
@@ -33,8 +33,26 @@ use crate::virtqueue::InflightRegion;
 /// in rust-vmm's front-ends (Cloud Hypervisor), which have 2 for the migration.
 const CONFIG_FLAGS_KNOWN: u32 = 3;
 
-/// A reply's body, and a descriptor that goes with it. `None`: the request has no reply of its own.
-type Answer = Option<(Vec<u8>, Option<OwnedFd>)>;
+/// What became of a request that is not refused.
+enum Answer {
+    /// It is carried out, and has no reply of its own.
+    Done,
+    /// The body of its own reply, and a descriptor that goes with it.
+    Reply(Vec<u8>, Option<OwnedFd>),
+    /// The guest's driver asked for it, and the front-end passed that on. VMMs (QEMU, Cloud Hypervisor, crosvm) print an error
+    /// when they are told, and go on.
+    RefusedToDriver(ConfigWriteError),
+}
+
+/// What a request that is refused is answered with, whether an acknowledgement is asked for or not.
+enum OwnReply {
+    /// The request has no reply of its own.
+    None,
+    /// The reply has a value for "no", in this body.
+    Refusal(Vec<u8>),
+    /// The reply has no value for "no": a front-end that got one would go on with a wrong answer.
+    CannotRefuse,
+}
 
 /// The session with one front-end, from connection to disconnection.
 ///
@@ -47,8 +65,9 @@ pub struct Session<'d> {
     inflight: Option<InflightRegion>,
     logging: Logging,
     channel: Option<BackendChannel>,
-    /// A guest can cause some refusals at will, with what it writes to its configuration space for example.
     refusals: LogLimit,
+    /// A guest causes these at will.
+    driver_refusals: LogLimit,
 }
 
 impl<'d> Session<'d> {
@@ -66,6 +85,7 @@ impl<'d> Session<'d> {
             logging: Logging::default(),
             channel: None,
             refusals: LogLimit::new(),
+            driver_refusals: LogLimit::new(),
         }
     }
 
@@ -78,21 +98,34 @@ impl<'d> Session<'d> {
         let Message { header, body, fds } = message;
         let request = header.request;
         let parsed = Request::parse(request, &body, fds.len()).map_err(RequestError::from);
-        let has_own_reply = parsed.as_ref().is_ok_and(has_own_reply);
+        let own_reply = parsed.as_ref().map_or(OwnReply::None, own_reply);
         debug!(request = request_name(request), fds = fds.len(), ?parsed, "message");
         let outcome = parsed.and_then(|parsed| self.execute(parsed, fds));
         let is_ack_wanted = header.needs_reply && self.negotiation.has(VhostUserProtocolFeatures::REPLY_ACK);
-        match outcome {
-            Ok(Some((body, fd))) => Ok(Some(Reply { request, body, fd })),
-            Ok(None) => Ok(is_ack_wanted.then(|| Reply::number(request, 0))),
-            Err(error) if is_ack_wanted && !has_own_reply && error.is_answerable() => {
-                if let Some(total) = self.refusals.count() {
-                    warn!(request = request_name(request), %error, total, "request refused");
+        let error = match outcome {
+            Ok(Answer::Reply(body, fd)) => return Ok(Some(Reply { request, body, fd })),
+            Ok(Answer::Done) => return Ok(is_ack_wanted.then(|| Reply::number(request, 0))),
+            Ok(Answer::RefusedToDriver(error)) => {
+                if let Some(total) = self.driver_refusals.count() {
+                    warn!(request = request_name(request), %error, total, "the driver's request is refused");
                 }
-                Ok(Some(Reply::number(request, 1)))
+                return Ok(is_ack_wanted.then(|| Reply::number(request, 1)));
             }
-            Err(source) => Err(SessionError { request, source }),
+            Err(error) => error,
+        };
+        let refusal = match own_reply {
+            _ if !error.is_answerable() => None,
+            OwnReply::None => is_ack_wanted.then(|| Reply::number(request, 1)),
+            OwnReply::Refusal(body) => Some(Reply { request, body, fd: None }),
+            OwnReply::CannotRefuse => None,
+        };
+        if refusal.is_none() {
+            return Err(SessionError { request, source: error });
         }
+        if let Some(total) = self.refusals.count() {
+            warn!(request = request_name(request), %error, total, "request refused");
+        }
+        Ok(refusal)
     }
 
     /// Tells the front-end that the configuration space has changed, if it can be told.
@@ -159,24 +192,36 @@ impl<'d> Session<'d> {
             Request::SetVringCall(file) => self.set_vring_call(file.index, fds.next())?,
             Request::SetVringErr(file) => self.set_vring_err(file.index, fds.next())?,
             Request::SetVringEnable { index, is_enabled } => self.set_vring_enable(index, is_enabled)?,
-            Request::GetVringBase { index } => return self.get_vring_base(index).map(|body| Some((body, None))),
+            Request::GetVringBase { index } => return self.get_vring_base(index).map(|body| Answer::Reply(body, None)),
 
             Request::SetLogBase { size_bytes, offset_bytes } => {
-                return self.set_log_base(size_bytes, offset_bytes, fds.next()).map(|body| Some((body, None)));
+                return self.set_log_base(size_bytes, offset_bytes, fds.next()).map(|body| Answer::Reply(body, None));
             }
             // An eventfd to be signalled for each mark in the log. QEMU does not send it and nobody needs it.
             Request::SetLogFd => {}
 
             Request::GetConfig { offset_bytes, size_bytes, flags } => {
                 self.negotiation.require(Feature::CONFIG, "CONFIG")?;
-                return Ok(Some((self.get_config(offset_bytes, size_bytes, flags), None)));
+                check_config_range(offset_bytes, size_bytes)?;
+                return Ok(Answer::Reply(self.get_config(offset_bytes, size_bytes, flags), None));
             }
-            Request::SetConfig { offset_bytes, flags, bytes } => self.set_config(offset_bytes, flags, &bytes)?,
+            Request::SetConfig { offset_bytes, flags, bytes } => {
+                self.negotiation.require(Feature::CONFIG, "CONFIG")?;
+                if flags & !CONFIG_FLAGS_KNOWN != 0 {
+                    return Err(RequestError::ConfigFlags { flags });
+                }
+                return Ok(match self.set_config(offset_bytes, flags, &bytes) {
+                    Ok(()) => Answer::Done,
+                    Err(error) => Answer::RefusedToDriver(error),
+                });
+            }
 
-            Request::GetInflightFd(description) => return self.get_inflight_fd(description).map(Some),
+            Request::GetInflightFd(description) => {
+                return self.get_inflight_fd(description).map(|(body, fd)| Answer::Reply(body, fd));
+            }
             Request::SetInflightFd(description) => self.set_inflight_fd(description, fds.next())?,
         }
-        Ok(None)
+        Ok(Answer::Done)
     }
 
     /// The front-end begins: as a rule on a new connection, which has nothing yet. QEMU also begins again on an old one,
@@ -215,10 +260,12 @@ impl<'d> Session<'d> {
 
     /// A driver may only write fields that are writable. A migration carries the whole space, and what is in it already
     /// needs no writing.
-    fn set_config(&mut self, offset_bytes: u32, flags: u32, bytes: &[u8]) -> Result<(), RequestError> {
-        self.negotiation.require(VhostUserProtocolFeatures::CONFIG, "CONFIG")?;
-        if flags & !CONFIG_FLAGS_KNOWN != 0 {
-            return Err(RequestError::ConfigFlags { flags });
+    ///
+    /// crosvm passes on where the driver writes, whatever that is.
+    fn set_config(&mut self, offset_bytes: u32, flags: u32, bytes: &[u8]) -> Result<(), ConfigWriteError> {
+        if check_config_range(offset_bytes, bytes.len() as u32).is_err() {
+            let end_bytes = u64::from(offset_bytes) + bytes.len() as u64;
+            return Err(ConfigWriteError::NotWritable { offset_bytes, end_bytes });
         }
         if flags == 0 {
             return self.write_config(offset_bytes, bytes);
@@ -232,7 +279,7 @@ impl<'d> Session<'d> {
     }
 
     /// The driver relies on what it wrote as soon as it is answered, also if this process is killed then.
-    fn write_config(&mut self, offset_bytes: u32, bytes: &[u8]) -> Result<(), RequestError> {
+    fn write_config(&mut self, offset_bytes: u32, bytes: &[u8]) -> Result<(), ConfigWriteError> {
         self.device.write_config(offset_bytes, bytes)?;
         self.keep_driver_settings();
         Ok(())
@@ -298,25 +345,39 @@ impl Drop for Session<'_> {
 }
 
 fn number(number: u64) -> Result<Answer, RequestError> {
-    Ok(Some((number.to_ne_bytes().to_vec(), None)))
+    Ok(Answer::Reply(number.to_ne_bytes().to_vec(), None))
 }
 
 fn byte_at(space: &[u8], at: u32) -> u8 {
     space.get(at as usize).copied().unwrap_or(0)
 }
 
-/// Requests that are answered whether the front-end sets the flag or not, and whose reply cannot say "no".
-fn has_own_reply(request: &Request) -> bool {
-    matches!(
-        request,
+/// A part of the 4096 bytes that a configuration space can have.
+fn check_config_range(offset_bytes: u32, size_bytes: u32) -> Result<(), RequestError> {
+    match offset_bytes.checked_add(size_bytes) {
+        Some(end_bytes) if size_bytes > 0 && end_bytes <= VHOST_USER_CONFIG_SIZE => Ok(()),
+        _ => Err(RequestError::ConfigRange { offset_bytes, size_bytes }),
+    }
+}
+
+/// How a request is answered whether the front-end sets the flag or not.
+fn own_reply(request: &Request) -> OwnReply {
+    match *request {
+        // The specification, VHOST_USER_GET_CONFIG: a payload of length zero is an error. QEMU and the vhost crate take it so.
+        Request::GetConfig { offset_bytes, flags, .. } => {
+            OwnReply::Refusal([offset_bytes, 0, flags].into_iter().flat_map(u32::to_ne_bytes).collect())
+        }
+        // A region of no bytes. QEMU goes on without one; the vhost crate misses the descriptor.
+        Request::GetInflightFd(asked) => {
+            OwnReply::Refusal(InflightDescription { size_bytes: 0, offset_bytes: 0, ..asked }.to_bytes())
+        }
         Request::GetFeatures
-            | Request::GetProtocolFeatures
-            | Request::GetQueueNum
-            | Request::GetMaxMemSlots
-            | Request::GetVringBase { .. }
-            | Request::SetLogBase { .. }
-            | Request::GetConfig { .. }
-            | Request::GetInflightFd(_)
-            | Request::GetStatus
-    )
+        | Request::GetProtocolFeatures
+        | Request::GetQueueNum
+        | Request::GetMaxMemSlots
+        | Request::GetVringBase { .. }
+        | Request::SetLogBase { .. }
+        | Request::GetStatus => OwnReply::CannotRefuse,
+        _ => OwnReply::None,
+    }
 }

@@ -3,6 +3,10 @@
 //! A ring starts with SET_VRING_KICK and stops with GET_VRING_BASE. Some front-ends set a ring up anew without having
 //! stopped it (Cloud Hypervisor after a reset of the guest): the first message that would change a started ring stops
 //! it, and the SET_VRING_KICK that follows starts it again.
+//!
+//! Size and addresses of a ring are the driver's, and no front-end checks them all. So they are taken as they come and looked at
+//! when the ring is to start. If it cannot run with them ([`RingFault`]), the ring is broken: the request succeeds, the error
+//! eventfd is signalled, and the next set-up of the ring starts it.
 
 use std::os::fd::OwnedFd;
 
@@ -13,31 +17,51 @@ use vmm_sys_util::eventfd::EventFd;
 use super::super::device::QueueEventfds;
 use super::super::eventfd;
 use super::super::message::VringAddress;
+use super::super::ring_fault::RingFault;
 use super::vring::RingAddresses;
 use super::{RequestError, Session};
 use crate::virtqueue::{InflightQueue, QueueSetup};
 
 /// The parts of a split ring: fixed bytes, bytes for each descriptor, and bytes that are there with
 /// VIRTIO_RING_F_EVENT_IDX (VIRTIO 1.2, 2.7).
-const DESC_TABLE: RingPart = RingPart { name: "descriptor table", fixed_bytes: 0, entry_bytes: 16, event_bytes: 0 };
-const AVAIL_RING: RingPart = RingPart { name: "available ring", fixed_bytes: 4, entry_bytes: 2, event_bytes: 2 };
-const USED_RING: RingPart = RingPart { name: "used ring", fixed_bytes: 4, entry_bytes: 8, event_bytes: 2 };
+const DESC_TABLE: RingPart =
+    RingPart { name: "descriptor table", alignment_bytes: 16, fixed_bytes: 0, entry_bytes: 16, event_bytes: 0 };
+const AVAIL_RING: RingPart =
+    RingPart { name: "available ring", alignment_bytes: 2, fixed_bytes: 4, entry_bytes: 2, event_bytes: 2 };
+const USED_RING: RingPart =
+    RingPart { name: "used ring", alignment_bytes: 4, fixed_bytes: 4, entry_bytes: 8, event_bytes: 2 };
 
 struct RingPart {
     name: &'static str,
+    alignment_bytes: u64,
     fixed_bytes: u64,
     entry_bytes: u64,
     event_bytes: u64,
 }
 
+/// Why a ring does not start.
+enum StartError {
+    /// The front-end's fault.
+    Request(RequestError),
+    /// The driver's fault.
+    Ring(RingFault),
+}
+
+impl From<RequestError> for StartError {
+    fn from(error: RequestError) -> Self {
+        Self::Request(error)
+    }
+}
+
+impl From<RingFault> for StartError {
+    fn from(fault: RingFault) -> Self {
+        Self::Ring(fault)
+    }
+}
+
 impl Session<'_> {
     pub(super) fn set_vring_num(&mut self, index: u32, size: u32) -> Result<(), RequestError> {
         let index = self.vring_index(index)?;
-        let max = self.device.max_queue_size();
-        let size = match u16::try_from(size) {
-            Ok(size) if size.is_power_of_two() && size <= max => size,
-            _ => return Err(RequestError::VringSize { index, size, max }),
-        };
         if self.vrings[index].size != Some(size) {
             self.stop(index)?;
             self.vrings[index].size = Some(size);
@@ -51,10 +75,6 @@ impl Session<'_> {
         let VringAddress { desc_table, avail_ring, used_ring, used_log_gpa, .. } = address;
         let addresses = RingAddresses { desc_table, avail_ring, used_ring };
         if self.vrings[index].addresses != Some(addresses) {
-            // The size may still be unknown; that each part begins in memory can be said already.
-            for (part, user_address) in parts(addresses) {
-                self.translate(index, part.name, user_address, 1)?;
-            }
             self.stop(index)?;
             self.vrings[index].addresses = Some(addresses);
         }
@@ -81,31 +101,43 @@ impl Session<'_> {
             self.device.set_kick(index as u16, kick);
             return Ok(());
         }
-        let setup = self.queue_setup(index)?;
-        let duplicate = |fd: &Option<EventFd>| {
-            eventfd::duplicate(fd.as_ref())
-                .map_err(|source| RequestError::System { what: "duplicating an eventfd of a vring", source })
+        let setup = self.queue_setup(index);
+        let err = duplicate_for_device(self.vrings[index].err.as_ref())?;
+        let setup = match setup {
+            Ok(setup) => setup,
+            Err(StartError::Request(error)) => return Err(error),
+            Err(StartError::Ring(fault)) => {
+                self.vrings[index].is_broken = true;
+                self.device.break_queue(index as u16, fault, err);
+                return Ok(());
+            }
         };
-        let (call, err) = (duplicate(&self.vrings[index].call)?, duplicate(&self.vrings[index].err)?);
+        let call = duplicate_for_device(self.vrings[index].call.as_ref())?;
         debug!(index, size = setup.size, next_avail = setup.next_avail, "vring starts");
         self.device.start_queue(index as u16, setup, QueueEventfds { kick, call, err });
         self.vrings[index].is_started = true;
+        self.vrings[index].is_broken = false;
         self.vrings[index].is_tracked = true;
         self.apply_enabled(index);
         Ok(())
     }
 
-    fn queue_setup(&self, index: usize) -> Result<QueueSetup, RequestError> {
+    fn queue_setup(&self, index: usize) -> Result<QueueSetup, StartError> {
         let vring = &self.vrings[index];
         let missing = |missing| RequestError::VringIncomplete { index, missing };
-        let size = vring.size.ok_or_else(|| missing("SET_VRING_NUM"))?;
+        let asked = vring.size.ok_or_else(|| missing("SET_VRING_NUM"))?;
         let addresses = vring.addresses.ok_or_else(|| missing("SET_VRING_ADDR"))?;
+        let max = self.device.max_queue_size();
+        let size = match u16::try_from(asked) {
+            Ok(size) if size.is_power_of_two() && size <= max => size,
+            _ => return Err(RingFault::Size { size: asked, max }.into()),
+        };
         let event_idx = self.negotiation.has_event_idx();
         let mut found = [GuestAddress(0); 3];
         for (gpa, (part, user_address)) in found.iter_mut().zip(parts(addresses)) {
             let event_bytes = if event_idx { part.event_bytes } else { 0 };
             let size_bytes = part.fixed_bytes + u64::from(size) * part.entry_bytes + event_bytes;
-            *gpa = self.translate(index, part.name, user_address, size_bytes)?;
+            *gpa = self.locate(&part, user_address, size_bytes)?;
         }
         let [desc_table, avail_ring, used_ring] = found;
         Ok(QueueSetup {
@@ -120,11 +152,11 @@ impl Session<'_> {
         })
     }
 
-    fn inflight_queue(&self, index: usize, size: u16) -> Result<Option<InflightQueue>, RequestError> {
+    fn inflight_queue(&self, index: usize, size: u16) -> Result<Option<InflightQueue>, RingFault> {
         let Some(region) = &self.inflight else { return Ok(None) };
         match region.queue(index as u16) {
             Some(queue) if queue.entries() < size => {
-                Err(RequestError::InflightTooSmall { index, size, entries: queue.entries() })
+                Err(RingFault::InflightTooSmall { size, entries: queue.entries() })
             }
             Some(queue) => Ok(Some(queue)),
             None => {
@@ -134,19 +166,15 @@ impl Session<'_> {
         }
     }
 
-    fn translate(
-        &self,
-        index: usize,
-        part: &'static str,
-        user_address: u64,
-        size_bytes: u64,
-    ) -> Result<GuestAddress, RequestError> {
-        self.memory.translate(user_address, size_bytes).ok_or(RequestError::VringAddress {
-            index,
-            part,
-            user_address,
-            size_bytes,
-        })
+    fn locate(&self, part: &RingPart, user_address: u64, size_bytes: u64) -> Result<GuestAddress, RingFault> {
+        let &RingPart { name: part, alignment_bytes, .. } = part;
+        match self.memory.translate(user_address, size_bytes) {
+            Some(GuestAddress(gpa)) if !gpa.is_multiple_of(alignment_bytes) => {
+                Err(RingFault::Misaligned { part, gpa, alignment_bytes })
+            }
+            Some(gpa) => Ok(gpa),
+            None => Err(RingFault::OutsideMemory { part, user_address, size_bytes }),
+        }
     }
 
     pub(super) fn set_vring_call(&mut self, index: u32, fd: Option<OwnedFd>) -> Result<(), RequestError> {
@@ -186,10 +214,10 @@ impl Session<'_> {
         self.apply_enabled_to_all();
     }
 
-    /// Stops the ring and gives the body of the reply: where it stopped.
+    /// Stops the ring and gives the body of the reply: where it stopped. A ring that is broken stopped where it began.
     pub(super) fn get_vring_base(&mut self, index: u32) -> Result<Vec<u8>, RequestError> {
         let at = self.vring_index(index)?;
-        if self.vrings[at].is_started {
+        if self.vrings[at].is_started || self.vrings[at].is_broken {
             self.stop(at)?;
             self.forget_log_if_all_stopped();
         }
@@ -221,6 +249,7 @@ impl Session<'_> {
             debug!(index, next_avail, "vring stopped");
             self.vrings[index].note_stopped(next_avail);
         }
+        self.vrings[index].is_broken = false;
         Ok(())
     }
 

@@ -13,7 +13,9 @@ pub(super) struct RingAddresses {
 /// One vring. What is said while it is stopped counts when it starts.
 #[derive(Debug, Default)]
 pub(super) struct Vring {
-    pub(super) size: Option<u16>,
+    /// As the front-end gave it, which is as the driver chose it: any number.
+    pub(super) size: Option<u32>,
+    /// The same: they may be anywhere.
     pub(super) addresses: Option<RingAddresses>,
     pub(super) used_log_gpa: Option<u64>,
     /// Where the ring starts, or where it stopped. Out of date while it is started.
@@ -24,6 +26,8 @@ pub(super) struct Vring {
     /// What SET_VRING_ENABLE said, if it was sent.
     pub(super) enabled: Option<bool>,
     pub(super) is_started: bool,
+    /// It was to start, and its driver's set-up made that impossible. For the front-end it is started.
+    pub(super) is_broken: bool,
     /// The in-flight region has records of this session for it.
     pub(super) is_tracked: bool,
     /// What the device was told. False whenever the ring is not started.

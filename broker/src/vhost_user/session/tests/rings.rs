@@ -1,6 +1,7 @@
 //! Set-up, start and stop of vrings.
 
-use super::super::super::fake::{CHAINS_TAKEN, Started};
+use super::super::super::fake::{CHAINS_TAKEN, MAX_QUEUE_SIZE, Started};
+use super::super::super::ring_fault::RingFault;
 use super::*;
 
 const EVENT_IDX: u64 = 1 << 29;
@@ -149,9 +150,8 @@ fn a_ring_that_is_set_up_anew_without_being_stopped_is_started_again_by_its_kick
 }
 
 #[test]
-fn an_index_a_size_or_an_address_that_cannot_be_is_refused() {
+fn the_index_of_a_vring_that_does_not_exist_is_refused() {
     with_session(|rig| {
-        rig.add_memory();
         let too_high = format!("vring 3 does not exist, the device has {}", 3);
         let by_index: [(Code, Vec<u8>, bool); 7] = [
             (Code::SET_VRING_NUM, state(3, 256), false),
@@ -168,38 +168,105 @@ fn an_index_a_size_or_an_address_that_cannot_be_is_refused() {
         }
         let error = rig.send(Code::GET_VRING_BASE, state(u32::MAX, 0), []).unwrap_err().to_string();
         assert_eq!(error, "GET_VRING_BASE: vring 4294967295 does not exist, the device has 3");
-
-        for size in [0, 3, 2048, 0x1_0000, u32::MAX] {
-            let error = rig.refused(Code::SET_VRING_NUM, state(0, size), no_fds);
-            assert_eq!(
-                error,
-                format!("SET_VRING_NUM: vring 0: a size of {size}; a power of two up to 1024 is possible")
-            );
-        }
-
-        let outside = [USER + MEMORY_BYTES, USER - 16, 0, u64::MAX - 15];
-        for user_address in outside {
-            let error = rig.refused(Code::SET_VRING_ADDR, address(0, [USER, USER, user_address], None), no_fds);
-            let address =
-                format!("SET_VRING_ADDR: vring 0: the used ring at user address {user_address:#x}, 1 bytes, ");
-            assert_eq!(error, address + "is not in one memory region");
-        }
     });
 }
 
+/// What a driver can write to the registers of its transport, and what the ring breaks with.
+fn faults_of_drivers() -> Vec<(Code, Vec<u8>, RingFault)> {
+    let size = |size| {
+        let fault = RingFault::Size { size, max: MAX_QUEUE_SIZE };
+        (Code::SET_VRING_NUM, state(0, size), fault)
+    };
+    let at = |part: usize, user_address: u64, fault| {
+        let mut parts = ring_offsets(0).map(|offset| USER + offset);
+        parts[part] = user_address;
+        (Code::SET_VRING_ADDR, address(0, parts, None), fault)
+    };
+    let outside = |user_address| {
+        let fault = RingFault::OutsideMemory { part: "used ring", user_address, size_bytes: 4 + 256 * 8 };
+        at(2, user_address, fault)
+    };
+    let misaligned = |number, part, alignment_bytes: u64| {
+        let offset = alignment_bytes / 2;
+        at(number, USER + offset, RingFault::Misaligned { part, gpa: GPA + offset, alignment_bytes })
+    };
+    let mut faults = Vec::from([0, 3, 15, 2048, 0x1_0000, u32::MAX].map(size));
+    // Behind, before and across the end of memory, and where a 64-bit address ends.
+    faults.extend([USER + MEMORY_BYTES, USER - 16, USER + MEMORY_BYTES - 2048, 0, u64::MAX - 15].map(outside));
+    faults.push(misaligned(0, "descriptor table", 16));
+    faults.push(misaligned(1, "available ring", 2));
+    faults.push(misaligned(2, "used ring", 4));
+    faults
+}
+
 #[test]
-fn a_ring_that_is_not_all_in_one_region_is_not_started() {
+fn what_a_driver_gets_wrong_breaks_the_ring_and_a_new_set_up_revives_it_on_the_same_connection() {
+    for (code, body, fault) in faults_of_drivers() {
+        with_session(|rig| {
+            rig.add_memory();
+            rig.ok(Code::SET_VRING_ERR, file(0), [eventfd()]);
+            rig.set_up(0);
+            rig.set_up(1);
+            rig.calls.take();
+            rig.ok(code, &body, []);
+            rig.kick(0);
+            rig.kick(1);
+            rig.enable(0);
+            rig.enable(1);
+            let expected = [Call::Break(0, fault.clone(), true), Call::Start(started(1)), Call::SetEnabled(1, true)];
+            assert_eq!(rig.calls.take(), expected, "only that ring is broken");
+            rig.call(0);
+            assert_eq!(rig.stop(0), 100, "a ring that is broken stops where it began");
+            assert_eq!(rig.stop(1), u32::from(100 + CHAINS_TAKEN));
+            rig.ok(Code::SET_STATUS, words(&[0]), []);
+            rig.calls.take();
+
+            rig.set_up(0);
+            rig.kick(0);
+            let ring = Started { eventfds: [true; 3], ..started(0) };
+            assert_eq!(rig.calls.take(), [Call::Start(ring), Call::SetEnabled(0, true)], "{fault}");
+        });
+    }
+}
+
+/// QEMU aborts a migration, or drops the device, when it is answered otherwise.
+#[test]
+fn what_a_driver_gets_wrong_is_acknowledged_as_done() {
+    for (code, body, fault) in faults_of_drivers() {
+        with_session(|rig| {
+            rig.add_memory();
+            rig.set_up(0);
+            assert_eq!(rig.ack(code, &body, []), 0, "{fault}");
+            assert_eq!(rig.ack(Code::SET_VRING_KICK, file(0), [eventfd()]), 0, "{fault}");
+            assert_eq!(rig.ack(Code::SET_VRING_ENABLE, state(0, 1), []), 0, "{fault}");
+        });
+    }
+}
+
+#[test]
+fn a_ring_whose_size_or_place_becomes_impossible_while_it_runs_is_stopped_and_broken() {
+    for (code, body, fault) in faults_of_drivers() {
+        with_session(|rig| {
+            rig.run(0);
+            rig.ok(code, &body, []);
+            rig.kick(0);
+            assert_eq!(rig.calls.take(), [Call::Stop(0), Call::Break(0, fault, false)]);
+        });
+    }
+}
+
+#[test]
+fn the_dirty_log_of_a_device_whose_only_ring_is_broken_ends_when_that_stops() {
     with_session(|rig| {
         rig.add_memory();
         rig.set_up(0);
-        // 256 entries of the used ring are 2052 bytes.
-        let used_ring = USER + MEMORY_BYTES - 2048;
-        rig.ok(Code::SET_VRING_ADDR, address(0, [USER, USER + 0x2000, used_ring], None), []);
-        let error = rig.refused(Code::SET_VRING_KICK, file(0), || vec![eventfd()]);
-        assert!(error.contains(&format!("the used ring at user address {used_ring:#x}, 2052 bytes")), "{error}");
-        rig.ok(Code::SET_VRING_ADDR, address(0, [USER, USER + 0x2000, used_ring - 4], None), []);
+        rig.ok(Code::SET_VRING_NUM, state(0, 15), []);
+        rig.ok(Code::SET_FEATURES, words(&[PROTOCOL_FEATURES | LOG_ALL]), []);
+        rig.send(Code::SET_LOG_BASE, words(&[4096, 0]), [memfd(4096)]).unwrap();
         rig.kick(0);
-        assert!(matches!(rig.calls.take()[..], [Call::Start(_)]));
+        rig.calls.take();
+        rig.stop(0);
+        assert_eq!(rig.calls.take(), [Call::SetDirtyLog(false)]);
     });
 }
 
@@ -278,7 +345,7 @@ fn a_reset_of_the_driver_clears_the_in_flight_records_of_rings_that_ran_and_of_n
 }
 
 #[test]
-fn an_in_flight_region_for_more_or_larger_queues_is_refused_and_one_for_smaller_queues_cannot_be_used() {
+fn an_in_flight_region_for_more_or_larger_queues_is_refused_and_a_ring_that_is_larger_than_its_part_breaks() {
     with_session(|rig| {
         for (queues, queue_size) in [(4_u16, 256_u16), (1, 2048)] {
             let mut asked = words(&[1 << 20, 0]);
@@ -286,16 +353,16 @@ fn an_in_flight_region_for_more_or_larger_queues_is_refused_and_one_for_smaller_
             let error = rig.refused(Code::SET_INFLIGHT_FD, &asked, || vec![memfd(1 << 20)]);
             let shape = format!("an in-flight region for {queues} queues of {queue_size} descriptors; ");
             assert_eq!(error, format!("SET_INFLIGHT_FD: {shape}the device has 3 of at most 1024"));
-            assert!(rig.send(Code::GET_INFLIGHT_FD, &asked, []).is_err());
+            let reply = rig.send(Code::GET_INFLIGHT_FD, &asked, []).unwrap().expect("a reply that says no");
+            assert_eq!((reply.body, reply.fd.is_none()), ([&[0; 16], &asked[16..]].concat(), true));
         }
         rig.add_memory();
         rig.set_up(0);
         let small = [words(&[4096, 0]), vec![1, 0, 128, 0]].concat();
         rig.ok(Code::SET_INFLIGHT_FD, small, [memfd(4096)]);
-        let error = rig.refused(Code::SET_VRING_KICK, file(0), || vec![eventfd()]);
-        assert!(
-            error.contains("vring 0 has 256 descriptors, the in-flight region tracks 128 of each queue"),
-            "{error}"
-        );
+        rig.calls.take();
+        rig.kick(0);
+        let fault = RingFault::InflightTooSmall { size: 256, entries: 128 };
+        assert_eq!(rig.calls.take(), [Call::Break(0, fault, false)]);
     });
 }
