@@ -2,7 +2,8 @@
 
 use std::{
     fs,
-    process::{Command, Output},
+    io::Write,
+    process::{Command, Output, Stdio},
 };
 
 use serde_json::Value;
@@ -146,7 +147,7 @@ fn what_is_wrong_with_a_file_is_said_with_its_place_and_exits_with_2() {
         );
     }
     let (status, _, err) = files.policy(&["show", "none"]);
-    assert!(status == 2 && err.contains("there are direct-read-write, direct-read-only"), "{err}");
+    assert!(status == 2 && err.contains("Built-in policies are direct-read-write, direct-read-only"), "{err}");
     let (status, _, err) = files.policy(&["lint", "direct-read-only", "--kernel", "new"]);
     assert!(status == 2 && err.contains("\"new\" is no kernel release"), "{err}");
 }
@@ -172,4 +173,37 @@ fn the_demo_refuses_a_policy_with_lint_errors_until_it_is_told_to_take_it() {
     let taken = files.run(&[demo.as_slice(), &["--allow-unsafe-policy"]].concat());
     assert!(taken.status.success(), "{}", String::from_utf8_lossy(&taken.stderr));
     assert!(why(&taken).iter().all(|why| !why.contains("lint")), "{:?}", why(&taken));
+}
+
+#[test]
+fn text_of_a_policy_file_cannot_act_on_the_terminal_or_make_lines() {
+    let header = "name = \"evil\\u001b[2J\\nname\"\ndescription = \"\\u009b1mred\"\n";
+    let files = Files::new().with("evil.toml", &format!("{header}{OPEN}"));
+    let (status, out, err) = files.policy(&["show", "evil.toml"]);
+    assert_eq!(status, 0, "{err}");
+    assert_eq!(out.lines().next().unwrap(), r"evil\u{1b}[2J\nname: \u{9b}1mred");
+    let files = files.with("key.toml", "\"a\\u001b[2J\" = 1\n").with("a\u{1b}[2J.toml", OPEN);
+    for arguments in [["lint", "key.toml"], ["lint", "a\u{1b}[2J.toml"], ["show", "no\u{1b}[2J"]] {
+        let (_, out, err) = files.policy(&arguments);
+        assert!(!out.contains('\u{1b}') && !err.contains('\u{1b}'), "{arguments:?}: {out:?} {err:?}");
+    }
+}
+
+#[test]
+fn a_policy_is_read_from_a_pipe_but_not_without_end() {
+    let files = Files::new().with("large.toml", &format!("# {}\n{OPEN}", "x".repeat(1 << 20)));
+    for endless in ["/dev/zero", "large.toml"] {
+        let (status, _, err) = files.policy(&["lint", endless]);
+        assert_eq!(status, 2);
+        assert!(err.contains(endless) && err.contains("more than 256 KiB"), "{err}");
+    }
+    let (status, _, err) = files.policy(&["lint", "."]);
+    assert!(status == 2 && err.contains("Is a directory"), "{err}");
+
+    let mut lint = Command::new(env!("CARGO_BIN_EXE_ringpass"));
+    lint.args(["policy", "lint", "/dev/stdin"]).stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::piped());
+    let mut lint = lint.spawn().unwrap();
+    lint.stdin.take().unwrap().write_all(OPEN.as_bytes()).unwrap();
+    let output = lint.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(1), "{}", String::from_utf8_lossy(&output.stderr));
 }

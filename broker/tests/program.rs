@@ -217,6 +217,27 @@ fn bad_input_is_refused_with_the_reason_and_changes_nothing() {
 }
 
 #[test]
+fn each_program_says_its_own_name_and_version() {
+    for (program, name) in [
+        (env!("CARGO_BIN_EXE_ringpass"), "ringpass"),
+        (env!("CARGO_BIN_EXE_vhost-user-ringpass"), "vhost-user-ringpass"),
+    ] {
+        let output = Command::new(program).arg("--version").output().unwrap();
+        assert_eq!(String::from_utf8(output.stdout).unwrap(), format!("{name} {}\n", env!("CARGO_PKG_VERSION")));
+    }
+}
+
+#[test]
+fn a_command_that_does_not_exist_is_refused_without_naming_one_that_is_not_for_people() {
+    for word in ["bogus", "demo-gues", "demo-guest2"] {
+        let output = Command::new(env!("CARGO_BIN_EXE_ringpass")).arg(word).output().unwrap();
+        assert_eq!(output.status.code(), Some(2));
+        let text = stderr(&output);
+        assert!(text.contains(&format!("'{word}'")) && !text.contains("'demo-guest'"), "{text}");
+    }
+}
+
+#[test]
 fn the_guest_program_alone_says_what_it_is_for() {
     let output = Command::new(env!("CARGO_BIN_EXE_ringpass")).arg("demo-guest").stdin(Stdio::null()).output().unwrap();
     assert!(!output.status.success());

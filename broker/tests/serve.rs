@@ -144,12 +144,12 @@ impl Drop for Running {
     }
 }
 
-/// As a container's seccomp filter does by default: `io_uring_setup(2)` fails with `EPERM` in this process from now on.
-fn forbid_io_uring() -> io::Result<()> {
+/// As a container's seccomp filter does by default with io_uring: the call fails with `EPERM` in this process from now on.
+fn forbid(call: libc::c_long) -> io::Result<()> {
     let statement = |code: u32, jt, jf, k| libc::sock_filter { code: code as u16, jt, jf, k };
     let mut filter = [
         statement(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0, 0), // seccomp_data.nr
-        statement(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, 0, 1, libc::SYS_io_uring_setup as u32),
+        statement(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, 0, 1, call as u32),
         statement(libc::BPF_RET | libc::BPF_K, 0, 0, libc::SECCOMP_RET_ERRNO | libc::EPERM as u32),
         statement(libc::BPF_RET | libc::BPF_K, 0, 0, libc::SECCOMP_RET_ALLOW),
     ];
@@ -332,13 +332,25 @@ fn a_host_that_forbids_io_uring_is_explained_with_how_to_allow_it() {
     let place = Place::new();
     let mut command = place.serve(&["--socket-path", "s"]);
     // SAFETY: between fork and exec only system calls are made, on memory of the child's own stack.
-    unsafe { command.pre_exec(forbid_io_uring) };
+    unsafe { command.pre_exec(|| forbid(libc::SYS_io_uring_setup)) };
     let text = one_line_of_failure(command.env("RUST_LOG", "off").output().unwrap());
     assert_has(
         &text,
         &["io_uring cannot be used", "a seccomp filter refuses io_uring_setup", "--security-opt seccomp="],
     );
     assert!(!place.path("s").exists());
+}
+
+#[test]
+fn landlock_that_is_forbidden_is_not_taken_for_a_kernel_without_it() {
+    let place = Place::new();
+    let mut command = place.serve(&["--socket-path", "s"]);
+    // SAFETY: between fork and exec only system calls are made, on memory of the child's own stack.
+    unsafe { command.pre_exec(|| forbid(libc::SYS_landlock_create_ruleset)) };
+    let running = Running::start(&mut command);
+    let line = running.wait_for("landlock_create_ruleset");
+    assert_has(&line, &["Operation not permitted", "seccomp filter", "allow landlock_create_ruleset"]);
+    running.wait_for("waiting for a front-end");
 }
 
 #[test]

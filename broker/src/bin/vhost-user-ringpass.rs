@@ -17,7 +17,7 @@ use clap::Parser;
 
 /// Serves a disk to a virtual machine, as a vhost-user-blk device.
 #[derive(Debug, Parser)]
-#[command(version, long_about = None)]
+#[command(name = "vhost-user-ringpass", version, long_about = None)]
 struct Arguments {
     #[command(flatten)]
     serve: serve::ServeArgs,

@@ -15,7 +15,7 @@ use thiserror::Error;
 
 use super::StatusSource;
 use crate::threads::leave_signals_to_others;
-use crate::vhost_user::listener::{ListenError, Listener};
+use crate::vhost_user::listener::{ListenError, Listener, SocketAccess};
 
 /// The longest question.
 const LINE_BYTES_MAX: usize = 4096;
@@ -72,7 +72,16 @@ impl ControlSocket {
     ///
     /// Somebody listens there, or the path cannot be used.
     pub fn bind(path: &Path) -> Result<Self, ControlError> {
-        Ok(Self { listener: Listener::bind_for_owner(path)?, path: path.to_owned() })
+        Self::bind_with(path, SocketAccess::OWNER)
+    }
+
+    /// The same, for whom `access` says.
+    ///
+    /// # Errors
+    ///
+    /// As [`bind`](Self::bind); the socket cannot be given to the group.
+    pub fn bind_with(path: &Path, access: SocketAccess) -> Result<Self, ControlError> {
+        Ok(Self { listener: Listener::bind(path, access)?, path: path.to_owned() })
     }
 
     /// Where it is.

@@ -5,7 +5,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use rustix::fs::FileType;
+use rustix::fs::{Access, AtFlags, CWD, FileType, accessat};
 use rustix::io::Errno;
 
 use super::holders::DeviceUse;
@@ -180,6 +180,9 @@ impl fmt::Display for FileKind {
     }
 }
 
+/// The offsets of a file are signed (`loff_t`).
+const FILE_BYTES_MAX: u64 = i64::MAX as u64;
+
 fn access(read_only: bool) -> &'static str {
     if read_only { "for reading" } else { "for reading and writing" }
 }
@@ -187,8 +190,16 @@ fn access(read_only: bool) -> &'static str {
 fn open_hint(path: &Path, read_only: bool, error: &io::Error) -> String {
     let word = shell_word(path);
     match Errno::from_io_error(error) {
-        Some(Errno::NOENT) => format!(". Create it, for example with `truncate -s 10G {word}`"),
+        Some(Errno::NOENT) if path.starts_with("/dev") => ". `lsblk` lists the devices that are there".into(),
+        Some(Errno::NOENT) if read_only => ". Look at the path".into(),
+        Some(Errno::NOENT) => {
+            format!(". Look at the path, or create the disk, for example with `truncate -s 10G {word}`")
+        }
+        Some(Errno::NOTDIR) => ". Look at the path: a part of it is no directory".into(),
         Some(Errno::ACCESS | Errno::PERM) if read_only => format!(". Look at who may read it: `ls -l {word}`"),
+        Some(Errno::ACCESS | Errno::PERM) if !may_read(path) => {
+            format!(". Look at who may read and write it: `ls -l {word}`")
+        }
         Some(Errno::ACCESS | Errno::PERM) => {
             format!(". Look at who may write to it (`ls -l {word}`, `lsattr {word}`), or open it read-only")
         }
@@ -198,6 +209,11 @@ fn open_hint(path: &Path, read_only: bool, error: &io::Error) -> String {
         Some(Errno::NOMEDIUM) => ". Insert a medium".into(),
         _ => String::new(),
     }
+}
+
+/// Whether this user may read the file, as far as its mode tells.
+fn may_read(path: &Path) -> bool {
+    accessat(CWD, path, Access::READ_OK, AtFlags::EACCESS).is_ok()
 }
 
 fn empty_hint(path: &Path, is_block_device: bool) -> String {
@@ -213,6 +229,10 @@ fn tail_hint(path: &Path, size_bytes: u64, logical_block_bytes: u32, is_block_de
         return "Change the size of the device".into();
     }
     let whole_bytes = size_bytes.next_multiple_of(logical_block_bytes.into());
+    if whole_bytes > FILE_BYTES_MAX {
+        let less_bytes = size_bytes - size_bytes % u64::from(logical_block_bytes);
+        return format!("A file cannot be longer, so cut its end off: `truncate -s {less_bytes} {}`", shell_word(path));
+    }
     let mut hint = format!("Extend it with `truncate -s {whole_bytes} {}`", shell_word(path));
     if logical_block_bytes > 512 && size_bytes.is_multiple_of(512) {
         hint.push_str(", or turn direct I/O off, which makes its blocks 512 bytes");
@@ -230,17 +250,18 @@ fn after(waited: Duration) -> String {
 
 fn lock_holders(holders: &[ProcessName]) -> String {
     match holders {
-        [] => "by I/O still in flight of a process that has ended, or by a process that this user cannot look into. \
-               Wait for it (the lock-wait option), or ask root: `lsof`"
+        [] => "by I/O still in flight of a process that has ended, or by a process that this user cannot look into: \
+               `lsof` tells root"
             .into(),
-        holders => format!("by {}. Stop it, or wait for it (the lock-wait option)", list(holders)),
+        [holder] => format!("by {holder}. Stop that process first"),
+        holders => format!("by {}. Stop these processes first", list(holders)),
     }
 }
 
 fn device_uses(uses: &[DeviceUse]) -> String {
     match uses {
-        [] => "by I/O still in flight of a process that has ended, or by a process that this user cannot look into. \
-               Wait for it (the lock-wait option), or ask root: `lsof`, `lsblk`"
+        [] => "by I/O still in flight of a process that has ended, or by a process that this user cannot look into: \
+               `lsof` and `lsblk` tell root"
             .into(),
         uses => format!("{}. Free it first, or open it read-only", list(uses)),
     }

@@ -123,19 +123,38 @@ fn a_missing_file_is_refused_with_the_command_that_creates_it() {
 
 #[test]
 fn what_open_says_is_passed_on_with_the_way_out() {
+    let (_dir, path) = image(512);
     let error = |errno: rustix::io::Errno, read_only| {
-        DiskError::Open { path: "d.img".into(), read_only, error: errno.into() }.to_string()
+        DiskError::Open { path: path.clone(), read_only, error: errno.into() }.to_string()
     };
     let denied = error(rustix::io::Errno::ACCESS, false);
     assert!(denied.contains("Permission denied"), "{denied}");
-    assert!(denied.contains("`ls -l d.img`") && denied.ends_with("or open it read-only"), "{denied}");
+    assert!(denied.contains("`ls -l ") && denied.ends_with("or open it read-only"), "{denied}");
     let denied = error(rustix::io::Errno::ACCESS, true);
-    assert!(denied.contains("for reading:") && denied.ends_with("`ls -l d.img`"), "{denied}");
+    assert!(denied.contains("for reading:") && denied.ends_with("disk.img`"), "{denied}");
     assert!(error(rustix::io::Errno::ROFS, false).ends_with("Open it read-only"));
     assert!(error(rustix::io::Errno::NXIO, false).ends_with("No driver serves this device number"));
     // Not shown with a running program: Linux 6.11 and 6.12 let it be opened.
     assert!(error(rustix::io::Errno::TXTBSY, false).ends_with("It is being executed or used as swap space"));
     assert!(error(rustix::io::Errno::NOMEDIUM, false).ends_with("Insert a medium"));
+}
+
+#[test]
+fn no_advice_is_given_that_cannot_be_followed() {
+    let open = |path: &str, read_only, errno: rustix::io::Errno| {
+        DiskError::Open { path: path.into(), read_only, error: errno.into() }.to_string()
+    };
+    let missing = open("no.img", true, rustix::io::Errno::NOENT);
+    assert!(!missing.contains("truncate") && missing.ends_with("Look at the path"), "{missing}");
+    let missing = open("/dev/no-disk", false, rustix::io::Errno::NOENT);
+    assert!(!missing.contains("truncate") && missing.contains("`lsblk`"), "{missing}");
+    let denied = open("/no/file/that/anybody/may/read", false, rustix::io::Errno::ACCESS);
+    assert!(!denied.contains("read-only") && denied.contains("`ls -l "), "{denied}");
+    let size_bytes = i64::MAX as u64;
+    let partial =
+        DiskError::PartialBlock { path: "d.img".into(), size_bytes, logical_block_bytes: 512, is_block_device: false };
+    let largest = format!("`truncate -s {} d.img`", size_bytes - 511);
+    assert!(partial.to_string().ends_with(&largest), "{partial}");
 }
 
 #[test]
@@ -171,7 +190,7 @@ fn a_locked_file_is_refused_and_the_holder_is_named() {
     let (_dir, path) = image(4096);
     let held = Disk::open(&in_page_cache(&path)).unwrap();
     let own = format!("[{}]", std::process::id());
-    assert_refused(&in_page_cache(&path), &["is locked: by ", &own, "lock-wait"]);
+    assert_refused(&in_page_cache(&path), &["is locked: by ", &own, "Stop that process first"]);
     assert_refused(&DiskConfig { read_only: true, ..in_page_cache(&path) }, &["is locked for writing: by ", &own]);
     drop(held);
     Disk::open(&in_page_cache(&path)).unwrap();

@@ -24,7 +24,7 @@ use std::io;
 
 pub use descriptors::close_descriptors_on_exec;
 pub use paths::{Paths, Restricted};
-pub use privileges::{Unprivileged, drop_privileges};
+pub use privileges::{Unprivileged, drop_privileges, without_privileges};
 
 /// Why the process cannot be confined.
 #[derive(Debug, thiserror::Error)]

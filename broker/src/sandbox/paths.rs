@@ -9,6 +9,9 @@ use landlock::{
     RulesetCreated, RulesetCreatedAttr, RulesetStatus, Scope, make_bitflags,
 };
 
+use nix::libc;
+use rustix::io::Errno;
+
 use super::{SandboxError, Unprivileged};
 
 /// The newest rules that are asked for; kernels that know fewer keep to those.
@@ -31,6 +34,7 @@ pub struct Paths<'a> {
 #[derive(Debug)]
 pub struct Restricted {
     status: RulesetStatus,
+    refusal: Option<Errno>,
 }
 
 impl Unprivileged {
@@ -43,16 +47,47 @@ impl Unprivileged {
     ///
     /// The kernel refuses a rule.
     pub fn restrict_paths(self, paths: &Paths<'_>) -> Result<Restricted, SandboxError> {
+        let refusal = landlock_refusal();
         let status = restrict(paths).map_err(SandboxError::system("restricting paths (Landlock)"))?;
-        Ok(Restricted { status: status.ruleset })
+        Ok(Restricted { status: status.ruleset, refusal })
     }
 }
 
 impl Restricted {
-    /// False: this kernel has no Landlock, or it is not enabled (`lsm=` on the kernel's command line).
+    /// False: paths are not restricted, for the [reason](Self::why_no_landlock) that the kernel gave.
     pub fn has_landlock(&self) -> bool {
         self.status != RulesetStatus::NotEnforced
     }
+
+    /// Why there is no Landlock, and what to do.
+    pub fn why_no_landlock(&self) -> Option<String> {
+        if self.has_landlock() {
+            return None;
+        }
+        Some(match self.refusal {
+            Some(Errno::NOSYS) => {
+                "this kernel has no Landlock (Linux 5.13, CONFIG_SECURITY_LANDLOCK), or a seccomp filter hides it"
+                    .into()
+            }
+            Some(Errno::OPNOTSUPP) => {
+                "Landlock is not enabled: add landlock to lsm= on the kernel's command line".into()
+            }
+            Some(errno) => format!(
+                "the kernel refuses landlock_create_ruleset: {errno}. Most likely a container's seccomp filter forbids it: allow \
+                 landlock_create_ruleset, landlock_add_rule and landlock_restrict_self there"
+            ),
+            None => "the kernel knows none of the rules that are asked for".into(),
+        })
+    }
+}
+
+/// What the kernel says when it is asked for its version of Landlock. The crate takes every refusal for a kernel without it.
+fn landlock_refusal() -> Option<Errno> {
+    const VERSION: libc::c_uint = 1;
+    let no_attributes: *const libc::c_void = std::ptr::null();
+    // SAFETY: with this flag the kernel reads no memory and only gives a number.
+    let version = unsafe { libc::syscall(libc::SYS_landlock_create_ruleset, no_attributes, 0_usize, VERSION) };
+    if version >= 0 { None } else { Errno::from_io_error(&io::Error::last_os_error()) }
 }
 
 fn restrict(paths: &Paths<'_>) -> io::Result<RestrictionStatus> {

@@ -47,6 +47,21 @@ pub fn drop_privileges() -> Result<Unprivileged, SandboxError> {
     Ok(Unprivileged(()))
 }
 
+/// Does something with the rights that are left when [`drop_privileges`] has been called, and has the privileges again after it:
+/// to find out beforehand what will not be possible. Only this thread is changed.
+///
+/// # Errors
+///
+/// The kernel refuses.
+pub fn without_privileges<T>(work: impl FnOnce() -> T) -> Result<T, SandboxError> {
+    let failed = || SandboxError::system("putting capabilities aside");
+    let had = capabilities(None).map_err(failed())?;
+    set_capabilities(None, CapabilitySets { effective: CapabilitySet::empty(), ..had }).map_err(failed())?;
+    let result = work();
+    set_capabilities(None, had).map_err(SandboxError::system("taking capabilities up again"))?;
+    Ok(result)
+}
+
 /// What an executed file could give. Without CAP_SETPCAP the set cannot be changed, and with PR_SET_NO_NEW_PRIVS it says
 /// nothing.
 fn empty_bounding_set() -> Result<(), SandboxError> {

@@ -31,7 +31,7 @@ mod signals;
 pub use connection::{Connection, ConnectionError, Message, PeerWatch, Received};
 pub use device::{ConfigWriteError, Device, DeviceMemory, QueueEventfds};
 pub use eventfd::NotAnEventfd;
-pub use listener::ListenError;
+pub use listener::{BoundSocket, ListenError, SocketAccess};
 pub use memory_table::{MAX_REGIONS, MemoryTable, MemoryTableError};
 pub use ring_fault::RingFault;
 pub use server::{Server, ServerError, ServerHandle};

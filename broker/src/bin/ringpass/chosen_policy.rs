@@ -1,11 +1,15 @@
 //! The policy of a program's rings, from its command line.
 
-use std::fs;
+use std::fs::File;
+use std::io::Read;
 use std::path::Path;
 
-use anyhow::Context;
+use anyhow::{Context, anyhow, ensure};
 use clap::Args;
 use ringpass_restrictions::{Access, BuiltIn, CompileError, CompiledPolicy, KernelSupport, Policy, PolicyFile};
+
+/// Far more than all operations and flags with their names take.
+const FILE_BYTES_MAX: u64 = 256 << 10;
 
 /// Which policy the rings of a program get.
 #[derive(Clone, Debug, Args)]
@@ -56,13 +60,17 @@ pub(crate) fn read(name: &str) -> anyhow::Result<PolicyFile> {
     if let Some(built_in) = BuiltIn::from_name(name) {
         return PolicyFile::parse(built_in.file()).with_context(|| format!("the built-in policy {name}"));
     }
-    let path = Path::new(name);
-    let text = fs::read_to_string(path).with_context(|| {
+    let text = read_text(Path::new(name)).map_err(|error| {
         let names = BuiltIn::ALL.map(BuiltIn::name).join(", ");
-        format!(
-            "cannot read the policy file {}, and no built-in policy has that name (there are {names})",
-            path.display()
-        )
+        anyhow!("cannot read the policy file {name:?}: {error:#}. Built-in policies are {names}")
     })?;
-    PolicyFile::parse(&text).with_context(|| path.display().to_string())
+    PolicyFile::parse(&text).with_context(|| name.to_owned())
+}
+
+/// The text of a file or pipe, which has an end: devices such as `/dev/zero` have none.
+fn read_text(path: &Path) -> anyhow::Result<String> {
+    let mut text = Vec::new();
+    File::open(path)?.take(FILE_BYTES_MAX + 1).read_to_end(&mut text)?;
+    ensure!(text.len() as u64 <= FILE_BYTES_MAX, "it has more than {} KiB, which no policy has", FILE_BYTES_MAX >> 10);
+    String::from_utf8(text).map_err(|error| anyhow!("it is no text in UTF-8: {}", error.utf8_error()))
 }

@@ -15,7 +15,7 @@ use clap::{Parser, Subcommand};
 
 /// Gives guests the host's io_uring in their own memory.
 #[derive(Debug, Parser)]
-#[command(version)]
+#[command(name = "ringpass", version)]
 struct Arguments {
     #[command(subcommand)]
     command: Command,
@@ -33,12 +33,14 @@ enum Command {
     Probe(probe::ProbeArgs),
     /// Tells what a restriction policy lets a guest do.
     Policy(policy::PolicyCommand),
-    /// The guest's side of the demo; started by it.
-    #[command(hide = true)]
-    DemoGuest,
 }
 
 fn main() -> ExitCode {
+    // Not a command for people, so the command line does not know it.
+    if demo::guest::is_wanted() {
+        log::start("warn");
+        return log::exit_code("ringpass", demo::guest::run().map(|()| ExitCode::SUCCESS));
+    }
     let command = Arguments::parse().command;
     // Standard output is for results only.
     log::start(if matches!(command, Command::Serve(_)) { serve::LOG_LEVEL } else { "warn" });
@@ -48,7 +50,6 @@ fn main() -> ExitCode {
         Command::Demo(args) => demo::run(&args),
         Command::Probe(args) => probe::run(&args),
         Command::Policy(command) => policy::run(&command),
-        Command::DemoGuest => demo::guest::run().map(|()| ExitCode::SUCCESS),
     };
     log::exit_code("ringpass", result)
 }

@@ -8,6 +8,7 @@ use std::{
 use anyhow::Context;
 use clap::{Args, Subcommand, ValueEnum};
 use ringpass_broker::kernel::{self, KernelRelease};
+use ringpass_broker::printable::printable;
 use ringpass_restrictions::{
     BuiltIn, CompileError, Finding, KernelSupport, LintContext, LinuxVersion, Mode, NopHole, Policy, PolicyFile,
     RestrictionSemantics, Severity,
@@ -206,7 +207,7 @@ fn write_lint(
     writeln!(
         out,
         "{} for {} mode on {}: {} errors, {} warnings, {} notes",
-        args.policy,
+        printable(&args.policy),
         mode_name(mode),
         args.kernel.as_deref().map_or("any kernel".to_owned(), |kernel| format!("kernel {kernel}")),
         count(findings, Severity::Error) + usize::from(refusal.is_some()),
@@ -260,8 +261,8 @@ fn show(args: &ShowArgs, out: &mut Vec<u8>) -> anyhow::Result<u8> {
         write_json(out, &policy_json(&args.policy, &file, policy))?;
         return Ok(0);
     }
-    let name = file.name.as_deref().unwrap_or(&args.policy);
-    let description = file.description.as_deref().map(|text| format!(": {text}")).unwrap_or_default();
+    let name = printable(file.name.as_deref().unwrap_or(&args.policy));
+    let description = file.description.as_deref().map(|text| format!(": {}", printable(text))).unwrap_or_default();
     writeln!(out, "{name}{description}\n\n{}", policy.describe())?;
     Ok(0)
 }

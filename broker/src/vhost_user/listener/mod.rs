@@ -9,7 +9,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::Mode;
+use rustix::fs::{AtFlags, CWD, FileType, Gid, Mode, OFlags, chownat, fchmod, fstat, openat};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use thiserror::Error;
@@ -38,12 +38,28 @@ pub enum ListenError {
         path: PathBuf,
     },
     /// The path cannot be listened on.
-    #[error("{}: {what}: {source}", .path.display())]
+    #[error("{}: {what}: {source}{}", .path.display(), path_hint(.source))]
     Path {
         /// The path.
         path: PathBuf,
         /// What was tried.
         what: &'static str,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+    /// It is not there any more when it is to be listened on.
+    #[error("{}: another process has removed or replaced this socket; give each server a path of its own", .path.display())]
+    Replaced {
+        /// The socket.
+        path: PathBuf,
+    },
+    /// The socket cannot have the group that it is to have.
+    #[error("{}: giving the socket to group {group}: {source}; only root and members of a group can", .path.display())]
+    Group {
+        /// The socket.
+        path: PathBuf,
+        /// Number of the group.
+        group: u32,
         /// The kernel's answer.
         source: io::Error,
     },
@@ -54,7 +70,7 @@ pub enum ListenError {
         fd: RawFd,
     },
     /// The descriptor cannot be used.
-    #[error("file descriptor {fd}: {source}")]
+    #[error("file descriptor {fd}: {source}{}", fd_hint(.source))]
     Fd {
         /// Its number.
         fd: RawFd,
@@ -63,10 +79,41 @@ pub enum ListenError {
     },
 }
 
+fn path_hint(error: &io::Error) -> &'static str {
+    match Errno::from_io_error(error) {
+        Some(Errno::NOENT) => ". Make its directory first",
+        Some(Errno::NOTDIR) => ". A part of the path is no directory",
+        Some(Errno::ACCESS | Errno::PERM) => ". The user of this process must be allowed to write to the directory",
+        Some(Errno::ROFS) => ". Choose a place that can be written to, such as /run",
+        _ => "",
+    }
+}
+
+fn fd_hint(error: &io::Error) -> &'static str {
+    match Errno::from_io_error(error) {
+        Some(Errno::BADF) => ". Whoever starts this process must leave the socket open under that number",
+        _ => "",
+    }
+}
+
 /// `sun_path` without the byte that ends it.
 const PATH_BYTES_MAX: usize = 107;
 /// How many may wait to be accepted.
 const BACKLOG: i32 = 128;
+
+/// Who may connect to a socket file: whoever may write to it (unix(7)) and search the directories above it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SocketAccess {
+    /// The file's mode, of which the umask takes its bits. None: the umask alone decides.
+    pub mode: Option<u32>,
+    /// Number of the file's group. None: the one that every new file in that directory gets.
+    pub group: Option<u32>,
+}
+
+impl SocketAccess {
+    /// Only the owner of the file.
+    pub const OWNER: Self = Self { mode: Some(0o600), group: None };
+}
 
 /// A source of connections.
 #[derive(Debug)]
@@ -83,34 +130,59 @@ enum Source {
     Connected(Option<UnixStream>),
 }
 
-impl Listener {
-    /// Listens on a path. A socket file that nobody listens on any more is replaced.
-    pub(crate) fn bind(path: &Path) -> Result<Self, ListenError> {
-        Self::bind_with(path, None)
-    }
+/// A socket file on which nobody listens yet. Removed when dropped.
+#[derive(Debug)]
+pub struct BoundSocket {
+    socket: OwnedFd,
+    file: SocketFile,
+}
 
-    /// The same, and only the owner of the file can connect.
-    pub(crate) fn bind_for_owner(path: &Path) -> Result<Self, ListenError> {
-        Self::bind_with(path, Some(Mode::RUSR | Mode::WUSR))
-    }
-
-    fn bind_with(path: &Path, mode: Option<Mode>) -> Result<Self, ListenError> {
+impl BoundSocket {
+    /// Makes the file. A socket that nobody listens on any more is replaced.
+    ///
+    /// # Errors
+    ///
+    /// Somebody listens there, something else is there, the path cannot be used, or the socket cannot have the group.
+    pub fn bind(path: &Path, access: SocketAccess) -> Result<Self, ListenError> {
         let failed = |what| move |source| ListenError::Path { path: path.to_owned(), what, source };
-        let listener = match listen(path, mode) {
+        let bound = match bind(path, access) {
             Err(Errno::ADDRINUSE) => {
                 remove_stale(path)?;
-                listen(path, mode)
+                bind(path, access)
             }
             other => other,
         };
-        let listener = listener.map_err(|errno| match errno {
+        let socket = bound.map_err(|errno| match errno {
             Errno::NAMETOOLONG if path.as_os_str().len() > PATH_BYTES_MAX => {
                 ListenError::TooLong { path: path.to_owned() }
             }
-            errno => failed("listening there")(errno.into()),
+            errno => failed("making a socket there")(errno.into()),
         })?;
         let file = SocketFile::of(path).map_err(failed("looking at the new socket"))?;
-        Ok(Self { source: Source::Listening(listener), _file: Some(file) })
+        if let Some(group) = access.group {
+            let refused = |errno: Errno| ListenError::Group { path: path.to_owned(), group, source: errno.into() };
+            give_to_group(path, group).map_err(refused)?;
+        }
+        Ok(Self { socket, file })
+    }
+
+    /// Takes connections from now on; none could be made before.
+    pub(crate) fn listen(self) -> Result<Listener, ListenError> {
+        let Self { socket, file } = self;
+        if !file.is_there() {
+            return Err(ListenError::Replaced { path: file.path.clone() });
+        }
+        let failed =
+            |errno: Errno| ListenError::Path { path: file.path.clone(), what: "listening there", source: errno.into() };
+        rustix::net::listen(&socket, BACKLOG).map_err(failed)?;
+        Ok(Listener { source: Source::Listening(UnixListener::from(socket)), _file: Some(file) })
+    }
+}
+
+impl Listener {
+    /// Listens on a path. A socket file that nobody listens on any more is replaced.
+    pub(crate) fn bind(path: &Path, access: SocketAccess) -> Result<Self, ListenError> {
+        BoundSocket::bind(path, access)?.listen()
     }
 
     /// Takes a socket that the parent process passed.
@@ -163,16 +235,24 @@ impl Listener {
     }
 }
 
-/// A new socket file, with at most that mode. Non-blocking.
-fn listen(path: &Path, mode: Option<Mode>) -> Result<UnixListener, Errno> {
+/// A socket with a file, on which nobody listens yet.
+fn bind(path: &Path, access: SocketAccess) -> Result<OwnedFd, Errno> {
     let socket = new_socket()?;
-    if let Some(mode) = mode {
-        // The file takes over what the socket has (unix_bind_bsd in Linux), so there is no moment in which others could connect.
-        rustix::fs::fchmod(&socket, mode)?;
+    if let Some(mode) = access.mode {
+        // The file takes over what the socket has (unix_bind_bsd in Linux), so there is no moment in which it has another.
+        fchmod(&socket, Mode::from_bits_retain(mode))?;
     }
     rustix::net::bind(&socket, &SocketAddrUnix::new(path)?)?;
-    rustix::net::listen(&socket, BACKLOG)?;
-    Ok(UnixListener::from(socket))
+    Ok(socket)
+}
+
+/// Changes the group of the socket file at `path`, and of nothing that others put there meanwhile: links are not followed.
+fn give_to_group(path: &Path, group: u32) -> Result<(), Errno> {
+    let file = openat(CWD, path, OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())?;
+    if FileType::from_raw_mode(fstat(&file)?.st_mode) != FileType::Socket {
+        return Err(Errno::NOTSOCK);
+    }
+    chownat(&file, "", None, Some(Gid::from_raw(group)), AtFlags::EMPTY_PATH)
 }
 
 fn new_socket() -> Result<OwnedFd, Errno> {
@@ -191,11 +271,15 @@ impl SocketFile {
     fn of(path: &Path) -> io::Result<Self> {
         Ok(Self { path: path.to_owned(), identity: identity(path)? })
     }
+
+    fn is_there(&self) -> bool {
+        identity(&self.path).is_ok_and(|found| found == self.identity)
+    }
 }
 
 impl Drop for SocketFile {
     fn drop(&mut self) {
-        if identity(&self.path).is_ok_and(|found| found == self.identity) {
+        if self.is_there() {
             let _ = std::fs::remove_file(&self.path);
         }
     }

@@ -1,4 +1,7 @@
+use std::mem::MaybeUninit;
 use std::os::fd::AsRawFd;
+
+use rustix::fs::inotify;
 
 use super::*;
 
@@ -11,7 +14,7 @@ fn socket_path() -> (tempfile::TempDir, PathBuf) {
 #[test]
 fn a_socket_is_removed_with_its_listener() {
     let (_directory, path) = socket_path();
-    let mut listener = Listener::bind(&path).unwrap();
+    let mut listener = Listener::bind(&path, SocketAccess::default()).unwrap();
     assert!(listener.accept().unwrap().is_none());
     let _client = UnixStream::connect(&path).unwrap();
     assert!(listener.accept().unwrap().is_some());
@@ -22,7 +25,7 @@ fn a_socket_is_removed_with_its_listener() {
 #[test]
 fn a_socket_that_somebody_else_put_there_is_not_removed() {
     let (_directory, path) = socket_path();
-    let listener = Listener::bind(&path).unwrap();
+    let listener = Listener::bind(&path, SocketAccess::default()).unwrap();
     std::fs::remove_file(&path).unwrap();
     let _other = UnixListener::bind(&path).unwrap();
     drop(listener);
@@ -34,7 +37,7 @@ fn a_socket_that_nobody_listens_on_is_replaced() {
     let (_directory, path) = socket_path();
     drop(UnixListener::bind(&path).unwrap());
     assert!(path.exists(), "std leaves it");
-    let mut listener = Listener::bind(&path).unwrap();
+    let mut listener = Listener::bind(&path, SocketAccess::default()).unwrap();
     let _client = UnixStream::connect(&path).unwrap();
     assert!(listener.accept().unwrap().is_some());
 }
@@ -42,8 +45,8 @@ fn a_socket_that_nobody_listens_on_is_replaced() {
 #[test]
 fn a_socket_that_somebody_listens_on_is_refused_also_when_their_queue_is_full() {
     let (_directory, path) = socket_path();
-    let listener = Listener::bind(&path).unwrap();
-    let refused = |path: &Path| Listener::bind(path).map(|_| ()).unwrap_err().to_string();
+    let listener = Listener::bind(&path, SocketAccess::default()).unwrap();
+    let refused = |path: &Path| Listener::bind(path, SocketAccess::default()).map(|_| ()).unwrap_err().to_string();
     let expected = format!("{}: another process listens there; stop it, or give another path", path.display());
     assert_eq!(refused(&path), expected);
     let mut waiting = Vec::new();
@@ -58,17 +61,18 @@ fn a_socket_that_somebody_listens_on_is_refused_also_when_their_queue_is_full() 
 fn a_file_that_is_no_socket_stays() {
     let (_directory, path) = socket_path();
     std::fs::write(&path, "precious").unwrap();
-    let error = Listener::bind(&path).unwrap_err().to_string();
+    let error = Listener::bind(&path, SocketAccess::default()).unwrap_err().to_string();
     assert!(error.ends_with("a file that is no socket is in the way; remove it, or give another path"), "{error}");
     assert_eq!(std::fs::read(&path).unwrap(), b"precious");
 }
 
 #[test]
 fn a_path_that_cannot_be_is_refused_by_name() {
-    let error = Listener::bind(Path::new("/proc/no-such-directory/socket")).unwrap_err().to_string();
-    assert!(error.starts_with("/proc/no-such-directory/socket: listening there: "), "{error}");
+    let error =
+        Listener::bind(Path::new("/proc/no-such-directory/socket"), SocketAccess::default()).unwrap_err().to_string();
+    assert!(error.starts_with("/proc/no-such-directory/socket: making a socket there: "), "{error}");
     let long = PathBuf::from(format!("/tmp/{}", "x".repeat(200)));
-    let error = Listener::bind(&long).unwrap_err().to_string();
+    let error = Listener::bind(&long, SocketAccess::default()).unwrap_err().to_string();
     assert!(error.contains("at most 107 bytes, this one has 205"), "{error}");
 }
 
@@ -101,4 +105,56 @@ fn an_inherited_descriptor_of_another_kind_is_refused() {
     }
     let error = Listener::inherited(1_000_000).unwrap_err().to_string();
     assert_eq!(error, "file descriptor 1000000: Bad file descriptor (os error 9)");
+}
+
+#[test]
+fn a_socket_has_the_mode_that_was_asked_for_from_the_beginning() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("socket");
+    let watch = inotify::init(inotify::CreateFlags::NONBLOCK).unwrap();
+    inotify::add_watch(&watch, directory.path(), inotify::WatchFlags::CREATE | inotify::WatchFlags::ATTRIB).unwrap();
+    // Bits that every umask leaves.
+    let _listener = Listener::bind(&path, SocketAccess { mode: Some(0o400), group: None }).unwrap();
+    assert_eq!(std::fs::metadata(&path).unwrap().mode() & 0o7777, 0o400);
+    let mut buffer = [MaybeUninit::uninit(); 4096];
+    let mut events = inotify::Reader::new(watch, &mut buffer);
+    assert_eq!(events.next().unwrap().events(), inotify::ReadFlags::CREATE);
+    assert!(events.next().is_err(), "it had another mode at first");
+}
+
+#[cfg(feature = "sandbox")]
+#[test]
+fn a_group_that_the_process_may_not_give_is_named_and_no_socket_stays() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("socket");
+    let own = rustix::process::getegid().as_raw();
+    let listener = Listener::bind(&path, SocketAccess { mode: None, group: Some(own) }).unwrap();
+    assert_eq!(std::fs::metadata(&path).unwrap().gid(), own);
+    drop(listener);
+
+    let other = 0x7fff_fff0;
+    let refused = crate::sandbox::without_privileges(|| {
+        Listener::bind(&path, SocketAccess { mode: None, group: Some(other) }).map(drop)
+    });
+    let error = refused.unwrap().unwrap_err().to_string();
+    assert!(error.contains(&format!("socket: giving the socket to group {other}: ")), "{error}");
+    assert!(error.contains("only root and members of a group can"), "{error}");
+    assert!(!path.exists());
+}
+
+#[test]
+fn a_socket_that_is_made_cannot_be_connected_to_before_somebody_listens() {
+    let (_directory, path) = socket_path();
+    let bound = BoundSocket::bind(&path, SocketAccess::default()).unwrap();
+    assert_eq!(connect_without_waiting(&path).unwrap_err(), Errno::CONNREFUSED);
+    let listener = bound.listen().unwrap();
+    connect_without_waiting(&path).unwrap();
+    drop(listener);
+
+    let first = BoundSocket::bind(&path, SocketAccess::default()).unwrap();
+    let second = BoundSocket::bind(&path, SocketAccess::default()).unwrap();
+    let error = first.listen().unwrap_err().to_string();
+    assert!(error.contains("another process has removed or replaced this socket"), "{error}");
+    let _second = second.listen().unwrap();
+    assert!(path.exists(), "the socket of the second is left");
 }

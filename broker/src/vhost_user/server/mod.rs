@@ -17,7 +17,7 @@ use tracing::{info, warn};
 
 use super::connection::{Connection, ConnectionError, Received};
 use super::device::Device;
-use super::listener::{ListenError, Listener};
+use super::listener::{BoundSocket, ListenError, Listener, SocketAccess};
 use super::session::{Session, SessionError, refresh_capacity};
 
 /// How long to wait when a connection cannot be accepted, before it is tried again. The socket is readable all the while.
@@ -91,7 +91,16 @@ impl Server {
     ///
     /// Somebody listens there, something else is there, or the path cannot be used.
     pub fn bind(path: &Path) -> Result<Self, ServerError> {
-        Self::new(Listener::bind(path)?)
+        Self::listen(BoundSocket::bind(path, SocketAccess::default())?)
+    }
+
+    /// Listens on a socket that has been made.
+    ///
+    /// # Errors
+    ///
+    /// Somebody has removed or replaced it.
+    pub fn listen(socket: BoundSocket) -> Result<Self, ServerError> {
+        Self::new(socket.listen()?)
     }
 
     /// Serves a Unix stream socket that was passed to this process under a number. With a listening one as

@@ -15,6 +15,15 @@ use ringpass_workload::{Job, RingQueue};
 
 use super::{BUFFERS_BYTES, Outcome, Task, perform};
 
+/// The word by which [`super::process`] starts this program as a guest.
+pub(super) const COMMAND: &str = "demo-guest";
+
+/// Whether this process was started as a guest.
+pub(crate) fn is_wanted() -> bool {
+    let mut arguments = std::env::args_os().skip(1);
+    arguments.next().is_some_and(|word| word == COMMAND) && arguments.next().is_none()
+}
+
 /// Does what the broker says until it closes the socket.
 pub(crate) fn run() -> anyhow::Result<()> {
     let socket = std::io::stdin().as_fd().try_clone_to_owned().context("standard input is not the broker's socket")?;

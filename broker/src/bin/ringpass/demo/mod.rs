@@ -23,6 +23,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use ringpass_broker::disk::DirectIo;
 use ringpass_broker::kernel::KernelRelease;
 use ringpass_broker::limits;
+use ringpass_broker::printable::Chain;
 use ringpass_workload::{BlockQueue, Environment, Job, JobError, Report, Verify, Wait};
 
 use crate::chosen_policy::{ChosenPolicy, PolicyArgs};
@@ -169,17 +170,17 @@ fn make_ways(image: &Image, policy: ChosenPolicy, skipped: &mut Vec<Skipped>) ->
     for submission in [Submission::SqThread, Submission::Kick] {
         match ProcessWay::start(&image.disk, policy, submission, &expected) {
             Ok(way) => ways.push(Box::new(way)),
-            Err(error) => skipped.push(Skipped { name: submission.way(), why: format!("{error:#}") }),
+            Err(error) => skipped.push(Skipped { name: submission.way(), why: Chain(error.as_ref()).to_string() }),
         }
     }
     match SocketWay::start(&image.disk, policy, &expected) {
         Ok(way) => ways.push(Box::new(way)),
-        Err(error) => skipped.push(Skipped { name: socket::NAME, why: format!("{error:#}") }),
+        Err(error) => skipped.push(Skipped { name: socket::NAME, why: Chain(error.as_ref()).to_string() }),
     }
     for signal in [Signal::Poll, Signal::Interrupt, Signal::Kick] {
         match KvmWay::start(&image.disk, policy, signal, &expected) {
             Ok(way) => ways.push(Box::new(way)),
-            Err(error) => skipped.push(Skipped { name: signal.way(), why: format!("{error:#}") }),
+            Err(error) => skipped.push(Skipped { name: signal.way(), why: Chain(error.as_ref()).to_string() }),
         }
     }
     Ok(ways)

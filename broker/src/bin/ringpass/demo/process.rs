@@ -20,7 +20,7 @@ use ringpass_restrictions::Access;
 use rustix::fs::MemfdFlags;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
 
-use super::{Outcome, SQ_THREAD_IDLE, TIMEOUT, Task, Way};
+use super::{Outcome, SQ_THREAD_IDLE, TIMEOUT, Task, Way, guest};
 use crate::chosen_policy::ChosenPolicy;
 
 /// The guest's RAM: small, because it is pinned, and an ordinary user may pin 8 MiB in all.
@@ -105,7 +105,7 @@ impl ProcessWay {
         };
         let (ours, theirs) = UnixStream::pair().context("making a socket")?;
         let guest = Command::new("/proc/self/exe")
-            .arg("demo-guest")
+            .arg(guest::COMMAND)
             .stdin(OwnedFd::from(theirs))
             .stdout(Stdio::null())
             .spawn()

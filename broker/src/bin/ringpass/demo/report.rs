@@ -2,6 +2,7 @@
 
 use std::fmt::Write as _;
 
+use ringpass_broker::printable::printable;
 use serde::Serialize;
 
 /// Everything that a demo run found.
@@ -86,7 +87,13 @@ impl DemoReport {
     pub(crate) fn table(&self) -> String {
         let mut text = String::new();
         let cache = if self.disk.direct_io { "O_DIRECT" } else { "page cache: this measures the path, not the disk" };
-        let _ = writeln!(text, "kernel {}, {} ({}, {cache})\n", self.kernel, self.disk.name, mib(self.disk.size_bytes));
+        let _ = writeln!(
+            text,
+            "kernel {}, {} ({}, {cache})\n",
+            self.kernel,
+            printable(&self.disk.name),
+            mib(self.disk.size_bytes)
+        );
         let _ = writeln!(
             text,
             "{:<19}{:>6}{:>12}{:>10}{:>10}{:>10}{:>9}{:>10}{:>12}{:>8}",
@@ -109,7 +116,7 @@ impl DemoReport {
             );
         }
         for skipped in &self.skipped {
-            let _ = writeln!(text, "\nskipped {}: {}", skipped.name, skipped.why);
+            let _ = writeln!(text, "\nskipped {}: {}", skipped.name, printable(&skipped.why));
         }
         let _ = writeln!(text, "\n4 KiB random reads; vs host: p50 latency by that of a plain host process.");
         let _ = writeln!(text, "{}", self.verdict());

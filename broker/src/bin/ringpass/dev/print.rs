@@ -2,6 +2,8 @@
 
 use ringpass_broker::control::{ByGuest, DeviceStats, DeviceStatus, ExecutedBy, QueueStats};
 
+use ringpass_broker::printable::printable;
+
 use super::client::Found;
 
 pub(super) fn list(found: &[Found]) -> String {
@@ -11,41 +13,47 @@ pub(super) fn list(found: &[Found]) -> String {
     let mut rows = vec![["name", "pid", "disk"].map(str::to_owned)];
     for Found { name, pid, disk, .. } in found {
         let pid = pid.map_or("gone".into(), |pid| pid.to_string());
-        rows.push([name.clone(), pid, disk.clone().unwrap_or_default()]);
+        rows.push([printable(name).to_string(), pid, printable(disk.as_deref().unwrap_or_default()).to_string()]);
     }
     table(&rows)
 }
 
 pub(super) fn show(status: &DeviceStatus) -> String {
     let DeviceStatus { name, pid, version, disk, mode, rings, queues } = status;
+    let (name, version, mode) = (printable(name), printable(version), printable(mode));
     let access = if disk.read_only { "read-only" } else { "read-write" };
     let cache = if disk.direct_io { "direct I/O" } else { "page cache" };
     let mut text = format!(
         "{name}: pid {pid} ringpass {version} mode {mode}\n  disk {} {} bytes, blocks of {}, {access}, {cache}\n",
-        disk.path, disk.size_bytes, disk.logical_block_bytes
+        printable(&disk.path),
+        disk.size_bytes,
+        disk.logical_block_bytes
     );
     match &rings.limits {
         Some(limits) => {
             text += &format!(
                 "  rings offered: SQ up to {}, CQ up to {}, {} bytes a request; for {}\n",
-                limits.sq_entries_max, limits.cq_entries_max, limits.segment_bytes_max, rings.wants
+                limits.sq_entries_max,
+                limits.cq_entries_max,
+                limits.segment_bytes_max,
+                printable(&rings.wants)
             );
         }
-        None => text += &format!("  rings not offered: {}\n", rings.why_not.join("; ")),
+        None => text += &format!("  rings not offered: {}\n", printable(&rings.why_not.join("; "))),
     }
     if let Some(why) = &rings.closed {
-        text += &format!("  no rings for now: {why}\n");
+        text += &format!("  no rings for now: {}\n", printable(why));
     }
     for queue in queues {
         text += &format!("  queue {}: {}", queue.index, executed_by(queue.executed_by));
         if let (Some(epoch), Some(phase)) = (queue.epoch, &queue.phase) {
-            text += &format!(" epoch {epoch} {phase}");
+            text += &format!(" epoch {epoch} {}", printable(phase));
         }
         if let (Some(sq_entries), Some(cq_entries)) = (queue.sq_entries, queue.cq_entries) {
             text += &format!(" sq {sq_entries} cq {cq_entries}");
         }
         if let Some(why) = &queue.why_no_ring {
-            text += &format!(" ({why})");
+            text += &format!(" ({})", printable(why));
         }
         text.push('\n');
     }
@@ -133,7 +141,7 @@ fn table<const N: usize>(rows: &[[String; N]]) -> String {
 
 #[cfg(test)]
 mod tests {
-    use ringpass_broker::control::ByDevice;
+    use ringpass_broker::control::{ByDevice, DiskStatus, QueueStatus, RingsOffer};
 
     use super::*;
 
@@ -150,6 +158,36 @@ mod tests {
         assert_eq!(last, ["1", "100", "100.0", "0", "0.0", "0", "0", "0", "2000"]);
         let text = rates(&counted(100, 1000), &counted(3, 5), 1.0);
         assert!(text.lines().last().unwrap().ends_with('0'), "{text}");
+    }
+
+    #[test]
+    fn what_a_socket_answers_cannot_act_on_the_terminal() {
+        let evil = "a\u{1b}[2J\nb";
+        let found = Found { name: evil.into(), pid: Some(1), disk: Some(evil.into()), socket: "s".into() };
+        let disk = DiskStatus {
+            path: evil.into(),
+            size_bytes: 512,
+            logical_block_bytes: 512,
+            read_only: false,
+            direct_io: false,
+        };
+        let (why_not, wants) = (vec![evil.into()], evil.into());
+        let rings = RingsOffer { offered: false, why_not, closed: Some(evil.into()), limits: None, wants };
+        let queue = QueueStatus {
+            index: 0,
+            executed_by: ExecutedBy::Virtqueue,
+            epoch: Some(1),
+            phase: Some(evil.into()),
+            sq_entries: None,
+            cq_entries: None,
+            why_no_ring: Some(evil.into()),
+        };
+        let (name, version, mode) = (evil.into(), evil.into(), evil.into());
+        let status = DeviceStatus { name, pid: 1, version, disk, mode, rings, queues: vec![queue] };
+        for (text, lines) in [(list(&[found]), 2), (show(&status), 5)] {
+            assert!(!text.contains('\u{1b}'), "{text:?}");
+            assert_eq!(text.lines().count(), lines, "{text}");
+        }
     }
 
     #[test]

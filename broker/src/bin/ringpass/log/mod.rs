@@ -10,6 +10,7 @@ use std::thread;
 use std::time::Duration;
 
 use ringpass_broker::printable::{Chain, printable};
+use rustix::io::Errno;
 use tracing_subscriber::EnvFilter;
 
 use lines::Lines;
@@ -59,7 +60,19 @@ pub(crate) fn exit_code(program: &str, result: anyhow::Result<ExitCode>) -> Exit
 
 /// Prints an error with its causes, each once, in one line.
 pub(crate) fn tell(program: &str, error: &anyhow::Error) {
-    LINES.push_always(format!("{program}: {}\n", Chain(error.as_ref())).into_bytes());
+    LINES.push_always(format!("{program}: {}{}\n", Chain(error.as_ref()), advice(error)).into_bytes());
+}
+
+/// What can be done about a cause that can come up anywhere.
+fn advice(error: &anyhow::Error) -> &'static str {
+    let has_cause = |wanted: Errno| {
+        let causes = error.chain().filter_map(|cause| cause.downcast_ref::<io::Error>());
+        causes.filter_map(Errno::from_io_error).any(|errno| errno == wanted)
+    };
+    if has_cause(Errno::MFILE) && !error.chain().any(|cause| cause.to_string().contains("RLIMIT_NOFILE")) {
+        return ". Raise the limit RLIMIT_NOFILE (`ulimit -n`, LimitNOFILE= in a systemd unit)";
+    }
+    ""
 }
 
 /// One event of the log: `tracing-subscriber` writes each with one call.
@@ -67,13 +80,22 @@ struct Event;
 
 impl Write for Event {
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
-        LINES.push(line.to_vec());
+        LINES.push(one_line(line));
         Ok(line.len())
     }
 
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
     }
+}
+
+/// An event as a single line. Of what others chose, `tracing-subscriber` has made escape characters harmless, but not line breaks
+/// and the like; its own colours are left.
+fn one_line(event: &[u8]) -> Vec<u8> {
+    let text = String::from_utf8_lossy(event);
+    let parts: Vec<String> =
+        text.trim_end_matches('\n').split('\u{1b}').map(|part| printable(part).to_string()).collect();
+    (parts.join("\u{1b}") + "\n").into_bytes()
 }
 
 /// As the standard library does, but over the log, so that it waits for no reader.
@@ -93,4 +115,14 @@ fn tell_panic(info: &panic::PanicHookInfo<'_>) {
     }
     LINES.push_always(text.into_bytes());
     LINES.flush(LAST_WAIT);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_event_is_one_line_with_its_colours() {
+        assert_eq!(one_line(b"\x1b[32m INFO\x1b[0m disk=a\r\nb\tc\n"), b"\x1b[32m INFO\x1b[0m disk=a\\u{d}\\nb\\tc\n");
+    }
 }

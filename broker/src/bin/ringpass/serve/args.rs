@@ -6,11 +6,12 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::Context;
-use clap::{Args, ValueEnum};
+use clap::{ArgGroup, Args, ValueEnum};
 use ringpass_broker::disk::{DirectIo, DiskConfig, StartUp};
-use ringpass_broker::vhost_user::{Server, ServerError};
+use ringpass_broker::vhost_user::{BoundSocket, Server, ServerError, SocketAccess};
 use ringpass_broker::virtio_blk::Serial;
 
+use super::access::AccessArgs;
 use super::control::ControlArgs;
 use super::rings::RingArgs;
 use super::sandbox::SandboxArgs;
@@ -31,19 +32,20 @@ size of the disk, after a resize, and tell the guest.
 
 Logs go to standard error; RUST_LOG sets their level: error, warn, info (the default), debug.
 
-QEMU: -object memory-backend-memfd,id=ram,size=SIZE,share=on -machine MACHINE,memory-backend=ram
-      -chardev socket,id=disk,path=PATH,reconnect=1 -device vhost-user-blk-pci,chardev=disk,num-queues=N";
+QEMU 9.2 and later (before that, reconnect=1 takes the place of reconnect-ms=1000):
+    -m SIZE -object memory-backend-memfd,id=ram,size=SIZE,share=on -machine MACHINE,memory-backend=ram
+    -chardev socket,id=disk,path=PATH,reconnect-ms=1000 -device vhost-user-blk-pci,chardev=disk,num-queues=N";
 
 /// The options of both programs.
 #[derive(Debug, Args)]
-#[command(after_long_help = HELP)]
+#[command(after_long_help = HELP, group = ArgGroup::new("what").args(["socket_path", "fd", "print_capabilities"]).required(true))]
 pub(crate) struct ServeArgs {
     /// Print what this program can do, as JSON for management software, and end.
     #[arg(long, exclusive = true)]
     print_capabilities: bool,
 
     /// Unix socket to listen on. A file that an ended server left there is replaced.
-    #[arg(long, value_name = "PATH", required_unless_present_any = ["print_capabilities", "fd"], conflicts_with = "fd")]
+    #[arg(long, value_name = "PATH")]
     socket_path: Option<PathBuf>,
 
     /// Number of an open file descriptor: a Unix socket that listens, or one that is connected to the front-end.
@@ -98,6 +100,9 @@ pub(crate) struct ServeArgs {
     lock_wait_s: u64,
 
     #[command(flatten)]
+    access: AccessArgs,
+
+    #[command(flatten)]
     rings: RingArgs,
 
     #[command(flatten)]
@@ -128,11 +133,26 @@ pub(super) enum Socket<'a> {
     Inherited(RawFd),
 }
 
+/// The same, made or looked at. Nobody is answered yet, and nobody can connect to a new socket.
+pub(super) enum PreparedSocket {
+    Bound(BoundSocket),
+    Inherited(Server),
+}
+
 impl Socket<'_> {
-    pub(super) fn serve(&self) -> Result<Server, ServerError> {
+    pub(super) fn prepare(&self, access: SocketAccess) -> Result<PreparedSocket, ServerError> {
+        Ok(match self {
+            Self::Path(path) => PreparedSocket::Bound(BoundSocket::bind(path, access)?),
+            Self::Inherited(fd) => PreparedSocket::Inherited(Server::from_inherited_fd(*fd)?),
+        })
+    }
+}
+
+impl PreparedSocket {
+    pub(super) fn serve(self) -> Result<Server, ServerError> {
         match self {
-            Self::Path(path) => Server::bind(path),
-            Self::Inherited(fd) => Server::from_inherited_fd(*fd),
+            Self::Bound(socket) => Server::listen(socket),
+            Self::Inherited(server) => Ok(server),
         }
     }
 }
@@ -167,6 +187,10 @@ impl ServeArgs {
 
     pub(super) fn socket_path(&self) -> Option<&Path> {
         self.socket_path.as_deref()
+    }
+
+    pub(super) fn access(&self) -> &AccessArgs {
+        &self.access
     }
 
     pub(super) fn sandbox(&self) -> &SandboxArgs {
@@ -307,6 +331,7 @@ mod tests {
     fn what_is_missing_or_contradicts_is_named() {
         for (arguments, named) in [
             (&["--blk-file=f"][..], "--socket-path"),
+            (&["--blk-file=f"], "--fd"),
             (&["--socket-path=s"], "--blk-file"),
             (&["--socket-path=s", "--fd=3", "--blk-file=f"], "--fd"),
             (&["--socket-path=s", "--blk-file=f", "--incoming", "--lock-wait-s=1"], "--lock-wait-s"),

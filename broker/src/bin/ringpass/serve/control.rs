@@ -11,6 +11,8 @@ use ringpass_broker::control::{
 };
 use ringpass_broker::disk::LocatedDisk;
 use ringpass_broker::engine::{EngineControl, QueueCounters, RingStatus};
+use ringpass_broker::printable::Chain;
+use ringpass_broker::vhost_user::SocketAccess;
 use ringpass_guest_abi::epoch::device::State;
 
 use super::rings::{ModeArg, Offer};
@@ -73,9 +75,9 @@ impl ControlArgs {
     /// # Errors
     ///
     /// One that was asked for cannot be had.
-    pub(super) fn bind(&self, path: Option<&Path>) -> anyhow::Result<Option<ControlSocket>> {
+    pub(super) fn bind(&self, path: Option<&Path>, access: SocketAccess) -> anyhow::Result<Option<ControlSocket>> {
         let Some(path) = path else { return Ok(None) };
-        let bound = ControlSocket::bind(path);
+        let bound = ControlSocket::bind_with(path, access);
         if self.control_socket.is_some() {
             return Ok(Some(bound.context("--control-socket")?));
         }
@@ -83,7 +85,7 @@ impl ControlArgs {
     }
 
     fn tell_of_none(error: &anyhow::Error) {
-        tracing::warn!("`ringpass dev` will not see this device: {error:#}");
+        tracing::warn!("`ringpass dev` will not see this device: {}", Chain(error.as_ref()));
     }
 }
 

@@ -1,5 +1,6 @@
 //! `ringpass serve`: a vhost-user-blk back-end. One process serves one disk to one front-end at a time.
 
+mod access;
 mod args;
 mod control;
 mod disk_source;
@@ -57,7 +58,12 @@ pub(crate) fn run(args: &ServeArgs) -> anyhow::Result<ExitCode> {
     let name = args.control().name(args.socket_path(), located.path());
     let control_path = args.control().path(&name);
     // Who has the disk cannot be seen from inside.
-    let start = interruptible(|| Ok(located.start_up(args.start_up())?))?;
+    let start = interruptible(|| located.start_up(args.start_up()).map_err(refusal::advise))?;
+    // A group is given with privileges, which the sandbox takes.
+    let access = args.access().decide();
+    args.sandbox().check_directory(args.socket_path())?;
+    let socket = args.socket()?.prepare(access.front_end)?;
+    let control_socket = args.control().bind(control_path.as_deref(), access.control)?;
     // Rings keep the credentials with which they are made.
     let sandbox = args.sandbox().enter(&located, args.socket_path(), control_path.as_deref())?;
     // The first further thread: privileges are gone, and no other thread is to wait for whoever reads the log.
@@ -81,7 +87,7 @@ pub(crate) fn run(args: &ServeArgs) -> anyhow::Result<ExitCode> {
     .map_err(refusal::explain)?;
     lease.begin(start);
 
-    let server = args.socket()?.serve()?;
+    let server = socket.serve()?;
     let source = control::Source {
         logical_block_bytes: args.logical_block_bytes().unwrap_or(located.logical_block_bytes()),
         name: name.clone(),
@@ -91,7 +97,7 @@ pub(crate) fn run(args: &ServeArgs) -> anyhow::Result<ExitCode> {
         engine: engine.control(),
     };
     // Answers until the end of the process.
-    let _control = control::serve(args.control().bind(control_path.as_deref())?, source)?;
+    let _control = control::serve(control_socket, source)?;
     let handle = server.handle();
     // Nobody else sets it.
     let _ = connections.server.set(handle.clone());

@@ -1,5 +1,6 @@
-//! Why the engine does not start, with what to change, in one line.
+//! Why the server does not start, with what to change, in one line.
 
+use ringpass_broker::disk::DiskError;
 use ringpass_broker::engine::EngineError;
 use ringpass_broker::probe::{self, Check, Status};
 
@@ -12,6 +13,15 @@ pub(super) fn explain(error: EngineError) -> anyhow::Error {
     match check {
         Some(check) => anyhow::anyhow!("{}", one_line(&check)),
         None => error.into(),
+    }
+}
+
+/// If another process has the disk: that the server can wait for it.
+pub(super) fn advise(error: DiskError) -> anyhow::Error {
+    if error.is_busy() {
+        anyhow::anyhow!("{error}, or have the server wait longer for it (--lock-wait-s)")
+    } else {
+        error.into()
     }
 }
 

@@ -6,7 +6,7 @@ use anyhow::{Context, ensure};
 use clap::{Args, ValueEnum};
 use ringpass_broker::disk::LocatedDisk;
 use ringpass_broker::ring::token_places;
-use ringpass_broker::sandbox::{Paths, Restricted, drop_privileges};
+use ringpass_broker::sandbox::{Paths, Restricted, drop_privileges, without_privileges};
 use rustix::fs::{Access, AtFlags, CWD, accessat};
 use rustix::io::Errno;
 
@@ -29,6 +29,29 @@ enum SandboxArg {
 pub(super) struct Sandbox(Option<Restricted>);
 
 impl SandboxArgs {
+    /// Makes sure that the socket can be removed again without privileges.
+    ///
+    /// # Errors
+    ///
+    /// It could not.
+    pub(super) fn check_directory(&self, socket: Option<&Path>) -> anyhow::Result<()> {
+        if self.sandbox == SandboxArg::Off {
+            return Ok(());
+        }
+        let Some(directory) = socket.map(directory_of).filter(|directory| directory.is_dir()) else {
+            return Ok(());
+        };
+        let may =
+            without_privileges(|| accessat(CWD, directory, Access::WRITE_OK | Access::EXEC_OK, AtFlags::EACCESS))?;
+        ensure!(
+            may != Err(Errno::ACCESS),
+            "{}: without privileges, which the server gives up (--sandbox), it cannot make a socket there: run it as the \
+             directory's owner, or pass an open socket with --fd",
+            directory.display()
+        );
+        Ok(())
+    }
+
     /// Gives up privileges and files, for this thread and all that it starts. To be called while there are no others, and
     /// before the first ring.
     ///
@@ -53,15 +76,6 @@ impl SandboxArgs {
             "without privileges, which the server gives up (--sandbox), it cannot open the disk any more: run it as a user who \
              may",
         )?;
-        if let Some(directory) = socket.map(directory_of) {
-            let may = accessat(CWD, directory, Access::WRITE_OK | Access::EXEC_OK, AtFlags::EACCESS);
-            ensure!(
-                may != Err(Errno::ACCESS),
-                "{}: without privileges, which the server gives up (--sandbox), it cannot make a socket there: run it as the \
-                 directory's owner, or pass an open socket with --fd",
-                directory.display()
-            );
-        }
         let places: Vec<PathBuf> = token_places();
         let paths = Paths {
             disk: disk.anchor(),
@@ -70,8 +84,8 @@ impl SandboxArgs {
             token_places: places.iter().map(PathBuf::as_path).collect(),
         };
         let restricted = unprivileged.restrict_paths(&paths)?;
-        if !restricted.has_landlock() {
-            tracing::warn!("this kernel has no Landlock: the server is confined by its user's rights to files alone");
+        if let Some(why) = restricted.why_no_landlock() {
+            tracing::warn!("{why}. Without it only its user's rights keep the server from files");
         }
         Ok(Sandbox(Some(restricted)))
     }

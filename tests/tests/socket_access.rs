@@ -1,0 +1,137 @@
+//! Who may connect to the sockets of `ringpass serve`.
+
+use std::{
+    fs::{self, File},
+    os::unix::{
+        fs::{MetadataExt, PermissionsExt},
+        process::CommandExt,
+    },
+    path::Path,
+    process::{Command, ExitCode},
+};
+
+use anyhow::{Context, Result, ensure};
+use ringpass_tests::{
+    broker_process::{self, BrokerProcess},
+    harness::{self, test},
+    needs::Need,
+};
+
+/// A group without a name, and without members.
+const GROUP: u32 = 1_234_567;
+/// A user who is nobody else on this machine.
+const USER: u32 = 1_234_568;
+
+fn main() -> ExitCode {
+    let needs = || broker_process::needs().into_iter().chain([Need::root()]);
+    harness::run(vec![
+        test("members_of_the_socket_s_group_may_connect_and_others_may_not", needs(), members_may_connect),
+        test("a_mode_is_what_was_asked_for_whatever_the_umask_is", needs(), modes_are_exact),
+        test("a_group_or_mode_that_cannot_be_is_refused_before_anything_is_made", needs(), bad_ones_are_refused),
+    ])
+}
+
+/// A directory that every user can enter, with a disk.
+fn place() -> Result<tempfile::TempDir> {
+    let directory = tempfile::tempdir()?;
+    fs::set_permissions(&directory, fs::Permissions::from_mode(0o755))?;
+    File::create(directory.path().join("disk.img"))?.set_len(1 << 20)?;
+    Ok(directory)
+}
+
+/// Whether a process of that user and group may connect: whether it may write to the socket.
+fn may_connect(socket: &Path, user: u32, group: u32) -> Result<bool> {
+    let test = Command::new("test").arg("-w").arg(socket).uid(user).gid(group).status()?;
+    Ok(test.success())
+}
+
+fn rights(socket: &Path) -> Result<(u32, u32)> {
+    let found = fs::metadata(socket).with_context(|| format!("looking at {}", socket.display()))?;
+    Ok((found.mode() & 0o7777, found.gid()))
+}
+
+fn members_may_connect() -> Result<()> {
+    let place = place()?;
+    let (socket, disk, control) =
+        (place.path().join("vm.sock"), place.path().join("disk.img"), place.path().join("vm.control"));
+    let group = GROUP.to_string();
+    let options = ["--socket-group", &group, "--control-socket-group", &group];
+    let mut server = BrokerProcess::start(&socket, &disk, &options)?;
+    server.wait_for_log("waiting for a front-end")?;
+    for socket in [&socket, &control] {
+        ensure!(rights(socket)? == (0o660, GROUP), "{}: {:?}", socket.display(), rights(socket)?);
+        ensure!(may_connect(socket, USER, GROUP)?, "a member may connect");
+        ensure!(!may_connect(socket, USER, USER)?, "somebody else may not");
+    }
+    server.terminate()?;
+    ensure!(!socket.exists() && !control.exists(), "sockets of another group are removed as well");
+    Ok(())
+}
+
+fn modes_are_exact() -> Result<()> {
+    let place = place()?;
+    let (socket, disk, control) =
+        (place.path().join("vm.sock"), place.path().join("disk.img"), place.path().join("vm.control"));
+    let own = rustix::process::getegid().as_raw();
+    for (options, mode, control_mode) in [
+        (&["--socket-mode", "0666", "--control-socket-mode", "0640"][..], 0o666, 0o640),
+        (&["--socket-mode", "600"], 0o600, 0o600),
+        // The mask of the server below.
+        (&[], 0o750, 0o600),
+    ] {
+        let mut command = Command::new("sh");
+        command.args(["-c", "umask 027 && exec \"$@\"", "sh"]).arg(broker_process::program()?);
+        command.arg("serve").arg("--socket-path").arg(&socket).arg("--blk-file").arg(&disk).args(options);
+        let mut server = BrokerProcess::spawn(command, &socket)?;
+        server.wait_for_log("waiting for a front-end")?;
+        ensure!(rights(&socket)? == (mode, own), "{options:?}: {:?}", rights(&socket)?);
+        ensure!(rights(&control)? == (control_mode, own), "{options:?}: {:?}", rights(&control)?);
+        server.terminate()?;
+    }
+    Ok(())
+}
+
+fn bad_ones_are_refused() -> Result<()> {
+    let place = place()?;
+    let (socket, disk) = (place.path().join("vm.sock"), place.path().join("disk.img"));
+    for (option, value, expected) in [
+        ("--socket-mode", "9", "octal number from 0 to 777"),
+        ("--socket-mode", "1777", "octal number from 0 to 777"),
+        ("--socket-group", "no-such-group", "getent group"),
+        ("--control-socket-mode", "rw", "octal number from 0 to 777"),
+        ("--control-socket-group", "no-such-group", "getent group"),
+    ] {
+        let output = Command::new(broker_process::program()?)
+            .arg("serve")
+            .arg("--socket-path")
+            .arg(&socket)
+            .arg("--blk-file")
+            .arg(&disk)
+            .args([option, value])
+            .output()?;
+        let text = String::from_utf8_lossy(&output.stderr).into_owned();
+        ensure!(!output.status.success() && text.contains(option) && text.contains(expected), "{text}");
+    }
+    ensure!(!socket.exists());
+
+    // A user who is no member of the group.
+    fs::set_permissions(&place, fs::Permissions::from_mode(0o777))?;
+    fs::set_permissions(&disk, fs::Permissions::from_mode(0o666))?;
+    let program = place.path().join("ringpass");
+    fs::copy(broker_process::program()?, &program)?;
+    let output = Command::new(program)
+        .arg("serve")
+        .arg("--socket-path")
+        .arg(&socket)
+        .arg("--blk-file")
+        .arg(&disk)
+        .args(["--socket-group", &GROUP.to_string()])
+        .env("RUNTIME_DIRECTORY", place.path())
+        .uid(USER)
+        .gid(USER)
+        .output()?;
+    let text = String::from_utf8_lossy(&output.stderr).into_owned();
+    ensure!(!output.status.success() && text.contains("only root and members of a group can"), "{text}");
+    ensure!(!socket.exists(), "the socket is gone");
+    Ok(())
+}
