@@ -8,7 +8,9 @@ use std::hint::black_box;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use ringpass_broker::vhost_user::DeviceMemory;
-use ringpass_broker::virtio_blk::{BlkConfig, BlkParameters, Parsed, RequestLimits, SegmentList, Serial, parse};
+use ringpass_broker::virtio_blk::{
+    BlkConfig, BlkParameters, Parsed, RequestLimits, RequestTypes, SegmentList, Serial, parse,
+};
 use ringpass_broker::virtqueue::{DescriptorChain, QueueSetup, SplitQueue};
 use vm_memory::{Bytes, GuestAddress};
 
@@ -91,7 +93,7 @@ impl Driver {
             avail_ring: GuestAddress(AVAIL_RING),
             used_ring: GuestAddress(USED_RING),
             next_avail: 0,
-            event_idx: false,
+            driver_features: 0,
             used_log_gpa: None,
             inflight: None,
         };
@@ -127,7 +129,7 @@ fn limits() -> RequestLimits {
 }
 
 fn four_kib_reads(criterion: &mut Criterion) {
-    let limits = limits();
+    let (limits, types) = (limits(), RequestTypes::negotiated(0));
     let mut group = criterion.benchmark_group("virtio_blk_parse");
     group.throughput(Throughput::Elements(CHAINS.into()));
     for (name, mut driver) in [
@@ -148,11 +150,11 @@ fn four_kib_reads(criterion: &mut Criterion) {
         group.bench_function(format!("with parsing, {name}"), |bencher| {
             bencher.iter(|| {
                 driver.round(|chain| {
-                    let Parsed::Request(request) = black_box(parse(chain, &limits, &mut segments)) else {
+                    let Parsed::Request(request) = black_box(parse(chain, &limits, types, &mut segments)) else {
                         panic!("the chains are requests")
                     };
                     black_box(segments.iovecs());
-                    request.written_bytes
+                    request.writable_bytes + 1
                 });
             });
         });

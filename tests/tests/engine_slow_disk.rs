@@ -30,7 +30,7 @@ use ringpass_tests::{
     stuck_disk::{StuckDisk, StuckKind},
 };
 use vhost::vhost_user::message::VhostUserInflight;
-use virtio_bindings::virtio_blk::VIRTIO_BLK_T_OUT;
+use virtio_bindings::{virtio_blk::VIRTIO_BLK_T_OUT, virtio_ring::VIRTIO_RING_F_EVENT_IDX};
 use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -154,7 +154,7 @@ impl Machine {
             avail_ring: GuestAddress(layout.avail_gpa),
             used_ring: GuestAddress(layout.used_gpa),
             next_avail: vring.used_idx()?,
-            event_idx: true,
+            driver_features: 1 << VIRTIO_RING_F_EVENT_IDX,
             used_log_gpa: None,
             inflight: Some(inflight),
         };

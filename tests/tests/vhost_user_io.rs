@@ -1,13 +1,17 @@
 //! The vhost-user-blk device as our own front-end sees it: every kind of request, every way of the rings.
 
-use std::{fs::File, process::ExitCode};
+use std::{
+    fs::{self, File},
+    path::{Path, PathBuf},
+    process::{Command, ExitCode},
+};
 
 use anyhow::{Context, Result, ensure};
 use ringpass_tests::{
-    broker_process,
+    broker_process::{self, BrokerProcess},
     disks::DiskKind,
     front_end::{
-        blk::{BlkDriver, SECTOR_BYTES},
+        blk::{BlkDriver, SECTOR_BYTES, range},
         load::LoadOptions,
         rig::{Rig, TestRam},
         session::{FrontEnd, Options, bit},
@@ -17,8 +21,12 @@ use ringpass_tests::{
     page_cache::unstable_pages,
     seed::Seed,
 };
+use tempfile::TempDir;
 use virtio_bindings::{
-    virtio_blk::{VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_FLUSH},
+    virtio_blk::{
+        VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_S_OK,
+        VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_WRITE_ZEROES,
+    },
     virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC},
 };
 
@@ -44,7 +52,26 @@ fn main() -> ExitCode {
         needs(DiskKind::Ext4PageCache).into_iter().chain([Need::cachestat()]),
         stability,
     ));
+    tests.push(test(
+        "requests_whose_features_were_not_negotiated_are_unsupported",
+        needs(DiskKind::Ext4PageCache),
+        not_negotiated,
+    ));
+    let squashfs_needs = [Need::program("mksquashfs", "squashfs-tools"), Need::program("mount", "mount"), squashfs()];
+    tests.push(test(
+        "a_flush_of_a_disk_on_squashfs_succeeds",
+        needs(DiskKind::Loop).into_iter().chain(squashfs_needs),
+        flush_on_squashfs,
+    ));
     harness::run(tests)
+}
+
+fn squashfs() -> Need {
+    Need::new("squashfs", || {
+        let known = fs::read_to_string("/proc/filesystems")?;
+        ensure!(known.contains("\tsquashfs\n"), "the kernel has no squashfs: `modprobe squashfs`");
+        Ok(())
+    })
 }
 
 fn every_request(kind: DiskKind) -> Result<()> {
@@ -83,6 +110,84 @@ fn every_request_of(rig: &Rig) -> Result<()> {
     ensure!(driver.read(last, 4096)? == pattern[..4096], "another content came back from the last blocks");
     ensure!(front_end.stop_vring(0)? == driver.vring().next_avail(), "another base");
     Ok(())
+}
+
+fn not_negotiated() -> Result<()> {
+    let rig = Rig::new(DiskKind::Ext4PageCache, DISK_BYTES)?;
+    let broker = rig.broker(&[])?;
+    broker.explain(not_negotiated_of(&rig))
+}
+
+fn not_negotiated_of(rig: &Rig) -> Result<()> {
+    let mut ram = TestRam::new(1, 4 << 20)?;
+    let data = [0x5a; 4096];
+    for (without, statuses) in [
+        (bit(VIRTIO_BLK_F_DISCARD), [VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_S_OK]),
+        (bit(VIRTIO_BLK_F_WRITE_ZEROES), [VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP]),
+        (bit(VIRTIO_BLK_F_DISCARD) | bit(VIRTIO_BLK_F_WRITE_ZEROES), [VIRTIO_BLK_S_UNSUPP; 2]),
+        (0, [VIRTIO_BLK_S_OK; 2]),
+    ] {
+        let front_end = FrontEnd::connect(&rig.socket(), &ram.ram, Options::default().without(without))?;
+        let mut driver = ram.driver(&front_end, 0, 4096)?;
+        for (kind, status) in [VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_WRITE_ZEROES].into_iter().zip(statuses) {
+            driver.write(0, &data)?;
+            let buffer = driver.put_data(&range(0, 8, 0))?;
+            let answer = driver.request(kind, 0, &[buffer])?;
+            ensure!(u32::from(answer.status) == status, "type {kind} without {without:#x}: {answer:?}");
+            let is_same = driver.read(0, 4096)? == data;
+            // The content after a discard is undefined.
+            ensure!(is_same || status == VIRTIO_BLK_S_OK, "type {kind} without {without:#x} was executed");
+        }
+        // Always: what is flushed is stable, whatever was negotiated.
+        driver.flush()?;
+        front_end.stop_vring(0)?;
+    }
+    Ok(())
+}
+
+/// Unmounts when the test ends, however it ends. The kernel lets go of the disk of a killed broker a moment later, so the
+/// mount goes from its place at once and for good then.
+struct Mounted(PathBuf);
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        if let Err(error) = run(Command::new("umount").arg("--lazy").arg(&self.0)) {
+            eprintln!("{error:#}");
+        }
+    }
+}
+
+fn run(command: &mut Command) -> Result<()> {
+    let output = command.output().with_context(|| format!("{command:?}"))?;
+    ensure!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
+    Ok(())
+}
+
+/// squashfs has no fsync(2).
+fn flush_on_squashfs() -> Result<()> {
+    let directory = TempDir::with_prefix("ringpass-squashfs-")?;
+    let [source, packed, mount_point] = ["source", "packed", "mounted"].map(|name| directory.path().join(name));
+    fs::create_dir(&source)?;
+    fs::create_dir(&mount_point)?;
+    let pattern: Vec<u8> = (0..1 << 20).map(|index: u32| (index * 7 / 5) as u8).collect();
+    fs::write(source.join("disk.img"), &pattern)?;
+    run(Command::new("mksquashfs").args([&source, &packed]).args(["-quiet", "-no-progress"]))?;
+    run(Command::new("mount").args(["-t", "squashfs", "-o", "loop,ro"]).args([&packed, &mount_point]))?;
+    let mounted = Mounted(mount_point);
+    let disk = mounted.0.join("disk.img");
+    let refused = File::open(&disk)?.sync_data().err().context("this squashfs has fsync: the test shows nothing")?;
+    eprintln!("fdatasync: {refused}");
+    let socket = directory.path().join("vhost.sock");
+    let broker = BrokerProcess::start(&socket, &disk, &["--read-only"])?;
+    broker.explain(flush_of(&socket, &pattern))
+}
+
+fn flush_of(socket: &Path, pattern: &[u8]) -> Result<()> {
+    let mut ram = TestRam::new(1, 4 << 20)?;
+    let front_end = FrontEnd::connect(socket, &ram.ram, Options::default())?;
+    let mut driver = ram.driver(&front_end, 0, 4096)?;
+    ensure!(driver.read(8, 4096)? == pattern[4096..8192], "another content came back");
+    driver.flush()
 }
 
 fn stability() -> Result<()> {

@@ -10,7 +10,7 @@ use std::rc::Rc;
 use io_uring::{opcode, squeue};
 use nix::libc::{self, iovec};
 use rustix::io::Errno;
-use vm_memory::Bytes;
+use vm_memory::{Bytes, GuestMemoryError};
 
 use super::bounce::{BouncePool, CHUNK_BYTES};
 use super::ring::DISK;
@@ -41,6 +41,8 @@ impl Worker<'_> {
                 }
                 Step::Transfer
             }
+            // There is nothing that it could make stable, and not all read-only file systems have fsync(2): squashfs does not.
+            Operation::Flush if self.limits.read_only() => return self.finish(number, Status::Ok),
             Operation::Flush => Step::Sync,
             Operation::Discard(_) | Operation::WriteZeroes { .. } => Step::Range,
             Operation::GetId => return self.give_id(number),
@@ -97,14 +99,13 @@ impl Worker<'_> {
         }
         match &slot.step {
             Step::Transfer => {
-                let done_bytes = slot.progress_bytes + result as u64;
-                if done_bytes == u64::from(request.data_bytes) {
+                slot.progress_bytes += result as u64;
+                if slot.progress_bytes == u64::from(request.data_bytes) {
                     return self.finish(number, Status::Ok);
                 }
                 if result == 0 {
                     return self.end_of_disk(number);
                 }
-                slot.progress_bytes = done_bytes;
                 slot.retries = 0;
                 slot.compute_rest();
                 self.submit(number);
@@ -197,8 +198,10 @@ impl Worker<'_> {
         let mut id = &self.shared.serial.as_bytes()[..];
         let written = slot.segments.iter().try_for_each(|segment| {
             let (part, rest) = id.split_at(segment.len_bytes.min(id.len()));
+            memory.write_slice(part, segment.gpa)?;
+            slot.progress_bytes += part.len() as u64;
             id = rest;
-            memory.write_slice(part, segment.gpa)
+            Ok::<_, GuestMemoryError>(())
         });
         self.finish(number, if written.is_ok() { Status::Ok } else { Status::IoError });
     }
@@ -217,10 +220,15 @@ impl Worker<'_> {
             }
         }
         let step = std::mem::replace(&mut slot.step, Step::Transfer);
+        let written_bytes = match request.operation {
+            // The kernel may have written more before it failed, and does not say how much.
+            Operation::Read { .. } | Operation::GetId => slot.progress_bytes as u32,
+            Operation::Write { .. } | Operation::Flush | Operation::Discard(_) | Operation::WriteZeroes { .. } => 0,
+        };
         self.slots.release(number);
         self.count(queue, &request, status);
-        let answer =
-            Answer { status, status_gpa: request.status_gpa, written_bytes: request.written_bytes, refusal: None };
+        let Request { status_gpa, writable_bytes, .. } = request;
+        let answer = Answer { status, status_gpa, writable_bytes, written_bytes, refusal: None };
         self.give_back(queue, head, &memory, &answer);
         if let Some(active) = self.vrings[queue].active_mut() {
             active.in_flight -= 1;
@@ -248,13 +256,14 @@ impl Worker<'_> {
     #[inline]
     pub(super) fn give_back(&mut self, queue: usize, head: u16, memory: &Rc<DeviceMemory>, answer: &Answer) {
         // The byte was in this memory when the chain was parsed; what was pending since may be answered in another.
-        let _ = memory.write_obj(answer.status.byte(), answer.status_gpa);
+        let has_status = memory.write_obj(answer.status.byte(), answer.status_gpa).is_ok();
+        let used_bytes = if has_status { answer.used_bytes() } else { answer.written_bytes };
         let Some(active) = self.vrings[queue].active_mut() else { return };
         let log = active.log.as_deref();
         if let Some(log) = log {
             log.mark(answer.status_gpa.0, 1);
         }
-        match active.queue.put_used(head, answer.written_bytes, log) {
+        match active.queue.put_used(head, used_bytes, log) {
             Ok(()) => active.has_unpublished = true,
             Err(error) => self.break_down(queue, &error),
         }

@@ -46,8 +46,9 @@ impl Worker<'_> {
         let Some(active) = self.vrings[number].active_mut() else { return };
         active.queue.record();
         let refusal = Refusal::UnknownType { request_type: request_type.number() };
-        let Reply { head, status_gpa, written_bytes, .. } = *reply;
-        let answer = Answer { status: refusal.status(), status_gpa, written_bytes, refusal: Some(refusal) };
+        let Reply { head, status_gpa, answer_bytes: writable_bytes, .. } = *reply;
+        let status = refusal.status();
+        let answer = Answer { status, status_gpa, writable_bytes, written_bytes: 0, refusal: Some(refusal) };
         self.answer(number, head, &reply.memory, &answer);
     }
 
@@ -158,9 +159,10 @@ impl Worker<'_> {
 
     fn give_reply(&mut self, number: usize, reply: &Reply, bytes: &[u8], status: Status) {
         let log = self.vrings[number].active_mut().and_then(|active| active.log.as_deref());
-        reply.write(bytes, log);
-        let Reply { head, status_gpa, written_bytes, .. } = *reply;
-        self.give_back(number, head, &reply.memory, &Answer { status, status_gpa, written_bytes, refusal: None });
+        let written_bytes = reply.write(bytes, log);
+        let Reply { head, status_gpa, answer_bytes: writable_bytes, .. } = *reply;
+        let answer = Answer { status, status_gpa, writable_bytes, written_bytes, refusal: None };
+        self.give_back(number, head, &reply.memory, &answer);
     }
 }
 

@@ -18,7 +18,7 @@ use super::worker::{Alignment, DiskInUse, Worker};
 use super::writer::Writer;
 use crate::disk::{Disk, DiskKind};
 use crate::vhost_user::{DeviceMemory, QueueEventfds};
-use crate::virtio_blk::GuestError;
+use crate::virtio_blk::{GuestError, RequestTypes};
 use crate::virtqueue::{QueueSetup, SplitQueue};
 
 impl Worker<'_> {
@@ -402,6 +402,7 @@ impl Worker<'_> {
                 let (eventfds, stop) = (std::mem::take(&mut start.eventfds), start.stop.take());
                 let active = Active {
                     queue,
+                    request_types: RequestTypes::negotiated(start.setup.driver_features),
                     memory,
                     eventfds,
                     in_flight: 0,

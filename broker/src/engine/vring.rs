@@ -11,6 +11,7 @@ use super::command::{Reply, WhichEventfd};
 use super::counters::QueueCounters;
 use super::eventfd::{Eventfds, Kick, Signal};
 use crate::vhost_user::DeviceMemory;
+use crate::virtio_blk::RequestTypes;
 use crate::virtqueue::{DirtyLog, QueueSetup, SplitQueue};
 
 /// What a vring does now.
@@ -45,6 +46,8 @@ pub(super) struct Start {
 #[derive(Debug)]
 pub(super) struct Active {
     pub(super) queue: SplitQueue,
+    /// What its driver may ask for.
+    pub(super) request_types: RequestTypes,
     /// What new chains are taken from, and where the rings are.
     pub(super) memory: Rc<DeviceMemory>,
     pub(super) eventfds: Eventfds,

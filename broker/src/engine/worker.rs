@@ -206,7 +206,7 @@ impl<'r> Worker<'r> {
             let Some(slot_number) = self.slots.find() else { return taken > 0 };
             let vring = &mut self.vrings[number];
             let Some((active, takes)) = vring.taking_or_replaying_mut() else { return taken > 0 };
-            let memory = Rc::clone(&active.memory);
+            let (memory, request_types) = (Rc::clone(&active.memory), active.request_types);
             let popped = match takes {
                 Takes::Everything => active.queue.pop_unrecorded(&memory),
                 Takes::Replay => Ok(active.queue.pop_replay(&memory)),
@@ -224,7 +224,7 @@ impl<'r> Worker<'r> {
             self.is_unsettled |= takes == Takes::Replay;
             let head = chain.head();
             let slot = self.slots.get(slot_number);
-            let parsed = parse(chain, &self.limits, &mut slot.segments);
+            let parsed = parse(chain, &self.limits, request_types, &mut slot.segments);
             if let Parsed::Interface(request) = &parsed {
                 let (reply, payload) = InterfaceReply::new(head, request, memory, &slot.segments);
                 self.take_interface(number, request.request_type, reply, &payload);

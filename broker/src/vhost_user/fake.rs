@@ -55,7 +55,7 @@ pub(super) struct Started {
     /// Descriptor table, available ring, used ring.
     pub(super) gpas: [u64; 3],
     pub(super) next_avail: u16,
-    pub(super) event_idx: bool,
+    pub(super) driver_features: u64,
     pub(super) used_log_gpa: Option<u64>,
     pub(super) is_tracked: bool,
     /// Kick, call, error.
@@ -193,7 +193,7 @@ impl Device for FakeDevice {
             size: setup.size,
             gpas: [setup.desc_table.0, setup.avail_ring.0, setup.used_ring.0],
             next_avail: setup.next_avail,
-            event_idx: setup.event_idx,
+            driver_features: setup.driver_features,
             used_log_gpa: setup.used_log_gpa,
             is_tracked: setup.inflight.is_some(),
             eventfds: [eventfds.kick.is_some(), eventfds.call.is_some(), eventfds.err.is_some()],

@@ -48,10 +48,14 @@ impl CacheMode {
 
     /// The value of `writeback` in the configuration space: true if writes are volatile until they are flushed, false if
     /// each must be stable when it completes.
+    ///
+    /// Always 0 for a driver without VIRTIO_BLK_F_FLUSH. VIRTIO 1.2 (5.2.5.2) has it start so, and a front-end does not tell
+    /// where one driver ends and the next begins: what the last one wrote must not count for a driver that cannot flush.
+    /// Such a driver may write 1 and gets what it can use, stable writes.
     pub fn writeback(&self) -> bool {
         let Some(features) = self.driver_features else { return true };
-        let can_flush = has(features, VIRTIO_BLK_F_FLUSH);
-        if has(features, VIRTIO_BLK_F_CONFIG_WCE) { self.chosen.unwrap_or(can_flush) } else { can_flush }
+        let has_chosen_write_through = has(features, VIRTIO_BLK_F_CONFIG_WCE) && self.chosen == Some(false);
+        has(features, VIRTIO_BLK_F_FLUSH) && !has_chosen_write_through
     }
 
     /// The driver writes to the configuration space; the only field for that is `writeback`, with 0 or 1.
@@ -110,6 +114,34 @@ mod tests {
         assert!(!negotiated(0).writeback());
         assert!(!negotiated(CONFIG_WCE).writeback(), "VIRTIO 1.2, 5.2.5.2: writeback starts as 0");
         assert!(negotiated(FLUSH | CONFIG_WCE).writeback());
+    }
+
+    /// VIRTIO 1.2, 5.2.5.1, 5.2.5.2 and 5.2.6.2: each pair of features, whatever this driver or an earlier one has written.
+    #[test]
+    fn writeback_is_0_without_flush_and_1_with_it_unless_a_driver_with_config_wce_wrote_0() {
+        for (features, written, writeback) in [
+            (0, None, false),
+            (0, Some(0), false),
+            (0, Some(1), false),
+            (CONFIG_WCE, None, false),
+            (CONFIG_WCE, Some(0), false),
+            (CONFIG_WCE, Some(1), false),
+            (FLUSH, None, true),
+            (FLUSH, Some(0), true),
+            (FLUSH, Some(1), true),
+            (FLUSH | CONFIG_WCE, None, true),
+            (FLUSH | CONFIG_WCE, Some(0), false),
+            (FLUSH | CONFIG_WCE, Some(1), true),
+        ] {
+            // By an earlier driver, and before this one's features come.
+            for first in [Some(FLUSH | CONFIG_WCE), None] {
+                let mut mode = CacheMode::new();
+                first.into_iter().for_each(|features| mode.set_driver_features(features));
+                written.into_iter().for_each(|value| mode.write_config(32, &[value]).unwrap());
+                mode.set_driver_features(features);
+                assert_eq!(mode.writeback(), writeback, "{features:#x}, {written:?} written after {first:?}");
+            }
+        }
     }
 
     #[test]

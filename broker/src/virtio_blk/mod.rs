@@ -2,6 +2,7 @@
 //!
 //! - [`BlkConfig`]: the device's features and its configuration space, and the [`RequestLimits`] that follow.
 //! - [`CacheMode`]: write-back or write-through, as negotiated and as the driver wrote it.
+//! - [`RequestTypes`]: what the features that were negotiated allow a driver to ask for.
 //! - [`parse`]: one descriptor chain into one checked [`Request`], or into the answer that it gets at once.
 //! - [`Status`]: the last byte of each request.
 //! - [`GuestErrors`]: what guests do wrong, counted, and logged at a bounded rate.
@@ -18,6 +19,7 @@ mod guest_errors;
 mod limits;
 mod refusal;
 mod request;
+mod request_types;
 mod segments;
 mod serial;
 mod status;
@@ -28,6 +30,7 @@ pub use guest_errors::{GuestError, GuestErrors};
 pub use limits::{DiscardLimits, MAX_DISCARD_SECTORS, MAX_WRITE_ZEROES_SECTORS, RequestLimits, WriteZeroesLimits};
 pub use refusal::{Refusal, Unanswerable};
 pub use request::{Answer, ByteRange, InterfaceRequest, Operation, Parsed, Request, parse};
+pub use request_types::RequestTypes;
 pub use segments::{Segment, SegmentList};
 pub use serial::{Serial, SerialError};
 pub use status::Status;

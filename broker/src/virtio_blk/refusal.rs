@@ -45,11 +45,19 @@ pub enum Refusal {
     /// There are more pieces of data than there is room for. Drivers that keep to `seg_max` do not get here.
     #[error("the request has more data segments than the device takes (seg_max)")]
     TooManySegments,
-    /// The device does not know the type, or did not offer it.
+    /// The device does not know the type.
     #[error("the request type {request_type} is not supported")]
     UnknownType {
         /// The `type` field.
         request_type: u32,
+    },
+    /// The driver did not accept the feature that the type belongs to, or the device did not offer it.
+    #[error("a request of type {request_type} needs {feature}, which was not negotiated")]
+    NotNegotiated {
+        /// The `type` field.
+        request_type: u32,
+        /// Name of the feature.
+        feature: &'static str,
     },
     /// There is data in the direction that the type does not have.
     #[error("a request of type {request_type} has {len_bytes} bytes of data in the wrong direction")]
@@ -119,7 +127,13 @@ impl Refusal {
     /// What the driver is told (VIRTIO 1.2, 5.2.6.2).
     pub fn status(self) -> Status {
         match self {
-            Self::UnknownType { .. } | Self::TooManyRanges { .. } | Self::Flags { .. } => Status::Unsupported,
+            // As QEMU's devices say of several ranges. VIRTIO 1.2 forbids drivers to send more than `max_discard_seg`
+            // (5.2.6.1) and leaves the status to the device, but demands this one if any range has an unknown flag
+            // (5.2.6.2). The flags of ranges behind the first are not read, so that this is the status which is right
+            // whatever they are. A driver that hears it does without the operation, as Linux does, or sends one range
+            // at a time; IOERR would look like a bad disk.
+            Self::TooManyRanges { .. } => Status::Unsupported,
+            Self::UnknownType { .. } | Self::NotNegotiated { .. } | Self::Flags { .. } => Status::Unsupported,
             Self::ShortHeader { .. }
             | Self::OutsideMemory { .. }
             | Self::ReadableAfterWritable

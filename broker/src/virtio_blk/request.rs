@@ -8,7 +8,8 @@ use virtio_bindings::virtio_blk::{
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::chain::{Chain, HEADER_BYTES};
-use super::{Refusal, RequestLimits, SECTOR_BYTES, SegmentList, Status, Unanswerable};
+use super::request_types::refusal;
+use super::{Refusal, RequestLimits, RequestTypes, SECTOR_BYTES, SegmentList, Status, Unanswerable};
 use crate::virtqueue::DescriptorChain;
 
 /// `sector`, `num_sectors` and `flags` of `struct virtio_blk_discard_write_zeroes`.
@@ -50,12 +51,10 @@ pub struct InterfaceRequest {
     pub request_type: RequestType,
     /// Length of the payload: the first bytes in the segment list.
     pub payload_bytes: u32,
-    /// Room for the answer: the rest of the segment list.
+    /// Room for the answer: the rest of the segment list, and all device-writable bytes before the status.
     pub answer_bytes: u32,
     /// Where the status goes: one byte, in the guest's memory.
     pub status_gpa: GuestAddress,
-    /// The length for the used ring, as in [`Request::written_bytes`].
-    pub written_bytes: u32,
 }
 
 /// What a request asks for. Everything is within the capacity, aligned to logical blocks and allowed.
@@ -95,28 +94,52 @@ pub struct ByteRange {
     pub len_bytes: u64,
 }
 
-/// The end of a request for which nothing has to be done.
+/// The end of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Answer {
     /// The status.
     pub status: Status,
     /// Where it goes: one byte, in the guest's memory.
     pub status_gpa: GuestAddress,
-    /// The length for the used ring, as in [`Request::written_bytes`].
+    /// Device-writable bytes before the status.
+    pub writable_bytes: u32,
+    /// How many of them the device has certainly written, from the first on.
     pub written_bytes: u32,
     /// What was wrong, for [`GuestErrors`](super::GuestErrors). `None`: nothing; the request has no sectors.
     pub refusal: Option<Refusal>,
 }
 
+impl Answer {
+    /// The length for the used ring.
+    ///
+    /// "The device MUST write at least `len` bytes to descriptor, beginning at the first device-writable buffer" (VIRTIO 1.2,
+    /// 2.7.8.2), and drivers take the first `len` bytes for overwritten. So the status, which is the last byte, counts only
+    /// if all bytes before it were written: a read that fails before its first byte has a length of 0, although its status was
+    /// written. Too small a length is allowed. Drivers find the status without it (Linux, SeaBIOS and viostor do).
+    #[inline]
+    pub fn used_bytes(&self) -> u32 {
+        if self.written_bytes >= self.writable_bytes {
+            self.writable_bytes.saturating_add(1)
+        } else {
+            self.written_bytes
+        }
+    }
+}
+
 /// Checks a descriptor chain, which is read once.
 ///
-/// `segments` gets the addresses of the data in the chain's memory.
+/// `types` are the driver's. `segments` gets the addresses of the data in the chain's memory.
 ///
-/// Refused are requests that VIRTIO 1.2 (5.2.6) forbids drivers to send, those that are not in whole logical blocks, and
-/// those with data in a direction that their type does not have. A flush may have data, which is ignored, and a buffer for
-/// the ID may be longer than 20 bytes.
+/// Refused are types that the driver may not use, requests that VIRTIO 1.2 (5.2.6) forbids drivers to send, those that are
+/// not in whole logical blocks, and those with data in a direction that their type does not have. A flush may have data,
+/// which is ignored, and a buffer for the ID may be longer than 20 bytes.
 #[inline]
-pub fn parse(chain: DescriptorChain<'_>, limits: &RequestLimits, segments: &mut SegmentList) -> Parsed {
+pub fn parse(
+    chain: DescriptorChain<'_>,
+    limits: &RequestLimits,
+    types: RequestTypes,
+    segments: &mut SegmentList,
+) -> Parsed {
     segments.clear();
     let memory = chain.memory();
     let chain = match Chain::walk(chain, segments) {
@@ -126,23 +149,17 @@ pub fn parse(chain: DescriptorChain<'_>, limits: &RequestLimits, segments: &mut 
             return Parsed::Malformed(error);
         }
     };
-    let written_bytes = chain.writable_bytes.saturating_add(1);
     if let Some(request_type) = interface_request(&chain) {
         let Chain { readable_bytes: payload_bytes, writable_bytes: answer_bytes, status_gpa, .. } = chain;
-        return Parsed::Interface(InterfaceRequest {
-            request_type,
-            payload_bytes,
-            answer_bytes,
-            status_gpa,
-            written_bytes,
-        });
+        return Parsed::Interface(InterfaceRequest { request_type, payload_bytes, answer_bytes, status_gpa });
     }
-    match check(&chain, memory, limits, segments) {
+    match check(&chain, memory, limits, types, segments) {
         Ok(Some((operation, data_bytes))) => {
-            Parsed::Request(Request { operation, data_bytes, status_gpa: chain.status_gpa, written_bytes })
+            let Chain { writable_bytes, status_gpa, .. } = chain;
+            Parsed::Request(Request { operation, data_bytes, status_gpa, writable_bytes })
         }
-        Ok(None) => answer(&chain, written_bytes, None, segments),
-        Err(refusal) => answer(&chain, written_bytes, Some(refusal), segments),
+        Ok(None) => answer(&chain, None, segments),
+        Err(refusal) => answer(&chain, Some(refusal), segments),
     }
 }
 
@@ -154,10 +171,11 @@ fn interface_request(chain: &Chain) -> Option<RequestType> {
 }
 
 #[cold]
-fn answer(chain: &Chain, written_bytes: u32, refusal: Option<Refusal>, segments: &mut SegmentList) -> Parsed {
+fn answer(chain: &Chain, refusal: Option<Refusal>, segments: &mut SegmentList) -> Parsed {
     segments.clear();
     let status = refusal.map_or(Status::Ok, Refusal::status);
-    Parsed::Answer(Answer { status, status_gpa: chain.status_gpa, written_bytes, refusal })
+    let Chain { writable_bytes, status_gpa, .. } = *chain;
+    Parsed::Answer(Answer { status, status_gpa, writable_bytes, written_bytes: 0, refusal })
 }
 
 /// The operation and the length of its data. `None`: there is nothing to do.
@@ -165,6 +183,7 @@ fn check(
     chain: &Chain,
     memory: &GuestMemoryMmap<()>,
     limits: &RequestLimits,
+    types: RequestTypes,
     segments: &mut SegmentList,
 ) -> Result<Option<(Operation, u32)>, Refusal> {
     if let Some(refusal) = chain.refusal {
@@ -172,6 +191,7 @@ fn check(
     }
     let header = Header::from_bytes(chain.header);
     let request_type = header.request_type;
+    types.check(request_type)?;
     let Chain { readable_bytes, writable_bytes, .. } = *chain;
     let no_data = |len_bytes| {
         if len_bytes == 0 { Ok(()) } else { Err(Refusal::WrongDirection { request_type, len_bytes }) }
@@ -201,14 +221,13 @@ fn check(
             Ok(Some((Operation::GetId, VIRTIO_BLK_ID_BYTES)))
         }
         VIRTIO_BLK_T_DISCARD | VIRTIO_BLK_T_WRITE_ZEROES => {
-            limits.check_writable(request_type)?;
             let max_sectors = limits.max_range_sectors(request_type)?;
             no_data(writable_bytes)?;
             let range = Range::read(request_type, readable_bytes, memory, segments)?;
             segments.clear();
             Ok(limits.range_operation(request_type, &range, max_sectors)?.map(|operation| (operation, 0)))
         }
-        _ => Err(Refusal::UnknownType { request_type }),
+        _ => Err(refusal(request_type)),
     }
 }
 
@@ -296,7 +315,7 @@ impl RequestLimits {
             VIRTIO_BLK_T_DISCARD => self.discard.map(|limits| limits.max_sectors),
             _ => self.write_zeroes.map(|limits| limits.max_sectors),
         };
-        max_sectors.ok_or(Refusal::UnknownType { request_type })
+        max_sectors.ok_or_else(|| refusal(request_type))
     }
 
     fn range_operation(

@@ -3,7 +3,9 @@
 use std::collections::VecDeque;
 use std::sync::atomic::{Ordering, fence};
 
-use virtio_bindings::bindings::virtio_ring::{VRING_AVAIL_F_NO_INTERRUPT, VRING_USED_F_NO_NOTIFY};
+use virtio_bindings::bindings::virtio_ring::{
+    VIRTIO_RING_F_EVENT_IDX, VRING_AVAIL_F_NO_INTERRUPT, VRING_USED_F_NO_NOTIFY,
+};
 use vm_memory::{GuestAddress, GuestMemoryMmap};
 
 use super::chain::DescriptorChain;
@@ -26,12 +28,20 @@ pub struct QueueSetup {
     pub used_ring: GuestAddress,
     /// Index of the next available entry to take (VHOST_USER_SET_VRING_BASE).
     pub next_avail: u16,
-    /// Whether VIRTIO_RING_F_EVENT_IDX was accepted.
-    pub event_idx: bool,
+    /// The VIRTIO features that the driver has accepted: those of the ring, and those of the device, which tell what the
+    /// requests in it may be.
+    pub driver_features: u64,
     /// Where the used ring is for the dirty log (VHOST_USER_SET_VRING_ADDR with VHOST_VRING_F_LOG).
     pub used_log_gpa: Option<u64>,
     /// This queue's part of the in-flight region, if the front-end keeps one.
     pub inflight: Option<InflightQueue>,
+}
+
+impl QueueSetup {
+    /// Whether VIRTIO_RING_F_EVENT_IDX was accepted.
+    pub fn event_idx(&self) -> bool {
+        self.driver_features & 1 << VIRTIO_RING_F_EVENT_IDX != 0
+    }
 }
 
 /// Whose a chain is, by its head.
@@ -84,8 +94,8 @@ impl SplitQueue {
     /// The size or an address breaks the rules of VIRTIO 1.2, 2.7, a ring is not all in one region of `memory`, or the
     /// in-flight region does not belong to this queue.
     pub fn new(setup: QueueSetup, memory: &GuestMemoryMmap) -> Result<Self, QueueError> {
-        let QueueSetup { size, desc_table, avail_ring, used_ring, next_avail, event_idx, used_log_gpa, inflight } =
-            setup;
+        let event_idx = setup.event_idx();
+        let QueueSetup { size, desc_table, avail_ring, used_ring, next_avail, used_log_gpa, inflight, .. } = setup;
         let addresses = RingAddresses { desc_table, avail_ring, used_ring };
         let rings = Rings::locate(size, addresses, event_idx, memory)?;
         let next_used = rings.used_idx();

@@ -17,8 +17,8 @@ pub(in crate::engine) struct Reply {
     /// The guest's memory as it is now. The places of the answer were in it when the chain was parsed.
     pub(in crate::engine) memory: Rc<DeviceMemory>,
     pub(in crate::engine) status_gpa: GuestAddress,
-    /// The length for the used ring.
-    pub(in crate::engine) written_bytes: u32,
+    /// Device-writable bytes before the status.
+    pub(in crate::engine) answer_bytes: u32,
     /// Room for the answer, in its order.
     places: Vec<(GuestAddress, usize)>,
 }
@@ -48,21 +48,28 @@ impl Reply {
                 places.push((gpa, segment.len_bytes - readable));
             }
         }
-        let InterfaceRequest { status_gpa, written_bytes, .. } = *request;
-        (Self { head, memory, status_gpa, written_bytes, places }, payload)
+        let InterfaceRequest { status_gpa, answer_bytes, .. } = *request;
+        (Self { head, memory, status_gpa, answer_bytes, places }, payload)
     }
 
-    /// Writes as much of the answer as there is room for. The status is written when the chain is given back.
-    pub(in crate::engine) fn write(&self, answer: &[u8], log: Option<&DirtyLog>) {
+    /// Writes as much of the answer as there is room for, and gives the number of bytes. The status is written when the
+    /// chain is given back.
+    pub(in crate::engine) fn write(&self, answer: &[u8], log: Option<&DirtyLog>) -> u32 {
         let mut rest = answer;
+        let mut written_bytes = 0;
         for &(gpa, len_bytes) in &self.places {
             let (part, later) = rest.split_at(len_bytes.min(rest.len()));
             rest = later;
-            // A place may have left since, and then nobody reads the answer.
-            let _ = self.memory.write_slice(part, gpa);
+            let is_written = self.memory.write_slice(part, gpa).is_ok();
             if let Some(log) = log {
                 log.mark(gpa.0, part.len() as u64);
             }
+            if !is_written {
+                // The place has left the guest's memory since. What comes after it does not count (VIRTIO 1.2, 2.7.8.2).
+                break;
+            }
+            written_bytes += part.len() as u32;
         }
+        written_bytes
     }
 }

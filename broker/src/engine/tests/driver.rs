@@ -7,6 +7,7 @@ use std::sync::atomic::{Ordering, fence};
 use std::time::{Duration, Instant};
 
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use vmm_sys_util::poll::PollContext;
@@ -82,6 +83,8 @@ pub(super) struct DriverQueue {
     used: u64,
     indirect_tables: u64,
     pub(super) event_idx: bool,
+    /// The features that its driver accepted of the device.
+    pub(super) blk_features: u64,
     pub(super) indirect: bool,
     free: Vec<u16>,
     chains: HashMap<u16, Vec<u16>>,
@@ -110,6 +113,7 @@ impl DriverQueue {
             used: gpa + 0x8000,
             indirect_tables: gpa + 0x1_0000,
             event_idx: false,
+            blk_features: !(1 << VIRTIO_RING_F_EVENT_IDX),
             indirect: false,
             free: (0..size).rev().collect(),
             chains: HashMap::new(),
@@ -127,7 +131,7 @@ impl DriverQueue {
             avail_ring: GuestAddress(self.avail),
             used_ring: GuestAddress(self.used),
             next_avail,
-            event_idx: self.event_idx,
+            driver_features: self.blk_features | u64::from(self.event_idx) << VIRTIO_RING_F_EVENT_IDX,
             used_log_gpa: Some(self.used),
             inflight,
         }

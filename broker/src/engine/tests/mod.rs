@@ -7,6 +7,8 @@ mod disk;
 mod driver;
 mod epochs;
 mod front_end;
+mod lengths;
+mod negotiation;
 mod requests;
 mod rig;
 mod ring_driver;

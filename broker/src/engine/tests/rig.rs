@@ -378,7 +378,16 @@ impl BlockDriver {
     }
 
     pub(super) fn id(&mut self) -> Outcome {
-        self.request(VIRTIO_BLK_T_GET_ID, 0, &[], 20)
+        self.id_in(20)
+    }
+
+    /// The ID in a buffer of this length.
+    pub(super) fn id_in(&mut self, room_bytes: u32) -> Outcome {
+        self.request(VIRTIO_BLK_T_GET_ID, 0, &[], room_bytes)
+    }
+
+    pub(super) fn add_discard(&mut self, sector: u64, sectors: u32) -> u16 {
+        self.add(VIRTIO_BLK_T_DISCARD, 0, &range(sector, sectors, 0), 0)
     }
 
     pub(super) fn discard(&mut self, sector: u64, sectors: u32) -> Outcome {

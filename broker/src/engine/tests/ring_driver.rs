@@ -167,6 +167,12 @@ impl FirstQueue {
         self.interface.outcome(OTHER_PLACE)
     }
 
+    /// Sends any request, and waits for the next that ends: the length of that in the used ring.
+    pub(super) fn used_bytes(&mut self, kind: u32, payload: &[u8]) -> u32 {
+        self.interface.send(&mut self.queue, OTHER_PLACE, kind, payload);
+        self.queue.wait_by_polling().len_bytes
+    }
+
     pub(super) fn detach(&mut self, queue: u16) -> (u32, u32, u8) {
         let payload = DetachPayload { queue: queue.into(), ..DetachPayload::default() };
         self.other(T_DETACH, &payload.to_bytes())

@@ -14,7 +14,9 @@ mod vring;
 use std::os::fd::OwnedFd;
 
 use tracing::{debug, warn};
-use vhost::vhost_user::message::{VHOST_USER_CONFIG_OFFSET, VHOST_USER_CONFIG_SIZE, VhostUserProtocolFeatures};
+use vhost::vhost_user::message::{
+    FrontendReq, VHOST_USER_CONFIG_OFFSET, VHOST_USER_CONFIG_SIZE, VhostUserProtocolFeatures,
+};
 
 use self::error::request_name;
 pub use self::error::{RequestError, SessionError};

@@ -3,7 +3,6 @@
 use tracing::debug;
 use vhost::vhost_user::message::VhostUserProtocolFeatures;
 use virtio_bindings::virtio_config::{VIRTIO_F_ACCESS_PLATFORM, VIRTIO_F_IN_ORDER, VIRTIO_F_RING_PACKED};
-use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 
 use super::{RequestError, Session};
 
@@ -58,8 +57,9 @@ impl Negotiation {
         if self.has(feature) { Ok(()) } else { Err(RequestError::NotNegotiated { feature: name }) }
     }
 
-    pub(super) fn has_event_idx(&self) -> bool {
-        self.driver_features.unwrap_or(0) & 1 << VIRTIO_RING_F_EVENT_IDX != 0
+    /// The driver's features for a ring that starts. A driver that has not said anything has accepted nothing.
+    pub(super) fn driver_features(&self) -> u64 {
+        self.driver_features.unwrap_or(0)
     }
 
     /// Whether rings are enabled before SET_VRING_ENABLE says anything.

@@ -11,6 +11,7 @@
 use std::os::fd::OwnedFd;
 
 use tracing::{debug, warn};
+use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -132,7 +133,8 @@ impl Session<'_> {
             Ok(size) if size.is_power_of_two() && size <= max => size,
             _ => return Err(RingFault::Size { size: asked, max }.into()),
         };
-        let event_idx = self.negotiation.has_event_idx();
+        let driver_features = self.negotiation.driver_features();
+        let event_idx = driver_features & 1 << VIRTIO_RING_F_EVENT_IDX != 0;
         let mut found = [GuestAddress(0); 3];
         for (gpa, (part, user_address)) in found.iter_mut().zip(parts(addresses)) {
             let event_bytes = if event_idx { part.event_bytes } else { 0 };
@@ -146,7 +148,7 @@ impl Session<'_> {
             avail_ring,
             used_ring,
             next_avail: vring.next_avail,
-            event_idx,
+            driver_features,
             used_log_gpa: vring.used_log_gpa,
             inflight: self.inflight_queue(index, size)?,
         })

@@ -11,7 +11,9 @@ use vm_memory::GuestAddress;
 pub(super) use scene::{HEADER_GPA, INDIRECT_GPA, Scene, TABLE_ENTRIES};
 
 use self::model::Expected;
-use super::{BlkConfig, BlkParameters, DiscardLimits, Parsed, RequestLimits, SegmentList, WriteZeroesLimits, parse};
+use super::{
+    BlkConfig, BlkParameters, DiscardLimits, Parsed, RequestLimits, RequestTypes, SegmentList, WriteZeroesLimits, parse,
+};
 use crate::fuzzing::Choices;
 use virtio_queue::desc::split::Descriptor;
 
@@ -30,18 +32,26 @@ pub fn parse_chain(bytes: &[u8]) {
 fn parse_and_check(bytes: &[u8]) -> Parsed {
     let mut choices = Choices::new(bytes);
     let limits = limits(&mut choices);
+    // More often than not a driver accepts what it is offered.
+    let driver_features = [u64::MAX, u64::MAX, u64::from(choices.byte()) << 8, 0][choices.below(4)];
     let mut segments = SegmentList::with_capacity([1, 2, 3, 128][choices.below(4)]);
     let mut scene = Scene::new();
     let head = fill(&mut scene, &mut choices);
-    check(&mut scene, head, &limits, &mut segments)
+    check(&mut scene, head, &limits, driver_features, &mut segments)
 }
 
 /// Parses one chain and compares it with the model.
-pub(super) fn check(scene: &mut Scene, head: u16, limits: &RequestLimits, segments: &mut SegmentList) -> Parsed {
+pub(super) fn check(
+    scene: &mut Scene,
+    head: u16,
+    limits: &RequestLimits,
+    driver_features: u64,
+    segments: &mut SegmentList,
+) -> Parsed {
     // Before the model looks at memory: the chain's buffers may be the available ring.
     scene.offer(head);
-    let expected = model::parse(scene, head, limits, segments.capacity());
-    let parsed = parse(scene.take(), limits, segments);
+    let expected = model::parse(scene, head, limits, driver_features, segments.capacity());
+    let parsed = parse(scene.take(), limits, RequestTypes::negotiated(driver_features), segments);
     let data: Vec<_> = segments
         .iter()
         .flat_map(|segment| {
@@ -57,11 +67,7 @@ pub(super) fn check(scene: &mut Scene, head: u16, limits: &RequestLimits, segmen
         Parsed::Answer(answer) => {
             assert!(segments.is_empty());
             assert_eq!(answer.refusal.map_or(super::Status::Ok, super::Refusal::status), answer.status);
-            Expected::Answer {
-                status: answer.status,
-                status_gpa: answer.status_gpa,
-                written_bytes: answer.written_bytes,
-            }
+            Expected::Answer { status: answer.status, status_gpa: answer.status_gpa, used_bytes: answer.used_bytes() }
         }
         Parsed::Interface(request) => {
             assert_eq!(data.len() as u64, u64::from(request.payload_bytes) + u64::from(request.answer_bytes));

@@ -15,7 +15,7 @@ const LONGEST_IN_MEMORY_BYTES: u64 = 0x1_0000;
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Expected {
     Request { request: Request, data: Vec<(u64, *mut u8)> },
-    Answer { status: Status, status_gpa: GuestAddress, written_bytes: u32 },
+    Answer { status: Status, status_gpa: GuestAddress, used_bytes: u32 },
     Interface { request: InterfaceRequest, data: Vec<(u64, *mut u8)> },
     Malformed,
 }
@@ -26,7 +26,7 @@ struct Buffer {
     is_writable: bool,
 }
 
-pub(super) fn parse(scene: &Scene, head: u16, limits: &RequestLimits, room: usize) -> Expected {
+pub(super) fn parse(scene: &Scene, head: u16, limits: &RequestLimits, driver_features: u64, room: usize) -> Expected {
     let Some(buffers) = buffers(scene, head) else { return Expected::Malformed };
     let Some(last) = buffers.iter().rfind(|buffer| buffer.is_writable) else { return Expected::Malformed };
     let status_gpa = last.gpa.wrapping_add(last.len_bytes - 1);
@@ -35,13 +35,15 @@ pub(super) fn parse(scene: &Scene, head: u16, limits: &RequestLimits, room: usiz
     }
     let total_writable: u64 = buffers.iter().filter(|buffer| buffer.is_writable).map(|buffer| buffer.len_bytes).sum();
     let status_gpa = GuestAddress(status_gpa);
-    let written_bytes = total_writable.min(u32::MAX.into()) as u32;
+    let writable_bytes = (total_writable - 1).min(u32::MAX.into()) as u32;
+    // Nothing but the status is written: it counts if it is the first byte.
+    let used_bytes = u32::from(total_writable == 1);
     let mut interface = None;
     let meaning = parts(scene, &buffers, room).and_then(|parts| match interface_request(parts.request_type()) {
-        None => meaning(scene, parts, limits),
+        None => meaning(scene, parts, limits, driver_features),
         Some(request_type) => {
             let (payload_bytes, answer_bytes) = (parts.readable.len() as u32, parts.writable.len() as u32);
-            let request = InterfaceRequest { request_type, payload_bytes, answer_bytes, status_gpa, written_bytes };
+            let request = InterfaceRequest { request_type, payload_bytes, answer_bytes, status_gpa };
             interface = Some((request, [parts.readable, parts.writable].concat()));
             Ok((None, Vec::new()))
         }
@@ -52,10 +54,10 @@ pub(super) fn parse(scene: &Scene, head: u16, limits: &RequestLimits, room: usiz
     match meaning {
         Ok((Some(operation), data)) => {
             let data_bytes = data.len() as u32;
-            Expected::Request { request: Request { operation, data_bytes, status_gpa, written_bytes }, data }
+            Expected::Request { request: Request { operation, data_bytes, status_gpa, writable_bytes }, data }
         }
-        Ok((None, _)) => Expected::Answer { status: Status::Ok, status_gpa, written_bytes },
-        Err(status) => Expected::Answer { status, status_gpa, written_bytes },
+        Ok((None, _)) => Expected::Answer { status: Status::Ok, status_gpa, used_bytes },
+        Err(status) => Expected::Answer { status, status_gpa, used_bytes },
     }
 }
 
@@ -151,7 +153,7 @@ fn parts(scene: &Scene, buffers: &[Buffer], room: usize) -> Result<Parts, Status
     Ok(Parts { header: header.try_into().expect("16 bytes were split off"), readable: data, writable })
 }
 
-fn meaning(scene: &Scene, parts: Parts, limits: &RequestLimits) -> Result<Meaning, Status> {
+fn meaning(scene: &Scene, parts: Parts, limits: &RequestLimits, driver_features: u64) -> Result<Meaning, Status> {
     let request_type = parts.request_type();
     let Parts { header, readable: data, mut writable } = parts;
     let sector = u64::from_le_bytes(header[8..].try_into().expect("8 bytes are left"));
@@ -170,6 +172,9 @@ fn meaning(scene: &Scene, parts: Parts, limits: &RequestLimits) -> Result<Meanin
             writable.truncate(20);
             Ok((Some(Operation::GetId), writable))
         }
+        // Their features are bits 13 and 14.
+        11 if driver_features >> 13 & 1 == 0 => Err(Status::Unsupported),
+        13 if driver_features >> 14 & 1 == 0 => Err(Status::Unsupported),
         request_type @ (11 | 13) => {
             let range: Vec<u8> = data.iter().filter_map(|&(gpa, _)| scene.byte(gpa)).collect();
             Ok((range_operation(request_type, &range, writable.is_empty(), limits)?, Vec::new()))
@@ -185,9 +190,6 @@ fn range_operation(
     is_direction_right: bool,
     limits: &RequestLimits,
 ) -> Result<Option<Operation>, Status> {
-    if limits.read_only {
-        return Err(Status::IoError);
-    }
     let is_discard = request_type == 11;
     let max_sectors = if is_discard {
         limits.discard.map(|limits| limits.max_sectors)

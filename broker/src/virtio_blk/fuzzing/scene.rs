@@ -49,7 +49,7 @@ impl Scene {
             avail_ring: GuestAddress(AVAIL_GPA),
             used_ring: GuestAddress(USED_GPA),
             next_avail: 0,
-            event_idx: false,
+            driver_features: 0,
             used_log_gpa: None,
             inflight: None,
         };

@@ -67,6 +67,7 @@ fn the_arbitrary_chains_reach_every_outcome() {
         "IndirectWithNext",
         "Loop",
         "NoStatus",
+        "NotNegotiated",
         "NothingToDo",
         "OutsideMemory",
         "Probe",

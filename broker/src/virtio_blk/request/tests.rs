@@ -3,6 +3,7 @@
 mod arrangement;
 mod case;
 
+use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_WRITE_ZEROES};
 use virtio_queue::desc::split::Descriptor;
 use vm_memory::GuestAddress;
 
@@ -19,20 +20,20 @@ fn a_read_has_its_offset_in_bytes_and_its_writable_data() {
         operation: Operation::Read { offset_bytes: 4096 },
         data_bytes: 4096,
         status_gpa: GuestAddress(STATUS_GPA),
-        written_bytes: 4097,
+        writable_bytes: 4096,
     };
     assert_eq!(parsed, Parsed::Request(expected));
     assert_eq!(data, [(DATA_GPA, 4096)]);
 }
 
 #[test]
-fn a_write_has_its_readable_data_and_only_the_status_counts_as_written() {
+fn a_write_has_its_readable_data_and_no_room_but_for_the_status() {
     let (parsed, data) = Case::write(2, 512).parse();
     let expected = Request {
         operation: Operation::Write { offset_bytes: 1024 },
         data_bytes: 512,
         status_gpa: GuestAddress(STATUS_GPA),
-        written_bytes: 1,
+        writable_bytes: 0,
     };
     assert_eq!(parsed, Parsed::Request(expected));
     assert_eq!(data, [(DATA_GPA, 512)]);
@@ -43,7 +44,7 @@ fn the_last_writable_byte_is_the_status_also_if_it_ends_the_data() {
     let (parsed, data) = Case::read(0, 0).buffers(&[HEADER, (DATA_GPA, 513, WRITABLE)]).parse();
     let Parsed::Request(request) = parsed else { panic!("{parsed:?}") };
     assert_eq!(request.status_gpa, GuestAddress(DATA_GPA + 512));
-    assert_eq!(request.written_bytes, 513);
+    assert_eq!(request.writable_bytes, 512);
     assert_eq!(data, [(DATA_GPA, 512)]);
 }
 
@@ -118,7 +119,7 @@ fn the_id_goes_into_the_first_twenty_bytes() {
         let (parsed, data) = Case::new(VIRTIO_BLK_T_GET_ID, 0, &[(DATA_GPA, len_bytes, WRITABLE)]).parse();
         let Parsed::Request(request) = parsed else { panic!("{parsed:?}") };
         assert_eq!((request.operation, request.data_bytes), (Operation::GetId, 20));
-        assert_eq!(request.written_bytes, len_bytes + 1);
+        assert_eq!(request.writable_bytes, len_bytes);
         assert_eq!(data, [(DATA_GPA, 20)]);
     }
 }
@@ -135,7 +136,7 @@ fn a_discard_has_its_range_in_bytes_and_no_data() {
     let (parsed, data) = Case::discard(64, 64, 0).parse();
     let Parsed::Request(request) = parsed else { panic!("{parsed:?}") };
     assert_eq!(request.operation, Operation::Discard(ByteRange { offset_bytes: 32768, len_bytes: 32768 }));
-    assert_eq!((request.data_bytes, request.written_bytes), (0, 1));
+    assert_eq!((request.data_bytes, request.writable_bytes), (0, 0));
     assert!(data.is_empty());
 }
 
@@ -155,7 +156,7 @@ fn a_request_without_sectors_is_answered_at_once() {
     for case in [Case::read(0, 0), Case::write(2048, 0), Case::discard(3, 0, 0), Case::write_zeroes(2048, 0, 1)] {
         let Parsed::Answer(answer) = case.parse().0 else { panic!("{:?}", case.parse()) };
         assert_eq!((answer.status, answer.refusal), (Status::Ok, None));
-        assert_eq!((answer.status_gpa.0, answer.written_bytes), (STATUS_GPA, 1));
+        assert_eq!((answer.status_gpa.0, answer.used_bytes()), (STATUS_GPA, 1));
     }
 }
 
@@ -172,7 +173,30 @@ fn unknown_types_are_unsupported() {
 fn operations_that_were_not_offered_are_unsupported() {
     for case in [Case::discard(0, 1, 0), Case::write_zeroes(0, 1, 0)] {
         let refusal = case.limits(|parameters| (parameters.discard, parameters.write_zeroes) = (None, None)).refusal();
-        assert!(matches!(refusal, Refusal::UnknownType { .. }), "{refusal}");
+        assert!(matches!(refusal, Refusal::NotNegotiated { .. }), "{refusal}");
+        assert_eq!(refusal.status(), Status::Unsupported);
+    }
+}
+
+#[test]
+fn operations_that_were_not_negotiated_are_unsupported_and_all_others_are_not_affected() {
+    let [discard, write_zeroes] = [VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_WRITE_ZEROES].map(|bit| 1_u64 << bit);
+    let refused = |case: Case, features| case.features(features).refusal();
+    let refusal = refused(Case::discard(0, 1, 0), !discard);
+    assert_eq!(refusal.to_string(), "a request of type 11 needs VIRTIO_BLK_F_DISCARD, which was not negotiated");
+    assert_eq!(refusal.status(), Status::Unsupported);
+    let refusal = refused(Case::write_zeroes(0, 1, 1), !write_zeroes);
+    assert_eq!(refusal.to_string(), "a request of type 13 needs VIRTIO_BLK_F_WRITE_ZEROES, which was not negotiated");
+    assert_eq!(refusal.status(), Status::Unsupported);
+    Case::discard(0, 1, 0).features(discard).request();
+    Case::write_zeroes(0, 1, 1).features(write_zeroes).request();
+    for case in [
+        Case::read(0, 512),
+        Case::write(0, 512),
+        Case::new(VIRTIO_BLK_T_FLUSH, 0, &[]),
+        Case::new(VIRTIO_BLK_T_GET_ID, 0, &[(DATA_GPA, 20, WRITABLE)]),
+    ] {
+        case.features(0).request();
     }
 }
 
@@ -233,16 +257,51 @@ fn a_range_longer_than_offered_is_refused() {
 }
 
 #[test]
-fn everything_that_would_change_a_read_only_disk_is_an_error() {
-    for case in [Case::write(0, 512), Case::write(0, 0), Case::discard(0, 1, 0), Case::write_zeroes(0, 1, 0)] {
-        let case = case.limits(|parameters| parameters.read_only = true);
-        let refusal = case.refusal();
-        assert_eq!(refusal, Refusal::ReadOnly { request_type: case.request_type });
+fn a_write_to_a_read_only_disk_is_an_error_and_its_other_changes_are_unsupported() {
+    let read_only = |parameters: &mut BlkParameters| parameters.read_only = true;
+    for case in [Case::write(0, 512), Case::write(0, 0), Case::write(0, 512).features(0)] {
+        let refusal = case.limits(read_only).refusal();
+        assert_eq!(refusal, Refusal::ReadOnly { request_type: VIRTIO_BLK_T_OUT });
         assert_eq!(refusal.status(), Status::IoError);
     }
-    let read_only = |parameters: &mut BlkParameters| parameters.read_only = true;
+    // They are not offered, and with an unknown flag no other status is allowed (VIRTIO 1.2, 5.2.6.2).
+    for case in
+        [Case::discard(0, 1, 0), Case::discard(0, 1, 1), Case::write_zeroes(0, 1, 0), Case::write_zeroes(0, 1, 2)]
+    {
+        assert_eq!(case.limits(read_only).refusal().status(), Status::Unsupported);
+    }
     assert!(matches!(Case::read(0, 512).limits(read_only).parse().0, Parsed::Request(_)));
     assert!(matches!(Case::new(VIRTIO_BLK_T_FLUSH, 0, &[]).limits(read_only).parse().0, Parsed::Request(_)));
+}
+
+/// VIRTIO 1.2, 2.7.8.2.
+#[test]
+fn the_length_in_the_used_ring_counts_bytes_from_the_first_and_the_status_only_behind_all_others() {
+    for (writable_bytes, written_bytes, used_bytes) in
+        [(0, 0, 1), (512, 0, 0), (512, 1, 1), (512, 511, 511), (512, 512, 513), (u32::MAX, u32::MAX, u32::MAX)]
+    {
+        let status_gpa = GuestAddress(STATUS_GPA);
+        let answer = Answer { status: Status::Ok, status_gpa, writable_bytes, written_bytes, refusal: None };
+        assert_eq!(answer.used_bytes(), used_bytes, "{written_bytes} of {writable_bytes}");
+    }
+}
+
+#[test]
+fn a_refused_request_has_written_its_status_and_nothing_before_it() {
+    for (case, used_bytes) in [
+        (Case::read(u64::MAX, 512), 0),
+        (Case::new(VIRTIO_BLK_T_GET_ID, 0, &[(DATA_GPA, 19, WRITABLE)]), 0),
+        (Case::new(VIRTIO_BLK_T_GET_ID, 0, &[]), 1),
+        (Case::new(77, 0, &[(DATA_GPA, 512, WRITABLE)]), 0),
+        (Case::write(u64::MAX, 512), 1),
+        (Case::discard(0, 1, 0).features(0), 1),
+        // Descriptors behind what is wrong count as well.
+        (Case::read(0, 0).buffers(&[(0x5000, 16, READABLE), (DATA_GPA, 512, WRITABLE), STATUS]), 0),
+    ] {
+        let Parsed::Answer(answer) = case.parse().0 else { panic!("{:?}", case.parse()) };
+        assert!(answer.refusal.is_some());
+        assert_eq!(answer.used_bytes(), used_bytes, "{:?}", answer.refusal);
+    }
 }
 
 #[test]
@@ -383,6 +442,6 @@ fn a_chain_that_breaks_the_rules_of_chains_cannot_be_answered() {
     scene.put_header(GuestAddress(HEADER_GPA), VIRTIO_BLK_T_FLUSH, 0);
     scene.put_descriptor(scene.table_gpa(), 0, Descriptor::new(HEADER_GPA, 16, 1, 1));
     scene.put_descriptor(scene.table_gpa(), 1, Descriptor::new(STATUS_GPA, 1, 3, 0));
-    let parsed = check(&mut scene, 0, &limits(|_| ()), &mut SegmentList::with_capacity(4));
+    let parsed = check(&mut scene, 0, &limits(|_| ()), 0, &mut SegmentList::with_capacity(4));
     assert_eq!(parsed, Parsed::Malformed(Unanswerable::Chain(ChainError::Loop { table_entries: 16 })));
 }

@@ -9,6 +9,7 @@ mod tests;
 
 use std::collections::VecDeque;
 
+use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use self::model::Contents;
@@ -165,7 +166,7 @@ impl World {
             avail_ring: GuestAddress(AVAIL_RING),
             used_ring: GuestAddress(USED_RING),
             next_avail: self.load(USED_RING + 2),
-            event_idx: self.event_idx,
+            driver_features: u64::from(self.event_idx) << VIRTIO_RING_F_EVENT_IDX,
             used_log_gpa: None,
             inflight: Some(self.region.clone()),
         }

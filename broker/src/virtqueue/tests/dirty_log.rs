@@ -7,6 +7,7 @@ use std::sync::{Arc, Barrier, Mutex};
 
 use proptest::prelude::*;
 use rustix::fs::MemfdFlags;
+use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::driver::{Driver, USED_RING};
@@ -137,7 +138,8 @@ proptest! {
         let file = file(PAGE_BYTES);
         let log = DirtyLog::from_fd(another(&file), 0, 4096).expect("a log");
         let mut driver = Driver::at_index(1024, start);
-        let setup = QueueSetup { event_idx, used_log_gpa: Some(used_log_gpa), ..driver.setup() };
+        let driver_features = u64::from(event_idx) << VIRTIO_RING_F_EVENT_IDX;
+        let setup = QueueSetup { driver_features, used_log_gpa: Some(used_log_gpa), ..driver.setup() };
         let mut queue = SplitQueue::new(setup, &driver.memory).expect("a good set-up");
         let before = used_ring(&driver.memory, 1024);
         for head in 0..rounds {
@@ -163,12 +165,12 @@ proptest! {
 /// A front-end clears the log and copies the pages that were marked, again and again, while the device runs.
 #[test]
 fn a_front_end_that_copies_between_any_two_stores_misses_none() {
-    for event_idx in [false, true] {
+    for driver_features in [0, 1 << VIRTIO_RING_F_EVENT_IDX] {
         for stores in 0.. {
             let file = file(PAGE_BYTES);
             let log = DirtyLog::from_fd(another(&file), 0, 64).expect("a log");
             let mut driver = Driver::new(8);
-            let setup = QueueSetup { event_idx, used_log_gpa: Some(USED_RING), ..driver.setup() };
+            let setup = QueueSetup { driver_features, used_log_gpa: Some(USED_RING), ..driver.setup() };
             let mut queue = SplitQueue::new(setup, &driver.memory).expect("a good set-up");
             driver.submit(3, 0);
             queue.pop(&driver.memory).expect("honest").expect("one");

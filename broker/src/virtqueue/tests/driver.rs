@@ -47,7 +47,7 @@ impl Driver {
             avail_ring: GuestAddress(AVAIL_RING),
             used_ring: GuestAddress(USED_RING),
             next_avail: self.used_idx,
-            event_idx: false,
+            driver_features: 0,
             used_log_gpa: None,
             inflight: None,
         }

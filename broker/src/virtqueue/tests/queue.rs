@@ -1,9 +1,12 @@
 //! Taking chains, giving them back, kicks and signals.
 
+use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use vm_memory::{GuestAddress, GuestMemoryMmap};
 
 use super::driver::{AVAIL_RING, DESC_TABLE, Driver, MEMORY_BYTES, USED_RING, inflight_queue};
 use crate::virtqueue::{QueueError, QueueSetup, SplitQueue};
+
+const EVENT_IDX: u64 = 1 << VIRTIO_RING_F_EVENT_IDX;
 
 fn queue(driver: &Driver) -> SplitQueue {
     SplitQueue::new(driver.setup(), &driver.memory).expect("a good set-up")
@@ -207,7 +210,8 @@ fn without_event_idx_the_two_rings_end_with_their_last_entries() {
     ] {
         let mut queue = SplitQueue::new(setup.clone(), &driver.memory).expect("all of it is there");
         queue.set_memory(&driver.memory).expect("all of it is there");
-        let error = SplitQueue::new(QueueSetup { event_idx: true, ..setup }, &driver.memory).expect_err("2 more bytes");
+        let error = SplitQueue::new(QueueSetup { driver_features: EVENT_IDX, ..setup }, &driver.memory)
+            .expect_err("2 more bytes");
         assert!(matches!(error, QueueError::OutsideMemory { ring: refused, .. } if refused == ring), "{error}");
     }
 }
@@ -256,12 +260,12 @@ fn serve(queue: &mut SplitQueue, driver: &mut Driver) {
 
 #[test]
 fn a_new_queue_signals_once_whatever_the_driver_wants() {
-    for event_idx in [false, true] {
+    for driver_features in [0, EVENT_IDX] {
         let driver = Driver::new(8);
         driver.set_avail_flags(1);
         driver.set_used_event(1000);
         let mut queue =
-            SplitQueue::new(QueueSetup { event_idx, ..driver.setup() }, &driver.memory).expect("a good set-up");
+            SplitQueue::new(QueueSetup { driver_features, ..driver.setup() }, &driver.memory).expect("a good set-up");
         assert!(queue.needs_signal(), "an earlier process may have died before it signalled");
         assert!(!queue.needs_signal(), "nothing was given back since");
     }
@@ -289,7 +293,7 @@ fn with_event_idx_the_signal_comes_when_the_wanted_entry_was_used() {
     for start in [0, 100, 32766, 65533] {
         let mut driver = Driver::at_index(8, start);
         driver.set_avail_flags(1);
-        let setup = QueueSetup { event_idx: true, ..driver.setup() };
+        let setup = QueueSetup { driver_features: EVENT_IDX, ..driver.setup() };
         let mut queue = SplitQueue::new(setup, &driver.memory).expect("a good set-up");
         assert!(queue.needs_signal());
         driver.set_used_event(start.wrapping_add(2));
@@ -323,7 +327,7 @@ fn kicks_are_asked_for_and_not_without_event_idx() {
 #[test]
 fn with_event_idx_a_kick_is_asked_for_at_the_next_entry() {
     let mut driver = Driver::at_index(8, 65535);
-    let setup = QueueSetup { event_idx: true, ..driver.setup() };
+    let setup = QueueSetup { driver_features: EVENT_IDX, ..driver.setup() };
     let mut queue = SplitQueue::new(setup, &driver.memory).expect("a good set-up");
     driver.submit(0, 0);
     assert!(queue.enable_kicks(None));

@@ -152,7 +152,7 @@ fn other_features_stop_rings_that_are_disabled_and_a_kick_starts_them_again() {
         let calls = rig.calls.take();
         assert_eq!(calls[..3], [Call::SetEnabled(1, false), Call::Stop(1), Call::SetDriverFeatures(EVENT_IDX)]);
         assert!(
-            matches!(&calls[3..], [Call::Start(ring)] if ring.event_idx && ring.next_avail == 100 + CHAINS_TAKEN),
+            matches!(&calls[3..], [Call::Start(ring)] if ring.driver_features & EVENT_IDX != 0 && ring.next_avail == 100 + CHAINS_TAKEN),
             "{calls:?}"
         );
     });

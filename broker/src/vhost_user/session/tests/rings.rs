@@ -41,7 +41,7 @@ fn without_protocol_features_a_ring_is_enabled_from_the_start() {
         rig.set_up(0);
         rig.calls.take();
         rig.kick(0);
-        let ring = Started { event_idx: true, ..started(0) };
+        let ring = Started { driver_features: EVENT_IDX, ..started(0) };
         assert_eq!(rig.calls.take(), [Call::Start(ring), Call::SetEnabled(0, true)]);
     });
 }

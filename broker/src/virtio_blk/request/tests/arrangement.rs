@@ -57,14 +57,14 @@ proptest! {
         }
         place(&scene, 0, &buffers, direct);
         let mut segments = SegmentList::with_capacity(16);
-        let parsed = check(&mut scene, 0, &limits(|_| ()), &mut segments);
+        let parsed = check(&mut scene, 0, &limits(|_| ()), 0, &mut segments);
 
         let offset_bytes = 512 * first_block;
         let expected = Request {
             operation: if is_write { Operation::Write { offset_bytes } } else { Operation::Read { offset_bytes } },
             data_bytes: data_bytes as u32,
             status_gpa: GuestAddress(gpa_of(total_bytes - 1, ends.len() - 1)),
-            written_bytes: (total_bytes - writable_from) as u32,
+            writable_bytes: (total_bytes - writable_from - 1) as u32,
         };
         prop_assert_eq!(parsed, Parsed::Request(expected));
         let data: Vec<_> = segments

@@ -40,13 +40,22 @@ pub(super) struct Case {
     pub(super) range: (u64, u32, u32),
     pub(super) buffers: Vec<(u64, u32, bool)>,
     pub(super) limits: RequestLimits,
+    pub(super) driver_features: u64,
     pub(super) room: usize,
 }
 
 impl Case {
     pub(super) fn new(request_type: u32, sector: u64, data: &[(u64, u32, bool)]) -> Self {
         let buffers = [&[HEADER], data, &[STATUS]].concat();
-        Self { request_type, sector, range: (0, 0, 0), buffers, limits: limits(|_| ()), room: 16 }
+        Self {
+            request_type,
+            sector,
+            range: (0, 0, 0),
+            buffers,
+            limits: limits(|_| ()),
+            driver_features: u64::MAX,
+            room: 16,
+        }
     }
 
     pub(super) fn read(sector: u64, len_bytes: u32) -> Self {
@@ -74,6 +83,10 @@ impl Case {
         Self { buffers: buffers.to_vec(), ..self }
     }
 
+    pub(super) fn features(self, driver_features: u64) -> Self {
+        Self { driver_features, ..self }
+    }
+
     /// What becomes of it, and its data as (guest-physical address, length).
     pub(super) fn parse(&self) -> (Parsed, Vec<(u64, usize)>) {
         self.parse_with_direct(self.buffers.len())
@@ -95,7 +108,7 @@ impl Case {
         scene.put_range(GuestAddress(RANGE_GPA), sector, sectors, flags);
         place(&scene, 3, &self.buffers, direct);
         let mut segments = SegmentList::with_capacity(self.room);
-        let parsed = check(&mut scene, 3, &self.limits, &mut segments);
+        let parsed = check(&mut scene, 3, &self.limits, self.driver_features, &mut segments);
         let data = segments.iter().map(|segment| (segment.gpa.0, segment.len_bytes)).collect();
         (parsed, data)
     }
