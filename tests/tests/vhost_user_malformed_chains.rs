@@ -42,6 +42,7 @@ fn main() -> ExitCode {
     let needs = || DiskKind::Ext4Direct.needs().into_iter().chain(broker_process::needs());
     let tests: Vec<Test> = vec![
         test("malformed_requests_get_the_status_of_the_specification", needs(), || with_bench(statuses)),
+        test("a_flood_of_one_error_does_not_hide_another_in_the_log", needs(), flood),
         test("chains_that_cannot_be_answered_stop_their_queue_and_no_other", needs(), || with_bench(stops)),
         test("random_chains_are_answered_or_stop_their_queue_and_write_nowhere_else", needs(), || with_bench(random)),
     ];
@@ -240,6 +241,25 @@ fn statuses(bench: &mut Bench) -> Result<()> {
     }
     ensure!(!bench.error.wait(Duration::ZERO)?, "the queue has stopped");
     bench.check_honest()
+}
+
+/// Both errors are refused requests: a limit for all of these let the second one wait for ten seconds.
+fn flood() -> Result<()> {
+    let rig = Rig::new(DiskKind::Ext4Direct, DISK_BYTES)?;
+    let broker = rig.broker(&["--num-queues", "2"])?;
+    let result = Bench::new(&rig).and_then(|mut bench| {
+        let data = bench.hostile.data_gpa();
+        for len_bytes in (1..200).chain(1..200) {
+            bench.hostile.request(VIRTIO_BLK_T_IN, 0, &[Descriptor::writable(data, len_bytes)])?;
+        }
+        bench.hostile.request(VIRTIO_BLK_T_IN, SECTORS, &[Descriptor::writable(data, 512)])?;
+        broker.wait_for_log("end beyond the capacity of the disk")?;
+        let lines = broker.log().lines().filter(|line| line.contains("cannot have")).count();
+        // One in ten seconds.
+        ensure!(lines < 20, "{lines} lines for a flood of one error");
+        Ok(())
+    });
+    broker.explain(result)
 }
 
 /// Writes a chain that cannot be answered, and makes it available.

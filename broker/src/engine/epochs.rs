@@ -13,6 +13,7 @@ use ringpass_guest_abi::request::{ErrorCode, Outcome};
 use super::attach::{Attachment, AttachmentId, BuildOrder, Built, LiveRing, Order, PendingRing, Ticket};
 use super::command::{AttachEvent, Command, Reply};
 use super::worker::Worker;
+use crate::log_limit::Cause;
 
 impl Worker<'_> {
     /// Takes an event of a queue's epochs as far as it goes. Queues that are not attached have none.
@@ -69,7 +70,7 @@ impl Worker<'_> {
         let acknowledged = attachment.acknowledged();
         let Announcement { epoch, phase } = announcement;
         vring.signal();
-        self.report_mode(number, &format_args!("epoch {epoch}: {phase:?}"));
+        self.report_mode(number, Cause::new(phase), &format_args!("epoch {epoch}: {phase:?}"));
         self.have_driver_told();
         Some(Event::Acknowledged(acknowledged))
     }
@@ -210,14 +211,15 @@ impl Worker<'_> {
         vring.publish();
         // Unconditionally: what the driver wants to be interrupted for is behind, while ARM is not reaped.
         vring.signal();
-        self.report_mode(number, &format_args!("a virtqueue again ({code:?})"));
+        self.report_mode(number, Cause::new(code), &format_args!("a virtqueue again ({code:?})"));
         self.have_driver_told();
     }
 
-    /// Says who executes a queue now, unless something like it was said a short while ago: guests can change it at will.
-    fn report_mode(&self, number: usize, what: &dyn Display) {
+    /// Logs who executes a queue now, unless it logged a change for the same cause a short while ago: guests can change it
+    /// at will.
+    fn report_mode(&self, number: usize, cause: Cause, what: &dyn Display) {
         let queue = self.vrings[number].index;
-        match self.shared.mode_changes.count() {
+        match self.shared.mode_changes.count(cause) {
             Some(total) => tracing::info!(queue, total, "{what}"),
             None => tracing::debug!(queue, "{what}"),
         }

@@ -4,6 +4,7 @@
 //! the kernel did in part goes on where it stopped.
 
 use std::fmt::Display;
+use std::mem::discriminant;
 use std::os::fd::AsFd;
 use std::rc::Rc;
 
@@ -18,6 +19,7 @@ use super::slot::{Slot, Step};
 use super::token::Token;
 use super::vring::State;
 use super::worker::{Alignment, Worker};
+use crate::log_limit::Cause;
 use crate::vhost_user::DeviceMemory;
 use crate::virtio_blk::{Answer, ByteRange, GuestError, Operation, Request, SegmentList, Status};
 
@@ -94,7 +96,8 @@ impl Worker<'_> {
                 return self.submit(number);
             }
             let queue = slot.queue;
-            self.report_failure(queue, &format_args!("{:?}: {errno}", request.operation));
+            let cause = Cause::new((discriminant(&request.operation), errno.raw_os_error()));
+            self.report_failure(queue, cause, &format_args!("{:?}: {errno}", request.operation));
             return self.finish(number, Status::from_errno(errno));
         }
         match &slot.step {
@@ -179,14 +182,18 @@ impl Worker<'_> {
     /// The kernel read or wrote nothing: the disk is smaller than it was.
     fn end_of_disk(&mut self, number: u32) {
         let queue = self.slots.get(number).queue;
-        self.report_failure(queue, &"it reached beyond the end of the disk, which must have become smaller");
+        self.report_failure(
+            queue,
+            Cause::new("end of the disk"),
+            &"it reached beyond the end of the disk, which must have become smaller",
+        );
         self.finish(number, Status::IoError);
     }
 
-    /// Says what the disk did not do, unless something like it was said a short while ago.
+    /// Logs what the disk did not do, unless it logged the same cause a short while ago.
     #[cold]
-    fn report_failure(&self, queue: usize, why: &dyn Display) {
-        if let Some(total) = self.shared.disk_errors.count() {
+    fn report_failure(&self, queue: usize, cause: Cause, why: &dyn Display) {
+        if let Some(total) = self.shared.disk_errors.count(cause) {
             let index = self.vrings[queue].index;
             tracing::warn!(queue = index, total, "the disk failed a request: {why} ({total} so far)");
         }
@@ -247,7 +254,7 @@ impl Worker<'_> {
         if let Some(refusal) = &answer.refusal {
             let vring = &self.vrings[queue];
             vring.counters.refused.add(1);
-            self.shared.guest_errors.record(vring.index, GuestError::from(refusal), refusal);
+            self.shared.guest_errors.record(vring.index, GuestError::from(refusal), refusal.cause(), refusal);
         }
         self.give_back(queue, head, memory, answer);
     }
@@ -265,7 +272,7 @@ impl Worker<'_> {
         }
         match active.queue.put_used(head, used_bytes, log) {
             Ok(()) => active.has_unpublished = true,
-            Err(error) => self.break_down(queue, &error),
+            Err(error) => self.break_down(queue, error.cause(), &error),
         }
     }
 

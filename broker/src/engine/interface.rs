@@ -26,7 +26,7 @@ impl Worker<'_> {
         }
         let others = active.queue.in_flight().saturating_sub(1);
         match active.order.take(Some(request_type), others) {
-            Verdict::Break => self.break_down(number, &"the driver made something available behind ATTACH"),
+            Verdict::Break => self.break_down_for(number, "the driver made something available behind ATTACH"),
             Verdict::Refuse(code) => self.give_outcome(number, &reply, &Outcome::of(code)),
             Verdict::Execute => match request_type {
                 RequestType::Probe => {
@@ -85,7 +85,7 @@ impl Worker<'_> {
     pub(super) fn check_behind_attach(&mut self, number: usize) {
         if self.vrings[number].active_mut().is_some_and(|active| active.attachment.is_some() && active.queue.has_work())
         {
-            self.break_down(number, &"the driver made something available behind ATTACH");
+            self.break_down_for(number, "the driver made something available behind ATTACH");
         }
     }
 

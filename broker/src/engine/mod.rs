@@ -47,7 +47,7 @@ pub use source::DiskSource;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use crate::log_limit::LogLimit;
+use crate::log_limit::LogLimits;
 use crate::virtio_blk::{BlkConfig, CacheMode, GuestErrors, Serial};
 
 /// What all workers of a device look at.
@@ -57,11 +57,11 @@ struct Shared {
     write_through: AtomicBool,
     guest_errors: GuestErrors,
     /// Requests that the disk failed.
-    disk_errors: LogLimit,
+    disk_errors: LogLimits,
     /// Queues that became rings or virtqueues.
-    mode_changes: LogLimit,
+    mode_changes: LogLimits,
     /// Queues that stopped, or were held, without having been told to.
-    stopped_queues: LogLimit,
+    stopped_queues: LogLimits,
     serial: Serial,
     /// Not for the way of a request: workers have their own copy of what they need.
     device: Mutex<BlkConfig>,
@@ -72,9 +72,9 @@ impl Shared {
         Self {
             write_through: (!CacheMode::new().writeback()).into(),
             guest_errors: GuestErrors::new(),
-            disk_errors: LogLimit::new(),
-            mode_changes: LogLimit::new(),
-            stopped_queues: LogLimit::new(),
+            disk_errors: LogLimits::new(),
+            mode_changes: LogLimits::new(),
+            stopped_queues: LogLimits::new(),
             serial: *device.serial(),
             device: Mutex::new(device),
         }

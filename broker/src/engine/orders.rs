@@ -17,6 +17,7 @@ use super::vring::{Active, Broken, Start, State, Vring};
 use super::worker::{Alignment, DiskInUse, Worker};
 use super::writer::Writer;
 use crate::disk::{Disk, DiskKind};
+use crate::log_limit::Cause;
 use crate::vhost_user::{DeviceMemory, QueueEventfds};
 use crate::virtio_blk::{GuestError, RequestTypes};
 use crate::virtqueue::{QueueSetup, SplitQueue};
@@ -76,7 +77,7 @@ impl Worker<'_> {
             Command::Break { queue, fault, err } => {
                 let vring = &self.vrings[queue];
                 vring.counters.broken.add(1);
-                self.shared.guest_errors.record(vring.index, GuestError::BrokenRing, &fault);
+                self.shared.guest_errors.record(vring.index, GuestError::BrokenRing, fault.cause(), &fault);
                 if let Some(err) = err {
                     Signal::new(err).send(vring.index);
                 }
@@ -138,7 +139,11 @@ impl Worker<'_> {
                 // A region that is exchanged goes first and then comes back.
                 Err(error) => {
                     active.is_held = true;
-                    self.report_stop(number, &format_args!("{error}; it waits for memory that has its rings"));
+                    self.report_stop(
+                        number,
+                        error.cause(),
+                        &format_args!("{error}; it waits for memory that has its rings"),
+                    );
                 }
             }
             match (ranges, &self.attach) {
@@ -297,18 +302,23 @@ impl Worker<'_> {
     }
 
     /// Marks a queue as broken.
-    pub(super) fn break_down(&mut self, queue: usize, why: &dyn Display) {
+    pub(super) fn break_down(&mut self, queue: usize, cause: Cause, why: &dyn Display) {
         self.disarm(queue);
         if self.vrings[queue].break_down() {
-            self.report_stop(queue, why);
+            self.report_stop(queue, cause, why);
             self.epoch_event(queue, Event::Stop);
         }
         self.is_unsettled = true;
     }
 
-    /// Says that a queue takes nothing for now, unless something like it was said a short while ago.
-    fn report_stop(&self, queue: usize, why: &dyn Display) {
-        if let Some(total) = self.shared.stopped_queues.count() {
+    /// The same for a cause that has no values.
+    pub(super) fn break_down_for(&mut self, queue: usize, why: &'static str) {
+        self.break_down(queue, Cause::new(why), &why);
+    }
+
+    /// Logs that a queue takes nothing for now, unless it logged the same cause a short while ago.
+    fn report_stop(&self, queue: usize, cause: Cause, why: &dyn Display) {
+        if let Some(total) = self.shared.stopped_queues.count(cause) {
             tracing::warn!(queue = self.vrings[queue].index, total, "the queue stops: {why} ({total} times so far)");
         }
     }
@@ -389,7 +399,7 @@ impl Worker<'_> {
     /// Sets up the queue of a vring that waits.
     fn activate(&mut self, number: usize) {
         let Some(memory) = self.memory.clone() else {
-            return self.break_down(number, &"it was started before the front-end gave the guest's memory");
+            return self.break_down_for(number, "it was started before the front-end gave the guest's memory");
         };
         let vring = &mut self.vrings[number];
         let order = QueueOrder::new(vring.index);
@@ -422,7 +432,7 @@ impl Worker<'_> {
                     }
                 };
             }
-            Err(error) => self.break_down(number, &error),
+            Err(error) => self.break_down(number, error.cause(), &error),
         }
     }
 

@@ -215,8 +215,9 @@ impl<'r> Worker<'r> {
                 Ok(Some(chain)) => chain,
                 Ok(None) => return taken > 0,
                 Err(error) => {
-                    self.shared.guest_errors.record(vring.index, GuestError::BrokenRing, &error);
-                    self.break_down(number, &error);
+                    let cause = error.cause();
+                    self.shared.guest_errors.record(vring.index, GuestError::BrokenRing, cause, &error);
+                    self.break_down(number, cause, &error);
                     return true;
                 }
             };
@@ -247,8 +248,9 @@ impl<'r> Worker<'r> {
                 }
                 Parsed::Answer(answer) => self.answer(number, head, &memory, &answer),
                 Parsed::Malformed(error) => {
-                    self.shared.guest_errors.record(vring.index, GuestError::from(&error), &error);
-                    self.break_down(number, &error);
+                    let cause = error.cause();
+                    self.shared.guest_errors.record(vring.index, GuestError::from(&error), cause, &error);
+                    self.break_down(number, cause, &error);
                     return true;
                 }
             }

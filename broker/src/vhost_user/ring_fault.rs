@@ -1,6 +1,10 @@
 //! What a driver can get wrong about a ring.
 
+use std::mem::discriminant;
+
 use thiserror::Error;
+
+use crate::log_limit::Cause;
 
 /// Why a ring cannot run although the front-end did nothing wrong.
 ///
@@ -50,4 +54,14 @@ pub enum RingFault {
         /// Entries for it in the region.
         entries: u16,
     },
+}
+
+impl RingFault {
+    /// The cause for the limits of log lines: what is wrong, without the values.
+    pub(crate) fn cause(&self) -> Cause {
+        match self {
+            Self::Misaligned { part, .. } | Self::OutsideMemory { part, .. } => Cause::new((discriminant(self), part)),
+            Self::Size { .. } | Self::InflightTooSmall { .. } => Cause::new(discriminant(self)),
+        }
+    }
 }

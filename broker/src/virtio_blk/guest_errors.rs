@@ -1,9 +1,10 @@
 //! What guests do wrong: counted, and logged at a bounded rate.
 
 use std::fmt::Display;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::{Refusal, Status, Unanswerable};
-use crate::log_limit::LogLimit;
+use crate::log_limit::{Cause, LogLimits};
 
 /// A kind of error that a guest can cause at will.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -54,10 +55,12 @@ impl From<&Unanswerable> for GuestError {
 
 /// The counters of one device, shared by its queues.
 ///
-/// Each kind of error is logged at most once in ten seconds, with its total, so that a guest cannot fill a disk with logs.
+/// Each cause of an error is logged at most once in ten seconds, so that a guest cannot fill a disk with logs, and with a
+/// limit of its own, so that a guest cannot hide one error behind a flood of another.
 #[derive(Debug)]
 pub struct GuestErrors {
-    kinds: [LogLimit; GuestError::ALL.len()],
+    counts: [AtomicU64; GuestError::ALL.len()],
+    causes: LogLimits,
 }
 
 impl Default for GuestErrors {
@@ -69,19 +72,20 @@ impl Default for GuestErrors {
 impl GuestErrors {
     /// All zero.
     pub fn new() -> Self {
-        Self { kinds: GuestError::ALL.map(|_| LogLimit::new()) }
+        Self { counts: GuestError::ALL.map(|_| AtomicU64::new(0)), causes: LogLimits::new() }
     }
 
-    /// Counts an error of a queue and logs it, unless one like it was logged a short while ago.
-    pub fn record(&self, queue_index: u16, kind: GuestError, what: &dyn Display) {
-        if let Some(total) = self.kinds[kind as usize].count() {
+    /// Counts an error of a queue and logs it, unless an error of the same cause was logged a short while ago.
+    pub(crate) fn record(&self, queue_index: u16, kind: GuestError, cause: Cause, what: &dyn Display) {
+        let total = self.counts[kind as usize].fetch_add(1, Ordering::Relaxed) + 1;
+        if self.causes.count(cause).is_some() {
             tracing::warn!(queue = queue_index, total, "guest error: {what} ({} so far: {total})", kind.what());
         }
     }
 
     /// How often it happened.
     pub fn count(&self, kind: GuestError) -> u64 {
-        self.kinds[kind as usize].total()
+        self.counts[kind as usize].load(Ordering::Relaxed)
     }
 }
 
@@ -94,7 +98,7 @@ mod tests {
         let errors = GuestErrors::new();
         for (number, kind) in GuestError::ALL.into_iter().enumerate() {
             for _ in 0..number {
-                errors.record(0, kind, &"what it is");
+                errors.record(0, kind, Cause::new(number), &"what it is");
             }
         }
         assert_eq!(GuestError::ALL.map(|kind| errors.count(kind)), [0, 1, 2, 3, 4]);

@@ -1,8 +1,12 @@
 //! What can be wrong with a request, and what the driver is told.
 
+use std::mem::discriminant;
+
 use vm_memory::GuestAddress;
 
 use super::Status;
+use super::request_types::known_type;
+use crate::log_limit::Cause;
 use crate::virtqueue::ChainError;
 
 /// Why a descriptor chain has no place for a status byte, so that it cannot be answered. The queue must stop.
@@ -20,6 +24,16 @@ pub enum Unanswerable {
         /// Where it would be.
         gpa: GuestAddress,
     },
+}
+
+impl Unanswerable {
+    /// The cause for the limits of log lines: what is wrong, without the values.
+    pub(crate) fn cause(&self) -> Cause {
+        match self {
+            Self::Chain(error) => Cause::new((discriminant(self), discriminant(error))),
+            Self::NoStatus | Self::StatusOutsideMemory { .. } => Cause::new(discriminant(self)),
+        }
+    }
 }
 
 /// Why a request is answered with an error and not executed.
@@ -124,6 +138,27 @@ pub enum Refusal {
 }
 
 impl Refusal {
+    /// The cause for the limits of log lines: what is wrong with which type of request, without the values.
+    pub(crate) fn cause(&self) -> Cause {
+        let request_type = match *self {
+            Self::UnknownType { request_type }
+            | Self::NotNegotiated { request_type, .. }
+            | Self::WrongDirection { request_type, .. }
+            | Self::DataLength { request_type, .. }
+            | Self::TooManyRanges { request_type, .. }
+            | Self::RangeTooLong { request_type, .. }
+            | Self::Flags { request_type, .. }
+            | Self::ReadOnly { request_type } => known_type(request_type),
+            Self::ShortHeader { .. }
+            | Self::OutsideMemory { .. }
+            | Self::ReadableAfterWritable
+            | Self::TooManySegments
+            | Self::Unaligned { .. }
+            | Self::BeyondCapacity { .. } => None,
+        };
+        Cause::new((discriminant(self), request_type))
+    }
+
     /// What the driver is told (VIRTIO 1.2, 5.2.6.2).
     pub fn status(self) -> Status {
         match self {
@@ -145,5 +180,52 @@ impl Refusal {
             | Self::RangeTooLong { .. }
             | Self::ReadOnly { .. } => Status::IoError,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+
+    use super::*;
+
+    /// Each refusal, with one value or another.
+    fn refusals(request_type: u32, value: u32) -> [Refusal; 14] {
+        let gpa = GuestAddress(value.into());
+        let (sector, sectors) = (value.into(), value.into());
+        [
+            Refusal::ShortHeader { len_bytes: value },
+            Refusal::OutsideMemory { gpa, len_bytes: value },
+            Refusal::ReadableAfterWritable,
+            Refusal::TooManySegments,
+            Refusal::UnknownType { request_type },
+            Refusal::NotNegotiated { request_type, feature: "VIRTIO_BLK_F_DISCARD" },
+            Refusal::WrongDirection { request_type, len_bytes: value },
+            Refusal::DataLength { request_type, len_bytes: value },
+            Refusal::TooManyRanges { request_type, ranges: value },
+            Refusal::Unaligned { sector, sectors },
+            Refusal::BeyondCapacity { sector, sectors },
+            Refusal::RangeTooLong { request_type, sectors: value },
+            Refusal::Flags { request_type, flags: value },
+            Refusal::ReadOnly { request_type },
+        ]
+    }
+
+    #[test]
+    fn each_refusal_of_each_type_has_a_cause_of_its_own_whatever_its_values_are() {
+        let mut causes = HashSet::new();
+        for value in [0, 1, 77, u32::MAX] {
+            causes.extend(refusals(11, value).map(|refusal| refusal.cause()));
+        }
+        assert_eq!(causes.len(), 14);
+        causes.extend(refusals(13, 5).map(|refusal| refusal.cause()));
+        assert_eq!(causes.len(), 14 + 8, "those that name a type");
+    }
+
+    #[test]
+    fn types_that_nobody_knows_have_one_cause_for_all() {
+        let causes: HashSet<_> =
+            (100..10_000).map(|request_type| Refusal::UnknownType { request_type }.cause()).collect();
+        assert_eq!(causes.len(), 1);
     }
 }

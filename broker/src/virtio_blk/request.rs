@@ -39,9 +39,8 @@ pub struct Request {
     pub data_bytes: u32,
     /// Where the status goes: one byte, in the guest's memory.
     pub status_gpa: GuestAddress,
-    /// The length for the used ring: all device-writable bytes, also if the request fails, because a driver must ignore
-    /// what is beyond it, and the status is the last (VIRTIO 1.2, 2.7.8.2).
-    pub written_bytes: u32,
+    /// Device-writable bytes before the status, for [`Answer::used_bytes`].
+    pub writable_bytes: u32,
 }
 
 /// A request by which a driver asks for rings. Nothing of its payload was looked at.

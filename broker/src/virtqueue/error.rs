@@ -1,6 +1,10 @@
 //! Why a queue cannot start or go on.
 
+use std::mem::discriminant;
+
 use thiserror::Error;
+
+use crate::log_limit::Cause;
 
 /// Why a queue cannot start or go on. It concerns this queue only: others are not affected.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
@@ -90,4 +94,14 @@ pub enum QueueError {
         /// Number of descriptors.
         size: u16,
     },
+}
+
+impl QueueError {
+    /// The cause for the limits of log lines: what is wrong, without the values.
+    pub(crate) fn cause(&self) -> Cause {
+        match self {
+            Self::Misaligned { ring, .. } | Self::OutsideMemory { ring, .. } => Cause::new((discriminant(self), ring)),
+            _ => Cause::new(discriminant(self)),
+        }
+    }
 }

@@ -21,7 +21,7 @@ use crate::disk::Disk;
 use crate::engine::EngineError;
 use crate::engine::command::{AttachEvent, Command, Reply};
 use crate::engine::thread::AbortOnPanic;
-use crate::log_limit::LogLimit;
+use crate::log_limit::{Cause, LogLimit, LogLimits};
 use crate::memory::{MemoryError, RegionConfig};
 use crate::ring::{RingEnd, RingError};
 use crate::threads::leave_signals_to_others;
@@ -53,7 +53,7 @@ struct Builder {
     /// Rings over memory that was let go of, which may not have ended.
     ending: Vec<RingEnd>,
     /// What a guest can bring about as often as it likes.
-    refusals: LogLimit,
+    refusals: LogLimits,
     pinnings: LogLimit,
     discards: LogLimit,
 }
@@ -81,7 +81,7 @@ pub(in crate::engine) fn start(
                 pinned: None,
                 postponed: BTreeMap::new(),
                 ending: Vec::new(),
-                refusals: LogLimit::new(),
+                refusals: LogLimits::new(),
                 pinnings: LogLimit::new(),
                 discards: LogLimit::new(),
             }
@@ -142,7 +142,7 @@ impl Builder {
         let event = match prepared.and_then(|()| self.make_ring(order)) {
             Ok(built) => AttachEvent::Built(Box::new(built)),
             Err(refused) => {
-                if let Some(total) = self.refusals.count() {
+                if let Some(total) = self.refusals.count(Cause::new(refused.code)) {
                     tracing::warn!(queue, total, "no ring for the queue: {} ({total} so far)", refused.why);
                 }
                 let code = refused.code;

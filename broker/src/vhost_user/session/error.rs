@@ -1,6 +1,7 @@
 //! Why a request is refused.
 
 use std::io;
+use std::mem::discriminant;
 
 use thiserror::Error;
 use vhost::vhost_user::message::{FrontendReq, VHOST_USER_CONFIG_SIZE};
@@ -8,6 +9,7 @@ use vhost::vhost_user::message::{FrontendReq, VHOST_USER_CONFIG_SIZE};
 use super::super::eventfd::NotAnEventfd;
 use super::super::memory_table::MemoryTableError;
 use super::super::message::MessageError;
+use crate::log_limit::Cause;
 use crate::virtqueue::{InflightError, SharedMemoryError};
 
 /// Why a request is refused: the front-end asks for what makes no sense. Nothing has changed then.
@@ -131,6 +133,19 @@ pub enum RequestError {
 }
 
 impl RequestError {
+    /// The cause for the limits of log lines: what is wrong, without the values.
+    pub(super) fn cause(&self) -> Cause {
+        match self {
+            Self::Message(error) => Cause::new((discriminant(self), discriminant(error))),
+            Self::Memory(error) => Cause::new((discriminant(self), discriminant(error))),
+            Self::Inflight(error) => Cause::new((discriminant(self), discriminant(error))),
+            Self::Log(error) => Cause::new((discriminant(self), discriminant(error))),
+            Self::NotNegotiated { feature } => Cause::new((discriminant(self), feature)),
+            Self::System { what, .. } => Cause::new((discriminant(self), what)),
+            _ => Cause::new(discriminant(self)),
+        }
+    }
+
     /// Whether the connection can go on when the front-end is told. After a message that is none, it cannot, nor when nobody is
     /// there.
     pub(super) fn is_answerable(&self) -> bool {

@@ -11,6 +11,8 @@ mod rings;
 mod tests;
 mod vring;
 
+use std::hash::Hash;
+use std::mem::discriminant;
 use std::os::fd::OwnedFd;
 
 use tracing::{debug, warn};
@@ -28,7 +30,7 @@ use super::connection::Message;
 use super::device::{ConfigWriteError, Device};
 use super::memory_table::{MAX_REGIONS, MemoryTable};
 use super::message::{InflightDescription, RegionDescription, Reply, Request};
-use crate::log_limit::LogLimit;
+use crate::log_limit::{Cause, LogLimits};
 use crate::virtqueue::InflightRegion;
 
 /// SET_CONFIG flags: 0 is a write of the driver. 1 is a live migration in the specification, and a write of the driver
@@ -67,9 +69,8 @@ pub struct Session<'d> {
     inflight: Option<InflightRegion>,
     logging: Logging,
     channel: Option<BackendChannel>,
-    refusals: LogLimit,
-    /// A guest causes these at will.
-    driver_refusals: LogLimit,
+    /// A guest causes some of them at will, and a front-end the others.
+    refusals: LogLimits,
 }
 
 impl<'d> Session<'d> {
@@ -86,8 +87,7 @@ impl<'d> Session<'d> {
             inflight: None,
             logging: Logging::default(),
             channel: None,
-            refusals: LogLimit::new(),
-            driver_refusals: LogLimit::new(),
+            refusals: LogLimits::new(),
         }
     }
 
@@ -108,7 +108,7 @@ impl<'d> Session<'d> {
             Ok(Answer::Reply(body, fd)) => return Ok(Some(Reply { request, body, fd })),
             Ok(Answer::Done) => return Ok(is_ack_wanted.then(|| Reply::number(request, 0))),
             Ok(Answer::RefusedToDriver(error)) => {
-                if let Some(total) = self.driver_refusals.count() {
+                if let Some(total) = self.refusals.count(cause(request, discriminant(&error))) {
                     warn!(request = request_name(request), %error, total, "the driver's request is refused");
                 }
                 return Ok(is_ack_wanted.then(|| Reply::number(request, 1)));
@@ -124,7 +124,7 @@ impl<'d> Session<'d> {
         if refusal.is_none() {
             return Err(SessionError { request, source: error });
         }
-        if let Some(total) = self.refusals.count() {
+        if let Some(total) = self.refusals.count(cause(request, error.cause())) {
             warn!(request = request_name(request), %error, total, "request refused");
         }
         Ok(refusal)
@@ -324,6 +324,12 @@ impl<'d> Session<'d> {
         }
         Ok(())
     }
+}
+
+/// The cause for the limits of log lines: what is wrong with which request. All unknown requests are one.
+fn cause(request: u32, wrong: impl Hash) -> Cause {
+    let known = FrontendReq::try_from(request).is_ok().then_some(request);
+    Cause::new((known, wrong))
 }
 
 /// Asks the device for its capacity again. True: it has changed.
