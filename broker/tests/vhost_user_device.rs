@@ -30,7 +30,7 @@ impl DiskSource for FixedDisk {
 
     fn stop_waiting(&mut self) {}
 
-    fn release(&mut self) {}
+    fn release(&mut self, _is_wanted: &dyn Fn() -> bool) {}
 
     fn refresh_size_bytes(&mut self) -> Result<u64, Box<dyn Error + Send + Sync>> {
         Ok(DISK_BYTES)

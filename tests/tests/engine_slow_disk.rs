@@ -85,7 +85,7 @@ impl DiskSource for NoSource {
 
     fn stop_waiting(&mut self) {}
 
-    fn release(&mut self) {}
+    fn release(&mut self, _is_wanted: &dyn Fn() -> bool) {}
 
     fn refresh_size_bytes(&mut self) -> Result<u64, Box<dyn std::error::Error + Send + Sync>> {
         Ok(SIZE_BYTES)

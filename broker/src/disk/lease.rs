@@ -13,6 +13,8 @@ use super::{Disk, DiskError, LocatedDisk, Start, StartUp};
 const FIRST_LOOK_INTERVAL: Duration = Duration::from_millis(50);
 /// How often the log says that the disk is still waited for.
 const REPORT_INTERVAL: Duration = Duration::from_secs(10);
+/// How often [`DiskLease::release_while`] asks whether it is still wanted.
+const RELEASE_LOOK: Duration = Duration::from_millis(50);
 /// How long to let a disk alone that failed, rather than was busy.
 const FAILURE_PAUSE: Duration = Duration::from_secs(1);
 
@@ -53,8 +55,8 @@ struct Inner {
     state: LeaseState,
     /// The disk, taken by somebody else of this process, while the thread has not come to it.
     taken: Option<Disk>,
-    /// The thread is in `on_held`.
-    is_telling: bool,
+    /// The thread tries to have the disk, or is in `on_held`.
+    is_busy: bool,
     is_ending: bool,
 }
 
@@ -65,7 +67,7 @@ impl DiskLease {
     /// # Errors
     /// The thread cannot be started.
     pub fn new(located: Arc<LocatedDisk>, on_held: impl FnMut(Arc<Disk>) + Send + 'static) -> io::Result<Self> {
-        let inner = Mutex::new(Inner { state: LeaseState::Released, taken: None, is_telling: false, is_ending: false });
+        let inner = Mutex::new(Inner { state: LeaseState::Released, taken: None, is_busy: false, is_ending: false });
         let shared = Arc::new(Shared { located, inner, changed: Condvar::new() });
         let thread = thread::Builder::new().name("disk-lease".into()).spawn({
             let shared = shared.clone();
@@ -90,19 +92,27 @@ impl DiskLease {
 
     /// Gives the disk back, or stops waiting for it.
     ///
-    /// When this returns, `on_held` is not running, and is not called before the next [`Self::acquire`]. The lock goes
-    /// when the last of the references is dropped that `on_held` passed on, and the last ring has ended that has the disk
-    /// registered. So call this first, then drop what has been passed on.
+    /// When this returns, `on_held` is not running, and is not called before the next [`Self::acquire`]. The lease holds nothing
+    /// of the disk: others can have it, unless references are left that `on_held` has passed on, or rings that have the disk
+    /// registered. So call this first, then [close](Disk::close) what has been passed on.
     pub fn release(&self) {
+        self.release_while(&|| true);
+    }
+
+    /// The same for as long as it is wanted, which is asked now and then: an attempt to open a disk that does not answer can take
+    /// any time.
+    pub fn release_while(&self, is_wanted: &dyn Fn() -> bool) {
         let mut inner = self.shared.inner();
         let was = std::mem::replace(&mut inner.state, LeaseState::Released);
+        let taken = inner.taken.take();
         self.shared.changed.notify_all();
-        while inner.is_telling {
-            inner = self.shared.wait(inner, None);
+        while inner.is_busy && is_wanted() {
+            inner = self.shared.wait(inner, Some(RELEASE_LOOK));
         }
         drop(inner);
         // Closing a disk can take time.
-        drop(was);
+        let held = if let LeaseState::Held(disk) = was { Arc::into_inner(disk) } else { None };
+        held.into_iter().chain(taken).for_each(Disk::close);
     }
 
     /// Where the lease is.
@@ -178,26 +188,28 @@ impl Shared {
                     _ => inner = self.wait(inner, None),
                 }
             };
+            inner.is_busy = true;
             drop(inner);
             if let Some(disk) = self.wait_for_disk(since) {
                 self.tell(since, disk, &mut on_held);
             }
+            // Who releases the disk waits for this: nothing of it is held by now that was not passed on.
+            self.inner().is_busy = false;
+            self.changed.notify_all();
         }
     }
 
     /// Passes the disk on, if it is still wanted.
     fn tell(&self, since: Instant, disk: Disk, on_held: &mut impl FnMut(Arc<Disk>)) {
-        let disk = Arc::new(disk);
         let mut inner = self.inner();
         if !inner.is_waiting(since) {
-            return;
+            drop(inner);
+            return disk.close();
         }
+        let disk = Arc::new(disk);
         inner.state = LeaseState::Held(disk.clone());
-        inner.is_telling = true;
         drop(inner);
         on_held(disk);
-        self.inner().is_telling = false;
-        self.changed.notify_all();
     }
 
     /// `None`: it is not wanted any more.

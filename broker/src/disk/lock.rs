@@ -25,6 +25,15 @@ pub(super) fn try_lock(file: &OwnedFd, path: &Path, read_only: bool) -> Result<b
     }
 }
 
+/// Gives the lock of this open file description back, whoever else has a reference to that.
+pub(super) fn unlock(file: &OwnedFd) {
+    let unlocked = libc::flock { l_type: libc::F_UNLCK as _, ..whole_file(true) };
+    if let Err(error) = fcntl(file, FcntlArg::F_OFD_SETLK(&unlocked)) {
+        // Then it goes with the last reference.
+        tracing::debug!(%error, "unlocking a disk");
+    }
+}
+
 /// Who has a lock that is in the way of ours.
 pub(super) fn holders(file: impl AsFd, read_only: bool) -> Vec<ProcessName> {
     let mut conflict = whole_file(read_only);

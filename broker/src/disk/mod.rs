@@ -1,7 +1,8 @@
 //! The disk that guests read and write: a regular file or a block device of the host.
 //!
 //! A [`Disk`] is one *open file description* with a lock on it. Rings register that description, so the lock is held
-//! until the last file descriptor is closed *and* the last ring that registered it has ended, with all its I/O. A
+//! until the last file descriptor is closed *and* the last ring that registered it has ended, with all its I/O; or until
+//! someone who knows that there is no such ring and no I/O calls [`Disk::close`], which returns when others can have the disk. A
 //! broker that comes later cannot open the disk before that, not even when the earlier one was killed:
 //!
 //! - An OFD lock over the whole file (`fcntl(2)`, `F_OFD_SETLK`): a write lock, or for a read-only disk a read lock,
@@ -18,6 +19,7 @@
 
 mod acquire;
 mod capabilities;
+mod close;
 mod error;
 mod geometry;
 mod holders;

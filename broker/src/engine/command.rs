@@ -47,8 +47,12 @@ pub(super) enum Command {
         reply: Reply<()>,
     },
     SetDisk {
-        disk: Option<Arc<Disk>>,
+        disk: Arc<Disk>,
         reply: Reply<()>,
+    },
+    /// The disk is to go; no queue of the front-end runs.
+    GiveUpDisk {
+        reply: Reply<LetGo>,
     },
     Start {
         queue: usize,
@@ -115,6 +119,15 @@ pub(super) enum AttachEvent {
     Gone(Area),
 }
 
+/// What a worker says of the disk that it is to let go.
+#[derive(Debug)]
+pub(super) enum LetGo {
+    /// It does so when I/O has ended that a former front-end has left behind.
+    AfterFormerIo,
+    /// The disk that it had. No I/O of the worker is under way, and the kernel holds nothing any more for its ring.
+    Now(Option<Arc<Disk>>),
+}
+
 /// The three eventfds of a vring.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum WhichEventfd {
@@ -129,7 +142,8 @@ pub(super) struct Pending<T>(Receiver<T>);
 impl<T> Pending<T> {
     /// A place for the answer, and who waits for it.
     pub(super) fn new() -> (Reply<T>, Self) {
-        let (reply, pending) = sync_channel(1);
+        // Room for the two answers that one of the commands has, so that no worker waits.
+        let (reply, pending) = sync_channel(2);
         (reply, Self(pending))
     }
 
@@ -140,6 +154,11 @@ impl<T> Pending<T> {
 
     /// The same for as long as it is wanted, which is asked now and then. `None`: it was not.
     pub(super) fn wait_while(self, is_wanted: impl Fn() -> bool) -> Option<T> {
+        self.next_while(is_wanted)
+    }
+
+    /// The same for a command that may have another answer.
+    pub(super) fn next_while(&self, is_wanted: impl Fn() -> bool) -> Option<T> {
         loop {
             match self.0.recv_timeout(LOOK) {
                 Err(RecvTimeoutError::Timeout) if is_wanted() => {}

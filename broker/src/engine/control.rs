@@ -34,21 +34,12 @@ impl EngineControl {
         forgo_access_times(disk);
         // Before a worker can ask for a ring.
         self.order_builder(|done| Order::SetDisk { disk: Some(disk.clone()), done });
-        self.order_all(|reply| Command::SetDisk { disk: Some(disk.clone()), reply });
+        self.order_all(|reply| Command::SetDisk { disk: disk.clone(), reply });
         has_changed
     }
 
-    /// Has everybody let go of the disk as soon as no I/O of theirs is under way; no queue may run. That is not waited for: I/O
-    /// that a front-end has left behind may hang, and whoever wants the disk waits for its lock.
-    pub(super) fn give_disk_up(&self) {
-        self.begin_order(|reply| Command::SetDisk { disk: None, reply });
-        if let Some(attach) = &self.attach {
-            attach.order(Order::SetDisk { disk: None, done: Pending::new().0 });
-        }
-    }
-
     /// Sends an order to who makes rings, if somebody does, and waits until it is carried out.
-    fn order_builder(&self, order: impl FnOnce(Reply<()>) -> Order) {
+    pub(super) fn order_builder(&self, order: impl FnOnce(Reply<()>) -> Order) {
         if let Some(attach) = &self.attach {
             let (done, pending) = Pending::new();
             attach.order(order(done));
@@ -104,7 +95,7 @@ impl EngineControl {
     }
 
     /// Sends a command to all workers, each of which tells when it is in force.
-    pub(super) fn begin_order(&self, command: impl Fn(Reply<()>) -> Command) -> Vec<Pending<()>> {
+    pub(super) fn begin_order<T>(&self, command: impl Fn(Reply<T>) -> Command) -> Vec<Pending<T>> {
         let workers = self.workers.iter();
         let begun = workers.map(|worker| {
             let (reply, pending) = Pending::new();

@@ -22,7 +22,8 @@ use super::source::DiskSource;
 use super::thread::{Place, start};
 use super::vring::Vring;
 use super::worker::WorkerParts;
-use super::{EngineError, Shared};
+use super::{EngineError, Shared, let_go};
+use crate::disk::Disk;
 use crate::vhost_user::{ConfigWriteError, Device, DeviceMemory, PeerWatch, QueueEventfds, RingFault};
 use crate::virtio_blk::{BlkConfig, CacheMode};
 use crate::virtqueue::{DirtyLog, QUEUE_SIZE_MAX, QueueSetup};
@@ -53,7 +54,7 @@ pub struct EngineConfig {
 /// for that.
 pub struct Engine {
     control: EngineControl,
-    threads: Vec<JoinHandle<()>>,
+    threads: Vec<JoinHandle<Option<Arc<Disk>>>>,
     source: Box<dyn DiskSource>,
     cache_mode: CacheMode,
     /// The available index with which each queue was started that was not stopped.
@@ -126,14 +127,14 @@ impl Engine {
         self.control.clone()
     }
 
-    /// Takes nothing more, waits until all I/O has ended, and lets go of the disk.
+    /// Takes nothing more, waits until all I/O has ended, and lets go of the disk: others can have it when this returns.
     pub fn shutdown(mut self) {
-        self.source.release();
+        self.source.release(&|| true);
         self.control.send_to_all(|| Command::Shutdown);
-        for thread in self.threads.drain(..) {
-            // A worker that panics ends the process.
-            let _ = thread.join();
-        }
+        // A worker that panics ends the process.
+        let disks = self.threads.drain(..).filter_map(|thread| thread.join().ok().flatten()).collect();
+        self.control.order_builder(|done| Order::SetDisk { disk: None, done });
+        let_go::close(disks);
     }
 
     /// Sends a command about one queue to its worker.
@@ -304,9 +305,10 @@ impl Device for Engine {
             attach.gate.begin_again();
         }
         if self.is_logging && all_stopped {
-            // The guest is being migrated: whoever goes on with it needs the disk, and waits until its lock is free.
-            self.source.release();
-            self.control.give_disk_up();
+            // The guest is being migrated: who goes on with it needs the disk.
+            let is_wanted = || !self.peer.as_ref().is_some_and(PeerWatch::is_gone);
+            self.source.release(&is_wanted);
+            self.control.give_disk_up(is_wanted);
         }
         Some(next_avail)
     }

@@ -6,7 +6,7 @@
 //! - `worker`: the loop of a thread. `poll`: when it polls and when it sleeps. `ring`: its io_uring.
 //! - `vring`: the state of a queue. `slot`, `execute`, `bounce`: requests under way.
 //! - `handle`: the engine as the session sees it. `control`: as other threads see it.
-//! - `command`, `orders`: what they ask of the workers, and what these do then.
+//! - `command`, `orders`: what they ask of the workers, and what these do then. `let_go`: how the disk becomes free for others.
 //! - `attach`, `interface`, `epochs`: queues that become rings, if the device offers that ([`AttachConfig`]).
 //!
 //! The guest's memory is never registered with the kernel: nothing is pinned but for the time of a request. Each request
@@ -26,6 +26,7 @@ mod eventfd;
 mod execute;
 mod handle;
 mod interface;
+mod let_go;
 mod orders;
 mod poll;
 mod ring;

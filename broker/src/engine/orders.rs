@@ -61,7 +61,7 @@ impl Worker<'_> {
                 self.limits = limits;
                 done(&reply);
             }
-            Command::SetDisk { disk: Some(disk), reply } => {
+            Command::SetDisk { disk, reply } => {
                 if self.endings.disk.is_some() {
                     self.endings.next_disk = Some(disk);
                 } else {
@@ -69,10 +69,7 @@ impl Worker<'_> {
                 }
                 done(&reply);
             }
-            Command::SetDisk { disk: None, reply } => {
-                self.endings.disk = Some(reply);
-                self.endings.next_disk = None;
-            }
+            Command::GiveUpDisk { reply } => self.give_up_disk(reply),
             Command::Start { queue, setup, eventfds } => self.start(queue, setup, eventfds),
             Command::Break { queue, fault, err } => {
                 let vring = &self.vrings[queue];
@@ -277,7 +274,7 @@ impl Worker<'_> {
         }
     }
 
-    fn take_disk(&mut self, disk: Arc<Disk>) {
+    pub(super) fn take_disk(&mut self, disk: Arc<Disk>) {
         if self.disk.is_some() {
             return;
         }
@@ -329,17 +326,7 @@ impl Worker<'_> {
         for number in 0..self.vrings.len() {
             self.settle_vring(number);
         }
-        if self.slots.occupied() == 0
-            && let Some(reply) = self.endings.disk.take()
-        {
-            self.let_go_of_disk();
-            done(&reply);
-            if let Some(disk) = self.endings.next_disk.take() {
-                self.take_disk(disk);
-                // Queues may wait for it.
-                self.is_unsettled = true;
-            }
-        }
+        self.settle_disk();
         if !self.endings.former_memory.is_empty() {
             self.former_memory.retain(|table| table.strong_count() > 0);
             if self.former_memory.is_empty() {
@@ -434,15 +421,6 @@ impl Worker<'_> {
             }
             Err(error) => self.break_down(number, error.cause(), &error),
         }
-    }
-
-    /// Nothing of this worker holds the disk any more. No request may be under way.
-    pub(super) fn let_go_of_disk(&mut self) {
-        let Some(in_use) = self.disk.take() else { return };
-        if let Err(error) = self.ring.unregister_disk() {
-            tracing::error!(%error, "the disk stays registered in a worker's io_uring, and its lock in force");
-        }
-        drop(in_use);
     }
 }
 

@@ -1,13 +1,15 @@
 //! A worker's io_uring: set-up on whatever this kernel has, submission, waiting.
 
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
 use nix::libc;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::EngineError;
+use super::token::Token;
+use crate::ring::sys::register_tagged_file;
 
 /// The disk's place in the table of fixed files; nothing else is in it.
 pub(super) const DISK: types::Fixed = types::Fixed(0);
@@ -80,16 +82,35 @@ fn build(completions_max: u32, task_run: TaskRun, newest: bool) -> io::Result<Io
 
 /// A ring in use.
 pub(super) struct Ring<'r> {
+    fd: BorrowedFd<'r>,
     submitter: io_uring::Submitter<'r>,
     sq: squeue::SubmissionQueue<'r>,
     cq: cqueue::CompletionQueue<'r>,
     /// Entries in the SQ that the kernel has not taken.
     unsubmitted: u32,
+    /// The kernel tells of the release of a fixed file by a completion.
+    tells_of_release: bool,
+}
+
+/// Whether a fixed file that was unregistered is released.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Release {
+    /// The kernel holds nothing of it any more for this ring.
+    Done,
+    /// [`Token::DiskReleased`] will tell.
+    ToBeTold,
 }
 
 impl<'r> Ring<'r> {
     /// Makes a ring ready for the calling thread.
-    pub(super) fn new(ring: &'r mut IoUring) -> Self {
+    ///
+    /// # Errors
+    ///
+    /// [`EngineError::Eventfd`]: there is no descriptor for a trial.
+    pub(super) fn new(ring: &'r mut IoUring) -> Result<Self, EngineError> {
+        let fd = ring.as_raw_fd();
+        // SAFETY: `ring` is open, and borrowed for as long as the result lives.
+        let fd: BorrowedFd<'r> = unsafe { BorrowedFd::borrow_raw(fd) };
         let (mut submitter, sq, cq) = ring.split();
         // Saves the kernel a look-up at each call (Linux 5.18).
         if let Err(error) = submitter.register_ring_fd() {
@@ -100,17 +121,39 @@ impl<'r> Ring<'r> {
         if let Err(error) = submitter.register_iowq_max_workers(&mut limits) {
             tracing::debug!(%error, "the ring's worker threads have the kernel's own limit");
         }
-        Self { submitter, sq, cq, unsubmitted: 0 }
+        let mut ring = Self { fd, submitter, sq, cq, unsubmitted: 0, tells_of_release: false };
+        ring.tells_of_release = ring.try_release()?;
+        tracing::debug!(ring.tells_of_release, "how a worker's io_uring lets go of the disk");
+        Ok(ring)
+    }
+
+    /// Finds out how this kernel lets go of a fixed file. Before Linux 6.13 the system call that unregisters it waits until no
+    /// request holds it. Since then a request that has completed can hold it for a while, and a completion tells of its release.
+    fn try_release(&mut self) -> Result<bool, EngineError> {
+        let file = rustix::event::eventfd(0, rustix::event::EventfdFlags::CLOEXEC)
+            .map_err(|errno| EngineError::Eventfd(errno.into()))?;
+        let tag = Token::DiskReleased.to_user_data();
+        let is_registered = register_tagged_file(self.fd, file.as_fd(), tag).is_ok();
+        if !is_registered || self.submitter.unregister_files().is_err() {
+            // Older than Linux 5.13.
+            return Ok(false);
+        }
+        self.cq.sync();
+        Ok(self.cq.next().is_some_and(|completion| completion.user_data() == tag))
     }
 
     /// Makes `disk` the fixed file that requests name. The kernel holds the open file description from now on.
     pub(super) fn register_disk(&self, disk: BorrowedFd<'_>) -> io::Result<()> {
+        if self.tells_of_release {
+            return register_tagged_file(self.fd, disk, Token::DiskReleased.to_user_data());
+        }
         self.submitter.register_files(&[disk.as_raw_fd()])
     }
 
-    /// Lets go of the disk. No request may be under way.
-    pub(super) fn unregister_disk(&self) -> io::Result<()> {
-        self.submitter.unregister_files()
+    /// Has the kernel let go of the disk. No request may be under way.
+    pub(super) fn unregister_disk(&self) -> io::Result<Release> {
+        self.submitter.unregister_files()?;
+        Ok(if self.tells_of_release { Release::ToBeTold } else { Release::Done })
     }
 
     /// Puts an entry into the SQ; if it is full, what is there is submitted first.
@@ -182,5 +225,41 @@ impl<'r> Ring<'r> {
     /// Makes the completions that came since the last time visible to [`reap`](Self::reap).
     pub(super) fn sync_completions(&mut self) {
         self.cq.sync();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::engine::tests::driver::wait_until;
+
+    #[test]
+    fn a_file_that_was_unregistered_is_released_when_the_last_request_that_names_it_is_gone() {
+        let mut ring = create(8).unwrap();
+        let mut ring = Ring::new(&mut ring).unwrap();
+        if !ring.tells_of_release {
+            eprintln!("skipped: this kernel waits for such requests when a file is unregistered");
+            return;
+        }
+        let event = EventFd::new(0).unwrap();
+        // SAFETY: the eventfd is open, and outlives what is borrowed here.
+        ring.register_disk(unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) }).unwrap();
+        let poll = opcode::PollAdd::new(DISK, libc::POLLIN as u32).build().user_data(Token::Nothing.to_user_data());
+        // SAFETY: the entry names no memory.
+        unsafe { ring.push(&poll) };
+        ring.submit();
+        assert_eq!(ring.unregister_disk().unwrap(), Release::ToBeTold);
+        ring.submit();
+        ring.sync_completions();
+        assert!(ring.reap().is_none(), "the request still has the file");
+        event.write(1).unwrap();
+        let mut told = Vec::new();
+        wait_until("both completions", || {
+            ring.submit();
+            ring.sync_completions();
+            told.extend(std::iter::from_fn(|| ring.reap()).map(|entry| Token::from_user_data(entry.user_data())));
+            told.len() == 2
+        });
+        assert!(told.contains(&Token::DiskReleased), "{told:?}");
     }
 }

@@ -19,9 +19,9 @@ pub trait DiskSource: Send {
     fn stop_waiting(&mut self);
 
     /// The disk is not wanted any more: [`EngineControl::set_disk`] is not to be called after this, before the next
-    /// [`request`](Self::request). When this has returned, the engine lets go of the disk as soon as no I/O is under way,
-    /// which is not waited for; then others may have it.
-    fn release(&mut self);
+    /// [`request`](Self::request). The source holds nothing of the disk when this returns: the engine lets go of it next, and then
+    /// others can have it. It may return earlier if `is_wanted`, which it asks while it waits, says no.
+    fn release(&mut self, is_wanted: &dyn Fn() -> bool);
 
     /// Reads the size of the disk again, in bytes.
     ///

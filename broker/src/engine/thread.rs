@@ -1,6 +1,7 @@
 //! A worker's thread, from its start to its end.
 
 use std::io;
+use std::sync::Arc;
 use std::sync::mpsc::{SyncSender, sync_channel};
 use std::thread::{self, JoinHandle};
 
@@ -9,6 +10,7 @@ use rustix::thread::{CpuSet, sched_setaffinity};
 use super::EngineError;
 use super::ring::{self, Ring};
 use super::worker::{Worker, WorkerParts};
+use crate::disk::Disk;
 use crate::threads::leave_signals_to_others;
 
 /// Where a worker's thread is to run.
@@ -22,11 +24,11 @@ pub(super) struct Place {
     pub(super) completions_max: u32,
 }
 
-/// Starts a worker, and returns when it is ready.
+/// Starts a worker, and returns when it is ready. The thread gives the disk that it had at its end.
 pub(super) fn start(
     place: Place,
     parts: impl FnOnce() -> WorkerParts + Send + 'static,
-) -> Result<JoinHandle<()>, EngineError> {
+) -> Result<JoinHandle<Option<Arc<Disk>>>, EngineError> {
     let (ready, is_ready) = sync_channel(1);
     let thread = thread::Builder::new()
         .name(format!("worker-{}", place.number))
@@ -39,31 +41,42 @@ pub(super) fn start(
     }
 }
 
-fn live(place: Place, parts: impl FnOnce() -> WorkerParts, ready: &SyncSender<Result<(), EngineError>>) {
+fn live(
+    place: Place,
+    parts: impl FnOnce() -> WorkerParts,
+    ready: &SyncSender<Result<(), EngineError>>,
+) -> Option<Arc<Disk>> {
     leave_signals_to_others();
     let tell = |result| ready.send(result).is_ok();
     if let Some(cpu) = place.cpu
         && let Err(error) = pin(cpu)
     {
         tell(Err(error));
-        return;
+        return None;
     }
     // The thread that creates a ring is the one that may use it.
     let mut ring = match ring::create(place.completions_max) {
         Ok(ring) => ring,
         Err(error) => {
             tell(Err(error));
-            return;
+            return None;
         }
     };
-    let mut worker = Worker::new(Ring::new(&mut ring), parts());
+    let ring = match Ring::new(&mut ring) {
+        Ok(ring) => ring,
+        Err(error) => {
+            tell(Err(error));
+            return None;
+        }
+    };
+    let mut worker = Worker::new(ring, parts());
     if !tell(Ok(())) {
-        return;
+        return None;
     }
     // Dropped first: a panic ends the process before the worker unwinds, which would unmap memory that the kernel still
     // uses.
     let _guard = AbortOnPanic;
-    worker.run();
+    worker.run()
 }
 
 fn pin(cpu: usize) -> Result<(), EngineError> {

@@ -14,6 +14,8 @@ pub(super) enum Token {
     },
     /// The worker's commands.
     Commands,
+    /// The kernel has let go of the disk that the ring had as its fixed file.
+    DiskReleased,
     /// Nobody waits for it.
     Nothing,
 }
@@ -23,6 +25,7 @@ const KIND_SHIFT: u32 = 48;
 const KICK: u64 = 1;
 const COMMANDS: u64 = 2;
 const NOTHING: u64 = 3;
+const DISK_RELEASED: u64 = 4;
 
 impl Token {
     /// As the ring takes it.
@@ -32,6 +35,7 @@ impl Token {
             Self::Request(slot) => slot.into(),
             Self::Kick { queue, generation } => KICK << KIND_SHIFT | u64::from(generation) << 16 | u64::from(queue),
             Self::Commands => COMMANDS << KIND_SHIFT,
+            Self::DiskReleased => DISK_RELEASED << KIND_SHIFT,
             Self::Nothing => NOTHING << KIND_SHIFT,
         }
     }
@@ -43,6 +47,7 @@ impl Token {
             0 => Self::Request(user_data as u32),
             KICK => Self::Kick { queue: user_data as u16, generation: (user_data >> 16) as u32 },
             COMMANDS => Self::Commands,
+            DISK_RELEASED => Self::DiskReleased,
             _ => Self::Nothing,
         }
     }
@@ -62,6 +67,7 @@ mod tests {
             kick(u16::MAX, 1),
             kick(3, u32::MAX),
             Token::Commands,
+            Token::DiskReleased,
             Token::Nothing,
         ] {
             assert_eq!(Token::from_user_data(token.to_user_data()), token);

@@ -12,7 +12,8 @@ use std::time::Instant;
 use super::Shared;
 use super::attach::{Attach, Reply as InterfaceReply};
 use super::bounce::BouncePool;
-use super::command::{CommandReceiver, Reply};
+use super::command::{CommandReceiver, LetGo, Reply};
+use super::let_go::FormerDisk;
 use super::poll::{Idle, PollPolicy};
 use super::ring::Ring;
 use super::slot::Slots;
@@ -45,6 +46,8 @@ pub(super) struct Worker<'r> {
     /// Requests that wait for a bounce buffer, the first one first.
     pub(super) waiting: VecDeque<u32>,
     pub(super) disk: Option<DiskInUse>,
+    /// The disk before, which the kernel has not let go of yet.
+    pub(super) former_disk: Option<FormerDisk>,
     /// Carries out writes into the page cache of a file. `None`: the disk is not such a file, or there is none yet.
     pub(super) writer: Option<Writer>,
     pub(super) memory: Option<Rc<DeviceMemory>>,
@@ -71,7 +74,7 @@ pub(super) struct Worker<'r> {
 #[derive(Debug, Default)]
 pub(super) struct Endings {
     /// The disk is to go.
-    pub(super) disk: Option<Reply<()>>,
+    pub(super) disk: Option<Reply<LetGo>>,
     /// And this one comes after it. A lock that is shared can be had again before.
     pub(super) next_disk: Option<Arc<Disk>>,
     /// All queues are to stop.
@@ -128,6 +131,7 @@ impl<'r> Worker<'r> {
             bounce: parts.bounce,
             waiting: VecDeque::new(),
             disk: None,
+            former_disk: None,
             writer: None,
             memory: None,
             former_memory: Vec::new(),
@@ -143,8 +147,9 @@ impl<'r> Worker<'r> {
         }
     }
 
-    /// Works until it was told to end and the last request has ended.
-    pub(super) fn run(&mut self) {
+    /// Works until it was told to end and the last request has ended. Gives the disk that it had; the kernel holds it no more for
+    /// the worker's ring.
+    pub(super) fn run(&mut self) -> Option<Arc<Disk>> {
         while !self.has_ended() {
             if self.turn() {
                 self.poll.busy(Instant::now);
@@ -159,7 +164,7 @@ impl<'r> Worker<'r> {
                 Idle::Sleep => self.sleep(),
             }
         }
-        self.let_go_of_disk();
+        self.leave_disk()
     }
 
     /// Looks once at everything. False: there was nothing to do.
@@ -259,7 +264,7 @@ impl<'r> Worker<'r> {
     }
 
     /// Deals with what has completed. False: nothing.
-    fn reap(&mut self) -> bool {
+    pub(super) fn reap(&mut self) -> bool {
         let mut busy = false;
         self.ring.sync_completions();
         while let Some(completion) = self.ring.reap() {
@@ -270,6 +275,7 @@ impl<'r> Worker<'r> {
                     self.is_bell_armed = false;
                     self.commands.take_wake_up();
                 }
+                Token::DiskReleased => self.disk_is_released(),
                 Token::Nothing => continue,
             }
             busy = true;

@@ -246,6 +246,28 @@ impl RingFd {
     }
 }
 
+/// Makes `file` the only fixed file of `ring` (`IORING_REGISTER_FILES2`, Linux 5.13). A kernel that keeps count of each file for
+/// itself (Linux 6.13) posts a completion with `tag` when it lets go of the file.
+pub(crate) fn register_tagged_file(ring: BorrowedFd<'_>, file: BorrowedFd<'_>, tag: u64) -> io::Result<()> {
+    let fd = file.as_raw_fd();
+    let mut table = io_uring_rsrc_register::default();
+    table.nr = 1;
+    table.data = io_uring_ptr::new((&raw const fd).cast_mut().cast());
+    table.tags = io_uring_ptr::new((&raw const tag).cast_mut().cast());
+    let size_bytes = size_of_val(&table) as u32;
+    // SAFETY: one structure, its size in place of a count. It points to one descriptor, which is open, being borrowed, and to
+    // one tag; the kernel reads both during the call.
+    unsafe {
+        rustix::io_uring::io_uring_register(
+            ring,
+            IoringRegisterOp::RegisterFiles2,
+            (&raw const table).cast(),
+            size_bytes,
+        )
+    }?;
+    Ok(())
+}
+
 impl AsFd for RingFd {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.as_fd()

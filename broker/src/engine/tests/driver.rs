@@ -290,7 +290,7 @@ pub(super) fn wait_readable(eventfd: &EventFd, timeout: Duration) -> bool {
 }
 
 /// Waits until something is true.
-pub(super) fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
+pub(in crate::engine) fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
     let end = Instant::now() + PATIENCE;
     while !condition() {
         assert!(Instant::now() < end, "{what} did not come about");

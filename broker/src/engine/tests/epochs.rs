@@ -38,7 +38,7 @@ fn with_attached(act: impl FnOnce(Bench<'_, '_>)) {
     with_worker(obeyed, options, 8, Some(attach), |rig, worker| {
         let memory = rig.ram.device_memory();
         commands.send(Command::SetMemory { memory, reply: nobody() });
-        commands.send(Command::SetDisk { disk: Some(rig.open_disk()), reply: nobody() });
+        commands.send(Command::SetDisk { disk: rig.open_disk(), reply: nobody() });
         let queue = driver_queue(rig, QUEUE);
         let driver = RingDriver::new(&rig.ram, QUEUE, queue);
         let mut bench = Bench { rig, worker, commands: &commands, orders: &orders, driver };

@@ -4,7 +4,7 @@ mod attach;
 mod builder;
 mod discards;
 mod disk;
-mod driver;
+pub(super) mod driver;
 mod epochs;
 mod front_end;
 mod lengths;

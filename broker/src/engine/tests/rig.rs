@@ -81,7 +81,7 @@ impl DiskSource for Source {
 
     fn stop_waiting(&mut self) {}
 
-    fn release(&mut self) {
+    fn release(&mut self, _is_wanted: &dyn Fn() -> bool) {
         self.calls.releases.fetch_add(1, Ordering::SeqCst);
     }
 

@@ -11,7 +11,7 @@ use super::rig::{BlockDriver, Options, Rig, SECTOR, config, contents};
 use crate::engine::Shared;
 use crate::engine::attach::Attach;
 use crate::engine::bounce::BouncePool;
-use crate::engine::command::{Command, CommandReceiver, CommandSender, Reply, command_channel};
+use crate::engine::command::{Command, CommandReceiver, CommandSender, LetGo, Pending, Reply, command_channel};
 use crate::engine::poll::PollPolicy;
 use crate::engine::ring::{self, Ring};
 use crate::engine::slot::Slots;
@@ -37,7 +37,7 @@ pub(super) fn with_worker(
     let (limits, segments_max) = (device.request_limits(), device.segment_capacity());
     let mut ring = ring::create(64).unwrap();
     let mut worker = Worker::new(
-        Ring::new(&mut ring),
+        Ring::new(&mut ring).unwrap(),
         WorkerParts {
             commands,
             vrings: (0..rig.options.queues).map(|index| Vring::new(index, Arc::default())).collect(),
@@ -66,7 +66,7 @@ fn running(rig: &Rig, sender: &CommandSender) -> BlockDriver {
 fn running_at(rig: &Rig, sender: &CommandSender, place: u16) -> BlockDriver {
     let driver = rig.driver(place);
     sender.send(Command::SetMemory { memory: rig.ram.device_memory(), reply: nobody() });
-    sender.send(Command::SetDisk { disk: Some(rig.open_disk()), reply: nobody() });
+    sender.send(Command::SetDisk { disk: rig.open_disk(), reply: nobody() });
     sender.send(Command::Start { queue: 0, setup: driver.queue.setup(0, None), eventfds: driver.queue.eventfds() });
     sender.send(Command::SetEnabled { queue: 0, enabled: true, reply: nobody() });
     driver
@@ -169,12 +169,12 @@ fn a_disk_that_comes_before_the_former_one_is_let_go_is_there_afterwards() {
         former.add_read(0, 8);
         assert!(worker.take(0));
         sender.send(Command::Abandon);
-        let (reply, let_go) = sync_channel(1);
-        sender.send(Command::SetDisk { disk: None, reply });
+        let (reply, let_go) = Pending::new();
+        sender.send(Command::GiveUpDisk { reply });
         let mut driver = running_at(rig, &sender, 1);
         worker.obey();
         worker.settle();
-        assert!(let_go.try_recv().is_err(), "the read has not ended");
+        assert!(matches!(let_go.next_while(|| false), Some(LetGo::AfterFormerIo)), "the read has not ended");
         driver.add_read(0, 8);
         let mut outcome = None;
         wait_until("the end of the request", || {
@@ -183,6 +183,9 @@ fn a_disk_that_comes_before_the_former_one_is_let_go_is_there_afterwards() {
             outcome.is_some()
         });
         assert_eq!(outcome.unwrap().status, 0);
-        assert_eq!(let_go.try_recv(), Ok(()));
+        wait_until("the release of the former disk", || {
+            worker.turn();
+            matches!(let_go.next_while(|| false), Some(LetGo::Now(Some(_))))
+        });
     });
 }

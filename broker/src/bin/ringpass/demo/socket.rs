@@ -55,7 +55,7 @@ impl DiskSource for OwnDisk {
 
     fn stop_waiting(&mut self) {}
 
-    fn release(&mut self) {}
+    fn release(&mut self, _is_wanted: &dyn Fn() -> bool) {}
 
     fn refresh_size_bytes(&mut self) -> Result<u64, Box<dyn Error + Send + Sync>> {
         Ok(self.0.size_bytes())

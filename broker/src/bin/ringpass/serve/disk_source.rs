@@ -27,8 +27,8 @@ impl DiskSource for LeasedDisk {
         self.lease.stop_waiting();
     }
 
-    fn release(&mut self) {
-        self.lease.release();
+    fn release(&mut self, is_wanted: &dyn Fn() -> bool) {
+        self.lease.release_while(is_wanted);
     }
 
     fn refresh_size_bytes(&mut self) -> Result<u64, Box<dyn Error + Send + Sync>> {
