@@ -19,8 +19,8 @@ use crate::needs::Need;
 const PROGRAM: &str = "ringpass";
 /// How to build it.
 const HOW_TO_BUILD: &str = "`cargo build -p ringpass-broker` builds it, and so does `cargo xtask test`";
-/// How long the program may take until it listens, and until it has ended: much longer than on a busy machine.
-const PATIENCE: Duration = Duration::from_secs(20);
+/// How long the program may take until it serves, and until it has ended: much longer than on a busy machine.
+const PATIENCE: Duration = Duration::from_secs(60);
 /// How much of the program's log an error shows.
 const SHOWN_LINES: usize = 60;
 
@@ -70,8 +70,10 @@ pub struct Usage {
     pub cpu_ns: u64,
 }
 
-/// The server's own, and when vrings start: tests wait for that.
-const LOG_LEVELS: &str = "info,ringpass_broker::vhost_user::session::rings=debug";
+/// What is logged unless `RUST_LOG` says otherwise.
+const LOG_LEVEL: &str = "info";
+/// What is logged in any case, because tests wait for it: the end of start-up, and when vrings start.
+const AWAITED_LEVELS: &str = "ringpass::serve=info,ringpass_broker::vhost_user::session::rings=debug";
 
 /// A running broker. It is killed when dropped.
 #[derive(Debug)]
@@ -83,25 +85,15 @@ pub struct BrokerProcess {
 }
 
 impl BrokerProcess {
-    /// Starts `ringpass serve` for a disk with these further arguments, and waits until it listens at `socket`.
+    /// Starts `ringpass serve` for a disk with these further arguments, and waits until it says that it waits for a front-end. By then
+    /// it listens at `socket`, and its start-up has ended: what it has of the machine is what it has without a front-end.
     ///
     /// # Errors
     ///
-    /// It ends before, or does not listen in time.
+    /// It ends before, or does not serve in time.
     pub fn start(socket: &Path, disk: &Path, arguments: &[&str]) -> Result<Self> {
         let mut process = Self::spawn(serve(socket, disk, arguments)?, socket)?;
-        process.wait_until(|_| is_listening(socket))?;
-        Ok(process)
-    }
-
-    /// The same at a path where another process still listens: it is waited for until it says that it listens.
-    ///
-    /// # Errors
-    ///
-    /// It ends before, or does not listen in time.
-    pub fn start_beside(socket: &Path, disk: &Path, arguments: &[&str]) -> Result<Self> {
-        let mut process = Self::spawn(serve(socket, disk, arguments)?, socket)?;
-        process.wait_until(|process| Ok(process.has_logged("waiting for a front-end")))?;
+        process.wait_for_start()?;
         Ok(process)
     }
 
@@ -114,7 +106,7 @@ impl BrokerProcess {
         let mut child = command
             // A place of its own for its control socket.
             .env("RUNTIME_DIRECTORY", socket.parent().unwrap_or(Path::new(".")))
-            .env("RUST_LOG", env::var("RUST_LOG").unwrap_or_else(|_| LOG_LEVELS.to_owned()))
+            .env("RUST_LOG", format!("{},{AWAITED_LEVELS}", env::var("RUST_LOG").as_deref().unwrap_or(LOG_LEVEL)))
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::piped())
@@ -131,15 +123,14 @@ impl BrokerProcess {
         Ok(Self { child, socket: socket.to_owned(), log, log_reader: Some(log_reader) })
     }
 
-    /// Waits until it listens, as `listens` finds out. A connection would show it as well, but it would be the first.
-    fn wait_until(&mut self, listens: impl Fn(&Self) -> Result<bool>) -> Result<()> {
+    fn wait_for_start(&mut self) -> Result<()> {
         let end = Instant::now() + PATIENCE;
-        while !listens(self)? {
+        while !self.has_logged("waiting for a front-end") {
             if let Some(status) = self.child.try_wait()? {
                 self.join_log();
-                bail!("the broker ended with {status} before it listened:\n{}", self.log());
+                bail!("the broker ended with {status} before it served:\n{}", self.log());
             }
-            ensure!(Instant::now() < end, "the broker does not listen after {PATIENCE:?}:\n{}", self.log());
+            ensure!(Instant::now() < end, "the broker does not serve after {PATIENCE:?}:\n{}", self.log());
             thread::sleep(Duration::from_millis(2));
         }
         Ok(())
@@ -372,14 +363,4 @@ fn serve(socket: &Path, disk: &Path, arguments: &[&str]) -> Result<Command> {
     let mut command = Command::new(program()?);
     command.arg("serve").arg("--socket-path").arg(socket).arg("--blk-file").arg(disk).args(arguments);
     Ok(command)
-}
-
-/// Whether a process listens on the Unix socket at `path` (`/proc/net/unix`: the flag is `__SO_ACCEPTCON`).
-fn is_listening(path: &Path) -> Result<bool> {
-    let path = path.to_str().context("the socket's path is not UTF-8")?;
-    let sockets = fs::read_to_string("/proc/net/unix").context("reading /proc/net/unix")?;
-    Ok(sockets.lines().any(|line| {
-        let mut fields = line.split_whitespace();
-        fields.nth(3) == Some("00010000") && fields.next_back() == Some(path)
-    }))
 }

@@ -145,7 +145,7 @@ fn slow_io(kind: StuckKind) -> Result<()> {
     thread::sleep(Duration::from_millis(200));
     let hung = queue.poll();
     old.signal(Signal::KILL)?;
-    let new = BrokerProcess::start_beside(&socket, disk.path(), &arguments);
+    let new = BrokerProcess::start(&socket, disk.path(), &arguments);
     let silent = (|| -> Result<()> {
         ensure!(hung.is_none(), "the write did not hang: {hung:?}");
         // The new one is there, and answers at once: in full, but for the requests.

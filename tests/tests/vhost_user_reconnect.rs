@@ -247,7 +247,7 @@ fn hanging_worker() -> Result<()> {
     wait_until("a worker hangs", || old.has_hanging_thread())?;
     old.signal(Signal::KILL)?;
 
-    let new = BrokerProcess::start_beside(&socket, disk.path(), &arguments);
+    let new = BrokerProcess::start(&socket, disk.path(), &arguments);
     let served = new.as_ref().map_err(|error| anyhow::anyhow!("{error:#}")).and_then(|_| {
         let front_end = FrontEnd::connect(&socket, &ram.ram, Options::default())?;
         ensure!(old.is_running()?, "the old broker has ended, and nothing was shown");

@@ -62,7 +62,7 @@ impl SlowGuest {
     ///
     /// It does not start.
     pub fn start_beside(&self) -> Result<BrokerProcess> {
-        BrokerProcess::start_beside(&socket_in(&self.directory), self.disk.path(), &ARGUMENTS)
+        BrokerProcess::start(&socket_in(&self.directory), self.disk.path(), &ARGUMENTS)
     }
 
     /// Submits a write of 4096 bytes of the driver's first buffer, which hangs.
