@@ -127,7 +127,8 @@ impl DirectDevice {
     /// # Errors
     ///
     /// [`RingError::UnsafePolicy`] for a policy with lint errors that nobody [accepted](CompiledPolicy::accept_unsafe);
-    /// [`RingError::IntegrityProfile`] for a block device that keeps protection information; memory that cannot be
+    /// [`RingError::FinerBlocks`] for a disk whose logical block is smaller than that of direct I/O
+    /// ([`Disk::finer_than_direct_io`]); [`RingError::IntegrityProfile`] for a block device that keeps protection information; memory that cannot be
     /// pinned; a CPU for the SQ thread that cannot be used.
     pub fn new(
         disk: Arc<Disk>,
@@ -152,6 +153,7 @@ impl DirectDevice {
     ) -> Result<Self, RingError> {
         // Before half a second for each GiB of pinning.
         refuse_unsafe(&policy)?;
+        refuse_finer_blocks(&disk)?;
         refuse_integrity_profile(disk.path(), disk.integrity_profile()?)?;
         let (submission, pinned) = on_own_thread(|| -> Result<_, RingError> {
             let submission = match config.submission {
@@ -361,6 +363,18 @@ impl State {
             // It ended just now.
             Some(Ok(_)) | None => Ok(()),
         }
+    }
+}
+
+/// The guest's driver keeps to the logical block only, and nobody is between it and the kernel.
+fn refuse_finer_blocks(disk: &Disk) -> Result<(), RingError> {
+    match disk.finer_than_direct_io() {
+        None => Ok(()),
+        Some(direct_block_bytes) => Err(RingError::FinerBlocks {
+            path: disk.path().to_owned(),
+            logical_block_bytes: disk.logical_block_bytes(),
+            direct_block_bytes,
+        }),
     }
 }
 

@@ -314,7 +314,7 @@ fn a_start_that_fails_says_why_in_one_line() {
     assert_has(&serve(&["--blk-file", "text", "--direct-io", "off"]), &["no multiple of its blocks of 512 bytes"]);
     assert_has(
         &serve(&["--blk-file", "small.img", "--direct-io", "off", "--logical-block-size", "4096"]),
-        &["has 512 bytes, which is no multiple of --logical-block-size 4096", "Use a smaller block"],
+        &["has 512 bytes, which is no multiple of its blocks of 4096 bytes", "or leave out --logical-block-size"],
     );
     assert_has(&serve(&["--blk-file", "disk.img", "--cpus", "8000"]), &["CPU 8000"]);
     assert!(!place.path("s").exists());

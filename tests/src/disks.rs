@@ -14,7 +14,7 @@ use std::{
 };
 
 use anyhow::ensure;
-use ringpass_broker::disk::{DirectIo, DiskConfig};
+use ringpass_broker::disk::{DirectIo, DiskConfig, LogicalBlock};
 
 use crate::needs::{Need, find_program};
 
@@ -159,12 +159,13 @@ impl TestDisk {
         self.directory.as_ref().map(tempfile::TempDir::path)
     }
 
-    /// How a broker opens it: read-write, with direct I/O except for [`DiskKind::Ext4PageCache`]. For a second after
-    /// another ring on it has been closed the lock may still be held, so this waits for it.
+    /// How a broker opens it: read-write, with direct I/O except for [`DiskKind::Ext4PageCache`], in the blocks that direct
+    /// I/O takes, so that rings can have it. For a second after another ring on it has been closed the lock may still be
+    /// held, so this waits for it.
     pub fn config(&self) -> DiskConfig {
         let direct_io = if self.kind == DiskKind::Ext4PageCache { DirectIo::Off } else { DirectIo::On };
         let lock_wait = Some(Duration::from_secs(10));
-        DiskConfig { direct_io, lock_wait, ..DiskConfig::new(&self.path) }
+        DiskConfig { direct_io, logical_block: LogicalBlock::DirectIo, lock_wait, ..DiskConfig::new(&self.path) }
     }
 }
 

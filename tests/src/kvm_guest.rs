@@ -10,7 +10,7 @@ use anyhow::{Context, Result, ensure};
 use kvm_ioctls::{IoEventAddress, Kvm};
 use ringpass_bare_metal::{Attachment, Bell, Command, RAM_REGIONS_MAX, RamRegion, Table, map};
 use ringpass_broker::direct::{DirectConfig, DirectDevice, SubmissionConfig};
-use ringpass_broker::disk::{Disk, DiskConfig};
+use ringpass_broker::disk::{Disk, DiskConfig, LogicalBlock};
 use ringpass_broker::kernel;
 use ringpass_broker::kvm::{ExitCounters, KvmPlacement, KvmQueue, KvmQueueConfig, RamSlots};
 use ringpass_broker::memory::{GuestMemory, IOVA_BASE, RegionConfig, Sharing};
@@ -123,7 +123,8 @@ impl KvmGuest {
             Some(config)
         }))?;
         drop(file);
-        let disk = Arc::new(Disk::open(&config.disk)?);
+        let disk = DiskConfig { logical_block: LogicalBlock::DirectIo, ..config.disk.clone() };
+        let disk = Arc::new(Disk::open(&disk)?);
         let access = if config.disk.read_only { Access::ReadOnly } else { Access::ReadWrite };
         let policy = match config.policy {
             // Wrong on purpose.

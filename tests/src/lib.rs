@@ -12,6 +12,7 @@ pub mod huge_pages;
 pub mod kernel_log;
 pub mod kvm_guest;
 pub mod linux_guest;
+pub mod mounts;
 pub mod needs;
 pub mod page_cache;
 pub mod pairs;

@@ -15,7 +15,7 @@ use std::{
 use anyhow::{Context, Result, ensure};
 use ringpass_broker::{
     direct::{DirectConfig, DirectDevice, DirectQueue, QueueConfig, QueuePlacement, SubmissionConfig},
-    disk::{Disk, DiskConfig},
+    disk::{Disk, DiskConfig, LogicalBlock},
     memory::{GuestMemory, RegionConfig, Sharing},
     ring::{IoWorkers, RingConfig, SqThreadConfig},
 };
@@ -184,7 +184,7 @@ pub fn rings_gpa(index: u64) -> u64 {
 ///
 /// The disk cannot be opened, or the kernel refuses.
 pub fn device(disk: &DiskConfig, memory: &GuestMemory, submission: SubmissionConfig) -> Result<DirectDevice> {
-    let disk = Disk::open(disk)?;
+    let disk = Disk::open(&DiskConfig { logical_block: LogicalBlock::DirectIo, ..disk.clone() })?;
     let access = if disk.is_read_only() { Access::ReadOnly } else { Access::ReadWrite };
     let policy = Policy::direct(access).compile(&ringpass_broker::kernel::support()?)?;
     let config = DirectConfig { submission, workers: IoWorkers::default(), sharing: Sharing::Clone };

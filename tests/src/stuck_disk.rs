@@ -21,7 +21,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
-use ringpass_broker::disk::{DirectIo, DiskConfig};
+use ringpass_broker::disk::{DirectIo, DiskConfig, LogicalBlock};
 
 use crate::{
     disks::LoopDevice,
@@ -150,7 +150,7 @@ impl StuckDisk {
 
     /// How a broker opens it: read-write, with direct I/O, without waiting for the lock.
     pub fn config(&self) -> DiskConfig {
-        DiskConfig { direct_io: DirectIo::On, ..DiskConfig::new(&self.path) }
+        DiskConfig { direct_io: DirectIo::On, logical_block: LogicalBlock::DirectIo, ..DiskConfig::new(&self.path) }
     }
 
     /// The same, waiting for the lock long enough for a ring whose I/O has ended.

@@ -59,7 +59,7 @@ fn truth(kind: DiskKind) -> Result<()> {
     ensure!(located.size_bytes() == SIZE_BYTES && located.refresh_size()? == SIZE_BYTES);
     ensure!(located.logical_block_bytes() == disk.logical_block_bytes());
     ensure!(located.physical_block_bytes() == disk.physical_block_bytes());
-    ensure!(located.memory_alignment_bytes() == disk.memory_alignment_bytes());
+    ensure!(located.direct_alignment() == disk.direct_alignment());
     ensure!(located.is_direct_io() == disk.is_direct_io());
     let error = located.try_lock().err().context("the disk was had twice")?;
     ensure!(error.is_busy() && error.names_living_holder(), "{error}");

@@ -18,7 +18,7 @@ use std::{
 use anyhow::{Context, Result, bail, ensure};
 use ringpass_broker::{
     direct::SubmissionConfig,
-    disk::{DirectIo, Disk, DiskConfig},
+    disk::{DirectIo, Disk, DiskConfig, LogicalBlock},
     kernel::{self, KernelRelease},
     limits::cap_file_growth,
     ring::{RingConfig, SqThreadConfig},
@@ -293,6 +293,7 @@ fn child() -> Result<()> {
     let disk_config = DiskConfig {
         read_only: how.access == Access::ReadOnly,
         direct_io: if how.direct_io { DirectIo::On } else { DirectIo::Off },
+        logical_block: LogicalBlock::DirectIo,
         ..DiskConfig::new(&paths[0])
     };
     let disk = Arc::new(Disk::open(&disk_config)?);

@@ -22,6 +22,8 @@ const PACKAGES: &[Package] = &[
     Package { name: "linux-libc-dev", reason: "<linux/io_uring.h>, which our structures are compared with" },
     Package { name: "e2fsprogs", reason: "mkfs.ext4: the file systems of the disks under test" },
     Package { name: "squashfs-tools", reason: "mksquashfs: a read-only file system without fsync(2) under a disk" },
+    Package { name: "xfsprogs", reason: "mkfs.xfs: files whose direct I/O changes when they are copied" },
+    Package { name: "btrfs-progs", reason: "mkfs.btrfs: files that tell nothing about direct I/O" },
     Package { name: "mount", reason: "mount and losetup: file systems and loop devices under test" },
     Package { name: "qemu-system-x86", reason: "runs the Linux guests" },
     Package { name: "systemd", reason: "systemd-analyze: checks the unit that starts the server" },

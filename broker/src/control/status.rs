@@ -135,6 +135,12 @@ pub struct ByDevice {
     pub failed: u64,
     /// Requests that were refused.
     pub refused: u64,
+    /// Requests that went through bounce buffers, because direct I/O does not take them as the guest sends them.
+    #[serde(default)]
+    pub bounced: u64,
+    /// Those of them that wrote a part of a block of direct I/O, and so cost a read and a write.
+    #[serde(default)]
+    pub partial_writes: u64,
     /// Kicks that reached the process; on attached queues doorbells.
     pub kicks: u64,
     /// Interrupts that the process sent.

@@ -398,3 +398,21 @@ fn a_disk_with_an_integrity_profile_is_refused_with_the_reason() {
         assert!(error.contains(part), "{error}");
     }
 }
+
+#[test]
+fn a_disk_whose_blocks_are_smaller_than_direct_io_takes_is_refused_with_what_to_do() {
+    let image = tempfile::NamedTempFile::new_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+    image.as_file().set_len(64 * 4096).unwrap();
+    let config = DiskConfig { direct_io: DirectIo::On, ..DiskConfig::new(image.path()) };
+    let disk = Arc::new(Disk::open(&config).unwrap().with_direct_block(8192));
+    let region = RegionConfig { gpa: 0, len_bytes: RAM_BYTES, file: memfd(RAM_BYTES), file_offset_bytes: 0 };
+    let memory = GuestMemory::new([region]).unwrap();
+    let policy = Policy::direct(Access::ReadWrite).compile(&crate::kernel::support().unwrap()).unwrap();
+    let config =
+        DirectConfig { submission: SubmissionConfig::Doorbell, workers: IoWorkers::default(), sharing: Sharing::Clone };
+    let refused = DirectDevice::new(disk, &memory, policy, config).unwrap_err();
+    assert!(matches!(refused, RingError::FinerBlocks { direct_block_bytes: 8192, .. }), "{refused}");
+    let message = refused.to_string();
+    assert!(message.contains("blocks of 512 bytes, and direct I/O there takes 8192"), "{message}");
+    assert!(message.contains("Open the disk with blocks of 8192 bytes (LogicalBlock::DirectIo)"), "{message}");
+}

@@ -44,7 +44,9 @@ impl<'a> Acquisition<'a> {
         }
         // Only now: whoever had the lock may have resized the disk.
         let geometry = Geometry::read(&found, self.config)?;
-        Ok(Attempt::Got(Disk::new(found, self.config, geometry)))
+        let has_partial_writes = !self.config.read_only && geometry.finer_than_direct_io(false).is_some();
+        let page_cache = has_partial_writes.then(|| open::open_page_cache(self.anchor, self.config)).transpose()?;
+        Ok(Attempt::Got(Disk::new(found, page_cache, self.config, geometry)))
     }
 
     /// After [`Attempt::Busy`]: who has the disk, as the refusal that says so. Reads `/proc`, which takes milliseconds.

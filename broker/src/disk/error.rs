@@ -67,6 +67,22 @@ pub enum DiskError {
         /// Whether it is a block device.
         is_block_device: bool,
     },
+    /// The logical block that was asked for is none, or smaller than the disk's own.
+    #[error(
+        "a logical block of {wanted_bytes} bytes is not possible on {path:?}: {} {own_bytes} or a larger power of two, or \
+         leave it out",
+        if *.is_block_device { format!("the device has blocks of {own_bytes} bytes. Use") } else { "use".into() }
+    )]
+    LogicalBlock {
+        /// The path as it was given.
+        path: PathBuf,
+        /// What was asked for.
+        wanted_bytes: u32,
+        /// The disk's own logical block.
+        own_bytes: u32,
+        /// Whether it is a block device.
+        is_block_device: bool,
+    },
     /// The block device is set read-only, so that every write would fail.
     #[error("block device {path:?} is write-protected: open it read-only, or allow writes with `blockdev --setrw {}`",
         shell_word(.path))]
@@ -235,7 +251,7 @@ fn tail_hint(path: &Path, size_bytes: u64, logical_block_bytes: u32, is_block_de
     }
     let mut hint = format!("Extend it with `truncate -s {whole_bytes} {}`", shell_word(path));
     if logical_block_bytes > 512 && size_bytes.is_multiple_of(512) {
-        hint.push_str(", or turn direct I/O off, which makes its blocks 512 bytes");
+        hint.push_str(", or leave out --logical-block-size, which makes its blocks 512 bytes");
     }
     hint
 }

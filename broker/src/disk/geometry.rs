@@ -3,40 +3,27 @@
 use std::os::fd::AsFd;
 use std::path::Path;
 
-use rustix::fs::{
-    AtFlags, OFlags, SeekFrom, StatxFlags, fcntl_getfl, fcntl_setfl, fstat, fstatfs, ioctl_blkpbszget, ioctl_blksszget,
-    seek, statx,
-};
+use rustix::fs::{OFlags, SeekFrom, fcntl_getfl, fcntl_setfl, fstat, ioctl_blkpbszget, ioctl_blksszget, seek};
 
+use super::direct_alignment::DirectAlignment;
 use super::open::{Found, query_error};
-use super::{DirectIo, DiskConfig, DiskError, DiskKind};
+use super::{DirectIo, DiskConfig, DiskError, DiskKind, LogicalBlock};
 
 /// Linux's sector: the unit of sizes in the block layer and in virtio-blk, and so the smallest block of a disk.
-const SECTOR_BYTES: u32 = 512;
-/// Demanded alignments above this are not known to exist where the file system does not tell.
-const UNTOLD_ALIGNMENT_MAX_BYTES: u32 = 4096;
+pub(super) const SECTOR_BYTES: u32 = 512;
 /// Network file systems name 1 MiB and more as `st_blksize`; that is what they like to transfer, no unit of writes.
 const PHYSICAL_BLOCK_MAX_BYTES: u32 = 64 << 10;
 /// `f_type` of tmpfs (`TMPFS_MAGIC`, `statfs(2)`).
 pub(super) const TMPFS_MAGIC: i64 = 0x0102_1994;
 
-/// What a guest must know of the disk to use it.
+/// What a guest must know of the disk to use it, and what the disk demands of who executes the guest's requests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Geometry {
     pub(super) size_bytes: u64,
     pub(super) logical_block_bytes: u32,
     pub(super) physical_block_bytes: u32,
-    pub(super) memory_alignment_bytes: u32,
-    pub(super) direct_io: bool,
-}
-
-/// What direct I/O demands, each a power of two in bytes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Alignment {
-    /// Of offsets and lengths, and so the logical block.
-    block_bytes: u32,
-    /// Of buffer addresses; at most the block.
-    memory_bytes: u32,
+    /// `None`: I/O goes through the page cache and may be as it likes.
+    pub(super) direct: Option<DirectAlignment>,
 }
 
 impl Geometry {
@@ -44,7 +31,7 @@ impl Geometry {
     pub(super) fn read(found: &Found, config: &DiskConfig) -> Result<Self, DiskError> {
         let geometry = match found.kind {
             DiskKind::RegularFile => Self::of_file(found, config)?,
-            DiskKind::BlockDevice => Self::of_device(found, &config.path)?,
+            DiskKind::BlockDevice => Self::of_device(found, config)?,
         };
         geometry.check(&config.path, found.kind)?;
         Ok(geometry)
@@ -54,33 +41,38 @@ impl Geometry {
         let query = |what| move |errno| query_error(&config.path, what, errno);
         let stat = fstat(&found.file).map_err(query("the size"))?;
         let preferred_bytes = u32::try_from(stat.st_blksize).unwrap_or(SECTOR_BYTES);
-        let alignment = if found.direct_io { direct_alignment(found, config, preferred_bytes)? } else { None };
-        if found.direct_io && alignment.is_none() {
+        let direct =
+            if found.direct_io { DirectAlignment::of_file(found, &config.path, preferred_bytes)? } else { None };
+        if found.direct_io && direct.is_none() {
+            if config.direct_io == DirectIo::On {
+                return Err(DiskError::NoDirectIo { path: config.path.clone() });
+            }
             let flags = fcntl_getfl(&found.file).map_err(query("the flags"))?;
             fcntl_setfl(&found.file, flags - OFlags::DIRECT).map_err(query("the flags"))?;
         }
-        let logical_block_bytes = alignment.map_or(SECTOR_BYTES, |alignment| alignment.block_bytes);
+        let logical_block_bytes =
+            config.logical_block.bytes(SECTOR_BYTES, direct.as_ref(), found.kind, &config.path)?;
+        let preferred_bytes = if preferred_bytes.is_power_of_two() { preferred_bytes } else { SECTOR_BYTES };
+        let preferred_bytes = preferred_bytes.min(PHYSICAL_BLOCK_MAX_BYTES);
         Ok(Self {
             size_bytes: u64::try_from(stat.st_size).unwrap_or(0),
             logical_block_bytes,
-            physical_block_bytes: physical_block(preferred_bytes, logical_block_bytes),
-            memory_alignment_bytes: alignment.map_or(1, |alignment| alignment.memory_bytes),
-            direct_io: alignment.is_some(),
+            physical_block_bytes: physical_block(preferred_bytes, logical_block_bytes, direct.as_ref()),
+            direct,
         })
     }
 
-    fn of_device(found: &Found, path: &Path) -> Result<Self, DiskError> {
-        let query = |what| move |errno| query_error(path, what, errno);
-        let logical_block_bytes = ioctl_blksszget(&found.file).map_err(query("the logical block size"))?;
+    fn of_device(found: &Found, config: &DiskConfig) -> Result<Self, DiskError> {
+        let query = |what| move |errno| query_error(&config.path, what, errno);
+        let own_bytes = ioctl_blksszget(&found.file).map_err(query("the logical block size"))?;
         let physical_block_bytes = ioctl_blkpbszget(&found.file).map_err(query("the physical block size"))?;
-        let memory_alignment_bytes =
-            if found.direct_io { device_memory_alignment(found, logical_block_bytes) } else { 1 };
+        let direct = found.direct_io.then(|| DirectAlignment::of_device(found, own_bytes));
+        let logical_block_bytes = config.logical_block.bytes(own_bytes, direct.as_ref(), found.kind, &config.path)?;
         Ok(Self {
             size_bytes: device_size(&found.file).map_err(query("the size"))?,
             logical_block_bytes,
-            physical_block_bytes: physical_block_bytes.max(logical_block_bytes),
-            memory_alignment_bytes,
-            direct_io: found.direct_io,
+            physical_block_bytes: physical_block(physical_block_bytes, logical_block_bytes, direct.as_ref()),
+            direct,
         })
     }
 
@@ -93,6 +85,13 @@ impl Geometry {
         let size_bytes = size_bytes.map_err(|errno| query_error(path, "the size", errno))?;
         Self { size_bytes, ..*self }.check(path, kind)?;
         Ok(size_bytes)
+    }
+
+    /// The block of direct I/O, for a disk that is only read or is written, if the guest's blocks are smaller.
+    pub(super) fn finer_than_direct_io(&self, read_only: bool) -> Option<u32> {
+        let direct = self.direct?;
+        let block_bytes = if read_only { direct.read_block_bytes } else { direct.write_block_bytes };
+        (block_bytes > self.logical_block_bytes).then_some(block_bytes)
     }
 
     fn check(&self, path: &Path, kind: DiskKind) -> Result<(), DiskError> {
@@ -112,108 +111,108 @@ impl Geometry {
     }
 }
 
+impl LogicalBlock {
+    /// The rule. `own_bytes` is what the disk has by itself: a sector, or the block of the device.
+    fn bytes(
+        self,
+        own_bytes: u32,
+        direct: Option<&DirectAlignment>,
+        kind: DiskKind,
+        path: &Path,
+    ) -> Result<u32, DiskError> {
+        match self {
+            Self::Own => Ok(own_bytes),
+            Self::DirectIo => Ok(direct.map_or(own_bytes, |direct| direct.write_block_bytes.max(own_bytes))),
+            Self::Bytes(bytes) if bytes.is_power_of_two() && bytes >= own_bytes => Ok(bytes),
+            Self::Bytes(wanted_bytes) => Err(DiskError::LogicalBlock {
+                path: path.to_owned(),
+                wanted_bytes,
+                own_bytes,
+                is_block_device: kind == DiskKind::BlockDevice,
+            }),
+        }
+    }
+}
+
 fn device_size(file: impl AsFd) -> rustix::io::Result<u64> {
     // The end of a block device is what BLKGETSIZE64 tells; this needs no raw ioctl. The file position that it moves is
     // nobody's: rings name an offset in each request.
     seek(file, SeekFrom::End(0))
 }
 
-/// From `STATX_DIOALIGN` (block devices: Linux 6.1), else as it always was: a logical block.
-fn device_memory_alignment(found: &Found, logical_block_bytes: u32) -> u32 {
-    let told = statx(&found.file, "", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN).ok();
-    let told = told.filter(|told| told.stx_mask & StatxFlags::DIOALIGN.bits() != 0);
-    told.map(|told| told.stx_dio_mem_align)
-        .filter(|bytes| bytes.is_power_of_two())
-        .map_or(logical_block_bytes, |bytes| bytes.min(logical_block_bytes))
-}
-
-/// What direct I/O on the file demands. `None`: the file has no direct I/O, although `open(2)` took the flag.
-fn direct_alignment(found: &Found, config: &DiskConfig, preferred_bytes: u32) -> Result<Option<Alignment>, DiskError> {
-    let query = |what| move |errno| query_error(&config.path, what, errno);
-    let told =
-        statx(&found.file, "", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN).map_err(query("the direct I/O alignment"))?;
-    let alignment = if told.stx_mask & StatxFlags::DIOALIGN.bits() != 0 {
-        told_alignment(told.stx_dio_offset_align, told.stx_dio_mem_align)
-    } else if fstatfs(&found.file).map_err(query("the file system"))?.f_type == TMPFS_MAGIC {
-        // From Linux 6.6 tmpfs takes the flag and ignores it.
-        None
-    } else {
-        Some(untold_alignment(preferred_bytes))
-    };
-    if alignment.is_none() && config.direct_io == DirectIo::On {
-        return Err(DiskError::NoDirectIo { path: config.path.clone() });
-    }
-    Ok(alignment)
-}
-
-/// From `STATX_DIOALIGN`, where zero means that there is no direct I/O (encrypted or verity files, journaled data).
-///
-/// The block is no smaller than what buffers need: in direct mode the guest's driver knows the block only.
-fn told_alignment(offset_bytes: u32, memory_bytes: u32) -> Option<Alignment> {
-    let usable = offset_bytes.is_power_of_two() && memory_bytes.is_power_of_two();
-    usable.then(|| Alignment { block_bytes: offset_bytes.max(memory_bytes).max(SECTOR_BYTES), memory_bytes })
-}
-
-/// Where the file system tells nothing its block size is safe.
-fn untold_alignment(preferred_bytes: u32) -> Alignment {
-    let bytes = if preferred_bytes.is_power_of_two() {
-        preferred_bytes.clamp(SECTOR_BYTES, UNTOLD_ALIGNMENT_MAX_BYTES)
-    } else {
-        UNTOLD_ALIGNMENT_MAX_BYTES
-    };
-    Alignment { block_bytes: bytes, memory_bytes: bytes }
-}
-
-fn physical_block(preferred_bytes: u32, logical_block_bytes: u32) -> u32 {
-    if preferred_bytes.is_power_of_two() {
-        preferred_bytes.min(PHYSICAL_BLOCK_MAX_BYTES).max(logical_block_bytes)
-    } else {
-        logical_block_bytes
-    }
+/// The unit in which a guest should write: guests that keep to it never cost a read first.
+fn physical_block(preferred_bytes: u32, logical_block_bytes: u32, direct: Option<&DirectAlignment>) -> u32 {
+    let direct_bytes = direct.map_or(logical_block_bytes, |direct| direct.write_block_bytes);
+    preferred_bytes.max(logical_block_bytes).max(direct_bytes)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    fn direct(read_block_bytes: u32, write_block_bytes: u32) -> DirectAlignment {
+        DirectAlignment { read_block_bytes, write_block_bytes, memory_bytes: 512 }
+    }
+
+    fn logical(block: LogicalBlock, own_bytes: u32, direct: Option<DirectAlignment>) -> u32 {
+        block.bytes(own_bytes, direct.as_ref(), DiskKind::RegularFile, Path::new("d.img")).unwrap()
+    }
+
     #[test]
-    fn the_stricter_of_the_two_told_alignments_counts() {
-        let told = |offset_bytes, memory_bytes| {
-            told_alignment(offset_bytes, memory_bytes).map(|told| (told.block_bytes, told.memory_bytes))
+    fn the_logical_block_is_the_disks_own_whatever_direct_io_demands() {
+        for direct in [None, Some(direct(512, 512)), Some(direct(512, 4096)), Some(direct(4096, 4096))] {
+            assert_eq!(logical(LogicalBlock::Own, 512, direct), 512);
+            assert_eq!(logical(LogicalBlock::Own, 4096, direct), 4096);
+            assert_eq!(logical(LogicalBlock::Bytes(512), 512, direct), 512);
+            assert_eq!(logical(LogicalBlock::Bytes(4096), 512, direct), 4096);
+            assert_eq!(logical(LogicalBlock::Bytes(65536), 4096, direct), 65536);
+        }
+    }
+
+    #[test]
+    fn a_disk_without_data_can_have_the_blocks_of_direct_io() {
+        assert_eq!(logical(LogicalBlock::DirectIo, 512, None), 512);
+        assert_eq!(logical(LogicalBlock::DirectIo, 512, Some(direct(512, 4096))), 4096);
+        assert_eq!(logical(LogicalBlock::DirectIo, 4096, Some(direct(512, 512))), 4096);
+    }
+
+    #[test]
+    fn blocks_smaller_than_those_of_a_device_are_refused() {
+        let block = LogicalBlock::Bytes(512);
+        let refused = block.bytes(4096, None, DiskKind::BlockDevice, Path::new("/dev/x")).unwrap_err();
+        assert_eq!(
+            refused.to_string(),
+            "a logical block of 512 bytes is not possible on \"/dev/x\": the device has blocks of 4096 bytes. Use 4096 or \
+             a larger power of two, or leave it out"
+        );
+        let block = LogicalBlock::Bytes(3 * 512);
+        let refused = block.bytes(512, None, DiskKind::RegularFile, Path::new("d.img")).unwrap_err();
+        assert_eq!(
+            refused.to_string(),
+            "a logical block of 1536 bytes is not possible on \"d.img\": use 512 or a larger power of two, or leave it out"
+        );
+    }
+
+    #[test]
+    fn the_physical_block_covers_the_logical_one_and_that_of_direct_io() {
+        assert_eq!(physical_block(4096, 512, None), 4096);
+        assert_eq!(physical_block(512, 4096, None), 4096);
+        assert_eq!(physical_block(512, 512, Some(&direct(512, 4096))), 4096);
+        assert_eq!(physical_block(4096, 512, Some(&direct(512, 512))), 4096);
+    }
+
+    #[test]
+    fn only_blocks_below_those_of_direct_io_are_finer() {
+        let finer = |logical_block_bytes, direct, read_only| {
+            let geometry = Geometry { size_bytes: 1 << 20, logical_block_bytes, physical_block_bytes: 4096, direct };
+            geometry.finer_than_direct_io(read_only)
         };
-        assert_eq!(told(512, 4), Some((512, 4)));
-        assert_eq!(told(4096, 512), Some((4096, 512)));
-        assert_eq!(told(512, 4096), Some((4096, 4096)));
-        assert_eq!(told(1, 1), Some((512, 1)));
-    }
-
-    #[test]
-    fn a_told_alignment_of_zero_is_no_direct_io() {
-        assert_eq!(told_alignment(0, 0), None);
-        assert_eq!(told_alignment(512, 0), None);
-    }
-
-    #[test]
-    fn a_file_system_that_tells_nothing_gets_its_block_size_up_to_4096() {
-        let untold = |preferred_bytes| {
-            let alignment = untold_alignment(preferred_bytes);
-            assert_eq!(alignment.block_bytes, alignment.memory_bytes);
-            alignment.block_bytes
-        };
-        assert_eq!(untold(512), 512);
-        assert_eq!(untold(4096), 4096);
-        assert_eq!(untold(1 << 20), 4096);
-        assert_eq!(untold(0), 4096);
-        assert_eq!(untold(3000), 4096);
-    }
-
-    #[test]
-    fn the_physical_block_is_a_power_of_two_and_no_smaller_than_the_logical_one() {
-        assert_eq!(physical_block(4096, 512), 4096);
-        assert_eq!(physical_block(512, 4096), 4096);
-        assert_eq!(physical_block(1 << 20, 512), 64 << 10);
-        assert_eq!(physical_block(3000, 512), 512);
-        assert_eq!(physical_block(0, 512), 512);
+        assert_eq!(finer(512, None, false), None);
+        assert_eq!(finer(512, Some(direct(512, 512)), false), None);
+        assert_eq!(finer(4096, Some(direct(512, 4096)), false), None);
+        assert_eq!(finer(512, Some(direct(512, 4096)), false), Some(4096));
+        assert_eq!(finer(512, Some(direct(512, 4096)), true), None);
+        assert_eq!(finer(512, Some(direct(4096, 8192)), true), Some(4096));
     }
 
     #[test]
@@ -222,8 +221,7 @@ mod tests {
             size_bytes: 4096 * 3 + 512,
             logical_block_bytes: 4096,
             physical_block_bytes: 4096,
-            memory_alignment_bytes: 512,
-            direct_io: true,
+            direct: Some(direct(512, 4096)),
         };
         let refused = geometry.check(Path::new("/dev/x"), DiskKind::BlockDevice).unwrap_err();
         assert_eq!(

@@ -8,7 +8,7 @@ use super::acquire::Acquisition;
 use super::capabilities::Capabilities;
 use super::geometry::Geometry;
 use super::open::{self, Anchor};
-use super::{Disk, DiskConfig, DiskError, DiskKind};
+use super::{DirectAlignment, Disk, DiskConfig, DiskError, DiskKind};
 
 /// A disk of which everything is known that a guest asks, and on which no I/O is possible: it is neither locked nor
 /// claimed, and need not be free. It keeps to the very file that the path led to at first, whatever comes there later.
@@ -77,9 +77,14 @@ impl LocatedDisk {
         self.geometry.physical_block_bytes
     }
 
-    /// As [`Disk::memory_alignment_bytes`].
-    pub fn memory_alignment_bytes(&self) -> u32 {
-        self.geometry.memory_alignment_bytes
+    /// As [`Disk::direct_alignment`].
+    pub fn direct_alignment(&self) -> Option<DirectAlignment> {
+        self.geometry.direct
+    }
+
+    /// As [`Disk::finer_than_direct_io`].
+    pub fn finer_than_direct_io(&self) -> Option<u32> {
+        self.geometry.finer_than_direct_io(self.config.read_only)
     }
 
     /// What it can do besides reading and writing.
@@ -94,7 +99,7 @@ impl LocatedDisk {
 
     /// Whether I/O goes past the host's page cache.
     pub fn is_direct_io(&self) -> bool {
-        self.geometry.direct_io
+        self.geometry.direct.is_some()
     }
 
     /// What it is on the host.

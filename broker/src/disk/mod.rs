@@ -20,6 +20,7 @@
 mod acquire;
 mod capabilities;
 mod close;
+mod direct_alignment;
 mod error;
 mod geometry;
 mod holders;
@@ -37,6 +38,7 @@ use std::time::Duration;
 
 pub use crate::processes::ProcessName;
 pub use capabilities::{Capabilities, RangeLimits};
+pub use direct_alignment::DirectAlignment;
 pub use error::{DiskError, FileKind};
 pub use holders::DeviceUse;
 pub use lease::{DiskLease, LeaseState};
@@ -59,6 +61,20 @@ pub enum DirectIo {
     Off,
 }
 
+/// The logical block of a disk: the unit in which a guest reads and writes it, and in which the data on it counts its
+/// places (a partition table names blocks, not bytes). So it is what the data was written for, and it must be the same
+/// whatever storage the disk lies on today. What direct I/O demands ([`DirectAlignment`]) is another matter.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub enum LogicalBlock {
+    /// 512 bytes for a file; the device's own block (`BLKSSZGET`) for a block device.
+    #[default]
+    Own,
+    /// As the operator says: a power of two, not smaller than the disk's own.
+    Bytes(u32),
+    /// What direct I/O takes on the storage of today: for a disk that holds no data of its guest yet.
+    DirectIo,
+}
+
 /// Which disk to open, and how.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DiskConfig {
@@ -68,14 +84,22 @@ pub struct DiskConfig {
     pub read_only: bool,
     /// Whether to go past the page cache.
     pub direct_io: DirectIo,
+    /// The unit in which the guest reads and writes.
+    pub logical_block: LogicalBlock,
     /// How long to wait for the lock and the claim when somebody has them. `None`: do not wait.
     pub lock_wait: Option<Duration>,
 }
 
 impl DiskConfig {
-    /// The disk at `path`: read-write, [`DirectIo::Auto`], no waiting for the lock.
+    /// The disk at `path`: read-write, [`DirectIo::Auto`], [`LogicalBlock::Own`], no waiting for the lock.
     pub fn new(path: impl Into<PathBuf>) -> Self {
-        Self { path: path.into(), read_only: false, direct_io: DirectIo::Auto, lock_wait: None }
+        Self {
+            path: path.into(),
+            read_only: false,
+            direct_io: DirectIo::Auto,
+            logical_block: LogicalBlock::Own,
+            lock_wait: None,
+        }
     }
 }
 
@@ -92,6 +116,8 @@ pub enum DiskKind {
 #[derive(Debug)]
 pub struct Disk {
     file: OwnedFd,
+    /// The same file without `O_DIRECT`, where a guest can write less than direct I/O takes.
+    page_cache: Option<OwnedFd>,
     path: PathBuf,
     kind: DiskKind,
     read_only: bool,
@@ -120,9 +146,10 @@ impl Disk {
         LocatedDisk::new(config)
     }
 
-    fn new(found: Found, config: &DiskConfig, geometry: Geometry) -> Self {
+    fn new(found: Found, page_cache: Option<OwnedFd>, config: &DiskConfig, geometry: Geometry) -> Self {
         Self {
             file: found.file,
+            page_cache,
             path: config.path.clone(),
             kind: found.kind,
             read_only: config.read_only,
@@ -146,27 +173,43 @@ impl Disk {
         Ok(size_bytes)
     }
 
-    /// The unit of I/O in bytes: a power of two, at least 512. Offsets and lengths that are multiples of it work, in
-    /// buffers whose addresses are multiples of it.
-    ///
-    /// For a block device it is the device's own (`BLKSSZGET`), for a file in the page cache 512, and for a file with
-    /// `O_DIRECT` what the file system demands (`statx(2)`, `STATX_DIOALIGN`, Linux 6.1). File systems that do not
-    /// tell get their block size, at most 4096.
+    /// The unit in bytes in which the guest reads and writes: a power of two, at least 512 ([`LogicalBlock`]). Direct I/O
+    /// can demand a larger one: [`Self::direct_alignment`].
     pub fn logical_block_bytes(&self) -> u32 {
         self.geometry.logical_block_bytes
     }
 
-    /// The unit in bytes below which a write may cost the storage a read first: a power of two, at least
-    /// [`Self::logical_block_bytes`]. For a block device `BLKPBSZGET`, for a file `st_blksize`, at most 64 KiB.
+    /// The unit in bytes below which a write may cost a read first: a power of two, at least
+    /// [`Self::logical_block_bytes`] and what a direct write takes. For a block device `BLKPBSZGET`, for a file
+    /// `st_blksize`, at most 64 KiB.
     pub fn physical_block_bytes(&self) -> u32 {
         self.geometry.physical_block_bytes
     }
 
-    /// What the address of a buffer must be a multiple of, in bytes: a power of two, 1 through the page cache, at most
-    /// [`Self::logical_block_bytes`]. Lengths, also of each piece of a vectored request, are multiples of the logical
-    /// block (`STATX_DIOALIGN`, Linux 6.1; earlier it is the logical block).
+    /// What requests to the disk must keep to. `None`: I/O goes through the page cache and may be as it likes.
+    ///
+    /// For a block device its own block, for a file what the file system demands (`statx(2)`, `STATX_DIOALIGN` from Linux
+    /// 6.1, `STATX_DIO_READ_ALIGN` from 6.14). File systems that do not tell get their block size, at most 4096.
+    pub fn direct_alignment(&self) -> Option<DirectAlignment> {
+        self.geometry.direct
+    }
+
+    /// The block of direct I/O in bytes, if the guest's are smaller: then not all requests can go to the disk as the guest
+    /// sends them. On a disk that is only read it is that of reads.
+    pub fn finer_than_direct_io(&self) -> Option<u32> {
+        self.geometry.finer_than_direct_io(self.read_only)
+    }
+
+    /// What the address of a buffer must be a multiple of, in bytes: 1 through the page cache.
     pub fn memory_alignment_bytes(&self) -> u32 {
-        self.geometry.memory_alignment_bytes
+        self.geometry.direct.map_or(1, |direct| direct.memory_bytes)
+    }
+
+    /// The same file through the page cache: for the end of a file that is no whole block of direct I/O. There only if
+    /// the disk is written and [finer than direct I/O](Self::finer_than_direct_io). It has no lock of its own; the lock
+    /// is held for as long as the ring that registered both has not ended.
+    pub(crate) fn page_cache(&self) -> Option<BorrowedFd<'_>> {
+        self.page_cache.as_ref().map(AsFd::as_fd)
     }
 
     /// Whether it was opened for reading only.
@@ -174,9 +217,19 @@ impl Disk {
         self.read_only
     }
 
+    /// The same disk, on storage that takes direct I/O in larger blocks only, as far as this crate knows.
+    #[cfg(test)]
+    pub(crate) fn with_direct_block(mut self, block_bytes: u32) -> Self {
+        let direct = self.geometry.direct.as_mut().expect("a disk with direct I/O");
+        (direct.read_block_bytes, direct.write_block_bytes) = (block_bytes, block_bytes);
+        let again = std::fs::File::options().read(true).write(true).open(&self.path).unwrap();
+        self.page_cache = Some(again.into());
+        self
+    }
+
     /// Whether I/O goes past the host's page cache.
     pub fn is_direct_io(&self) -> bool {
-        self.geometry.direct_io
+        self.geometry.direct.is_some()
     }
 
     /// What it is on the host.

@@ -84,6 +84,17 @@ pub(super) fn open_for_questions(anchor: &Anchor, config: &DiskConfig) -> Result
     found.ok_or_else(|| open_error(config, Errno::BUSY))
 }
 
+/// Opens a file once more, for reading and writing through the page cache.
+pub(super) fn open_page_cache(anchor: &Anchor, config: &DiskConfig) -> Result<OwnedFd, DiskError> {
+    loop {
+        match sys_open(anchor.path(), OFlags::RDWR | OFlags::CLOEXEC, Mode::empty()) {
+            Ok(file) => return Ok(file),
+            Err(Errno::INTR) => {}
+            Err(errno) => return Err(open_error(config, errno)),
+        }
+    }
+}
+
 fn open_with(anchor: &Anchor, config: &DiskConfig, access: OFlags) -> Result<Option<Found>, DiskError> {
     let mut flags = access | OFlags::CLOEXEC;
     flags.set(OFlags::DIRECT, config.direct_io != DirectIo::Off);

@@ -43,6 +43,29 @@ fn a_file_in_the_page_cache_has_blocks_of_512_bytes() {
 }
 
 #[test]
+fn a_size_is_held_against_the_logical_block_at_the_start_and_at_each_look() {
+    let (_dir, path) = image(3 * 4096);
+    let logical_block = LogicalBlock::Bytes(4096);
+    let disk = Disk::open(&DiskConfig { logical_block, ..DiskConfig::new(&path) }).unwrap();
+    assert_eq!(disk.logical_block_bytes(), 4096);
+    for size_bytes in [4 * 4096 + 512, 512, 0] {
+        rustix::fs::ftruncate(&disk, size_bytes).unwrap();
+        assert!(disk.refresh_size().is_err(), "{size_bytes}");
+        assert_eq!(disk.size_bytes(), 3 * 4096, "the old size stays");
+    }
+    rustix::fs::ftruncate(&disk, 8192).unwrap();
+    assert_eq!(disk.refresh_size().unwrap(), 8192);
+    drop(disk);
+    File::options().write(true).open(&path).unwrap().set_len(8192 + 512).unwrap();
+    assert_refused(
+        &DiskConfig { logical_block, ..DiskConfig::new(&path) },
+        &["8704 bytes", "no multiple of its blocks of 4096 bytes", "or leave out --logical-block-size"],
+    );
+    let disk = Disk::open(&DiskConfig::new(&path)).unwrap();
+    assert_eq!((disk.logical_block_bytes(), disk.size_bytes()), (512, 8704));
+}
+
+#[test]
 fn direct_io_is_what_the_open_file_really_has() {
     let (_dir, path) = image(1 << 20);
     let disk = Disk::open(&DiskConfig::new(&path)).unwrap();
@@ -174,7 +197,7 @@ fn a_file_with_a_partial_block_is_refused_and_left_as_it_was() {
 }
 
 #[test]
-fn a_file_that_only_direct_io_cannot_cover_is_refused_with_both_ways_out() {
+fn a_file_that_only_large_blocks_cannot_cover_is_refused_with_both_ways_out() {
     let error = DiskError::PartialBlock {
         path: "d.img".into(),
         size_bytes: 4096 + 512,
@@ -182,7 +205,7 @@ fn a_file_that_only_direct_io_cannot_cover_is_refused_with_both_ways_out() {
         is_block_device: false,
     };
     let message = error.to_string();
-    assert!(message.contains("`truncate -s 8192 d.img`, or turn direct I/O off"), "{message}");
+    assert!(message.contains("`truncate -s 8192 d.img`, or leave out --logical-block-size"), "{message}");
 }
 
 #[test]

@@ -1,4 +1,4 @@
-//! Bounce buffers: for `O_DIRECT` and buffers of the guest whose address or length the disk does not take.
+//! Bounce buffers: for `O_DIRECT` and requests whose place, buffers' addresses or lengths the disk does not take.
 //!
 //! A request that needs them is carried out piece by piece through one chunk. There are few chunks, so that a guest
 //! cannot make the worker use more memory; requests for which there is none wait.
@@ -9,7 +9,7 @@ use super::EngineError;
 use crate::vhost_user::DeviceMemory;
 use crate::virtio_blk::SegmentList;
 
-/// Length of a chunk in bytes: a multiple of any logical block.
+/// Length of a chunk in bytes: a multiple of any block of direct I/O ([`crate::disk::DirectAlignment`]).
 pub(super) const CHUNK_BYTES: usize = 128 * 1024;
 
 /// Chunks of a worker. Their memory comes when they are used first.
@@ -48,17 +48,18 @@ impl BouncePool {
 
     /// Where a chunk begins: page-aligned, [`CHUNK_BYTES`] long, for as long as the pool lives.
     pub(super) fn address(&self, chunk: &Chunk) -> *mut u8 {
-        self.slice(chunk, CHUNK_BYTES).ptr_guard_mut().as_ptr()
+        self.slice(chunk, 0, CHUNK_BYTES).ptr_guard_mut().as_ptr()
     }
 
-    /// Copies `len_bytes` of a request's data into the beginning of the chunk, from byte `offset_bytes` of the data on.
+    /// Copies `len_bytes` of a request's data into the chunk, from byte `at_bytes` of the chunk and `offset_bytes` of the
+    /// data on.
     pub(super) fn fill(
         &self,
-        chunk: &Chunk,
+        (chunk, at_bytes): (&Chunk, usize),
         (memory, segments): (&DeviceMemory, &SegmentList),
         (offset_bytes, len_bytes): (u64, usize),
     ) -> Result<(), Gone> {
-        let mut chunk = self.slice(chunk, len_bytes);
+        let mut chunk = self.slice(chunk, at_bytes, len_bytes);
         for_each_piece(memory, segments, Permissions::Read, (offset_bytes, len_bytes), |piece| {
             piece.copy_to_volatile_slice(chunk);
             chunk = chunk.offset(piece.len()).expect("the pieces are as long as the chunk's part together");
@@ -68,19 +69,20 @@ impl BouncePool {
     /// The reverse of [`fill`](Self::fill).
     pub(super) fn empty(
         &self,
-        chunk: &Chunk,
+        (chunk, at_bytes): (&Chunk, usize),
         (memory, segments): (&DeviceMemory, &SegmentList),
         (offset_bytes, len_bytes): (u64, usize),
     ) -> Result<(), Gone> {
-        let mut chunk = self.slice(chunk, len_bytes);
+        let mut chunk = self.slice(chunk, at_bytes, len_bytes);
         for_each_piece(memory, segments, Permissions::Write, (offset_bytes, len_bytes), |piece| {
             chunk.copy_to_volatile_slice(piece);
             chunk = chunk.offset(piece.len()).expect("the pieces are as long as the chunk's part together");
         })
     }
 
-    fn slice(&self, chunk: &Chunk, len_bytes: usize) -> VolatileSlice<'_> {
-        self.memory.get_slice(usize::from(chunk.0) * CHUNK_BYTES, len_bytes).expect("a chunk lies within the mapping")
+    fn slice(&self, chunk: &Chunk, at_bytes: usize, len_bytes: usize) -> VolatileSlice<'_> {
+        let begin_bytes = usize::from(chunk.0) * CHUNK_BYTES + at_bytes;
+        self.memory.get_slice(begin_bytes, len_bytes).expect("a chunk lies within the mapping")
     }
 }
 

@@ -106,6 +106,10 @@ pub(super) enum Command {
     },
     /// Queue 0: the driver is to look at its other queues.
     TellDriver,
+    /// The request in this slot, which waited, has its blocks of the disk.
+    BeginGranted {
+        slot: u32,
+    },
 }
 
 /// What has come about.

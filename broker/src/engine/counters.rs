@@ -43,6 +43,8 @@ pub struct QueueCounters {
     pub refused: Counter,
     /// Requests that went through bounce buffers.
     pub bounced: Counter,
+    /// Writes of parts of blocks of direct I/O: each has read what is around it, or gone through the page cache.
+    pub partial_writes: Counter,
     /// Times that the driver's kick woke or reached the worker.
     pub kicks: Counter,
     /// Interrupts sent.

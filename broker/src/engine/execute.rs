@@ -13,8 +13,9 @@ use nix::libc::{self, iovec};
 use rustix::io::Errno;
 use vm_memory::{Bytes, GuestMemoryError};
 
-use super::bounce::{BouncePool, CHUNK_BYTES};
-use super::ring::DISK;
+use super::bounce::BouncePool;
+use super::piece::{Piece, Stage};
+use super::ring::{DISK, PAGE_CACHE};
 use super::slot::{Slot, Step};
 use super::token::Token;
 use super::vring::State;
@@ -24,22 +25,31 @@ use crate::vhost_user::DeviceMemory;
 use crate::virtio_blk::{Answer, ByteRange, GuestError, Operation, Request, SegmentList, Status};
 
 /// Attempts without progress after which a request fails: the kernel says "try again", but does not mean it.
-const RETRIES_MAX: u8 = 100;
+pub(super) const RETRIES_MAX: u8 = 100;
 
 impl Worker<'_> {
     /// Starts the request in a slot.
     #[inline]
     pub(super) fn begin(&mut self, number: u32) {
+        if let Some(alignment) = self.alignment()
+            && alignment.is_coarser_than_guest
+            && !self.take_blocks(number, alignment)
+        {
+            return;
+        }
+        self.begin_with_blocks(number);
+    }
+
+    /// Starts a request that has the blocks of the disk that it changes.
+    #[inline]
+    pub(super) fn begin_with_blocks(&mut self, number: u32) {
+        let alignment = self.alignment();
         let slot = self.slots.get(number);
         let Some(request) = &slot.request else { return };
         slot.step = match request.operation {
-            Operation::Read { .. } | Operation::Write { .. } => {
-                let alignment = self.disk.as_ref().and_then(|disk| disk.alignment);
-                if alignment.is_some_and(|alignment| !is_aligned(&slot.segments, alignment)) {
-                    slot.step = Step::WaitForChunk;
-                    self.vrings[slot.queue].counters.bounced.add(1);
-                    self.waiting.push_back(number);
-                    return self.serve_waiting();
+            Operation::Read { offset_bytes } | Operation::Write { offset_bytes } => {
+                if alignment.is_some_and(|alignment| !alignment.takes(request, offset_bytes, &slot.segments)) {
+                    return self.wait_for_chunk(number);
                 }
                 Step::Transfer
             }
@@ -52,9 +62,14 @@ impl Worker<'_> {
         self.submit(number);
     }
 
+    #[inline]
+    pub(super) fn alignment(&self) -> Option<Alignment> {
+        self.disk.as_ref().and_then(|disk| disk.alignment)
+    }
+
     /// Hands the slot's step to the kernel.
     #[inline]
-    fn submit(&mut self, number: u32) {
+    pub(super) fn submit(&mut self, number: u32) {
         let slot = self.slots.get(number);
         let Some(request) = slot.request else { return };
         if let (Step::Transfer, Operation::Write { offset_bytes }) = (&slot.step, request.operation)
@@ -106,12 +121,7 @@ impl Worker<'_> {
                 if slot.progress_bytes == u64::from(request.data_bytes) {
                     return self.finish(number, Status::Ok);
                 }
-                if result == 0 {
-                    return self.end_of_disk(number);
-                }
-                slot.retries = 0;
-                slot.compute_rest();
-                self.submit(number);
+                self.go_on(number, result);
             }
             Step::Bounce { .. } => self.bounced(number, result as usize),
             Step::Range | Step::ZeroRange if self.shared.is_write_through() => {
@@ -119,68 +129,35 @@ impl Worker<'_> {
                 self.submit(number);
             }
             Step::Range | Step::ZeroRange | Step::Sync => self.finish(number, Status::Ok),
-            Step::WaitForChunk => {}
+            Step::WaitForBlocks | Step::WaitForChunk => {}
         }
     }
 
-    /// A piece of a request came through its bounce buffer.
-    fn bounced(&mut self, number: u32, done_bytes: usize) {
-        if done_bytes == 0 {
+    /// Goes on with a read or write of which the kernel did a part.
+    #[cold]
+    fn go_on(&mut self, number: u32, result: i32) {
+        let alignment = self.alignment();
+        let slot = self.slots.get(number);
+        let Some(request) = &slot.request else { return };
+        let block_bytes = alignment.map_or(1, |alignment| alignment.block_bytes(&request.operation));
+        // What is left begins with a whole block, or the kernel would not take it.
+        let part_bytes = slot.progress_bytes % u64::from(block_bytes);
+        if part_bytes < result as u64 {
+            slot.progress_bytes -= part_bytes;
+            slot.retries = 0;
+            slot.compute_rest();
+            return self.submit(number);
+        }
+        if result == 0 || slot.retries == RETRIES_MAX {
             return self.end_of_disk(number);
         }
-        let slot = self.slots.get(number);
-        let (Some(request), Some(memory), Step::Bounce { chunk, piece_bytes }) =
-            (slot.request, slot.memory.as_ref(), &slot.step)
-        else {
-            return;
-        };
-        let done_bytes = done_bytes.min(*piece_bytes);
-        if matches!(request.operation, Operation::Read { .. }) {
-            let copied = self.bounce.empty(chunk, (memory, &slot.segments), (slot.progress_bytes, done_bytes));
-            if copied.is_err() {
-                return self.finish(number, Status::IoError);
-            }
-        }
-        slot.progress_bytes += done_bytes as u64;
-        slot.retries = 0;
-        if slot.progress_bytes == u64::from(request.data_bytes) {
-            return self.finish(number, Status::Ok);
-        }
-        self.begin_piece(number);
-    }
-
-    /// Starts the next piece of a request that has a bounce buffer.
-    fn begin_piece(&mut self, number: u32) {
-        let slot = self.slots.get(number);
-        let (Some(request), Some(memory), Step::Bounce { chunk, piece_bytes }) =
-            (slot.request, slot.memory.as_ref(), &mut slot.step)
-        else {
-            return;
-        };
-        let left_bytes = u64::from(request.data_bytes) - slot.progress_bytes;
-        *piece_bytes = left_bytes.min(CHUNK_BYTES as u64) as usize;
-        if matches!(request.operation, Operation::Write { .. }) {
-            let copied = self.bounce.fill(chunk, (memory, &slot.segments), (slot.progress_bytes, *piece_bytes));
-            if copied.is_err() {
-                return self.finish(number, Status::IoError);
-            }
-        }
+        slot.progress_bytes -= result as u64;
+        slot.retries += 1;
         self.submit(number);
     }
 
-    /// Starts requests that wait for a bounce buffer, as long as there are some.
-    fn serve_waiting(&mut self) {
-        while !self.waiting.is_empty() {
-            let Some(chunk) = self.bounce.take() else { return };
-            if let Some(number) = self.waiting.pop_front() {
-                self.slots.get(number).step = Step::Bounce { chunk, piece_bytes: 0 };
-                self.begin_piece(number);
-            }
-        }
-    }
-
     /// The kernel read or wrote nothing: the disk is smaller than it was.
-    fn end_of_disk(&mut self, number: u32) {
+    pub(super) fn end_of_disk(&mut self, number: u32) {
         let queue = self.slots.get(number).queue;
         self.report_failure(
             queue,
@@ -215,7 +192,7 @@ impl Worker<'_> {
 
     /// A request has ended: the driver is told, and its slot is free again.
     #[inline]
-    fn finish(&mut self, number: u32, status: Status) {
+    pub(super) fn finish(&mut self, number: u32, status: Status) {
         let slot = self.slots.get(number);
         let (Some(request), Some(memory)) = (slot.request, slot.memory.take()) else { return };
         let (queue, head) = (slot.queue, slot.head);
@@ -232,6 +209,9 @@ impl Worker<'_> {
             Operation::Read { .. } | Operation::GetId => slot.progress_bytes as u32,
             Operation::Write { .. } | Operation::Flush | Operation::Discard(_) | Operation::WriteZeroes { .. } => 0,
         };
+        if let Some(access) = slot.blocks.take() {
+            self.let_go_of_blocks(number, access);
+        }
         self.slots.release(number);
         self.count(queue, &request, status);
         let Request { status_gpa, writable_bytes, .. } = request;
@@ -244,8 +224,7 @@ impl Worker<'_> {
         }
         self.is_unsettled |= self.endings.disk.is_some() || !self.endings.former_memory.is_empty();
         if let Step::Bounce { chunk, .. } = step {
-            self.bounce.give_back(chunk);
-            self.serve_waiting();
+            self.give_chunk_back(chunk);
         }
     }
 
@@ -299,10 +278,23 @@ impl Worker<'_> {
     }
 }
 
-fn is_aligned(segments: &SegmentList, alignment: Alignment) -> bool {
-    let bad_bits =
-        |iovec: &iovec| iovec.iov_base.addr() & alignment.address_mask | iovec.iov_len & alignment.length_mask;
-    segments.iovecs().iter().all(|iovec| bad_bits(iovec) == 0)
+impl Alignment {
+    /// The unit of offsets and lengths.
+    #[inline]
+    pub(super) fn block_bytes(&self, operation: &Operation) -> u32 {
+        match operation {
+            Operation::Write { .. } => self.write_block_bytes,
+            _ => self.read_block_bytes,
+        }
+    }
+
+    /// Whether the kernel takes a read or write as the guest has sent it.
+    #[inline]
+    fn takes(&self, request: &Request, offset_bytes: u64, segments: &SegmentList) -> bool {
+        let block_mask = self.block_bytes(&request.operation) as usize - 1;
+        let bad_bits = |iovec: &iovec| iovec.iov_base.addr() & self.address_mask | iovec.iov_len & block_mask;
+        offset_bytes as usize & block_mask == 0 && segments.iovecs().iter().all(|iovec| bad_bits(iovec) == 0)
+    }
 }
 
 /// The ring's entry for a slot's step.
@@ -310,14 +302,8 @@ fn is_aligned(segments: &SegmentList, alignment: Alignment) -> bool {
 fn entry(slot: &Slot, request: &Request, bounce: &BouncePool, write_through: bool) -> squeue::Entry {
     let write_flags = if write_through { libc::RWF_DSYNC } else { 0 };
     match (&slot.step, request.operation) {
-        (Step::Bounce { chunk, piece_bytes }, Operation::Write { offset_bytes }) => {
-            let (address, len_bytes) = (bounce.address(chunk), *piece_bytes as u32);
-            let write = opcode::Write::new(DISK, address, len_bytes);
-            write.offset(offset_bytes + slot.progress_bytes).rw_flags(write_flags).build()
-        }
-        (Step::Bounce { chunk, piece_bytes }, Operation::Read { offset_bytes }) => {
-            let (address, len_bytes) = (bounce.address(chunk), *piece_bytes as u32);
-            opcode::Read::new(DISK, address, len_bytes).offset(offset_bytes + slot.progress_bytes).build()
+        (Step::Bounce { chunk, piece }, operation) => {
+            bounce_entry(bounce.address(chunk), piece, operation, write_flags)
         }
         (Step::Transfer, Operation::Write { offset_bytes }) => match slot.remaining() {
             &[one] => {
@@ -347,6 +333,19 @@ fn entry(slot: &Slot, request: &Request, bounce: &BouncePool, write_through: boo
         }
         // `begin` gives no operation any other step than these and `Sync`.
         _ => opcode::Fsync::new(DISK).flags(io_uring::types::FsyncFlags::DATASYNC).build(),
+    }
+}
+
+/// The entry for a stage of a piece in a bounce buffer.
+fn bounce_entry(buffer: *mut u8, piece: &Piece, operation: Operation, write_flags: i32) -> squeue::Entry {
+    let transfer = piece.transfer();
+    let (address, len_bytes) = (buffer.wrapping_add(transfer.at_bytes), transfer.len_bytes as u32);
+    if matches!(operation, Operation::Write { .. }) && piece.stage == Stage::Transfer {
+        let (file, flags) =
+            if piece.is_through_page_cache() { (PAGE_CACHE, libc::RWF_DSYNC) } else { (DISK, write_flags) };
+        opcode::Write::new(file, address, len_bytes).offset(transfer.offset_bytes).rw_flags(flags).build()
+    } else {
+        opcode::Read::new(DISK, address, len_bytes).offset(transfer.offset_bytes).build()
     }
 }
 

@@ -80,7 +80,7 @@ impl Engine {
         let queues = usize::from(device.num_queues());
         let workers = config.workers.unwrap_or_else(available_cpus).clamp(1, queues);
         let counters: Arc<[_]> = (0..queues).map(|_| Arc::new(QueueCounters::default())).collect();
-        let shared = Arc::new(Shared::new(device));
+        let shared = Arc::new(Shared::new(device, workers));
         let (senders, receivers): (Vec<_>, Vec<_>) =
             (0..workers).map(|_| command_channel()).collect::<Result<Vec<_>, _>>()?.into_iter().unzip();
         let senders: Arc<[CommandSender]> = senders.into();
@@ -91,6 +91,7 @@ impl Engine {
             let slots_max = (own.len() * usize::from(device.queue_size())).min(SLOTS_PER_WORKER_MAX);
             let bounce = BouncePool::new()?;
             let (shared, limits, attach) = (shared.clone(), device.request_limits(), attach.clone());
+            let workers = senders.clone();
             let (segments_max, poll_time) = (device.segment_capacity(), config.poll_time);
             let place = Place {
                 number,
@@ -99,6 +100,8 @@ impl Engine {
                 completions_max: (slots_max + 3 * own.len() + 1) as u32,
             };
             threads.push(start(place, move || WorkerParts {
+                number,
+                workers,
                 commands,
                 vrings: own.into_iter().map(|(queue, counters)| Vring::new(queue as u16, counters)).collect(),
                 slots: Slots::new(slots_max, segments_max),

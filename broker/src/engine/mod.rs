@@ -4,7 +4,8 @@
 //! with an io_uring of its own; between two workers nothing is shared on the way of a request.
 //!
 //! - `worker`: the loop of a thread. `poll`: when it polls and when it sleeps. `ring`: its io_uring.
-//! - `vring`: the state of a queue. `slot`, `execute`, `bounce`: requests under way.
+//! - `vring`: the state of a queue. `slot`, `execute`: requests under way. `bounced`, `piece`, `bounce`: those that direct
+//!   I/O does not take as they are. `blocks`, `block_locks`: those that change parts of its blocks.
 //! - `handle`: the engine as the session sees it. `control`: as other threads see it.
 //! - `command`, `orders`: what they ask of the workers, and what these do then. `let_go`: how the disk becomes free for others.
 //! - `attach`, `interface`, `epochs`: queues that become rings, if the device offers that ([`AttachConfig`]).
@@ -16,7 +17,10 @@
 //! requests up again; a device that hangs would help nobody. So does a disk that turns out to be of no use.
 
 mod attach;
+mod block_locks;
+mod blocks;
 mod bounce;
+mod bounced;
 mod command;
 mod control;
 mod counters;
@@ -28,6 +32,7 @@ mod handle;
 mod interface;
 mod let_go;
 mod orders;
+mod piece;
 mod poll;
 mod ring;
 mod slot;
@@ -48,6 +53,8 @@ pub use source::DiskSource;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use block_locks::BlockLocks;
+
 use crate::log_limit::LogLimits;
 use crate::virtio_blk::{BlkConfig, CacheMode, GuestErrors, Serial};
 
@@ -64,12 +71,14 @@ struct Shared {
     /// Queues that stopped, or were held, without having been told to.
     stopped_queues: LogLimits,
     serial: Serial,
+    /// Which requests may change which blocks of the disk, where the guest's blocks are finer than those of direct I/O.
+    block_locks: BlockLocks,
     /// Not for the way of a request: workers have their own copy of what they need.
     device: Mutex<BlkConfig>,
 }
 
 impl Shared {
-    fn new(device: BlkConfig) -> Self {
+    fn new(device: BlkConfig, workers: usize) -> Self {
         Self {
             write_through: (!CacheMode::new().writeback()).into(),
             guest_errors: GuestErrors::new(),
@@ -77,6 +86,7 @@ impl Shared {
             mode_changes: LogLimits::new(),
             stopped_queues: LogLimits::new(),
             serial: *device.serial(),
+            block_locks: BlockLocks::new(workers),
             device: Mutex::new(device),
         }
     }

@@ -115,6 +115,7 @@ impl Worker<'_> {
                 self.endings.rings.extend(done);
             }
             Command::TellDriver => self.tell_driver(),
+            Command::BeginGranted { slot } => self.granted.push(slot),
         }
     }
 
@@ -278,12 +279,14 @@ impl Worker<'_> {
         if self.disk.is_some() {
             return;
         }
-        if let Err(error) = self.ring.register_disk(disk.as_fd()) {
+        if let Err(error) = self.ring.register_disk(disk.as_fd(), disk.page_cache()) {
             end_process(&format_args!("the disk cannot be registered in a worker's io_uring: {error}"));
         }
-        let alignment = disk.is_direct_io().then(|| Alignment {
-            address_mask: disk.memory_alignment_bytes() as usize - 1,
-            length_mask: disk.logical_block_bytes() as usize - 1,
+        let alignment = disk.direct_alignment().map(|direct| Alignment {
+            address_mask: direct.memory_bytes as usize - 1,
+            read_block_bytes: direct.read_block_bytes,
+            write_block_bytes: direct.write_block_bytes,
+            is_coarser_than_guest: direct.write_block_bytes > self.limits.logical_block_bytes(),
         });
         // The kernel does the writes to a file one after the other anyway. Those to a block device it does side by side,
         // and one that waits for the device must not hold up the others.

@@ -9,10 +9,13 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::EngineError;
 use super::token::Token;
-use crate::ring::sys::register_tagged_file;
+use crate::ring::sys::{UNTAGGED, register_tagged_files};
 
-/// The disk's place in the table of fixed files; nothing else is in it.
+/// The disk's place in the table of fixed files.
 pub(super) const DISK: types::Fixed = types::Fixed(0);
+
+/// The place of the same file through the page cache, if there is that. Nothing else is in the table.
+pub(super) const PAGE_CACHE: types::Fixed = types::Fixed(1);
 
 /// Entries of the SQ. A turn of the worker that has more to submit enters the kernel more than once.
 const SQ_ENTRIES: u32 = 256;
@@ -133,7 +136,7 @@ impl<'r> Ring<'r> {
         let file = rustix::event::eventfd(0, rustix::event::EventfdFlags::CLOEXEC)
             .map_err(|errno| EngineError::Eventfd(errno.into()))?;
         let tag = Token::DiskReleased.to_user_data();
-        let is_registered = register_tagged_file(self.fd, file.as_fd(), tag).is_ok();
+        let is_registered = register_tagged_files(self.fd, [(file.as_fd(), tag)]).is_ok();
         if !is_registered || self.submitter.unregister_files().is_err() {
             // Older than Linux 5.13.
             return Ok(false);
@@ -142,12 +145,16 @@ impl<'r> Ring<'r> {
         Ok(self.cq.next().is_some_and(|completion| completion.user_data() == tag))
     }
 
-    /// Makes `disk` the fixed file that requests name. The kernel holds the open file description from now on.
-    pub(super) fn register_disk(&self, disk: BorrowedFd<'_>) -> io::Result<()> {
+    /// Makes `disk` the fixed file that requests name, and `page_cache` the other one. The kernel holds the open file
+    /// descriptions from now on.
+    pub(super) fn register_disk(&self, disk: BorrowedFd<'_>, page_cache: Option<BorrowedFd<'_>>) -> io::Result<()> {
         if self.tells_of_release {
-            return register_tagged_file(self.fd, disk, Token::DiskReleased.to_user_data());
+            // The lock is the disk's only.
+            let files = [Some((disk, Token::DiskReleased.to_user_data())), page_cache.map(|file| (file, UNTAGGED))];
+            return register_tagged_files(self.fd, files.into_iter().flatten());
         }
-        self.submitter.register_files(&[disk.as_raw_fd()])
+        let files: Vec<_> = [Some(disk), page_cache].iter().flatten().map(AsRawFd::as_raw_fd).collect();
+        self.submitter.register_files(&files)
     }
 
     /// Has the kernel let go of the disk. No request may be under way.
@@ -243,7 +250,7 @@ mod tests {
         }
         let event = EventFd::new(0).unwrap();
         // SAFETY: the eventfd is open, and outlives what is borrowed here.
-        ring.register_disk(unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) }).unwrap();
+        ring.register_disk(unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) }, None).unwrap();
         let poll = opcode::PollAdd::new(DISK, libc::POLLIN as u32).build().user_data(Token::Nothing.to_user_data());
         // SAFETY: the entry names no memory.
         unsafe { ring.push(&poll) };

@@ -4,7 +4,9 @@ use std::rc::Rc;
 
 use nix::libc::iovec;
 
+use super::block_locks::Access;
 use super::bounce::Chunk;
+use super::piece::Piece;
 use crate::vhost_user::DeviceMemory;
 use crate::virtio_blk::{Request, SegmentList};
 
@@ -23,6 +25,8 @@ pub(super) struct Slot {
     pub(super) segments: SegmentList,
     /// What the kernel works on.
     pub(super) step: Step,
+    /// How it has its blocks of the disk, or waits for them. `None`: it needs none.
+    pub(super) blocks: Option<Access>,
     /// How much of a read or write is done.
     pub(super) progress_bytes: u64,
     /// Attempts since there was progress last.
@@ -36,13 +40,15 @@ pub(super) struct Slot {
 pub(super) enum Step {
     /// Reads or writes the guest's memory.
     Transfer,
-    /// Reads or writes a bounce buffer, which holds these many bytes of the data.
+    /// Reads or writes a bounce buffer.
     Bounce {
         /// The buffer.
         chunk: Chunk,
-        /// Length of this piece of the data.
-        piece_bytes: usize,
+        /// What is in it.
+        piece: Piece,
     },
+    /// Nothing yet: others have its blocks.
+    WaitForBlocks,
     /// Nothing yet: there is no bounce buffer free.
     WaitForChunk,
     /// Discards or zeroes.
@@ -86,6 +92,7 @@ impl Slots {
             memory: None,
             segments: SegmentList::with_capacity(self.segments_max),
             step: Step::Transfer,
+            blocks: None,
             progress_bytes: 0,
             retries: 0,
             rest: Vec::new(),

@@ -12,7 +12,7 @@ use std::time::Instant;
 use super::Shared;
 use super::attach::{Attach, Reply as InterfaceReply};
 use super::bounce::BouncePool;
-use super::command::{CommandReceiver, LetGo, Reply};
+use super::command::{CommandReceiver, CommandSender, LetGo, Reply};
 use super::let_go::FormerDisk;
 use super::poll::{Idle, PollPolicy};
 use super::ring::Ring;
@@ -45,6 +45,11 @@ pub(super) struct Worker<'r> {
     pub(super) bounce: BouncePool,
     /// Requests that wait for a bounce buffer, the first one first.
     pub(super) waiting: VecDeque<u32>,
+    /// Requests that have their blocks now, and have waited for them.
+    pub(super) granted: Vec<u32>,
+    /// Which of the workers this is, and all of them.
+    pub(super) number: usize,
+    pub(super) workers: Arc<[CommandSender]>,
     pub(super) disk: Option<DiskInUse>,
     /// The disk before, which the kernel has not let go of yet.
     pub(super) former_disk: Option<FormerDisk>,
@@ -98,17 +103,22 @@ pub(super) struct DiskInUse {
     pub(super) alignment: Option<Alignment>,
 }
 
-/// What `O_DIRECT` demands of each piece of a buffer.
+/// What `O_DIRECT` demands.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Alignment {
-    /// Bits that must be zero in its address.
+    /// Bits that must be zero in the address of each piece of a buffer.
     pub(super) address_mask: usize,
-    /// Bits that must be zero in its length.
-    pub(super) length_mask: usize,
+    /// The unit of offsets, and of lengths of each piece of a buffer.
+    pub(super) read_block_bytes: u32,
+    pub(super) write_block_bytes: u32,
+    /// The guest can write parts of blocks: see [`super::block_locks`].
+    pub(super) is_coarser_than_guest: bool,
 }
 
 /// What a worker is made with.
 pub(super) struct WorkerParts {
+    pub(super) number: usize,
+    pub(super) workers: Arc<[CommandSender]>,
     pub(super) commands: CommandReceiver,
     pub(super) vrings: Vec<Vring>,
     pub(super) slots: Slots,
@@ -130,6 +140,9 @@ impl<'r> Worker<'r> {
             slots: parts.slots,
             bounce: parts.bounce,
             waiting: VecDeque::new(),
+            granted: Vec::new(),
+            number: parts.number,
+            workers: parts.workers,
             disk: None,
             former_disk: None,
             writer: None,
@@ -189,6 +202,7 @@ impl<'r> Worker<'r> {
         if self.attach.is_some() {
             self.arm_doorbells();
         }
+        busy |= self.begin_granted();
         if let Some(writer) = &mut self.writer {
             writer.wake();
         }

@@ -122,6 +122,21 @@ pub enum RingError {
         /// The name of the profile.
         profile: String,
     },
+    /// The guest's blocks are smaller than direct I/O takes: the kernel would refuse some of its requests.
+    #[error(
+        "the guest of {path:?} has blocks of {logical_block_bytes} bytes, and direct I/O there takes {direct_block_bytes}: the \
+         kernel executes the requests of a ring as the guest sends them, and would refuse smaller ones. Open the disk with \
+         blocks of {direct_block_bytes} bytes (LogicalBlock::DirectIo) if nothing on it was written in smaller ones, or without \
+         direct I/O"
+    )]
+    FinerBlocks {
+        /// The path of the disk as it was given.
+        path: PathBuf,
+        /// The disk's logical block.
+        logical_block_bytes: u32,
+        /// The block that direct I/O takes.
+        direct_block_bytes: u32,
+    },
     /// A question about the disk failed.
     #[error(transparent)]
     Disk(#[from] DiskError),

@@ -246,17 +246,23 @@ impl RingFd {
     }
 }
 
-/// Makes `file` the only fixed file of `ring` (`IORING_REGISTER_FILES2`, Linux 5.13). A kernel that keeps count of each file for
-/// itself (Linux 6.13) posts a completion with `tag` when it lets go of the file.
-pub(crate) fn register_tagged_file(ring: BorrowedFd<'_>, file: BorrowedFd<'_>, tag: u64) -> io::Result<()> {
-    let fd = file.as_raw_fd();
+/// The tag of a file of whose release the kernel does not tell.
+pub(crate) const UNTAGGED: u64 = 0;
+
+/// Makes `files` the fixed files of `ring`, which has none, each with its tag (`IORING_REGISTER_FILES2`, Linux 5.13). A kernel that
+/// keeps count of each file for itself (Linux 6.13) posts a completion with the tag when it lets go of the file.
+pub(crate) fn register_tagged_files<'f>(
+    ring: BorrowedFd<'_>,
+    files: impl IntoIterator<Item = (BorrowedFd<'f>, u64)>,
+) -> io::Result<()> {
+    let (fds, tags): (Vec<i32>, Vec<u64>) = files.into_iter().map(|(file, tag)| (file.as_raw_fd(), tag)).unzip();
     let mut table = io_uring_rsrc_register::default();
-    table.nr = 1;
-    table.data = io_uring_ptr::new((&raw const fd).cast_mut().cast());
-    table.tags = io_uring_ptr::new((&raw const tag).cast_mut().cast());
+    table.nr = fds.len() as u32;
+    table.data = io_uring_ptr::new(fds.as_ptr().cast_mut().cast());
+    table.tags = io_uring_ptr::new(tags.as_ptr().cast_mut().cast());
     let size_bytes = size_of_val(&table) as u32;
-    // SAFETY: one structure, its size in place of a count. It points to one descriptor, which is open, being borrowed, and to
-    // one tag; the kernel reads both during the call.
+    // SAFETY: one structure, its size in place of a count. It points to descriptors, which are open, being borrowed, and to as
+    // many tags; the kernel reads both during the call, after which the lists are freed.
     unsafe {
         rustix::io_uring::io_uring_register(
             ring,

@@ -197,6 +197,11 @@ impl BlkConfig {
         self.capacity_sectors
     }
 
+    /// The unit in which the guest reads and writes, in bytes.
+    pub fn logical_block_bytes(&self) -> u32 {
+        self.parameters.logical_block_bytes
+    }
+
     /// How many queues there are.
     pub fn num_queues(&self) -> u16 {
         self.parameters.num_queues

@@ -47,6 +47,11 @@ impl RequestLimits {
         self.capacity_sectors
     }
 
+    /// What offsets and lengths of reads and writes are multiples of, in bytes.
+    pub fn logical_block_bytes(&self) -> u32 {
+        self.logical_block_sectors * SECTOR_BYTES
+    }
+
     /// Whether all requests that would change the disk are refused.
     pub fn read_only(&self) -> bool {
         self.read_only

@@ -21,7 +21,7 @@ fn a_locked_disk_is_located_as_if_it_were_free() {
         assert_eq!(located.size_bytes(), disk.size_bytes());
         assert_eq!(located.logical_block_bytes(), disk.logical_block_bytes());
         assert_eq!(located.physical_block_bytes(), disk.physical_block_bytes());
-        assert_eq!(located.memory_alignment_bytes(), disk.memory_alignment_bytes());
+        assert_eq!(located.direct_alignment(), disk.direct_alignment());
         assert_eq!(located.is_direct_io(), disk.is_direct_io());
         assert!(located.try_lock().unwrap_err().is_busy());
         drop(disk);
@@ -116,5 +116,5 @@ fn a_read_only_disk_has_nothing_that_changes_it() {
 fn a_disk_in_the_page_cache_needs_no_aligned_memory() {
     let (_dir, path) = image(8192);
     let located = Disk::locate(&DiskConfig { direct_io: DirectIo::Off, ..DiskConfig::new(&path) }).unwrap();
-    assert_eq!(located.memory_alignment_bytes(), 1);
+    assert_eq!(located.direct_alignment(), None);
 }

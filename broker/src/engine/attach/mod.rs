@@ -125,7 +125,8 @@ impl Attach {
     /// The answer to PROBE, for a disk that wants its buffers aligned so.
     pub(super) fn probe_answer(&self, alignment: Option<Alignment>) -> ProbeAnswer {
         let AttachLimits { features, sq_entries_max, cq_entries_max, page_bytes } = self.limits();
-        let align_bytes = alignment.map_or(1, |alignment| (alignment.address_mask | alignment.length_mask) + 1);
+        // Blocks are no smaller than the alignment of memory.
+        let align_bytes = alignment.map_or(1, |alignment| alignment.write_block_bytes);
         ProbeAnswer {
             magic: MAGIC.into(),
             answer_bytes: (ProbeAnswer::BYTES as u32).into(),
@@ -136,7 +137,7 @@ impl Attach {
             sq_entries_max: sq_entries_max.into(),
             cq_entries_max: cq_entries_max.into(),
             page_bytes: page_bytes.into(),
-            segment_align_bytes: (align_bytes as u32).into(),
+            segment_align_bytes: align_bytes.into(),
             segment_bytes_max: SEGMENT_BYTES_MAX.into(),
             queue_count: self.queue_count.into(),
             reserved: 0.into(),

@@ -188,7 +188,9 @@ pub(super) fn refused(error: &RingError) -> Refused {
             ErrorCode::Resources
         }
         RingError::Memory(_) => ErrorCode::Memory,
-        RingError::IntegrityProfile { .. } | RingError::UnsafePolicy { .. } => ErrorCode::Mode,
+        RingError::FinerBlocks { .. } | RingError::IntegrityProfile { .. } | RingError::UnsafePolicy { .. } => {
+            ErrorCode::Mode
+        }
         RingError::Create { source, .. } if source.raw_os_error() == Some(nix::libc::EFAULT) => ErrorCode::Memory,
         _ => ErrorCode::Resources,
     };

@@ -6,6 +6,7 @@ mod discards;
 mod disk;
 pub(super) mod driver;
 mod epochs;
+mod finer_blocks;
 mod front_end;
 mod lengths;
 mod negotiation;

@@ -44,6 +44,9 @@ pub(super) struct Options {
     pub(super) workers: usize,
     pub(super) poll_time: Duration,
     pub(super) direct_io: DirectIo,
+    /// What direct I/O takes at least, if that is to be more than it really is.
+    pub(super) direct_block_bytes: Option<u32>,
+    pub(super) disk_bytes: u64,
     pub(super) read_only: bool,
     pub(super) attach: Option<AttachConfig>,
 }
@@ -56,6 +59,8 @@ impl Default for Options {
             workers: 1,
             poll_time: Duration::from_micros(32),
             direct_io: DirectIo::Off,
+            direct_block_bytes: None,
+            disk_bytes: DISK_BYTES,
             read_only: false,
             attach: None,
         }
@@ -104,7 +109,7 @@ impl Rig {
     /// An engine that has the guest's memory, but no disk, and whose queues are not started.
     pub(super) fn without_disk(options: Options) -> Self {
         let image = NamedTempFile::new().unwrap();
-        image.as_file().write_all_at(&contents(0, 0, DISK_BYTES / SECTOR), 0).unwrap();
+        image.as_file().write_all_at(&contents(0, 0, options.disk_bytes / SECTOR), 0).unwrap();
         let calls = Arc::new(SourceCalls::default());
         let source = Source { calls: calls.clone(), file: image.reopen().unwrap() };
         let mut engine = Engine::new(config(&options), |_: EngineControl| -> io::Result<Box<dyn DiskSource>> {
@@ -128,7 +133,11 @@ impl Rig {
         config.direct_io = self.options.direct_io;
         config.read_only = self.options.read_only;
         config.lock_wait = Some(super::driver::PATIENCE);
-        Arc::new(Disk::open(&config).unwrap())
+        let disk = Disk::open(&config).unwrap();
+        Arc::new(match self.options.direct_block_bytes {
+            Some(block_bytes) => disk.with_direct_block(block_bytes),
+            None => disk,
+        })
     }
 
     /// A driver for a queue, which is not started yet.
@@ -178,7 +187,7 @@ impl Rig {
 
 pub(super) fn config(options: &Options) -> EngineConfig {
     let device = BlkConfig::new(BlkParameters {
-        size_bytes: DISK_BYTES,
+        size_bytes: options.disk_bytes,
         logical_block_bytes: 512,
         physical_block_bytes: 4096,
         read_only: options.read_only,

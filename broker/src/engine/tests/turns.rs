@@ -39,13 +39,15 @@ pub(super) fn with_worker(
     let mut worker = Worker::new(
         Ring::new(&mut ring).unwrap(),
         WorkerParts {
+            number: 0,
+            workers: Arc::new([]),
             commands,
             vrings: (0..rig.options.queues).map(|index| Vring::new(index, Arc::default())).collect(),
             slots: Slots::new(slots_max, segments_max),
             bounce: BouncePool::new().unwrap(),
             limits,
             poll: PollPolicy::new(Duration::ZERO),
-            shared: Arc::new(Shared::new(device)),
+            shared: Arc::new(Shared::new(device, 1)),
             attach,
         },
     );

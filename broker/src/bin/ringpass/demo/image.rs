@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context, bail};
-use ringpass_broker::disk::{DirectIo, Disk, DiskConfig};
+use ringpass_broker::disk::{DirectIo, Disk, DiskConfig, LogicalBlock};
 use ringpass_workload::checksum;
 
 use super::{AREA_BYTES, BLOCK_BYTES};
@@ -66,12 +66,15 @@ impl Image {
         for _ in 0..AREAS * AREA_BYTES / zeroes.len() as u64 {
             file.write_all(&zeroes).with_context(|| format!("writing {name}"))?;
         }
-        let disk = Disk::open(&DiskConfig { direct_io, ..DiskConfig::new(path) })?;
+        let disk =
+            Disk::open(&DiskConfig { direct_io, logical_block: LogicalBlock::DirectIo, ..DiskConfig::new(path) })?;
         Ok(Self { disk: Arc::new(disk), name, area_bytes: AREA_BYTES, preserved: false, created: remove.keep() })
     }
 
     fn preserved(path: &Path, direct_io: DirectIo) -> anyhow::Result<Self> {
-        let disk = Disk::open(&DiskConfig { direct_io, read_only: true, ..DiskConfig::new(path) })?;
+        // The demo's guests read whole blocks, and nothing that the content says.
+        let logical_block = LogicalBlock::DirectIo;
+        let disk = Disk::open(&DiskConfig { direct_io, logical_block, read_only: true, ..DiskConfig::new(path) })?;
         let blocks = (disk.size_bytes() / BLOCK_BYTES).min(AREA_BYTES / BLOCK_BYTES);
         if blocks < 64 {
             bail!(

@@ -68,8 +68,19 @@ fn executed_by(who: ExecutedBy) -> &'static str {
     }
 }
 
-const COLUMNS: [&str; 9] =
-    ["queue", "reads", "read MiB", "writes", "written MiB", "flushes", "errors", "kicks", "ring (guest's word)"];
+const COLUMNS: [&str; 11] = [
+    "queue",
+    "reads",
+    "read MiB",
+    "writes",
+    "written MiB",
+    "flushes",
+    "errors",
+    "bounced",
+    "partial writes",
+    "kicks",
+    "ring (guest's word)",
+];
 
 pub(super) fn stats(stats: &DeviceStats) -> String {
     let mut rows = vec![COLUMNS.map(str::to_owned)];
@@ -97,6 +108,8 @@ fn difference(before: &QueueStats, now: &QueueStats) -> QueueStats {
         (&mut is.flushes, was.flushes),
         (&mut is.failed, was.failed),
         (&mut is.refused, was.refused),
+        (&mut is.bounced, was.bounced),
+        (&mut is.partial_writes, was.partial_writes),
         (&mut is.kicks, was.kicks),
     ] {
         *is = is.saturating_sub(was);
@@ -109,7 +122,7 @@ fn difference(before: &QueueStats, now: &QueueStats) -> QueueStats {
     QueueStats { index: now.index, by_device: is, by_guest }
 }
 
-fn row(queue: &QueueStats, seconds: f64) -> [String; 9] {
+fn row(queue: &QueueStats, seconds: f64) -> [String; 11] {
     let each = |count: u64| format!("{:.0}", count as f64 / seconds);
     let mib = |bytes: u64| format!("{:.1}", bytes as f64 / seconds / f64::from(1 << 20));
     let by = &queue.by_device;
@@ -121,6 +134,8 @@ fn row(queue: &QueueStats, seconds: f64) -> [String; 9] {
         mib(by.written_bytes),
         each(by.flushes),
         each(by.failed + by.refused),
+        each(by.bounced),
+        each(by.partial_writes),
         each(by.kicks),
         queue.by_guest.map_or_else(|| "-".into(), |by| each(by.completed)),
     ]
@@ -155,7 +170,7 @@ mod tests {
     fn rates_are_per_second_and_a_restart_is_no_negative_rate() {
         let text = rates(&counted(100, 1000), &counted(300, 5000), 2.0);
         let last: Vec<&str> = text.lines().last().unwrap().split_whitespace().collect();
-        assert_eq!(last, ["1", "100", "100.0", "0", "0.0", "0", "0", "0", "2000"]);
+        assert_eq!(last, ["1", "100", "100.0", "0", "0.0", "0", "0", "0", "0", "0", "2000"]);
         let text = rates(&counted(100, 1000), &counted(3, 5), 1.0);
         assert!(text.lines().last().unwrap().ends_with('0'), "{text}");
     }

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 use clap::{ArgGroup, Args, ValueEnum};
-use ringpass_broker::disk::{DirectIo, DiskConfig, StartUp};
+use ringpass_broker::disk::{DirectIo, DiskConfig, LogicalBlock, StartUp};
 use ringpass_broker::vhost_user::{BoundSocket, Server, ServerError, SocketAccess};
 use ringpass_broker::virtio_blk::Serial;
 
@@ -68,7 +68,8 @@ pub(crate) struct ServeArgs {
     #[arg(long, value_name = "N", default_value_t = 256, value_parser = queue_size)]
     queue_size: u16,
 
-    /// Bytes of a block as the guest sees it: a power of two [default: that of the disk].
+    /// Bytes of a block as the guest sees it, which must be that for which the data on the disk was written: a power of two
+    /// [default: 512 for a file, the device's own block for a block device, which is also the least].
     #[arg(long, value_name = "BYTES", value_parser = logical_block)]
     logical_block_size: Option<u32>,
 
@@ -174,7 +175,8 @@ impl ServeArgs {
             DirectIoArg::Off => DirectIo::Off,
             DirectIoArg::Auto => DirectIo::Auto,
         };
-        Ok(DiskConfig { read_only: self.read_only, direct_io, ..DiskConfig::new(path) })
+        let logical_block = self.logical_block_size.map_or(LogicalBlock::Own, LogicalBlock::Bytes);
+        Ok(DiskConfig { read_only: self.read_only, direct_io, logical_block, ..DiskConfig::new(path) })
     }
 
     pub(super) fn start_up(&self) -> StartUp {
@@ -210,10 +212,6 @@ impl ServeArgs {
 
     pub(super) fn queue_size(&self) -> u16 {
         self.queue_size
-    }
-
-    pub(super) fn logical_block_bytes(&self) -> Option<u32> {
-        self.logical_block_size
     }
 
     pub(super) fn serial(&self) -> Serial {
@@ -290,7 +288,7 @@ mod tests {
         assert_eq!(args.disk_config().unwrap(), DiskConfig::new("f"));
         assert_eq!(args.start_up(), StartUp::Grace(Duration::from_secs(10)));
         assert!((QUEUES_MIN_BY_DEFAULT..=QUEUES_MAX).contains(&args.num_queues()));
-        assert_eq!((args.queue_size(), args.logical_block_bytes()), (256, None));
+        assert_eq!(args.queue_size(), 256);
         assert_eq!((args.cpus(), args.workers()), (&[][..], None));
         assert_eq!(args.serial().as_bytes(), &[0; 20]);
     }
@@ -312,9 +310,10 @@ mod tests {
         ])
         .unwrap();
         assert_eq!(args.socket().unwrap(), Socket::Inherited(7));
-        let disk = DiskConfig { read_only: true, direct_io: DirectIo::On, ..DiskConfig::new("f") };
+        let logical_block = LogicalBlock::Bytes(4096);
+        let disk = DiskConfig { read_only: true, direct_io: DirectIo::On, logical_block, ..DiskConfig::new("f") };
         assert_eq!(args.disk_config().unwrap(), disk);
-        assert_eq!((args.num_queues(), args.queue_size(), args.logical_block_bytes()), (2, 1024, Some(4096)));
+        assert_eq!((args.num_queues(), args.queue_size()), (2, 1024));
         assert!(args.serial().as_bytes().starts_with(b"abc\0"));
         assert_eq!(args.poll_time(), Duration::ZERO);
         assert_eq!((args.cpus(), args.workers()), (&[3, 0, 1][..], Some(3)));

@@ -200,6 +200,8 @@ fn by_device(counters: &QueueCounters) -> ByDevice {
         write_zeroes: counters.write_zeroes.get(),
         failed: counters.failed.get(),
         refused: counters.refused.get(),
+        bounced: counters.bounced.get(),
+        partial_writes: counters.partial_writes.get(),
         kicks: counters.kicks.get(),
         signals: counters.signals.get(),
     }

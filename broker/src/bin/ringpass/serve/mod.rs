@@ -4,6 +4,7 @@ mod access;
 mod args;
 mod control;
 mod disk_source;
+mod finer_blocks;
 mod refusal;
 mod rings;
 mod sandbox;
@@ -12,7 +13,7 @@ use std::io::Write;
 use std::process::ExitCode;
 use std::sync::{Arc, OnceLock};
 
-use anyhow::{Context, ensure};
+use anyhow::Context;
 use nix::sys::signal::{SigSet, Signal};
 use ringpass_broker::disk::{Capabilities, Disk, DiskLease, LocatedDisk};
 use ringpass_broker::engine::{Engine, EngineConfig, EngineControl};
@@ -68,6 +69,7 @@ pub(crate) fn run(args: &ServeArgs) -> anyhow::Result<ExitCode> {
     let sandbox = args.sandbox().enter(&located, args.socket_path(), control_path.as_deref())?;
     // The first further thread: privileges are gone, and no other thread is to wait for whoever reads the log.
     log::write_in_background().context("cannot start the thread that writes the log")?;
+    finer_blocks::warn(&located);
 
     let connections = Arc::new(Connections::default());
     let lease = Arc::new(lease(located.clone(), connections.clone())?);
@@ -89,7 +91,7 @@ pub(crate) fn run(args: &ServeArgs) -> anyhow::Result<ExitCode> {
 
     let server = socket.serve()?;
     let source = control::Source {
-        logical_block_bytes: args.logical_block_bytes().unwrap_or(located.logical_block_bytes()),
+        logical_block_bytes: device.logical_block_bytes(),
         name: name.clone(),
         disk: located.clone(),
         mode: args.rings().mode(),
@@ -152,25 +154,10 @@ fn interruptible<T>(wait: impl FnOnce() -> anyhow::Result<T>) -> anyhow::Result<
 
 /// The device that the guest is to see.
 fn parameters(args: &ServeArgs, disk: &LocatedDisk) -> anyhow::Result<BlkParameters> {
-    let own_bytes = disk.logical_block_bytes();
-    let logical_block_bytes = args.logical_block_bytes().unwrap_or(own_bytes);
-    ensure!(
-        logical_block_bytes >= own_bytes,
-        "--logical-block-size {logical_block_bytes} is less than the {own_bytes} bytes in which {:?} must be read and \
-         written: leave the option out, or turn direct I/O off if this is a file",
-        disk.path()
-    );
-    ensure!(
-        disk.size_bytes().is_multiple_of(logical_block_bytes.into()),
-        "disk {:?} has {} bytes, which is no multiple of --logical-block-size {logical_block_bytes}: a guest could not \
-         reach the end of it. Use a smaller block or change the size of the disk",
-        disk.path(),
-        disk.size_bytes()
-    );
     let Capabilities { punch_hole, zero_range } = disk.capabilities();
     Ok(BlkParameters {
         size_bytes: disk.size_bytes(),
-        logical_block_bytes,
+        logical_block_bytes: disk.logical_block_bytes(),
         physical_block_bytes: disk.physical_block_bytes(),
         read_only: disk.is_read_only(),
         num_queues: args.num_queues(),

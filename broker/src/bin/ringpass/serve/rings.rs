@@ -14,6 +14,7 @@ use ringpass_broker::probe::{self, ModeName};
 use ringpass_broker::ring::{IoWorkers, SqThreadConfig};
 use ringpass_restrictions::Access;
 
+use super::finer_blocks;
 use crate::chosen_policy::{ChosenPolicy, PolicyArgs};
 
 /// Longer polling would be a mistake in the unit.
@@ -150,6 +151,7 @@ impl RingArgs {
                     .into(),
             );
         }
+        why_not.extend(finer_blocks::why_no_rings(disk));
         let report = probe::run().context("looking at what this kernel allows")?;
         let mode = report.modes.iter().find(|mode| mode.name == ModeName::DirectGuestRam);
         if let Some(mode) = mode.filter(|mode| !mode.available) {
