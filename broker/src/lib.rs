@@ -29,6 +29,7 @@ mod log_limit;
 pub mod memory;
 pub mod printable;
 pub mod probe;
+mod process_end;
 mod processes;
 pub mod ring;
 #[cfg(feature = "sandbox")]
@@ -37,3 +38,5 @@ mod threads;
 pub mod vhost_user;
 pub mod virtio_blk;
 pub mod virtqueue;
+
+pub use process_end::before_process_end;

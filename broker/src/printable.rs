@@ -62,16 +62,28 @@ mod tests {
 
     use super::*;
 
-    #[derive(Debug, thiserror::Error)]
-    #[error("{text}")]
+    /// As errors of other crates are, which may keep their cause to themselves.
+    #[derive(Debug)]
     struct Outer {
         text: &'static str,
-        source: io::Error,
+        cause: io::Error,
+    }
+
+    impl fmt::Display for Outer {
+        fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str(self.text)
+        }
+    }
+
+    impl Error for Outer {
+        fn source(&self) -> Option<&(dyn Error + 'static)> {
+            Some(&self.cause)
+        }
     }
 
     #[test]
     fn each_cause_is_said_once() {
-        let error = |text| Outer { text, source: io::Error::from_raw_os_error(2) };
+        let error = |text| Outer { text, cause: io::Error::from_raw_os_error(2) };
         let missing = "No such file or directory (os error 2)";
         assert_eq!(Chain(&error("opening x")).to_string(), format!("opening x: {missing}"));
         let said = "opening x: No such file or directory (os error 2). Create it";

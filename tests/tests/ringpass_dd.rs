@@ -226,6 +226,14 @@ fn refusals() -> Result<()> {
     ensure!(!place.path("out").exists(), "a file was made");
     drop(place);
 
+    let output = Command::new(program()?).args(["--socket", "no/such.sock", "read", "--output", "-"]).output()?;
+    status_is(&output, 2)?;
+    let (said, advice) = (text(&output), "is `ringpass serve --socket-path` running there?");
+    ensure!(
+        said.contains("cannot connect to no/such.sock: No such file") && said.trim_end().ends_with(advice),
+        "{said}"
+    );
+
     let place = Place::new(&["--read-only", "--num-queues", "2"])?;
     let input = place.file("in", &content)?;
     let output = place.run(&["write", "--input", &input])?;

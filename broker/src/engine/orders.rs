@@ -18,6 +18,7 @@ use super::worker::{Alignment, DiskInUse, Worker};
 use super::writer::Writer;
 use crate::disk::{Disk, DiskKind};
 use crate::log_limit::Cause;
+use crate::process_end;
 use crate::vhost_user::{DeviceMemory, QueueEventfds};
 use crate::virtio_blk::{GuestError, RequestTypes};
 use crate::virtqueue::{QueueSetup, SplitQueue};
@@ -431,7 +432,7 @@ impl Worker<'_> {
 /// this, and can connect to a new process.
 pub(super) fn end_process(why: &dyn Display) -> ! {
     tracing::error!("{why}; the program ends here, so that the front-end can connect to a new one");
-    std::process::exit(1);
+    process_end::end_process(1)
 }
 
 fn done(reply: &Reply<()>) {

@@ -104,7 +104,9 @@ fn an_inherited_descriptor_of_another_kind_is_refused() {
         assert_eq!(error, expected);
     }
     let error = Listener::inherited(1_000_000).unwrap_err().to_string();
-    assert_eq!(error, "file descriptor 1000000: Bad file descriptor (os error 9)");
+    let expected = "file descriptor 1000000: Bad file descriptor (os error 9). Whoever starts this process must leave the socket \
+                    open under that number";
+    assert_eq!(error, expected);
 }
 
 #[test]

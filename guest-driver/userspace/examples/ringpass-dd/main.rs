@@ -17,7 +17,7 @@ mod transfer;
 
 use std::process::ExitCode;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Error, Result};
 use clap::Parser;
 use ringpass_guest::vhost_user::{Disk, Options, RingSize};
 
@@ -32,11 +32,18 @@ fn main() -> ExitCode {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,
         Err(error) => {
-            eprintln!("ringpass-dd: {error:#}");
+            eprintln!("ringpass-dd: {}", one_line(&error));
             // 1 says that contents differ.
             ExitCode::from(2)
         }
     }
+}
+
+/// The error and its causes, each once: the driver's messages say their causes themselves.
+fn one_line(error: &Error) -> String {
+    let causes = error.chain().map(ToString::to_string);
+    let line = causes.reduce(|line, cause| if line.contains(&cause) { line } else { format!("{line}: {cause}") });
+    line.unwrap_or_default()
 }
 
 /// False: the contents differ.

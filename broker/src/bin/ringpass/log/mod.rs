@@ -9,6 +9,7 @@ use std::process::ExitCode;
 use std::thread;
 use std::time::Duration;
 
+use ringpass_broker::before_process_end;
 use ringpass_broker::printable::{Chain, printable};
 use rustix::io::Errno;
 use tracing_subscriber::EnvFilter;
@@ -35,6 +36,12 @@ pub(crate) fn start(level: &str) {
         .log_internal_errors(false)
         .init();
     panic::set_hook(Box::new(tell_panic));
+    before_process_end(flush);
+}
+
+/// Waits a moment for lines that are not written yet. To be called before the process ends otherwise than by [`exit_code`].
+pub(crate) fn flush() {
+    LINES.flush(LAST_WAIT);
 }
 
 /// Has a thread of its own write the log from now on, so that no other thread ever waits for the reader.
@@ -54,7 +61,7 @@ pub(crate) fn exit_code(program: &str, result: anyhow::Result<ExitCode>) -> Exit
         tell(program, &error);
         ExitCode::FAILURE
     });
-    LINES.flush(LAST_WAIT);
+    flush();
     status
 }
 
@@ -114,7 +121,7 @@ fn tell_panic(info: &panic::PanicHookInfo<'_>) {
         text += &format!("{backtrace}\n");
     }
     LINES.push_always(text.into_bytes());
-    LINES.flush(LAST_WAIT);
+    flush();
 }
 
 #[cfg(test)]

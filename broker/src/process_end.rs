@@ -1,0 +1,39 @@
+//! The end of the process where this library cannot go on: a program can have something done before, such as writing its log.
+
+use std::sync::OnceLock;
+
+static LAST_WORK: OnceLock<fn()> = OnceLock::new();
+
+/// Has `work` called before this library ends the process. The first caller's counts.
+pub fn before_process_end(work: fn()) {
+    let _ = LAST_WORK.set(work);
+}
+
+/// Ends the process.
+pub(crate) fn end_process(status: i32) -> ! {
+    if let Some(work) = LAST_WORK.get() {
+        work();
+    }
+    std::process::exit(status)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+
+    use super::*;
+
+    #[test]
+    fn what_a_program_wants_done_is_done_before_the_end() {
+        const NAME: &str = "process_end::tests::what_a_program_wants_done_is_done_before_the_end";
+        const IS_CHILD: &str = "RINGPASS_TEST_ENDS_ITS_PROCESS";
+        if std::env::var_os(IS_CHILD).is_some() {
+            before_process_end(|| eprintln!("the last words"));
+            end_process(3);
+        }
+        let mut child = Command::new(std::env::current_exe().unwrap());
+        let output = child.args(["--exact", NAME, "--nocapture"]).env(IS_CHILD, "1").output().unwrap();
+        assert_eq!(output.status.code(), Some(3));
+        assert!(String::from_utf8_lossy(&output.stderr).contains("the last words"));
+    }
+}
