@@ -517,6 +517,21 @@ fn front_end(place: &Place, features: VhostUserProtocolFeatures) -> Frontend {
 }
 
 #[test]
+fn a_front_end_that_waits_for_another_one_is_told_in_the_log_with_both_process_ids() {
+    let place = Place::new();
+    let running = Running::start(&mut place.serve(&["--socket-path", "s"]));
+    running.wait_for("waiting for a front-end");
+    let first = front_end(&place, VhostUserProtocolFeatures::CONFIG);
+    let us = std::process::id();
+    let second = UnixStream::connect(place.path("s")).unwrap();
+    let line = running.wait_for("another front-end is connected; it waits until the one that is served is gone");
+    assert_has(&line, &[&format!(" pid={us} "), &format!("served_pid={us}")]);
+    drop(second);
+    drop(first);
+    running.wait_for("front-end disconnected");
+}
+
+#[test]
 fn an_in_flight_region_may_be_larger_than_the_disk() {
     let place = Place::new();
     File::create(place.path("small.img")).unwrap().set_len(64 << 10).unwrap();

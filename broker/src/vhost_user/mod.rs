@@ -28,7 +28,7 @@ mod server;
 mod session;
 mod signals;
 
-pub use connection::{Connection, ConnectionError, Message, PeerWatch, Received};
+pub use connection::{Connection, ConnectionError, Message, PeerWatch, Received, Undone, Unfinished, Wait, Waiter};
 pub use device::{ConfigWriteError, Device, DeviceMemory, QueueEventfds};
 pub use eventfd::NotAnEventfd;
 pub use listener::{BoundSocket, ListenError, SocketAccess};

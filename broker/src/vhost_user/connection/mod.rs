@@ -3,13 +3,15 @@
 mod peer;
 #[cfg(test)]
 mod tests;
+mod wait;
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::time::Instant;
 
-use rustix::event::{PollFd, PollFlags};
+use rustix::event::PollFlags;
 use rustix::io::Errno;
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer, SendAncillaryMessage,
@@ -18,6 +20,8 @@ use rustix::net::{
 use thiserror::Error;
 
 pub use self::peer::PeerWatch;
+pub(crate) use self::peer::pid_of_peer;
+pub use self::wait::{Undone, Unfinished, Wait, Waiter};
 use super::message::{HEADER_BYTES, Header, MAX_FDS, MessageError, Reply};
 
 /// A message whose header was understood. The body was not looked at.
@@ -68,6 +72,22 @@ pub enum ConnectionError {
         /// The kernel's answer.
         source: io::Error,
     },
+    /// Another front-end waits for this one's place, which it has no use for.
+    #[error(
+        "the front-end stopped in the middle of a message, after {got_bytes} bytes, {silent_s} s ago, and another one waits"
+    )]
+    Silent {
+        /// How much of the message had come.
+        got_bytes: usize,
+        /// How long ago its first byte came, in seconds.
+        silent_s: u64,
+    },
+    /// The same, and a reply that it does not read.
+    #[error("the front-end has not read a reply for {silent_s} s, and another one waits")]
+    Unread {
+        /// For how long, in seconds.
+        silent_s: u64,
+    },
     /// Somebody asked for the end while a reply could not be written.
     #[error("stopped while the front-end did not read a reply")]
     Interrupted,
@@ -75,24 +95,26 @@ pub enum ConnectionError {
 
 /// The connection to one front-end.
 ///
-/// Nothing blocks in it but the waits, and these end when a second descriptor becomes readable.
+/// Nothing blocks in it but the waits, which are a [`Waiter`]'s.
 #[derive(Debug)]
 pub struct Connection {
     stream: UnixStream,
     /// What has come of the next message.
     bytes: Vec<u8>,
+    /// When its first byte came.
+    begun: Option<Instant>,
     fds: Vec<OwnedFd>,
 }
 
 impl Connection {
     /// Messages over `stream`.
     pub fn new(stream: UnixStream) -> Self {
-        Self { stream, bytes: Vec::new(), fds: Vec::new() }
+        Self { stream, bytes: Vec::new(), begun: None, fds: Vec::new() }
     }
 
     /// The process at the other end, if the kernel tells.
     pub fn peer_pid(&self) -> Option<i32> {
-        rustix::net::sockopt::socket_peercred(&self.stream).ok().map(|credentials| credentials.pid.as_raw_pid())
+        pid_of_peer(&self.stream)
     }
 
     /// Tells somebody else whether the front-end is still there.
@@ -104,12 +126,13 @@ impl Connection {
         PeerWatch::new(&self.stream)
     }
 
-    /// Waits for a whole message, or until `wake` is readable.
+    /// Waits for a whole message, or until the waiter has something else to tell: a descriptor that is a waiter, that it is
+    /// readable.
     ///
     /// # Errors
     ///
     /// The connection is of no use any more.
-    pub fn receive(&mut self, wake: BorrowedFd<'_>) -> Result<Received, ConnectionError> {
+    pub fn receive(&mut self, mut waiter: impl Waiter) -> Result<Received, ConnectionError> {
         loop {
             let (header, needed_bytes) = match self.bytes.first_chunk::<HEADER_BYTES>() {
                 None => (None, HEADER_BYTES),
@@ -121,15 +144,21 @@ impl Connection {
             if let (Some(header), true) = (header, self.bytes.len() == needed_bytes) {
                 let body = self.bytes.split_off(HEADER_BYTES);
                 self.bytes.clear();
+                self.begun = None;
                 return Ok(Received::Message(Message { header, body, fds: std::mem::take(&mut self.fds) }));
             }
-            if wait(self.stream.as_fd(), PollFlags::IN, wake)? {
+            let what = Undone::Message { got_bytes: self.bytes.len() };
+            let unfinished = self.begun.map(|since| Unfinished { what, since });
+            if waiter.wait(&Wait { socket: self.stream.as_fd(), events: PollFlags::IN, unfinished })? {
                 return Ok(Received::Woken);
             }
             match self.read_some(needed_bytes)? {
                 Some(0) if self.bytes.is_empty() => return Ok(Received::Closed),
                 Some(0) => return Err(ConnectionError::Truncated { got_bytes: self.bytes.len() }),
-                _ => {}
+                Some(_) => {
+                    self.begun.get_or_insert_with(Instant::now);
+                }
+                None => {}
             }
         }
     }
@@ -163,13 +192,14 @@ impl Connection {
         }
     }
 
-    /// Writes a reply, or gives up when `stop` is readable and the front-end does not read.
+    /// Writes a reply, or gives up when the waiter says so and the front-end does not read.
     ///
     /// # Errors
     ///
     /// The connection is of no use any more.
-    pub fn send(&mut self, reply: &Reply, stop: BorrowedFd<'_>) -> Result<(), ConnectionError> {
+    pub fn send(&mut self, reply: &Reply, mut waiter: impl Waiter) -> Result<(), ConnectionError> {
         let bytes = reply.to_bytes();
+        let mut begun = None;
         let mut sent_bytes = 0;
         while sent_bytes < bytes.len() {
             let fds = reply.fd.iter().filter(|_| sent_bytes == 0).map(AsFd::as_fd).collect::<Vec<_>>();
@@ -177,7 +207,9 @@ impl Connection {
                 Ok(count) => sent_bytes += count,
                 Err(Errno::INTR) => {}
                 Err(Errno::AGAIN) => {
-                    if wait(self.stream.as_fd(), PollFlags::OUT, stop)? {
+                    let since = *begun.get_or_insert_with(Instant::now);
+                    let unfinished = Some(Unfinished { what: Undone::Reply, since });
+                    if waiter.wait(&Wait { socket: self.stream.as_fd(), events: PollFlags::OUT, unfinished })? {
                         return Err(ConnectionError::Interrupted);
                     }
                 }
@@ -196,19 +228,6 @@ pub(super) fn send_some(stream: &UnixStream, bytes: &[u8], fds: &[BorrowedFd<'_>
         return Err(Errno::TOOBIG);
     }
     rustix::net::sendmsg(stream, &[IoSlice::new(bytes)], &mut control, SendFlags::DONTWAIT | SendFlags::NOSIGNAL)
-}
-
-/// Waits until `fd` is ready or `wake` is readable. True: it was `wake`, which goes first.
-fn wait(fd: BorrowedFd<'_>, events: PollFlags, wake: BorrowedFd<'_>) -> Result<bool, ConnectionError> {
-    loop {
-        let mut fds = [PollFd::from_borrowed_fd(fd, events), PollFd::from_borrowed_fd(wake, PollFlags::IN)];
-        match rustix::event::poll(&mut fds, None) {
-            Ok(_) if !fds[1].revents().is_empty() => return Ok(true),
-            Ok(_) if !fds[0].revents().is_empty() => return Ok(false),
-            Ok(_) | Err(Errno::INTR) => {}
-            Err(errno) => return Err(system("waiting for the front-end", errno)),
-        }
-    }
 }
 
 fn system(what: &'static str, errno: Errno) -> ConnectionError {

@@ -1,9 +1,18 @@
 //! Whether the other end of a connection is still there.
 
 use std::io;
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 
+use nix::sys::socket::getsockopt;
+use nix::sys::socket::sockopt::PeerCredentials;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+/// The process at the other end of a connection, if the kernel tells: it has no number for one in another PID namespace.
+pub(crate) fn pid_of_peer(socket: &impl AsFd) -> Option<i32> {
+    // Not rustix, whose process ids cannot be 0.
+    getsockopt(socket, PeerCredentials).ok().map(|credentials| credentials.pid()).filter(|&pid| pid > 0)
+}
 
 /// Tells whether a front-end is gone, also to somebody who does not read what it says.
 #[derive(Debug)]

@@ -14,6 +14,7 @@ use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use thiserror::Error;
 
+use super::connection::pid_of_peer;
 use crate::processes::Process;
 
 /// Why no front-end can be waited for.
@@ -310,8 +311,9 @@ fn remove_stale(path: &Path) -> Result<(), ListenError> {
 
 /// Whether the process that listens has been killed, and only its end has not come yet.
 fn is_of_an_ending_process(connected: &OwnedFd) -> bool {
-    let Ok(peer) = rustix::net::sockopt::socket_peercred(connected) else { return false };
-    u32::try_from(peer.pid.as_raw_nonzero().get()).is_ok_and(|pid| Process::with_pid(pid).name().is_ending)
+    pid_of_peer(connected)
+        .and_then(|pid| u32::try_from(pid).ok())
+        .is_some_and(|pid| Process::with_pid(pid).name().is_ending)
 }
 
 fn connect_without_waiting(path: &Path) -> Result<OwnedFd, Errno> {

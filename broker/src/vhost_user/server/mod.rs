@@ -1,11 +1,12 @@
 //! Serving one front-end after another.
 
+mod connection_log;
+mod lobby;
 #[cfg(test)]
 mod tests;
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd, RawFd};
-use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -13,12 +14,14 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
 use thiserror::Error;
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
 use super::connection::{Connection, ConnectionError, Received};
 use super::device::Device;
 use super::listener::{BoundSocket, ListenError, Listener, SocketAccess};
 use super::session::{Session, SessionError, refresh_capacity};
+use connection_log::ConnectionLog;
+use lobby::{Attendance, Lobby, PATIENCE, Visitor};
 
 /// How long to wait when a connection cannot be accepted, before it is tried again. The socket is readable all the while.
 const ACCEPT_PAUSE: Timespec = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
@@ -39,10 +42,13 @@ pub enum ServerError {
     },
 }
 
-/// Serves one device to one front-end at a time. A second one waits in the queue of the socket.
+/// Serves one device to one front-end at a time. A second one waits until the first is gone, and a line of the log says so.
+///
+/// A front-end that is connected and says nothing keeps nobody out, nor does one that stops in the middle of a message.
 #[derive(Debug)]
 pub struct Server {
-    listener: Listener,
+    lobby: Lobby,
+    log: ConnectionLog,
     control: Arc<Control>,
 }
 
@@ -125,7 +131,7 @@ impl Server {
             is_refresh_due: AtomicBool::new(false),
             is_announcement_due: AtomicBool::new(false),
         };
-        Ok(Self { listener, control: Arc::new(control) })
+        Ok(Self { lobby: Lobby::new(listener, PATIENCE), log: ConnectionLog::default(), control: Arc::new(control) })
     }
 
     /// To tell the server things once it runs.
@@ -142,14 +148,20 @@ impl Server {
     ///
     /// The socket gives no more connections. What passes, as a lack of descriptors or of memory, is waited for.
     pub fn run(mut self, device: &mut dyn Device) -> Result<(), ServerError> {
-        while let Some(stream) = self.next_front_end(device)? {
-            let mut connection = Connection::new(stream);
-            let pid = connection.peer_pid();
-            info!(pid, "front-end connected");
-            match self.serve(&mut connection, device) {
-                Ok(End::Closed) => info!(pid, "front-end disconnected"),
-                Ok(End::Stopped) => break,
-                Err(error) => warn!(pid, %error, "connection to the front-end closed"),
+        while let Some(visitor) = self.next_front_end(device)? {
+            let pid = visitor.pid;
+            if self.log.has_room() {
+                info!(pid, "front-end connected");
+            }
+            let end = self.serve(visitor, device);
+            if let Ok(End::Stopped) = end {
+                break;
+            }
+            if self.log.has_room() {
+                match end {
+                    Ok(_) => info!(pid, "front-end disconnected"),
+                    Err(error) => warn!(pid, %error, "connection to the front-end closed"),
+                }
             }
         }
         info!("stopping: waiting for the last I/O");
@@ -157,8 +169,8 @@ impl Server {
         Ok(())
     }
 
-    /// Waits for a connection. `None`: the server is to end.
-    fn next_front_end(&mut self, device: &mut dyn Device) -> Result<Option<UnixStream>, ServerError> {
+    /// Waits for a front-end that says something. `None`: the server is to end.
+    fn next_front_end(&mut self, device: &mut dyn Device) -> Result<Option<Visitor>, ServerError> {
         let system = |what| move |source| ServerError::System { what, source };
         let mut has_complained = false;
         loop {
@@ -169,9 +181,10 @@ impl Server {
             if self.control.take_news().is_refresh_due {
                 refresh_capacity(device);
             }
-            let is_paused = match self.listener.accept() {
-                Ok(Some(stream)) => return Ok(Some(stream)),
-                Ok(None) => false,
+            let taken =
+                self.lobby.take_connections(true, |visitor| debug!(pid = visitor.pid, "a front-end is connected"));
+            let is_paused = match taken {
+                Ok(()) => false,
                 Err(error) if is_lasting(&error) => return Err(system("accepting a front-end")(error)),
                 Err(error) => {
                     if !std::mem::replace(&mut has_complained, true) {
@@ -180,10 +193,16 @@ impl Server {
                     true
                 }
             };
-            let Some(socket) = self.listener.to_poll() else { return Ok(None) };
-            let mut fds = [self.control.wake.as_fd(), socket].map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN));
-            let (fds, limit) = if is_paused { (&mut fds[..1], Some(&ACCEPT_PAUSE)) } else { (&mut fds[..], None) };
-            match rustix::event::poll(fds, limit) {
+            if let Some(visitor) = self.lobby.take_speaker() {
+                return Ok(Some(visitor));
+            }
+            if self.lobby.is_closed() {
+                return Ok(None);
+            }
+            let others = self.lobby.to_poll().filter(|_| !is_paused);
+            let fds = std::iter::once(self.control.wake.as_fd()).chain(others);
+            let mut fds: Vec<_> = fds.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)).collect();
+            match rustix::event::poll(&mut fds, Some(&ACCEPT_PAUSE).filter(|_| is_paused)) {
                 Ok(_) | Err(Errno::INTR) => {}
                 Err(errno) => return Err(system("waiting for a front-end")(errno.into())),
             }
@@ -191,26 +210,31 @@ impl Server {
     }
 
     /// One front-end, from connection to disconnection.
-    fn serve(&self, connection: &mut Connection, device: &mut dyn Device) -> Result<End, ServeError> {
+    fn serve(&mut self, visitor: Visitor, device: &mut dyn Device) -> Result<End, ServeError> {
+        let Self { lobby, log, control } = self;
+        let served_pid = visitor.pid;
+        let mut connection = Connection::new(visitor.stream);
+        let (wake, stop) = (control.wake.as_fd(), control.stop.as_fd());
         device.set_peer(connection.peer_watch().inspect_err(|error| warn!(%error, "cannot watch the front-end")).ok());
         let mut session = Session::new(device);
         loop {
-            if self.control.is_stopping() {
+            if control.is_stopping() {
                 return Ok(End::Stopped);
             }
-            let news = self.control.take_news();
+            let news = control.take_news();
             if news.is_refresh_due {
                 session.refresh_capacity();
             }
             if news.is_announcement_due {
                 session.notify_config_change();
             }
-            match connection.receive(self.control.wake.as_fd())? {
+            match connection.receive(Attendance { lobby: &mut *lobby, log: &mut *log, served_pid, wake })? {
                 Received::Closed => return Ok(End::Closed),
                 Received::Woken => {}
                 Received::Message(message) => {
                     if let Some(reply) = session.handle(message)? {
-                        connection.send(&reply, self.control.stop.as_fd())?;
+                        connection
+                            .send(&reply, Attendance { lobby: &mut *lobby, log: &mut *log, served_pid, wake: stop })?;
                     }
                 }
             }

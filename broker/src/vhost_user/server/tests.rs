@@ -1,8 +1,10 @@
 use std::io::{Read, Write};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 
@@ -25,9 +27,15 @@ struct Rig {
 
 impl Rig {
     fn start() -> Self {
+        Self::with_patience(PATIENCE)
+    }
+
+    /// A server that waits for so long for a front-end that left something undone.
+    fn with_patience(patience: Duration) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("socket");
-        let server = Server::bind(&path).unwrap();
+        let mut server = Server::bind(&path).unwrap();
+        server.lobby.patience = patience;
         let handle = server.handle();
         let mut device = FakeDevice::default();
         device.is_resized = true;
@@ -86,6 +94,80 @@ fn one_front_end_is_served_after_another() {
     let expected = [begun(), Call::Abandon, Call::SetMemory(vec![]), begun()];
     assert_eq!(rig.calls.take(), expected, "the first one is gone when the second one is served");
     drop(second);
+    rig.stop();
+}
+
+#[test]
+fn a_front_end_that_says_nothing_keeps_nobody_out_and_is_served_when_it_speaks() {
+    let rig = Rig::start();
+    let mut silent: Vec<_> = (0..3).map(|_| rig.connect()).collect();
+    let mut second = rig.connect();
+    synchronise(&mut second);
+    drop(second);
+    synchronise(&mut silent[1]);
+    rig.stop();
+}
+
+#[test]
+fn more_front_ends_that_say_nothing_than_are_known_at_a_time_keep_nobody_out() {
+    let rig = Rig::start();
+    let silent: Vec<_> = (0..100).map(|_| rig.connect()).collect();
+    synchronise(&mut rig.connect());
+    drop(silent);
+    synchronise(&mut rig.connect());
+    rig.stop();
+}
+
+#[test]
+fn a_front_end_that_stops_in_the_middle_of_a_message_is_disconnected_once_another_one_has_waited() {
+    let rig = Rig::with_patience(Duration::from_millis(50));
+    let mut first = rig.connect();
+    synchronise(&mut first);
+    first.write_all(&message(GET_FEATURES, &[])[..5]).unwrap();
+    // Nobody else wants anything: one that says nothing is nobody.
+    let _silent = rig.connect();
+    thread::sleep(Duration::from_millis(150));
+    first.write_all(&message(GET_FEATURES, &[])[5..]).unwrap();
+    first.read_exact(&mut [0; 20]).unwrap();
+
+    first.write_all(&message(GET_FEATURES, &[])[..8]).unwrap();
+    synchronise(&mut rig.connect());
+    expect_end(&mut first);
+    rig.stop();
+}
+
+#[test]
+fn a_front_end_that_reads_no_replies_is_disconnected_once_another_one_has_waited() {
+    let rig = Rig::with_patience(Duration::from_millis(50));
+    let mut first = rig.connect();
+    first.set_nonblocking(true).unwrap();
+    // Until the server reads no more because it cannot write.
+    let mut failures = 0;
+    while failures < 20 {
+        match first.write(&message(GET_FEATURES, &[])) {
+            Ok(_) => failures = 0,
+            Err(error) => {
+                assert_eq!(error.kind(), io::ErrorKind::WouldBlock);
+                failures += 1;
+                thread::sleep(Duration::from_millis(5));
+            }
+        }
+    }
+    synchronise(&mut rig.connect());
+    rig.stop();
+}
+
+/// Its guest has the disk, however long it says nothing.
+#[test]
+fn a_front_end_that_has_ended_its_message_stays_for_as_long_as_it_likes() {
+    let rig = Rig::with_patience(Duration::from_millis(1));
+    let mut first = rig.connect();
+    synchronise(&mut first);
+    let mut second = rig.connect();
+    second.write_all(&message(GET_FEATURES, &[])).unwrap();
+    second.set_read_timeout(Some(Duration::from_millis(100))).unwrap();
+    assert_eq!(second.read(&mut [0]).unwrap_err().kind(), io::ErrorKind::WouldBlock);
+    synchronise(&mut first);
     rig.stop();
 }
 
