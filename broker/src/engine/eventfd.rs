@@ -24,26 +24,87 @@ pub(super) struct Eventfds {
 
 impl From<QueueEventfds> for Eventfds {
     fn from(QueueEventfds { kick, call, err }: QueueEventfds) -> Self {
-        Self { kick: kick.map(Kick), call: call.map(Signal::new), err: err.map(Signal::new) }
+        Self { kick: kick.map(Kick::new), call: call.map(Signal::new), err: err.map(Signal::new) }
     }
 }
 
+/// So many single kicks in a row, and it is time to ask whether the eventfd gives no others (EFD_SEMAPHORE).
+const SINGLES_MAX: u32 = 64;
+/// The most that is read out of such an eventfd at a time.
+const READS_MAX: u32 = 1024;
+
 /// An eventfd that the front-end or the driver signals.
+///
+/// Reading takes all kicks at once, but for an eventfd with EFD_SEMAPHORE, which gives one at a time. Its count can be so high that
+/// it never ends, and the worker would be woken for each. Then it is not read any more: the worker is woken when somebody
+/// writes to it, and not because it is readable.
 #[derive(Debug)]
-pub(super) struct Kick(pub(super) EventFd);
+pub(super) struct Kick {
+    eventfd: EventFd,
+    singles: u32,
+    is_endless: bool,
+}
+
+/// What a read gave.
+#[derive(Debug, PartialEq, Eq)]
+enum Taken {
+    Single,
+    /// All that there was, perhaps nothing.
+    All,
+    /// This kernel does not say.
+    Unknown,
+}
 
 impl Kick {
+    pub(super) fn new(eventfd: EventFd) -> Self {
+        Self { eventfd, singles: 0, is_endless: false }
+    }
+
+    pub(super) fn eventfd(&self) -> &EventFd {
+        &self.eventfd
+    }
+
+    /// Whether it stays readable whatever is read: then only writes to it are news.
+    pub(super) fn is_endless(&self) -> bool {
+        self.is_endless
+    }
+
     /// Takes the kicks that came, if there still are some.
-    pub(super) fn take(&self) {
+    pub(super) fn take(&mut self) {
+        if self.is_endless {
+            return;
+        }
+        match self.read() {
+            Taken::Single => self.singles += 1,
+            Taken::All | Taken::Unknown => self.singles = 0,
+        }
+        // One read for each kick is enough as a rule.
+        if self.singles == SINGLES_MAX {
+            self.singles = 0;
+            self.is_endless = (0..READS_MAX).all(|_| self.read() == Taken::Single);
+            if self.is_endless {
+                tracing::warn!(
+                    "a kick eventfd of the front-end gives kicks one by one (EFD_SEMAPHORE) and has more than anybody can read; \
+                     it is not read any more"
+                );
+            }
+        }
+    }
+
+    fn read(&self) -> Taken {
         let mut count = [0; size_of::<u64>()];
         // An eventfd has no offset; this one stands for "none".
-        let taken =
-            preadv2(borrow_eventfd(&self.0), &mut [IoSliceMut::new(&mut count)], u64::MAX, ReadWriteFlags::NOWAIT);
-        // Linux before 5.8 cannot promise not to block. There was a kick a moment ago.
-        if taken == Err(Errno::OPNOTSUPP) {
-            let _ = self.0.read();
+        let buffers = &mut [IoSliceMut::new(&mut count)];
+        match preadv2(borrow_eventfd(&self.eventfd), buffers, u64::MAX, ReadWriteFlags::NOWAIT) {
+            Ok(_) if u64::from_ne_bytes(count) == 1 => Taken::Single,
+            // Linux before 5.8 cannot promise not to block. There was a kick a moment ago.
+            Err(Errno::OPNOTSUPP) => {
+                let _ = self.eventfd.read();
+                Taken::Unknown
+            }
+            // That there is nothing any more is as good: the queue is looked at.
+            Ok(_) | Err(_) => Taken::All,
         }
-        // That there is nothing any more is as good: the queue is looked at.
     }
 }
 
@@ -85,5 +146,55 @@ impl Signal {
     #[cold]
     fn report(&self, queue_index: u16, error: &io::Error) {
         tracing::debug!(queue = queue_index, %error, "an eventfd of the front-end cannot be signalled");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use vmm_sys_util::eventfd::{EFD_NONBLOCK, EFD_SEMAPHORE};
+
+    use super::*;
+
+    fn kick(flags: i32, count: u64) -> (EventFd, Kick) {
+        let eventfd = EventFd::new(flags | EFD_NONBLOCK).unwrap();
+        if count > 0 {
+            eventfd.write(count).unwrap();
+        }
+        (eventfd.try_clone().unwrap(), Kick::new(eventfd))
+    }
+
+    fn is_empty(eventfd: &EventFd) -> bool {
+        eventfd.read().is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock)
+    }
+
+    #[test]
+    fn all_kicks_of_an_ordinary_eventfd_are_taken_at_once_however_often_it_is_kicked() {
+        let (eventfd, mut kick) = kick(0, 1 << 40);
+        kick.take();
+        assert!(is_empty(&eventfd));
+        for _ in 0..10 * SINGLES_MAX {
+            eventfd.write(1).unwrap();
+            kick.take();
+        }
+        assert!(is_empty(&eventfd) && !kick.is_endless());
+    }
+
+    #[test]
+    fn a_semaphore_with_some_kicks_is_read_out() {
+        let (eventfd, mut kick) = kick(EFD_SEMAPHORE, 1000);
+        (0..SINGLES_MAX).for_each(|_| kick.take());
+        assert!(is_empty(&eventfd) && !kick.is_endless());
+    }
+
+    #[test]
+    fn a_semaphore_with_more_kicks_than_anybody_can_read_is_given_up_after_a_bounded_number_of_reads() {
+        let count = 1 << 40;
+        let (eventfd, mut kick) = kick(EFD_SEMAPHORE, count);
+        (0..10 * SINGLES_MAX).for_each(|_| kick.take());
+        assert!(kick.is_endless());
+        // The counter ends at 2^64 - 2.
+        let reads = u64::from(SINGLES_MAX + READS_MAX);
+        eventfd.write(u64::MAX - 1 - (count - reads)).expect("so many kicks were read, and no more");
+        assert!(eventfd.write(1).is_err(), "so many kicks were read, and no less");
     }
 }

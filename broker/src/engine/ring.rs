@@ -189,6 +189,15 @@ impl<'r> Ring<'r> {
         unsafe { self.push(&entry) };
     }
 
+    /// Wants to know of each write to `eventfd` that follows, and once at the beginning if it is readable: completions with
+    /// `user_data` and IORING_CQE_F_MORE until it is taken back (Linux 5.13; older kernels refuse it at once).
+    pub(super) fn push_poll_writes(&mut self, eventfd: &EventFd, user_data: u64) {
+        let poll = opcode::PollAdd::new(types::Fd(eventfd.as_raw_fd()), libc::POLLIN as u32).multi(true);
+        let entry = poll.build().user_data(user_data);
+        // SAFETY: the entry names no memory. The descriptor is looked up when it is submitted; a wrong one is refused.
+        unsafe { self.push(&entry) };
+    }
+
     /// Takes a poll back. It completes, and so does this, with `user_data`.
     pub(super) fn push_poll_remove(&mut self, poll: u64, user_data: u64) {
         let entry = opcode::PollRemove::new(poll).build().user_data(user_data);

@@ -213,7 +213,7 @@ impl Vring {
     pub(super) fn set_eventfd(&mut self, which: WhichEventfd, eventfd: Option<EventFd>) {
         let Some(eventfds) = self.eventfds_mut() else { return };
         match which {
-            WhichEventfd::Kick => eventfds.kick = eventfd.map(Kick),
+            WhichEventfd::Kick => eventfds.kick = eventfd.map(Kick::new),
             WhichEventfd::Call => eventfds.call = eventfd.map(Signal::new),
             WhichEventfd::Err => eventfds.err = eventfd.map(Signal::new),
         }

@@ -9,6 +9,8 @@ use std::rc::{Rc, Weak};
 use std::sync::Arc;
 use std::time::Instant;
 
+use io_uring::cqueue;
+
 use super::Shared;
 use super::attach::{Attach, Reply as InterfaceReply};
 use super::bounce::BouncePool;
@@ -284,7 +286,7 @@ impl<'r> Worker<'r> {
         while let Some(completion) = self.ring.reap() {
             match Token::from_user_data(completion.user_data()) {
                 Token::Request(slot) => self.completed(slot, completion.result()),
-                Token::Kick { queue, generation } => self.kicked(queue, generation),
+                Token::Kick { queue, generation } => self.kicked(queue, generation, completion.flags()),
                 Token::Commands => {
                     self.is_bell_armed = false;
                     self.commands.take_wake_up();
@@ -301,14 +303,15 @@ impl<'r> Worker<'r> {
         busy
     }
 
-    fn kicked(&mut self, queue: u16, generation: u32) {
+    fn kicked(&mut self, queue: u16, generation: u32, flags: u32) {
         let vring = &mut self.vrings[usize::from(queue)];
         if vring.kick_poll.generation != generation {
             return;
         }
-        vring.kick_poll.is_armed = false;
+        // One that tells of each write goes on.
+        vring.kick_poll.is_armed = cqueue::more(flags);
         vring.counters.kicks.add(1);
-        if let Some(kick) = vring.eventfds_mut().and_then(|eventfds| eventfds.kick.as_ref()) {
+        if let Some(kick) = vring.eventfds_mut().and_then(|eventfds| eventfds.kick.as_mut()) {
             kick.take();
         }
         if vring.has_doorbell() {
@@ -392,7 +395,11 @@ impl<'r> Worker<'r> {
         let Vring { state: State::Running(active), kick_poll, .. } = &mut self.vrings[number] else { return };
         let Some(kick) = active.eventfds.kick.as_ref().filter(|_| !kick_poll.is_armed) else { return };
         let token = Token::Kick { queue: number as u16, generation: kick_poll.generation };
-        self.ring.push_poll(&kick.0, token.to_user_data());
+        if kick.is_endless() {
+            self.ring.push_poll_writes(kick.eventfd(), token.to_user_data());
+        } else {
+            self.ring.push_poll(kick.eventfd(), token.to_user_data());
+        }
         kick_poll.is_armed = true;
     }
 
