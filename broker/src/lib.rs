@@ -12,7 +12,8 @@
 //!
 //! With the feature `sandbox`, the module `sandbox` confines a program that serves a device. With the feature `kvm`, the module `kvm` connects those queues to virtual machines.
 //!
-//! [`kernel`] and [`probe`] tell what this kernel and these limits allow; [`limits`] has the resource limits that
+//! A program calls [`lost_memory::handle_lost_memory`] once, so that a front-end that shortens its files does no more harm than it
+//! must. [`kernel`] and [`probe`] tell what this kernel and these limits allow; [`limits`] has the resource limits that
 //! matter; [`printable`] shows errors and text of others to people.
 
 pub mod control;
@@ -26,6 +27,7 @@ pub mod kernel;
 pub mod kvm;
 pub mod limits;
 mod log_limit;
+pub mod lost_memory;
 pub mod memory;
 pub mod printable;
 pub mod probe;
@@ -34,6 +36,7 @@ mod processes;
 pub mod ring;
 #[cfg(feature = "sandbox")]
 pub mod sandbox;
+mod signal_line;
 mod threads;
 pub mod vhost_user;
 pub mod virtio_blk;

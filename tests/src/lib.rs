@@ -2,6 +2,7 @@
 //!
 //! The tests themselves are the programs in `tests/`: each registers its tests with [`harness`].
 
+pub mod bare_qemu;
 pub mod broker_process;
 pub mod content;
 pub mod disks;

@@ -34,7 +34,7 @@ const BLOCKS: u64 = DISK_BYTES / BLOCK_BYTES;
 type Body = fn(&mut Bench) -> Result<()>;
 
 fn main() -> ExitCode {
-    let tests: [(&str, Body); 11] = [
+    let tests: [(&str, Body); 12] = [
         ("call_and_kick_eventfds_change_under_load", eventfds_change),
         ("a_queue_without_a_call_eventfd_is_served", no_call),
         ("a_queue_without_a_kick_eventfd_is_polled", no_kick),
@@ -44,6 +44,7 @@ fn main() -> ExitCode {
         ("vrings_are_stopped_and_started_under_load", stop_under_load),
         ("hundreds_of_memory_slots_come_and_go_under_load", memory_slots),
         ("the_memory_table_is_replaced_under_load", memory_tables),
+        ("a_ring_that_its_driver_sets_up_wrongly_breaks_alone_and_a_new_set_up_revives_it", broken_ring),
         ("a_reset_stops_every_vring_and_the_device_starts_again", reset_device),
         ("the_status_is_kept_and_zero_resets", status),
     ];
@@ -277,6 +278,36 @@ fn memory_tables(bench: &mut Bench) -> Result<()> {
         load.wait_for_progress(3);
     }
     bench.finish(load)
+}
+
+/// What a driver gets wrong; the front-end passes it on.
+fn broken_ring(bench: &mut Bench) -> Result<()> {
+    let connection = bench.front_end.connection();
+    let mut other = bench.ram.driver(&bench.front_end, 1, 4096)?;
+    let vring = bench.ram.vring(&bench.front_end, 128)?;
+    let right = vring.layout();
+    let end_of_ram = bench.ram.ram.regions()[1].gpa() + (8 << 20);
+    let wrong = [
+        VringLayout { size: 15, ..right },
+        VringLayout { desc_gpa: right.desc_gpa + 8, ..right },
+        VringLayout { avail_gpa: right.avail_gpa + 1, ..right },
+        VringLayout { used_gpa: right.used_gpa + 2, ..right },
+        // All of it but the last entries is in RAM.
+        VringLayout { used_gpa: end_of_ram - 64, ..right },
+    ];
+    let err = Event::new()?;
+    connection.set_vring_fd(FrontendReq::SET_VRING_ERR, 0, Some(err.as_fd()))?;
+    for layout in wrong {
+        bench.front_end.start_vring(0, &layout, vring.eventfds(), 0)?;
+        ensure!(err.wait(Duration::from_secs(20))?, "{layout:?}: the error eventfd is not signalled");
+        err.take()?;
+        other.read(0, 4096).with_context(|| format!("{layout:?}: another ring"))?;
+        let next_avail = bench.front_end.stop_vring(0)?;
+        ensure!(next_avail == 0, "{layout:?}: it has stopped at {next_avail}");
+    }
+    bench.front_end.start_vring(0, &right, vring.eventfds(), 0)?;
+    let mut driver = BlkDriver::new(vring, &mut bench.ram.arenas[0], 4096)?;
+    driver.read(0, 4096).map(drop)
 }
 
 fn reset_device(bench: &mut Bench) -> Result<()> {

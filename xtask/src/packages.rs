@@ -25,7 +25,7 @@ const PACKAGES: &[Package] = &[
     Package { name: "xfsprogs", reason: "mkfs.xfs: files whose direct I/O changes when they are copied" },
     Package { name: "btrfs-progs", reason: "mkfs.btrfs: files that tell nothing about direct I/O" },
     Package { name: "mount", reason: "mount and losetup: file systems and loop devices under test" },
-    Package { name: "qemu-system-x86", reason: "runs the Linux guests" },
+    Package { name: "qemu-system-x86", reason: "runs the Linux guests, and passes on what hostile drivers write" },
     Package { name: "systemd", reason: "systemd-analyze: checks the unit that starts the server" },
     Package { name: "make", reason: "builds fio for the Linux guests, from Debian's sources" },
 ];

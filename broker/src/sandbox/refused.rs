@@ -11,6 +11,8 @@ use nix::libc;
 use syscalls::Sysno;
 use vmm_sys_util::signal::register_signal_handler;
 
+use crate::signal_line::Line;
+
 /// Lines at most, of all threads together: enough to find the cause, and not a way to fill a log.
 const LINES_MAX: u32 = 64;
 
@@ -27,18 +29,14 @@ extern "C" fn refuse(_signal: c_int, _info: *mut libc::siginfo_t, context: *mut 
     // SAFETY: the kernel passes a valid `ucontext_t` to a handler with SA_SIGINFO, for this thread alone.
     let context = unsafe { &mut *context };
     let number = refuse_in(context);
-    if LINES.fetch_add(1, Ordering::Relaxed) < LINES_MAX && has_room() {
-        let line = Line::about(number);
-        // SAFETY: the bytes are on this stack. Nobody could be told that they cannot be written.
-        let _ = unsafe { libc::write(libc::STDERR_FILENO, line.bytes.as_ptr().cast(), line.len) };
+    if LINES.fetch_add(1, Ordering::Relaxed) < LINES_MAX {
+        let name = usize::try_from(number).ok().and_then(Sysno::new).map_or("of an unknown number", |call| call.name());
+        let line = Line::of(format_args!(
+            "ringpass: the sandbox refused the system call {name} (EPERM). If the disk suffers from that it is a mistake of ringpass: \
+             report it; `--sandbox off` goes without"
+        ));
+        line.write_to_stderr();
     }
-}
-
-/// Whether standard error takes a line at once: whatever thread this is, it must not wait for a reader.
-fn has_room() -> bool {
-    let mut stderr = libc::pollfd { fd: libc::STDERR_FILENO, events: libc::POLLOUT, revents: 0 };
-    // SAFETY: one structure on this stack, which the kernel writes to.
-    unsafe { libc::poll(&mut stderr, 1, 0) == 1 }
 }
 
 /// Has the interrupted call return -EPERM, and gives its number.
@@ -55,27 +53,4 @@ fn refuse_in(context: &mut libc::ucontext_t) -> i64 {
     let registers = &mut context.uc_mcontext.regs;
     registers[0] = i64::from(-libc::EPERM) as u64;
     registers[8] as i64
-}
-
-/// A line of text without an allocator.
-struct Line {
-    bytes: [u8; 192],
-    len: usize,
-}
-
-impl Line {
-    fn about(number: i64) -> Self {
-        let mut line = Self { bytes: [0; 192], len: 0 };
-        line.push("ringpass: the sandbox refused the system call ");
-        line.push(usize::try_from(number).ok().and_then(Sysno::new).map_or("of an unknown number", |call| call.name()));
-        line.push(" (EPERM). If the disk suffers from that it is a mistake of ringpass: report it; `--sandbox off` goes without\n");
-        line
-    }
-
-    fn push(&mut self, text: &str) {
-        let room = &mut self.bytes[self.len..];
-        let len = text.len().min(room.len());
-        room[..len].copy_from_slice(&text.as_bytes()[..len]);
-        self.len += len;
-    }
 }

@@ -4,6 +4,7 @@ use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 
 use super::shared_memory::{SharedMemory, SharedMemoryError};
+use crate::lost_memory::Purpose;
 
 /// Size of the pages that one bit of the log stands for (`VHOST_LOG_PAGE` of vhost-user).
 const PAGE_BYTES: u64 = 4096;
@@ -28,7 +29,8 @@ impl DirtyLog {
     ///
     /// The area is empty, not at a page boundary of the file, not all in the file, or cannot be mapped for writing.
     pub fn from_fd(fd: OwnedFd, offset_bytes: u64, size_bytes: u64) -> Result<Self, SharedMemoryError> {
-        Ok(Self { bits: SharedMemory::map(fd, offset_bytes, size_bytes)?, out_of_range_pages: AtomicU64::new(0) })
+        let bits = SharedMemory::map(fd, offset_bytes, size_bytes, Purpose::DirtyLog)?;
+        Ok(Self { bits, out_of_range_pages: AtomicU64::new(0) })
     }
 
     /// Marks the pages of `len_bytes` bytes from `gpa` on as written. Pages that the log has no bit for are counted, and

@@ -12,6 +12,7 @@ use thiserror::Error;
 use super::rings::QUEUE_SIZE_MAX;
 use super::shared_memory::{SharedMemory, SharedMemoryError};
 use crate::limits::grow_beyond_cap;
+use crate::lost_memory::Purpose;
 
 /// `version` of a queue's region that is in use; 0 is a region that nobody has used yet.
 pub(super) const VERSION: u16 = 1;
@@ -125,7 +126,7 @@ impl InflightRegion {
         if size_bytes < needed_bytes {
             return Err(InflightError::TooSmall { size_bytes, queues, queue_size, needed_bytes });
         }
-        let memory = SharedMemory::map(fd, offset_bytes, needed_bytes)?;
+        let memory = SharedMemory::map(fd, offset_bytes, needed_bytes, Purpose::InflightRegion)?;
         Ok(Self { memory, queues, queue_size })
     }
 

@@ -10,6 +10,8 @@ use vm_memory::{
     VolatileMemory, VolatileSlice,
 };
 
+use crate::lost_memory::{Purpose, Watched};
+
 /// Why a file of the front-end cannot be mapped.
 #[derive(Debug, Error)]
 pub enum SharedMemoryError {
@@ -50,6 +52,8 @@ pub enum SharedMemoryError {
 /// integers only.
 #[derive(Clone, Debug)]
 pub(super) struct SharedMemory {
+    /// Before the mapping, so that it goes first. `None`: guest RAM, which whoever mapped it watches.
+    _watched: Option<Arc<Watched>>,
     mapping: Arc<MmapRegion>,
     /// Where in the mapping it begins.
     start: usize,
@@ -58,7 +62,15 @@ pub(super) struct SharedMemory {
 
 impl SharedMemory {
     /// Maps `size_bytes` of the file from `offset_bytes` on.
-    pub(super) fn map(fd: OwnedFd, offset_bytes: u64, size_bytes: u64) -> Result<Self, SharedMemoryError> {
+    ///
+    /// The front-end may shorten the file later, sealed or not: that is survived where
+    /// [`handle_lost_memory`](crate::lost_memory::handle_lost_memory) was called.
+    pub(super) fn map(
+        fd: OwnedFd,
+        offset_bytes: u64,
+        size_bytes: u64,
+        purpose: Purpose,
+    ) -> Result<Self, SharedMemoryError> {
         if size_bytes == 0 {
             return Err(SharedMemoryError::Empty);
         }
@@ -82,20 +94,22 @@ impl SharedMemory {
             };
             SharedMemoryError::System { what: "mapping a shared file", source }
         })?;
-        Ok(Self { mapping: Arc::new(mapping), start: 0, len })
+        let watched = Watched::new(&mapping, purpose);
+        Ok(Self { _watched: Some(Arc::new(watched)), mapping: Arc::new(mapping), start: 0, len })
     }
 
     /// `len` bytes of guest memory from `gpa` on. `None`: they are not all in one region.
     pub(super) fn in_guest(memory: &GuestMemoryMmap, gpa: GuestAddress, len: usize) -> Option<Self> {
         let (region, offset) = memory.to_region_addr(gpa)?;
         let start = usize::try_from(offset.0).ok()?;
-        (region.len() - offset.0 >= len as u64).then(|| Self { mapping: region.get_mmap(), start, len })
+        (region.len() - offset.0 >= len as u64).then(|| Self { _watched: None, mapping: region.get_mmap(), start, len })
     }
 
     /// `len` bytes of it from `offset` on. `None`: it is shorter.
     pub(super) fn part(&self, offset: usize, len: usize) -> Option<Self> {
         let is_inside = offset.checked_add(len).is_some_and(|end| end <= self.len);
-        is_inside.then(|| Self { mapping: Arc::clone(&self.mapping), start: self.start + offset, len })
+        let (watched, mapping) = (self._watched.clone(), Arc::clone(&self.mapping));
+        is_inside.then(|| Self { _watched: watched, mapping, start: self.start + offset, len })
     }
 
     /// Length in bytes.

@@ -15,6 +15,7 @@ use vm_memory::{FileOffset, GuestAddress, GuestRegionMmap, MmapRegion};
 
 use super::device::DeviceMemory;
 use super::message::RegionDescription;
+use crate::lost_memory::watch_ram;
 
 /// How many regions a table can have (VHOST_USER_GET_MAX_MEM_SLOTS). QEMU hands out at most 512, KVM has 509 for
 /// memory devices on most machines.
@@ -122,7 +123,7 @@ struct Region {
 /// The regions in force, ordered by guest address. A change makes a new table; mappings that stay are shared.
 ///
 /// The memory belongs to the guest, which writes to it at any time, and to the front-end, which could still shorten
-/// the file: that would end this process with SIGBUS at the next access, and nobody else.
+/// the file: that ends this process with SIGBUS at the next access, and one line says which region it was.
 #[derive(Debug, Clone)]
 pub struct MemoryTable {
     regions: Vec<Region>,
@@ -292,6 +293,8 @@ impl CheckedFile {
         })?;
         let wraps = || MemoryTableError::Wraps { gpa, field: "guest address", size_bytes };
         let mapping = GuestRegionMmap::new(mapping, GuestAddress(gpa)).ok_or_else(wraps)?;
-        Ok(Region { description, file: self.identity, mapping: Arc::new(mapping) })
+        let mapping = Arc::new(mapping);
+        watch_ram(&mapping);
+        Ok(Region { description, file: self.identity, mapping })
     }
 }

@@ -144,8 +144,8 @@ fn a_front_end_that_reads_no_replies_is_disconnected_once_another_one_has_waited
     // Until the server reads no more because it cannot write.
     let mut failures = 0;
     while failures < 20 {
-        match first.write(&message(GET_FEATURES, &[])) {
-            Ok(_) => failures = 0,
+        match first.write_all(&message(GET_FEATURES, &[])) {
+            Ok(()) => failures = 0,
             Err(error) => {
                 assert_eq!(error.kind(), io::ErrorKind::WouldBlock);
                 failures += 1;

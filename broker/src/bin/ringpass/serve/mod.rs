@@ -18,6 +18,7 @@ use nix::sys::signal::{SigSet, Signal};
 use ringpass_broker::disk::{Capabilities, Disk, DiskLease, LocatedDisk};
 use ringpass_broker::engine::{Engine, EngineConfig, EngineControl};
 use ringpass_broker::limits;
+use ringpass_broker::lost_memory::handle_lost_memory;
 use ringpass_broker::sandbox::close_descriptors_on_exec;
 use ringpass_broker::vhost_user::{ServerHandle, Signals};
 use ringpass_broker::virtio_blk::{BlkConfig, BlkParameters, DiscardLimits, WriteZeroesLimits};
@@ -46,6 +47,7 @@ pub(crate) fn run(args: &ServeArgs) -> anyhow::Result<ExitCode> {
     close_descriptors_on_exec()?;
     // Before there are other threads, which inherit this.
     let signals = Signals::block().context("cannot block signals")?;
+    handle_lost_memory().context("cannot handle SIGBUS")?;
     if let Err(error) = limits::raise_open_files() {
         tracing::warn!(%error, "cannot raise the limit of open files: a front-end with much memory may be refused");
     }

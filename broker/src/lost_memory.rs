@@ -1,0 +1,248 @@
+//! Memory of the front-end that is lost: the front-end shortens a file that is mapped here, and the next access is SIGBUS.
+//!
+//! Length and form of each file are checked when it is mapped, but only a seal keeps it from being shortened later, and not every
+//! front-end seals its files. What it loses that way decides what follows:
+//!
+//! * The in-flight region and the dirty log are there for the front-end alone. In their place comes memory that nobody else sees, so
+//!   that the guest goes on. What the front-end loses are its own records.
+//! * Guest RAM is what the rings and requests are in. There is nothing to go on with: the process ends with SIGBUS, as it would
+//!   anyway, and one line says which region it was.
+//!
+//! Requests whose *data* is in lost memory fail alone (EFAULT), since the kernel moves the data.
+
+use std::ffi::{c_int, c_void};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::{fmt, io};
+
+use nix::libc;
+use nix::sys::signal::{SigHandler, Signal, signal};
+use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous};
+use vm_memory::{Address, GuestMemoryRegion, GuestRegionMmap, MmapRegion};
+use vmm_sys_util::signal::register_signal_handler;
+
+use crate::signal_line::Line;
+
+/// What the areas of a front-end with the most memory regions need, and some more of those before.
+const AREAS_MAX: usize = 1024;
+
+/// From now on a loss of guest RAM is told in one line, and other losses are survived. For programs: it is for the whole process.
+///
+/// # Errors
+///
+/// The kernel refuses, which no known one does.
+pub fn handle_lost_memory() -> io::Result<()> {
+    register_signal_handler(libc::SIGBUS, on_sigbus).map_err(|error| io::Error::from_raw_os_error(error.errno()))
+}
+
+/// What an area is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Purpose {
+    InflightRegion,
+    DirtyLog,
+    GuestRam { gpa: u64 },
+}
+
+/// An area that is watched until this is dropped, which must be before it is unmapped.
+#[derive(Debug)]
+pub(crate) struct Watched {
+    /// `None`: there are too many. The line cannot name this one.
+    area: Option<&'static Area>,
+}
+
+impl Watched {
+    /// Watches a mapping of a front-end's file.
+    pub(crate) fn new(mapping: &MmapRegion, purpose: Purpose) -> Self {
+        let area = AREAS.iter().find(|area| area.claim());
+        if let Some(area) = area {
+            area.publish(mapping.as_ptr() as usize, mapping.size(), purpose);
+        }
+        Self { area }
+    }
+}
+
+impl Drop for Watched {
+    fn drop(&mut self) {
+        if let Some(area) = self.area {
+            area.state.store(FREE, Ordering::Release);
+        }
+    }
+}
+
+/// Watches a region of guest RAM for as long as anybody has it.
+pub(crate) fn watch_ram(region: &Arc<GuestRegionMmap<()>>) {
+    static REGIONS: Mutex<Vec<(Weak<GuestRegionMmap<()>>, Watched)>> = Mutex::new(Vec::new());
+    let mut regions = REGIONS.lock().unwrap_or_else(PoisonError::into_inner);
+    // A region that is gone was unmapped with its name still here. That can give a wrong name to a loss that ends the process, and
+    // no more: `find` looks at all others first.
+    regions.retain(|(region, _)| region.strong_count() > 0);
+    let purpose = Purpose::GuestRam { gpa: region.start_addr().raw_value() };
+    regions.push((Arc::downgrade(region), Watched::new(&region.get_mmap(), purpose)));
+}
+
+/// States of an area.
+const FREE: u8 = 0;
+const CLAIMED: u8 = 1;
+const INFLIGHT_REGION: u8 = 2;
+const DIRTY_LOG: u8 = 3;
+const GUEST_RAM: u8 = 4;
+
+/// A mapped area, as the signal handler can read it at any time.
+#[derive(Debug)]
+struct Area {
+    state: AtomicU8,
+    start: AtomicUsize,
+    len_bytes: AtomicUsize,
+    gpa: AtomicU64,
+}
+
+static AREAS: [Area; AREAS_MAX] = [const {
+    Area {
+        state: AtomicU8::new(FREE),
+        start: AtomicUsize::new(0),
+        len_bytes: AtomicUsize::new(0),
+        gpa: AtomicU64::new(0),
+    }
+}; AREAS_MAX];
+
+impl Area {
+    fn claim(&self) -> bool {
+        self.state.compare_exchange(FREE, CLAIMED, Ordering::Acquire, Ordering::Relaxed).is_ok()
+    }
+
+    fn publish(&self, start: usize, len_bytes: usize, purpose: Purpose) {
+        self.start.store(start, Ordering::Relaxed);
+        self.len_bytes.store(len_bytes, Ordering::Relaxed);
+        let state = match purpose {
+            Purpose::InflightRegion => INFLIGHT_REGION,
+            Purpose::DirtyLog => DIRTY_LOG,
+            Purpose::GuestRam { gpa } => {
+                self.gpa.store(gpa, Ordering::Relaxed);
+                GUEST_RAM
+            }
+        };
+        self.state.store(state, Ordering::Release);
+    }
+
+    fn purpose(&self) -> Option<Purpose> {
+        match self.state.load(Ordering::Acquire) {
+            INFLIGHT_REGION => Some(Purpose::InflightRegion),
+            DIRTY_LOG => Some(Purpose::DirtyLog),
+            GUEST_RAM => Some(Purpose::GuestRam { gpa: self.gpa.load(Ordering::Relaxed) }),
+            _ => None,
+        }
+    }
+
+    /// Puts memory of this process's own in its place. False: the kernel refuses.
+    fn replace(&self) -> bool {
+        let start = self.start.load(Ordering::Relaxed) as *mut c_void;
+        let (len_bytes, protection) = (self.len_bytes.load(Ordering::Relaxed), ProtFlags::READ | ProtFlags::WRITE);
+        // SAFETY: the area is a mapping of a file that others write to at any time, so nobody relies on what is in it, and it is
+        // only accessed by volatile and atomic operations. It is mapped now, because `Watched` is dropped before it is unmapped,
+        // and the new mapping has the same place, length and protection.
+        unsafe { mmap_anonymous(start, len_bytes, protection, MapFlags::PRIVATE | MapFlags::FIXED) }.is_ok()
+    }
+}
+
+fn find(address: usize) -> Option<(&'static Area, Purpose)> {
+    let holders = || {
+        AREAS.iter().filter_map(|area| {
+            let purpose = area.purpose()?;
+            let offset = address.checked_sub(area.start.load(Ordering::Relaxed))?;
+            // The kernel maps whole pages.
+            let len_bytes = area.len_bytes.load(Ordering::Relaxed).next_multiple_of(rustix::param::page_size());
+            (offset < len_bytes).then_some((area, purpose))
+        })
+    };
+    let is_exact = |(_, purpose): &(_, Purpose)| !matches!(purpose, Purpose::GuestRam { .. });
+    holders().find(is_exact).or_else(|| holders().next())
+}
+
+/// Only what is safe in a signal handler: atomics, the stack, system calls. Returning repeats the access.
+extern "C" fn on_sigbus(_signal: c_int, info: *mut libc::siginfo_t, _context: *mut c_void) {
+    // SAFETY: the kernel passes a valid `siginfo_t` to a handler with SA_SIGINFO, for this thread alone.
+    let info = unsafe { &*info };
+    // SAFETY: this is SIGBUS, for which the kernel sets the address.
+    let address = unsafe { info.si_addr() } as usize;
+    let name = match find(address) {
+        Some((area, Purpose::InflightRegion)) if area.replace() => {
+            return tell(format_args!(
+                "the front-end shortened the file of its in-flight region, which is in use: the disk goes on without, and requests in \
+                 flight are lost with this process"
+            ));
+        }
+        Some((area, Purpose::DirtyLog)) if area.replace() => {
+            return tell(format_args!(
+                "the front-end shortened the file of its dirty log, which is in use: the disk goes on, and pages that it writes are \
+                 missing in this migration"
+            ));
+        }
+        Some((_, Purpose::GuestRam { gpa })) => {
+            return end(format_args!("the guest memory from guest address {gpa:#x} on"));
+        }
+        Some((_, Purpose::InflightRegion)) => "the in-flight region",
+        Some((_, Purpose::DirtyLog)) => "the dirty log",
+        None => "mapped memory of unknown use",
+    };
+    end(format_args!("{name}"));
+}
+
+/// Has the access that is repeated end the process, which a core dump then shows.
+fn end(lost: fmt::Arguments<'_>) {
+    static IS_TOLD: AtomicBool = AtomicBool::new(false);
+    if !IS_TOLD.swap(true, Ordering::Relaxed) {
+        tell(format_args!(
+            "{lost} is lost (SIGBUS): somebody shortened its file while it was in use. The server ends here, because the rings and \
+             requests in it are gone; start it again, and look why the front-end does that"
+        ));
+    }
+    // SAFETY: the default disposition runs none of our code.
+    if unsafe { signal(Signal::SIGBUS, SigHandler::SigDfl) }.is_err() {
+        std::process::abort();
+    }
+}
+
+fn tell(what: fmt::Arguments<'_>) {
+    Line::of(format_args!("ringpass: {what}")).write_to_stderr();
+}
+
+#[cfg(test)]
+mod tests {
+    use vm_memory::GuestAddress;
+
+    use super::*;
+
+    fn purpose_at(address: usize) -> Option<Purpose> {
+        find(address).map(|(_, purpose)| purpose)
+    }
+
+    #[test]
+    fn an_area_is_known_from_its_first_to_its_last_byte_until_it_is_dropped() {
+        let mapping = MmapRegion::<()>::new(3 * 4096).unwrap();
+        let start = mapping.as_ptr() as usize;
+        let watched = Watched::new(&mapping, Purpose::DirtyLog);
+        assert_eq!([start, start + 3 * 4096 - 1].map(purpose_at), [Some(Purpose::DirtyLog); 2]);
+        assert_eq!([start - 1, start + 3 * 4096].map(purpose_at), [None; 2]);
+        drop(watched);
+        assert_eq!(purpose_at(start), None);
+    }
+
+    #[test]
+    fn guest_ram_is_known_for_as_long_as_somebody_has_it() {
+        let region = |gpa| {
+            let mapping = MmapRegion::<()>::new(4096).unwrap();
+            Arc::new(GuestRegionMmap::new(mapping, GuestAddress(gpa)).unwrap())
+        };
+        let first = region(1 << 20);
+        let address = first.as_ptr() as usize;
+        watch_ram(&first);
+        let held = first.clone();
+        drop(first);
+        watch_ram(&region(2 << 20));
+        assert_eq!(purpose_at(address), Some(Purpose::GuestRam { gpa: 1 << 20 }));
+        drop(held);
+        let other = region(3 << 20);
+        watch_ram(&other);
+        assert!(purpose_at(address) != Some(Purpose::GuestRam { gpa: 1 << 20 }), "its place may be used again");
+    }
+}
