@@ -221,9 +221,12 @@ fn check(
         }
         VIRTIO_BLK_T_DISCARD | VIRTIO_BLK_T_WRITE_ZEROES => {
             let max_sectors = limits.max_range_sectors(request_type)?;
-            no_data(writable_bytes)?;
+            segments.truncate_bytes(readable_bytes as usize);
             let range = Range::read(request_type, readable_bytes, memory, segments)?;
             segments.clear();
+            // First, because the specification demands its status whatever else is wrong.
+            range.check_flags(request_type)?;
+            no_data(writable_bytes)?;
             Ok(limits.range_operation(request_type, &range, max_sectors)?.map(|operation| (operation, 0)))
         }
         _ => Err(refusal(request_type)),
@@ -277,6 +280,13 @@ impl Range {
         let fields = u128::from_le_bytes(bytes);
         Ok(Self { sector: fields as u64, sectors: (fields >> 64) as u32, flags: (fields >> 96) as u32 })
     }
+
+    /// Refuses flags that the type does not have.
+    fn check_flags(&self, request_type: u32) -> Result<(), Refusal> {
+        let known_flags = if request_type == VIRTIO_BLK_T_DISCARD { 0 } else { VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP };
+        let flags = self.flags;
+        if flags & !known_flags == 0 { Ok(()) } else { Err(Refusal::Flags { request_type, flags }) }
+    }
 }
 
 impl RequestLimits {
@@ -324,11 +334,6 @@ impl RequestLimits {
         max_sectors: u32,
     ) -> Result<Option<Operation>, Refusal> {
         let is_discard = request_type == VIRTIO_BLK_T_DISCARD;
-        let known_flags = if is_discard { 0 } else { VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP };
-        // First, because the specification demands its status whatever else is wrong.
-        if range.flags & !known_flags != 0 {
-            return Err(Refusal::Flags { request_type, flags: range.flags });
-        }
         if range.sectors > max_sectors {
             return Err(Refusal::RangeTooLong { request_type, sectors: range.sectors });
         }

@@ -197,7 +197,7 @@ fn range_operation(
         limits.write_zeroes.map(|limits| limits.max_sectors)
     };
     let max_sectors = u64::from(max_sectors.ok_or(Status::Unsupported)?);
-    if !is_direction_right || range.is_empty() || !range.len().is_multiple_of(16) {
+    if range.is_empty() || !range.len().is_multiple_of(16) {
         return Err(Status::IoError);
     }
     let Ok::<[u8; 16], _>(range) = range.try_into() else { return Err(Status::Unsupported) };
@@ -206,7 +206,7 @@ fn range_operation(
     if flags > u64::from(!is_discard) {
         return Err(Status::Unsupported);
     }
-    if sectors > max_sectors {
+    if !is_direction_right || sectors > max_sectors {
         return Err(Status::IoError);
     }
     let unmap = flags == 1 && limits.write_zeroes.is_some_and(|limits| limits.may_unmap);

@@ -208,6 +208,14 @@ fn flags_that_are_unknown_or_not_for_this_type_are_unsupported_whatever_else_is_
         Case::write_zeroes(0, 1, 2),
         Case::write_zeroes(0, 1, 0x8000_0001),
         Case::discard(u64::MAX, u32::MAX, 1),
+        Case::discard(0, 1, 1).buffers(&[HEADER, (RANGE_GPA, 16, READABLE), (DATA_GPA, 1, WRITABLE), STATUS]),
+        // The same where the range and what is wrong are one piece of memory.
+        Case::write_zeroes(0, 1, 4).buffers(&[
+            HEADER,
+            (RANGE_GPA, 16, READABLE),
+            (RANGE_GPA + 16, 8, WRITABLE),
+            STATUS,
+        ]),
     ] {
         let refusal = case.refusal();
         assert!(matches!(refusal, Refusal::Flags { .. }), "{refusal}");
@@ -368,7 +376,7 @@ fn data_in_the_wrong_direction_is_refused() {
         Case::new(VIRTIO_BLK_T_IN, 0, &[(DATA_GPA, 512, READABLE)]),
         Case::new(VIRTIO_BLK_T_OUT, 0, &[(DATA_GPA, 512, WRITABLE)]),
         Case::new(VIRTIO_BLK_T_GET_ID, 0, &[(DATA_GPA, 20, READABLE)]),
-        Case::new(VIRTIO_BLK_T_DISCARD, 0, &[(RANGE_GPA, 16, WRITABLE)]),
+        Case::new(VIRTIO_BLK_T_DISCARD, 0, &[(RANGE_GPA, 16, READABLE), (DATA_GPA, 16, WRITABLE)]),
         Case::new(VIRTIO_BLK_T_WRITE_ZEROES, 0, &[(RANGE_GPA, 16, READABLE), (DATA_GPA, 1, WRITABLE)]),
     ] {
         let refusal = case.refusal();
