@@ -97,7 +97,9 @@ impl Worker<'_> {
                 attach.order(Order::Build(order));
             }
             Err(error) => {
-                tracing::warn!(queue, %error, "no ring for the queue: its call eventfd cannot be duplicated");
+                if let Some(total) = self.shared.mode_changes.count(Cause::new("duplicating the call eventfd")) {
+                    tracing::warn!(queue, total, %error, "no ring for the queue: its call eventfd cannot be duplicated");
+                }
                 let event = AttachEvent::BuildFailed(ErrorCode::Resources);
                 attach.send(queue, |queue| Command::Attachment { queue, attachment, event });
             }
@@ -174,7 +176,9 @@ impl Worker<'_> {
         let call = active.eventfds.call.as_ref().map(|call| call.eventfd());
         if let Err(error) = ring.queue.set_completion(call) {
             // The driver would wait for interrupts that do not come: it gets another ring.
-            tracing::warn!(queue = index, %error, "the ring ends, because it cannot have the new call eventfd");
+            if let Some(total) = self.shared.mode_changes.count(Cause::new("registering the call eventfd")) {
+                tracing::warn!(queue = index, total, %error, "the ring ends, because it cannot have the new call eventfd");
+            }
             self.end_ring(number, ErrorCode::Resources, Event::End);
         }
     }
