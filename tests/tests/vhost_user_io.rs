@@ -27,6 +27,7 @@ use virtio_bindings::{
         VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_S_OK,
         VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_WRITE_ZEROES,
     },
+    virtio_config::VIRTIO_F_VERSION_1,
     virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC},
 };
 
@@ -43,6 +44,7 @@ fn main() -> ExitCode {
         ("a_load_verifies_with_event_indexes_and_indirect_tables", 0),
         ("a_load_verifies_without_event_indexes", bit(VIRTIO_RING_F_EVENT_IDX)),
         ("a_load_verifies_without_indirect_tables", bit(VIRTIO_RING_F_INDIRECT_DESC)),
+        ("a_load_verifies_for_a_driver_of_the_legacy_interface", bit(VIRTIO_F_VERSION_1)),
     ] {
         let run = move || load(Options::default().without(features), DiskKind::Ext4Direct);
         tests.push(test(name, needs(DiskKind::Ext4Direct), run));

@@ -49,6 +49,18 @@ fn the_features_that_count_are_those_with_which_the_queue_was_started_last() {
     }
 }
 
+/// Of a driver that has accepted nothing: rings and queues need no feature.
+#[test]
+fn indirect_tables_and_queues_beyond_the_first_are_served_without_their_features() {
+    let mut rig = Rig::new(Options { queues: 2, ..Options::default() });
+    let mut driver = rig.driver(1);
+    driver.queue.blk_features = 0;
+    driver.queue.indirect = true;
+    rig.start(&driver);
+    assert_eq!(driver.write_data(8, &contents(1, 8, 8)).status, OK);
+    assert_eq!(driver.read(8, 8).data, contents(1, 8, 8));
+}
+
 fn region(file: &InflightFile) -> Option<InflightQueue> {
     let fd = file.fd.try_clone().unwrap();
     InflightRegion::from_fd(fd, 0, file.size_bytes, 1, 256).unwrap().queue(0)

@@ -12,6 +12,14 @@ const FEATURE_LOG_ALL: u64 = 1 << 26;
 const FEATURE_PROTOCOL_FEATURES: u64 = 1 << 30;
 /// Features that a driver may not use if the device does not know it: others are harmless when ignored, and QEMU
 /// accepts some in the guest's name that it does not ask the back-end about (VIRTIO_F_ANY_LAYOUT, for example).
+///
+/// Features that a driver did not accept and uses all the same are not insisted on where that costs nothing, as in QEMU and SPDK:
+/// - VIRTIO_F_VERSION_1. Without it the driver has the legacy interface: SeaBIOS on `disable-modern=on`, old guests. For this
+///   device that differs in the byte order, which is the guest's own. It is little-endian, as on the hosts that ringpass runs
+///   on; a front-end with another guest asks for VHOST_USER_PROTOCOL_F_CROSS_ENDIAN, which is not offered.
+/// - VIRTIO_RING_F_INDIRECT_DESC. See `virtqueue/chain.rs`.
+/// - VIRTIO_BLK_F_MQ. Queues beyond the first work as it does, and front-ends start all queues, whatever the driver accepted.
+/// - VIRTIO_BLK_F_BLK_SIZE, _SIZE_MAX, _SEG_MAX, _TOPOLOGY only tell of limits, which hold in any case.
 const FEATURES_NOT_TO_IGNORE: u64 = 1 << VIRTIO_F_ACCESS_PLATFORM | 1 << VIRTIO_F_RING_PACKED | 1 << VIRTIO_F_IN_ORDER;
 
 /// The protocol features: exactly those that are implemented, because QEMU accepts whatever it finds here.
@@ -103,6 +111,15 @@ impl Session<'_> {
         self.device.set_driver_features(features);
         self.negotiation.driver_features = Some(features);
         Ok(())
+    }
+
+    /// A driver whose ring starts has accepted features. If the front-end has not sent any, these are none, whatever a front-end
+    /// before it has sent.
+    pub(super) fn settle_driver_features(&mut self) {
+        if self.negotiation.driver_features.is_none() {
+            self.device.set_driver_features(0);
+            self.negotiation.driver_features = Some(0);
+        }
     }
 
     pub(super) fn set_protocol_features(&mut self, features: u64) -> Result<(), RequestError> {

@@ -21,6 +21,7 @@ use super::super::message::VringAddress;
 use super::super::ring_fault::RingFault;
 use super::vring::RingAddresses;
 use super::{RequestError, Session};
+use crate::log_limit::Cause;
 use crate::virtqueue::{InflightQueue, QueueSetup};
 
 /// The parts of a split ring: fixed bytes, bytes for each descriptor, and bytes that are there with
@@ -114,6 +115,7 @@ impl Session<'_> {
             }
         };
         let call = duplicate_for_device(self.vrings[index].call.as_ref())?;
+        self.settle_driver_features();
         debug!(index, size = setup.size, next_avail = setup.next_avail, "vring starts");
         self.device.start_queue(index as u16, setup, QueueEventfds { kick, call, err });
         self.vrings[index].is_started = true;
@@ -162,7 +164,13 @@ impl Session<'_> {
             }
             Some(queue) => Ok(Some(queue)),
             None => {
-                warn!(index, "the front-end's in-flight region has no part for this vring: it is not tracked");
+                // A guest that resets its device starts it again and again.
+                if let Some(total) = self.refusals.count(Cause::new("in-flight region without the vring")) {
+                    warn!(
+                        index,
+                        total, "the front-end's in-flight region has no part for this vring: it is not tracked"
+                    );
+                }
                 Ok(None)
             }
         }

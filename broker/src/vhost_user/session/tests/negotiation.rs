@@ -158,6 +158,34 @@ fn other_features_stop_rings_that_are_disabled_and_a_kick_starts_them_again() {
     });
 }
 
+/// The device may have those of an earlier front-end or driver.
+#[test]
+fn a_ring_that_starts_without_set_features_has_a_driver_without_features() {
+    let starts_without_features = |rig: &mut Rig<'_>| {
+        rig.kick(0);
+        let calls = rig.calls.take();
+        assert!(
+            matches!(&calls[..2], [Call::SetDriverFeatures(0), Call::Start(ring)] if ring.driver_features == 0),
+            "{calls:?}"
+        );
+    };
+    with_new_session(|rig| {
+        rig.ok(Code::SET_PROTOCOL_FEATURES, words(&[OFFERED.bits()]), []);
+        rig.add_memory();
+        rig.set_up(0);
+        rig.calls.take();
+        starts_without_features(rig);
+    });
+    with_session(|rig| {
+        rig.ok(Code::SET_FEATURES, words(&[PROTOCOL_FEATURES | EVENT_IDX]), []);
+        rig.run(0);
+        // The driver's reset.
+        rig.ok(Code::SET_STATUS, words(&[0]), []);
+        rig.calls.take();
+        starts_without_features(rig);
+    });
+}
+
 #[test]
 fn the_status_is_kept_and_a_status_of_0_stops_the_device() {
     with_session(|rig| {
@@ -208,6 +236,8 @@ fn a_reset_of_the_device_forgets_the_rings_and_keeps_memory_and_eventfds() {
         assert_eq!(rig.calls.take(), [Call::Stop(0)]);
         let error = rig.refused(Code::SET_VRING_KICK, file(0), || vec![eventfd()]);
         assert_eq!(error, "SET_VRING_KICK: vring 0 is to be started without SET_VRING_NUM");
+        rig.ok(Code::SET_FEATURES, words(&[PROTOCOL_FEATURES]), []);
+        rig.calls.take();
         rig.set_up(0);
         rig.kick(0);
         let calls = rig.calls.take();

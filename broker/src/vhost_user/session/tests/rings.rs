@@ -219,6 +219,7 @@ fn what_a_driver_gets_wrong_breaks_the_ring_and_a_new_set_up_revives_it_on_the_s
             assert_eq!(rig.stop(0), 100, "a ring that is broken stops where it began");
             assert_eq!(rig.stop(1), u32::from(100 + CHAINS_TAKEN));
             rig.ok(Code::SET_STATUS, words(&[0]), []);
+            rig.ok(Code::SET_FEATURES, words(&[PROTOCOL_FEATURES]), []);
             rig.calls.take();
 
             rig.set_up(0);
