@@ -12,6 +12,7 @@ use anyhow::Context;
 use ringpass_guest::{GuestRam, ProcessEnv, RamRing, handover};
 use ringpass_guest_abi::{DriverRing, FixedAddressing};
 use ringpass_workload::{Job, RingQueue};
+use rustix::process::{Signal, set_parent_process_death_signal};
 
 use super::{BUFFERS_BYTES, Outcome, Task, perform};
 
@@ -26,6 +27,8 @@ pub(crate) fn is_wanted() -> bool {
 
 /// Does what the broker says until it closes the socket.
 pub(crate) fn run() -> anyhow::Result<()> {
+    // A broker that is killed closes the socket, but a guest in the middle of a task would wait for its requests for half a minute.
+    set_parent_process_death_signal(Some(Signal::KILL)).context("asking to be killed with the broker")?;
     let socket = std::io::stdin().as_fd().try_clone_to_owned().context("standard input is not the broker's socket")?;
     let stream = UnixStream::from(socket);
     let mut handover = handover::receive(&stream).context("this program is started by `ringpass demo`")?;

@@ -10,6 +10,7 @@ use anyhow::{Context, bail};
 use ringpass_broker::disk::{DirectIo, Disk, DiskConfig, LogicalBlock};
 use ringpass_workload::checksum;
 
+use super::leftovers::{self, Leftover};
 use super::{AREA_BYTES, BLOCK_BYTES};
 
 /// Most ways that a demo can have: each has an area of its own.
@@ -25,8 +26,8 @@ pub(crate) struct Image {
     area_bytes: u64,
     /// The user's content, which must not change.
     preserved: bool,
-    /// Removed at the end.
-    created: Option<PathBuf>,
+    /// The file that the demo made, and removes at the end.
+    _made: Option<Leftover>,
 }
 
 impl Image {
@@ -37,14 +38,15 @@ impl Image {
         match blk_file {
             Some(path) if path.exists() => Self::preserved(path, direct_io),
             Some(path) => {
-                let file = OpenOptions::new().read(true).write(true).create_new(true).open(path);
-                let file = file.with_context(|| format!("creating {}", path.display()))?;
-                let created = Some(path.to_owned());
-                Self::temporary(file, path.display().to_string(), created, path.to_owned(), direct_io)
+                let (file, made) = leftovers::file(path, || {
+                    let file = OpenOptions::new().read(true).write(true).create_new(true).open(path);
+                    file.with_context(|| format!("creating {}", path.display()))
+                })?;
+                Self::temporary(file, path.display().to_string(), Some(made), path.to_owned(), direct_io)
             }
             None => {
                 let directory = disk_directory()?;
-                let file = tempfile::tempfile_in(&directory)
+                let file = leftovers::uninterrupted(|| tempfile::tempfile_in(&directory))
                     .with_context(|| format!("making a temporary image in {}", directory.display()))?;
                 let path = PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()));
                 let name = format!("temporary image in {}", directory.display());
@@ -56,19 +58,17 @@ impl Image {
     fn temporary(
         mut file: File,
         name: String,
-        created: Option<PathBuf>,
+        made: Option<Leftover>,
         path: PathBuf,
         direct_io: DirectIo,
     ) -> anyhow::Result<Self> {
-        // From here on the file goes away whatever happens.
-        let remove = RemoveOnDrop(created);
         let zeroes = vec![0; 1 << 20];
         for _ in 0..AREAS * AREA_BYTES / zeroes.len() as u64 {
             file.write_all(&zeroes).with_context(|| format!("writing {name}"))?;
         }
         let disk =
             Disk::open(&DiskConfig { direct_io, logical_block: LogicalBlock::DirectIo, ..DiskConfig::new(path) })?;
-        Ok(Self { disk: Arc::new(disk), name, area_bytes: AREA_BYTES, preserved: false, created: remove.keep() })
+        Ok(Self { disk: Arc::new(disk), name, area_bytes: AREA_BYTES, preserved: false, _made: made })
     }
 
     fn preserved(path: &Path, direct_io: DirectIo) -> anyhow::Result<Self> {
@@ -92,7 +92,7 @@ impl Image {
             );
         }
         let name = format!("{} (only read)", path.display());
-        Ok(Self { disk: Arc::new(disk), name, area_bytes: blocks * BLOCK_BYTES, preserved: true, created: None })
+        Ok(Self { disk: Arc::new(disk), name, area_bytes: blocks * BLOCK_BYTES, preserved: true, _made: None })
     }
 
     /// Whether the content is the user's, and only read.
@@ -126,31 +126,6 @@ impl Image {
     }
 }
 
-impl Drop for Image {
-    fn drop(&mut self) {
-        RemoveOnDrop(self.created.take());
-    }
-}
-
-/// A file that this program made and removes.
-struct RemoveOnDrop(Option<PathBuf>);
-
-impl RemoveOnDrop {
-    fn keep(mut self) -> Option<PathBuf> {
-        self.0.take()
-    }
-}
-
-impl Drop for RemoveOnDrop {
-    fn drop(&mut self) {
-        if let Some(path) = &self.0
-            && let Err(error) = std::fs::remove_file(path)
-        {
-            tracing::warn!(%error, "cannot remove {}", path.display());
-        }
-    }
-}
-
 /// A directory on a disk: the demo is about a disk, and `/tmp` is memory on many systems.
 fn disk_directory() -> anyhow::Result<PathBuf> {
     const TMPFS_MAGIC: u64 = 0x0102_1994;
@@ -158,7 +133,7 @@ fn disk_directory() -> anyhow::Result<PathBuf> {
     let in_memory = |path: &PathBuf| {
         rustix::fs::statfs(path).is_ok_and(|stat| [TMPFS_MAGIC, RAMFS_MAGIC].contains(&(stat.f_type as u64)))
     };
-    let writable = |path: &PathBuf| tempfile::tempfile_in(path).is_ok();
+    let writable = |path: &PathBuf| leftovers::uninterrupted(|| tempfile::tempfile_in(path)).is_ok();
     let candidates = [Some(std::env::temp_dir()), Some("/var/tmp".into()), std::env::current_dir().ok()];
     candidates.into_iter().flatten().find(|path| !in_memory(path) && writable(path)).context(
         "no writable directory on a disk ($TMPDIR, /var/tmp, the current directory): name a file with --blk-file",

@@ -8,6 +8,7 @@ pub(crate) mod guest;
 mod host;
 mod image;
 mod kvm;
+mod leftovers;
 mod process;
 mod report;
 mod socket;
@@ -136,6 +137,7 @@ struct Tally {
 
 /// Runs the demo and prints what came of it. Fails if any byte was wrong, or no guest could run.
 pub(crate) fn run(args: &DemoArgs) -> anyhow::Result<ExitCode> {
+    leftovers::remove_at_signals()?;
     let policy = args.policy.read()?;
     let direct_io = if args.direct_io == OnOff::On { DirectIo::On } else { DirectIo::Off };
     let image = Image::open(args.blk_file.as_deref(), direct_io)?;

@@ -22,9 +22,9 @@ use ringpass_guest::ProcessEnv;
 use ringpass_guest::vhost_user::{Disk as GuestDisk, ExecutedBy, Options, Queue, RingSize, Way as GuestWay};
 use ringpass_restrictions::Access;
 use ringpass_workload::Job;
-use tempfile::TempDir;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
 
+use super::leftovers::{self, Leftover};
 use super::{BUFFERS_BYTES, Outcome, SQ_THREAD_IDLE, Task, Way, perform};
 use crate::chosen_policy::ChosenPolicy;
 
@@ -67,7 +67,7 @@ struct ServerThread {
     handle: ServerHandle,
     engine: EngineControl,
     thread: Option<JoinHandle<()>>,
-    directory: TempDir,
+    directory: Leftover,
 }
 
 impl SocketWay {
@@ -81,6 +81,7 @@ impl SocketWay {
             ring: RingSize { sq_entries: 64, cq_entries: 128 },
             way: GuestWay::Ring,
             inflight: true,
+            ..Options::default()
         };
         let guest = GuestDisk::connect(server.socket(), options)?;
         let queue = guest.queue(1).map_err(|error| {
@@ -117,7 +118,7 @@ impl Way for SocketWay {
 
 impl ServerThread {
     fn start(disk: &Arc<Disk>, policy: ChosenPolicy) -> anyhow::Result<Self> {
-        let directory = TempDir::with_prefix("ringpass-demo-").context("making a directory for the socket")?;
+        let directory = leftovers::directory("ringpass-demo-")?;
         let device = BlkConfig::new(BlkParameters {
             size_bytes: disk.size_bytes(),
             logical_block_bytes: disk.logical_block_bytes(),
