@@ -2,9 +2,8 @@
 
 use std::{
     fs,
-    io::{Read, Write},
+    io::Write,
     os::unix::fs::MetadataExt,
-    path::{Path, PathBuf},
     process::{Child, Command, ExitCode, Output, Stdio},
     thread,
     time::{Duration, Instant},
@@ -12,27 +11,20 @@ use std::{
 
 use anyhow::{Context, Result, anyhow, ensure};
 use ringpass_tests::{
-    broker_process::{self, BrokerProcess},
     canaries::pattern,
-    disks::DiskKind,
-    front_end::rig::Rig,
+    dd::{self, Place, status_is, text},
     harness::{self, test},
-    needs::Need,
 };
 use rustix::process::{Pid, Signal, kill_process};
 
 const MIB: u64 = 1 << 20;
-const DISK_BYTES: u64 = 48 * MIB;
+const DISK_BYTES: u64 = dd::DISK_BYTES;
 /// What an end takes at most that waits for nothing.
 const PROMPT: Duration = Duration::from_secs(10);
 const BROKER_ARGUMENTS: [&str; 4] = ["--mode", "direct", "--num-queues", "5"];
 
 fn main() -> ExitCode {
-    let needs = || {
-        let kind = DiskKind::Ext4PageCache.needs().into_iter();
-        let program = Need::new("the example `ringpass-dd`", || program().map(drop));
-        kind.chain(broker_process::needs()).chain([Need::cpus(2), program]).collect::<Vec<Need>>()
-    };
+    let needs = dd::needs;
     harness::run(vec![
         test("what_is_written_is_read_again_by_every_way", needs(), every_way),
         test("a_flipped_byte_is_found_where_it_is", needs(), flipped_byte),
@@ -43,72 +35,6 @@ fn main() -> ExitCode {
         test("an_interrupted_copy_ends_and_says_how_far_it_came", needs(), interrupted),
         test("a_server_that_stays_away_is_given_up", needs(), lost_server),
     ])
-}
-
-/// Cargo builds the examples of a workspace with its tests.
-fn program() -> Result<PathBuf> {
-    let test_program = std::env::current_exe()?;
-    let profile =
-        test_program.parent().and_then(Path::parent).context("the test program is not in a target directory")?;
-    let program = profile.join("examples/ringpass-dd");
-    ensure!(program.exists(), "there is no {}: `cargo build -p ringpass-guest --examples`", program.display());
-    Ok(program)
-}
-
-/// A served disk, and room for files.
-struct Place {
-    rig: Rig,
-    broker: BrokerProcess,
-}
-
-impl Place {
-    fn new(arguments: &[&str]) -> Result<Self> {
-        let rig = Rig::new(DiskKind::Ext4PageCache, DISK_BYTES)?;
-        let broker = rig.broker(arguments)?;
-        Ok(Self { rig, broker })
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.rig.directory().join(name)
-    }
-
-    fn file(&self, name: &str, bytes: &[u8]) -> Result<String> {
-        fs::write(self.path(name), bytes)?;
-        Ok(self.path(name).display().to_string())
-    }
-
-    fn command(&self, arguments: &[&str]) -> Result<Command> {
-        let mut command = Command::new(program()?);
-        command.arg("--socket").arg(self.rig.socket()).args(arguments);
-        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-        Ok(command)
-    }
-
-    fn run(&self, arguments: &[&str]) -> Result<Output> {
-        Ok(self.command(arguments)?.output()?)
-    }
-
-    fn succeed(&self, arguments: &[&str]) -> Result<Output> {
-        let output = self.run(arguments)?;
-        self.broker.explain(status_is(&output, 0).with_context(|| format!("{arguments:?}")))?;
-        Ok(output)
-    }
-
-    /// The disk as it is.
-    fn disk(&self) -> Result<Vec<u8>> {
-        let mut bytes = Vec::new();
-        self.rig.disk_file()?.read_to_end(&mut bytes)?;
-        Ok(bytes)
-    }
-}
-
-fn text(output: &Output) -> String {
-    String::from_utf8_lossy(&output.stderr).into_owned()
-}
-
-fn status_is(output: &Output, code: i32) -> Result<()> {
-    ensure!(output.status.code() == Some(code), "{}: {}", output.status, text(output));
-    Ok(())
 }
 
 fn content(seed: u64) -> Result<Vec<u8>> {
@@ -319,8 +245,10 @@ fn lost_server() -> Result<()> {
     let (output, _) = copy.end()?;
     status_is(&output, 2)?;
     ensure!(text(&output).contains("nothing came from the server for 1 s"), "{}", text(&output));
-    let output =
-        Command::new(program()?).args(["read", "--output", "-", "--socket"]).arg(place.path("none")).output()?;
+    let output = Command::new(dd::program()?)
+        .args(["read", "--output", "-", "--patience-s", "1", "--socket"])
+        .arg(place.path("none"))
+        .output()?;
     status_is(&output, 2)?;
     ensure!(text(&output).contains("is `ringpass serve --socket-path` running there?"), "{}", text(&output));
     Ok(())

@@ -47,7 +47,8 @@ pub(crate) struct Arguments {
     #[arg(long, value_enum, value_name = "HOW", default_value_t = WaitArg::Interrupt, global = true)]
     pub(crate) wait: WaitArg,
 
-    /// How long nothing may come from the server, which may be restarting, before giving up, in seconds.
+    /// How long nothing may come from the server before giving up, in seconds. It may not have started yet, be restarting, or have
+    /// another front-end.
     #[arg(long, value_name = "N", default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..=86_400), global = true)]
     pub(crate) patience_s: u64,
 
@@ -63,7 +64,7 @@ pub(crate) struct Arguments {
 pub(crate) enum Command {
     /// Reads the disk.
     Read {
-        /// File, or `-` for standard output.
+        /// File or block device, or `-` for standard output. What is in use (the disk that is read, above all) is refused.
         #[arg(long, value_name = "FILE")]
         output: PathBuf,
         /// Leave holes in the file where the disk has zeroes.

@@ -3,11 +3,16 @@
 use std::fmt;
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::os::fd::AsFd;
+use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 
+use crate::in_use;
+
 const STANDARD: &str = "-";
+const STANDARD_OUTPUT: &str = "standard output";
 
 /// Where bytes come from.
 pub(crate) struct Input {
@@ -38,7 +43,16 @@ impl Input {
         ensure!(!found.is_dir(), "{name} is a directory");
         ensure!(found.is_file() || !is_read_twice, "--verify reads the input twice, and {name} is no regular file");
         let again = if found.is_file() { Some(file.try_clone().context("duplicating a descriptor")?) } else { None };
-        Ok(Self { reader: Box::new(file), file: again, name, len_bytes: found.is_file().then_some(found.len()) })
+        let len_bytes = match found.file_type() {
+            kind if kind.is_file() => Some(found.len()),
+            kind if kind.is_block_device() => {
+                let end = (&file).seek(SeekFrom::End(0)).with_context(|| format!("looking for the end of {name}"))?;
+                (&file).rewind().with_context(|| format!("going back to the beginning of {name}"))?;
+                Some(end)
+            }
+            _ => None,
+        };
+        Ok(Self { reader: Box::new(file), file: again, name, len_bytes })
     }
 
     /// How much there is. `None`: nobody knows before its end.
@@ -74,43 +88,64 @@ impl Input {
 /// Where bytes go, in order.
 pub(crate) struct Output {
     writer: Box<dyn Write>,
-    /// With holes for zeroes.
-    sparse: Option<File>,
+    /// The same, to ask about it.
+    file: File,
+    is_sparse: bool,
+    /// Whether something may have been changed.
+    is_begun: bool,
     name: String,
 }
 
 impl Output {
     /// # Errors
     ///
-    /// It cannot be made.
-    pub(crate) fn create(path: &Path, sparse: bool) -> Result<Self> {
+    /// It cannot be opened or made.
+    pub(crate) fn open(path: &Path, is_sparse: bool) -> Result<Self> {
         if path.as_os_str() == STANDARD {
-            ensure!(!sparse, "--sparse leaves holes, which only a file can have: give a file");
-            return Ok(Self { writer: Box::new(io::stdout().lock()), sparse: None, name: "standard output".into() });
+            ensure!(!is_sparse, "--sparse leaves holes, which only a file can have: give a file");
+            let file = io::stdout().as_fd().try_clone_to_owned().context("duplicating standard output")?;
+            let (writer, name) = (Box::new(io::stdout().lock()), STANDARD_OUTPUT.into());
+            return Ok(Self { writer, file: file.into(), is_sparse, is_begun: false, name });
         }
         let name = path.display().to_string();
-        let file = File::create(path).with_context(|| format!("making {name}"))?;
+        let file = in_use::open_for_writing(path)?;
         let is_file = file.metadata().with_context(|| format!("looking at {name}"))?.is_file();
-        ensure!(!sparse || is_file, "--sparse leaves holes, which {name} cannot have: it is no regular file");
-        let holes = if sparse { Some(file.try_clone().context("duplicating a descriptor")?) } else { None };
-        Ok(Self { writer: Box::new(file), sparse: holes, name })
+        ensure!(!is_sparse || is_file, "--sparse leaves holes, which {name} cannot have: it is no regular file");
+        let writer = Box::new(file.try_clone().context("duplicating a descriptor")?);
+        Ok(Self { writer, file, is_sparse, is_begun: false, name })
     }
 
     /// The bytes at `offset_bytes` of the output, behind all before.
     pub(crate) fn put(&mut self, _offset_bytes: u64, bytes: &[u8]) -> Result<()> {
-        let written = match &mut self.sparse {
-            Some(file) if is_zero(bytes) => file.seek(SeekFrom::Current(bytes.len() as i64)).map(drop),
-            _ => self.writer.write_all(bytes),
+        self.begin()?;
+        let written = match self.is_sparse && is_zero(bytes) {
+            true => self.file.seek(SeekFrom::Current(bytes.len() as i64)).map(drop),
+            false => self.writer.write_all(bytes),
         };
         written.with_context(|| format!("writing {}", self.name))
     }
 
+    /// Before the first byte. The server has executed a read by now, and so has its lock on the disk.
+    fn begin(&mut self) -> Result<()> {
+        if std::mem::replace(&mut self.is_begun, true) {
+            return Ok(());
+        }
+        let found = self.file.metadata().with_context(|| format!("looking at {}", self.name))?;
+        if found.is_file() || found.file_type().is_block_device() {
+            in_use::check(&self.file, &self.name)?;
+        }
+        // The shell has seen to standard output, as it was told.
+        if found.is_file() && self.name != STANDARD_OUTPUT {
+            self.file.set_len(0).with_context(|| format!("emptying {}", self.name))?;
+        }
+        Ok(())
+    }
+
     /// The length, which a hole at the end does not give.
     pub(crate) fn finish(&mut self, len_bytes: u64) -> Result<()> {
-        let finished = self.writer.flush().and_then(|()| match &self.sparse {
-            Some(file) => file.set_len(len_bytes),
-            None => Ok(()),
-        });
+        self.begin()?;
+        let finished =
+            self.writer.flush().and_then(|()| if self.is_sparse { self.file.set_len(len_bytes) } else { Ok(()) });
         finished.with_context(|| format!("finishing {}", self.name))
     }
 }
@@ -120,6 +155,11 @@ pub(crate) struct Comparison<'i> {
     input: &'i mut Input,
     expected: Vec<u8>,
     difference: Option<Difference>,
+    compared_bytes: u64,
+    /// The input has ended before the disk.
+    has_ended: bool,
+    /// The input may be shorter or longer than what is compared with it, and that is told.
+    may_differ: bool,
 }
 
 /// Where disk and input are not the same.
@@ -144,15 +184,31 @@ impl fmt::Display for Difference {
 }
 
 impl<'i> Comparison<'i> {
-    pub(crate) fn new(input: &'i mut Input) -> Self {
-        Self { input, expected: Vec::new(), difference: None }
+    /// `is_length_given`: somebody said how much is compared.
+    pub(crate) fn new(input: &'i mut Input, is_length_given: bool) -> Self {
+        let may_differ = input.len_bytes().is_none() && !is_length_given;
+        Self { input, expected: Vec::new(), difference: None, compared_bytes: 0, has_ended: false, may_differ }
     }
 
     /// The bytes at `disk_offset_bytes`.
     pub(crate) fn look(&mut self, disk_offset_bytes: u64, bytes: &[u8]) -> Result<()> {
+        if self.has_ended {
+            return Ok(());
+        }
         self.expected.resize(bytes.len(), 0);
         let filled = self.input.fill(&mut self.expected)?;
-        ensure!(filled == bytes.len(), "{} has become shorter", self.input.name());
+        if filled < bytes.len() {
+            let total_bytes = self.compared_bytes + filled as u64;
+            ensure!(
+                self.may_differ,
+                "{} ended after {total_bytes} bytes, before what is to be compared",
+                self.input.name()
+            );
+            self.has_ended = true;
+            self.expected.truncate(filled);
+        }
+        self.compared_bytes += filled as u64;
+        let bytes = &bytes[..filled];
         if self.expected == bytes {
             return Ok(());
         }
@@ -170,8 +226,25 @@ impl<'i> Comparison<'i> {
         Ok(())
     }
 
-    pub(crate) fn finish(self) -> Option<Difference> {
-        self.difference
+    /// What was found in the `len_bytes` of the disk that were read, and a remark about an input whose length was not known.
+    ///
+    /// # Errors
+    ///
+    /// Such an input is longer than the disk.
+    pub(crate) fn finish(self, len_bytes: Option<u64>) -> Result<(Option<Difference>, Option<String>)> {
+        let Self { input, compared_bytes, difference, may_differ, .. } = self;
+        let Some(len_bytes) = len_bytes.filter(|_| may_differ) else { return Ok((difference, None)) };
+        let name = input.name().to_owned();
+        if compared_bytes < len_bytes {
+            let left_bytes = len_bytes - compared_bytes;
+            let remark = format!(
+                "{name} has {compared_bytes} bytes: the {left_bytes} bytes of the disk behind them are not compared"
+            );
+            return Ok((difference, Some(remark)));
+        }
+        let found = difference.as_ref().map_or_else(|| "which are the same".into(), ToString::to_string);
+        ensure!(input.fill(&mut [0])? == 0, "{name} is longer than the {len_bytes} bytes compared with it: {found}");
+        Ok((difference, None))
     }
 }
 

@@ -11,20 +11,24 @@
 
 mod args;
 mod ends;
+mod in_use;
 mod interrupt;
 mod progress;
 mod transfer;
+mod waiting;
 
 use std::process::ExitCode;
+use std::time::Duration;
 
-use anyhow::{Context, Error, Result};
+use anyhow::{Context, Error, Result, bail, ensure};
 use clap::Parser;
 use ringpass_guest::vhost_user::{Disk, Options, RingSize};
 
 use args::{Arguments, Command};
 use ends::{Comparison, Input, Output};
 use progress::Progress;
-use transfer::{Direction, Range, Transfer};
+use transfer::{Direction, Range, Transfer, tell_of_rest};
+use waiting::Notice;
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
@@ -52,54 +56,88 @@ fn run(arguments: &Arguments) -> Result<bool> {
     let socket = arguments.socket()?;
     // Before anything is asked of the device: what cannot be done changes nothing.
     let mut input = arguments.command.input().map(Input::open).transpose()?;
-    let disk = Disk::connect(socket, options(arguments))?;
+    let disk = waiting::connect(socket, options(arguments))?;
+    let is_same = copy(arguments, &disk, input.as_mut());
+    let _notice = Notice::later(format!("waiting up to {} s for the server to stop its queues", arguments.patience_s));
+    match disk.close() {
+        // What was asked for is done, and nothing of this program is needed any more.
+        Err(error) if is_same.is_ok() => eprintln!("ringpass-dd: {error}"),
+        _ => {}
+    }
+    is_same
+}
+
+fn copy(arguments: &Arguments, disk: &Disk, input: Option<&mut Input>) -> Result<bool> {
     let block_bytes = arguments.block_bytes(disk.geometry().logical_block_bytes)?;
-    let range = Range::checked(arguments, disk.geometry(), input.as_ref())?;
-    let mut transfer = Transfer::new(&disk, arguments, block_bytes)?;
-    match &arguments.command {
-        Command::Read { output, sparse } => {
-            let mut output = Output::create(output, *sparse)?;
+    let range = Range::checked(arguments, disk.geometry(), input.as_deref())?;
+    let mut transfer = Transfer::new(disk, arguments, block_bytes)?;
+    match (&arguments.command, input) {
+        (Command::Read { output, sparse }, _) => {
+            let mut output = Output::open(output, *sparse)?;
             let progress = Progress::new(arguments, "reading", range.len_bytes);
             transfer.run(range, Direction::FromDisk(&mut |offset, bytes| output.put(offset, bytes)), &progress)?;
             output.finish(transfer.moved_bytes())?;
             progress.finish("read", &transfer);
+            Ok(true)
         }
-        Command::Write { verify, sparse, .. } => {
-            let input = input.as_mut().context("clap demands an input")?;
-            let progress = Progress::new(arguments, "writing", range.len_bytes);
-            let mut fill = |bytes: &mut [u8]| input.fill(bytes);
-            transfer.run(range, Direction::ToDisk { fill: &mut fill, zeroes: sparse.then_some(&disk) }, &progress)?;
-            // Success says that it is stable.
-            disk.flush().context("flushing")?;
-            progress.finish("wrote", &transfer);
-            if *verify {
-                input.rewind()?;
-                let written = Range { offset_bytes: range.offset_bytes, len_bytes: Some(transfer.moved_bytes()) };
-                return compare(arguments, &mut transfer, written, input);
+        (Command::Write { verify, sparse, .. }, Some(input)) => {
+            write(arguments, disk, &mut transfer, range, input, *sparse)?;
+            if !verify {
+                return Ok(true);
             }
+            input.rewind()?;
+            let written = Range { offset_bytes: range.offset_bytes, len_bytes: Some(transfer.moved_bytes()) };
+            compare(arguments, &mut transfer, written, input)
         }
-        Command::Verify { .. } => {
-            let input = input.as_mut().context("clap demands an input")?;
-            return compare(arguments, &mut transfer, range, input);
-        }
+        (Command::Verify { .. }, Some(input)) => compare(arguments, &mut transfer, range, input),
+        (Command::Write { .. } | Command::Verify { .. }, None) => bail!("clap demands an input"),
     }
-    Ok(true)
+}
+
+fn write(
+    arguments: &Arguments,
+    disk: &Disk,
+    transfer: &mut Transfer<'_>,
+    range: Range,
+    input: &mut Input,
+    sparse: bool,
+) -> Result<()> {
+    let progress = Progress::new(arguments, "writing", range.len_bytes);
+    let mut fill = |bytes: &mut [u8]| input.fill(bytes);
+    transfer.run(range, Direction::ToDisk { fill: &mut fill, zeroes: sparse.then_some(disk) }, &progress)?;
+    // Success says that it is stable.
+    let notice = Notice::later(format!("waiting up to {} s for a flush", arguments.patience_s));
+    disk.flush().context("flushing")?;
+    drop(notice);
+    progress.finish("wrote", transfer);
+    let (moved_bytes, size_bytes) = (transfer.moved_bytes(), disk.geometry().size_bytes);
+    ensure!(
+        !transfer.is_input_longer(),
+        "{} is longer than the disk: the disk has {size_bytes} bytes and ends after {moved_bytes} bytes of it, which are written",
+        input.name()
+    );
+    let left_bytes = size_bytes - range.offset_bytes;
+    if range.len_bytes.is_none() && moved_bytes < left_bytes {
+        tell_of_rest(&arguments.command, input.name(), moved_bytes, left_bytes);
+    }
+    Ok(())
 }
 
 fn compare(arguments: &Arguments, transfer: &mut Transfer<'_>, range: Range, input: &mut Input) -> Result<bool> {
     let progress = Progress::new(arguments, "comparing", range.len_bytes);
-    let mut comparison = Comparison::new(input);
+    let mut comparison = Comparison::new(input, arguments.length_bytes.is_some());
     let start_bytes = range.offset_bytes;
     transfer.run(
         range,
         Direction::FromDisk(&mut |offset, bytes| comparison.look(start_bytes + offset, bytes)),
         &progress,
     )?;
-    let difference = comparison.finish();
+    let (difference, remark) = comparison.finish(range.len_bytes)?;
     progress.finish("compared", transfer);
-    let Some(difference) = difference else { return Ok(true) };
-    eprintln!("ringpass-dd: {difference}");
-    Ok(false)
+    for line in [difference.as_ref().map(ToString::to_string), remark].into_iter().flatten() {
+        eprintln!("ringpass-dd: {line}");
+    }
+    Ok(difference.is_none())
 }
 
 fn options(arguments: &Arguments) -> Options {
@@ -111,6 +149,7 @@ fn options(arguments: &Arguments) -> Options {
         queues: arguments.queues,
         ring: RingSize { sq_entries: entries, cq_entries: entries },
         way: arguments.way.into(),
+        patience: Duration::from_secs(arguments.patience_s),
         ..Options::default()
     }
 }

@@ -40,8 +40,13 @@ impl Progress {
     /// Tells of a server that was lost and found again, once for each time.
     pub(crate) fn note_losses(&self, losses: u64) {
         if losses > self.losses.replace(losses) {
-            self.bar.suspend(|| eprintln!("ringpass-dd: the server was lost and is there again; going on"));
+            self.tell("the server was lost and is there again; going on");
         }
+    }
+
+    /// A line beside the bar.
+    pub(crate) fn tell(&self, line: &str) {
+        self.bar.suspend(|| eprintln!("ringpass-dd: {line}"));
     }
 
     /// The last line.

@@ -15,6 +15,9 @@ use crate::progress::Progress;
 /// How long to sleep at most before looking at Ctrl-C again.
 const LOOK: Duration = Duration::from_millis(200);
 
+/// A shorter pause of the server is not worth a line.
+const UNTOLD: Duration = Duration::from_secs(2);
+
 /// A piece of the disk.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Range {
@@ -50,6 +53,10 @@ impl Range {
             }
             (Some(asked_bytes), _) => (Some(asked_bytes), "--length-bytes"),
             (None, None) => (Some(left_bytes), "the rest of the disk"),
+            // A pipe: it is compared with as much of the disk as there is.
+            (None, Some((None, name))) if matches!(arguments.command, Command::Verify { .. }) => {
+                (Some(left_bytes), name)
+            }
             (None, Some((has_bytes, name))) => (has_bytes, name),
         };
         for (what, bytes) in [("--offset-bytes", offset_bytes), (what, len_bytes.unwrap_or(0))] {
@@ -64,8 +71,19 @@ impl Range {
                 disk.size_bytes
             );
         }
+        if let (None, Some(name), Some(bytes)) = (length_bytes, input.map(Input::name), len_bytes)
+            && bytes < left_bytes
+        {
+            tell_of_rest(&arguments.command, name, bytes, left_bytes);
+        }
         Ok(Self { offset_bytes, len_bytes })
     }
+}
+
+/// Says that an input is shorter than the disk.
+pub(crate) fn tell_of_rest(command: &Command, name: &str, bytes: u64, disk_bytes: u64) {
+    let what = if matches!(command, Command::Write { .. }) { "stay as they are" } else { "are not compared" };
+    eprintln!("ringpass-dd: {name} has {bytes} bytes: the {} bytes of the disk behind them {what}", disk_bytes - bytes);
 }
 
 /// Which way bytes go. Offsets are those within the range.
@@ -91,6 +109,7 @@ pub(crate) struct Transfer<'d> {
     wait: WaitArg,
     patience: Duration,
     moved_bytes: u64,
+    is_input_longer: bool,
 }
 
 /// A copy that is under way.
@@ -122,12 +141,27 @@ impl<'d> Transfer<'d> {
         let buffers = (0..queues.len() * depth).map(|_| disk.allocate(arguments.block_bytes_wanted()));
         let buffers = buffers.collect::<Result<_, _>>()?;
         let patience = Duration::from_secs(arguments.patience_s);
-        Ok(Self { disk, queues, buffers, block_bytes, depth, wait: arguments.wait, patience, moved_bytes: 0 })
+        Ok(Self {
+            disk,
+            queues,
+            buffers,
+            block_bytes,
+            depth,
+            wait: arguments.wait,
+            patience,
+            moved_bytes: 0,
+            is_input_longer: false,
+        })
     }
 
     /// What the last run moved.
     pub(crate) fn moved_bytes(&self) -> u64 {
         self.moved_bytes
+    }
+
+    /// Whether the input did not end where the disk does.
+    pub(crate) fn is_input_longer(&self) -> bool {
+        self.is_input_longer
     }
 
     /// How it went, for people.
@@ -152,18 +186,23 @@ impl<'d> Transfer<'d> {
         let mut course = Course::default();
         self.moved_bytes = 0;
         let mut last_move = Instant::now();
+        let mut has_told = false;
         loop {
             while !course.is_all_begun && self.begin(&mut course, range, &mut direction)? {}
             if course.is_all_begun && course.oldest == course.next {
                 return Ok(());
             }
-            interrupt::check(self.moved_bytes)?;
+            interrupt::note_moved(self.moved_bytes);
+            interrupt::check()?;
             progress.note_losses(self.disk.reconnects());
             let before = self.moved_bytes;
             self.finish(&mut course, range, &mut direction)?;
             if self.moved_bytes > before {
                 progress.moved(self.moved_bytes - before);
                 last_move = Instant::now();
+                has_told = false;
+            } else if last_move.elapsed() > UNTOLD && !std::mem::replace(&mut has_told, true) {
+                progress.tell(&format!("nothing comes from the server; waiting up to {} s", self.patience.as_secs()));
             }
             ensure!(
                 last_move.elapsed() < self.patience,
@@ -197,6 +236,13 @@ impl<'d> Transfer<'d> {
                 course.is_all_begun = true;
                 len_bytes = filled_bytes;
             }
+            let room_bytes = self.disk.geometry().size_bytes.saturating_sub(offset_bytes);
+            if len_bytes > room_bytes {
+                // What fits is written, and then it is an error.
+                self.is_input_longer = true;
+                course.is_all_begun = true;
+                len_bytes = room_bytes;
+            }
             let is_made = |disk: &&Disk| disk.geometry().write_zeroes_bytes_max > 0;
             let bytes = &bytes[..usize::try_from(len_bytes)?];
             if let Some(disk) = zeroes.filter(is_made).filter(|_| !bytes.is_empty() && is_zero(bytes)) {
@@ -209,11 +255,6 @@ impl<'d> Transfer<'d> {
                 self.buffers.push(buffer);
                 return Ok(false);
             }
-            let size_bytes = self.disk.geometry().size_bytes;
-            ensure!(
-                offset_bytes + len_bytes <= size_bytes,
-                "the input does not fit: the disk has {size_bytes} bytes, which are written"
-            );
         }
         let queue = queue_of(course.next, &mut self.queues);
         if let Err(buffer) = queue.submit(operation, buffer, offset_bytes, len_bytes as u32, course.next) {
@@ -223,6 +264,10 @@ impl<'d> Transfer<'d> {
             );
             self.buffers.push(buffer);
             return Ok(false);
+        }
+        if range.len_bytes.is_none() {
+            // The next bytes of a pipe may not come for long.
+            queue.send();
         }
         course.take(len_bytes);
         Ok(true)

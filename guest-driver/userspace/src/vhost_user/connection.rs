@@ -12,9 +12,11 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno;
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use vhost::vhost_user::message::{
     VhostUserConfigFlags, VhostUserInflight, VhostUserProtocolFeatures, VhostUserVirtioFeatures,
 };
@@ -25,6 +27,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::memory::{Memory, Region};
 use super::virtqueue::Setup;
+use super::watchdog::Watchdog;
 use super::{Error, Options};
 use crate::raw;
 
@@ -47,6 +50,8 @@ struct Negotiated {
 pub(super) struct Connection {
     shared: Arc<Shared>,
     thread: Option<JoinHandle<()>>,
+    /// Nothing is left to be told to the device.
+    has_ended: bool,
 }
 
 #[derive(Debug)]
@@ -60,6 +65,25 @@ struct Shared {
     link: Mutex<Option<Link>>,
     reconnects: AtomicU64,
     stop: EventFd,
+    waits: Waits,
+}
+
+/// How long the device is waited for.
+#[derive(Debug)]
+struct Waits {
+    watchdog: Watchdog,
+    patience: Duration,
+}
+
+impl Waits {
+    /// Says something to the device, which has `patience` to answer all of it.
+    fn talk<T>(&self, link: &mut Link, work: impl FnOnce(&mut Frontend) -> Result<T, Error>) -> Result<T, Error> {
+        let watch = self.watchdog.watch(&link.stream, self.patience)?;
+        work(&mut link.frontend).map_err(|error| match error {
+            Error::Protocol { what, .. } if watch.is_cut() => Error::Silent { what, patience: self.patience },
+            other => other,
+        })
+    }
 }
 
 /// The region in which a device notes what it has taken.
@@ -91,15 +115,68 @@ pub(super) struct Offer {
     link: Link,
     path: PathBuf,
     negotiated: Negotiated,
+    waits: Waits,
     pub(super) queue_count: u16,
     pub(super) config: Vec<u8>,
+}
+
+/// What a device says of itself when it is asked first.
+struct Answers {
+    negotiated: Negotiated,
+    queue_count: u16,
+    config: Vec<u8>,
 }
 
 impl Offer {
     /// Connects and negotiates.
     pub(super) fn new(path: &Path, options: &Options, wanted: u64) -> Result<Self, Error> {
-        let mut link = Link::open(path)?;
-        let frontend = &mut link.frontend;
+        let waits = Waits { watchdog: Watchdog::start()?, patience: options.patience };
+        let mut link = Link::open(path, options.patience, |pause| {
+            thread::sleep(pause);
+            true
+        })?;
+        let answers = waits.talk(&mut link, |frontend| Answers::of(frontend, options, wanted))?;
+        let Answers { negotiated, queue_count, config } = answers;
+        Ok(Self { link, path: path.to_owned(), negotiated, waits, queue_count, config })
+    }
+
+    /// The features in force.
+    pub(super) fn features(&self) -> u64 {
+        self.negotiated.features
+    }
+
+    /// Sets the queues up and starts the thread that keeps the connection.
+    pub(super) fn start(self, memory: Arc<Memory>, queues: Vec<Arc<Setup>>) -> Result<Connection, Error> {
+        let Self { mut link, path, negotiated, waits, .. } = self;
+        let inflight = match negotiated.protocol.contains(VhostUserProtocolFeatures::INFLIGHT_SHMFD) {
+            true => Some(waits.talk(&mut link, |frontend| new_inflight(frontend, &queues))?),
+            false => None,
+        };
+        let stop = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK).map_err(Error::system("making an eventfd"))?;
+        let shared = Arc::new(Shared {
+            path,
+            negotiated,
+            memory,
+            queues,
+            inflight,
+            link: Mutex::new(None),
+            reconnects: AtomicU64::new(0),
+            stop,
+            waits,
+        });
+        shared.waits.talk(&mut link, |frontend| shared.set_up(frontend, |_| 0))?;
+        *shared.link() = Some(link);
+        let theirs = shared.clone();
+        let thread = thread::Builder::new()
+            .name("ringpass-link".into())
+            .spawn(move || theirs.keep())
+            .map_err(Error::system("starting the thread that keeps the connection"))?;
+        Ok(Connection { shared, thread: Some(thread), has_ended: false })
+    }
+}
+
+impl Answers {
+    fn of(frontend: &mut Frontend, options: &Options, wanted: u64) -> Result<Self, Error> {
         let offered = frontend.get_features().map_err(Error::protocol("asking for the features"))?;
         let protocol_bit = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
         let needed = protocol_bit | 1 << VIRTIO_F_VERSION_1;
@@ -127,40 +204,7 @@ impl Offer {
             .get_config(0, super::config::BYTES as u32, flags, &config)
             .map_err(Error::protocol("reading the configuration space"))?;
         let queue_count = u16::try_from(count.min(QUEUES_MAX)).unwrap_or(1);
-        Ok(Self { link, path: path.to_owned(), negotiated, queue_count, config })
-    }
-
-    /// The features in force.
-    pub(super) fn features(&self) -> u64 {
-        self.negotiated.features
-    }
-
-    /// Sets the queues up and starts the thread that keeps the connection.
-    pub(super) fn start(self, memory: Arc<Memory>, queues: Vec<Arc<Setup>>) -> Result<Connection, Error> {
-        let Self { mut link, path, negotiated, .. } = self;
-        let inflight = match negotiated.protocol.contains(VhostUserProtocolFeatures::INFLIGHT_SHMFD) {
-            true => Some(new_inflight(&mut link.frontend, &queues)?),
-            false => None,
-        };
-        let stop = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK).map_err(Error::system("making an eventfd"))?;
-        let shared = Arc::new(Shared {
-            path,
-            negotiated,
-            memory,
-            queues,
-            inflight,
-            link: Mutex::new(None),
-            reconnects: AtomicU64::new(0),
-            stop,
-        });
-        shared.set_up(&mut link.frontend, |_| 0)?;
-        *shared.link() = Some(link);
-        let theirs = shared.clone();
-        let thread = thread::Builder::new()
-            .name("ringpass-link".into())
-            .spawn(move || theirs.keep())
-            .map_err(Error::system("starting the thread that keeps the connection"))?;
-        Ok(Connection { shared, thread: Some(thread) })
+        Ok(Self { negotiated, queue_count, config })
     }
 }
 
@@ -210,18 +254,38 @@ impl Connection {
     }
 }
 
-impl Drop for Connection {
-    fn drop(&mut self) {
+impl Connection {
+    /// Stops all queues: none touches memory when its last request has ended, for which the device has the patience of all waits.
+    ///
+    /// # Errors
+    ///
+    /// The device does not say that. It is left at that: it may still use the memory.
+    pub(super) fn end(&mut self) -> Result<(), Error> {
+        if std::mem::replace(&mut self.has_ended, true) {
+            return Ok(());
+        }
         let _ = self.shared.stop.write(1);
+        // Nobody else talks to the device now but the thread, if it is just connecting anew.
+        self.shared.waits.watchdog.cut_all();
         if let Some(thread) = self.thread.take() {
             // It does not panic; if it did, nothing is left to be done.
             let _ = thread.join();
         }
-        // In order: no queue touches memory when its last request has ended.
-        if let Some(link) = self.shared.link().take() {
-            for index in 0..self.shared.queues.len() {
-                let _ = link.frontend.get_vring_base(index);
-            }
+        self.shared.waits.watchdog.allow();
+        let mut link = self.shared.link().take().ok_or(Error::NotStopped { why: "its connection is lost".into() })?;
+        let stopped = self.shared.waits.talk(&mut link, |frontend| {
+            (0..self.shared.queues.len()).try_for_each(|index| {
+                frontend.get_vring_base(index).map(drop).map_err(Error::protocol("stopping a queue"))
+            })
+        });
+        stopped.map_err(|error| Error::NotStopped { why: error.to_string() })
+    }
+}
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        if let Err(error) = self.end() {
+            tracing::warn!("{error}");
         }
     }
 }
@@ -235,7 +299,12 @@ impl Shared {
     fn tell(&self, message: impl FnOnce(&mut Frontend) -> Result<(), Error>) -> Result<(), Error> {
         let mut link = self.link();
         let Some(link) = link.as_mut() else { return Ok(()) };
-        message(&mut link.frontend).or_else(|error| if link.is_gone() { Ok(()) } else { Err(error) })
+        self.waits.talk(link, message).or_else(|error| match error {
+            // It is there, and has not done it. The connection is cut, because a late answer would be taken for the next one.
+            Error::Silent { .. } => Err(error),
+            _ if link.is_gone() => Ok(()),
+            _ => Err(error),
+        })
     }
 
     /// Everything after the negotiation.
@@ -315,15 +384,16 @@ impl Shared {
     }
 
     fn reconnect(&self) -> Result<(), Error> {
-        let mut link = Link::open(&self.path)?;
-        let frontend = &mut link.frontend;
-        let offered = frontend.get_features().map_err(Error::protocol("asking for the features"))?;
-        if self.negotiated.features & !offered != 0 {
-            return Err(Error::Lacks { what: "the features that it had before" });
-        }
-        frontend.get_protocol_features().map_err(Error::protocol("asking for the protocol features"))?;
-        self.negotiated.tell(frontend)?;
-        self.set_up(frontend, |index| self.queues[index].used_idx())?;
+        let mut link = Link::open(&self.path, self.waits.patience, |pause| self.wait(None, Some(pause)))?;
+        self.waits.talk(&mut link, |frontend| {
+            let offered = frontend.get_features().map_err(Error::protocol("asking for the features"))?;
+            if self.negotiated.features & !offered != 0 {
+                return Err(Error::Lacks { what: "the features that it had before" });
+            }
+            frontend.get_protocol_features().map_err(Error::protocol("asking for the protocol features"))?;
+            self.negotiated.tell(frontend)?;
+            self.set_up(frontend, |index| self.queues[index].used_idx())
+        })?;
         *self.link() = Some(link);
         Ok(())
     }
@@ -339,9 +409,22 @@ impl Negotiated {
 }
 
 impl Link {
-    fn open(path: &Path) -> Result<Self, Error> {
+    /// Connects. While the queue of the socket is full (its server is stopped, and others wait as well) it is tried again, as long
+    /// as `pause` says to go on.
+    fn open(path: &Path, patience: Duration, pause: impl Fn(Duration) -> bool) -> Result<Self, Error> {
         let failed = |source| Error::Connect { path: path.to_owned(), source };
-        let stream = UnixStream::connect(path).map_err(failed)?;
+        let end = Instant::now() + patience;
+        let stream = loop {
+            match connect(path) {
+                Err(Errno::AGAIN | Errno::INTR) => {
+                    if Instant::now() >= end || !pause(RETRY_MAX) {
+                        return Err(Error::Silent { what: "connecting", patience });
+                    }
+                }
+                other => break other.map_err(|errno| failed(errno.into()))?,
+            }
+        };
+        stream.set_nonblocking(false).map_err(failed)?;
         let ours = stream.try_clone().map_err(failed)?;
         Ok(Self { frontend: Frontend::from_stream(stream, QUEUES_MAX), stream: ours })
     }
@@ -352,6 +435,14 @@ impl Link {
         let mut fds = [PollFd::from_borrowed_fd(self.stream.as_fd(), PollFlags::RDHUP)];
         poll(&mut fds, Some(&now)).is_ok_and(|ready| ready > 0)
     }
+}
+
+/// A connection, without waiting for room in the queue of the socket.
+fn connect(path: &Path) -> Result<UnixStream, Errno> {
+    let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
+    let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    rustix::net::connect(&socket, &SocketAddrUnix::new(path)?)?;
+    Ok(socket.into())
 }
 
 fn new_inflight(frontend: &mut Frontend, queues: &[Arc<Setup>]) -> Result<Inflight, Error> {

@@ -16,7 +16,7 @@ use super::attachment::{Attachment, RingSize};
 use super::config::{FEATURES, Geometry};
 use super::connection::{Connection, Offer};
 use super::driver::Driver;
-use super::first_queue::FirstQueue;
+use super::first_queue::{Answer, FirstQueue, Pauses, Question};
 use super::memory::Memory;
 use super::queue::Queue;
 use super::requests::Requests;
@@ -27,8 +27,6 @@ use crate::{RamArea, raw};
 const RAM_GPA: u64 = 1 << 20;
 /// How often queue 0 is looked at without an interrupt, for one that was lost with a device.
 const LOOK: Duration = Duration::from_millis(250);
-/// How long a queue may take to become a ring when one is insisted on: pinning takes half a second for each GiB.
-const RING_PATIENCE: Duration = Duration::from_secs(60);
 
 /// How queues are to be executed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
@@ -58,6 +56,10 @@ pub struct Options {
     /// Keep a region in which a device notes what it has taken. Without it requests on virtqueues can be lost, or done
     /// twice, when the device is killed; those on rings cannot.
     pub inflight: bool,
+    /// How long the device may be silent when something is asked of it, before the call fails: while connecting (another front-end
+    /// may have the device), until a queue is a ring (pinning takes half a second for each GiB of memory), for flush and the like,
+    /// for changes of memory, and when the disk is dropped. Requests on queues have no such limit.
+    pub patience: Duration,
 }
 
 impl Default for Options {
@@ -69,6 +71,7 @@ impl Default for Options {
             ring: RingSize { sq_entries: 128, cq_entries: 128 },
             way: Way::Auto,
             inflight: true,
+            patience: Duration::from_secs(60),
         }
     }
 }
@@ -78,11 +81,37 @@ impl Default for Options {
 pub(super) struct Shared {
     first: Mutex<FirstQueue>,
     news: Arc<AtomicU64>,
+    patience: Duration,
 }
 
 impl Shared {
     pub(super) fn first(&self) -> MutexGuard<'_, FirstQueue> {
         self.first.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// How long to wait for an answer.
+    pub(super) fn patience(&self) -> Duration {
+        self.patience
+    }
+
+    /// Asks on queue 0 and waits for the answer. Others can ask at the same time.
+    fn ask(&self, question: &Question) -> Result<Answer, Error> {
+        let mut pauses = Pauses::new(self.patience);
+        let mut ticket = None;
+        loop {
+            {
+                let mut first = self.first();
+                first.service()?;
+                ticket = ticket.or_else(|| first.ask(question, None));
+                if let Some(answer) = ticket.and_then(|ticket| first.take(ticket)) {
+                    return answer.check(question.name()).map(|()| answer);
+                }
+            }
+            if !pauses.pause() {
+                ticket.into_iter().for_each(|ticket| self.first().abandon(ticket));
+                return Err(Error::Silent { what: question.name(), patience: self.patience });
+            }
+        }
     }
 
     /// How often the device has told of something.
@@ -93,7 +122,12 @@ impl Shared {
 
 /// A disk behind a vhost-user socket, for a process that is its own guest.
 ///
-/// A device that is gone is waited for without end; requests stay where they are, and go on when it is back.
+/// A device that is gone is looked for again and again; requests on queues stay where they are, and go on when it is back. All other
+/// calls fail when the device is silent for longer than [`Options::patience`].
+///
+/// [`close`](Self::close) and the drop stop the queues, and wait for the end of their I/O as long. A device that does not confirm it
+/// keeps the files of the driver's RAM for itself, so that nothing of this process is overwritten later; memory that was
+/// [added](Self::add_foreign_memory) is another matter.
 #[derive(Debug)]
 pub struct Disk {
     // Dropped in this order: first nobody waits for events any more, then the device lets go of the memory.
@@ -132,11 +166,11 @@ impl Disk {
         first.set_others(setups.clone());
         let all = std::iter::once(first.setup().clone()).chain(setups).collect();
         let connection = Arc::new(offer.start(memory.clone(), all)?);
-        let probed = if options.way == Way::Virtqueue { None } else { first.probe()? };
+        let probed = if options.way == Way::Virtqueue { None } else { first.probe(options.patience)? };
         if probed.is_some() {
             first.post_event();
         }
-        let shared = Arc::new(Shared { first: Mutex::new(first), news });
+        let shared = Arc::new(Shared { first: Mutex::new(first), news, patience: options.patience });
         let depth = usize::from(options.queue_size / 3).min(options.ring.cq_entries as usize).max(1);
         let drivers = queues.into_iter().zip(1..);
         let drivers =
@@ -194,7 +228,7 @@ impl Disk {
                     return Err(Error::Lacks { what: "rings (`ringpass serve` says why when it starts)" });
                 }
                 self.attach(&mut driver)?;
-                await_ring(&mut driver)?;
+                await_ring(&mut driver, self.options.patience)?;
             }
         }
         Ok(Queue::new(driver))
@@ -266,9 +300,9 @@ impl Disk {
     ///
     /// # Errors
     ///
-    /// The disk failed.
+    /// The disk failed, or the device is silent.
     pub fn flush(&self) -> Result<(), Error> {
-        if self.geometry.has_write_cache { self.shared.first().flush() } else { Ok(()) }
+        if self.geometry.has_write_cache { self.shared.ask(&Question::Flush).map(drop) } else { Ok(()) }
     }
 
     /// The content of the range does not matter any more.
@@ -277,9 +311,13 @@ impl Disk {
     ///
     /// The device does not do that, or not with such a range.
     pub fn discard(&self, offset_bytes: u64, len_bytes: u64) -> Result<(), Error> {
-        self.in_pieces("discards", self.geometry.discard_bytes_max, offset_bytes, len_bytes, |first, offset, len| {
-            first.discard(offset, len)
-        })
+        self.in_pieces(
+            "discards",
+            self.geometry.discard_bytes_max,
+            offset_bytes,
+            len_bytes,
+            |offset_bytes, len_bytes| Question::Discard { offset_bytes, len_bytes },
+        )
     }
 
     /// The range shall read as zeroes.
@@ -289,8 +327,8 @@ impl Disk {
     /// The device does not do that, or not with such a range.
     pub fn write_zeroes(&self, offset_bytes: u64, len_bytes: u64, unmap: bool) -> Result<(), Error> {
         let max_bytes = self.geometry.write_zeroes_bytes_max;
-        self.in_pieces("writing zeroes", max_bytes, offset_bytes, len_bytes, |first, offset, len| {
-            first.write_zeroes(offset, len, unmap)
+        self.in_pieces("writing zeroes", max_bytes, offset_bytes, len_bytes, |offset_bytes, len_bytes| {
+            Question::WriteZeroes { offset_bytes, len_bytes, unmap }
         })
     }
 
@@ -300,7 +338,7 @@ impl Disk {
         max_bytes: u64,
         offset_bytes: u64,
         len_bytes: u64,
-        mut piece: impl FnMut(&mut FirstQueue, u64, u64) -> Result<(), Error>,
+        piece: impl Fn(u64, u64) -> Question,
     ) -> Result<(), Error> {
         if max_bytes == 0 {
             return Err(Error::Lacks { what });
@@ -308,7 +346,7 @@ impl Disk {
         let mut done_bytes = 0;
         while done_bytes < len_bytes {
             let now_bytes = (len_bytes - done_bytes).min(max_bytes);
-            piece(&mut self.shared.first(), offset_bytes + done_bytes, now_bytes)?;
+            self.shared.ask(&piece(offset_bytes + done_bytes, now_bytes))?;
             done_bytes += now_bytes;
         }
         Ok(())
@@ -320,7 +358,7 @@ impl Disk {
     ///
     /// The device does not say.
     pub fn serial(&self) -> Result<String, Error> {
-        self.shared.first().serial()
+        Ok(self.shared.ask(&Question::GetId)?.serial())
     }
 
     /// Has queue `index` interrupted through another eventfd, as it happens in machines whose interrupts are moved. Whoever
@@ -342,6 +380,19 @@ impl Disk {
         self.connection.renew();
     }
 
+    /// Stops all queues and lets the device go. Requests that were not sent yet are never executed.
+    ///
+    /// # Errors
+    ///
+    /// The device does not confirm within the patience that all I/O has ended: it may still use memory that was
+    /// [added](Self::add_foreign_memory).
+    pub fn close(self) -> Result<(), Error> {
+        let Self { _events: events, connection, .. } = self;
+        drop(events);
+        // Only the thread for events shared it.
+        Arc::into_inner(connection).map_or(Ok(()), |mut connection| connection.end())
+    }
+
     /// Stops all queues and lets them go on, as a machine does that is paused and resumed.
     ///
     /// # Errors
@@ -353,8 +404,8 @@ impl Disk {
 }
 
 /// Waits until the queue is a ring.
-fn await_ring(driver: &mut Driver) -> Result<(), Error> {
-    let end = Instant::now() + RING_PATIENCE;
+fn await_ring(driver: &mut Driver, patience: Duration) -> Result<(), Error> {
+    let begin = Instant::now();
     while !driver.is_ring() {
         driver.progress();
         if let Some(code) = driver.refused() {
@@ -363,8 +414,8 @@ fn await_ring(driver: &mut Driver) -> Result<(), Error> {
         if let Some(fault) = driver.fault() {
             return Err(Error::BrokenDevice(fault.to_string()));
         }
-        if Instant::now() >= end {
-            return Err(Error::Lacks { what: "a ring within a minute" });
+        if begin.elapsed() >= patience {
+            return Err(Error::Silent { what: "waiting for a ring", patience });
         }
         thread::sleep(Duration::from_micros(200));
     }

@@ -6,6 +6,7 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::time::Duration;
 
 use ringpass_guest_abi::Sqe;
 use ringpass_guest_abi::epoch::driver::{Action, Event};
@@ -16,6 +17,7 @@ use virtio_bindings::virtio_blk::VIRTIO_BLK_S_OK;
 use super::Error;
 use super::attachment::Attachment;
 use super::disk::Shared;
+use super::first_queue::{Answer, Question, Ticket};
 use super::requests::{Body, Requests};
 use super::virtqueue::Virtqueue;
 
@@ -46,6 +48,8 @@ enum Place {
     Waiting,
     Ring,
     Virtqueue,
+    /// Queue 0, or on its way there.
+    FirstQueue,
 }
 
 #[derive(Clone, Debug)]
@@ -78,6 +82,34 @@ enum Mode {
     },
 }
 
+/// Something that queue 0 does for another queue.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Errand {
+    /// A request that cannot go another way.
+    Transfer {
+        id: usize,
+    },
+    /// A write that is done, and is to be stable.
+    Flush {
+        id: usize,
+    },
+    Detach,
+}
+
+/// Nobody waits for queue 0: the user of this queue may do other things meanwhile.
+#[derive(Debug, Default)]
+struct Errands {
+    /// Not sent yet: there was no room.
+    waiting: VecDeque<Errand>,
+    sent: Vec<(Ticket, Errand)>,
+}
+
+impl Errands {
+    fn are_done(&self) -> bool {
+        self.waiting.is_empty() && self.sent.is_empty()
+    }
+}
+
 /// The driver of a queue other than 0.
 #[derive(Debug)]
 pub(super) struct Driver {
@@ -103,6 +135,8 @@ pub(super) struct Driver {
     waiting: VecDeque<usize>,
     /// By head of the virtqueue.
     by_head: Vec<usize>,
+    /// What goes over queue 0 for this queue.
+    errands: Errands,
     done: VecDeque<Completion>,
     sequence: u64,
     counters: Counters,
@@ -130,6 +164,7 @@ impl Driver {
             free: (0..depth_max).rev().collect(),
             waiting: VecDeque::with_capacity(depth_max),
             by_head: vec![usize::MAX; size],
+            errands: Errands::default(),
             done: VecDeque::with_capacity(depth_max),
             sequence: 0,
             counters: Counters::default(),
@@ -223,7 +258,16 @@ impl Driver {
     #[inline]
     fn is_polled(&mut self) -> bool {
         self.looks = self.looks.wrapping_add(1);
-        !self.looks.is_multiple_of(LOOKS_MAX) && self.is_muted && self.waiting.is_empty() && self.is_ring()
+        !self.looks.is_multiple_of(LOOKS_MAX)
+            && self.is_muted
+            && self.waiting.is_empty()
+            && self.errands.are_done()
+            && self.is_ring()
+    }
+
+    /// How long to wait for an answer.
+    pub(super) fn patience(&self) -> Duration {
+        self.shared.patience()
     }
 
     pub(super) fn set_muted(&mut self, muted: bool) -> bool {
@@ -250,10 +294,20 @@ impl Driver {
             }
         }
         self.send();
+        if !self.errands.sent.is_empty() {
+            self.run_errands();
+        }
     }
 
     /// Sends what waits, as far as there is room.
     pub(super) fn send(&mut self) {
+        self.send_requests();
+        if !self.errands.waiting.is_empty() {
+            self.run_errands();
+        }
+    }
+
+    fn send_requests(&mut self) {
         match self.mode {
             Mode::Attached { .. } => self.send_to_ring(),
             Mode::Virtqueue if self.wants_ring && self.may_ask() => {
@@ -318,8 +372,11 @@ impl Driver {
             let Some(Some(pending)) = self.slots.get(id) else { continue };
             let Request { len_bytes, durable, write, .. } = pending.request;
             let is_ok = u32::from(status) == VIRTIO_BLK_S_OK;
-            let is_ok = is_ok && (!(durable && write) || self.shared.first().flush().is_ok());
-            self.complete(id, if is_ok { len_bytes as i32 } else { EIO });
+            if is_ok && durable && write {
+                self.run_errand(Errand::Flush { id });
+            } else {
+                self.complete(id, if is_ok { len_bytes as i32 } else { EIO });
+            }
         }
     }
 
@@ -399,9 +456,6 @@ impl Driver {
                 return self.end(id, res);
             }
             self.unfinished(id, cqe.res);
-            if let Some(completion) = self.done.pop_front() {
-                return Some(completion);
-            }
         }
     }
 
@@ -432,17 +486,78 @@ impl Driver {
         }
     }
 
-    /// Does a request over queue 0, and waits for it.
+    /// Does a request over queue 0.
     fn detour(&mut self, id: usize) {
-        let Some(pending) = &self.slots[id] else { return };
-        let Request { write, offset_bytes, gpa, len_bytes, durable, .. } = rest(pending);
         self.counters.detoured += 1;
-        let whole_bytes = pending.request.len_bytes;
-        let mut first = self.shared.first();
-        let outcome = first.transfer(offset_bytes, gpa, len_bytes, write);
-        let outcome = outcome.and_then(|()| if durable && write { first.flush() } else { Ok(()) });
-        drop(first);
-        self.complete(id, if outcome.is_ok() { whole_bytes as i32 } else { EIO });
+        self.run_errand(Errand::Transfer { id });
+    }
+
+    fn run_errand(&mut self, errand: Errand) {
+        if let Errand::Transfer { id } | Errand::Flush { id } = errand
+            && let Some(pending) = &mut self.slots[id]
+        {
+            pending.place = Place::FirstQueue;
+        }
+        self.errands.waiting.push_back(errand);
+    }
+
+    /// Takes the answers of queue 0, and sends what waits for it.
+    fn run_errands(&mut self) {
+        if let Err(error) = self.try_errands() {
+            self.fault = Some(error);
+        }
+    }
+
+    fn try_errands(&mut self) -> Result<(), Error> {
+        let shared = self.shared.clone();
+        let mut first = shared.first();
+        first.service()?;
+        let mut index = 0;
+        while let Some(&(ticket, errand)) = self.errands.sent.get(index) {
+            match first.take(ticket) {
+                Some(answer) => {
+                    self.errands.sent.swap_remove(index);
+                    self.end_errand(errand, &answer)?;
+                }
+                None => index += 1,
+            }
+        }
+        while let Some(&errand) = self.errands.waiting.front() {
+            let question = match errand {
+                Errand::Transfer { id } => self.slots[id].as_ref().map(|pending| {
+                    let Request { write, offset_bytes, gpa, len_bytes, .. } = rest(pending);
+                    Question::Transfer { offset_bytes, gpa, len_bytes, is_write: write }
+                }),
+                Errand::Flush { .. } => Some(Question::Flush),
+                Errand::Detach => Some(Question::Detach { queue: self.index }),
+            };
+            let Some(question) = question else {
+                self.errands.waiting.pop_front();
+                continue;
+            };
+            let Some(ticket) = first.ask(&question, Some(self.queue.setup())) else { break };
+            self.errands.waiting.pop_front();
+            self.errands.sent.push((ticket, errand));
+        }
+        Ok(())
+    }
+
+    fn end_errand(&mut self, errand: Errand, answer: &Answer) -> Result<(), Error> {
+        let (id, is_durable) = match errand {
+            Errand::Detach => return answer.check("DETACH"),
+            Errand::Transfer { id } => (id, false),
+            Errand::Flush { id } => (id, true),
+        };
+        let Some(Request { len_bytes, durable, write, .. }) = self.slots[id].as_ref().map(|pending| pending.request)
+        else {
+            return Ok(());
+        };
+        match answer.check("request") {
+            Ok(()) if durable && write && !is_durable => self.run_errand(Errand::Flush { id }),
+            Ok(()) => self.complete(id, len_bytes as i32),
+            Err(_) => self.complete(id, EIO),
+        }
+        Ok(())
     }
 
     fn complete(&mut self, id: usize, res: i32) {
@@ -507,7 +622,7 @@ impl Driver {
             }
             Action::RequestDetach => {
                 attachment.set_detach();
-                self.shared.first().detach(self.index)?;
+                self.run_errand(Errand::Detach);
             }
             Action::Release => self.release()?,
             Action::Reset => return Err(Error::BrokenDevice("it announced an epoch out of turn".into())),
@@ -555,6 +670,7 @@ impl Driver {
             self.complete(id, EIO);
         }
         self.waiting.clear();
+        self.errands = Errands::default();
     }
 }
 

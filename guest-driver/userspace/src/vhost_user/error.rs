@@ -2,6 +2,7 @@
 
 use std::io;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use crate::{AllocateError, RamError};
 
@@ -24,6 +25,26 @@ pub enum Error {
         what: &'static str,
         /// What came instead.
         source: vhost::Error,
+    },
+    /// The device is there and does not answer.
+    #[error(
+        "no answer from the device within {} s ({what}): it has another front-end, its process is stopped, or its disk hangs",
+        .patience.as_secs_f64()
+    )]
+    Silent {
+        /// What was asked.
+        what: &'static str,
+        /// How long an answer was waited for.
+        patience: Duration,
+    },
+    /// The device did not say that its queues have stopped.
+    #[error(
+        "the device has not confirmed that its I/O has ended ({why}): requests that it had taken may still be executed, and use \
+         the memory that it was given"
+    )]
+    NotStopped {
+        /// What came instead.
+        why: String,
     },
     /// The device lacks something that this driver needs.
     #[error("the device does not offer {what}")]

@@ -1,5 +1,6 @@
 //! Queue 0, which always is a virtqueue: what is rare and slow, and the requests about other queues.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
@@ -14,7 +15,7 @@ use virtio_bindings::virtio_blk::{
 
 use super::Error;
 use super::memory::Memory;
-use super::requests::{Body, Requests};
+use super::requests::{ANSWER_BYTES, Body, Requests};
 use super::virtqueue::{Setup, Virtqueue};
 
 /// How long a device may take to say what it is. After that it is an ordinary disk.
@@ -24,25 +25,107 @@ const SPIN: Duration = Duration::from_micros(50);
 const SLEEP_MAX: Duration = Duration::from_millis(1);
 const ID_BYTES: usize = 20;
 
-/// The driver of queue 0. One request at a time, and an EVENT that is always pending.
+/// The driver of queue 0. An EVENT is always pending; beside it are requests of all queues.
 #[derive(Debug)]
 pub(super) struct FirstQueue {
     queue: Virtqueue,
     requests: Requests,
     event: Option<u16>,
-    /// A probe that was given up, and may still come back.
-    abandoned: Vec<u16>,
+    /// By head: requests whose answers are wanted, and the queue whose user is to be woken up then.
+    awaited: BTreeMap<u16, (Ticket, Option<Arc<Setup>>)>,
+    /// Answers that nobody has taken yet. Their heads may have other requests already.
+    answered: BTreeMap<Ticket, Answer>,
+    next_ticket: u64,
+    /// A question of another queue found no room.
+    lacks_room: bool,
     /// Counts what the device told of.
     news: Arc<AtomicU64>,
     /// The other queues, whose users may be waiting for interrupts.
     others: Vec<Arc<Setup>>,
 }
 
+/// Names a question until its answer is taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Ticket(u64);
+
+/// What the device made of a request. (The place of the request may have another one since.)
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Answer {
+    status: u8,
+    bytes: [u8; ANSWER_BYTES as usize],
+}
+
+/// What can be asked on queue 0, besides what it does by itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Question {
+    Flush,
+    Discard {
+        offset_bytes: u64,
+        len_bytes: u64,
+    },
+    WriteZeroes {
+        offset_bytes: u64,
+        len_bytes: u64,
+        unmap: bool,
+    },
+    GetId,
+    Detach {
+        queue: u16,
+    },
+    /// A read or write that cannot go another way.
+    Transfer {
+        offset_bytes: u64,
+        gpa: u64,
+        len_bytes: u32,
+        is_write: bool,
+    },
+}
+
+impl Answer {
+    pub(super) fn check(&self, what: &'static str) -> Result<(), Error> {
+        match self.status {
+            status if u32::from(status) == VIRTIO_BLK_S_OK => Ok(()),
+            status => Err(Error::Status { what, status }),
+        }
+    }
+
+    /// The serial number that the answer to GET_ID has: up to 20 characters.
+    pub(super) fn serial(&self) -> String {
+        let id: Vec<u8> = self.bytes[..ID_BYTES].iter().copied().take_while(|&byte| byte != 0).collect();
+        String::from_utf8_lossy(&id).into_owned()
+    }
+}
+
+impl Question {
+    pub(super) fn name(&self) -> &'static str {
+        match self {
+            Self::Flush => "flush",
+            Self::Discard { .. } => "discard",
+            Self::WriteZeroes { .. } => "write zeroes",
+            Self::GetId => "get id",
+            Self::Detach { .. } => "DETACH",
+            Self::Transfer { is_write: true, .. } => "write",
+            Self::Transfer { is_write: false, .. } => "read",
+        }
+    }
+}
+
 impl FirstQueue {
     pub(super) fn new(memory: &Memory, size: u16, news: Arc<AtomicU64>) -> Result<Self, Error> {
         let queue = Virtqueue::new(memory, size)?;
         let requests = Requests::new(memory, &queue)?;
-        Ok(Self { queue, requests, event: None, abandoned: Vec::new(), news, others: Vec::new() })
+        let (awaited, answered) = (BTreeMap::new(), BTreeMap::new());
+        Ok(Self {
+            queue,
+            requests,
+            event: None,
+            awaited,
+            answered,
+            next_ticket: 0,
+            lacks_room: false,
+            news,
+            others: Vec::new(),
+        })
     }
 
     /// Has the users of these queues woken up when the device tells of something.
@@ -52,7 +135,7 @@ impl FirstQueue {
 
     /// A device that came back without an in-flight region may not know of the EVENT any more.
     pub(super) fn renew_event(&mut self) {
-        self.abandoned.extend(self.event.take());
+        self.event = None;
         self.post_event();
     }
 
@@ -61,16 +144,24 @@ impl FirstQueue {
     }
 
     /// What the device is. `None`: an ordinary disk.
-    pub(super) fn probe(&mut self) -> Result<Option<Device>, Error> {
+    pub(super) fn probe(&mut self, patience: Duration) -> Result<Option<Device>, Error> {
         let Some(head) = self.send(T_PROBE, 0, &Body::Payload(&[])) else { return Ok(None) };
-        if !self.await_chain(head, Some(PROBE_TIMEOUT))? {
-            self.abandoned.push(head);
+        let ticket = self.await_answer(head, None);
+        let mut pauses = Pauses::new(patience.min(PROBE_TIMEOUT));
+        let answer = loop {
+            self.service()?;
+            if let Some(answer) = self.take(ticket) {
+                break answer;
+            }
+            if !pauses.pause() {
+                self.abandon(ticket);
+                return Ok(None);
+            }
+        };
+        if answer.check("PROBE").is_err() {
             return Ok(None);
         }
-        if u32::from(self.requests.status(head)) != VIRTIO_BLK_S_OK {
-            return Ok(None);
-        }
-        let answer = ProbeAnswer::from_prefix(&self.requests.answer(head));
+        let answer = ProbeAnswer::from_prefix(&answer.bytes);
         Ok(answer.check().inspect_err(|error| tracing::info!("no rings: {error}")).ok())
     }
 
@@ -81,77 +172,89 @@ impl FirstQueue {
         }
     }
 
-    pub(super) fn detach(&mut self, queue: u16) -> Result<(), Error> {
-        let payload = DetachPayload { queue: queue.into(), ..DetachPayload::default() }.to_bytes();
-        self.request("DETACH", T_DETACH, 0, &Body::Payload(&payload)).map(drop)
+    /// Sends a question. Its answer can be taken later, by the ticket. `user` is woken up then. `None`: there is no room for now.
+    pub(super) fn ask(&mut self, question: &Question, user: Option<&Arc<Setup>>) -> Option<Ticket> {
+        let Some(head) = self.send_question(question) else {
+            self.lacks_room |= user.is_some();
+            return None;
+        };
+        Some(self.await_answer(head, user.cloned()))
     }
 
-    pub(super) fn flush(&mut self) -> Result<(), Error> {
-        self.request("flush", VIRTIO_BLK_T_FLUSH, 0, &Body::Nothing).map(drop)
+    fn await_answer(&mut self, head: u16, user: Option<Arc<Setup>>) -> Ticket {
+        let ticket = Ticket(self.next_ticket);
+        self.next_ticket += 1;
+        self.awaited.insert(head, (ticket, user));
+        ticket
     }
 
-    pub(super) fn discard(&mut self, offset_bytes: u64, len_bytes: u64) -> Result<(), Error> {
-        self.range("discard", VIRTIO_BLK_T_DISCARD, offset_bytes, len_bytes, 0)
+    fn send_question(&mut self, question: &Question) -> Option<u16> {
+        match *question {
+            Question::Flush => self.send(VIRTIO_BLK_T_FLUSH, 0, &Body::Nothing),
+            Question::Discard { offset_bytes, len_bytes } => {
+                self.send(VIRTIO_BLK_T_DISCARD, 0, &Body::Range(&range(offset_bytes, len_bytes, 0)))
+            }
+            Question::WriteZeroes { offset_bytes, len_bytes, unmap } => {
+                let flags = if unmap { VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP } else { 0 };
+                self.send(VIRTIO_BLK_T_WRITE_ZEROES, 0, &Body::Range(&range(offset_bytes, len_bytes, flags)))
+            }
+            Question::GetId => self.send(VIRTIO_BLK_T_GET_ID, 0, &Body::Payload(&[])),
+            Question::Detach { queue } => {
+                let payload = DetachPayload { queue: queue.into(), ..DetachPayload::default() }.to_bytes();
+                self.send(T_DETACH, 0, &Body::Payload(&payload))
+            }
+            Question::Transfer { offset_bytes, gpa, len_bytes, is_write } => {
+                let head = self.requests.transfer(&mut self.queue, offset_bytes, gpa, len_bytes, is_write);
+                self.kick();
+                head
+            }
+        }
     }
 
-    pub(super) fn write_zeroes(&mut self, offset_bytes: u64, len_bytes: u64, unmap: bool) -> Result<(), Error> {
-        let flags = if unmap { VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP } else { 0 };
-        self.range("write zeroes", VIRTIO_BLK_T_WRITE_ZEROES, offset_bytes, len_bytes, flags)
+    /// The answer to a question, if it is there.
+    pub(super) fn take(&mut self, ticket: Ticket) -> Option<Answer> {
+        self.answered.remove(&ticket)
     }
 
-    /// Up to 20 characters.
-    pub(super) fn serial(&mut self) -> Result<String, Error> {
-        let head = self.request("get id", VIRTIO_BLK_T_GET_ID, 0, &Body::Payload(&[]))?;
-        let answer = self.requests.answer(head);
-        let id: Vec<u8> = answer[..ID_BYTES].iter().copied().take_while(|&byte| byte != 0).collect();
-        Ok(String::from_utf8_lossy(&id).into_owned())
+    /// Nobody waits for the answer any more. Its place stays taken until it comes.
+    pub(super) fn abandon(&mut self, ticket: Ticket) {
+        self.awaited.retain(|_, (awaited, _)| *awaited != ticket);
+        self.answered.remove(&ticket);
     }
 
-    /// A read or write that cannot go another way.
-    pub(super) fn transfer(
-        &mut self,
-        offset_bytes: u64,
-        gpa: u64,
-        len_bytes: u32,
-        is_write: bool,
-    ) -> Result<(), Error> {
-        let head = self.requests.transfer(&mut self.queue, offset_bytes, gpa, len_bytes, is_write);
-        let head = head.ok_or_else(|| Error::BrokenDevice("queue 0 is full of what nobody answers".into()))?;
-        self.kick();
-        self.finish(if is_write { "write" } else { "read" }, head).map(drop)
-    }
-
-    /// Takes what came back: EVENT, above all.
+    /// Takes what came back.
     pub(super) fn service(&mut self) -> Result<(), Error> {
-        self.reap(None).map(drop)
+        while let Some(head) = self.queue.reap()? {
+            if self.event == Some(head) {
+                self.event = None;
+                self.take_event(head);
+            } else if let Some((ticket, user)) = self.awaited.remove(&head) {
+                let answer = Answer { status: self.requests.status(head), bytes: self.requests.answer(head) };
+                self.answered.insert(ticket, answer);
+                if let Some(user) = user {
+                    let _ = user.call().write(1);
+                }
+            }
+            if std::mem::take(&mut self.lacks_room) {
+                self.wake_others();
+            }
+        }
+        Ok(())
     }
 
-    fn range(
-        &mut self,
-        what: &'static str,
-        kind: u32,
-        offset_bytes: u64,
-        len_bytes: u64,
-        flags: u32,
-    ) -> Result<(), Error> {
-        let mut range = [0; 16];
-        range[..8].copy_from_slice(&(offset_bytes / 512).to_le_bytes());
-        range[8..12].copy_from_slice(&u32::try_from(len_bytes / 512).unwrap_or(u32::MAX).to_le_bytes());
-        range[12..].copy_from_slice(&flags.to_le_bytes());
-        self.request(what, kind, 0, &Body::Range(&range)).map(drop)
+    fn take_event(&mut self, head: u16) {
+        let answer = self.requests.answer(head);
+        // The next one first, then the look: nothing that comes in between is missed.
+        self.post_event();
+        if EventAnswer::from_bytes(answer[..EventAnswer::BYTES].try_into().expect("8 bytes")).events.get() != 0 {
+            self.news.fetch_add(1, Ordering::Release);
+            self.wake_others();
+        }
     }
 
-    fn request(&mut self, what: &'static str, kind: u32, offset_bytes: u64, body: &Body<'_>) -> Result<u16, Error> {
-        let full = || Error::BrokenDevice("queue 0 is full of what nobody answers".into());
-        let head = self.send(kind, offset_bytes, body).ok_or_else(full)?;
-        self.finish(what, head)
-    }
-
-    fn finish(&mut self, what: &'static str, head: u16) -> Result<u16, Error> {
-        self.await_chain(head, None)?;
-        match self.requests.status(head) {
-            status if u32::from(status) == VIRTIO_BLK_S_OK => Ok(head),
-            status => Err(Error::Status { what, status }),
+    fn wake_others(&self) {
+        for other in &self.others {
+            let _ = other.call().write(1);
         }
     }
 
@@ -166,50 +269,41 @@ impl FirstQueue {
             self.queue.kick();
         }
     }
+}
 
-    /// Waits until a chain has come back. A device that is gone is waited for as well. False: not in this time.
-    fn await_chain(&mut self, head: u16, timeout: Option<Duration>) -> Result<bool, Error> {
-        let start = Instant::now();
-        let mut pause = SPIN;
-        loop {
-            if self.reap(Some(head))? {
-                return Ok(true);
-            }
-            let waited = start.elapsed();
-            if timeout.is_some_and(|timeout| waited >= timeout) {
-                return Ok(false);
-            }
-            if waited < SPIN {
-                std::hint::spin_loop();
-            } else {
-                thread::sleep(pause);
-                pause = (pause * 2).min(SLEEP_MAX);
-            }
-        }
+fn range(offset_bytes: u64, len_bytes: u64, flags: u32) -> [u8; 16] {
+    let mut range = [0; 16];
+    range[..8].copy_from_slice(&(offset_bytes / 512).to_le_bytes());
+    range[8..12].copy_from_slice(&u32::try_from(len_bytes / 512).unwrap_or(u32::MAX).to_le_bytes());
+    range[12..].copy_from_slice(&flags.to_le_bytes());
+    range
+}
+
+/// The pauses between looks at something that comes soon, mostly, and is waited for only so long.
+#[derive(Debug)]
+pub(super) struct Pauses {
+    begin: Instant,
+    limit: Duration,
+    next: Duration,
+}
+
+impl Pauses {
+    pub(super) fn new(limit: Duration) -> Self {
+        Self { begin: Instant::now(), limit, next: SPIN }
     }
 
-    /// Takes chains that came back. True: `wanted` was among them.
-    fn reap(&mut self, wanted: Option<u16>) -> Result<bool, Error> {
-        let mut found = false;
-        while let Some(head) = self.queue.reap()? {
-            if self.event == Some(head) {
-                self.event = None;
-                let answer = self.requests.answer(head);
-                // The next one first, then the look: nothing that comes in between is missed.
-                self.post_event();
-                if EventAnswer::from_bytes(answer[..EventAnswer::BYTES].try_into().expect("8 bytes")).events.get() != 0
-                {
-                    self.news.fetch_add(1, Ordering::Release);
-                    for other in &self.others {
-                        let _ = other.call().write(1);
-                    }
-                }
-            } else if wanted == Some(head) {
-                found = true;
-            } else {
-                self.abandoned.retain(|&other| other != head);
-            }
+    /// A pause. False: the time is up.
+    pub(super) fn pause(&mut self) -> bool {
+        let waited = self.begin.elapsed();
+        if waited >= self.limit {
+            return false;
         }
-        Ok(found)
+        if waited < SPIN {
+            std::hint::spin_loop();
+        } else {
+            thread::sleep(self.next);
+            self.next = (self.next * 2).min(SLEEP_MAX);
+        }
+        true
     }
 }

@@ -6,7 +6,11 @@
 //! - [`Disk`]: the connection, the RAM, queue 0 with flush, discard and write zeroes.
 //! - [`Queue`]: reads and writes, by polling or by interrupt; one for each thread.
 //!
-//! Inside: `connection` keeps the device set up, whatever becomes of it; `virtqueue` and `requests` are virtio-blk;
+//! No wait is without end: a device that stays silent for longer than [`Options::patience`] makes the call fail with
+//! [`Error::Silent`]. Requests on a [`Queue`] are the exception: they stay where they are until the device is back, and whoever
+//! waits for one says for how long.
+//!
+//! Inside: `connection` keeps the device set up, whatever becomes of it; `watchdog` ends its waits; `virtqueue` and `requests` are virtio-blk;
 //! `attachment` is the ring of a queue and where its epochs are; `driver` decides where each request goes.
 //!
 //! ```no_run
@@ -34,6 +38,7 @@ mod memory;
 mod queue;
 mod requests;
 mod virtqueue;
+mod watchdog;
 
 pub use attachment::RingSize;
 pub use config::Geometry;

@@ -158,13 +158,17 @@ impl Queue {
     ///
     /// # Errors
     ///
-    /// The device broke the protocol.
+    /// The device broke the protocol, or is silent for longer than [`Options::patience`](super::Options::patience).
     pub fn detach(&mut self) -> Result<(), Error> {
+        let (begin, patience) = (Instant::now(), self.driver.patience());
         self.driver.give_ring_up();
         while !self.driver.is_virtqueue() {
             self.driver.progress();
             if let Some(fault) = self.driver.fault() {
                 return Err(Error::BrokenDevice(fault.to_string()));
+            }
+            if begin.elapsed() >= patience {
+                return Err(Error::Silent { what: "giving the ring up", patience });
             }
             std::thread::yield_now();
         }

@@ -10,7 +10,7 @@ use crate::RamArea;
 /// Room for the header and payload of one request, its answer, and its status.
 const SLOT_BYTES: u64 = 512;
 const ANSWER_OFFSET: u64 = 256;
-const ANSWER_BYTES: u32 = 128;
+pub(super) const ANSWER_BYTES: u32 = 128;
 const STATUS_OFFSET: u64 = 511;
 const HEADER_BYTES: usize = 16;
 /// What no device writes.

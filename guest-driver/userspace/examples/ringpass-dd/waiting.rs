@@ -1,0 +1,81 @@
+//! Waiting for the server, and saying so.
+
+use std::io::ErrorKind;
+use std::path::Path;
+use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use anyhow::Result;
+use ringpass_guest::vhost_user::{Disk, Error, Options};
+
+use crate::interrupt;
+
+/// A wait that is shorter is not worth a line.
+const UNTOLD: Duration = Duration::from_secs(1);
+/// Between two attempts to connect.
+const PAUSE: Duration = Duration::from_millis(50);
+
+/// Connects to a server, which may be about to start, or be held by another front-end.
+///
+/// # Errors
+///
+/// The patience of `options` is over, the program is to end, or waiting cannot help.
+pub(crate) fn connect(socket: &Path, options: Options) -> Result<Disk> {
+    let begin = Instant::now();
+    let patience_s = options.patience.as_secs();
+    let mut has_told = false;
+    loop {
+        interrupt::check()?;
+        let left = options.patience.saturating_sub(begin.elapsed()).max(PAUSE);
+        let notice = Notice::later(format!(
+            "waiting up to {patience_s} s for an answer from the server at {}: it has one front-end at a time, and another one may \
+             hold it",
+            socket.display()
+        ));
+        // What is waited for here counts, and the rest of the patience is for the server.
+        let connected = Disk::connect(socket, Options { patience: left, ..options });
+        drop(notice);
+        match connected {
+            Err(Error::Connect { source, .. })
+                if matches!(source.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused)
+                    && begin.elapsed() < options.patience =>
+            {
+                if !std::mem::replace(&mut has_told, true) {
+                    let path = socket.display();
+                    eprintln!(
+                        "ringpass-dd: no process listens on {path} yet; waiting up to {patience_s} s for a server"
+                    );
+                }
+                thread::sleep(PAUSE);
+            }
+            other => return Ok(other?),
+        }
+    }
+}
+
+/// A line that is printed when this lives for longer than a moment.
+pub(crate) struct Notice(Option<(Sender<()>, JoinHandle<()>)>);
+
+impl Notice {
+    pub(crate) fn later(text: String) -> Self {
+        let (over, wait) = channel::<()>();
+        let thread = thread::Builder::new().name("notice".into()).spawn(move || {
+            if wait.recv_timeout(UNTOLD) == Err(RecvTimeoutError::Timeout) {
+                eprintln!("ringpass-dd: {text}");
+            }
+        });
+        // Without a thread it is not said.
+        Self(thread.ok().map(|thread| (over, thread)))
+    }
+}
+
+impl Drop for Notice {
+    fn drop(&mut self) {
+        if let Some((over, thread)) = self.0.take() {
+            drop(over);
+            // So that the line does not come behind others that are printed later.
+            let _ = thread.join();
+        }
+    }
+}

@@ -1,0 +1,284 @@
+//! `ringpass-dd` with servers that are not there, are held by others, or are stopped: it says that it waits, gives up in time, and
+//! ends when it is told to.
+
+use std::{
+    fs,
+    io::Write,
+    os::unix::net::UnixStream,
+    process::{Child, ExitCode, Output, Stdio},
+    sync::mpsc::{Receiver, channel},
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, bail, ensure};
+use ringpass_guest::vhost_user::{Disk, Error, Operation, Options, Way};
+use ringpass_tests::{
+    broker_process::BrokerProcess,
+    dd::{self, Place, status_is, text},
+    disks::DiskKind,
+    front_end::rig::Rig,
+    harness::{self, test},
+};
+use rustix::process::{Pid, Signal, kill_process};
+
+/// Longer than anything takes that waits for nothing, on a machine with other work.
+const LIMIT: Duration = Duration::from_secs(40);
+const BROKER_ARGUMENTS: [&str; 2] = ["--num-queues", "2"];
+/// For ever, as far as a test is concerned.
+const LONG: &str = "86400";
+
+fn main() -> ExitCode {
+    harness::run(vec![
+        test("a_server_that_starts_later_is_waited_for", dd::needs(), late_server),
+        test("a_server_with_another_front_end_is_waited_for_and_given_up", dd::needs(), held_server),
+        test("a_stopped_server_is_given_up_before_and_in_a_copy", dd::needs(), stopped_server),
+        test("signals_end_every_wait", dd::needs(), interrupted_waits),
+        test("the_driver_gives_up_on_a_stopped_server_in_every_wait", dd::needs(), silent_device),
+    ])
+}
+
+/// The program, with what it says line by line.
+struct Running {
+    child: Child,
+    lines: Receiver<String>,
+    before: Vec<String>,
+}
+
+impl Running {
+    fn start(rig: &Rig, arguments: &[&str], stdin: Stdio) -> Result<Self> {
+        let mut command = dd::command(&rig.socket(), arguments)?;
+        let mut child = command.stdin(stdin).spawn()?;
+        let (sender, lines) = channel();
+        let stderr = child.stderr.take().context("it is piped")?;
+        thread::spawn(move || {
+            use std::io::{BufRead, BufReader};
+            for line in BufReader::new(stderr).lines().map_while(Result::ok) {
+                let _ = sender.send(line);
+            }
+        });
+        Ok(Self { child, lines, before: Vec::new() })
+    }
+
+    fn wait_for_line(&mut self, text: &str) -> Result<()> {
+        loop {
+            match self.lines.recv_timeout(LIMIT) {
+                Ok(line) if line.contains(text) => return Ok(()),
+                Ok(line) => self.before.push(line),
+                Err(error) => bail!("it does not say {text:?} ({error}): {:?}", self.before),
+            }
+        }
+    }
+
+    fn signal(&self, signal: Signal) -> Result<()> {
+        Ok(kill_process(Pid::from_child(&self.child), signal)?)
+    }
+
+    /// Its exit status and what it said since the last line that was waited for. It is killed when it does not end.
+    fn end(mut self) -> Result<(Option<i32>, String)> {
+        let end = Instant::now() + LIMIT;
+        let status = loop {
+            if let Some(status) = self.child.try_wait()? {
+                break status;
+            }
+            if Instant::now() >= end {
+                self.child.kill()?;
+                self.child.wait()?;
+                bail!("it does not end within {LIMIT:?}: {:?}", self.before);
+            }
+            thread::sleep(Duration::from_millis(5));
+        };
+        Ok((status.code(), self.lines.iter().collect::<Vec<_>>().join("\n")))
+    }
+}
+
+fn rig() -> Result<Rig> {
+    Rig::new(DiskKind::Ext4PageCache, dd::DISK_BYTES)
+}
+
+/// SIGSTOP, until this is dropped.
+struct Stopped<'b>(&'b mut BrokerProcess);
+
+impl<'b> Stopped<'b> {
+    fn new(broker: &'b mut BrokerProcess) -> Result<Self> {
+        broker.signal(Signal::STOP)?;
+        let stopped = Self(broker);
+        let begin = Instant::now();
+        while !stopped.has_stopped()? {
+            ensure!(begin.elapsed() < LIMIT, "the server does not stop");
+            thread::sleep(Duration::from_millis(1));
+        }
+        Ok(stopped)
+    }
+}
+
+impl Stopped<'_> {
+    /// Whether none of its threads runs any more (proc_pid_stat(5)): the signal comes to each in its time.
+    fn has_stopped(&self) -> Result<bool> {
+        for task in fs::read_dir(format!("/proc/{}/task", self.0.pid()))? {
+            // A thread may have ended since.
+            let Ok(stat) = fs::read_to_string(task?.path().join("stat")) else { continue };
+            if !stat.rsplit_once(") ").is_some_and(|(_, fields)| fields.starts_with('T')) {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+}
+
+impl Drop for Stopped<'_> {
+    fn drop(&mut self) {
+        let _ = self.0.signal(Signal::CONT);
+    }
+}
+
+fn late_server() -> Result<()> {
+    let rig = rig()?;
+    let mut running =
+        Running::start(&rig, &["verify", "--input", "/dev/zero", "--length-bytes", "1MiB"], Stdio::null())?;
+    running.wait_for_line("no process listens on ")?;
+    let _broker = rig.broker(&BROKER_ARGUMENTS)?;
+    let (status, said) = running.end()?;
+    ensure!(status == Some(0), "{status:?}: {said}");
+    Ok(())
+}
+
+fn held_server() -> Result<()> {
+    let rig = rig()?;
+    let broker = rig.broker(&BROKER_ARGUMENTS)?;
+    let _other = UnixStream::connect(rig.socket())?;
+    broker.wait_for_log("front-end connected")?;
+    let mut running = Running::start(&rig, &["read", "--output", "-", "--patience-s", "2"], Stdio::null())?;
+    running.wait_for_line("it has one front-end at a time, and another one may hold it")?;
+    let (status, said) = running.end()?;
+    ensure!(status == Some(2), "{status:?}: {said}");
+    ensure!(said.contains("no answer from the device within "), "{said}");
+    Ok(())
+}
+
+fn stopped_server() -> Result<()> {
+    let mut place = Place::new(&BROKER_ARGUMENTS)?;
+    {
+        let stopped = Stopped::new(&mut place.broker)?;
+        let running = Running::start(&place.rig, &["read", "--output", "-", "--patience-s", "1"], Stdio::null())?;
+        let (status, said) = running.end()?;
+        ensure!(status == Some(2) && said.contains("no answer from the device within"), "{status:?}: {said}");
+        drop(stopped);
+    }
+    // In the middle of a copy, and then in the drop of the disk.
+    let mut running = Running::start(&place.rig, &["write", "--input", "-", "--patience-s", "3"], Stdio::piped())?;
+    let mut input = running.child.stdin.take().context("it is piped")?;
+    input.write_all(&vec![1; 1 << 20])?;
+    let begin = Instant::now();
+    while !place.disk()?.starts_with(&[1; 4096]) {
+        ensure!(begin.elapsed() < LIMIT, "nothing is written");
+        thread::sleep(Duration::from_millis(5));
+    }
+    let stopped = Stopped::new(&mut place.broker)?;
+    // As much as it takes before it waits.
+    let writing = thread::spawn(move || input.write_all(&vec![2; 40 << 20]));
+    running.wait_for_line("nothing comes from the server; waiting up to 3 s")?;
+    let (status, said) = running.end()?;
+    ensure!(status == Some(2) && said.contains("nothing came from the server for 3 s"), "{status:?}: {said}");
+    drop(stopped);
+    let _ = writing.join();
+    // The server serves the next one.
+    let output: Output =
+        place.run(&["verify", "--input", "/dev/zero", "--offset-bytes", "46MiB", "--length-bytes", "1MiB"])?;
+    place.broker.explain(status_is(&output, 0)).with_context(|| text(&output))
+}
+
+fn interrupted_waits() -> Result<()> {
+    let rig = rig()?;
+    for signal in [Signal::INT, Signal::TERM] {
+        // Nobody listens.
+        let mut running = Running::start(&rig, &["read", "--output", "-", "--patience-s", LONG], Stdio::null())?;
+        running.wait_for_line("no process listens on ")?;
+        running.signal(signal)?;
+        let (status, said) = running.end()?;
+        ensure!(status == Some(2) && said.contains("interrupted after 0 bytes"), "{status:?}: {said}");
+
+        // Nobody answers.
+        let mut broker = rig.broker(&BROKER_ARGUMENTS)?;
+        let stopped = Stopped::new(&mut broker)?;
+        let mut running = Running::start(&rig, &["read", "--output", "-", "--patience-s", LONG], Stdio::null())?;
+        running.wait_for_line("it has one front-end at a time")?;
+        running.signal(signal)?;
+        let (status, said) = running.end()?;
+        ensure!(status == Some(2) && said.contains("interrupted after 0 bytes"), "{status:?}: {said}");
+        drop(stopped);
+
+        // The input does not come, and then the server does not stop its queues. Two signals at once.
+        let mut running = Running::start(&rig, &["write", "--input", "-", "--patience-s", LONG], Stdio::piped())?;
+        let _input = running.child.stdin.take();
+        broker.wait_for_log("vring starts")?;
+        let stopped = Stopped::new(&mut broker)?;
+        running.signal(signal)?;
+        running.signal(signal)?;
+        let (status, said) = running.end()?;
+        ensure!(status == Some(2) && said.contains("interrupted after 0 bytes"), "{status:?}: {said}");
+        drop(stopped);
+        ensure!(broker.terminate()?.success(), "{}", broker.log());
+    }
+    Ok(())
+}
+
+/// Everything that the library waits for, with a server that is stopped in between.
+fn silent_device() -> Result<()> {
+    const PATIENCE: Duration = Duration::from_millis(400);
+    let rig = rig()?;
+    let mut broker = rig.broker(&BROKER_ARGUMENTS)?;
+    let options = Options { memory_bytes: 4 << 20, way: Way::Virtqueue, patience: PATIENCE, ..Options::default() };
+    let patient = Options { patience: LIMIT, ..options };
+    fn is_silent<T>(what: &str, result: Result<T, Error>) -> Result<()> {
+        ensure!(matches!(result, Err(Error::Silent { .. })), "{what}: {:?}", result.err());
+        Ok(())
+    }
+
+    {
+        let stopped = Stopped::new(&mut broker)?;
+        is_silent("connect", Disk::connect(rig.socket(), options))?;
+        drop(stopped);
+    }
+    let disk = Disk::connect(rig.socket(), patient)?;
+    disk.close()?;
+    for way in [Way::Virtqueue, Way::Auto] {
+        let disk = Disk::connect(rig.socket(), Options { way, ..options }).context("a server that goes on")?;
+        let mut queue = disk.queue(1)?;
+        let buffer = disk.allocate(4096)?;
+        queue.submit(Operation::DurableWrite, buffer, 0, 4096, 1).expect("an empty queue has room");
+        let done = queue.wait(LIMIT).context("a write")?;
+        ensure!(done.result? == 4096);
+
+        let stopped = Stopped::new(&mut broker)?;
+        is_silent("flush", disk.flush())?;
+        is_silent("serial", disk.serial())?;
+        is_silent("discard", disk.discard(0, 4096))?;
+        // The user of a queue is never held up.
+        queue.submit(Operation::DurableWrite, done.buffer, 0, 4096, 2).expect("there is room");
+        let begin = Instant::now();
+        ensure!(way == Way::Auto || queue.wait(Duration::from_millis(50)).is_none(), "who has done that?");
+        ensure!(begin.elapsed() < LIMIT, "{:?}", begin.elapsed());
+        is_silent("memory", disk.add_memory(1 << 32, 1 << 20))?;
+        drop(stopped);
+        // It is connected anew, after a message without an answer.
+        let begin = Instant::now();
+        while disk.reconnects() == 0 {
+            ensure!(begin.elapsed() < LIMIT, "it is not connected anew");
+            thread::sleep(Duration::from_millis(2));
+        }
+        if way == Way::Virtqueue {
+            ensure!(queue.wait(LIMIT).context("the second write")?.result? == 4096);
+        }
+
+        let stopped = Stopped::new(&mut broker)?;
+        let begin = Instant::now();
+        drop(queue);
+        let closed = disk.close();
+        ensure!(matches!(closed, Err(Error::NotStopped { .. })), "{closed:?}");
+        ensure!(begin.elapsed() < LIMIT, "{:?}", begin.elapsed());
+        drop(stopped);
+    }
+    Disk::connect(rig.socket(), patient)?.close()?;
+    Ok(())
+}
