@@ -2,6 +2,8 @@
 
 use std::sync::OnceLock;
 
+use crate::vhost_user::listener::remove_socket_files;
+
 static LAST_WORK: OnceLock<fn()> = OnceLock::new();
 
 /// Has `work` called before this library ends the process. The first caller's counts.
@@ -9,8 +11,9 @@ pub fn before_process_end(work: fn()) {
     let _ = LAST_WORK.set(work);
 }
 
-/// Ends the process.
+/// Ends the process, without its destructors. Its socket files are removed.
 pub(crate) fn end_process(status: i32) -> ! {
+    remove_socket_files();
     if let Some(work) = LAST_WORK.get() {
         work();
     }

@@ -90,7 +90,18 @@ fn devices_are_listed_by_name_and_those_that_are_gone_are_marked() {
     let names: Vec<&str> = found.as_array().unwrap().iter().map(|found| found["name"].as_str().unwrap()).collect();
     assert_eq!(names, ["one", "second", "stale"]);
     assert!(found[0]["pid"].is_u64() && found[2]["pid"].is_null());
-    assert!(place.text(&["list"]).contains("stale   gone"), "{}", place.text(&["list"]));
+    assert!(!place.path("run/stale.control").exists(), "the list removes what no process listens on");
+    drop(UnixListener::bind(place.path("run/stale.control")).unwrap());
+    let output = place.dev(&["show", "stale"]);
+    assert_eq!(output.status.code(), Some(1));
+    let error = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(error.contains("the device is gone: no process listens on "), "{error}");
+    let all = place.text(&["show"]);
+    assert!(all.contains("one: pid ") && all.contains("second: pid ") && all.contains("\nstale: gone\n"), "{all}");
+    drop(UnixListener::bind(place.path("run/stale.control")).unwrap());
+    let list = place.text(&["list"]);
+    assert!(list.contains("stale   gone"), "{list}");
+    drop(UnixListener::bind(place.path("run/stale.control")).unwrap());
     let output = place.dev(&["show", "three"]);
     assert_eq!(output.status.code(), Some(1));
     let error = String::from_utf8_lossy(&output.stderr).into_owned();
@@ -159,6 +170,53 @@ fn clients_that_misbehave_hold_up_neither_the_device_nor_others_for_long() {
     BufReader::new(asking).read_line(&mut line).unwrap();
     assert!(line.contains("\"name\":\"vm\""), "{line}");
     drop(idle);
+}
+
+#[test]
+fn silent_clients_do_not_delay_others() {
+    let place = Place::new();
+    let _served = place.serve("vm");
+    let silent: Vec<UnixStream> = (0..40).map(|_| UnixStream::connect(place.path("run/vm.control")).unwrap()).collect();
+    // Each alone was waited for 2 s.
+    let begin = Instant::now();
+    place.json(&["show", "vm"]);
+    assert!(begin.elapsed() < Duration::from_secs(10), "{:?}", begin.elapsed());
+    drop(silent);
+}
+
+#[test]
+fn a_device_that_does_not_answer_is_not_taken_for_one_that_is_gone() {
+    let place = Place::new();
+    let _served = place.serve("vm");
+    let other = UnixListener::bind(place.path("run/silent.control")).unwrap();
+    let hangs_up = std::thread::spawn(move || drop(other.accept().unwrap()));
+    let list = place.text(&["list"]);
+    assert!(list.contains("silent  silent"), "{list}");
+    assert!(list.contains("has hung up without an answer"), "{list}");
+    assert!(place.path("run/silent.control").exists(), "it is another's");
+    hangs_up.join().unwrap();
+}
+
+#[test]
+fn watching_goes_on_when_a_server_is_restarted() {
+    let place = Place::new();
+    let served = place.serve("vm");
+    let mut child = place.command(&["dev", "stats", "vm", "--watch", "0.1", "--json"]);
+    let mut child = child.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut counts = BufReader::new(child.stdout.take().unwrap()).lines().map(Result::unwrap);
+    let mut said = BufReader::new(child.stderr.take().unwrap()).lines().map(Result::unwrap);
+    let _watching = Served(child);
+    let started = |line: &str| serde_json::from_str::<Value>(line).unwrap()["started_ms"].as_u64().unwrap();
+    let before = started(&counts.next().unwrap());
+    // Killed, so that its socket stays; and then removed, as in an orderly end.
+    drop(served);
+    let line = said.next().unwrap();
+    assert!(line.contains("the device is gone") && line.ends_with("; waiting for it"), "{line}");
+    std::fs::remove_file(place.path("run/vm.control")).unwrap();
+    std::fs::remove_file(place.path("vm.sock")).unwrap();
+    let _served = place.serve("vm");
+    assert_eq!(said.next().unwrap(), "ringpass: vm is back");
+    assert!(counts.any(|line| started(&line) != before));
 }
 
 #[test]

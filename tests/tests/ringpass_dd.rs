@@ -152,7 +152,8 @@ fn refusals() -> Result<()> {
     ensure!(!place.path("out").exists(), "a file was made");
     drop(place);
 
-    let output = Command::new(program()?).args(["--socket", "no/such.sock", "read", "--output", "-"]).output()?;
+    let arguments = ["--socket", "no/such.sock", "read", "--output", "-", "--patience-s", "1"];
+    let output = Command::new(dd::program()?).args(arguments).output()?;
     status_is(&output, 2)?;
     let (said, advice) = (text(&output), "is `ringpass serve --socket-path` running there?");
     ensure!(

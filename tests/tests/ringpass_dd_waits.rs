@@ -168,7 +168,8 @@ fn stopped_server() -> Result<()> {
     // In the middle of a copy, and then in the drop of the disk.
     let mut running = Running::start(&place.rig, &["write", "--input", "-", "--patience-s", "3"], Stdio::piped())?;
     let mut input = running.child.stdin.take().context("it is piped")?;
-    input.write_all(&vec![1; 1 << 20])?;
+    // More than it has under way at a time, so that it waits for the server in between.
+    input.write_all(&vec![1; 5 << 20])?;
     let begin = Instant::now();
     while !place.disk()?.starts_with(&[1; 4096]) {
         ensure!(begin.elapsed() < LIMIT, "nothing is written");
@@ -176,7 +177,7 @@ fn stopped_server() -> Result<()> {
     }
     let stopped = Stopped::new(&mut place.broker)?;
     // As much as it takes before it waits.
-    let writing = thread::spawn(move || input.write_all(&vec![2; 40 << 20]));
+    let writing = thread::spawn(move || input.write_all(&vec![2; 36 << 20]));
     running.wait_for_line("nothing comes from the server; waiting up to 3 s")?;
     let (status, said) = running.end()?;
     ensure!(status == Some(2) && said.contains("nothing came from the server for 3 s"), "{status:?}: {said}");

@@ -4,9 +4,11 @@
 //! [`DeviceStatus`], a [`DeviceStats`], or `{"error": "..."}`. Fields are only ever added. Whoever may open the socket, its
 //! owner, may ask; nothing can be changed.
 
+mod clients;
 mod server;
 mod status;
 
+pub use crate::vhost_user::listener::remove_if_stale;
 pub use server::{ControlError, ControlServer, ControlSocket};
 pub use status::{
     ByDevice, ByGuest, DeviceStats, DeviceStatus, DiskStatus, ExecutedBy, LimitStatus, QueueStats, QueueStatus,

@@ -98,12 +98,19 @@ pub struct QueueStatus {
 pub struct DeviceStats {
     /// The name under which it is found.
     pub name: String,
+    /// When its process began to count, in milliseconds since 1970: another number says that the counters began anew. Absent from
+    /// older servers.
+    #[serde(default)]
+    pub started_ms: Option<u64>,
+    /// How long it has counted, in milliseconds.
+    #[serde(default)]
+    pub age_ms: Option<u64>,
     /// Each queue.
     pub queues: Vec<QueueStats>,
 }
 
 /// What one queue has done.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct QueueStats {
     /// Its index.
     pub index: u16,
@@ -164,6 +171,8 @@ mod tests {
     fn the_names_of_fields_are_an_interface() {
         let stats = DeviceStats {
             name: "vm1".into(),
+            started_ms: Some(1),
+            age_ms: Some(2),
             queues: vec![QueueStats {
                 index: 1,
                 by_device: ByDevice { reads: 3, ..ByDevice::default() },

@@ -148,3 +148,36 @@ fn a_system_call_that_serving_does_not_make_is_refused_and_told_of_and_the_proce
         assert_eq!(read_status("Seccomp"), "2");
     });
 }
+
+#[test]
+fn two_threads_that_exit_the_process_at_once_do_not_call_what_the_sandbox_refuses() {
+    use std::sync::{Condvar, Mutex};
+
+    const NAME: &str = "two_threads_that_exit_the_process_at_once_do_not_call_what_the_sandbox_refuses";
+    /// Whether the first thread is in the middle of `exit(3)`.
+    static IS_EXITING: (Mutex<bool>, Condvar) = (Mutex::new(false), Condvar::new());
+    if let Some(output) = child(NAME) {
+        let text = assert_success(&output);
+        assert!(!text.contains("the sandbox refused"), "{text}");
+        return;
+    }
+    in_fork(|| {
+        extern "C" fn in_the_middle() {
+            *IS_EXITING.0.lock().unwrap() = true;
+            IS_EXITING.1.notify_all();
+            // For the second thread to get there, which must then wait for the end of the process.
+            thread::sleep(std::time::Duration::from_millis(200));
+        }
+        let disk = tempfile::tempfile().unwrap();
+        let restricted = drop_privileges().unwrap().restrict_paths(&paths(&disk)).unwrap();
+        restricted.filter_system_calls().unwrap();
+        // SAFETY: the function is there until the end of the process.
+        assert_eq!(unsafe { nix::libc::atexit(in_the_middle) }, 0);
+        thread::spawn(|| {
+            let is_exiting = IS_EXITING.1.wait_while(IS_EXITING.0.lock().unwrap(), |is_exiting| !*is_exiting);
+            drop(is_exiting.unwrap());
+            std::process::exit(7);
+        });
+        std::process::exit(0);
+    });
+}

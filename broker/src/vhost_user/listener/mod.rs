@@ -1,5 +1,6 @@
 //! Where front-ends come from: a socket file of our own, or a socket that was passed to this process.
 
+mod directory;
 #[cfg(test)]
 mod tests;
 
@@ -8,12 +9,15 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use rustix::fs::{AtFlags, CWD, FileType, Gid, Mode, OFlags, chownat, fchmod, fstat, openat};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use thiserror::Error;
 
+use self::directory::Directory;
 use super::connection::pid_of_peer;
 use crate::processes::Process;
 
@@ -119,9 +123,9 @@ impl SocketAccess {
 /// A source of connections.
 #[derive(Debug)]
 pub(crate) struct Listener {
-    source: Source,
-    /// The socket file, if it is ours. Here only to be removed.
+    /// The socket file, if it is ours. Removed before this process stops listening: until then no other takes its place.
     _file: Option<SocketFile>,
+    source: Source,
 }
 
 #[derive(Debug)]
@@ -134,8 +138,9 @@ enum Source {
 /// A socket file on which nobody listens yet. Removed when dropped.
 #[derive(Debug)]
 pub struct BoundSocket {
-    socket: OwnedFd,
     file: SocketFile,
+    socket: OwnedFd,
+    directory: Directory,
 }
 
 impl BoundSocket {
@@ -145,6 +150,14 @@ impl BoundSocket {
     ///
     /// Somebody listens there, something else is there, the path cannot be used, or the socket cannot have the group.
     pub fn bind(path: &Path, access: SocketAccess) -> Result<Self, ListenError> {
+        let directory = Directory::of(path);
+        let lock = directory.lock();
+        let (file, socket) = Self::make(path, access)?;
+        drop(lock);
+        Ok(Self { file, socket, directory })
+    }
+
+    fn make(path: &Path, access: SocketAccess) -> Result<(SocketFile, OwnedFd), ListenError> {
         let failed = |what| move |source| ListenError::Path { path: path.to_owned(), what, source };
         let bound = match bind(path, access) {
             Err(Errno::ADDRINUSE) => {
@@ -164,26 +177,37 @@ impl BoundSocket {
             let refused = |errno: Errno| ListenError::Group { path: path.to_owned(), group, source: errno.into() };
             give_to_group(path, group).map_err(refused)?;
         }
-        Ok(Self { socket, file })
+        Ok((file, socket))
     }
 
     /// Takes connections from now on; none could be made before.
     pub(crate) fn listen(self) -> Result<Listener, ListenError> {
-        let Self { socket, file } = self;
-        if !file.is_there() {
-            return Err(ListenError::Replaced { path: file.path.clone() });
-        }
-        let failed =
-            |errno: Errno| ListenError::Path { path: file.path.clone(), what: "listening there", source: errno.into() };
-        rustix::net::listen(&socket, BACKLOG).map_err(failed)?;
-        Ok(Listener { source: Source::Listening(UnixListener::from(socket)), _file: Some(file) })
+        let Self { file, socket, directory } = self;
+        let _lock = directory.lock();
+        listen(file, socket)
     }
+}
+
+fn listen(file: SocketFile, socket: OwnedFd) -> Result<Listener, ListenError> {
+    if !file.is_there() {
+        return Err(ListenError::Replaced { path: file.path().to_owned() });
+    }
+    rustix::net::listen(&socket, BACKLOG).map_err(|errno| ListenError::Path {
+        path: file.path().to_owned(),
+        what: "listening there",
+        source: errno.into(),
+    })?;
+    Ok(Listener { _file: Some(file), source: Source::Listening(UnixListener::from(socket)) })
 }
 
 impl Listener {
     /// Listens on a path. A socket file that nobody listens on any more is replaced.
     pub(crate) fn bind(path: &Path, access: SocketAccess) -> Result<Self, ListenError> {
-        BoundSocket::bind(path, access)?.listen()
+        let directory = Directory::of(path);
+        // Between `bind` and `listen` the socket looks like one that nobody listens on.
+        let _lock = directory.lock();
+        let (file, socket) = BoundSocket::make(path, access)?;
+        listen(file, socket)
     }
 
     /// Takes a socket that the parent process passed.
@@ -209,7 +233,7 @@ impl Listener {
         } else {
             Source::Connected(Some(UnixStream::from(fd)))
         };
-        Ok(Self { source, _file: None })
+        Ok(Self { _file: None, source })
     }
 
     /// The next connection, if one is there. Never waits.
@@ -261,26 +285,59 @@ fn new_socket() -> Result<OwnedFd, Errno> {
     rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)
 }
 
-/// A socket file of ours, removed when it is dropped, unless somebody has put another one there.
+/// A socket file that this process made, removed when it is dropped, unless somebody has put another one there.
 #[derive(Debug)]
-struct SocketFile {
+struct SocketFile(Arc<Made>);
+
+#[derive(Debug)]
+struct Made {
     path: PathBuf,
     identity: (u64, u64),
+    is_removed: AtomicBool,
+}
+
+/// The socket files of this process, for an end without destructors.
+static MADE: Mutex<Vec<Weak<Made>>> = Mutex::new(Vec::new());
+
+/// Removes all socket files of this process, which is about to end.
+pub(crate) fn remove_socket_files() {
+    let made = MADE.lock().unwrap_or_else(PoisonError::into_inner);
+    made.iter().filter_map(Weak::upgrade).for_each(|file| file.remove());
 }
 
 impl SocketFile {
     fn of(path: &Path) -> io::Result<Self> {
-        Ok(Self { path: path.to_owned(), identity: identity(path)? })
+        let made = Made { path: path.to_owned(), identity: identity(path)?, is_removed: AtomicBool::new(false) };
+        let made = Arc::new(made);
+        let mut all = MADE.lock().unwrap_or_else(PoisonError::into_inner);
+        all.retain(|file| file.strong_count() > 0);
+        all.push(Arc::downgrade(&made));
+        Ok(Self(made))
+    }
+
+    fn path(&self) -> &Path {
+        &self.0.path
     }
 
     fn is_there(&self) -> bool {
-        identity(&self.path).is_ok_and(|found| found == self.identity)
+        self.0.is_there()
     }
 }
 
 impl Drop for SocketFile {
     fn drop(&mut self) {
-        if self.is_there() {
+        self.0.remove();
+    }
+}
+
+impl Made {
+    fn is_there(&self) -> bool {
+        identity(&self.path).is_ok_and(|found| found == self.identity)
+    }
+
+    /// Only once: another file that comes there later may have the same inode number.
+    fn remove(&self) {
+        if !self.is_removed.swap(true, Ordering::AcqRel) && self.is_there() {
             let _ = std::fs::remove_file(&self.path);
         }
     }
@@ -288,6 +345,20 @@ impl Drop for SocketFile {
 
 fn identity(path: &Path) -> io::Result<(u64, u64)> {
     std::fs::symlink_metadata(path).map(|metadata| (metadata.dev(), metadata.ino()))
+}
+
+/// Removes the socket at `path` if it is one that no process listens on, unless another process makes sockets in that directory at
+/// this moment. True: it is gone.
+///
+/// A [`BoundSocket`] looks like such a one.
+///
+/// # Errors
+///
+/// It is in use or is no socket; it cannot be looked at or removed.
+pub fn remove_if_stale(path: &Path) -> Result<bool, ListenError> {
+    let directory = Directory::of(path);
+    let Some(_lock) = directory.lock() else { return Ok(false) };
+    remove_stale(path).map(|()| true)
 }
 
 /// Removes a socket that nobody listens on.

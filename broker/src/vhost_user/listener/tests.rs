@@ -160,3 +160,57 @@ fn a_socket_that_is_made_cannot_be_connected_to_before_somebody_listens() {
     let _second = second.listen().unwrap();
     assert!(path.exists(), "the socket of the second is left");
 }
+
+#[test]
+fn many_processes_that_replace_one_stale_socket_leave_one_of_them_in_its_place() {
+    let (_directory, path) = socket_path();
+    for _ in 0..50 {
+        drop(UnixListener::bind(&path).unwrap());
+        let barrier = std::sync::Barrier::new(8);
+        let work = |is_list: bool| {
+            barrier.wait();
+            if is_list {
+                // As `ringpass dev list` does.
+                let _ = remove_if_stale(&path);
+                return None;
+            }
+            Some(Listener::bind(&path, SocketAccess::default()))
+        };
+        let outcomes: Vec<_> = std::thread::scope(|scope| {
+            let work = &work;
+            let threads: Vec<_> = (0..8).map(|index| scope.spawn(move || work(index % 4 == 3))).collect();
+            threads.into_iter().filter_map(|thread| thread.join().unwrap()).collect()
+        });
+        let mut served: Vec<Listener> = outcomes.into_iter().flatten().collect();
+        assert_eq!(served.len(), 1, "the others are told that it is in use");
+        let _client = UnixStream::connect(&path).unwrap();
+        assert!(served[0].accept().unwrap().is_some(), "the path leads to the one that listens");
+        drop(served);
+        assert!(!path.exists());
+    }
+}
+
+#[test]
+fn a_directory_whose_lock_another_keeps_does_not_keep_a_server_from_starting() {
+    let (directory, path) = socket_path();
+    drop(UnixListener::bind(&path).unwrap());
+    let other = std::fs::File::open(directory.path()).unwrap();
+    other.lock().unwrap();
+    assert!(!remove_if_stale(&path).unwrap(), "it is left to whoever has the lock");
+    assert!(path.exists());
+    Listener::bind(&path, SocketAccess::default()).unwrap();
+}
+
+#[test]
+fn a_socket_file_that_was_removed_early_is_not_removed_again() {
+    let (_directory, path) = socket_path();
+    let listener = Listener::bind(&path, SocketAccess::default()).unwrap();
+    let made = listener._file.as_ref().unwrap().0.clone();
+    made.remove();
+    assert!(!path.exists());
+    // It may have the same inode number.
+    let _other = UnixListener::bind(&path).unwrap();
+    made.remove();
+    drop(listener);
+    assert!(path.exists());
+}

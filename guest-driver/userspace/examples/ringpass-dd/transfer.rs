@@ -185,7 +185,8 @@ impl<'d> Transfer<'d> {
     pub(crate) fn run(&mut self, range: Range, mut direction: Direction<'_>, progress: &Progress) -> Result<()> {
         let mut course = Course::default();
         self.moved_bytes = 0;
-        let mut last_move = Instant::now();
+        // Only what the server is waited for counts, not a pipe.
+        let mut silence = Duration::ZERO;
         let mut has_told = false;
         loop {
             while !course.is_all_begun && self.begin(&mut course, range, &mut direction)? {}
@@ -195,17 +196,20 @@ impl<'d> Transfer<'d> {
             interrupt::note_moved(self.moved_bytes);
             interrupt::check()?;
             progress.note_losses(self.disk.reconnects());
-            let before = self.moved_bytes;
+            let (before, begin) = (self.moved_bytes, Instant::now());
             self.finish(&mut course, range, &mut direction)?;
             if self.moved_bytes > before {
                 progress.moved(self.moved_bytes - before);
-                last_move = Instant::now();
+                silence = Duration::ZERO;
                 has_told = false;
-            } else if last_move.elapsed() > UNTOLD && !std::mem::replace(&mut has_told, true) {
+            } else {
+                silence += begin.elapsed();
+            }
+            if silence > UNTOLD && !std::mem::replace(&mut has_told, true) {
                 progress.tell(&format!("nothing comes from the server; waiting up to {} s", self.patience.as_secs()));
             }
             ensure!(
-                last_move.elapsed() < self.patience,
+                silence < self.patience,
                 "nothing came from the server for {} s: is `ringpass serve` running, and is its disk free?",
                 self.patience.as_secs()
             );

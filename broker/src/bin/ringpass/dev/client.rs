@@ -7,7 +7,8 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, bail};
-use ringpass_broker::control::DeviceStatus;
+use ringpass_broker::control::{DeviceStatus, remove_if_stale};
+use ringpass_broker::printable::Chain;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
@@ -26,12 +27,21 @@ pub(super) struct Devices {
 pub(super) struct Found {
     /// The device's name.
     pub(super) name: String,
-    /// Its process. None: nobody answers there any more.
+    /// Its process. None: it is gone, or does not answer.
     pub(super) pid: Option<u32>,
     /// Its disk.
     pub(super) disk: Option<String>,
-    /// The socket.
+    /// The socket. That of a device that is gone is removed.
     pub(super) socket: PathBuf,
+    /// Why there is no answer of a device that is not gone.
+    pub(super) error: Option<String>,
+}
+
+/// No process listens on the control socket of a device.
+#[derive(Debug, thiserror::Error)]
+#[error("the device is gone: no process listens on {}", .socket.display())]
+pub(super) struct Gone {
+    socket: PathBuf,
 }
 
 impl Devices {
@@ -45,9 +55,13 @@ impl Devices {
         let mut found = Vec::new();
         for name in self.names()? {
             let socket = self.socket(&name);
-            let status: Option<DeviceStatus> = ask(&socket, "show").ok();
-            let (pid, disk) = status.map(|status| (status.pid, status.disk.path)).unzip();
-            found.push(Found { name, pid, disk, socket });
+            let mut device = Found { name, pid: None, disk: None, socket, error: None };
+            match ask::<DeviceStatus>(&device.socket, "show") {
+                Ok(status) => (device.pid, device.disk) = (Some(status.pid), Some(status.disk.path)),
+                Err(error) if error.is::<Gone>() => remove(&device.socket),
+                Err(error) => device.error = Some(Chain(error.as_ref()).to_string()),
+            }
+            found.push(device);
         }
         Ok(found)
     }
@@ -84,14 +98,35 @@ impl Devices {
     }
 }
 
+/// Removes a socket that its server has left behind.
+fn remove(socket: &Path) {
+    if let Err(error) = remove_if_stale(socket) {
+        tracing::debug!(%error, "a control socket stays behind");
+    }
+}
+
 fn ask<T: DeserializeOwned>(socket: &Path, request: &str) -> anyhow::Result<T> {
     let talking = || format!("asking the device at {}", socket.display());
-    let stream = UnixStream::connect(socket).with_context(talking)?;
+    let stream = match UnixStream::connect(socket) {
+        Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused) => {
+            return Err(Gone { socket: socket.to_owned() }.into());
+        }
+        other => other.with_context(talking)?,
+    };
     stream.set_read_timeout(Some(PATIENCE)).with_context(talking)?;
     let question = serde_json::json!({ "request": request });
-    (&stream).write_all(format!("{question}\n").as_bytes()).with_context(talking)?;
     let mut line = String::new();
-    BufReader::new(stream).read_line(&mut line).with_context(talking)?;
+    let asked = (&stream).write_all(format!("{question}\n").as_bytes());
+    match asked.and_then(|()| BufReader::new(stream).read_line(&mut line)).map_err(|error| (error.kind(), error)) {
+        Err((ErrorKind::WouldBlock, _)) => {
+            bail!("the device at {} does not answer within {PATIENCE:?}", socket.display())
+        }
+        Ok(0) | Err((ErrorKind::BrokenPipe | ErrorKind::ConnectionReset, _)) => {
+            bail!("the device at {} has hung up without an answer: is it ending?", socket.display())
+        }
+        Ok(_) => {}
+        Err((_, error)) => return Err(error).with_context(talking),
+    }
     let answer: serde_json::Value = serde_json::from_str(&line).with_context(talking)?;
     if let Some(error) = answer.get("error").and_then(serde_json::Value::as_str) {
         bail!("the device at {}: {error}", socket.display());

@@ -6,14 +6,15 @@ mod print;
 use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use clap::{Args, Subcommand};
 use ringpass_broker::control::{DeviceStats, DeviceStatus};
+use ringpass_broker::printable::{Chain, printable};
 use serde::Serialize;
 
-use client::{Devices, Found};
+use client::{Devices, Found, Gone};
 
 /// Look at the devices that `ringpass serve` serves.
 #[derive(Debug, Args)]
@@ -44,7 +45,7 @@ enum Action {
     Stats {
         /// Name of the device, or path of its control socket.
         device: String,
-        /// Count again and again, and show what was done since the last time, per second.
+        /// Count again and again, and show what was done since the last time, per second. A device that is gone is waited for.
         #[arg(long, value_name = "SECONDS", num_args = 0..=1, default_missing_value = "1", value_parser = seconds)]
         watch: Option<f64>,
     },
@@ -73,11 +74,7 @@ pub(crate) fn run(command: &DevCommand) -> anyhow::Result<ExitCode> {
             let status: DeviceStatus = devices.ask(device, "show")?;
             command.print(&status, || print::show(&status))?;
         }
-        Action::Show { device: None } => {
-            let names = devices.list()?.into_iter().filter(|found| found.pid.is_some()).map(|Found { name, .. }| name);
-            let all = names.map(|name| devices.ask(&name, "show")).collect::<anyhow::Result<Vec<DeviceStatus>>>()?;
-            command.print(&all, || all.iter().map(print::show).collect::<Vec<_>>().join("\n"))?;
-        }
+        Action::Show { device: None } => return show_all(command, &devices),
         Action::Stats { device, watch: None } => {
             let stats: DeviceStats = devices.ask(device, "stats")?;
             command.print(&stats, || print::stats(&stats))?;
@@ -87,15 +84,62 @@ pub(crate) fn run(command: &DevCommand) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Until somebody ends it, or the device is gone.
+/// All devices; of those without an answer, why.
+fn show_all(command: &DevCommand, devices: &Devices) -> anyhow::Result<ExitCode> {
+    let (mut all, mut text) = (Vec::new(), Vec::new());
+    let mut is_complete = true;
+    for found in devices.list()? {
+        let status = match found {
+            Found { pid: None, error: None, name, .. } => Err(format!("{name}: gone")),
+            Found { error: Some(error), name, .. } => Err(format!("{name}: {error}")),
+            Found { name, .. } => match devices.ask::<DeviceStatus>(&name, "show") {
+                Err(error) if error.is::<Gone>() => Err(format!("{name}: gone")),
+                Err(error) => Err(format!("{name}: {}", Chain(error.as_ref()))),
+                Ok(status) => Ok(status),
+            },
+        };
+        match status {
+            Ok(status) => {
+                text.push(print::show(&status));
+                all.push(status);
+            }
+            Err(why) => {
+                is_complete &= why.ends_with(": gone");
+                text.push(format!("{why}\n"));
+            }
+        }
+    }
+    command.print(&all, || text.join("\n"))?;
+    Ok(if is_complete { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// Until somebody ends it. A device that is gone is waited for.
 fn watch(command: &DevCommand, devices: &Devices, device: &str, seconds: f64) -> anyhow::Result<()> {
     let mut before: DeviceStats = devices.ask(device, "stats")?;
+    let mut counted_at = Instant::now();
+    let mut is_missing = false;
     loop {
         std::thread::sleep(Duration::from_secs_f64(seconds));
-        let now: DeviceStats = devices.ask(device, "stats")?;
-        command.print(&now, || print::rates(&before, &now, seconds))?;
-        before = now;
+        let now: DeviceStats = match devices.ask(device, "stats") {
+            Ok(now) => now,
+            Err(error) => {
+                if !std::mem::replace(&mut is_missing, true) {
+                    note(&format!("{}; waiting for it", Chain(error.as_ref())));
+                }
+                continue;
+            }
+        };
+        if std::mem::take(&mut is_missing) {
+            note(&format!("{} is back", printable(device)));
+        }
+        command.print(&now, || print::rates(&before, &now, counted_at.elapsed()))?;
+        (before, counted_at) = (now, Instant::now());
     }
+}
+
+/// Tells of something that is no result.
+fn note(line: &str) {
+    let _ = writeln!(std::io::stderr(), "ringpass: {line}");
 }
 
 impl DevCommand {

@@ -1,5 +1,7 @@
 //! Devices for people.
 
+use std::time::Duration;
+
 use ringpass_broker::control::{ByGuest, DeviceStats, DeviceStatus, ExecutedBy, QueueStats};
 
 use ringpass_broker::printable::printable;
@@ -11,9 +13,14 @@ pub(super) fn list(found: &[Found]) -> String {
         return "no devices\n".into();
     }
     let mut rows = vec![["name", "pid", "disk"].map(str::to_owned)];
-    for Found { name, pid, disk, .. } in found {
-        let pid = pid.map_or("gone".into(), |pid| pid.to_string());
-        rows.push([printable(name).to_string(), pid, printable(disk.as_deref().unwrap_or_default()).to_string()]);
+    for Found { name, pid, disk, error, .. } in found {
+        let state = match (pid, error) {
+            (Some(pid), _) => pid.to_string(),
+            (None, None) => "gone".into(),
+            (None, Some(_)) => "silent".into(),
+        };
+        let what = disk.as_deref().or(error.as_deref()).unwrap_or_default();
+        rows.push([printable(name).to_string(), state, printable(what).to_string()]);
     }
     table(&rows)
 }
@@ -88,16 +95,36 @@ pub(super) fn stats(stats: &DeviceStats) -> String {
     table(&rows)
 }
 
-/// What was done between two counts, per second.
-pub(super) fn rates(before: &DeviceStats, now: &DeviceStats, seconds: f64) -> String {
+/// What was done between two counts that lie `elapsed` apart, per second.
+pub(super) fn rates(before: &DeviceStats, now: &DeviceStats, elapsed: Duration) -> String {
     let mut rows = vec![COLUMNS.map(str::to_owned)];
-    for (before, now) in before.queues.iter().zip(&now.queues) {
-        rows.push(row(&difference(before, now), seconds));
+    let is_restarted = is_restarted(before, now);
+    // The counters of a new process began with it.
+    let age = now.age_ms.filter(|_| is_restarted).map(Duration::from_millis);
+    let seconds = age.unwrap_or(elapsed).min(elapsed).as_secs_f64().max(1e-3);
+    for now in &now.queues {
+        let before = before.queues.iter().find(|before| before.index == now.index && !is_restarted);
+        rows.push(row(&before.map_or(*now, |before| difference(before, now)), seconds));
     }
     table(&rows)
 }
 
-/// A device that was restarted begins to count anew.
+/// Whether another process counts now, from zero.
+fn is_restarted(before: &DeviceStats, now: &DeviceStats) -> bool {
+    match (before.started_ms, now.started_ms) {
+        (Some(before), Some(now)) => before != now,
+        // A server that does not say when it started: no counter ever falls in one process.
+        _ => before.queues.iter().zip(&now.queues).any(|(before, now)| fell(before, now)),
+    }
+}
+
+fn fell(before: &QueueStats, now: &QueueStats) -> bool {
+    let (was, is) = (before.by_device, now.by_device);
+    let pairs = [(was.reads, is.reads), (was.writes, is.writes), (was.flushes, is.flushes), (was.kicks, is.kicks)];
+    let submitted = |stats: &QueueStats| stats.by_guest.unwrap_or_default().submitted;
+    pairs.into_iter().any(|(was, is)| is < was) || submitted(now) < submitted(before)
+}
+
 fn difference(before: &QueueStats, now: &QueueStats) -> QueueStats {
     let (was, mut is) = (before.by_device, now.by_device);
     for (is, was) in [
@@ -114,6 +141,7 @@ fn difference(before: &QueueStats, now: &QueueStats) -> QueueStats {
     ] {
         *is = is.saturating_sub(was);
     }
+    // The words of rings are the guest's, and can say anything.
     let was = before.by_guest.unwrap_or_default();
     let by_guest = now.by_guest.map(|is| ByGuest {
         submitted: is.submitted.saturating_sub(was.submitted),
@@ -160,25 +188,40 @@ mod tests {
 
     use super::*;
 
-    fn counted(reads: u64, completed: u64) -> DeviceStats {
+    fn counted(reads: u64, completed: u64, started_ms: Option<u64>) -> DeviceStats {
         let by_device = ByDevice { reads, read_bytes: reads << 20, ..ByDevice::default() };
         let by_guest = Some(ByGuest { submitted: completed, completed });
-        DeviceStats { name: "vm1".into(), queues: vec![QueueStats { index: 1, by_device, by_guest }] }
+        let queues = vec![QueueStats { index: 1, by_device, by_guest }];
+        DeviceStats { name: "vm1".into(), started_ms, age_ms: started_ms.map(|_| 500), queues }
+    }
+
+    fn last_row(before: &DeviceStats, now: &DeviceStats) -> Vec<String> {
+        let text = rates(before, now, Duration::from_secs(2));
+        text.lines().last().unwrap().split_whitespace().map(str::to_owned).collect()
     }
 
     #[test]
-    fn rates_are_per_second_and_a_restart_is_no_negative_rate() {
-        let text = rates(&counted(100, 1000), &counted(300, 5000), 2.0);
-        let last: Vec<&str> = text.lines().last().unwrap().split_whitespace().collect();
-        assert_eq!(last, ["1", "100", "100.0", "0", "0.0", "0", "0", "0", "0", "0", "2000"]);
-        let text = rates(&counted(100, 1000), &counted(3, 5), 1.0);
-        assert!(text.lines().last().unwrap().ends_with('0'), "{text}");
+    fn rates_are_per_second_between_two_counts_of_one_process() {
+        for started_ms in [None, Some(7)] {
+            let row = last_row(&counted(100, 1000, started_ms), &counted(300, 5000, started_ms));
+            assert_eq!(row, ["1", "100", "100.0", "0", "0.0", "0", "0", "0", "0", "0", "2000"]);
+        }
+    }
+
+    #[test]
+    fn a_restarted_server_has_done_all_that_it_counts_since_its_start() {
+        // More than before as well: what tells is the process, and its age is half a second.
+        let row = last_row(&counted(100, 1000, Some(7)), &counted(300, 5000, Some(8)));
+        assert_eq!(row, ["1", "600", "600.0", "0", "0.0", "0", "0", "0", "0", "0", "10000"]);
+        // One that does not say when it started.
+        let row = last_row(&counted(100, 1000, None), &counted(30, 50, None));
+        assert_eq!(row, ["1", "15", "15.0", "0", "0.0", "0", "0", "0", "0", "0", "25"]);
     }
 
     #[test]
     fn what_a_socket_answers_cannot_act_on_the_terminal() {
         let evil = "a\u{1b}[2J\nb";
-        let found = Found { name: evil.into(), pid: Some(1), disk: Some(evil.into()), socket: "s".into() };
+        let found = Found { name: evil.into(), pid: Some(1), disk: Some(evil.into()), socket: "s".into(), error: None };
         let disk = DiskStatus {
             path: evil.into(),
             size_bytes: 512,

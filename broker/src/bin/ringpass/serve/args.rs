@@ -27,8 +27,9 @@ const CPU_MAX: usize = 8191;
 
 /// What there is to know besides the options.
 const HELP: &str = "\
-Signals: SIGTERM and SIGINT end the server when I/O has finished (a second one ends it at once). SIGHUP has it look at the \
-size of the disk, after a resize, and tell the guest.
+Signals: SIGTERM and SIGINT end the server when I/O has finished; a second one, more than a second later, ends it at once, and \
+so does SIGQUIT. SIGHUP has it look at the size of the disk, after a resize, and tell the guest. Others are ignored. Socket files \
+are removed in every case but SIGKILL, and the next start replaces those.
 
 Logs go to standard error; RUST_LOG sets their level: error, warn, info (the default), debug.
 

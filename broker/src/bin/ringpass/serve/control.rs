@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context, ensure};
 use clap::Args;
@@ -97,6 +98,23 @@ pub(super) struct Source {
     pub(super) mode: ModeArg,
     pub(super) offer: Offer,
     pub(super) engine: EngineControl,
+    pub(super) started: Started,
+}
+
+/// When a device began to count.
+pub(super) struct Started {
+    wall: SystemTime,
+    at: Instant,
+}
+
+impl Started {
+    pub(super) fn now() -> Self {
+        Self { wall: SystemTime::now(), at: Instant::now() }
+    }
+
+    fn since_1970(&self) -> Duration {
+        self.wall.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default()
+    }
 }
 
 /// Answers from now on, if there is a socket.
@@ -156,7 +174,12 @@ impl StatusSource for Source {
             by_device: by_device(counters),
             by_guest: by_guest(index),
         });
-        DeviceStats { name: self.name.clone(), queues: queues.collect() }
+        DeviceStats {
+            name: self.name.clone(),
+            started_ms: u64::try_from(self.started.since_1970().as_millis()).ok(),
+            age_ms: u64::try_from(self.started.at.elapsed().as_millis()).ok(),
+            queues: queues.collect(),
+        }
     }
 }
 

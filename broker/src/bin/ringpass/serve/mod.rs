@@ -99,6 +99,7 @@ pub(crate) fn run(args: &ServeArgs) -> anyhow::Result<ExitCode> {
         mode: args.rings().mode(),
         offer,
         engine: engine.control(),
+        started: control::Started::now(),
     };
     // Answers until the end of the process.
     let _control = control::serve(control_socket, source)?;
@@ -145,9 +146,9 @@ fn lease(located: Arc<LocatedDisk>, connections: Arc<Connections>) -> anyhow::Re
     .context("cannot start the thread that waits for the disk")
 }
 
-/// Waits for something that nothing has to be undone for: SIGTERM and SIGINT end the process there and then.
+/// Waits for something that nothing has to be undone for: SIGTERM, SIGINT and SIGQUIT end the process there and then.
 fn interruptible<T>(wait: impl FnOnce() -> anyhow::Result<T>) -> anyhow::Result<T> {
-    let ending: SigSet = [Signal::SIGTERM, Signal::SIGINT].into_iter().collect();
+    let ending: SigSet = [Signal::SIGTERM, Signal::SIGINT, Signal::SIGQUIT].into_iter().collect();
     ending.thread_unblock().context("cannot unblock signals")?;
     let result = wait();
     ending.thread_block().context("cannot block signals")?;

@@ -1,0 +1,118 @@
+//! Signals to a server whose I/O hangs: which wait for it, and which end the process at once.
+
+use std::{
+    io::Write,
+    os::unix::net::UnixStream,
+    process::ExitCode,
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, ensure};
+use ringpass_tests::{
+    broker_process::{self, BrokerProcess},
+    front_end::{
+        rig::TestRam,
+        session::{FrontEnd, Options},
+    },
+    harness::{self, test},
+    stuck_disk::{StuckDisk, StuckKind},
+};
+use rustix::process::Signal;
+use tempfile::TempDir;
+use virtio_bindings::virtio_blk::VIRTIO_BLK_T_OUT;
+
+const DISK_BYTES: u64 = 4 << 20;
+/// Longer than anything takes on a machine with other work.
+const LIMIT: Duration = Duration::from_secs(60);
+/// Longer than the time in which a second signal is the same request.
+const LATER: Duration = Duration::from_millis(1500);
+
+fn main() -> ExitCode {
+    let needs = || StuckDisk::needs().into_iter().chain(broker_process::needs());
+    harness::run(vec![
+        test("a_second_sigterm_is_the_same_request_and_a_later_one_ends_the_server_at_once", needs(), second_signal),
+        test("sigquit_does_not_wait_for_hanging_io", needs(), quit),
+    ])
+}
+
+/// A server with a write that hangs.
+struct Stuck {
+    // The server goes first, so that the disk is free when it is taken apart.
+    broker: BrokerProcess,
+    disk: StuckDisk,
+    directory: TempDir,
+    _front_end: FrontEnd,
+    _ram: TestRam,
+}
+
+impl Stuck {
+    fn new() -> Result<Self> {
+        let disk = StuckDisk::new(StuckKind::LoopDevice, DISK_BYTES)?;
+        let directory = TempDir::with_prefix("ringpass-signals-")?;
+        let socket = directory.path().join("vm.sock");
+        let broker = BrokerProcess::start(&socket, disk.path(), &["--poll-us", "0"])?;
+        let mut ram = TestRam::new(1, 8 << 20)?;
+        let front_end = broker.explain(FrontEnd::connect(&socket, &ram.ram, Options::default()))?;
+        let mut driver = ram.driver(&front_end, 0, 4096)?;
+        driver.write(0, &[1; 4096])?;
+        ensure!(directory.path().join("vm.control").exists(), "no control socket");
+        disk.freeze()?;
+        let chain = [driver.put_header(VIRTIO_BLK_T_OUT, 0)?, driver.put_data(&[2; 4096])?, driver.put_status()?];
+        driver.vring().add(&chain)?;
+        driver.vring().publish()?;
+        let stuck = Self { broker, disk, directory, _front_end: front_end, _ram: ram };
+        stuck.wait_for_kicks(2)?;
+        Ok(stuck)
+    }
+
+    /// Waits until the server has taken so many kicks of the first queue, and with them its requests.
+    fn wait_for_kicks(&self, kicks: u64) -> Result<()> {
+        let end = Instant::now() + LIMIT;
+        loop {
+            let mut control = UnixStream::connect(self.directory.path().join("vm.control"))?;
+            control.write_all(b"{\"request\":\"stats\"}\n")?;
+            let stats: serde_json::Value = serde_json::from_reader(control)?;
+            if stats["queues"][0]["by_device"]["kicks"].as_u64().context("a count")? >= kicks {
+                return Ok(());
+            }
+            ensure!(Instant::now() < end, "the request is not taken: {stats}");
+            thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// The server ends although its I/O hangs, says so, and leaves no socket.
+    fn ends_at_once(&mut self, said: &str) -> Result<()> {
+        let status = self.broker.wait()?;
+        ensure!(status.code() == Some(1), "{status}:\n{}", self.broker.log());
+        ensure!(self.broker.has_logged(said), "it does not say {said:?}:\n{}", self.broker.log());
+        self.has_no_sockets()?;
+        self.disk.thaw()
+    }
+
+    fn has_no_sockets(&self) -> Result<()> {
+        let entries = self.directory.path().read_dir()?;
+        let left = entries.map(|entry| Ok(entry?.file_name())).collect::<Result<Vec<_>>>()?;
+        ensure!(left.is_empty(), "left behind: {left:?}");
+        Ok(())
+    }
+}
+
+fn second_signal() -> Result<()> {
+    let mut stuck = Stuck::new()?;
+    stuck.broker.signal(Signal::TERM)?;
+    stuck.broker.wait_for_log("SIGTERM: stopping")?;
+    stuck.broker.signal(Signal::TERM)?;
+    stuck.broker.wait_for_log("SIGTERM again within 1s: the same request")?;
+    stuck.broker.wait_for_log("waiting for the last I/O")?;
+    ensure!(stuck.broker.is_running()?, "it does not wait for its I/O:\n{}", stuck.broker.log());
+    thread::sleep(LATER);
+    stuck.broker.signal(Signal::TERM)?;
+    stuck.ends_at_once("SIGTERM: ending at once")
+}
+
+fn quit() -> Result<()> {
+    let mut stuck = Stuck::new()?;
+    stuck.broker.signal(Signal::QUIT)?;
+    stuck.ends_at_once("SIGQUIT: ending at once")
+}
