@@ -456,7 +456,8 @@ impl Drop for DirectQueue {
     fn drop(&mut self) {
         let Some(Running { ring, bell, pinned, disk }) = lock(&self.running).take() else { return };
         bell.iter().for_each(|bell| self.doorbells.remove(bell));
-        ring.close(Box::new((pinned, disk, self.doorbells.clone())));
+        // Dropped in this order: once the memory is let go, others can have the disk.
+        ring.close(Box::new((disk, pinned, self.doorbells.clone())));
     }
 }
 

@@ -16,6 +16,8 @@
 //! must. [`kernel`] and [`probe`] tell what this kernel and these limits allow; [`limits`] has the resource limits that
 //! matter; [`printable`] shows errors and text of others to people.
 
+#[cfg(test)]
+mod alone;
 pub mod control;
 pub mod direct;
 pub mod disk;

@@ -13,7 +13,7 @@ use std::{
 use anyhow::{Context, Result, bail, ensure};
 use rustix::process::{Pid, Signal, kill_process};
 
-use crate::needs::Need;
+use crate::{needs::Need, stuck_disk};
 
 /// The program, beside the directory of the test programs.
 const PROGRAM: &str = "ringpass";
@@ -244,20 +244,13 @@ impl BrokerProcess {
         Ok(self.child.try_wait()?.is_none())
     }
 
-    /// Whether a thread of it waits in the kernel and cannot be interrupted (state D, proc_pid_stat(5)).
+    /// Whether a thread of it waits in the kernel and cannot be interrupted.
     ///
     /// # Errors
     ///
     /// It has ended.
     pub fn has_hanging_thread(&self) -> Result<bool> {
-        for task in fs::read_dir(format!("/proc/{}/task", self.pid()))? {
-            // A thread may have ended since.
-            let Ok(stat) = fs::read_to_string(task?.path().join("stat")) else { continue };
-            if stat.rsplit_once(") ").is_some_and(|(_, fields)| fields.starts_with('D')) {
-                return Ok(true);
-            }
-        }
-        Ok(false)
+        stuck_disk::has_hanging_thread(self.pid())
     }
 
     /// What it has of the machine.

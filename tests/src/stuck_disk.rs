@@ -17,7 +17,8 @@ use std::{
     os::unix::process::CommandExt,
     path::{Path, PathBuf},
     process::{Child, ChildStdin, Command, Stdio},
-    time::Duration,
+    thread,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result, ensure};
@@ -51,6 +52,9 @@ rm -rf "$4"
 
 /// Much longer than a test needs, and shorter than the 120 s after which the kernel complains about a hanging task.
 const LONGEST_FREEZE_SECONDS: &str = "60";
+
+/// How long a write may take until it hangs, which nothing but other work on the machine delays; shorter than a freeze.
+const HANG_PATIENCE: Duration = Duration::from_secs(30);
 
 /// Space that ext4 takes for itself, generously.
 const FILE_SYSTEM_BYTES: u64 = 16 << 20;
@@ -155,7 +159,7 @@ impl StuckDisk {
 
     /// The same, waiting for the lock long enough for a ring whose I/O has ended.
     pub fn config_waiting(&self) -> DiskConfig {
-        DiskConfig { lock_wait: Some(Duration::from_secs(10)), ..self.config() }
+        DiskConfig { lock_wait: Some(Duration::from_secs(60)), ..self.config() }
     }
 
     /// From here on writes hang, until [`thaw`](Self::thaw) or the drop; a minute at most.
@@ -166,6 +170,34 @@ impl StuckDisk {
     pub fn freeze(&self) -> Result<()> {
         self.guardian.tell("freeze")?;
         program("fsfreeze", &["--freeze", path(&self.mount_point)?]).map(drop)
+    }
+
+    /// Waits until a write of the process `pid` hangs: in the device, or in a thread of that process (an io-wq worker, or one that
+    /// writes by itself). To be called between [`freeze`](Self::freeze) and [`thaw`](Self::thaw).
+    ///
+    /// # Errors
+    ///
+    /// None does in time.
+    pub fn wait_for_hanging_write(&self, pid: u32) -> Result<()> {
+        let is_hanging = || match self.kind {
+            StuckKind::LoopDevice => self.writes_in_device(),
+            StuckKind::File => has_hanging_thread(pid),
+        };
+        let end = Instant::now() + HANG_PATIENCE;
+        while !is_hanging()? {
+            ensure!(Instant::now() < end, "no write hangs after {HANG_PATIENCE:?}");
+            thread::sleep(Duration::from_millis(1));
+        }
+        Ok(())
+    }
+
+    /// Whether the device has a write under way (`/sys/block/NAME/inflight`: reads, then writes).
+    fn writes_in_device(&self) -> Result<bool> {
+        let name = self.path.file_name().and_then(|name| name.to_str()).context("the name of the loop device")?;
+        let inflight =
+            fs::read_to_string(format!("/sys/block/{name}/inflight")).context("reading what is in flight")?;
+        let writes = inflight.split_whitespace().nth(1).context("the writes in flight")?;
+        Ok(writes.parse::<u64>()? > 0)
     }
 
     /// Lets everything that hangs go on.
@@ -183,6 +215,22 @@ impl Drop for StuckDisk {
     fn drop(&mut self) {
         self.guardian.finish();
     }
+}
+
+/// Whether a thread of a process waits in the kernel and cannot be interrupted (state D, proc_pid_stat(5)).
+///
+/// # Errors
+///
+/// There is no such process.
+pub fn has_hanging_thread(pid: u32) -> Result<bool> {
+    for task in fs::read_dir(format!("/proc/{pid}/task"))? {
+        // A thread may have ended since.
+        let Ok(stat) = fs::read_to_string(task?.path().join("stat")) else { continue };
+        if stat.rsplit_once(") ").is_some_and(|(_, fields)| fields.starts_with('D')) {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 /// The process that cleans up. It is in a process group of its own, so that what ends the test does not end it.

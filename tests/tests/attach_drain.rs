@@ -36,7 +36,7 @@ const AT_ONCE: Duration = Duration::from_millis(300);
 /// Longer than a ring may keep memory from its front-end.
 const LONG: Duration = Duration::from_millis(1600);
 /// What an answer takes at most once there is nothing to wait for.
-const PROMPT: Duration = Duration::from_secs(5);
+const PROMPT: Duration = Duration::from_secs(30);
 
 fn main() -> ExitCode {
     let needs = || StuckDisk::needs().into_iter().chain(broker_process::needs()).collect::<Vec<Need>>();
@@ -166,7 +166,7 @@ fn virtqueue() -> Result<()> {
     guest.slow.disk.freeze()?;
     let sector = SlowGuest::HANGING_OFFSET_BYTES / SECTOR_BYTES;
     driver.send_block(VIRTIO_BLK_T_OUT, sector, Descriptor::readable(REGION_GPA, 4096))?;
-    thread::sleep(Duration::from_millis(100));
+    guest.slow.disk.wait_for_hanging_write(guest.slow.broker.pid())?;
     ensure!(driver.vring().used_idx()? == 0, "the write did not hang");
     let removed = guest.remove(AT_ONCE);
     guest.slow.broker.explain(removed)?;

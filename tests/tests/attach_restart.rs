@@ -35,7 +35,7 @@ const DISK_BYTES: u64 = 16 << 20;
 /// How long nothing happens that would happen at once.
 const AT_ONCE: Duration = Duration::from_millis(300);
 /// What an answer takes at most that waits for a ring and for no disk.
-const PROMPT: Duration = Duration::from_secs(5);
+const PROMPT: Duration = Duration::from_secs(30);
 
 fn main() -> ExitCode {
     let needs = || DiskKind::Ext4Direct.needs().into_iter().chain(broker_process::needs()).collect::<Vec<Need>>();

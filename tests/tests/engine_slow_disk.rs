@@ -179,7 +179,7 @@ impl Machine {
             ensure!(Instant::now() < end, "the engine does not take the write");
             std::thread::yield_now();
         }
-        Ok(())
+        self.disk.wait_for_hanging_write(std::process::id())
     }
 
     /// What the in-flight region says of a queue.

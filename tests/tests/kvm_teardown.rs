@@ -101,14 +101,14 @@ fn end_once(config: &KvmGuestConfig, end: End, wait: Wait, moment: Duration) -> 
     };
     // Whoever holds the RAM's file holds the RAM. When it is let go, the disk is free too: a ring that could still do
     // I/O would hold the disk's lock, for 20 ms and more as a rule.
-    let deadline = Instant::now() + Duration::from_secs(30);
+    let deadline = Instant::now() + Duration::from_secs(60);
     while held.strong_count() > 0 {
         ensure!(Instant::now() < deadline, "the rings do not end");
         thread::sleep(Duration::from_micros(500));
     }
     Disk::open(&DiskConfig { lock_wait: Some(Duration::from_millis(10)), ..config.disk.clone() })
         .context("the guest's memory was let go while a ring still held the disk")?;
-    ends.iter().try_for_each(|end: &RingEnd| end.wait(Duration::from_secs(5)).map(|_| ()))?;
+    ends.iter().try_for_each(|end: &RingEnd| end.wait(Duration::from_secs(60)).map(|_| ()))?;
 
     // Nothing lands in the memory any more.
     let mark = vec![0x5a; ram_bytes as usize];
@@ -158,7 +158,7 @@ impl Usage {
 
     /// What is in use once threads that were ending have ended.
     fn settled(wanted: Option<&Self>) -> Result<Self> {
-        let deadline = Instant::now() + Duration::from_secs(5);
+        let deadline = Instant::now() + Duration::from_secs(60);
         loop {
             thread::sleep(Duration::from_millis(300));
             let now = Self::now()?;

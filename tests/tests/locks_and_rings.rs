@@ -28,7 +28,7 @@ use ringpass_tests::{
 
 const DISK_BYTES: u64 = 1 << 20;
 const BLOCK_BYTES: u32 = 4096;
-const LIMIT: Duration = Duration::from_secs(10);
+const LIMIT: Duration = Duration::from_secs(60);
 /// What the refusal says when the kernel names nobody who has the disk.
 const NOBODY: &str = "by I/O still in flight of a process that has ended";
 

@@ -60,7 +60,9 @@ fn plug_latency() -> Result<()> {
     for _ in 0..PLUG_ATTEMPTS {
         let attempt = plug_1_gib(&disk, seed)?;
         eprintln!("{attempt}");
-        if attempt.plugging.worst < PLUG_LATENCY {
+        // What a busy machine does, it does without plugging too.
+        let usual = attempt.idle.worst.max(attempt.beside.worst);
+        if attempt.plugging.worst < PLUG_LATENCY.max(2 * usual) {
             return Ok(());
         }
         seen.push(attempt.to_string());

@@ -5,6 +5,7 @@ use std::{
     io::Write,
     os::unix::fs::MetadataExt,
     process::{Child, Command, ExitCode, Output, Stdio},
+    sync::mpsc,
     thread,
     time::{Duration, Instant},
 };
@@ -173,9 +174,10 @@ fn refusals() -> Result<()> {
     Ok(())
 }
 
-/// A copy that takes a while, since its input comes slowly.
+/// A copy that takes a while, since its input comes slowly, and its last piece only when the test wants the copy's end.
 struct SlowCopy {
     child: Child,
+    last_piece: mpsc::Sender<()>,
     input: thread::JoinHandle<()>,
     content: Vec<u8>,
 }
@@ -187,19 +189,26 @@ impl SlowCopy {
         let mut child = place.command(&arguments)?.stdin(Stdio::piped()).spawn()?;
         let mut stdin = child.stdin.take().context("it is piped")?;
         let bytes = content.clone();
+        let (last_piece, is_wanted) = mpsc::channel();
         let input = thread::spawn(move || {
-            for piece in bytes.chunks(1 << 20) {
+            let mut pieces = bytes.chunks(1 << 20).peekable();
+            while let Some(piece) = pieces.next() {
+                if pieces.peek().is_none() {
+                    // Nothing is sent: the sender goes.
+                    let _ = is_wanted.recv();
+                }
                 if stdin.write_all(piece).is_err() {
                     return;
                 }
                 thread::sleep(Duration::from_millis(40));
             }
         });
-        Ok(Self { child, input, content })
+        Ok(Self { child, last_piece, input, content })
     }
 
     /// Waits for its end. Gives what it said, and what it had to copy.
     fn end(self) -> Result<(Output, Vec<u8>)> {
+        drop(self.last_piece);
         let output = self.child.wait_with_output()?;
         self.input.join().map_err(|_| anyhow!("the input's thread panicked"))?;
         Ok((output, self.content))
@@ -210,7 +219,8 @@ fn killed_servers() -> Result<()> {
     let mut place = Place::new(&BROKER_ARGUMENTS)?;
     let copy = SlowCopy::start(&place, &["--queues", "2"])?;
     for _ in 0..3 {
-        thread::sleep(Duration::from_millis(400));
+        // Then the copy has found this server, too.
+        place.broker.wait_for_log(": Open queue=")?;
         place.broker.kill()?;
         place.broker = place.rig.broker(&BROKER_ARGUMENTS)?;
     }
@@ -226,7 +236,7 @@ fn killed_servers() -> Result<()> {
 fn interrupted() -> Result<()> {
     let place = Place::new(&BROKER_ARGUMENTS)?;
     let copy = SlowCopy::start(&place, &[])?;
-    thread::sleep(Duration::from_millis(500));
+    place.broker.wait_for_log("vring starts")?;
     let pid = Pid::from_raw(i32::try_from(copy.child.id())?).context("a process")?;
     kill_process(pid, Signal::INT)?;
     let begin = Instant::now();
@@ -241,7 +251,7 @@ fn interrupted() -> Result<()> {
 fn lost_server() -> Result<()> {
     let mut place = Place::new(&BROKER_ARGUMENTS)?;
     let copy = SlowCopy::start(&place, &["--patience-s", "1"])?;
-    thread::sleep(Duration::from_millis(200));
+    place.broker.wait_for_log("vring starts")?;
     place.broker.kill()?;
     let (output, _) = copy.end()?;
     status_is(&output, 2)?;

@@ -2,7 +2,7 @@
 
 use std::{
     process::ExitCode,
-    sync::atomic::{AtomicBool, Ordering},
+    sync::atomic::{AtomicBool, AtomicU64, Ordering},
     thread,
     time::{Duration, Instant},
 };
@@ -29,6 +29,9 @@ const DISK_BYTES: u64 = 64 << 20;
 const QUEUES: u16 = 2;
 /// Longest time between two kills.
 const PAUSE_MAX_MS: u64 = 120;
+
+/// Longer than a guest needs to go on, on a machine with other work.
+const LIMIT: Duration = Duration::from_secs(60);
 
 fn main() -> ExitCode {
     let kill = |kind: DiskKind, submission: &'static str| -> Test {
@@ -69,27 +72,40 @@ fn killed(kind: DiskKind, submission: &'static str) -> Result<()> {
             LoadedQueue::new(&disk, index, load, seed)
         })
         .collect::<Result<Vec<_>>>()?;
-    let is_over = AtomicBool::new(false);
+    let (is_over, verified_bytes) = (AtomicBool::new(false), AtomicU64::new(0));
     let kills = harness::budget(25, 250);
     let outcome = thread::scope(|scope| {
         let threads: Vec<_> = queues
             .iter_mut()
             .map(|queue| {
-                let is_over = &is_over;
-                scope.spawn(move || -> Result<u64> {
+                let (is_over, verified_bytes) = (&is_over, &verified_bytes);
+                scope.spawn(move || -> Result<()> {
                     queue.fill()?;
-                    let mut verified_bytes = 0;
                     while !is_over.load(Ordering::Relaxed) {
-                        verified_bytes += queue.run(100_000_000, 0)?.verified_bytes;
+                        verified_bytes.fetch_add(queue.run(100_000_000, 0)?.verified_bytes, Ordering::Relaxed);
                     }
                     queue.verify()?;
-                    Ok(verified_bytes)
+                    Ok(())
                 })
             })
             .collect();
         let mut killing = || -> Result<()> {
             let mut rng = seed.derive("moments").rng();
+            let await_guests = |holds: &dyn Fn() -> bool| {
+                let end = Instant::now() + LIMIT;
+                while !holds() && !threads.iter().any(|thread| thread.is_finished()) {
+                    ensure!(Instant::now() < end, "the guests do not go on");
+                    thread::sleep(Duration::from_millis(1));
+                }
+                Ok(())
+            };
+            let mut reconnects = 0;
             for kill in 0..kills {
+                // Every other broker is killed at any moment, also before a guest has found it.
+                if kill % 2 == 1 {
+                    await_guests(&|| disk.reconnects() > reconnects)?;
+                }
+                reconnects = disk.reconnects();
                 thread::sleep(Duration::from_millis(rng.u64(..PAUSE_MAX_MS)));
                 if threads.iter().any(|thread| thread.is_finished()) {
                     break;
@@ -98,18 +114,18 @@ fn killed(kind: DiskKind, submission: &'static str) -> Result<()> {
                 broker = rig.broker(&arguments(submission)).with_context(|| format!("after kill {kill}"))?;
             }
             // The last one is to do something, too.
-            thread::sleep(Duration::from_millis(300));
-            Ok(())
+            let before = verified_bytes.load(Ordering::Relaxed);
+            await_guests(&|| verified_bytes.load(Ordering::Relaxed) > before)
         };
         let killed = killing();
         is_over.store(true, Ordering::Relaxed);
-        let mut total_bytes = 0;
         for thread in threads {
-            total_bytes += thread.join().map_err(|_| anyhow!("a guest's thread panicked"))??;
+            thread.join().map_err(|_| anyhow!("a guest's thread panicked"))??;
         }
-        killed.map(|()| total_bytes)
+        killed
     });
-    let verified_bytes = broker.explain(outcome.with_context(|| format!("{seed}")))?;
+    broker.explain(outcome.with_context(|| format!("{seed}")))?;
+    let verified_bytes = verified_bytes.into_inner();
     let mut resubmitted = 0;
     for queue in &queues {
         let counters = queue.queue.counters();
@@ -142,7 +158,7 @@ fn slow_io(kind: StuckKind) -> Result<()> {
     disk.freeze()?;
     ensure!(queue.submit(Operation::Write, buffer, 4096, 4096, 1).is_ok(), "an empty queue has room");
     queue.send();
-    thread::sleep(Duration::from_millis(200));
+    disk.wait_for_hanging_write(old.pid())?;
     let hung = queue.poll();
     old.signal(Signal::KILL)?;
     let new = BrokerProcess::start(&socket, disk.path(), &arguments);
@@ -150,7 +166,7 @@ fn slow_io(kind: StuckKind) -> Result<()> {
         ensure!(hung.is_none(), "the write did not hang: {hung:?}");
         // The new one is there, and answers at once: in full, but for the requests.
         guest.reconnect();
-        let end = Instant::now() + Duration::from_secs(5);
+        let end = Instant::now() + Duration::from_secs(30);
         while guest.reconnects() == 0 {
             ensure!(Instant::now() < end, "the new broker does not answer");
             thread::sleep(Duration::from_millis(5));

@@ -14,6 +14,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use super::driver::{DriverQueue, QUEUE_RAM_BYTES, wait_readable, wait_until};
 use super::rig::{BlockDriver, Options, Rig, contents};
 use super::ring_driver::{FirstQueue, RingDriver, whole};
+use crate::alone::alone;
 use crate::direct::{DirectConfig, SubmissionConfig};
 use crate::engine::AttachConfig;
 use crate::kernel;
@@ -486,14 +487,18 @@ fn what_was_said_with_a_kick_eventfd_that_is_replaced_is_heard() {
 
 #[test]
 fn an_engine_that_is_dropped_with_a_ring_leaves_no_thread_behind() {
-    let mut rig = rig(2, 1);
-    let driver = attached(&mut rig, 1);
-    drop(rig);
-    drop(driver);
-    let names = || -> Vec<String> {
-        let tasks = std::fs::read_dir("/proc/self/task").unwrap().flatten();
-        tasks.filter_map(|task| std::fs::read_to_string(task.path().join("comm")).ok()).collect()
-    };
-    let own = ["worker-", "ring-builder", "ringpass-"];
-    wait_until("the end of the threads", || !names().iter().any(|name| own.iter().any(|own| name.starts_with(own))));
+    alone("engine::tests::attach::an_engine_that_is_dropped_with_a_ring_leaves_no_thread_behind", || {
+        let mut rig = rig(2, 1);
+        let driver = attached(&mut rig, 1);
+        drop(rig);
+        drop(driver);
+        let names = || -> Vec<String> {
+            let tasks = std::fs::read_dir("/proc/self/task").unwrap().flatten();
+            tasks.filter_map(|task| std::fs::read_to_string(task.path().join("comm")).ok()).collect()
+        };
+        let own = ["worker-", "ring-builder", "ringpass-"];
+        wait_until("the end of the threads", || {
+            !names().iter().any(|name| own.iter().any(|own| name.starts_with(own)))
+        });
+    });
 }

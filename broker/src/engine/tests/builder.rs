@@ -9,6 +9,7 @@ use ringpass_guest_abi::epoch::Epoch;
 use super::attach::{attach_config, without};
 use super::driver::{PATIENCE, wait_until};
 use super::rig::{Options, Rig};
+use crate::alone::alone;
 use crate::engine::attach::{AttachmentId, BuildOrder, Built, Gate, Order, OrderSender, Ticket, WorkerSender, builder};
 use crate::engine::command::{AttachEvent, Command, CommandReceiver, Pending, Reply, command_channel};
 use crate::limits::Memlock;
@@ -99,44 +100,48 @@ fn pinned_bytes() -> u64 {
 
 #[test]
 fn memory_stays_pinned_for_a_queue_that_comes_while_the_last_one_leaves() {
-    let bench = Bench::new();
-    bench.order(0, Ticket::default());
-    let (_, first) = bench.built();
-    let (before_bytes, _) = (pinned_bytes(), drop(first));
-    // The worker of queue 0 has found that it is the last one, that of queue 1 is quicker with its order.
-    assert!(bench.gate.leave(0));
-    bench.order(1, Ticket::default());
-    bench.orders.send(Order::Unpin);
-    let (_, second) = bench.built();
-    // Made of what is pinned: there is no second pinning beside it.
-    bench.order(2, Ticket::default());
-    let (_, third) = bench.built();
-    assert_eq!(pinned_bytes(), before_bytes);
-    drop((second, third));
-    bench.gate.leave(1);
-    bench.gate.leave(2);
-    bench.orders.send(Order::Unpin);
-    wait_until("nothing is pinned", || pinned_bytes() == 0);
+    alone("engine::tests::builder::memory_stays_pinned_for_a_queue_that_comes_while_the_last_one_leaves", || {
+        let bench = Bench::new();
+        bench.order(0, Ticket::default());
+        let (_, first) = bench.built();
+        let (before_bytes, _) = (pinned_bytes(), drop(first));
+        // The worker of queue 0 has found that it is the last one, that of queue 1 is quicker with its order.
+        assert!(bench.gate.leave(0));
+        bench.order(1, Ticket::default());
+        bench.orders.send(Order::Unpin);
+        let (_, second) = bench.built();
+        // Made of what is pinned: there is no second pinning beside it.
+        bench.order(2, Ticket::default());
+        let (_, third) = bench.built();
+        assert_eq!(pinned_bytes(), before_bytes);
+        drop((second, third));
+        bench.gate.leave(1);
+        bench.gate.leave(2);
+        bench.orders.send(Order::Unpin);
+        wait_until("nothing is pinned", || pinned_bytes() == 0);
+    });
 }
 
 #[test]
 fn memory_that_comes_while_no_queue_is_attached_is_there_for_the_next_one() {
-    let bench = Bench::new();
-    let whole_memory = bench.rig.ram.device_memory();
-    bench.set_memory(without(&whole_memory, 1), true);
-    bench.order(0, Ticket::default());
-    let (_, first) = bench.built();
-    let former_bytes = pinned_bytes();
-    // The last queue leaves, and its ring is about to end. Another one comes before what is pinned was let go.
-    assert!(bench.gate.leave(0));
-    bench.set_memory(whole_memory, false);
-    bench.order(1, Ticket::default());
-    bench.orders.send(Order::Unpin);
-    let (_, second) = bench.built();
-    drop(first);
-    wait_until("only the second ring's memory is pinned", || pinned_bytes() < 3 * former_bytes);
-    assert!(pinned_bytes() >= 2 * former_bytes, "the ring does not have all of the guest's memory");
-    drop(second);
+    alone("engine::tests::builder::memory_that_comes_while_no_queue_is_attached_is_there_for_the_next_one", || {
+        let bench = Bench::new();
+        let whole_memory = bench.rig.ram.device_memory();
+        bench.set_memory(without(&whole_memory, 1), true);
+        bench.order(0, Ticket::default());
+        let (_, first) = bench.built();
+        let former_bytes = pinned_bytes();
+        // The last queue leaves, and its ring is about to end. Another one comes before what is pinned was let go.
+        assert!(bench.gate.leave(0));
+        bench.set_memory(whole_memory, false);
+        bench.order(1, Ticket::default());
+        bench.orders.send(Order::Unpin);
+        let (_, second) = bench.built();
+        drop(first);
+        wait_until("only the second ring's memory is pinned", || pinned_bytes() < 3 * former_bytes);
+        assert!(pinned_bytes() >= 2 * former_bytes, "the ring does not have all of the guest's memory");
+        drop(second);
+    });
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! A guest on a disk whose writes can be made to hang.
 
-use std::{path::PathBuf, thread, time::Duration};
+use std::path::PathBuf;
 
 use anyhow::{Result, ensure};
 use tempfile::TempDir;
@@ -82,7 +82,7 @@ impl SlowGuest {
     pub fn hang_from(&self, driver: &mut RingDriver, gpa: u64) -> Result<()> {
         self.disk.freeze()?;
         driver.submit(driver.sqe_at(true, gpa, 4096, Self::HANGING_OFFSET_BYTES, Self::HANGING)?)?;
-        thread::sleep(Duration::from_millis(100));
+        self.disk.wait_for_hanging_write(self.broker.pid())?;
         driver.reap();
         ensure!(driver.outstanding().len() == 1, "the write did not hang");
         Ok(())
