@@ -33,6 +33,24 @@ pub enum DiskError {
         /// What it is.
         kind: FileKind,
     },
+    /// A file with which the kernel tells of itself.
+    #[error("{path:?} is a file of the kernel ({file_system}), and no disk: give a disk image or a block device")]
+    KernelFile {
+        /// The path as it was given.
+        path: PathBuf,
+        /// The file system.
+        file_system: &'static str,
+    },
+    /// Every write would fail.
+    #[error("disk {path:?} cannot be written: {why}. Either open it read-only, or {change}")]
+    NotWritable {
+        /// The path as it was given.
+        path: PathBuf,
+        /// Why.
+        why: &'static str,
+        /// What to do about it.
+        change: &'static str,
+    },
     /// [`DirectIo::On`](super::DirectIo::On) was asked for.
     #[error(
         "the file system of {path:?} has no direct I/O (O_DIRECT) for it: use the page cache (direct I/O off or auto), \

@@ -223,7 +223,7 @@ fn mounts(mountinfo: &str) -> impl Iterator<Item = Mount> {
 }
 
 /// The first column of `/proc/swaps`, after the heading.
-fn swaps(swaps: &str) -> impl Iterator<Item = PathBuf> {
+pub(super) fn swaps(swaps: &str) -> impl Iterator<Item = PathBuf> {
     swaps.lines().skip(1).filter_map(|line| Some(unescape(line.split_ascii_whitespace().next()?).into()))
 }
 

@@ -29,6 +29,7 @@ mod lease;
 mod locate;
 mod lock;
 mod open;
+mod place;
 mod start_up;
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};

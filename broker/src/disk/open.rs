@@ -8,7 +8,7 @@ use rustix::fs::{Access, AtFlags, CWD, FileType, Mode, OFlags, accessat, fstat, 
 use rustix::io::Errno;
 
 use super::holders::DeviceNumber;
-use super::{DirectIo, DiskConfig, DiskError, DiskKind};
+use super::{DirectIo, DiskConfig, DiskError, DiskKind, place};
 
 /// The very file or device that a path led to. It opens nothing (`O_PATH`): no FIFO blocks, and no device notices.
 #[derive(Debug)]
@@ -112,6 +112,9 @@ fn open_with(anchor: &Anchor, config: &DiskConfig, access: OFlags) -> Result<Opt
             Err(errno) => return Err(open_error(config, errno)),
         }
     };
+    if anchor.kind == DiskKind::RegularFile {
+        place::check(&file, config)?;
+    }
     if anchor.is_claimed(config) && is_write_protected(&file, &config.path)? {
         return Err(DiskError::WriteProtected { path: config.path.clone() });
     }
