@@ -32,6 +32,7 @@ mod log_limit;
 pub mod lost_memory;
 pub mod memory;
 pub mod printable;
+pub mod privileges;
 pub mod probe;
 mod process_end;
 mod processes;

@@ -11,6 +11,40 @@ use rustix::fs::{AtFlags, CWD, Statx, StatxFlags, statx};
 
 use crate::printable::printable;
 
+/// `/proc` is not mounted.
+///
+/// Without it a broker could open a disk under the path only, which may lead elsewhere by then, and could not tell who else has
+/// the disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{}: {}", self.why(), self.change())]
+pub struct NoProc(());
+
+impl NoProc {
+    #[cfg(test)]
+    pub(crate) fn for_tests() -> Self {
+        Self(())
+    }
+
+    /// Why that is bad.
+    pub(crate) fn why(self) -> &'static str {
+        "/proc is not mounted, and without it ringpass can neither open a disk nor see who else uses it"
+    }
+
+    /// What to change.
+    pub(crate) fn change(self) -> &'static str {
+        "mount it (`mount -t proc proc /proc`; bwrap: --proc /proc; for a chroot `mount --bind /proc CHROOT/proc`)"
+    }
+}
+
+/// Whether this process finds itself in `/proc`.
+///
+/// # Errors
+///
+/// It does not.
+pub fn require_proc() -> Result<(), NoProc> {
+    if Path::new("/proc/self/fd").is_dir() { Ok(()) } else { Err(NoProc(())) }
+}
+
 /// A process, named for a person: `comm[pid]`.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct ProcessName {

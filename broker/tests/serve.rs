@@ -327,6 +327,59 @@ fn a_start_that_fails_says_why_in_one_line() {
     assert_eq!(fs::read(place.path("text")).unwrap(), b"x");
 }
 
+/// The disk is locked by another process, for which each server would wait.
+#[test]
+fn what_is_wrong_with_the_options_is_said_before_the_disk_is_locked_or_a_socket_made() {
+    let place = Place::new();
+    fs::write(place.path("text"), "x").unwrap();
+    fs::write(place.path("bad.toml"), "version = 1\nsqe = 7\n").unwrap();
+    let _holder = Disk::open(&DiskConfig::new(place.path("disk.img"))).unwrap();
+    let files = || {
+        let mut names: Vec<_> = fs::read_dir(place.path("")).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        names.sort();
+        names
+    };
+    let before = files();
+    let (long, with_socket) = ("x".repeat(120), ["--socket-path", "s"]);
+    for (options, parts) in [
+        (&["--sq-cpu", "8000"][..], &["--sq-cpu: ", "CPU 8000", "online CPUs"][..]),
+        (&["--sq-cpu", "8000", "--mode", "virtqueue"], &["--sq-cpu: ", "CPU 8000"]),
+        (&["--cpus", "8000"], &["--cpus: ", "CPU 8000", "Cpus_allowed_list"]),
+        (&["--policy", "bad.toml"], &["bad.toml"]),
+        (&["--policy", "none.toml"], &["none.toml"]),
+        (&["--control-socket", "no/c"], &["--control-socket: no/c", "Make its directory first"]),
+        (&["--control-socket", "text"], &["--control-socket: text", "no socket is in the way"]),
+        (&["--control-socket", &long], &["--control-socket: ", "at most 107 bytes"]),
+        (&["--control-socket", "s"], &["--control-socket s is also the --socket-path"]),
+    ] {
+        let options = [&["--lock-wait-s", "3600"], &with_socket[..], options].concat();
+        assert_has(&place.refusal(&options), parts);
+    }
+    for (options, parts) in [
+        (&["--socket-path", "no/s"][..], &["--socket-path: no/s", "Make its directory first"][..]),
+        (&["--socket-path", "text/s"], &["--socket-path: text/s", "Not a directory"]),
+        (&["--socket-path", "text"], &["--socket-path: text: a file that is no socket is in the way"]),
+        (&["--socket-path", "."], &["--socket-path: .", "is in the way"]),
+        (&["--socket-path", &long], &["--socket-path: ", "at most 107 bytes, this one has 120"]),
+        (&["--socket-path", "/proc/s"], &["--socket-path: /proc/s: making a socket there"]),
+        (&["--fd", "0"], &["--fd: file descriptor 0 is not a Unix stream socket"]),
+        (&["--fd", "77"], &["--fd: file descriptor 77"]),
+    ] {
+        assert_has(&place.refusal(&[&["--lock-wait-s", "3600"], options].concat()), parts);
+    }
+    let (datagrams, _other) = std::os::unix::net::UnixDatagram::pair().unwrap();
+    let unconnected = rustix::net::socket(rustix::net::AddressFamily::UNIX, rustix::net::SocketType::STREAM, None).unwrap();
+    for (socket, part) in [
+        (OwnedFd::from(datagrams), "is not a Unix stream socket"),
+        (unconnected, "neither listens nor is connected"),
+    ] {
+        let mut command = place.serve(&["--lock-wait-s", "3600", "--fd", "0"]);
+        let output = command.env("RUST_LOG", "off").stdin(socket).output().unwrap();
+        assert_has(&one_line_of_failure(output), &["--fd: file descriptor 0", part]);
+    }
+    assert_eq!(files(), before, "something was left");
+}
+
 #[test]
 fn a_host_that_forbids_io_uring_is_explained_with_how_to_allow_it() {
     let place = Place::new();
@@ -336,7 +389,7 @@ fn a_host_that_forbids_io_uring_is_explained_with_how_to_allow_it() {
     let text = one_line_of_failure(command.env("RUST_LOG", "off").output().unwrap());
     assert_has(
         &text,
-        &["io_uring cannot be used", "a seccomp filter refuses io_uring_setup", "--security-opt seccomp="],
+        &["no guest can be served here", "a seccomp filter refuses io_uring_setup", "--security-opt seccomp="],
     );
     assert!(!place.path("s").exists());
 }

@@ -80,6 +80,15 @@ impl ControlSocket {
         Ok(Self { listener: Listener::bind(path, access)?, path: path.to_owned() })
     }
 
+    /// Whether [`bind`](Self::bind) can make a socket there, as far as that can be known without making it.
+    ///
+    /// # Errors
+    ///
+    /// As [`Server::check_path`](crate::vhost_user::Server::check_path).
+    pub fn check_path(path: &Path) -> Result<(), ControlError> {
+        Ok(Listener::check(path)?)
+    }
+
     /// Where it is.
     pub fn path(&self) -> &Path {
         &self.path

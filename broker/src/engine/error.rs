@@ -10,10 +10,15 @@ use vm_memory::mmap::MmapRegionError;
 pub enum EngineError {
     /// The kernel gives no io_uring.
     #[error(
-        "a worker cannot create its io_uring: {0}; `ringpass probe` tells what stands in the way (the sysctl \
+        "a worker cannot have its io_uring: {call}: {source}; `ringpass probe` tells what stands in the way (the sysctl \
          kernel.io_uring_disabled, a seccomp filter, a limit)"
     )]
-    Ring(#[source] io::Error),
+    Ring {
+        /// The system call that failed.
+        call: &'static str,
+        /// What the kernel said.
+        source: io::Error,
+    },
     /// No file descriptor for waking a worker.
     #[error("a worker cannot have an eventfd: {0}; is RLIMIT_NOFILE too low?")]
     Eventfd(#[source] io::Error),
@@ -24,7 +29,10 @@ pub enum EngineError {
     #[error("a worker's thread cannot be started: {0}")]
     Thread(#[source] io::Error),
     /// A worker cannot run on the CPU that it was given.
-    #[error("a worker cannot be pinned to CPU {cpu}: {error}; is that CPU online, and allowed for this process?")]
+    #[error(
+        "a worker cannot run on CPU {cpu}: {error}; give CPUs that are online and that this process may use \
+         (`grep Cpus_allowed_list /proc/self/status`)"
+    )]
     Affinity {
         /// Number of the CPU.
         cpu: usize,

@@ -3,7 +3,7 @@
 use std::error::Error;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, MutexGuard};
-use std::thread::{self, JoinHandle};
+use std::thread::JoinHandle;
 use std::time::Duration;
 use std::{fmt, io};
 
@@ -18,6 +18,7 @@ use super::control::EngineControl;
 use super::counters::QueueCounters;
 use super::poll::PollPolicy;
 use super::slot::Slots;
+use super::shape::EngineShape;
 use super::source::DiskSource;
 use super::thread::{Place, start};
 use super::vring::Vring;
@@ -27,9 +28,6 @@ use crate::disk::Disk;
 use crate::vhost_user::{ConfigWriteError, Device, DeviceMemory, PeerWatch, QueueEventfds, RingFault};
 use crate::virtio_blk::{BlkConfig, CacheMode};
 use crate::virtqueue::{DirtyLog, QUEUE_SIZE_MAX, QueueSetup};
-
-/// The most requests that a worker has under way. More wait in their queues.
-const SLOTS_PER_WORKER_MAX: usize = 4096;
 
 /// What an engine is to be.
 #[derive(Debug)]
@@ -78,7 +76,8 @@ impl Engine {
     ) -> Result<Self, EngineError> {
         let device = config.device;
         let queues = usize::from(device.num_queues());
-        let workers = config.workers.unwrap_or_else(available_cpus).clamp(1, queues);
+        let shape = EngineShape::of(&config);
+        let workers = shape.workers();
         let counters: Arc<[_]> = (0..queues).map(|_| Arc::new(QueueCounters::default())).collect();
         let shared = Arc::new(Shared::new(device, workers));
         let (senders, receivers): (Vec<_>, Vec<_>) =
@@ -88,7 +87,7 @@ impl Engine {
         let mut threads = Vec::new();
         for (number, commands) in receivers.into_iter().enumerate() {
             let own: Vec<_> = (number..queues).step_by(workers).map(|queue| (queue, counters[queue].clone())).collect();
-            let slots_max = (own.len() * usize::from(device.queue_size())).min(SLOTS_PER_WORKER_MAX);
+            let slots_max = shape.slots_max(own.len());
             let bounce = BouncePool::new()?;
             let (shared, limits, attach) = (shared.clone(), device.request_limits(), attach.clone());
             let workers = senders.clone();
@@ -96,8 +95,7 @@ impl Engine {
             let place = Place {
                 number,
                 cpu: config.cpus.get(number % config.cpus.len().max(1)).copied(),
-                // Each queue's kicks, taken back and new; the commands.
-                completions_max: (slots_max + 3 * own.len() + 1) as u32,
+                completions_max: shape.completions_max(own.len()),
             };
             threads.push(start(place, move || WorkerParts {
                 number,
@@ -367,8 +365,4 @@ impl fmt::Debug for Engine {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Engine").field("workers", &self.control.workers.len()).field("started", &self.started).finish()
     }
-}
-
-fn available_cpus() -> usize {
-    thread::available_parallelism().map_or(1, usize::from)
 }

@@ -6,6 +6,7 @@
 //! - `worker`: the loop of a thread. `poll`: when it polls and when it sleeps. `ring`: its io_uring.
 //! - `vring`: the state of a queue. `slot`, `execute`: requests under way. `bounced`, `piece`, `bounce`: those that direct
 //!   I/O does not take as they are. `blocks`, `block_locks`: those that change parts of its blocks.
+//! - `shape`: what it takes of the machine.
 //! - `handle`: the engine as the session sees it. `control`: as other threads see it.
 //! - `command`, `orders`: what they ask of the workers, and what these do then. `let_go`: how the disk becomes free for others.
 //! - `attach`, `interface`, `epochs`: queues that become rings, if the device offers that ([`AttachConfig`]).
@@ -35,6 +36,7 @@ mod orders;
 mod piece;
 mod poll;
 mod ring;
+mod shape;
 mod slot;
 mod source;
 mod thread;
@@ -48,7 +50,9 @@ pub use control::EngineControl;
 pub use counters::{Counter, QueueCounters};
 pub use error::EngineError;
 pub use handle::{Engine, EngineConfig};
+pub use shape::EngineShape;
 pub use source::DiskSource;
+pub use thread::check_cpus;
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};

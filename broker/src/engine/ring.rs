@@ -5,10 +5,11 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
 use nix::libc;
-use vmm_sys_util::eventfd::EventFd;
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
 
 use super::EngineError;
 use super::token::Token;
+use crate::limits::while_memory_is_freed;
 use crate::ring::sys::{UNTAGGED, register_tagged_files};
 
 /// The disk's place in the table of fixed files.
@@ -40,10 +41,29 @@ enum TaskRun {
     Interrupting,
 }
 
-/// Creates the ring of the calling thread, which must be the only one that uses it.
+/// Creates the ring of the calling thread, which must be the only one that uses it, and makes sure that it works: with each
+/// system call that a worker makes later.
 ///
 /// `completions_max` is the largest number of completions that can be outstanding.
-pub(super) fn create(completions_max: u32) -> Result<IoUring, EngineError> {
+pub(super) fn open(completions_max: u32) -> Result<IoUring, EngineError> {
+    let open = || create(completions_max).and_then(|mut ring| try_out(&mut ring).map(|()| ring));
+    while_memory_is_freed(
+        open,
+        |error| matches!(error, EngineError::Ring { source, .. } if source.raw_os_error() == Some(libc::ENOMEM)),
+    )
+}
+
+/// What the memory of a ring takes, in bytes, for which Linux 6.14 and later charge the user (`RLIMIT_MEMLOCK`).
+pub(super) fn memory_bytes(completions_max: u32) -> u64 {
+    /// `struct io_rings` without the CQEs.
+    const HEADER_BYTES: u64 = 192;
+    let pages = |bytes: u64| bytes.next_multiple_of(rustix::param::page_size() as u64);
+    let (sqe, cqe) = (size_of::<squeue::Entry>() as u64, size_of::<cqueue::Entry>() as u64);
+    pages(u64::from(SQ_ENTRIES) * sqe) + pages(HEADER_BYTES + u64::from(cq_entries(completions_max)) * cqe)
+}
+
+fn create(completions_max: u32) -> Result<IoUring, EngineError> {
+    let failed = |source| EngineError::Ring { call: "io_uring_setup", source };
     let mut refusal = None;
     for (task_run, newest) in [
         (TaskRun::Deferred, true),
@@ -58,15 +78,39 @@ pub(super) fn create(completions_max: u32) -> Result<IoUring, EngineError> {
             }
             // The kernel does not know one of the flags.
             Err(error) if error.raw_os_error() == Some(libc::EINVAL) => refusal = Some(error),
-            Err(error) => return Err(EngineError::Ring(error)),
+            Err(error) => return Err(failed(error)),
         }
     }
-    Err(EngineError::Ring(refusal.expect("the loop returns unless it was refused")))
+    Err(failed(refusal.expect("the loop returns unless it was refused")))
+}
+
+/// Registers a file, as the disk will be, and executes a request.
+fn try_out(ring: &mut IoUring) -> Result<(), EngineError> {
+    let failed = |call| move |source| EngineError::Ring { call, source };
+    let register = "io_uring_register";
+    // Any file will do.
+    let file = EventFd::new(EFD_CLOEXEC).map_err(EngineError::Eventfd)?;
+    ring.submitter().register_files(&[file.as_raw_fd()]).map_err(failed(register))?;
+    // SAFETY: the entry names no memory and no file.
+    unsafe { ring.submission().push(&opcode::Nop::new().build()) }.expect("the ring is empty");
+    let executed = loop {
+        match ring.submit_and_wait(1) {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            other => break other,
+        }
+    };
+    executed.map_err(failed("io_uring_enter"))?;
+    let _ = ring.completion().next();
+    ring.submitter().unregister_files().map_err(failed(register))
+}
+
+fn cq_entries(completions_max: u32) -> u32 {
+    completions_max.max(SQ_ENTRIES).next_power_of_two()
 }
 
 fn build(completions_max: u32, task_run: TaskRun, newest: bool) -> io::Result<IoUring> {
     let mut builder = IoUring::builder();
-    builder.dontfork().setup_clamp().setup_cqsize(completions_max.max(SQ_ENTRIES).next_power_of_two());
+    builder.dontfork().setup_clamp().setup_cqsize(cq_entries(completions_max));
     match task_run {
         TaskRun::Deferred => builder.setup_single_issuer().setup_defer_taskrun().setup_taskrun_flag(),
         TaskRun::Cooperative => builder.setup_coop_taskrun().setup_taskrun_flag(),

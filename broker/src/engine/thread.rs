@@ -1,6 +1,7 @@
 //! A worker's thread, from its start to its end.
 
 use std::io;
+use std::panic::resume_unwind;
 use std::sync::Arc;
 use std::sync::mpsc::{SyncSender, sync_channel};
 use std::thread::{self, JoinHandle};
@@ -55,7 +56,7 @@ fn live(
         return None;
     }
     // The thread that creates a ring is the one that may use it.
-    let mut ring = match ring::create(place.completions_max) {
+    let mut ring = match ring::open(place.completions_max) {
         Ok(ring) => ring,
         Err(error) => {
             tell(Err(error));
@@ -77,6 +78,19 @@ fn live(
     // uses.
     let _guard = AbortOnPanic;
     worker.run()
+}
+
+/// Whether workers can run on each of these CPUs.
+///
+/// # Errors
+///
+/// [`EngineError::Affinity`] names one that is not there, or that this process may not use.
+pub fn check_cpus(cpus: &[usize]) -> Result<(), EngineError> {
+    thread::scope(|scope| {
+        // A thread of its own, since the place of this one must not change.
+        let thread = thread::Builder::new().spawn_scoped(scope, || cpus.iter().try_for_each(|&cpu| pin(cpu)));
+        thread.map_err(EngineError::Thread)?.join().unwrap_or_else(|panic| resume_unwind(panic))
+    })
 }
 
 fn pin(cpu: usize) -> Result<(), EngineError> {

@@ -1,10 +1,10 @@
 //! How much memory a user's processes may pin.
 
 use std::fmt;
-use std::fs;
 use std::io;
 
 use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit, setrlimit};
+use rustix::thread::{CapabilitySet, capabilities};
 
 use crate::processes::{self, Process, ProcessName};
 
@@ -69,16 +69,18 @@ impl Memlock {
     /// Looks at the limits of this process and at the processes of its real user.
     ///
     /// # Errors
-    /// When `getrlimit(2)` fails or `/proc/thread-self/status` cannot be read or understood.
+    /// When `getrlimit(2)` or `capget(2)` fails.
     pub fn current() -> io::Result<Self> {
         let (soft, hard) = getrlimit(Resource::RLIMIT_MEMLOCK)?;
-        // Of this thread: capabilities belong to threads.
-        let own = Status::parse(&fs::read_to_string("/proc/thread-self/status")?).ok_or_else(|| {
-            io::Error::new(io::ErrorKind::InvalidData, "/proc/thread-self/status lacks Uid or CapEff")
-        })?;
-        let own_process = Process::with_pid(std::process::id());
+        let own = Status {
+            real_uid: rustix::process::getuid().as_raw(),
+            // Of this thread: capabilities belong to threads.
+            has_ipc_lock: capabilities(None)?.effective.contains(CapabilitySet::IPC_LOCK),
+            pinned_bytes: 0,
+        };
+        let exempt = own.is_exempt(&Process::with_pid(std::process::id()));
         let pinned_by = processes::all().filter_map(|process| pinned_by(&process, own.real_uid)).collect();
-        Ok(Self { soft_bytes: limit(soft), hard_bytes: limit(hard), exempt: own.is_exempt(&own_process), pinned_by })
+        Ok(Self { soft_bytes: limit(soft), hard_bytes: limit(hard), exempt, pinned_by })
     }
 
     /// What this process has pinned, in bytes, whether it is charged for it or not (`VmPin` in `/proc/PID/status`).
@@ -134,6 +136,25 @@ impl Memlock {
         let needed_bytes = needed_bytes.checked_next_multiple_of(page_bytes).unwrap_or(u64::MAX);
         self.pinned_bytes().saturating_add(needed_bytes)
     }
+}
+
+/// Raises `RLIMIT_MEMLOCK` as far as this process may: to no limit at all, or else the soft limit to the hard one.
+///
+/// For programs, not for libraries: it changes the whole process. A process that is root only in a user namespace of its own
+/// (a rootless container) may no more than an ordinary user.
+///
+/// # Errors
+///
+/// `getrlimit(2)` or `setrlimit(2)` failed for another reason than a missing privilege; nothing was changed.
+pub fn raise_memlock() -> io::Result<()> {
+    let (soft, hard) = getrlimit(Resource::RLIMIT_MEMLOCK)?;
+    if soft == RLIM_INFINITY || setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY).is_ok() {
+        return Ok(());
+    }
+    if soft < hard {
+        setrlimit(Resource::RLIMIT_MEMLOCK, hard, hard)?;
+    }
+    Ok(())
 }
 
 fn limit(bytes: u64) -> Option<u64> {

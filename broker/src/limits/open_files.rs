@@ -1,8 +1,69 @@
 //! Room for the file descriptors that a front-end passes.
 
+use std::fs;
 use std::io;
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
+
+/// How many files this process has open, and how many it may have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct OpenFiles {
+    /// Files that are open now (`/proc/self/fd`).
+    pub open: u64,
+    /// The hard `RLIMIT_NOFILE`, to which [`raise_open_files`] raises the soft one.
+    pub limit: u64,
+}
+
+/// The limit leaves too few files.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{}: {}", self.why(), self.change())]
+pub struct TooFewOpenFiles {
+    /// The hard limit.
+    pub limit: u64,
+    /// Files that are open.
+    pub open: u64,
+    /// How many more are needed.
+    pub needed: u64,
+}
+
+impl TooFewOpenFiles {
+    pub(crate) fn why(self) -> String {
+        let Self { limit, open, needed } = self;
+        format!("RLIMIT_NOFILE is {limit}, {open} files are open and {needed} more are needed")
+    }
+
+    pub(crate) fn change(self) -> String {
+        let total = self.open + self.needed;
+        format!(
+            "raise the hard RLIMIT_NOFILE to {total} or more (`ulimit -H -n {total}`, LimitNOFILE={total} in a systemd unit, \
+             --ulimit nofile={total} for a container)"
+        )
+    }
+}
+
+impl OpenFiles {
+    /// Counts the files of this process.
+    ///
+    /// # Errors
+    ///
+    /// `/proc` is not mounted, or `getrlimit(2)` fails.
+    pub fn current() -> io::Result<Self> {
+        let (_, limit) = getrlimit(Resource::RLIMIT_NOFILE)?;
+        // One of them is the listing itself.
+        let open = (fs::read_dir("/proc/self/fd")?.count() as u64).saturating_sub(1);
+        Ok(Self { open, limit })
+    }
+
+    /// Whether `needed` more files can be opened.
+    ///
+    /// # Errors
+    ///
+    /// The limit is too low.
+    pub fn check(&self, needed: u64) -> Result<(), TooFewOpenFiles> {
+        let Self { open, limit } = *self;
+        if open.saturating_add(needed) <= limit { Ok(()) } else { Err(TooFewOpenFiles { limit, open, needed }) }
+    }
+}
 
 /// Raises the soft limit of open files (`RLIMIT_NOFILE`) to the hard one and returns that.
 ///
@@ -30,5 +91,23 @@ mod tests {
     fn the_soft_limit_becomes_the_hard_one() {
         let hard = raise_open_files().unwrap();
         assert_eq!(getrlimit(Resource::RLIMIT_NOFILE).unwrap(), (hard, hard));
+    }
+
+    #[test]
+    fn a_limit_that_leaves_too_few_files_is_explained_with_one_that_is_enough() {
+        let files = OpenFiles { open: 4, limit: 40 };
+        files.check(36).unwrap();
+        let text = files.check(37).unwrap_err().to_string();
+        assert!(text.starts_with("RLIMIT_NOFILE is 40, 4 files are open and 37 more are needed"), "{text}");
+        assert!(text.contains("`ulimit -H -n 41`") && text.contains("LimitNOFILE=41"), "{text}");
+    }
+
+    #[test]
+    fn an_open_file_counts() {
+        // Other tests open files of this process meanwhile; none of them opens that many.
+        let before = OpenFiles::current().unwrap().open;
+        let files: Vec<_> = (0..100).map(|_| fs::File::open("/dev/null").unwrap()).collect();
+        let after = OpenFiles::current().unwrap().open;
+        assert!(after + 50 > before + files.len() as u64, "{before}, {after}");
     }
 }

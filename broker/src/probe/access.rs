@@ -8,6 +8,7 @@ use ringpass_restrictions::{Access, Policy};
 use super::{
     Check, Facts, Feature, ModeName, Outcome, Status,
     feature::{Need, Traits},
+    limits::{self, bytes},
 };
 
 /// `/proc/self/status`, line `Seccomp`: a filter is installed.
@@ -15,7 +16,7 @@ const SECCOMP_MODE_FILTER: u32 = 2;
 
 /// Everything about io_uring itself.
 pub(super) fn checks(facts: &Facts) -> Vec<Check> {
-    let mut checks = vec![io_uring(facts), operations(facts)];
+    let mut checks = vec![io_uring(facts), proc(facts), workers(facts), operations(facts), end_of_rings(facts)];
     checks.extend(Feature::ALL.map(|feature| self::feature(facts, feature)));
     checks
 }
@@ -25,10 +26,45 @@ fn io_uring(facts: &Facts) -> Check {
     match facts.setup {
         Outcome::Works => check,
         Outcome::Failed { errno, .. } => {
-            let (why, change) = refusal(facts, errno);
+            let (why, change) = refusal(facts, "io_uring_setup", errno);
             check.missing(why, change)
         }
         Outcome::NotTried => check.with_status(Status::NotTried),
+    }
+}
+
+fn proc(facts: &Facts) -> Check {
+    let check = Check::ok("proc", "/proc", "mounted").needed_for(&ModeName::KERNEL_EXECUTED);
+    match facts.proc {
+        Ok(()) => check,
+        Err(error) => check.missing(error.why(), vec![error.change().to_owned()]),
+    }
+}
+
+/// The rings of a server's own threads, which serve virtqueues; each device has one at least.
+fn workers(facts: &Facts) -> Check {
+    let engine = &facts.server.engine;
+    let detail = format!("{} for {} queues, {}", engine.workers(), engine.queues, bytes(engine.ring_bytes()));
+    let check = Check::ok("worker-rings", "rings of the server's workers", detail).needed_for(&ModeName::KERNEL_EXECUTED);
+    match facts.engine {
+        Outcome::Works => check,
+        Outcome::Failed { step, errno } => {
+            let (why, change) = refusal(facts, step, errno);
+            check.missing(why, change)
+        }
+        Outcome::NotTried => check.with_status(Status::NotTried),
+    }
+}
+
+fn end_of_rings(facts: &Facts) -> Check {
+    let detail = "a directory in $XDG_RUNTIME_DIR, /dev/shm or $TMPDIR";
+    let check = Check::ok("end-of-rings", "telling that a ring has ended", detail).needed_for(&ModeName::DIRECT);
+    match &facts.end_token {
+        Ok(()) => check,
+        Err(error) => check.missing(
+            error.clone(),
+            vec!["mount a tmpfs at /dev/shm, or name a directory that can be written with TMPDIR=DIRECTORY".to_owned()],
+        ),
     }
 }
 
@@ -57,8 +93,8 @@ fn refused(why: impl Into<String>, change: &[&str]) -> Refusal {
     (why.into(), change.iter().map(|&line| line.to_owned()).collect())
 }
 
-/// Why `io_uring_setup(2)` refuses even the simplest ring.
-fn refusal(facts: &Facts, errno: Option<i32>) -> Refusal {
+/// Why a system call of io_uring refuses even the simplest of its kind.
+fn refusal(facts: &Facts, call: &str, errno: Option<i32>) -> Refusal {
     let sysctl = &facts.sysctl;
     let filtered = facts.seccomp_mode == Some(SECCOMP_MODE_FILTER);
     match (errno.unwrap_or(EINVAL), sysctl.io_uring_disabled) {
@@ -73,12 +109,13 @@ fn refusal(facts: &Facts, errno: Option<i32>) -> Refusal {
         ),
         (EPERM, Some(1)) if !sysctl.in_group && !facts.has_sys_admin => group_refusal(sysctl.io_uring_group),
         (EPERM, _) if filtered => refused(
-            "a seccomp filter refuses io_uring_setup (EPERM), although the kernel's settings allow it",
+            format!("a seccomp filter refuses {call} (EPERM), although the kernel's settings allow it"),
             ALLOW_IN_CONTAINERS,
         ),
-        (ENOSYS, Some(_)) if filtered => {
-            refused("a seccomp filter hides io_uring_setup (ENOSYS), although the kernel has it", ALLOW_IN_CONTAINERS)
-        }
+        (ENOSYS, _) if filtered && (sysctl.io_uring_disabled.is_some() || facts.setup == Outcome::Works) => refused(
+            format!("a seccomp filter hides {call} (ENOSYS), although the kernel has it"),
+            ALLOW_IN_CONTAINERS,
+        ),
         (ENOSYS, None) if filtered => refused(
             "io_uring_setup is not there (ENOSYS): the seccomp filter hides it, or the kernel has no io_uring",
             &[ALLOW_IN_CONTAINERS, &["if the kernel itself has none: one with CONFIG_IO_URING=y"]].concat(),
@@ -89,22 +126,47 @@ fn refusal(facts: &Facts, errno: Option<i32>) -> Refusal {
         ),
         (errno @ (EPERM | EACCES), _) => refused(
             format!(
-                "io_uring_setup is refused ({}) and no setting of io_uring says so: a security module does",
+                "{call} is refused ({}) and no setting of io_uring says so: a security module does",
                 name(errno)
             ),
             &["allow io_uring to the broker in the policy of SELinux (class io_uring), AppArmor or the module in use"],
         ),
-        (ENOMEM, _) => refused(
-            "there is no memory for even a small ring (ENOMEM): RLIMIT_MEMLOCK or the memory control group is used up",
-            &["see the line on memory that may be pinned"],
-        ),
+        (ENOMEM, _) => no_memory(facts),
         (errno @ (EMFILE | ENFILE), _) => refused(
             format!("there are too many open files ({})", name(errno)),
             &["raise RLIMIT_NOFILE (ulimit -n) or fs.file-max"],
         ),
         (errno, _) => {
-            refused(format!("io_uring_setup fails: {}", name(errno)), &["see io_uring_setup(2) for this error"])
+            refused(format!("{call} fails: {}", name(errno)), &[&format!("see {call}(2) for this error")])
         }
+    }
+}
+
+/// Linux 6.14 and later charge the memory of rings to the user.
+fn no_memory(facts: &Facts) -> Refusal {
+    let (memlock, engine) = (&facts.memlock, &facts.server.engine);
+    let needed_bytes = engine.ring_bytes();
+    let group = "if that is not it: raise the limit of the memory control group (memory.max, MemoryMax=)";
+    match memlock.soft_bytes.filter(|_| !memlock.exempt) {
+        None => refused("there is no memory for the rings of the server's workers (ENOMEM)", &[group]),
+        Some(soft_bytes) => refused(
+            format!(
+                "there is no memory for the rings of the server's workers (ENOMEM): they take {}, this kernel charges that to \
+                 RLIMIT_MEMLOCK, and RLIMIT_MEMLOCK is {} for all that this user has of such memory",
+                bytes(needed_bytes),
+                bytes(soft_bytes)
+            ),
+            &[
+                &format!(
+                    "raise the hard RLIMIT_MEMLOCK to {0} KiB or more (root: `ulimit -H -l {0}`, LimitMEMLOCK={0}K in a systemd \
+                     unit, --ulimit memlock={1} for a container), or give the broker CAP_IPC_LOCK",
+                    needed_bytes.div_ceil(1 << 10),
+                    needed_bytes
+                ),
+                "or have fewer workers: --num-queues 1, or one CPU in --cpus",
+                group,
+            ],
+        ),
     }
 }
 
@@ -144,6 +206,7 @@ fn operations(facts: &Facts) -> Check {
     let title = "operations of the direct policy";
     let check = |detail: String| Check::ok("operations", title, detail).needed_for(&ModeName::DIRECT);
     match &facts.support {
+        Err(Outcome::Failed { errno: Some(ENOMEM), .. }) if !limits::can_pin(facts) => check(policy.operations().to_string()).with_status(Status::NotTried),
         Err(Outcome::Failed { step, errno }) => {
             let error = name(errno.unwrap_or(EINVAL));
             let (old, change) = match errno {
@@ -176,6 +239,10 @@ fn feature(facts: &Facts, feature: Feature) -> Check {
     let (step, errno) = match facts.outcome(feature) {
         Outcome::Works => return check,
         Outcome::NotTried => return check.with_status(Status::NotTried),
+        // The line on memory that may be pinned says why.
+        Outcome::Failed { errno: Some(ENOMEM), .. } if !limits::can_pin(facts) => {
+            return check.with_status(Status::NotTried);
+        }
         Outcome::Failed { step, errno } => (step, *errno),
     };
     let (cause, change) = match errno {

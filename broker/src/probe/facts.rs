@@ -5,18 +5,26 @@ use std::{fs, io, path::Path};
 use ringpass_restrictions::KernelSupport;
 use rustix::thread::{CapabilitySet, capabilities};
 
-use super::{Feature, trial};
+use super::{Feature, Server, trial};
 #[cfg(feature = "kvm")]
 use crate::kvm::{KvmRefusal, KvmSupport};
 use crate::{
+    engine::EngineError,
     kernel::{KernelRelease, ReleaseError},
-    limits::Memlock,
+    limits::{Memlock, OpenFiles},
+    privileges::{PrivilegesError, without_privileges},
+    processes::{NoProc, require_proc},
+    ring::try_end_token,
 };
 
 /// What was observed of the kernel, its settings and this process's limits.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct Facts {
+    /// The server for which it was looked at.
+    pub server: Server,
+    /// Whether `/proc` is mounted.
+    pub proc: Result<(), NoProc>,
     /// The kernel's release.
     pub kernel: KernelRelease,
     /// The settings that forbid io_uring.
@@ -27,14 +35,20 @@ pub struct Facts {
     pub seccomp_mode: Option<u32>,
     /// Whether the simplest ring can be made. Without it nothing else was tried.
     pub setup: Outcome,
+    /// Whether the server's workers can have their rings. Without them nothing further was tried.
+    pub engine: Outcome,
+    /// Whether the end of a ring can be told: the directory that this takes can be made, or why not.
+    pub end_token: Result<(), String>,
     /// What restrictions can be made of, or what came of asking the kernel.
     pub support: Result<KernelSupport, Outcome>,
     /// Each feature, and whether it works. One that is missing here was not tried.
     pub features: Vec<(Feature, Outcome)>,
     /// How much memory may be pinned.
     pub memlock: Memlock,
-    /// The pools of huge pages, the smallest pages first.
-    pub huge_pages: Vec<HugePagePool>,
+    /// The files that this process has open, and may have. `None`: `/proc` does not tell.
+    pub open_files: Option<OpenFiles>,
+    /// The pools of huge pages, the smallest pages first. `None`: `/sys` does not tell.
+    pub huge_pages: Option<Vec<HugePagePool>>,
     /// What KVM can do, or why it cannot be used.
     #[cfg(feature = "kvm")]
     pub kvm: Result<KvmSupport, KvmRefusal>,
@@ -85,20 +99,34 @@ pub enum FactsError {
     #[error(transparent)]
     Release(#[from] ReleaseError),
     /// The limits on pinned memory cannot be read.
-    #[error("cannot read the limits on pinned memory: {0} (is /proc mounted?)")]
+    #[error("cannot read the limits on pinned memory: {0}")]
     Memlock(#[source] io::Error),
+    /// What a server without privileges could do cannot be tried.
+    #[error(transparent)]
+    Privileges(#[from] PrivilegesError),
     /// The thread that makes the throw-away rings could not be started.
     #[error("cannot start the thread that tries io_uring: {0}")]
     Thread(#[source] io::Error),
 }
 
 impl Facts {
-    /// Observes this machine.
+    /// Observes this machine as that server will find it.
     ///
     /// # Errors
     ///
     /// [`FactsError`] if the kernel's version or this process's limits cannot be read.
-    pub fn observe() -> Result<Self, FactsError> {
+    pub fn observe(server: &Server) -> Result<Self, FactsError> {
+        // Before there are further threads and rings, whose files would count.
+        let open_files = OpenFiles::current().ok();
+        let mut facts =
+            if server.is_confined { without_privileges(|| Self::here(server))? } else { Self::here(server) }?;
+        facts.open_files = open_files;
+        Ok(facts)
+    }
+
+    /// With the privileges of this thread.
+    fn here(server: &Server) -> Result<Self, FactsError> {
+        let server = *server;
         let kernel = KernelRelease::running()?;
         let sysctl = Sysctl::observe();
         // Before the trials, whose own pins are still being released for a moment after them.
@@ -107,24 +135,34 @@ impl Facts {
         // An unprivileged thread could not make any ring then, whatever the kernel can do.
         let needs_capability = sysctl.io_uring_disabled == Some(1) && !sysctl.in_group;
         let tried = trial::in_own_thread(move || {
+            let nothing = |setup, engine| (setup, engine, Err(Outcome::NotTried), Vec::new());
             let setup = trial::simplest_ring();
             if setup != Outcome::Works {
-                return (setup, Err(Outcome::NotTried), Vec::new());
+                return nothing(setup, Outcome::NotTried);
+            }
+            let engine = engine(&server);
+            if engine != Outcome::Works || !server.may_offer_rings {
+                return nothing(setup, engine);
             }
             let support = trial::support();
             let features = trial::all(support.as_ref().ok(), !needs_capability);
-            (setup, support, features)
+            (setup, engine, support, features)
         });
-        let (setup, support, features) = tried.map_err(FactsError::Thread)?;
+        let (setup, engine, support, features) = tried.map_err(FactsError::Thread)?;
         Ok(Self {
+            server,
+            proc: require_proc(),
             kernel,
             sysctl,
             has_sys_admin,
             seccomp_mode: seccomp_mode(&fs::read_to_string("/proc/self/status").unwrap_or_default()),
             setup,
+            engine,
+            end_token: try_end_token().map_err(|error| error.to_string()),
             support,
             features,
             memlock,
+            open_files: None,
             huge_pages: HugePagePool::observe(Path::new("/sys/kernel/mm/hugepages")),
             #[cfg(feature = "kvm")]
             kvm: KvmSupport::observe(),
@@ -134,6 +172,16 @@ impl Facts {
     /// What came of trying `feature`.
     pub fn outcome(&self, feature: Feature) -> &Outcome {
         self.features.iter().find(|(tried, _)| *tried == feature).map_or(&Outcome::NotTried, |(_, outcome)| outcome)
+    }
+}
+
+/// The rings of the server's workers.
+fn engine(server: &Server) -> Outcome {
+    match server.engine.try_rings() {
+        Ok(()) => Outcome::Works,
+        Err(EngineError::Ring { call, source }) => Outcome::Failed { step: call, errno: source.raw_os_error() },
+        Err(EngineError::Eventfd(error)) => Outcome::Failed { step: "eventfd", errno: error.raw_os_error() },
+        Err(_) => Outcome::Failed { step: "making the workers' rings", errno: None },
     }
 }
 
@@ -149,9 +197,11 @@ impl Sysctl {
 }
 
 impl HugePagePool {
-    fn observe(directory: &Path) -> Vec<Self> {
-        let entries = fs::read_dir(directory).into_iter().flatten().flatten();
-        let mut pools: Vec<Self> = entries
+    /// `None`: there is no such directory.
+    fn observe(directory: &Path) -> Option<Vec<Self>> {
+        let mut pools: Vec<Self> = fs::read_dir(directory)
+            .ok()?
+            .flatten()
             .filter_map(|entry| {
                 let name = entry.file_name().into_string().ok()?;
                 let kilobytes: u64 = name.strip_prefix("hugepages-")?.strip_suffix("kB")?.parse().ok()?;
@@ -165,7 +215,7 @@ impl HugePagePool {
             })
             .collect();
         pools.sort_by_key(|pool| pool.page_bytes);
-        pools
+        Some(pools)
     }
 }
 
@@ -207,17 +257,17 @@ mod tests {
         fs::create_dir(directory.path().join("other")).unwrap();
         assert_eq!(
             HugePagePool::observe(directory.path()),
-            [
+            Some(vec![
                 HugePagePool { page_bytes: 2 << 20, total: 512, free: 70 },
                 HugePagePool { page_bytes: 1 << 30, total: 2, free: 1 },
-            ]
+            ])
         );
-        assert_eq!(HugePagePool::observe(&directory.path().join("missing")), []);
+        assert_eq!(HugePagePool::observe(&directory.path().join("missing")), None);
     }
 
     #[test]
     fn a_feature_that_is_not_listed_was_not_tried() {
-        let facts = Facts { features: vec![], ..Facts::observe().unwrap() };
+        let facts = Facts { features: vec![], ..Facts::observe(&Server::for_tests()).unwrap() };
         assert_eq!(*facts.outcome(Feature::NoSqArray), Outcome::NotTried);
     }
 }

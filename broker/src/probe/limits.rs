@@ -1,19 +1,46 @@
 //! How much memory may be pinned, and huge pages.
 
 use super::{Check, Facts, HugePagePool, ModeName, Outcome, Status};
-use crate::limits::Memlock;
 
 /// A guest with less RAM than this has no use for a disk.
 const GUEST_MIN_BYTES: u64 = 1 << 20;
 /// For the rings of a few queues, which are charged too.
 const RINGS_BYTES: u64 = 1 << 20;
+/// Files that a server has open beside those of its workers: the disk twice, two sockets, eventfds, and what it opens for a
+/// moment.
+const SERVER_FILES: u64 = 12;
+/// Files of a front-end with one queue: its connection, eight regions of memory, three eventfds, the in-flight region, the
+/// dirty log and a back-end channel.
+const FRONT_END_FILES: u64 = 16;
 
 /// Everything about memory.
-pub(super) fn checks(facts: &Facts) -> [Check; 2] {
-    [memlock(&facts.memlock), huge_pages(facts)]
+pub(super) fn checks(facts: &Facts) -> [Check; 3] {
+    [open_files(facts), memlock(facts), huge_pages(facts)]
 }
 
-fn memlock(memlock: &Memlock) -> Check {
+/// Whether a guest's memory can be pinned at all.
+pub(super) fn can_pin(facts: &Facts) -> bool {
+    facts.memlock.check(GUEST_MIN_BYTES + rings_bytes(facts)).is_ok()
+}
+
+/// The rings of guests and of the server's workers.
+fn rings_bytes(facts: &Facts) -> u64 {
+    RINGS_BYTES + facts.server.engine.ring_bytes()
+}
+
+fn open_files(facts: &Facts) -> Check {
+    let check = |detail: String| Check::ok("open-files", "open files", detail).needed_for(&ModeName::KERNEL_EXECUTED);
+    // Without /proc nothing can be served; another line says so.
+    let Some(files) = &facts.open_files else { return check("unknown".to_owned()).with_status(Status::NotTried) };
+    let detail = format!("{} may be open (RLIMIT_NOFILE), {} are", files.limit, files.open);
+    match files.check(SERVER_FILES + FRONT_END_FILES + facts.server.engine.files()) {
+        Ok(()) => check(detail),
+        Err(error) => check(detail).missing(error.why(), vec![error.change()]),
+    }
+}
+
+fn memlock(facts: &Facts) -> Check {
+    let memlock = &facts.memlock;
     let check =
         |detail: String| Check::ok("memlock", "memory that may be pinned", detail).needed_for(&ModeName::DIRECT);
     if memlock.exempt {
@@ -24,10 +51,11 @@ fn memlock(memlock: &Memlock) -> Check {
     };
     let pinned_bytes = memlock.pinned_bytes();
     let mut detail = format!(
-        "{} left of {} (RLIMIT_MEMLOCK), for all of a guest's RAM and about {} for its rings",
+        "{} left of {} (RLIMIT_MEMLOCK), for all of a guest's RAM, about {} for its rings and {} for those of the workers",
         bytes(soft_bytes.saturating_sub(pinned_bytes)),
         bytes(soft_bytes),
-        bytes(RINGS_BYTES)
+        bytes(RINGS_BYTES),
+        bytes(facts.server.engine.ring_bytes())
     );
     if !memlock.pinned_by.is_empty() {
         let processes: Vec<String> = memlock
@@ -37,18 +65,20 @@ fn memlock(memlock: &Memlock) -> Check {
             .collect();
         detail += &format!("; pinned by this user: {}", processes.join(", "));
     }
-    match memlock.check(GUEST_MIN_BYTES + RINGS_BYTES) {
+    match memlock.check(GUEST_MIN_BYTES + rings_bytes(facts)) {
         Ok(()) => check(detail),
         Err(error) => check(detail).missing(
             format!("not even a guest with {} of RAM can be pinned: {error}", bytes(GUEST_MIN_BYTES)),
-            vec!["raise RLIMIT_MEMLOCK to the guest's RAM and 1 MiB, or give the broker CAP_IPC_LOCK".to_owned()],
+            vec!["raise RLIMIT_MEMLOCK to the guest's RAM and 2 MiB, or give the broker CAP_IPC_LOCK".to_owned()],
         ),
     }
 }
 
 fn huge_pages(facts: &Facts) -> Check {
-    let pools = &facts.huge_pages;
     let check = |detail: String| Check::ok("huge-pages", "huge pages", detail).with_status(Status::Information);
+    let Some(pools) = &facts.huge_pages else {
+        return check("/sys does not tell: it is not mounted, or this kernel has none".to_owned());
+    };
     if pools.iter().all(|pool| pool.total == 0) {
         let sizes: Vec<String> = pools.iter().map(|pool| bytes(pool.page_bytes)).collect();
         let known = if sizes.is_empty() {
@@ -75,13 +105,13 @@ pub(super) fn note(facts: &Facts) -> Option<String> {
     let soft_bytes = memlock.soft_bytes.filter(|_| !memlock.exempt)?;
     let works = facts.setup == Outcome::Works;
     works.then(|| {
-        let left_bytes = soft_bytes.saturating_sub(memlock.pinned_bytes()).saturating_sub(RINGS_BYTES);
+        let left_bytes = soft_bytes.saturating_sub(memlock.pinned_bytes()).saturating_sub(rings_bytes(facts));
         format!("for guests of up to {} of RAM with this RLIMIT_MEMLOCK", bytes(left_bytes))
     })
 }
 
 /// In the largest unit that keeps the number whole, or in MiB with one decimal.
-fn bytes(bytes: u64) -> String {
+pub(super) fn bytes(bytes: u64) -> String {
     let units = [(1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")];
     match units.iter().find(|&&(unit, _)| bytes >= unit && bytes.is_multiple_of(unit)) {
         Some((unit, name)) if bytes / unit < 10_000 => format!("{} {name}", bytes / unit),

@@ -35,9 +35,10 @@ pub struct KernelReport {
     pub holes: Vec<HoleReport>,
     /// How many holes ringpass knows of, in all kernels.
     pub known_holes: usize,
-    /// `direct`, `direct-with-warning`, `mediated` or `cannot-tell`: what to give guests that nobody trusts.
+    /// `direct`, `direct-with-warning`, `mediated` or `cannot-tell`: what to give untrusted guests,
+    /// by the version alone.
     pub verdict: &'static str,
-    /// The same in words.
+    /// What to do here, in words: it counts what is missing, which the verdict does not.
     pub advice: String,
 }
 
@@ -125,7 +126,15 @@ impl Report {
         checks.extend(limits::checks(facts));
         #[cfg(feature = "kvm")]
         checks.extend(super::machines::checks(&facts.kvm));
-        Self { kernel: KernelReport::judge(facts), modes: modes::modes(facts, &checks), checks, notes: modes::notes() }
+        let modes = modes::modes(facts, &checks);
+        let mut kernel = KernelReport::judge(facts);
+        let is_available = |names: &[ModeName]| modes.iter().any(|mode| mode.available && names.contains(&mode.name));
+        if !is_available(&ModeName::KERNEL_EXECUTED) {
+            kernel.advice = "no guest can be served here until what is missing below is there".to_owned();
+        } else if facts.server.may_offer_rings && !is_available(&ModeName::DIRECT) {
+            kernel.advice = "virtqueues only: direct mode is not available here, see what is missing below".to_owned();
+        }
+        Self { kernel, modes, checks, notes: modes::notes() }
     }
 
     /// The check with this name.

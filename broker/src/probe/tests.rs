@@ -6,22 +6,27 @@ use ringpass_restrictions::{KernelSupport, Operation, OperationSet, RegisterOper
 use super::*;
 use crate::{
     kernel::KernelRelease,
-    limits::{Memlock, PinnedBy},
+    limits::{Memlock, OpenFiles, PinnedBy},
 };
 
 #[cfg(feature = "kvm")]
 mod machines;
+mod servers;
 
 const MIB: u64 = 1 << 20;
 
 /// A machine on which everything works, for an ordinary user.
 fn good() -> Facts {
     Facts {
+        server: Server::for_tests(),
+        proc: Ok(()),
         kernel: kernel("6.18.44"),
         sysctl: Sysctl { io_uring_disabled: Some(0), io_uring_group: Some(-1), in_group: false },
         has_sys_admin: false,
         seccomp_mode: Some(0),
         setup: Outcome::Works,
+        engine: Outcome::Works,
+        end_token: Ok(()),
         support: Ok(KernelSupport {
             operations: (0..=Operation::PIPE.code()).map(Operation::new).collect(),
             register_operations: (0..=RegisterOperation::REGISTER_QUERY.code()).map(RegisterOperation::new).collect(),
@@ -31,7 +36,8 @@ fn good() -> Facts {
         }),
         features: Feature::ALL.map(|feature| (feature, Outcome::Works)).to_vec(),
         memlock: Memlock { soft_bytes: Some(8 * MIB), hard_bytes: Some(8 * MIB), exempt: false, pinned_by: vec![] },
-        huge_pages: vec![HugePagePool { page_bytes: 2 * MIB, total: 0, free: 0 }],
+        open_files: Some(OpenFiles { open: 4, limit: 1024 }),
+        huge_pages: Some(vec![HugePagePool { page_bytes: 2 * MIB, total: 0, free: 0 }]),
         #[cfg(feature = "kvm")]
         kvm: Ok(machines::kvm()),
     }
@@ -41,6 +47,7 @@ fn good() -> Facts {
 fn refused(errno: i32) -> Facts {
     Facts {
         setup: Outcome::Failed { step: "io_uring_setup", errno: Some(errno) },
+        engine: Outcome::NotTried,
         support: Err(Outcome::NotTried),
         features: vec![],
         ..good()
@@ -76,7 +83,7 @@ fn assert_no_direct(facts: &Facts, why: &str, change: &[&str]) {
 
 #[test]
 fn direct_mode_is_available_here() {
-    let report = run().unwrap();
+    let report = run(&Server::for_tests()).unwrap();
     let works = |name: &str| assert_eq!(report.check(name).unwrap().status, Status::Ok, "{:?}", report.check(name));
     works("io-uring");
     works("operations");
@@ -92,7 +99,7 @@ fn a_good_machine_offers_direct_mode_and_says_how_large_a_guest_may_be() {
     let report = Report::judge(&good());
     let mode = report.mode(ModeName::DirectGuestRam).unwrap();
     assert!(mode.available && mode.why.is_none() && mode.change.is_empty());
-    assert_eq!(mode.notes, ["for guests of up to 7 MiB of RAM with this RLIMIT_MEMLOCK"]);
+    assert_eq!(mode.notes, ["for guests of up to 7144 KiB of RAM with this RLIMIT_MEMLOCK"]);
     assert!(report.any_mode_available());
 }
 
@@ -342,13 +349,13 @@ fn little_lockable_memory_is_explained_with_who_has_it() {
     let check = report.check("memlock").unwrap();
     assert_eq!(
         check.detail,
-        "4 KiB left of 8 MiB (RLIMIT_MEMLOCK), for all of a guest's RAM and about 1 MiB for its rings; pinned by this \
-         user: qemu[7] 8188 KiB"
+        "4 KiB left of 8 MiB (RLIMIT_MEMLOCK), for all of a guest's RAM, about 1 MiB for its rings and 24 KiB for those of \
+         the workers; pinned by this user: qemu[7] 8188 KiB"
     );
     let why = check.why.as_deref().unwrap();
-    assert!(why.starts_with("not even a guest with 1 MiB of RAM can be pinned: pinning needs 2 MiB"), "{why}");
+    assert!(why.starts_with("not even a guest with 1 MiB of RAM can be pinned: pinning needs 2072 KiB"), "{why}");
     assert!(why.contains("qemu[7]"), "{why}");
-    assert_eq!(check.change, ["raise RLIMIT_MEMLOCK to the guest's RAM and 1 MiB, or give the broker CAP_IPC_LOCK"]);
+    assert_eq!(check.change, ["raise RLIMIT_MEMLOCK to the guest's RAM and 2 MiB, or give the broker CAP_IPC_LOCK"]);
     assert!(!report.mode(ModeName::DirectGuestRam).unwrap().available);
     assert!(report.mode(ModeName::Virtqueue).unwrap().available, "it pins nothing");
 }
@@ -415,7 +422,7 @@ fn reserved_huge_pages_are_counted() {
         HugePagePool { page_bytes: 2 * MIB, total: 512, free: 12 },
         HugePagePool { page_bytes: 1024 * MIB, total: 0, free: 0 },
     ];
-    let report = Report::judge(&Facts { huge_pages, ..good() });
+    let report = Report::judge(&Facts { huge_pages: Some(huge_pages), ..good() });
     let check = report.check("huge-pages").unwrap();
     assert_eq!(check.detail, "2 MiB: 12 free of 512; 1 GiB: 0 free of 0");
     assert_eq!(check.status, Status::Information);

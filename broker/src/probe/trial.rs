@@ -11,7 +11,7 @@ use std::{
 };
 
 use memmap2::{MmapMut, MmapOptions, MmapRaw};
-use nix::libc::EACCES;
+use nix::libc::{EACCES, ENOMEM};
 use ringpass_restrictions::{Access, KernelSupport, Policy};
 use rustix::{
     event::{EventfdFlags, eventfd},
@@ -23,6 +23,7 @@ use rustix::{
 
 use super::{Feature, Outcome};
 use crate::kernel;
+use crate::limits::while_memory_is_freed;
 use crate::ring::sys::{RingFd, RingPages};
 
 /// The kernel's page size on every architecture ringpass knows.
@@ -71,7 +72,8 @@ pub(super) fn in_own_thread<T: Send + 'static>(trials: impl FnOnce() -> T + Send
 
 /// The simplest ring there is, which Linux 5.1 has.
 pub(super) fn simplest_ring() -> Outcome {
-    RingFd::setup(1, &mut io_uring_params::default()).map(|_| ()).step("io_uring_setup").into()
+    let setup = || RingFd::setup(1, &mut io_uring_params::default()).map(|_| ());
+    while_memory_is_freed(setup, |error| error.raw_os_error() == Some(ENOMEM)).step("io_uring_setup").into()
 }
 
 /// What restrictions can be made of.

@@ -76,6 +76,15 @@ pub fn token_places() -> Vec<PathBuf> {
     runtime.into_iter().chain([PathBuf::from("/dev/shm"), std::env::temp_dir()]).collect()
 }
 
+/// Whether a ring's end can be told here: it takes a directory that can be made in one of [`token_places`].
+///
+/// # Errors
+///
+/// What the kernel said of the last place.
+pub fn try_end_token() -> io::Result<()> {
+    EndToken::new().map(drop)
+}
+
 /// A new directory of our own, in memory if there is such a place.
 fn temporary_directory() -> io::Result<PathBuf> {
     let mut last = io::Error::from(io::ErrorKind::NotFound);
@@ -93,7 +102,7 @@ fn temporary_directory() -> io::Result<PathBuf> {
             }
         }
     }
-    Err(io::Error::new(last.kind(), format!("no place for a temporary directory (/dev/shm, $TMPDIR): {last}")))
+    Err(io::Error::new(last.kind(), format!("no place for a temporary directory ($XDG_RUNTIME_DIR, /dev/shm, $TMPDIR): {last}")))
 }
 
 fn random() -> io::Result<u64> {

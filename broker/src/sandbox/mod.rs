@@ -24,7 +24,8 @@ use std::io;
 
 pub use descriptors::close_descriptors_on_exec;
 pub use paths::{Paths, Restricted};
-pub use privileges::{Unprivileged, drop_privileges, without_privileges};
+use crate::privileges::PrivilegesError;
+pub use privileges::{Unprivileged, drop_privileges};
 
 /// Why the process cannot be confined.
 #[derive(Debug, thiserror::Error)]
@@ -36,16 +37,6 @@ pub enum SandboxError {
         /// How many there are.
         threads: usize,
     },
-    /// io_uring is there for the privileged only, and privileges are about to go.
-    #[error(
-        "kernel.io_uring_disabled is 1, so that io_uring needs CAP_SYS_ADMIN or the group {group} (kernel.io_uring_group), and \
-         this process gives up all capabilities: run it with that group (`SupplementaryGroups={group}` in a systemd unit), or set \
-         the sysctl to 0"
-    )]
-    IoUringGroup {
-        /// Number of the group that may. -1: none.
-        group: i64,
-    },
     /// The kernel refused.
     #[error("confining this process: {what}: {source}")]
     System {
@@ -54,6 +45,12 @@ pub enum SandboxError {
         /// The kernel's answer.
         source: io::Error,
     },
+}
+
+impl From<PrivilegesError> for SandboxError {
+    fn from(PrivilegesError { what, source }: PrivilegesError) -> Self {
+        Self::System { what, source }
+    }
 }
 
 impl SandboxError {

@@ -6,9 +6,13 @@ use std::{
 };
 
 use anyhow::Context;
+use clap::Parser;
+use ringpass_broker::limits;
 use ringpass_broker::probe::{self, Check, HoleReport, Mode, Report, Status};
 
 /// Tell what this kernel and these limits allow, and for each thing that is missing, why and what to change.
+///
+/// Judged is what `ringpass serve` could do, started like this: by this user, in these groups and limits, without privileges.
 ///
 /// The exit status is 0 if a guest can be served here in any way, 1 if not.
 #[derive(Debug, clap::Args)]
@@ -17,6 +21,8 @@ pub(crate) struct ProbeArgs {
     #[arg(long)]
     json: bool,
 }
+
+use crate::serve::ServeArgs;
 
 /// Exit status when nothing can be served here.
 const NOTHING_AVAILABLE: u8 = 1;
@@ -27,7 +33,10 @@ const NOTHING_AVAILABLE: u8 = 1;
 ///
 /// When the machine cannot be observed, or the output not be written.
 pub(crate) fn run(args: &ProbeArgs) -> anyhow::Result<ExitCode> {
-    let report = probe::run().context("cannot probe this machine")?;
+    // As a server does, so that the two never disagree.
+    let _ = limits::raise_open_files();
+    let _ = limits::raise_memlock();
+    let report = probe::run(&server_by_default()).context("cannot probe this machine")?;
     let mut out = Vec::new();
     if args.json {
         serde_json::to_writer_pretty(&mut out, &report)?;
@@ -42,6 +51,16 @@ pub(crate) fn run(args: &ProbeArgs) -> anyhow::Result<ExitCode> {
         written => written.context("cannot write the report")?,
     }
     Ok(if report.any_mode_available() { ExitCode::SUCCESS } else { ExitCode::from(NOTHING_AVAILABLE) })
+}
+
+/// What `ringpass serve` is without options.
+fn server_by_default() -> probe::Server {
+    #[derive(Parser)]
+    struct Defaults {
+        #[command(flatten)]
+        serve: ServeArgs,
+    }
+    Defaults::parse_from(["serve", "--socket-path", "socket", "--blk-file", "disk"]).serve.probed()
 }
 
 /// The sign in front of a line.
@@ -208,12 +227,13 @@ mod tests {
 
     #[test]
     fn the_text_has_a_mark_a_reason_and_a_change_for_what_is_missing() {
-        let mut report = probe::run().unwrap();
+        let mut report = probe::run(&server_by_default()).unwrap();
         let check = &mut report.checks[0];
         check.status = Status::Missing;
         check.why = Some("because".to_owned());
         check.change = vec!["this".to_owned(), "or that".to_owned()];
-        report.checks[1].status = Status::NotTried;
+        let operations = report.checks.iter_mut().find(|check| check.name == "operations").unwrap();
+        operations.status = Status::NotTried;
         let mut out = Vec::new();
         write_report(&mut out, &report, &Marks::PLAIN).unwrap();
         let out = String::from_utf8(out).unwrap();

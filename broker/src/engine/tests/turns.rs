@@ -35,7 +35,7 @@ pub(super) fn with_worker(
     let mut rig = Rig::without_disk(options);
     let device = config(&rig.options).device;
     let (limits, segments_max) = (device.request_limits(), device.segment_capacity());
-    let mut ring = ring::create(64).unwrap();
+    let mut ring = ring::open(64).unwrap();
     let mut worker = Worker::new(
         Ring::new(&mut ring).unwrap(),
         WorkerParts {

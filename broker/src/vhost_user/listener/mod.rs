@@ -12,7 +12,9 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
-use rustix::fs::{AtFlags, CWD, FileType, Gid, Mode, OFlags, chownat, fchmod, fstat, openat};
+use rustix::fs::{
+    Access, AtFlags, CWD, FileType, Gid, Mode, OFlags, accessat, chownat, fchmod, fstat, openat,
+};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use thiserror::Error;
@@ -74,6 +76,12 @@ pub enum ListenError {
         /// Its number.
         fd: RawFd,
     },
+    /// It neither listens nor is connected.
+    #[error("file descriptor {fd} is a Unix stream socket that neither listens nor is connected; pass one that does")]
+    NotConnected {
+        /// Its number.
+        fd: RawFd,
+    },
     /// The descriptor cannot be used.
     #[error("file descriptor {fd}: {source}{}", fd_hint(.source))]
     Fd {
@@ -88,7 +96,10 @@ fn path_hint(error: &io::Error) -> &'static str {
     match Errno::from_io_error(error) {
         Some(Errno::NOENT) => ". Make its directory first",
         Some(Errno::NOTDIR) => ". A part of the path is no directory",
-        Some(Errno::ACCESS | Errno::PERM) => ". The user of this process must be allowed to write to the directory",
+        Some(Errno::ACCESS | Errno::PERM) => {
+            ". The user of this process must be allowed to write to the directory, also without the privileges that a server \
+             gives up (--sandbox): run it as the directory's owner, or pass an open socket with --fd"
+        }
         Some(Errno::ROFS) => ". Choose a place that can be written to, such as /run",
         _ => "",
     }
@@ -210,6 +221,27 @@ impl Listener {
         listen(file, socket)
     }
 
+    /// Whether a socket can be made at the path, as far as that can be known without making it. A socket on which another
+    /// process listens is no obstacle: the process may have ended when the socket is made.
+    pub(crate) fn check(path: &Path) -> Result<(), ListenError> {
+        if path.as_os_str().len() > PATH_BYTES_MAX {
+            return Err(ListenError::TooLong { path: path.to_owned() });
+        }
+        if std::fs::symlink_metadata(path).is_ok_and(|found| !found.file_type().is_socket()) {
+            return Err(ListenError::NotASocket { path: path.to_owned() });
+        }
+        let directory = match path.parent() {
+            Some(parent) if !parent.as_os_str().is_empty() => parent,
+            _ => Path::new("."),
+        };
+        let refused = |source| ListenError::Path { path: path.to_owned(), what: "making a socket there", source };
+        if !std::fs::metadata(directory).map_err(refused)?.is_dir() {
+            return Err(refused(Errno::NOTDIR.into()));
+        }
+        accessat(CWD, directory, Access::WRITE_OK | Access::EXEC_OK, AtFlags::EACCESS)
+            .map_err(|errno| refused(errno.into()))
+    }
+
     /// Takes a socket that the parent process passed.
     pub(super) fn inherited(number: RawFd) -> Result<Self, ListenError> {
         let failed = |source| ListenError::Fd { fd: number, source };
@@ -230,6 +262,8 @@ impl Listener {
             let listener = UnixListener::from(fd);
             listener.set_nonblocking(true).map_err(failed)?;
             Source::Listening(listener)
+        } else if rustix::net::getpeername(&fd) == Err(Errno::NOTCONN) {
+            return Err(ListenError::NotConnected { fd: number });
         } else {
             Source::Connected(Some(UnixStream::from(fd)))
         };

@@ -124,7 +124,6 @@ fn a_socket_has_the_mode_that_was_asked_for_from_the_beginning() {
     assert!(events.next().is_err(), "it had another mode at first");
 }
 
-#[cfg(feature = "sandbox")]
 #[test]
 fn a_group_that_the_process_may_not_give_is_named_and_no_socket_stays() {
     let directory = tempfile::tempdir().unwrap();
@@ -135,7 +134,7 @@ fn a_group_that_the_process_may_not_give_is_named_and_no_socket_stays() {
     drop(listener);
 
     let other = 0x7fff_fff0;
-    let refused = crate::sandbox::without_privileges(|| {
+    let refused = crate::privileges::without_privileges(|| {
         Listener::bind(&path, SocketAccess { mode: None, group: Some(other) }).map(drop)
     });
     let error = refused.unwrap().unwrap_err().to_string();
@@ -213,4 +212,36 @@ fn a_socket_file_that_was_removed_early_is_not_removed_again() {
     made.remove();
     drop(listener);
     assert!(path.exists());
+}
+
+#[test]
+fn a_path_that_cannot_be_listened_on_is_known_without_making_anything() {
+    let (directory, path) = socket_path();
+    Listener::check(&path).unwrap();
+    assert!(!path.exists());
+    let refusal = |path: &Path| Listener::check(path).unwrap_err().to_string();
+    std::fs::write(directory.path().join("file"), "x").unwrap();
+    for (name, expected) in [
+        ("none/s", "No such file or directory (os error 2). Make its directory first"),
+        ("file/s", "Not a directory"),
+        ("file", "a file that is no socket is in the way"),
+        (&"x".repeat(108), "a socket's path has at most 107 bytes"),
+    ] {
+        let text = refusal(&directory.path().join(name));
+        assert!(text.contains(expected), "{text}");
+    }
+    assert!(refusal(Path::new("/")).contains("is in the way"));
+    // A process that still listens may have ended when the socket is made; what nobody listens on is replaced.
+    let listener = Listener::bind(&path, SocketAccess::default()).unwrap();
+    Listener::check(&path).unwrap();
+    drop(listener);
+    drop(UnixListener::bind(&path).unwrap());
+    Listener::check(&path).unwrap();
+}
+
+#[test]
+fn a_socket_that_neither_listens_nor_is_connected_is_refused() {
+    let socket = new_socket().unwrap();
+    let error = Listener::inherited(socket.as_raw_fd()).unwrap_err().to_string();
+    assert!(error.contains("neither listens nor is connected"), "{error}");
 }

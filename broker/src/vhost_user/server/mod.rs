@@ -119,6 +119,25 @@ impl Server {
         Self::new(Listener::inherited(number)?)
     }
 
+    /// Whether [`bind`](Self::bind) can make a socket there, as far as that can be known without making it.
+    ///
+    /// # Errors
+    ///
+    /// The path is too long, its directory is not there or cannot be written, or something that is no socket is in the way.
+    pub fn check_path(path: &Path) -> Result<(), ListenError> {
+        Listener::check(path)
+    }
+
+    /// Whether [`from_inherited_fd`](Self::from_inherited_fd) can serve the descriptor of that number, which stays as it is but
+    /// for a listening socket, which does not block any more.
+    ///
+    /// # Errors
+    ///
+    /// There is no such descriptor, or it is something else.
+    pub fn check_inherited_fd(number: RawFd) -> Result<(), ListenError> {
+        Listener::inherited(number).map(drop)
+    }
+
     fn new(listener: Listener) -> Result<Self, ServerError> {
         let eventfd = || {
             rustix::event::eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)

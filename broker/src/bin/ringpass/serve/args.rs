@@ -8,18 +8,22 @@ use std::time::Duration;
 use anyhow::Context;
 use clap::{ArgGroup, Args, ValueEnum};
 use ringpass_broker::disk::{DirectIo, DiskConfig, LogicalBlock, StartUp};
+use ringpass_broker::engine::EngineShape;
+use ringpass_broker::probe;
 use ringpass_broker::vhost_user::{BoundSocket, Server, ServerError, SocketAccess};
 use ringpass_broker::virtio_blk::Serial;
 
 use super::access::AccessArgs;
 use super::control::ControlArgs;
-use super::rings::RingArgs;
+use super::rings::{ModeArg, RingArgs};
 use super::sandbox::SandboxArgs;
 
 /// vhost-user numbers queues with a byte.
 const QUEUES_MAX: u16 = 256;
 /// Front-ends that give each vCPU a queue refuse a device with fewer; more cost next to nothing.
 const QUEUES_MIN_BY_DEFAULT: u16 = 4;
+/// As most front-ends ask for.
+const QUEUE_SIZE_DEFAULT: u16 = 256;
 /// Longer polling would be a mistake in the unit.
 const POLL_MAX_US: u64 = 1_000_000;
 /// CPUs that Linux can have on the largest machines.
@@ -66,7 +70,7 @@ pub(crate) struct ServeArgs {
     num_queues: Option<u16>,
 
     /// Requests of a queue that are executed at a time: a power of two. Front-ends may have longer queues, where requests wait.
-    #[arg(long, value_name = "N", default_value_t = 256, value_parser = queue_size)]
+    #[arg(long, value_name = "N", default_value_t = QUEUE_SIZE_DEFAULT, value_parser = queue_size)]
     queue_size: u16,
 
     /// Bytes of a block as the guest sees it, which must be that for which the data on the disk was written: a power of two
@@ -205,10 +209,15 @@ impl ServeArgs {
     }
 
     pub(super) fn num_queues(&self) -> u16 {
-        self.num_queues.unwrap_or_else(|| {
-            let cpus = thread::available_parallelism().map_or(1, usize::from);
-            u16::try_from(cpus).unwrap_or(QUEUES_MAX).clamp(QUEUES_MIN_BY_DEFAULT, QUEUES_MAX)
-        })
+        self.num_queues.unwrap_or_else(default_num_queues)
+    }
+
+    /// What the probe has to judge: this server on this machine.
+    pub(crate) fn probed(&self) -> probe::Server {
+        let engine =
+            EngineShape { queues: self.num_queues(), queue_size: self.queue_size, workers: self.workers() };
+        let may_offer_rings = self.rings.mode() != ModeArg::Virtqueue && !self.read_only;
+        probe::Server { is_confined: self.sandbox.is_on(), engine, may_offer_rings }
     }
 
     pub(super) fn queue_size(&self) -> u16 {
@@ -230,6 +239,11 @@ impl ServeArgs {
     pub(super) fn workers(&self) -> Option<usize> {
         self.cpus.as_ref().map(|list| list.0.len())
     }
+}
+
+fn default_num_queues() -> u16 {
+    let cpus = thread::available_parallelism().map_or(1, usize::from);
+    u16::try_from(cpus).unwrap_or(QUEUES_MAX).clamp(QUEUES_MIN_BY_DEFAULT, QUEUES_MAX)
 }
 
 fn queue_size(text: &str) -> Result<u16, String> {
@@ -355,6 +369,8 @@ mod tests {
             ("--direct-io=maybe", "possible values: on, off, auto"),
             ("--poll-us=2000000", "0..=1000000"),
             ("--fd=-1", "--fd"),
+            ("--io-workers=99999999", "from 1 to 4096"),
+            ("--io-workers=0", "from 1 to 4096"),
             ("--cpus=", "numbers of CPUs"),
             ("--cpus=3-1", "numbers of CPUs"),
             ("--cpus=1,1", "each once"),

@@ -55,6 +55,11 @@ impl ControlArgs {
         })
     }
 
+    /// The path that was asked for.
+    pub(super) fn asked_for(&self) -> Option<&Path> {
+        self.control_socket.as_deref().filter(|path| path.as_os_str() != NONE)
+    }
+
     /// Where the control socket is to be, in a directory that is there. `None`: there is to be none. Without one that was not
     /// asked for the device goes on.
     pub(super) fn path(&self, name: &str) -> Option<PathBuf> {

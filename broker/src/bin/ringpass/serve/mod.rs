@@ -5,6 +5,7 @@ mod args;
 mod control;
 mod disk_source;
 mod finer_blocks;
+mod preflight;
 mod refusal;
 mod rings;
 mod sandbox;
@@ -19,6 +20,7 @@ use ringpass_broker::disk::{Capabilities, Disk, DiskLease, LocatedDisk};
 use ringpass_broker::engine::{Engine, EngineConfig, EngineControl};
 use ringpass_broker::limits;
 use ringpass_broker::lost_memory::handle_lost_memory;
+use ringpass_broker::probe::{self, ModeName};
 use ringpass_broker::sandbox::close_descriptors_on_exec;
 use ringpass_broker::vhost_user::{ServerHandle, Signals};
 use ringpass_broker::virtio_blk::{BlkConfig, BlkParameters, DiscardLimits, WriteZeroesLimits};
@@ -44,6 +46,7 @@ pub(crate) fn run(args: &ServeArgs) -> anyhow::Result<ExitCode> {
         writeln!(std::io::stdout(), "{capabilities}").context("cannot write the capabilities")?;
         return Ok(ExitCode::SUCCESS);
     }
+    probe::require_proc()?;
     close_descriptors_on_exec()?;
     // Before there are other threads, which inherit this.
     let signals = Signals::block().context("cannot block signals")?;
@@ -52,10 +55,19 @@ pub(crate) fn run(args: &ServeArgs) -> anyhow::Result<ExitCode> {
         tracing::warn!(%error, "cannot raise the limit of open files: a front-end with much memory may be refused");
     }
 
+    if let Err(error) = limits::raise_memlock() {
+        tracing::warn!(%error, "cannot raise RLIMIT_MEMLOCK: guests' rings have what it allows now");
+    }
+    // The same for `ringpass probe`, so that the two never disagree.
+    let report = probe::run(&args.probed()).context("looking at what this machine allows")?;
+    refusal::unless_available(&report, ModeName::Virtqueue)?;
+
     let located = Arc::new(Disk::locate(&args.disk_config()?)?);
     // A file of the user's, which the server cannot read any more when it is confined.
     let policy = args.rings().policy()?;
     let device = BlkConfig::new(parameters(args, &located)?)?;
+    let offer = args.rings().offer(&located, policy, &report)?;
+    preflight::check(args, &located)?;
     disk_source::cap_growth(&located, located.size_bytes())?;
 
     let name = args.control().name(args.socket_path(), located.path());
@@ -64,7 +76,6 @@ pub(crate) fn run(args: &ServeArgs) -> anyhow::Result<ExitCode> {
     let start = interruptible(|| located.start_up(args.start_up()).map_err(refusal::advise))?;
     // A group is given with privileges, which the sandbox takes.
     let access = args.access().decide();
-    args.sandbox().check_directory(args.socket_path())?;
     let socket = args.socket()?.prepare(access.front_end)?;
     let control_socket = args.control().bind(control_path.as_deref(), access.control)?;
     // Rings keep the credentials with which they are made.
@@ -75,7 +86,6 @@ pub(crate) fn run(args: &ServeArgs) -> anyhow::Result<ExitCode> {
 
     let connections = Arc::new(Connections::default());
     let lease = Arc::new(lease(located.clone(), connections.clone())?);
-    let offer = args.rings().offer(&located, policy)?;
     let config = EngineConfig {
         device,
         poll_time: args.poll_time(),
@@ -87,8 +97,7 @@ pub(crate) fn run(args: &ServeArgs) -> anyhow::Result<ExitCode> {
         // Nobody else sets it.
         let _ = connections.engine.set(control);
         Ok(Box::new(LeasedDisk::new(lease.clone())))
-    })
-    .map_err(refusal::explain)?;
+    })?;
     lease.begin(start);
 
     let server = socket.serve()?;

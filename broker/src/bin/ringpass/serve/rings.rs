@@ -10,15 +10,17 @@ use ringpass_broker::disk::LocatedDisk;
 use ringpass_broker::engine::AttachConfig;
 use ringpass_broker::kernel::{self, KernelRelease, Verdict};
 use ringpass_broker::memory::Sharing;
-use ringpass_broker::probe::{self, ModeName};
-use ringpass_broker::ring::{IoWorkers, SqThreadConfig};
+use ringpass_broker::probe::{ModeName, Report};
+use ringpass_broker::ring::{IoWorkers, SqThread, SqThreadConfig};
 use ringpass_restrictions::Access;
 
-use super::finer_blocks;
+use super::{finer_blocks, refusal};
 use crate::chosen_policy::{ChosenPolicy, PolicyArgs};
 
 /// Longer polling would be a mistake in the unit.
 const SQ_IDLE_MAX_MS: u64 = 60_000;
+/// A ring has no more requests under way that could block.
+const IO_WORKERS_MAX: u32 = 4096;
 
 /// The options about rings.
 #[derive(Debug, Args)]
@@ -41,7 +43,7 @@ pub(super) struct RingArgs {
     sq_cpu: Option<u32>,
 
     /// Most kernel threads for requests of a ring that would block.
-    #[arg(long, value_name = "N", default_value_t = IoWorkers::default().bounded)]
+    #[arg(long, value_name = "N", default_value_t = IoWorkers::default().bounded, value_parser = io_workers)]
     io_workers: NonZeroU32,
 
     #[command(flatten)]
@@ -95,7 +97,24 @@ impl ModeArg {
     }
 }
 
+fn io_workers(text: &str) -> Result<NonZeroU32, String> {
+    let workers = text.parse::<NonZeroU32>().ok().filter(|workers| workers.get() <= IO_WORKERS_MAX);
+    workers.ok_or_else(|| format!("must be a number from 1 to {IO_WORKERS_MAX}; a disk is kept busy by 4 to 64"))
+}
+
 impl RingArgs {
+    /// Whether the polling kernel thread can have the CPU that it is to have, whether or not there will be such a thread.
+    ///
+    /// # Errors
+    ///
+    /// The CPU is not there, or this process may not use it.
+    pub(super) fn check_sq_cpu(&self) -> anyhow::Result<()> {
+        if self.sq_cpu.is_some() {
+            SqThread::new(SqThreadConfig { cpu: self.sq_cpu, ..SqThreadConfig::default() }).context("--sq-cpu")?;
+        }
+        Ok(())
+    }
+
     pub(super) fn mode(&self) -> ModeArg {
         self.mode
     }
@@ -115,11 +134,11 @@ impl RingArgs {
     /// # Errors
     ///
     /// Rings are insisted on and cannot be had; a policy that would let a guest out.
-    pub(super) fn offer(&self, disk: &LocatedDisk, policy: ChosenPolicy) -> anyhow::Result<Offer> {
+    pub(super) fn offer(&self, disk: &LocatedDisk, policy: ChosenPolicy, report: &Report) -> anyhow::Result<Offer> {
         if self.mode == ModeArg::Virtqueue {
             return Ok(Offer::No(vec!["--mode virtqueue".into()]));
         }
-        let why_not = self.why_not(disk)?;
+        let why_not = self.why_not(disk, report)?;
         if !why_not.is_empty() {
             if self.mode == ModeArg::Direct {
                 bail!("--mode direct: guests cannot have rings here: {}", why_not.join("; "));
@@ -142,7 +161,7 @@ impl RingArgs {
     }
 
     /// What stands in the way of rings, each with what to do. Nothing: they can be had.
-    fn why_not(&self, disk: &LocatedDisk) -> anyhow::Result<Vec<String>> {
+    fn why_not(&self, disk: &LocatedDisk, report: &Report) -> anyhow::Result<Vec<String>> {
         let mut why_not = Vec::new();
         if disk.is_read_only() {
             why_not.push(
@@ -152,11 +171,8 @@ impl RingArgs {
             );
         }
         why_not.extend(finer_blocks::why_no_rings(disk));
-        let report = probe::run().context("looking at what this kernel allows")?;
-        let mode = report.modes.iter().find(|mode| mode.name == ModeName::DirectGuestRam);
-        if let Some(mode) = mode.filter(|mode| !mode.available) {
-            let why = mode.why.as_deref().unwrap_or("this kernel does not allow it");
-            why_not.push(format!("{why} (`ringpass probe` says what to change)"));
+        if let Some(mode) = report.mode(ModeName::DirectGuestRam).filter(|mode| !mode.available && why_not.is_empty()) {
+            why_not.push(refusal::one_line(mode));
         }
         match KernelRelease::running()?.verdict() {
             Verdict::DirectByDefault => {}

@@ -2,13 +2,10 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, ensure};
 use clap::{Args, ValueEnum};
 use ringpass_broker::disk::LocatedDisk;
 use ringpass_broker::ring::token_places;
-use ringpass_broker::sandbox::{Paths, Restricted, drop_privileges, without_privileges};
-use rustix::fs::{Access, AtFlags, CWD, accessat};
-use rustix::io::Errno;
+use ringpass_broker::sandbox::{Paths, Restricted, drop_privileges};
 
 /// The option about confinement.
 #[derive(Debug, Args)]
@@ -29,27 +26,9 @@ enum SandboxArg {
 pub(super) struct Sandbox(Option<Restricted>);
 
 impl SandboxArgs {
-    /// Makes sure that the socket can be removed again without privileges.
-    ///
-    /// # Errors
-    ///
-    /// It could not.
-    pub(super) fn check_directory(&self, socket: Option<&Path>) -> anyhow::Result<()> {
-        if self.sandbox == SandboxArg::Off {
-            return Ok(());
-        }
-        let Some(directory) = socket.map(directory_of).filter(|directory| directory.is_dir()) else {
-            return Ok(());
-        };
-        let may =
-            without_privileges(|| accessat(CWD, directory, Access::WRITE_OK | Access::EXEC_OK, AtFlags::EACCESS))?;
-        ensure!(
-            may != Err(Errno::ACCESS),
-            "{}: without privileges, which the server gives up (--sandbox), it cannot make a socket there: run it as the \
-             directory's owner, or pass an open socket with --fd",
-            directory.display()
-        );
-        Ok(())
+    /// Whether the server is confined.
+    pub(super) fn is_on(&self) -> bool {
+        self.sandbox == SandboxArg::On
     }
 
     /// Gives up privileges and files, for this thread and all that it starts. To be called while there are no others, and
@@ -57,7 +36,7 @@ impl SandboxArgs {
     ///
     /// # Errors
     ///
-    /// The server could not do its work without privileges.
+    /// The kernel refuses.
     pub(super) fn enter(
         &self,
         disk: &LocatedDisk,
@@ -71,11 +50,6 @@ impl SandboxArgs {
             return Ok(Sandbox(None));
         }
         let unprivileged = drop_privileges()?;
-        // The server opens it anew for each time that it has the disk.
-        disk.refresh_size().context(
-            "without privileges, which the server gives up (--sandbox), it cannot open the disk any more: run it as a user who \
-             may",
-        )?;
         let places: Vec<PathBuf> = token_places();
         let paths = Paths {
             disk: disk.anchor(),
