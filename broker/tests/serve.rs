@@ -368,11 +368,11 @@ fn what_is_wrong_with_the_options_is_said_before_the_disk_is_locked_or_a_socket_
         assert_has(&place.refusal(&[&["--lock-wait-s", "3600"], options].concat()), parts);
     }
     let (datagrams, _other) = std::os::unix::net::UnixDatagram::pair().unwrap();
-    let unconnected = rustix::net::socket(rustix::net::AddressFamily::UNIX, rustix::net::SocketType::STREAM, None).unwrap();
-    for (socket, part) in [
-        (OwnedFd::from(datagrams), "is not a Unix stream socket"),
-        (unconnected, "neither listens nor is connected"),
-    ] {
+    let unconnected =
+        rustix::net::socket(rustix::net::AddressFamily::UNIX, rustix::net::SocketType::STREAM, None).unwrap();
+    for (socket, part) in
+        [(OwnedFd::from(datagrams), "is not a Unix stream socket"), (unconnected, "neither listens nor is connected")]
+    {
         let mut command = place.serve(&["--lock-wait-s", "3600", "--fd", "0"]);
         let output = command.env("RUST_LOG", "off").stdin(socket).output().unwrap();
         assert_has(&one_line_of_failure(output), &["--fd: file descriptor 0", part]);

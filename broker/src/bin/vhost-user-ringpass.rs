@@ -6,6 +6,8 @@
 mod chosen_policy;
 #[path = "ringpass/log/mod.rs"]
 mod log;
+#[path = "ringpass/refusal.rs"]
+mod refusal;
 #[path = "ringpass/runtime_dir.rs"]
 mod runtime_dir;
 #[path = "ringpass/serve/mod.rs"]

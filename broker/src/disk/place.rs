@@ -109,6 +109,9 @@ mod tests {
         ftruncate(&file, 1 << 30).unwrap();
         let path = format!("/proc/self/fd/{}", file.as_raw_fd());
         let text = refusal(&path, false);
-        assert!(text.contains("files of hugetlbfs can only be mapped") && text.contains("another file system"), "{text}");
+        assert!(
+            text.contains("files of hugetlbfs can only be mapped") && text.contains("another file system"),
+            "{text}"
+        );
     }
 }

@@ -17,8 +17,8 @@ use super::command::{Command, CommandSender, Pending, Reply, WhichEventfd, comma
 use super::control::EngineControl;
 use super::counters::QueueCounters;
 use super::poll::PollPolicy;
-use super::slot::Slots;
 use super::shape::EngineShape;
+use super::slot::Slots;
 use super::source::DiskSource;
 use super::thread::{Place, start};
 use super::vring::Vring;

@@ -45,7 +45,8 @@ fn proc(facts: &Facts) -> Check {
 fn workers(facts: &Facts) -> Check {
     let engine = &facts.server.engine;
     let detail = format!("{} for {} queues, {}", engine.workers(), engine.queues, bytes(engine.ring_bytes()));
-    let check = Check::ok("worker-rings", "rings of the server's workers", detail).needed_for(&ModeName::KERNEL_EXECUTED);
+    let check =
+        Check::ok("worker-rings", "rings of the server's workers", detail).needed_for(&ModeName::KERNEL_EXECUTED);
     match facts.engine {
         Outcome::Works => check,
         Outcome::Failed { step, errno } => {
@@ -112,10 +113,9 @@ fn refusal(facts: &Facts, call: &str, errno: Option<i32>) -> Refusal {
             format!("a seccomp filter refuses {call} (EPERM), although the kernel's settings allow it"),
             ALLOW_IN_CONTAINERS,
         ),
-        (ENOSYS, _) if filtered && (sysctl.io_uring_disabled.is_some() || facts.setup == Outcome::Works) => refused(
-            format!("a seccomp filter hides {call} (ENOSYS), although the kernel has it"),
-            ALLOW_IN_CONTAINERS,
-        ),
+        (ENOSYS, _) if filtered && (sysctl.io_uring_disabled.is_some() || facts.setup == Outcome::Works) => {
+            refused(format!("a seccomp filter hides {call} (ENOSYS), although the kernel has it"), ALLOW_IN_CONTAINERS)
+        }
         (ENOSYS, None) if filtered => refused(
             "io_uring_setup is not there (ENOSYS): the seccomp filter hides it, or the kernel has no io_uring",
             &[ALLOW_IN_CONTAINERS, &["if the kernel itself has none: one with CONFIG_IO_URING=y"]].concat(),
@@ -125,10 +125,7 @@ fn refusal(facts: &Facts, call: &str, errno: Option<i32>) -> Refusal {
             &["use a kernel with CONFIG_IO_URING=y"],
         ),
         (errno @ (EPERM | EACCES), _) => refused(
-            format!(
-                "{call} is refused ({}) and no setting of io_uring says so: a security module does",
-                name(errno)
-            ),
+            format!("{call} is refused ({}) and no setting of io_uring says so: a security module does", name(errno)),
             &["allow io_uring to the broker in the policy of SELinux (class io_uring), AppArmor or the module in use"],
         ),
         (ENOMEM, _) => no_memory(facts),
@@ -136,9 +133,7 @@ fn refusal(facts: &Facts, call: &str, errno: Option<i32>) -> Refusal {
             format!("there are too many open files ({})", name(errno)),
             &["raise RLIMIT_NOFILE (ulimit -n) or fs.file-max"],
         ),
-        (errno, _) => {
-            refused(format!("{call} fails: {}", name(errno)), &[&format!("see {call}(2) for this error")])
-        }
+        (errno, _) => refused(format!("{call} fails: {}", name(errno)), &[&format!("see {call}(2) for this error")]),
     }
 }
 
@@ -206,7 +201,9 @@ fn operations(facts: &Facts) -> Check {
     let title = "operations of the direct policy";
     let check = |detail: String| Check::ok("operations", title, detail).needed_for(&ModeName::DIRECT);
     match &facts.support {
-        Err(Outcome::Failed { errno: Some(ENOMEM), .. }) if !limits::can_pin(facts) => check(policy.operations().to_string()).with_status(Status::NotTried),
+        Err(Outcome::Failed { errno: Some(ENOMEM), .. }) if !limits::can_pin(facts) => {
+            check(policy.operations().to_string()).with_status(Status::NotTried)
+        }
         Err(Outcome::Failed { step, errno }) => {
             let error = name(errno.unwrap_or(EINVAL));
             let (old, change) = match errno {

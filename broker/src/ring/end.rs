@@ -102,7 +102,11 @@ fn temporary_directory() -> io::Result<PathBuf> {
             }
         }
     }
-    Err(io::Error::new(last.kind(), format!("no place for a temporary directory ($XDG_RUNTIME_DIR, /dev/shm, $TMPDIR): {last}")))
+    let text = format!(
+        "no place for a temporary directory ($XDG_RUNTIME_DIR, /dev/shm, $TMPDIR): {last}; mount a tmpfs at /dev/shm, or name a \
+         directory that can be written with TMPDIR=DIRECTORY"
+    );
+    Err(io::Error::new(last.kind(), text))
 }
 
 fn random() -> io::Result<u64> {

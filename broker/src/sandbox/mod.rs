@@ -22,9 +22,9 @@ mod system_calls;
 
 use std::io;
 
+use crate::privileges::PrivilegesError;
 pub use descriptors::close_descriptors_on_exec;
 pub use paths::{Paths, Restricted};
-use crate::privileges::PrivilegesError;
 pub use privileges::{Unprivileged, drop_privileges};
 
 /// Why the process cannot be confined.

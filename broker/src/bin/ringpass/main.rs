@@ -6,6 +6,7 @@ mod dev;
 mod log;
 mod policy;
 mod probe;
+mod refusal;
 mod runtime_dir;
 mod serve;
 

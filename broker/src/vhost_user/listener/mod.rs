@@ -12,9 +12,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
-use rustix::fs::{
-    Access, AtFlags, CWD, FileType, Gid, Mode, OFlags, accessat, chownat, fchmod, fstat, openat,
-};
+use rustix::fs::{Access, AtFlags, CWD, FileType, Gid, Mode, OFlags, accessat, chownat, fchmod, fstat, openat};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use thiserror::Error;

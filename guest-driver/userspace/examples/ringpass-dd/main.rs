@@ -13,6 +13,7 @@ mod args;
 mod ends;
 mod in_use;
 mod interrupt;
+mod limits;
 mod progress;
 mod transfer;
 mod waiting;
@@ -54,6 +55,7 @@ fn one_line(error: &Error) -> String {
 fn run(arguments: &Arguments) -> Result<bool> {
     interrupt::watch()?;
     let socket = arguments.socket()?;
+    limits::make_room(arguments.queues)?;
     // Before anything is asked of the device: what cannot be done changes nothing.
     let mut input = arguments.command.input().map(Input::open).transpose()?;
     let disk = waiting::connect(socket, options(arguments))?;

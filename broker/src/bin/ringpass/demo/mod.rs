@@ -22,12 +22,15 @@ use clap::{Args, ValueEnum};
 use hdrhistogram::Histogram;
 use indicatif::{ProgressBar, ProgressStyle};
 use ringpass_broker::disk::DirectIo;
+use ringpass_broker::engine::EngineShape;
 use ringpass_broker::kernel::KernelRelease;
 use ringpass_broker::limits;
 use ringpass_broker::printable::Chain;
+use ringpass_broker::probe::{self, ModeName};
 use ringpass_workload::{BlockQueue, Environment, Job, JobError, Report, Verify, Wait};
 
 use crate::chosen_policy::{ChosenPolicy, PolicyArgs};
+use crate::refusal;
 use image::Image;
 use kvm::{KvmWay, Signal};
 use process::{ProcessWay, Submission};
@@ -49,6 +52,8 @@ const REWRITES: u64 = 256;
 /// How long an SQ thread polls in vain before it sleeps. Between two ways there is a pause of a few times that, so that
 /// the thread of the one does not take a core from the other.
 const SQ_THREAD_IDLE: Duration = Duration::from_millis(10);
+/// Files that the ways have open at a time, with room to spare.
+const FILES: u64 = 96;
 /// After this time a request without a completion is an error.
 const TIMEOUT: Duration = Duration::from_secs(30);
 
@@ -138,6 +143,7 @@ struct Tally {
 /// Runs the demo and prints what came of it. Fails if any byte was wrong, or no guest could run.
 pub(crate) fn run(args: &DemoArgs) -> anyhow::Result<ExitCode> {
     leftovers::remove_at_signals()?;
+    check_environment()?;
     let policy = args.policy.read()?;
     let direct_io = if args.direct_io == OnOff::On { DirectIo::On } else { DirectIo::Off };
     let image = Image::open(args.blk_file.as_deref(), direct_io)?;
@@ -163,6 +169,19 @@ pub(crate) fn run(args: &DemoArgs) -> anyhow::Result<ExitCode> {
         print!("{}", report.table());
     }
     Ok(if report.is_success() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// Refuses to start where no way could run: the host's process and the guests all have the kernel's io_uring do their I/O.
+fn check_environment() -> anyhow::Result<()> {
+    probe::require_proc()?;
+    // As the process is, for it stays so.
+    let engine = EngineShape { queues: 2, queue_size: 128, workers: Some(1) };
+    let report = probe::run(&probe::Server { is_confined: false, engine, may_offer_rings: false });
+    refusal::unless_available(&report.context("looking at what this machine allows")?, ModeName::Virtqueue)?;
+    if let Err(error) = limits::raise_open_files() {
+        tracing::warn!(%error, "cannot raise the limit of open files: some guests may be skipped");
+    }
+    Ok(limits::OpenFiles::current().context("counting open files")?.check(FILES)?)
 }
 
 /// The reference and every guest that can run here. The reference comes first.

@@ -214,8 +214,7 @@ impl ServeArgs {
 
     /// What the probe has to judge: this server on this machine.
     pub(crate) fn probed(&self) -> probe::Server {
-        let engine =
-            EngineShape { queues: self.num_queues(), queue_size: self.queue_size, workers: self.workers() };
+        let engine = EngineShape { queues: self.num_queues(), queue_size: self.queue_size, workers: self.workers() };
         let may_offer_rings = self.rings.mode() != ModeArg::Virtqueue && !self.read_only;
         probe::Server { is_confined: self.sandbox.is_on(), engine, may_offer_rings }
     }

@@ -6,7 +6,6 @@ mod control;
 mod disk_source;
 mod finer_blocks;
 mod preflight;
-mod refusal;
 mod rings;
 mod sandbox;
 
@@ -25,7 +24,7 @@ use ringpass_broker::sandbox::close_descriptors_on_exec;
 use ringpass_broker::vhost_user::{ServerHandle, Signals};
 use ringpass_broker::virtio_blk::{BlkConfig, BlkParameters, DiscardLimits, WriteZeroesLimits};
 
-use crate::log;
+use crate::{log, refusal};
 pub(crate) use args::ServeArgs;
 use disk_source::LeasedDisk;
 

@@ -14,8 +14,9 @@ use ringpass_broker::probe::{ModeName, Report};
 use ringpass_broker::ring::{IoWorkers, SqThread, SqThreadConfig};
 use ringpass_restrictions::Access;
 
-use super::{finer_blocks, refusal};
+use super::finer_blocks;
 use crate::chosen_policy::{ChosenPolicy, PolicyArgs};
+use crate::refusal;
 
 /// Longer polling would be a mistake in the unit.
 const SQ_IDLE_MAX_MS: u64 = 60_000;

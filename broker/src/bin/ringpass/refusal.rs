@@ -8,7 +8,7 @@ use ringpass_broker::probe::{Mode, ModeName, Report};
 /// # Errors
 ///
 /// It is not available.
-pub(super) fn unless_available(report: &Report, name: ModeName) -> anyhow::Result<()> {
+pub(crate) fn unless_available(report: &Report, name: ModeName) -> anyhow::Result<()> {
     match report.mode(name) {
         Some(mode) if !mode.available => Err(anyhow::anyhow!("no guest can be served here: {}", one_line(mode))),
         _ => Ok(()),
@@ -16,7 +16,7 @@ pub(super) fn unless_available(report: &Report, name: ModeName) -> anyhow::Resul
 }
 
 /// If another process has the disk: that the server can wait for it.
-pub(super) fn advise(error: DiskError) -> anyhow::Error {
+pub(crate) fn advise(error: DiskError) -> anyhow::Error {
     if error.is_busy() {
         anyhow::anyhow!("{error}, or have the server wait longer for it (--lock-wait-s)")
     } else {
@@ -25,7 +25,7 @@ pub(super) fn advise(error: DiskError) -> anyhow::Error {
 }
 
 /// The reason, and every way out.
-pub(super) fn one_line(mode: &Mode) -> String {
+pub(crate) fn one_line(mode: &Mode) -> String {
     let mut line = mode.why.clone().unwrap_or_else(|| "it is not available".to_owned());
     for (index, change) in mode.change.iter().enumerate() {
         line.push_str(if index == 0 { ". To change it: " } else { "; " });
