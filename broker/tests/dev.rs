@@ -52,8 +52,7 @@ impl Place {
     fn serve_as(&self, name: &str, device: &str, options: &[&str]) -> Served {
         let (socket, image) = (format!("{name}.sock"), format!("{name}.img"));
         File::create(self.path(&image)).unwrap().set_len(1 << 20).unwrap();
-        let arguments =
-            [&["serve", "--socket-path", &socket, "--blk-file", &image, "--num-queues", "2"], options].concat();
+        let arguments = [&["serve", "--socket-path", &socket, "--blk-file", &image], options].concat();
         let child = self.command(&arguments).stderr(Stdio::null()).spawn().unwrap();
         let end = Instant::now() + LIMIT;
         while !self.path(&socket).exists() || self.dev(&["show", device]).status.code() != Some(0) {
@@ -143,6 +142,26 @@ fn a_device_says_who_executes_each_queue_and_counts() {
     queue.detach().unwrap();
     let status = place.json(&["show", &place.path("run/vm.control").display().to_string()]);
     assert_eq!(status["queues"][1]["executed_by"], "virtqueue");
+}
+
+#[test]
+fn queues_that_no_front_end_uses_are_counted_and_not_listed() {
+    let place = Place::new();
+    let _served = place.serve("vm");
+    let lines = |what: &str| place.text(&[what, "vm"]).lines().map(str::to_owned).collect::<Vec<_>>();
+    let show = lines("show");
+    assert!(show.len() < 6 && show.last().unwrap() == "  256 of 256 queues are not used", "{show:?}");
+    assert_eq!(lines("stats").len(), 1, "the heading");
+
+    let disk = Disk::connect(place.path("vm.sock"), Options { memory_bytes: 2 << 20, ..Options::default() }).unwrap();
+    disk.flush().unwrap();
+    let show = lines("show");
+    assert_eq!(show.last().unwrap(), "  254 of 256 queues are not used");
+    assert!(show.iter().any(|line| line == "  queue 0: virtqueue"), "{show:?}");
+    assert!(lines("stats")[1].starts_with("0 "), "{:?}", lines("stats"));
+    let status = place.json(&["show", "vm"]);
+    assert_eq!(status["queues"].as_array().unwrap().len(), 256, "programs get all of them");
+    assert_eq!((&status["queues"][1]["started"], &status["queues"][2]["started"]), (&true.into(), &false.into()));
 }
 
 #[test]

@@ -599,6 +599,36 @@ fn an_in_flight_region_may_be_larger_than_the_disk() {
     assert_eq!(limit_bytes(&running, "Max file size"), 64 << 10, "the disk cannot grow now as before");
 }
 
+/// Memory of its own that a server has, in KiB, and its descriptors, when it offers so many queues.
+fn costs_of_queues(queues: &str) -> (u64, usize) {
+    let place = Place::new();
+    let running = Running::start(&mut place.serve(&["--socket-path", "s", "--num-queues", queues]));
+    running.wait_for_all(&["waiting for a front-end", "requests are executed from now on"]);
+    // Its workers have made their first turn.
+    assert!(is_answered(&UnixStream::connect(place.path("s")).unwrap()));
+    let proc = PathBuf::from(format!("/proc/{}", running.child.id()));
+    let status = fs::read_to_string(proc.join("status")).unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:")).unwrap();
+    let memory_kib = line.trim().trim_end_matches(" kB").parse().unwrap();
+    // The connection may be still there.
+    let fds = fs::read_dir(proc.join("fd")).unwrap().filter_map(Result::ok);
+    (
+        memory_kib,
+        fds.filter(|fd| fs::read_link(fd.path()).is_ok_and(|to| !to.to_string_lossy().contains("socket"))).count(),
+    )
+}
+
+#[test]
+fn queues_that_no_front_end_uses_cost_next_to_nothing() {
+    // As many threads for I/O in both.
+    let cpus = std::thread::available_parallelism().unwrap().get().clamp(1, 128);
+    let (few, many) = (costs_of_queues(&cpus.to_string()), costs_of_queues("256"));
+    let each_bytes = many.0.saturating_sub(few.0) * 1024 / (256 - cpus as u64);
+    eprintln!("{cpus} queues: {} KiB; 256 queues: {} KiB; {each_bytes} bytes each", few.0, many.0);
+    assert!(each_bytes < 8 << 10, "{each_bytes} bytes for each queue that is offered and not used");
+    assert_eq!(few.1, many.1, "descriptors");
+}
+
 #[test]
 fn a_log_that_nobody_reads_any_more_ends_nothing() {
     let place = Place::new();

@@ -31,6 +31,7 @@ fn main() -> ExitCode {
             needs(),
             whole_life,
         ),
+        test("a_guest_with_eight_cpus_gets_a_queue_for_each_by_default", needs(), default_queues),
         test("an_older_guest_uses_a_disk_and_cannot_write_a_read_only_one", needs(), older_guest),
     ])
 }
@@ -265,6 +266,22 @@ fn resize(guest: &mut LinuxGuest, served: &Served) -> Result<()> {
         guest.run(&fio::verify("psync", "/dev/vda", &last))?;
     }
     Ok(())
+}
+
+/// Neither QEMU nor the broker is told how many queues there are.
+fn default_queues() -> Result<()> {
+    let cpus: u32 = 8;
+    let served = Served::new(64 * MIB, &[])?;
+    let device = VhostUserDisk { queues: 0, ..served.device("disk") };
+    let config = LinuxGuestConfig { disks: vec![device], cpus, ..LinuxGuestConfig::default() };
+    let mut guest = served.broker.explain(LinuxGuest::boot(&config))?;
+    let queues = guest.run("ls /sys/block/vda/mq | wc -l")?;
+    ensure!(queues.trim() == cpus.to_string(), "{cpus} CPUs and {} queues", queues.trim());
+    for cpu in [0, cpus - 1] {
+        guest.run(&format!("taskset -c {cpu} dd if=/dev/vda of=/dev/null bs=4k count=16 iflag=direct"))?;
+    }
+    guest.shut_down()?;
+    served.end()
 }
 
 fn older_guest() -> Result<()> {

@@ -79,6 +79,9 @@ pub enum ExecutedBy {
 pub struct QueueStatus {
     /// Its index.
     pub index: u16,
+    /// The front-end has started it.
+    #[serde(default = "unknown_counts_as_started")]
+    pub started: bool,
     /// Who executes it.
     pub executed_by: ExecutedBy,
     /// The epoch of an attached queue.
@@ -91,6 +94,11 @@ pub struct QueueStatus {
     pub cq_entries: Option<u32>,
     /// Why it got no ring, or lost it, last.
     pub why_no_ring: Option<String>,
+}
+
+/// Servers of ringpass 0.1.0 do not say it.
+fn unknown_counts_as_started() -> bool {
+    true
 }
 
 /// What a device has done since its process began.

@@ -1,6 +1,7 @@
 //! The engine as other threads see it.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 
@@ -12,11 +13,30 @@ use super::orders::end_process;
 use crate::disk::Disk;
 use crate::virtio_blk::{BlkConfigError, GuestErrors};
 
+/// Which queues the front-end has started, for people who look.
+#[derive(Clone, Debug)]
+pub(super) struct StartedQueues(Arc<[AtomicBool]>);
+
+impl StartedQueues {
+    pub(super) fn new(queues: usize) -> Self {
+        Self((0..queues).map(|_| AtomicBool::new(false)).collect())
+    }
+
+    pub(super) fn set(&self, index: u16, is_started: bool) {
+        self.0[usize::from(index)].store(is_started, Ordering::Relaxed);
+    }
+
+    pub(super) fn set_none(&self) {
+        self.0.iter().for_each(|is_started| is_started.store(false, Ordering::Relaxed));
+    }
+}
+
 /// A handle to an engine for other threads: gives it the disk, reads its counters.
 #[derive(Clone, Debug)]
 pub struct EngineControl {
     pub(super) workers: Arc<[CommandSender]>,
     pub(super) counters: Arc<[Arc<QueueCounters>]>,
+    pub(super) started: StartedQueues,
     pub(super) shared: Arc<Shared>,
     pub(super) attach: Option<Attach>,
 }
@@ -67,6 +87,11 @@ impl EngineControl {
     /// What each queue has done.
     pub fn counters(&self) -> &[Arc<QueueCounters>] {
         &self.counters
+    }
+
+    /// Whether the front-end has started a queue.
+    pub fn is_started(&self, index: u16) -> bool {
+        self.started.0.get(usize::from(index)).is_some_and(|is_started| is_started.load(Ordering::Relaxed))
     }
 
     /// What the guest has done wrong.

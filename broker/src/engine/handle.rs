@@ -14,7 +14,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::attach::{Attach, AttachConfig, Gate, Order, WorkerSender, builder};
 use super::bounce::BouncePool;
 use super::command::{Command, CommandSender, Pending, Reply, WhichEventfd, command_channel};
-use super::control::EngineControl;
+use super::control::{EngineControl, StartedQueues};
 use super::counters::QueueCounters;
 use super::poll::PollPolicy;
 use super::shape::EngineShape;
@@ -110,7 +110,7 @@ impl Engine {
                 attach,
             })?);
         }
-        let control = EngineControl { workers: senders, counters, shared, attach };
+        let control = EngineControl { workers: senders, counters, started: StartedQueues::new(queues), shared, attach };
         Ok(Self {
             source: source(control.clone()).map_err(EngineError::Thread)?,
             control,
@@ -280,6 +280,7 @@ impl Device for Engine {
 
     fn start_queue(&mut self, index: u16, setup: QueueSetup, eventfds: QueueEventfds) {
         self.started[usize::from(index)] = Some(setup.next_avail);
+        self.control.started.set(index, true);
         self.send(index, |queue| Command::Start { queue, setup, eventfds });
         self.source.request();
     }
@@ -298,6 +299,7 @@ impl Device for Engine {
             return None;
         }
         let started_at = self.started[usize::from(index)].take();
+        self.control.started.set(index, false);
         // A worker that was shut down has taken nothing since.
         let next_avail = stopped_at.or(started_at).unwrap_or_default();
         let all_stopped = self.started.iter().all(Option::is_none);
@@ -332,6 +334,7 @@ impl Device for Engine {
 
     fn abandon(&mut self) {
         self.started.fill(None);
+        self.control.started.set_none();
         self.memory = None;
         self.peer = None;
         self.control.send_to_all(|| Command::Abandon);
@@ -344,6 +347,7 @@ impl Device for Engine {
 
     fn reset(&mut self) {
         self.started.fill(None);
+        self.control.started.set_none();
         self.order_all(|reply| Command::Reset { reply });
         self.cache_mode = CacheMode::new();
         self.apply_cache_mode();

@@ -360,6 +360,7 @@ impl Worker<'_> {
                 done(&reply);
             }
         }
+        self.count_vrings_in_use();
     }
 
     fn settle_vring(&mut self, number: usize) {

@@ -41,6 +41,9 @@ pub(super) struct Worker<'r> {
     /// The ring is to tell of commands.
     is_bell_armed: bool,
     pub(super) vrings: Vec<Vring>,
+    /// No queue from this number on is started. A turn looks at the queues before it only: a device may offer many more queues than
+    /// its front-end uses, and those must cost nothing.
+    pub(super) vrings_in_use: usize,
     /// The queue that the last turn began with.
     first_queue: usize,
     pub(super) slots: Slots,
@@ -138,6 +141,7 @@ impl<'r> Worker<'r> {
             commands: parts.commands,
             is_bell_armed: false,
             vrings: parts.vrings,
+            vrings_in_use: 0,
             first_queue: 0,
             slots: parts.slots,
             bounce: parts.bounce,
@@ -195,7 +199,7 @@ impl<'r> Worker<'r> {
         }
         if self.may_take() {
             // Another queue comes first each time, or the first would get all slots that become free.
-            let queues = self.vrings.len();
+            let queues = self.vrings_in_use;
             self.first_queue = if self.first_queue + 1 < queues { self.first_queue + 1 } else { 0 };
             for number in (self.first_queue..queues).chain(0..self.first_queue) {
                 busy |= self.take(number);
@@ -210,10 +214,21 @@ impl<'r> Worker<'r> {
         }
         self.ring.submit();
         busy |= self.reap();
-        for vring in &mut self.vrings {
+        for vring in self.vrings_in_use() {
             vring.publish();
         }
         busy
+    }
+
+    /// Queues start in commands only, and when the worker settles.
+    pub(super) fn count_vrings_in_use(&mut self) {
+        let last = self.vrings.iter().rposition(|vring| !matches!(vring.state, State::Stopped));
+        self.vrings_in_use = last.map_or(0, |last| last + 1);
+    }
+
+    /// All queues that are started, and perhaps some that are not.
+    fn vrings_in_use(&mut self) -> &mut [Vring] {
+        &mut self.vrings[..self.vrings_in_use]
     }
 
     /// Whether chains may be taken at all. If not because there is no room, the next completion makes some.
@@ -332,7 +347,11 @@ impl<'r> Worker<'r> {
 
     fn has_queue_without_kick(&mut self) -> bool {
         self.may_take()
-            && self.vrings.iter_mut().filter_map(Vring::taking_mut).any(|active| active.eventfds.kick.is_none())
+            && self
+                .vrings_in_use()
+                .iter_mut()
+                .filter_map(Vring::taking_mut)
+                .any(|active| active.eventfds.kick.is_none())
     }
 
     /// Waits for a kick, a completion or a command, unless there is something to do already.
@@ -353,14 +372,14 @@ impl<'r> Worker<'r> {
             // The queues are looked at once that changes.
             return false;
         }
-        self.vrings.iter_mut().filter_map(Vring::taking_mut).fold(false, |has_work, active| {
+        self.vrings_in_use().iter_mut().filter_map(Vring::taking_mut).fold(false, |has_work, active| {
             // All of them, also if one has work already.
             active.queue.enable_kicks(active.log.as_deref()) | has_work
         })
     }
 
     fn disable_kicks(&mut self) {
-        for active in self.vrings.iter_mut().filter_map(Vring::taking_mut) {
+        for active in self.vrings_in_use().iter_mut().filter_map(Vring::taking_mut) {
             active.queue.disable_kicks(active.log.as_deref());
         }
     }
@@ -374,7 +393,7 @@ impl<'r> Worker<'r> {
         if !self.may_take() {
             return;
         }
-        for number in 0..self.vrings.len() {
+        for number in 0..self.vrings_in_use {
             if self.vrings[number].taking_mut().is_some() {
                 self.arm_kick(number);
             }
@@ -383,7 +402,7 @@ impl<'r> Worker<'r> {
 
     /// Has the ring tell of the doorbells of attached queues, also while the worker is busy with others.
     fn arm_doorbells(&mut self) {
-        for number in 0..self.vrings.len() {
+        for number in 0..self.vrings_in_use {
             if self.vrings[number].has_doorbell() {
                 self.arm_kick(number);
             }

@@ -58,7 +58,7 @@ pub struct VhostUserDisk {
     pub id: String,
     /// The socket on which the back-end listens.
     pub socket: PathBuf,
-    /// Virtqueues.
+    /// Virtqueues. 0: as many as QEMU chooses, one for each CPU.
     pub queues: u16,
     /// Connect again, once a second, when the back-end is gone.
     pub reconnect: bool,
@@ -96,12 +96,12 @@ impl VhostUserDisk {
     /// The value of `-device`.
     fn device(&self) -> String {
         let properties: String = self.properties.iter().map(|property| format!(",{property}")).collect();
+        let queues = if self.queues == 0 { String::new() } else { format!(",num-queues={}", self.queues) };
         format!(
-            "vhost-user-blk-pci,id={},chardev={},bus={},num-queues={}{properties}",
+            "vhost-user-blk-pci,id={},chardev={},bus={}{queues}{properties}",
             self.id,
             self.socket_id(),
-            self.port(),
-            self.queues
+            self.port()
         )
     }
 }

@@ -98,6 +98,31 @@ fn a_worker_without_room_for_requests_does_not_stay_awake_for_chains_that_it_can
 }
 
 #[test]
+fn a_turn_looks_at_no_queue_behind_the_last_that_is_started() {
+    let (sender, commands) = command_channel().unwrap();
+    let options = Options { queues: 256, ..Options::default() };
+    with_worker(commands, options, 8, None, |rig, worker| {
+        worker.turn();
+        assert_eq!(worker.vrings_in_use, 0);
+        let mut driver = running(rig, &sender);
+        worker.turn();
+        assert_eq!(worker.vrings_in_use, 1);
+        driver.add_read(0, 8);
+        wait_until("the end of the read", || {
+            worker.turn();
+            driver.poll().is_some()
+        });
+        let last = rig.driver(1);
+        sender.send(Command::Start { queue: 255, setup: last.queue.setup(0, None), eventfds: last.queue.eventfds() });
+        worker.turn();
+        assert_eq!(worker.vrings_in_use, 256);
+        sender.send(Command::Stop { queue: 255, reply: nobody() });
+        worker.turn();
+        assert_eq!(worker.vrings_in_use, 1);
+    });
+}
+
+#[test]
 fn a_worker_that_waits_for_the_end_of_a_queue_has_nothing_to_do() {
     by_hand(8, |rig, worker, sender| {
         let mut driver = running(rig, sender);

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use ringpass_broker::control::{ByGuest, DeviceStats, DeviceStatus, ExecutedBy, QueueStats};
+use ringpass_broker::control::{ByDevice, ByGuest, DeviceStats, DeviceStatus, ExecutedBy, QueueStats, QueueStatus};
 
 use ringpass_broker::printable::printable;
 
@@ -51,7 +51,8 @@ pub(super) fn show(status: &DeviceStatus) -> String {
     if let Some(why) = &rings.closed {
         text += &format!("  no rings for now: {}\n", printable(why));
     }
-    for queue in queues {
+    let (used, unused): (Vec<_>, Vec<_>) = queues.iter().partition(|queue| is_worth_a_line(queue));
+    for queue in used {
         text += &format!("  queue {}: {}", queue.index, executed_by(queue.executed_by));
         if let (Some(epoch), Some(phase)) = (queue.epoch, &queue.phase) {
             text += &format!(" epoch {epoch} {}", printable(phase));
@@ -64,7 +65,15 @@ pub(super) fn show(status: &DeviceStatus) -> String {
         }
         text.push('\n');
     }
+    if !unused.is_empty() {
+        text += &format!("  {} of {} queues are not used\n", unused.len(), queues.len());
+    }
     text
+}
+
+/// A device offers many more queues than most front-ends use.
+fn is_worth_a_line(queue: &QueueStatus) -> bool {
+    queue.started || queue.phase.is_some() || queue.why_no_ring.is_some()
 }
 
 fn executed_by(who: ExecutedBy) -> &'static str {
@@ -91,8 +100,13 @@ const COLUMNS: [&str; 11] = [
 
 pub(super) fn stats(stats: &DeviceStats) -> String {
     let mut rows = vec![COLUMNS.map(str::to_owned)];
-    rows.extend(stats.queues.iter().map(|queue| row(queue, 1.0)));
+    rows.extend(stats.queues.iter().filter(|queue| has_done_something(queue)).map(|queue| row(queue, 1.0)));
     table(&rows)
+}
+
+/// A device offers many more queues than most front-ends use.
+fn has_done_something(queue: &QueueStats) -> bool {
+    queue.by_guest.is_some() || queue.by_device != ByDevice::default()
 }
 
 /// What was done between two counts that lie `elapsed` apart, per second.
@@ -102,7 +116,7 @@ pub(super) fn rates(before: &DeviceStats, now: &DeviceStats, elapsed: Duration) 
     // The counters of a new process began with it.
     let age = now.age_ms.filter(|_| is_restarted).map(Duration::from_millis);
     let seconds = age.unwrap_or(elapsed).min(elapsed).as_secs_f64().max(1e-3);
-    for now in &now.queues {
+    for now in now.queues.iter().filter(|now| has_done_something(now)) {
         let before = before.queues.iter().find(|before| before.index == now.index && !is_restarted);
         rows.push(row(&before.map_or(*now, |before| difference(before, now)), seconds));
     }
@@ -184,7 +198,7 @@ fn table<const N: usize>(rows: &[[String; N]]) -> String {
 
 #[cfg(test)]
 mod tests {
-    use ringpass_broker::control::{ByDevice, DiskStatus, QueueStatus, RingsOffer};
+    use ringpass_broker::control::{DiskStatus, RingsOffer};
 
     use super::*;
 

@@ -2,7 +2,6 @@
 
 use std::os::fd::RawFd;
 use std::path::{Path, PathBuf};
-use std::thread;
 use std::time::Duration;
 
 use anyhow::Context;
@@ -18,10 +17,9 @@ use super::control::ControlArgs;
 use super::rings::{ModeArg, RingArgs};
 use super::sandbox::SandboxArgs;
 
-/// vhost-user numbers queues with a byte.
+/// vhost-user numbers queues with a byte. As many are offered by default: it must not depend on the host, since a guest that migrates
+/// keeps its queues.
 const QUEUES_MAX: u16 = 256;
-/// Front-ends that give each vCPU a queue refuse a device with fewer; more cost next to nothing.
-const QUEUES_MIN_BY_DEFAULT: u16 = 4;
 /// As most front-ends ask for.
 const QUEUE_SIZE_DEFAULT: u16 = 256;
 /// Longer polling would be a mistake in the unit.
@@ -65,9 +63,10 @@ pub(crate) struct ServeArgs {
     #[arg(long)]
     read_only: bool,
 
-    /// Queues that a front-end can use at most [default: the number of CPUs, but 4 at least].
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=i64::from(QUEUES_MAX)))]
-    num_queues: Option<u16>,
+    /// Queues that a front-end can use at most. VMMs give each vCPU a queue and refuse a device with fewer; what is not used costs
+    /// next to nothing.
+    #[arg(long, value_name = "N", default_value_t = QUEUES_MAX, value_parser = clap::value_parser!(u16).range(1..=i64::from(QUEUES_MAX)))]
+    num_queues: u16,
 
     /// Requests of a queue that are executed at a time: a power of two. Front-ends may have longer queues, where requests wait.
     #[arg(long, value_name = "N", default_value_t = QUEUE_SIZE_DEFAULT, value_parser = queue_size)]
@@ -209,7 +208,7 @@ impl ServeArgs {
     }
 
     pub(super) fn num_queues(&self) -> u16 {
-        self.num_queues.unwrap_or_else(default_num_queues)
+        self.num_queues
     }
 
     /// What the probe has to judge: this server on this machine.
@@ -238,11 +237,6 @@ impl ServeArgs {
     pub(super) fn workers(&self) -> Option<usize> {
         self.cpus.as_ref().map(|list| list.0.len())
     }
-}
-
-fn default_num_queues() -> u16 {
-    let cpus = thread::available_parallelism().map_or(1, usize::from);
-    u16::try_from(cpus).unwrap_or(QUEUES_MAX).clamp(QUEUES_MIN_BY_DEFAULT, QUEUES_MAX)
 }
 
 fn queue_size(text: &str) -> Result<u16, String> {
@@ -301,7 +295,7 @@ mod tests {
         assert_eq!(args.socket().unwrap(), Socket::Path(&"s".into()));
         assert_eq!(args.disk_config().unwrap(), DiskConfig::new("f"));
         assert_eq!(args.start_up(), StartUp::Grace(Duration::from_secs(10)));
-        assert!((QUEUES_MIN_BY_DEFAULT..=QUEUES_MAX).contains(&args.num_queues()));
+        assert_eq!(args.num_queues(), QUEUES_MAX, "the same on every host of a migration");
         assert_eq!(args.queue_size(), 256);
         assert_eq!((args.cpus(), args.workers()), (&[][..], None));
         assert_eq!(args.serial().as_bytes(), &[0; 20]);

@@ -163,7 +163,7 @@ impl StatusSource for Source {
                 limits,
                 wants: "guests without balloon, free page reporting, virtio-mem and postcopy".into(),
             },
-            queues: (0..self.engine.counters().len()).map(|index| queue(index, rings(index))).collect(),
+            queues: (0..self.engine.counters().len()).map(|index| queue(index, &self.engine, rings(index))).collect(),
         }
     }
 
@@ -188,7 +188,7 @@ impl StatusSource for Source {
     }
 }
 
-fn queue(index: usize, ring: Option<&RingStatus>) -> QueueStatus {
+fn queue(index: usize, engine: &EngineControl, ring: Option<&RingStatus>) -> QueueStatus {
     let state = ring.and_then(|ring| ring.state);
     let (epoch, phase) = match state {
         Some(State::Waiting { .. }) => (None, Some("waiting")),
@@ -204,6 +204,7 @@ fn queue(index: usize, ring: Option<&RingStatus>) -> QueueStatus {
     let layout = ring.and_then(|ring| ring.layout);
     QueueStatus {
         index: index as u16,
+        started: engine.is_started(index as u16),
         executed_by: match (phase, layout) {
             (None, _) => ExecutedBy::Virtqueue,
             (Some(_), Some(_)) => ExecutedBy::Ring,
