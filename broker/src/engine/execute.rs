@@ -75,14 +75,14 @@ impl Worker<'_> {
         if let (Step::Transfer, Operation::Write { offset_bytes }) = (&slot.step, request.operation)
             && let (Some(writer), Some(disk)) = (&mut self.writer, &self.disk)
             && writer.is_needed()
-            && !self.shared.is_write_through()
+            && !slot.is_write_through
         {
             let offset_bytes = offset_bytes + slot.progress_bytes;
             // SAFETY: as below; the iovecs stay in place until the slot is released, as their lists are on the heap. The
             // disk stays open, because the worker lets go of it only when no request is under way.
             return unsafe { writer.send(number, disk.disk.as_fd(), slot.remaining(), offset_bytes) };
         }
-        let entry = entry(slot, &request, &self.bounce, self.shared.is_write_through());
+        let entry = entry(slot, &request, &self.bounce);
         let entry = entry.user_data(Token::Request(number).to_user_data());
         // SAFETY: the entry names the guest's memory, which `slot.memory` keeps mapped, or a chunk of `self.bounce`,
         // which lives as long as the worker. Iovecs lie in the slot's own lists. The slot is released only when the
@@ -124,7 +124,7 @@ impl Worker<'_> {
                 self.go_on(number, result);
             }
             Step::Bounce { .. } => self.bounced(number, result as usize),
-            Step::Range | Step::ZeroRange if self.shared.is_write_through() => {
+            Step::Range | Step::ZeroRange if slot.is_write_through => {
                 slot.step = Step::Sync;
                 self.submit(number);
             }
@@ -299,8 +299,8 @@ impl Alignment {
 
 /// The ring's entry for a slot's step.
 #[inline]
-fn entry(slot: &Slot, request: &Request, bounce: &BouncePool, write_through: bool) -> squeue::Entry {
-    let write_flags = if write_through { libc::RWF_DSYNC } else { 0 };
+fn entry(slot: &Slot, request: &Request, bounce: &BouncePool) -> squeue::Entry {
+    let write_flags = if slot.is_write_through { libc::RWF_DSYNC } else { 0 };
     match (&slot.step, request.operation) {
         (Step::Bounce { chunk, piece }, operation) => {
             bounce_entry(bounce.address(chunk), piece, operation, write_flags)

@@ -26,7 +26,7 @@ use super::worker::WorkerParts;
 use super::{EngineError, Shared, let_go};
 use crate::disk::Disk;
 use crate::vhost_user::{ConfigWriteError, Device, DeviceMemory, PeerWatch, QueueEventfds, RingFault};
-use crate::virtio_blk::{BlkConfig, CacheMode};
+use crate::virtio_blk::{BlkConfig, CacheMode, Continuity, Told};
 use crate::virtqueue::{DirtyLog, QUEUE_SIZE_MAX, QueueSetup};
 
 /// What an engine is to be.
@@ -175,6 +175,10 @@ impl Engine {
         self.control.shared.device()
     }
 
+    fn told(&self) -> Told {
+        Told::new(&self.device(), self.cache_mode.driver_features())
+    }
+
     fn apply_cache_mode(&self) {
         let write_through = !self.cache_mode.writeback();
         self.control.shared.write_through.store(write_through, Ordering::Release);
@@ -237,6 +241,20 @@ impl Device for Engine {
 
     fn restore_driver_settings(&mut self, settings: u8) {
         self.cache_mode.restore(settings);
+        self.apply_cache_mode();
+    }
+
+    fn record(&self) -> Vec<u8> {
+        self.told().to_bytes()
+    }
+
+    fn compare_record(&self, record: &[u8]) -> Result<bool, Box<dyn Error + Send + Sync>> {
+        let Some(earlier) = Told::from_bytes(record) else { return Ok(false) };
+        Ok(earlier.compare(&self.told())? == Continuity::Larger)
+    }
+
+    fn forget_driver(&mut self) {
+        self.cache_mode = CacheMode::new();
         self.apply_cache_mode();
     }
 
@@ -349,8 +367,7 @@ impl Device for Engine {
         self.started.fill(None);
         self.control.started.set_none();
         self.order_all(|reply| Command::Reset { reply });
-        self.cache_mode = CacheMode::new();
-        self.apply_cache_mode();
+        self.forget_driver();
     }
 
     fn refresh_capacity(&mut self) -> Result<bool, Box<dyn Error + Send + Sync>> {

@@ -27,6 +27,9 @@ pub(super) struct Slot {
     pub(super) step: Step,
     /// How it has its blocks of the disk, or waits for them. `None`: it needs none.
     pub(super) blocks: Option<Access>,
+    /// What it writes is to be stable when it completes, as its driver wanted when it was taken: the next front-end's driver may want
+    /// something else.
+    pub(super) is_write_through: bool,
     /// How much of a read or write is done.
     pub(super) progress_bytes: u64,
     /// Attempts since there was progress last.
@@ -93,6 +96,7 @@ impl Slots {
             segments: SegmentList::with_capacity(self.segments_max),
             step: Step::Transfer,
             blocks: None,
+            is_write_through: false,
             progress_bytes: 0,
             retries: 0,
             rest: Vec::new(),

@@ -277,6 +277,7 @@ impl<'r> Worker<'r> {
                     slot.head = head;
                     slot.request = Some(request);
                     slot.memory = Some(memory);
+                    slot.is_write_through = self.shared.is_write_through();
                     slot.progress_bytes = 0;
                     slot.retries = 0;
                     self.slots.occupy(slot_number);

@@ -95,6 +95,21 @@ pub trait Device: Send {
     /// front-end: any value may come.
     fn restore_driver_settings(&mut self, settings: u8);
 
+    /// What the driver was told of the device and has accepted, for a process that takes over: bytes of the device's own, at most
+    /// [`DEVICE_RECORD_MAX_BYTES`](crate::virtqueue::DEVICE_RECORD_MAX_BYTES).
+    fn record(&self) -> Vec<u8>;
+
+    /// Compares what [`record`](Self::record) of an earlier process was with the device as it is. It was kept by the front-end: any
+    /// bytes may come, and what is no record says nothing. True: the driver can go on, and is to be told that the configuration changed.
+    ///
+    /// # Errors
+    ///
+    /// The driver relies on what this device is not. Nothing must be executed for it.
+    fn compare_record(&self, record: &[u8]) -> Result<bool, Box<dyn Error + Send + Sync>>;
+
+    /// Another front-end has come. What the driver before accepted and wrote counts for it no more; what is under way ends as it began.
+    fn forget_driver(&mut self);
+
     /// The guest's memory, from now on.
     ///
     /// Returns when every queue takes new chains from it only and, if memory of the table before is not in it, when no I/O that

@@ -68,6 +68,8 @@ pub(super) struct Calls {
     made: Arc<Mutex<Vec<Call>>>,
     /// No queue stops any more.
     pub(super) is_front_end_gone: Arc<AtomicBool>,
+    /// The next `refresh_capacity` says this.
+    pub(super) is_resized: Arc<AtomicBool>,
 }
 
 impl Calls {
@@ -85,8 +87,8 @@ impl Calls {
 #[derive(Debug, Default)]
 pub(super) struct FakeDevice {
     pub(super) calls: Calls,
-    /// The next `refresh_capacity` says this.
-    pub(super) is_resized: bool,
+    /// What it records.
+    pub(super) record: Vec<u8>,
     queues: [Option<FakeQueue>; QUEUES as usize],
     space: Space,
     _memory: Option<Arc<DeviceMemory>>,
@@ -166,6 +168,23 @@ impl Device for FakeDevice {
         if settings != 0 {
             self.calls.push(Call::RestoreDriverSettings(settings));
         }
+    }
+
+    fn record(&self) -> Vec<u8> {
+        self.record.clone()
+    }
+
+    /// The driver cannot go on with a device that has another record.
+    fn compare_record(&self, record: &[u8]) -> Result<bool, Box<dyn Error + Send + Sync>> {
+        if record == self.record {
+            Ok(self.calls.is_resized.load(Ordering::Relaxed))
+        } else {
+            Err("another device".into())
+        }
+    }
+
+    fn forget_driver(&mut self) {
+        self.space = Space::default();
     }
 
     fn set_memory(&mut self, memory: Arc<DeviceMemory>) {
@@ -248,6 +267,6 @@ impl Device for FakeDevice {
 
     fn refresh_capacity(&mut self) -> Result<bool, Box<dyn Error + Send + Sync>> {
         self.calls.push(Call::RefreshCapacity);
-        Ok(std::mem::take(&mut self.is_resized))
+        Ok(self.calls.is_resized.swap(false, Ordering::Relaxed))
     }
 }

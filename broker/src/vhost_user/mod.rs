@@ -18,6 +18,7 @@ mod device;
 mod eventfd;
 #[cfg(any(test, feature = "fuzzing"))]
 mod fake;
+mod features;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod fuzzing;
 pub(crate) mod listener;
@@ -31,6 +32,7 @@ mod signals;
 pub use connection::{Connection, ConnectionError, Message, PeerWatch, Received, Undone, Unfinished, Wait, Waiter};
 pub use device::{ConfigWriteError, Device, DeviceMemory, QueueEventfds};
 pub use eventfd::NotAnEventfd;
+pub(crate) use features::feature_names;
 pub use listener::{BoundSocket, ListenError, SocketAccess};
 pub use memory_table::{MAX_REGIONS, MemoryTable, MemoryTableError};
 pub use ring_fault::RingFault;

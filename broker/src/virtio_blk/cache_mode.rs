@@ -32,6 +32,11 @@ impl CacheMode {
         self.driver_features = Some(features);
     }
 
+    /// The features that the driver accepted; none until it has accepted some.
+    pub fn driver_features(&self) -> u64 {
+        self.driver_features.unwrap_or(0)
+    }
+
     /// What the driver has chosen, for a process that takes over: bits for [`restore`](Self::restore). 0: nothing that
     /// the next process would not do by itself.
     pub fn settings(&self) -> u8 {

@@ -3,6 +3,7 @@
 //! - [`BlkConfig`]: the device's features and its configuration space, and the [`RequestLimits`] that follow.
 //! - [`CacheMode`]: write-back or write-through, as negotiated and as the driver wrote it.
 //! - [`RequestTypes`]: what the features that were negotiated allow a driver to ask for.
+//! - [`Told`]: what a driver was told of the device, which must not change over a restart of the server.
 //! - [`parse`]: one descriptor chain into one checked [`Request`], or into the answer that it gets at once.
 //! - [`Status`]: the last byte of each request.
 //! - [`GuestErrors`]: what guests do wrong, counted, and logged at a bounded rate.
@@ -23,6 +24,7 @@ mod request_types;
 mod segments;
 mod serial;
 mod status;
+mod told;
 
 pub use cache_mode::CacheMode;
 pub use config::{BlkConfig, BlkConfigError, BlkParameters, CONFIG_SPACE_BYTES};
@@ -34,6 +36,7 @@ pub use request_types::RequestTypes;
 pub use segments::{Segment, SegmentList};
 pub use serial::{Serial, SerialError};
 pub use status::Status;
+pub use told::{Continuity, DeviceChanged, Told};
 
 /// The unit of capacity and of all addresses in requests (VIRTIO 1.2, 5.2.4), whatever the logical block is.
 pub const SECTOR_BYTES: u32 = 512;

@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU64, Ordering};
 use rustix::fs::{MemfdFlags, SealFlags};
 use thiserror::Error;
 
+use super::device_record::{AREA_BYTES, DeviceRecordArea};
 use super::rings::QUEUE_SIZE_MAX;
 use super::shared_memory::{SharedMemory, SharedMemoryError};
 use crate::limits::grow_beyond_cap;
@@ -75,7 +76,7 @@ pub enum InflightError {
 /// A new in-flight region, as the answer to VHOST_USER_GET_INFLIGHT_FD: it begins at offset 0 of the file.
 #[derive(Debug)]
 pub struct InflightFile {
-    /// A memfd full of zeroes that cannot be made shorter.
+    /// A memfd that cannot be made shorter: zeroes for the queues, and behind them an empty device record.
     pub fd: OwnedFd,
     /// Length of the region, and of the file, in bytes.
     pub size_bytes: u64,
@@ -87,17 +88,20 @@ pub struct InflightRegion {
     memory: SharedMemory,
     queues: u16,
     queue_size: u16,
+    /// `None`: another back-end made the region, or an older ringpass.
+    device_record: Option<DeviceRecordArea>,
 }
 
 impl InflightRegion {
-    /// Makes a region for `queues` queues of `queue_size` descriptors each. It is only mapped when the front-end gives
-    /// it back.
+    /// Makes a region for `queues` queues of `queue_size` descriptors each, and for a record of the device. It is used when the
+    /// front-end gives it back.
     ///
     /// # Errors
     ///
     /// No such queues can be, or the kernel makes no file.
     pub fn create(queues: u16, queue_size: u16) -> Result<InflightFile, InflightError> {
-        let size_bytes = region_bytes(queues, queue_size)?;
+        let queues_bytes = region_bytes(queues, queue_size)?;
+        let size_bytes = queues_bytes + AREA_BYTES as u64;
         let failed = |what| move |source| InflightError::Create { what, source };
         let system = |what| move |errno: rustix::io::Errno| failed(what)(errno.into());
         let fd = rustix::fs::memfd_create("ringpass-inflight", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)
@@ -107,6 +111,11 @@ impl InflightRegion {
         // The front-end holds the file while we use the mapping: nobody can make its pages vanish under us.
         rustix::fs::fcntl_add_seals(&fd, SealFlags::GROW | SealFlags::SHRINK | SealFlags::SEAL)
             .map_err(system("sealing the memfd of an in-flight region"))?;
+        let copy = fd.try_clone().map_err(failed("duplicating the memfd of an in-flight region"))?;
+        let memory = SharedMemory::map(copy, 0, size_bytes, Purpose::InflightRegion)?;
+        if let Some(area) = memory.part(queues_bytes as usize, AREA_BYTES) {
+            DeviceRecordArea::prepare(&area);
+        }
         Ok(InflightFile { fd, size_bytes })
     }
 
@@ -126,8 +135,14 @@ impl InflightRegion {
         if size_bytes < needed_bytes {
             return Err(InflightError::TooSmall { size_bytes, queues, queue_size, needed_bytes });
         }
-        let memory = SharedMemory::map(fd, offset_bytes, needed_bytes, Purpose::InflightRegion)?;
-        Ok(Self { memory, queues, queue_size })
+        let with_record_bytes = needed_bytes + AREA_BYTES as u64;
+        // Others may round the size up, beyond the end of the file.
+        let file_bytes = rustix::fs::fstat(&fd).map_or(0, |stat| u64::try_from(stat.st_size).unwrap_or(0));
+        let has_record = size_bytes.min(file_bytes.saturating_sub(offset_bytes)) >= with_record_bytes;
+        let mapped_bytes = if has_record { with_record_bytes } else { needed_bytes };
+        let memory = SharedMemory::map(fd, offset_bytes, mapped_bytes, Purpose::InflightRegion)?;
+        let area = memory.part(needed_bytes as usize, AREA_BYTES);
+        Ok(Self { memory, queues, queue_size, device_record: area.and_then(DeviceRecordArea::find) })
     }
 
     /// What a driver had set of the device when a process recorded it last; 0 if none did. Bits of the device's own.
@@ -142,6 +157,19 @@ impl InflightRegion {
     pub fn set_driver_settings(&self, settings: u8) {
         let others = self.features().load(Ordering::Acquire) & !(0xff << SETTINGS_SHIFT);
         self.features().store(others | u64::from(settings) << SETTINGS_SHIFT, Ordering::Release);
+    }
+
+    /// What a process recorded of the device last. `None`: none has, or another back-end made the region.
+    pub fn device_record(&self) -> Option<Vec<u8>> {
+        self.device_record.as_ref()?.read()
+    }
+
+    /// Records it: at most [`DEVICE_RECORD_MAX_BYTES`](super::DEVICE_RECORD_MAX_BYTES). Nothing happens if the region has no room for it,
+    /// because another back-end made it.
+    pub fn set_device_record(&self, record: &[u8]) {
+        if let Some(area) = &self.device_record {
+            area.write(record);
+        }
     }
 
     fn features(&self) -> &AtomicU64 {

@@ -11,6 +11,7 @@
 mod chain;
 #[cfg(test)]
 mod crash;
+mod device_record;
 mod dirty_log;
 mod error;
 #[cfg(any(test, feature = "fuzzing"))]
@@ -24,6 +25,7 @@ mod split_queue;
 mod tests;
 
 pub use chain::{ChainError, DescriptorChain};
+pub use device_record::DEVICE_RECORD_MAX_BYTES;
 pub use dirty_log::DirtyLog;
 pub use error::QueueError;
 pub use inflight::{InflightError, InflightFile, InflightQueue, InflightRegion};

@@ -19,6 +19,8 @@ pub const LOG_PAGE_BYTES: u64 = 4096;
 
 /// Length of a queue's header and of each entry in the in-flight region (vhost-user, "Inflight I/O tracking").
 const INFLIGHT_ENTRY_BYTES: u64 = 16;
+/// At multiples of this the parts of the queues begin, in all back-ends.
+const INFLIGHT_QUEUE_ALIGNMENT_BYTES: u64 = 64;
 
 /// The region in which the back-end keeps which requests are in flight, as the front-end holds it across connections.
 pub struct InflightRegion {
@@ -48,10 +50,11 @@ impl InflightRegion {
     ///
     /// The region is shorter than the back-end said.
     pub fn heads(&self, queue: u16) -> Result<Vec<u16>> {
-        let queue_bytes = self.description.mmap_size / u64::from(self.description.num_queues.max(1));
         let entries = u64::from(self.description.queue_size);
         let needed_bytes = INFLIGHT_ENTRY_BYTES * (entries + 1);
-        ensure!(queue_bytes >= needed_bytes, "{queue_bytes} bytes for a queue of {entries}");
+        let queue_bytes = needed_bytes.next_multiple_of(INFLIGHT_QUEUE_ALIGNMENT_BYTES);
+        let queues_bytes = queue_bytes * u64::from(self.description.num_queues);
+        ensure!(queues_bytes <= self.description.mmap_size, "{} bytes for these queues", self.description.mmap_size);
         let begin = self.description.mmap_offset + queue_bytes * u64::from(queue);
         let mut bytes = vec![0; usize::try_from(needed_bytes)?];
         self.file.read_exact_at(&mut bytes, begin).context("reading the in-flight region")?;

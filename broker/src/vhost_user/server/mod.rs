@@ -235,6 +235,8 @@ impl Server {
         let mut connection = Connection::new(visitor.stream);
         let (wake, stop) = (control.wake.as_fd(), control.stop.as_fd());
         device.set_peer(connection.peer_watch().inspect_err(|error| warn!(%error, "cannot watch the front-end")).ok());
+        // The disk may have been resized while nobody was there to be told.
+        refresh_capacity(device);
         let mut session = Session::new(device);
         loop {
             if control.is_stopping() {
@@ -248,7 +250,12 @@ impl Server {
                 session.notify_config_change();
             }
             match connection.receive(Attendance { lobby: &mut *lobby, log: &mut *log, served_pid, wake })? {
-                Received::Closed => return Ok(End::Closed),
+                Received::Closed => {
+                    if let Some(farewell) = session.farewell() {
+                        warn!(pid = served_pid, "front-end: {farewell}");
+                    }
+                    return Ok(End::Closed);
+                }
                 Received::Woken => {}
                 Received::Message(message) => {
                     if let Some(reply) = session.handle(message)? {

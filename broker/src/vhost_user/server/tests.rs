@@ -38,7 +38,6 @@ impl Rig {
         server.lobby.patience = patience;
         let handle = server.handle();
         let mut device = FakeDevice::default();
-        device.is_resized = true;
         let calls = device.calls.clone();
         let thread = thread::spawn(move || server.run(&mut device));
         Self { _directory: directory, path, handle, calls, thread }
@@ -90,8 +89,8 @@ fn one_front_end_is_served_after_another() {
     drop(first);
     let mut reply = [0; 20];
     second.read_exact(&mut reply).unwrap();
-    let begun = || Call::SetDirtyLog(false);
-    let expected = [begun(), Call::Abandon, Call::SetMemory(vec![]), begun()];
+    let begun = || [Call::RefreshCapacity, Call::SetDirtyLog(false)];
+    let expected = [&begun()[..], &[Call::Abandon, Call::SetMemory(vec![])], &begun()].concat();
     assert_eq!(rig.calls.take(), expected, "the first one is gone when the second one is served");
     drop(second);
     rig.stop();
@@ -196,7 +195,9 @@ fn the_server_ends_in_the_middle_of_a_message() {
     synchronise(&mut stream);
     stream.write_all(&message(GET_FEATURES, &[])[..5]).unwrap();
     let calls = rig.stop();
-    assert_eq!(calls, [Call::SetDirtyLog(false), Call::Abandon, Call::SetMemory(vec![]), Call::Reset]);
+    let expected =
+        [Call::RefreshCapacity, Call::SetDirtyLog(false), Call::Abandon, Call::SetMemory(vec![]), Call::Reset];
+    assert_eq!(calls, expected);
     expect_end(&mut stream);
 }
 
@@ -226,6 +227,7 @@ fn a_changed_capacity_is_told_to_the_front_end() {
     drop(channel);
     synchronise(&mut stream);
 
+    rig.calls.is_resized.store(true, Ordering::Relaxed);
     rig.handle.refresh_capacity();
     let mut told = [0; 12];
     received.read_exact(&mut told).unwrap();
@@ -242,8 +244,24 @@ fn a_changed_capacity_is_told_to_the_front_end() {
 fn a_change_of_the_capacity_is_noticed_without_a_front_end() {
     let rig = Rig::start();
     rig.handle.refresh_capacity();
-    let mut stream = rig.connect();
-    synchronise(&mut stream);
-    assert!(rig.calls.take().contains(&Call::RefreshCapacity));
+    while !rig.calls.take().contains(&Call::RefreshCapacity) {
+        thread::yield_now();
+    }
+    rig.stop();
+}
+
+#[test]
+fn the_size_of_the_disk_is_read_again_before_a_front_end_hears_of_it() {
+    let rig = Rig::start();
+    for _ in 0..2 {
+        let mut stream = rig.connect();
+        synchronise(&mut stream);
+        assert_eq!(rig.calls.take()[0], Call::RefreshCapacity);
+        drop(stream);
+        // The end of the session is recorded, too.
+        while !rig.calls.take().contains(&Call::SetMemory(vec![])) {
+            thread::yield_now();
+        }
+    }
     rig.stop();
 }

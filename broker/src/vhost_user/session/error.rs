@@ -1,5 +1,6 @@
 //! Why a request is refused.
 
+use std::error::Error;
 use std::io;
 use std::mem::discriminant;
 
@@ -7,6 +8,7 @@ use thiserror::Error;
 use vhost::vhost_user::message::{FrontendReq, VHOST_USER_CONFIG_SIZE};
 
 use super::super::eventfd::NotAnEventfd;
+use super::super::features::feature_names;
 use super::super::memory_table::MemoryTableError;
 use super::super::message::MessageError;
 use crate::log_limit::Cause;
@@ -33,11 +35,17 @@ pub enum RequestError {
         /// Those bits.
         bits: u64,
     },
-    /// Features that change what the rings look like or what an address means.
-    #[error("features {bits:#x} were not offered and cannot be ignored")]
+    /// Features that a driver relies on: of the device, or of its rings and addresses.
+    #[error(
+        "the driver uses features that this server does not offer: {}. If its guest runs, restart the server as it was ({as_it_was}), or \
+         reset the guest's device",
+        feature_names(*bits)
+    )]
     UnofferedFeatures {
         /// Those bits.
         bits: u64,
+        /// What to restart the server with.
+        as_it_was: &'static str,
     },
     /// The driver's features belong to the run of its queues.
     #[error("other features ({from:#x} to {to:#x}) while vring {index} is started and enabled; stop it first")]
@@ -50,7 +58,7 @@ pub enum RequestError {
         index: usize,
     },
     /// A vring that the device does not have.
-    #[error("vring {index} does not exist, the device has {count}")]
+    #[error("vring {index} does not exist, the device has {count}: a front-end with more needs a larger --num-queues")]
     NoSuchVring {
         /// Its index.
         index: u32,
@@ -76,13 +84,16 @@ pub enum RequestError {
     /// The memory table.
     #[error(transparent)]
     Memory(#[from] MemoryTableError),
+    /// The guest was told of another device, by a server before.
+    #[error("{0}")]
+    DeviceChanged(Box<dyn Error + Send + Sync>),
     /// The in-flight region.
     #[error(transparent)]
     Inflight(#[from] InflightError),
     /// An in-flight region for another device.
     #[error(
         "an in-flight region for {queues} queues of {queue_size} descriptors; the device has {max_queues} of at most \
-         {max_queue_size}"
+         {max_queue_size} (--num-queues)"
     )]
     InflightShape {
         /// Queues of the region.
@@ -152,7 +163,7 @@ impl RequestError {
         match self {
             Self::Message(error) => error.is_request(),
             // What it has said after that is not to be carried out.
-            Self::FrontEndGone { .. } => false,
+            Self::FrontEndGone { .. } | Self::DeviceChanged(_) => false,
             _ => true,
         }
     }

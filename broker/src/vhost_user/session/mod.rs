@@ -15,10 +15,11 @@ use std::hash::Hash;
 use std::mem::discriminant;
 use std::os::fd::OwnedFd;
 
-use tracing::{debug, warn};
+use tracing::{debug, info, warn};
 use vhost::vhost_user::message::{
     FrontendReq, VHOST_USER_CONFIG_OFFSET, VHOST_USER_CONFIG_SIZE, VhostUserProtocolFeatures,
 };
+use virtio_bindings::virtio_config::VIRTIO_CONFIG_S_DRIVER_OK;
 
 use self::error::request_name;
 pub use self::error::{RequestError, SessionError};
@@ -69,6 +70,11 @@ pub struct Session<'d> {
     inflight: Option<InflightRegion>,
     logging: Logging,
     channel: Option<BackendChannel>,
+    /// The front-end is to be told that the configuration has changed, once its device runs.
+    is_announcement_due: bool,
+    /// The driver before had set something that this one has to set again, unless the in-flight region says so.
+    has_forgotten_settings: bool,
+    last_request: Option<u32>,
     /// A guest causes some of them at will, and a front-end the others.
     refusals: LogLimits,
 }
@@ -78,6 +84,8 @@ impl<'d> Session<'d> {
     pub fn new(device: &'d mut dyn Device) -> Self {
         // What an earlier front-end had under way was logged for it until now: it may have come back.
         device.set_dirty_log(None);
+        let has_forgotten_settings = device.driver_settings() != 0;
+        device.forget_driver();
         let vrings = (0..device.queue_count()).map(|_| Vring::default()).collect();
         Self {
             device,
@@ -87,6 +95,9 @@ impl<'d> Session<'d> {
             inflight: None,
             logging: Logging::default(),
             channel: None,
+            is_announcement_due: false,
+            has_forgotten_settings,
+            last_request: None,
             refusals: LogLimits::new(),
         }
     }
@@ -99,6 +110,7 @@ impl<'d> Session<'d> {
     pub fn handle(&mut self, message: Message) -> Result<Option<Reply>, SessionError> {
         let Message { header, body, fds } = message;
         let request = header.request;
+        self.last_request = Some(request);
         let parsed = Request::parse(request, &body, fds.len()).map_err(RequestError::from);
         let own_reply = parsed.as_ref().map_or(OwnReply::None, own_reply);
         debug!(request = request_name(request), fds = fds.len(), ?parsed, "message");
@@ -136,6 +148,18 @@ impl<'d> Session<'d> {
             Some(channel) if self.negotiation.has(VhostUserProtocolFeatures::CONFIG) => channel.config_changed(),
             _ => debug!("the front-end cannot be told that the configuration changed"),
         }
+        self.keep_record();
+    }
+
+    /// What the server should say of a front-end that has left just now.
+    pub fn farewell(&self) -> Option<String> {
+        let queues = self.vrings.len();
+        (self.last_request == Some(FrontendReq::GET_QUEUE_NUM.into())).then(|| {
+            format!(
+                "it left when it heard that the device has {queues} queues: a front-end that wants more does this, again and again \
+                 while its guest runs; start the server with as many as before (--num-queues)"
+            )
+        })
     }
 
     /// Asks the device for the capacity again, and tells the front-end if it changed.
@@ -162,6 +186,7 @@ impl<'d> Session<'d> {
             Request::SetStatus { status } => {
                 self.negotiation.require(Feature::STATUS, "STATUS")?;
                 self.set_status(status)?;
+                self.announce_if_due(u32::from(status) & VIRTIO_CONFIG_S_DRIVER_OK != 0);
             }
             Request::GetStatus => {
                 self.negotiation.require(Feature::STATUS, "STATUS")?;
@@ -193,7 +218,10 @@ impl<'d> Session<'d> {
             Request::SetVringKick(file) => self.set_vring_kick(file.index, fds.next())?,
             Request::SetVringCall(file) => self.set_vring_call(file.index, fds.next())?,
             Request::SetVringErr(file) => self.set_vring_err(file.index, fds.next())?,
-            Request::SetVringEnable { index, is_enabled } => self.set_vring_enable(index, is_enabled)?,
+            Request::SetVringEnable { index, is_enabled } => {
+                self.set_vring_enable(index, is_enabled)?;
+                self.announce_if_due(is_enabled && !self.negotiation.has(Feature::STATUS));
+            }
             Request::GetVringBase { index } => return self.get_vring_base(index).map(|body| Answer::Reply(body, None)),
 
             Request::SetLogBase { size_bytes, offset_bytes } => {
@@ -293,6 +321,26 @@ impl<'d> Session<'d> {
         }
     }
 
+    /// Keeps what the driver was told and has accepted, for the next process. Not before it has accepted features in this session, and
+    /// not before it was told what has changed: until then what an earlier process recorded counts.
+    fn keep_record(&self) {
+        if let Some(region) = &self.inflight
+            && self.negotiation.has_driver_features()
+            && !self.is_announcement_due
+        {
+            region.set_device_record(&self.device.record());
+        }
+    }
+
+    /// Not earlier: QEMU looks at a changed configuration only while its device runs, and until 8.0 it would take the answer to its
+    /// question for that to another request, for which it waits while the device starts.
+    fn announce_if_due(&mut self, is_running: bool) {
+        if is_running && std::mem::take(&mut self.is_announcement_due) {
+            info!("the disk has grown since the guest heard of its size: it is told");
+            self.notify_config_change();
+        }
+    }
+
     /// Makes a region. It is used when the front-end gives it back, which some never do.
     fn get_inflight_fd(&self, asked: InflightDescription) -> Result<(Vec<u8>, Option<OwnedFd>), RequestError> {
         self.check_inflight(&asked)?;
@@ -303,15 +351,23 @@ impl<'d> Session<'d> {
 
     /// Counts for vrings that start from now on. What the driver had set is taken up at once: a region that an earlier
     /// process used comes before the vrings whose requests depend on it.
+    ///
+    /// A guest that was told of another device gets nothing executed: the session ends, and the front-end can come again.
     fn set_inflight_fd(&mut self, given: InflightDescription, fd: Option<OwnedFd>) -> Result<(), RequestError> {
+        let Some(fd) = fd else { return self.check_inflight(&given) };
+        self.negotiation.require(VhostUserProtocolFeatures::INFLIGHT_SHMFD, "INFLIGHT_SHMFD")?;
+        let InflightDescription { size_bytes, offset_bytes, queues, queue_size, .. } = given;
+        let region = InflightRegion::from_fd(fd, offset_bytes, size_bytes, queues, queue_size)?;
+        // First: it says more than that the region is one for more queues.
+        let record = region.device_record();
+        let is_news = record.map(|record| self.device.compare_record(&record)).transpose();
+        let is_news = is_news.map_err(RequestError::DeviceChanged)?.unwrap_or(false);
         self.check_inflight(&given)?;
-        if let Some(fd) = fd {
-            let InflightDescription { size_bytes, offset_bytes, queues, queue_size, .. } = given;
-            let region = InflightRegion::from_fd(fd, offset_bytes, size_bytes, queues, queue_size)?;
-            self.device.restore_driver_settings(region.driver_settings());
-            self.inflight = Some(region);
-            self.keep_driver_settings();
-        }
+        self.is_announcement_due |= is_news;
+        self.device.restore_driver_settings(region.driver_settings());
+        self.inflight = Some(region);
+        self.keep_driver_settings();
+        self.keep_record();
         Ok(())
     }
 

@@ -2,7 +2,9 @@
 
 use tracing::debug;
 use vhost::vhost_user::message::VhostUserProtocolFeatures;
+use virtio_bindings::virtio_blk::VIRTIO_BLK_F_RO;
 use virtio_bindings::virtio_config::{VIRTIO_F_ACCESS_PLATFORM, VIRTIO_F_IN_ORDER, VIRTIO_F_RING_PACKED};
+use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
 use super::{RequestError, Session};
 
@@ -10,8 +12,11 @@ use super::{RequestError, Session};
 const FEATURE_LOG_ALL: u64 = 1 << 26;
 /// VHOST_USER_F_PROTOCOL_FEATURES: SET_VRING_ENABLE says which rings are enabled.
 const FEATURE_PROTOCOL_FEATURES: u64 = 1 << 30;
-/// Features that a driver may not use if the device does not know it: others are harmless when ignored, and QEMU
-/// accepts some in the guest's name that it does not ask the back-end about (VIRTIO_F_ANY_LAYOUT, for example).
+/// Those of the device type (VIRTIO 1.2, 2.2).
+const DEVICE_FEATURES: u64 = 0xff_ffff;
+/// Features that a driver may not use if the device does not know it: those of the device type, on which
+/// it relies, and those that change its rings. Others are harmless when ignored, and QEMU accepts some in the guest's name that it does
+/// not ask the back-end about (VIRTIO_F_ANY_LAYOUT, for example).
 ///
 /// Features that a driver did not accept and uses all the same are not insisted on where that costs nothing, as in QEMU and SPDK:
 /// - VIRTIO_F_VERSION_1. Without it the driver has the legacy interface: SeaBIOS on `disable-modern=on`, old guests. For this
@@ -20,7 +25,12 @@ const FEATURE_PROTOCOL_FEATURES: u64 = 1 << 30;
 /// - VIRTIO_RING_F_INDIRECT_DESC. See `virtqueue/chain.rs`.
 /// - VIRTIO_BLK_F_MQ. Queues beyond the first work as it does, and front-ends start all queues, whatever the driver accepted.
 /// - VIRTIO_BLK_F_BLK_SIZE, _SIZE_MAX, _SEG_MAX, _TOPOLOGY only tell of limits, which hold in any case.
-const FEATURES_NOT_TO_IGNORE: u64 = 1 << VIRTIO_F_ACCESS_PLATFORM | 1 << VIRTIO_F_RING_PACKED | 1 << VIRTIO_F_IN_ORDER;
+const FEATURES_NOT_TO_IGNORE: u64 = DEVICE_FEATURES
+    | 1 << VIRTIO_RING_F_INDIRECT_DESC
+    | 1 << VIRTIO_RING_F_EVENT_IDX
+    | 1 << VIRTIO_F_ACCESS_PLATFORM
+    | 1 << VIRTIO_F_RING_PACKED
+    | 1 << VIRTIO_F_IN_ORDER;
 
 /// The protocol features: exactly those that are implemented, because QEMU accepts whatever it finds here.
 pub(super) const OFFERED: VhostUserProtocolFeatures = VhostUserProtocolFeatures::MQ
@@ -70,6 +80,10 @@ impl Negotiation {
         self.driver_features.unwrap_or(0)
     }
 
+    pub(super) fn has_driver_features(&self) -> bool {
+        self.driver_features.is_some()
+    }
+
     /// Whether rings are enabled before SET_VRING_ENABLE says anything.
     pub(super) fn are_rings_enabled_at_first(&self) -> bool {
         !self.has_protocol_features
@@ -81,11 +95,23 @@ impl Session<'_> {
         self.device.device_features() | FEATURE_LOG_ALL | FEATURE_PROTOCOL_FEATURES
     }
 
+    /// How a server has to be started for a driver that accepted these features.
+    fn as_it_was(&self, features: u64) -> &'static str {
+        let read_only = 1 << VIRTIO_BLK_F_RO;
+        match (features & read_only != 0, self.offered_features() & read_only != 0) {
+            (true, false) => "with --read-only",
+            // A read-only disk has neither discard nor write zeroes.
+            (false, true) => "without --read-only",
+            _ => "with a disk, file system and --direct-io as before",
+        }
+    }
+
     /// Also turns logging on and off, while rings run: QEMU waits for the reply and then relies on it.
     pub(super) fn set_features(&mut self, features: u64) -> Result<(), RequestError> {
         let unoffered = features & !self.offered_features();
         if unoffered & FEATURES_NOT_TO_IGNORE != 0 {
-            return Err(RequestError::UnofferedFeatures { bits: unoffered & FEATURES_NOT_TO_IGNORE });
+            let bits = unoffered & FEATURES_NOT_TO_IGNORE;
+            return Err(RequestError::UnofferedFeatures { bits, as_it_was: self.as_it_was(features) });
         }
         if unoffered != 0 {
             debug!(bits = format_args!("{unoffered:#x}"), "features that were not offered are ignored");
@@ -110,6 +136,7 @@ impl Session<'_> {
         self.stop_all()?;
         self.device.set_driver_features(features);
         self.negotiation.driver_features = Some(features);
+        self.keep_record();
         Ok(())
     }
 

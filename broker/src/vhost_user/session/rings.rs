@@ -117,12 +117,23 @@ impl Session<'_> {
         let call = duplicate_for_device(self.vrings[index].call.as_ref())?;
         self.settle_driver_features();
         debug!(index, size = setup.size, next_avail = setup.next_avail, "vring starts");
+        self.note_forgotten_settings();
         self.device.start_queue(index as u16, setup, QueueEventfds { kick, call, err });
         self.vrings[index].is_started = true;
         self.vrings[index].is_broken = false;
         self.vrings[index].is_tracked = true;
         self.apply_enabled(index);
         Ok(())
+    }
+
+    /// Says so once, when it is known that the front-end has not brought them along.
+    fn note_forgotten_settings(&mut self) {
+        if std::mem::take(&mut self.has_forgotten_settings) && self.device.driver_settings() == 0 {
+            warn!(
+                "the write cache is on: the guest of the front-end before had turned it off, and this front-end has given no \
+                 in-flight region that says so. If the guest is the same, turn it off again there"
+            );
+        }
     }
 
     fn queue_setup(&self, index: usize) -> Result<QueueSetup, StartError> {

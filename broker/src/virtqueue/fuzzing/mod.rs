@@ -16,6 +16,7 @@ use self::model::Contents;
 use super::inflight::VERSION;
 use super::{InflightQueue, InflightRegion, QueueError, QueueSetup, SplitQueue};
 use crate::fuzzing::Choices;
+use crate::virtio_blk::{Continuity, Told};
 
 const DESC_TABLE: u64 = 0;
 const AVAIL_RING: u64 = 0x1000;
@@ -42,6 +43,35 @@ pub(super) struct Outcome {
 /// If a queue does not go on where the model says, or breaks a rule of its own.
 pub fn inflight_region(bytes: &[u8]) {
     run(bytes);
+    device_record(bytes);
+}
+
+/// Finds any bytes behind the queues, as a process that died or a hostile front-end may have left them, and records something.
+fn device_record(bytes: &[u8]) {
+    let file = InflightRegion::create(1, 1).expect("a memfd");
+    let (queue_bytes, head_bytes) = (64, 16);
+    // Behind the magic, or over it.
+    let at = queue_bytes + if bytes.len().is_multiple_of(2) { head_bytes } else { 0 };
+    let bytes = &bytes[..bytes.len().min(file.size_bytes as usize - at)];
+    let mapped = || {
+        let fd = file.fd.try_clone().expect("a file descriptor");
+        InflightRegion::from_fd(fd, 0, file.size_bytes, 1, 1).expect("our own region")
+    };
+    let mut rest = bytes;
+    while !rest.is_empty() {
+        let offset = (at + bytes.len() - rest.len()) as u64;
+        let written = rustix::io::pwrite(&file.fd, rest, offset).expect("inside the region");
+        rest = &rest[written..];
+    }
+    let region = mapped();
+    let found = region.device_record();
+    if let Some(told) = found.as_deref().and_then(Told::from_bytes) {
+        assert_eq!(told.compare(&told), Ok(Continuity::Same));
+    }
+    region.set_device_record(b"what comes next");
+    let is_ours = at != queue_bytes || bytes.is_empty();
+    let record = mapped().device_record();
+    assert!(!is_ours || record.as_deref() == Some(&b"what comes next"[..]), "{record:?}");
 }
 
 fn run(bytes: &[u8]) -> Outcome {

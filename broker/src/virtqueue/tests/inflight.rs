@@ -5,9 +5,12 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use rustix::fs::{MemfdFlags, SealFlags};
 
 use super::driver::{Driver, inflight_queue};
+use crate::virtqueue::crash::live_for;
 use crate::virtqueue::inflight::InflightQueue;
 use crate::virtqueue::recovery::{Recovered, recover};
-use crate::virtqueue::{InflightRegion, QueueError, QueueSetup, SplitQueue};
+use crate::virtqueue::{DEVICE_RECORD_MAX_BYTES, InflightRegion, QueueError, QueueSetup, SplitQueue};
+
+const RECORD_AREA_BYTES: u64 = 576;
 
 fn memfd(size_bytes: u64) -> OwnedFd {
     let fd = rustix::fs::memfd_create("region", MemfdFlags::CLOEXEC).expect("a memfd");
@@ -17,11 +20,12 @@ fn memfd(size_bytes: u64) -> OwnedFd {
 
 #[test]
 fn a_new_region_has_the_size_that_other_back_ends_give_it() {
-    // Header and entries of 16 bytes, each queue at a multiple of 64.
+    // Header and entries of 16 bytes, each queue at a multiple of 64; and behind them the record of the device.
     for (queues, queue_size, size_bytes) in
         [(1, 1, 64), (1, 3, 64), (1, 4, 128), (4, 128, 4 * 2112), (2, 256, 2 * 4160)]
     {
         let file = InflightRegion::create(queues, queue_size).expect("a memfd");
+        let size_bytes = size_bytes + RECORD_AREA_BYTES;
         assert_eq!(file.size_bytes, size_bytes, "{queues} queues of {queue_size}");
         assert_eq!(rustix::fs::fstat(&file.fd).expect("a file").st_size as u64, size_bytes);
     }
@@ -220,6 +224,80 @@ fn what_the_driver_set_is_kept_beside_the_records_of_the_queues() {
     assert_eq!(map().driver_settings(), 0);
     let bytes = std::fs::read(format!("/proc/self/fd/{}", file.fd.as_raw_fd())).expect("the region");
     assert_eq!(bytes[..8], [0; 8], "`features` is as others expect it");
+}
+
+/// A region that a ringpass made for two queues of 8, mapped as often as wanted.
+fn region_with_record() -> impl Fn() -> InflightRegion {
+    let file = InflightRegion::create(2, 8).expect("a memfd");
+    move || {
+        let fd = file.fd.try_clone().expect("a file descriptor");
+        InflightRegion::from_fd(fd, 0, file.size_bytes, 2, 8).expect("our own region")
+    }
+}
+
+#[test]
+fn the_record_of_a_device_is_found_by_the_next_process_and_disturbs_no_queue() {
+    let map = region_with_record();
+    let region = map();
+    assert_eq!(region.device_record(), None, "nobody has recorded anything");
+    let last = region.queue(1).expect("two queues");
+    for head in 0..8 {
+        last.set_counter(head, u64::MAX);
+    }
+    for record in [&b"one"[..], b"", b"the third, which is longer", &[0xff; DEVICE_RECORD_MAX_BYTES]] {
+        region.set_device_record(record);
+        assert_eq!(map().device_record().as_deref(), Some(record));
+    }
+    region.set_device_record(&[1; DEVICE_RECORD_MAX_BYTES + 1]);
+    assert_eq!(map().device_record(), Some(vec![0xff; DEVICE_RECORD_MAX_BYTES]), "it has no room");
+    assert!((0..8).all(|head| last.counter(head) == u64::MAX));
+}
+
+#[test]
+fn a_region_of_another_back_end_has_no_record_and_gets_none() {
+    // As large as ours, larger, and as small as possible.
+    for size_bytes in [2 * 192, 2 * 192 + RECORD_AREA_BYTES, 1 << 16] {
+        let fd = memfd(size_bytes);
+        let region = InflightRegion::from_fd(fd.try_clone().unwrap(), 0, size_bytes, 2, 8).expect("a good region");
+        region.set_device_record(b"record");
+        assert_eq!(region.device_record(), None);
+        let bytes = std::fs::read(format!("/proc/self/fd/{}", fd.as_raw_fd())).expect("the region");
+        assert!(bytes.iter().all(|byte| *byte == 0), "nothing is written behind the queues of others");
+    }
+    // A size that was rounded up, as its file was not.
+    assert!(InflightRegion::from_fd(memfd(2 * 192), 0, 4096, 2, 8).is_ok());
+}
+
+#[test]
+fn a_process_that_dies_while_it_records_leaves_the_record_before_or_the_new_one() {
+    for stores in 0.. {
+        let map = region_with_record();
+        for record in [b"first", b"other"] {
+            map().set_device_record(record);
+        }
+        let lived = live_for(stores, || map().set_device_record(b"third")).is_some();
+        let found = map().device_record().expect("a whole record");
+        assert!(found == b"other" || lived && found == b"third", "{found:?} after {stores} stores");
+        // The next process records in its turn.
+        map().set_device_record(b"after");
+        assert_eq!(map().device_record().as_deref(), Some(&b"after"[..]));
+        if lived {
+            assert!(stores > 10, "it takes some stores");
+            return;
+        }
+    }
+}
+
+#[test]
+fn the_first_record_that_was_not_written_to_its_end_is_none() {
+    for stores in 0.. {
+        let map = region_with_record();
+        let lived = live_for(stores, || map().set_device_record(b"first")).is_some();
+        assert_eq!(map().device_record().is_some(), lived, "after {stores} stores");
+        if lived {
+            return;
+        }
+    }
 }
 
 /// A queue that begins, with `region`.

@@ -247,6 +247,7 @@ mod tests {
         let rings = RingsOffer { offered: false, why_not, closed: Some(evil.into()), limits: None, wants };
         let queue = QueueStatus {
             index: 0,
+            started: true,
             executed_by: ExecutedBy::Virtqueue,
             epoch: Some(1),
             phase: Some(evil.into()),

@@ -2,8 +2,10 @@
 
 use std::io::Read;
 use std::os::unix::net::UnixStream;
+use std::sync::atomic::Ordering;
 
 use super::*;
+use crate::virtqueue::InflightRegion;
 
 fn config(offset_bytes: u32, size_bytes: u32, flags: u32, bytes: &[u8]) -> Vec<u8> {
     let header = [offset_bytes, size_bytes, flags];
@@ -141,5 +143,118 @@ fn the_front_end_is_told_of_a_change_over_its_channel_without_being_waited_for()
         assert_eq!(first, *expected.as_flattened());
         drop(theirs);
         rig.session.notify_config_change();
+    });
+}
+
+/// GET_INFLIGHT_FD and SET_INFLIGHT_FD for one queue of 256, as QEMU sends them.
+fn new_region(rig: &mut Rig<'_>) -> (Vec<u8>, OwnedFd) {
+    let asked = [words(&[0, 0]), vec![1, 0, 0, 1, 0, 0, 0, 0]].concat();
+    let Reply { body, fd, .. } = rig.send(Code::GET_INFLIGHT_FD, asked, []).unwrap().expect("a reply");
+    (body, fd.expect("a region"))
+}
+
+/// Runs `test` with a session, protocol features negotiated, with a device that records this.
+fn with_device_that_records(record: &[u8], is_resized: bool, test: impl FnOnce(&mut Rig<'_>)) {
+    let mut device = FakeDevice::default();
+    device.record = record.to_vec();
+    let calls = device.calls.clone();
+    calls.is_resized.store(is_resized, Ordering::Relaxed);
+    let mut rig = Rig { session: Session::new(&mut device), calls };
+    rig.ok(Code::SET_PROTOCOL_FEATURES, OFFERED.bits().to_ne_bytes(), []);
+    rig.calls.take();
+    test(&mut rig);
+}
+
+#[test]
+fn a_guest_that_was_told_of_another_device_is_not_served_and_goes_on_with_the_right_one() {
+    let mut region = None;
+    with_device_that_records(b"one", false, |rig| {
+        rig.ok(Code::SET_FEATURES, words(&[PROTOCOL_FEATURES]), []);
+        let (description, fd) = new_region(rig);
+        rig.ok(Code::SET_INFLIGHT_FD, &description, [fd.try_clone().unwrap()]);
+        region = Some((description, fd));
+    });
+    let (description, fd) = region.expect("a region");
+    for ack_wanted in [true, false] {
+        with_device_that_records(b"other", false, |rig| {
+            rig.ok(Code::SET_FEATURES, words(&[PROTOCOL_FEATURES]), []);
+            rig.calls.take();
+            let given = message(Code::SET_INFLIGHT_FD, ack_wanted, &description, vec![fd.try_clone().unwrap()]);
+            let error = rig.session.handle(given).unwrap_err().to_string();
+            assert_eq!(
+                error, "SET_INFLIGHT_FD: another device",
+                "the session ends, whatever the front-end would make of a no"
+            );
+            assert_eq!(rig.calls.take(), []);
+        });
+    }
+    with_device_that_records(b"one", false, |rig| {
+        rig.ok(Code::SET_INFLIGHT_FD, &description, [fd.try_clone().unwrap()]);
+        rig.run(0);
+    });
+}
+
+#[test]
+fn nothing_is_recorded_before_the_driver_has_accepted_features() {
+    with_device_that_records(b"one", false, |rig| {
+        let (description, fd) = new_region(rig);
+        let found = |fd: &OwnedFd| {
+            let size_bytes = u64::from_ne_bytes(description[..8].try_into().unwrap());
+            InflightRegion::from_fd(fd.try_clone().unwrap(), 0, size_bytes, 1, 256).unwrap().device_record()
+        };
+        rig.ok(Code::SET_INFLIGHT_FD, &description, [fd.try_clone().unwrap()]);
+        assert_eq!(found(&fd), None);
+        rig.ok(Code::SET_FEATURES, words(&[PROTOCOL_FEATURES]), []);
+        assert_eq!(found(&fd).as_deref(), Some(&b"one"[..]));
+    });
+}
+
+#[test]
+fn a_guest_hears_of_a_disk_that_grew_while_it_had_no_server_once_its_device_runs() {
+    let mut region = None;
+    with_device_that_records(b"one", false, |rig| {
+        rig.ok(Code::SET_FEATURES, words(&[PROTOCOL_FEATURES]), []);
+        let (description, fd) = new_region(rig);
+        rig.ok(Code::SET_INFLIGHT_FD, &description, [fd.try_clone().unwrap()]);
+        region = Some((description, fd));
+    });
+    let (description, fd) = region.expect("a region");
+    with_device_that_records(b"one", true, |rig| {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        theirs.set_nonblocking(true).unwrap();
+        rig.ok(Code::SET_BACKEND_REQ_FD, [], [ours.into()]);
+        rig.ok(Code::SET_FEATURES, words(&[PROTOCOL_FEATURES]), []);
+        rig.ok(Code::SET_INFLIGHT_FD, &description, [fd]);
+        rig.run(0);
+        assert!(theirs.read(&mut [0; 12]).is_err(), "QEMU would ask in the middle of another question");
+        rig.ok(Code::SET_STATUS, words(&[0xf]), []);
+        assert_eq!(theirs.read(&mut [0; 12]).unwrap(), 12);
+        rig.ok(Code::SET_STATUS, words(&[0xf]), []);
+        assert!(theirs.read(&mut [0; 12]).is_err(), "once");
+    });
+}
+
+#[test]
+fn what_one_driver_wrote_is_forgotten_when_the_next_front_end_comes() {
+    let mut device = FakeDevice::default();
+    let calls = device.calls.clone();
+    for _ in 0..2 {
+        let mut rig = Rig { session: Session::new(&mut device), calls: calls.clone() };
+        rig.ok(Code::SET_PROTOCOL_FEATURES, OFFERED.bits().to_ne_bytes(), []);
+        assert_eq!(rig.ask(Code::GET_CONFIG, config(32, 1, 0, &[0])), config(32, 1, 0, &[32]));
+        rig.ok(Code::SET_CONFIG, config(32, 1, 0, &[0]), []);
+        assert_eq!(rig.ask(Code::GET_CONFIG, config(32, 1, 0, &[0])), config(32, 1, 0, &[0]));
+    }
+}
+
+#[test]
+fn a_front_end_that_leaves_when_it_hears_of_too_few_queues_gets_a_line_that_names_the_option() {
+    with_session(|rig| {
+        assert_eq!(rig.session.farewell(), None);
+        rig.ask_number(Code::GET_QUEUE_NUM);
+        let farewell = rig.session.farewell().expect("something to say");
+        assert!(farewell.contains("the device has 3 queues") && farewell.contains("--num-queues"), "{farewell}");
+        rig.ok(Code::SET_OWNER, [], []);
+        assert_eq!(rig.session.farewell(), None);
     });
 }

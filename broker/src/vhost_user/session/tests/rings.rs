@@ -152,7 +152,8 @@ fn a_ring_that_is_set_up_anew_without_being_stopped_is_started_again_by_its_kick
 #[test]
 fn the_index_of_a_vring_that_does_not_exist_is_refused() {
     with_session(|rig| {
-        let too_high = format!("vring 3 does not exist, the device has {}", 3);
+        let too_high =
+            format!("vring 3 does not exist, the device has {}: a front-end with more needs a larger --num-queues", 3);
         let by_index: [(Code, Vec<u8>, bool); 7] = [
             (Code::SET_VRING_NUM, state(3, 256), false),
             (Code::SET_VRING_ADDR, address(3, [USER; 3], None), false),
@@ -167,7 +168,10 @@ fn the_index_of_a_vring_that_does_not_exist_is_refused() {
             assert_eq!(rig.refused(code, body, fds), format!("{code:?}: {too_high}"));
         }
         let error = rig.send(Code::GET_VRING_BASE, state(u32::MAX, 0), []).unwrap_err().to_string();
-        assert_eq!(error, "GET_VRING_BASE: vring 4294967295 does not exist, the device has 3");
+        assert_eq!(
+            error,
+            "GET_VRING_BASE: vring 4294967295 does not exist, the device has 3: a front-end with more needs a larger --num-queues"
+        );
     });
 }
 
@@ -353,7 +357,7 @@ fn an_in_flight_region_for_more_or_larger_queues_is_refused_and_a_ring_that_is_l
             asked.extend([queues, queue_size].iter().flat_map(|word| word.to_ne_bytes()));
             let error = rig.refused(Code::SET_INFLIGHT_FD, &asked, || vec![memfd(1 << 20)]);
             let shape = format!("an in-flight region for {queues} queues of {queue_size} descriptors; ");
-            assert_eq!(error, format!("SET_INFLIGHT_FD: {shape}the device has 3 of at most 1024"));
+            assert_eq!(error, format!("SET_INFLIGHT_FD: {shape}the device has 3 of at most 1024 (--num-queues)"));
             let reply = rig.send(Code::GET_INFLIGHT_FD, &asked, []).unwrap().expect("a reply that says no");
             assert_eq!((reply.body, reply.fd.is_none()), ([&[0; 16], &asked[16..]].concat(), true));
         }

@@ -1,0 +1,128 @@
+use super::*;
+use crate::virtio_blk::{BlkParameters, DiscardLimits, WriteZeroesLimits};
+
+const EVERYTHING: u64 = u64::MAX;
+
+fn parameters() -> BlkParameters {
+    BlkParameters {
+        size_bytes: 64 << 20,
+        logical_block_bytes: 512,
+        physical_block_bytes: 4096,
+        read_only: false,
+        num_queues: 4,
+        queue_size: 256,
+        serial: "disk-7".parse().expect("a serial number"),
+        discard: Some(DiscardLimits { max_sectors: 4096, alignment_sectors: 8 }),
+        write_zeroes: Some(WriteZeroesLimits { max_sectors: 4096, may_unmap: true }),
+    }
+}
+
+/// What a driver was told that accepts all of these features which it is offered.
+fn told(parameters: BlkParameters, accepted: u64) -> Told {
+    let device = BlkConfig::new(parameters).expect("a device");
+    Told::new(&device, accepted & device.device_features())
+}
+
+fn compare(now: BlkParameters) -> Result<Continuity, String> {
+    told(parameters(), EVERYTHING).compare(&told(now, 0)).map_err(|changed| changed.to_string())
+}
+
+#[test]
+fn a_record_says_what_was_told_and_other_bytes_are_none() {
+    let told = told(parameters(), EVERYTHING);
+    let bytes = told.to_bytes();
+    assert!(bytes.len() <= crate::virtqueue::DEVICE_RECORD_MAX_BYTES);
+    assert_eq!(Told::from_bytes(&bytes), Some(told));
+    assert_eq!(Told::from_bytes(&bytes[1..]), None);
+    assert_eq!(Told::from_bytes(&[]), None);
+}
+
+#[test]
+fn a_driver_goes_on_with_a_device_that_has_what_it_was_told_or_more() {
+    assert_eq!(compare(parameters()), Ok(Continuity::Same));
+    for more in [
+        BlkParameters { num_queues: 256, ..parameters() },
+        BlkParameters { queue_size: 1024, ..parameters() },
+        BlkParameters { physical_block_bytes: 512, ..parameters() },
+        BlkParameters { discard: Some(DiscardLimits { max_sectors: 8192, alignment_sectors: 1 }), ..parameters() },
+    ] {
+        assert_eq!(compare(more), Ok(Continuity::Same), "{more:?}");
+    }
+    assert_eq!(compare(BlkParameters { size_bytes: 65 << 20, ..parameters() }), Ok(Continuity::Larger));
+}
+
+#[test]
+fn what_the_driver_would_not_notice_is_refused_with_the_option_that_makes_it_as_before() {
+    for (now, expected) in [
+        (
+            BlkParameters { logical_block_bytes: 4096, ..parameters() },
+            "logical block: 512 bytes before the restart, 4096 bytes now (--logical-block-size 512)",
+        ),
+        (
+            BlkParameters { num_queues: 2, ..parameters() },
+            "queues: 4 before the restart, 2 now (--num-queues 4 or more)",
+        ),
+        (
+            BlkParameters { queue_size: 64, ..parameters() },
+            "segments of a request: 126 before the restart, 62 now (a --queue-size as before)",
+        ),
+        (
+            BlkParameters { serial: "disk-8".parse().unwrap(), ..parameters() },
+            "serial number: \"disk-7\" before the restart, \"disk-8\" now (--serial \"disk-7\")",
+        ),
+        (
+            BlkParameters { read_only: true, ..parameters() },
+            "access: read-write before the restart, read-only now (start it without --read-only)",
+        ),
+        (
+            BlkParameters { size_bytes: 32 << 20, ..parameters() },
+            "size of the disk: 67108864 bytes before the restart, 33554432 bytes now (give the disk its size back",
+        ),
+        (
+            BlkParameters { discard: None, ..parameters() },
+            "features that the guest uses: VIRTIO_BLK_F_DISCARD before the restart, not offered now (a disk, file system or --direct-io",
+        ),
+        (
+            BlkParameters { discard: Some(DiscardLimits { max_sectors: 8, alignment_sectors: 8 }), ..parameters() },
+            "sectors of a discard: 4096 before the restart, 8 now (a disk, file system",
+        ),
+        (
+            BlkParameters {
+                write_zeroes: Some(WriteZeroesLimits { max_sectors: 4096, may_unmap: false }),
+                ..parameters()
+            },
+            "whether write zeroes may unmap: 1 before the restart, 0 now (a disk",
+        ),
+    ] {
+        let refusal = compare(now).expect_err("another device");
+        assert!(refusal.contains(expected), "{refusal}\ninstead of {expected}");
+        assert!(refusal.contains("Nothing is executed for it. Restart the server as it was"), "{refusal}");
+    }
+    let two = BlkParameters { num_queues: 2, logical_block_bytes: 4096, ..parameters() };
+    let refusal = compare(two).expect_err("another device");
+    assert!(refusal.contains("(--logical-block-size 512); queues: 4"), "each of them is named: {refusal}");
+    let was_read_only = told(BlkParameters { read_only: true, ..parameters() }, EVERYTHING);
+    let refusal = was_read_only.compare(&told(parameters(), 0)).expect_err("another device").to_string();
+    assert!(refusal.contains("read-write now (start it with --read-only)"), "{refusal}");
+}
+
+#[test]
+fn features_that_the_driver_does_not_use_may_go() {
+    let lost = BlkParameters { discard: None, write_zeroes: None, ..parameters() };
+    let without = !(1 << VIRTIO_BLK_F_DISCARD | 1 << VIRTIO_BLK_F_WRITE_ZEROES);
+    let driver = told(parameters(), without);
+    assert_eq!(driver.compare(&told(lost, 0)), Ok(Continuity::Same));
+    let smaller = DiscardLimits { max_sectors: 8, alignment_sectors: 8 };
+    assert_eq!(driver.compare(&told(BlkParameters { discard: Some(smaller), ..lost }, 0)), Ok(Continuity::Same));
+}
+
+#[test]
+fn what_a_forged_record_says_is_printed_in_one_harmless_line() {
+    let mut forged = told(parameters(), EVERYTHING).to_bytes();
+    let serial = forged.len() - ID_BYTES;
+    forged[serial..].copy_from_slice(b"\n\x1b[2Jevil\xff----------");
+    forged[8..16].fill(0xff);
+    let refusal = Told::from_bytes(&forged).unwrap().compare(&told(parameters(), 0)).expect_err("forged").to_string();
+    assert!(refusal.contains(r#""\n\u{1b}[2Jevil"#), "{refusal}");
+    assert!(!refusal.contains(|character: char| character.is_control()), "{refusal}");
+}
