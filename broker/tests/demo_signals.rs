@@ -31,6 +31,11 @@ struct Demo {
 
 impl Demo {
     fn start() -> Self {
+        // A shell without job control has programs in the background ignore them, and the demo would inherit that.
+        for signal in [libc::SIGINT, libc::SIGQUIT, libc::SIGHUP] {
+            // SAFETY: the default action has no handler that could be unsafe to call.
+            assert_ne!(unsafe { libc::signal(signal, libc::SIG_DFL) }, libc::SIG_ERR);
+        }
         let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
         let mut command = Command::new(env!("CARGO_BIN_EXE_ringpass"));
         command.args(["demo", "--seconds", "60", "--blk-file", "new.img"]);

@@ -3,7 +3,7 @@
 
 use std::{
     fs,
-    io::Write,
+    io::{Read, Write},
     os::unix::net::UnixStream,
     process::{Child, ExitCode, Output, Stdio},
     sync::mpsc::{Receiver, channel},
@@ -146,13 +146,17 @@ fn late_server() -> Result<()> {
 fn held_server() -> Result<()> {
     let rig = rig()?;
     let broker = rig.broker(&BROKER_ARGUMENTS)?;
-    let _other = UnixStream::connect(rig.socket())?;
-    broker.wait_for_log("front-end connected")?;
+    // It becomes the front-end with its first message: VHOST_USER_GET_FEATURES, a header without a body.
+    let mut other = UnixStream::connect(rig.socket())?;
+    let header: Vec<u8> = [1_u32, 1, 0].iter().flat_map(|word| word.to_le_bytes()).collect();
+    other.write_all(&header)?;
+    broker.explain(other.read_exact(&mut [0; 20]).context("the answer"))?;
     let mut running = Running::start(&rig, &["read", "--output", "-", "--patience-s", "2"], Stdio::null())?;
     running.wait_for_line("it has one front-end at a time, and another one may hold it")?;
     let (status, said) = running.end()?;
     ensure!(status == Some(2), "{status:?}: {said}");
     ensure!(said.contains("no answer from the device within "), "{said}");
+    drop(other);
     Ok(())
 }
 
