@@ -3,7 +3,9 @@
 //! A request is checked completely before anything changes. What the front-end may get wrong without harm is tolerated
 //! where known front-ends do so, and the place says which.
 
+mod config;
 mod error;
+mod inflight;
 mod logging;
 mod negotiation;
 mod rings;
@@ -15,10 +17,8 @@ use std::hash::Hash;
 use std::mem::discriminant;
 use std::os::fd::OwnedFd;
 
-use tracing::{debug, info, warn};
-use vhost::vhost_user::message::{
-    FrontendReq, VHOST_USER_CONFIG_OFFSET, VHOST_USER_CONFIG_SIZE, VhostUserProtocolFeatures,
-};
+use tracing::{debug, warn};
+use vhost::vhost_user::message::{FrontendReq, VhostUserProtocolFeatures};
 use virtio_bindings::virtio_config::VIRTIO_CONFIG_S_DRIVER_OK;
 
 use self::error::request_name;
@@ -33,10 +33,6 @@ use super::memory_table::{MAX_REGIONS, MemoryTable};
 use super::message::{InflightDescription, RegionDescription, Reply, Request};
 use crate::log_limit::{Cause, LogLimits};
 use crate::virtqueue::InflightRegion;
-
-/// SET_CONFIG flags: 0 is a write of the driver. 1 is a live migration in the specification, and a write of the driver
-/// in rust-vmm's front-ends (Cloud Hypervisor), which have 2 for the migration.
-const CONFIG_FLAGS_KNOWN: u32 = 3;
 
 /// What became of a request that is not refused.
 enum Answer {
@@ -231,20 +227,9 @@ impl<'d> Session<'d> {
             Request::SetLogFd => {}
 
             Request::GetConfig { offset_bytes, size_bytes, flags } => {
-                self.negotiation.require(Feature::CONFIG, "CONFIG")?;
-                check_config_range(offset_bytes, size_bytes)?;
-                return Ok(Answer::Reply(self.get_config(offset_bytes, size_bytes, flags), None));
+                return self.get_config(offset_bytes, size_bytes, flags).map(|body| Answer::Reply(body, None));
             }
-            Request::SetConfig { offset_bytes, flags, bytes } => {
-                self.negotiation.require(Feature::CONFIG, "CONFIG")?;
-                if flags & !CONFIG_FLAGS_KNOWN != 0 {
-                    return Err(RequestError::ConfigFlags { flags });
-                }
-                return Ok(match self.set_config(offset_bytes, flags, &bytes) {
-                    Ok(()) => Answer::Done,
-                    Err(error) => Answer::RefusedToDriver(error),
-                });
-            }
+            Request::SetConfig { offset_bytes, flags, bytes } => return self.set_config(offset_bytes, flags, &bytes),
 
             Request::GetInflightFd(description) => {
                 return self.get_inflight_fd(description).map(|(body, fd)| Answer::Reply(body, fd));
@@ -274,111 +259,6 @@ impl<'d> Session<'d> {
     fn set_memory(&mut self, table: MemoryTable) {
         self.device.set_memory(table.memory());
         self.memory = table;
-    }
-
-    /// The device's configuration space, and zeroes behind it: front-ends ask for as much as their own version of the
-    /// structure has.
-    ///
-    /// Cloud Hypervisor up to v50.0 counts from where the space of a virtio-mmio device begins (`Blk::new`
-    /// in its `vhost_user/blk.rs`); no virtio-blk device has anything of its own that far on.
-    fn get_config(&self, offset_bytes: u32, size_bytes: u32, flags: u32) -> Vec<u8> {
-        let space = self.device.config_space();
-        let first = offset_bytes.checked_sub(VHOST_USER_CONFIG_OFFSET).unwrap_or(offset_bytes);
-        let bytes = (first..).take(size_bytes as usize).map(|at| byte_at(&space, at));
-        [offset_bytes, size_bytes, flags].into_iter().flat_map(u32::to_ne_bytes).chain(bytes).collect()
-    }
-
-    /// A driver may only write fields that are writable. A migration carries the whole space, and what is in it already
-    /// needs no writing.
-    ///
-    /// crosvm passes on where the driver writes, whatever that is.
-    fn set_config(&mut self, offset_bytes: u32, flags: u32, bytes: &[u8]) -> Result<(), ConfigWriteError> {
-        if check_config_range(offset_bytes, bytes.len() as u32).is_err() {
-            let end_bytes = u64::from(offset_bytes) + bytes.len() as u64;
-            return Err(ConfigWriteError::NotWritable { offset_bytes, end_bytes });
-        }
-        if flags == 0 {
-            return self.write_config(offset_bytes, bytes);
-        }
-        let space = self.device.config_space();
-        let places = (offset_bytes..).zip(bytes).enumerate();
-        let mut others = places.filter(|(_, (at, byte))| byte_at(&space, *at) != **byte).map(|(place, _)| place);
-        let Some(first) = others.next() else { return Ok(()) };
-        let last = others.last().unwrap_or(first);
-        self.write_config(offset_bytes + first as u32, &bytes[first..=last])
-    }
-
-    /// The driver relies on what it wrote as soon as it is answered, also if this process is killed then.
-    fn write_config(&mut self, offset_bytes: u32, bytes: &[u8]) -> Result<(), ConfigWriteError> {
-        self.device.write_config(offset_bytes, bytes)?;
-        self.keep_driver_settings();
-        Ok(())
-    }
-
-    fn keep_driver_settings(&self) {
-        if let Some(region) = &self.inflight {
-            region.set_driver_settings(self.device.driver_settings());
-        }
-    }
-
-    /// Keeps what the driver was told and has accepted, for the next process. Not before it has accepted features in this session, and
-    /// not before it was told what has changed: until then what an earlier process recorded counts.
-    fn keep_record(&self) {
-        if let Some(region) = &self.inflight
-            && self.negotiation.has_driver_features()
-            && !self.is_announcement_due
-        {
-            region.set_device_record(&self.device.record());
-        }
-    }
-
-    /// Not earlier: QEMU looks at a changed configuration only while its device runs, and until 8.0 it would take the answer to its
-    /// question for that to another request, for which it waits while the device starts.
-    fn announce_if_due(&mut self, is_running: bool) {
-        if is_running && std::mem::take(&mut self.is_announcement_due) {
-            info!("the disk has grown since the guest heard of its size: it is told");
-            self.notify_config_change();
-        }
-    }
-
-    /// Makes a region. It is used when the front-end gives it back, which some never do.
-    fn get_inflight_fd(&self, asked: InflightDescription) -> Result<(Vec<u8>, Option<OwnedFd>), RequestError> {
-        self.check_inflight(&asked)?;
-        let file = InflightRegion::create(asked.queues, asked.queue_size)?;
-        let made = InflightDescription { size_bytes: file.size_bytes, offset_bytes: 0, ..asked };
-        Ok((made.to_bytes(), Some(file.fd)))
-    }
-
-    /// Counts for vrings that start from now on. What the driver had set is taken up at once: a region that an earlier
-    /// process used comes before the vrings whose requests depend on it.
-    ///
-    /// A guest that was told of another device gets nothing executed: the session ends, and the front-end can come again.
-    fn set_inflight_fd(&mut self, given: InflightDescription, fd: Option<OwnedFd>) -> Result<(), RequestError> {
-        let Some(fd) = fd else { return self.check_inflight(&given) };
-        self.negotiation.require(VhostUserProtocolFeatures::INFLIGHT_SHMFD, "INFLIGHT_SHMFD")?;
-        let InflightDescription { size_bytes, offset_bytes, queues, queue_size, .. } = given;
-        let region = InflightRegion::from_fd(fd, offset_bytes, size_bytes, queues, queue_size)?;
-        // First: it says more than that the region is one for more queues.
-        let record = region.device_record();
-        let is_news = record.map(|record| self.device.compare_record(&record)).transpose();
-        let is_news = is_news.map_err(RequestError::DeviceChanged)?.unwrap_or(false);
-        self.check_inflight(&given)?;
-        self.is_announcement_due |= is_news;
-        self.device.restore_driver_settings(region.driver_settings());
-        self.inflight = Some(region);
-        self.keep_driver_settings();
-        self.keep_record();
-        Ok(())
-    }
-
-    fn check_inflight(&self, description: &InflightDescription) -> Result<(), RequestError> {
-        self.negotiation.require(VhostUserProtocolFeatures::INFLIGHT_SHMFD, "INFLIGHT_SHMFD")?;
-        let InflightDescription { queues, queue_size, .. } = *description;
-        let (max_queues, max_queue_size) = (self.vrings.len(), self.device.max_queue_size());
-        if usize::from(queues) > max_queues || queue_size > max_queue_size {
-            return Err(RequestError::InflightShape { queues, queue_size, max_queues, max_queue_size });
-        }
-        Ok(())
     }
 }
 
@@ -410,18 +290,6 @@ impl Drop for Session<'_> {
 
 fn number(number: u64) -> Result<Answer, RequestError> {
     Ok(Answer::Reply(number.to_ne_bytes().to_vec(), None))
-}
-
-fn byte_at(space: &[u8], at: u32) -> u8 {
-    space.get(at as usize).copied().unwrap_or(0)
-}
-
-/// A part of the 4096 bytes that a configuration space can have.
-fn check_config_range(offset_bytes: u32, size_bytes: u32) -> Result<(), RequestError> {
-    match offset_bytes.checked_add(size_bytes) {
-        Some(end_bytes) if size_bytes > 0 && end_bytes <= VHOST_USER_CONFIG_SIZE => Ok(()),
-        _ => Err(RequestError::ConfigRange { offset_bytes, size_bytes }),
-    }
 }
 
 /// How a request is answered whether the front-end sets the flag or not.
