@@ -1,7 +1,7 @@
 //! Finds devices and asks them.
 
 use std::fs;
-use std::io::{BufRead, BufReader, ErrorKind, Write};
+use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -16,6 +16,9 @@ use crate::runtime_dir::{self, SUFFIX};
 
 /// How long a device may take to answer.
 const PATIENCE: Duration = Duration::from_secs(10);
+
+/// The longest answer that is read. A device with 256 queues has a few hundred KiB to say at most.
+const ANSWER_BYTES_MAX: u64 = 1 << 20;
 
 /// The control sockets in a directory.
 pub(super) struct Devices {
@@ -39,9 +42,11 @@ pub(super) struct Found {
 
 /// No process listens on the control socket of a device.
 #[derive(Debug, thiserror::Error)]
-#[error("the device is gone: no process listens on {}", .socket.display())]
+#[error("the device is gone: no process listens on {}: {source}", .socket.display())]
 pub(super) struct Gone {
     socket: PathBuf,
+    /// The kernel's answer: there is no such file, or no process that accepts.
+    source: io::Error,
 }
 
 impl Devices {
@@ -108,8 +113,8 @@ fn remove(socket: &Path) {
 fn ask<T: DeserializeOwned>(socket: &Path, request: &str) -> anyhow::Result<T> {
     let talking = || format!("asking the device at {}", socket.display());
     let stream = match UnixStream::connect(socket) {
-        Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused) => {
-            return Err(Gone { socket: socket.to_owned() }.into());
+        Err(source) if matches!(source.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused) => {
+            return Err(Gone { socket: socket.to_owned(), source }.into());
         }
         other => other.with_context(talking)?,
     };
@@ -117,7 +122,10 @@ fn ask<T: DeserializeOwned>(socket: &Path, request: &str) -> anyhow::Result<T> {
     let question = serde_json::json!({ "request": request });
     let mut line = String::new();
     let asked = (&stream).write_all(format!("{question}\n").as_bytes());
-    match asked.and_then(|()| BufReader::new(stream).read_line(&mut line)).map_err(|error| (error.kind(), error)) {
+    match asked
+        .and_then(|()| BufReader::new(stream.take(ANSWER_BYTES_MAX)).read_line(&mut line))
+        .map_err(|error| (error.kind(), error))
+    {
         Err((ErrorKind::WouldBlock, _)) => {
             bail!("the device at {} does not answer within {PATIENCE:?}", socket.display())
         }
