@@ -3,7 +3,7 @@
 //! [`Engine`] is the [`Device`](crate::vhost_user::Device) that a vhost-user session drives. Its queues are divided among worker threads, each
 //! with an io_uring of its own; between two workers nothing is shared on the way of a request.
 //!
-//! - `worker`: the loop of a thread. `poll`: when it polls and when it sleeps. `ring`: its io_uring.
+//! - `worker`: the loop of a thread. `poll`: when it polls and when it sleeps. `kicks`: what wakes it. `ring`: its io_uring.
 //! - `vring`: the state of a queue. `slot`, `execute`: requests under way. `bounced`, `piece`, `bounce`: those that direct
 //!   I/O does not take as they are. `blocks`, `block_locks`: those that change parts of its blocks.
 //! - `shape`: what it takes of the machine.
@@ -31,6 +31,7 @@ mod eventfd;
 mod execute;
 mod handle;
 mod interface;
+mod kicks;
 mod let_go;
 mod orders;
 mod piece;
