@@ -162,40 +162,71 @@ fn find(address: usize) -> Option<(&'static Area, Purpose)> {
 extern "C" fn on_sigbus(_signal: c_int, info: *mut libc::siginfo_t, _context: *mut c_void) {
     // SAFETY: the kernel passes a valid `siginfo_t` to a handler with SA_SIGINFO, for this thread alone.
     let info = unsafe { &*info };
-    // SAFETY: this is SIGBUS, for which the kernel sets the address.
+    if info.si_code <= 0 {
+        return end_as_asked();
+    }
+    // SAFETY: this is a SIGBUS of the kernel's own, for which it sets the address.
     let address = unsafe { info.si_addr() } as usize;
     let name = match find(address) {
         Some((area, Purpose::InflightRegion)) if area.replace() => {
             return tell(format_args!(
-                "the front-end shortened the file of its in-flight region, which is in use: the disk goes on without, and requests in \
-                 flight are lost with this process"
+                "memory of the front-end's in-flight region is lost (SIGBUS): {}. The disk goes on without the region, and \
+                 requests in flight are lost with this process",
+                Cause(info.si_code)
             ));
         }
         Some((area, Purpose::DirtyLog)) if area.replace() => {
             return tell(format_args!(
-                "the front-end shortened the file of its dirty log, which is in use: the disk goes on, and pages that it writes are \
-                 missing in this migration"
+                "memory of the front-end's dirty log is lost (SIGBUS): {}. The disk goes on, and pages that it writes are missing \
+                 in this migration",
+                Cause(info.si_code)
             ));
         }
         Some((_, Purpose::GuestRam { gpa })) => {
-            return end(format_args!("the guest memory from guest address {gpa:#x} on"));
+            return end(info.si_code, format_args!("the guest memory from guest address {gpa:#x} on"));
         }
         Some((_, Purpose::InflightRegion)) => "the in-flight region",
         Some((_, Purpose::DirtyLog)) => "the dirty log",
         None => "mapped memory of unknown use",
     };
-    end(format_args!("{name}"));
+    end(info.si_code, format_args!("{name}"));
+}
+
+/// Why the kernel sends SIGBUS (`si_code`, sigaction(2)).
+struct Cause(c_int);
+
+impl fmt::Display for Cause {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self.0 {
+            libc::BUS_MCEERR_AR | libc::BUS_MCEERR_AO => "the hardware has lost a page",
+            _ => "the front-end has shortened the file, or its file system has no room for a new page",
+        })
+    }
+}
+
+/// Another process sent the signal: it ends this one, as it would without a handler.
+fn end_as_asked() {
+    take_default();
+    // Held back while the handler runs.
+    if nix::sys::signal::raise(Signal::SIGBUS).is_err() {
+        std::process::abort();
+    }
 }
 
 /// Has the access that is repeated end the process, which a core dump then shows.
-fn end(lost: fmt::Arguments<'_>) {
+fn end(si_code: c_int, lost: fmt::Arguments<'_>) {
     static IS_TOLD: AtomicBool = AtomicBool::new(false);
     if !IS_TOLD.swap(true, Ordering::Relaxed) {
         tell(format_args!(
-            "{lost} is lost (SIGBUS): somebody shortened its file while it was in use. The server ends here, because the rings and \
-             requests in it are gone; start it again, and look why the front-end does that"
+            "{lost} is lost (SIGBUS): {}. The server ends here, because the rings and requests in it are gone; find out why that \
+             happens, and start the server again",
+            Cause(si_code)
         ));
     }
+    take_default();
+}
+
+fn take_default() {
     // SAFETY: the default disposition runs none of our code.
     if unsafe { signal(Signal::SIGBUS, SigHandler::SigDfl) }.is_err() {
         std::process::abort();

@@ -3,6 +3,7 @@
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
+use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
@@ -166,6 +167,23 @@ fn every_signal_but_sigkill_ends_a_server_without_a_trace_or_does_nothing() {
             }
         }
     }
+}
+
+#[test]
+fn sigbus_of_another_process_ends_a_server_and_is_not_taken_for_lost_memory() {
+    let place = Place::new();
+    let mut server = place.spawn();
+    let mut log = BufReader::new(server.0.stderr.take().unwrap());
+    let mut line = String::new();
+    while !line.contains("waiting for a front-end") {
+        line.clear();
+        assert_ne!(log.read_line(&mut line).unwrap(), 0, "the server has ended");
+    }
+    server.signal(libc::SIGBUS);
+    assert_eq!(server.wait().signal(), Some(libc::SIGBUS));
+    let mut rest = String::new();
+    log.read_to_string(&mut rest).unwrap();
+    assert!(!rest.contains("lost"), "{rest}");
 }
 
 #[test]

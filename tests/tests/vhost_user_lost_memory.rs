@@ -151,7 +151,7 @@ fn lost_inflight_region(rig: &Rig, broker: BrokerProcess) -> Result<()> {
     let mut driver = ram.driver(&front_end, 0, 4096)?;
     driver.read(0, 4096)?;
     file.set_len(0)?;
-    broker.explain(ensure_goes_on(&mut driver, &broker, "the front-end shortened the file of its in-flight region"))?;
+    broker.explain(ensure_goes_on(&mut driver, &broker, "memory of the front-end's in-flight region is lost"))?;
     broker.explain(front_end.stop_vring(0).map(drop).context("stopping the vring"))
 }
 
@@ -163,6 +163,6 @@ fn lost_log(rig: &Rig, broker: BrokerProcess) -> Result<()> {
     front_end.set_logging(true)?;
     driver.read(0, 4096)?;
     file.set_len(0)?;
-    broker.explain(ensure_goes_on(&mut driver, &broker, "the front-end shortened the file of its dirty log"))?;
+    broker.explain(ensure_goes_on(&mut driver, &broker, "memory of the front-end's dirty log is lost"))?;
     broker.explain(front_end.set_logging(false).context("the end of logging"))
 }

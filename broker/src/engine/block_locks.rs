@@ -2,19 +2,21 @@
 //!
 //! Needed where a guest's blocks are smaller than those of direct I/O. A write of a part of a block reads the block, changes
 //! the part, and writes the block: what another request has changed in that block in between would be lost. So such a write
-//! has its blocks *alone*. All other changes (writes of whole blocks, discards, write zeroes) are one operation of the kernel
-//! each, which may go side by side: they have their blocks *shared*.
+//! has its blocks *alone*. All other changes (writes of whole blocks, discards, write zeroes) may go side by side, as
+//! they would without this: they have their blocks *shared*.
 //!
 //! A request claims all its blocks at once and before it takes anything else that is scarce, so claims cannot wait for
 //! one another in a circle. Claims that overlap are granted in the order in which they came.
 //!
 //! Shared claims are the rule. Each worker notes its own in a table of its own, and looks further only while somebody has
-//! blocks alone, or waits.
+//! blocks alone, or waits for them.
 
 use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use super::cache_line::CacheLine;
 
 /// How a request has its blocks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,15 +43,18 @@ pub(super) struct Claim {
     pub(super) access: Access,
 }
 
+/// What a worker has shared, by slot. Empty ranges: nothing.
+type Table = CacheLine<Mutex<Vec<Range<u64>>>>;
+
 /// The claims of all workers.
 #[derive(Debug)]
 pub(super) struct BlockLocks {
-    /// Claims in `queue`. It grows before anybody looks at the tables: a worker that sees zero with its table locked comes
-    /// before that look, which then finds what it puts there.
-    contenders: AtomicUsize,
-    /// For each worker, by slot: what it has shared. Empty ranges: nothing.
-    shared: Box<[Mutex<Vec<Range<u64>>>]>,
-    queue: Mutex<Queue>,
+    /// Claims in `queue`. Raised before the tables are scanned: a worker that holds its table's lock and sees zero is ahead of
+    /// the scan, and the scan finds its entry.
+    contenders: CacheLine<AtomicUsize>,
+    /// One for each worker.
+    shared: Box<[Table]>,
+    queue: CacheLine<Mutex<Queue>>,
 }
 
 #[derive(Debug, Default)]
@@ -63,23 +68,23 @@ struct Queue {
 impl BlockLocks {
     pub(super) fn new(workers: usize) -> Self {
         Self {
-            contenders: AtomicUsize::new(0),
-            shared: (0..workers).map(|_| Mutex::default()).collect(),
-            queue: Mutex::default(),
+            contenders: CacheLine::default(),
+            shared: (0..workers).map(|_| CacheLine::default()).collect(),
+            queue: CacheLine::default(),
         }
     }
 
     /// True: the request has its blocks. False: [`release`](Self::release) of another one names it when it has them.
     pub(super) fn acquire(&self, claim: Claim) -> bool {
         if claim.access == Access::Shared {
-            let mut own = lock(&self.shared[claim.owner.worker]);
-            if self.contenders.load(Ordering::SeqCst) == 0 {
+            let mut own = lock(&self.shared[claim.owner.worker].0);
+            if self.contenders.0.load(Ordering::SeqCst) == 0 {
                 note(&mut own, claim.owner.slot, claim.range);
                 return true;
             }
         }
-        let mut queue = lock(&self.queue);
-        self.contenders.fetch_add(1, Ordering::SeqCst);
+        let mut queue = lock(&self.queue.0);
+        self.contenders.0.fetch_add(1, Ordering::SeqCst);
         let is_free = self.is_free(&queue, queue.waiting.len(), &claim);
         if is_free {
             self.grant(&mut queue, claim);
@@ -93,18 +98,18 @@ impl BlockLocks {
     pub(super) fn release(&self, owner: Owner, access: Access) -> Vec<Owner> {
         let released = match access {
             Access::Shared => {
-                let mut own = lock(&self.shared[owner.worker]);
+                let mut own = lock(&self.shared[owner.worker].0);
                 std::mem::take(&mut own[owner.slot as usize])
             }
             Access::Alone => {
-                let mut queue = lock(&self.queue);
+                let mut queue = lock(&self.queue.0);
                 let number = queue.alone.iter().position(|claim| claim.owner == owner);
                 let claim = queue.alone.swap_remove(number.expect("it has its blocks alone"));
-                self.contenders.fetch_sub(1, Ordering::SeqCst);
+                self.contenders.0.fetch_sub(1, Ordering::SeqCst);
                 claim.range
             }
         };
-        if self.contenders.load(Ordering::SeqCst) == 0 {
+        if self.contenders.0.load(Ordering::SeqCst) == 0 {
             return Vec::new();
         }
         self.grant_waiting(&released)
@@ -112,7 +117,7 @@ impl BlockLocks {
 
     /// Grants what only a claim of `released` can have held up.
     fn grant_waiting(&self, released: &Range<u64>) -> Vec<Owner> {
-        let mut queue = lock(&self.queue);
+        let mut queue = lock(&self.queue.0);
         let mut granted = Vec::new();
         let mut number = 0;
         while let Some(claim) = queue.waiting.get(number) {
@@ -136,7 +141,7 @@ impl BlockLocks {
         if queue.alone.iter().any(is_in_the_way) || queue.waiting.iter().take(earlier).any(is_in_the_way) {
             return false;
         }
-        let is_shared = |table: &Mutex<Vec<Range<u64>>>| lock(table).iter().any(|range| overlap(range, &claim.range));
+        let is_shared = |table: &Table| lock(&table.0).iter().any(|range| overlap(range, &claim.range));
         claim.access == Access::Shared || !self.shared.iter().any(is_shared)
     }
 
@@ -145,8 +150,8 @@ impl BlockLocks {
         match claim.access {
             Access::Alone => queue.alone.push(claim),
             Access::Shared => {
-                note(&mut lock(&self.shared[claim.owner.worker]), claim.owner.slot, claim.range);
-                self.contenders.fetch_sub(1, Ordering::SeqCst);
+                note(&mut lock(&self.shared[claim.owner.worker].0), claim.owner.slot, claim.range);
+                self.contenders.0.fetch_sub(1, Ordering::SeqCst);
             }
         }
     }

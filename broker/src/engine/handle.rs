@@ -248,9 +248,9 @@ impl Device for Engine {
         self.told().to_bytes()
     }
 
-    fn compare_record(&self, record: &[u8]) -> Result<bool, Box<dyn Error + Send + Sync>> {
+    fn compare_record(&self, record: &[u8], queues_in_use: u16) -> Result<bool, Box<dyn Error + Send + Sync>> {
         let Some(earlier) = Told::from_bytes(record) else { return Ok(false) };
-        Ok(earlier.compare(&self.told())? == Continuity::Larger)
+        Ok(earlier.compare(&self.told(), queues_in_use)? == Continuity::Larger)
     }
 
     fn forget_driver(&mut self) {

@@ -22,6 +22,7 @@ mod block_locks;
 mod blocks;
 mod bounce;
 mod bounced;
+mod cache_line;
 mod command;
 mod control;
 mod counters;

@@ -27,15 +27,21 @@ impl Worker<'_> {
     /// Carries out the commands that have come.
     pub(super) fn obey(&mut self) {
         self.commands.silence();
+        let (mut has_granted, mut has_others) = (false, false);
         // After it was told to end as well: it may wait for rings, and hears of their end.
         while let Some(command) = self.commands.next() {
             if self.endings.is_shutdown && matches!(command, Command::Shutdown) {
                 // What is said again and again when nobody can send any more.
                 break;
             }
+            match command {
+                Command::BeginGranted { .. } => has_granted = true,
+                _ => has_others = true,
+            }
             self.carry_out(command);
         }
-        self.is_unsettled = true;
+        // A request that goes on changes no queue's state, and settling would look at all queues that the device offers.
+        self.is_unsettled |= has_others || !has_granted;
     }
 
     fn carry_out(&mut self, command: Command) {

@@ -39,8 +39,8 @@ pub(super) struct Worker<'r> {
     /// The ring is to tell of commands.
     pub(super) is_bell_armed: bool,
     pub(super) vrings: Vec<Vring>,
-    /// No queue from this number on is started. A turn looks at the queues before it only: a device may offer many more queues than
-    /// its front-end uses, and those must cost nothing.
+    /// No queue from this number on is started. A turn looks only at the queues below it, so that queues which are offered and not
+    /// used cost nothing.
     pub(super) vrings_in_use: usize,
     /// The queue that the last turn began with.
     first_queue: usize,

@@ -16,6 +16,7 @@ use std::time::Instant;
 
 use nix::libc::{self, iovec};
 
+use super::cache_line::CacheLine;
 use super::command::Waker;
 use super::poll::{Idle, PollPolicy};
 use super::thread::AbortOnPanic;
@@ -40,19 +41,14 @@ pub(super) struct Writer {
 struct Channel {
     jobs: Box<[Job]>,
     results: Box<[AtomicU64]>,
-    sent: Line<AtomicU32>,
-    done: Line<AtomicU32>,
+    sent: CacheLine<AtomicU32>,
+    done: CacheLine<AtomicU32>,
     /// The worker sleeps and wants to be woken by the next result.
-    is_worker_asleep: Line<AtomicBool>,
+    is_worker_asleep: CacheLine<AtomicBool>,
     /// The file takes writes without blocking: an io_uring is quicker.
     is_unneeded: AtomicBool,
     is_ended: AtomicBool,
 }
-
-/// A word in a cache line of its own: the two threads write different ones.
-#[derive(Debug, Default)]
-#[repr(align(128))]
-struct Line<T>(T);
 
 /// A write. `Channel::sent` and `Channel::done` say which of the threads may touch it.
 #[derive(Debug, Default)]
@@ -76,9 +72,9 @@ impl Writer {
         let channel = Arc::new(Channel {
             jobs: (0..room).map(|_| Job::default()).collect(),
             results: (0..room).map(|_| AtomicU64::default()).collect(),
-            sent: Line::default(),
-            done: Line::default(),
-            is_worker_asleep: Line::default(),
+            sent: CacheLine::default(),
+            done: CacheLine::default(),
+            is_worker_asleep: CacheLine::default(),
             is_unneeded: AtomicBool::default(),
             is_ended: AtomicBool::default(),
         });

@@ -105,7 +105,7 @@ pub trait Device: Send {
     /// # Errors
     ///
     /// The driver relies on what this device is not. Nothing must be executed for it.
-    fn compare_record(&self, record: &[u8]) -> Result<bool, Box<dyn Error + Send + Sync>>;
+    fn compare_record(&self, record: &[u8], queues_in_use: u16) -> Result<bool, Box<dyn Error + Send + Sync>>;
 
     /// Another front-end has come. What the driver before accepted and wrote counts for it no more; what is under way ends as it began.
     fn forget_driver(&mut self);

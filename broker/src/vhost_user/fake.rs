@@ -175,7 +175,7 @@ impl Device for FakeDevice {
     }
 
     /// The driver cannot go on with a device that has another record.
-    fn compare_record(&self, record: &[u8]) -> Result<bool, Box<dyn Error + Send + Sync>> {
+    fn compare_record(&self, record: &[u8], _queues_in_use: u16) -> Result<bool, Box<dyn Error + Send + Sync>> {
         if record == self.record {
             Ok(self.calls.is_resized.load(Ordering::Relaxed))
         } else {

@@ -2,7 +2,9 @@
 
 use std::fmt::{self, Display};
 
-use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_WRITE_ZEROES};
+use virtio_bindings::virtio_blk::{
+    VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_SIZE_MAX, VIRTIO_BLK_F_WRITE_ZEROES,
+};
 
 use super::config::WRITEBACK_OFFSET_BYTES;
 use super::{BlkConfig, CONFIG_SPACE_BYTES, SECTOR_BYTES};
@@ -23,7 +25,7 @@ pub struct Told {
     serial: [u8; ID_BYTES],
 }
 
-/// What else the device is that counts for a driver which goes on.
+/// What has changed that matters to a driver that keeps running.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Continuity {
     /// It is what the driver was told.
@@ -85,18 +87,21 @@ impl Told {
     /// More than before is no obstacle: queues, features, larger limits, a larger disk. Hints may change: the physical block, and how
     /// discards are aligned best. Less is one, and so is a smaller disk: the guest has its file systems up to the old end.
     ///
+    /// `queues_in_use` is how many queues the front-end has. QEMU shows its guest that number, and not the device's: a device with
+    /// fewer queues than before is the same for a guest that has not had them all.
+    ///
     /// # Errors
     ///
     /// It cannot; each reason with the option that makes the device as it was.
-    pub fn compare(&self, now: &Self) -> Result<Continuity, DeviceChanged> {
+    pub fn compare(&self, now: &Self, queues_in_use: u16) -> Result<Continuity, DeviceChanged> {
         let differences: Vec<Difference> = [
             self.other_capacity(now),
             self.other_block(now),
             self.other_access(now),
             self.other_serial(now),
-            self.fewer(now, Field::QUEUES),
-            self.fewer(now, Field::SEGMENTS),
-            self.fewer(now, Field::SEGMENT_BYTES),
+            self.fewer(now, Field::QUEUES, queues_in_use.into()),
+            self.fewer_if(VIRTIO_BLK_F_SEG_MAX, now, Field::SEGMENTS),
+            self.fewer_if(VIRTIO_BLK_F_SIZE_MAX, now, Field::SEGMENT_BYTES),
             self.lost_features(now),
             self.fewer_if(VIRTIO_BLK_F_DISCARD, now, Field::DISCARD_SECTORS),
             self.fewer_if(VIRTIO_BLK_F_DISCARD, now, Field::DISCARD_RANGES),
@@ -172,11 +177,12 @@ impl Told {
 
     fn fewer_if(&self, feature: u32, now: &Self, field: Field) -> Option<Difference> {
         // If the device does not have it any more, there is a line about that.
-        (has(self.accepted, feature) && has(now.offered, feature)).then(|| self.fewer(now, field)).flatten()
+        (has(self.accepted, feature) && has(now.offered, feature)).then(|| self.fewer(now, field, u32::MAX)).flatten()
     }
 
-    fn fewer(&self, now: &Self, field: Field) -> Option<Difference> {
-        let (told, now) = (self.number(field), now.number(field));
+    /// Less than the driver was told, of which it uses `most` at most.
+    fn fewer(&self, now: &Self, field: Field, most: u32) -> Option<Difference> {
+        let (told, now) = (self.number(field).min(most), now.number(field));
         (now < told).then(|| Difference {
             what: field.what,
             told: told.to_string(),

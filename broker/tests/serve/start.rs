@@ -193,7 +193,8 @@ fn what_is_wrong_with_the_options_is_said_before_the_disk_is_locked_or_a_socket_
         (&["--control-socket", "no/c"], &["--control-socket: no/c", "Make its directory first"]),
         (&["--control-socket", "text"], &["--control-socket: text", "no socket is in the way"]),
         (&["--control-socket", &long], &["--control-socket: ", "at most 107 bytes"]),
-        (&["--control-socket", "s"], &["--control-socket s is also the --socket-path"]),
+        (&["--control-socket", "s"], &["--socket-path s is also the path of the control socket"]),
+        (&["--control-socket", "./s"], &["--socket-path s is also the path of the control socket"]),
     ] {
         let options = [&["--lock-wait-s", "3600"], &with_socket[..], options].concat();
         assert_has(&place.refusal(&options), parts);
@@ -204,6 +205,7 @@ fn what_is_wrong_with_the_options_is_said_before_the_disk_is_locked_or_a_socket_
         (&["--socket-path", "text"], &["--socket-path: text: a file that is no socket is in the way"]),
         (&["--socket-path", "."], &["--socket-path: .", "is in the way"]),
         (&["--socket-path", &long], &["--socket-path: ", "at most 107 bytes, this one has 120"]),
+        (&["--socket-path", "vm.control"], &["--socket-path vm.control is also the path of the control socket"]),
         (&["--socket-path", "/proc/s"], &["--socket-path: /proc/s: making a socket there"]),
         (&["--fd", "0"], &["--fd: file descriptor 0 is not a Unix stream socket"]),
         (&["--fd", "77"], &["--fd: file descriptor 77"]),

@@ -106,7 +106,7 @@ proptest! {
             release(&mut granted, &mut waiting, 0);
         }
         prop_assert!(waiting.is_empty(), "{waiting:?} wait for nobody");
-        prop_assert_eq!(locks.contenders.load(Ordering::SeqCst), 0);
+        prop_assert_eq!(locks.contenders.0.load(Ordering::SeqCst), 0);
     }
 }
 
@@ -152,5 +152,5 @@ fn no_two_threads_have_a_block_when_one_of_them_has_it_alone() {
         }
         drop(senders);
     });
-    assert_eq!(locks.contenders.load(Ordering::SeqCst), 0);
+    assert_eq!(locks.contenders.0.load(Ordering::SeqCst), 0);
 }

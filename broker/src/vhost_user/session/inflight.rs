@@ -64,7 +64,7 @@ impl Session<'_> {
         let region = InflightRegion::from_fd(fd, offset_bytes, size_bytes, queues, queue_size)?;
         // First: it says more than that the region is one for more queues.
         let record = region.device_record();
-        let is_news = record.map(|record| self.device.compare_record(&record)).transpose();
+        let is_news = record.map(|record| self.device.compare_record(&record, queues)).transpose();
         let is_news = is_news.map_err(RequestError::DeviceChanged)?.unwrap_or(false);
         self.check_inflight(&given)?;
         self.is_announcement_due |= is_news;

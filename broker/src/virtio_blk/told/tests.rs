@@ -2,6 +2,8 @@ use super::*;
 use crate::virtio_blk::{BlkParameters, DiscardLimits, WriteZeroesLimits};
 
 const EVERYTHING: u64 = u64::MAX;
+/// The front-end has all of the device's.
+const QUEUES: u16 = 4;
 
 fn parameters() -> BlkParameters {
     BlkParameters {
@@ -24,7 +26,7 @@ fn told(parameters: BlkParameters, accepted: u64) -> Told {
 }
 
 fn compare(now: BlkParameters) -> Result<Continuity, String> {
-    told(parameters(), EVERYTHING).compare(&told(now, 0)).map_err(|changed| changed.to_string())
+    told(parameters(), EVERYTHING).compare(&told(now, 0), QUEUES).map_err(|changed| changed.to_string())
 }
 
 #[test]
@@ -102,7 +104,7 @@ fn what_the_driver_would_not_notice_is_refused_with_the_option_that_makes_it_as_
     let refusal = compare(two).expect_err("another device");
     assert!(refusal.contains("(--logical-block-size 512); queues: 4"), "each of them is named: {refusal}");
     let was_read_only = told(BlkParameters { read_only: true, ..parameters() }, EVERYTHING);
-    let refusal = was_read_only.compare(&told(parameters(), 0)).expect_err("another device").to_string();
+    let refusal = was_read_only.compare(&told(parameters(), 0), QUEUES).expect_err("another device").to_string();
     assert!(refusal.contains("read-write now (start it with --read-only)"), "{refusal}");
 }
 
@@ -111,9 +113,12 @@ fn features_that_the_driver_does_not_use_may_go() {
     let lost = BlkParameters { discard: None, write_zeroes: None, ..parameters() };
     let without = !(1 << VIRTIO_BLK_F_DISCARD | 1 << VIRTIO_BLK_F_WRITE_ZEROES);
     let driver = told(parameters(), without);
-    assert_eq!(driver.compare(&told(lost, 0)), Ok(Continuity::Same));
+    assert_eq!(driver.compare(&told(lost, 0), QUEUES), Ok(Continuity::Same));
     let smaller = DiscardLimits { max_sectors: 8, alignment_sectors: 8 };
-    assert_eq!(driver.compare(&told(BlkParameters { discard: Some(smaller), ..lost }, 0)), Ok(Continuity::Same));
+    assert_eq!(
+        driver.compare(&told(BlkParameters { discard: Some(smaller), ..lost }, 0), QUEUES),
+        Ok(Continuity::Same)
+    );
 }
 
 #[test]
@@ -122,7 +127,19 @@ fn what_a_forged_record_says_is_printed_in_one_harmless_line() {
     let serial = forged.len() - ID_BYTES;
     forged[serial..].copy_from_slice(b"\n\x1b[2Jevil\xff----------");
     forged[8..16].fill(0xff);
-    let refusal = Told::from_bytes(&forged).unwrap().compare(&told(parameters(), 0)).expect_err("forged").to_string();
+    let refusal =
+        Told::from_bytes(&forged).unwrap().compare(&told(parameters(), 0), QUEUES).expect_err("forged").to_string();
     assert!(refusal.contains(r#""\n\u{1b}[2Jevil"#), "{refusal}");
     assert!(!refusal.contains(|character: char| character.is_control()), "{refusal}");
+}
+
+#[test]
+fn queues_and_limits_that_the_guest_never_used_may_become_fewer() {
+    let told_to = |accepted| told(parameters(), accepted);
+    let fewer_queues = told(BlkParameters { num_queues: 2, ..parameters() }, 0);
+    assert_eq!(told_to(EVERYTHING).compare(&fewer_queues, 2), Ok(Continuity::Same));
+    assert!(told_to(EVERYTHING).compare(&fewer_queues, 3).is_err());
+    let shorter_queues = told(BlkParameters { queue_size: 64, ..parameters() }, 0);
+    assert!(told_to(EVERYTHING).compare(&shorter_queues, QUEUES).is_err());
+    assert_eq!(told_to(0).compare(&shorter_queues, QUEUES), Ok(Continuity::Same), "without SEG_MAX no limit was told");
 }

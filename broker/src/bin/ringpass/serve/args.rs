@@ -31,7 +31,7 @@ const CPU_MAX: usize = 8191;
 const HELP: &str = "\
 Signals: SIGTERM and SIGINT end the server when I/O has finished; a second one, more than a second later, ends it at once, and \
 so does SIGQUIT. SIGHUP has it look at the size of the disk, after a resize, and tell the guest. Others are ignored. Socket files \
-are removed in every case but SIGKILL, and the next start replaces those.
+are removed in every case but SIGKILL and crashes; the next start replaces those.
 
 Logs go to standard error; RUST_LOG sets their level: error, warn, info (the default), debug.
 

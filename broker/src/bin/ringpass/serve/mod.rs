@@ -71,6 +71,7 @@ pub(crate) fn run(args: &ServeArgs) -> anyhow::Result<ExitCode> {
 
     let name = args.control().name(args.socket_path(), located.path());
     let control_path = args.control().path(&name);
+    preflight::check_sockets(args.socket_path(), control_path.as_deref())?;
     // Who has the disk cannot be seen from inside.
     let start = interruptible(|| located.start_up(args.start_up()).map_err(refusal::advise))?;
     // A group is given with privileges, which the sandbox takes.

@@ -10,6 +10,7 @@ use ringpass_broker::privileges::without_privileges;
 use ringpass_broker::vhost_user::Server;
 
 use super::args::{ServeArgs, Socket};
+use super::sandbox::directory_of;
 
 /// Looks at the options and the disk as the server will find them when it is confined.
 ///
@@ -30,6 +31,27 @@ pub(super) fn check(args: &ServeArgs, disk: &LocatedDisk) -> anyhow::Result<()> 
     check_options(args)
 }
 
+/// Refuses one path for both sockets: the second would take the first for one that a killed server has left behind.
+///
+/// # Errors
+///
+/// Both are the same directory entry, however they are written.
+pub(super) fn check_sockets(socket: Option<&Path>, control_socket: Option<&Path>) -> anyhow::Result<()> {
+    let (Some(socket), Some(control_socket)) = (socket, control_socket) else { return Ok(()) };
+    ensure!(
+        !is_same_entry(socket, control_socket),
+        "--socket-path {} is also the path of the control socket: give another --socket-path, --control-socket or --name",
+        socket.display()
+    );
+    Ok(())
+}
+
+fn is_same_entry(one: &Path, other: &Path) -> bool {
+    // A directory that cannot be found is refused elsewhere, with the reason.
+    let place = |path: &Path| Some((directory_of(path).canonicalize().ok()?, path.file_name()?.to_owned()));
+    place(one).is_some_and(|place_of_one| Some(place_of_one) == place(other))
+}
+
 fn check_options(args: &ServeArgs) -> anyhow::Result<()> {
     check_cpus(args.cpus()).context("--cpus")?;
     args.rings().check_sq_cpu()?;
@@ -37,11 +59,6 @@ fn check_options(args: &ServeArgs) -> anyhow::Result<()> {
     match args.socket()? {
         Socket::Inherited(fd) => Server::check_inherited_fd(fd).context("--fd")?,
         Socket::Path(path) => {
-            ensure!(
-                control_socket != Some(path.as_path()),
-                "--control-socket {0} is also the --socket-path: give another path for one of them",
-                path.display()
-            );
             Server::check_path(path).context("--socket-path")?;
         }
     }

@@ -72,7 +72,7 @@ impl Sandbox {
     }
 }
 
-fn directory_of(socket: &Path) -> &Path {
+pub(super) fn directory_of(socket: &Path) -> &Path {
     match socket.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),
