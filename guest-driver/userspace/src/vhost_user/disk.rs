@@ -2,123 +2,29 @@
 
 use std::fs::File;
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::thread::{self, JoinHandle};
+use std::sync::atomic::AtomicU64;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use ringpass_guest_abi::probe::Device;
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use super::Error;
 use super::attachment::{Attachment, RingSize};
 use super::config::{FEATURES, Geometry};
 use super::connection::{Connection, Offer};
 use super::driver::Driver;
-use super::first_queue::{Answer, FirstQueue, Pauses, Question};
+use super::events::Events;
+use super::first_queue::{FirstQueue, Question};
 use super::memory::Memory;
 use super::queue::Queue;
 use super::requests::Requests;
+use super::shared::Shared;
 use super::virtqueue::Virtqueue;
-use crate::{RamArea, raw};
+use super::{Error, Options, Way};
+use crate::RamArea;
 
 /// Where the first region of RAM is. Not at 0, so that no address is mistaken for none.
 const RAM_GPA: u64 = 1 << 20;
-/// How often queue 0 is looked at without an interrupt, for one that was lost with a device.
-const LOOK: Duration = Duration::from_millis(250);
-
-/// How queues are to be executed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
-pub enum Way {
-    /// As rings of the host's io_uring if the device offers that, otherwise as virtqueues.
-    #[default]
-    Auto,
-    /// As rings; it is an error if they cannot be had.
-    Ring,
-    /// As virtqueues.
-    Virtqueue,
-}
-
-/// What a driver wants.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Options {
-    /// How much RAM the driver makes and offers, in bytes. All of it is pinned while there are rings.
-    pub memory_bytes: u64,
-    /// Queues besides queue 0; fewer if the device has fewer.
-    pub queues: u16,
-    /// Descriptors of each virtqueue: a power of two, 16 to 32768. A third of it can be outstanding.
-    pub queue_size: u16,
-    /// Sizes of the rings.
-    pub ring: RingSize,
-    /// How queues are executed.
-    pub way: Way,
-    /// Keep a region in which a device notes what it has taken. Without it requests on virtqueues can be lost, or done
-    /// twice, when the device is killed; those on rings cannot.
-    pub inflight: bool,
-    /// How long the device may be silent when something is asked of it, before the call fails: while connecting (another front-end
-    /// may have the device), until a queue is a ring (pinning takes half a second for each GiB of memory), for flush and the like,
-    /// for changes of memory, and when the disk is dropped. Requests on queues have no such limit.
-    pub patience: Duration,
-}
-
-impl Default for Options {
-    fn default() -> Self {
-        Self {
-            memory_bytes: 16 << 20,
-            queues: 1,
-            queue_size: 512,
-            ring: RingSize { sq_entries: 128, cq_entries: 128 },
-            way: Way::Auto,
-            inflight: true,
-            patience: Duration::from_secs(60),
-        }
-    }
-}
-
-/// What all queues of a disk share.
-#[derive(Debug)]
-pub(super) struct Shared {
-    first: Mutex<FirstQueue>,
-    news: Arc<AtomicU64>,
-    patience: Duration,
-}
-
-impl Shared {
-    pub(super) fn first(&self) -> MutexGuard<'_, FirstQueue> {
-        self.first.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// How long to wait for an answer.
-    pub(super) fn patience(&self) -> Duration {
-        self.patience
-    }
-
-    /// Asks on queue 0 and waits for the answer. Others can ask at the same time.
-    fn ask(&self, question: &Question) -> Result<Answer, Error> {
-        let mut pauses = Pauses::new(self.patience);
-        let mut ticket = None;
-        loop {
-            {
-                let mut first = self.first();
-                first.service()?;
-                ticket = ticket.or_else(|| first.ask(question, None));
-                if let Some(answer) = ticket.and_then(|ticket| first.take(ticket)) {
-                    return answer.check(question.name()).map(|()| answer);
-                }
-            }
-            if !pauses.pause() {
-                ticket.into_iter().for_each(|ticket| self.first().abandon(ticket));
-                return Err(Error::Silent { what: question.name(), patience: self.patience });
-            }
-        }
-    }
-
-    /// How often the device has told of something.
-    pub(super) fn news(&self) -> u64 {
-        self.news.load(Ordering::Acquire)
-    }
-}
 
 /// A disk behind a vhost-user socket, for a process that is its own guest.
 ///
@@ -170,7 +76,7 @@ impl Disk {
         if probed.is_some() {
             first.post_event();
         }
-        let shared = Arc::new(Shared { first: Mutex::new(first), news, patience: options.patience });
+        let shared = Arc::new(Shared::new(first, news, options.patience));
         let depth = usize::from(options.queue_size / 3).min(options.ring.cq_entries as usize).max(1);
         let drivers = queues.into_iter().zip(1..);
         let drivers =
@@ -420,55 +326,4 @@ fn await_ring(driver: &mut Driver, patience: Duration) -> Result<(), Error> {
         thread::sleep(Duration::from_micros(200));
     }
     Ok(())
-}
-
-/// The thread that takes what the device tells of on queue 0 while nobody else uses that.
-#[derive(Debug)]
-struct Events {
-    stop: Arc<EventFd>,
-    is_stopping: Arc<AtomicBool>,
-    thread: Option<JoinHandle<()>>,
-}
-
-impl Events {
-    fn start(shared: Arc<Shared>, connection: Arc<Connection>, has_inflight: bool) -> Result<Self, Error> {
-        let stop = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK).map_err(Error::system("making an eventfd"))?;
-        let (stop, is_stopping) = (Arc::new(stop), Arc::new(AtomicBool::new(false)));
-        let (theirs, is_told) = (stop.clone(), is_stopping.clone());
-        let thread = thread::Builder::new()
-            .name("ringpass-events".into())
-            .spawn(move || {
-                let mut reconnects = 0;
-                while !is_told.load(Ordering::Acquire) {
-                    let call = shared.first().setup().call();
-                    let timeout = Timespec::try_from(LOOK).ok();
-                    let mut fds =
-                        [&*call, &*theirs].map(|event| PollFd::from_borrowed_fd(raw::borrow(event), PollFlags::IN));
-                    let _ = poll(&mut fds, timeout.as_ref());
-                    let _ = call.read();
-                    // Whoever has the queue takes what comes for everybody.
-                    let Ok(mut first) = shared.first.try_lock() else { continue };
-                    let lost = connection.reconnects() != std::mem::replace(&mut reconnects, connection.reconnects());
-                    if lost && !has_inflight {
-                        first.renew_event();
-                    }
-                    if let Err(error) = first.service() {
-                        tracing::error!("{error}");
-                        return;
-                    }
-                }
-            })
-            .map_err(Error::system("starting the thread for events"))?;
-        Ok(Self { stop, is_stopping, thread: Some(thread) })
-    }
-}
-
-impl Drop for Events {
-    fn drop(&mut self) {
-        self.is_stopping.store(true, Ordering::Release);
-        let _ = self.stop.write(1);
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
-        }
-    }
 }

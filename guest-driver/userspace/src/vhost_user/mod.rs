@@ -10,8 +10,9 @@
 //! [`Error::Silent`]. Requests on a [`Queue`] are the exception: they stay where they are until the device is back, and whoever
 //! waits for one says for how long.
 //!
-//! Inside: `connection` keeps the device set up, whatever becomes of it; `watchdog` ends its waits; `virtqueue` and `requests` are virtio-blk;
-//! `attachment` is the ring of a queue and where its epochs are; `driver` decides where each request goes.
+//! Inside: `connection` keeps the device set up, whatever becomes of it; `watchdog` ends its waits; `virtqueue` and `requests` are
+//! virtio-blk; `attachment` is the ring of a queue and where its epochs are; `driver` decides where each request of a queue goes;
+//! `first_queue` is queue 0, which all queues share, and `events` the thread that listens to it.
 //!
 //! ```no_run
 //! use std::time::Duration;
@@ -33,16 +34,20 @@ mod connection;
 mod disk;
 mod driver;
 mod error;
+mod events;
 mod first_queue;
 mod memory;
+mod options;
 mod queue;
 mod requests;
+mod shared;
 mod virtqueue;
 mod watchdog;
 
 pub use attachment::RingSize;
 pub use config::Geometry;
-pub use disk::{Disk, Options, Way};
+pub use disk::Disk;
 pub use driver::Counters;
 pub use error::Error;
+pub use options::{Options, Way};
 pub use queue::{ByAddress, Done, ExecutedBy, Operation, Queue};

@@ -1,0 +1,91 @@
+//! The socket to a device, and conversations over it, which end in time.
+
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno;
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+use vhost::vhost_user::Frontend;
+
+use super::super::Error;
+use super::super::watchdog::Watchdog;
+
+/// vhost-user numbers queues with a byte.
+pub(super) const QUEUES_MAX: u64 = 256;
+/// How long to wait at most before it is tried again to connect.
+pub(super) const RETRY_MAX: Duration = Duration::from_millis(40);
+
+/// How long the device is waited for.
+#[derive(Debug)]
+pub(super) struct Waits {
+    pub(super) watchdog: Watchdog,
+    pub(super) patience: Duration,
+}
+
+impl Waits {
+    /// Says something to the device, which has `patience` to answer all of it.
+    pub(super) fn talk<T>(
+        &self,
+        link: &mut Link,
+        work: impl FnOnce(&mut Frontend) -> Result<T, Error>,
+    ) -> Result<T, Error> {
+        let watch = self.watchdog.watch(&link.stream, self.patience)?;
+        work(&mut link.frontend).map_err(|error| match error {
+            Error::Protocol { what, .. } if watch.is_cut() => Error::Silent { what, patience: self.patience },
+            other => other,
+        })
+    }
+}
+
+/// The connection as it is now.
+pub(super) struct Link {
+    pub(super) frontend: Frontend,
+    /// The same socket, to be waited for.
+    pub(super) stream: UnixStream,
+}
+
+impl std::fmt::Debug for Link {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("Link").field(&self.stream).finish()
+    }
+}
+
+impl Link {
+    /// Connects. While the queue of the socket is full (its server is stopped, and others wait as well) it is tried again, as long
+    /// as `pause` says to go on.
+    pub(super) fn open(path: &Path, patience: Duration, pause: impl Fn(Duration) -> bool) -> Result<Self, Error> {
+        let failed = |source| Error::Connect { path: path.to_owned(), source };
+        let end = Instant::now() + patience;
+        let stream = loop {
+            match connect(path) {
+                Err(Errno::AGAIN | Errno::INTR) => {
+                    if Instant::now() >= end || !pause(RETRY_MAX) {
+                        return Err(Error::Silent { what: "connecting", patience });
+                    }
+                }
+                other => break other.map_err(|errno| failed(errno.into()))?,
+            }
+        };
+        stream.set_nonblocking(false).map_err(failed)?;
+        let ours = stream.try_clone().map_err(failed)?;
+        Ok(Self { frontend: Frontend::from_stream(stream, QUEUES_MAX), stream: ours })
+    }
+
+    /// Whether the other side has closed the socket.
+    pub(super) fn is_gone(&self) -> bool {
+        let now = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
+        let mut fds = [PollFd::from_borrowed_fd(self.stream.as_fd(), PollFlags::RDHUP)];
+        poll(&mut fds, Some(&now)).is_ok_and(|ready| ready > 0)
+    }
+}
+
+/// A connection, without waiting for room in the queue of the socket.
+fn connect(path: &Path) -> Result<UnixStream, Errno> {
+    let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
+    let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    rustix::net::connect(&socket, &SocketAddrUnix::new(path)?)?;
+    Ok(socket.into())
+}
