@@ -10,28 +10,39 @@ use super::super::attachment::Attachment;
 use super::super::requests::Body;
 use super::errands::Errand;
 use super::pending::Place;
-use super::{Driver, Mode};
+use super::{Driver, Mode, Wish};
+
+/// A device that gives no ring for now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Refusal {
+    /// The news that had come by then.
+    news: u64,
+}
 
 impl Driver {
     /// Has the queue become a ring.
     pub(in super::super) fn want_ring(&mut self, attachment: Attachment) {
         self.attachment = Some(attachment);
-        self.wants_ring = true;
+        self.wish = Wish::Ring;
         self.refused = None;
         self.progress();
     }
 
     /// Has the queue become a virtqueue.
     pub(in super::super) fn give_ring_up(&mut self) {
-        self.wants_ring = false;
+        self.wish = Wish::Virtqueue;
         if self.mode != Mode::Virtqueue {
             self.step(Event::Detach);
         }
     }
 
-    /// Whether a ring may be asked for, and not only if something has changed.
+    /// Whether a ring is wanted and may be asked for now.
     pub(super) fn may_ask(&self) -> bool {
-        self.refused_at.is_none_or(|news| self.shared.news() != news)
+        match self.wish {
+            Wish::Virtqueue => false,
+            Wish::Ring => true,
+            Wish::RingLater(refusal) => self.shared.news() != refusal.news,
+        }
     }
 
     pub(super) fn attach(&mut self) {
@@ -43,9 +54,8 @@ impl Driver {
             self.fault = Some(Error::BrokenDevice("an empty queue has no room for ARM and ATTACH".into()));
             return;
         };
-        self.refused_at = None;
-        self.heard = 0;
-        self.mode = Mode::Attached { attach };
+        self.wish = Wish::Ring;
+        self.mode = Mode::Attached { attach, heard: 0, is_draining: false };
         attachment.set_muted(self.is_muted);
         self.queue.want_interrupts(true);
         self.queue.kick();
@@ -57,14 +67,15 @@ impl Driver {
         if self.queue.ready() >= 2 {
             return self.step(Event::AttachCompleted);
         }
-        if self.is_draining && !self.slots.iter().flatten().any(|pending| pending.place == Place::Ring) {
-            self.is_draining = false;
+        let Mode::Attached { heard, is_draining, .. } = &mut self.mode else { return };
+        if *is_draining && !self.slots.iter().flatten().any(|pending| pending.place == Place::Ring) {
+            *is_draining = false;
             return self.step(Event::Drained);
         }
         if let Some(word) = self.attachment.as_ref().map(Attachment::announced)
-            && word != self.heard
+            && word != *heard
         {
-            self.heard = word;
+            *heard = word;
             self.step(Event::Announced(word));
         }
     }
@@ -86,9 +97,9 @@ impl Driver {
         let attachment = self.attachment.as_mut().expect("steps are those of an attachment");
         match action {
             Action::Start(epoch) => attachment.start(epoch)?,
-            Action::Drain => self.is_draining = true,
+            Action::Drain => self.set_draining(true),
             Action::Reap(_) => {
-                self.is_draining = false;
+                self.set_draining(false);
                 self.reap_ring();
                 self.put_ring_aside();
                 return Ok(Some(Event::Reaped));
@@ -108,6 +119,12 @@ impl Driver {
         Ok(None)
     }
 
+    fn set_draining(&mut self, now: bool) {
+        if let Mode::Attached { is_draining, .. } = &mut self.mode {
+            *is_draining = now;
+        }
+    }
+
     /// What was on a ring that has ended is to be sent again, before everything else and in its order.
     fn put_ring_aside(&mut self) {
         for id in 0..self.slots.len() {
@@ -124,7 +141,7 @@ impl Driver {
 
     /// No ring is left: ARM and ATTACH come back.
     fn release(&mut self) -> Result<(), Error> {
-        let Mode::Attached { attach } = self.mode else { return Ok(()) };
+        let Mode::Attached { attach, .. } = self.mode else { return Ok(()) };
         while self.queue.reap()?.is_some() {}
         let answer = self.requests.answer(attach);
         let outcome = Outcome::from_bytes(answer[..Outcome::BYTES].try_into().expect("16 bytes"));
@@ -132,11 +149,11 @@ impl Driver {
         tracing::debug!(queue = self.index, ?code, "the queue is a virtqueue again");
         self.refused = code;
         // Those that pass; an EVENT tells when.
-        if matches!(code, Some(ErrorCode::Mode | ErrorCode::Busy | ErrorCode::Resources)) {
-            self.refused_at = Some(self.shared.news());
-        } else {
-            self.wants_ring = false;
-        }
+        let passes = matches!(code, Some(ErrorCode::Mode | ErrorCode::Busy | ErrorCode::Resources));
+        self.wish = match self.wish {
+            Wish::Ring if passes => Wish::RingLater(Refusal { news: self.shared.news() }),
+            _ => Wish::Virtqueue,
+        };
         self.mode = Mode::Virtqueue;
         self.queue.want_interrupts(!self.is_muted);
         Ok(())

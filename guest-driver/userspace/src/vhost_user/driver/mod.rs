@@ -16,6 +16,7 @@ use std::time::Duration;
 use ringpass_guest_abi::request::ErrorCode;
 use ringpass_workload::{Completion, Request};
 
+use self::epochs::Refusal;
 use self::errands::Errands;
 use self::pending::Pending;
 use self::transfers::Placed;
@@ -48,7 +49,20 @@ enum Mode {
     /// ARM and ATTACH are on the virtqueue, which is not touched.
     Attached {
         attach: u16,
+        /// The device's word as it was looked at last; 0 before the first.
+        heard: u32,
+        is_draining: bool,
     },
+}
+
+/// Who is to execute the queue.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Wish {
+    Virtqueue,
+    /// A ring, as soon as the virtqueue is empty.
+    Ring,
+    /// A ring, which the device refused for now.
+    RingLater(Refusal),
 }
 
 /// The driver of a queue other than 0.
@@ -60,14 +74,9 @@ pub(super) struct Driver {
     requests: Requests,
     attachment: Option<Attachment>,
     mode: Mode,
-    /// A ring is wanted, as soon as the virtqueue is empty.
-    wants_ring: bool,
-    /// Rings were refused for now; the news that had come by then.
-    refused_at: Option<u64>,
+    wish: Wish,
+    /// What the device said when it completed ATTACH.
     refused: Option<ErrorCode>,
-    /// The device's word as it was looked at last; 0 before the first.
-    heard: u32,
-    is_draining: bool,
     is_muted: bool,
     /// Looks for a completion that found none.
     looks: u32,
@@ -94,11 +103,8 @@ impl Driver {
             requests,
             attachment: None,
             mode: Mode::Virtqueue,
-            wants_ring: false,
-            refused_at: None,
+            wish: Wish::Virtqueue,
             refused: None,
-            heard: 0,
-            is_draining: false,
             is_muted: false,
             looks: 0,
             slots: vec![None; depth_max],
@@ -122,7 +128,7 @@ impl Driver {
     }
 
     pub(super) fn is_virtqueue(&self) -> bool {
-        self.mode == Mode::Virtqueue && !self.wants_ring
+        self.mode == Mode::Virtqueue && self.wish == Wish::Virtqueue
     }
 
     pub(super) fn epoch(&self) -> Option<u32> {
@@ -233,7 +239,7 @@ impl Driver {
     fn send_requests(&mut self) {
         match self.mode {
             Mode::Attached { .. } => self.send_to_ring(),
-            Mode::Virtqueue if self.wants_ring && self.may_ask() => {
+            Mode::Virtqueue if self.may_ask() => {
                 // The queue must be empty for ARM; what is new waits for the ring.
                 if self.queue.is_empty() {
                     self.attach();
