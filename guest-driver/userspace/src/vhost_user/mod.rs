@@ -41,6 +41,8 @@ mod options;
 mod queue;
 mod requests;
 mod shared;
+#[cfg(test)]
+mod test_device;
 mod virtqueue;
 mod watchdog;
 

@@ -122,13 +122,13 @@ impl Queue {
 
     /// The next request that ends, by interrupt; `None` if none does in this time.
     pub fn wait(&mut self, timeout: Duration) -> Option<Done> {
-        let end = Instant::now() + timeout;
+        let begin = Instant::now();
         loop {
             let _ = self.driver.set_muted(false);
             if let Some(done) = self.poll() {
                 return Some(done);
             }
-            let left = end.saturating_duration_since(Instant::now());
+            let left = timeout.saturating_sub(begin.elapsed());
             if left.is_zero() || !wait_for(&self.interrupt(), left) {
                 return self.poll();
             }
@@ -180,7 +180,8 @@ impl Queue {
         self.driver.counters()
     }
 
-    /// What the device did against the rules. All requests fail then.
+    /// What the device did against the rules. Requests that it does not have fail then. Those that it has do not come back unless
+    /// it completes them: it may still use their buffers.
     pub fn fault(&self) -> Option<&Error> {
         self.driver.fault()
     }
@@ -227,4 +228,23 @@ fn wait_for(interrupt: &EventFd, timeout: Duration) -> bool {
     let came = poll(&mut fds, Some(&timeout));
     let _ = interrupt.read();
     came != Ok(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::test_device::Guest;
+    use super::*;
+
+    #[test]
+    fn a_wait_without_end_ends_with_the_request() {
+        let guest = Guest::new();
+        let (driver, mut device) = guest.driver();
+        let mut queue = Queue::new(driver);
+        let buffer = guest.memory.allocate(4096).unwrap();
+        queue.submit(Operation::Read, buffer, 0, 4096, 7).unwrap();
+        queue.send();
+        device.complete(0, &[], 0);
+        let done = queue.wait(Duration::MAX).unwrap();
+        assert_eq!((done.tag, done.result.unwrap()), (7, 4096));
+    }
 }

@@ -1,6 +1,7 @@
 //! Moves a queue between ring and virtqueue: ATTACH, the epochs of its rings, and the end of the last one.
 
 use std::collections::VecDeque;
+use std::time::{Duration, Instant};
 
 use ringpass_guest_abi::epoch::driver::{Action, Event};
 use ringpass_guest_abi::request::{ErrorCode, Outcome, T_ARM, T_ATTACH};
@@ -12,11 +13,35 @@ use super::errands::Errand;
 use super::pending::Place;
 use super::{Driver, Mode, Wish};
 
+/// How long to wait before a ring is asked for again, when nothing tells that it can be had now.
+const PAUSE: Duration = Duration::from_secs(1);
+
 /// A device that gives no ring for now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Refusal {
-    /// The news that had come by then.
+    code: ErrorCode,
+    /// The news that had come before the ring was asked for. What came between may have been after the device's decision.
     news: u64,
+    since: Instant,
+}
+
+impl Refusal {
+    /// A refusal for a reason that passes.
+    fn new(code: Option<ErrorCode>, news: u64) -> Option<Self> {
+        let code = code.filter(|code| matches!(code, ErrorCode::Mode | ErrorCode::Busy | ErrorCode::Resources))?;
+        Some(Self { code, news, since: Instant::now() })
+    }
+
+    /// Whether the reason may have passed, when so much news has come and so much time.
+    fn may_have_passed(&self, news: u64, waited: Duration) -> bool {
+        match self.code {
+            // An EVENT tells.
+            ErrorCode::Mode => news != self.news,
+            ErrorCode::Busy => news != self.news || waited >= PAUSE,
+            // Nothing tells. The end of the ATTACH is news by itself, and asking again at once would go on without end.
+            _ => waited >= PAUSE,
+        }
+    }
 }
 
 impl Driver {
@@ -41,43 +66,50 @@ impl Driver {
         match self.wish {
             Wish::Virtqueue => false,
             Wish::Ring => true,
-            Wish::RingLater(refusal) => self.shared.news() != refusal.news,
+            Wish::RingLater(refusal) => refusal.may_have_passed(self.shared.news(), refusal.since.elapsed()),
         }
     }
 
     pub(super) fn attach(&mut self) {
         let Some(attachment) = self.attachment.as_mut() else { return };
         let payload = attachment.begin();
+        let news = self.shared.news();
         let arm = self.requests.send(&mut self.queue, T_ARM, 0, &Body::Payload(&[]));
         let attach = self.requests.send(&mut self.queue, T_ATTACH, 0, &Body::Payload(&payload));
         let (Some(_), Some(attach)) = (arm, attach) else {
-            self.fault = Some(Error::BrokenDevice("an empty queue has no room for ARM and ATTACH".into()));
+            self.break_down(Error::BrokenDevice("an empty queue has no room for ARM and ATTACH".into()));
             return;
         };
         self.wish = Wish::Ring;
-        self.mode = Mode::Attached { attach, heard: 0, is_draining: false };
+        self.mode = Mode::Attached { attach, news, heard: 0, is_draining: false };
         attachment.set_muted(self.is_muted);
         self.queue.want_interrupts(true);
         self.queue.kick();
     }
 
-    /// Looks at what the device says of rings.
+    /// Looks at what the device says of rings, until it says no more: an interrupt may stand for several things, and one may follow
+    /// from another.
     pub(super) fn look(&mut self) {
+        while self.fault.is_none()
+            && let Some(event) = self.next_event()
+        {
+            self.step(event);
+        }
+    }
+
+    fn next_event(&mut self) -> Option<Event> {
+        let Mode::Attached { heard, is_draining, .. } = &mut self.mode else { return None };
         // ARM is there and stays; what comes behind it is ATTACH.
         if self.queue.ready() >= 2 {
-            return self.step(Event::AttachCompleted);
+            return Some(Event::AttachCompleted);
         }
-        let Mode::Attached { heard, is_draining, .. } = &mut self.mode else { return };
         if *is_draining && !self.slots.iter().flatten().any(|pending| pending.place == Place::Ring) {
             *is_draining = false;
-            return self.step(Event::Drained);
+            return Some(Event::Drained);
         }
-        if let Some(word) = self.attachment.as_ref().map(Attachment::announced)
-            && word != *heard
-        {
-            *heard = word;
-            self.step(Event::Announced(word));
-        }
+        let word = self.attachment.as_ref().map(Attachment::announced).filter(|word| word != heard)?;
+        *heard = word;
+        Some(Event::Announced(word))
     }
 
     fn step(&mut self, event: Event) {
@@ -87,7 +119,7 @@ impl Driver {
             for action in attachment.step(event) {
                 match self.act(action) {
                     Ok(next) => events.extend(next),
-                    Err(error) => return self.fault = Some(error),
+                    Err(error) => return self.break_down(error),
                 }
             }
         }
@@ -141,21 +173,36 @@ impl Driver {
 
     /// No ring is left: ARM and ATTACH come back.
     fn release(&mut self) -> Result<(), Error> {
-        let Mode::Attached { attach, .. } = self.mode else { return Ok(()) };
+        let Mode::Attached { attach, news, .. } = self.mode else { return Ok(()) };
         while self.queue.reap()?.is_some() {}
         let answer = self.requests.answer(attach);
         let outcome = Outcome::from_bytes(answer[..Outcome::BYTES].try_into().expect("16 bytes"));
         let code = ErrorCode::from_number(outcome.error.get());
         tracing::debug!(queue = self.index, ?code, "the queue is a virtqueue again");
         self.refused = code;
-        // Those that pass; an EVENT tells when.
-        let passes = matches!(code, Some(ErrorCode::Mode | ErrorCode::Busy | ErrorCode::Resources));
-        self.wish = match self.wish {
-            Wish::Ring if passes => Wish::RingLater(Refusal { news: self.shared.news() }),
+        self.wish = match Refusal::new(code, news) {
+            Some(refusal) if self.wish == Wish::Ring => Wish::RingLater(refusal),
             _ => Wish::Virtqueue,
         };
         self.mode = Mode::Virtqueue;
         self.queue.want_interrupts(!self.is_muted);
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_refused_ring_is_asked_for_again_when_there_is_a_reason() {
+        let refusal = |code| Refusal::new(Some(code), 3);
+        let asks = |code, news, waited| refusal(code).unwrap().may_have_passed(news, waited);
+        let (soon, later) = (PAUSE / 2, PAUSE);
+        assert!(!asks(ErrorCode::Mode, 3, later) && asks(ErrorCode::Mode, 4, soon));
+        assert!(!asks(ErrorCode::Busy, 3, soon) && asks(ErrorCode::Busy, 4, soon) && asks(ErrorCode::Busy, 3, later));
+        assert!(!asks(ErrorCode::Resources, 4, soon) && asks(ErrorCode::Resources, 3, later));
+        assert_eq!((refusal(ErrorCode::Detached), refusal(ErrorCode::Discarded)), (None, None));
+        assert_eq!(Refusal::new(None, 3), None, "a code that this driver does not know is final");
     }
 }

@@ -56,7 +56,7 @@ impl Driver {
     /// Takes the answers of queue 0, and sends what waits for it.
     pub(super) fn run_errands(&mut self) {
         if let Err(error) = self.try_errands() {
-            self.fault = Some(error);
+            self.break_down(error);
         }
     }
 
@@ -74,7 +74,9 @@ impl Driver {
                 None => index += 1,
             }
         }
-        while let Some(&errand) = self.errands.waiting.front() {
+        while self.fault.is_none()
+            && let Some(&errand) = self.errands.waiting.front()
+        {
             let question = match errand {
                 Errand::Transfer { id } => self.slots[id].as_ref().map(|pending| {
                     let Request { write, offset_bytes, gpa, len_bytes, .. } = pending.rest();

@@ -7,6 +7,8 @@
 mod epochs;
 mod errands;
 mod pending;
+#[cfg(test)]
+mod tests;
 mod transfers;
 
 use std::collections::VecDeque;
@@ -49,6 +51,8 @@ enum Mode {
     /// ARM and ATTACH are on the virtqueue, which is not touched.
     Attached {
         attach: u16,
+        /// The news that had come before ATTACH was sent.
+        news: u64,
         /// The device's word as it was looked at last; 0 before the first.
         heard: u32,
         is_draining: bool,
@@ -124,7 +128,7 @@ impl Driver {
     }
 
     pub(super) fn is_ring(&self) -> bool {
-        self.attachment.as_ref().is_some_and(Attachment::may_submit)
+        self.fault.is_none() && self.attachment.as_ref().is_some_and(Attachment::may_submit)
     }
 
     pub(super) fn is_virtqueue(&self) -> bool {
@@ -146,6 +150,11 @@ impl Driver {
 
     pub(super) fn fault(&self) -> Option<&Error> {
         self.fault.as_ref()
+    }
+
+    /// The device broke a rule: nothing more is sent to it.
+    fn break_down(&mut self, error: Error) {
+        self.fault.get_or_insert(error);
     }
 
     /// Requests that have not completed.
@@ -199,22 +208,24 @@ impl Driver {
         self.shared.patience()
     }
 
+    /// Whether completions are to interrupt. True: there is one already.
     pub(super) fn set_muted(&mut self, muted: bool) -> bool {
-        self.is_muted = muted;
+        let was_muted = std::mem::replace(&mut self.is_muted, muted);
         let has_more = match self.mode {
             Mode::Virtqueue => self.queue.want_interrupts(!muted) && !muted,
             Mode::Attached { .. } => {
                 self.attachment.as_mut().is_some_and(|attachment| attachment.set_muted(muted)) && !muted
             }
         };
+        if was_muted && !muted {
+            // The interrupt for what the device announced may have been taken while those who poll looked for completions only.
+            self.progress();
+        }
         has_more || !self.done.is_empty()
     }
 
     /// Looks at everything once, and sends what can be sent.
     pub(super) fn progress(&mut self) {
-        if self.fault.is_some() {
-            return self.fail_all();
-        }
         match self.mode {
             Mode::Virtqueue => self.reap_virtqueue(),
             Mode::Attached { .. } => {
@@ -222,14 +233,22 @@ impl Driver {
                 self.look();
             }
         }
-        self.send();
+        if self.fault.is_none() {
+            self.send();
+        }
         if !self.errands.sent.is_empty() {
             self.run_errands();
         }
+        if self.fault.is_some() {
+            self.fail_unsent();
+        }
     }
 
-    /// Sends what waits, as far as there is room.
+    /// Sends what waits, as far as there is room. To a broken device nothing is sent.
     pub(super) fn send(&mut self) {
+        if self.fault.is_some() {
+            return;
+        }
         self.send_requests();
         if !self.errands.waiting.is_empty() {
             self.run_errands();

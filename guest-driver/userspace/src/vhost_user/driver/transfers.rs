@@ -5,7 +5,7 @@ use ringpass_workload::{Completion, Request};
 use virtio_bindings::virtio_blk::VIRTIO_BLK_S_OK;
 
 use super::super::attachment::Attachment;
-use super::errands::{Errand, Errands};
+use super::errands::Errand;
 use super::pending::Place;
 use super::{Driver, EIO};
 
@@ -147,7 +147,7 @@ impl Driver {
             let head = match self.queue.reap() {
                 Ok(Some(head)) => head,
                 Ok(None) => return,
-                Err(error) => return self.fault = Some(error),
+                Err(error) => return self.break_down(error),
             };
             let id = std::mem::replace(&mut self.by_head[usize::from(head)], usize::MAX);
             let status = self.requests.status(head);
@@ -183,12 +183,16 @@ impl Driver {
         Some(Completion { user_data: pending.request.user_data, res })
     }
 
-    /// The device is broken: nothing more will come back from it.
-    pub(super) fn fail_all(&mut self) {
-        for id in 0..self.slots.len() {
+    /// The device is broken: it gets nothing more. What it has, it may still execute: such a request keeps its buffer, and ends only
+    /// with its completion, if that comes.
+    pub(super) fn fail_unsent(&mut self) {
+        while let Some(id) = self.waiting.pop_front() {
             self.complete(id, EIO);
         }
-        self.waiting.clear();
-        self.errands = Errands::default();
+        while let Some(errand) = self.errands.waiting.pop_front() {
+            if let Errand::Transfer { id } | Errand::Flush { id } = errand {
+                self.complete(id, EIO);
+            }
+        }
     }
 }

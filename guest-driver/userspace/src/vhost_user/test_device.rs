@@ -1,0 +1,193 @@
+//! For tests: a device that does only what a test has it do, on the memory of a driver, without a connection.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+use std::time::Duration;
+
+use ringpass_guest_abi::attach::{AttachLimits, AttachPayload, Lengths};
+use ringpass_guest_abi::control::{ACKNOWLEDGED_OFFSET_BYTES, ANNOUNCED_OFFSET_BYTES, MODE_DIRECT};
+use ringpass_guest_abi::control::{RING_OFFSET_BYTES, RingRecord};
+use ringpass_guest_abi::epoch::{Announcement, Epoch, Phase};
+use ringpass_guest_abi::probe::Device;
+use ringpass_guest_abi::request::{ErrorCode, Outcome};
+use ringpass_guest_abi::{Doorbell, FixedAddressing, RingLayout, SLOT_BYTES};
+
+use super::RingSize;
+use super::attachment::Attachment;
+use super::driver::Driver;
+use super::first_queue::FirstQueue;
+use super::memory::Memory;
+use super::requests::Requests;
+use super::shared::Shared;
+use super::virtqueue::{Setup, Virtqueue};
+
+const RAM_GPA: u64 = 1 << 20;
+const RAM_BYTES: u64 = 4 << 20;
+const SIZE: RingSize = RingSize { sq_entries: 8, cq_entries: 16 };
+const HEADER_BYTES: u64 = 16;
+
+/// The memory and what all queues share, as a driver has it.
+pub(super) struct Guest {
+    pub(super) memory: Memory,
+    pub(super) news: Arc<AtomicU64>,
+    pub(super) shared: Arc<Shared>,
+    ram: Arc<File>,
+}
+
+/// The device's side of one queue.
+pub(super) struct DeviceQueue {
+    setup: Arc<Setup>,
+    ram: Arc<File>,
+    returned: u16,
+}
+
+impl Guest {
+    pub(super) fn new() -> Self {
+        let memory = Memory::new();
+        let ram = memory.add(RAM_GPA, RAM_BYTES).unwrap().file;
+        let news = Arc::new(AtomicU64::new(0));
+        let first = FirstQueue::new(&memory, 16, news.clone()).unwrap();
+        let shared = Arc::new(Shared::new(first, news.clone(), Duration::from_secs(60)));
+        Self { memory, news, shared, ram }
+    }
+
+    /// The driver of queue 1 and the device's side of it.
+    pub(super) fn driver(&self) -> (Driver, DeviceQueue) {
+        let queue = Virtqueue::new(&self.memory, 64).unwrap();
+        let requests = Requests::new(&self.memory, &queue).unwrap();
+        let device = self.device_queue(queue.setup().clone());
+        (Driver::new(1, self.shared.clone(), queue, requests, 16), device)
+    }
+
+    pub(super) fn device_queue(&self, setup: Arc<Setup>) -> DeviceQueue {
+        DeviceQueue { setup, ram: self.ram.clone(), returned: 0 }
+    }
+
+    /// Memory for a ring of a device that offers all that it takes.
+    pub(super) fn attachment(&self) -> Attachment {
+        let limits = AttachLimits { features: 0, sq_entries_max: 64, cq_entries_max: 64, page_bytes: 4096 };
+        let device = Device {
+            version: 0,
+            features: 0,
+            addressing: FixedAddressing { iova_base: SLOT_BYTES },
+            limits,
+            segment_align_bytes: 1,
+            segment_bytes_max: 1 << 20,
+            queue_count: 2,
+        };
+        Attachment::new(&self.memory, device, SIZE).unwrap()
+    }
+}
+
+impl DeviceQueue {
+    /// How many chains the driver has made available.
+    pub(super) fn available(&self) -> u16 {
+        self.read16(self.setup.avail_gpa + 2)
+    }
+
+    pub(super) fn setup(&self) -> &Arc<Setup> {
+        &self.setup
+    }
+
+    /// Completes the chain that was made available as the `index`th, with an answer if it has room for one.
+    pub(super) fn complete(&mut self, index: u16, answer: &[u8], status: u8) {
+        let chain = self.chain(index);
+        if !answer.is_empty() {
+            self.write(self.gpa_of(chain[chain.len() - 2]), answer);
+        }
+        self.write(self.gpa_of(chain[chain.len() - 1]), &[status]);
+        let slot = u64::from(self.returned % self.setup.size);
+        self.write(self.setup.used_gpa + 4 + 8 * slot, &u32::from(chain[0]).to_le_bytes());
+        self.returned += 1;
+        self.say_used(self.returned);
+    }
+
+    /// Completes ARM and ATTACH, which were made available as the `index`th and the one behind.
+    pub(super) fn complete_attach(&mut self, index: u16, code: ErrorCode) {
+        self.complete(index, &Outcome::of(ErrorCode::None).to_bytes(), 0);
+        self.complete(index + 1, &Outcome::of(code).to_bytes(), u8::from(code != ErrorCode::Detached));
+    }
+
+    /// Says that so many chains have come back since the beginning.
+    pub(super) fn say_used(&self, count: u16) {
+        self.write(self.setup.used_gpa + 2, &count.to_le_bytes());
+    }
+
+    /// Announces a phase of an epoch of the ring whose ATTACH was made available as the `index`th.
+    pub(super) fn announce(&self, index: u16, epoch: u32, phase: Phase) {
+        let control_gpa = self.control_gpa(index);
+        let layout = layout();
+        self.write(control_gpa + u64::from(RING_OFFSET_BYTES), &RingRecord::new(&layout, MODE_DIRECT).to_bytes());
+        let word = Announcement { epoch: Epoch::new(epoch), phase }.to_word();
+        self.write(control_gpa + u64::from(ANNOUNCED_OFFSET_BYTES), &word.to_le_bytes());
+    }
+
+    /// What the driver has acknowledged.
+    pub(super) fn acknowledged(&self, index: u16) -> Option<Announcement> {
+        let mut word = [0; 4];
+        self.read(self.control_gpa(index) + u64::from(ACKNOWLEDGED_OFFSET_BYTES), &mut word);
+        Announcement::from_word(u32::from_le_bytes(word))
+    }
+
+    fn control_gpa(&self, index: u16) -> u64 {
+        let mut payload = [0; AttachPayload::BYTES];
+        self.read(self.gpa_of(self.chain(index)[0]) + HEADER_BYTES, &mut payload);
+        AttachPayload::from_bytes(&payload).control_gpa.get()
+    }
+
+    /// The descriptors of the chain that was made available as the `index`th.
+    fn chain(&self, index: u16) -> Vec<u16> {
+        let slot = u64::from(index % self.setup.size);
+        let mut chain = vec![self.read16(self.setup.avail_gpa + 4 + 2 * slot)];
+        while let at = self.descriptor(chain[chain.len() - 1])
+            && self.read16(at + 12) & 1 != 0
+        {
+            chain.push(self.read16(at + 14));
+        }
+        chain
+    }
+
+    fn descriptor(&self, number: u16) -> u64 {
+        self.setup.desc_gpa + 16 * u64::from(number)
+    }
+
+    fn gpa_of(&self, descriptor: u16) -> u64 {
+        let mut gpa = [0; 8];
+        self.read(self.descriptor(descriptor), &mut gpa);
+        u64::from_le_bytes(gpa)
+    }
+
+    fn read16(&self, gpa: u64) -> u16 {
+        let mut bytes = [0; 2];
+        self.read(gpa, &mut bytes);
+        u16::from_le_bytes(bytes)
+    }
+
+    fn read(&self, gpa: u64, into: &mut [u8]) {
+        self.ram.read_exact_at(into, gpa - RAM_GPA).unwrap();
+    }
+
+    fn write(&self, gpa: u64, from: &[u8]) {
+        self.ram.write_all_at(from, gpa - RAM_GPA).unwrap();
+    }
+}
+
+fn layout() -> RingLayout {
+    let lengths = Lengths::of(SIZE.sq_entries, SIZE.cq_entries, 4096);
+    RingLayout {
+        sq_entries: SIZE.sq_entries,
+        cq_entries: SIZE.cq_entries,
+        sq_head_offset: 0,
+        sq_tail_offset: 4,
+        sq_flags_offset: 8,
+        cq_head_offset: 12,
+        cq_tail_offset: 16,
+        cq_flags_offset: 20,
+        cqes_offset: 64,
+        rings_bytes: lengths.rings_bytes,
+        sqes_bytes: lengths.sqes_bytes,
+        doorbell: Doorbell::Always,
+    }
+}
