@@ -82,8 +82,12 @@ impl Disk {
         let drivers =
             drivers.map(|((queue, requests), index)| Driver::new(index, shared.clone(), queue, requests, depth));
         let drivers = drivers.map(Some).collect();
+        let losses = {
+            let connection = connection.clone();
+            move || connection.reconnects()
+        };
         Ok(Self {
-            _events: Events::start(shared.clone(), connection.clone(), options.inflight)?,
+            _events: Events::start(shared.clone(), losses, options.inflight)?,
             connection,
             shared,
             memory,
@@ -176,8 +180,7 @@ impl Disk {
     ///
     /// It overlaps another, or the device refuses it.
     pub fn add_memory(&self, gpa: u64, len_bytes: u64) -> Result<(), Error> {
-        let region = self.memory.add(gpa, len_bytes)?;
-        self.connection.add_region(&region).inspect_err(|_| drop(self.memory.remove(gpa)))
+        self.connection.add_region(|memory| memory.add(gpa, len_bytes))
     }
 
     /// Adds the first `len_bytes` bytes of a file that somebody else uses too (the RAM of a virtual machine, a buffer pool): a
@@ -188,8 +191,7 @@ impl Disk {
     ///
     /// It is not made of whole pages, is longer than the file or overlaps another region, or the device refuses it.
     pub fn add_foreign_memory(&self, gpa: u64, file: File, len_bytes: u64) -> Result<(), Error> {
-        let region = self.memory.add_foreign(gpa, file, len_bytes)?;
-        self.connection.add_region(&region).inspect_err(|_| drop(self.memory.remove(gpa)))
+        self.connection.add_region(|memory| memory.add_foreign(gpa, file, len_bytes))
     }
 
     /// Takes a region of RAM away from the device. Requests that name it fail.
@@ -198,8 +200,7 @@ impl Disk {
     ///
     /// There is no such region, or the device refuses.
     pub fn remove_memory(&self, gpa: u64) -> Result<(), Error> {
-        let region = self.memory.remove(gpa).ok_or(Error::NoMemory)?;
-        self.connection.remove_region(&region)
+        self.connection.remove_region(gpa)
     }
 
     /// Makes all completed writes stable.

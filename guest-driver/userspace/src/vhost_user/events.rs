@@ -9,7 +9,6 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::Error;
-use super::connection::Connection;
 use super::shared::Shared;
 use crate::raw;
 
@@ -25,29 +24,46 @@ pub(super) struct Events {
 }
 
 impl Events {
-    pub(super) fn start(shared: Arc<Shared>, connection: Arc<Connection>, has_inflight: bool) -> Result<Self, Error> {
+    /// Listens. `losses` tells how often the device was lost; `has_inflight`, whether it then still knows of the EVENT.
+    pub(super) fn start(
+        shared: Arc<Shared>,
+        losses: impl Fn() -> u64 + Send + 'static,
+        has_inflight: bool,
+    ) -> Result<Self, Error> {
+        Self::start_with(shared, losses, has_inflight, LOOK)
+    }
+
+    fn start_with(
+        shared: Arc<Shared>,
+        losses: impl Fn() -> u64 + Send + 'static,
+        has_inflight: bool,
+        look: Duration,
+    ) -> Result<Self, Error> {
         let stop = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK).map_err(Error::system("making an eventfd"))?;
         let (stop, is_stopping) = (Arc::new(stop), Arc::new(AtomicBool::new(false)));
+        let setup = shared.first().setup().clone();
         let (theirs, is_told) = (stop.clone(), is_stopping.clone());
         let thread = thread::Builder::new()
             .name("ringpass-events".into())
             .spawn(move || {
-                let mut reconnects = 0;
+                let mut seen = 0;
                 while !is_told.load(Ordering::Acquire) {
-                    let call = shared.first().setup().call();
-                    let timeout = Timespec::try_from(LOOK).ok();
+                    let call = setup.call();
+                    let timeout = Timespec::try_from(look).ok();
                     let mut fds =
                         [&*call, &*theirs].map(|event| PollFd::from_borrowed_fd(raw::borrow(event), PollFlags::IN));
                     let _ = poll(&mut fds, timeout.as_ref());
                     let _ = call.read();
-                    // Whoever has the queue takes what comes for everybody.
-                    let Some(mut first) = shared.try_first() else { continue };
-                    let lost = connection.reconnects() != std::mem::replace(&mut reconnects, connection.reconnects());
-                    if lost && !has_inflight {
+                    // The interrupt is taken: a user that has queue 0 now may have looked at it before the device wrote.
+                    let mut first = shared.first();
+                    let now = losses();
+                    if now != std::mem::replace(&mut seen, now) && !has_inflight {
                         first.renew_event();
                     }
                     if let Err(error) = first.service() {
                         tracing::error!("{error}");
+                        // They find the same, and wait for nothing more.
+                        first.wake_others();
                         return;
                     }
                 }
@@ -64,5 +80,61 @@ impl Drop for Events {
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::thread::yield_now;
+    use std::time::Instant;
+
+    use super::super::first_queue::Question;
+    use super::super::test_device::Guest;
+    use super::*;
+
+    /// Longer than a thread of a busy machine takes.
+    const LIMIT: Duration = Duration::from_secs(20);
+
+    fn is_signalled(event: &EventFd, timeout: Duration) -> bool {
+        let mut fds = [PollFd::from_borrowed_fd(raw::borrow(event), PollFlags::IN)];
+        poll(&mut fds, Timespec::try_from(timeout).ok().as_ref()).unwrap() > 0
+    }
+
+    #[test]
+    fn an_answer_that_comes_while_a_user_has_queue_0_is_not_left_lying() {
+        let guest = Guest::new();
+        let (driver, _) = guest.driver();
+        let user = driver.setup().clone();
+        let mut device = guest.device_queue(guest.shared.first().setup().clone());
+        let _events = Events::start_with(guest.shared.clone(), || 0, true, Duration::from_secs(3600)).unwrap();
+        {
+            let mut first = guest.shared.first();
+            assert!(first.ask(&Question::Flush, Some(&user)).is_some());
+            device.complete(0, &[], 0);
+            let call = device.setup().call();
+            call.write(1).unwrap();
+            // The thread takes the interrupt, and the user has looked at the queue already.
+            let begin = Instant::now();
+            while is_signalled(&call, Duration::ZERO) {
+                assert!(begin.elapsed() < LIMIT, "the thread does not take the interrupt");
+                yield_now();
+            }
+            // Time for it to try.
+            thread::sleep(Duration::from_millis(20));
+        }
+        assert!(is_signalled(&user.call(), LIMIT), "nobody looked at queue 0 again");
+    }
+
+    #[test]
+    fn users_of_other_queues_are_woken_up_when_queue_0_breaks() {
+        let guest = Guest::new();
+        let (driver, _) = guest.driver();
+        let user = driver.setup().clone();
+        guest.shared.first().set_others(vec![user.clone()]);
+        let device = guest.device_queue(guest.shared.first().setup().clone());
+        device.say_used(9);
+        let _events = Events::start_with(guest.shared.clone(), || 0, true, Duration::from_secs(3600)).unwrap();
+        device.setup().call().write(1).unwrap();
+        assert!(is_signalled(&user.call(), LIMIT));
     }
 }

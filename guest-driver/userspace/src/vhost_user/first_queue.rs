@@ -252,7 +252,7 @@ impl FirstQueue {
         }
     }
 
-    fn wake_others(&self) {
+    pub(super) fn wake_others(&self) {
         for other in &self.others {
             let _ = other.call().write(1);
         }

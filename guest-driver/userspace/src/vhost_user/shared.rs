@@ -24,11 +24,6 @@ impl Shared {
         self.first.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The same, unless somebody has it.
-    pub(super) fn try_first(&self) -> Option<MutexGuard<'_, FirstQueue>> {
-        self.first.try_lock().ok()
-    }
-
     /// How long to wait for an answer.
     pub(super) fn patience(&self) -> Duration {
         self.patience
