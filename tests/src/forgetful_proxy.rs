@@ -69,7 +69,8 @@ fn serve(listener: &UnixListener, back_end: &UnixStream) -> Result<()> {
     result
 }
 
-fn pass(from: &Wire, to: &Wire, change: impl Fn(&mut Message)) -> Result<()> {
+/// Passes messages on until the connection ends, each after `change` had it.
+pub(crate) fn pass(from: &Wire, to: &Wire, change: impl Fn(&mut Message)) -> Result<()> {
     while let Some(mut message) = from.receive()? {
         change(&mut message);
         let fds: Vec<_> = message.fds.iter().map(AsFd::as_fd).collect();

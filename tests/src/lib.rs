@@ -10,6 +10,7 @@ pub mod disks;
 pub mod forgetful_proxy;
 pub mod front_end;
 pub mod harness;
+pub mod held_proxy;
 pub mod huge_pages;
 pub mod kernel_log;
 pub mod kvm_guest;

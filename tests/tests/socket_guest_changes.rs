@@ -14,6 +14,7 @@ use ringpass_tests::{
     disks::DiskKind,
     front_end::rig::Rig,
     harness::{self, Test, test},
+    held_proxy::HeldProxy,
     needs::Need,
     seed::Seed,
     socket_guest::{Load, LoadedQueue, connect, options},
@@ -36,6 +37,7 @@ fn main() -> ExitCode {
     };
     harness::run(vec![
         with("a_ring_s_call_eventfd_changes_under_load_and_no_interrupt_is_lost", moved_interrupts),
+        with("memory_that_is_added_while_the_device_comes_back_is_known_to_it", added_in_between),
         with("memory_that_comes_and_goes_does_not_hold_up_a_ring", latency),
     ])
 }
@@ -87,6 +89,35 @@ fn drive(disk: &Disk, queue: &mut Queue, is_over: &AtomicBool, completed: &Atomi
         completed.fetch_add(1, Ordering::Relaxed);
     }
     Ok(())
+}
+
+fn added_in_between() -> Result<()> {
+    const ADDED_GPA: u64 = 256 * MIB;
+    let rig = Rig::new(DiskKind::Ext4PageCache, DISK_BYTES)?;
+    let broker = rig.broker(&["--num-queues", "2"])?;
+    broker.explain((|| {
+        let path = rig.socket().with_extension("proxy");
+        let proxy = HeldProxy::start(&path, &rig.socket())?;
+        let disk = connect(&path, options(1, 4 * MIB, Way::Virtqueue))?;
+        let mut queue = disk.queue(1)?;
+        disk.reconnect();
+        proxy.wait()?;
+        thread::scope(|scope| {
+            let adding = scope.spawn(|| disk.add_memory(ADDED_GPA, MIB));
+            // A driver that does not wait for the device is done by now.
+            let start = Instant::now();
+            while !adding.is_finished() && start.elapsed() < Duration::from_millis(200) {
+                thread::yield_now();
+            }
+            proxy.go_on();
+            adding.join().map_err(|_| anyhow!("the front-end panicked"))
+        })??;
+        let buffer = disk.allocate_in(ADDED_GPA, 4096)?;
+        ensure!(queue.submit(Operation::Read, buffer, 0, 4096, 0).is_ok(), "there is room for one");
+        let done = queue.wait(LOST).context("nothing came")?;
+        done.result.context("the device does not know the memory")?;
+        Ok(())
+    })())
 }
 
 fn latency() -> Result<()> {

@@ -58,11 +58,11 @@ impl Link {
     /// as `pause` says to go on.
     pub(super) fn open(path: &Path, patience: Duration, pause: impl Fn(Duration) -> bool) -> Result<Self, Error> {
         let failed = |source| Error::Connect { path: path.to_owned(), source };
-        let end = Instant::now() + patience;
+        let begin = Instant::now();
         let stream = loop {
             match connect(path) {
                 Err(Errno::AGAIN | Errno::INTR) => {
-                    if Instant::now() >= end || !pause(RETRY_MAX) {
+                    if begin.elapsed() >= patience || !pause(RETRY_MAX) {
                         return Err(Error::Silent { what: "connecting", patience });
                     }
                 }
@@ -88,4 +88,19 @@ fn connect(path: &Path) -> Result<UnixStream, Errno> {
     let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
     rustix::net::connect(&socket, &SocketAddrUnix::new(path)?)?;
     Ok(socket.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn patience_without_end_is_no_reason_to_fail() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("socket");
+        let open = || Link::open(&path, Duration::MAX, |_| panic!("there is nothing to wait for"));
+        assert!(matches!(open(), Err(Error::Connect { .. })));
+        let _server = std::os::unix::net::UnixListener::bind(&path).unwrap();
+        assert!(open().is_ok());
+    }
 }

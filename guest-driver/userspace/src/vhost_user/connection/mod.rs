@@ -49,6 +49,9 @@ struct Shared {
     memory: Arc<Memory>,
     queues: Vec<Arc<Setup>>,
     inflight: Option<Inflight>,
+    /// Held while something is changed that a device is told, and told to it; and while a device that came back is told everything.
+    /// Otherwise a change could come behind the latter's look at it, and find no connection to be told over.
+    changes: Mutex<()>,
     /// The connection, if there is one now.
     link: Mutex<Option<Link>>,
     reconnects: AtomicU64,
@@ -62,20 +65,25 @@ impl Connection {
         self.shared.reconnects.load(Ordering::Relaxed)
     }
 
-    /// Tells the device of a region. One that comes back later is told of all.
-    pub(super) fn add_region(&self, region: &Region) -> Result<(), Error> {
-        self.shared.tell(|frontend| add_region(frontend, region))
+    /// Makes a region, and tells the device of it. One that comes back later is told of all.
+    pub(super) fn add_region(&self, make: impl FnOnce(&Memory) -> Result<Region, Error>) -> Result<(), Error> {
+        let _changes = self.shared.changes();
+        let region = make(&self.shared.memory)?;
+        let told = self.shared.tell(|frontend| add_region(frontend, &region));
+        told.inspect_err(|_| drop(self.shared.memory.remove(region.gpa)))
     }
 
-    /// Tells the device that a region is gone. When this returns it reaches it no more.
-    pub(super) fn remove_region(&self, region: &Region) -> Result<(), Error> {
-        let region = describe(region);
+    /// Takes the region at `gpa` out, and tells the device so. When this returns it reaches it no more.
+    pub(super) fn remove_region(&self, gpa: u64) -> Result<(), Error> {
+        let _changes = self.shared.changes();
+        let region = self.shared.memory.remove(gpa).ok_or(Error::NoMemory)?;
         let failed = Error::protocol("removing a memory region");
-        self.shared.tell(|frontend| frontend.remove_mem_region(&region).map_err(failed))
+        self.shared.tell(|frontend| frontend.remove_mem_region(&describe(&region)).map_err(failed))
     }
 
     /// Gives a queue another eventfd for interrupts, which the device signals once.
     pub(super) fn renew_call(&self, index: usize) -> Result<(), Error> {
+        let _changes = self.shared.changes();
         let call = self.shared.queues[index].renew_call()?;
         let failed = Error::protocol("changing the call eventfd");
         self.shared.tell(|frontend| frontend.set_vring_call(index, &call).map_err(failed))
@@ -141,6 +149,10 @@ impl Shared {
         self.link.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn changes(&self) -> MutexGuard<'_, ()> {
+        self.changes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Tells the device something, if it is there: one that comes back is told everything anew.
     fn tell(&self, message: impl FnOnce(&mut Frontend) -> Result<(), Error>) -> Result<(), Error> {
         let mut link = self.link();
@@ -189,6 +201,7 @@ impl Shared {
 
     fn reconnect(&self) -> Result<(), Error> {
         let mut link = Link::open(&self.path, self.waits.patience, |pause| self.wait(None, Some(pause)))?;
+        let _changes = self.changes();
         self.waits.talk(&mut link, |frontend| {
             let offered = frontend.get_features().map_err(Error::protocol("asking for the features"))?;
             if self.negotiated.features & !offered != 0 {

@@ -76,6 +76,7 @@ impl Offer {
             memory,
             queues,
             inflight,
+            changes: Mutex::new(()),
             link: Mutex::new(None),
             reconnects: AtomicU64::new(0),
             stop,
