@@ -12,7 +12,7 @@ const LINE_BYTES_MAX: usize = 4096;
 /// How long a client may take to ask and to read the answer.
 const PATIENCE: Duration = Duration::from_secs(2);
 /// Clients at a time. One more takes the place of the client that has been there longest.
-const CLIENTS_MAX: usize = 16;
+pub(super) const CLIENTS_MAX: usize = 16;
 
 /// Clients that have not been answered completely.
 #[derive(Debug, Default)]
@@ -46,7 +46,8 @@ impl Clients {
     pub(super) fn add(&mut self, stream: UnixStream) -> io::Result<()> {
         stream.set_nonblocking(true)?;
         if self.clients.len() == CLIENTS_MAX {
-            // All belong to the same user, and most have asked long before so many more come.
+            // All are equal: each may open the socket (`--control-socket-mode`, `--control-socket-group`). Most have asked long before
+            // so many more come.
             self.clients.remove(0);
             tracing::debug!("a client of the control socket gives its place to another");
         }

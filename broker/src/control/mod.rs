@@ -1,8 +1,9 @@
 //! Looking at a device from outside: each process that serves one answers questions on a Unix socket.
 //!
 //! A client sends one line, a JSON object such as `{"request":"show"}`, and gets one line, a JSON object: a
-//! [`DeviceStatus`], a [`DeviceStats`], or `{"error": "..."}`. Fields are only ever added. Whoever may open the socket, its
-//! owner, may ask; nothing can be changed.
+//! [`DeviceStatus`], a [`DeviceStats`], or `{"error": "..."}`. Fields are only ever added. Each process that may connect
+//! to the socket may ask: those of the socket's owner, and of others only if the server's options `--control-socket-group` and
+//! `--control-socket-mode` admit them. No request changes anything.
 
 mod clients;
 mod server;

@@ -13,7 +13,7 @@ use serde::Deserialize;
 use thiserror::Error;
 
 use super::StatusSource;
-use super::clients::Clients;
+use super::clients::{CLIENTS_MAX, Clients};
 use crate::threads::leave_signals_to_others;
 use crate::vhost_user::listener::{ListenError, Listener, SocketAccess};
 
@@ -38,7 +38,7 @@ pub enum ControlError {
     },
 }
 
-/// A socket that nobody is answered on yet. Removed when dropped.
+/// A socket on which nobody is answered yet. Removed when dropped.
 #[derive(Debug)]
 pub struct ControlSocket {
     listener: Listener,
@@ -146,8 +146,11 @@ fn serve_once(listener: &mut Listener, clients: &mut Clients, stop: &OwnedFd, so
     let _ = poll(&mut fds, limit.as_ref());
 }
 
+/// Accepts at most [`CLIENTS_MAX`]: each of them gets a turn before a later one can take its place, and a flood of clients does not
+/// keep the thread from its end.
 fn take_clients(listener: &mut Listener, clients: &mut Clients) -> io::Result<()> {
-    while let Some(stream) = listener.accept()? {
+    for _ in 0..CLIENTS_MAX {
+        let Some(stream) = listener.accept()? else { return Ok(()) };
         clients.add(stream)?;
     }
     Ok(())
@@ -250,6 +253,21 @@ mod tests {
         assert_eq!(ask(&path, b"{\"request\":\"stats\"}\n")["name"], "vm1");
         drop(server);
         assert!(!path.exists(), "the socket is removed");
+    }
+
+    #[test]
+    fn all_of_many_clients_that_come_at_once_are_answered() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("vm1.control");
+        let socket = ControlSocket::bind(&path).unwrap();
+        let clients: Vec<UnixStream> = (0..60).map(|_| UnixStream::connect(&path).unwrap()).collect();
+        for mut client in &clients {
+            client.write_all(b"{\"request\":\"stats\"}\n").unwrap();
+        }
+        let _server = socket.serve(Arc::new(Fixed)).unwrap();
+        for client in clients {
+            assert!(std::io::read_to_string(client).unwrap().contains("vm1"));
+        }
     }
 
     #[test]
