@@ -58,7 +58,7 @@ fn other_options() -> Result<()> {
     broker.kill()?;
     // QEMU asks for the number of queues before anything else, and 7.2 does not come back from that: only the log can help.
     let broker = start(&["--num-queues", "2"])?;
-    broker.wait_for_log("it left when it heard that the device has 2 queues")?;
+    broker.wait_for_log("it left on learning that the device has 2 queues")?;
     ensure!(!broker.has_logged("vring starts"), "{}", broker.log());
     Ok(())
 }

@@ -152,8 +152,8 @@ impl<'d> Session<'d> {
         let queues = self.vrings.len();
         (self.last_request == Some(FrontendReq::GET_QUEUE_NUM.into())).then(|| {
             format!(
-                "it left when it heard that the device has {queues} queues: a front-end that wants more does this, again and again \
-                 while its guest runs; start the server with as many as before (--num-queues)"
+                "it left on learning that the device has {queues} queues; a front-end that needs more queues does so each time it \
+                 reconnects: start the server with as many as before (--num-queues)"
             )
         })
     }

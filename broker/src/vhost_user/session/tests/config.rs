@@ -253,7 +253,10 @@ fn a_front_end_that_leaves_when_it_hears_of_too_few_queues_gets_a_line_that_name
         assert_eq!(rig.session.farewell(), None);
         rig.ask_number(Code::GET_QUEUE_NUM);
         let farewell = rig.session.farewell().expect("something to say");
-        assert!(farewell.contains("the device has 3 queues") && farewell.contains("--num-queues"), "{farewell}");
+        assert!(
+            farewell.contains("learning that the device has 3 queues") && farewell.contains("--num-queues"),
+            "{farewell}"
+        );
         rig.ok(Code::SET_OWNER, [], []);
         assert_eq!(rig.session.farewell(), None);
     });
