@@ -106,9 +106,22 @@ fn second_signal() -> Result<()> {
     stuck.broker.wait_for_log("SIGTERM again within 1s: the same request")?;
     stuck.broker.wait_for_log("waiting for the last I/O")?;
     ensure!(stuck.broker.is_running()?, "it does not wait for its I/O:\n{}", stuck.broker.log());
+    // A front-end that connects again is refused rather than left without an answer, and a successor can have the paths.
+    stuck.has_no_sockets()?;
+    let socket = stuck.directory.path().join("vm.sock");
+    let mut successor = BrokerProcess::start(&socket, stuck.disk.path(), &["--poll-us", "0", "--incoming"])?;
+    drop(successor.explain(UnixStream::connect(&socket).context("connecting to the successor"))?);
     thread::sleep(LATER);
     stuck.broker.signal(Signal::TERM)?;
-    stuck.ends_at_once("SIGTERM: ending at once")
+    let status = stuck.broker.wait()?;
+    ensure!(status.code() == Some(1), "{status}:\n{}", stuck.broker.log());
+    ensure!(stuck.broker.has_logged("SIGTERM: ending at once"), "{}", stuck.broker.log());
+    // The one that has ended leaves the files of its successor.
+    successor.explain(UnixStream::connect(&socket).context("connecting to the successor"))?;
+    successor.signal(Signal::TERM)?;
+    ensure!(successor.wait()?.success(), "{}", successor.log());
+    stuck.has_no_sockets()?;
+    stuck.disk.thaw()
 }
 
 fn quit() -> Result<()> {

@@ -70,6 +70,8 @@ pub(super) struct Calls {
     pub(super) is_front_end_gone: Arc<AtomicBool>,
     /// The next `refresh_capacity` says this.
     pub(super) is_resized: Arc<AtomicBool>,
+    /// A reset waits until this can be locked, as for I/O that is under way.
+    pub(super) last_io: Arc<Mutex<()>>,
 }
 
 impl Calls {
@@ -263,6 +265,7 @@ impl Device for FakeDevice {
     fn reset(&mut self) {
         self.queues = Default::default();
         self.calls.push(Call::Reset);
+        drop(self.calls.last_io.lock().unwrap_or_else(PoisonError::into_inner));
     }
 
     fn refresh_capacity(&mut self) -> Result<bool, Box<dyn Error + Send + Sync>> {

@@ -1,7 +1,7 @@
 //! What front-ends see of a server, and what they cost it.
 
 use std::fs::{self, File};
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
@@ -157,7 +157,10 @@ fn a_front_end_that_waits_for_another_one_is_told_in_the_log_with_both_process_i
     running.wait_for("waiting for a front-end");
     let first = front_end(&place, VhostUserProtocolFeatures::CONFIG);
     let us = std::process::id();
-    let second = UnixStream::connect(place.path("s")).unwrap();
+    // A second server asks whether somebody listens. It is no front-end.
+    assert_has(&place.refusal(&["--socket-path", "s", "--incoming"]), &["another process listens there"]);
+    let mut second = UnixStream::connect(place.path("s")).unwrap();
+    second.write_all(&[0]).unwrap();
     let line = running.wait_for("another front-end is connected; it waits until the one that is served is gone");
     assert_has(&line, &[&format!(" pid={us} "), &format!("served_pid={us}")]);
     drop(second);

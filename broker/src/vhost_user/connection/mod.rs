@@ -6,7 +6,7 @@ mod tests;
 mod wait;
 
 use std::io::{self, IoSlice, IoSliceMut};
-use std::mem::MaybeUninit;
+use std::mem::{MaybeUninit, discriminant};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::time::Instant;
@@ -23,6 +23,7 @@ pub use self::peer::PeerWatch;
 pub(crate) use self::peer::pid_of_peer;
 pub use self::wait::{Undone, Unfinished, Wait, Waiter};
 use super::message::{HEADER_BYTES, Header, MAX_FDS, MessageError, Reply};
+use crate::log_limit::Cause;
 
 /// A message whose header was understood. The body was not looked at.
 #[derive(Debug)]
@@ -91,6 +92,17 @@ pub enum ConnectionError {
     /// Somebody asked for the end while a reply could not be written.
     #[error("stopped while the front-end did not read a reply")]
     Interrupted,
+}
+
+impl ConnectionError {
+    /// The cause for the limits of log lines: what is wrong, without the values.
+    pub(super) fn cause(&self) -> Cause {
+        match self {
+            Self::Message(error) => Cause::new((discriminant(self), discriminant(error))),
+            Self::System { what, .. } => Cause::new((discriminant(self), what)),
+            _ => Cause::new(discriminant(self)),
+        }
+    }
 }
 
 /// The connection to one front-end.

@@ -20,12 +20,12 @@ use tracing::{debug, info, warn};
 
 use super::super::connection::{ConnectionError, Undone, Unfinished, Wait, Waiter, pid_of_peer};
 use super::super::listener::Listener;
-use super::connection_log::ConnectionLog;
+use crate::log_limit::{Cause, LogLimits};
 
 /// How long a front-end may stop in the middle of a message while another one waits. A message is written at once; a VMM that was
 /// swapped out, or waits for a busy machine, needs seconds at most.
 pub(super) const PATIENCE: Duration = Duration::from_secs(10);
-/// How many are known at a time. More wait in the queue of the socket.
+/// How many are known at a time, and how many are accepted at a time.
 const WAITING_MAX: usize = 16;
 
 /// A front-end that waits to be served.
@@ -33,6 +33,8 @@ const WAITING_MAX: usize = 16;
 pub(super) struct Visitor {
     pub(super) stream: UnixStream,
     pub(super) pid: Option<i32>,
+    /// The server has seen its first byte.
+    has_spoken: bool,
 }
 
 /// Takes connections, and knows who waits.
@@ -42,6 +44,8 @@ pub(super) struct Lobby {
     /// In the order in which they came.
     waiting: VecDeque<Visitor>,
     pub(super) patience: Duration,
+    /// For lines about connections: others connect as often as they like.
+    pub(super) log: Box<LogLimits>,
 }
 
 /// What a visitor has to say.
@@ -56,7 +60,7 @@ enum Word {
 impl Visitor {
     fn new(stream: UnixStream) -> Self {
         let pid = pid_of_peer(&stream);
-        Self { stream, pid }
+        Self { stream, pid, has_spoken: false }
     }
 
     fn word(&self) -> Word {
@@ -71,28 +75,28 @@ impl Visitor {
 
 impl Lobby {
     pub(super) fn new(listener: Listener, patience: Duration) -> Self {
-        Self { listener, waiting: VecDeque::new(), patience }
+        Self { listener, waiting: VecDeque::new(), patience, log: Box::new(LogLimits::new()) }
     }
 
-    /// Takes all connections that are there.
+    /// Accepts connections that are there, at most [`WAITING_MAX`] in one call: a flood of them must not keep the caller from
+    /// looking at anything else.
     ///
-    /// Those beyond [`WAITING_MAX`] wait in the queue of the socket. If `may_replace`, nobody is served, and the one that has
-    /// been silent for longest has to go: silent ones keep nobody out.
-    pub(super) fn take_connections(&mut self, may_replace: bool, mut on_new: impl FnMut(&Visitor)) -> io::Result<()> {
-        loop {
-            if self.is_full() && (!may_replace || self.has_speaker()) {
+    /// When [`WAITING_MAX`] front-ends wait, a new one replaces the silent one that has waited longest. When all of them have
+    /// spoken, further ones wait in the queue of the socket.
+    pub(super) fn take_connections(&mut self) -> io::Result<()> {
+        for _ in 0..WAITING_MAX {
+            if !self.has_room() {
                 return Ok(());
             }
             let Some(stream) = self.listener.accept()? else { return Ok(()) };
-            if self.is_full()
-                && let Some(silent) = self.waiting.pop_front()
-            {
-                info!(pid = silent.pid, "a front-end that says nothing is disconnected: too many are connected");
+            if self.is_full() {
+                self.remove_silent();
             }
             let visitor = Visitor::new(stream);
-            on_new(&visitor);
+            debug!(pid = visitor.pid, "a front-end is connected");
             self.waiting.push_back(visitor);
         }
+        Ok(())
     }
 
     /// Takes the first that has something to say.
@@ -121,17 +125,45 @@ impl Lobby {
         self.listener.to_poll().into_iter().chain(self.streams())
     }
 
-    fn has_speaker(&mut self) -> bool {
-        self.forget_gone();
-        self.waiting.iter().any(|visitor| visitor.word() == Word::Something)
+    /// Whether the next connection can be taken.
+    fn has_room(&self) -> bool {
+        !self.is_full() || self.waiting.iter().any(|visitor| visitor.word() != Word::Something)
     }
 
-    fn forget_gone(&mut self) {
-        self.waiting.retain(|visitor| visitor.word() != Word::Gone);
+    /// Disconnects the one that has been silent for longest.
+    fn remove_silent(&mut self) {
+        let index = self.waiting.iter().position(|visitor| visitor.word() != Word::Something);
+        if let Some(silent) = index.and_then(|index| self.waiting.remove(index))
+            && let Some(total) = self.log.count(Cause::new("replaced"))
+        {
+            info!(pid = silent.pid, total, "a front-end that says nothing is disconnected: too many are connected");
+        }
+    }
+
+    /// Calls `on_first_word` for each that has spoken since the last call, and forgets those that are gone without a word.
+    fn listen(&mut self, mut on_first_word: impl FnMut(&LogLimits, &Visitor)) {
+        let Self { waiting, log, .. } = self;
+        waiting.retain_mut(|visitor| {
+            let word = if visitor.has_spoken { Word::Nothing } else { visitor.word() };
+            if word == Word::Something {
+                visitor.has_spoken = true;
+                on_first_word(log, visitor);
+            }
+            word != Word::Gone
+        });
+    }
+
+    fn has_speaker(&self) -> bool {
+        self.waiting.iter().any(|visitor| visitor.has_spoken)
     }
 
     fn streams(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
         self.waiting.iter().map(|visitor| visitor.stream.as_fd())
+    }
+
+    /// Those of whom nothing was heard yet.
+    fn silent_streams(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        self.waiting.iter().filter(|visitor| !visitor.has_spoken).map(|visitor| visitor.stream.as_fd())
     }
 
     fn is_full(&self) -> bool {
@@ -143,7 +175,6 @@ impl Lobby {
 #[derive(Debug)]
 pub(super) struct Attendance<'a> {
     pub(super) lobby: &'a mut Lobby,
-    pub(super) log: &'a mut ConnectionLog,
     /// The one that is served.
     pub(super) served_pid: Option<i32>,
     /// What ends a wait when it is readable.
@@ -152,17 +183,22 @@ pub(super) struct Attendance<'a> {
 
 impl Attendance<'_> {
     fn take_connections(&mut self) -> bool {
-        let Self { lobby, log, served_pid, .. } = self;
-        let taken = lobby.take_connections(false, |visitor| {
-            if log.has_room() {
+        self.lobby.take_connections().inspect_err(|error| debug!(%error, "no front-end can be accepted now")).is_ok()
+    }
+
+    /// Names those that have begun to speak. One that only connects may want to know no more than whether this server is there.
+    fn listen(&mut self) {
+        let Self { lobby, served_pid, .. } = self;
+        lobby.listen(|log, visitor| {
+            if let Some(total) = log.count(Cause::new("waits")) {
                 warn!(
                     pid = visitor.pid,
                     served_pid = *served_pid,
+                    total,
                     "another front-end is connected; it waits until the one that is served is gone"
                 );
             }
         });
-        taken.inspect_err(|error| debug!(%error, "no front-end can be accepted now")).is_ok()
     }
 }
 
@@ -171,22 +207,20 @@ impl Waiter for Attendance<'_> {
         // After an error the socket would stay readable; the next message is soon enough.
         let mut may_accept = true;
         loop {
-            if self.lobby.is_full() {
-                self.lobby.forget_gone();
-            }
             let left =
                 wait.unfinished.map(|Unfinished { since, .. }| self.lobby.patience.saturating_sub(since.elapsed()));
-            let is_late = left.is_some_and(|left| left.is_zero());
+            let late = wait.unfinished.filter(|_| left.is_some_and(|left| left.is_zero()));
+            let too_late = late.filter(|_| self.lobby.has_speaker());
             let mut fds = vec![
                 PollFd::from_borrowed_fd(wait.socket, wait.events),
                 PollFd::from_borrowed_fd(self.wake, PollFlags::IN),
             ];
-            let listener = self.lobby.listener.to_poll().filter(|_| may_accept && !self.lobby.is_full());
+            let listener = self.lobby.listener.to_poll().filter(|_| may_accept && self.lobby.has_room());
             let listener_at = listener.map(|_| fds.len());
-            let others = self.lobby.streams().filter(|_| is_late);
-            fds.extend(listener.into_iter().chain(others).map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)));
-            // Late: for as long as it takes until another one speaks.
-            let limit = left.filter(|_| !is_late).map(timespec);
+            let others = listener.into_iter().chain(self.lobby.silent_streams());
+            fds.extend(others.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)));
+            // Late, and another one has not spoken: for as long as it takes until one does.
+            let limit = left.filter(|_| late.is_none() || too_late.is_some()).map(timespec);
             match poll(&mut fds, limit.as_ref()) {
                 Ok(_) | Err(Errno::INTR) => {}
                 Err(errno) => {
@@ -200,19 +234,18 @@ impl Waiter for Attendance<'_> {
             if is_ready(0) {
                 return Ok(false);
             }
+            if let Some(unfinished) = too_late {
+                return Err(too_late_error(unfinished));
+            }
             if listener_at.is_some_and(is_ready) {
                 may_accept = self.take_connections();
             }
-            if let (Some(unfinished), true) = (wait.unfinished, is_late)
-                && self.lobby.has_speaker()
-            {
-                return Err(too_late(unfinished));
-            }
+            self.listen();
         }
     }
 }
 
-fn too_late(Unfinished { what, since }: Unfinished) -> ConnectionError {
+fn too_late_error(Unfinished { what, since }: Unfinished) -> ConnectionError {
     let silent_s = since.elapsed().as_secs();
     match what {
         Undone::Message { got_bytes } => ConnectionError::Silent { got_bytes, silent_s },
@@ -228,14 +261,30 @@ fn timespec(time: Duration) -> Timespec {
 mod tests {
     use std::time::Instant;
 
+    use super::super::super::listener::SocketAccess;
     use super::*;
+
+    #[test]
+    fn a_flood_of_connections_is_taken_in_parts() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("socket");
+        let mut lobby = Lobby::new(Listener::bind(&path, SocketAccess::default()).unwrap(), PATIENCE);
+        let clients: Vec<_> = (0..3 * WAITING_MAX).map(|_| UnixStream::connect(&path).unwrap()).collect();
+        lobby.take_connections().unwrap();
+        assert_eq!(lobby.waiting.len(), WAITING_MAX);
+        assert!(lobby.listener.accept().unwrap().is_some(), "the others are still in the queue of the socket");
+        lobby.take_connections().unwrap();
+        assert_eq!(lobby.waiting.len(), WAITING_MAX);
+        assert!(lobby.listener.accept().unwrap().is_some());
+        drop(clients);
+    }
 
     #[test]
     fn a_front_end_is_told_what_it_left_undone() {
         let since = Instant::now();
-        let message = too_late(Unfinished { what: Undone::Message { got_bytes: 5 }, since });
+        let message = too_late_error(Unfinished { what: Undone::Message { got_bytes: 5 }, since });
         assert!(matches!(message, ConnectionError::Silent { got_bytes: 5, .. }), "{message}");
-        let reply = too_late(Unfinished { what: Undone::Reply, since });
+        let reply = too_late_error(Unfinished { what: Undone::Reply, since });
         assert!(matches!(reply, ConnectionError::Unread { .. }), "{reply}");
     }
 }

@@ -1,6 +1,5 @@
 //! Serving one front-end after another.
 
-mod connection_log;
 mod lobby;
 #[cfg(test)]
 mod tests;
@@ -14,13 +13,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
 use thiserror::Error;
-use tracing::{debug, info, warn};
+use tracing::{info, warn};
 
 use super::connection::{Connection, ConnectionError, Received};
 use super::device::Device;
 use super::listener::{BoundSocket, ListenError, Listener, SocketAccess};
 use super::session::{Session, SessionError, refresh_capacity};
-use connection_log::ConnectionLog;
+use crate::log_limit::Cause;
 use lobby::{Attendance, Lobby, PATIENCE, Visitor};
 
 /// How long to wait when a connection cannot be accepted, before it is tried again. The socket is readable all the while.
@@ -48,7 +47,6 @@ pub enum ServerError {
 #[derive(Debug)]
 pub struct Server {
     lobby: Lobby,
-    log: ConnectionLog,
     control: Arc<Control>,
 }
 
@@ -150,7 +148,7 @@ impl Server {
             is_refresh_due: AtomicBool::new(false),
             is_announcement_due: AtomicBool::new(false),
         };
-        Ok(Self { lobby: Lobby::new(listener, PATIENCE), log: ConnectionLog::default(), control: Arc::new(control) })
+        Ok(Self { lobby: Lobby::new(listener, PATIENCE), control: Arc::new(control) })
     }
 
     /// To tell the server things once it runs.
@@ -158,31 +156,50 @@ impl Server {
         ServerHandle { control: Arc::clone(&self.control) }
     }
 
-    /// Serves until [`ServerHandle::stop`], or until the only front-end is gone. All I/O of the device has ended when this
-    /// returns without an error.
+    /// Serves until [`ServerHandle::stop`], or until the only front-end is gone. Then the server stops listening, removes its
+    /// socket file and waits for I/O: all I/O of the device has ended when this returns without an error.
     ///
     /// A front-end that breaks the protocol, or dies, is disconnected; the next one is served.
     ///
     /// # Errors
     ///
     /// The socket gives no more connections. What passes, as a lack of descriptors or of memory, is waited for.
-    pub fn run(mut self, device: &mut dyn Device) -> Result<(), ServerError> {
+    pub fn run(self, device: &mut dyn Device) -> Result<(), ServerError> {
+        self.run_with(device, || {})
+    }
+
+    /// The same, and calls `on_closed` when the server has stopped listening, before it waits for I/O: to close further sockets.
+    ///
+    /// # Errors
+    ///
+    /// As [`run`](Self::run); `on_closed` is not called then.
+    pub fn run_with(mut self, device: &mut dyn Device, on_closed: impl FnOnce()) -> Result<(), ServerError> {
         while let Some(visitor) = self.next_front_end(device)? {
             let pid = visitor.pid;
-            if self.log.has_room() {
-                info!(pid, "front-end connected");
+            if let Some(total) = self.lobby.log.count(Cause::new("connected")) {
+                info!(pid, total, "front-end connected");
             }
             let end = self.serve(visitor, device);
             if let Ok(End::Stopped) = end {
                 break;
             }
-            if self.log.has_room() {
-                match end {
-                    Ok(_) => info!(pid, "front-end disconnected"),
-                    Err(error) => warn!(pid, %error, "connection to the front-end closed"),
+            match end {
+                Ok(_) => {
+                    if let Some(total) = self.lobby.log.count(Cause::new("disconnected")) {
+                        info!(pid, total, "front-end disconnected");
+                    }
+                }
+                Err(error) => {
+                    if let Some(total) = self.lobby.log.count(error.cause()) {
+                        warn!(pid, %error, total, "connection to the front-end closed");
+                    }
                 }
             }
         }
+        // The last I/O may take any time. A front-end that connects meanwhile would wait for an answer, and a successor could not
+        // listen here. The lock of the disk keeps the successor's requests away from this I/O.
+        drop(self.lobby);
+        on_closed();
         info!("stopping: waiting for the last I/O");
         device.reset();
         Ok(())
@@ -200,9 +217,7 @@ impl Server {
             if self.control.take_news().is_refresh_due {
                 refresh_capacity(device);
             }
-            let taken =
-                self.lobby.take_connections(true, |visitor| debug!(pid = visitor.pid, "a front-end is connected"));
-            let is_paused = match taken {
+            let is_paused = match self.lobby.take_connections() {
                 Ok(()) => false,
                 Err(error) if is_lasting(&error) => return Err(system("accepting a front-end")(error)),
                 Err(error) => {
@@ -230,11 +245,16 @@ impl Server {
 
     /// One front-end, from connection to disconnection.
     fn serve(&mut self, visitor: Visitor, device: &mut dyn Device) -> Result<End, ServeError> {
-        let Self { lobby, log, control } = self;
+        let Self { lobby, control } = self;
         let served_pid = visitor.pid;
         let mut connection = Connection::new(visitor.stream);
         let (wake, stop) = (control.wake.as_fd(), control.stop.as_fd());
-        device.set_peer(connection.peer_watch().inspect_err(|error| warn!(%error, "cannot watch the front-end")).ok());
+        let watch = connection.peer_watch().inspect_err(|error| {
+            if let Some(total) = lobby.log.count(Cause::new("not watched")) {
+                warn!(%error, total, "cannot watch the front-end");
+            }
+        });
+        device.set_peer(watch.ok());
         // The disk may have been resized while nobody was there to be told.
         refresh_capacity(device);
         let mut session = Session::new(device);
@@ -249,21 +269,32 @@ impl Server {
             if news.is_announcement_due {
                 session.notify_config_change();
             }
-            match connection.receive(Attendance { lobby: &mut *lobby, log: &mut *log, served_pid, wake })? {
+            match connection.receive(Attendance { lobby: &mut *lobby, served_pid, wake })? {
                 Received::Closed => {
-                    if let Some(farewell) = session.farewell() {
-                        warn!(pid = served_pid, "front-end: {farewell}");
+                    if let Some(farewell) = session.farewell()
+                        && let Some(total) = lobby.log.count(Cause::new("farewell"))
+                    {
+                        warn!(pid = served_pid, total, "front-end: {farewell}");
                     }
                     return Ok(End::Closed);
                 }
                 Received::Woken => {}
                 Received::Message(message) => {
                     if let Some(reply) = session.handle(message)? {
-                        connection
-                            .send(&reply, Attendance { lobby: &mut *lobby, log: &mut *log, served_pid, wake: stop })?;
+                        connection.send(&reply, Attendance { lobby: &mut *lobby, served_pid, wake: stop })?;
                     }
                 }
             }
+        }
+    }
+}
+
+impl ServeError {
+    /// The cause for the limits of log lines. The front-end chooses the request, so the request is no part of it.
+    fn cause(&self) -> Cause {
+        match self {
+            Self::Connection(error) => error.cause(),
+            Self::Session(error) => error.source.cause(),
         }
     }
 }

@@ -9,7 +9,10 @@ use std::time::Duration;
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 
 use super::super::fake::{Call, Calls, FakeDevice};
+use super::super::message::Header;
+use super::super::session::RequestError;
 use super::*;
+use crate::log_limit::LogLimits;
 
 const GET_FEATURES: u32 = 1;
 const SET_PROTOCOL_FEATURES: u32 = 16;
@@ -136,6 +139,36 @@ fn a_front_end_that_stops_in_the_middle_of_a_message_is_disconnected_once_anothe
 }
 
 #[test]
+fn more_silent_front_ends_than_are_known_at_a_time_do_not_hide_the_one_that_waits_for_a_stuck_one() {
+    let rig = Rig::with_patience(Duration::from_millis(50));
+    let mut stuck = rig.connect();
+    synchronise(&mut stuck);
+    stuck.write_all(&message(GET_FEATURES, &[])[..5]).unwrap();
+    let _silent: Vec<_> = (0..40).map(|_| rig.connect()).collect();
+    let mut speaking = rig.connect();
+    speaking.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+    synchronise(&mut speaking);
+    expect_end(&mut stuck);
+    rig.stop();
+}
+
+#[test]
+fn a_front_end_that_has_spoken_keeps_its_place_when_many_connect() {
+    let rig = Rig::start();
+    let mut served = rig.connect();
+    synchronise(&mut served);
+    let mut waiting = rig.connect();
+    waiting.write_all(&message(GET_FEATURES, &[])).unwrap();
+    synchronise(&mut served);
+    let _silent: Vec<_> = (0..40).map(|_| rig.connect()).collect();
+    synchronise(&mut served);
+    drop(served);
+    waiting.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+    waiting.read_exact(&mut [0; 20]).unwrap();
+    rig.stop();
+}
+
+#[test]
 fn a_front_end_that_reads_no_replies_is_disconnected_once_another_one_has_waited() {
     let rig = Rig::with_patience(Duration::from_millis(50));
     let mut first = rig.connect();
@@ -182,10 +215,66 @@ fn a_front_end_that_breaks_the_protocol_is_disconnected_and_the_next_one_served(
     rig.stop();
 }
 
+/// The line on a changed device is the only explanation of a guest that has lost its disk.
+#[test]
+fn a_flood_of_connections_hides_no_error_of_another_kind() {
+    let log = LogLimits::new();
+    let session = |source| ServeError::from(SessionError { request: SET_PROTOCOL_FEATURES, source });
+    let (flags, version) = ([9, 5, 0].map(u32::to_ne_bytes), [9, 0, 0].map(u32::to_ne_bytes));
+    let header = |bytes: [[u8; 4]; 3]| {
+        let bytes = bytes.as_flattened().try_into().unwrap();
+        ServeError::from(ConnectionError::from(Header::parse(bytes).unwrap_err()))
+    };
+    let flood = [
+        Cause::new("connected"),
+        Cause::new("disconnected"),
+        ServeError::from(ConnectionError::FdsLost).cause(),
+        header(flags).cause(),
+        header(version).cause(),
+        session(RequestError::NotNegotiated { feature: "CONFIG" }).cause(),
+    ];
+    for cause in flood {
+        assert_eq!(log.count(cause), Some(1), "each has its own limit");
+        (0..1000).for_each(|_| assert_eq!(log.count(cause), None));
+    }
+    let changed = session(RequestError::DeviceChanged("another device".into()));
+    assert_eq!(log.count(changed.cause()), Some(1));
+    // Values of a message are no part of a cause.
+    let truncated = |got_bytes| ServeError::from(ConnectionError::Truncated { got_bytes }).cause();
+    assert_eq!(truncated(1), truncated(2));
+}
+
 #[test]
 fn the_server_ends_while_it_waits_for_a_front_end() {
     let calls = Rig::start().stop();
     assert_eq!(calls, [Call::Reset], "the I/O is waited for");
+}
+
+#[test]
+fn a_server_that_waits_for_its_last_io_leaves_its_socket_to_a_successor() {
+    let rig = Rig::start();
+    let mut served = rig.connect();
+    synchronise(&mut served);
+    let mut waiting = rig.connect();
+    let last_io = rig.calls.last_io.clone();
+    let io_under_way = last_io.lock().unwrap();
+    rig.handle.stop();
+    while !rig.calls.take().contains(&Call::Reset) {
+        thread::yield_now();
+    }
+    let successor = Server::bind(&rig.path).expect("the path is free");
+    expect_end(&mut served);
+    expect_end(&mut waiting);
+    let handle = successor.handle();
+    let thread = thread::spawn(move || successor.run(&mut FakeDevice::default()));
+    synchronise(&mut rig.connect());
+
+    drop(io_under_way);
+    rig.thread.join().unwrap().unwrap();
+    synchronise(&mut UnixStream::connect(&rig.path).expect("the socket file of the successor is left"));
+    handle.stop();
+    thread.join().unwrap().unwrap();
+    assert!(!rig.path.exists());
 }
 
 #[test]

@@ -145,7 +145,7 @@ pub enum RequestError {
 
 impl RequestError {
     /// The cause for the limits of log lines: what is wrong, without the values.
-    pub(super) fn cause(&self) -> Cause {
+    pub(in crate::vhost_user) fn cause(&self) -> Cause {
         match self {
             Self::Message(error) => Cause::new((discriminant(self), discriminant(error))),
             Self::Memory(error) => Cause::new((discriminant(self), discriminant(error))),

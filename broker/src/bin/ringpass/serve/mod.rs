@@ -110,8 +110,7 @@ pub(crate) fn run(args: &ServeArgs) -> anyhow::Result<ExitCode> {
         engine: engine.control(),
         started: control::Started::now(),
     };
-    // Answers until the end of the process.
-    let _control = control::serve(control_socket, source)?;
+    let control = control::serve(control_socket, source)?;
     let handle = server.handle();
     // Nobody else sets it.
     let _ = connections.server.set(handle.clone());
@@ -126,7 +125,8 @@ pub(crate) fn run(args: &ServeArgs) -> anyhow::Result<ExitCode> {
         queue_size = device.queue_size(),
         "waiting for a front-end"
     );
-    let result = server.run(&mut engine);
+    // A successor must find no socket in use, also if the last I/O takes long.
+    let result = server.run_with(&mut engine, || drop(control));
     engine.shutdown();
     result?;
     Ok(ExitCode::SUCCESS)
