@@ -217,7 +217,7 @@ impl Field {
     const SEGMENT_BYTES: Self = Self::new(8, 4, "bytes of a segment", "the ringpass version from before");
     const SEGMENTS: Self = Self::new(12, 4, "segments of a request", "a --queue-size as before");
     const BLOCK_BYTES: Self = Self::new(20, 4, "logical block", "--logical-block-size {}");
-    const QUEUES: Self = Self::new(34, 2, "queues", "--num-queues {} or more");
+    const QUEUES: Self = Self::new(34, 2, "queues in use", "--num-queues {} or more");
     const DISCARD_SECTORS: Self = Self::new(36, 4, "sectors of a discard", OF_THE_DISK);
     const DISCARD_RANGES: Self = Self::new(40, 4, "ranges of a discard", "the ringpass version from before");
     const ZEROES_SECTORS: Self = Self::new(48, 4, "sectors of a write zeroes request", OF_THE_DISK);

@@ -62,7 +62,7 @@ fn what_the_driver_would_not_notice_is_refused_with_the_option_that_makes_it_as_
         ),
         (
             BlkParameters { num_queues: 2, ..parameters() },
-            "queues: 4 before the restart, 2 now (--num-queues 4 or more)",
+            "queues in use: 4 before the restart, 2 now (--num-queues 4 or more)",
         ),
         (
             BlkParameters { queue_size: 64, ..parameters() },
@@ -102,7 +102,7 @@ fn what_the_driver_would_not_notice_is_refused_with_the_option_that_makes_it_as_
     }
     let two = BlkParameters { num_queues: 2, logical_block_bytes: 4096, ..parameters() };
     let refusal = compare(two).expect_err("another device");
-    assert!(refusal.contains("(--logical-block-size 512); queues: 4"), "each of them is named: {refusal}");
+    assert!(refusal.contains("(--logical-block-size 512); queues in use: 4"), "each of them is named: {refusal}");
     let was_read_only = told(BlkParameters { read_only: true, ..parameters() }, EVERYTHING);
     let refusal = was_read_only.compare(&told(parameters(), 0), QUEUES).expect_err("another device").to_string();
     assert!(refusal.contains("read-write now (start it with --read-only)"), "{refusal}");
