@@ -15,7 +15,7 @@ use nix::sys::signal::{SigSet, Signal, raise};
 /// What is on disk, by the order in which it was made.
 static MADE: Mutex<BTreeMap<u64, Made>> = Mutex::new(BTreeMap::new());
 
-/// The signals that would end the process and that nobody else uses. The virtual machines use a realtime signal.
+/// The signals that would end the process and have no other use here. The virtual machines use a realtime signal.
 const ENDING: [Signal; 13] = [
     Signal::SIGHUP,
     Signal::SIGINT,

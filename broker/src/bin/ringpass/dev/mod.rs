@@ -113,7 +113,7 @@ fn show_all(command: &DevCommand, devices: &Devices) -> anyhow::Result<ExitCode>
     Ok(if is_complete { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-/// Until somebody ends it. A device that is gone is waited for.
+/// Runs until the user ends it, and waits for a device that is gone.
 fn watch(command: &DevCommand, devices: &Devices, device: &str, seconds: f64) -> anyhow::Result<()> {
     let mut before: DeviceStats = devices.ask(device, "stats")?;
     let mut counted_at = Instant::now();

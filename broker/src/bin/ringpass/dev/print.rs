@@ -227,7 +227,7 @@ mod tests {
         // More than before as well: what tells is the process, and its age is half a second.
         let row = last_row(&counted(100, 1000, Some(7)), &counted(300, 5000, Some(8)));
         assert_eq!(row, ["1", "600", "600.0", "0", "0.0", "0", "0", "0", "0", "0", "10000"]);
-        // One that does not say when it started.
+        // A server that does not say when it started.
         let row = last_row(&counted(100, 1000, None), &counted(30, 50, None));
         assert_eq!(row, ["1", "15", "15.0", "0", "0.0", "0", "0", "0", "0", "0", "25"]);
     }

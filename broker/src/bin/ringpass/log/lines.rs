@@ -5,7 +5,7 @@
 //! room are counted, and the count is told in their place.
 //!
 //! `tracing-appender`'s non-blocking writer does not fit: its thread starts before the first line, but a process can give up its
-//! privileges only while it has one thread; and it tells the count to nobody. Here lines are written by the thread that has them
+//! privileges only while it has one thread; and it reports the count nowhere. Here lines are written by the thread that has them
 //! until [`Lines::write_in_background`], if standard error takes them at once.
 
 use std::collections::VecDeque;
