@@ -162,11 +162,11 @@ pub fn in_guest(program: &Path, config: LinuxGuestConfig, amount: Amount, seed: 
 pub fn document(reports: &[KernelReport]) -> String {
     let mut text = String::from(
         "# Kernels on which the restriction policies were tested\n\n\
-         Written by `cargo xtask kernel-support`; do not edit. Each row is one run of the program `policy_on_kernel`\n\
-         (`tests/policy-on-kernel`) on that kernel. It ends at the first disagreement of kernel and checker, and at the\n\
-         first byte that is changed outside the registered buffers or the file in the table; so a row is a run without any.\n\n\
-         - **Semantics**: what a table with rules of one class only means for the other class: denied before Linux 7.0, free\n  \
-         from then on. Found by trial.\n\
+         `cargo xtask kernel-support` writes this file; do not edit it. Each row is one run of the program `policy_on_kernel`\n\
+         (`tests/policy-on-kernel`) on that kernel. A run ends at the first disagreement between kernel and checker, and at the\n\
+         first byte that changes outside the registered buffers or the file in the table. A run that ends there gets no row.\n\n\
+         - **Semantics**: what the kernel does with one class of operations if the table has rules for the other class only. It\n  \
+         denies them before Linux 7.0, and allows all of them from then on. The program finds this out by trial.\n\
          - **Operations**: SQE operations that the kernel executes, and register operations that a table can name.\n\
          - **Compared**: SQEs on which kernel and checker agreed, in verdict and errno: all 256 opcodes with all 256 flags\n  \
          under each built-in policy, and random SQEs under random tables.\n\
