@@ -21,18 +21,19 @@ const RECONNECT: [&str; 2] = ["reconnect=1", "reconnect-ms=1000"];
 fn main() -> ExitCode {
     let needs = || broker_process::needs().into_iter().chain([Need::program(QEMU, "qemu-system-x86")]);
     harness::run(vec![
-        test("qemu_takes_the_command_line_of_the_readme", needs(), || runs(&readme()?)),
+        test("qemu_takes_the_command_line_of_the_readme", needs(), || runs(&document("README.md")?)),
+        test("qemu_takes_the_command_line_of_the_document_on_running", needs(), || runs(&document("docs/running.md")?)),
         test("qemu_takes_the_options_that_serve_help_shows", needs(), || runs(&help()?)),
     ])
 }
 
-/// The whole command of README.md.
-fn readme() -> Result<String> {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../README.md");
+/// The whole command that a document of the repository shows.
+fn document(name: &str) -> Result<String> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("..").join(name);
     let text = fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
-    let command = text.split_once("$ qemu-system-x86_64 ").context("README.md shows no command")?.1;
+    let command = text.split_once("$ qemu-system-x86_64 ").with_context(|| format!("{name} shows no command"))?.1;
     let (command, explained) = command.split_once(" ...\n```\n").context("the command has no end")?;
-    ensure!(RECONNECT.iter().all(|option| explained.contains(option)), "README.md names one option for one version");
+    ensure!(RECONNECT.iter().all(|option| explained.contains(option)), "{name} names one option for one version");
     Ok(command.replace("\\\n", " ").replace("/run/vm1.sock", "PATH"))
 }
 
