@@ -11,74 +11,75 @@ use super::rings::Rings;
 /// Size of a descriptor in bytes.
 const DESCRIPTOR_BYTES: u64 = size_of::<Descriptor>() as u64;
 
-/// Indirect tables may have this many entries also in queues that are smaller.
+/// Indirect tables may have this many entries even in smaller queues.
 ///
-/// VIRTIO wants no chain longer than the queue (2.7.5.3.1), but Linux only looks at the number of segments that the
-/// device allows, and a front-end may give the queue a smaller size than the device's configuration was made for.
+/// VIRTIO allows no chain longer than the queue (2.7.5.3.1), but Linux only looks at the number of segments that the
+/// device allows, and a front-end may choose a smaller queue size than the device's configuration was made for.
 const INDIRECT_ENTRIES_MIN_LIMIT: u32 = 1024;
 
-/// The buffers of all descriptors of a chain are at most this long together (VIRTIO 1.2, 2.7.5.2).
+/// The maximum total length of the buffers of a chain (VIRTIO 1.2, 2.7.5.2).
 const CHAIN_BYTES_MAX: u64 = 1 << 32;
 
-/// What is wrong with a chain. Whatever was read of it before is as the driver wrote it.
+/// What is wrong with a chain. The descriptors that the iterator returned before the error are those that the driver
+/// wrote.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
 pub enum ChainError {
-    /// A descriptor names a next one that is not in its table.
-    #[error("descriptor {index} is named in a table of {table_entries}")]
+    /// A descriptor names a next descriptor outside its table.
+    #[error("the chain names descriptor {index}, but its table has {table_entries}")]
     IndexOutOfRange {
-        /// The index that was named.
+        /// The index that the chain names.
         index: u16,
         /// Number of entries of the table.
         table_entries: u32,
     },
-    /// More descriptors than the table has: some come twice.
+    /// The chain has more descriptors than its table, so it contains some of them twice.
     #[error("the chain is a loop: it did not end after the {table_entries} entries of its table")]
     Loop {
         /// Number of entries of the table.
         table_entries: u32,
     },
-    /// A descriptor is not in guest memory.
+    /// A descriptor is outside guest memory.
     #[error("the descriptor at {gpa:#x} is not in guest memory")]
     OutsideMemory {
         /// Guest-physical address of the descriptor.
         gpa: u64,
     },
     /// A descriptor of an indirect table refers to an indirect table (VIRTIO 1.2, 2.7.5.3.1).
-    #[error("an indirect table inside an indirect table")]
+    #[error("a descriptor in an indirect table refers to another indirect table")]
     IndirectInIndirect,
-    /// A descriptor that refers to an indirect table and to a next descriptor (VIRTIO 1.2, 2.7.5.3.1).
-    #[error("a descriptor with both INDIRECT and NEXT")]
+    /// A descriptor refers to an indirect table and to a next descriptor (VIRTIO 1.2, 2.7.5.3.1).
+    #[error("a descriptor has both INDIRECT and NEXT")]
     IndirectWithNext,
-    /// An indirect table is not a whole number of descriptors, empty, or longer than a chain may be.
-    #[error("an indirect table of {len_bytes} bytes: it must have 1 to {entries_max} descriptors of 16 bytes")]
+    /// An indirect table is empty, longer than a chain may be, or not a whole number of descriptors.
+    #[error("the indirect table has {len_bytes} bytes: it must have 1 to {entries_max} descriptors of 16 bytes")]
     IndirectLength {
-        /// Its length in bytes.
+        /// Length of the table in bytes.
         len_bytes: u32,
-        /// How many entries it may have.
+        /// Maximum number of entries.
         entries_max: u32,
     },
-    /// The buffers are longer than 4 GiB together (VIRTIO 1.2, 2.7.5.2).
-    #[error("the buffers of the chain are longer than 4 GiB together")]
+    /// The total length of the buffers exceeds 4 GiB (VIRTIO 1.2, 2.7.5.2).
+    #[error("the buffers of the chain are longer than 4 GiB in total")]
     TooManyBytes,
 }
 
-/// One descriptor chain: an iterator over its descriptors, each copied out of guest memory once.
+/// One descriptor chain: an iterator that copies each descriptor out of guest memory once.
 ///
-/// Indirect tables are followed; what comes out are the descriptors of buffers only. They are followed for drivers that have not
-/// accepted VIRTIO_RING_F_INDIRECT_DESC, too: VIRTIO forbids those to use them (2.7.5.3.1) and does not say what a device does.
-/// QEMU and SPDK follow them as well, and for the device it is no more work or risk than a chain in the queue's own table. Nothing is known yet of where the
-/// buffers are. After an error, or its last descriptor, it yields nothing more. It ends for every input: it yields at
-/// most the descriptors of two tables.
+/// The iterator follows indirect tables and returns only the descriptors of buffers. It follows them even for drivers
+/// that have not accepted VIRTIO_RING_F_INDIRECT_DESC. VIRTIO forbids those drivers to use them (2.7.5.3.1) and does
+/// not say what a device does; QEMU and SPDK follow them as well, and for the device this is no more work or risk than
+/// a chain in the queue's own table. The iterator does not check the addresses of the buffers. After an error, or its
+/// last descriptor, it returns nothing more. It ends for every input: it returns at most the descriptors of two tables.
 #[derive(Debug)]
 pub struct DescriptorChain<'m> {
     memory: &'m GuestMemoryMmap,
     head: u16,
     table: Table<'m>,
-    /// The descriptor that comes next.
+    /// The next descriptor.
     next: Option<u16>,
-    /// How many descriptors of the table may still come.
+    /// How many descriptors of the table may still follow.
     entries_left: u32,
-    /// How many entries an indirect table may have.
+    /// Maximum number of entries of an indirect table.
     indirect_entries_max: u32,
     is_indirect: bool,
     bytes: u64,
@@ -104,7 +105,7 @@ impl<'m> Table<'m> {
         let offset_bytes = u64::from(index) * DESCRIPTOR_BYTES;
         let outside = || ChainError::OutsideMemory { gpa: self.gpa.0.wrapping_add(offset_bytes) };
         if let Some(slice) = self.slice {
-            // Two words, each loaded once, rather than a copy of 16 bytes: that would be a call.
+            // Loads two words, each once, because a copy of 16 bytes would be a function call.
             let word = |offset| slice.get_atomic_ref::<AtomicU64>(offset).map(|word| word.load(Ordering::Relaxed));
             let offset = offset_bytes as usize;
             // An indirect table may be at any address (VIRTIO 1.2, 2.7.5.3).
@@ -124,7 +125,7 @@ impl<'m> DescriptorChain<'m> {
         Self::in_table(memory, Table::new(memory, table_gpa, queue_size.into()), head)
     }
 
-    /// The same for a table that is translated already.
+    /// The same for a table that is already translated.
     #[inline]
     pub(super) fn in_queue(memory: &'m GuestMemoryMmap, rings: &'m Rings, head: u16) -> Self {
         let table =
@@ -146,17 +147,17 @@ impl<'m> DescriptorChain<'m> {
         }
     }
 
-    /// Index of the first descriptor: by this the chain is completed.
+    /// Index of the first descriptor, by which the chain is completed.
     pub fn head(&self) -> u16 {
         self.head
     }
 
-    /// The memory that the chain's addresses are in.
+    /// The memory that the chain's addresses refer to.
     pub fn memory(&self) -> &'m GuestMemoryMmap {
         self.memory
     }
 
-    /// The descriptor of the next buffer. `next` of the chain is taken already.
+    /// The descriptor of the next buffer. The caller has taken `next` of the chain.
     fn step(&mut self, mut index: u16) -> Result<Descriptor, ChainError> {
         loop {
             let table_entries = self.table.entries;

@@ -1,28 +1,28 @@
-//! For tests: what happens between any two stores to shared memory. A process dies, or somebody else has a look.
+//! For tests: an event between any two stores to shared memory. A process dies, or a visitor looks at the memory.
 
 use std::cell::{Cell, RefCell};
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 
-/// How many stores come before it, and what happens.
+/// The number of stores before the event, and the event.
 type Visit = (u64, Box<dyn FnOnce()>);
 
 thread_local! {
-    /// How many stores are still made; `None`: all.
+    /// How many more stores the thread makes; `None`: all.
     static STORES_LEFT: Cell<Option<u64>> = const { Cell::new(None) };
-    /// What happens between two stores to come.
+    /// The event between two future stores.
     static VISIT: RefCell<Option<Visit>> = const { RefCell::new(None) };
-    /// How many stores were made in all.
+    /// How many stores the thread has made in total.
     static STORES_MADE: Cell<u64> = const { Cell::new(0) };
 }
 
-/// What unwinds from the store that is not made any more.
+/// The panic payload of the first store that the process does not make any more.
 struct Death;
 
 /// Called before each store to memory that outlives the process.
 pub(super) fn before_store() {
     if let Some(left) = STORES_LEFT.get() {
         if left == 0 {
-            // Not `panic!`: nothing is wrong, and nothing is to be printed.
+            // Not `panic!`: nothing is wrong, and nothing should be printed.
             resume_unwind(Box::new(Death));
         }
         STORES_LEFT.set(Some(left - 1));
@@ -46,7 +46,7 @@ pub(super) fn visit_after(stores: u64, visit: impl FnOnce() + 'static) {
     VISIT.set(Some((stores, Box::new(visit))));
 }
 
-/// Whether the visit has happened. If not, it will not.
+/// Whether the visit has happened. If it has not, it will not happen any more.
 pub(super) fn was_visited() -> bool {
     VISIT.take().is_none()
 }
@@ -54,7 +54,7 @@ pub(super) fn was_visited() -> bool {
 /// Runs `life`, which dies after `stores` stores. `None`: it died.
 pub(super) fn live_for<T>(stores: u64, life: impl FnOnce() -> T) -> Option<T> {
     STORES_LEFT.set(Some(stores));
-    // What `life` leaves half-done in shared memory is what the tests are about; the rest is not used again.
+    // The tests examine what `life` leaves half-done in shared memory; nothing else of it is used again.
     let result = catch_unwind(AssertUnwindSafe(life));
     STORES_LEFT.set(None);
     match result {

@@ -1,7 +1,8 @@
-//! The device record: what the driver was told of the device, behind the queues of an in-flight region.
+//! The device record: what the driver was told of the device. It lies behind the queues of an in-flight region.
 //!
-//! The front-end gives the region to the next process, which so learns what its guest relies on. The vhost-user specification knows
-//! of no such record: it lies behind what other back-ends look at, and only in regions that ringpass made.
+//! The front-end gives the region to the next process, which learns from the record what its guest relies on. The
+//! vhost-user specification does not know this record. It lies behind the part that other back-ends look at, and only
+//! in regions that ringpass made.
 //!
 //! ```text
 //! 0    magic, then the version of this format (64 bits each)
@@ -9,9 +10,9 @@
 //! 320  slot 1          each slot: sequence number, length in bytes, the record in words of 64 bits, checksum
 //! ```
 //!
-//! A record is written to the slot that does not have the newest whole one, its checksum last. So a process that is killed in between
-//! leaves the record before. Everything here is memory of the front-end: what is loaded may be anything, and is copied before it is
-//! checked.
+//! A process writes a record to the slot that does not hold the newest whole record, and writes its checksum last. So a
+//! process that dies in between leaves the previous record. Everything here is memory of the front-end: a loaded value
+//! may be anything, and the code copies it before it checks it.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -19,7 +20,7 @@ use super::shared_memory::SharedMemory;
 
 /// The longest record in bytes.
 pub const DEVICE_RECORD_MAX_BYTES: usize = RECORD_WORDS * WORD_BYTES;
-/// What the area takes in a region, in bytes.
+/// Size of the record area of a region, in bytes.
 pub(super) const AREA_BYTES: usize = SLOTS_OFFSET + SLOTS * SLOT_BYTES;
 
 const MAGIC: u64 = u64::from_le_bytes(*b"ringpass");
@@ -33,11 +34,11 @@ const SLOT_BYTES: usize = 256;
 const SLOT_WORDS: usize = SLOT_BYTES / WORD_BYTES;
 const RECORD_WORDS: usize = SLOT_WORDS - 3;
 
-/// The area for records of a mapped region.
+/// The record area of a mapped region.
 #[derive(Clone, Debug)]
 pub(super) struct DeviceRecordArea(SharedMemory);
 
-/// A slot that was copied and holds a whole record.
+/// A copied slot that holds a whole record.
 #[derive(Debug, PartialEq, Eq)]
 struct Whole {
     number: usize,
@@ -46,13 +47,13 @@ struct Whole {
 }
 
 impl DeviceRecordArea {
-    /// Makes an area of zeroes ready for records.
+    /// Prepares a zeroed area for records.
     pub(super) fn prepare(area: &SharedMemory) {
         area.to_store::<AtomicU64>(VERSION_OFFSET).store(VERSION, Ordering::Release);
         area.to_store::<AtomicU64>(0).store(MAGIC, Ordering::Release);
     }
 
-    /// The area, if a ringpass made it that has the same format.
+    /// The area, if a ringpass with the same format made it.
     pub(super) fn find(area: SharedMemory) -> Option<Self> {
         let word = |offset| area.atomic::<AtomicU64>(offset).load(Ordering::Acquire);
         (word(0) == MAGIC && word(VERSION_OFFSET) == VERSION).then_some(Self(area))
@@ -63,7 +64,7 @@ impl DeviceRecordArea {
         self.newest().map(|whole| whole.record)
     }
 
-    /// Writes a record of at most [`DEVICE_RECORD_MAX_BYTES`], unless it is the newest already.
+    /// Writes a record of at most [`DEVICE_RECORD_MAX_BYTES`], unless the newest record is the same.
     pub(super) fn write(&self, record: &[u8]) {
         let newest = self.newest();
         if record.len() > DEVICE_RECORD_MAX_BYTES || newest.as_ref().is_some_and(|newest| newest.record == record) {
@@ -86,7 +87,7 @@ impl DeviceRecordArea {
 
     fn newest(&self) -> Option<Whole> {
         let slots = (0..SLOTS).filter_map(|number| self.whole(number));
-        // Sequence numbers come round, if anybody forges them.
+        // Sequence numbers wrap if a front-end forges them.
         slots.reduce(|one, other| if other.sequence.wrapping_sub(one.sequence) as i64 > 0 { other } else { one })
     }
 
@@ -108,7 +109,7 @@ fn offset(slot: usize, word: usize) -> usize {
     SLOTS_OFFSET + slot * SLOT_BYTES + word * WORD_BYTES
 }
 
-/// FNV-1a: tells a slot that was written to its end from one that was not. A front-end that forges it harms only itself.
+/// FNV-1a: distinguishes a completely written slot from a partial one. A front-end that forges it harms only itself.
 fn checksum(words: &[u64]) -> u64 {
     let bytes = words.iter().flat_map(|word| word.to_le_bytes());
     bytes.fold(0xcbf2_9ce4_8422_2325, |sum, byte| (sum ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3))

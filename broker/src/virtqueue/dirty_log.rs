@@ -6,16 +6,16 @@ use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use super::shared_memory::{SharedMemory, SharedMemoryError};
 use crate::lost_memory::Purpose;
 
-/// Size of the pages that one bit of the log stands for (`VHOST_LOG_PAGE` of vhost-user).
+/// Size of the page that one bit of the log stands for (`VHOST_LOG_PAGE` of vhost-user).
 const PAGE_BYTES: u64 = 4096;
 
 /// The front-end's log of pages that the device wrote (VHOST_USER_SET_LOG_BASE): one bit for each 4 KiB page of
 /// guest-physical addresses, from address 0 on.
 ///
-/// The front-end clears bits and then reads the pages. So a page is marked *after* it was written, and before anybody
-/// learns that it was.
+/// The front-end clears bits and then reads the pages. So the device marks a page *after* it has written it, and before
+/// the driver or the front-end can learn of the write.
 ///
-/// Any number of threads may mark at the same time.
+/// Several threads may mark at the same time.
 #[derive(Debug)]
 pub struct DirtyLog {
     bits: SharedMemory,
@@ -27,14 +27,15 @@ impl DirtyLog {
     ///
     /// # Errors
     ///
-    /// The area is empty, not at a page boundary of the file, not all in the file, or cannot be mapped for writing.
+    /// The area is empty, not at a page boundary of the file, partly beyond the end of the file, or cannot be mapped
+    /// for writing.
     pub fn from_fd(fd: OwnedFd, offset_bytes: u64, size_bytes: u64) -> Result<Self, SharedMemoryError> {
         let bits = SharedMemory::map(fd, offset_bytes, size_bytes, Purpose::DirtyLog)?;
         Ok(Self { bits, out_of_range_pages: AtomicU64::new(0) })
     }
 
-    /// Marks the pages of `len_bytes` bytes from `gpa` on as written. Pages that the log has no bit for are counted, and
-    /// the first of a log is reported: the guest that arrives elsewhere may lack them.
+    /// Marks the pages of `len_bytes` bytes from `gpa` on as written. Counts the pages that the log has no bit for, and
+    /// logs the first of them: the guest may lack them at the destination of the migration.
     pub fn mark(&self, gpa: u64, len_bytes: u64) {
         let Some(last_offset) = len_bytes.checked_sub(1) else { return };
         let first_page = gpa / PAGE_BYTES;
@@ -46,7 +47,7 @@ impl DirtyLog {
             let byte_end = (page / 8 + 1) * 8;
             let end = byte_end.min(logged_end);
             let mask = bits_from(page % 8) & bits_below(end - page / 8 * 8);
-            // Release: whoever sees the bit sees the page's new content.
+            // Release: a reader that sees the bit also sees the page's new content.
             self.bits.to_store::<AtomicU8>((page / 8) as usize).fetch_or(mask, Ordering::Release);
             page = end;
         }
@@ -56,17 +57,17 @@ impl DirtyLog {
             tracing::warn!(
                 gpa = format_args!("{gpa:#x}"),
                 log_bytes,
-                "the front-end's dirty log has no bit for a page that was written: the guest may miss it after a migration"
+                "page not logged: the front-end's dirty log has no bit for it (the guest may lack it after a migration)"
             );
         }
     }
 
-    /// True: they are the first ones.
+    /// True: these are the first ones.
     fn count_out_of_range(&self, pages: u64) -> bool {
         self.out_of_range_pages.fetch_add(pages, Ordering::Relaxed) == 0
     }
 
-    /// How many pages were to be marked for which the log has no bit: the front-end made it too small.
+    /// How many written pages had no bit in the log, because the front-end made it too small.
     pub fn out_of_range_pages(&self) -> u64 {
         self.out_of_range_pages.load(Ordering::Relaxed)
     }

@@ -6,33 +6,33 @@ use thiserror::Error;
 
 use crate::log_limit::Cause;
 
-/// Why a queue cannot start or go on. It concerns this queue only: others are not affected.
+/// Why a queue cannot start or go on. The error concerns this queue only.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum QueueError {
     /// The number of descriptors breaks VIRTIO 1.2, 2.7.
     #[error("a queue of {size} descriptors: the size must be a power of two of at most 32768")]
     Size {
-        /// The size that was given.
+        /// The given size.
         size: u16,
     },
     /// A ring's address breaks VIRTIO 1.2, 2.7.
     #[error("the {ring} at {gpa:#x} is not aligned to {alignment_bytes} bytes")]
     Misaligned {
-        /// Which of the three.
+        /// The name of the ring.
         ring: &'static str,
-        /// Its guest-physical address.
+        /// Guest-physical address of the ring.
         gpa: u64,
-        /// What it must be a multiple of.
+        /// The required alignment.
         alignment_bytes: u64,
     },
-    /// A ring is not in guest memory, or not all in one region of it.
-    #[error("the {ring} of {len_bytes} bytes at {gpa:#x} is not all in one region of guest memory")]
+    /// A ring is outside guest memory, or not in one region of it.
+    #[error("the {ring} of {len_bytes} bytes at {gpa:#x} is not inside one region of guest memory")]
     OutsideMemory {
-        /// Which of the three.
+        /// The name of the ring.
         ring: &'static str,
-        /// Its guest-physical address.
+        /// Guest-physical address of the ring.
         gpa: u64,
-        /// Its length in bytes.
+        /// Length of the ring in bytes.
         len_bytes: u64,
     },
     /// The driver made more chains available than the queue has entries.
@@ -40,9 +40,9 @@ pub enum QueueError {
         "the driver's available index went from {next_avail} to {avail_idx}, which is more than the {size} entries"
     )]
     AvailIndex {
-        /// What the driver wrote.
+        /// The index that the driver wrote.
         avail_idx: u16,
-        /// The next entry that would have been taken.
+        /// The next entry that the device would have taken.
         next_avail: u16,
         /// Number of entries.
         size: u16,
@@ -55,13 +55,13 @@ pub enum QueueError {
         /// Number of descriptors.
         size: u16,
     },
-    /// The driver made a chain available again before it got it back.
+    /// The driver made a chain available again before the device returned it.
     #[error("the driver made descriptor {head} available again while it is in flight")]
     HeadInFlight {
         /// Index of the head.
         head: u16,
     },
-    /// A chain was to be completed that is not in flight: an error of the caller.
+    /// The caller completed a chain that is not in flight, which is a bug of the caller.
     #[error("descriptor {head} was completed but is not in flight")]
     NotInFlight {
         /// Index of the head.
@@ -75,16 +75,16 @@ pub enum QueueError {
         /// Number of descriptors.
         size: u16,
     },
-    /// The in-flight region was written by somebody who uses another format.
-    #[error("the in-flight region of this queue has version {version}; only version 1 is known")]
+    /// The in-flight region has the format of another version.
+    #[error("the in-flight region of this queue has version {version}; this back-end only knows version 1")]
     InflightVersion {
-        /// What stands there.
+        /// The version in the region.
         version: u16,
     },
-    /// The in-flight region belongs to another state of the used ring.
+    /// The in-flight region does not match the used ring.
     #[error(
-        "the used index is {ring_used_idx} in the ring and {region_used_idx} in the in-flight region, and no {size} \
-         entries lie between them"
+        "the used index is {ring_used_idx} in the ring and {region_used_idx} in the in-flight region; a matching \
+         region is at most {size} entries behind"
     )]
     InflightUsedIndex {
         /// `idx` of the used ring.
@@ -97,7 +97,7 @@ pub enum QueueError {
 }
 
 impl QueueError {
-    /// The cause for the limits of log lines: what is wrong, without the values.
+    /// The cause for rate limits of log lines: the kind of error without its values.
     pub(crate) fn cause(&self) -> Cause {
         match self {
             Self::Misaligned { ring, .. } | Self::OutsideMemory { ring, .. } => Cause::new((discriminant(self), ring)),

@@ -1,4 +1,4 @@
-//! The in-flight region: what a queue has taken and not given back yet, in memory that outlives the process.
+//! The in-flight region: the chains that a queue has taken and not returned yet, in memory that outlives the process.
 //!
 //! The format and the order of its stores are those of the vhost-user specification, "Inflight I/O tracking", split
 //! virtqueues. The front-end keeps the region across a reconnect and writes nothing to it.
@@ -15,7 +15,7 @@ use super::shared_memory::{SharedMemory, SharedMemoryError};
 use crate::limits::grow_beyond_cap;
 use crate::lost_memory::Purpose;
 
-/// `version` of a queue's region that is in use; 0 is a region that nobody has used yet.
+/// `version` of a region in use; 0 is a region that no process has used yet.
 pub(super) const VERSION: u16 = 1;
 
 /// Offsets of the fields of `QueueRegionSplit`.
@@ -25,80 +25,80 @@ const DESC_NUM_OFFSET: usize = 10;
 const LAST_BATCH_HEAD_OFFSET: usize = 12;
 const USED_IDX_OFFSET: usize = 14;
 const HEADER_BYTES: usize = 16;
-/// Where the driver's settings are in `features` of the first queue. The specification has no feature yet and has back-ends
-/// write 0; should it get some, they will begin at the other end.
+/// Position of the driver's settings in `features` of the first queue. The specification defines no feature yet and
+/// makes back-ends write 0; future features will begin at the other end.
 const SETTINGS_SHIFT: u32 = 56;
 /// Size of `DescStateSplit`, and the offsets of its fields.
 const ENTRY_BYTES: usize = 16;
 const ENTRY_INFLIGHT_OFFSET: usize = 0;
 const ENTRY_NEXT_OFFSET: usize = 6;
 const ENTRY_COUNTER_OFFSET: usize = 8;
-/// The regions of the queues follow each other at multiples of this, in all back-ends that we know of (libvhost-user,
-/// DPDK): a front-end may give one back-end the region of another.
+/// All back-ends that we know of (libvhost-user, DPDK) align the regions of the queues to this. A front-end may give
+/// one back-end the region of another.
 const REGION_ALIGNMENT_BYTES: usize = 64;
 
 /// Why an in-flight region cannot be made or used.
 #[derive(Debug, Error)]
 pub enum InflightError {
-    /// A region for nothing, or for queues that cannot be.
-    #[error("an in-flight region for {queues} queues of {queue_size} descriptors: give 1 to 32768 of each")]
+    /// The region is for no queues, or for queues of an invalid size.
+    #[error("an in-flight region for {queues} queues of {queue_size} descriptors: it must be for 1 to 32768 of each")]
     Shape {
         /// Number of queues.
         queues: u16,
         /// Descriptors of each.
         queue_size: u16,
     },
-    /// The area is smaller than what it is to hold.
+    /// The area is too small for its queues.
     #[error("an in-flight region of {size_bytes} bytes: {queues} queues of {queue_size} need {needed_bytes}")]
     TooSmall {
-        /// Its size in bytes.
+        /// Size of the area in bytes.
         size_bytes: u64,
         /// Number of queues.
         queues: u16,
         /// Descriptors of each.
         queue_size: u16,
-        /// Bytes that they need.
+        /// The required size in bytes.
         needed_bytes: u64,
     },
-    /// It cannot be mapped.
+    /// The region cannot be mapped.
     #[error("the in-flight region: {0}")]
     Mapping(#[from] SharedMemoryError),
-    /// The file for it cannot be made.
+    /// The file for the region cannot be made.
     #[error("{what}: {source}")]
     Create {
-        /// What was tried.
+        /// What the back-end was doing.
         what: &'static str,
-        /// The kernel's answer.
+        /// The kernel's error.
         source: std::io::Error,
     },
 }
 
-/// A new in-flight region, as the answer to VHOST_USER_GET_INFLIGHT_FD: it begins at offset 0 of the file.
+/// A new in-flight region, as the answer to VHOST_USER_GET_INFLIGHT_FD. It begins at offset 0 of the file.
 #[derive(Debug)]
 pub struct InflightFile {
-    /// A memfd that cannot be made shorter: zeroes for the queues, and behind them an empty device record.
+    /// A memfd that cannot be shortened: zeroes for the queues, and behind them an empty device record.
     pub fd: OwnedFd,
     /// Length of the region, and of the file, in bytes.
     pub size_bytes: u64,
 }
 
-/// An in-flight region, mapped.
+/// A mapped in-flight region.
 #[derive(Debug)]
 pub struct InflightRegion {
     memory: SharedMemory,
     queues: u16,
     queue_size: u16,
-    /// `None`: another back-end made the region, or an older ringpass.
+    /// `None`: another back-end, or an older ringpass, made the region.
     device_record: Option<DeviceRecordArea>,
 }
 
 impl InflightRegion {
-    /// Makes a region for `queues` queues of `queue_size` descriptors each, and for a record of the device. It is used when the
-    /// front-end gives it back.
+    /// Makes a region for `queues` queues of `queue_size` descriptors each, and for a record of the device. It comes
+    /// into use when the front-end sends it back.
     ///
     /// # Errors
     ///
-    /// No such queues can be, or the kernel makes no file.
+    /// The shape is invalid, or the kernel makes no file.
     pub fn create(queues: u16, queue_size: u16) -> Result<InflightFile, InflightError> {
         let queues_bytes = region_bytes(queues, queue_size)?;
         let size_bytes = queues_bytes + AREA_BYTES as u64;
@@ -108,7 +108,8 @@ impl InflightRegion {
             .map_err(system("making the memfd of an in-flight region"))?;
         grow_beyond_cap(size_bytes, || Ok(rustix::fs::ftruncate(&fd, size_bytes)?))
             .map_err(failed("sizing the memfd of an in-flight region"))?;
-        // The front-end holds the file while we use the mapping: nobody can make its pages vanish under us.
+        // The front-end holds the file while this process uses the mapping: with the seals it cannot remove pages under
+        // the mapping.
         rustix::fs::fcntl_add_seals(&fd, SealFlags::GROW | SealFlags::SHRINK | SealFlags::SEAL)
             .map_err(system("sealing the memfd of an in-flight region"))?;
         let copy = fd.try_clone().map_err(failed("duplicating the memfd of an in-flight region"))?;
@@ -119,11 +120,12 @@ impl InflightRegion {
         Ok(InflightFile { fd, size_bytes })
     }
 
-    /// Maps the region that the front-end gives (VHOST_USER_SET_INFLIGHT_FD). Its content is looked at when a queue starts.
+    /// Maps the region that the front-end gives (VHOST_USER_SET_INFLIGHT_FD). Its content is checked when a queue
+    /// starts.
     ///
     /// # Errors
     ///
-    /// No such queues can be, they need more than `size_bytes`, or the area cannot be mapped.
+    /// The shape is invalid, the queues need more than `size_bytes`, or the area cannot be mapped.
     pub fn from_fd(
         fd: OwnedFd,
         offset_bytes: u64,
@@ -136,7 +138,7 @@ impl InflightRegion {
             return Err(InflightError::TooSmall { size_bytes, queues, queue_size, needed_bytes });
         }
         let with_record_bytes = needed_bytes + AREA_BYTES as u64;
-        // Others may round the size up, beyond the end of the file.
+        // Other back-ends may round the size up, beyond the end of the file.
         let file_bytes = rustix::fs::fstat(&fd).map_or(0, |stat| u64::try_from(stat.st_size).unwrap_or(0));
         let has_record = size_bytes.min(file_bytes.saturating_sub(offset_bytes)) >= with_record_bytes;
         let mapped_bytes = if has_record { with_record_bytes } else { needed_bytes };
@@ -145,27 +147,28 @@ impl InflightRegion {
         Ok(Self { memory, queues, queue_size, device_record: area.and_then(DeviceRecordArea::find) })
     }
 
-    /// What a driver had set of the device when a process recorded it last; 0 if none did. Bits of the device's own.
+    /// The driver's settings that a process recorded last; 0 if none did. The device defines the bits.
     ///
-    /// Front-ends do not repeat every setting to a process that takes over, so it is kept where that one finds it: in bits
-    /// that are ours alone, and that other back-ends do not look at.
+    /// Front-ends do not repeat every setting to a successor process, so the region keeps them where the successor
+    /// finds them: in bits that only ringpass uses, and that other back-ends do not look at.
     pub fn driver_settings(&self) -> u8 {
         (self.features().load(Ordering::Acquire) >> SETTINGS_SHIFT) as u8
     }
 
-    /// Records them.
+    /// Records the driver's settings.
     pub fn set_driver_settings(&self, settings: u8) {
         let others = self.features().load(Ordering::Acquire) & !(0xff << SETTINGS_SHIFT);
         self.features().store(others | u64::from(settings) << SETTINGS_SHIFT, Ordering::Release);
     }
 
-    /// What a process recorded of the device last. `None`: none has, or another back-end made the region.
+    /// The device record that a process wrote last. `None`: no process has written one, or another back-end made the
+    /// region.
     pub fn device_record(&self) -> Option<Vec<u8>> {
         self.device_record.as_ref()?.read()
     }
 
-    /// Records it: at most [`DEVICE_RECORD_MAX_BYTES`](super::DEVICE_RECORD_MAX_BYTES). Nothing happens if the region has no room for it,
-    /// because another back-end made it.
+    /// Writes the device record: at most [`DEVICE_RECORD_MAX_BYTES`](super::DEVICE_RECORD_MAX_BYTES). Does nothing if
+    /// the region has no room for it because another back-end made it.
     pub fn set_device_record(&self, record: &[u8]) {
         if let Some(area) = &self.device_record {
             area.write(record);
@@ -187,7 +190,7 @@ impl InflightRegion {
     }
 }
 
-/// From one queue's part of a region to the next.
+/// Distance from one queue's part of a region to the next.
 fn queue_stride(queue_size: u16) -> usize {
     (HEADER_BYTES + usize::from(queue_size) * ENTRY_BYTES).next_multiple_of(REGION_ALIGNMENT_BYTES)
 }
@@ -201,8 +204,8 @@ fn region_bytes(queues: u16, queue_size: u16) -> Result<u64, InflightError> {
 
 /// The part of an in-flight region that belongs to one queue. It keeps the region mapped.
 ///
-/// What is loaded may be anything. Every store is one integer, made in program order: a process that is killed leaves
-/// what it stored before, and nothing of what would have come after.
+/// A loaded value may be anything. Every store is one integer, made in program order: a process that is killed leaves
+/// its earlier stores, and none of the later ones.
 #[derive(Clone, Debug)]
 pub struct InflightQueue {
     /// `QueueRegionSplit`.
@@ -216,9 +219,9 @@ impl InflightQueue {
         self.entries
     }
 
-    /// As if nobody had used it: the next start of the queue believes the front-end and replays nothing. For a queue that
-    /// has stopped and whose driver is reset: a chain that is still recorded then, because it could not be answered, will
-    /// never be asked for again.
+    /// Resets the region to its unused state: the next start of the queue trusts the front-end and replays nothing. For
+    /// a stopped queue whose driver is reset: a chain that is still recorded then could not be answered, and no driver
+    /// will ask for it again.
     pub fn begin_again(&self) {
         self.set_version(0);
     }
@@ -231,7 +234,7 @@ impl InflightQueue {
         self.memory.to_store::<AtomicU16>(VERSION_OFFSET).store(version, Ordering::Release);
     }
 
-    /// For others who read the region; we ourselves go by the size that the front-end named.
+    /// For other readers of the region; this back-end uses the size that the front-end named.
     pub(super) fn set_desc_num(&self, desc_num: u16) {
         self.memory.to_store::<AtomicU16>(DESC_NUM_OFFSET).store(desc_num, Ordering::Release);
     }

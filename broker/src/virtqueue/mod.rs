@@ -1,11 +1,11 @@
 //! Split virtqueues (VIRTIO 1.2, 2.7): rings, in-flight tracking, dirty log.
 //!
-//! [`SplitQueue`] is the device's side of one queue. It takes descriptor chains ([`DescriptorChain`]), gives them back as
-//! used, and keeps two records of the vhost-user front-end: the in-flight region ([`InflightRegion`]), from which the next
-//! process knows what this one had not finished, and the log of pages that the device wrote ([`DirtyLog`]).
+//! [`SplitQueue`] is the device's side of one queue. It takes descriptor chains ([`DescriptorChain`]), returns them as
+//! used, and keeps two records of the vhost-user front-end: the in-flight region ([`InflightRegion`]), from which the
+//! next process learns what this one had not finished, and the log of pages that the device wrote ([`DirtyLog`]).
 //!
-//! Everything here is written by others at the same time: the rings by the driver, the region and the log by the
-//! front-end. Each value is loaded once, checked, and then used; what contradicts the rules stops this queue and no
+//! Others write to all of this at the same time: the driver to the rings, the front-end to the region and the log. The
+//! code loads each value once, checks it, and then uses it; a value that violates the rules stops this queue and no
 //! other.
 
 mod chain;

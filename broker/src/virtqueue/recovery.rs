@@ -1,4 +1,4 @@
-//! What an earlier process left in the in-flight region, read when a queue starts.
+//! Recovery from the in-flight region of an earlier process, when a queue starts.
 
 use super::error::QueueError;
 use super::inflight::{InflightQueue, VERSION};
@@ -8,7 +8,7 @@ use super::inflight::{InflightQueue, VERSION};
 pub(super) struct Recovered {
     /// Index of the next entry of the available ring to take.
     pub(super) next_avail: u16,
-    /// Heads of the chains that were taken and not given back, in the order in which they were taken.
+    /// Heads of the chains that were taken and not returned, in the order of taking.
     pub(super) replay: Vec<u16>,
     /// The counter of the next chain.
     pub(super) next_counter: u64,
@@ -18,9 +18,9 @@ pub(super) struct Recovered {
 
 /// Repairs a queue's region and reads from it where the queue goes on.
 ///
-/// `used_idx` is the index of the used ring, `next_avail` what the front-end says. A region that was never used is
-/// made ready and the front-end believed; otherwise the region knows better: a front-end whose back-end was killed can
-/// only guess the index.
+/// `used_idx` is the index of the used ring, `next_avail` the value from the front-end. This function prepares an
+/// unused region and trusts the front-end. Otherwise it trusts the region, because a front-end whose back-end was
+/// killed can only guess the index.
 pub(super) fn recover(
     region: &InflightQueue,
     size: u16,
@@ -40,8 +40,8 @@ pub(super) fn recover(
     }
     let last_batch_head = match finish_last_batch(region, size, used_idx) {
         Ok(head) => head,
-        // The rings were set up anew and the front-end kept the region. Either it says nothing, or a chain in it belongs
-        // to a driver before, which never got it back: rings that begin at 0 have used nothing yet.
+        // The rings were set up again and the front-end kept the region. Either the region records nothing, or a chain
+        // in it belongs to a previous driver, which never got it back: rings that begin at 0 have used nothing yet.
         Err(_) if (used_idx, next_avail) == (0, 0) || (0..size).all(|head| !region.is_in_flight(head)) => {
             region.begin_again();
             return recover(region, size, used_idx, next_avail);
@@ -58,7 +58,7 @@ pub(super) fn recover(
     Ok(Recovered { next_avail, replay, next_counter, last_batch_head })
 }
 
-/// Makes a region ready that nobody has used. `version` comes last: without it all of this is done again.
+/// Prepares an unused region. `version` comes last: without it the next process repeats all of this.
 fn begin(region: &InflightQueue, used_idx: u16) {
     for head in 0..region.entries() {
         region.set_in_flight(head, false);
@@ -69,9 +69,9 @@ fn begin(region: &InflightQueue, used_idx: u16) {
     region.set_version(VERSION);
 }
 
-/// What was given back in the used ring but not in the region is given back there too. Returns `last_batch_head`.
+/// Completes in the region what the used ring already has. Returns `last_batch_head`.
 ///
-/// Chains are given back by batches, linked through `next`.
+/// Chains are returned in batches, linked through `next`.
 fn finish_last_batch(region: &InflightQueue, size: u16, used_idx: u16) -> Result<u16, QueueError> {
     let region_used_idx = region.used_idx();
     let last_batch_head = region.last_batch_head();
@@ -83,7 +83,7 @@ fn finish_last_batch(region: &InflightQueue, size: u16, used_idx: u16) -> Result
     if batch > size {
         return Err(unlike());
     }
-    // All heads first: a list that leads nowhere changes nothing.
+    // Reads all heads first, so that a list that leads nowhere changes nothing.
     let mut heads = Vec::with_capacity(usize::from(batch));
     let mut head = last_batch_head;
     for _ in 0..batch {

@@ -1,6 +1,6 @@
 //! The three areas of a split queue (VIRTIO 1.2, 2.7), located in guest memory once.
 //!
-//! Why not `virtio_queue::Queue`: it translates the address of every single access, about ten for a request, which takes
+//! Why not `virtio_queue::Queue`: it translates the address of every single access, about ten for a request. That takes
 //! about 100 ns with three memory regions and more with several hundred: a tenth of what a request may cost.
 
 use std::sync::atomic::{AtomicU16, AtomicU32, Ordering};
@@ -25,10 +25,10 @@ const USED_IDX_OFFSET: usize = 2;
 const USED_ENTRIES_OFFSET: usize = 4;
 const USED_ENTRY_BYTES: usize = 8;
 const USED_ENTRY_LEN_OFFSET: usize = 4;
-/// Size of `used_event` and `avail_event`, which are there with VIRTIO_RING_F_EVENT_IDX only.
+/// Size of `used_event` and `avail_event`, which exist only with VIRTIO_RING_F_EVENT_IDX.
 const EVENT_BYTES: usize = 2;
 
-/// Where the driver put the three areas: guest-physical addresses, not checked.
+/// The driver's addresses of the three areas: guest-physical, unchecked.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct RingAddresses {
     pub(super) desc_table: GuestAddress,
@@ -43,7 +43,7 @@ pub(super) struct UsedBytes {
     pub(super) len: usize,
 }
 
-/// The three areas. They stay mapped as long as this lives, whatever becomes of the guest memory that they are in.
+/// The three areas. They stay mapped as long as this lives, even if the guest memory around them goes away.
 #[derive(Debug)]
 pub(super) struct Rings {
     size: u16,
@@ -54,8 +54,8 @@ pub(super) struct Rings {
 }
 
 impl Rings {
-    /// Finds the areas of a queue of `size` descriptors. Without `event_idx` the event indexes need not be in memory, and
-    /// must not be asked for.
+    /// Finds the areas of a queue of `size` descriptors. Without `event_idx` the event indexes need not be in memory,
+    /// and the caller must not access them.
     pub(super) fn locate(
         size: u16,
         addresses: RingAddresses,
@@ -76,7 +76,7 @@ impl Rings {
                 gpa: gpa.0,
                 len_bytes: len as u64,
             })?;
-            // A front-end may map a region of odd addresses.
+            // A front-end may map a region at an odd address.
             if area.is_aligned(alignment_bytes) { Ok(area) } else { Err(misaligned()) }
         };
         let event_bytes = if event_idx { EVENT_BYTES } else { 0 };
@@ -105,12 +105,12 @@ impl Rings {
         self.desc_table.as_slice()
     }
 
-    /// `avail.flags`: a hint, so no order.
+    /// `avail.flags`: a hint, so the load needs no ordering.
     pub(super) fn avail_flags(&self) -> u16 {
         u16::from_le(self.avail.atomic::<AtomicU16>(AVAIL_FLAGS_OFFSET).load(Ordering::Relaxed))
     }
 
-    /// `avail.idx`. The entries before it, and their descriptors, can be read after this.
+    /// `avail.idx`. After this load, the entries before the index and their descriptors can be read.
     #[inline]
     pub(super) fn avail_idx(&self) -> u16 {
         u16::from_le(self.avail.atomic::<AtomicU16>(AVAIL_IDX_OFFSET).load(Ordering::Acquire))
@@ -123,13 +123,13 @@ impl Rings {
         u16::from_le(self.avail.atomic::<AtomicU16>(offset).load(Ordering::Relaxed))
     }
 
-    /// `avail.used_event`: a hint, so no order.
+    /// `avail.used_event`: a hint, so the load needs no ordering.
     pub(super) fn used_event(&self) -> u16 {
         let offset = AVAIL_ENTRIES_OFFSET + usize::from(self.size) * AVAIL_ENTRY_BYTES;
         u16::from_le(self.avail.atomic::<AtomicU16>(offset).load(Ordering::Relaxed))
     }
 
-    /// `used.idx`, which is ours, but lies in the guest's memory: any number.
+    /// `used.idx`. The device owns it, but it lies in the guest's memory: any number.
     pub(super) fn used_idx(&self) -> u16 {
         u16::from_le(self.used.atomic::<AtomicU16>(USED_IDX_OFFSET).load(Ordering::Acquire))
     }
@@ -144,7 +144,7 @@ impl Rings {
         UsedBytes { offset, len: USED_ENTRY_BYTES }
     }
 
-    /// Writes `used.idx`: the entries before it now belong to the driver, with what was written before this.
+    /// Writes `used.idx`. From then on the entries before it, and everything written earlier, belong to the driver.
     #[inline]
     pub(super) fn set_used_idx(&self, idx: u16) -> UsedBytes {
         self.used.to_store::<AtomicU16>(USED_IDX_OFFSET).store(idx.to_le(), Ordering::Release);
@@ -164,7 +164,7 @@ impl Rings {
         UsedBytes { offset, len: EVENT_BYTES }
     }
 
-    /// All of the used ring.
+    /// The whole used ring.
     pub(super) fn whole_used_ring(&self) -> UsedBytes {
         UsedBytes { offset: 0, len: self.used.len() }
     }

@@ -12,50 +12,54 @@ use vm_memory::{
 
 use crate::lost_memory::{Purpose, Watched};
 
-/// Why a file of the front-end cannot be mapped.
+/// Why the back-end cannot map a file of the front-end.
 #[derive(Debug, Error)]
 pub enum SharedMemoryError {
-    /// There is nothing to map.
-    #[error("a shared area of 0 bytes")]
+    /// The area is empty.
+    #[error("a shared area of 0 bytes: it must not be empty")]
     Empty,
-    /// mmap(2) wants whole pages.
+    /// mmap(2) needs whole pages.
     #[error(
-        "a shared area at offset {offset_bytes} of its file, which is not a multiple of the page size {page_bytes}"
+        "a shared area at offset {offset_bytes} of its file: the offset must be a multiple of the page size \
+         {page_bytes}"
     )]
     OffsetUnaligned {
-        /// Where in the file it was to begin.
+        /// Requested offset in the file.
         offset_bytes: u64,
         /// The page size.
         page_bytes: u64,
     },
-    /// Touching what is beyond the end of the file would be SIGBUS.
-    #[error("a shared area of {size_bytes} bytes at offset {offset_bytes} of a file of {file_bytes} bytes")]
+    /// An access beyond the end of the file would raise SIGBUS.
+    #[error(
+        "a shared area of {size_bytes} bytes at offset {offset_bytes} of a file of {file_bytes} bytes: it must end \
+         inside the file"
+    )]
     BeyondFile {
-        /// Where in the file it was to begin.
+        /// Requested offset in the file.
         offset_bytes: u64,
-        /// How long it was to be.
+        /// Requested length.
         size_bytes: u64,
         /// Length of the file.
         file_bytes: u64,
     },
-    /// The kernel refused.
+    /// A system call failed.
     #[error("{what}: {source}")]
     System {
-        /// What was tried.
+        /// What the back-end was doing.
         what: &'static str,
-        /// The kernel's answer.
+        /// The kernel's error.
         source: std::io::Error,
     },
 }
 
-/// A piece of a shared mapping, which it keeps mapped. Others write to it at any time: it is accessed by whole, aligned
-/// integers only.
+/// A piece of a shared mapping, which it keeps mapped. Others write to it at any time, so the code accesses it by
+/// whole, aligned integers only.
 #[derive(Clone, Debug)]
 pub(super) struct SharedMemory {
-    /// Before the mapping, so that it goes first. `None`: guest RAM, which whoever mapped it watches.
+    /// Before the mapping, so that it is dropped first. `None`: guest RAM, which the memory table watches.
     _watched: Option<Arc<Watched>>,
     mapping: Arc<MmapRegion>,
-    /// Where in the mapping it begins.
+    /// Start of the piece in the mapping.
     start: usize,
     len: usize,
 }
@@ -63,8 +67,8 @@ pub(super) struct SharedMemory {
 impl SharedMemory {
     /// Maps `size_bytes` of the file from `offset_bytes` on.
     ///
-    /// The front-end may shorten the file later, sealed or not: that is survived where
-    /// [`handle_lost_memory`](crate::lost_memory::handle_lost_memory) was called.
+    /// The front-end may shorten the file later, sealed or not. The process survives that if it has called
+    /// [`handle_lost_memory`](crate::lost_memory::handle_lost_memory).
     pub(super) fn map(
         fd: OwnedFd,
         offset_bytes: u64,
@@ -98,14 +102,14 @@ impl SharedMemory {
         Ok(Self { _watched: Some(Arc::new(watched)), mapping: Arc::new(mapping), start: 0, len })
     }
 
-    /// `len` bytes of guest memory from `gpa` on. `None`: they are not all in one region.
+    /// `len` bytes of guest memory from `gpa` on. `None`: they are not in one region.
     pub(super) fn in_guest(memory: &GuestMemoryMmap, gpa: GuestAddress, len: usize) -> Option<Self> {
         let (region, offset) = memory.to_region_addr(gpa)?;
         let start = usize::try_from(offset.0).ok()?;
         (region.len() - offset.0 >= len as u64).then(|| Self { _watched: None, mapping: region.get_mmap(), start, len })
     }
 
-    /// `len` bytes of it from `offset` on. `None`: it is shorter.
+    /// `len` bytes of this piece from `offset` on. `None`: this piece is too short.
     pub(super) fn part(&self, offset: usize, len: usize) -> Option<Self> {
         let is_inside = offset.checked_add(len).is_some_and(|end| end <= self.len);
         let (watched, mapping) = (self._watched.clone(), Arc::clone(&self.mapping));
@@ -122,24 +126,24 @@ impl SharedMemory {
         (self.mapping.as_ptr() as usize + self.start).is_multiple_of(alignment_bytes)
     }
 
-    /// All of it, for copying out.
+    /// The whole piece, for copying out.
     pub(super) fn as_slice(&self) -> VolatileSlice<'_> {
-        self.mapping.get_slice(self.start, self.len).expect("checked when this was made")
+        self.mapping.get_slice(self.start, self.len).expect("the constructor checked the range")
     }
 
     /// One integer, to load it.
     ///
     /// # Panics
     ///
-    /// `offset` is outside, or not aligned to the integer: an error of this module's users, who have checked the length
-    /// and the alignment when this was made.
+    /// `offset` is outside, or not aligned to the integer: a bug in this module's users, which must check length and
+    /// alignment when they make this.
     #[inline]
     pub(super) fn atomic<A: AtomicInteger>(&self, offset: usize) -> &A {
         debug_assert!(offset + size_of::<A>() <= self.len, "offset {offset} of {}", self.len);
         self.mapping.get_atomic_ref(self.start + offset).expect("an aligned offset inside")
     }
 
-    /// One integer, to store it. Tests stop the world before any of these stores.
+    /// One integer, to store it. Tests can stop the process before any of these stores.
     ///
     /// # Panics
     ///

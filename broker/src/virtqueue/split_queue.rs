@@ -15,7 +15,7 @@ use super::inflight::InflightQueue;
 use super::recovery::{Recovered, recover};
 use super::rings::{RingAddresses, Rings, UsedBytes};
 
-/// Everything that is known of a vring when it starts. Nothing of it is checked yet.
+/// The parameters of a vring at its start. None of them is checked yet.
 #[derive(Clone, Debug)]
 pub struct QueueSetup {
     /// Number of descriptors (VHOST_USER_SET_VRING_NUM): a power of two.
@@ -28,71 +28,72 @@ pub struct QueueSetup {
     pub used_ring: GuestAddress,
     /// Index of the next available entry to take (VHOST_USER_SET_VRING_BASE).
     pub next_avail: u16,
-    /// The VIRTIO features that the driver has accepted: those of the ring, and those of the device, which tell what the
-    /// requests in it may be.
+    /// The VIRTIO features that the driver has accepted: those of the ring, and those of the device, which decide what
+    /// requests the ring may hold.
     pub driver_features: u64,
-    /// Where the used ring is for the dirty log (VHOST_USER_SET_VRING_ADDR with VHOST_VRING_F_LOG).
+    /// The address under which the dirty log knows the used ring (VHOST_USER_SET_VRING_ADDR with VHOST_VRING_F_LOG).
     pub used_log_gpa: Option<u64>,
     /// This queue's part of the in-flight region, if the front-end keeps one.
     pub inflight: Option<InflightQueue>,
 }
 
 impl QueueSetup {
-    /// Whether VIRTIO_RING_F_EVENT_IDX was accepted.
+    /// Whether the driver accepted VIRTIO_RING_F_EVENT_IDX.
     pub fn event_idx(&self) -> bool {
         self.driver_features & 1 << VIRTIO_RING_F_EVENT_IDX != 0
     }
 }
 
-/// Whose a chain is, by its head.
+/// The owner of a chain, by its head.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Head {
-    /// The driver's, available or not.
+    /// The driver owns it, available or not.
     Free,
-    /// Ours.
+    /// The device owns it.
     Taken,
-    /// In the used ring, whose index has not passed it yet: neither of the two may use it.
+    /// It is in the used ring, whose index has not passed it yet: neither side may use it.
     Used,
 }
 
-/// The device's side of one split virtqueue: takes chains, gives them back.
+/// The device's side of one split virtqueue: takes chains and returns them.
 ///
-/// The rings are written by the driver at any time; an error means that this queue must stop, with what is in flight.
+/// The driver writes to the rings at any time. An error means that this queue must stop, with its chains in flight.
 #[derive(Debug)]
 pub struct SplitQueue {
     rings: Rings,
     addresses: RingAddresses,
     next_avail: u16,
-    /// The available index that was loaded last: as far as this, entries are taken without looking again.
+    /// The available index that was loaded last: up to it, the queue takes entries without another load.
     avail_idx: u16,
     next_used: u16,
-    /// Taken by an earlier process and not given back: to be taken again first.
+    /// Chains that an earlier process took and did not return; the queue takes them again first.
     replay: VecDeque<u16>,
-    /// Whose each head is, and how many are taken.
+    /// The owner of each head, and the number of taken chains.
     heads: Box<[Head]>,
     in_flight: u16,
-    /// The heads that were put into the used ring since its index was stored last. Never longer than the queue.
+    /// The heads in the used ring that its stored index does not cover yet. Never longer than the queue.
     batch: Vec<u16>,
     tracker: Option<Tracker>,
     /// Taken last, and not recorded in the in-flight region yet.
     unrecorded: Option<u16>,
     used_log_gpa: Option<u64>,
     event_idx: bool,
-    /// `next_used` when `needs_signal` was last asked. `None`: never, and the driver may have missed anything.
+    /// `next_used` at the last call of `needs_signal`. `None`: there was none, and the driver may have missed any
+    /// signal.
     signal_asked_at: Option<u16>,
 }
 
 impl SplitQueue {
-    /// Checks the set-up and finds out where the queue goes on.
+    /// Checks the set-up and determines where the queue goes on.
     ///
-    /// With an in-flight region that was in use, [`pop`](Self::pop) first gives the chains that an earlier process had
-    /// taken and not given back, in the order in which they were first taken; the region then also decides what
-    /// entry comes next, not `setup.next_avail`.
+    /// With an in-flight region that was in use, [`pop`](Self::pop) first returns the chains that an earlier process
+    /// took and did not return, in the order in which they were first taken. The region then also decides the next
+    /// entry, instead of `setup.next_avail`.
     ///
     /// # Errors
     ///
-    /// The size or an address breaks the rules of VIRTIO 1.2, 2.7, a ring is not all in one region of `memory`, or the
-    /// in-flight region does not belong to this queue.
+    /// The size or an address violates VIRTIO 1.2, 2.7, a ring is not in one region of `memory`, or the in-flight
+    /// region does not belong to this queue.
     pub fn new(setup: QueueSetup, memory: &GuestMemoryMmap) -> Result<Self, QueueError> {
         let event_idx = setup.event_idx();
         let QueueSetup { size, desc_table, avail_ring, used_ring, next_avail, used_log_gpa, inflight, .. } = setup;
@@ -130,8 +131,8 @@ impl SplitQueue {
     ///
     /// # Errors
     ///
-    /// A ring is not all in one region of `memory`. The queue still holds the rings of before: it may give chains back
-    /// there, and must take no more until this has succeeded.
+    /// A ring is not in one region of `memory`. The queue then keeps the previous rings: the caller may return chains
+    /// there, and must take no more until this call succeeds.
     pub fn set_memory(&mut self, memory: &GuestMemoryMmap) -> Result<(), QueueError> {
         self.rings = Rings::locate(self.rings.size(), self.addresses, self.event_idx, memory)?;
         Ok(())
@@ -193,15 +194,15 @@ impl SplitQueue {
         }
     }
 
-    /// Takes the next of the chains that an earlier process had taken and not given back, and none that is new. `None`:
-    /// none of them is left.
+    /// Takes the next of the chains that an earlier process took and did not return, and no new chain. `None`: none of
+    /// them is left.
     pub fn pop_replay<'m>(&'m mut self, memory: &'m GuestMemoryMmap) -> Option<DescriptorChain<'m>> {
         let head = self.replay.pop_front()?;
         self.unrecorded = None;
         Some(DescriptorChain::in_queue(memory, &self.rings, head))
     }
 
-    /// Whether some of those chains are left.
+    /// Whether some of the chains to be replayed are left.
     pub fn has_replay(&self) -> bool {
         !self.replay.is_empty()
     }
@@ -255,11 +256,11 @@ impl SplitQueue {
         Ok(())
     }
 
-    /// Lets the driver see what was given back since the last time.
+    /// Lets the driver see the chains that were returned since the last call.
     ///
-    /// What the device wrote to the chains' buffers must be in `log` already. The driver may reuse the chains as soon as
-    /// this has stored the index of the used ring. The caller signals afterwards, if
-    /// [`needs_signal`](Self::needs_signal) says so.
+    /// What the device wrote to the chains' buffers must be in `log` already. The driver may reuse the chains as soon
+    /// as this has stored the index of the used ring. The caller signals afterwards, if
+    /// [`needs_signal`](Self::needs_signal) returns true.
     ///
     /// One call for several chains costs less than one for each: the driver polls the line of memory that this writes.
     #[inline]
@@ -289,23 +290,24 @@ impl SplitQueue {
         Ok(())
     }
 
-    /// Whether [`pop`](Self::pop) would have something to say: a chain or an error. Cheap enough to be polled.
+    /// Whether [`pop`](Self::pop) would return a chain or an error. Cheap enough to be polled.
     #[inline]
     pub fn has_work(&self) -> bool {
         self.rings.avail_idx() != self.next_avail || !self.replay.is_empty()
     }
 
-    /// Whether the driver wants an interrupt for what was given back since the last call (VIRTIO 1.2, 2.7.7.2).
+    /// Whether the driver wants an interrupt for the chains that were returned since the last call (VIRTIO 1.2,
+    /// 2.7.7.2).
     ///
-    /// The first call says yes in any case: an earlier process may have died before it signalled.
+    /// The first call always returns true: an earlier process may have died before it signalled.
     pub fn needs_signal(&mut self) -> bool {
         let Some(asked_at) = self.signal_asked_at.replace(self.next_used) else { return true };
         let used_since = self.next_used.wrapping_sub(asked_at);
         if used_since == 0 {
             return false;
         }
-        // The driver says what it wants and then looks at the used index; we have stored the index and look at what it
-        // wants.
+        // The driver stores what it wants and then looks at the used index; the device has stored the index and now
+        // looks at what the driver wants.
         fence(Ordering::SeqCst);
         if self.event_idx {
             self.next_used.wrapping_sub(self.rings.used_event()).wrapping_sub(1) < used_since
@@ -314,32 +316,33 @@ impl SplitQueue {
         }
     }
 
-    /// Asks the driver for kicks. True: there is work already, for which no kick need come.
+    /// Asks the driver for kicks. True: there is already work, for which no kick need come.
     pub fn enable_kicks(&mut self, log: Option<&DirtyLog>) -> bool {
         let written =
             if self.event_idx { self.rings.set_avail_event(self.next_avail) } else { self.rings.set_used_flags(0) };
         self.mark_used(log, written);
-        // The driver makes chains available and then looks whether we want a kick; we have said so and look for chains.
+        // The driver makes chains available and then looks whether the device wants a kick; the device has asked for it
+        // and now looks for chains.
         fence(Ordering::SeqCst);
         self.has_work()
     }
 
-    /// Tells the driver that no kicks are needed. It may kick all the same.
+    /// Tells the driver that the device needs no kicks. The driver may still kick.
     pub fn disable_kicks(&mut self, log: Option<&DirtyLog>) {
-        // With EVENT_IDX kicks stop by themselves: the index that was asked for is passed.
+        // With EVENT_IDX kicks stop by themselves once the driver passes the requested index.
         if !self.event_idx {
             let written = self.rings.set_used_flags(VRING_USED_F_NO_NOTIFY as u16);
             self.mark_used(log, written);
         }
     }
 
-    /// Where the used ring is for the dirty log from now on; `None`: it is not logged.
+    /// Sets the address under which the dirty log knows the used ring from now on; `None`: the used ring is not logged.
     pub fn set_used_log_gpa(&mut self, used_log_gpa: Option<u64>) {
         self.used_log_gpa = used_log_gpa;
     }
 
-    /// Marks the whole used ring as written: when a queue starts while a log is kept, because an earlier process may have
-    /// died between a store and its mark.
+    /// Marks the whole used ring as written. For a queue that starts while a log is in force, because an earlier
+    /// process may have died between a store and its mark.
     pub fn mark_used_ring(&self, log: &DirtyLog) {
         self.mark_used(Some(log), self.rings.whole_used_ring());
     }
@@ -350,7 +353,7 @@ impl SplitQueue {
         self.next_avail
     }
 
-    /// How many chains are taken and not given back, those to be replayed included.
+    /// How many chains are taken and not returned, including those to be replayed.
     pub fn in_flight(&self) -> u16 {
         self.in_flight
     }
@@ -377,21 +380,22 @@ struct Tracker {
 }
 
 impl Tracker {
-    /// A chain was taken. Should we die before the last store, it is simply available still.
+    /// Records a taken chain. If the process dies before the last store, the chain is simply still available.
     fn taken(&mut self, head: u16) {
         self.region.set_counter(head, self.next_counter);
         self.next_counter = self.next_counter.wrapping_add(1);
         self.region.set_in_flight(head, true);
     }
 
-    /// A chain is to be put into the used ring. Until the ring's index moves, this means nothing.
+    /// Links a chain that the queue is about to put into the used ring. This has no effect until the ring's index
+    /// moves.
     fn about_to_use(&mut self, head: u16) {
         self.region.set_next(head, self.last_batch_head);
         self.region.set_last_batch_head(head);
         self.last_batch_head = head;
     }
 
-    /// The batch is in the used ring, whose index is `used_idx` now.
+    /// The batch is in the used ring, whose index is now `used_idx`.
     fn used(&self, batch: &[u16], used_idx: u16) {
         for &head in batch {
             self.region.set_in_flight(head, false);

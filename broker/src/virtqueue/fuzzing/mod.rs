@@ -1,7 +1,7 @@
 //! Arbitrary in-flight regions and rings, for fuzzers and property tests.
 //!
-//! Bytes become a region as an earlier process, or a hostile front-end, may have left it, and then steps of a driver and
-//! a device, with restarts of the device. What is recovered is compared with a model.
+//! Bytes become a region as an earlier process, or a hostile front-end, may have left it, and then steps of a driver
+//! and a device, with restarts of the device. The recovery must match a model.
 
 mod model;
 #[cfg(test)]
@@ -22,10 +22,10 @@ const DESC_TABLE: u64 = 0;
 const AVAIL_RING: u64 = 0x1000;
 const USED_RING: u64 = 0x2000;
 const MEMORY_BYTES: usize = 0x3000;
-/// The region has entries for this many descriptors; queues have at most as many.
+/// The region has entries for this many descriptors; queues have at most this many.
 const SIZE_MAX: u16 = 16;
 
-/// What a run came to.
+/// The events of a run.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Outcome {
     pub(super) refused: bool,
@@ -36,17 +36,18 @@ pub(super) struct Outcome {
     pub(super) completed: bool,
 }
 
-/// Starts queues from the region that the bytes describe and takes the steps that they describe.
+/// Starts queues from the region that the bytes describe, and takes the steps that they describe.
 ///
 /// # Panics
 ///
-/// If a queue does not go on where the model says, or breaks a rule of its own.
+/// If a queue does not go on where the model does, or breaks one of its own rules.
 pub fn inflight_region(bytes: &[u8]) {
     run(bytes);
     device_record(bytes);
 }
 
-/// Finds any bytes behind the queues, as a process that died or a hostile front-end may have left them, and records something.
+/// Puts any bytes behind the queues, as a dead process or a hostile front-end may have left them, and records
+/// something.
 fn device_record(bytes: &[u8]) {
     let file = InflightRegion::create(1, 1).expect("a memfd");
     let (queue_bytes, head_bytes) = (64, 16);
@@ -101,12 +102,12 @@ fn run(bytes: &[u8]) -> Outcome {
                 match Device::start(&world, &mut outcome) {
                     Some(next) => {
                         if !world.is_tampered {
-                            assert_eq!(next.replay, expected, "all that was in flight, in the order of taking");
+                            assert_eq!(next.replay, expected, "all chains in flight, in the order of taking");
                         }
                         device = next;
                     }
                     None => {
-                        assert!(world.is_tampered, "our own region was refused");
+                        assert!(world.is_tampered, "the device refused its own region");
                         return outcome;
                     }
                 }
@@ -117,7 +118,7 @@ fn run(bytes: &[u8]) -> Outcome {
 }
 
 thread_local! {
-    /// Memory and region are made once: mapping them takes longer than all the rest.
+    /// Memory and region are made once, because mapping them takes longer than everything else.
     static SHARED: (GuestMemoryMmap, InflightQueue) = {
         let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MEMORY_BYTES)]).expect("guest memory");
         let file = InflightRegion::create(1, SIZE_MAX).expect("a memfd");
@@ -126,7 +127,7 @@ thread_local! {
     };
 }
 
-/// Makes a region as new.
+/// Resets a region to its initial state.
 fn clear(region: &InflightQueue) {
     region.set_version(0);
     region.set_desc_num(0);
@@ -139,14 +140,14 @@ fn clear(region: &InflightQueue) {
     }
 }
 
-/// What outlives the device.
+/// The state that outlives the device.
 struct World {
     memory: GuestMemoryMmap,
     size: u16,
     event_idx: bool,
     region: InflightQueue,
     avail_idx: u16,
-    /// Somebody wrote what only the device may write.
+    /// The driver or the front-end wrote data that only the device may write.
     is_tampered: bool,
 }
 
@@ -169,7 +170,7 @@ impl World {
         world
     }
 
-    /// A region as another may have left it, mostly a good one.
+    /// A region as another process may have left it, mostly a valid one.
     fn fill_region(&mut self, choices: &mut Choices<'_>) {
         let region = &self.region;
         region.set_version([VERSION, VERSION, VERSION, 0, 2, 0xffff][choices.below(6)]);
@@ -179,11 +180,11 @@ impl World {
         for n in 0..choices.below(usize::from(self.size) + 1) {
             let entry = n as u16;
             region.set_in_flight(entry, choices.below(3) == 0);
-            // Far from the end: a counter that goes round loses the order.
+            // Far from the maximum: a counter that wraps loses the order.
             region.set_counter(entry, choices.number() >> 1);
             region.set_next(entry, head(choices));
         }
-        // The driver made available what is in flight.
+        // The driver made the chains in flight available.
         let in_flight = (0..self.size).filter(|&head| region.is_in_flight(head)).count() as u16;
         self.avail_idx = self.avail_idx.wrapping_add(in_flight);
         self.store(AVAIL_RING + 2, self.avail_idx);
@@ -241,7 +242,7 @@ impl World {
     }
 }
 
-/// A head: mostly one of a small queue, now and then one of none.
+/// A head: mostly one of a small queue, sometimes one that no queue has.
 fn head(choices: &mut Choices<'_>) -> u16 {
     match choices.byte() {
         byte @ 0..=239 => u16::from(byte % 8),
@@ -253,16 +254,17 @@ fn head(choices: &mut Choices<'_>) -> u16 {
 struct Device {
     queue: SplitQueue,
     replay: VecDeque<u16>,
-    /// Taken and not given back.
+    /// Taken and not returned.
     taken: Vec<u16>,
-    /// Given back, but not published.
+    /// Returned, but not published.
     unpublished: Vec<u16>,
-    /// Everything taken and not published, in the order of taking.
+    /// All chains that were taken and not published, in the order of taking.
     in_flight: VecDeque<u16>,
 }
 
 impl Device {
-    /// Starts a queue and compares where it goes on with the model. `None`: refused, and the region is as it was.
+    /// Starts a queue and compares where it goes on with the model. `None`: the queue was refused, and the region is
+    /// unchanged.
     fn start(world: &World, outcome: &mut Outcome) -> Option<Self> {
         let before = Contents::of(&world.region);
         let used_idx = world.load(USED_RING + 2);
@@ -280,7 +282,7 @@ impl Device {
         assert_eq!(queue.next_avail(), expected.next_avail);
         assert_eq!(usize::from(queue.in_flight()), expected.replay.len());
         let after = Contents::of(&world.region);
-        assert_eq!((after.version, after.used_idx), (VERSION, used_idx), "the region is of one mind with the ring");
+        assert_eq!((after.version, after.used_idx), (VERSION, used_idx), "the region matches the ring");
         outcome.replayed |= !expected.replay.is_empty();
         outcome.repaired |= before.version == VERSION && before.used_idx != used_idx;
         let replay: VecDeque<u16> = expected.replay.into();
@@ -297,7 +299,7 @@ impl Device {
         let head = chain.head();
         assert!(head < world.size);
         assert!(!self.taken.contains(&head) && !self.unpublished.contains(&head), "taken twice");
-        assert!(chain.by_ref().count() <= 2 * 1024, "a chain has an end");
+        assert!(chain.by_ref().count() <= 2 * 1024, "a chain ends");
         match self.replay.pop_front() {
             Some(expected) => assert_eq!((head, self.queue.next_avail()), (expected, before)),
             None => {
@@ -311,7 +313,7 @@ impl Device {
         Ok(())
     }
 
-    /// Gives back one of those taken. Nobody sees it yet.
+    /// Returns one of the taken chains. Nothing outside the device sees that yet.
     fn put_used(&mut self, world: &World, choices: &mut Choices<'_>) {
         if self.taken.is_empty() {
             return;
@@ -326,7 +328,7 @@ impl Device {
         self.unpublished.push(head);
     }
 
-    /// Lets the driver see what was given back. False: nothing was.
+    /// Lets the driver see the returned chains. False: there were none.
     fn publish(&mut self, world: &World) -> bool {
         let used_idx = world.load(USED_RING + 2);
         self.queue.publish(None);
@@ -352,7 +354,7 @@ impl Device {
         match choices.below(3) {
             0 => {
                 self.queue.needs_signal();
-                assert!(!self.queue.needs_signal(), "nothing was given back since");
+                assert!(!self.queue.needs_signal(), "no chain was returned since");
             }
             1 => assert_eq!(self.queue.enable_kicks(None), self.queue.has_work()),
             _ => self.queue.disable_kicks(None),

@@ -1,4 +1,4 @@
-//! What an in-flight region means, by another way than the code's: a copy of it, and sets.
+//! A reference model of an in-flight region. Unlike the code, it works on a copy, with sets.
 
 use std::collections::BTreeSet;
 
@@ -33,7 +33,7 @@ impl Contents {
         }
     }
 
-    /// `None`: no queue may start from this.
+    /// `None`: no queue may start from this region.
     pub(super) fn recovered(&self, size: u16, used_idx: u16, next_avail: u16) -> Option<Expected> {
         let anew = Some(Expected { next_avail, replay: Vec::new() });
         if self.version != 1 {
@@ -47,11 +47,11 @@ impl Contents {
         });
         let published: Vec<u16> = if batch > size.into() { Vec::new() } else { list.take(batch).collect() };
         if published.len() < batch {
-            // Rings that begin at 0 have used nothing yet: what is marked belongs to a driver before.
+            // Rings that begin at 0 have used nothing yet, so the marked chains belong to a previous driver.
             return if marked.is_empty() || (used_idx, next_avail) == (0, 0) { anew } else { None };
         }
         let mut replay: Vec<u16> = marked.difference(&published.into_iter().collect()).copied().collect();
-        // Stable: heads of the same counter stay in their order.
+        // A stable sort: heads with the same counter keep their order.
         replay.sort_by_key(|&head| self.entries[usize::from(head)].1);
         Some(Expected { next_avail: used_idx.wrapping_add(replay.len() as u16), replay })
     }

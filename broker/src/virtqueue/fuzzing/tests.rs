@@ -1,4 +1,4 @@
-//! The body as a property test, and the seeds of the fuzzer.
+//! The fuzzer's function as a property test, and the seeds of the fuzzer.
 
 use std::collections::BTreeMap;
 
@@ -17,7 +17,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(2_000))]
 
     #[test]
-    fn every_region_is_recovered_as_the_model_says(bytes in vec(any::<u8>(), 0..CHOICES_MAX)) {
+    fn every_region_is_recovered_like_the_model(bytes in vec(any::<u8>(), 0..CHOICES_MAX)) {
         inflight_region(&bytes);
     }
 }
@@ -44,9 +44,9 @@ fn the_arbitrary_regions_reach_every_outcome() {
     assert!(reached(|outcome| *outcome == Outcome::default()));
 }
 
-/// What a fuzzer found: rings that begin at 0 over a region that fits no state of them.
+/// An input that a fuzzer found: rings that begin at 0 over a region that matches none of their states.
 #[test]
-fn rings_that_were_set_up_anew_begin_anew_for_the_model_too() {
+fn the_model_also_restarts_rings_that_begin_at_0() {
     const FOUND: &[u8] = &[
         0, 0, 0, 0, 0, 0, 0, 190, 107, 145, 168, 235, 151, 104, 167, 33, 217, 119, 184, 255, 255, 255, 255, 255, 255,
         255, 13, 180, 103, 39, 35, 35, 35, 35, 35, 35, 35, 35, 35, 172, 18, 4, 237, 237, 77, 135, 134, 131, 210, 182,

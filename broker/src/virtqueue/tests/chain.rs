@@ -1,4 +1,4 @@
-//! Walking descriptor chains, good and bad.
+//! Walks along descriptor chains, valid and invalid.
 
 use proptest::prelude::*;
 use virtio_queue::desc::split::Descriptor;
@@ -7,7 +7,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use super::driver::{DESC_TABLE, Driver, FREE, INDIRECT, MEMORY_BYTES, NEXT, WRITE};
 use crate::virtqueue::{ChainError, DescriptorChain};
 
-/// The chain from `head` on: address and length of each descriptor, and what stopped it.
+/// The chain from `head` on: address and length of each descriptor, and the error that ended the walk.
 fn walk(driver: &Driver, head: u16) -> (Vec<(u64, u32)>, Option<ChainError>) {
     walk_in(&driver.memory, driver.size, head)
 }
@@ -19,7 +19,7 @@ fn walk_in(memory: &GuestMemoryMmap, size: u16, head: u16) -> (Vec<(u64, u32)>, 
         match item {
             Ok(descriptor) => buffers.push((descriptor.addr().0, descriptor.len())),
             Err(error) => {
-                assert!(chain.next().is_none(), "nothing comes after an error");
+                assert!(chain.next().is_none(), "nothing follows an error");
                 return (buffers, Some(error));
             }
         }
@@ -38,7 +38,7 @@ fn a_chain_is_followed_through_the_table() {
 }
 
 #[test]
-fn a_descriptor_comes_out_as_it_was_written() {
+fn a_descriptor_is_read_unchanged() {
     let driver = Driver::new(8);
     driver.descriptor(DESC_TABLE, 3, 0x0123_4567_89ab_cdef, 0x7654_3210, 0xfff8 | WRITE, 0xfedc);
     let mut chain = DescriptorChain::new(&driver.memory, GuestAddress(DESC_TABLE), 8, 3);
@@ -50,8 +50,8 @@ fn a_descriptor_comes_out_as_it_was_written() {
 }
 
 #[test]
-fn an_indirect_table_is_followed_wherever_it_lies() {
-    // 0x..1 is no place for whole words, but VIRTIO allows it; the write flag of the reference means nothing.
+fn an_indirect_table_may_have_any_alignment() {
+    // 0x..1 is not aligned to words, but VIRTIO allows it; the write flag of the reference has no meaning.
     for table in [FREE, FREE + 1, FREE + 8] {
         let driver = Driver::new(8);
         driver.descriptor(DESC_TABLE, 0, 0x100, 16, NEXT, 5);
@@ -69,7 +69,7 @@ fn an_indirect_table_across_two_regions_is_followed() {
     let halves = [(GuestAddress(0), half as usize), (GuestAddress(half), half as usize)];
     let memory = GuestMemoryMmap::from_ranges(&halves).expect("guest memory");
     let driver = Driver { memory, ..Driver::new(8) };
-    // The second of its three descriptors lies in both.
+    // The second of its three descriptors crosses the boundary.
     let table = half - 24;
     driver.descriptor(DESC_TABLE, 0, table, 48, INDIRECT, 0);
     for index in 0..3 {
@@ -80,7 +80,7 @@ fn an_indirect_table_across_two_regions_is_followed() {
 }
 
 #[test]
-fn broken_chains_end_with_their_reason() {
+fn broken_chains_end_with_their_error() {
     let table = FREE;
     let loops = Driver::new(4);
     loops.descriptor(DESC_TABLE, 0, 1, 1, NEXT, 1);
@@ -117,7 +117,7 @@ fn broken_chains_end_with_their_reason() {
 }
 
 #[test]
-fn an_indirect_table_has_1_to_1024_whole_descriptors_or_as_many_as_the_queue() {
+fn an_indirect_table_has_a_valid_number_of_whole_descriptors() {
     for (size, len_bytes, entries_max) in [
         (4, 0, 1024),
         (4, 15, 1024),
@@ -158,7 +158,7 @@ fn an_indirect_table_outside_memory_is_an_error() {
     assert_eq!(walk(&driver, 0), (vec![(5, 5)], Some(ChainError::OutsideMemory { gpa: MEMORY_BYTES })));
 }
 
-/// What a chain consists of, worked out differently: all tables are read first, then followed.
+/// A reference model of a chain: it reads all tables first and then follows them.
 fn reference(memory: &GuestMemoryMmap, size: u16, head: u16) -> (Vec<(u64, u32)>, bool) {
     let read = |gpa: u128| -> Option<Descriptor> { memory.read_obj(GuestAddress(u64::try_from(gpa).ok()?)).ok() };
     let table = |gpa: u64, entries: u32| -> Vec<Option<Descriptor>> {
@@ -208,7 +208,7 @@ fn any_descriptor() -> impl Strategy<Value = (u64, u32, u16, u16)> {
 
 proptest! {
     #[test]
-    fn any_chain_is_walked_as_the_reference_walks_it(
+    fn every_chain_is_walked_like_the_reference(
         direct in prop::collection::vec(any_descriptor(), 8),
         indirect in prop::collection::vec(any_descriptor(), 16),
         head in 0..9_u16,

@@ -1,4 +1,4 @@
-//! A process that dies between any two of its stores loses no request and gives none back twice.
+//! A process that dies between any two of its stores loses no request and returns none twice.
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -12,18 +12,18 @@ use crate::virtqueue::{InflightQueue, InflightRegion, QueueSetup, SplitQueue};
 
 const SIZE: u16 = 4;
 
-/// What happens next, in the driver or in the device.
+/// The next step of the driver or the device.
 #[derive(Clone, Copy, Debug)]
 enum Step {
     /// The driver makes a chain available, if it has one.
     Submit,
-    /// The driver takes what was given back.
+    /// The driver takes the returned chains.
     Reap,
     /// The device takes a chain, if there is one.
     Pop,
-    /// The device gives one of those back that it has, this one of them, and publishes what it has given back.
+    /// The device returns the given one of its chains, and publishes all returned chains.
     Complete(usize),
-    /// The device gives one of those back, and keeps that to itself.
+    /// The device returns one of its chains without publishing it.
     PutUsed(usize),
 }
 
@@ -37,12 +37,12 @@ fn any_step() -> impl Strategy<Value = Step> {
     ]
 }
 
-/// What outlives the device: the driver, guest memory, the in-flight region.
+/// The state that outlives the device: the driver, guest memory, the in-flight region.
 struct World {
     driver: Driver,
     region: File,
     size_bytes: u64,
-    /// Requests that were made available and not given back yet, in that order: head and number.
+    /// Requests that were made available and not returned yet, in that order: head and number.
     outstanding: Vec<(u16, u64)>,
     free: VecDeque<u16>,
     submitted: u64,
@@ -51,11 +51,11 @@ struct World {
 impl World {
     fn new() -> Self {
         let file = InflightRegion::create(1, SIZE).expect("a memfd");
-        // Nobody has used it (version 0), but all of its entries look as if they were in flight.
+        // No process has used the region (version 0), but all of its entries look in flight.
         let region = File::from(file.fd);
         region.write_all_at(&[1; 64], 16).expect("its entries");
         Self {
-            // The indexes wrap on the way.
+            // The indexes wrap during the test.
             driver: Driver::at_index(SIZE, 65534),
             region,
             size_bytes: file.size_bytes,
@@ -79,7 +79,7 @@ impl World {
         }
     }
 
-    /// Takes everything that was given back. Each must be outstanding: once given back, it is not any more.
+    /// Takes all returned chains. Each must be outstanding, and is not outstanding afterwards.
     fn reap(&mut self) {
         while let Some((id, written_bytes)) = self.driver.reap() {
             let head = u16::try_from(id).expect("a head");
@@ -94,7 +94,7 @@ impl World {
 /// A device process.
 struct Device {
     queue: SplitQueue,
-    /// Taken and not given back: head and number.
+    /// Taken and not returned: head and number.
     taken: Vec<(u16, u64)>,
 }
 
@@ -138,12 +138,12 @@ impl Device {
     }
 }
 
-/// Runs the script in processes of which each dies after so many stores, and a last one that lives.
+/// Runs the script in processes that each die after a number of stores, and in a last one that lives.
 fn run(script: &[Step], lives: &[u64]) {
     let mut world = World::new();
     let mut done = 0;
     for &stores in lives {
-        // A step that is cut short in the device has happened as far as it came; it is not done again.
+        // A step that is cut short in the device has happened as far as it got; the next process does not repeat it.
         let _died = live_for(stores, || {
             let mut device = Device::start(&world);
             while let Some(&step) = script.get(done) {
@@ -155,16 +155,16 @@ fn run(script: &[Step], lives: &[u64]) {
     }
 
     let mut device = Device::start(&world);
-    assert!(device.queue.needs_signal(), "those before may have died before they signalled");
+    assert!(device.queue.needs_signal(), "earlier processes may have died before they signalled");
     let expected: Vec<u64> = world.outstanding.iter().map(|&(_, number)| number).collect();
     let taken: Vec<u64> = std::iter::from_fn(|| device.pop(&world)).collect();
-    assert_eq!(taken, expected, "all that is outstanding, in the order of submission");
+    assert_eq!(taken, expected, "all outstanding requests, in the order of submission");
     while !device.taken.is_empty() {
         device.complete(1);
     }
     world.reap();
     assert_eq!(world.outstanding, [], "each came back");
-    // The region agrees: nothing is left to be replayed.
+    // The region agrees: there is nothing left to replay.
     let after = Device::start(&world);
     assert_eq!((after.queue.in_flight(), after.queue.next_avail()), (0, world.driver.avail_idx));
 }
@@ -173,7 +173,7 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 64, ..ProptestConfig::default() })]
 
     #[test]
-    fn a_device_that_dies_at_any_store_loses_no_request_and_gives_none_back_twice(
+    fn a_device_that_dies_at_any_store_loses_and_repeats_no_request(
         script in prop::collection::vec(any_step(), 1..40),
         second_life in 0..60_u64,
         third_life in 0..60_u64,
@@ -189,9 +189,9 @@ proptest! {
 }
 
 #[test]
-fn a_life_is_cut_short_at_the_store_that_was_asked_for() {
+fn a_life_ends_at_the_requested_store() {
     let before = stores_made();
-    assert_eq!(live_for(3, || Device::start(&World::new()).queue.size()), None, "making a region ready stores more");
+    assert_eq!(live_for(3, || Device::start(&World::new()).queue.size()), None, "preparing a region takes more stores");
     assert_eq!(stores_made() - before, 3);
     assert_eq!(live_for(u64::MAX, || Device::start(&World::new()).queue.size()), Some(SIZE));
 }

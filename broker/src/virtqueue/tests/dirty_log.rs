@@ -26,7 +26,7 @@ fn another(file: &File) -> OwnedFd {
     file.try_clone().expect("a file descriptor").into()
 }
 
-/// The pages that are marked in a log of `len_bytes` bytes, as the front-end reads it.
+/// The marked pages in a log of `len_bytes` bytes, as the front-end reads it.
 fn marked(file: &File, offset_bytes: u64, len_bytes: usize) -> Vec<u64> {
     let mut bits = vec![0; len_bytes];
     file.read_exact_at(&mut bits, offset_bytes).expect("the log");
@@ -34,7 +34,7 @@ fn marked(file: &File, offset_bytes: u64, len_bytes: usize) -> Vec<u64> {
 }
 
 #[test]
-fn every_page_that_was_touched_is_marked_and_no_other() {
+fn exactly_the_touched_pages_are_marked() {
     let file = file(PAGE_BYTES);
     let log = DirtyLog::from_fd(another(&file), 0, 64).expect("a log of 512 pages");
     log.mark(0, 0);
@@ -49,9 +49,9 @@ fn every_page_that_was_touched_is_marked_and_no_other() {
 }
 
 #[test]
-fn pages_beyond_the_log_are_counted_and_nothing_is_written_for_them() {
+fn pages_beyond_the_log_are_counted_and_not_marked() {
     let file = file(2 * PAGE_BYTES);
-    // 24 pages, in front of bytes that belong to somebody else.
+    // 24 pages, in front of bytes that do not belong to the log.
     let log = DirtyLog::from_fd(another(&file), 0, 3).expect("a log of 24 pages");
     log.mark(22 * PAGE_BYTES, 5 * PAGE_BYTES);
     assert_eq!((marked(&file, 0, 8), log.out_of_range_pages()), (vec![22, 23], 3));
@@ -75,24 +75,23 @@ fn bad_logs_are_refused() {
     let refusal = |offset_bytes, size_bytes| {
         DirtyLog::from_fd(another(&file), offset_bytes, size_bytes).expect_err("a bad log").to_string()
     };
-    assert_eq!(refusal(0, 0), "a shared area of 0 bytes");
+    assert_eq!(refusal(0, 0), "a shared area of 0 bytes: it must not be empty");
     assert_eq!(
         refusal(64, 64),
-        "a shared area at offset 64 of its file, which is not a multiple of the page size 4096"
+        "a shared area at offset 64 of its file: the offset must be a multiple of the page size 4096"
     );
-    assert_eq!(refusal(4096, 4097), "a shared area of 4097 bytes at offset 4096 of a file of 8192 bytes");
-    assert_eq!(
-        refusal(u64::MAX - 4095, 4096),
-        "a shared area of 4096 bytes at offset 18446744073709547520 of a file of 8192 bytes"
-    );
+    let outside = |what: &str| format!("a shared area of {what}: it must end inside the file");
+    assert_eq!(refusal(4096, 4097), outside("4097 bytes at offset 4096 of a file of 8192 bytes"));
+    let expected = outside("4096 bytes at offset 18446744073709547520 of a file of 8192 bytes");
+    assert_eq!(refusal(u64::MAX - 4095, 4096), expected);
     let pipe = std::io::pipe().expect("a pipe").0;
     let refusal = DirtyLog::from_fd(pipe.into(), 0, 1).expect_err("not a file").to_string();
-    assert_eq!(refusal, "a shared area of 1 bytes at offset 0 of a file of 0 bytes");
+    assert_eq!(refusal, outside("1 bytes at offset 0 of a file of 0 bytes"));
 }
 
 #[test]
-fn marks_of_several_threads_are_all_kept() {
-    // So many that a lost mark of two threads at the same byte is as good as certain.
+fn no_mark_of_several_threads_is_lost() {
+    // So many that two threads almost certainly lose a mark at the same byte if marking is not atomic.
     const LOG_BYTES: u64 = 1 << 19;
     let file = file(LOG_BYTES);
     let log = DirtyLog::from_fd(another(&file), 0, LOG_BYTES).expect("a log");
@@ -102,7 +101,7 @@ fn marks_of_several_threads_are_all_kept() {
             let (log, start) = (&log, &start);
             scope.spawn(move || {
                 start.wait();
-                // Each byte of the log is written by all of them.
+                // All threads write each byte of the log.
                 for page in (thread..8 * LOG_BYTES).step_by(4) {
                     log.mark(page * PAGE_BYTES, 1);
                 }
@@ -118,7 +117,7 @@ fn used_ring(memory: &GuestMemoryMmap, size: usize) -> Vec<u8> {
     bytes
 }
 
-/// The pages of the log in which the used ring changed, given where it is in the log.
+/// The pages of the log in which the used ring changed, for a used ring at this address of the log.
 fn changed_pages(before: &[u8], after: &[u8], used_log_gpa: u64) -> Vec<u64> {
     let changed = (0..before.len()).filter(|&offset| before[offset] != after[offset]);
     let mut pages: Vec<u64> = changed.map(|offset| (used_log_gpa + offset as u64) / PAGE_BYTES).collect();
@@ -127,9 +126,9 @@ fn changed_pages(before: &[u8], after: &[u8], used_log_gpa: u64) -> Vec<u64> {
 }
 
 proptest! {
-    /// 1024 entries: a used ring of more than two pages, at any place of a page in the log.
+    /// 1024 entries: a used ring of more than two pages, at any offset in a page of the log.
     #[test]
-    fn every_byte_of_the_used_ring_that_changes_is_logged(
+    fn every_changed_byte_of_the_used_ring_is_logged(
         used_log_gpa in 0..64 * PAGE_BYTES,
         event_idx: bool,
         start: u16,
@@ -153,7 +152,7 @@ proptest! {
         for page in changed_pages(&before, &used_ring(&driver.memory, 1024), used_log_gpa) {
             prop_assert!(marks.contains(&page), "page {page} changed, marked are {marks:?}");
         }
-        // Only with EVENT_IDX there is a field behind the entries.
+        // Only with EVENT_IDX a field follows the entries.
         let len_bytes = before.len() as u64 - if event_idx { 0 } else { 2 };
         let ring_pages = used_log_gpa / PAGE_BYTES..=(used_log_gpa + len_bytes - 1) / PAGE_BYTES;
         prop_assert!(marks.iter().all(|page| ring_pages.contains(page)), "{marks:?} outside {ring_pages:?}");
@@ -162,9 +161,9 @@ proptest! {
     }
 }
 
-/// A front-end clears the log and copies the pages that were marked, again and again, while the device runs.
+/// A front-end clears the log and copies the marked pages, again and again, while the device runs.
 #[test]
-fn a_front_end_that_copies_between_any_two_stores_misses_none() {
+fn a_front_end_that_copies_between_any_two_stores_misses_no_write() {
     for driver_features in [0, 1 << VIRTIO_RING_F_EVENT_IDX] {
         for stores in 0.. {
             let file = file(PAGE_BYTES);
@@ -179,19 +178,19 @@ fn a_front_end_that_copies_between_any_two_stores_misses_none() {
             let (memory, log_file, copied) = (driver.memory.clone(), another(&file), Arc::clone(&copy));
             visit_after(stores, move || {
                 File::from(log_file).write_all_at(&[0; 64], 0).expect("the log");
-                *copied.lock().expect("nobody panicked") = used_ring(&memory, 8);
+                *copied.lock().expect("no panic") = used_ring(&memory, 8);
             });
             queue.disable_kicks(Some(&log));
             queue.complete(3, 77, Some(&log)).expect("in flight");
             queue.enable_kicks(Some(&log));
             if !was_visited() {
-                assert!(stores > 6, "there are more stores than that");
+                assert!(stores > 6, "there are more than 6 stores");
                 break;
             }
-            let is_complete = *copy.lock().expect("nobody panicked") == used_ring(&driver.memory, 8);
+            let is_complete = *copy.lock().expect("no panic") == used_ring(&driver.memory, 8);
             assert!(
                 is_complete || marked(&file, 0, 64) == [USED_RING / PAGE_BYTES],
-                "after store {stores} the copy is not the last and nothing says so"
+                "after store {stores} the copy is out of date and no mark says so"
             );
         }
     }

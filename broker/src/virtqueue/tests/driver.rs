@@ -1,4 +1,4 @@
-//! A small driver: descriptor tables and rings in guest memory, as VIRTIO 1.2, 2.7 describes them.
+//! A small driver: descriptor tables and rings in guest memory, as in VIRTIO 1.2, 2.7.
 
 use virtio_queue::desc::split::Descriptor;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
@@ -30,7 +30,7 @@ impl Driver {
         Self { memory, size, avail_idx: 0, used_idx: 0 }
     }
 
-    /// A driver whose rings have been used before, up to this index.
+    /// A driver whose rings have been used up to this index.
     pub(super) fn at_index(size: u16, idx: u16) -> Self {
         let mut driver = Self::new(size);
         driver.avail_idx = idx;

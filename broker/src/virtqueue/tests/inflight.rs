@@ -1,4 +1,4 @@
-//! The in-flight region: its file, and what is read from it.
+//! The in-flight region: its file, and the recovery from it.
 
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
@@ -19,8 +19,8 @@ fn memfd(size_bytes: u64) -> OwnedFd {
 }
 
 #[test]
-fn a_new_region_has_the_size_that_other_back_ends_give_it() {
-    // Header and entries of 16 bytes, each queue at a multiple of 64; and behind them the record of the device.
+fn a_new_region_has_the_same_size_as_in_other_back_ends() {
+    // Header and entries of 16 bytes, each queue at a multiple of 64, and behind them the record of the device.
     for (queues, queue_size, size_bytes) in
         [(1, 1, 64), (1, 3, 64), (1, 4, 128), (4, 128, 4 * 2112), (2, 256, 2 * 4160)]
     {
@@ -32,7 +32,7 @@ fn a_new_region_has_the_size_that_other_back_ends_give_it() {
 }
 
 #[test]
-fn nobody_can_take_the_pages_of_a_new_region_away() {
+fn a_new_region_cannot_be_shortened() {
     let file = InflightRegion::create(1, 8).expect("a memfd");
     let seals = rustix::fs::fcntl_get_seals(file.fd.as_fd()).expect("a memfd");
     assert!(seals.contains(SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL), "{seals:?}");
@@ -62,22 +62,19 @@ fn bad_regions_are_refused() {
     let refusal = |fd, offset_bytes, size_bytes, queues, queue_size| {
         InflightRegion::from_fd(fd, offset_bytes, size_bytes, queues, queue_size).expect_err("a bad region").to_string()
     };
-    assert_eq!(
-        refusal(memfd(4096), 0, 4096, 0, 8),
-        "an in-flight region for 0 queues of 8 descriptors: give 1 to 32768 of each"
-    );
-    assert_eq!(
-        refusal(memfd(4096), 0, 4096, 1, 32769),
-        "an in-flight region for 1 queues of 32769 descriptors: give 1 to 32768 of each"
-    );
+    let shape = |what: &str| format!("an in-flight region for {what} descriptors: it must be for 1 to 32768 of each");
+    assert_eq!(refusal(memfd(4096), 0, 4096, 0, 8), shape("0 queues of 8"));
+    assert_eq!(refusal(memfd(4096), 0, 4096, 1, 32769), shape("1 queues of 32769"));
     assert_eq!(refusal(memfd(4096), 0, 2111, 1, 128), "an in-flight region of 2111 bytes: 1 queues of 128 need 2112");
     assert_eq!(
         refusal(memfd(4096), 4096, 2112, 1, 128),
-        "the in-flight region: a shared area of 2112 bytes at offset 4096 of a file of 4096 bytes"
+        "the in-flight region: a shared area of 2112 bytes at offset 4096 of a file of 4096 bytes: it must end inside \
+         the file"
     );
     assert_eq!(
         refusal(memfd(8192), 100, 2112, 1, 128),
-        "the in-flight region: a shared area at offset 100 of its file, which is not a multiple of the page size 4096"
+        "the in-flight region: a shared area at offset 100 of its file: the offset must be a multiple of the page size \
+         4096"
     );
     assert!(InflightRegion::create(1, 0).is_err());
     assert!(InflightRegion::create(0, 1).is_err());
@@ -96,9 +93,9 @@ fn left(size: u16, used_idx: u16, in_flight: &[(u16, u64)]) -> InflightQueue {
 }
 
 #[test]
-fn a_region_that_nobody_used_is_made_ready_and_the_front_end_believed() {
+fn an_unused_region_is_prepared_and_the_front_end_trusted() {
     let region = inflight_queue(8);
-    // What stands in it means nothing.
+    // The contents of an unused region have no meaning.
     region.set_in_flight(3, true);
     region.set_last_batch_head(7);
     let recovered = recover(&region, 8, 500, 503).expect("a new region");
@@ -108,7 +105,7 @@ fn a_region_that_nobody_used_is_made_ready_and_the_front_end_believed() {
 }
 
 #[test]
-fn what_was_in_flight_comes_back_in_the_order_in_which_it_was_taken() {
+fn chains_in_flight_are_replayed_in_the_order_of_taking() {
     let region = left(8, 65535, &[(1, 70), (2, 50), (6, 60)]);
     let recovered = recover(&region, 8, 65535, 0).expect("a good region");
     assert_eq!(recovered.replay, [2, 6, 1]);
@@ -116,8 +113,8 @@ fn what_was_in_flight_comes_back_in_the_order_in_which_it_was_taken() {
 }
 
 #[test]
-fn a_batch_that_another_back_end_had_published_is_given_back() {
-    // 4, 5 and 0 were linked and published; their marks and the index were not updated.
+fn a_batch_that_another_back_end_published_is_completed() {
+    // Another back-end linked and published 4, 5 and 0, but did not update their marks and the index.
     let region = left(8, 100, &[(0, 1), (4, 2), (5, 3), (7, 4)]);
     region.set_last_batch_head(4);
     region.set_next(4, 5);
@@ -129,13 +126,12 @@ fn a_batch_that_another_back_end_had_published_is_given_back() {
 }
 
 #[test]
-fn a_region_that_fits_no_state_of_the_ring_is_refused_and_left_as_it_is() {
+fn a_region_that_does_not_match_the_ring_is_refused_unchanged() {
     let far = left(8, 100, &[(0, 1)]);
     let error = recover(&far, 8, 109, 0).expect_err("9 entries of 8");
-    assert_eq!(
-        error.to_string(),
-        "the used index is 109 in the ring and 100 in the in-flight region, and no 8 entries lie between them"
-    );
+    let expected = "the used index is 109 in the ring and 100 in the in-flight region; a matching region is at most 8 \
+                    entries behind";
+    assert_eq!(error.to_string(), expected);
     assert!(far.is_in_flight(0));
     assert_eq!(far.used_idx(), 100);
 
@@ -149,7 +145,7 @@ fn a_region_that_fits_no_state_of_the_ring_is_refused_and_left_as_it_is() {
 }
 
 #[test]
-fn a_region_that_says_nothing_does_not_stop_a_ring_that_was_set_up_anew() {
+fn a_region_without_records_does_not_stop_a_new_ring() {
     let region = left(8, 40_000, &[]);
     region.set_last_batch_head(u16::MAX);
     let recovered = recover(&region, 8, 0, 0).expect("nothing is in flight");
@@ -158,39 +154,40 @@ fn a_region_that_says_nothing_does_not_stop_a_ring_that_was_set_up_anew() {
 }
 
 #[test]
-fn a_chain_that_was_never_answered_does_not_stop_a_ring_that_was_set_up_anew() {
-    // Of a driver before: its ring broke with this chain in flight.
+fn an_unanswered_chain_does_not_stop_a_new_ring() {
+    // A chain of a previous driver, whose ring broke with this chain in flight.
     let region = left(8, 40_000, &[(3, 7)]);
     let recovered = recover(&region, 8, 0, 0).expect("a ring that begins");
     assert_eq!(recovered, Recovered::default());
     assert_eq!((region.version(), region.used_idx(), region.is_in_flight(3)), (1, 0, false));
 
-    // A process that died with its first chains in flight leaves a region that fits: they are taken again.
+    // The region of a process that died with its first chains in flight matches: the queue takes them again.
     let region = left(8, 0, &[(3, 0)]);
     assert_eq!(recover(&region, 8, 0, 0).expect("a good region").replay, [3]);
 }
 
 #[test]
-fn a_region_that_is_begun_again_says_nothing_and_the_front_end_is_believed() {
+fn after_begin_again_the_front_end_is_trusted() {
     let region = left(8, 1, &[(3, 7)]);
     region.begin_again();
-    // A chain behind the lost one was given back already: it must not be taken a second time.
+    // A chain behind the lost one was already returned: the queue must not take it a second time.
     assert_eq!(recover(&region, 8, 1, 2).expect("as if new"), Recovered { next_avail: 2, ..Recovered::default() });
     assert!(!region.is_in_flight(3));
 }
 
 #[test]
-fn another_format_and_too_few_entries_are_refused() {
+fn a_region_of_another_version_or_with_too_few_entries_is_refused() {
     let region = inflight_queue(8);
     region.set_version(2);
     let error = recover(&region, 8, 0, 0).expect_err("version 2");
-    assert_eq!(error.to_string(), "the in-flight region of this queue has version 2; only version 1 is known");
+    let expected = "the in-flight region of this queue has version 2; this back-end only knows version 1";
+    assert_eq!(error.to_string(), expected);
     let error = recover(&inflight_queue(8), 16, 0, 0).expect_err("8 entries for 16");
     assert_eq!(error.to_string(), "the in-flight region has 8 entries per queue, but this queue has 16 descriptors");
 }
 
 #[test]
-fn counters_go_on_after_a_restart_and_round_their_end() {
+fn counters_continue_after_a_restart_and_wrap() {
     let mut driver = Driver::new(8);
     let region = left(8, 0, &[(2, u64::MAX)]);
     driver.submit(2, 20);
@@ -205,28 +202,28 @@ fn counters_go_on_after_a_restart_and_round_their_end() {
 }
 
 #[test]
-fn what_the_driver_set_is_kept_beside_the_records_of_the_queues() {
+fn the_driver_settings_survive_the_records_of_the_queues() {
     let file = InflightRegion::create(2, 8).expect("a memfd");
     let map = || {
         let fd = file.fd.try_clone().expect("a file descriptor");
         InflightRegion::from_fd(fd, 0, file.size_bytes, 2, 8).expect("our own region")
     };
     let region = map();
-    assert_eq!(region.driver_settings(), 0, "nobody has used it");
+    assert_eq!(region.driver_settings(), 0, "no process has used the region");
     region.set_driver_settings(0x81);
     for index in 0..2 {
         let queue = region.queue(index).expect("two queues");
         assert_eq!(recover(&queue, 8, 5, 5).expect("a new region").next_avail, 5);
         queue.begin_again();
     }
-    assert_eq!(map().driver_settings(), 0x81, "the next process finds it");
+    assert_eq!(map().driver_settings(), 0x81, "the next process finds the settings");
     region.set_driver_settings(0);
     assert_eq!(map().driver_settings(), 0);
     let bytes = std::fs::read(format!("/proc/self/fd/{}", file.fd.as_raw_fd())).expect("the region");
-    assert_eq!(bytes[..8], [0; 8], "`features` is as others expect it");
+    assert_eq!(bytes[..8], [0; 8], "`features` is 0, as other back-ends expect");
 }
 
-/// A region that a ringpass made for two queues of 8, mapped as often as wanted.
+/// A region that ringpass made for two queues of 8. Each call maps it again.
 fn region_with_record() -> impl Fn() -> InflightRegion {
     let file = InflightRegion::create(2, 8).expect("a memfd");
     move || {
@@ -236,10 +233,10 @@ fn region_with_record() -> impl Fn() -> InflightRegion {
 }
 
 #[test]
-fn the_record_of_a_device_is_found_by_the_next_process_and_disturbs_no_queue() {
+fn the_next_process_finds_the_device_record() {
     let map = region_with_record();
     let region = map();
-    assert_eq!(region.device_record(), None, "nobody has recorded anything");
+    assert_eq!(region.device_record(), None, "no process has recorded anything");
     let last = region.queue(1).expect("two queues");
     for head in 0..8 {
         last.set_counter(head, u64::MAX);
@@ -249,27 +246,27 @@ fn the_record_of_a_device_is_found_by_the_next_process_and_disturbs_no_queue() {
         assert_eq!(map().device_record().as_deref(), Some(record));
     }
     region.set_device_record(&[1; DEVICE_RECORD_MAX_BYTES + 1]);
-    assert_eq!(map().device_record(), Some(vec![0xff; DEVICE_RECORD_MAX_BYTES]), "it has no room");
+    assert_eq!(map().device_record(), Some(vec![0xff; DEVICE_RECORD_MAX_BYTES]), "the longer record does not fit");
     assert!((0..8).all(|head| last.counter(head) == u64::MAX));
 }
 
 #[test]
 fn a_region_of_another_back_end_has_no_record_and_gets_none() {
-    // As large as ours, larger, and as small as possible.
+    // As large as a region of ringpass, larger, and as small as possible.
     for size_bytes in [2 * 192, 2 * 192 + RECORD_AREA_BYTES, 1 << 16] {
         let fd = memfd(size_bytes);
         let region = InflightRegion::from_fd(fd.try_clone().unwrap(), 0, size_bytes, 2, 8).expect("a good region");
         region.set_device_record(b"record");
         assert_eq!(region.device_record(), None);
         let bytes = std::fs::read(format!("/proc/self/fd/{}", fd.as_raw_fd())).expect("the region");
-        assert!(bytes.iter().all(|byte| *byte == 0), "nothing is written behind the queues of others");
+        assert!(bytes.iter().all(|byte| *byte == 0), "nothing is written behind the queues of another back-end");
     }
-    // A size that was rounded up, as its file was not.
+    // A size that was rounded up, while its file was not.
     assert!(InflightRegion::from_fd(memfd(2 * 192), 0, 4096, 2, 8).is_ok());
 }
 
 #[test]
-fn a_process_that_dies_while_it_records_leaves_the_record_before_or_the_new_one() {
+fn a_process_that_dies_while_it_records_leaves_a_whole_record() {
     for stores in 0.. {
         let map = region_with_record();
         for record in [b"first", b"other"] {
@@ -278,18 +275,18 @@ fn a_process_that_dies_while_it_records_leaves_the_record_before_or_the_new_one(
         let lived = live_for(stores, || map().set_device_record(b"third")).is_some();
         let found = map().device_record().expect("a whole record");
         assert!(found == b"other" || lived && found == b"third", "{found:?} after {stores} stores");
-        // The next process records in its turn.
+        // The next process can record again.
         map().set_device_record(b"after");
         assert_eq!(map().device_record().as_deref(), Some(&b"after"[..]));
         if lived {
-            assert!(stores > 10, "it takes some stores");
+            assert!(stores > 10, "a record takes more than 10 stores");
             return;
         }
     }
 }
 
 #[test]
-fn the_first_record_that_was_not_written_to_its_end_is_none() {
+fn a_partly_written_first_record_is_ignored() {
     for stores in 0.. {
         let map = region_with_record();
         let lived = live_for(stores, || map().set_device_record(b"first")).is_some();
@@ -300,7 +297,7 @@ fn the_first_record_that_was_not_written_to_its_end_is_none() {
     }
 }
 
-/// A queue that begins, with `region`.
+/// A queue that starts with `region`.
 fn begin(driver: &Driver, region: &InflightQueue) -> SplitQueue {
     let setup = QueueSetup { inflight: Some(region.clone()), ..driver.setup() };
     SplitQueue::new(setup, &driver.memory).expect("a good set-up")
@@ -322,7 +319,7 @@ fn a_chain_that_was_not_recorded_is_one_that_was_not_taken_for_a_later_process()
     assert_eq!((region.is_in_flight(2), region.is_in_flight(5)), (true, false));
     assert_eq!((queue.in_flight(), queue.next_avail()), (2, 2));
 
-    // Replayed, and taken anew.
+    // One chain is replayed, the other taken anew.
     let mut successor = begin(&driver, &region);
     assert_eq!(successor.next_avail(), 1);
     assert_eq!(heads(&mut successor, &driver), [2, 5]);

@@ -1,4 +1,4 @@
-//! Tests of split virtqueues, and the driver that they have in common.
+//! Tests of split virtqueues, and their common driver.
 
 mod chain;
 mod crash;

@@ -1,4 +1,4 @@
-//! Taking chains, giving them back, kicks and signals.
+//! Taking chains, returning them, kicks and signals.
 
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use vm_memory::{GuestAddress, GuestMemoryMmap};
@@ -27,7 +27,7 @@ fn pop(queue: &mut SplitQueue, driver: &Driver) -> Option<u64> {
 }
 
 #[test]
-fn chains_come_in_the_order_in_which_they_were_made_available_and_go_back_in_any() {
+fn chains_are_taken_in_order_and_returned_in_any_order() {
     let mut driver = Driver::new(8);
     let mut queue = queue(&driver);
     assert_eq!(pop(&mut queue, &driver), None);
@@ -49,7 +49,7 @@ fn chains_come_in_the_order_in_which_they_were_made_available_and_go_back_in_any
 }
 
 #[test]
-fn a_queue_goes_round_its_rings_and_its_indexes_many_times() {
+fn rings_and_indexes_wrap_many_times() {
     let mut driver = Driver::at_index(4, 65530);
     let mut queue = queue(&driver);
     for round in 0..200_u64 {
@@ -68,7 +68,7 @@ fn a_queue_goes_round_its_rings_and_its_indexes_many_times() {
 }
 
 #[test]
-fn an_available_index_further_away_than_the_queue_is_long_is_an_error() {
+fn an_available_index_beyond_the_queue_size_is_an_error() {
     let mut driver = Driver::new(8);
     driver.submit(0, 1);
     let mut queue = queue(&driver);
@@ -83,7 +83,7 @@ fn an_available_index_further_away_than_the_queue_is_long_is_an_error() {
 }
 
 #[test]
-fn a_head_outside_the_table_is_an_error_and_stays_where_it_is() {
+fn a_head_outside_the_table_is_an_error_and_is_not_taken() {
     let mut driver = Driver::new(8);
     let mut queue = queue(&driver);
     driver.make_available(8);
@@ -108,7 +108,7 @@ fn a_head_that_is_made_available_twice_is_an_error() {
 }
 
 #[test]
-fn what_is_not_in_flight_cannot_be_completed() {
+fn a_chain_that_is_not_in_flight_cannot_be_completed() {
     let mut driver = Driver::new(8);
     let mut queue = queue(&driver);
     driver.submit(3, 1);
@@ -123,7 +123,7 @@ fn what_is_not_in_flight_cannot_be_completed() {
 }
 
 #[test]
-fn a_batch_is_seen_when_it_is_published_and_until_then_nobody_may_use_its_chains() {
+fn neither_side_may_use_a_batch_before_it_is_published() {
     let mut driver = Driver::new(8);
     let region = inflight_queue(8);
     let setup = QueueSetup { inflight: Some(region.clone()), ..driver.setup() };
@@ -156,7 +156,7 @@ fn a_queue_starts_where_the_front_end_says() {
     let mut queue = SplitQueue::new(setup, &driver.memory).expect("a good set-up");
     assert_eq!(pop(&mut queue, &driver), Some(20));
     queue.complete(2, 5, None).expect("in flight");
-    assert_eq!(driver.reap(), Some((2, 5)), "at the place that the used ring's index gives");
+    assert_eq!(driver.reap(), Some((2, 5)), "in the entry at the used ring's index");
 }
 
 #[test]
@@ -182,18 +182,18 @@ fn bad_set_ups_are_refused() {
     );
     assert_eq!(
         refusal(&driver, |setup| setup.used_ring = GuestAddress(MEMORY_BYTES - 64)),
-        "the used ring of 68 bytes at 0x1ffc0 is not all in one region of guest memory"
+        "the used ring of 68 bytes at 0x1ffc0 is not inside one region of guest memory"
     );
     for gpa in [MEMORY_BYTES, !15] {
         assert_eq!(
             refusal(&driver, |setup| setup.desc_table = GuestAddress(gpa)),
-            format!("the descriptor table of 128 bytes at {gpa:#x} is not all in one region of guest memory")
+            format!("the descriptor table of 128 bytes at {gpa:#x} is not inside one region of guest memory")
         );
     }
 }
 
 #[test]
-fn a_ring_may_end_with_the_memory() {
+fn a_ring_may_end_at_the_end_of_memory() {
     let driver = Driver::new(8);
     let mut setup = driver.setup();
     setup.desc_table = GuestAddress(MEMORY_BYTES - 128);
@@ -202,14 +202,14 @@ fn a_ring_may_end_with_the_memory() {
 }
 
 #[test]
-fn without_event_idx_the_two_rings_end_with_their_last_entries() {
+fn without_event_idx_a_ring_ends_with_its_last_entry() {
     let driver = Driver::new(8);
     for (setup, ring) in [
         (QueueSetup { avail_ring: GuestAddress(MEMORY_BYTES - (4 + 8 * 2)), ..driver.setup() }, "available ring"),
         (QueueSetup { used_ring: GuestAddress(MEMORY_BYTES - (4 + 8 * 8)), ..driver.setup() }, "used ring"),
     ] {
-        let mut queue = SplitQueue::new(setup.clone(), &driver.memory).expect("all of it is there");
-        queue.set_memory(&driver.memory).expect("all of it is there");
+        let mut queue = SplitQueue::new(setup.clone(), &driver.memory).expect("the whole ring is in memory");
+        queue.set_memory(&driver.memory).expect("the whole ring is in memory");
         let error = SplitQueue::new(QueueSetup { driver_features: EVENT_IDX, ..setup }, &driver.memory)
             .expect_err("2 more bytes");
         assert!(matches!(error, QueueError::OutsideMemory { ring: refused, .. } if refused == ring), "{error}");
@@ -228,7 +228,7 @@ fn a_ring_across_two_regions_is_refused() {
 }
 
 #[test]
-fn a_queue_follows_changed_memory_and_keeps_the_old_where_a_ring_is_gone() {
+fn a_queue_follows_changed_memory_and_keeps_the_old_one_without_its_rings() {
     let mut driver = Driver::new(8);
     let mut queue = queue(&driver);
     driver.submit(1, 10);
@@ -237,7 +237,7 @@ fn a_queue_follows_changed_memory_and_keeps_the_old_where_a_ring_is_gone() {
     let mut moved = Driver::new(8);
     moved.avail_idx = 1;
     moved.submit(2, 20);
-    queue.set_memory(&moved.memory).expect("the rings are there");
+    queue.set_memory(&moved.memory).expect("the rings are in the new memory");
     assert_eq!(pop(&mut queue, &moved), Some(20));
     queue.complete(1, 7, None).expect("in flight");
     assert_eq!((driver.reap(), moved.reap()), (None, Some((1, 7))));
@@ -250,7 +250,7 @@ fn a_queue_follows_changed_memory_and_keeps_the_old_where_a_ring_is_gone() {
     assert_eq!(moved.reap(), Some((2, 8)));
 }
 
-/// Takes and gives back one chain.
+/// Takes and returns one chain.
 fn serve(queue: &mut SplitQueue, driver: &mut Driver) {
     driver.submit(0, 0);
     assert!(pop(queue, driver).is_some());
@@ -259,7 +259,7 @@ fn serve(queue: &mut SplitQueue, driver: &mut Driver) {
 }
 
 #[test]
-fn a_new_queue_signals_once_whatever_the_driver_wants() {
+fn a_new_queue_signals_once_in_any_case() {
     for driver_features in [0, EVENT_IDX] {
         let driver = Driver::new(8);
         driver.set_avail_flags(1);
@@ -267,7 +267,7 @@ fn a_new_queue_signals_once_whatever_the_driver_wants() {
         let mut queue =
             SplitQueue::new(QueueSetup { driver_features, ..driver.setup() }, &driver.memory).expect("a good set-up");
         assert!(queue.needs_signal(), "an earlier process may have died before it signalled");
-        assert!(!queue.needs_signal(), "nothing was given back since");
+        assert!(!queue.needs_signal(), "no chain was returned since");
     }
 }
 
@@ -278,7 +278,7 @@ fn without_event_idx_the_flag_of_the_available_ring_decides() {
     assert!(queue.needs_signal());
     serve(&mut queue, &mut driver);
     assert!(queue.needs_signal());
-    assert!(!queue.needs_signal(), "nothing was given back since");
+    assert!(!queue.needs_signal(), "no chain was returned since");
     driver.set_avail_flags(1);
     serve(&mut queue, &mut driver);
     assert!(!queue.needs_signal(), "VRING_AVAIL_F_NO_INTERRUPT");
@@ -303,7 +303,7 @@ fn with_event_idx_the_signal_comes_when_the_wanted_entry_was_used() {
             wanted.push(queue.needs_signal());
         }
         assert_eq!(wanted, [false, false, true, false, false], "from index {start}");
-        // Asked once after several: the wanted entry was among them.
+        // The queue asks once after several chains: the wanted entry was among them.
         driver.set_used_event(start.wrapping_add(6));
         for _ in 0..3 {
             serve(&mut queue, &mut driver);
@@ -313,7 +313,7 @@ fn with_event_idx_the_signal_comes_when_the_wanted_entry_was_used() {
 }
 
 #[test]
-fn kicks_are_asked_for_and_not_without_event_idx() {
+fn without_event_idx_the_flag_of_the_used_ring_asks_for_kicks() {
     let mut driver = Driver::new(8);
     let mut queue = queue(&driver);
     queue.disable_kicks(None);
@@ -325,7 +325,7 @@ fn kicks_are_asked_for_and_not_without_event_idx() {
 }
 
 #[test]
-fn with_event_idx_a_kick_is_asked_for_at_the_next_entry() {
+fn with_event_idx_the_queue_asks_for_a_kick_at_the_next_entry() {
     let mut driver = Driver::at_index(8, 65535);
     let setup = QueueSetup { driver_features: EVENT_IDX, ..driver.setup() };
     let mut queue = SplitQueue::new(setup, &driver.memory).expect("a good set-up");
@@ -340,7 +340,7 @@ fn with_event_idx_a_kick_is_asked_for_at_the_next_entry() {
 }
 
 #[test]
-fn chains_to_be_replayed_are_work() {
+fn chains_to_be_replayed_count_as_work() {
     let mut driver = Driver::new(8);
     let setup = QueueSetup { inflight: Some(inflight_queue(8)), ..driver.setup() };
     driver.submit(0, 5);
