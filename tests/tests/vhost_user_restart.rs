@@ -81,7 +81,7 @@ impl Guest {
             );
         }
         broker.wait_for_log(said).with_context(|| format!("{arguments:?}"))?;
-        broker.wait_for_log("Nothing is executed for it")?;
+        broker.wait_for_log("The server executes nothing for it")?;
         ensure!(self.driver.vring().used_idx()? == used_idx, "{arguments:?}: a request was answered");
         broker.terminate()?;
         ensure!(std::fs::read(rig.disk().path())? == before, "{arguments:?}: the disk was written");
@@ -122,7 +122,7 @@ fn other_options() -> Result<()> {
         (vec!["--num-queues", "4"], "serial number: \"disk-7\" before the restart, \"\" now (--serial \"disk-7\")"),
         (
             other(&["--read-only"]),
-            "access: read-write before the restart, read-only now (start it without --read-only)",
+            "access: read-write before the restart, read-only now (start the server without --read-only)",
         ),
         (other(&["--queue-size", "64"]), "segments of a request: 126 before the restart, 62 now"),
     ] {

@@ -1,4 +1,4 @@
-//! Write-back or write-through.
+//! The cache mode of the device: write-back or write-through.
 
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_FLUSH};
 
@@ -11,67 +11,68 @@ const SETTING_WRITE_THROUGH: u8 = 1;
 /// Whether completed writes may still be volatile (VIRTIO 1.2, 5.2.5 and 5.2.6.2).
 ///
 /// The device has a write-back cache: the host's, or the disk's own. It must behave as write-through for a driver that
-/// cannot flush, and for one that says so in `writeback`.
+/// cannot flush, and for a driver that chooses write-through in `writeback`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct CacheMode {
-    /// `None` until the driver accepted features.
+    /// `None` until the driver has accepted features.
     driver_features: Option<u64>,
-    /// What the driver wrote to `writeback`.
+    /// The value that the driver wrote to `writeback`.
     chosen: Option<bool>,
 }
 
 impl CacheMode {
-    /// As after a reset of the device: write-back, until features are accepted.
+    /// The mode after a reset of the device: write-back, until the driver accepts features.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// The driver accepted these features. What it wrote to `writeback` stays: front-ends repeat this message while the
-    /// driver runs (QEMU: at `cont`, and when migration begins).
+    /// Sets the features that the driver accepted. What the driver wrote to `writeback` stays: front-ends repeat this
+    /// message while the driver runs (QEMU: at `cont`, and when a migration begins).
     pub fn set_driver_features(&mut self, features: u64) {
         self.driver_features = Some(features);
     }
 
-    /// The features that the driver accepted; none until it has accepted some.
+    /// The features that the driver accepted; 0 until it has accepted some.
     pub fn driver_features(&self) -> u64 {
         self.driver_features.unwrap_or(0)
     }
 
-    /// What the driver has chosen, for a process that takes over: bits for [`restore`](Self::restore). 0: nothing that
-    /// the next process would not do by itself.
+    /// The driver's choice, for a successor process: bits for [`restore`](Self::restore). 0: the next process would
+    /// behave the same without them.
     pub fn settings(&self) -> u8 {
         if self.chosen == Some(false) { SETTING_WRITE_THROUGH } else { 0 }
     }
 
-    /// Takes up what an earlier process had. Unknown bits are ignored, and nothing turns write-through off: that is up to
-    /// the driver.
+    /// Restores the choice from an earlier process. Ignores unknown bits and never turns write-through off: only the
+    /// driver may do that.
     pub fn restore(&mut self, settings: u8) {
         if settings & SETTING_WRITE_THROUGH != 0 {
             self.chosen = Some(false);
         }
     }
 
-    /// The value of `writeback` in the configuration space: true if writes are volatile until they are flushed, false if
-    /// each must be stable when it completes.
+    /// The value of `writeback` in the configuration space. True: writes are volatile until a flush. False: each write
+    /// must be stable when it completes.
     ///
-    /// Always 0 for a driver without VIRTIO_BLK_F_FLUSH. VIRTIO 1.2 (5.2.5.2) has it start so, and a front-end does not tell
-    /// where one driver ends and the next begins: what the last one wrote must not count for a driver that cannot flush.
-    /// Such a driver may write 1 and gets what it can use, stable writes.
+    /// Always 0 for a driver without VIRTIO_BLK_F_FLUSH. VIRTIO 1.2 (5.2.5.2) makes such a driver start with 0, and a
+    /// front-end does not tell where one driver ends and the next begins: what the last driver wrote must not count for
+    /// a driver that cannot flush. Such a driver may write 1 and still gets stable writes, the only ones that it can
+    /// use.
     pub fn writeback(&self) -> bool {
         let Some(features) = self.driver_features else { return true };
         let has_chosen_write_through = has(features, VIRTIO_BLK_F_CONFIG_WCE) && self.chosen == Some(false);
         has(features, VIRTIO_BLK_F_FLUSH) && !has_chosen_write_through
     }
 
-    /// The driver writes to the configuration space; the only field for that is `writeback`, with 0 or 1.
+    /// A write of the driver to the configuration space. The only writable field is `writeback`, with 0 or 1.
     ///
-    /// A write before features were accepted is kept: front-ends forward it as it comes, and the features only when the
-    /// driver is done.
+    /// The mode keeps a write that comes before the features: front-ends forward the write at once, and the features
+    /// only when the driver is done.
     ///
     /// # Errors
     ///
     /// The bytes are not exactly that field, the driver did not accept VIRTIO_BLK_F_CONFIG_WCE, or the value is neither
-    /// 0 nor 1. Nothing has changed then.
+    /// 0 nor 1. The mode then stays unchanged.
     pub fn write_config(&mut self, offset_bytes: u32, bytes: &[u8]) -> Result<(), ConfigWriteError> {
         let may_choose = self.driver_features.is_none_or(|features| has(features, VIRTIO_BLK_F_CONFIG_WCE));
         let &[value] = bytes else { return Err(not_writable(offset_bytes, bytes)) };
@@ -121,9 +122,10 @@ mod tests {
         assert!(negotiated(FLUSH | CONFIG_WCE).writeback());
     }
 
-    /// VIRTIO 1.2, 5.2.5.1, 5.2.5.2 and 5.2.6.2: each pair of features, whatever this driver or an earlier one has written.
+    /// VIRTIO 1.2, 5.2.5.1, 5.2.5.2 and 5.2.6.2: each pair of features, with each value that this driver or an earlier
+    /// one has written.
     #[test]
-    fn writeback_is_0_without_flush_and_1_with_it_unless_a_driver_with_config_wce_wrote_0() {
+    fn writeback_follows_the_features_and_the_drivers_choice() {
         for (features, written, writeback) in [
             (0, None, false),
             (0, Some(0), false),
@@ -138,7 +140,7 @@ mod tests {
             (FLUSH | CONFIG_WCE, Some(0), false),
             (FLUSH | CONFIG_WCE, Some(1), true),
         ] {
-            // By an earlier driver, and before this one's features come.
+            // Written by an earlier driver, and before the features of this one come.
             for first in [Some(FLUSH | CONFIG_WCE), None] {
                 let mut mode = CacheMode::new();
                 first.into_iter().for_each(|features| mode.set_driver_features(features));
@@ -167,7 +169,7 @@ mod tests {
     }
 
     #[test]
-    fn a_write_that_comes_before_the_features_counts_if_they_allow_it() {
+    fn a_write_before_the_features_counts_if_they_allow_it() {
         let mut mode = CacheMode::new();
         mode.write_config(32, &[0]).unwrap();
         mode.set_driver_features(FLUSH | CONFIG_WCE);
@@ -177,25 +179,25 @@ mod tests {
     }
 
     #[test]
-    fn write_through_that_the_driver_chose_is_taken_up_by_the_next_process() {
+    fn the_next_process_restores_write_through() {
         let mut mode = negotiated(FLUSH | CONFIG_WCE);
         assert_eq!(mode.settings(), 0);
         mode.write_config(32, &[0]).unwrap();
         let mut next = CacheMode::new();
         next.restore(mode.settings());
-        assert_eq!(next.settings(), mode.settings(), "and by the one after it");
+        assert_eq!(next.settings(), mode.settings(), "the process after the next also restores it");
         next.set_driver_features(FLUSH | CONFIG_WCE);
         assert!(!next.writeback());
 
         mode.write_config(32, &[1]).unwrap();
         assert_eq!(mode.settings(), 0);
-        // What says nothing changes nothing: write-through is never wrong.
+        // Settings of 0 change nothing: write-through is never wrong.
         next.restore(0);
         assert!(!next.writeback());
     }
 
     #[test]
-    fn writes_beside_the_writeback_field_are_refused_and_change_nothing() {
+    fn writes_outside_the_writeback_field_are_refused() {
         let mut mode = negotiated(FLUSH | CONFIG_WCE);
         for (offset_bytes, bytes) in [(0, &[0_u8][..]), (31, &[0, 0]), (32, &[]), (32, &[0, 0]), (u32::MAX, &[0])] {
             let refused = mode.write_config(offset_bytes, bytes).unwrap_err();

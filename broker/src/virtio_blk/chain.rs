@@ -1,4 +1,4 @@
-//! One walk along a descriptor chain: where its header, its data and its status are.
+//! One walk along a descriptor chain, which finds its header, its data and its status.
 
 use vm_memory::{
     Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap, MemoryRegionAddress,
@@ -10,21 +10,21 @@ use crate::virtqueue::DescriptorChain;
 /// `type`, `reserved` and `sector` of `struct virtio_blk_req` (VIRTIO 1.2, 5.2.6).
 pub(super) const HEADER_BYTES: usize = 16;
 
-/// What a chain consists of. Its data, readable or writable, is in the segment list.
+/// The parts of a chain. The segment list holds its data, readable or writable.
 pub(super) struct Chain {
     pub(super) header: [u8; HEADER_BYTES],
-    /// Device-readable bytes after the header, and device-writable ones before the status. A chain has at most 4 GiB
+    /// Device-readable bytes after the header, and device-writable bytes before the status. A chain has at most 4 GiB
     /// (VIRTIO 1.2, 2.7.5.2).
     pub(super) readable_bytes: u32,
     pub(super) writable_bytes: u32,
     pub(super) status_gpa: GuestAddress,
-    /// The first reason not to execute it. The data is not complete then.
+    /// The first reason not to execute the chain. The segment list is then incomplete.
     pub(super) refusal: Option<Refusal>,
 }
 
 impl Chain {
-    /// Walks once along the descriptors. Nothing is assumed of how they divide header, data and status (VIRTIO 1.2,
-    /// 2.7.4.1); those without bytes count for nothing.
+    /// Walks along the descriptors once. Assumes nothing about how they divide header, data and status (VIRTIO 1.2,
+    /// 2.7.4.1), and skips descriptors without bytes.
     #[inline]
     pub(super) fn walk(descriptors: DescriptorChain<'_>, segments: &mut SegmentList) -> Result<Self, Unanswerable> {
         let mut walk = Walk {
@@ -57,7 +57,7 @@ struct Walk<'a, 'm> {
     header: [u8; HEADER_BYTES],
     readable_bytes: u64,
     writable_bytes: u64,
-    /// The last device-writable buffer so far. If no other comes, its last byte is the status.
+    /// The last device-writable buffer so far. If no other follows, its last byte is the status.
     last_writable: Option<(GuestAddress, u32)>,
     refusal: Option<Refusal>,
 }
@@ -125,9 +125,9 @@ impl Walk<'_, '_> {
     }
 }
 
-/// Guest-physical to host addresses.
+/// Translates guest-physical addresses to host addresses.
 ///
-/// Remembers a region for the header and the status, which drivers mostly have in one place, and one for the data.
+/// Remembers one region for the header and the status, which drivers mostly keep together, and one for the data.
 struct Translator<'m> {
     memory: &'m GuestMemoryMmap<()>,
     frame: Option<&'m GuestRegionMmap<()>>,
@@ -168,20 +168,20 @@ impl<'m> Translator<'m> {
         Some((region, gpa.0 - region.start_addr().0))
     }
 
-    /// Copies bytes of the header out of guest memory, once. False if they are not all there.
+    /// Copies bytes of the header out of guest memory, once. False if some of them are outside memory.
     #[inline]
     fn read(&mut self, gpa: GuestAddress, bytes: &mut [u8]) -> bool {
         match self.find_frame(gpa) {
             Some((region, offset_bytes)) if bytes.len() as u64 <= region.len() - offset_bytes => region
                 .get_slice(MemoryRegionAddress(offset_bytes), bytes.len())
                 .is_ok_and(|slice| slice.copy_to(bytes) == bytes.len()),
-            // It may continue in the next region.
+            // The bytes may continue in the next region.
             Some(_) => self.memory.read_slice(bytes, gpa).is_ok(),
             None => false,
         }
     }
 
-    /// Appends a buffer of at least one byte: one segment, or more if it lies across regions.
+    /// Appends a buffer of at least one byte: one segment, or more if the buffer crosses regions.
     #[inline]
     fn segments(&mut self, gpa: GuestAddress, len_bytes: u32, segments: &mut SegmentList) -> Result<(), Refusal> {
         let outside = Refusal::OutsideMemory { gpa, len_bytes };

@@ -1,4 +1,4 @@
-//! What the device says of itself: its features and its configuration space.
+//! The features and the configuration space of the device.
 
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ,
@@ -13,59 +13,61 @@ use super::{
 };
 use crate::virtqueue::QUEUE_SIZE_MAX;
 
-/// Length of the configuration space: `struct virtio_blk_config` up to and with `unused1` (VIRTIO 1.2, 5.2.4). What comes
-/// after belongs to features that are not offered.
+/// Length of the configuration space: `struct virtio_blk_config` up to and including `unused1` (VIRTIO 1.2, 5.2.4). The
+/// fields behind it belong to features that the device does not offer.
 pub const CONFIG_SPACE_BYTES: usize = 60;
 
-/// Offset of `writeback`, the one field that a driver may write.
+/// Offset of `writeback`, the only field that a driver may write.
 pub(super) const WRITEBACK_OFFSET_BYTES: usize = 32;
 
 const LOGICAL_BLOCK_MAX_BYTES: u32 = 64 << 10;
 /// A chain has a header, a status and at least one buffer of data.
 const QUEUE_SIZE_MIN: u16 = 4;
-/// The descriptors of a request that are not data: the header and the status.
+/// The descriptors of a request that hold no data: the header and the status.
 const FRAME_DESCRIPTORS: u16 = 2;
 /// A chain must not be longer than the queue, but Linux relies on `seg_max` alone, and a front-end may give its queues
-/// another size than ours. QEMU's have 128 entries unless told otherwise: larger requests than fit there would break the
-/// specification, and without indirect descriptors they would hang the guest.
+/// a size other than this device's. QEMU's queues have 128 entries by default: larger requests than fit there would
+/// break the specification, and without indirect descriptors they would hang the guest.
 const SEG_MAX_QUEUE_SIZE: u16 = 128;
-/// With at most 126 segments of this size a request stays below what one read or write of Linux transfers
-/// (`MAX_RW_COUNT`, 2 GiB - 4 KiB). It is no larger because SeaBIOS 1.16 keeps 16 bits of the number of blocks in such a
-/// request, which must not be zero.
+/// With at most 126 segments of this size a request stays below the limit of one read or write of Linux
+/// (`MAX_RW_COUNT`, 2 GiB - 4 KiB). The size is no larger because SeaBIOS 1.16 keeps only 16 bits of the number of
+/// blocks in such a request, which must not become zero.
 const SIZE_MAX_BYTES: u32 = 1 << 20;
-/// Linux sends several ranges in one request if it may. To the host each is an operation of its own anyway.
+/// Linux sends several ranges in one request if the device allows it. For the host each range is an operation of its
+/// own anyway.
 const MAX_RANGES: u32 = 1;
 
-/// What the device is to be; checked by [`BlkConfig::new`].
+/// The parameters of a device; [`BlkConfig::new`] checks them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BlkParameters {
     /// Size of the disk.
     pub size_bytes: u64,
     /// The unit in which the guest must read and write: a power of two from 512 to 65536, no smaller than the disk's own.
     pub logical_block_bytes: u32,
-    /// The unit in which it should: a power of two. Counts if it is larger than the logical block.
+    /// The unit in which the guest should read and write: a power of two. Counts only if it is larger than the logical
+    /// block.
     pub physical_block_bytes: u32,
-    /// Whether the disk cannot be changed.
+    /// Whether the disk is read-only.
     pub read_only: bool,
-    /// How many queues there are: at least 1.
+    /// Number of queues: at least 1.
     pub num_queues: u16,
-    /// The size of queue that the device is made for: a power of two from 4 to 32768. Queues may have another one.
+    /// The queue size that the device is made for: a power of two from 4 to 32768. A front-end may choose another size.
     pub queue_size: u16,
     /// The serial number that the guest sees.
     pub serial: Serial,
-    /// How the disk discards. `None`: it does not.
+    /// How the disk discards. `None`: it cannot discard.
     pub discard: Option<DiscardLimits>,
-    /// How it writes zeroes. `None`: the guest must send them.
+    /// How the disk writes zeroes. `None`: it cannot, so the guest must send zeroes as data.
     pub write_zeroes: Option<WriteZeroesLimits>,
 }
 
 /// A virtio-blk device as its driver sees it (VIRTIO 1.2, 5.2.3 and 5.2.4).
 ///
 /// - `capacity` is the size of the disk, which consists of whole logical blocks.
-/// - `seg_max` is 126 (less, if queues are smaller than 128) and `size_max` 1 MiB: a request is one system call of the
-///   host.
+/// - `seg_max` is 126 (less, if queues are smaller than 128) and `size_max` 1 MiB: the host executes a request with one
+///   system call.
 /// - Discard and write zeroes requests have one range each, of at most 256 MiB and 64 MiB.
-/// - `writeback` is [`CacheMode`](super::CacheMode)'s.
+/// - [`CacheMode`](super::CacheMode) decides `writeback`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BlkConfig {
     parameters: BlkParameters,
@@ -73,8 +75,8 @@ pub struct BlkConfig {
 }
 
 impl BlkConfig {
-    /// Checks the parameters. The limits of discard and write zeroes are lowered to whole logical blocks and to what a
-    /// request may take; on a read-only disk they do not count.
+    /// Checks the parameters. Lowers the limits of discard and write zeroes to whole logical blocks and to the maximum
+    /// of a request, and ignores them on a read-only disk.
     ///
     /// # Errors
     ///
@@ -99,11 +101,11 @@ impl BlkConfig {
         Ok(config)
     }
 
-    /// The disk has another size now. True if that changes the capacity.
+    /// Sets the size of the disk. True if that changes the capacity.
     ///
     /// # Errors
     ///
-    /// It is smaller than one logical block, or ends within one; the capacity stays as it was.
+    /// The disk is smaller than one logical block, or ends within one; the capacity stays unchanged.
     pub fn set_size_bytes(&mut self, size_bytes: u64) -> Result<bool, BlkConfigError> {
         let logical_block_bytes = self.parameters.logical_block_bytes;
         let blocks = size_bytes / u64::from(logical_block_bytes);
@@ -142,9 +144,9 @@ impl BlkConfig {
         always.into_iter().chain(offered).fold(0, |features, bit| features | 1 << bit)
     }
 
-    /// The configuration space, with `writeback` as [`CacheMode::writeback`](super::CacheMode::writeback) has it.
+    /// The configuration space. [`CacheMode::writeback`](super::CacheMode::writeback) gives the value of `writeback`.
     ///
-    /// Fields of features that are not offered are zero.
+    /// Fields of features that the device does not offer are zero.
     pub fn to_bytes(&self, writeback: bool) -> [u8; CONFIG_SPACE_BYTES] {
         let discard = self.parameters.discard.unwrap_or(DiscardLimits { max_sectors: 0, alignment_sectors: 0 });
         let write_zeroes =
@@ -158,12 +160,12 @@ impl BlkConfig {
         put(0, &self.capacity_sectors.to_le_bytes());
         put(8, &SIZE_MAX_BYTES.to_le_bytes());
         put(12, &u32::from(self.seg_max()).to_le_bytes());
-        // 16..20: geometry, which is not offered.
+        // 16..20: geometry, which the device does not offer.
         put(20, &self.parameters.logical_block_bytes.to_le_bytes());
         put(24, &[blocks_per_physical.trailing_zeros() as u8]); // physical_block_exp
         put(25, &[0]); // alignment_offset: disks and files begin with a whole physical block.
-        put(26, &u16::try_from(blocks_per_physical).unwrap_or(0).to_le_bytes()); // min_io_size; 0: not told
-        put(28, &0_u32.to_le_bytes()); // opt_io_size: none is better than others
+        put(26, &u16::try_from(blocks_per_physical).unwrap_or(0).to_le_bytes()); // min_io_size; 0: not specified
+        put(28, &0_u32.to_le_bytes()); // opt_io_size: no size is better than others
         put(WRITEBACK_OFFSET_BYTES, &[writeback.into()]);
         put(34, &self.parameters.num_queues.to_le_bytes());
         put(36, &discard.max_sectors.to_le_bytes());
@@ -175,7 +177,7 @@ impl BlkConfig {
         space
     }
 
-    /// What requests are checked against. Changes with the capacity.
+    /// The limits against which the device checks requests. They change with the capacity.
     pub fn request_limits(&self) -> RequestLimits {
         RequestLimits {
             capacity_sectors: self.capacity_sectors,
@@ -186,8 +188,8 @@ impl BlkConfig {
         }
     }
 
-    /// How many segments a [`SegmentList`](super::SegmentList) needs room for: those of drivers that keep to `seg_max`,
-    /// also if a few of them lie across two regions of the guest's memory.
+    /// How many segments a [`SegmentList`](super::SegmentList) needs room for: those of drivers that respect `seg_max`,
+    /// even if a few segments cross two regions of the guest's memory.
     pub fn segment_capacity(&self) -> usize {
         usize::from(self.seg_max() + FRAME_DESCRIPTORS)
     }
@@ -202,12 +204,12 @@ impl BlkConfig {
         self.parameters.logical_block_bytes
     }
 
-    /// How many queues there are.
+    /// Number of queues.
     pub fn num_queues(&self) -> u16 {
         self.parameters.num_queues
     }
 
-    /// The size of queue that the device is made for.
+    /// The queue size that the device is made for.
     pub fn queue_size(&self) -> u16 {
         self.parameters.queue_size
     }
@@ -256,30 +258,30 @@ impl BlkConfig {
     }
 }
 
-/// Why a device cannot be as it should.
+/// Why the parameters make no valid device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum BlkConfigError {
-    /// The logical block size is not one that guests can use.
+    /// The logical block size is unusable for guests.
     #[error(
-        "a logical block of {logical_block_bytes} bytes is not possible: it must be a power of two from 512 to 65536"
+        "the logical block size of {logical_block_bytes} bytes is invalid: it must be a power of two from 512 to 65536"
     )]
     LogicalBlock {
-        /// The size asked for.
+        /// The requested size.
         logical_block_bytes: u32,
     },
     /// There are no queues.
     #[error("the device has no queues: it needs at least one")]
     NoQueues,
-    /// The queue size is not one that VIRTIO allows.
-    #[error("a queue of {queue_size} entries is not possible: their number must be a power of two from 4 to 32768")]
+    /// VIRTIO does not allow this queue size.
+    #[error("the queue size of {queue_size} entries is invalid: it must be a power of two from 4 to 32768")]
     QueueSize {
-        /// The size asked for.
+        /// The requested size.
         queue_size: u16,
     },
     /// The disk ends within a logical block.
     #[error(
-        "the disk has {size_bytes} bytes, which is no multiple of its logical blocks of {logical_block_bytes} bytes: a \
-         guest could not reach the end of it"
+        "the disk has {size_bytes} bytes, which is not a multiple of its logical block of {logical_block_bytes} bytes: \
+         a guest could not reach the end of it"
     )]
     PartialBlock {
         /// Size of the disk.

@@ -1,4 +1,4 @@
-//! What guests do wrong: counted, and logged at a bounded rate.
+//! Errors of guests: counted, and logged at a bounded rate.
 
 use std::fmt::Display;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -9,15 +9,15 @@ use crate::log_limit::{Cause, LogLimits};
 /// A kind of error that a guest can cause at will.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum GuestError {
-    /// A request that was answered with an error, because it was malformed or out of range.
+    /// The device answered a request with an error, because it was malformed or out of range.
     Refused,
-    /// A request of a type, or with a flag, that the device does not have.
+    /// The request has a type, or a flag, that the device does not have.
     Unsupported,
-    /// A request with more pieces of data than there is room for.
+    /// The request has more pieces of data than there is room for.
     TooManySegments,
-    /// A descriptor chain that could not be answered; its queue was stopped.
+    /// The device could not answer a descriptor chain and stopped its queue.
     MalformedChain,
-    /// A ring that made no sense; its queue was stopped.
+    /// A ring was invalid; the device stopped its queue.
     BrokenRing,
 }
 
@@ -55,8 +55,8 @@ impl From<&Unanswerable> for GuestError {
 
 /// The counters of one device, shared by its queues.
 ///
-/// Each cause of an error is logged at most once in ten seconds, so that a guest cannot fill a disk with logs, and with a
-/// limit of its own, so that a guest cannot hide one error behind a flood of another.
+/// Logs each cause of an error at most once in ten seconds, so that a guest cannot fill a disk with logs. Each cause
+/// has its own limit, so that a guest cannot hide one error behind a flood of another.
 #[derive(Debug)]
 pub struct GuestErrors {
     counts: [AtomicU64; GuestError::ALL.len()],
@@ -70,20 +70,20 @@ impl Default for GuestErrors {
 }
 
 impl GuestErrors {
-    /// All zero.
+    /// Counters at zero.
     pub fn new() -> Self {
         Self { counts: GuestError::ALL.map(|_| AtomicU64::new(0)), causes: LogLimits::new() }
     }
 
-    /// Counts an error of a queue and logs it, unless an error of the same cause was logged a short while ago.
+    /// Counts an error of a queue. Logs it too, unless an error of the same cause was logged a short while ago.
     pub(crate) fn record(&self, queue_index: u16, kind: GuestError, cause: Cause, what: &dyn Display) {
         let total = self.counts[kind as usize].fetch_add(1, Ordering::Relaxed) + 1;
         if self.causes.count(cause).is_some() {
-            tracing::warn!(queue = queue_index, total, "guest error: {what} ({} so far: {total})", kind.what());
+            tracing::warn!(queue = queue_index, kind = kind.what(), total, "guest error: {what}");
         }
     }
 
-    /// How often it happened.
+    /// How often errors of this kind happened.
     pub fn count(&self, kind: GuestError) -> u64 {
         self.counts[kind as usize].load(Ordering::Relaxed)
     }
@@ -94,18 +94,18 @@ mod tests {
     use super::*;
 
     #[test]
-    fn kinds_are_counted_each_for_itself() {
+    fn kinds_are_counted_separately() {
         let errors = GuestErrors::new();
         for (number, kind) in GuestError::ALL.into_iter().enumerate() {
             for _ in 0..number {
-                errors.record(0, kind, Cause::new(number), &"what it is");
+                errors.record(0, kind, Cause::new(number), &"an error");
             }
         }
         assert_eq!(GuestError::ALL.map(|kind| errors.count(kind)), [0, 1, 2, 3, 4]);
     }
 
     #[test]
-    fn refusals_are_counted_by_what_the_driver_is_told() {
+    fn refusals_are_counted_by_their_status() {
         assert_eq!(GuestError::from(&Refusal::TooManySegments), GuestError::TooManySegments);
         assert_eq!(GuestError::from(&Refusal::UnknownType { request_type: 2 }), GuestError::Unsupported);
         assert_eq!(GuestError::from(&Refusal::ReadOnly { request_type: 1 }), GuestError::Refused);

@@ -1,15 +1,15 @@
-//! What requests are checked against.
+//! The limits against which the device checks requests.
 
 use super::SECTOR_BYTES;
 
 /// The longest discard range that the device offers: 256 MiB.
 ///
-/// A queue that is to stop waits for its requests, and the guest with it, so each must be short. Discards of this size
-/// are, even of a fragmented file, and a terabyte is still only 4096 requests.
+/// A stopping queue waits for its requests, and the guest waits with it, so each request must be short. Discards of
+/// this size are short even on a fragmented file, and a terabyte still takes only 4096 requests.
 pub const MAX_DISCARD_SECTORS: u32 = (256 << 20) / SECTOR_BYTES;
 
-/// The longest range of zeroes that the device offers: 64 MiB, for the same reason. Shorter, because a disk without an
-/// operation for it really writes them.
+/// The longest range of zeroes that the device offers: 64 MiB, for the same reason. It is shorter than a discard
+/// because a disk without an operation for zeroes really writes them.
 pub const MAX_WRITE_ZEROES_SECTORS: u32 = (64 << 20) / SECTOR_BYTES;
 
 /// How the device discards.
@@ -17,8 +17,8 @@ pub const MAX_WRITE_ZEROES_SECTORS: u32 = (64 << 20) / SECTOR_BYTES;
 pub struct DiscardLimits {
     /// The longest range (`max_discard_sectors`), at least one logical block.
     pub max_sectors: u32,
-    /// What ranges should start at a multiple of, to be of use (`discard_sector_alignment`): the allocation unit of the
-    /// file, the discard granularity of the block device.
+    /// The alignment at which ranges should start to have an effect (`discard_sector_alignment`): the allocation unit
+    /// of the file, or the discard granularity of the block device.
     pub alignment_sectors: u32,
 }
 
@@ -31,7 +31,7 @@ pub struct WriteZeroesLimits {
     pub may_unmap: bool,
 }
 
-/// What each request is checked against: a copy of the numbers in [`BlkConfig`](super::BlkConfig) that count.
+/// The limits for each request: a copy of the relevant numbers in [`BlkConfig`](super::BlkConfig).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RequestLimits {
     pub(super) capacity_sectors: u64,
@@ -47,12 +47,12 @@ impl RequestLimits {
         self.capacity_sectors
     }
 
-    /// What offsets and lengths of reads and writes are multiples of, in bytes.
+    /// Offsets and lengths of reads and writes must be multiples of this, in bytes.
     pub fn logical_block_bytes(&self) -> u32 {
         self.logical_block_sectors * SECTOR_BYTES
     }
 
-    /// Whether all requests that would change the disk are refused.
+    /// Whether the device refuses all requests that would change the disk.
     pub fn read_only(&self) -> bool {
         self.read_only
     }

@@ -1,15 +1,16 @@
-//! The virtio-blk device (VIRTIO 1.2, 5.2): what it says of itself, and what a descriptor chain of its driver means.
+//! The virtio-blk device (VIRTIO 1.2, 5.2) without its I/O: its features and configuration space, and the meaning of a
+//! descriptor chain.
 //!
-//! - [`BlkConfig`]: the device's features and its configuration space, and the [`RequestLimits`] that follow.
+//! - [`BlkConfig`]: the device's features and its configuration space, and the [`RequestLimits`] that follow from them.
 //! - [`CacheMode`]: write-back or write-through, as negotiated and as the driver wrote it.
-//! - [`RequestTypes`]: what the features that were negotiated allow a driver to ask for.
-//! - [`Told`]: what a driver was told of the device, which must not change over a restart of the server.
-//! - [`parse`]: one descriptor chain into one checked [`Request`], or into the answer that it gets at once.
+//! - [`RequestTypes`]: the requests that the negotiated features allow.
+//! - [`Told`]: what a driver was told of the device, which must not change across a restart of the server.
+//! - [`parse`]: turns one descriptor chain into one checked [`Request`], or into its immediate answer.
 //! - [`Status`]: the last byte of each request.
-//! - [`GuestErrors`]: what guests do wrong, counted, and logged at a bounded rate.
+//! - [`GuestErrors`]: errors of guests, counted, and logged at a bounded rate.
 //!
-//! There is no I/O here, no transport and no unsafe code. Guest memory is volatile: each value is copied once, and the
-//! copy is checked and used. What was not checked never leaves the module.
+//! This module has no I/O, no transport and no unsafe code. Guest memory is volatile: the module copies each value
+//! once, and checks and uses the copy. Unchecked values never leave the module.
 
 mod cache_mode;
 mod chain;
@@ -38,5 +39,5 @@ pub use serial::{Serial, SerialError};
 pub use status::Status;
 pub use told::{Continuity, DeviceChanged, Told};
 
-/// The unit of capacity and of all addresses in requests (VIRTIO 1.2, 5.2.4), whatever the logical block is.
+/// The unit of capacity and of all addresses in requests (VIRTIO 1.2, 5.2.4), regardless of the logical block.
 pub const SECTOR_BYTES: u32 = 512;

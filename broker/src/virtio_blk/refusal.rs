@@ -1,4 +1,4 @@
-//! What can be wrong with a request, and what the driver is told.
+//! Why the device refuses requests, and the status that the driver gets.
 
 use std::mem::discriminant;
 
@@ -9,25 +9,25 @@ use super::request_types::known_type;
 use crate::log_limit::Cause;
 use crate::virtqueue::ChainError;
 
-/// Why a descriptor chain has no place for a status byte, so that it cannot be answered. The queue must stop.
+/// Why a descriptor chain has no place for a status byte. The device cannot answer it, so the queue must stop.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Unanswerable {
-    /// Its descriptors are not a chain.
+    /// The descriptors do not form a chain.
     #[error(transparent)]
     Chain(#[from] ChainError),
-    /// No byte of the chain may be written by the device.
+    /// The chain has no device-writable byte.
     #[error("the descriptor chain has no device-writable byte, and so no place for a status")]
     NoStatus,
     /// The last device-writable byte is not in the guest's memory.
     #[error("the status byte at guest-physical {:#x} is not in the guest's memory", gpa.0)]
     StatusOutsideMemory {
-        /// Where it would be.
+        /// Address of the status byte.
         gpa: GuestAddress,
     },
 }
 
 impl Unanswerable {
-    /// The cause for the limits of log lines: what is wrong, without the values.
+    /// The cause for rate limits of log lines: the kind of error without its values.
     pub(crate) fn cause(&self) -> Cause {
         match self {
             Self::Chain(error) => Cause::new((discriminant(self), discriminant(error))),
@@ -36,7 +36,7 @@ impl Unanswerable {
     }
 }
 
-/// Why a request is answered with an error and not executed.
+/// Why the device answers a request with an error instead of executing it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Refusal {
     /// The device-readable part is shorter than the header.
@@ -45,18 +45,18 @@ pub enum Refusal {
         /// Length of the device-readable part.
         len_bytes: u32,
     },
-    /// A buffer is not, or not as a whole, in the guest's memory.
+    /// A buffer is partly or completely outside the guest's memory.
     #[error("the buffer of {len_bytes} bytes at guest-physical {:#x} is not in the guest's memory", gpa.0)]
     OutsideMemory {
         /// Start of the buffer.
         gpa: GuestAddress,
-        /// Its length.
+        /// Length of the buffer.
         len_bytes: u32,
     },
     /// A device-readable descriptor follows a device-writable one (VIRTIO 1.2, 2.7.4.2).
     #[error("a device-readable descriptor follows a device-writable one")]
     ReadableAfterWritable,
-    /// There are more pieces of data than there is room for. Drivers that keep to `seg_max` do not get here.
+    /// The request has more pieces of data than there is room for. Drivers that respect `seg_max` never cause this.
     #[error("the request has more data segments than the device takes (seg_max)")]
     TooManySegments,
     /// The device does not know the type.
@@ -73,31 +73,31 @@ pub enum Refusal {
         /// Name of the feature.
         feature: &'static str,
     },
-    /// There is data in the direction that the type does not have.
+    /// The request has data in a direction that its type does not have.
     #[error("a request of type {request_type} has {len_bytes} bytes of data in the wrong direction")]
     WrongDirection {
         /// The `type` field.
         request_type: u32,
-        /// How many bytes.
+        /// Length of that data.
         len_bytes: u32,
     },
-    /// The length of the data is not what the type needs.
+    /// The type does not allow this length of data.
     #[error("a request of type {request_type} cannot have {len_bytes} bytes of data")]
     DataLength {
         /// The `type` field.
         request_type: u32,
-        /// How many bytes.
+        /// Length of the data.
         len_bytes: u32,
     },
-    /// A discard or write zeroes request has more ranges than the one that the configuration space allows.
+    /// A discard or write zeroes request has more ranges than the one range that the configuration space allows.
     #[error("a request of type {request_type} has {ranges} ranges; the device takes one")]
     TooManyRanges {
         /// The `type` field.
         request_type: u32,
-        /// How many ranges.
+        /// Number of ranges.
         ranges: u32,
     },
-    /// The range is not one of whole logical blocks.
+    /// The range does not consist of whole logical blocks.
     #[error("the {sectors} sectors from sector {sector} are not whole logical blocks")]
     Unaligned {
         /// First sector.
@@ -105,7 +105,7 @@ pub enum Refusal {
         /// Number of sectors.
         sectors: u64,
     },
-    /// The range does not end within the capacity.
+    /// The range ends beyond the capacity.
     #[error("the {sectors} sectors from sector {sector} end beyond the capacity of the disk")]
     BeyondCapacity {
         /// First sector.
@@ -121,7 +121,8 @@ pub enum Refusal {
         /// Number of sectors.
         sectors: u32,
     },
-    /// A discard request with the unmap flag, or a discard or write zeroes request with a flag that VIRTIO 1.2 has not.
+    /// A discard request has the unmap flag, or a discard or write zeroes request has a flag that VIRTIO 1.2 does not
+    /// define.
     #[error("a request of type {request_type} has the unsupported flags {flags:#x}")]
     Flags {
         /// The `type` field.
@@ -138,7 +139,7 @@ pub enum Refusal {
 }
 
 impl Refusal {
-    /// The cause for the limits of log lines: what is wrong with which type of request, without the values.
+    /// The cause for rate limits of log lines: the kind of error and the type of request, without the values.
     pub(crate) fn cause(&self) -> Cause {
         let request_type = match *self {
             Self::UnknownType { request_type }
@@ -159,14 +160,14 @@ impl Refusal {
         Cause::new((discriminant(self), request_type))
     }
 
-    /// What the driver is told (VIRTIO 1.2, 5.2.6.2).
+    /// The status for the driver (VIRTIO 1.2, 5.2.6.2).
     pub fn status(self) -> Status {
         match self {
-            // As QEMU's devices say of several ranges. VIRTIO 1.2 forbids drivers to send more than `max_discard_seg`
-            // (5.2.6.1) and leaves the status to the device, but demands this one if any range has an unknown flag
-            // (5.2.6.2). The flags of ranges behind the first are not read, so that this is the status which is right
-            // whatever they are. A driver that hears it does without the operation, as Linux does, or sends one range
-            // at a time; IOERR would look like a bad disk.
+            // QEMU's devices answer several ranges so, too. VIRTIO 1.2 forbids drivers to send more than
+            // `max_discard_seg` (5.2.6.1) and leaves the status to the device, but demands this one if any range has an
+            // unknown flag (5.2.6.2). The device does not read the flags of ranges behind the first, and this status is
+            // right for all of them. A driver that gets it does without the operation, as Linux does, or sends one
+            // range at a time; IOERR would look like a bad disk.
             Self::TooManyRanges { .. } => Status::Unsupported,
             Self::UnknownType { .. } | Self::NotNegotiated { .. } | Self::Flags { .. } => Status::Unsupported,
             Self::ShortHeader { .. }
@@ -189,7 +190,7 @@ mod tests {
 
     use super::*;
 
-    /// Each refusal, with one value or another.
+    /// Each refusal, with the given type and value.
     fn refusals(request_type: u32, value: u32) -> [Refusal; 14] {
         let gpa = GuestAddress(value.into());
         let (sector, sectors) = (value.into(), value.into());
@@ -212,18 +213,18 @@ mod tests {
     }
 
     #[test]
-    fn each_refusal_of_each_type_has_a_cause_of_its_own_whatever_its_values_are() {
+    fn the_cause_of_a_refusal_depends_on_kind_and_type_only() {
         let mut causes = HashSet::new();
         for value in [0, 1, 77, u32::MAX] {
             causes.extend(refusals(11, value).map(|refusal| refusal.cause()));
         }
         assert_eq!(causes.len(), 14);
         causes.extend(refusals(13, 5).map(|refusal| refusal.cause()));
-        assert_eq!(causes.len(), 14 + 8, "those that name a type");
+        assert_eq!(causes.len(), 14 + 8, "8 of the refusals name a type");
     }
 
     #[test]
-    fn types_that_nobody_knows_have_one_cause_for_all() {
+    fn all_unknown_types_share_one_cause() {
         let causes: HashSet<_> =
             (100..10_000).map(|request_type| Refusal::UnknownType { request_type }.cause()).collect();
         assert_eq!(causes.len(), 1);

@@ -1,4 +1,4 @@
-//! One descriptor chain as a checked request.
+//! Parses one descriptor chain into a checked request.
 
 use ringpass_guest_abi::request::{RequestType, T_PROBE};
 use virtio_bindings::virtio_blk::{
@@ -15,71 +15,72 @@ use crate::virtqueue::DescriptorChain;
 /// `sector`, `num_sectors` and `flags` of `struct virtio_blk_discard_write_zeroes`.
 const RANGE_BYTES: usize = 16;
 
-/// What is to be done with a descriptor chain.
+/// What the device must do with a descriptor chain.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Parsed {
-    /// Execute it; its data is in the segment list.
+    /// Execute the request; its data is in the segment list.
     Request(Request),
-    /// Execute nothing and answer. The segment list is empty.
+    /// Answer without executing anything. The segment list is empty.
     Answer(Answer),
-    /// It is about the queues themselves, by the interface of `docs/abi.md`: payload, then room for the answer, are in the
-    /// segment list. A device that does not offer rings answers it as [`Refusal::UnknownType`].
+    /// The request concerns the queues themselves, by the interface in `docs/abi.md`. The segment list holds the
+    /// payload, then room for the answer. A device that does not offer rings answers the request as
+    /// [`Refusal::UnknownType`].
     Interface(InterfaceRequest),
-    /// It cannot be answered: stop this queue, and no other.
+    /// The device cannot answer the chain: it must stop this queue, and no other.
     Malformed(Unanswerable),
 }
 
-/// A request that may be executed as it is.
+/// A checked request, ready for execution.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Request {
     /// What to do.
     pub operation: Operation,
-    /// Length of the data in the segment list: for reads and writes whole logical blocks and never 0, for `GetId` 20, for
-    /// the others 0.
+    /// Length of the data in the segment list: whole logical blocks and never 0 for reads and writes, 20 for `GetId`, 0
+    /// for the others.
     pub data_bytes: u32,
-    /// Where the status goes: one byte, in the guest's memory.
+    /// Address of the status: one byte, in the guest's memory.
     pub status_gpa: GuestAddress,
     /// Device-writable bytes before the status, for [`Answer::used_bytes`].
     pub writable_bytes: u32,
 }
 
-/// A request by which a driver asks for rings. Nothing of its payload was looked at.
+/// A request by which a driver asks for rings. The parser has not looked at its payload.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct InterfaceRequest {
-    /// Which one.
+    /// The type of the request.
     pub request_type: RequestType,
     /// Length of the payload: the first bytes in the segment list.
     pub payload_bytes: u32,
     /// Room for the answer: the rest of the segment list, and all device-writable bytes before the status.
     pub answer_bytes: u32,
-    /// Where the status goes: one byte, in the guest's memory.
+    /// Address of the status: one byte, in the guest's memory.
     pub status_gpa: GuestAddress,
 }
 
-/// What a request asks for. Everything is within the capacity, aligned to logical blocks and allowed.
+/// The operation that a request asks for. Its range is within the capacity, aligned to logical blocks and allowed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Operation {
-    /// Read from here into the segments.
+    /// Read from this offset into the segments.
     Read {
-        /// Where on the disk.
+        /// Offset on the disk.
         offset_bytes: u64,
     },
-    /// Write the segments to here.
+    /// Write the segments to this offset.
     Write {
-        /// Where on the disk.
+        /// Offset on the disk.
         offset_bytes: u64,
     },
-    /// Make all writes stable that have completed.
+    /// Make all completed writes stable.
     Flush,
     /// Put the 20 bytes of the [`Serial`](super::Serial) into the segments.
     GetId,
-    /// The content of the range does not matter any more.
+    /// Discard the range: its content does not matter any more.
     Discard(ByteRange),
-    /// The range shall read as zeroes.
+    /// Make the range read as zeroes.
     WriteZeroes {
-        /// Where on the disk.
+        /// Range of the disk.
         range: ByteRange,
-        /// Whether the space may be given back.
+        /// Whether the disk may deallocate the space.
         unmap: bool,
     },
 }
@@ -87,34 +88,35 @@ pub enum Operation {
 /// A range of the disk of at least one logical block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ByteRange {
-    /// Its start.
+    /// Start of the range.
     pub offset_bytes: u64,
-    /// Its length.
+    /// Length of the range.
     pub len_bytes: u64,
 }
 
-/// The end of a request.
+/// The answer to a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Answer {
     /// The status.
     pub status: Status,
-    /// Where it goes: one byte, in the guest's memory.
+    /// Address of the status: one byte, in the guest's memory.
     pub status_gpa: GuestAddress,
     /// Device-writable bytes before the status.
     pub writable_bytes: u32,
-    /// How many of them the device has certainly written, from the first on.
+    /// How many of them the device has certainly written, counted from the first byte.
     pub written_bytes: u32,
-    /// What was wrong, for [`GuestErrors`](super::GuestErrors). `None`: nothing; the request has no sectors.
+    /// What was wrong, for [`GuestErrors`](super::GuestErrors). `None`: nothing was wrong; the request has no sectors.
     pub refusal: Option<Refusal>,
 }
 
 impl Answer {
     /// The length for the used ring.
     ///
-    /// "The device MUST write at least `len` bytes to descriptor, beginning at the first device-writable buffer" (VIRTIO 1.2,
-    /// 2.7.8.2), and drivers take the first `len` bytes for overwritten. So the status, which is the last byte, counts only
-    /// if all bytes before it were written: a read that fails before its first byte has a length of 0, although its status was
-    /// written. Too small a length is allowed. Drivers find the status without it (Linux, SeaBIOS and viostor do).
+    /// "The device MUST write at least `len` bytes to descriptor, beginning at the first device-writable buffer"
+    /// (VIRTIO 1.2, 2.7.8.2), and drivers take the first `len` bytes for overwritten. So the status, which is the last
+    /// byte, counts only if the device wrote all bytes before it: a read that fails before its first byte has a length
+    /// of 0, although the device wrote its status. VIRTIO allows a length that is too small. Drivers find the status
+    /// without it (Linux, SeaBIOS and viostor do).
     #[inline]
     pub fn used_bytes(&self) -> u32 {
         if self.written_bytes >= self.writable_bytes {
@@ -125,13 +127,13 @@ impl Answer {
     }
 }
 
-/// Checks a descriptor chain, which is read once.
+/// Reads a descriptor chain once and checks it.
 ///
-/// `types` are the driver's. `segments` gets the addresses of the data in the chain's memory.
+/// `types` are the driver's request types. `segments` gets the addresses of the data in the chain's memory.
 ///
-/// Refused are types that the driver may not use, requests that VIRTIO 1.2 (5.2.6) forbids drivers to send, those that are
-/// not in whole logical blocks, and those with data in a direction that their type does not have. A flush may have data,
-/// which is ignored, and a buffer for the ID may be longer than 20 bytes.
+/// The parser refuses types that the driver may not use, requests that VIRTIO 1.2 (5.2.6) forbids, requests that are
+/// not in whole logical blocks, and requests with data in a direction that their type does not have. It ignores the
+/// data of a flush, and accepts a buffer for the ID that is longer than 20 bytes.
 #[inline]
 pub fn parse(
     chain: DescriptorChain<'_>,
@@ -162,7 +164,8 @@ pub fn parse(
     }
 }
 
-/// The request of `docs/abi.md` that a well-formed chain is, if it is one. Their numbers are far above all others.
+/// The request in `docs/abi.md` that a well-formed chain is, if any. The numbers of these types are far above all
+/// others.
 #[inline]
 fn interface_request(chain: &Chain) -> Option<RequestType> {
     let request_type = Header::from_bytes(chain.header).request_type;
@@ -177,7 +180,7 @@ fn answer(chain: &Chain, refusal: Option<Refusal>, segments: &mut SegmentList) -
     Parsed::Answer(Answer { status, status_gpa, writable_bytes, written_bytes: 0, refusal })
 }
 
-/// The operation and the length of its data. `None`: there is nothing to do.
+/// The operation and the length of its data. `None`: the request needs no work.
 fn check(
     chain: &Chain,
     memory: &GuestMemoryMmap<()>,
@@ -224,7 +227,7 @@ fn check(
             segments.truncate_bytes(readable_bytes as usize);
             let range = Range::read(request_type, readable_bytes, memory, segments)?;
             segments.clear();
-            // First, because the specification demands its status whatever else is wrong.
+            // The flags go first: the specification demands their status regardless of other errors.
             range.check_flags(request_type)?;
             no_data(writable_bytes)?;
             Ok(limits.range_operation(request_type, &range, max_sectors)?.map(|operation| (operation, 0)))
@@ -233,7 +236,7 @@ fn check(
     }
 }
 
-/// The header's fields. `reserved`, once the priority, counts for nothing.
+/// The header's fields. The device ignores `reserved`, once the priority.
 struct Header {
     request_type: u32,
     sector: u64,
@@ -255,7 +258,7 @@ struct Range {
 }
 
 impl Range {
-    /// Copies it from the segments, once.
+    /// Copies the range from the segments, once.
     fn read(
         request_type: u32,
         len_bytes: u32,
@@ -294,7 +297,7 @@ impl RequestLimits {
         if self.read_only { Err(Refusal::ReadOnly { request_type }) } else { Ok(()) }
     }
 
-    /// Where a read or write is on the disk. `None` if it has no data.
+    /// The extent of a read or write on the disk. `None` if the request has no data.
     #[inline]
     fn data_extent(&self, header: &Header, len_bytes: u32) -> Result<Option<ByteRange>, Refusal> {
         if !len_bytes.is_multiple_of(SECTOR_BYTES) {
@@ -303,7 +306,7 @@ impl RequestLimits {
         self.extent(header.sector, (len_bytes / SECTOR_BYTES).into())
     }
 
-    /// Checks a range of sectors, none of which has been trusted. `None` if it is empty.
+    /// Checks an untrusted range of sectors. `None` if the range is empty.
     #[inline]
     fn extent(&self, sector: u64, sectors: u64) -> Result<Option<ByteRange>, Refusal> {
         let block_mask = u64::from(self.logical_block_sectors) - 1;
@@ -318,7 +321,7 @@ impl RequestLimits {
         Ok((sectors > 0).then_some(range))
     }
 
-    /// How long a range of this type may be; refuses types that are not offered.
+    /// The maximum length of a range of this type. Refuses types that the device does not offer.
     fn max_range_sectors(&self, request_type: u32) -> Result<u32, Refusal> {
         let max_sectors = match request_type {
             VIRTIO_BLK_T_DISCARD => self.discard.map(|limits| limits.max_sectors),

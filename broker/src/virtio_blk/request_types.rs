@@ -1,4 +1,4 @@
-//! Which types of request the device executes, by the features that were negotiated.
+//! The request types that the device executes, depending on the negotiated features.
 
 use ringpass_guest_abi::request::RequestType;
 use virtio_bindings::virtio_blk::{
@@ -8,7 +8,7 @@ use virtio_bindings::virtio_blk::{
 
 use super::Refusal;
 
-/// One type of request, and the feature that it belongs to.
+/// One request type, and the feature that it belongs to.
 struct Rule {
     request_type: u32,
     feature: Option<Feature>,
@@ -17,7 +17,7 @@ struct Rule {
 struct Feature {
     bit: u32,
     name: &'static str,
-    /// What the device does where the feature was not negotiated.
+    /// What the device does if the feature was not negotiated.
     without: Without,
 }
 
@@ -28,20 +28,22 @@ enum Without {
     Refuse,
 }
 
-/// All types that the device has (VIRTIO 1.2, 5.2.3 and 5.2.6). It answers every other type with UNSUPP: their features
-/// (SCSI, LIFETIME, SECURE_ERASE, ZONED, BARRIER) are not offered.
+/// All request types of the device (VIRTIO 1.2, 5.2.3 and 5.2.6). It answers every other type with UNSUPP, because it
+/// does not offer their features (SCSI, LIFETIME, SECURE_ERASE, ZONED, BARRIER).
 ///
 /// Not in this table:
-/// - VIRTIO_BLK_F_RO. What counts is whether the device *offers* it (5.2.6.2): a write is answered with IOERR then, whatever
-///   the driver accepted. DISCARD and WRITE_ZEROES are not offered beside it.
-/// - The unmap flag of WRITE_ZEROES. It has no feature bit; `write_zeroes_may_unmap` only tells whether it has an effect.
-/// - The requests of `docs/abi.md`. They have no feature bit, because a front-end would have to know it.
+/// - VIRTIO_BLK_F_RO. What counts is whether the device *offers* it (5.2.6.2): the device then answers a write with
+///   IOERR, regardless of what the driver accepted. It does not offer DISCARD and WRITE_ZEROES beside it.
+/// - The unmap flag of WRITE_ZEROES. It has no feature bit; `write_zeroes_may_unmap` only says whether it has an
+///   effect.
+/// - The requests in `docs/abi.md`. They have no feature bit, because a front-end would have to know it.
 const RULES: [Rule; 6] = [
     Rule { request_type: VIRTIO_BLK_T_IN, feature: None },
     Rule { request_type: VIRTIO_BLK_T_OUT, feature: None },
-    // Without the feature each write is stable when it completes, and a flush has nothing to do. It is executed all the
-    // same, as QEMU and SPDK do: "a write becomes stable once [...] a VIRTIO_BLK_T_FLUSH request is sent after the write is
-    // completed and is completed itself" (5.2.6.2) has no condition, and a driver that flushes must not hear that it failed.
+    // Without the feature each write is stable when it completes, and a flush has nothing to do. The device executes it
+    // nevertheless, as QEMU and SPDK do: "a write becomes stable once [...] a VIRTIO_BLK_T_FLUSH request is sent after
+    // the write is completed and is completed itself" (5.2.6.2) has no condition, and a flush must not fail for a
+    // driver that sends one.
     Rule {
         request_type: VIRTIO_BLK_T_FLUSH,
         feature: Some(Feature { bit: VIRTIO_BLK_F_FLUSH, name: "VIRTIO_BLK_F_FLUSH", without: Without::Execute }),
@@ -61,7 +63,7 @@ const RULES: [Rule; 6] = [
     },
 ];
 
-/// The types of request that the device executes for one driver: a bit for each number.
+/// The request types that the device executes for one driver: a bit for each number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RequestTypes(u32);
 
@@ -75,7 +77,7 @@ impl RequestTypes {
         Self(RULES.iter().filter(is_executed).fold(0, |types, rule| types | 1 << rule.request_type))
     }
 
-    /// Refuses a type that is not executed.
+    /// Refuses a type that the device does not execute for this driver.
     #[inline]
     pub(super) fn check(self, request_type: u32) -> Result<(), Refusal> {
         let is_executed = self.0.checked_shr(request_type).is_some_and(|types| types & 1 == 1);
@@ -83,7 +85,7 @@ impl RequestTypes {
     }
 }
 
-/// Why a type is refused that the driver may not use.
+/// Why the device refuses a type that the driver may not use.
 #[cold]
 pub(super) fn refusal(request_type: u32) -> Refusal {
     let rule = RULES.iter().find(|rule| rule.request_type == request_type);
@@ -93,7 +95,7 @@ pub(super) fn refusal(request_type: u32) -> Refusal {
     }
 }
 
-/// The type, if it is one of those that the device has or that `docs/abi.md` has.
+/// The type, if the device or `docs/abi.md` defines it.
 pub(super) fn known_type(request_type: u32) -> Option<u32> {
     let is_known = RULES.iter().any(|rule| rule.request_type == request_type);
     (is_known || RequestType::from_number(request_type).is_some()).then_some(request_type)
@@ -103,17 +105,17 @@ pub(super) fn known_type(request_type: u32) -> Option<u32> {
 mod tests {
     use super::*;
 
-    /// VIRTIO 1.2, 5.2.6, and the legacy interface: the numbers that ever meant something, and whatever is beside them.
+    /// VIRTIO 1.2, 5.2.6, and the legacy interface: all numbers that ever had a meaning, and their neighbours.
     fn types() -> impl Iterator<Item = u32> {
         (0..64).chain([0x7270_0000, 0x7fff_ffff, 0x8000_0000, 0x8000_0001, u32::MAX])
     }
 
     #[test]
-    fn each_type_is_executed_with_its_feature_and_those_without_a_feature_always() {
+    fn a_type_with_a_feature_needs_it_and_others_are_always_executed() {
         let all = [VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_WRITE_ZEROES];
         for chosen in 0..1 << all.len() {
             let has = |number: u32| chosen >> number & 1 == 1;
-            // Others have no influence.
+            // Other features have no influence.
             let others = !all.iter().fold(0, |bits, bit| bits | 1_u64 << bit);
             for noise in [0, others] {
                 let features =

@@ -3,15 +3,15 @@
 use nix::libc::{c_void, iovec};
 use vm_memory::GuestAddress;
 
-/// The most entries that one readv(2), writev(2) or io_uring operation takes (`UIO_MAXIOV`).
+/// The maximum number of entries for one readv(2), writev(2) or io_uring operation (`UIO_MAXIOV`).
 const IOVECS_MAX: usize = 1024;
 
 /// A piece of a request's data that is contiguous for the guest and for the host, with at least one byte.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Segment {
-    /// Where it is for the guest, and so for the dirty log.
+    /// Its guest address, which the dirty log uses.
     pub gpa: GuestAddress,
-    /// Where it is for the host. Valid as long as the memory that the chain was parsed with.
+    /// Its host address. Valid as long as the memory that the chain was parsed with.
     pub hva: *mut u8,
     /// Its length in bytes.
     pub len_bytes: usize,
@@ -19,8 +19,8 @@ pub struct Segment {
 
 /// The data buffers of one request in their order.
 ///
-/// Made once with room for the most segments that a request may have, and used for one request after another: nothing is
-/// allocated in between. The addresses are only numbers here. Who gives them to the kernel must keep the
+/// Made once with room for the maximum number of segments, and reused for one request after another without allocation.
+/// The addresses are only numbers here. Code that passes them to the kernel must keep the
 /// [`DeviceMemory`](crate::vhost_user::DeviceMemory) that the chain was parsed with until the kernel is done.
 #[derive(Debug)]
 pub struct SegmentList {
@@ -30,9 +30,10 @@ pub struct SegmentList {
 }
 
 impl SegmentList {
-    /// Room for this many segments: at least 1, and at most 1024, which is what one system call takes.
+    /// A list with room for this many segments: at least 1, and at most 1024, the limit of one system call.
     ///
-    /// [`BlkConfig::segment_capacity`](super::BlkConfig::segment_capacity) is enough for what drivers may send.
+    /// [`BlkConfig::segment_capacity`](super::BlkConfig::segment_capacity) is enough for the requests that drivers may
+    /// send.
     pub fn with_capacity(segments: usize) -> Self {
         let capacity = segments.clamp(1, IOVECS_MAX);
         Self { iovecs: Vec::with_capacity(capacity), gpas: Vec::with_capacity(capacity), capacity }
@@ -43,7 +44,7 @@ impl SegmentList {
         self.capacity
     }
 
-    /// How many segments there are.
+    /// Number of segments.
     pub fn len(&self) -> usize {
         self.iovecs.len()
     }
@@ -53,7 +54,7 @@ impl SegmentList {
         self.iovecs.is_empty()
     }
 
-    /// For readv(2) and its kin.
+    /// The segments in the form for readv(2) and similar calls.
     pub fn iovecs(&self) -> &[iovec] {
         &self.iovecs
     }
@@ -67,14 +68,14 @@ impl SegmentList {
         })
     }
 
-    /// Forgets all segments and keeps the room.
+    /// Removes all segments and keeps the room.
     pub fn clear(&mut self) {
         self.iovecs.clear();
         self.gpas.clear();
     }
 
-    /// Appends a segment of at least one byte; one that continues the last, for the guest and for the host, becomes
-    /// part of it.
+    /// Appends a segment of at least one byte. A segment that continues the last one, for the guest and for the host,
+    /// is merged into it.
     #[inline]
     pub(super) fn push(&mut self, segment: Segment) -> Result<(), NoRoom> {
         if let (Some(last), Some(last_gpa)) = (self.iovecs.last_mut(), self.gpas.last()) {
@@ -93,7 +94,7 @@ impl SegmentList {
         Ok(())
     }
 
-    /// Keeps the first bytes and forgets the rest.
+    /// Keeps the first `len_bytes` bytes and drops the rest.
     pub(super) fn truncate_bytes(&mut self, len_bytes: usize) {
         let mut left_bytes = len_bytes;
         let mut kept = 0;
@@ -110,7 +111,7 @@ impl SegmentList {
     }
 }
 
-/// There are as many segments as the list has room for.
+/// The list is full.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct NoRoom;
 
@@ -123,7 +124,7 @@ mod tests {
     }
 
     #[test]
-    fn a_segment_that_continues_the_last_becomes_part_of_it() {
+    fn a_segment_that_continues_the_last_is_merged_into_it() {
         let mut list = SegmentList::with_capacity(4);
         list.push(segment(0x1000, 0x7000_1000, 0x200)).unwrap();
         list.push(segment(0x1200, 0x7000_1200, 0x600)).unwrap();
@@ -131,7 +132,7 @@ mod tests {
     }
 
     #[test]
-    fn a_segment_that_continues_the_last_for_one_side_only_is_one_of_its_own() {
+    fn a_segment_that_continues_the_last_on_one_side_only_stays_separate() {
         let mut list = SegmentList::with_capacity(4);
         list.push(segment(0x1000, 0x7000_1000, 0x1000)).unwrap();
         list.push(segment(0x2000, 0x8000_0000, 0x1000)).unwrap();
@@ -140,7 +141,7 @@ mod tests {
     }
 
     #[test]
-    fn a_full_list_takes_no_further_segment_and_stays_as_it_is() {
+    fn a_full_list_refuses_a_further_segment() {
         let mut list = SegmentList::with_capacity(1);
         list.push(segment(0x1000, 0x7000_0000, 1)).unwrap();
         assert_eq!(list.push(segment(0x3000, 0x7000_2000, 1)), Err(NoRoom));
@@ -156,7 +157,7 @@ mod tests {
     }
 
     #[test]
-    fn truncating_cuts_the_segment_in_which_the_end_lies() {
+    fn truncating_cuts_the_segment_at_the_end() {
         let mut list = SegmentList::with_capacity(4);
         list.push(segment(0x1000, 0x7000_0000, 8)).unwrap();
         list.push(segment(0x3000, 0x7000_3000, 8)).unwrap();

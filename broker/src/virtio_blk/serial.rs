@@ -11,7 +11,7 @@ const ID_BYTES: usize = VIRTIO_BLK_ID_BYTES as usize;
 pub struct Serial([u8; ID_BYTES]);
 
 impl Serial {
-    /// As the driver gets it: padded with zeroes, and without a zero at the end if it has 20 characters.
+    /// The bytes that the driver gets: padded with zeroes, and without a zero at the end if there are 20 characters.
     pub fn as_bytes(&self) -> &[u8; ID_BYTES] {
         &self.0
     }
@@ -36,16 +36,16 @@ impl FromStr for Serial {
 /// Why a text cannot be a serial number.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum SerialError {
-    /// It has more than 20 characters.
+    /// The text has more than 20 characters.
     #[error("the serial number {serial:?} has {characters} characters; virtio-blk has room for {ID_BYTES}")]
     TooLong {
         /// The text.
         serial: String,
-        /// Its length.
+        /// Number of characters.
         characters: usize,
     },
-    /// It has a character that is not printable ASCII.
-    #[error("the serial number {serial:?} has the character {character:?}; only printable ASCII can be used")]
+    /// The text has a character that is not printable ASCII.
+    #[error("the serial number {serial:?} has the character {character:?}; use printable ASCII only")]
     Character {
         /// The text.
         serial: String,
@@ -83,7 +83,7 @@ mod tests {
     fn a_serial_that_is_not_printable_ascii_is_refused() {
         assert_eq!(
             "a\0b".parse::<Serial>().unwrap_err().to_string(),
-            "the serial number \"a\\0b\" has the character '\\0'; only printable ASCII can be used"
+            "the serial number \"a\\0b\" has the character '\\0'; use printable ASCII only"
         );
         assert!("straße".parse::<Serial>().is_err());
     }

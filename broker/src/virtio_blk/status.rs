@@ -1,4 +1,4 @@
-//! The status byte, the last one of each request.
+//! The status byte, the last byte of each request.
 
 use rustix::io::Errno;
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP};
@@ -11,18 +11,18 @@ pub enum Status {
     Ok = VIRTIO_BLK_S_OK as u8,
     /// `VIRTIO_BLK_S_IOERR`: an error of the device or of the driver.
     IoError = VIRTIO_BLK_S_IOERR as u8,
-    /// `VIRTIO_BLK_S_UNSUPP`: the device does not do this. Linux then does without: it writes zeroes itself, for
-    /// example.
+    /// `VIRTIO_BLK_S_UNSUPP`: the device does not support this. Linux then does without the operation: it writes zeroes
+    /// itself, for example.
     Unsupported = VIRTIO_BLK_S_UNSUPP as u8,
 }
 
 impl Status {
     /// The status of a request that the host's kernel ended with this error.
     ///
-    /// VIRTIO has no more than the two kinds of errors: a full disk and a broken one look alike to the guest.
+    /// VIRTIO has only these two kinds of errors: a full disk and a broken disk look alike to the guest.
     pub fn from_errno(errno: Errno) -> Self {
         match errno {
-            // ENOTTY and ENOSYS are what file systems and old kernels say of a fallocate(2) mode that they lack.
+            // File systems and old kernels return ENOTTY and ENOSYS for a fallocate(2) mode that they lack.
             Errno::OPNOTSUPP | Errno::NOSYS | Errno::NOTTY => Self::Unsupported,
             _ => Self::IoError,
         }
@@ -44,7 +44,7 @@ mod tests {
     }
 
     #[test]
-    fn only_an_operation_that_the_disk_lacks_is_unsupported() {
+    fn only_errors_of_missing_operations_are_unsupported() {
         assert_eq!(Status::from_errno(Errno::OPNOTSUPP), Status::Unsupported);
         for errno in [Errno::IO, Errno::NOSPC, Errno::INVAL, Errno::BADF, Errno::FBIG, Errno::PERM, Errno::CANCELED] {
             assert_eq!(Status::from_errno(errno), Status::IoError, "{errno:?}");

@@ -1,4 +1,4 @@
-//! What a driver was told of the device, and relies on: over a restart of the server it must stay as it is.
+//! What a driver was told of the device and relies on. It must not change across a restart of the server.
 
 use std::fmt::{self, Display};
 
@@ -16,34 +16,34 @@ const BYTES: usize = 8 + 8 + CONFIG_SPACE_BYTES + ID_BYTES;
 /// What a driver was told of a device, and what it accepted.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Told {
-    /// The features that were offered.
+    /// The features that the device offered.
     offered: u64,
-    /// Those that the driver accepted.
+    /// The features that the driver accepted.
     accepted: u64,
-    /// The configuration space. `writeback` is 0: it is the driver's own.
+    /// The configuration space. `writeback` is 0, because the driver controls it.
     space: [u8; CONFIG_SPACE_BYTES],
     serial: [u8; ID_BYTES],
 }
 
-/// What has changed that matters to a driver that keeps running.
+/// The change of the device that a running driver must know.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Continuity {
-    /// It is what the driver was told.
+    /// The device is what the driver was told.
     Same,
-    /// It has grown, and the driver is to be told.
+    /// The disk has grown, and the driver must learn its new size.
     Larger,
 }
 
-/// The device is not what the driver was told, and the driver cannot be told otherwise while it runs.
+/// The device differs from what the driver was told, and a running driver cannot be told otherwise.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "the guest runs with a disk that this server does not offer: {}. Nothing is executed for it. Restart the server as it was, or \
-     reset the guest's device (restart the VMM)",
+    "the guest runs with a disk that this server does not offer: {}. The server executes nothing for it. Restart the \
+     server as before, or reset the guest's device (restart the VMM)",
     .0.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ")
 )]
 pub struct DeviceChanged(Vec<Difference>);
 
-/// One thing that a driver was told otherwise.
+/// One difference from what a driver was told.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Difference {
     what: &'static str,
@@ -60,19 +60,19 @@ impl Display for Difference {
 }
 
 impl Told {
-    /// Of this device, to a driver that accepted these features.
+    /// What a driver that accepted these features was told of this device.
     pub fn new(device: &BlkConfig, accepted: u64) -> Self {
         let mut space = device.to_bytes(true);
         space[WRITEBACK_OFFSET_BYTES] = 0;
         Self { offered: device.device_features(), accepted, space, serial: *device.serial().as_bytes() }
     }
 
-    /// For a process that takes over.
+    /// The record for a successor process.
     pub fn to_bytes(&self) -> Vec<u8> {
         [&self.offered.to_le_bytes()[..], &self.accepted.to_le_bytes(), &self.space, &self.serial].concat()
     }
 
-    /// What an earlier process recorded. Any bytes may come: `None` if they are no such record.
+    /// Parses the record of an earlier process. Any bytes may come; `None` if they are not a record.
     pub fn from_bytes(bytes: &[u8]) -> Option<Self> {
         let bytes: &[u8; BYTES] = bytes.try_into().ok()?;
         let (offered, rest) = bytes.split_first_chunk()?;
@@ -82,17 +82,18 @@ impl Told {
         Some(Self { offered, accepted, space: *space, serial: rest.try_into().ok()? })
     }
 
-    /// Whether a driver that was told this can go on with a device that says `now`.
+    /// Whether a driver that was told `self` can go on with a device that is `now`.
     ///
-    /// More than before is no obstacle: queues, features, larger limits, a larger disk. Hints may change: the physical block, and how
-    /// discards are aligned best. Less is one, and so is a smaller disk: the guest has its file systems up to the old end.
+    /// Additions are no obstacle: more queues or features, larger limits, a larger disk. Hints may change: the physical
+    /// block, and the best alignment of discards. Losses are an obstacle, and so is a smaller disk, because the guest's
+    /// file systems reach to the old end.
     ///
-    /// `queues_in_use` is how many queues the front-end has. QEMU shows its guest that number, and not the device's: a device with
-    /// fewer queues than before is the same for a guest that has not had them all.
+    /// `queues_in_use` is the number of queues that the front-end has. QEMU shows its guest that number, and not the
+    /// device's: a device with fewer queues than before is the same for a guest that was not shown them all.
     ///
     /// # Errors
     ///
-    /// It cannot; each reason with the option that makes the device as it was.
+    /// The driver cannot go on. Each reason names the option that restores the device.
     pub fn compare(&self, now: &Self, queues_in_use: u16) -> Result<Continuity, DeviceChanged> {
         let differences: Vec<Difference> = [
             self.other_capacity(now),
@@ -125,7 +126,8 @@ impl Told {
             what: "size of the disk",
             told: bytes(told),
             now: bytes(now),
-            remedy: "give the disk its size back; to shrink it under a running guest, shrink it while the server runs and send SIGHUP"
+            remedy: "give the disk its size back; to shrink it under a running guest, shrink it while the server \
+                     runs and send SIGHUP"
                 .into(),
         })
     }
@@ -147,7 +149,8 @@ impl Told {
             what: "access",
             told: name(told),
             now: name(now),
-            remedy: if told { "start it with --read-only" } else { "start it without --read-only" }.into(),
+            remedy: if told { "start the server with --read-only" } else { "start the server without --read-only" }
+                .into(),
         })
     }
 
@@ -165,22 +168,22 @@ impl Told {
     }
 
     fn lost_features(&self, now: &Self) -> Option<Difference> {
-        // Of access there is a line already.
+        // `other_access` reports the access.
         let lost = self.accepted & !now.offered & !(1 << VIRTIO_BLK_F_RO);
         (lost != 0).then(|| Difference {
             what: "features that the guest uses",
             told: feature_names(lost),
             now: "not offered".into(),
-            remedy: "a disk, file system or --direct-io as before, or the ringpass version from before".into(),
+            remedy: "use the former disk, file system and --direct-io, or the former ringpass version".into(),
         })
     }
 
     fn fewer_if(&self, feature: u32, now: &Self, field: Field) -> Option<Difference> {
-        // If the device does not have it any more, there is a line about that.
+        // If the device has lost the feature, `lost_features` reports that.
         (has(self.accepted, feature) && has(now.offered, feature)).then(|| self.fewer(now, field, u32::MAX)).flatten()
     }
 
-    /// Less than the driver was told, of which it uses `most` at most.
+    /// Reports a smaller value than the driver was told. `most` is the largest value that the driver uses.
     fn fewer(&self, now: &Self, field: Field, most: u32) -> Option<Difference> {
         let (told, now) = (self.number(field).min(most), now.number(field));
         (now < told).then(|| Difference {
@@ -211,18 +214,17 @@ struct Field {
     remedy: &'static str,
 }
 
-const OF_THE_DISK: &str = "a disk, file system and --direct-io as before";
+const OF_THE_DISK: &str = "use the former disk, file system and --direct-io";
 
 impl Field {
-    const SEGMENT_BYTES: Self = Self::new(8, 4, "bytes of a segment", "the ringpass version from before");
-    const SEGMENTS: Self = Self::new(12, 4, "segments of a request", "a --queue-size as before");
+    const SEGMENT_BYTES: Self = Self::new(8, 4, "bytes of a segment", "use the former ringpass version");
+    const SEGMENTS: Self = Self::new(12, 4, "segments of a request", "use the former --queue-size");
     const BLOCK_BYTES: Self = Self::new(20, 4, "logical block", "--logical-block-size {}");
     const QUEUES: Self = Self::new(34, 2, "queues in use", "--num-queues {} or more");
     const DISCARD_SECTORS: Self = Self::new(36, 4, "sectors of a discard", OF_THE_DISK);
-    const DISCARD_RANGES: Self = Self::new(40, 4, "ranges of a discard", "the ringpass version from before");
+    const DISCARD_RANGES: Self = Self::new(40, 4, "ranges of a discard", "use the former ringpass version");
     const ZEROES_SECTORS: Self = Self::new(48, 4, "sectors of a write zeroes request", OF_THE_DISK);
-    const ZEROES_RANGES: Self =
-        Self::new(52, 4, "ranges of a write zeroes request", "the ringpass version from before");
+    const ZEROES_RANGES: Self = Self::new(52, 4, "ranges of a write zeroes request", "use the former ringpass version");
     const ZEROES_UNMAP: Self = Self::new(56, 1, "whether write zeroes may unmap", OF_THE_DISK);
 
     const fn new(offset_bytes: usize, len_bytes: usize, what: &'static str, remedy: &'static str) -> Self {

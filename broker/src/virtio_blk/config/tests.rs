@@ -30,7 +30,7 @@ fn refused(change: impl FnOnce(&mut BlkParameters)) -> String {
     BlkConfig::new(parameters).unwrap_err().to_string()
 }
 
-/// A field of the space, where the kernel's structure has it.
+/// A field of the space, at its offset in the kernel's structure.
 macro_rules! field {
     ($config:expr, $field:ident: $integer:ty) => {{
         let offset = std::mem::offset_of!(virtio_blk_config, $field);
@@ -44,7 +44,7 @@ fn features(config: &BlkConfig) -> Vec<u32> {
 }
 
 #[test]
-fn a_writable_disk_offers_everything_but_what_is_not_implemented() {
+fn a_writable_disk_offers_all_implemented_features() {
     assert_eq!(
         features(&config(|_| ())),
         [
@@ -65,7 +65,7 @@ fn a_writable_disk_offers_everything_but_what_is_not_implemented() {
 }
 
 #[test]
-fn a_read_only_disk_says_so_and_offers_no_operation_that_changes_it() {
+fn a_read_only_disk_offers_ro_and_no_operation_that_changes_it() {
     let config = config(|parameters| parameters.read_only = true);
     assert_eq!(features(&config), [1, 2, 5, 6, 9, 10, 11, 12, 28, 29, 32]);
     assert!(config.request_limits().read_only());
@@ -82,7 +82,7 @@ fn operations_that_the_disk_lacks_are_not_offered() {
 }
 
 #[test]
-fn each_field_is_where_the_kernels_structure_has_it() {
+fn each_field_has_its_offset_in_the_kernels_structure() {
     let config = config(|_| ());
     assert_eq!(field!(config, capacity: u64), 1 << 21);
     assert_eq!(field!(config, size_max: u32), 1 << 20);
@@ -111,7 +111,7 @@ fn geometry_and_padding_are_zero() {
 }
 
 #[test]
-fn writeback_is_what_the_cache_mode_says() {
+fn writeback_is_the_value_of_the_cache_mode() {
     assert_eq!(config(|_| ()).to_bytes(false)[32], 0);
     assert_eq!(config(|_| ()).to_bytes(true)[32], 1);
 }
@@ -143,8 +143,8 @@ fn a_size_that_ends_within_a_block_is_refused_and_the_capacity_stays() {
     let refused = config.set_size_bytes((1 << 30) + 4608).unwrap_err();
     assert_eq!(
         refused.to_string(),
-        "the disk has 1073746432 bytes, which is no multiple of its logical blocks of 4096 bytes: a guest could not reach \
-         the end of it"
+        "the disk has 1073746432 bytes, which is not a multiple of its logical block of 4096 bytes: a guest could not \
+         reach the end of it"
     );
     assert_eq!(config.capacity_sectors(), 1 << 21);
 }
@@ -171,8 +171,8 @@ fn logical_blocks_are_powers_of_two_from_512_to_65536() {
         assert_eq!(
             refused(|parameters| parameters.logical_block_bytes = logical_block_bytes),
             format!(
-                "a logical block of {logical_block_bytes} bytes is not possible: it must be a power of two from 512 to \
-                 65536"
+                "the logical block size of {logical_block_bytes} bytes is invalid: it must be a power of two from 512 \
+                 to 65536"
             )
         );
     }
@@ -208,9 +208,7 @@ fn queue_sizes_are_powers_of_two_from_4_to_32768() {
     for queue_size in [0, 1, 2, 3, 100, 32769, u16::MAX] {
         assert_eq!(
             refused(|parameters| parameters.queue_size = queue_size),
-            format!(
-                "a queue of {queue_size} entries is not possible: their number must be a power of two from 4 to 32768"
-            )
+            format!("the queue size of {queue_size} entries is invalid: it must be a power of two from 4 to 32768")
         );
     }
 }
@@ -226,10 +224,10 @@ fn a_request_of_seg_max_segments_fits_into_the_queue_and_into_one_system_call() 
     }
 }
 
-/// SeaBIOS 1.16 (`src/hw/virtio-blk.c`) divides the product by the block size, keeps 16 bits, and reads so many blocks at
-/// once: none, for ever, if those bits are zero.
+/// SeaBIOS 1.16 (`src/hw/virtio-blk.c`) divides the product by the block size, keeps 16 bits, and reads that many
+/// blocks at once. If those bits are zero, it reads zero blocks for ever.
 #[test]
-fn the_firmware_finds_a_number_of_blocks_that_it_can_read_at_once() {
+fn the_firmware_reads_at_least_one_block_at_once() {
     for queue_size in [4, 8, 64, 128, 256, 32768] {
         for block_bytes in [512, 4096, 65536] {
             let config = config(|parameters| {
@@ -243,7 +241,7 @@ fn the_firmware_finds_a_number_of_blocks_that_it_can_read_at_once() {
 }
 
 #[test]
-fn limits_of_ranges_are_whole_blocks_and_no_longer_than_a_stopping_queue_can_wait() {
+fn range_limits_are_whole_blocks_and_short_enough_for_a_stopping_queue() {
     let config = config(|parameters| {
         parameters.logical_block_bytes = 4096;
         parameters.discard = Some(DiscardLimits { max_sectors: u32::MAX, alignment_sectors: 3 });
@@ -256,7 +254,7 @@ fn limits_of_ranges_are_whole_blocks_and_no_longer_than_a_stopping_queue_can_wai
 }
 
 #[test]
-fn a_range_limit_below_one_block_means_that_the_operation_is_not_offered() {
+fn a_range_limit_below_one_block_withdraws_the_operation() {
     let config = config(|parameters| {
         parameters.logical_block_bytes = 4096;
         parameters.discard = Some(DiscardLimits { max_sectors: 7, alignment_sectors: 1 });

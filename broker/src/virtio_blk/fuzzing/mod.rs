@@ -1,7 +1,7 @@
 //! Arbitrary descriptor chains, for fuzzers and property tests.
 //!
 //! Bytes become a small guest memory with a queue and a chain in it, biased towards chains that are nearly right. The
-//! chain is parsed, and the result compared with that of a reference model which works byte by byte.
+//! parser parses the chain, and its result must match that of a reference model that works byte by byte.
 
 mod model;
 mod scene;
@@ -17,14 +17,14 @@ use super::{
 use crate::fuzzing::Choices;
 use virtio_queue::desc::split::Descriptor;
 
-/// Where ranges of discard and write zeroes requests are put.
+/// Address of the ranges of discard and write zeroes requests.
 const RANGE_GPA: u64 = HEADER_GPA + 0x40;
 
 /// Parses the chain that the bytes describe.
 ///
 /// # Panics
 ///
-/// If the result is not what the reference model says.
+/// If the result differs from the reference model.
 pub fn parse_chain(bytes: &[u8]) {
     parse_and_check(bytes);
 }
@@ -32,7 +32,7 @@ pub fn parse_chain(bytes: &[u8]) {
 fn parse_and_check(bytes: &[u8]) -> Parsed {
     let mut choices = Choices::new(bytes);
     let limits = limits(&mut choices);
-    // More often than not a driver accepts what it is offered.
+    // Drivers mostly accept the features that the device offers.
     let driver_features = [u64::MAX, u64::MAX, u64::from(choices.byte()) << 8, 0][choices.below(4)];
     let mut segments = SegmentList::with_capacity([1, 2, 3, 128][choices.below(4)]);
     let mut scene = Scene::new();
@@ -48,7 +48,7 @@ pub(super) fn check(
     driver_features: u64,
     segments: &mut SegmentList,
 ) -> Parsed {
-    // Before the model looks at memory: the chain's buffers may be the available ring.
+    // Before the model looks at memory: the chain's buffers may overlap the available ring.
     scene.offer(head);
     let expected = model::parse(scene, head, limits, driver_features, segments.capacity());
     let parsed = parse(scene.take(), limits, RequestTypes::negotiated(driver_features), segments);
@@ -99,10 +99,10 @@ fn limits(choices: &mut Choices<'_>) -> RequestLimits {
     BlkConfig::new(parameters).expect("the parameters are in their ranges").request_limits()
 }
 
-/// Fills guest memory; gives the head of the chain.
+/// Fills guest memory and returns the head of the chain.
 ///
-/// First a request as a driver might send it, in some arrangement of descriptors, then up to three arbitrary descriptors
-/// in place of its own.
+/// Writes first a request as a driver might send it, in some arrangement of descriptors, and then up to three arbitrary
+/// descriptors in place of its own.
 fn fill(scene: &mut Scene, choices: &mut Choices<'_>) -> u16 {
     let interface = 0x7270_0000 + u32::from(choices.byte() % 16);
     let request_type = [0, 1, 4, 8, 11, 13, choices.byte().into(), u32::MAX, interface][choices.below(9)];
@@ -195,7 +195,7 @@ impl Choices<'_> {
             8 => self.byte().into(),
             _ => u32::MAX - u32::from(self.byte()),
         };
-        // NEXT is likely, WRITE as likely as not, INDIRECT rare, a bit without a meaning rarer.
+        // NEXT is likely, WRITE is set half the time, INDIRECT is rare, and a bit without a meaning is rarer.
         let kind = self.byte();
         let flags = u16::from(kind & 2)
             | u16::from(!kind.is_multiple_of(3))

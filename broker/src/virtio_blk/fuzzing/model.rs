@@ -1,4 +1,4 @@
-//! What a chain means, by another way than the parser's: everything is flattened to single bytes first.
+//! A reference model of a chain's meaning. Unlike the parser, it flattens everything to single bytes first.
 
 use std::collections::HashSet;
 
@@ -8,10 +8,10 @@ use vm_memory::GuestAddress;
 use super::scene::{Scene, TABLE_ENTRIES};
 use crate::virtio_blk::{ByteRange, InterfaceRequest, Operation, Request, RequestLimits, Status};
 
-/// No buffer in the scene's memory is as long.
+/// Longer than any buffer in the scene's memory.
 const LONGEST_IN_MEMORY_BYTES: u64 = 0x1_0000;
 
-/// What the parser must say. Data is the guest-physical and the host address of each byte.
+/// The result that the parser must give. Data is the guest-physical and the host address of each byte.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Expected {
     Request { request: Request, data: Vec<(u64, *mut u8)> },
@@ -36,7 +36,7 @@ pub(super) fn parse(scene: &Scene, head: u16, limits: &RequestLimits, driver_fea
     let total_writable: u64 = buffers.iter().filter(|buffer| buffer.is_writable).map(|buffer| buffer.len_bytes).sum();
     let status_gpa = GuestAddress(status_gpa);
     let writable_bytes = (total_writable - 1).min(u32::MAX.into()) as u32;
-    // Nothing but the status is written: it counts if it is the first byte.
+    // The device writes nothing but the status, which counts only if it is the first byte.
     let used_bytes = u32::from(total_writable == 1);
     let mut interface = None;
     let meaning = parts(scene, &buffers, room).and_then(|parts| match interface_request(parts.request_type()) {
@@ -115,7 +115,7 @@ impl Parts {
     }
 }
 
-/// The numbers of `docs/abi.md`.
+/// The numbers in `docs/abi.md`.
 fn interface_request(number: u32) -> Option<RequestType> {
     match number {
         0x7270_0000 => Some(RequestType::Probe),
@@ -172,7 +172,7 @@ fn meaning(scene: &Scene, parts: Parts, limits: &RequestLimits, driver_features:
             writable.truncate(20);
             Ok((Some(Operation::GetId), writable))
         }
-        // Their features are bits 13 and 14.
+        // The features of these types are bits 13 and 14.
         11 if driver_features >> 13 & 1 == 0 => Err(Status::Unsupported),
         13 if driver_features >> 14 & 1 == 0 => Err(Status::Unsupported),
         request_type @ (11 | 13) => {
@@ -223,7 +223,7 @@ fn extent(limits: &RequestLimits, sector: u64, sectors: u64) -> Result<Option<By
     Ok((end > start).then_some(ByteRange { offset_bytes: start as u64, len_bytes: (end - start) as u64 }))
 }
 
-/// How many stretches there are that are contiguous for guest and host.
+/// Number of stretches that are contiguous for guest and host.
 fn runs<'a>(bytes: impl Iterator<Item = &'a (u64, *mut u8)>) -> usize {
     let mut runs = 0;
     let mut expected = None;

@@ -5,8 +5,8 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestM
 
 use crate::virtqueue::{DescriptorChain, QueueSetup, SplitQueue};
 
-/// The guest's memory: two regions side by side, one alone, and one up to the last but one guest-physical address.
-/// Regions are no multiples of a page, so that also their ends differ in their last bits.
+/// The guest's memory: two adjacent regions, one apart from the others, and one that reaches to the last but one
+/// guest-physical address. Region sizes are not multiples of a page, so that the last bits of their ends also differ.
 const REGIONS: [(u64, usize); 4] =
     [(0x1_0000, 0x4000), (0x1_4000, 0x1200), (0x2_0000, 0xe00), (u64::MAX - 0x1000, 0x1000)];
 
@@ -15,9 +15,9 @@ pub(in super::super) const TABLE_ENTRIES: u16 = 16;
 const TABLE_GPA: u64 = 0x1_0000;
 const AVAIL_GPA: u64 = 0x1_0100;
 const USED_GPA: u64 = 0x1_0200;
-/// Where tests put an indirect table.
+/// Address of an indirect table in tests.
 pub(in super::super) const INDIRECT_GPA: u64 = 0x1_0400;
-/// Where tests put a request header.
+/// Address of a request header in tests.
 pub(in super::super) const HEADER_GPA: u64 = 0x1_0600;
 
 /// An address close to the start or the end of a region.
@@ -39,7 +39,7 @@ pub(in super::super) struct Scene {
 }
 
 impl Scene {
-    /// Memory that is zero, and an empty queue of 16 entries.
+    /// Zeroed memory, and an empty queue of 16 entries.
     pub(in super::super) fn new() -> Self {
         let ranges = REGIONS.map(|(start, len_bytes)| (GuestAddress(start), len_bytes));
         let memory = GuestMemoryMmap::from_ranges(&ranges).expect("the regions are sorted and apart");
@@ -62,7 +62,7 @@ impl Scene {
     }
 
     pub(in super::super) fn put(&self, gpa: GuestAddress, bytes: &[u8]) {
-        self.memory.write_slice(bytes, gpa).expect("the bytes are put inside memory");
+        self.memory.write_slice(bytes, gpa).expect("an address inside memory");
     }
 
     /// `struct virtio_blk_req` up to its data.
@@ -79,7 +79,7 @@ impl Scene {
 
     pub(in super::super) fn put_descriptor(&self, table: GuestAddress, index: u16, descriptor: Descriptor) {
         let gpa = GuestAddress(table.0 + 16 * u64::from(index));
-        self.memory.write_obj(descriptor, gpa).expect("tables are put inside memory");
+        self.memory.write_obj(descriptor, gpa).expect("a table inside memory");
     }
 
     /// Makes the chain available.
@@ -90,12 +90,12 @@ impl Scene {
         self.put(GuestAddress(AVAIL_GPA + 2), &self.avail_idx.to_le_bytes());
     }
 
-    /// Takes the chain that was made available.
+    /// Takes the available chain.
     pub(in super::super) fn take(&mut self) -> DescriptorChain<'_> {
-        self.queue.pop(&self.memory).expect("the ring is in order").expect("a chain was made available")
+        self.queue.pop(&self.memory).expect("a valid ring").expect("an available chain")
     }
 
-    /// The host address of each byte of guest memory, by a search that shares nothing with the parser's.
+    /// The host address of a byte of guest memory, found by a search that shares no code with the parser's.
     pub(super) fn host_byte(&self, gpa: u64) -> Option<*mut u8> {
         let region = self.memory.iter().find(|region| {
             let start = u128::from(region.start_addr().0);

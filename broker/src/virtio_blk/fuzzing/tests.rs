@@ -17,12 +17,12 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(20_000))]
 
     #[test]
-    fn every_chain_is_parsed_as_the_reference_model_says(bytes in vec(any::<u8>(), 0..CHOICES_MAX)) {
+    fn every_chain_is_parsed_like_the_reference_model(bytes in vec(any::<u8>(), 0..CHOICES_MAX)) {
         parse_chain(&bytes);
     }
 }
 
-/// The name of the variants, without their values.
+/// The name of the variant without its values.
 fn outcome(parsed: &Parsed) -> String {
     let words = |text: String| text.split([' ', '(', ')', '{']).next().unwrap_or_default().to_owned();
     match parsed {

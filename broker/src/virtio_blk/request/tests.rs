@@ -14,7 +14,7 @@ use crate::virtio_blk::{BlkParameters, WriteZeroesLimits};
 use crate::virtqueue::ChainError;
 
 #[test]
-fn a_read_has_its_offset_in_bytes_and_its_writable_data() {
+fn a_read_has_an_offset_in_bytes_and_writable_data() {
     let (parsed, data) = Case::read(8, 4096).parse();
     let expected = Request {
         operation: Operation::Read { offset_bytes: 4096 },
@@ -27,7 +27,7 @@ fn a_read_has_its_offset_in_bytes_and_its_writable_data() {
 }
 
 #[test]
-fn a_write_has_its_readable_data_and_no_room_but_for_the_status() {
+fn a_write_has_readable_data_and_room_for_the_status_only() {
     let (parsed, data) = Case::write(2, 512).parse();
     let expected = Request {
         operation: Operation::Write { offset_bytes: 1024 },
@@ -40,7 +40,7 @@ fn a_write_has_its_readable_data_and_no_room_but_for_the_status() {
 }
 
 #[test]
-fn the_last_writable_byte_is_the_status_also_if_it_ends_the_data() {
+fn the_last_writable_byte_is_the_status_even_in_a_data_buffer() {
     let (parsed, data) = Case::read(0, 0).buffers(&[HEADER, (DATA_GPA, 513, WRITABLE)]).parse();
     let Parsed::Request(request) = parsed else { panic!("{parsed:?}") };
     assert_eq!(request.status_gpa, GuestAddress(DATA_GPA + 512));
@@ -49,7 +49,7 @@ fn the_last_writable_byte_is_the_status_also_if_it_ends_the_data() {
 }
 
 #[test]
-fn the_header_may_lie_in_several_descriptors_and_share_one_with_data() {
+fn the_header_may_span_descriptors_and_share_one_with_data() {
     let scene_header = [(HEADER_GPA, 3, READABLE), (HEADER_GPA + 3, 1, READABLE), (HEADER_GPA + 4, 12 + 512, READABLE)];
     let (parsed, data) = Case::write(5, 0).buffers(&[&scene_header[..], &[STATUS]].concat()).parse();
     let Parsed::Request(request) = parsed else { panic!("{parsed:?}") };
@@ -58,7 +58,7 @@ fn the_header_may_lie_in_several_descriptors_and_share_one_with_data() {
 }
 
 #[test]
-fn descriptors_without_bytes_count_for_nothing() {
+fn descriptors_without_bytes_are_skipped() {
     let nowhere = |is_writable| (0xdead_0000, 0, is_writable);
     let buffers = [
         nowhere(WRITABLE),
@@ -80,7 +80,7 @@ fn descriptors_without_bytes_count_for_nothing() {
 fn a_buffer_across_two_regions_is_two_segments() {
     let (parsed, data) = Case::read(0, 0).buffers(&[HEADER, (0x1_3f00, 512, WRITABLE), STATUS]).parse();
     assert!(matches!(parsed, Parsed::Request(_)), "{parsed:?}");
-    // Two mappings can happen to be neighbours; then they are one segment.
+    // Two mappings may happen to be adjacent; then they make one segment.
     assert_eq!(data.iter().map(|(_, len_bytes)| len_bytes).sum::<usize>(), 512);
     assert!(data == [(0x1_3f00, 256), (0x1_4000, 256)] || data == [(0x1_3f00, 512)], "{data:x?}");
 }
@@ -97,14 +97,14 @@ fn a_header_may_lie_across_two_regions() {
 }
 
 #[test]
-fn a_chain_means_the_same_with_any_part_of_it_in_an_indirect_table() {
+fn any_part_of_a_chain_may_lie_in_an_indirect_table() {
     for direct in 0..3 {
         assert_eq!(Case::read(8, 4096).parse_with_direct(direct), Case::read(8, 4096).parse(), "{direct}");
     }
 }
 
 #[test]
-fn a_flush_has_no_data_and_ignores_what_it_is_given() {
+fn a_flush_ignores_its_data() {
     for data in [&[][..], &[(DATA_GPA, 512, WRITABLE)], &[(DATA_GPA, 7, READABLE)]] {
         let (parsed, segments) = Case::new(VIRTIO_BLK_T_FLUSH, 0, data).parse();
         let Parsed::Request(request) = parsed else { panic!("{parsed:?}") };
@@ -170,7 +170,7 @@ fn unknown_types_are_unsupported() {
 }
 
 #[test]
-fn operations_that_were_not_offered_are_unsupported() {
+fn unoffered_operations_are_unsupported() {
     for case in [Case::discard(0, 1, 0), Case::write_zeroes(0, 1, 0)] {
         let refusal = case.limits(|parameters| (parameters.discard, parameters.write_zeroes) = (None, None)).refusal();
         assert!(matches!(refusal, Refusal::NotNegotiated { .. }), "{refusal}");
@@ -179,7 +179,7 @@ fn operations_that_were_not_offered_are_unsupported() {
 }
 
 #[test]
-fn operations_that_were_not_negotiated_are_unsupported_and_all_others_are_not_affected() {
+fn operations_without_their_feature_are_unsupported_and_others_work() {
     let [discard, write_zeroes] = [VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_WRITE_ZEROES].map(|bit| 1_u64 << bit);
     let refused = |case: Case, features| case.features(features).refusal();
     let refusal = refused(Case::discard(0, 1, 0), !discard);
@@ -201,7 +201,7 @@ fn operations_that_were_not_negotiated_are_unsupported_and_all_others_are_not_af
 }
 
 #[test]
-fn flags_that_are_unknown_or_not_for_this_type_are_unsupported_whatever_else_is_wrong() {
+fn invalid_flags_are_unsupported_regardless_of_other_errors() {
     for case in [
         Case::discard(0, 1, 1),
         Case::discard(0, 1, 2),
@@ -209,7 +209,7 @@ fn flags_that_are_unknown_or_not_for_this_type_are_unsupported_whatever_else_is_
         Case::write_zeroes(0, 1, 0x8000_0001),
         Case::discard(u64::MAX, u32::MAX, 1),
         Case::discard(0, 1, 1).buffers(&[HEADER, (RANGE_GPA, 16, READABLE), (DATA_GPA, 1, WRITABLE), STATUS]),
-        // The same where the range and what is wrong are one piece of memory.
+        // The same with range and wrong data in one piece of memory.
         Case::write_zeroes(0, 1, 4).buffers(&[
             HEADER,
             (RANGE_GPA, 16, READABLE),
@@ -232,7 +232,7 @@ fn a_second_range_is_unsupported() {
 }
 
 #[test]
-fn data_that_is_no_whole_number_of_ranges_is_refused() {
+fn a_partial_range_is_refused() {
     for len_bytes in [0, 1, 15, 17] {
         let refusal = Case::discard(0, 1, 0).buffers(&[HEADER, (RANGE_GPA, len_bytes, READABLE), STATUS]).refusal();
         let expected = Refusal::DataLength { request_type: VIRTIO_BLK_T_DISCARD, len_bytes };
@@ -241,7 +241,7 @@ fn data_that_is_no_whole_number_of_ranges_is_refused() {
 }
 
 #[test]
-fn a_range_may_lie_in_several_places() {
+fn a_range_may_be_scattered() {
     let scene = Scene::new();
     let range = [&7_u64.to_le_bytes()[..], &9_u32.to_le_bytes(), &[0; 4]].concat();
     let mut buffers = vec![HEADER];
@@ -265,14 +265,14 @@ fn a_range_longer_than_offered_is_refused() {
 }
 
 #[test]
-fn a_write_to_a_read_only_disk_is_an_error_and_its_other_changes_are_unsupported() {
+fn on_a_read_only_disk_writes_fail_and_other_changes_are_unsupported() {
     let read_only = |parameters: &mut BlkParameters| parameters.read_only = true;
     for case in [Case::write(0, 512), Case::write(0, 0), Case::write(0, 512).features(0)] {
         let refusal = case.limits(read_only).refusal();
         assert_eq!(refusal, Refusal::ReadOnly { request_type: VIRTIO_BLK_T_OUT });
         assert_eq!(refusal.status(), Status::IoError);
     }
-    // They are not offered, and with an unknown flag no other status is allowed (VIRTIO 1.2, 5.2.6.2).
+    // The disk does not offer them, and with an unknown flag VIRTIO allows no other status (VIRTIO 1.2, 5.2.6.2).
     for case in
         [Case::discard(0, 1, 0), Case::discard(0, 1, 1), Case::write_zeroes(0, 1, 0), Case::write_zeroes(0, 1, 2)]
     {
@@ -284,7 +284,7 @@ fn a_write_to_a_read_only_disk_is_an_error_and_its_other_changes_are_unsupported
 
 /// VIRTIO 1.2, 2.7.8.2.
 #[test]
-fn the_length_in_the_used_ring_counts_bytes_from_the_first_and_the_status_only_behind_all_others() {
+fn the_used_length_includes_the_status_only_after_complete_data() {
     for (writable_bytes, written_bytes, used_bytes) in
         [(0, 0, 1), (512, 0, 0), (512, 1, 1), (512, 511, 511), (512, 512, 513), (u32::MAX, u32::MAX, u32::MAX)]
     {
@@ -295,7 +295,7 @@ fn the_length_in_the_used_ring_counts_bytes_from_the_first_and_the_status_only_b
 }
 
 #[test]
-fn a_refused_request_has_written_its_status_and_nothing_before_it() {
+fn a_refused_request_writes_only_its_status() {
     for (case, used_bytes) in [
         (Case::read(u64::MAX, 512), 0),
         (Case::new(VIRTIO_BLK_T_GET_ID, 0, &[(DATA_GPA, 19, WRITABLE)]), 0),
@@ -303,7 +303,7 @@ fn a_refused_request_has_written_its_status_and_nothing_before_it() {
         (Case::new(77, 0, &[(DATA_GPA, 512, WRITABLE)]), 0),
         (Case::write(u64::MAX, 512), 1),
         (Case::discard(0, 1, 0).features(0), 1),
-        // Descriptors behind what is wrong count as well.
+        // Descriptors behind the error count as well.
         (Case::read(0, 0).buffers(&[(0x5000, 16, READABLE), (DATA_GPA, 512, WRITABLE), STATUS]), 0),
     ] {
         let Parsed::Answer(answer) = case.parse().0 else { panic!("{:?}", case.parse()) };
@@ -345,7 +345,7 @@ fn a_sector_number_that_would_overflow_is_beyond_the_capacity() {
 }
 
 #[test]
-fn data_that_is_no_whole_number_of_sectors_is_refused() {
+fn a_partial_sector_is_refused() {
     for len_bytes in [1, 511, 513] {
         assert!(matches!(Case::read(0, len_bytes).refusal(), Refusal::DataLength { .. }), "{len_bytes}");
         assert!(matches!(Case::write(0, len_bytes).refusal(), Refusal::DataLength { .. }), "{len_bytes}");
@@ -353,7 +353,7 @@ fn data_that_is_no_whole_number_of_sectors_is_refused() {
 }
 
 #[test]
-fn requests_that_are_not_in_whole_logical_blocks_are_refused() {
+fn partial_logical_blocks_are_refused() {
     let large_blocks = |parameters: &mut BlkParameters| parameters.logical_block_bytes = 4096;
     for case in [
         Case::read(1, 4096),
@@ -403,8 +403,8 @@ fn a_short_header_is_refused() {
 }
 
 #[test]
-fn buffers_that_are_not_all_in_memory_are_refused_and_nothing_of_them_is_used() {
-    // In the hole, into the hole, around the end of the address space, and all of it.
+fn a_buffer_partly_outside_memory_is_refused() {
+    // In the hole, into the hole, across the end of the address space, and over all of memory.
     for (gpa, len_bytes) in [(0x5000, 512), (0x1_5100, 512), (u64::MAX - 255, 512), (0x1_1000, u32::MAX - 1000)] {
         let buffers = [HEADER, (DATA_GPA, 512, WRITABLE), (gpa, len_bytes, WRITABLE), STATUS];
         let refusal = Case::read(0, 0).buffers(&buffers).refusal();
@@ -420,7 +420,7 @@ fn a_header_outside_memory_is_refused() {
 }
 
 #[test]
-fn more_segments_than_there_is_room_for_are_refused() {
+fn too_many_segments_are_refused() {
     let pieces: Vec<_> = (0..3).map(|n| (DATA_GPA + 0x400 * n, 512, WRITABLE)).collect();
     let case = |room| Case { room, ..Case::new(VIRTIO_BLK_T_IN, 0, &pieces) };
     assert_eq!(case(3).request().data_bytes, 3 * 512);

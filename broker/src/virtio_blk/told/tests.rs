@@ -2,7 +2,7 @@ use super::*;
 use crate::virtio_blk::{BlkParameters, DiscardLimits, WriteZeroesLimits};
 
 const EVERYTHING: u64 = u64::MAX;
-/// The front-end has all of the device's.
+/// The front-end has all queues of the device.
 const QUEUES: u16 = 4;
 
 fn parameters() -> BlkParameters {
@@ -19,7 +19,7 @@ fn parameters() -> BlkParameters {
     }
 }
 
-/// What a driver was told that accepts all of these features which it is offered.
+/// What a driver was told that accepts those of these features that the device offers.
 fn told(parameters: BlkParameters, accepted: u64) -> Told {
     let device = BlkConfig::new(parameters).expect("a device");
     Told::new(&device, accepted & device.device_features())
@@ -30,7 +30,7 @@ fn compare(now: BlkParameters) -> Result<Continuity, String> {
 }
 
 #[test]
-fn a_record_says_what_was_told_and_other_bytes_are_none() {
+fn a_record_is_parsed_and_other_bytes_are_ignored() {
     let told = told(parameters(), EVERYTHING);
     let bytes = told.to_bytes();
     assert!(bytes.len() <= crate::virtqueue::DEVICE_RECORD_MAX_BYTES);
@@ -40,7 +40,7 @@ fn a_record_says_what_was_told_and_other_bytes_are_none() {
 }
 
 #[test]
-fn a_driver_goes_on_with_a_device_that_has_what_it_was_told_or_more() {
+fn a_driver_goes_on_with_the_same_or_a_larger_device() {
     assert_eq!(compare(parameters()), Ok(Continuity::Same));
     for more in [
         BlkParameters { num_queues: 256, ..parameters() },
@@ -54,7 +54,7 @@ fn a_driver_goes_on_with_a_device_that_has_what_it_was_told_or_more() {
 }
 
 #[test]
-fn what_the_driver_would_not_notice_is_refused_with_the_option_that_makes_it_as_before() {
+fn a_changed_device_is_refused_with_the_option_that_restores_it() {
     for (now, expected) in [
         (
             BlkParameters { logical_block_bytes: 4096, ..parameters() },
@@ -66,7 +66,7 @@ fn what_the_driver_would_not_notice_is_refused_with_the_option_that_makes_it_as_
         ),
         (
             BlkParameters { queue_size: 64, ..parameters() },
-            "segments of a request: 126 before the restart, 62 now (a --queue-size as before)",
+            "segments of a request: 126 before the restart, 62 now (use the former --queue-size)",
         ),
         (
             BlkParameters { serial: "disk-8".parse().unwrap(), ..parameters() },
@@ -74,7 +74,7 @@ fn what_the_driver_would_not_notice_is_refused_with_the_option_that_makes_it_as_
         ),
         (
             BlkParameters { read_only: true, ..parameters() },
-            "access: read-write before the restart, read-only now (start it without --read-only)",
+            "access: read-write before the restart, read-only now (start the server without --read-only)",
         ),
         (
             BlkParameters { size_bytes: 32 << 20, ..parameters() },
@@ -82,34 +82,34 @@ fn what_the_driver_would_not_notice_is_refused_with_the_option_that_makes_it_as_
         ),
         (
             BlkParameters { discard: None, ..parameters() },
-            "features that the guest uses: VIRTIO_BLK_F_DISCARD before the restart, not offered now (a disk, file system or --direct-io",
+            "features that the guest uses: VIRTIO_BLK_F_DISCARD before the restart, not offered now (use the former",
         ),
         (
             BlkParameters { discard: Some(DiscardLimits { max_sectors: 8, alignment_sectors: 8 }), ..parameters() },
-            "sectors of a discard: 4096 before the restart, 8 now (a disk, file system",
+            "sectors of a discard: 4096 before the restart, 8 now (use the former disk, file system",
         ),
         (
             BlkParameters {
                 write_zeroes: Some(WriteZeroesLimits { max_sectors: 4096, may_unmap: false }),
                 ..parameters()
             },
-            "whether write zeroes may unmap: 1 before the restart, 0 now (a disk",
+            "whether write zeroes may unmap: 1 before the restart, 0 now (use the former disk",
         ),
     ] {
         let refusal = compare(now).expect_err("another device");
         assert!(refusal.contains(expected), "{refusal}\ninstead of {expected}");
-        assert!(refusal.contains("Nothing is executed for it. Restart the server as it was"), "{refusal}");
+        assert!(refusal.contains("The server executes nothing for it. Restart the server as before"), "{refusal}");
     }
     let two = BlkParameters { num_queues: 2, logical_block_bytes: 4096, ..parameters() };
     let refusal = compare(two).expect_err("another device");
-    assert!(refusal.contains("(--logical-block-size 512); queues in use: 4"), "each of them is named: {refusal}");
+    assert!(refusal.contains("(--logical-block-size 512); queues in use: 4"), "it names each difference: {refusal}");
     let was_read_only = told(BlkParameters { read_only: true, ..parameters() }, EVERYTHING);
     let refusal = was_read_only.compare(&told(parameters(), 0), QUEUES).expect_err("another device").to_string();
-    assert!(refusal.contains("read-write now (start it with --read-only)"), "{refusal}");
+    assert!(refusal.contains("read-write now (start the server with --read-only)"), "{refusal}");
 }
 
 #[test]
-fn features_that_the_driver_does_not_use_may_go() {
+fn unused_features_may_disappear() {
     let lost = BlkParameters { discard: None, write_zeroes: None, ..parameters() };
     let without = !(1 << VIRTIO_BLK_F_DISCARD | 1 << VIRTIO_BLK_F_WRITE_ZEROES);
     let driver = told(parameters(), without);
@@ -122,7 +122,7 @@ fn features_that_the_driver_does_not_use_may_go() {
 }
 
 #[test]
-fn what_a_forged_record_says_is_printed_in_one_harmless_line() {
+fn a_forged_record_is_printed_as_one_harmless_line() {
     let mut forged = told(parameters(), EVERYTHING).to_bytes();
     let serial = forged.len() - ID_BYTES;
     forged[serial..].copy_from_slice(b"\n\x1b[2Jevil\xff----------");
@@ -134,7 +134,7 @@ fn what_a_forged_record_says_is_printed_in_one_harmless_line() {
 }
 
 #[test]
-fn queues_and_limits_that_the_guest_never_used_may_become_fewer() {
+fn unused_queues_and_limits_may_shrink() {
     let told_to = |accepted| told(parameters(), accepted);
     let fewer_queues = told(BlkParameters { num_queues: 2, ..parameters() }, 0);
     assert_eq!(told_to(EVERYTHING).compare(&fewer_queues, 2), Ok(Continuity::Same));

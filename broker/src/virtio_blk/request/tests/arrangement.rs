@@ -7,7 +7,7 @@ use super::super::*;
 use super::case::{DATA_GPA, limits};
 use crate::virtio_blk::fuzzing::{Scene, check, place};
 
-/// A request as a driver may arrange it: any cuts, in any number of descriptors, partly in an indirect table.
+/// A request in an arbitrary arrangement: any cuts, in any number of descriptors, partly in an indirect table.
 #[derive(Clone, Debug)]
 struct Arrangement {
     is_write: bool,
@@ -27,10 +27,10 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(2000))]
 
     #[test]
-    fn a_request_means_the_same_however_its_bytes_are_arranged(arrangement in arrangement()) {
+    fn the_arrangement_of_a_request_does_not_change_its_meaning(arrangement in arrangement()) {
         let Arrangement { is_write, first_block, blocks, cuts, direct } = arrangement;
         let data_bytes = 512 * blocks as usize;
-        // The request as one string of bytes, cut anywhere; each piece lies behind a gap of its own.
+        // The request as one string of bytes, cut anywhere; a gap precedes each piece.
         let total_bytes = 16 + data_bytes + 1;
         let writable_from = if is_write { total_bytes - 1 } else { 16 };
         let mut ends: Vec<_> = cuts.into_iter().map(|cut| cut % total_bytes).chain([writable_from, total_bytes]).collect();

@@ -6,7 +6,7 @@ use super::super::*;
 use crate::virtio_blk::fuzzing::{HEADER_GPA, Scene, check, place};
 use crate::virtio_blk::{BlkConfig, BlkParameters, DiscardLimits, WriteZeroesLimits};
 
-/// Memory of the scene that nothing else is in.
+/// A part of the scene's memory that nothing else uses.
 pub(super) const DATA_GPA: u64 = 0x1_1000;
 pub(super) const STATUS_GPA: u64 = 0x1_0800;
 pub(super) const RANGE_GPA: u64 = 0x1_0900;
@@ -33,7 +33,7 @@ pub(super) fn limits(change: impl FnOnce(&mut BlkParameters)) -> RequestLimits {
     BlkConfig::new(parameters).unwrap().request_limits()
 }
 
-/// One request in a guest's memory. What a test does not set is as a driver would have it.
+/// One request in a guest's memory. Defaults are what a driver would send.
 pub(super) struct Case {
     pub(super) request_type: u32,
     pub(super) sector: u64,
@@ -87,7 +87,7 @@ impl Case {
         Self { driver_features, ..self }
     }
 
-    /// What becomes of it, and its data as (guest-physical address, length).
+    /// The result, and the data as (guest-physical address, length).
     pub(super) fn parse(&self) -> (Parsed, Vec<(u64, usize)>) {
         self.parse_with_direct(self.buffers.len())
     }
@@ -97,7 +97,7 @@ impl Case {
         self.run(Scene::new(), direct)
     }
 
-    /// The same in memory in which there is something already.
+    /// The same in memory that already has contents.
     pub(super) fn parse_in(&self, scene: Scene) -> (Parsed, Vec<(u64, usize)>) {
         self.run(scene, self.buffers.len())
     }
@@ -122,7 +122,7 @@ impl Case {
 
     pub(super) fn refusal(&self) -> Refusal {
         match self.parse().0 {
-            Parsed::Answer(answer) => answer.refusal.expect("something is wrong with it"),
+            Parsed::Answer(answer) => answer.refusal.expect("a refusal"),
             other => panic!("no answer: {other:?}"),
         }
     }
