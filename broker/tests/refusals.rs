@@ -80,8 +80,8 @@ fn whatever_is_wrong_with_a_server_s_options_is_said_once_with_what_to_do() {
         (&disk, ["--socket-path", "/proc/s"], &["/proc"]),
         (&disk, ["--socket-path", &long], &[&long, "at most 107 bytes", "give a shorter one"]),
         (&disk, ["--socket-path", "used.sock"], &["used.sock: ", "another process listens there; stop it"]),
-        (&disk, ["--socket-path", "text"], &["text: ", "no socket is in the way; remove it"]),
-        (&disk, ["--socket-path", "dir"], &["dir: ", "no socket is in the way"]),
+        (&disk, ["--socket-path", "text"], &["text: ", "not a socket is in the way; remove it"]),
+        (&disk, ["--socket-path", "dir"], &["dir: ", "not a socket is in the way"]),
         (&disk, ["--fd", "99"], &["file descriptor 99: ", "Bad file descriptor", "leave the socket open"]),
         (&disk, ["--fd", "0"], &["file descriptor 0 ", "pass a listening or a connected one"]),
         // The control socket.

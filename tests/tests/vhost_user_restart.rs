@@ -211,5 +211,5 @@ fn write_cache() -> Result<()> {
     ensure!(is_on(&front_end)?, "a guest that did not turn the cache off");
     let mut driver = ram.driver(&front_end, 0, 4096)?;
     broker.explain(driver.write(0, &[2; 512]))?;
-    broker.wait_for_log("the write cache is on: the guest of the front-end before had turned it off")
+    broker.wait_for_log("the write cache is on: the guest of the previous front-end had turned it off")
 }

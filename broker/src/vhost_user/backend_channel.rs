@@ -9,7 +9,7 @@ use vhost::vhost_user::message::BackendReq;
 use super::connection::send_some;
 use super::message::VERSION;
 
-/// The channel. Nothing is ever read from it: no message that is sent asks for a reply.
+/// The channel. The back-end never reads from it, because no message that it sends asks for a reply.
 #[derive(Debug)]
 pub(super) struct BackendChannel {
     stream: UnixStream,
@@ -27,8 +27,12 @@ impl BackendChannel {
         let bytes: Vec<u8> = header.iter().flat_map(|word| word.to_ne_bytes()).collect();
         match send_some(&self.stream, &bytes, &[]) {
             Ok(sent_bytes) if sent_bytes == bytes.len() => debug!("told the front-end that the configuration changed"),
-            Ok(sent_bytes) => warn!(sent_bytes, "only a part of the configuration change message could be sent"),
-            Err(errno) => warn!(%errno, "could not tell the front-end that the configuration changed"),
+            Ok(sent_bytes) => warn!(
+                sent_bytes,
+                message_bytes = bytes.len(),
+                "configuration change message truncated: the front-end does not read its back-end channel"
+            ),
+            Err(errno) => warn!(%errno, "configuration change message not sent: the front-end's channel refused it"),
         }
     }
 }

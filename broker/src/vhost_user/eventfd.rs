@@ -7,25 +7,26 @@ use rustix::fs::CWD;
 use thiserror::Error;
 use vmm_sys_util::eventfd::EventFd;
 
-/// What the link of an eventfd in /proc/self/fd says.
+/// The target of an eventfd's link in /proc/self/fd.
 const EVENTFD_LINK: &str = "anon_inode:[eventfd]";
 
-/// The front-end passed something else as kick, call or error eventfd.
+/// The front-end passed a file that is not an eventfd as kick, call or error eventfd.
 ///
-/// Anything else could block us or swallow what is written to it: a FIFO, a terminal, a file of a remote file system.
+/// Any other file could block the back-end or swallow what it writes: a FIFO, a terminal, a file of a remote file
+/// system.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
-#[error("the file descriptor is no eventfd but {link}")]
+#[error("the file descriptor is not an eventfd but {link}; the front-end must pass an eventfd")]
 pub struct NotAnEventfd {
     link: String,
 }
 
 /// Takes a descriptor as an eventfd.
 ///
-/// Its flags stay as they are: O_NONBLOCK belongs to the open file description, which the front-end goes on using.
+/// The flags stay unchanged: O_NONBLOCK belongs to the open file description, which the front-end goes on using.
 ///
 /// # Errors
 ///
-/// It is no eventfd. Without /proc nothing can be known, and it is taken as one.
+/// The descriptor is not an eventfd. Without /proc this check is impossible, and every descriptor passes.
 pub(super) fn adopt(fd: OwnedFd) -> Result<EventFd, NotAnEventfd> {
     if let Ok(link) = rustix::fs::readlinkat(CWD, format!("/proc/self/fd/{}", fd.as_raw_fd()), Vec::new()) {
         let link = link.to_string_lossy();

@@ -1,4 +1,4 @@
-//! A device that executes nothing: it records what it is asked and insists on the contract of [`Device`].
+//! A device that executes nothing: it records each call and asserts the contract of [`Device`].
 
 use std::error::Error;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -12,23 +12,23 @@ use super::device::{ConfigWriteError, Device, DeviceMemory, QueueEventfds};
 use super::ring_fault::RingFault;
 use crate::virtqueue::{DirtyLog, QueueSetup};
 
-/// Queues of the fake device.
+/// Number of queues of the fake device.
 pub(super) const QUEUES: u16 = 3;
 /// Their largest size.
 pub(super) const MAX_QUEUE_SIZE: u16 = 1024;
 /// Its features: VIRTIO_F_VERSION_1, VIRTIO_RING_F_EVENT_IDX, and two of virtio-blk.
 pub(super) const FEATURES: u64 = 1 << 32 | 1 << 29 | 1 << 9 | 1 << 6;
-/// How far the fake queues get in each run.
+/// How many chains a fake queue takes in each run.
 pub(super) const CHAINS_TAKEN: u16 = 7;
-/// The byte of its configuration space that can be written: `writeback`.
+/// The only writable byte of its configuration space: `writeback`.
 const WRITABLE_BYTE: u32 = 32;
 
-/// What a device was asked. Eventfds are only told to be there or not.
+/// A call to the device. Of eventfds it says only whether they are there.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Call {
     SetDriverFeatures(u64),
     WriteConfig(u32, Vec<u8>),
-    /// Only if there is something.
+    /// Only recorded if the settings are not 0.
     RestoreDriverSettings(u8),
     /// Guest addresses and lengths of the regions.
     SetMemory(Vec<(u64, u64)>),
@@ -62,20 +62,20 @@ pub(super) struct Started {
     pub(super) eventfds: [bool; 3],
 }
 
-/// The record, which outlives the device.
+/// The recorded calls, which outlive the device.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Calls {
     made: Arc<Mutex<Vec<Call>>>,
-    /// No queue stops any more.
+    /// `stop_queue` returns `None`.
     pub(super) is_front_end_gone: Arc<AtomicBool>,
-    /// The next `refresh_capacity` says this.
+    /// The next `refresh_capacity` returns this.
     pub(super) is_resized: Arc<AtomicBool>,
-    /// A reset waits until this can be locked, as for I/O that is under way.
+    /// A reset waits until it can lock this, as it would for I/O under way.
     pub(super) last_io: Arc<Mutex<()>>,
 }
 
 impl Calls {
-    /// What was asked since this was last called.
+    /// The calls since the last `take`.
     pub(super) fn take(&self) -> Vec<Call> {
         std::mem::take(&mut self.made.lock().unwrap_or_else(PoisonError::into_inner))
     }
@@ -89,7 +89,7 @@ impl Calls {
 #[derive(Debug, Default)]
 pub(super) struct FakeDevice {
     pub(super) calls: Calls,
-    /// What it records.
+    /// The record that the device keeps for a successor process.
     pub(super) record: Vec<u8>,
     queues: [Option<FakeQueue>; QUEUES as usize],
     space: Space,
@@ -100,7 +100,7 @@ pub(super) struct FakeDevice {
 #[derive(Debug)]
 struct FakeQueue {
     setup: QueueSetup,
-    /// Held as a real device would.
+    /// Held as a real device would hold them.
     eventfds: QueueEventfds,
 }
 
@@ -115,8 +115,8 @@ impl Default for Space {
 
 impl FakeDevice {
     fn started(&mut self, index: u16) -> &mut FakeQueue {
-        let queue = self.queues.get_mut(usize::from(index)).expect("the index of a queue");
-        queue.as_mut().expect("a queue that was started")
+        let queue = self.queues.get_mut(usize::from(index)).expect("a valid queue index");
+        queue.as_mut().expect("a started queue")
     }
 }
 
@@ -158,7 +158,7 @@ impl Device for FakeDevice {
         Ok(())
     }
 
-    /// 1 when the writable byte is 0.
+    /// 1 if the writable byte is 0.
     fn driver_settings(&self) -> u8 {
         u8::from(self.space.0[WRITABLE_BYTE as usize] == 0)
     }
@@ -176,7 +176,7 @@ impl Device for FakeDevice {
         self.record.clone()
     }
 
-    /// The driver cannot go on with a device that has another record.
+    /// The driver cannot go on with a device that has a different record.
     fn compare_record(&self, record: &[u8], _queues_in_use: u16) -> Result<bool, Box<dyn Error + Send + Sync>> {
         if record == self.record {
             Ok(self.calls.is_resized.load(Ordering::Relaxed))
@@ -220,11 +220,11 @@ impl Device for FakeDevice {
             eventfds: [eventfds.kick.is_some(), eventfds.call.is_some(), eventfds.err.is_some()],
         }));
         let queue = self.queues[usize::from(index)].replace(FakeQueue { setup, eventfds });
-        assert!(queue.is_none(), "a queue is started once before it is stopped");
+        assert!(queue.is_none(), "a queue is started only once before it is stopped");
     }
 
     fn break_queue(&mut self, index: u16, fault: RingFault, err: Option<EventFd>) {
-        assert!(self.queues[usize::from(index)].is_none(), "a queue that runs is not broken from outside");
+        assert!(self.queues[usize::from(index)].is_none(), "the session does not break a running queue");
         self.calls.push(Call::Break(index, fault, err.is_some()));
     }
 
@@ -233,7 +233,7 @@ impl Device for FakeDevice {
         if self.calls.is_front_end_gone.load(Ordering::Relaxed) {
             return None;
         }
-        let queue = self.queues[usize::from(index)].take().expect("a queue that was started");
+        let queue = self.queues[usize::from(index)].take().expect("a started queue");
         Some(queue.setup.next_avail.wrapping_add(CHAINS_TAKEN))
     }
 

@@ -32,7 +32,7 @@ const NAMES: [(u32, &str); 19] = [
     (VIRTIO_F_IN_ORDER, "VIRTIO_F_IN_ORDER"),
 ];
 
-/// The names of these features; the numbers of bits without one.
+/// The names of the features in this set, and the numbers of the bits that have no name.
 pub(crate) fn feature_names(features: u64) -> String {
     let name = |bit: u32| {
         let named = NAMES.iter().find(|(known, _)| *known == bit);

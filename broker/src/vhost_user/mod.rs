@@ -1,16 +1,17 @@
-//! The vhost-user protocol, the back-end's side of it.
+//! The back-end's side of the vhost-user protocol.
 //!
-//! A front-end (a VMM) connects to a socket, describes the guest's memory and its virtqueues, and the device of this
-//! process serves them. From the outside in:
+//! A front-end (a VMM) connects to a socket and describes the guest's memory and its virtqueues, and the device of this
+//! process serves these. From the outside in:
 //!
-//! 1. [`Server`] listens, serves one front-end after another, and ends when it is told to.
-//! 2. [`Connection`] cuts the stream into [`Message`]s with their file descriptors.
-//! 3. [`message`] takes them apart: pure functions from bytes to checked requests.
-//! 4. [`Session`] is the state that the requests build. It checks each against that state and drives the device.
-//! 5. [`Device`] is what executes queues. It knows no messages.
+//! 1. [`Server`] listens, serves one front-end after another, and ends when its owner tells it to.
+//! 2. [`Connection`] splits the stream into [`Message`]s with their file descriptors.
+//! 3. [`message`] parses them: pure functions from bytes to checked requests.
+//! 4. [`Session`] is the state that the requests build. It checks each request against that state and drives the
+//!    device.
+//! 5. [`Device`] executes queues. It does not know messages.
 //!
-//! Source: the vhost-user specification of QEMU (docs/interop/vhost-user.rst) and, where front-ends differ from it, the
-//! front-ends.
+//! Source: the vhost-user specification of QEMU (docs/interop/vhost-user.rst) and, where front-ends differ from the
+//! specification, the front-ends.
 
 mod backend_channel;
 mod connection;

@@ -1,4 +1,4 @@
-//! What a driver can get wrong about a ring.
+//! Faults of a driver in the set-up of a ring.
 
 use std::mem::discriminant;
 
@@ -6,58 +6,58 @@ use thiserror::Error;
 
 use crate::log_limit::Cause;
 
-/// Why a ring cannot run although the front-end did nothing wrong.
+/// Why a ring cannot run although the front-end follows the protocol.
 ///
-/// A front-end passes on what its guest's driver wrote to the transport's registers, and most of them check little of it. QEMU
-/// takes a queue size of 15, and for a ring that is not in RAM it passes the address of a buffer of its own. So these are no
-/// reasons to refuse a request. A connection that ends here would take the disk from the guest until its machine is started
-/// anew, and QEMU drops the device when SET_VRING_ADDR is answered with an error. The ring breaks, and setting it up anew
-/// revives it.
+/// A front-end passes on what its guest's driver wrote to the transport's registers, and most front-ends check little
+/// of it. QEMU accepts a queue size of 15, and for a ring outside RAM it passes the address of a buffer of its own. So
+/// the session does not refuse a request because of these faults. If the connection ended here, the guest would lose
+/// the disk until its machine restarts, and QEMU drops the device when the back-end answers SET_VRING_ADDR with an
+/// error. Instead the ring breaks, and a new set-up revives it.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub enum RingFault {
-    /// VIRTIO 1.2, 2.7: a power of two; and no more than the device offers.
+    /// The size is not a power of two (VIRTIO 1.2, 2.7), or larger than the device offers.
     #[error("a ring of {size} descriptors: the driver must give a power of two of at most {max}")]
     Size {
         /// The size.
         size: u32,
-        /// The largest possible.
+        /// The largest possible size.
         max: u16,
     },
-    /// VIRTIO 1.2, 2.7.
+    /// The address is not aligned as VIRTIO 1.2, 2.7 demands.
     #[error("the {part} at guest address {gpa:#x}: the driver must align it to {alignment_bytes} bytes")]
     Misaligned {
-        /// Which part of the ring.
+        /// The part of the ring.
         part: &'static str,
-        /// Where it is.
+        /// Guest address of the part.
         gpa: u64,
-        /// What its address must be a multiple of.
+        /// The required alignment.
         alignment_bytes: u64,
     },
     /// A part of the ring is outside RAM, or in memory of a device.
     #[error(
-        "the {part} of {size_bytes} bytes, which the front-end has at {user_address:#x}: the driver must put it into one \
+        "the {part} of {size_bytes} bytes at {user_address:#x} of the front-end: the driver must put it into one \
          region of guest memory"
     )]
     OutsideMemory {
-        /// Which part of the ring.
+        /// The part of the ring.
         part: &'static str,
-        /// Where the front-end has it.
+        /// Address of the part in the front-end.
         user_address: u64,
-        /// How long it is.
+        /// Length of the part.
         size_bytes: u64,
     },
-    /// A driver may choose a larger ring than the front-end had in mind when it asked for the region.
+    /// The driver chose a larger ring than the front-end assumed when it asked for the region.
     #[error("a ring of {size} descriptors: the front-end's in-flight region tracks {entries} of each ring")]
     InflightTooSmall {
         /// Size of the ring.
         size: u16,
-        /// Entries for it in the region.
+        /// Number of entries for this ring in the region.
         entries: u16,
     },
 }
 
 impl RingFault {
-    /// The cause for the limits of log lines: what is wrong, without the values.
+    /// The cause for rate limits of log lines: the kind of fault without its values.
     pub(crate) fn cause(&self) -> Cause {
         match self {
             Self::Misaligned { part, .. } | Self::OutsideMemory { part, .. } => Cause::new((discriminant(self), part)),

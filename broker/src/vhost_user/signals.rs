@@ -1,17 +1,19 @@
-//! Signals of the process as calls to the server.
+//! Turns signals of the process into calls to the server.
 //!
-//! Every signal whose default action ends a process (signal(7)) is taken, because that end would leave socket files behind. What
-//! each does:
+//! The server takes every signal whose default action ends a process (signal(7)), because that end would leave socket
+//! files behind. The effect of each signal:
 //!
-//! - SIGTERM and SIGINT stop the server: it waits for I/O under way. A second one that comes within [`SAME_REQUEST`] of the first
-//!   is the same request (`timeout(1)` sends two); a later one ends the process at once.
+//! - SIGTERM and SIGINT stop the server: it waits for I/O under way. A second one that comes within [`SAME_REQUEST`] of
+//!   the first is the same request (`timeout(1)` sends two); a later one ends the process at once.
 //! - SIGQUIT ends the process at once. It leaves no core dump.
-//! - SIGXCPU stops the server: the soft limit of CPU time is passed, and the hard one is about to kill.
-//! - SIGHUP has the server look at the size of the disk.
-//! - All others mean nothing to a server and are ignored.
+//! - SIGXCPU stops the server: the process has passed the soft limit of CPU time, and the hard limit is about to kill
+//!   it.
+//! - SIGHUP makes the server look at the size of the disk.
+//! - All others mean nothing to a server, which ignores them.
 //!
-//! Ending at once does not wait for I/O, exits with status 1, and removes the socket files. SIGKILL cannot be taken, and faults
-//! (SIGSEGV, SIGABRT, …) are not; the next start replaces the files that they leave.
+//! Ending at once does not wait for I/O, exits with status 1, and removes the socket files. A process cannot take
+//! SIGKILL, and this one does not take faults (SIGSEGV, SIGABRT, …); the next start replaces the files that these
+//! leave.
 
 use std::io;
 use std::thread;
@@ -26,8 +28,8 @@ use crate::process_end::end_process;
 /// A second SIGTERM or SIGINT within this time of the first is the same request.
 const SAME_REQUEST: Duration = Duration::from_secs(1);
 
-/// What a server leaves as it is: faults, which belong to the thread that causes them; job control; what is ignored by default; and
-/// what cannot be blocked.
+/// The signals that a server leaves alone: faults, which belong to the thread that causes them; job control; signals
+/// that are ignored by default; and signals that cannot be blocked.
 const NOT_TAKEN: [Signal; 16] = [
     Signal::SIGABRT,
     Signal::SIGBUS,
@@ -47,15 +49,15 @@ const NOT_TAKEN: [Signal; 16] = [
     Signal::SIGSTOP,
 ];
 
-/// The signals that would end the process, kept from doing so.
+/// The signals that would end the process, blocked so that they do not.
 #[derive(Debug)]
 pub struct Signals {
     taken: SigSet,
 }
 
-/// What is to be done about a signal.
+/// What the process does on a signal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Order {
+enum Action {
     Stop,
     SameRequest,
     EndAtOnce,
@@ -64,14 +66,15 @@ enum Order {
 }
 
 impl Signals {
-    /// Blocks the signals in this thread and in all that it starts from now on: to be called before there are others.
+    /// Blocks the signals in this thread and in all threads that it starts from now on. Call this before there are
+    /// other threads.
     ///
     /// # Errors
     ///
-    /// The kernel refuses, which no known one does.
+    /// The kernel refuses, which no known kernel does.
     pub fn block() -> io::Result<Self> {
-        // The realtime signals too, which end a process by default. `Signal` does not know them, so no thread waits for them: they
-        // stay pending, which has no effect.
+        // Also blocks the realtime signals, which end a process by default. `Signal` does not know them, so no thread
+        // waits for them: they stay pending, which has no effect.
         let mut blocked = SigSet::all();
         for signal in NOT_TAKEN {
             blocked.remove(signal);
@@ -80,11 +83,11 @@ impl Signals {
         Ok(Self { taken: Signal::iterator().filter(|signal| !NOT_TAKEN.contains(signal)).collect() })
     }
 
-    /// Starts a thread that takes the signals, as the module says.
+    /// Starts a thread that takes the signals, as described in the module documentation.
     ///
     /// # Errors
     ///
-    /// There is no thread to be had.
+    /// The thread cannot be started.
     pub fn spawn(self, server: ServerHandle) -> io::Result<()> {
         thread::Builder::new().name("signals".to_owned()).spawn(move || self.forward(&server)).map(|_| ())
     }
@@ -95,40 +98,40 @@ impl Signals {
             let signal = match self.taken.wait() {
                 Ok(signal) => signal,
                 Err(errno) => {
-                    warn!(%errno, "waiting for a signal");
+                    warn!(%errno, "waiting for a signal failed: trying again");
                     continue;
                 }
             };
-            match order(signal, stopping_since.map(|since: Instant| since.elapsed())) {
-                Order::Stop => {
+            match action(signal, stopping_since.map(|since: Instant| since.elapsed())) {
+                Action::Stop => {
                     info!("{signal}: stopping");
                     stopping_since = Some(Instant::now());
                     server.stop();
                 }
-                Order::SameRequest => info!("{signal} again within {SAME_REQUEST:?}: the same request"),
-                Order::EndAtOnce => {
+                Action::SameRequest => info!("{signal} ignored: it repeats the same request within {SAME_REQUEST:?}"),
+                Action::EndAtOnce => {
                     warn!("{signal}: ending at once, without waiting for I/O");
                     end_process(1);
                 }
-                Order::RefreshCapacity => {
+                Action::RefreshCapacity => {
                     info!("{signal}: looking at the size of the disk");
                     server.refresh_capacity();
                 }
-                Order::Ignore => info!("{signal}: ignored, it means nothing to this program"),
+                Action::Ignore => info!("{signal} ignored: it means nothing to this program"),
             }
         }
     }
 }
 
-/// What a signal orders when the server was told to stop that long ago, if it was.
-fn order(signal: Signal, stopping_for: Option<Duration>) -> Order {
+/// The action on a signal. `stopping_for`: how long ago the server was told to stop, if it was.
+fn action(signal: Signal, stopping_for: Option<Duration>) -> Action {
     match (signal, stopping_for) {
-        (Signal::SIGQUIT, _) => Order::EndAtOnce,
-        (Signal::SIGTERM | Signal::SIGINT | Signal::SIGXCPU, None) => Order::Stop,
-        (Signal::SIGTERM | Signal::SIGINT, Some(ago)) if ago > SAME_REQUEST => Order::EndAtOnce,
-        (Signal::SIGTERM | Signal::SIGINT, Some(_)) => Order::SameRequest,
-        (Signal::SIGHUP, _) => Order::RefreshCapacity,
-        _ => Order::Ignore,
+        (Signal::SIGQUIT, _) => Action::EndAtOnce,
+        (Signal::SIGTERM | Signal::SIGINT | Signal::SIGXCPU, None) => Action::Stop,
+        (Signal::SIGTERM | Signal::SIGINT, Some(ago)) if ago > SAME_REQUEST => Action::EndAtOnce,
+        (Signal::SIGTERM | Signal::SIGINT, Some(_)) => Action::SameRequest,
+        (Signal::SIGHUP, _) => Action::RefreshCapacity,
+        _ => Action::Ignore,
     }
 }
 
@@ -137,19 +140,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_second_signal_is_the_same_request_at_first_and_ends_the_process_later() {
+    fn an_early_second_signal_is_ignored_and_a_later_one_ends_the_process() {
         let (soon, later) = (Duration::from_millis(1), SAME_REQUEST * 2);
         for signal in [Signal::SIGTERM, Signal::SIGINT] {
-            assert_eq!(order(signal, None), Order::Stop);
-            assert_eq!(order(signal, Some(soon)), Order::SameRequest);
-            assert_eq!(order(signal, Some(later)), Order::EndAtOnce);
+            assert_eq!(action(signal, None), Action::Stop);
+            assert_eq!(action(signal, Some(soon)), Action::SameRequest);
+            assert_eq!(action(signal, Some(later)), Action::EndAtOnce);
         }
         for stopping_for in [None, Some(soon), Some(later)] {
-            assert_eq!(order(Signal::SIGQUIT, stopping_for), Order::EndAtOnce);
-            assert_eq!(order(Signal::SIGHUP, stopping_for), Order::RefreshCapacity);
-            assert_eq!(order(Signal::SIGUSR1, stopping_for), Order::Ignore);
+            assert_eq!(action(Signal::SIGQUIT, stopping_for), Action::EndAtOnce);
+            assert_eq!(action(Signal::SIGHUP, stopping_for), Action::RefreshCapacity);
+            assert_eq!(action(Signal::SIGUSR1, stopping_for), Action::Ignore);
         }
-        // It comes once a second.
-        assert_eq!(order(Signal::SIGXCPU, Some(later)), Order::Ignore);
+        // SIGXCPU comes once a second.
+        assert_eq!(action(Signal::SIGXCPU, Some(later)), Action::Ignore);
     }
 }

@@ -161,7 +161,7 @@ fn a_front_end_that_waits_for_another_one_is_told_in_the_log_with_both_process_i
     assert_has(&place.refusal(&["--socket-path", "s", "--incoming"]), &["another process listens there"]);
     let mut second = UnixStream::connect(place.path("s")).unwrap();
     second.write_all(&[0]).unwrap();
-    let line = running.wait_for("another front-end is connected; it waits until the one that is served is gone");
+    let line = running.wait_for("another front-end is connected; it waits until the served one disconnects");
     assert_has(&line, &[&format!(" pid={us} "), &format!("served_pid={us}")]);
     drop(second);
     drop(first);

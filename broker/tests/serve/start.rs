@@ -163,7 +163,7 @@ fn a_start_that_fails_says_why_in_one_line() {
     assert!(!place.path("s").exists());
 
     assert_has(&place.refusal(&["--socket-path", "used"]), &["used: another process listens there"]);
-    assert_has(&place.refusal(&["--socket-path", "text"]), &["text: a file that is no socket is in the way"]);
+    assert_has(&place.refusal(&["--socket-path", "text"]), &["text: a file that is not a socket is in the way"]);
     assert_has(&place.refusal(&["--socket-path", "no/such/directory"]), &["no/such/directory", "No such file"]);
     assert_has(&place.refusal(&["--fd", "0"]), &["file descriptor 0 is not a Unix stream socket"]);
     assert_has(&place.refusal(&["--fd", "77"]), &["file descriptor 77"]);
@@ -191,7 +191,7 @@ fn what_is_wrong_with_the_options_is_said_before_the_disk_is_locked_or_a_socket_
         (&["--policy", "bad.toml"], &["bad.toml"]),
         (&["--policy", "none.toml"], &["none.toml"]),
         (&["--control-socket", "no/c"], &["--control-socket: no/c", "Make its directory first"]),
-        (&["--control-socket", "text"], &["--control-socket: text", "no socket is in the way"]),
+        (&["--control-socket", "text"], &["--control-socket: text", "not a socket is in the way"]),
         (&["--control-socket", &long], &["--control-socket: ", "at most 107 bytes"]),
         (&["--control-socket", "s"], &["--socket-path s is also the path of the control socket"]),
         (&["--control-socket", "./s"], &["--socket-path s is also the path of the control socket"]),
@@ -202,7 +202,7 @@ fn what_is_wrong_with_the_options_is_said_before_the_disk_is_locked_or_a_socket_
     for (options, parts) in [
         (&["--socket-path", "no/s"][..], &["--socket-path: no/s", "Make its directory first"][..]),
         (&["--socket-path", "text/s"], &["--socket-path: text/s", "Not a directory"]),
-        (&["--socket-path", "text"], &["--socket-path: text: a file that is no socket is in the way"]),
+        (&["--socket-path", "text"], &["--socket-path: text: a file that is not a socket is in the way"]),
         (&["--socket-path", "."], &["--socket-path: .", "is in the way"]),
         (&["--socket-path", &long], &["--socket-path: ", "at most 107 bytes, this one has 120"]),
         (&["--socket-path", "vm.control"], &["--socket-path vm.control is also the path of the control socket"]),

@@ -1,4 +1,4 @@
-//! The socket to one front-end: whole messages with their file descriptors.
+//! The socket to one front-end, which carries whole messages with their file descriptors.
 
 mod peer;
 #[cfg(test)]
@@ -25,77 +25,78 @@ pub use self::wait::{Undone, Unfinished, Wait, Waiter};
 use super::message::{HEADER_BYTES, Header, MAX_FDS, MessageError, Reply};
 use crate::log_limit::Cause;
 
-/// A message whose header was understood. The body was not looked at.
+/// A message with a valid header. The connection does not look at the body.
 #[derive(Debug)]
 pub struct Message {
     /// Its header.
     pub header: Header,
-    /// Its body: as many bytes as the header said.
+    /// Its body, as long as the header says.
     pub body: Vec<u8>,
     /// The file descriptors that came with it, close-on-exec.
     pub fds: Vec<OwnedFd>,
 }
 
-/// What waiting for a message gave.
+/// The result of waiting for a message.
 #[derive(Debug)]
 pub enum Received {
     /// A message.
     Message(Message),
     /// The front-end closed the connection, between two messages.
     Closed,
-    /// The descriptor to watch became readable first. What had come of a message by then is kept.
+    /// The watched descriptor became readable first. The connection keeps the bytes of a partial message.
     Woken,
 }
 
 /// Why the connection cannot go on.
 #[derive(Debug, Error)]
 pub enum ConnectionError {
-    /// Header that cannot be understood.
+    /// The header is invalid.
     #[error(transparent)]
     Message(#[from] MessageError),
-    /// The front-end died while it wrote.
+    /// The front-end closed the connection in the middle of a message.
     #[error("the front-end closed the connection after {got_bytes} bytes of a message")]
     Truncated {
-        /// How much of the message had come.
+        /// How many bytes of the message arrived.
         got_bytes: usize,
     },
-    /// More descriptors than one message can carry, or more than this process may have open.
+    /// The message carried more descriptors than one message can, or than this process may have open.
     #[error(
-        "file descriptors of a message were lost: more than {MAX_FDS} were sent, or RLIMIT_NOFILE of this process is \
-         reached"
+        "file descriptors of a message were lost: the front-end sent more than {MAX_FDS}, or this process has reached \
+         its RLIMIT_NOFILE"
     )]
     FdsLost,
-    /// The kernel's answer.
+    /// A system call failed.
     #[error("{what}: {source}")]
     System {
-        /// What was tried.
+        /// What the connection was doing.
         what: &'static str,
-        /// The kernel's answer.
+        /// The kernel's error.
         source: io::Error,
     },
-    /// Another front-end waits for this one's place, which it has no use for.
+    /// The front-end is silent in the middle of a message while another front-end waits to be served.
     #[error(
-        "the front-end stopped in the middle of a message, after {got_bytes} bytes, {silent_s} s ago, and another one waits"
+        "the front-end stopped in the middle of a message, after {got_bytes} bytes, {silent_s} s ago, and another one \
+         waits"
     )]
     Silent {
-        /// How much of the message had come.
+        /// How many bytes of the message arrived.
         got_bytes: usize,
-        /// How long ago its first byte came, in seconds.
+        /// How long ago the first byte arrived, in seconds.
         silent_s: u64,
     },
-    /// The same, and a reply that it does not read.
+    /// The front-end does not read a reply while another front-end waits to be served.
     #[error("the front-end has not read a reply for {silent_s} s, and another one waits")]
     Unread {
-        /// For how long, in seconds.
+        /// How long the front-end has not read, in seconds.
         silent_s: u64,
     },
-    /// Somebody asked for the end while a reply could not be written.
+    /// The server was told to stop while the connection could not write a reply.
     #[error("stopped while the front-end did not read a reply")]
     Interrupted,
 }
 
 impl ConnectionError {
-    /// The cause for the limits of log lines: what is wrong, without the values.
+    /// The cause for rate limits of log lines: the kind of error without its values.
     pub(super) fn cause(&self) -> Cause {
         match self {
             Self::Message(error) => Cause::new((discriminant(self), discriminant(error))),
@@ -107,13 +108,13 @@ impl ConnectionError {
 
 /// The connection to one front-end.
 ///
-/// Nothing blocks in it but the waits, which are a [`Waiter`]'s.
+/// Only the waits block, and a [`Waiter`] does those.
 #[derive(Debug)]
 pub struct Connection {
     stream: UnixStream,
-    /// What has come of the next message.
+    /// The bytes of the next message that have arrived.
     bytes: Vec<u8>,
-    /// When its first byte came.
+    /// When the first of those bytes arrived.
     begun: Option<Instant>,
     fds: Vec<OwnedFd>,
 }
@@ -124,26 +125,26 @@ impl Connection {
         Self { stream, bytes: Vec::new(), begun: None, fds: Vec::new() }
     }
 
-    /// The process at the other end, if the kernel tells.
+    /// The process at the other end, if the kernel knows its id.
     pub fn peer_pid(&self) -> Option<i32> {
         pid_of_peer(&self.stream)
     }
 
-    /// Tells somebody else whether the front-end is still there.
+    /// A watch with which another part of the program can find out whether the front-end is still there.
     ///
     /// # Errors
     ///
-    /// There is no descriptor for it.
+    /// The socket's descriptor cannot be duplicated.
     pub fn peer_watch(&self) -> io::Result<PeerWatch> {
         PeerWatch::new(&self.stream)
     }
 
-    /// Waits for a whole message, or until the waiter has something else to tell: a descriptor that is a waiter, that it is
-    /// readable.
+    /// Waits for a whole message, or until the waiter reports something else. A waiter that is a descriptor reports
+    /// that the descriptor is readable.
     ///
     /// # Errors
     ///
-    /// The connection is of no use any more.
+    /// The connection is unusable from then on.
     pub fn receive(&mut self, mut waiter: impl Waiter) -> Result<Received, ConnectionError> {
         loop {
             let (header, needed_bytes) = match self.bytes.first_chunk::<HEADER_BYTES>() {
@@ -175,8 +176,8 @@ impl Connection {
         }
     }
 
-    /// Reads up to `needed_bytes` of the message, and no byte of the next one: its descriptors would come along.
-    /// `None`: there was nothing after all.
+    /// Reads up to `needed_bytes` of the message, and no byte of the next message, whose descriptors would arrive with
+    /// it. `None`: there was nothing to read.
     fn read_some(&mut self, needed_bytes: usize) -> Result<Option<usize>, ConnectionError> {
         let had_bytes = self.bytes.len();
         self.bytes.resize(needed_bytes, 0);
@@ -198,17 +199,17 @@ impl Connection {
             }
             Ok(message) => Ok(Some(message.bytes)),
             Err(Errno::AGAIN | Errno::INTR) => Ok(None),
-            // A front-end that was killed with unread replies.
+            // The front-end was killed and left replies unread.
             Err(Errno::CONNRESET) => Ok(Some(0)),
             Err(errno) => Err(system("reading from the front-end", errno)),
         }
     }
 
-    /// Writes a reply, or gives up when the waiter says so and the front-end does not read.
+    /// Writes a reply. Gives up when the waiter says so while the front-end does not read.
     ///
     /// # Errors
     ///
-    /// The connection is of no use any more.
+    /// The connection is unusable from then on.
     pub fn send(&mut self, reply: &Reply, mut waiter: impl Waiter) -> Result<(), ConnectionError> {
         let bytes = reply.to_bytes();
         let mut begun = None;
@@ -232,7 +233,7 @@ impl Connection {
     }
 }
 
-/// Sends what fits at once, without a signal if nobody reads.
+/// Sends what the socket takes at once. A closed peer causes no SIGPIPE.
 pub(super) fn send_some(stream: &UnixStream, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> Result<usize, Errno> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
     let mut control = SendAncillaryBuffer::new(&mut space);

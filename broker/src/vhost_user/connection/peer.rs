@@ -1,4 +1,4 @@
-//! Whether the other end of a connection is still there.
+//! A watch that tells whether the other end of a connection is still there.
 
 use std::io;
 use std::os::fd::AsFd;
@@ -8,13 +8,14 @@ use nix::sys::socket::getsockopt;
 use nix::sys::socket::sockopt::PeerCredentials;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-/// The process at the other end of a connection, if the kernel tells: it has no number for one in another PID namespace.
+/// The process at the other end of a connection. `None`: the process is in another PID namespace, so the kernel has no
+/// id for it.
 pub(crate) fn pid_of_peer(socket: &impl AsFd) -> Option<i32> {
-    // Not rustix, whose process ids cannot be 0.
+    // Not rustix: its process ids cannot be 0.
     getsockopt(socket, PeerCredentials).ok().map(|credentials| credentials.pid()).filter(|&pid| pid > 0)
 }
 
-/// Tells whether a front-end is gone, also to somebody who does not read what it says.
+/// Tells whether a front-end is gone, for code that does not read the front-end's messages.
 #[derive(Debug)]
 pub struct PeerWatch(UnixStream);
 
@@ -23,17 +24,17 @@ impl PeerWatch {
     ///
     /// # Errors
     ///
-    /// There is no descriptor for it.
+    /// The socket's descriptor cannot be duplicated.
     pub fn new(stream: &UnixStream) -> io::Result<Self> {
         stream.try_clone().map(Self)
     }
 
-    /// Whether it is gone: it reads nothing any more, and what it has sent last needs no answer.
+    /// Whether the front-end is gone: it reads nothing any more, so the last messages that it sent need no answer.
     pub fn is_gone(&self) -> bool {
-        // Reported whether it is asked for or not.
+        // The kernel reports HUP and ERR even if they are not requested.
         let mut fds = [PollFd::new(&self.0, PollFlags::HUP)];
         let now = Timespec { tv_sec: 0, tv_nsec: 0 };
-        // What the kernel cannot tell now, it may at the next look.
+        // If poll fails now, the next look may succeed.
         poll(&mut fds, Some(&now)).is_ok() && fds[0].revents().intersects(PollFlags::HUP | PollFlags::ERR)
     }
 }
@@ -46,13 +47,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_peer_that_only_says_no_more_is_there_and_one_that_closed_is_gone() {
+    fn a_peer_that_shut_down_writing_is_there_and_a_closed_peer_is_gone() {
         let (ours, mut theirs) = UnixStream::pair().unwrap();
         let peer = PeerWatch::new(&ours).unwrap();
         assert!(!peer.is_gone());
         theirs.write_all(b"unread").unwrap();
         theirs.shutdown(Shutdown::Write).unwrap();
-        assert!(!peer.is_gone(), "it still waits for an answer");
+        assert!(!peer.is_gone(), "the peer still waits for an answer");
         drop(theirs);
         assert!(peer.is_gone());
     }

@@ -7,7 +7,7 @@ use super::*;
 
 const SET_VRING_NUM: u32 = 8;
 
-/// Our end, the front-end's, and an eventfd to wake ours with.
+/// Our end, the front-end's end, and an eventfd that wakes ours.
 fn pair() -> (Connection, UnixStream, OwnedFd) {
     let (ours, theirs) = UnixStream::pair().unwrap();
     let wake = rustix::event::eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC).unwrap();
@@ -53,7 +53,7 @@ fn a_message_that_comes_byte_by_byte_is_whole() {
 }
 
 #[test]
-fn messages_that_come_at_once_are_told_apart_with_their_descriptors() {
+fn messages_that_arrive_together_are_separated_with_their_descriptors() {
     let (mut connection, mut theirs, wake) = pair();
     let (mut reader, writer) = std::io::pipe().unwrap();
     send_with_fds(&theirs, &bytes(1, &[]), &[writer.into()]);
@@ -61,13 +61,13 @@ fn messages_that_come_at_once_are_told_apart_with_their_descriptors() {
     let messages: Vec<_> = (0..3).map(|_| expect_message(&mut connection, &wake)).collect();
     let summary: Vec<_> = messages.iter().map(|one| (one.header.request, one.body.len(), one.fds.len())).collect();
     assert_eq!(summary, [(1, 0, 1), (2, 8, 0), (3, 0, 0)]);
-    // They are closed with the message.
+    // Dropping a message closes its descriptors.
     drop(messages);
     assert_eq!(reader.read(&mut [0]).unwrap(), 0);
 }
 
 #[test]
-fn descriptors_of_a_message_whose_body_comes_later_are_kept() {
+fn descriptors_are_kept_until_the_body_of_their_message_arrives() {
     let (mut connection, mut theirs, wake) = pair();
     let whole = bytes(SET_VRING_NUM, &[7; 8]);
     let (reader, _writer) = std::io::pipe().unwrap();
@@ -81,7 +81,7 @@ fn descriptors_of_a_message_whose_body_comes_later_are_kept() {
 }
 
 #[test]
-fn the_most_descriptors_that_linux_passes_arrive_and_are_close_on_exec() {
+fn the_maximum_number_of_descriptors_arrives_close_on_exec() {
     let (mut connection, theirs, wake) = pair();
     let eventfd = || rustix::event::eventfd(0, EventfdFlags::empty()).unwrap();
     let fds: Vec<_> = std::iter::repeat_with(eventfd).take(MAX_FDS).collect();
@@ -94,7 +94,7 @@ fn the_most_descriptors_that_linux_passes_arrive_and_are_close_on_exec() {
 }
 
 #[test]
-fn more_descriptors_than_one_message_can_have_end_the_connection_and_are_closed() {
+fn too_many_descriptors_end_the_connection_and_are_closed() {
     let (mut connection, theirs, wake) = pair();
     let (mut reader, writer) = std::io::pipe().unwrap();
     let writers: Vec<OwnedFd> = (0..200).map(|_| writer.try_clone().unwrap().into()).collect();
@@ -110,7 +110,7 @@ fn more_descriptors_than_one_message_can_have_end_the_connection_and_are_closed(
 }
 
 #[test]
-fn a_front_end_that_goes_in_the_middle_of_a_message_is_told_from_one_that_goes_between_two() {
+fn a_close_in_the_middle_of_a_message_differs_from_a_close_between_messages() {
     let (mut connection, mut theirs, wake) = pair();
     theirs.write_all(&bytes(SET_VRING_NUM, &[7; 8])[..15]).unwrap();
     drop(theirs);
@@ -119,7 +119,7 @@ fn a_front_end_that_goes_in_the_middle_of_a_message_is_told_from_one_that_goes_b
 }
 
 #[test]
-fn a_front_end_that_dies_with_unread_replies_is_one_that_closed_the_connection() {
+fn a_front_end_that_dies_with_unread_replies_counts_as_closed() {
     let (mut connection, theirs, wake) = pair();
     connection.send(&Reply::number(1, 0), wake.as_fd()).unwrap();
     drop(theirs);
@@ -127,11 +127,11 @@ fn a_front_end_that_dies_with_unread_replies_is_one_that_closed_the_connection()
 }
 
 #[test]
-fn a_header_that_cannot_be_ends_the_connection_before_its_body_is_read() {
+fn an_invalid_header_ends_the_connection_before_the_body_is_read() {
     let (mut connection, mut theirs, wake) = pair();
     theirs.write_all([1_u32, 1, 1 << 30].map(u32::to_ne_bytes).as_flattened()).unwrap();
     let error = connection.receive(wake.as_fd()).unwrap_err();
-    assert_eq!(error.to_string(), "message 1 announces 1073741824 bytes; the longest that is read has 8192");
+    assert_eq!(error.to_string(), "message 1 announces 1073741824 bytes; the back-end reads at most 8192");
 }
 
 #[test]
@@ -159,12 +159,13 @@ fn a_reply_carries_its_descriptor() {
 }
 
 #[test]
-fn a_reply_that_nobody_reads_can_be_given_up() {
+fn an_unread_reply_can_be_given_up() {
     let (mut connection, mut theirs, wake) = pair();
     let reply = Reply { request: 24, body: vec![0x5a; 4096], fd: None };
     let stopper = thread::spawn({
         let wake = wake.try_clone().unwrap();
-        // The socket holds some replies; then the next one waits. It is given up whenever this comes.
+        // The socket holds some replies; the next one waits. The connection gives it up when this write arrives, early
+        // or late.
         move || rustix::io::write(&wake, &1_u64.to_ne_bytes()).unwrap()
     });
     let error = loop {
@@ -174,7 +175,7 @@ fn a_reply_that_nobody_reads_can_be_given_up() {
     };
     assert!(matches!(error, ConnectionError::Interrupted), "{error}");
     stopper.join().unwrap();
-    // What was sent before is whole.
+    // The replies that were sent before are whole.
     let mut first = vec![0; 12 + 4096];
     theirs.read_exact(&mut first).unwrap();
     assert!(first[12..].iter().all(|byte| *byte == 0x5a));

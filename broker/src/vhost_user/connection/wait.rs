@@ -1,4 +1,4 @@
-//! How a connection waits for its front-end.
+//! The wait of a connection for its front-end.
 
 use std::os::fd::BorrowedFd;
 use std::time::Instant;
@@ -13,44 +13,44 @@ use super::{ConnectionError, system};
 pub struct Wait<'a> {
     /// The socket.
     pub socket: BorrowedFd<'a>,
-    /// What it is to be ready for.
+    /// The events to wait for.
     pub events: PollFlags,
-    /// What the front-end has begun and not ended. `None`: it owes nothing.
+    /// What the front-end has begun and not finished. `None`: nothing.
     pub unfinished: Option<Unfinished>,
 }
 
-/// Something that the front-end has begun.
+/// An exchange that the front-end has begun and not finished.
 #[derive(Debug, Clone, Copy)]
 pub struct Unfinished {
-    /// What it has left undone.
+    /// What the front-end has left undone.
     pub what: Undone,
-    /// When it began.
+    /// When the exchange began.
     pub since: Instant,
 }
 
-/// What a front-end leaves undone.
+/// What a front-end has left undone.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Undone {
-    /// It has sent a part of a message: so many bytes.
+    /// It has sent only a part of a message.
     Message {
-        /// How much of the message has come.
+        /// How many bytes of the message have arrived.
         got_bytes: usize,
     },
-    /// It does not read a reply, and there is no room for more.
+    /// It does not read a reply, and the socket is full.
     Reply,
 }
 
-/// Waits in the place of a connection.
+/// Waits on behalf of a connection.
 pub trait Waiter {
-    /// Waits until the socket is ready. True: something else is, which goes first.
+    /// Waits until the socket is ready. True: the waiter has something else that goes first.
     ///
     /// # Errors
     ///
-    /// The connection is to end.
+    /// The connection must end.
     fn wait(&mut self, wait: &Wait<'_>) -> Result<bool, ConnectionError>;
 }
 
-/// Waits until the descriptor is readable, and for as long as the front-end likes.
+/// Waits until the descriptor is readable, without a time limit for the front-end.
 impl Waiter for BorrowedFd<'_> {
     fn wait(&mut self, wait: &Wait<'_>) -> Result<bool, ConnectionError> {
         loop {

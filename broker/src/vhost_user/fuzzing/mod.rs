@@ -1,6 +1,6 @@
 //! Arbitrary messages, for fuzzers and property tests.
 //!
-//! Each body is a function from bytes, which may be any. A panic is a finding.
+//! Each public function takes arbitrary bytes. A panic is a finding.
 
 mod script;
 #[cfg(test)]
@@ -13,30 +13,30 @@ use super::session::Session;
 
 use self::script::{Script, Sent};
 
-/// Takes a header and a body apart that came with some file descriptors.
+/// Parses a header and a body that came with some file descriptors.
 pub fn parse_message(bytes: &[u8]) {
     let Some((header, rest)) = bytes.split_first_chunk::<HEADER_BYTES>() else { return };
     let Ok(header) = Header::parse(*header) else { return };
     let Some((fds, body)) = rest.split_first() else { return };
     let body = &body[..body.len().min(header.body_bytes)];
-    // Printed too: messages must be possible for everything that is refused.
+    // Also formats the result: formatting must work for every refused message.
     match Request::parse(header.request, body, usize::from(*fds)) {
         Ok(request) => drop(format!("{request:?}")),
         Err(error) => drop(error.to_string()),
     }
 }
 
-/// A session with a front-end that sends what the bytes describe: mostly requests in their right form, in any order, with
+/// Runs a session with a front-end that sends what the bytes describe: mostly well-formed requests, in any order, with
 /// values that are right, nearly right and wrong.
 ///
 /// # Panics
 ///
-/// If the device is asked something that its contract excludes.
+/// If the session asks the device for something that the device's contract excludes.
 pub fn run_session(bytes: &[u8]) {
     calls_of(bytes);
 }
 
-/// What such a session asks of its device, up to its end.
+/// The calls that such a session makes to its device before it ends.
 fn calls_of(bytes: &[u8]) -> Vec<Call> {
     let mut device = FakeDevice::default();
     let calls = device.calls.clone();

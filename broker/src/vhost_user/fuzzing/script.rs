@@ -1,4 +1,4 @@
-//! Bytes as a sequence of messages.
+//! Turns bytes into a sequence of messages.
 
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
@@ -11,37 +11,37 @@ use vhost::vhost_user::message::FrontendReq as Code;
 use super::super::fake::{FEATURES, MAX_QUEUE_SIZE, QUEUES};
 use crate::fuzzing::Choices;
 
-/// The most messages of one script.
+/// The maximum number of messages in one script.
 const MESSAGES_MAX: usize = 64;
-/// Name of the memfds that are sent, to find them in /proc.
+/// Name of the memfds that a script sends, by which tests find them in /proc.
 pub(super) const MEMFD_NAME: &str = "vhost-user-fuzzing";
 
-/// Guest memory of the script, and where the front-end has it.
+/// Guest memory of the script, and its address in the front-end.
 const GPA: u64 = 0x10_0000;
 const USER: u64 = 0x7f00_0000_0000;
 const MEMORY_BYTES: u64 = 0x4_0000;
 
-/// A message as it goes over the socket.
+/// A message with the bytes that go over the socket.
 #[derive(Debug)]
 pub(super) struct Sent {
     pub(super) bytes: Vec<u8>,
     pub(super) fds: Vec<OwnedFd>,
 }
 
-/// What every front-end begins with.
+/// The messages with which every front-end begins.
 const OPENING: [Code; 3] = [Code::SET_PROTOCOL_FEATURES, Code::SET_FEATURES, Code::ADD_MEM_REG];
-/// How a ring is set up.
+/// The messages that set up a ring.
 const RING: [Code; 4] = [Code::SET_VRING_NUM, Code::SET_VRING_ADDR, Code::SET_VRING_KICK, Code::SET_VRING_ENABLE];
-/// How logging begins.
+/// The messages that start logging.
 const LOGGING: [Code; 2] = [Code::SET_LOG_BASE, Code::SET_FEATURES];
 
-/// The messages that some bytes describe: front-ends' usual sequences, with others in between.
+/// The messages that some bytes describe: the usual sequences of front-ends, with other messages in between.
 pub(super) struct Script<'a> {
     choices: Choices<'a>,
     messages: usize,
-    /// What comes next.
+    /// The rest of the usual sequence.
     usual: &'static [Code],
-    /// The ring that it is about.
+    /// The ring that the sequence sets up.
     ring: u32,
 }
 
@@ -58,7 +58,7 @@ impl<'a> Script<'a> {
         from[self.choices.below(from.len())]
     }
 
-    /// Mostly the first.
+    /// Mostly the first item.
     fn mostly<T: Copy>(&mut self, from: &[T]) -> T {
         match self.byte() {
             0..0xf0 => from[0],
@@ -76,7 +76,7 @@ impl<'a> Script<'a> {
         let sequence: &'static [Code] = match self.byte() {
             0..0x60 => &RING,
             0x60..0x80 => &LOGGING,
-            // The numbers that have no request are told by a test of their own.
+            // A separate test covers the numbers that no request has.
             byte => return Code::try_from(u32::from(byte) % 50).unwrap_or(Code::GET_VRING_BASE),
         };
         self.ring = self.pick(&[0, 1, 2]);
@@ -154,7 +154,7 @@ impl<'a> Script<'a> {
         }
     }
 
-    /// The descriptors that a request wants, or others.
+    /// The descriptors that a request needs, or other ones.
     fn fds(&mut self, code: Code, body: &[u8]) -> Vec<OwnedFd> {
         let count = match code {
             _ if self.is_wild() => self.byte() % 4,
@@ -197,7 +197,7 @@ impl Iterator for Script<'_> {
         if self.choices.is_empty() || self.messages == MESSAGES_MAX {
             return None;
         }
-        // What every front-end begins with, so that most scripts get somewhere.
+        // Scripts mostly follow the usual sequences, so that most of them set something up.
         let code = match self.usual.split_first() {
             Some((code, rest)) if !self.is_wild() => {
                 self.usual = rest;
@@ -225,7 +225,7 @@ fn halves(halves: &[u32]) -> Vec<u8> {
     halves.iter().flat_map(|half| half.to_ne_bytes()).collect()
 }
 
-/// An eventfd with a count that no other has, to find it in /proc: the kernel gives its numbers again.
+/// An eventfd with a unique count, by which tests find it in /proc: the kernel reuses its numbers.
 fn eventfd() -> OwnedFd {
     static COUNT: AtomicU32 = AtomicU32::new(1 << 16);
     let count = COUNT.fetch_add(1, Ordering::Relaxed);

@@ -1,4 +1,4 @@
-//! The fuzzers' bodies as property tests, and the real server under the same scripts.
+//! The fuzzers' functions as property tests, and the real server under the same scripts.
 
 use std::collections::HashSet;
 use std::fs;
@@ -26,17 +26,18 @@ fn script() -> impl Strategy<Value = Vec<u8>> {
 
 proptest! {
     #[test]
-    fn any_bytes_are_a_message_or_refused(bytes in prop::collection::vec(any::<u8>(), 0..100)) {
+    fn arbitrary_bytes_parse_or_are_refused(bytes in prop::collection::vec(any::<u8>(), 0..100)) {
         parse_message(&bytes);
     }
 
     #[test]
-    fn any_sequence_of_messages_leaves_the_device_asked_for_nothing_but_what_its_contract_has(bytes in script()) {
+    fn any_sequence_of_messages_keeps_to_the_contract_of_the_device(bytes in script()) {
         run_session(&bytes);
     }
 }
 
-/// Scripts must get somewhere, or the properties above would say nothing. Those that do are what a fuzzer begins with.
+/// Scripts must set up rings and logs, or the properties above would show nothing. Scripts that do become seeds for the
+/// fuzzer.
 #[test]
 fn scripts_start_rings_and_logs() {
     let (mut started, mut enabled, mut logged) = (0, 0, 0);
@@ -56,7 +57,7 @@ fn scripts_start_rings_and_logs() {
     assert!(started > 150 && enabled > 80 && logged > 80, "{started} rings started, {enabled} enabled, {logged} logs");
 }
 
-/// A small generator of bytes (xorshift64*), so that the scripts are the same each time.
+/// A small generator of bytes (xorshift64*), so that every run uses the same scripts.
 fn bytes_from(seed: u64) -> impl FnMut() -> u8 {
     let mut state = seed;
     move || {
@@ -67,10 +68,10 @@ fn bytes_from(seed: u64) -> impl FnMut() -> u8 {
     }
 }
 
-/// The server, over its socket, with front-ends that send anything and go away. Each time the next one is served, and of
-/// all descriptors and mappings of those before it nothing is left.
+/// Runs the server over its socket against front-ends that send anything and leave. After each of them, the server
+/// serves the next one, and no descriptor or mapping of the previous ones is left.
 #[test]
-fn after_a_front_end_that_sends_anything_the_next_one_is_served_and_nothing_leaks() {
+fn after_arbitrary_messages_the_next_front_end_is_served_and_nothing_leaks() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("socket");
     let server = Server::bind(&path).unwrap();
@@ -80,7 +81,7 @@ fn after_a_front_end_that_sends_anything_the_next_one_is_served_and_nothing_leak
     proptest!(ProptestConfig::with_cases(200), |(bytes in script(), cut in prop::option::of(0_usize..40))| {
         let sent = send_all(&path, &bytes, cut);
         ask_features(&path);
-        // The one that asked just now was served after the other's session had ended.
+        // The server answered this front-end after it had ended the other's session.
         prop_assert_eq!(left_of(&sent), Vec::<String>::new());
     });
 
@@ -89,8 +90,8 @@ fn after_a_front_end_that_sends_anything_the_next_one_is_served_and_nothing_leak
     assert!(!path.exists(), "the socket is removed");
 }
 
-/// Sends a script, the last message perhaps only in part, and reads until the server closes or everything is sent. Gives
-/// what identifies the descriptors.
+/// Sends a script, the last message perhaps only in part, and reads until the server closes the connection or has read
+/// everything. Returns the identities of the descriptors.
 fn send_all(path: &Path, script: &[u8], cut: Option<usize>) -> HashSet<String> {
     let stream = UnixStream::connect(path).unwrap();
     let mut identities = HashSet::new();
@@ -131,8 +132,8 @@ fn ask_features(path: &Path) {
     assert_eq!(reply[..4], GET_FEATURES.to_ne_bytes());
 }
 
-/// What is the same for all descriptors of one file, and for no other file: the link in /proc, and the count of an
-/// eventfd, which the fake device leaves alone.
+/// Identifies the file of a descriptor: the link in /proc, and the count of an eventfd, which the fake device leaves
+/// alone.
 fn identity(fd: &impl AsRawFd) -> String {
     identity_of(&format!("/proc/self/fd/{}", fd.as_raw_fd()), &format!("/proc/self/fdinfo/{}", fd.as_raw_fd()))
         .expect("an open descriptor")
@@ -146,7 +147,7 @@ fn identity_of(link: &str, info: &str) -> Option<String> {
     Some(format!("{target} {} {eventfd}", std::os::unix::fs::MetadataExt::ino(&status)))
 }
 
-/// Which of these are still open or mapped in this process, whoever else opens what at the same time.
+/// Which of these are still open or mapped in this process. Works while other tests open files at the same time.
 fn left_of(identities: &HashSet<String>) -> Vec<String> {
     let mut left: Vec<String> = fs::read_dir("/proc/self/fd")
         .unwrap()

@@ -1,4 +1,4 @@
-//! Where front-ends come from: a socket file of our own, or a socket that was passed to this process.
+//! The source of front-ends: a socket file of this process, or a socket that another process passed to it.
 
 mod directory;
 #[cfg(test)]
@@ -21,71 +21,71 @@ use self::directory::Directory;
 use super::connection::pid_of_peer;
 use crate::processes::Process;
 
-/// Why no front-end can be waited for.
+/// Why the server cannot wait for front-ends.
 #[derive(Debug, Error)]
 pub enum ListenError {
-    /// Somebody else serves this socket.
+    /// Another process serves this socket.
     #[error("{}: another process listens there; stop it, or give another path", .path.display())]
     InUse {
         /// The socket.
         path: PathBuf,
     },
-    /// Something that must not be removed.
-    #[error("{}: a file that is no socket is in the way; remove it, or give another path", .path.display())]
+    /// A file that is not a socket, which the server must not remove.
+    #[error("{}: a file that is not a socket is in the way; remove it, or give another path", .path.display())]
     NotASocket {
         /// The file.
         path: PathBuf,
     },
-    /// The kernel has no room for the path (`sun_path` in unix(7)).
+    /// The path is longer than the kernel allows (`sun_path` in unix(7)).
     #[error("{}: a socket's path has at most {PATH_BYTES_MAX} bytes, this one has {}; give a shorter one", .path.display(), .path.as_os_str().len())]
     TooLong {
         /// The path.
         path: PathBuf,
     },
-    /// The path cannot be listened on.
+    /// A system call on the path failed.
     #[error("{}: {what}: {source}{}", .path.display(), path_hint(.source))]
     Path {
         /// The path.
         path: PathBuf,
-        /// What was tried.
+        /// What the server was doing.
         what: &'static str,
-        /// The kernel's answer.
+        /// The kernel's error.
         source: io::Error,
     },
-    /// It is not there any more when it is to be listened on.
+    /// The socket file disappeared between its creation and the start of listening.
     #[error("{}: another process has removed or replaced this socket; give each server a path of its own", .path.display())]
     Replaced {
         /// The socket.
         path: PathBuf,
     },
-    /// The socket cannot have the group that it is to have.
+    /// The socket cannot get the requested group.
     #[error("{}: giving the socket to group {group}: {source}; only root and members of a group can", .path.display())]
     Group {
         /// The socket.
         path: PathBuf,
         /// Number of the group.
         group: u32,
-        /// The kernel's answer.
+        /// The kernel's error.
         source: io::Error,
     },
-    /// The descriptor is something else.
+    /// The descriptor is not a Unix stream socket.
     #[error("file descriptor {fd} is not a Unix stream socket; pass a listening or a connected one")]
     NotAUnixSocket {
-        /// Its number.
+        /// Number of the descriptor.
         fd: RawFd,
     },
-    /// It neither listens nor is connected.
+    /// The socket neither listens nor is connected.
     #[error("file descriptor {fd} is a Unix stream socket that neither listens nor is connected; pass one that does")]
     NotConnected {
-        /// Its number.
+        /// Number of the descriptor.
         fd: RawFd,
     },
-    /// The descriptor cannot be used.
+    /// A system call on the descriptor failed.
     #[error("file descriptor {fd}: {source}{}", fd_hint(.source))]
     Fd {
-        /// Its number.
+        /// Number of the descriptor.
         fd: RawFd,
-        /// The kernel's answer.
+        /// The kernel's error.
         source: io::Error,
     },
 }
@@ -93,34 +93,34 @@ pub enum ListenError {
 fn path_hint(error: &io::Error) -> &'static str {
     match Errno::from_io_error(error) {
         Some(Errno::NOENT) => ". Make its directory first",
-        Some(Errno::NOTDIR) => ". A part of the path is no directory",
+        Some(Errno::NOTDIR) => ". A part of the path is not a directory",
         Some(Errno::ACCESS | Errno::PERM) => {
-            ". The user of this process must be allowed to write to the directory, also without the privileges that a server \
-             gives up (--sandbox): run it as the directory's owner, or pass an open socket with --fd"
+            ". The user of this process must be allowed to write to the directory, also without the privileges that a \
+             server gives up (--sandbox): run it as the directory's owner, or pass an open socket with --fd"
         }
-        Some(Errno::ROFS) => ". Choose a place that can be written to, such as /run",
+        Some(Errno::ROFS) => ". Choose a writable place, such as /run",
         _ => "",
     }
 }
 
 fn fd_hint(error: &io::Error) -> &'static str {
     match Errno::from_io_error(error) {
-        Some(Errno::BADF) => ". Whoever starts this process must leave the socket open under that number",
+        Some(Errno::BADF) => ". The process that starts this one must leave the socket open under that number",
         _ => "",
     }
 }
 
-/// `sun_path` without the byte that ends it.
+/// `sun_path` without its terminating NUL byte.
 const PATH_BYTES_MAX: usize = 107;
-/// How many may wait to be accepted.
+/// How many connections may wait to be accepted.
 const BACKLOG: i32 = 128;
 
-/// Who may connect to a socket file: whoever may write to it (unix(7)) and search the directories above it.
+/// Who may connect to a socket file: users who may write to it (unix(7)) and search the directories above it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct SocketAccess {
-    /// The file's mode, of which the umask takes its bits. None: the umask alone decides.
+    /// The file's mode, from which the umask takes its bits. None: the umask alone decides.
     pub mode: Option<u32>,
-    /// Number of the file's group. None: the one that every new file in that directory gets.
+    /// Number of the file's group. None: the group that every new file in that directory gets.
     pub group: Option<u32>,
 }
 
@@ -132,7 +132,8 @@ impl SocketAccess {
 /// A source of connections.
 #[derive(Debug)]
 pub(crate) struct Listener {
-    /// The socket file, if it is ours. Removed before this process stops listening: until then no other takes its place.
+    /// The socket file, if this process made it. It is dropped, and so removed, before this process stops listening:
+    /// until then no other process takes its place.
     _file: Option<SocketFile>,
     source: Source,
 }
@@ -140,11 +141,11 @@ pub(crate) struct Listener {
 #[derive(Debug)]
 enum Source {
     Listening(UnixListener),
-    /// One connection, which was made before.
+    /// One connection, which existed before.
     Connected(Option<UnixStream>),
 }
 
-/// A socket file on which nobody listens yet. Removed when dropped.
+/// A socket file on which no process listens yet. Dropping it removes the file.
 #[derive(Debug)]
 pub struct BoundSocket {
     file: SocketFile,
@@ -153,11 +154,12 @@ pub struct BoundSocket {
 }
 
 impl BoundSocket {
-    /// Makes the file. A socket that nobody listens on any more is replaced.
+    /// Makes the socket file. Replaces a stale socket, on which no process listens any more.
     ///
     /// # Errors
     ///
-    /// Somebody listens there, something else is there, the path cannot be used, or the socket cannot have the group.
+    /// Another process listens there, another kind of file is there, the path is unusable, or the socket cannot get the
+    /// group.
     pub fn bind(path: &Path, access: SocketAccess) -> Result<Self, ListenError> {
         let directory = Directory::of(path);
         let lock = directory.lock();
@@ -189,7 +191,7 @@ impl BoundSocket {
         Ok((file, socket))
     }
 
-    /// Takes connections from now on; none could be made before.
+    /// Takes connections from now on. Before this call no front-end could connect.
     pub(crate) fn listen(self) -> Result<Listener, ListenError> {
         let Self { file, socket, directory } = self;
         let _lock = directory.lock();
@@ -210,17 +212,17 @@ fn listen(file: SocketFile, socket: OwnedFd) -> Result<Listener, ListenError> {
 }
 
 impl Listener {
-    /// Listens on a path. A socket file that nobody listens on any more is replaced.
+    /// Listens on a path. Replaces a stale socket, on which no process listens any more.
     pub(crate) fn bind(path: &Path, access: SocketAccess) -> Result<Self, ListenError> {
         let directory = Directory::of(path);
-        // Between `bind` and `listen` the socket looks like one that nobody listens on.
+        // Between `bind` and `listen` the socket looks stale.
         let _lock = directory.lock();
         let (file, socket) = BoundSocket::make(path, access)?;
         listen(file, socket)
     }
 
-    /// Whether a socket can be made at the path, as far as that can be known without making it. A socket on which another
-    /// process listens is no obstacle: the process may have ended when the socket is made.
+    /// Whether the server can make a socket at the path, as far as it can find out without making one. A socket on
+    /// which another process listens is no obstacle: that process may have ended when the server makes its socket.
     pub(crate) fn check(path: &Path) -> Result<(), ListenError> {
         if path.as_os_str().len() > PATH_BYTES_MAX {
             return Err(ListenError::TooLong { path: path.to_owned() });
@@ -244,7 +246,7 @@ impl Listener {
     pub(super) fn inherited(number: RawFd) -> Result<Self, ListenError> {
         let failed = |source| ListenError::Fd { fd: number, source };
         // SAFETY: the number is only used to ask the kernel for a second descriptor; if nothing is open under it, the
-        // kernel says so. Whoever owns the first one keeps it.
+        // kernel says so. The owner of the first descriptor keeps it.
         let passed = unsafe { BorrowedFd::borrow_raw(number) };
         let fd = passed.try_clone_to_owned().map_err(failed)?;
         let ask = |answer: Result<bool, Errno>| match answer {
@@ -275,7 +277,7 @@ impl Listener {
             Source::Listening(listener) => match listener.accept() {
                 Ok((stream, _)) => Ok(Some(stream)),
                 Err(error) => match Errno::from_io_error(&error) {
-                    // Whoever connected is gone again, or it was a false alarm.
+                    // The client has gone already, or it was a false alarm.
                     Some(Errno::AGAIN | Errno::INTR | Errno::CONNABORTED) => Ok(None),
                     _ => Err(error),
                 },
@@ -283,7 +285,8 @@ impl Listener {
         }
     }
 
-    /// What becomes readable when there is something to accept. `None`: no connection will come any more.
+    /// The descriptor that becomes readable when there is a connection to accept. `None`: no connection will come any
+    /// more.
     pub(crate) fn to_poll(&self) -> Option<BorrowedFd<'_>> {
         match &self.source {
             Source::Listening(listener) => Some(listener.as_fd()),
@@ -292,18 +295,19 @@ impl Listener {
     }
 }
 
-/// A socket with a file, on which nobody listens yet.
+/// A socket with a file, on which no process listens yet.
 fn bind(path: &Path, access: SocketAccess) -> Result<OwnedFd, Errno> {
     let socket = new_socket()?;
     if let Some(mode) = access.mode {
-        // The file takes over what the socket has (unix_bind_bsd in Linux), so there is no moment in which it has another.
+        // The file gets the mode of the socket (unix_bind_bsd in Linux), so it never has another mode.
         fchmod(&socket, Mode::from_bits_retain(mode))?;
     }
     rustix::net::bind(&socket, &SocketAddrUnix::new(path)?)?;
     Ok(socket)
 }
 
-/// Changes the group of the socket file at `path`, and of nothing that others put there meanwhile: links are not followed.
+/// Changes the group of the socket file at `path`. Does not touch other files that another process put there meanwhile,
+/// and does not follow links.
 fn give_to_group(path: &Path, group: u32) -> Result<(), Errno> {
     let file = openat(CWD, path, OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())?;
     if FileType::from_raw_mode(fstat(&file)?.st_mode) != FileType::Socket {
@@ -317,7 +321,8 @@ fn new_socket() -> Result<OwnedFd, Errno> {
     rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)
 }
 
-/// A socket file that this process made, removed when it is dropped, unless somebody has put another one there.
+/// A socket file that this process made. Dropping it removes the file, unless another process has put a different file
+/// there.
 #[derive(Debug)]
 struct SocketFile(Arc<Made>);
 
@@ -328,7 +333,7 @@ struct Made {
     is_removed: AtomicBool,
 }
 
-/// The socket files of this process, for an end without destructors.
+/// The socket files of this process, for an end of the process that runs no destructors.
 static MADE: Mutex<Vec<Weak<Made>>> = Mutex::new(Vec::new());
 
 /// Removes all socket files of this process, which is about to end.
@@ -367,7 +372,7 @@ impl Made {
         identity(&self.path).is_ok_and(|found| found == self.identity)
     }
 
-    /// Only once: another file that comes there later may have the same inode number.
+    /// Removes the file once only: a later file at the same path may have the same inode number.
     fn remove(&self) {
         if !self.is_removed.swap(true, Ordering::AcqRel) && self.is_there() {
             let _ = std::fs::remove_file(&self.path);
@@ -379,40 +384,41 @@ fn identity(path: &Path) -> io::Result<(u64, u64)> {
     std::fs::symlink_metadata(path).map(|metadata| (metadata.dev(), metadata.ino()))
 }
 
-/// Removes the socket at `path` if it is one that no process listens on, unless another process makes sockets in that directory at
-/// this moment. True: it is gone.
+/// Removes the socket at `path` if no process listens on it. True: the socket is gone. False: another process is making
+/// sockets in that directory at this moment, and the socket stays.
 ///
-/// A [`BoundSocket`] looks like such a one.
+/// A [`BoundSocket`] also looks stale.
 ///
 /// # Errors
 ///
-/// It is in use or is no socket; it cannot be looked at or removed.
+/// The socket is in use, the file is not a socket, or the file cannot be examined or removed.
 pub fn remove_if_stale(path: &Path) -> Result<bool, ListenError> {
     let directory = Directory::of(path);
     let Some(_lock) = directory.lock() else { return Ok(false) };
     remove_stale(path).map(|()| true)
 }
 
-/// Removes a socket that nobody listens on.
+/// Removes a socket on which no process listens.
 fn remove_stale(path: &Path) -> Result<(), ListenError> {
     let failed = |what| move |source| ListenError::Path { path: path.to_owned(), what, source };
-    let metadata = std::fs::symlink_metadata(path).map_err(failed("looking at what is there"))?;
+    let metadata = std::fs::symlink_metadata(path).map_err(failed("looking at the file there"))?;
     if !metadata.file_type().is_socket() {
         return Err(ListenError::NotASocket { path: path.to_owned() });
     }
     match connect_without_waiting(path) {
         Err(Errno::CONNREFUSED) => std::fs::remove_file(path).map_err(failed("removing the stale socket")),
-        Err(errno) if errno != Errno::AGAIN => Err(failed("asking whether somebody listens there")(errno.into())),
-        // A process that was killed listens until its last I/O has ended, and accepts nobody. Its successor must not wait.
+        Err(errno) if errno != Errno::AGAIN => Err(failed("asking whether a process listens there")(errno.into())),
+        // A killed process listens until its last I/O has ended, but accepts no connection. Its successor must not
+        // wait.
         Ok(socket) if is_of_an_ending_process(&socket) => {
             std::fs::remove_file(path).map_err(failed("removing the socket of a process that is ending"))
         }
-        // Accepted, or waiting in somebody's queue.
+        // The listener accepted the connection, or its queue is full.
         _ => Err(ListenError::InUse { path: path.to_owned() }),
     }
 }
 
-/// Whether the process that listens has been killed, and only its end has not come yet.
+/// Whether the listening process has been killed and only its end is outstanding.
 fn is_of_an_ending_process(connected: &OwnedFd) -> bool {
     pid_of_peer(connected)
         .and_then(|pid| u32::try_from(pid).ok())

@@ -23,7 +23,7 @@ fn a_socket_is_removed_with_its_listener() {
 }
 
 #[test]
-fn a_socket_that_somebody_else_put_there_is_not_removed() {
+fn a_socket_of_another_process_is_not_removed() {
     let (_directory, path) = socket_path();
     let listener = Listener::bind(&path, SocketAccess::default()).unwrap();
     std::fs::remove_file(&path).unwrap();
@@ -33,7 +33,7 @@ fn a_socket_that_somebody_else_put_there_is_not_removed() {
 }
 
 #[test]
-fn a_socket_that_nobody_listens_on_is_replaced() {
+fn a_stale_socket_is_replaced() {
     let (_directory, path) = socket_path();
     drop(UnixListener::bind(&path).unwrap());
     assert!(path.exists(), "std leaves it");
@@ -43,7 +43,7 @@ fn a_socket_that_nobody_listens_on_is_replaced() {
 }
 
 #[test]
-fn a_socket_that_somebody_listens_on_is_refused_also_when_their_queue_is_full() {
+fn a_socket_in_use_is_refused_even_if_its_queue_is_full() {
     let (_directory, path) = socket_path();
     let listener = Listener::bind(&path, SocketAccess::default()).unwrap();
     let refused = |path: &Path| Listener::bind(path, SocketAccess::default()).map(|_| ()).unwrap_err().to_string();
@@ -58,16 +58,16 @@ fn a_socket_that_somebody_listens_on_is_refused_also_when_their_queue_is_full() 
 }
 
 #[test]
-fn a_file_that_is_no_socket_stays() {
+fn a_file_that_is_not_a_socket_stays() {
     let (_directory, path) = socket_path();
     std::fs::write(&path, "precious").unwrap();
     let error = Listener::bind(&path, SocketAccess::default()).unwrap_err().to_string();
-    assert!(error.ends_with("a file that is no socket is in the way; remove it, or give another path"), "{error}");
+    assert!(error.ends_with("a file that is not a socket is in the way; remove it, or give another path"), "{error}");
     assert_eq!(std::fs::read(&path).unwrap(), b"precious");
 }
 
 #[test]
-fn a_path_that_cannot_be_is_refused_by_name() {
+fn an_unusable_path_is_refused_with_its_name() {
     let error =
         Listener::bind(Path::new("/proc/no-such-directory/socket"), SocketAccess::default()).unwrap_err().to_string();
     assert!(error.starts_with("/proc/no-such-directory/socket: making a socket there: "), "{error}");
@@ -77,7 +77,7 @@ fn a_path_that_cannot_be_is_refused_by_name() {
 }
 
 #[test]
-fn an_inherited_socket_is_taken_as_what_it_is() {
+fn an_inherited_socket_may_listen_or_be_connected() {
     let (_directory, path) = socket_path();
     let passed = UnixListener::bind(&path).unwrap();
     let mut listener = Listener::inherited(passed.as_raw_fd()).unwrap();
@@ -85,7 +85,7 @@ fn an_inherited_socket_is_taken_as_what_it_is() {
     let _client = UnixStream::connect(&path).unwrap();
     assert!(listener.accept().unwrap().is_some());
     drop(listener);
-    assert!(path.exists(), "it is not ours to remove");
+    assert!(path.exists(), "this process did not make the socket");
 
     let (passed, _other) = UnixStream::pair().unwrap();
     let mut connected = Listener::inherited(passed.as_raw_fd()).unwrap();
@@ -104,13 +104,13 @@ fn an_inherited_descriptor_of_another_kind_is_refused() {
         assert_eq!(error, expected);
     }
     let error = Listener::inherited(1_000_000).unwrap_err().to_string();
-    let expected = "file descriptor 1000000: Bad file descriptor (os error 9). Whoever starts this process must leave the socket \
-                    open under that number";
+    let expected = "file descriptor 1000000: Bad file descriptor (os error 9). The process that starts this one must \
+                    leave the socket open under that number";
     assert_eq!(error, expected);
 }
 
 #[test]
-fn a_socket_has_the_mode_that_was_asked_for_from_the_beginning() {
+fn a_socket_has_the_requested_mode_from_the_beginning() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("socket");
     let watch = inotify::init(inotify::CreateFlags::NONBLOCK).unwrap();
@@ -121,11 +121,11 @@ fn a_socket_has_the_mode_that_was_asked_for_from_the_beginning() {
     let mut buffer = [MaybeUninit::uninit(); 4096];
     let mut events = inotify::Reader::new(watch, &mut buffer);
     assert_eq!(events.next().unwrap().events(), inotify::ReadFlags::CREATE);
-    assert!(events.next().is_err(), "it had another mode at first");
+    assert!(events.next().is_err(), "the socket had another mode at first");
 }
 
 #[test]
-fn a_group_that_the_process_may_not_give_is_named_and_no_socket_stays() {
+fn a_forbidden_group_is_named_and_no_socket_stays() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("socket");
     let own = rustix::process::getegid().as_raw();
@@ -144,7 +144,7 @@ fn a_group_that_the_process_may_not_give_is_named_and_no_socket_stays() {
 }
 
 #[test]
-fn a_socket_that_is_made_cannot_be_connected_to_before_somebody_listens() {
+fn a_bound_socket_refuses_connections_until_it_listens() {
     let (_directory, path) = socket_path();
     let bound = BoundSocket::bind(&path, SocketAccess::default()).unwrap();
     assert_eq!(connect_without_waiting(&path).unwrap_err(), Errno::CONNREFUSED);
@@ -157,11 +157,11 @@ fn a_socket_that_is_made_cannot_be_connected_to_before_somebody_listens() {
     let error = first.listen().unwrap_err().to_string();
     assert!(error.contains("another process has removed or replaced this socket"), "{error}");
     let _second = second.listen().unwrap();
-    assert!(path.exists(), "the socket of the second is left");
+    assert!(path.exists(), "the socket of the second stays");
 }
 
 #[test]
-fn many_processes_that_replace_one_stale_socket_leave_one_of_them_in_its_place() {
+fn only_one_of_many_processes_replaces_a_stale_socket() {
     let (_directory, path) = socket_path();
     for _ in 0..50 {
         drop(UnixListener::bind(&path).unwrap());
@@ -181,21 +181,21 @@ fn many_processes_that_replace_one_stale_socket_leave_one_of_them_in_its_place()
             threads.into_iter().filter_map(|thread| thread.join().unwrap()).collect()
         });
         let mut served: Vec<Listener> = outcomes.into_iter().flatten().collect();
-        assert_eq!(served.len(), 1, "the others are told that it is in use");
+        assert_eq!(served.len(), 1, "the others learn that it is in use");
         let _client = UnixStream::connect(&path).unwrap();
-        assert!(served[0].accept().unwrap().is_some(), "the path leads to the one that listens");
+        assert!(served[0].accept().unwrap().is_some(), "the path leads to the listener");
         drop(served);
         assert!(!path.exists());
     }
 }
 
 #[test]
-fn a_directory_whose_lock_another_keeps_does_not_keep_a_server_from_starting() {
+fn a_server_starts_although_another_process_keeps_the_directory_lock() {
     let (directory, path) = socket_path();
     drop(UnixListener::bind(&path).unwrap());
     let other = std::fs::File::open(directory.path()).unwrap();
     other.lock().unwrap();
-    assert!(!remove_if_stale(&path).unwrap(), "it is left to whoever has the lock");
+    assert!(!remove_if_stale(&path).unwrap(), "the holder of the lock decides about the socket");
     assert!(path.exists());
     Listener::bind(&path, SocketAccess::default()).unwrap();
 }
@@ -207,7 +207,7 @@ fn a_socket_file_that_was_removed_early_is_not_removed_again() {
     let made = listener._file.as_ref().unwrap().0.clone();
     made.remove();
     assert!(!path.exists());
-    // It may have the same inode number.
+    // The other socket may have the same inode number.
     let _other = UnixListener::bind(&path).unwrap();
     made.remove();
     drop(listener);
@@ -215,7 +215,7 @@ fn a_socket_file_that_was_removed_early_is_not_removed_again() {
 }
 
 #[test]
-fn a_path_that_cannot_be_listened_on_is_known_without_making_anything() {
+fn an_unusable_path_is_found_without_making_a_socket() {
     let (directory, path) = socket_path();
     Listener::check(&path).unwrap();
     assert!(!path.exists());
@@ -224,14 +224,14 @@ fn a_path_that_cannot_be_listened_on_is_known_without_making_anything() {
     for (name, expected) in [
         ("none/s", "No such file or directory (os error 2). Make its directory first"),
         ("file/s", "Not a directory"),
-        ("file", "a file that is no socket is in the way"),
+        ("file", "a file that is not a socket is in the way"),
         (&"x".repeat(108), "a socket's path has at most 107 bytes"),
     ] {
         let text = refusal(&directory.path().join(name));
         assert!(text.contains(expected), "{text}");
     }
     assert!(refusal(Path::new("/")).contains("is in the way"));
-    // A process that still listens may have ended when the socket is made; what nobody listens on is replaced.
+    // A process that still listens may have ended when the socket is made; a stale socket is replaced.
     let listener = Listener::bind(&path, SocketAccess::default()).unwrap();
     Listener::check(&path).unwrap();
     drop(listener);

@@ -24,50 +24,50 @@ pub const MAX_REGIONS: usize = 512;
 /// `f_type` of hugetlbfs, memfds with huge pages included (`<linux/magic.h>`).
 const HUGETLBFS_MAGIC: u64 = 0x9584_58f6;
 
-/// Why a region or a table is refused. The table in force has not changed.
+/// Why a region or a table is refused. The table in force stays unchanged.
 #[derive(Debug, Error)]
 pub enum MemoryTableError {
-    /// A region of nothing.
+    /// The region has no bytes.
     #[error("the memory region at guest address {gpa:#x} is empty")]
     Empty {
-        /// Where it was to begin.
+        /// Guest address of the region.
         gpa: u64,
     },
-    /// An end that cannot be written down.
+    /// The end of the region does not fit into 64 bits.
     #[error("the memory region at guest address {gpa:#x}: its {field} and length {size_bytes:#x} exceed 64 bits")]
     Wraps {
-        /// Where it was to begin.
+        /// Guest address of the region.
         gpa: u64,
-        /// Which address is too high.
+        /// The field that is too high.
         field: &'static str,
-        /// Its length.
+        /// Length of the region.
         size_bytes: u64,
     },
-    /// Two regions at one address.
+    /// Two regions overlap for the guest.
     #[error("the memory region at guest address {gpa:#x} overlaps the one at {other_gpa:#x}")]
     Overlap {
-        /// Where one begins.
+        /// Guest address of one region.
         gpa: u64,
-        /// Where the other begins.
+        /// Guest address of the other region.
         other_gpa: u64,
     },
-    /// No room for another one.
+    /// The table is full.
     #[error("more than {MAX_REGIONS} memory regions")]
     TooMany,
-    /// Nothing is known of the length of other files.
+    /// Other kinds of files have no reliable length.
     #[error("the memory region at guest address {gpa:#x} is not in a regular file (memfd, tmpfs, hugetlbfs, ...)")]
     NotRegular {
-        /// Where it was to begin.
+        /// Guest address of the region.
         gpa: u64,
     },
-    /// Touching what is beyond the end of a file is SIGBUS.
+    /// An access beyond the end of a file raises SIGBUS.
     #[error(
         "the memory region at guest address {gpa:#x} ends at byte {end_bytes:#x} of a file of {file_bytes:#x} bytes"
     )]
     BeyondFile {
-        /// Where it was to begin.
+        /// Guest address of the region.
         gpa: u64,
-        /// Where it ends in its file.
+        /// Where the region ends in its file.
         end_bytes: u64,
         /// Length of the file.
         file_bytes: u64,
@@ -78,16 +78,16 @@ pub enum MemoryTableError {
          {page_bytes:#x}"
     )]
     Unaligned {
-        /// Where it was to begin.
+        /// Guest address of the region.
         gpa: u64,
-        /// What is not aligned.
+        /// The field that is not aligned.
         field: &'static str,
         /// Its value.
         value: u64,
         /// The page size.
         page_bytes: u64,
     },
-    /// The front-end wants to remove what it never added.
+    /// The front-end wants to remove a region that it never added.
     #[error(
         "there is no memory region of {size_bytes:#x} bytes at guest address {gpa:#x}, user address {user_address:#x}"
     )]
@@ -99,19 +99,19 @@ pub enum MemoryTableError {
         /// Its user address.
         user_address: u64,
     },
-    /// The kernel refused.
+    /// A system call failed.
     #[error("the memory region at guest address {gpa:#x}: {what}: {source}")]
     System {
-        /// Where it was to begin.
+        /// Guest address of the region.
         gpa: u64,
-        /// What was tried.
+        /// What the back-end was doing.
         what: &'static str,
-        /// The kernel's answer.
+        /// The kernel's error.
         source: io::Error,
     },
 }
 
-/// A region that is mapped.
+/// A mapped region.
 #[derive(Debug, Clone)]
 struct Region {
     description: RegionDescription,
@@ -120,10 +120,10 @@ struct Region {
     mapping: Arc<GuestRegionMmap<()>>,
 }
 
-/// The regions in force, ordered by guest address. A change makes a new table; mappings that stay are shared.
+/// The regions in force, ordered by guest address. A change makes a new table, which shares the mappings that stay.
 ///
-/// The memory belongs to the guest, which writes to it at any time, and to the front-end, which could still shorten
-/// the file: that ends this process with SIGBUS at the next access, and one line says which region it was.
+/// The memory belongs to the guest, which may write to it at any time, and to the front-end, which may still shorten
+/// the file. Shortening ends this process with SIGBUS at the next access, and one log line names the region.
 #[derive(Debug, Clone)]
 pub struct MemoryTable {
     regions: Vec<Region>,
@@ -137,17 +137,17 @@ impl Default for MemoryTable {
 }
 
 impl MemoryTable {
-    /// The table as the device uses it.
+    /// The table in the form that the device uses.
     pub fn memory(&self) -> Arc<DeviceMemory> {
         Arc::clone(&self.memory)
     }
 
-    /// Whether there is no memory.
+    /// Whether the table has no memory.
     pub fn is_empty(&self) -> bool {
         self.regions.is_empty()
     }
 
-    /// A table of exactly these regions (VHOST_USER_SET_MEM_TABLE). Those of them that this table has keep their
+    /// A table of exactly these regions (VHOST_USER_SET_MEM_TABLE). Regions that this table already has keep their
     /// mapping.
     ///
     /// # Errors
@@ -171,7 +171,7 @@ impl MemoryTable {
     ///
     /// # Errors
     ///
-    /// The region cannot be mapped or does not fit in.
+    /// The region cannot be mapped, or the table has no place for it.
     pub fn with(&self, description: RegionDescription, fd: OwnedFd) -> Result<Self, MemoryTableError> {
         if self.regions.len() == MAX_REGIONS {
             return Err(MemoryTableError::TooMany);
@@ -181,11 +181,11 @@ impl MemoryTable {
         Self::of(regions)
     }
 
-    /// This table without a region (VHOST_USER_REM_MEM_REG), which is known by its addresses and its size.
+    /// This table without a region (VHOST_USER_REM_MEM_REG), which is identified by its addresses and its size.
     ///
     /// # Errors
     ///
-    /// There is no such region.
+    /// This table has no such region.
     pub fn without(&self, description: &RegionDescription) -> Result<Self, MemoryTableError> {
         let RegionDescription { gpa, size_bytes, user_address, .. } = *description;
         let is_meant = |known: &RegionDescription| {
@@ -206,7 +206,7 @@ impl MemoryTable {
         regions.sort_by_key(|region| region.description.gpa);
         for pair in regions.windows(2) {
             let [earlier, later] = [&pair[0].description, &pair[1].description];
-            // No overflow: `CheckedFile::new` has looked.
+            // No overflow: `CheckedFile::new` has checked it.
             if earlier.gpa + (earlier.size_bytes - 1) >= later.gpa {
                 return Err(MemoryTableError::Overlap { gpa: later.gpa, other_gpa: earlier.gpa });
             }
@@ -216,13 +216,13 @@ impl MemoryTable {
         let mappings = regions.iter().map(|region| Arc::clone(&region.mapping)).collect();
         let memory = DeviceMemory::from_arc_regions(mappings).map_err(|error| MemoryTableError::System {
             gpa,
-            what: "putting the table together",
+            what: "building the table",
             source: io::Error::other(error),
         })?;
         Ok(Self { regions, memory: Arc::new(memory) })
     }
 
-    /// Where an area that the front-end has at `user_address` is for the guest. It must lie in one region.
+    /// Translates the address of an area in the front-end to its guest address. The area must lie in one region.
     pub fn translate(&self, user_address: u64, size_bytes: u64) -> Option<GuestAddress> {
         self.regions.iter().find_map(|region| {
             let RegionDescription { gpa, size_bytes: region_bytes, user_address: start, .. } = region.description;
@@ -233,7 +233,7 @@ impl MemoryTable {
     }
 }
 
-/// A file that holds the region it is said to hold.
+/// A file that is known to hold its region.
 struct CheckedFile {
     file: File,
     identity: (u64, u64),

@@ -38,7 +38,7 @@ fn regions_show_their_files_from_their_offsets() {
 }
 
 #[test]
-fn what_stays_in_a_table_keeps_its_mapping_and_what_is_in_another_file_does_not() {
+fn a_region_keeps_its_mapping_unless_its_file_changes() {
     let (first, second) = (file(1), file(1));
     let descriptions = [region(0, PAGE, 0), region(0x10_0000, PAGE, 0)];
     let old =
@@ -54,7 +54,7 @@ fn what_stays_in_a_table_keeps_its_mapping_and_what_is_in_another_file_does_not(
 }
 
 #[test]
-fn an_old_table_stays_usable_for_as_long_as_somebody_has_it() {
+fn an_old_table_stays_usable_while_it_is_held() {
     let table = MemoryTable::default().with(region(0, PAGE, 0), file(1)).unwrap();
     let held = table.memory();
     let empty = table.without(&region(0, PAGE, 0)).unwrap();
@@ -74,7 +74,7 @@ fn user_addresses_are_translated_within_one_region() {
     assert_eq!(translate(0, 2 * PAGE), Some(0));
     assert_eq!(translate(PAGE + 16, 100), Some(PAGE + 16));
     assert_eq!(translate(2 * PAGE, PAGE), Some(2 * PAGE));
-    assert_eq!(translate(2 * PAGE - 1, 2), None, "over the end of a region");
+    assert_eq!(translate(2 * PAGE - 1, 2), None, "across the end of a region");
     assert_eq!(translate(3 * PAGE, 0), None, "behind the last region");
     assert_eq!(table.translate(base - 1, 1), None);
     assert_eq!(table.translate(u64::MAX, u64::MAX), None);
@@ -85,7 +85,7 @@ fn refusal(result: Result<MemoryTable, MemoryTableError>) -> String {
 }
 
 #[test]
-fn a_region_that_is_not_all_in_its_file_is_refused() {
+fn a_region_beyond_the_end_of_its_file_is_refused() {
     let add = |size_bytes, offset, pages| MemoryTable::default().with(region(PAGE, size_bytes, offset), file(pages));
     assert!(add(PAGE, PAGE, 2).is_ok());
     let text = refusal(add(PAGE + 1, PAGE, 2));
@@ -122,7 +122,7 @@ fn regions_that_are_empty_or_wrap_around_are_refused() {
 }
 
 #[test]
-fn regions_that_overlap_for_the_guest_are_refused_and_those_that_only_touch_are_not() {
+fn overlapping_regions_are_refused_and_adjacent_ones_are_not() {
     let table = MemoryTable::default().with(region(4 * PAGE, 4 * PAGE, 0), file(4)).unwrap();
     for gpa in [PAGE * 7, PAGE * 4, PAGE] {
         let text = refusal(table.with(region(gpa, 4 * PAGE, 0), file(4)));
@@ -137,7 +137,7 @@ fn regions_that_overlap_for_the_guest_are_refused_and_those_that_only_touch_are_
 }
 
 #[test]
-fn an_offset_that_is_no_page_boundary_is_refused() {
+fn an_unaligned_file_offset_is_refused() {
     let text = refusal(MemoryTable::default().with(region(0, PAGE, 100), file(2)));
     assert!(text.contains("its offset in its file 0x64 is not a multiple of its file's page size 0x1000"), "{text}");
 }
@@ -162,10 +162,10 @@ fn a_file_that_is_not_writable_is_refused() {
 }
 
 #[test]
-fn there_is_room_for_512_regions_and_not_for_one_more() {
+fn a_table_holds_512_regions_and_no_more() {
     let fd = file(1);
     let mut table = MemoryTable::default();
-    // They share their file's descriptor number only here; a front-end passes one for each.
+    // Only this test shares one file among the regions; a front-end passes a descriptor for each.
     for slot in 0..MAX_REGIONS as u64 {
         table = table.with(region(slot * 2 * PAGE, PAGE, 0), fd.try_clone().unwrap()).unwrap();
     }

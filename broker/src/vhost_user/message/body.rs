@@ -1,11 +1,11 @@
-//! Reading the fields of a body one after another.
+//! Reads the fields of a body one after another.
 
 use vhost::vhost_user::message::FrontendReq;
 
 use super::MessageError;
 
-/// A body of which some fields were read. Its size was checked before, so a field that is missing is a mistake in
-/// this crate; it reads as 0 and not as a panic.
+/// The unread fields of a body. The constructor has checked the size, so a missing field is a bug in this crate; it
+/// reads as 0 instead of panicking.
 pub(super) struct Fields<'a> {
     rest: &'a [u8],
 }
@@ -25,7 +25,7 @@ impl<'a> Fields<'a> {
         }
     }
 
-    /// The fields of `body`, whose size is checked field by field.
+    /// The fields of `body`, whose total size the caller checks field by field.
     pub(super) fn at_least(
         request: FrontendReq,
         body: &'a [u8],
@@ -51,7 +51,7 @@ impl<'a> Fields<'a> {
         u16::from_ne_bytes(self.take())
     }
 
-    /// What was not read yet.
+    /// The unread bytes.
     pub(super) fn rest(self) -> &'a [u8] {
         self.rest
     }

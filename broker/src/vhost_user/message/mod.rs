@@ -1,8 +1,8 @@
 //! Messages of the front-end, as bytes and as checked requests.
 //!
-//! [`Header::parse`] and [`Request::parse`] are pure: what a front-end may write on the socket is decided here, from
-//! the bytes and the number of file descriptors alone. They know nothing of the session; whether a request makes sense
-//! at its time is for the session.
+//! [`Header::parse`] and [`Request::parse`] are pure: they decide what a front-end may write on the socket from the
+//! bytes and the number of file descriptors alone. They do not know the session, which decides whether a request makes
+//! sense at its time.
 //!
 //! Layout and sizes are those of the vhost-user specification, chapter "Message Specification". All numbers are in the
 //! byte order of the machine.
@@ -21,9 +21,9 @@ pub use request::{InflightDescription, RegionDescription, Request, VringAddress,
 
 /// Size of a message's header.
 pub const HEADER_BYTES: usize = 12;
-/// The longest body that is read. The longest that has a use is a table of 253 memory regions.
+/// The longest body that the back-end reads. The longest useful one is a table of 253 memory regions.
 pub const MAX_BODY_BYTES: usize = 8192;
-/// The most file descriptors that one message can carry (SCM_MAX_FD of Linux).
+/// The maximum number of file descriptors in one message (SCM_MAX_FD of Linux).
 pub const MAX_FDS: usize = 253;
 
 /// Bits 0 and 1 of the flags: the version of the protocol.
@@ -34,25 +34,25 @@ const FLAG_REPLY: u32 = 0b0100;
 /// Bit 3 of the flags: the front-end wants to know whether the request succeeded.
 const FLAG_NEED_REPLY: u32 = 0b1000;
 
-/// Why bytes are no request. After most of these the stream cannot be trusted; [`is_request`](Self::is_request) has the
-/// exceptions.
+/// Why bytes are not a valid request. After most of these errors the back-end cannot trust the stream;
+/// [`is_request`](Self::is_request) names the exceptions.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub enum MessageError {
-    /// Bits 0 and 1 of the flags.
-    #[error("message {request}: version {version} of vhost-user, only {VERSION} exists")]
+    /// Bits 0 and 1 of the flags are wrong.
+    #[error("message {request}: version {version} of vhost-user; only version {VERSION} exists")]
     Version {
         /// Number of the request.
         request: u32,
         /// The version in its flags.
         version: u32,
     },
-    /// A front-end that replies although it was not asked.
-    #[error("message {request} is marked as a reply, which a front-end does not send here")]
+    /// The front-end sent a reply although the back-end asked for none.
+    #[error("message {request} is marked as a reply, but the back-end has asked for none")]
     UnexpectedReply {
         /// Number of the request.
         request: u32,
     },
-    /// Bits that have no meaning.
+    /// The flags have bits without a meaning.
     #[error("message {request}: flags {flags:#x} have unknown bits")]
     UnknownFlags {
         /// Number of the request.
@@ -60,22 +60,22 @@ pub enum MessageError {
         /// Its flags.
         flags: u32,
     },
-    /// More than any request needs.
-    #[error("message {request} announces {size_bytes} bytes; the longest that is read has {MAX_BODY_BYTES}")]
+    /// The body is longer than any request needs.
+    #[error("message {request} announces {size_bytes} bytes; the back-end reads at most {MAX_BODY_BYTES}")]
     TooLong {
         /// Number of the request.
         request: u32,
         /// Size of its body.
         size_bytes: u32,
     },
-    /// The body has not the size that the request has.
+    /// The body does not have the size of this request.
     #[error("a body of {size_bytes} bytes instead of {expected}")]
     BodySize {
         /// The request.
         request: FrontendReq,
         /// Size of its body.
         size_bytes: usize,
-        /// What it should have been.
+        /// The size that it should have.
         expected: &'static str,
     },
     /// The request comes with too many or too few file descriptors.
@@ -83,13 +83,13 @@ pub enum MessageError {
     FdCount {
         /// The request.
         request: FrontendReq,
-        /// How many there were.
+        /// How many descriptors came.
         fds: usize,
-        /// How many there should have been.
+        /// How many descriptors should have come.
         expected: usize,
     },
-    /// A field has a value that it cannot have at any time.
-    #[error("{field} is {value:#x}")]
+    /// A field has a value that is never valid.
+    #[error("invalid value {value:#x} of {field}")]
     BadField {
         /// The request.
         request: FrontendReq,
@@ -98,7 +98,7 @@ pub enum MessageError {
         /// Its value.
         value: u64,
     },
-    /// A request that no version of the specification has, or one that this device does not implement.
+    /// No version of the specification has this request, or this device does not implement it.
     #[error("not implemented")]
     Unimplemented {
         /// Number of the request.
@@ -107,8 +107,8 @@ pub enum MessageError {
 }
 
 impl MessageError {
-    /// Whether the message is whole and only asks for something that makes no sense: the front-end can be told, and the
-    /// messages behind it mean what they say.
+    /// Whether the message is whole and only its content makes no sense. The back-end can then answer it with an error,
+    /// and can trust the messages behind it.
     pub fn is_request(&self) -> bool {
         match self {
             Self::BadField { .. } | Self::Unimplemented { .. } => true,
@@ -125,9 +125,9 @@ impl MessageError {
 /// The checked header of a message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Header {
-    /// Number of the request; not necessarily one that exists.
+    /// Number of the request; the request need not exist.
     pub request: u32,
-    /// The front-end asks for a reply also where the request has none. It only counts after
+    /// The front-end asks for a reply even if the request has none. This only counts after
     /// VHOST_USER_PROTOCOL_F_REPLY_ACK was negotiated.
     pub needs_reply: bool,
     /// Size of the body that follows, at most [`MAX_BODY_BYTES`].
@@ -135,11 +135,11 @@ pub struct Header {
 }
 
 impl Header {
-    /// Takes a header apart.
+    /// Parses a header.
     ///
     /// # Errors
     ///
-    /// Version, flags or size are impossible: nothing after it can be understood.
+    /// Version, flags or size are invalid, so nothing after the header can be understood.
     pub fn parse(bytes: [u8; HEADER_BYTES]) -> Result<Self, MessageError> {
         let [request, flags, size_bytes] = words(bytes);
         let version = flags & FLAG_VERSION_MASK;

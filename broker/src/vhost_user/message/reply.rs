@@ -7,16 +7,16 @@ use super::{FLAG_REPLY, VERSION};
 /// A reply, ready to be written.
 #[derive(Debug)]
 pub struct Reply {
-    /// Number of the request that it answers.
+    /// Number of the request that this reply answers.
     pub request: u32,
     /// What follows the header.
     pub body: Vec<u8>,
-    /// A file descriptor that goes with it.
+    /// A file descriptor that goes with the reply.
     pub fd: Option<OwnedFd>,
 }
 
 impl Reply {
-    /// A reply that is one number: a value that was asked for, or 0 for success and anything else for failure.
+    /// A reply of one number: the value that the front-end asked for, or 0 for success and another number for failure.
     pub fn number(request: u32, number: u64) -> Self {
         Self { request, body: number.to_ne_bytes().to_vec(), fd: None }
     }

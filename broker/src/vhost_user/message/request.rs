@@ -24,24 +24,24 @@ const VRING_FILE_INDEX_MASK: u64 = 0xff;
 /// Bit 8: there is no file descriptor.
 const VRING_FILE_NO_FD: u64 = 0x100;
 
-/// One region of guest memory, as the front-end describes it. Only its form is checked.
+/// One region of guest memory, as the front-end describes it. The parser checks only its form.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct RegionDescription {
     /// Guest-physical address of its first byte.
     pub gpa: u64,
     /// Its length in bytes.
     pub size_bytes: u64,
-    /// Where the front-end has it mapped: the addresses of vrings refer to that.
+    /// The address at which the front-end has mapped it; vring addresses refer to that mapping.
     pub user_address: u64,
     /// Where it begins in its file, in bytes.
     pub file_offset_bytes: u64,
 }
 
-/// Where the front-end has the parts of a vring mapped (VHOST_USER_SET_VRING_ADDR). The addresses are the driver's, and
-/// may be anything.
+/// The addresses at which the front-end has mapped the parts of a vring (VHOST_USER_SET_VRING_ADDR). The driver chooses
+/// them, so they may be anything.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct VringAddress {
-    /// Index of the vring; not checked.
+    /// Index of the vring; unchecked.
     pub index: u32,
     /// Descriptor table, in the front-end's address space.
     pub desc_table: u64,
@@ -49,17 +49,17 @@ pub struct VringAddress {
     pub used_ring: u64,
     /// Available ring, in the front-end's address space.
     pub avail_ring: u64,
-    /// Where the used ring is for the dirty log, if its writes are to be logged: a guest address, which need not be
-    /// in the memory table.
+    /// The guest address under which the dirty log knows the used ring, if the device must log its writes to it. The
+    /// address need not be in the memory table.
     pub used_log_gpa: Option<u64>,
 }
 
-/// A vring, and whether an eventfd for it came along (VHOST_USER_SET_VRING_KICK, _CALL, _ERR).
+/// A vring, and whether the message carried an eventfd for it (VHOST_USER_SET_VRING_KICK, _CALL, _ERR).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct VringFile {
-    /// Index of the vring; not checked.
+    /// Index of the vring; unchecked.
     pub index: u32,
-    /// False: "poll instead".
+    /// False: the back-end must poll instead.
     pub has_fd: bool,
 }
 
@@ -74,7 +74,7 @@ pub struct InflightDescription {
     pub queues: u16,
     /// Descriptors of each queue.
     pub queue_size: u16,
-    /// The front-end sends the structure with its 4 bytes of padding, and expects it so.
+    /// The front-end sends the structure with its 4 bytes of padding, and expects padding in the reply.
     pub is_padded: bool,
 }
 
@@ -93,7 +93,7 @@ impl InflightDescription {
     }
 }
 
-/// A request of the front-end whose form is right. Names are those of the specification without `VHOST_USER_`.
+/// A well-formed request of the front-end. Names are those of the specification without `VHOST_USER_`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[expect(missing_docs, reason = "the fields are those of the specification, with their units")]
 pub enum Request {
@@ -129,17 +129,17 @@ pub enum Request {
 }
 
 impl Request {
-    /// Takes a message apart that came with `fds` file descriptors.
+    /// Parses a message that came with `fds` file descriptors.
     ///
     /// # Errors
     ///
-    /// Names the size, field or number of descriptors that is not as the specification says.
+    /// Names the size, field or number of descriptors that violates the specification.
     pub fn parse(request: u32, body: &[u8], fds: usize) -> Result<Self, MessageError> {
         let known = FrontendReq::try_from(request).map_err(|_| MessageError::Unimplemented { request })?;
         let (parsed, expected_fds) = parse_body(known, body)?;
         match expected_fds {
             Fds::Exactly(expected) if fds != expected => Err(MessageError::FdCount { request: known, fds, expected }),
-            // The specification lets front-ends pass the region's file again; it is closed unused.
+            // The specification lets front-ends pass the region's file again; the back-end closes it unused.
             Fds::AtMostOne if fds > 1 => Err(MessageError::FdCount { request: known, fds, expected: 1 }),
             _ => Ok(parsed),
         }
@@ -165,7 +165,7 @@ fn parse_body(request: FrontendReq, body: &[u8]) -> Result<(Request, Fds), Messa
             (Request::SetMemTable { regions }, Fds::Exactly(fds))
         }
         Code::SET_LOG_BASE => {
-            let mut fields = Fields::exactly(request, body, LOG_BYTES, "16 (an address of 8 bytes is of no use)")?;
+            let mut fields = Fields::exactly(request, body, LOG_BYTES, "16 (an address of 8 bytes is useless)")?;
             (Request::SetLogBase { size_bytes: fields.u64(), offset_bytes: fields.u64() }, Fds::Exactly(1))
         }
         Code::SET_LOG_FD => (empty(request, body, Request::SetLogFd)?, Fds::Exactly(1)),
@@ -206,7 +206,7 @@ fn parse_body(request: FrontendReq, body: &[u8]) -> Result<(Request, Fds), Messa
             (Request::SetStatus { status }, no_fds)
         }
         Code::GET_STATUS => (empty(request, body, Request::GetStatus)?, no_fds),
-        // Each belongs to a feature that is not offered.
+        // Each belongs to a feature that this back-end does not offer.
         Code::SEND_RARP
         | Code::NET_SET_MTU
         | Code::IOTLB_MSG
@@ -307,14 +307,14 @@ fn inflight(request: FrontendReq, body: &[u8]) -> Result<InflightDescription, Me
     })
 }
 
-/// Offset, size and flags. Where a driver reads or writes can be its own choice, so any place is a request.
+/// Offset, size and flags. The driver may choose where it reads or writes, so the parser accepts any offset and size.
 fn config_header(fields: &mut Fields<'_>) -> (u32, u32, u32) {
     (fields.u32(), fields.u32(), fields.u32())
 }
 
-/// The body of the question has room for the answer, or not: both are sent.
+/// The request has room for the reply or not; front-ends send both forms.
 fn get_config(request: FrontendReq, body: &[u8]) -> Result<Request, MessageError> {
-    let expected = "12, or 12 and the size that is asked for";
+    let expected = "12, or 12 and the requested size";
     let mut fields = Fields::at_least(request, body, CONFIG_HEADER_BYTES, expected)?;
     let (offset_bytes, size_bytes, flags) = config_header(&mut fields);
     match fields.rest().len() {
@@ -326,7 +326,7 @@ fn get_config(request: FrontendReq, body: &[u8]) -> Result<Request, MessageError
 }
 
 fn set_config(request: FrontendReq, body: &[u8]) -> Result<Request, MessageError> {
-    let expected = "12 and the size that is written";
+    let expected = "12 and the written size";
     let mut fields = Fields::at_least(request, body, CONFIG_HEADER_BYTES, expected)?;
     let (offset_bytes, size_bytes, flags) = config_header(&mut fields);
     let bytes = fields.rest();

@@ -1,4 +1,4 @@
-//! Every request in its right form, and what is refused.
+//! Every request in its valid form, and the messages that the parser refuses.
 
 use proptest::prelude::*;
 use vhost::vhost_user::message::FrontendReq as Code;
@@ -19,8 +19,8 @@ fn halves(numbers: &[u32]) -> Vec<u8> {
     numbers.iter().flat_map(|number| number.to_ne_bytes()).collect()
 }
 
-/// Each request in its right form: code, body, number of descriptors, what it says.
-fn right_forms() -> Vec<(Code, Vec<u8>, usize, Request)> {
+/// Each request in its valid form: code, body, number of descriptors, parsed request.
+fn valid_forms() -> Vec<(Code, Vec<u8>, usize, Request)> {
     let region = RegionDescription { gpa: 1, size_bytes: 2, user_address: 3, file_offset_bytes: 4 };
     let other = RegionDescription { gpa: 5, size_bytes: 6, user_address: 7, file_offset_bytes: 8 };
     let address = VringAddress { index: 2, desc_table: 0x10, used_ring: 0x24, avail_ring: 0x32, used_log_gpa: None };
@@ -87,8 +87,8 @@ fn right_forms() -> Vec<(Code, Vec<u8>, usize, Request)> {
 }
 
 #[test]
-fn every_request_is_understood_in_its_right_form() {
-    for (number, (code, body, fds, expected)) in (0..).zip(right_forms()) {
+fn every_request_parses_in_its_valid_form() {
+    for (number, (code, body, fds, expected)) in (0..).zip(valid_forms()) {
         assert_eq!(Request::parse(code.into(), &body, fds), Ok(expected), "{code:?}");
         let header = header(code.into(), 1, body.len() as u32);
         save_seed("vhost_user_message", &format!("{number}-{code:?}"), &[&header[..], &[fds as u8], &body].concat());
@@ -96,11 +96,11 @@ fn every_request_is_understood_in_its_right_form() {
 }
 
 #[test]
-fn no_request_is_understood_with_a_body_of_another_size() {
-    for (code, body, fds, _) in right_forms() {
+fn no_request_parses_with_a_body_of_the_wrong_size() {
+    for (code, body, fds, _) in valid_forms() {
         let sizes_of_code: Vec<usize> =
-            right_forms().into_iter().filter(|form| form.0 == code).map(|form| form.1.len()).collect();
-        // The size of a table is what its count says.
+            valid_forms().into_iter().filter(|form| form.0 == code).map(|form| form.1.len()).collect();
+        // The count in a table decides its size.
         let is_right = |size: &usize| match code {
             Code::SET_MEM_TABLE => *size == body.len(),
             Code::GET_INFLIGHT_FD | Code::SET_INFLIGHT_FD => [20, 24].contains(size),
@@ -109,45 +109,45 @@ fn no_request_is_understood_with_a_body_of_another_size() {
         for size in (0..body.len() + 40).filter(|size| !is_right(size)) {
             let mut other = body.clone();
             other.resize(size, 0);
-            let error = Request::parse(code.into(), &other, fds).expect_err("another size");
+            let error = Request::parse(code.into(), &other, fds).expect_err("a wrong size");
             assert!(matches!(error, MessageError::BodySize { .. }), "{code:?} with {size} bytes: {error}");
         }
     }
 }
 
 #[test]
-fn no_request_is_understood_with_another_number_of_descriptors() {
-    for (code, body, fds, _) in right_forms() {
+fn no_request_parses_with_the_wrong_number_of_descriptors() {
+    for (code, body, fds, _) in valid_forms() {
         for other in (0..5).filter(|other| *other != fds && !(code == Code::REM_MEM_REG && *other < 2)) {
-            let error = Request::parse(code.into(), &body, other).expect_err("another number of descriptors");
+            let error = Request::parse(code.into(), &body, other).expect_err("a wrong number of descriptors");
             assert!(matches!(error, MessageError::FdCount { .. }), "{code:?} with {other}: {error}");
         }
     }
 }
 
 #[test]
-fn fields_that_no_front_end_can_mean_are_refused() {
+fn fields_that_are_never_valid_are_refused() {
     let table = |count| [halves(&[count, 0]), vec![0; 96]].concat();
     let cases: [(Code, Vec<u8>, &str); 9] = [
-        (Code::SET_VRING_ENABLE, halves(&[0, 2]), "the state of a ring is 0x2"),
-        (Code::SET_VRING_BASE, halves(&[0, 0x1_0000]), "the index of a split ring is 0x10000"),
-        (Code::SET_VRING_KICK, numbers(&[0x200]), "vring and flag is 0x200"),
-        (Code::SET_VRING_CALL, numbers(&[1 << 63]), "vring and flag is 0x8000000000000000"),
-        (Code::SET_VRING_ADDR, [halves(&[0, 2]), vec![0; 32]].concat(), "flags is 0x2"),
-        (Code::SET_MEM_TABLE, table(254), "the number of regions is 0xfe"),
-        (Code::SET_MEM_TABLE, table(u32::MAX), "the number of regions is 0xffffffff"),
+        (Code::SET_VRING_ENABLE, halves(&[0, 2]), "invalid value 0x2 of the state of a ring"),
+        (Code::SET_VRING_BASE, halves(&[0, 0x1_0000]), "invalid value 0x10000 of the index of a split ring"),
+        (Code::SET_VRING_KICK, numbers(&[0x200]), "invalid value 0x200 of vring and flag"),
+        (Code::SET_VRING_CALL, numbers(&[1 << 63]), "invalid value 0x8000000000000000 of vring and flag"),
+        (Code::SET_VRING_ADDR, [halves(&[0, 2]), vec![0; 32]].concat(), "invalid value 0x2 of flags"),
+        (Code::SET_MEM_TABLE, table(254), "invalid value 0xfe of the number of regions"),
+        (Code::SET_MEM_TABLE, table(u32::MAX), "invalid value 0xffffffff of the number of regions"),
         (Code::SET_MEM_TABLE, table(4), "a body of 104 bytes instead of 8 and 32 for each region"),
-        (Code::SET_STATUS, numbers(&[0x100]), "the device status is 0x100"),
+        (Code::SET_STATUS, numbers(&[0x100]), "invalid value 0x100 of the device status"),
     ];
     for (code, body, expected) in cases {
-        let error = Request::parse(code.into(), &body, 0).expect_err("a field that cannot be").to_string();
+        let error = Request::parse(code.into(), &body, 0).expect_err("an invalid field").to_string();
         assert_eq!(error, expected, "{code:?}");
     }
 }
 
-/// What a driver chose is for the session: it may be anything.
+/// The session, not the parser, judges what the driver chose.
 #[test]
-fn the_addresses_of_a_ring_and_the_place_in_a_configuration_space_can_be_any() {
+fn ring_addresses_and_configuration_offsets_may_have_any_value() {
     let address = VringAddress { index: 0, desc_table: 1, used_ring: 2, avail_ring: 3, used_log_gpa: None };
     let body = [halves(&[0, 0]), numbers(&[1, 2, 3, 0])].concat();
     assert_eq!(Request::parse(Code::SET_VRING_ADDR.into(), &body, 0), Ok(Request::SetVringAddr(address)));
@@ -157,21 +157,21 @@ fn the_addresses_of_a_ring_and_the_place_in_a_configuration_space_can_be_any() {
 }
 
 #[test]
-fn a_header_is_taken_apart() {
+fn a_header_is_parsed() {
     let parsed = Header::parse(header(77, 0b1001, 40));
     assert_eq!(parsed, Ok(Header { request: 77, needs_reply: true, body_bytes: 40 }));
     assert!(!Header::parse(header(77, 0b0001, 40)).unwrap().needs_reply);
 }
 
 #[test]
-fn a_header_that_cannot_be_is_refused() {
+fn an_invalid_header_is_refused() {
     let cases = [
-        (header(1, 0b0000, 0), "message 1: version 0 of vhost-user, only 1 exists"),
-        (header(1, 0b0010, 0), "message 1: version 2 of vhost-user, only 1 exists"),
-        (header(1, 0b0101, 0), "message 1 is marked as a reply, which a front-end does not send here"),
+        (header(1, 0b0000, 0), "message 1: version 0 of vhost-user; only version 1 exists"),
+        (header(1, 0b0010, 0), "message 1: version 2 of vhost-user; only version 1 exists"),
+        (header(1, 0b0101, 0), "message 1 is marked as a reply, but the back-end has asked for none"),
         (header(1, 0b1_0001, 0), "message 1: flags 0x11 have unknown bits"),
-        (header(1, 0b0001, 8193), "message 1 announces 8193 bytes; the longest that is read has 8192"),
-        (header(1, 0b0001, u32::MAX), "message 1 announces 4294967295 bytes; the longest that is read has 8192"),
+        (header(1, 0b0001, 8193), "message 1 announces 8193 bytes; the back-end reads at most 8192"),
+        (header(1, 0b0001, u32::MAX), "message 1 announces 4294967295 bytes; the back-end reads at most 8192"),
     ];
     for (bytes, expected) in cases {
         assert_eq!(Header::parse(bytes).unwrap_err().to_string(), expected);
@@ -187,20 +187,20 @@ fn the_largest_table_fits_into_a_message() {
 }
 
 #[test]
-fn a_reply_has_the_request_the_size_and_exactly_the_flags_that_qemu_compares() {
+fn a_reply_has_exactly_the_header_that_qemu_compares() {
     let reply = Reply::number(11, 0x1234);
     assert_eq!(reply.to_bytes(), [halves(&[11, 5, 8]), numbers(&[0x1234])].concat());
 }
 
 proptest! {
     #[test]
-    fn any_bytes_are_a_request_or_refused(request in 0_u32..50, body in prop::collection::vec(any::<u8>(), 0..200), fds in 0_usize..4) {
-        // Nothing more than not to panic: what is right is in the tables above.
+    fn arbitrary_bodies_parse_or_are_refused(request in 0_u32..50, body in prop::collection::vec(any::<u8>(), 0..200), fds in 0_usize..4) {
+        // Only checks that the parser does not panic: the tables above say what is valid.
         let _ = Request::parse(request, &body, fds);
     }
 
     #[test]
-    fn any_header_is_understood_or_refused(bytes in any::<[u8; HEADER_BYTES]>()) {
+    fn arbitrary_headers_parse_or_are_refused(bytes in any::<[u8; HEADER_BYTES]>()) {
         if let Ok(header) = Header::parse(bytes) {
             prop_assert!(header.body_bytes <= MAX_BODY_BYTES);
         }

@@ -1,11 +1,13 @@
-//! Front-ends that are connected and not served yet.
+//! Front-ends that are connected and not yet served.
 //!
-//! A front-end is served from its first byte on. One that is connected and says nothing has no guest that uses the disk: a VMM may
-//! connect long before it makes the device. So it keeps nobody out, and the first that speaks is served, whichever came first.
+//! The server serves a front-end from its first byte on. A front-end that is connected and silent has no guest that
+//! uses the disk: a VMM may connect long before it makes the device. So a silent front-end blocks no other, and the
+//! server serves the first one that speaks, regardless of the order of connections.
 //!
-//! The one that is served stays for as long as it likes, however little it says: its guest has the disk. Only if it stops in the
-//! middle of a message, or does not read a reply, and another one that has spoken waits, it has [`PATIENCE`] to go on; then it is
-//! disconnected. While nobody waits it may be stopped (by a debugger, say) for as long as it takes.
+//! The served front-end stays as long as it likes, even if it sends little: its guest has the disk. The exception is a
+//! front-end that stops in the middle of a message, or does not read a reply, while another front-end has spoken and
+//! waits. It then has [`PATIENCE`] to go on before the server disconnects it. While no other front-end waits, it may be
+//! stopped (by a debugger, say) for any time.
 
 use std::collections::VecDeque;
 use std::io;
@@ -22,53 +24,53 @@ use super::super::connection::{ConnectionError, Undone, Unfinished, Wait, Waiter
 use super::super::listener::Listener;
 use crate::log_limit::{Cause, LogLimits};
 
-/// How long a front-end may stop in the middle of a message while another one waits. A message is written at once; a VMM that was
-/// swapped out, or waits for a busy machine, needs seconds at most.
+/// How long a front-end may stop in the middle of a message while another front-end waits. A front-end writes a message
+/// at once; a VMM that was swapped out, or waits for a busy machine, needs seconds at most.
 pub(super) const PATIENCE: Duration = Duration::from_secs(10);
-/// How many are known at a time, and how many are accepted at a time.
+/// The maximum number of waiting front-ends, and of connections accepted in one call.
 const WAITING_MAX: usize = 16;
 
 /// A front-end that waits to be served.
 #[derive(Debug)]
-pub(super) struct Visitor {
+pub(super) struct WaitingFrontEnd {
     pub(super) stream: UnixStream,
     pub(super) pid: Option<i32>,
-    /// The server has seen its first byte.
+    /// The server has seen the first byte of this front-end.
     has_spoken: bool,
 }
 
-/// Takes connections, and knows who waits.
+/// Accepts connections and keeps the front-ends that wait.
 #[derive(Debug)]
 pub(super) struct Lobby {
     listener: Listener,
-    /// In the order in which they came.
-    waiting: VecDeque<Visitor>,
+    /// In the order in which they connected.
+    waiting: VecDeque<WaitingFrontEnd>,
     pub(super) patience: Duration,
-    /// For lines about connections: others connect as often as they like.
+    /// Limits the log lines about connections, because any process may connect at any rate.
     pub(super) log: Box<LogLimits>,
 }
 
-/// What a visitor has to say.
+/// What has come from a waiting front-end.
 #[derive(Debug, PartialEq, Eq)]
-enum Word {
-    Nothing,
-    Something,
-    /// It has said nothing, and is gone.
-    Gone,
+enum FirstMessage {
+    NotYet,
+    Begun,
+    /// The front-end closed the connection without a byte.
+    Closed,
 }
 
-impl Visitor {
+impl WaitingFrontEnd {
     fn new(stream: UnixStream) -> Self {
         let pid = pid_of_peer(&stream);
         Self { stream, pid, has_spoken: false }
     }
 
-    fn word(&self) -> Word {
+    fn first_message(&self) -> FirstMessage {
         match recv(&self.stream, &mut [0_u8; 1], RecvFlags::PEEK | RecvFlags::DONTWAIT) {
-            Ok((_, 0)) => Word::Gone,
-            Ok(_) => Word::Something,
-            Err(Errno::AGAIN | Errno::INTR) => Word::Nothing,
-            Err(_) => Word::Gone,
+            Ok((_, 0)) => FirstMessage::Closed,
+            Ok(_) => FirstMessage::Begun,
+            Err(Errno::AGAIN | Errno::INTR) => FirstMessage::NotYet,
+            Err(_) => FirstMessage::Closed,
         }
     }
 }
@@ -78,11 +80,11 @@ impl Lobby {
         Self { listener, waiting: VecDeque::new(), patience, log: Box::new(LogLimits::new()) }
     }
 
-    /// Accepts connections that are there, at most [`WAITING_MAX`] in one call: a flood of them must not keep the caller from
-    /// looking at anything else.
+    /// Accepts pending connections, at most [`WAITING_MAX`] in one call: a flood of connections must not keep the
+    /// caller from its other work.
     ///
-    /// When [`WAITING_MAX`] front-ends wait, a new one replaces the silent one that has waited longest. When all of them have
-    /// spoken, further ones wait in the queue of the socket.
+    /// When [`WAITING_MAX`] front-ends wait, a new one replaces the silent one that has waited longest. When all of
+    /// them have spoken, further ones wait in the queue of the socket.
     pub(super) fn take_connections(&mut self) -> io::Result<()> {
         for _ in 0..WAITING_MAX {
             if !self.has_room() {
@@ -92,22 +94,22 @@ impl Lobby {
             if self.is_full() {
                 self.remove_silent();
             }
-            let visitor = Visitor::new(stream);
-            debug!(pid = visitor.pid, "a front-end is connected");
-            self.waiting.push_back(visitor);
+            let front_end = WaitingFrontEnd::new(stream);
+            debug!(pid = front_end.pid, "front-end waits to be served");
+            self.waiting.push_back(front_end);
         }
         Ok(())
     }
 
-    /// Takes the first that has something to say.
-    pub(super) fn take_speaker(&mut self) -> Option<Visitor> {
+    /// Takes the first front-end that has sent something.
+    pub(super) fn take_speaker(&mut self) -> Option<WaitingFrontEnd> {
         let mut index = 0;
-        while let Some(visitor) = self.waiting.get(index) {
-            match visitor.word() {
-                Word::Nothing => index += 1,
-                Word::Something => return self.waiting.remove(index),
-                Word::Gone => {
-                    debug!(pid = visitor.pid, "a front-end that has said nothing is gone");
+        while let Some(front_end) = self.waiting.get(index) {
+            match front_end.first_message() {
+                FirstMessage::NotYet => index += 1,
+                FirstMessage::Begun => return self.waiting.remove(index),
+                FirstMessage::Closed => {
+                    debug!(pid = front_end.pid, "front-end left before its first message");
                     self.waiting.remove(index);
                 }
             }
@@ -115,55 +117,56 @@ impl Lobby {
         None
     }
 
-    /// Whether nobody waits and nobody can come any more.
+    /// Whether no front-end waits and no connection can come any more.
     pub(super) fn is_closed(&self) -> bool {
         self.waiting.is_empty() && self.listener.to_poll().is_none()
     }
 
-    /// What becomes readable when there is somebody to take, or one of those who wait speaks.
+    /// The descriptors that become readable when a connection is pending or a waiting front-end speaks.
     pub(super) fn to_poll(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
         self.listener.to_poll().into_iter().chain(self.streams())
     }
 
-    /// Whether the next connection can be taken.
+    /// Whether the next connection can be accepted.
     fn has_room(&self) -> bool {
-        !self.is_full() || self.waiting.iter().any(|visitor| visitor.word() != Word::Something)
+        !self.is_full() || self.waiting.iter().any(|front_end| front_end.first_message() != FirstMessage::Begun)
     }
 
-    /// Disconnects the one that has been silent for longest.
+    /// Disconnects the front-end that has been silent for longest.
     fn remove_silent(&mut self) {
-        let index = self.waiting.iter().position(|visitor| visitor.word() != Word::Something);
+        let index = self.waiting.iter().position(|front_end| front_end.first_message() != FirstMessage::Begun);
         if let Some(silent) = index.and_then(|index| self.waiting.remove(index))
             && let Some(total) = self.log.count(Cause::new("replaced"))
         {
-            info!(pid = silent.pid, total, "a front-end that says nothing is disconnected: too many are connected");
+            info!(pid = silent.pid, total, "silent front-end disconnected: too many are connected");
         }
     }
 
-    /// Calls `on_first_word` for each that has spoken since the last call, and forgets those that are gone without a word.
-    fn listen(&mut self, mut on_first_word: impl FnMut(&LogLimits, &Visitor)) {
+    /// Calls `on_first_message` for each front-end that has spoken since the last call, and drops those that closed
+    /// without a byte.
+    fn note_first_messages(&mut self, mut on_first_message: impl FnMut(&LogLimits, &WaitingFrontEnd)) {
         let Self { waiting, log, .. } = self;
-        waiting.retain_mut(|visitor| {
-            let word = if visitor.has_spoken { Word::Nothing } else { visitor.word() };
-            if word == Word::Something {
-                visitor.has_spoken = true;
-                on_first_word(log, visitor);
+        waiting.retain_mut(|front_end| {
+            let first_message = if front_end.has_spoken { FirstMessage::NotYet } else { front_end.first_message() };
+            if first_message == FirstMessage::Begun {
+                front_end.has_spoken = true;
+                on_first_message(log, front_end);
             }
-            word != Word::Gone
+            first_message != FirstMessage::Closed
         });
     }
 
     fn has_speaker(&self) -> bool {
-        self.waiting.iter().any(|visitor| visitor.has_spoken)
+        self.waiting.iter().any(|front_end| front_end.has_spoken)
     }
 
     fn streams(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
-        self.waiting.iter().map(|visitor| visitor.stream.as_fd())
+        self.waiting.iter().map(|front_end| front_end.stream.as_fd())
     }
 
-    /// Those of whom nothing was heard yet.
+    /// The connections of front-ends that have sent nothing yet.
     fn silent_streams(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
-        self.waiting.iter().filter(|visitor| !visitor.has_spoken).map(|visitor| visitor.stream.as_fd())
+        self.waiting.iter().filter(|front_end| !front_end.has_spoken).map(|front_end| front_end.stream.as_fd())
     }
 
     fn is_full(&self) -> bool {
@@ -171,40 +174,41 @@ impl Lobby {
     }
 }
 
-/// Waits for the front-end that is served, and takes others meanwhile.
+/// Waits for the served front-end, and accepts others meanwhile.
 #[derive(Debug)]
-pub(super) struct Attendance<'a> {
+pub(super) struct FrontEndWaiter<'a> {
     pub(super) lobby: &'a mut Lobby,
-    /// The one that is served.
+    /// The process of the served front-end.
     pub(super) served_pid: Option<i32>,
-    /// What ends a wait when it is readable.
+    /// Ends a wait when readable.
     pub(super) wake: BorrowedFd<'a>,
 }
 
-impl Attendance<'_> {
+impl FrontEndWaiter<'_> {
     fn take_connections(&mut self) -> bool {
         self.lobby.take_connections().inspect_err(|error| debug!(%error, "no front-end can be accepted now")).is_ok()
     }
 
-    /// Names those that have begun to speak. One that only connects may want to know no more than whether this server is there.
-    fn listen(&mut self) {
+    /// Logs the front-ends that have begun to speak. A front-end that only connects may just check whether this server
+    /// is there.
+    fn note_first_messages(&mut self) {
         let Self { lobby, served_pid, .. } = self;
-        lobby.listen(|log, visitor| {
+        lobby.note_first_messages(|log, front_end| {
             if let Some(total) = log.count(Cause::new("waits")) {
                 warn!(
-                    pid = visitor.pid,
+                    pid = front_end.pid,
                     served_pid = *served_pid,
                     total,
-                    "another front-end is connected; it waits until the one that is served is gone"
+                    "another front-end is connected; it waits until the served one disconnects"
                 );
             }
         });
     }
 }
 
-impl Waiter for Attendance<'_> {
+impl Waiter for FrontEndWaiter<'_> {
     fn wait(&mut self, wait: &Wait<'_>) -> Result<bool, ConnectionError> {
-        // After an error the socket would stay readable; the next message is soon enough.
+        // After an error the socket would stay readable; the next message is early enough for the next try.
         let mut may_accept = true;
         loop {
             let left =
@@ -219,7 +223,7 @@ impl Waiter for Attendance<'_> {
             let listener_at = listener.map(|_| fds.len());
             let others = listener.into_iter().chain(self.lobby.silent_streams());
             fds.extend(others.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)));
-            // Late, and another one has not spoken: for as long as it takes until one does.
+            // The served front-end is late and no other has spoken: wait without a limit until one does.
             let limit = left.filter(|_| late.is_none() || too_late.is_some()).map(timespec);
             match poll(&mut fds, limit.as_ref()) {
                 Ok(_) | Err(Errno::INTR) => {}
@@ -240,7 +244,7 @@ impl Waiter for Attendance<'_> {
             if listener_at.is_some_and(is_ready) {
                 may_accept = self.take_connections();
             }
-            self.listen();
+            self.note_first_messages();
         }
     }
 }
@@ -265,7 +269,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_flood_of_connections_is_taken_in_parts() {
+    fn a_flood_of_connections_is_accepted_in_parts() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("socket");
         let mut lobby = Lobby::new(Listener::bind(&path, SocketAccess::default()).unwrap(), PATIENCE);
@@ -280,7 +284,7 @@ mod tests {
     }
 
     #[test]
-    fn a_front_end_is_told_what_it_left_undone() {
+    fn the_error_says_what_the_front_end_left_undone() {
         let since = Instant::now();
         let message = too_late_error(Unfinished { what: Undone::Message { got_bytes: 5 }, since });
         assert!(matches!(message, ConnectionError::Silent { got_bytes: 5, .. }), "{message}");

@@ -1,4 +1,4 @@
-//! Serving one front-end after another.
+//! A server that serves one front-end after another.
 
 mod lobby;
 #[cfg(test)]
@@ -20,37 +20,37 @@ use super::device::Device;
 use super::listener::{BoundSocket, ListenError, Listener, SocketAccess};
 use super::session::{Session, SessionError, refresh_capacity};
 use crate::log_limit::Cause;
-use lobby::{Attendance, Lobby, PATIENCE, Visitor};
+use lobby::{FrontEndWaiter, Lobby, PATIENCE, WaitingFrontEnd};
 
-/// How long to wait when a connection cannot be accepted, before it is tried again. The socket is readable all the while.
+/// How long to wait before the next try when accepting a connection fails. The socket stays readable meanwhile.
 const ACCEPT_PAUSE: Timespec = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
 
-/// Why the server ends without having been told to.
+/// Why the server ends although its owner has not stopped it.
 #[derive(Debug, Error)]
 pub enum ServerError {
-    /// The socket.
+    /// The socket cannot be used.
     #[error(transparent)]
     Listen(#[from] ListenError),
-    /// The kernel refused.
+    /// A system call failed.
     #[error("{what}: {source}")]
     System {
-        /// What was tried.
+        /// What the server was doing.
         what: &'static str,
-        /// The kernel's answer.
+        /// The kernel's error.
         source: io::Error,
     },
 }
 
-/// Serves one device to one front-end at a time. A second one waits until the first is gone, and a line of the log says so.
+/// Serves one device to one front-end at a time. A second front-end waits until the first is gone, and the log says so.
 ///
-/// A front-end that is connected and says nothing keeps nobody out, nor does one that stops in the middle of a message.
+/// A front-end blocks no other if it is connected and silent, or if it stops in the middle of a message.
 #[derive(Debug)]
 pub struct Server {
     lobby: Lobby,
     control: Arc<Control>,
 }
 
-/// Tells a [`Server`] things while it runs, from any thread.
+/// Sends requests to a running [`Server`], from any thread.
 #[derive(Debug, Clone)]
 pub struct ServerHandle {
     control: Arc<Control>,
@@ -58,17 +58,17 @@ pub struct ServerHandle {
 
 #[derive(Debug)]
 struct Control {
-    /// An eventfd that is readable when there is news.
+    /// An eventfd that is readable when there is a request.
     wake: OwnedFd,
-    /// An eventfd that is readable when the server is to end.
+    /// An eventfd that is readable when the server must end.
     stop: OwnedFd,
     is_stopping: AtomicBool,
     is_refresh_due: AtomicBool,
     is_announcement_due: AtomicBool,
 }
 
-/// What others had to say since the last look.
-struct News {
+/// The requests since the last look.
+struct HandleRequests {
     is_refresh_due: bool,
     is_announcement_due: bool,
 }
@@ -79,7 +79,7 @@ enum End {
     Stopped,
 }
 
-/// Why a connection was closed by us.
+/// Why the server closed a connection.
 #[derive(Debug, Error)]
 enum ServeError {
     #[error(transparent)]
@@ -89,49 +89,50 @@ enum ServeError {
 }
 
 impl Server {
-    /// Listens on a socket file, which is removed with the server. A stale one, that nobody listens on, is replaced.
+    /// Listens on a socket file, which the server removes at its end. Replaces a stale socket, on which no process
+    /// listens.
     ///
     /// # Errors
     ///
-    /// Somebody listens there, something else is there, or the path cannot be used.
+    /// Another process listens there, another kind of file is there, or the path is unusable.
     pub fn bind(path: &Path) -> Result<Self, ServerError> {
         Self::listen(BoundSocket::bind(path, SocketAccess::default())?)
     }
 
-    /// Listens on a socket that has been made.
+    /// Listens on a socket that the caller has made.
     ///
     /// # Errors
     ///
-    /// Somebody has removed or replaced it.
+    /// Another process has removed or replaced the socket.
     pub fn listen(socket: BoundSocket) -> Result<Self, ServerError> {
         Self::new(socket.listen()?)
     }
 
-    /// Serves a Unix stream socket that was passed to this process under a number. With a listening one as
-    /// [`bind`](Self::bind); a connected one is the only front-end, and the server ends after it.
+    /// Serves a Unix stream socket that the parent process passed under a number. A listening socket works as with
+    /// [`bind`](Self::bind); a connected socket is the only front-end, and the server ends after it.
     ///
     /// # Errors
     ///
-    /// There is no such descriptor, or it is something else.
+    /// There is no such descriptor, or it is not a Unix stream socket that listens or is connected.
     pub fn from_inherited_fd(number: RawFd) -> Result<Self, ServerError> {
         Self::new(Listener::inherited(number)?)
     }
 
-    /// Whether [`bind`](Self::bind) can make a socket there, as far as that can be known without making it.
+    /// Whether [`bind`](Self::bind) can make a socket there, as far as this can be found out without making one.
     ///
     /// # Errors
     ///
-    /// The path is too long, its directory is not there or cannot be written, or something that is no socket is in the way.
+    /// The path is too long, its directory is missing or not writable, or a file that is not a socket is in the way.
     pub fn check_path(path: &Path) -> Result<(), ListenError> {
         Listener::check(path)
     }
 
-    /// Whether [`from_inherited_fd`](Self::from_inherited_fd) can serve the descriptor of that number, which stays as it is but
-    /// for a listening socket, which does not block any more.
+    /// Whether [`from_inherited_fd`](Self::from_inherited_fd) can serve the descriptor of that number. The descriptor
+    /// stays unchanged, except that a listening socket becomes non-blocking.
     ///
     /// # Errors
     ///
-    /// There is no such descriptor, or it is something else.
+    /// There is no such descriptor, or it is not a Unix stream socket that listens or is connected.
     pub fn check_inherited_fd(number: RawFd) -> Result<(), ListenError> {
         Listener::inherited(number).map(drop)
     }
@@ -151,35 +152,37 @@ impl Server {
         Ok(Self { lobby: Lobby::new(listener, PATIENCE), control: Arc::new(control) })
     }
 
-    /// To tell the server things once it runs.
+    /// A handle for requests to the running server.
     pub fn handle(&self) -> ServerHandle {
         ServerHandle { control: Arc::clone(&self.control) }
     }
 
-    /// Serves until [`ServerHandle::stop`], or until the only front-end is gone. Then the server stops listening, removes its
-    /// socket file and waits for I/O: all I/O of the device has ended when this returns without an error.
+    /// Serves until [`ServerHandle::stop`], or until the only front-end is gone. Then the server stops listening,
+    /// removes its socket file and waits for I/O: when this returns without an error, all I/O of the device has ended.
     ///
-    /// A front-end that breaks the protocol, or dies, is disconnected; the next one is served.
+    /// The server disconnects a front-end that breaks the protocol or dies, and serves the next one.
     ///
     /// # Errors
     ///
-    /// The socket gives no more connections. What passes, as a lack of descriptors or of memory, is waited for.
+    /// The socket gives no more connections. The server retries after temporary errors, such as a lack of descriptors
+    /// or of memory.
     pub fn run(self, device: &mut dyn Device) -> Result<(), ServerError> {
         self.run_with(device, || {})
     }
 
-    /// The same, and calls `on_closed` when the server has stopped listening, before it waits for I/O: to close further sockets.
+    /// As [`run`](Self::run), and calls `on_closed` when the server has stopped listening, before it waits for I/O, so
+    /// that the caller can close further sockets.
     ///
     /// # Errors
     ///
-    /// As [`run`](Self::run); `on_closed` is not called then.
+    /// As [`run`](Self::run); then the server does not call `on_closed`.
     pub fn run_with(mut self, device: &mut dyn Device, on_closed: impl FnOnce()) -> Result<(), ServerError> {
-        while let Some(visitor) = self.next_front_end(device)? {
-            let pid = visitor.pid;
+        while let Some(front_end) = self.next_front_end(device)? {
+            let pid = front_end.pid;
             if let Some(total) = self.lobby.log.count(Cause::new("connected")) {
                 info!(pid, total, "front-end connected");
             }
-            let end = self.serve(visitor, device);
+            let end = self.serve(front_end, device);
             if let Ok(End::Stopped) = end {
                 break;
             }
@@ -196,8 +199,8 @@ impl Server {
                 }
             }
         }
-        // The last I/O may take any time. A front-end that connects meanwhile would wait for an answer, and a successor could not
-        // listen here. The lock of the disk keeps the successor's requests away from this I/O.
+        // The last I/O may take any time. A front-end that connects meanwhile would wait for an answer, and a successor
+        // could not listen here. The lock of the disk keeps the successor's requests away from this I/O.
         drop(self.lobby);
         on_closed();
         info!("stopping: waiting for the last I/O");
@@ -205,16 +208,16 @@ impl Server {
         Ok(())
     }
 
-    /// Waits for a front-end that says something. `None`: the server is to end.
-    fn next_front_end(&mut self, device: &mut dyn Device) -> Result<Option<Visitor>, ServerError> {
+    /// Waits for a front-end that speaks. `None`: the server must end.
+    fn next_front_end(&mut self, device: &mut dyn Device) -> Result<Option<WaitingFrontEnd>, ServerError> {
         let system = |what| move |source| ServerError::System { what, source };
         let mut has_complained = false;
         loop {
             if self.control.is_stopping() {
                 return Ok(None);
             }
-            // A front-end that is still to come asks for the capacity itself.
-            if self.control.take_news().is_refresh_due {
+            // A front-end that comes later asks for the capacity itself.
+            if self.control.take_requests().is_refresh_due {
                 refresh_capacity(device);
             }
             let is_paused = match self.lobby.take_connections() {
@@ -222,13 +225,13 @@ impl Server {
                 Err(error) if is_lasting(&error) => return Err(system("accepting a front-end")(error)),
                 Err(error) => {
                     if !std::mem::replace(&mut has_complained, true) {
-                        warn!(%error, "no front-end can be accepted; it is tried again and again");
+                        warn!(%error, "no front-end can be accepted: trying again until one can");
                     }
                     true
                 }
             };
-            if let Some(visitor) = self.lobby.take_speaker() {
-                return Ok(Some(visitor));
+            if let Some(front_end) = self.lobby.take_speaker() {
+                return Ok(Some(front_end));
             }
             if self.lobby.is_closed() {
                 return Ok(None);
@@ -243,45 +246,45 @@ impl Server {
         }
     }
 
-    /// One front-end, from connection to disconnection.
-    fn serve(&mut self, visitor: Visitor, device: &mut dyn Device) -> Result<End, ServeError> {
+    /// Serves one front-end, from connection to disconnection.
+    fn serve(&mut self, front_end: WaitingFrontEnd, device: &mut dyn Device) -> Result<End, ServeError> {
         let Self { lobby, control } = self;
-        let served_pid = visitor.pid;
-        let mut connection = Connection::new(visitor.stream);
+        let served_pid = front_end.pid;
+        let mut connection = Connection::new(front_end.stream);
         let (wake, stop) = (control.wake.as_fd(), control.stop.as_fd());
         let watch = connection.peer_watch().inspect_err(|error| {
             if let Some(total) = lobby.log.count(Cause::new("not watched")) {
-                warn!(%error, total, "cannot watch the front-end");
+                warn!(%error, total, "front-end not watched: waits for I/O do not end when it leaves");
             }
         });
         device.set_peer(watch.ok());
-        // The disk may have been resized while nobody was there to be told.
+        // The disk may have been resized while no front-end was connected.
         refresh_capacity(device);
         let mut session = Session::new(device);
         loop {
             if control.is_stopping() {
                 return Ok(End::Stopped);
             }
-            let news = control.take_news();
-            if news.is_refresh_due {
+            let requests = control.take_requests();
+            if requests.is_refresh_due {
                 session.refresh_capacity();
             }
-            if news.is_announcement_due {
+            if requests.is_announcement_due {
                 session.notify_config_change();
             }
-            match connection.receive(Attendance { lobby: &mut *lobby, served_pid, wake })? {
+            match connection.receive(FrontEndWaiter { lobby: &mut *lobby, served_pid, wake })? {
                 Received::Closed => {
-                    if let Some(farewell) = session.farewell()
-                        && let Some(total) = lobby.log.count(Cause::new("farewell"))
+                    if let Some(hint) = session.departure_hint()
+                        && let Some(total) = lobby.log.count(Cause::new("departure"))
                     {
-                        warn!(pid = served_pid, total, "front-end: {farewell}");
+                        warn!(pid = served_pid, total, "front-end left: {hint}");
                     }
                     return Ok(End::Closed);
                 }
                 Received::Woken => {}
                 Received::Message(message) => {
                     if let Some(reply) = session.handle(message)? {
-                        connection.send(&reply, Attendance { lobby: &mut *lobby, served_pid, wake: stop })?;
+                        connection.send(&reply, FrontEndWaiter { lobby: &mut *lobby, served_pid, wake: stop })?;
                     }
                 }
             }
@@ -290,7 +293,8 @@ impl Server {
 }
 
 impl ServeError {
-    /// The cause for the limits of log lines. The front-end chooses the request, so the request is no part of it.
+    /// The cause for rate limits of log lines. The front-end chooses the request, so the request is no part of the
+    /// cause.
     fn cause(&self) -> Cause {
         match self {
             Self::Connection(error) => error.cause(),
@@ -299,7 +303,7 @@ impl ServeError {
     }
 }
 
-/// Whether a socket that failed to accept (`accept(2)`) will never do so again.
+/// Whether a socket that failed to accept a connection (`accept(2)`) will never accept one again.
 fn is_lasting(error: &io::Error) -> bool {
     matches!(
         Errno::from_io_error(error),
@@ -308,20 +312,20 @@ fn is_lasting(error: &io::Error) -> bool {
 }
 
 impl ServerHandle {
-    /// Ends the server: the front-end is disconnected, and I/O that is under way is waited for.
+    /// Ends the server: the server disconnects the front-end and waits for I/O under way.
     pub fn stop(&self) {
         self.control.is_stopping.store(true, Ordering::Release);
         signal(&self.control.stop);
         signal(&self.control.wake);
     }
 
-    /// Has the device look at the size of its disk again, and the front-end told if it changed.
+    /// Makes the device read the size of its disk again, and tells the front-end if the size changed.
     pub fn refresh_capacity(&self) {
         self.control.is_refresh_due.store(true, Ordering::Release);
         signal(&self.control.wake);
     }
 
-    /// The device has another capacity already: has the front-end told, if there is one.
+    /// Tells the front-end, if there is one, that the device already has another capacity.
     pub fn announce_capacity(&self) {
         self.control.is_announcement_due.store(true, Ordering::Release);
         signal(&self.control.wake);
@@ -333,18 +337,18 @@ impl Control {
         self.is_stopping.load(Ordering::Acquire)
     }
 
-    /// Takes the news off `wake` first: what comes later is seen later.
-    fn take_news(&self) -> News {
-        // EAGAIN: there was none.
+    /// Clears `wake` before it reads the requests: the next call sees requests that come later.
+    fn take_requests(&self) -> HandleRequests {
+        // EAGAIN: there was no request.
         let _ = rustix::io::read(&self.wake, &mut [0; 8]);
-        News {
+        HandleRequests {
             is_refresh_due: self.is_refresh_due.swap(false, Ordering::AcqRel),
             is_announcement_due: self.is_announcement_due.swap(false, Ordering::AcqRel),
         }
     }
 }
 
-/// EAGAIN means that the counter is full: it is readable already.
+/// EAGAIN means that the counter is full, so the eventfd is readable already.
 fn signal(eventfd: &OwnedFd) {
     let _ = rustix::io::write(eventfd, &1_u64.to_ne_bytes());
 }

@@ -33,7 +33,7 @@ impl Rig {
         Self::with_patience(PATIENCE)
     }
 
-    /// A server that waits for so long for a front-end that left something undone.
+    /// A server that waits this long for a front-end that left something undone.
     fn with_patience(patience: Duration) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("socket");
@@ -50,7 +50,7 @@ impl Rig {
         UnixStream::connect(&self.path).unwrap()
     }
 
-    /// Ends the server and gives what the device was asked.
+    /// Ends the server and returns the calls to the device.
     fn stop(self) -> Vec<Call> {
         self.handle.stop();
         self.thread.join().unwrap().unwrap();
@@ -63,7 +63,7 @@ fn message(request: u32, body: &[u8]) -> Vec<u8> {
     [[request, 1, body.len() as u32].map(u32::to_ne_bytes).as_flattened(), body].concat()
 }
 
-/// Waits until the server has done what was sent before.
+/// Waits until the server has handled all earlier messages.
 fn synchronise(stream: &mut UnixStream) {
     stream.write_all(&message(GET_FEATURES, &[])).unwrap();
     let mut reply = [0; 20];
@@ -74,7 +74,7 @@ fn synchronise(stream: &mut UnixStream) {
 fn expect_end(stream: &mut UnixStream) {
     match stream.read(&mut [0]) {
         Ok(0) => {}
-        // It was closed with something unread.
+        // The server closed the connection with something unread.
         Err(error) if error.kind() == io::ErrorKind::ConnectionReset => {}
         other => panic!("the server closes the connection: {other:?}"),
     }
@@ -85,7 +85,7 @@ fn one_front_end_is_served_after_another() {
     let rig = Rig::start();
     let mut first = rig.connect();
     synchronise(&mut first);
-    // The second is connected, waits, and is served when the first is gone.
+    // The second front-end is connected and waits; the server serves it when the first is gone.
     let mut second = rig.connect();
     second.write_all(&message(GET_FEATURES, &[])).unwrap();
     synchronise(&mut first);
@@ -94,13 +94,13 @@ fn one_front_end_is_served_after_another() {
     second.read_exact(&mut reply).unwrap();
     let begun = || [Call::RefreshCapacity, Call::SetDirtyLog(false)];
     let expected = [&begun()[..], &[Call::Abandon, Call::SetMemory(vec![])], &begun()].concat();
-    assert_eq!(rig.calls.take(), expected, "the first one is gone when the second one is served");
+    assert_eq!(rig.calls.take(), expected, "the session of the first ends before the second begins");
     drop(second);
     rig.stop();
 }
 
 #[test]
-fn a_front_end_that_says_nothing_keeps_nobody_out_and_is_served_when_it_speaks() {
+fn a_silent_front_end_blocks_no_other_and_is_served_when_it_speaks() {
     let rig = Rig::start();
     let mut silent: Vec<_> = (0..3).map(|_| rig.connect()).collect();
     let mut second = rig.connect();
@@ -111,7 +111,7 @@ fn a_front_end_that_says_nothing_keeps_nobody_out_and_is_served_when_it_speaks()
 }
 
 #[test]
-fn more_front_ends_that_say_nothing_than_are_known_at_a_time_keep_nobody_out() {
+fn many_silent_front_ends_block_no_other() {
     let rig = Rig::start();
     let silent: Vec<_> = (0..100).map(|_| rig.connect()).collect();
     synchronise(&mut rig.connect());
@@ -121,12 +121,12 @@ fn more_front_ends_that_say_nothing_than_are_known_at_a_time_keep_nobody_out() {
 }
 
 #[test]
-fn a_front_end_that_stops_in_the_middle_of_a_message_is_disconnected_once_another_one_has_waited() {
+fn a_front_end_stuck_in_a_message_is_disconnected_after_another_has_waited() {
     let rig = Rig::with_patience(Duration::from_millis(50));
     let mut first = rig.connect();
     synchronise(&mut first);
     first.write_all(&message(GET_FEATURES, &[])[..5]).unwrap();
-    // Nobody else wants anything: one that says nothing is nobody.
+    // No other front-end waits: a silent one does not count.
     let _silent = rig.connect();
     thread::sleep(Duration::from_millis(150));
     first.write_all(&message(GET_FEATURES, &[])[5..]).unwrap();
@@ -139,7 +139,7 @@ fn a_front_end_that_stops_in_the_middle_of_a_message_is_disconnected_once_anothe
 }
 
 #[test]
-fn more_silent_front_ends_than_are_known_at_a_time_do_not_hide_the_one_that_waits_for_a_stuck_one() {
+fn many_silent_front_ends_do_not_hide_one_that_waits_for_a_stuck_one() {
     let rig = Rig::with_patience(Duration::from_millis(50));
     let mut stuck = rig.connect();
     synchronise(&mut stuck);
@@ -153,7 +153,7 @@ fn more_silent_front_ends_than_are_known_at_a_time_do_not_hide_the_one_that_wait
 }
 
 #[test]
-fn a_front_end_that_has_spoken_keeps_its_place_when_many_connect() {
+fn a_front_end_that_has_spoken_keeps_its_place_among_many() {
     let rig = Rig::start();
     let mut served = rig.connect();
     synchronise(&mut served);
@@ -169,11 +169,11 @@ fn a_front_end_that_has_spoken_keeps_its_place_when_many_connect() {
 }
 
 #[test]
-fn a_front_end_that_reads_no_replies_is_disconnected_once_another_one_has_waited() {
+fn a_front_end_that_reads_no_replies_is_disconnected_after_another_has_waited() {
     let rig = Rig::with_patience(Duration::from_millis(50));
     let mut first = rig.connect();
     first.set_nonblocking(true).unwrap();
-    // Until the server reads no more because it cannot write.
+    // Until the server cannot write and so reads no more.
     let mut failures = 0;
     while failures < 20 {
         match first.write_all(&message(GET_FEATURES, &[])) {
@@ -189,9 +189,9 @@ fn a_front_end_that_reads_no_replies_is_disconnected_once_another_one_has_waited
     rig.stop();
 }
 
-/// Its guest has the disk, however long it says nothing.
+/// The guest of a silent front-end still has the disk.
 #[test]
-fn a_front_end_that_has_ended_its_message_stays_for_as_long_as_it_likes() {
+fn a_front_end_between_messages_is_never_disconnected() {
     let rig = Rig::with_patience(Duration::from_millis(1));
     let mut first = rig.connect();
     synchronise(&mut first);
@@ -204,7 +204,7 @@ fn a_front_end_that_has_ended_its_message_stays_for_as_long_as_it_likes() {
 }
 
 #[test]
-fn a_front_end_that_breaks_the_protocol_is_disconnected_and_the_next_one_served() {
+fn after_a_protocol_violation_the_next_front_end_is_served() {
     let rig = Rig::start();
     for wrong in [message(1000, &[]), message(8, &[0; 3]), vec![0; 12]] {
         let mut stream = rig.connect();
@@ -215,7 +215,7 @@ fn a_front_end_that_breaks_the_protocol_is_disconnected_and_the_next_one_served(
     rig.stop();
 }
 
-/// The line on a changed device is the only explanation of a guest that has lost its disk.
+/// The line about a changed device is the only explanation when a guest has lost its disk.
 #[test]
 fn a_flood_of_connections_hides_no_error_of_another_kind() {
     let log = LogLimits::new();
@@ -247,7 +247,7 @@ fn a_flood_of_connections_hides_no_error_of_another_kind() {
 #[test]
 fn the_server_ends_while_it_waits_for_a_front_end() {
     let calls = Rig::start().stop();
-    assert_eq!(calls, [Call::Reset], "the I/O is waited for");
+    assert_eq!(calls, [Call::Reset], "the server waits for the I/O");
 }
 
 #[test]
@@ -271,7 +271,7 @@ fn a_server_that_waits_for_its_last_io_leaves_its_socket_to_a_successor() {
 
     drop(io_under_way);
     rig.thread.join().unwrap().unwrap();
-    synchronise(&mut UnixStream::connect(&rig.path).expect("the socket file of the successor is left"));
+    synchronise(&mut UnixStream::connect(&rig.path).expect("the socket file of the successor stays"));
     handle.stop();
     thread.join().unwrap().unwrap();
     assert!(!rig.path.exists());
@@ -291,7 +291,7 @@ fn the_server_ends_in_the_middle_of_a_message() {
 }
 
 #[test]
-fn a_front_end_that_was_passed_connected_is_the_only_one() {
+fn an_inherited_connection_is_the_only_front_end() {
     let (ours, mut theirs) = UnixStream::pair().unwrap();
     let server = Server::from_inherited_fd(ours.as_raw_fd()).unwrap();
     let thread = thread::spawn(move || server.run(&mut FakeDevice::default()));
@@ -302,7 +302,7 @@ fn a_front_end_that_was_passed_connected_is_the_only_one() {
 }
 
 #[test]
-fn a_changed_capacity_is_told_to_the_front_end() {
+fn the_front_end_learns_of_a_changed_capacity() {
     let rig = Rig::start();
     let mut stream = rig.connect();
     let (channel, mut received) = UnixStream::pair().unwrap();
@@ -322,7 +322,7 @@ fn a_changed_capacity_is_told_to_the_front_end() {
     received.read_exact(&mut told).unwrap();
     assert_eq!(told, *[2_u32, 1, 0].map(u32::to_ne_bytes).as_flattened());
 
-    // The second time it is the same: nothing is told, and the channel ends with the server.
+    // The second time the capacity is the same: the server tells nothing, and the channel ends with the server.
     rig.handle.refresh_capacity();
     synchronise(&mut stream);
     rig.stop();
@@ -340,14 +340,14 @@ fn a_change_of_the_capacity_is_noticed_without_a_front_end() {
 }
 
 #[test]
-fn the_size_of_the_disk_is_read_again_before_a_front_end_hears_of_it() {
+fn the_size_of_the_disk_is_read_again_for_each_front_end() {
     let rig = Rig::start();
     for _ in 0..2 {
         let mut stream = rig.connect();
         synchronise(&mut stream);
         assert_eq!(rig.calls.take()[0], Call::RefreshCapacity);
         drop(stream);
-        // The end of the session is recorded, too.
+        // The end of the session is also recorded.
         while !rig.calls.take().contains(&Call::SetMemory(vec![])) {
             thread::yield_now();
         }

@@ -1,4 +1,4 @@
-//! Why a request is refused.
+//! Why the session refuses a request.
 
 use std::error::Error;
 use std::io;
@@ -14,118 +14,119 @@ use super::super::message::MessageError;
 use crate::log_limit::Cause;
 use crate::virtqueue::{InflightError, SharedMemoryError};
 
-/// Why a request is refused: the front-end asks for what makes no sense. Nothing has changed then.
+/// Why the session refuses a request: the front-end asks for something that makes no sense. A refused request changes
+/// nothing.
 ///
-/// What a guest can bring about through a front-end that does nothing wrong is none of these: see
+/// Faults that a guest can cause through a correct front-end are not among these errors: see
 /// [`RingFault`](crate::vhost_user::RingFault) and [`ConfigWriteError`](crate::vhost_user::ConfigWriteError).
 #[derive(Debug, Error)]
 pub enum RequestError {
-    /// It has not the form of a request.
+    /// The message is malformed.
     #[error(transparent)]
     Message(#[from] MessageError),
-    /// It belongs to a protocol feature that the front-end has not accepted.
+    /// The request belongs to a protocol feature that the front-end has not accepted.
     #[error("VHOST_USER_PROTOCOL_F_{feature} was not negotiated")]
     NotNegotiated {
         /// Name of the feature.
         feature: &'static str,
     },
-    /// Protocol features that do not exist here.
+    /// The front-end accepts protocol features that this back-end does not offer.
     #[error("protocol features {bits:#x} were not offered")]
     UnofferedProtocolFeatures {
-        /// Those bits.
+        /// The bits that were not offered.
         bits: u64,
     },
-    /// Features that a driver relies on: of the device, or of its rings and addresses.
+    /// The driver relies on features that the device, its rings or its addressing do not have.
     #[error(
-        "the driver uses features that this server does not offer: {}. If its guest runs, restart the server as it was ({as_it_was}), or \
-         reset the guest's device",
+        "the driver uses features that this server does not offer: {}. If its guest runs, restart the server as before \
+         ({as_it_was}), or reset the guest's device",
         feature_names(*bits)
     )]
     UnofferedFeatures {
-        /// Those bits.
+        /// The bits that were not offered.
         bits: u64,
-        /// What to restart the server with.
+        /// The options with which to restart the server.
         as_it_was: &'static str,
     },
-    /// The driver's features belong to the run of its queues.
-    #[error("other features ({from:#x} to {to:#x}) while vring {index} is started and enabled; stop it first")]
+    /// The driver's features must not change while a queue runs.
+    #[error("the features change from {from:#x} to {to:#x} while vring {index} is started and enabled; stop it first")]
     FeaturesWhileRunning {
         /// Features in force.
         from: u64,
-        /// Features that were to be.
+        /// The new features.
         to: u64,
-        /// A vring that runs.
+        /// A running vring.
         index: usize,
     },
-    /// A vring that the device does not have.
-    #[error("vring {index} does not exist, the device has {count}: a front-end with more needs a larger --num-queues")]
+    /// The device does not have this vring.
+    #[error("vring {index} does not exist: the device has {count}; a front-end with more needs a larger --num-queues")]
     NoSuchVring {
-        /// Its index.
+        /// Index of the vring.
         index: u32,
-        /// How many there are.
+        /// Number of vrings that the device has.
         count: usize,
     },
-    /// It cannot be started yet.
-    #[error("vring {index} is to be started without {missing}")]
+    /// The vring cannot start yet.
+    #[error("vring {index} cannot start: the front-end must send {missing} first")]
     VringIncomplete {
         /// The vring.
         index: usize,
-        /// The request that is missing.
+        /// The missing request.
         missing: &'static str,
     },
-    /// An eventfd that is none.
+    /// The descriptor is not an eventfd.
     #[error("vring {index}: {source}")]
     Eventfd {
         /// The vring.
         index: usize,
-        /// What it is.
+        /// What the descriptor is.
         source: NotAnEventfd,
     },
-    /// The memory table.
+    /// The memory table cannot be used.
     #[error(transparent)]
     Memory(#[from] MemoryTableError),
-    /// The guest was told of another device, by a server before.
+    /// An earlier server told the guest of a different device.
     #[error("{0}")]
     DeviceChanged(Box<dyn Error + Send + Sync>),
-    /// The in-flight region.
+    /// The in-flight region cannot be used.
     #[error(transparent)]
     Inflight(#[from] InflightError),
-    /// An in-flight region for another device.
+    /// The in-flight region belongs to a device of a different shape.
     #[error(
-        "an in-flight region for {queues} queues of {queue_size} descriptors; the device has {max_queues} of at most \
-         {max_queue_size} (--num-queues)"
+        "the in-flight region is for {queues} queues of {queue_size} descriptors; the device has {max_queues} of at \
+         most {max_queue_size} (--num-queues)"
     )]
     InflightShape {
         /// Queues of the region.
         queues: u16,
-        /// Descriptors of each.
+        /// Descriptors of each of these queues.
         queue_size: u16,
         /// Queues of the device.
         max_queues: usize,
-        /// Their largest size.
+        /// Largest size of the device's queues.
         max_queue_size: u16,
     },
-    /// The dirty log.
+    /// The dirty log cannot be used.
     #[error("the dirty log: {0}")]
     Log(#[source] SharedMemoryError),
-    /// A part that no configuration space has.
+    /// The range is outside any configuration space.
     #[error(
-        "{size_bytes} bytes from byte {offset_bytes} of the configuration space on; ask for 1 or more of its first \
-         {VHOST_USER_CONFIG_SIZE}"
+        "{size_bytes} bytes from byte {offset_bytes} of the configuration space: the front-end must ask for 1 or more \
+         of the first {VHOST_USER_CONFIG_SIZE} bytes"
     )]
     ConfigRange {
-        /// Where it begins.
+        /// Where the range begins.
         offset_bytes: u32,
-        /// How long it is.
+        /// Length of the range.
         size_bytes: u32,
     },
-    /// Flags of SET_CONFIG without a meaning.
+    /// SET_CONFIG has flags without a meaning.
     #[error("flags {flags:#x} have no meaning")]
     ConfigFlags {
         /// The flags.
         flags: u32,
     },
-    /// A vring cannot be stopped for somebody who is gone.
+    /// The device does not stop a vring for a front-end that is gone.
     #[error(
         "the front-end is gone; I/O of vring {index} is still under way, and the next front-end does not wait for it"
     )]
@@ -133,18 +134,18 @@ pub enum RequestError {
         /// The vring.
         index: usize,
     },
-    /// The kernel refused.
+    /// A system call failed.
     #[error("{what}: {source}")]
     System {
-        /// What was tried.
+        /// What the session was doing.
         what: &'static str,
-        /// The kernel's answer.
+        /// The kernel's error.
         source: io::Error,
     },
 }
 
 impl RequestError {
-    /// The cause for the limits of log lines: what is wrong, without the values.
+    /// The cause for rate limits of log lines: the kind of error without its values.
     pub(in crate::vhost_user) fn cause(&self) -> Cause {
         match self {
             Self::Message(error) => Cause::new((discriminant(self), discriminant(error))),
@@ -157,12 +158,12 @@ impl RequestError {
         }
     }
 
-    /// Whether the connection can go on when the front-end is told. After a message that is none, it cannot, nor when nobody is
-    /// there.
+    /// Whether the session can tell the front-end and go on. It cannot after a malformed message, or when the front-end
+    /// is gone.
     pub(super) fn is_answerable(&self) -> bool {
         match self {
             Self::Message(error) => error.is_request(),
-            // What it has said after that is not to be carried out.
+            // The session must not carry out the messages that follow.
             Self::FrontEndGone { .. } | Self::DeviceChanged(_) => false,
             _ => true,
         }

@@ -1,6 +1,6 @@
-//! The in-flight region: what the front-end keeps for the next process of the server.
+//! The in-flight region, which the front-end keeps for the next process of the server.
 //!
-//! Besides the requests under way it keeps what the driver has set, and what the guest was told of the device.
+//! Besides the requests under way the region holds the driver's settings, and what the guest was told of the device.
 
 use std::os::fd::OwnedFd;
 
@@ -18,8 +18,9 @@ impl Session<'_> {
         }
     }
 
-    /// Keeps what the driver was told and has accepted, for the next process. Not before it has accepted features in this session, and
-    /// not before it was told what has changed: until then what an earlier process recorded counts.
+    /// Records what the driver was told and has accepted, for the next process. Records nothing before the driver has
+    /// accepted features in this session and the front-end has been told of changes: until then the record of an
+    /// earlier process counts.
     pub(super) fn keep_record(&self) {
         if let Some(region) = &self.inflight
             && self.negotiation.has_driver_features()
@@ -29,16 +30,17 @@ impl Session<'_> {
         }
     }
 
-    /// Not earlier: QEMU looks at a changed configuration only while its device runs, and until 8.0 it would take the answer to its
-    /// question for that to another request, for which it waits while the device starts.
+    /// Tells the front-end of a changed configuration once its device runs, and not earlier. QEMU looks at a changed
+    /// configuration only while its device runs. Up to 8.0, QEMU would also take the answer to its question for the
+    /// answer to another request, for which it waits while the device starts.
     pub(super) fn announce_if_due(&mut self, is_running: bool) {
         if is_running && std::mem::take(&mut self.is_announcement_due) {
-            info!("the disk has grown since the guest heard of its size: it is told");
+            info!("configuration change announced: the disk has grown since the guest last read its size");
             self.notify_config_change();
         }
     }
 
-    /// Makes a region. It is used when the front-end gives it back, which some never do.
+    /// Makes a region. The session uses it only when the front-end sends it back, which some front-ends never do.
     pub(super) fn get_inflight_fd(
         &self,
         asked: InflightDescription,
@@ -49,10 +51,11 @@ impl Session<'_> {
         Ok((made.to_bytes(), Some(file.fd)))
     }
 
-    /// Counts for vrings that start from now on. What the driver had set is taken up at once: a region that an earlier
-    /// process used comes before the vrings whose requests depend on it.
+    /// Sets the region for vrings that start from now on. Restores the driver's settings at once: a front-end sends a
+    /// region of an earlier process before the vrings whose requests depend on the settings.
     ///
-    /// A guest that was told of another device gets nothing executed: the session ends, and the front-end can come again.
+    /// If the guest was told of a different device, the session ends before anything is executed, and the front-end can
+    /// connect again.
     pub(super) fn set_inflight_fd(
         &mut self,
         given: InflightDescription,
@@ -62,7 +65,7 @@ impl Session<'_> {
         self.negotiation.require(VhostUserProtocolFeatures::INFLIGHT_SHMFD, "INFLIGHT_SHMFD")?;
         let InflightDescription { size_bytes, offset_bytes, queues, queue_size, .. } = given;
         let region = InflightRegion::from_fd(fd, offset_bytes, size_bytes, queues, queue_size)?;
-        // First: it says more than that the region is one for more queues.
+        // This check goes first, because its error says more than the error about the number of queues.
         let record = region.device_record();
         let is_news = record.map(|record| self.device.compare_record(&record, queues)).transpose();
         let is_news = is_news.map_err(RequestError::DeviceChanged)?.unwrap_or(false);

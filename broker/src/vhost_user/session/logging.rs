@@ -9,28 +9,28 @@ use vhost::vhost_user::message::VhostUserProtocolFeatures;
 use super::{RequestError, Session};
 use crate::virtqueue::DirtyLog;
 
-/// Whether and where pages are logged.
+/// Whether and where the device logs pages.
 ///
-/// QEMU turns logging on in one order while rings run (SET_LOG_BASE, SET_FEATURES) and in another when it starts a
-/// device during a migration: SET_FEATURES with VHOST_F_LOG_ALL, the rings, and SET_LOG_BASE last. In between, rings
-/// are held: a page that was written and not logged would be lost.
+/// QEMU uses one order of messages to turn logging on while rings run (SET_LOG_BASE, SET_FEATURES) and another when it
+/// starts a device during a migration: SET_FEATURES with VHOST_F_LOG_ALL, the rings, and SET_LOG_BASE last. In between,
+/// the session holds the rings, because pages that are written and not logged would be lost.
 #[derive(Debug, Default)]
 pub(super) struct Logging {
-    /// VHOST_F_LOG_ALL was accepted.
+    /// The front-end accepted VHOST_F_LOG_ALL.
     is_wanted: bool,
     log: Option<Arc<DirtyLog>>,
-    /// The device has been given the log.
+    /// The device has the log.
     is_in_force: bool,
 }
 
 impl Session<'_> {
-    /// Turns logging on or off. In force when this returns.
+    /// Turns logging on or off. The change is in force when this returns.
     pub(super) fn set_log_all(&mut self, is_wanted: bool) {
         if is_wanted && !self.negotiation.has(VhostUserProtocolFeatures::LOG_SHMFD) {
-            warn!("VHOST_F_LOG_ALL without VHOST_USER_PROTOCOL_F_LOG_SHMFD: there is no log, nothing is logged");
+            warn!("nothing is logged: VHOST_F_LOG_ALL without VHOST_USER_PROTOCOL_F_LOG_SHMFD, so there is no log");
         }
         if is_wanted != self.logging.is_wanted {
-            info!(is_wanted, "logging of dirty pages");
+            info!(is_wanted, "logging of dirty pages switched");
         }
         self.logging.is_wanted = is_wanted;
         if is_wanted {
@@ -41,8 +41,8 @@ impl Session<'_> {
         self.apply_enabled_to_all();
     }
 
-    /// Takes a log, also in exchange for the one in force: then every later page is in the new one. Gives the body of the
-    /// reply, which is the description again (rust-vmm's front-ends check its size).
+    /// Takes a log, possibly in exchange for the one in force: then the device marks every later page in the new log.
+    /// Returns the body of the reply, which repeats the description (rust-vmm's front-ends check its size).
     pub(super) fn set_log_base(
         &mut self,
         size_bytes: u64,
@@ -61,14 +61,14 @@ impl Session<'_> {
         Ok([size_bytes, offset_bytes].into_iter().flat_map(u64::to_ne_bytes).collect())
     }
 
-    /// Whether rings must not run because their pages could not be logged.
+    /// Whether rings must not run because the device could not log their pages.
     pub(super) fn are_rings_held(&self) -> bool {
         self.logging.is_wanted
             && self.logging.log.is_none()
             && self.negotiation.has(VhostUserProtocolFeatures::LOG_SHMFD)
     }
 
-    /// After the last ring has stopped, QEMU frees the log and says nothing: what comes next is a new one.
+    /// After the last ring has stopped, QEMU frees the log without a message; later it sends a new one.
     pub(super) fn forget_log_if_all_stopped(&mut self) {
         if !self.vrings.iter().any(|vring| vring.is_started) {
             self.forget_log();

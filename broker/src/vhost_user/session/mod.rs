@@ -1,7 +1,7 @@
-//! The session with one front-end: the state that its messages build, and what they make the device do.
+//! The session with one front-end: the state that its messages build, and the calls that they cause to the device.
 //!
-//! A request is checked completely before anything changes. What the front-end may get wrong without harm is tolerated
-//! where known front-ends do so, and the place says which.
+//! The session checks a request completely before it changes anything. It tolerates harmless mistakes that known
+//! front-ends make, and a comment at each such place names the front-end.
 
 mod config;
 mod error;
@@ -34,30 +34,30 @@ use super::message::{InflightDescription, RegionDescription, Reply, Request};
 use crate::log_limit::{Cause, LogLimits};
 use crate::virtqueue::InflightRegion;
 
-/// What became of a request that is not refused.
+/// The outcome of a request that the session does not refuse.
 enum Answer {
-    /// It is carried out, and has no reply of its own.
+    /// The session has carried it out, and it has no reply of its own.
     Done,
-    /// The body of its own reply, and a descriptor that goes with it.
+    /// The body of the request's own reply, and a descriptor that goes with it.
     Reply(Vec<u8>, Option<OwnedFd>),
-    /// The guest's driver asked for it, and the front-end passed that on. VMMs (QEMU, Cloud Hypervisor, crosvm) print an error
-    /// when they are told, and go on.
+    /// The device refused a request of the guest's driver that the front-end passed on. VMMs (QEMU, Cloud Hypervisor,
+    /// crosvm) print an error when the back-end reports it, and go on.
     RefusedToDriver(ConfigWriteError),
 }
 
-/// What a request that is refused is answered with, whether an acknowledgement is asked for or not.
+/// The reply to a refused request, regardless of whether the front-end asks for an acknowledgement.
 enum OwnReply {
     /// The request has no reply of its own.
     None,
-    /// The reply has a value for "no", in this body.
+    /// The reply can express a refusal, with this body.
     Refusal(Vec<u8>),
-    /// The reply has no value for "no": a front-end that got one would go on with a wrong answer.
+    /// The reply cannot express a refusal: the front-end would go on with a wrong answer.
     CannotRefuse,
 }
 
 /// The session with one front-end, from connection to disconnection.
 ///
-/// When it is dropped, the device learns that the front-end is gone.
+/// Dropping the session tells the device that the front-end is gone.
 pub struct Session<'d> {
     device: &'d mut dyn Device,
     negotiation: Negotiation,
@@ -66,19 +66,20 @@ pub struct Session<'d> {
     inflight: Option<InflightRegion>,
     logging: Logging,
     channel: Option<BackendChannel>,
-    /// The front-end is to be told that the configuration has changed, once its device runs.
+    /// The session must tell the front-end that the configuration has changed, once its device runs.
     is_announcement_due: bool,
-    /// The driver before had set something that this one has to set again, unless the in-flight region says so.
+    /// A previous driver had settings that this one has to make again, unless the in-flight region has them.
     has_forgotten_settings: bool,
     last_request: Option<u32>,
-    /// A guest causes some of them at will, and a front-end the others.
+    /// Limits the log lines about refusals, which a guest or a front-end can cause at any rate.
     refusals: LogLimits,
 }
 
 impl<'d> Session<'d> {
-    /// A session in which nothing was said yet.
+    /// A session before the first message.
     pub fn new(device: &'d mut dyn Device) -> Self {
-        // What an earlier front-end had under way was logged for it until now: it may have come back.
+        // Until now the device logged the requests of an earlier front-end for it, because that front-end may come
+        // back.
         device.set_dirty_log(None);
         let has_forgotten_settings = device.driver_settings() != 0;
         device.forget_driver();
@@ -98,11 +99,12 @@ impl<'d> Session<'d> {
         }
     }
 
-    /// Does what a message says. Gives the reply to send, if it has one.
+    /// Handles a message. Returns the reply to send, if there is one.
     ///
     /// # Errors
     ///
-    /// The connection must end: the message is none, or a request is refused and the front-end cannot be told.
+    /// The connection must end: the message is malformed, or the session refuses a request and cannot tell the
+    /// front-end.
     pub fn handle(&mut self, message: Message) -> Result<Option<Reply>, SessionError> {
         let Message { header, body, fds } = message;
         let request = header.request;
@@ -117,7 +119,7 @@ impl<'d> Session<'d> {
             Ok(Answer::Done) => return Ok(is_ack_wanted.then(|| Reply::number(request, 0))),
             Ok(Answer::RefusedToDriver(error)) => {
                 if let Some(total) = self.refusals.count(cause(request, discriminant(&error))) {
-                    warn!(request = request_name(request), %error, total, "the driver's request is refused");
+                    warn!(request = request_name(request), %error, total, "driver's request refused");
                 }
                 return Ok(is_ack_wanted.then(|| Reply::number(request, 1)));
             }
@@ -138,27 +140,27 @@ impl<'d> Session<'d> {
         Ok(refusal)
     }
 
-    /// Tells the front-end that the configuration space has changed, if it can be told.
+    /// Tells the front-end that the configuration space has changed, if the front-end has a channel for it.
     pub fn notify_config_change(&self) {
         match &self.channel {
             Some(channel) if self.negotiation.has(VhostUserProtocolFeatures::CONFIG) => channel.config_changed(),
-            _ => debug!("the front-end cannot be told that the configuration changed"),
+            _ => debug!("configuration change not announced: the front-end has no channel for it"),
         }
         self.keep_record();
     }
 
-    /// What the server should say of a front-end that has left just now.
-    pub fn farewell(&self) -> Option<String> {
+    /// Why a front-end that has just left may have done so, for a line in the log.
+    pub fn departure_hint(&self) -> Option<String> {
         let queues = self.vrings.len();
         (self.last_request == Some(FrontendReq::GET_QUEUE_NUM.into())).then(|| {
             format!(
-                "it left on learning that the device has {queues} queues; a front-end that needs more queues does so each time it \
-                 reconnects: start the server with as many as before (--num-queues)"
+                "it left on learning that the device has {queues} queues; a front-end that needs more queues does so \
+                 each time it connects (start the server with as many as before: --num-queues)"
             )
         })
     }
 
-    /// Asks the device for the capacity again, and tells the front-end if it changed.
+    /// Makes the device read its capacity again, and tells the front-end if it changed.
     pub fn refresh_capacity(&mut self) {
         if refresh_capacity(self.device) {
             self.notify_config_change();
@@ -223,7 +225,8 @@ impl<'d> Session<'d> {
             Request::SetLogBase { size_bytes, offset_bytes } => {
                 return self.set_log_base(size_bytes, offset_bytes, fds.next()).map(|body| Answer::Reply(body, None));
             }
-            // An eventfd to be signalled for each mark in the log. QEMU does not send it and nobody needs it.
+            // An eventfd that the device could signal for each mark in the log. QEMU does not send it and no known
+            // front-end needs it.
             Request::SetLogFd => {}
 
             Request::GetConfig { offset_bytes, size_bytes, flags } => {
@@ -239,8 +242,9 @@ impl<'d> Session<'d> {
         Ok(Answer::Done)
     }
 
-    /// The front-end begins: as a rule on a new connection, which has nothing yet. QEMU also begins again on an old one,
-    /// when the device was unplugged and is plugged in again; it has then forgotten the memory that it had shared.
+    /// Handles SET_OWNER. The front-end usually sends it on a new connection, which has no state yet. QEMU also sends
+    /// it on an old connection when its user unplugs the device and plugs it in again; QEMU has then forgotten the
+    /// memory that it had shared.
     fn begin(&mut self) {
         if !self.vrings.iter().any(|vring| vring.is_started) && !self.memory.is_empty() {
             self.set_memory(MemoryTable::default());
@@ -255,25 +259,25 @@ impl<'d> Session<'d> {
         Ok(())
     }
 
-    /// Vrings that run keep the guest addresses they were started with.
+    /// Running vrings keep the guest addresses that they started with.
     fn set_memory(&mut self, table: MemoryTable) {
         self.device.set_memory(table.memory());
         self.memory = table;
     }
 }
 
-/// The cause for the limits of log lines: what is wrong with which request. All unknown requests are one.
+/// The cause for rate limits of log lines: what is wrong with which request. All unknown requests count as one.
 fn cause(request: u32, wrong: impl Hash) -> Cause {
     let known = FrontendReq::try_from(request).is_ok().then_some(request);
     Cause::new((known, wrong))
 }
 
-/// Asks the device for its capacity again. True: it has changed.
+/// Makes the device read its capacity again. True: it has changed.
 pub(super) fn refresh_capacity(device: &mut dyn Device) -> bool {
     match device.refresh_capacity() {
         Ok(is_other) => is_other,
         Err(error) => {
-            warn!(error, "the disk keeps its size");
+            warn!(error, "disk keeps its size: the new size cannot be used");
             false
         }
     }
@@ -282,8 +286,9 @@ pub(super) fn refresh_capacity(device: &mut dyn Device) -> bool {
 impl Drop for Session<'_> {
     fn drop(&mut self) {
         self.device.abandon();
-        // The memory of a guest that is gone must not stay allocated because it is mapped here. What is under way keeps
-        // it until it ends, and is logged until then: a guest that migrates may have lost no more than its connection.
+        // The memory of a gone guest must not stay allocated because this process maps it. Requests under way keep the
+        // memory until they end, and the device logs them until then: a migrating guest may have lost only its
+        // connection.
         self.set_memory(MemoryTable::default());
     }
 }
@@ -292,14 +297,15 @@ fn number(number: u64) -> Result<Answer, RequestError> {
     Ok(Answer::Reply(number.to_ne_bytes().to_vec(), None))
 }
 
-/// How a request is answered whether the front-end sets the flag or not.
+/// The refusal of a request, regardless of whether the front-end asks for an acknowledgement.
 fn own_reply(request: &Request) -> OwnReply {
     match *request {
-        // The specification, VHOST_USER_GET_CONFIG: a payload of length zero is an error. QEMU and the vhost crate take it so.
+        // The specification, VHOST_USER_GET_CONFIG: a payload of length zero is an error. QEMU and the vhost crate
+        // treat it so.
         Request::GetConfig { offset_bytes, flags, .. } => {
             OwnReply::Refusal([offset_bytes, 0, flags].into_iter().flat_map(u32::to_ne_bytes).collect())
         }
-        // A region of no bytes. QEMU goes on without one; the vhost crate misses the descriptor.
+        // A region of no bytes. QEMU goes on without a region; the vhost crate reports the missing descriptor.
         Request::GetInflightFd(asked) => {
             OwnReply::Refusal(InflightDescription { size_bytes: 0, offset_bytes: 0, ..asked }.to_bytes())
         }

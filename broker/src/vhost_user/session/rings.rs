@@ -1,12 +1,12 @@
-//! Vrings: set-up, start, stop.
+//! Set-up, start and stop of vrings.
 //!
-//! A ring starts with SET_VRING_KICK and stops with GET_VRING_BASE. Some front-ends set a ring up anew without having
+//! A ring starts with SET_VRING_KICK and stops with GET_VRING_BASE. Some front-ends set up a ring again without having
 //! stopped it (Cloud Hypervisor after a reset of the guest): the first message that would change a started ring stops
 //! it, and the SET_VRING_KICK that follows starts it again.
 //!
-//! Size and addresses of a ring are the driver's, and no front-end checks them all. So they are taken as they come and looked at
-//! when the ring is to start. If it cannot run with them ([`RingFault`]), the ring is broken: the request succeeds, the error
-//! eventfd is signalled, and the next set-up of the ring starts it.
+//! The driver chooses size and addresses of a ring, and no front-end checks them all. So the session stores them
+//! unchecked and checks them when the ring starts. If the ring cannot run with them ([`RingFault`]), it is broken: the
+//! request succeeds, the device signals the error eventfd, and the next set-up of the ring starts it.
 
 use std::os::fd::OwnedFd;
 
@@ -24,7 +24,7 @@ use super::{RequestError, Session};
 use crate::log_limit::Cause;
 use crate::virtqueue::{InflightQueue, QueueSetup};
 
-/// The parts of a split ring: fixed bytes, bytes for each descriptor, and bytes that are there with
+/// The parts of a split ring: fixed bytes, bytes for each descriptor, and bytes that exist only with
 /// VIRTIO_RING_F_EVENT_IDX (VIRTIO 1.2, 2.7).
 const DESC_TABLE: RingPart =
     RingPart { name: "descriptor table", alignment_bytes: 16, fixed_bytes: 0, entry_bytes: 16, event_bytes: 0 };
@@ -71,7 +71,7 @@ impl Session<'_> {
         Ok(())
     }
 
-    /// For a ring that runs, the same addresses again only turn the logging of its used ring on or off.
+    /// For a running ring, the same addresses again only turn the logging of its used ring on or off.
     pub(super) fn set_vring_addr(&mut self, address: VringAddress) -> Result<(), RequestError> {
         let index = self.vring_index(address.index)?;
         let VringAddress { desc_table, avail_ring, used_ring, used_log_gpa, .. } = address;
@@ -95,7 +95,7 @@ impl Session<'_> {
         Ok(())
     }
 
-    /// Starts the ring, or exchanges the eventfd of one that runs.
+    /// Starts the ring, or exchanges the eventfd of a running one.
     pub(super) fn set_vring_kick(&mut self, index: u32, fd: Option<OwnedFd>) -> Result<(), RequestError> {
         let index = self.vring_index(index)?;
         let kick = adopt(index, fd)?;
@@ -126,12 +126,12 @@ impl Session<'_> {
         Ok(())
     }
 
-    /// Says so once, when it is known that the front-end has not brought them along.
+    /// Warns once, when a ring starts and the front-end has not restored the settings.
     fn note_forgotten_settings(&mut self) {
         if std::mem::take(&mut self.has_forgotten_settings) && self.device.driver_settings() == 0 {
             warn!(
-                "the write cache is on: the guest of the front-end before had turned it off, and this front-end has given no \
-                 in-flight region that says so. If the guest is the same, turn it off again there"
+                "the write cache is on: the guest of the previous front-end had turned it off, and this front-end has \
+                 sent no in-flight region with that setting (if it is the same guest, turn the cache off again there)"
             );
         }
     }
@@ -175,11 +175,11 @@ impl Session<'_> {
             }
             Some(queue) => Ok(Some(queue)),
             None => {
-                // A guest that resets its device starts it again and again.
+                // A guest that resets its device starts the ring again and again.
                 if let Some(total) = self.refusals.count(Cause::new("in-flight region without the vring")) {
                     warn!(
                         index,
-                        total, "the front-end's in-flight region has no part for this vring: it is not tracked"
+                        total, "vring not tracked: the front-end's in-flight region has no part for it"
                     );
                 }
                 Ok(None)
@@ -220,7 +220,7 @@ impl Session<'_> {
         Ok(())
     }
 
-    /// Also for a ring that was never set up: QEMU enables all of them, whatever the driver uses.
+    /// Also works for a ring that was never set up: QEMU enables all rings, regardless of which ones the driver uses.
     pub(super) fn set_vring_enable(&mut self, index: u32, is_enabled: bool) -> Result<(), RequestError> {
         let index = self.vring_index(index)?;
         self.vrings[index].enabled = Some(is_enabled);
@@ -235,7 +235,8 @@ impl Session<'_> {
         self.apply_enabled_to_all();
     }
 
-    /// Stops the ring and gives the body of the reply: where it stopped. A ring that is broken stopped where it began.
+    /// Stops the ring and returns the body of the reply: the index at which it stopped. A broken ring stopped where it
+    /// began.
     pub(super) fn get_vring_base(&mut self, index: u32) -> Result<Vec<u8>, RequestError> {
         let at = self.vring_index(index)?;
         if self.vrings[at].is_started || self.vrings[at].is_broken {
@@ -250,8 +251,9 @@ impl Session<'_> {
         (0..self.vrings.len()).try_for_each(|index| self.stop(index))
     }
 
-    /// After the driver's reset, with all rings stopped: what their regions still have in flight could not be answered and
-    /// belongs to nobody now. The rings of a vring that has not run in this session may still be waited for by their driver.
+    /// Clears the in-flight records after the driver's reset, with all rings stopped. The device cannot answer these
+    /// requests any more, and no driver waits for them. It keeps the records of a vring that has not run in this
+    /// session, because its driver may still wait.
     pub(super) fn begin_inflight_again(&mut self) {
         let Some(region) = &self.inflight else { return };
         for (index, vring) in self.vrings.iter_mut().enumerate() {
@@ -280,7 +282,7 @@ impl Session<'_> {
         }
     }
 
-    /// Tells the device whether a started ring is enabled, if that is news.
+    /// Tells the device whether a started ring is enabled, if that has changed.
     fn apply_enabled(&mut self, index: usize) {
         let is_held = self.are_rings_held();
         let vring = &mut self.vrings[index];

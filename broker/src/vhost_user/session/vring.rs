@@ -1,4 +1,4 @@
-//! What the front-end has said of one vring.
+//! The state of one vring that the front-end's messages build.
 
 use vmm_sys_util::eventfd::EventFd;
 
@@ -10,32 +10,33 @@ pub(super) struct RingAddresses {
     pub(super) used_ring: u64,
 }
 
-/// One vring. What is said while it is stopped counts when it starts.
+/// One vring. Messages to a stopped vring take effect when it starts.
 #[derive(Debug, Default)]
 pub(super) struct Vring {
-    /// As the front-end gave it, which is as the driver chose it: any number.
+    /// As the driver chose it and the front-end passed it on: any number.
     pub(super) size: Option<u32>,
-    /// The same: they may be anywhere.
+    /// As the driver chose them: any addresses.
     pub(super) addresses: Option<RingAddresses>,
     pub(super) used_log_gpa: Option<u64>,
-    /// Where the ring starts, or where it stopped. Out of date while it is started.
+    /// The index at which the ring starts or stopped. Out of date while the ring is started.
     pub(super) next_avail: u16,
-    /// Kept when the ring stops: front-ends do not all send them again.
+    /// Kept when the ring stops: not all front-ends send them again.
     pub(super) call: Option<EventFd>,
     pub(super) err: Option<EventFd>,
-    /// What SET_VRING_ENABLE said, if it was sent.
+    /// The value of the last SET_VRING_ENABLE.
     pub(super) enabled: Option<bool>,
     pub(super) is_started: bool,
-    /// It was to start, and its driver's set-up made that impossible. For the front-end it is started.
+    /// The front-end started the ring, but the driver's set-up made that impossible. The front-end takes the ring for
+    /// started.
     pub(super) is_broken: bool,
-    /// The in-flight region has records of this session for it.
+    /// The in-flight region has records of this session for the ring.
     pub(super) is_tracked: bool,
-    /// What the device was told. False whenever the ring is not started.
+    /// What the session told the device. False whenever the ring is not started.
     pub(super) is_enabled_in_device: bool,
 }
 
 impl Vring {
-    /// As it was before the front-end said anything, but for its eventfds.
+    /// Returns to the state before the first message, but keeps the eventfds.
     pub(super) fn reset(&mut self) {
         *self = Self { call: self.call.take(), err: self.err.take(), ..Self::default() };
     }

@@ -16,7 +16,7 @@ fn config(offset_bytes: u32, size_bytes: u32, flags: u32, bytes: &[u8]) -> Vec<u
 fn any_part_of_the_configuration_space_can_be_read_and_it_ends_in_zeroes() {
     with_session(|rig| {
         assert_eq!(rig.ask(Code::GET_CONFIG, config(8, 4, 0, &[0; 4])), config(8, 4, 0, &[8, 9, 10, 11]));
-        // Without room for the answer, and with the flag that crosvm sets.
+        // Without room for the reply, and with the flag that crosvm sets.
         assert_eq!(rig.ask(Code::GET_CONFIG, config(58, 4, 1, &[])), config(58, 4, 1, &[58, 59, 0, 0]));
         let whole = rig.ask(Code::GET_CONFIG, config(0, 256, 0, &[0; 256]));
         assert_eq!(whole.len(), 12 + 256);
@@ -25,14 +25,14 @@ fn any_part_of_the_configuration_space_can_be_read_and_it_ends_in_zeroes() {
 }
 
 #[test]
-fn the_configuration_space_can_be_counted_from_where_that_of_virtio_mmio_begins() {
+fn offsets_may_count_from_the_configuration_space_of_virtio_mmio() {
     with_session(|rig| {
         assert_eq!(rig.ask(Code::GET_CONFIG, config(256 + 8, 4, 1, &[0; 4])), config(256 + 8, 4, 1, &[8, 9, 10, 11]));
     });
 }
 
 #[test]
-fn the_driver_writes_what_is_writable_and_nothing_else() {
+fn the_driver_writes_only_writable_fields() {
     with_session(|rig| {
         rig.ok(Code::SET_CONFIG, config(32, 1, 0, &[0]), []);
         assert_eq!(rig.calls.take(), [Call::WriteConfig(32, vec![0])]);
@@ -41,9 +41,9 @@ fn the_driver_writes_what_is_writable_and_nothing_else() {
     });
 }
 
-/// VMMs pass on what a driver writes: QEMU any value of `writeback`, crosvm any value anywhere.
+/// VMMs pass on what a driver writes: QEMU any value of `writeback`, crosvm any value at any offset.
 #[test]
-fn what_a_driver_writes_in_vain_is_answered_with_no_and_never_ends_the_connection() {
+fn a_refused_write_of_the_driver_never_ends_the_connection() {
     let wide = [1; 16];
     with_session(|rig| {
         for (offset_bytes, bytes) in [
@@ -67,9 +67,9 @@ fn what_a_driver_writes_in_vain_is_answered_with_no_and_never_ends_the_connectio
     });
 }
 
-/// The size of the answer says no. crosvm passes on where the driver reads.
+/// The size in the reply expresses the refusal. crosvm passes on any offset that the driver reads from.
 #[test]
-fn a_part_of_the_configuration_space_that_cannot_be_is_answered_with_no_bytes() {
+fn an_invalid_range_of_the_configuration_space_is_answered_with_no_bytes() {
     with_session(|rig| {
         for (offset_bytes, size_bytes) in [(0, 0), (4096, 1), (4000, 97), (u32::MAX, 1), (1, u32::MAX)] {
             let body = config(offset_bytes, size_bytes, 1, &[]);
@@ -80,7 +80,7 @@ fn a_part_of_the_configuration_space_that_cannot_be_is_answered_with_no_bytes() 
 }
 
 #[test]
-fn what_the_driver_wrote_is_kept_in_the_in_flight_region_for_the_next_process() {
+fn the_in_flight_region_keeps_what_the_driver_wrote_for_the_next_process() {
     let region = memfd(1 << 16);
     let description = [words(&[1 << 16, 0]), vec![1, 0, 0, 1, 0, 0, 0, 0]].concat();
     let give = |rig: &mut Rig<'_>| {
@@ -97,7 +97,7 @@ fn what_the_driver_wrote_is_kept_in_the_in_flight_region_for_the_next_process() 
     });
     with_session(|rig| {
         assert_eq!(give(rig), []);
-        // What was written before there is a region is kept in it, too.
+        // The region also keeps what the driver wrote before the session had a region.
         rig.ok(Code::SET_CONFIG, config(32, 1, 0, &[0]), []);
     });
     with_session(|rig| {
@@ -109,7 +109,7 @@ fn what_the_driver_wrote_is_kept_in_the_in_flight_region_for_the_next_process() 
 }
 
 #[test]
-fn a_migration_writes_only_what_differs() {
+fn a_migration_writes_only_changed_bytes() {
     with_session(|rig| {
         let mut space: Vec<u8> = (0..60).collect();
         for flags in [1, 2] {
@@ -128,12 +128,12 @@ fn a_migration_writes_only_what_differs() {
 }
 
 #[test]
-fn the_front_end_is_told_of_a_change_over_its_channel_without_being_waited_for() {
+fn the_announcement_of_a_change_never_waits_for_the_front_end() {
     with_session(|rig| {
         rig.session.notify_config_change();
         let (ours, mut theirs) = UnixStream::pair().unwrap();
         rig.ok(Code::SET_BACKEND_REQ_FD, [], [ours.into()]);
-        // More than the socket holds: nobody reads.
+        // More than the socket holds, because the front-end does not read.
         for _ in 0..10_000 {
             rig.session.notify_config_change();
         }
@@ -153,7 +153,7 @@ fn new_region(rig: &mut Rig<'_>) -> (Vec<u8>, OwnedFd) {
     (body, fd.expect("a region"))
 }
 
-/// Runs `test` with a session, protocol features negotiated, with a device that records this.
+/// Runs `test` with a session, protocol features negotiated, on a device with this record.
 fn with_device_that_records(record: &[u8], is_resized: bool, test: impl FnOnce(&mut Rig<'_>)) {
     let mut device = FakeDevice::default();
     device.record = record.to_vec();
@@ -166,7 +166,7 @@ fn with_device_that_records(record: &[u8], is_resized: bool, test: impl FnOnce(&
 }
 
 #[test]
-fn a_guest_that_was_told_of_another_device_is_not_served_and_goes_on_with_the_right_one() {
+fn a_guest_is_only_served_by_the_device_that_it_was_told_of() {
     let mut region = None;
     with_device_that_records(b"one", false, |rig| {
         rig.ok(Code::SET_FEATURES, words(&[PROTOCOL_FEATURES]), []);
@@ -183,7 +183,7 @@ fn a_guest_that_was_told_of_another_device_is_not_served_and_goes_on_with_the_ri
             let error = rig.session.handle(given).unwrap_err().to_string();
             assert_eq!(
                 error, "SET_INFLIGHT_FD: another device",
-                "the session ends, whatever the front-end would make of a no"
+                "the session ends, regardless of how the front-end would handle a refusal"
             );
             assert_eq!(rig.calls.take(), []);
         });
@@ -210,7 +210,7 @@ fn nothing_is_recorded_before_the_driver_has_accepted_features() {
 }
 
 #[test]
-fn a_guest_hears_of_a_disk_that_grew_while_it_had_no_server_once_its_device_runs() {
+fn a_running_guest_learns_that_its_disk_grew_while_it_had_no_server() {
     let mut region = None;
     with_device_that_records(b"one", false, |rig| {
         rig.ok(Code::SET_FEATURES, words(&[PROTOCOL_FEATURES]), []);
@@ -235,7 +235,7 @@ fn a_guest_hears_of_a_disk_that_grew_while_it_had_no_server_once_its_device_runs
 }
 
 #[test]
-fn what_one_driver_wrote_is_forgotten_when_the_next_front_end_comes() {
+fn the_next_front_end_starts_without_the_previous_drivers_settings() {
     let mut device = FakeDevice::default();
     let calls = device.calls.clone();
     for _ in 0..2 {
@@ -248,16 +248,13 @@ fn what_one_driver_wrote_is_forgotten_when_the_next_front_end_comes() {
 }
 
 #[test]
-fn a_front_end_that_leaves_when_it_hears_of_too_few_queues_gets_a_line_that_names_the_option() {
+fn a_front_end_that_leaves_for_lack_of_queues_gets_a_line_with_the_option() {
     with_session(|rig| {
-        assert_eq!(rig.session.farewell(), None);
+        assert_eq!(rig.session.departure_hint(), None);
         rig.ask_number(Code::GET_QUEUE_NUM);
-        let farewell = rig.session.farewell().expect("something to say");
-        assert!(
-            farewell.contains("learning that the device has 3 queues") && farewell.contains("--num-queues"),
-            "{farewell}"
-        );
+        let hint = rig.session.departure_hint().expect("a hint");
+        assert!(hint.contains("learning that the device has 3 queues") && hint.contains("--num-queues"), "{hint}");
         rig.ok(Code::SET_OWNER, [], []);
-        assert_eq!(rig.session.farewell(), None);
+        assert_eq!(rig.session.departure_hint(), None);
     });
 }

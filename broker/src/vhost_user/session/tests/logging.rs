@@ -8,7 +8,7 @@ impl Rig<'_> {
     fn set_log_base(&mut self) {
         let body = words(&[LOG_BYTES, 0]);
         let reply = self.send(Code::SET_LOG_BASE, &body, [memfd(LOG_BYTES)]).unwrap().expect("a reply");
-        // rust-vmm's front-ends expect the description, QEMU anything.
+        // rust-vmm's front-ends expect the description; QEMU accepts any body.
         assert_eq!(reply.body, body);
     }
 
@@ -19,7 +19,7 @@ impl Rig<'_> {
 }
 
 #[test]
-fn logging_goes_on_and_off_while_rings_run() {
+fn logging_is_switched_while_rings_run() {
     with_session(|rig| {
         rig.run(0);
         rig.set_log_base();
@@ -45,9 +45,9 @@ fn a_log_is_exchanged_while_rings_run() {
     });
 }
 
-/// What QEMU does when a guest's driver starts during a migration.
+/// The messages of QEMU when a guest's driver starts during a migration.
 #[test]
-fn rings_that_start_before_there_is_a_log_are_held_until_it_comes() {
+fn rings_that_start_before_the_log_arrives_are_held_until_then() {
     with_session(|rig| {
         rig.add_memory();
         rig.set_log_all(true);
@@ -62,7 +62,7 @@ fn rings_that_start_before_there_is_a_log_are_held_until_it_comes() {
 }
 
 #[test]
-fn rings_that_run_when_logging_is_asked_for_without_a_log_are_held_and_go_on_without_logging() {
+fn logging_without_a_log_holds_running_rings_until_it_is_off() {
     with_session(|rig| {
         rig.run(0);
         rig.set_log_all(true);
@@ -72,7 +72,7 @@ fn rings_that_run_when_logging_is_asked_for_without_a_log_are_held_and_go_on_wit
     });
 }
 
-/// QEMU frees the log after it has stopped the device, and brings another when it starts it again.
+/// QEMU frees the log after it has stopped the device, and sends another when it starts the device again.
 #[test]
 fn a_log_is_not_used_again_after_the_last_ring_stopped() {
     with_session(|rig| {
@@ -106,7 +106,7 @@ fn a_ring_starts_with_the_place_of_its_used_ring_in_the_log() {
 }
 
 #[test]
-fn without_a_way_to_pass_a_log_nothing_is_held() {
+fn without_log_shmfd_no_ring_is_held() {
     with_new_session(|rig| {
         rig.ok(Code::SET_PROTOCOL_FEATURES, words(&[OFFERED.bits() & !(1 << 1)]), []);
         rig.set_log_all(true);
@@ -127,6 +127,6 @@ fn a_log_beyond_the_end_of_its_file_is_refused() {
 }
 
 #[test]
-fn an_eventfd_for_the_log_is_taken_and_not_used() {
+fn an_eventfd_for_the_log_is_accepted() {
     with_session(|rig| rig.ok(Code::SET_LOG_FD, [], [eventfd()]));
 }

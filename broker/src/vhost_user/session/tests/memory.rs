@@ -17,9 +17,9 @@ fn regions_are_added_and_removed_one_by_one() {
     });
 }
 
-/// QEMU, when a device is plugged in again over the character device of the one before.
+/// QEMU does so when a device is plugged in again over the character device of the previous one.
 #[test]
-fn a_front_end_that_begins_again_on_the_same_connection_adds_its_regions_again() {
+fn set_owner_on_the_same_connection_drops_the_old_memory() {
     with_session(|rig| {
         rig.run(0);
         rig.stop(0);
@@ -31,7 +31,7 @@ fn a_front_end_that_begins_again_on_the_same_connection_adds_its_regions_again()
 }
 
 #[test]
-fn the_memory_of_a_ring_that_runs_stays_whoever_claims_to_own_the_session() {
+fn set_owner_keeps_the_memory_of_a_running_ring() {
     with_session(|rig| {
         rig.run(0);
         rig.ok(Code::SET_OWNER, [], []);
@@ -63,7 +63,7 @@ fn a_table_that_is_refused_leaves_the_old_one_in_force() {
             unknown.contains("there is no memory region of 0x1000 bytes at guest address 0x100000000"),
             "{unknown}"
         );
-        // The old one still translates.
+        // The old table still translates.
         rig.set_up(0);
         rig.calls.take();
         rig.kick(0);
@@ -72,7 +72,7 @@ fn a_table_that_is_refused_leaves_the_old_one_in_force() {
 }
 
 #[test]
-fn a_ring_that_was_not_started_yet_is_found_in_the_table_that_is_in_force_when_it_starts() {
+fn a_ring_is_located_in_the_memory_table_of_its_start() {
     with_session(|rig| {
         rig.add_memory();
         rig.set_up(0);
@@ -90,7 +90,7 @@ fn a_ring_that_was_not_started_yet_is_found_in_the_table_that_is_in_force_when_i
 }
 
 #[test]
-fn a_change_of_the_table_does_not_touch_rings_that_run() {
+fn a_change_of_the_table_does_not_touch_running_rings() {
     with_session(|rig| {
         rig.run(0);
         rig.ok(Code::ADD_MEM_REG, region(0, 4096, 0x1000, 0), [memfd(4096)]);

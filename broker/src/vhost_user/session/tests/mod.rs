@@ -1,4 +1,4 @@
-//! The session against a device that records what it is asked.
+//! The session against a device that records its calls.
 
 mod config;
 mod logging;
@@ -18,7 +18,7 @@ use super::super::message::{Header, Reply};
 use super::negotiation::OFFERED;
 use super::{Session, SessionError};
 
-/// Where the test's guest memory is for the guest, and for the front-end.
+/// Addresses of the test's guest memory in the guest and in the front-end.
 const GPA: u64 = 0x1_0000_0000;
 const USER: u64 = 0x7f00_0000_0000;
 const MEMORY_BYTES: u64 = 1 << 20;
@@ -28,7 +28,7 @@ const PROTOCOL_FEATURES: u64 = 1 << 30;
 /// VHOST_F_LOG_ALL.
 const LOG_ALL: u64 = 1 << 26;
 
-/// Runs `test` with a session, the way front-ends begin one: protocol features negotiated.
+/// Runs `test` with a session that begins as front-ends begin one: with protocol features negotiated.
 fn with_session(test: impl FnOnce(&mut Rig<'_>)) {
     with_new_session(|rig| {
         rig.ok(Code::SET_PROTOCOL_FEATURES, OFFERED.bits().to_ne_bytes(), []);
@@ -38,7 +38,7 @@ fn with_session(test: impl FnOnce(&mut Rig<'_>)) {
     });
 }
 
-/// Runs `test` with a session in which nothing was said.
+/// Runs `test` with a session before its first message.
 fn with_new_session(test: impl FnOnce(&mut Rig<'_>)) {
     let mut device = FakeDevice::default();
     let calls = device.calls.clone();
@@ -69,7 +69,7 @@ impl Rig<'_> {
         assert!(reply.is_none(), "{code:?} has no reply of its own: {reply:?}");
     }
 
-    /// Sends a request, which must succeed with a reply, and gives its body.
+    /// Sends a request, which must succeed with a reply, and returns the body of the reply.
     fn ask(&mut self, code: Code, body: impl AsRef<[u8]>) -> Vec<u8> {
         self.send(code, body, []).unwrap().expect("a reply").body
     }
@@ -78,15 +78,15 @@ impl Rig<'_> {
         u64::from_ne_bytes(self.ask(code, []).try_into().expect("8 bytes"))
     }
 
-    /// Sends a request with the flag for an acknowledgement, and gives the number that comes back.
+    /// Sends a request with the flag for an acknowledgement, and returns the number that comes back.
     fn ack<const FDS: usize>(&mut self, code: Code, body: impl AsRef<[u8]>, fds: [OwnedFd; FDS]) -> u64 {
         let reply = self.session.handle(message(code, true, body.as_ref(), fds.into())).unwrap().expect("a reply");
         assert_eq!(reply.request, u32::from(code));
         u64::from_ne_bytes(reply.body.try_into().expect("8 bytes"))
     }
 
-    /// Sends a request, which must be refused: once so that the refusal is acknowledged, and once so that it ends the
-    /// session. The device must not have heard of it. Gives what it says.
+    /// Sends a request that the session must refuse: once with an acknowledgement of the refusal, and once so that the
+    /// refusal ends the session. The session must not call the device. Returns the error message.
     fn refused(&mut self, code: Code, body: impl AsRef<[u8]>, fds: impl Fn() -> Vec<OwnedFd>) -> String {
         self.calls.take();
         let acknowledged = self.session.handle(message(code, true, body.as_ref(), fds()));
@@ -104,7 +104,7 @@ impl Rig<'_> {
         self.ok(Code::ADD_MEM_REG, region(GPA, MEMORY_BYTES, USER, 0), [memfd(MEMORY_BYTES)]);
     }
 
-    /// Sets a ring of 256 entries up in the test's memory, without starting it.
+    /// Sets up a ring of 256 entries in the test's memory, without starting it.
     fn set_up(&mut self, index: u32) {
         self.ok(Code::SET_VRING_NUM, state(index, 256), []);
         self.ok(Code::SET_VRING_BASE, state(index, 100), []);
@@ -123,7 +123,7 @@ impl Rig<'_> {
         self.ok(Code::SET_VRING_ENABLE, state(index, 1), []);
     }
 
-    /// Memory, and a ring that is started and enabled.
+    /// Adds memory, and starts and enables a ring.
     fn run(&mut self, index: u32) {
         self.add_memory();
         self.set_up(index);
@@ -132,7 +132,7 @@ impl Rig<'_> {
         self.calls.take();
     }
 
-    /// Stops a ring and gives where it stopped.
+    /// Stops a ring and returns the index at which it stopped.
     fn stop(&mut self, index: u32) -> u32 {
         let body = self.ask(Code::GET_VRING_BASE, state(index, 0));
         assert_eq!(body[..4], index.to_ne_bytes());
@@ -205,7 +205,7 @@ fn address(index: u32, [desc_table, avail_ring, used_ring]: [u64; 3], used_log_g
 }
 
 #[test]
-fn the_device_learns_that_the_front_end_is_gone_and_lets_its_memory_go() {
+fn the_device_abandons_the_queues_and_the_memory_of_a_gone_front_end() {
     let mut device = FakeDevice::default();
     let calls = device.calls.clone();
     let mut rig = Rig { session: Session::new(&mut device), calls: calls.clone() };
@@ -216,7 +216,7 @@ fn the_device_learns_that_the_front_end_is_gone_and_lets_its_memory_go() {
 }
 
 #[test]
-fn what_a_front_end_had_under_way_is_logged_until_the_next_one_comes() {
+fn requests_of_a_gone_front_end_are_logged_until_the_next_one_connects() {
     let mut device = FakeDevice::default();
     let calls = device.calls.clone();
     drop(Session::new(&mut device));

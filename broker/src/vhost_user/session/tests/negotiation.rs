@@ -43,27 +43,27 @@ fn requests_of_a_protocol_feature_are_refused_until_it_is_negotiated() {
             let error = rig.session.handle(message(code, false, &body, fds)).unwrap_err().to_string();
             assert_eq!(error, format!("{code:?}: VHOST_USER_PROTOCOL_F_{feature} was not negotiated"));
         }
-        // These have a reply that says no.
+        // These have a reply that expresses a refusal.
         assert_eq!(rig.ask(Code::GET_CONFIG, &config), state(12, 0).into_iter().chain([0; 4]).collect::<Vec<_>>());
         assert_eq!(rig.ask(Code::GET_INFLIGHT_FD, &inflight), inflight);
         assert_eq!(rig.calls.take(), []);
     });
 }
 
-/// Each request whose form is right and whose content is not, at any time. A request that has a reply of its own without a value
-/// for "no" cannot be among them.
+/// Requests with a valid form and an invalid content, at any time. A request whose own reply cannot express a refusal
+/// cannot be among them.
 #[test]
-fn a_request_that_makes_no_sense_is_answered_with_no_and_the_connection_goes_on() {
+fn a_senseless_request_is_refused_and_the_connection_goes_on() {
     let table = |count: u32| [&count.to_ne_bytes()[..], &[0; 4 + 32]].concat();
     let requests: [(Code, Vec<u8>, usize, &str); 11] = [
-        (Code::SET_STATUS, words(&[0x100]), 0, "the device status is 0x100"),
-        (Code::SET_VRING_BASE, state(0, 0x1_0000), 0, "the index of a split ring is 0x10000"),
-        (Code::SET_VRING_ENABLE, state(0, 2), 0, "the state of a ring is 0x2"),
-        (Code::SET_VRING_KICK, words(&[0x200]), 1, "vring and flag is 0x200"),
-        (Code::SET_VRING_CALL, words(&[0x200]), 1, "vring and flag is 0x200"),
-        (Code::SET_VRING_ERR, words(&[1 << 63]), 1, "vring and flag is 0x8000000000000000"),
-        (Code::SET_VRING_ADDR, [state(0, 2), vec![0; 32]].concat(), 0, "flags is 0x2"),
-        (Code::SET_MEM_TABLE, table(254), 1, "the number of regions is 0xfe"),
+        (Code::SET_STATUS, words(&[0x100]), 0, "invalid value 0x100 of the device status"),
+        (Code::SET_VRING_BASE, state(0, 0x1_0000), 0, "invalid value 0x10000 of the index of a split ring"),
+        (Code::SET_VRING_ENABLE, state(0, 2), 0, "invalid value 0x2 of the state of a ring"),
+        (Code::SET_VRING_KICK, words(&[0x200]), 1, "invalid value 0x200 of vring and flag"),
+        (Code::SET_VRING_CALL, words(&[0x200]), 1, "invalid value 0x200 of vring and flag"),
+        (Code::SET_VRING_ERR, words(&[1 << 63]), 1, "invalid value 0x8000000000000000 of vring and flag"),
+        (Code::SET_VRING_ADDR, [state(0, 2), vec![0; 32]].concat(), 0, "invalid value 0x2 of flags"),
+        (Code::SET_MEM_TABLE, table(254), 1, "invalid value 0xfe of the number of regions"),
         (Code::SET_CONFIG, [state(32, 1), vec![4, 0, 0, 0, 1]].concat(), 0, "flags 0x4 have no meaning"),
         (Code::POSTCOPY_END, vec![], 0, "not implemented"),
         (Code::IOTLB_MSG, vec![0; 40], 0, "not implemented"),
@@ -78,14 +78,15 @@ fn a_request_that_makes_no_sense_is_answered_with_no_and_the_connection_goes_on(
 }
 
 #[test]
-fn features_that_were_not_offered_are_ignored_unless_a_driver_relies_on_them() {
+fn unoffered_features_are_ignored_unless_a_driver_relies_on_them() {
     with_session(|rig| {
         rig.ok(Code::SET_FEATURES, words(&[PROTOCOL_FEATURES | EVENT_IDX | ANY_LAYOUT]), []);
         assert_eq!(rig.calls.take(), [Call::SetDriverFeatures(EVENT_IDX)]);
         let error = rig.refused(Code::SET_FEATURES, words(&[EVENT_IDX | RING_PACKED]), no_fds);
-        let expected = "SET_FEATURES: the driver uses features that this server does not offer: VIRTIO_F_RING_PACKED. If its guest runs";
+        let expected = "SET_FEATURES: the driver uses features that this server does not offer: VIRTIO_F_RING_PACKED. \
+                        If its guest runs";
         assert!(error.starts_with(expected), "{error}");
-        // Of a server before, which had another disk or other options.
+        // Features of an earlier server, which had another disk or other options.
         let device = 1 << VIRTIO_BLK_F_RO | 1 << VIRTIO_BLK_F_DISCARD | 1 << 23;
         let error = rig.refused(Code::SET_FEATURES, words(&[EVENT_IDX | device]), no_fds);
         assert!(
@@ -97,7 +98,7 @@ fn features_that_were_not_offered_are_ignored_unless_a_driver_relies_on_them() {
 }
 
 #[test]
-fn protocol_features_that_were_not_offered_are_refused() {
+fn unoffered_protocol_features_are_refused() {
     with_session(|rig| {
         let inband_notifications = 1 << 14;
         let error = rig.refused(Code::SET_PROTOCOL_FEATURES, words(&[inband_notifications]), no_fds);
@@ -106,7 +107,7 @@ fn protocol_features_that_were_not_offered_are_refused() {
 }
 
 #[test]
-fn an_acknowledgement_is_only_sent_once_that_was_negotiated() {
+fn acknowledgements_are_only_sent_once_negotiated() {
     with_new_session(|rig| {
         let set_owner = || message(Code::SET_OWNER, true, &[], vec![]);
         assert!(rig.session.handle(set_owner()).unwrap().is_none());
@@ -117,12 +118,12 @@ fn an_acknowledgement_is_only_sent_once_that_was_negotiated() {
 }
 
 #[test]
-fn a_request_with_a_reply_of_its_own_gets_one_reply_when_an_acknowledgement_is_asked_for() {
+fn a_request_with_its_own_reply_gets_no_acknowledgement_as_well() {
     with_session(|rig| assert_eq!(rig.ack(Code::GET_QUEUE_NUM, [], []), u64::from(QUEUES)));
 }
 
 #[test]
-fn a_message_that_is_malformed_ends_the_session_also_when_an_acknowledgement_is_asked_for() {
+fn a_malformed_message_ends_the_session_even_if_it_asks_for_an_acknowledgement() {
     with_session(|rig| {
         let error = rig.session.handle(message(Code::SET_VRING_NUM, true, &[0; 7], vec![])).unwrap_err();
         assert_eq!(error.to_string(), "SET_VRING_NUM: a body of 7 bytes instead of 8");
@@ -130,7 +131,7 @@ fn a_message_that_is_malformed_ends_the_session_also_when_an_acknowledgement_is_
 }
 
 #[test]
-fn a_request_that_is_not_implemented_is_refused() {
+fn an_unimplemented_request_is_refused() {
     with_session(|rig| {
         let error = rig.refused(Code::SEND_RARP, words(&[0]), no_fds);
         assert_eq!(error, "SEND_RARP: not implemented");
@@ -146,14 +147,14 @@ fn the_drivers_features_cannot_change_while_a_ring_is_enabled() {
         rig.run(1);
         let error = rig.refused(Code::SET_FEATURES, words(&[PROTOCOL_FEATURES | EVENT_IDX]), no_fds);
         assert!(error.contains("while vring 1 is started and enabled"), "{error}");
-        // The same ones are no change.
+        // The same features are no change.
         rig.ok(Code::SET_FEATURES, words(&[PROTOCOL_FEATURES]), []);
         assert_eq!(rig.calls.take(), []);
     });
 }
 
 #[test]
-fn other_features_stop_rings_that_are_disabled_and_a_kick_starts_them_again() {
+fn changed_features_stop_disabled_rings_and_a_kick_starts_them_again() {
     with_session(|rig| {
         rig.run(1);
         rig.ok(Code::SET_VRING_ENABLE, state(1, 0), []);
@@ -168,7 +169,7 @@ fn other_features_stop_rings_that_are_disabled_and_a_kick_starts_them_again() {
     });
 }
 
-/// The device may have those of an earlier front-end or driver.
+/// The device may still have the features of an earlier front-end or driver.
 #[test]
 fn a_ring_that_starts_without_set_features_has_a_driver_without_features() {
     let starts_without_features = |rig: &mut Rig<'_>| {
@@ -206,7 +207,7 @@ fn the_status_is_kept_and_a_status_of_0_stops_the_device() {
         rig.ok(Code::SET_STATUS, words(&[0]), []);
         assert_eq!(rig.calls.take(), [Call::Stop(0)]);
         assert_eq!(rig.ask_number(Code::GET_STATUS), 0);
-        // QEMU asks afterwards and must hear where the ring stopped, and it does not send the memory again.
+        // QEMU asks afterwards and must learn where the ring stopped, and it does not send the memory again.
         assert_eq!(rig.stop(0), u32::from(100 + CHAINS_TAKEN));
         rig.ok(Code::SET_FEATURES, words(&[PROTOCOL_FEATURES]), []);
         rig.kick(0);
@@ -218,7 +219,7 @@ fn the_status_is_kept_and_a_status_of_0_stops_the_device() {
 }
 
 #[test]
-fn a_front_end_that_is_gone_while_a_ring_stops_is_not_heard_to_the_end() {
+fn a_session_ends_when_its_front_end_leaves_while_a_ring_stops() {
     for (code, body) in [
         (Code::SET_STATUS, words(&[0])),
         (Code::RESET_DEVICE, vec![]),
@@ -229,7 +230,7 @@ fn a_front_end_that_is_gone_while_a_ring_stops_is_not_heard_to_the_end() {
             rig.run(0);
             rig.calls.take();
             rig.calls.is_front_end_gone.store(true, Ordering::Relaxed);
-            // Whether it wants an acknowledgement or not.
+            // The session ends whether the front-end asks for an acknowledgement or not.
             let error = rig.session.handle(message(code, true, &body, no_fds())).unwrap_err().to_string();
             assert!(error.contains("the front-end is gone; I/O of vring 0 is still under way"), "{error}");
             assert_eq!(rig.calls.take(), [Call::Stop(0)], "{code:?}");
@@ -245,7 +246,7 @@ fn a_reset_of_the_device_forgets_the_rings_and_keeps_memory_and_eventfds() {
         rig.ok(Code::RESET_DEVICE, [], []);
         assert_eq!(rig.calls.take(), [Call::Stop(0)]);
         let error = rig.refused(Code::SET_VRING_KICK, file(0), || vec![eventfd()]);
-        assert_eq!(error, "SET_VRING_KICK: vring 0 is to be started without SET_VRING_NUM");
+        assert_eq!(error, "SET_VRING_KICK: vring 0 cannot start: the front-end must send SET_VRING_NUM first");
         rig.ok(Code::SET_FEATURES, words(&[PROTOCOL_FEATURES]), []);
         rig.calls.take();
         rig.set_up(0);

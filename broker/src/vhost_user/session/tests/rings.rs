@@ -47,7 +47,7 @@ fn without_protocol_features_a_ring_is_enabled_from_the_start() {
 }
 
 #[test]
-fn a_ring_that_was_never_set_up_can_be_enabled_and_that_counts_when_it_starts() {
+fn a_ring_may_be_enabled_before_its_set_up() {
     with_session(|rig| {
         rig.enable(2);
         assert_eq!(rig.calls.take(), []);
@@ -85,7 +85,7 @@ fn eventfds_of_a_started_ring_can_change_at_any_time() {
 }
 
 #[test]
-fn a_ring_that_is_started_again_has_the_eventfds_it_was_given_before() {
+fn a_restarted_ring_keeps_its_eventfds() {
     with_session(|rig| {
         rig.call(0);
         rig.ok(Code::SET_VRING_ERR, file(0), [eventfd()]);
@@ -99,7 +99,7 @@ fn a_ring_that_is_started_again_has_the_eventfds_it_was_given_before() {
 }
 
 #[test]
-fn a_ring_that_stops_tells_where_and_one_that_was_not_started_tells_its_base() {
+fn get_vring_base_returns_the_stop_index_or_the_base() {
     with_session(|rig| {
         rig.run(0);
         assert_eq!(rig.stop(0), u32::from(100 + CHAINS_TAKEN));
@@ -113,7 +113,7 @@ fn a_ring_that_stops_tells_where_and_one_that_was_not_started_tells_its_base() {
 }
 
 #[test]
-fn the_same_set_up_again_does_not_stop_a_ring() {
+fn repeating_the_same_set_up_does_not_stop_a_ring() {
     with_session(|rig| {
         rig.run(0);
         rig.ok(Code::SET_VRING_NUM, state(0, 256), []);
@@ -122,9 +122,9 @@ fn the_same_set_up_again_does_not_stop_a_ring() {
     });
 }
 
-/// What Cloud Hypervisor does after a reset of the guest: no GET_VRING_BASE.
+/// The messages of Cloud Hypervisor after a reset of the guest, without GET_VRING_BASE.
 #[test]
-fn a_ring_that_is_set_up_anew_without_being_stopped_is_started_again_by_its_kick() {
+fn a_changed_set_up_stops_a_running_ring_and_its_kick_starts_it_again() {
     let changes = [
         (Code::SET_VRING_NUM, state(0, 128)),
         (Code::SET_VRING_ADDR, address(0, ring_offsets(1).map(|offset| USER + offset), None)),
@@ -153,7 +153,7 @@ fn a_ring_that_is_set_up_anew_without_being_stopped_is_started_again_by_its_kick
 fn the_index_of_a_vring_that_does_not_exist_is_refused() {
     with_session(|rig| {
         let too_high =
-            format!("vring 3 does not exist, the device has {}: a front-end with more needs a larger --num-queues", 3);
+            format!("vring 3 does not exist: the device has {}; a front-end with more needs a larger --num-queues", 3);
         let by_index: [(Code, Vec<u8>, bool); 7] = [
             (Code::SET_VRING_NUM, state(3, 256), false),
             (Code::SET_VRING_ADDR, address(3, [USER; 3], None), false),
@@ -170,12 +170,12 @@ fn the_index_of_a_vring_that_does_not_exist_is_refused() {
         let error = rig.send(Code::GET_VRING_BASE, state(u32::MAX, 0), []).unwrap_err().to_string();
         assert_eq!(
             error,
-            "GET_VRING_BASE: vring 4294967295 does not exist, the device has 3: a front-end with more needs a larger --num-queues"
+            "GET_VRING_BASE: vring 4294967295 does not exist: the device has 3; a front-end with more needs a larger --num-queues"
         );
     });
 }
 
-/// What a driver can write to the registers of its transport, and what the ring breaks with.
+/// Values that a driver can write to the registers of its transport, and the fault with which the ring breaks.
 fn faults_of_drivers() -> Vec<(Code, Vec<u8>, RingFault)> {
     let size = |size| {
         let fault = RingFault::Size { size, max: MAX_QUEUE_SIZE };
@@ -195,7 +195,7 @@ fn faults_of_drivers() -> Vec<(Code, Vec<u8>, RingFault)> {
         at(number, USER + offset, RingFault::Misaligned { part, gpa: GPA + offset, alignment_bytes })
     };
     let mut faults = Vec::from([0, 3, 15, 2048, 0x1_0000, u32::MAX].map(size));
-    // Behind, before and across the end of memory, and where a 64-bit address ends.
+    // Behind, before and across the end of memory, and at the end of 64-bit addresses.
     faults.extend([USER + MEMORY_BYTES, USER - 16, USER + MEMORY_BYTES - 2048, 0, u64::MAX - 15].map(outside));
     faults.push(misaligned(0, "descriptor table", 16));
     faults.push(misaligned(1, "available ring", 2));
@@ -204,7 +204,7 @@ fn faults_of_drivers() -> Vec<(Code, Vec<u8>, RingFault)> {
 }
 
 #[test]
-fn what_a_driver_gets_wrong_breaks_the_ring_and_a_new_set_up_revives_it_on_the_same_connection() {
+fn a_driver_fault_breaks_the_ring_and_a_new_set_up_revives_it() {
     for (code, body, fault) in faults_of_drivers() {
         with_session(|rig| {
             rig.add_memory();
@@ -220,7 +220,7 @@ fn what_a_driver_gets_wrong_breaks_the_ring_and_a_new_set_up_revives_it_on_the_s
             let expected = [Call::Break(0, fault.clone(), true), Call::Start(started(1)), Call::SetEnabled(1, true)];
             assert_eq!(rig.calls.take(), expected, "only that ring is broken");
             rig.call(0);
-            assert_eq!(rig.stop(0), 100, "a ring that is broken stops where it began");
+            assert_eq!(rig.stop(0), 100, "a broken ring stops where it began");
             assert_eq!(rig.stop(1), u32::from(100 + CHAINS_TAKEN));
             rig.ok(Code::SET_STATUS, words(&[0]), []);
             rig.ok(Code::SET_FEATURES, words(&[PROTOCOL_FEATURES]), []);
@@ -234,9 +234,9 @@ fn what_a_driver_gets_wrong_breaks_the_ring_and_a_new_set_up_revives_it_on_the_s
     }
 }
 
-/// QEMU aborts a migration, or drops the device, when it is answered otherwise.
+/// QEMU aborts a migration, or drops the device, after any other answer.
 #[test]
-fn what_a_driver_gets_wrong_is_acknowledged_as_done() {
+fn driver_faults_are_acknowledged_as_success() {
     for (code, body, fault) in faults_of_drivers() {
         with_session(|rig| {
             rig.add_memory();
@@ -249,7 +249,7 @@ fn what_a_driver_gets_wrong_is_acknowledged_as_done() {
 }
 
 #[test]
-fn a_ring_whose_size_or_place_becomes_impossible_while_it_runs_is_stopped_and_broken() {
+fn a_fault_in_a_changed_set_up_stops_and_breaks_a_running_ring() {
     for (code, body, fault) in faults_of_drivers() {
         with_session(|rig| {
             rig.run(0);
@@ -261,7 +261,7 @@ fn a_ring_whose_size_or_place_becomes_impossible_while_it_runs_is_stopped_and_br
 }
 
 #[test]
-fn the_dirty_log_of_a_device_whose_only_ring_is_broken_ends_when_that_stops() {
+fn the_dirty_log_ends_when_a_broken_ring_is_the_last_to_stop() {
     with_session(|rig| {
         rig.add_memory();
         rig.set_up(0);
@@ -280,23 +280,24 @@ fn a_ring_without_addresses_is_not_started() {
     with_session(|rig| {
         rig.ok(Code::SET_VRING_NUM, state(0, 256), []);
         let error = rig.refused(Code::SET_VRING_KICK, file(0), || vec![eventfd()]);
-        assert_eq!(error, "SET_VRING_KICK: vring 0 is to be started without SET_VRING_ADDR");
+        assert_eq!(error, "SET_VRING_KICK: vring 0 cannot start: the front-end must send SET_VRING_ADDR first");
     });
 }
 
 #[test]
-fn what_is_no_eventfd_is_refused_as_one() {
+fn a_descriptor_that_is_not_an_eventfd_is_refused() {
     with_session(|rig| {
         rig.run(0);
         for code in [Code::SET_VRING_KICK, Code::SET_VRING_CALL, Code::SET_VRING_ERR] {
             let error = rig.refused(code, file(0), || vec![memfd(8)]);
-            assert!(error.contains("vring 0: the file descriptor is no eventfd but /memfd:vhost-user-test"), "{error}");
+            let expected = "vring 0: the file descriptor is not an eventfd but /memfd:vhost-user-test";
+            assert!(error.contains(expected), "{error}");
         }
     });
 }
 
 #[test]
-fn a_ring_that_starts_after_an_in_flight_region_was_given_is_tracked_in_it() {
+fn a_ring_that_starts_with_an_in_flight_region_is_tracked_in_it() {
     with_session(|rig| {
         rig.add_memory();
         rig.set_up(0);
@@ -317,8 +318,8 @@ fn a_ring_that_starts_after_an_in_flight_region_was_given_is_tracked_in_it() {
 }
 
 #[test]
-fn a_reset_of_the_driver_clears_the_in_flight_records_of_rings_that_ran_and_of_no_others() {
-    /// Offset of `version` in the region of a queue, which is 0 in one that nobody used, and from one queue to the next.
+fn a_driver_reset_clears_the_in_flight_records_of_rings_that_ran() {
+    /// Offset of `version` in the region of a queue (0 in an unused region), and distance from one queue to the next.
     const VERSION_OFFSET: u64 = 8;
     const STRIDE: u64 = 16 + 256 * 16 + 48;
     let region = memfd(1 << 16);
@@ -350,15 +351,15 @@ fn a_reset_of_the_driver_clears_the_in_flight_records_of_rings_that_ran_and_of_n
 }
 
 #[test]
-fn an_in_flight_region_for_more_or_larger_queues_is_refused_and_a_ring_that_is_larger_than_its_part_breaks() {
+fn an_in_flight_region_must_fit_the_device_and_its_rings() {
     with_session(|rig| {
         for (queues, queue_size) in [(4_u16, 256_u16), (1, 2048)] {
             let mut asked = words(&[1 << 20, 0]);
             asked.extend([queues, queue_size].iter().flat_map(|word| word.to_ne_bytes()));
             let error = rig.refused(Code::SET_INFLIGHT_FD, &asked, || vec![memfd(1 << 20)]);
-            let shape = format!("an in-flight region for {queues} queues of {queue_size} descriptors; ");
+            let shape = format!("the in-flight region is for {queues} queues of {queue_size} descriptors; ");
             assert_eq!(error, format!("SET_INFLIGHT_FD: {shape}the device has 3 of at most 1024 (--num-queues)"));
-            let reply = rig.send(Code::GET_INFLIGHT_FD, &asked, []).unwrap().expect("a reply that says no");
+            let reply = rig.send(Code::GET_INFLIGHT_FD, &asked, []).unwrap().expect("a reply with a refusal");
             assert_eq!((reply.body, reply.fd.is_none()), ([&[0; 16], &asked[16..]].concat(), true));
         }
         rig.add_memory();
