@@ -177,10 +177,7 @@ impl Session<'_> {
             None => {
                 // A guest that resets its device starts the ring again and again.
                 if let Some(total) = self.refusals.count(Cause::new("in-flight region without the vring")) {
-                    warn!(
-                        index,
-                        total, "vring not tracked: the front-end's in-flight region has no part for it"
-                    );
+                    warn!(index, total, "vring not tracked: the front-end's in-flight region has no part for it");
                 }
                 Ok(None)
             }
