@@ -94,8 +94,8 @@ fn whatever_is_wrong_with_a_server_s_options_is_said_once_with_what_to_do() {
         (&[disk, socket].concat(), ["--control-socket", "used.sock"], &["used.sock: ", "stop it"]),
         // The disk.
         (&socket, ["--blk-file", "none.img"], &["\"none.img\"", "No such file", "`truncate -s 10G none.img`"]),
-        (&socket, ["--blk-file", "no/dir/d.img"], &["\"no/dir/d.img\"", "Look at the path"]),
-        (&socket, ["--blk-file", "text/d.img"], &["\"text/d.img\"", "Not a directory", "Look at the path"]),
+        (&socket, ["--blk-file", "no/dir/d.img"], &["\"no/dir/d.img\"", "Check the path"]),
+        (&socket, ["--blk-file", "text/d.img"], &["\"text/d.img\"", "Not a directory", "Check the path"]),
         (&socket, ["--blk-file", "/dev/no-such-disk"], &["\"/dev/no-such-disk\"", "`lsblk`"]),
         (&socket, ["--blk-file", "dir"], &["\"dir\" is a directory", "a disk is a regular file or a block device"]),
         (&socket, ["--blk-file", "fifo"], &["\"fifo\" is a named pipe"]),
@@ -116,7 +116,7 @@ fn whatever_is_wrong_with_a_server_s_options_is_said_once_with_what_to_do() {
         (
             &[&socket[..], &["--read-only"]].concat(),
             ["--blk-file", "none.img"],
-            &["\"none.img\" for reading", "Look at the path"],
+            &["\"none.img\" for reading", "Check the path"],
         ),
         // The rest.
         (&[disk, socket].concat(), ["--policy", "none.toml"], &["\"none.toml\"", "No such file", "direct-read-write"]),

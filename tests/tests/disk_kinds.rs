@@ -131,14 +131,14 @@ fn write_protected() -> Result<()> {
 fn not_set_up() -> Result<()> {
     let device = ZramDevice::new(None)?;
     let message = refusal(&DiskConfig::new(device.path()))?;
-    ensure_has(&message, &["has a size of zero bytes: it has no medium, or it is not set up yet"])
+    ensure_has(&message, &["has a size of zero bytes: the device has no medium, or is not set up yet"])
 }
 
 fn partial_block() -> Result<()> {
     let made = TestDisk::new(DiskKind::Ext4PageCache, SIZE_BYTES + 512)?;
     let device = LoopDevice::new(made.path(), &["--sector-size=4096"])?;
     let message = refusal(&DiskConfig::new(device.path()))?;
-    ensure_has(&message, &["no multiple of its blocks of 4096 bytes", "Change the size of the device"])
+    ensure_has(&message, &["not a multiple of its 4096-byte blocks", "Change the size of the device"])
 }
 
 fn nothing_behind() -> Result<()> {

@@ -233,7 +233,7 @@ fn killed_with_hanging_io(how: &str) -> Result<()> {
         ensure!(monitor.ends(), "the killed process does not end");
     }
     let refusal = || Disk::open(&disk.config()).err().map(|error| error.to_string());
-    let expected = "by I/O still in flight of a process that has ended";
+    let expected = "by I/O still in flight from a process that has ended";
     // While a process is being killed, its files may still be seen.
     ensure!(within(LIMIT, || refusal().is_some_and(|text| text.contains(expected))), "{:?}", refusal());
     thread::sleep(QUIET);

@@ -30,7 +30,7 @@ const DISK_BYTES: u64 = 1 << 20;
 const BLOCK_BYTES: u32 = 4096;
 const LIMIT: Duration = Duration::from_secs(60);
 /// What the refusal says when the kernel names nobody who has the disk.
-const NOBODY: &str = "by I/O still in flight of a process that has ended";
+const NOBODY: &str = "by I/O still in flight from a process that has ended";
 
 /// Set for the child process that has a queue: `read-write` or `read-only`. Its arguments are the disk and the way of
 /// submission.

@@ -274,7 +274,7 @@ fn a_killed_broker(submission: SubmissionConfig) -> Result<()> {
         ensure!(reaped, "the killed process does not end");
     }
     let refusal = || Disk::open(&disk.config()).err().map(|error| error.to_string());
-    let expected = "by I/O still in flight of a process that has ended";
+    let expected = "by I/O still in flight from a process that has ended";
     // While a process is being killed, its files may still be seen.
     ensure!(within(LIMIT, || refusal().is_some_and(|text| text.contains(expected))), "{:?}", refusal());
     thread::sleep(QUIET);

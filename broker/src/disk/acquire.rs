@@ -1,4 +1,4 @@
-//! Taking a disk for oneself: claim, lock, and waiting for both.
+//! Acquiring a disk: claim, lock, and waiting for both.
 
 use std::thread;
 use std::time::{Duration, Instant};
@@ -7,7 +7,7 @@ use super::geometry::Geometry;
 use super::open::{self, Anchor, Found};
 use super::{Disk, DiskConfig, DiskError, holders, lock};
 
-/// Tries to take one disk, again and again. What one try has got (the claim) is kept for the next.
+/// Tries to acquire one disk, repeatedly. A try keeps the claim that it got for the next try.
 #[derive(Debug)]
 pub(super) struct Acquisition<'a> {
     anchor: &'a Anchor,
@@ -15,12 +15,12 @@ pub(super) struct Acquisition<'a> {
     found: Option<Found>,
 }
 
-/// What a try met.
+/// The outcome of a try.
 #[derive(Debug)]
 pub(super) enum Attempt {
-    /// The disk is ours.
+    /// The caller has the disk.
     Got(Disk),
-    /// Somebody else has it.
+    /// Another process has the disk.
     Busy,
 }
 
@@ -42,14 +42,14 @@ impl<'a> Acquisition<'a> {
             self.found = Some(found);
             return Ok(Attempt::Busy);
         }
-        // Only now: whoever had the lock may have resized the disk.
+        // Not earlier: the previous holder of the lock may have resized the disk.
         let geometry = Geometry::read(&found, self.config)?;
         let has_partial_writes = !self.config.read_only && geometry.finer_than_direct_io(false).is_some();
         let page_cache = has_partial_writes.then(|| open::open_page_cache(self.anchor, self.config)).transpose()?;
         Ok(Attempt::Got(Disk::new(found, page_cache, self.config, geometry)))
     }
 
-    /// After [`Attempt::Busy`]: who has the disk, as the refusal that says so. Reads `/proc`, which takes milliseconds.
+    /// After [`Attempt::Busy`]: the refusal that names the disk's holder. Reads `/proc`, which takes milliseconds.
     pub(super) fn obstacle(&self, waited: Duration) -> DiskError {
         let path = self.config.path.clone();
         match &self.found {
@@ -61,7 +61,7 @@ impl<'a> Acquisition<'a> {
         }
     }
 
-    /// Tries until the disk is ours or the time is up.
+    /// Tries until the caller has the disk or the time is up.
     pub(super) fn within(mut self, limit: Option<Duration>) -> Result<Disk, DiskError> {
         let mut wait = Wait::new(limit);
         loop {
@@ -69,7 +69,7 @@ impl<'a> Acquisition<'a> {
                 return Ok(disk);
             }
             if wait.is_first() {
-                tracing::info!(limit = ?wait.limit, "waiting: {}", self.obstacle(Duration::ZERO));
+                tracing::info!(limit = ?wait.limit, "waiting for the disk: {}", self.obstacle(Duration::ZERO));
             }
             if !wait.pause() {
                 return Err(self.obstacle(wait.waited()));
@@ -78,7 +78,7 @@ impl<'a> Acquisition<'a> {
     }
 }
 
-/// How long to pause between two tries: growing, from what is nothing for a person to what is nothing for a processor.
+/// The pause between two tries: grows from a time that a person does not notice to one that costs no CPU time.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct BackOff {
     pauses: u32,
@@ -108,12 +108,12 @@ impl Wait {
         Self { limit, started: Instant::now(), back_off: BackOff::default() }
     }
 
-    /// Whether there will be a wait and none of it is over: the time to tell about it.
+    /// Whether a wait begins and none of it is over: the time for a log line.
     fn is_first(&self) -> bool {
         self.back_off.pauses == 0 && self.limit.is_some_and(|limit| !limit.is_zero())
     }
 
-    /// Sleeps, longer from time to time. False, and no sleep, when the time is up.
+    /// Sleeps, longer each time. Returns false without sleeping when the time is up.
     fn pause(&mut self) -> bool {
         let left = self.limit.unwrap_or_default().saturating_sub(self.started.elapsed());
         if left.is_zero() {
@@ -123,7 +123,7 @@ impl Wait {
         true
     }
 
-    /// How long it has taken so far; zero if there was no wait.
+    /// How long the wait has lasted so far; zero if there was no wait.
     fn waited(&self) -> Duration {
         if self.back_off.pauses == 0 { Duration::ZERO } else { self.started.elapsed() }
     }

@@ -1,8 +1,9 @@
 //! What a disk can do besides reading, writing and flushing.
 //!
-//! The disk itself is not tried: `fallocate(2)` waits for direct I/O that is in flight (of a broker that was killed, for
-//! example), and changes the times of the file. What the usual file systems can is known. On others a file is tried that
-//! has no name and is gone at once; not on all, because its creation waits where the file system is frozen.
+//! The broker does not try operations on the disk itself: `fallocate(2)` waits for direct I/O that is in flight (of a
+//! broker that was killed, for example), and changes the times of the file. The abilities of the usual file systems are
+//! known. On other file systems the broker tries the operations on an unnamed file that disappears at once; it does not
+//! do so everywhere, because creating a file waits while the file system is frozen.
 
 use std::fs;
 use std::os::fd::{AsFd, AsRawFd};
@@ -14,37 +15,37 @@ use super::geometry::{Geometry, TMPFS_MAGIC};
 use super::open::Found;
 use super::{DiskConfig, DiskKind};
 
-/// `FALLOC_FL_PUNCH_HOLE`, which demands the second flag.
+/// `FALLOC_FL_PUNCH_HOLE`, which requires the second flag.
 const PUNCH_HOLE: FallocateFlags = FallocateFlags::PUNCH_HOLE.union(FallocateFlags::KEEP_SIZE);
 /// `FALLOC_FL_ZERO_RANGE` that cannot make a file grow.
 const ZERO_RANGE: FallocateFlags = FallocateFlags::ZERO_RANGE.union(FallocateFlags::KEEP_SIZE);
 
-/// The longest range of a file in one call. The file's other I/O waits for it: 1 GiB takes milliseconds.
+/// The longest range of a file in one call. The file's other I/O waits for the call: 1 GiB takes milliseconds.
 const FILE_RANGE_MAX_BYTES: u64 = 1 << 30;
-/// The longest range that the kernel has to fill with written zeros: tens of milliseconds.
+/// The longest range that the kernel has to fill with written zeros: takes tens of milliseconds.
 const WRITTEN_RANGE_MAX_BYTES: u64 = 16 << 20;
 
-/// What `fallocate(2)` does on a disk. A read-only disk has neither.
+/// What `fallocate(2)` can do on a disk. A read-only disk has neither operation.
 ///
-/// Both leave the size as it is, and what they were done on reads as zeroes. An operation that is offered can still
-/// fail with `EOPNOTSUPP`: a device behind a device mapper may be replaced by a lesser one.
+/// Both operations leave the size as it is, and their range then reads as zeroes. An operation that is offered can
+/// still fail with `EOPNOTSUPP`: a device behind a device mapper may be replaced by one with fewer abilities.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub struct Capabilities {
-    /// `FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE`: gives the storage back, where that is possible. For discards, and
+    /// `FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE`: frees the storage, where that is possible. For discards, and
     /// for write zeroes with unmap.
     pub punch_hole: Option<RangeLimits>,
-    /// `FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE`: keeps the storage. For write zeroes without unmap. On a block device
-    /// that cannot do it the kernel writes zeros.
+    /// `FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE`: keeps the storage. For write zeroes without unmap. On a block
+    /// device without that command the kernel writes zeros.
     pub zero_range: Option<RangeLimits>,
 }
 
-/// What one call can be about.
+/// The range that one call can cover.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RangeLimits {
-    /// The longest range in bytes to ask for at once: a multiple of [`Self::alignment_bytes`], never zero.
+    /// The longest range in bytes of one call: a multiple of [`Self::alignment_bytes`], never zero.
     pub max_bytes: u64,
-    /// The unit in bytes of what is given back: a power of two. A range may begin and end on any logical block, but only
-    /// the whole units in it help.
+    /// The unit in bytes in which storage is freed: a power of two. A range may begin and end on any logical block, but
+    /// only the whole units in it are freed.
     pub alignment_bytes: u32,
 }
 
@@ -64,7 +65,7 @@ impl Capabilities {
         Self { punch_hole: can(PUNCH_HOLE).then_some(limits), zero_range: can(ZERO_RANGE).then_some(limits) }
     }
 
-    /// `blkdev_fallocate` (`block/fops.c`) punches holes with the device's own write zeroes command or not at all.
+    /// `blkdev_fallocate` (`block/fops.c`) punches holes only with the device's own write zeroes command.
     fn of_device(queue: &Queue, logical_block_bytes: u32) -> Self {
         let granularity = queue.discard_granularity_bytes;
         let alignment_bytes =
@@ -82,12 +83,12 @@ impl Capabilities {
     }
 }
 
-/// A file without a name in the directory of the disk, if it is on the same file system.
+/// An unnamed file in the directory of the disk, if that directory is on the same file system.
 fn unnamed_file_beside(found: &Found) -> Option<impl AsFd + use<>> {
     let real_path = fs::read_link(format!("/proc/self/fd/{}", found.file.as_raw_fd())).ok()?;
     let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
     let file = sys_open(real_path.parent()?, flags, Mode::RUSR | Mode::WUSR).ok()?;
-    // A file can be mounted by itself, or have lost its name.
+    // A file can be a mount point itself, or have lost its name.
     (fstat(&file).ok()?.st_dev == fstat(&found.file).ok()?.st_dev).then_some(file)
 }
 
@@ -97,8 +98,8 @@ fn tried_modes(found: &Found, length_bytes: u64) -> FallocateFlags {
     tried.fold(FallocateFlags::empty(), FallocateFlags::union)
 }
 
-/// What the file systems have that people put images on. ext4 lacks `ZERO_RANGE` for files without extents, which it says
-/// when it is asked to.
+/// The operations of the file systems that usually hold images. ext4 lacks `ZERO_RANGE` for files without extents, and
+/// reports that when the operation is requested.
 fn known_modes(found: &Found) -> Option<FallocateFlags> {
     /// `statfs(2)`: ext4, XFS, btrfs, F2FS, bcachefs.
     const HAVE_BOTH: [i64; 5] = [0xef53, 0x5846_5342, 0x9123_683e, 0xf2f5_2010, 0xca45_1a4e];
@@ -109,7 +110,7 @@ fn known_modes(found: &Found) -> Option<FallocateFlags> {
     }
 }
 
-/// The limits of a block device (`Documentation/ABI/stable/sysfs-block`); zero where the kernel does not tell.
+/// The limits of a block device (`Documentation/ABI/stable/sysfs-block`); zero where the kernel reports none.
 #[derive(Debug, Default)]
 struct Queue {
     write_zeroes_max_bytes: u64,
@@ -140,7 +141,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_device_without_write_zeroes_is_filled_with_written_zeros_and_has_no_holes() {
+    fn a_device_without_write_zeroes_gets_written_zeros_and_no_holes() {
         let queue = Queue { write_zeroes_max_bytes: 0, discard_granularity_bytes: 0 };
         let found = Capabilities::of_device(&queue, 512);
         assert_eq!(found.punch_hole, None);
@@ -149,7 +150,7 @@ mod tests {
     }
 
     #[test]
-    fn the_ranges_of_a_device_are_whole_units_and_bounded() {
+    fn the_ranges_of_a_device_are_bounded_multiples_of_its_unit() {
         let device = |write_zeroes_max_bytes, discard_granularity_bytes| {
             let queue = Queue { write_zeroes_max_bytes, discard_granularity_bytes };
             let found = Capabilities::of_device(&queue, 512);

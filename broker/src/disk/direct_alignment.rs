@@ -1,8 +1,8 @@
-//! What direct I/O demands of requests: in which units, and from which addresses.
+//! The demands of direct I/O on requests: units of offsets and lengths, and alignment of addresses.
 //!
-//! These are demands of the file system and of the device below it, and they change while the data stays: XFS tells
+//! These are demands of the file system and of the device below it, and they change while the data stays: XFS reports
 //! 4096 bytes instead of 512 once a file shares extents (`cp --reflink`, which plain `cp` does by default). So the
-//! guest never learns of them: see [`super::LogicalBlock`].
+//! guest's logical block never follows them: see [`super::LogicalBlock`].
 
 use std::path::Path;
 
@@ -12,41 +12,42 @@ use super::DiskError;
 use super::geometry::{SECTOR_BYTES, TMPFS_MAGIC};
 use super::open::{Found, query_error};
 
-/// `STATX_DIO_READ_ALIGN` (Linux 6.14): `stx_dio_read_offset_align` is filled in, or the file system has nothing to add.
+/// `STATX_DIO_READ_ALIGN` (Linux 6.14): `stx_dio_read_offset_align` is valid, or the file system has nothing to add.
 const DIO_READ_ALIGN: StatxFlags = StatxFlags::from_bits_retain(0x2_0000);
-/// Demanded alignments above this are not known to exist where the file system does not tell.
+/// The highest alignment known of file systems that do not report theirs.
 const UNTOLD_ALIGNMENT_MAX_BYTES: u32 = 4096;
-/// A file system that wants more at a time (XFS with large real-time extents that are shared) is used through the page
-/// cache: each finer write would cost two such transfers.
+/// A file system with larger units (XFS with large real-time extents that are shared) is used through the page cache:
+/// each finer write would cost two transfers of that size.
 const BLOCK_MAX_BYTES: u32 = 64 << 10;
 
-/// What direct I/O (`O_DIRECT`) on a disk demands. Each is a power of two in bytes.
+/// The demands of direct I/O (`O_DIRECT`) on a disk. Each value is a power of two in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DirectAlignment {
-    /// Offsets and lengths of reads are multiples of it, also the length of each piece of a vectored read: from 512 to
-    /// [`Self::write_block_bytes`].
+    /// Offsets and lengths of reads are multiples of this, also the length of each piece of a vectored read: from 512
+    /// to [`Self::write_block_bytes`].
     pub read_block_bytes: u32,
     /// The same for writes: at most 64 KiB.
     pub write_block_bytes: u32,
-    /// Addresses of buffers are multiples of it: at most [`Self::read_block_bytes`].
+    /// Addresses of buffers are multiples of this: at most [`Self::read_block_bytes`].
     pub memory_bytes: u32,
 }
 
 impl DirectAlignment {
-    /// What the file demands. `None`: it has no direct I/O, although `open(2)` took the flag.
+    /// The demands of a file. `None`: the file has no direct I/O, although `open(2)` accepted the flag.
     ///
-    /// A file system that tells nothing (btrfs; all before Linux 6.1) gets its block size, at most 4096.
+    /// A file system that reports nothing (btrfs; all before Linux 6.1) gets its block size, at most 4096.
     pub(super) fn of_file(found: &Found, path: &Path, preferred_bytes: u32) -> Result<Option<Self>, DiskError> {
         let query = |what| move |errno| query_error(path, what, errno);
         if let Some(told) = ask(found).map_err(query("the direct I/O alignment"))? {
             return Ok(Self::told(told.stx_dio_offset_align, told_read_block(&told), told.stx_dio_mem_align));
         }
-        // From Linux 6.6 tmpfs takes the flag and ignores it.
+        // From Linux 6.6 tmpfs accepts the flag and ignores it.
         let has_none = fstatfs(&found.file).map_err(query("the file system"))?.f_type == TMPFS_MAGIC;
         Ok((!has_none).then(|| Self::untold(preferred_bytes)))
     }
 
-    /// What a block device demands: whole blocks of its own, and of addresses what it tells (Linux 6.1), else a block.
+    /// The demands of a block device: whole blocks, and the address alignment that it reports (Linux 6.1), else a
+    /// block.
     pub(super) fn of_device(found: &Found, own_block_bytes: u32) -> Self {
         let told = ask(found).ok().flatten().map(|told| told.stx_dio_mem_align);
         let memory_bytes = told.filter(|bytes| bytes.is_power_of_two()).map_or(own_block_bytes, |bytes| bytes);
@@ -59,7 +60,7 @@ impl DirectAlignment {
 
     /// From `STATX_DIOALIGN`, where zero means that there is no direct I/O (encrypted or verity files, journaled data).
     ///
-    /// Blocks are no smaller than what buffers need, so that each block of a buffer is where it must be.
+    /// Blocks are at least as large as the alignment of buffers, so that each block of a buffer is aligned.
     fn told(write_bytes: u32, read_bytes: u32, memory_bytes: u32) -> Option<Self> {
         if !write_bytes.is_power_of_two() || !memory_bytes.is_power_of_two() {
             return None;
@@ -71,7 +72,7 @@ impl DirectAlignment {
         (alignment.write_block_bytes <= BLOCK_MAX_BYTES).then_some(alignment)
     }
 
-    /// Where the file system tells nothing its block size is safe.
+    /// Where the file system reports nothing, its block size is safe.
     fn untold(preferred_bytes: u32) -> Self {
         let bytes = if preferred_bytes.is_power_of_two() {
             preferred_bytes.clamp(SECTOR_BYTES, UNTOLD_ALIGNMENT_MAX_BYTES)
@@ -82,13 +83,13 @@ impl DirectAlignment {
     }
 }
 
-/// `None`: the kernel or the file system does not tell.
+/// `None`: the kernel or the file system does not report its demands.
 fn ask(found: &Found) -> rustix::io::Result<Option<Statx>> {
     let told = statx(&found.file, "", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN | DIO_READ_ALIGN)?;
     Ok((told.stx_mask & StatxFlags::DIOALIGN.bits() != 0).then_some(told))
 }
 
-/// Zero: reads are as writes.
+/// Zero: reads have the block of writes.
 fn told_read_block(told: &Statx) -> u32 {
     if told.stx_mask & DIO_READ_ALIGN.bits() != 0 { told.stx_dio_read_offset_align } else { 0 }
 }
@@ -97,7 +98,7 @@ fn told_read_block(told: &Statx) -> u32 {
 mod tests {
     use super::*;
 
-    /// Blocks of reads and of writes, and the alignment of memory.
+    /// The blocks of reads and of writes, and the alignment of memory.
     fn told(write_bytes: u32, read_bytes: u32, memory_bytes: u32) -> Option<(u32, u32, u32)> {
         DirectAlignment::told(write_bytes, read_bytes, memory_bytes)
             .map(|told| (told.read_block_bytes, told.write_block_bytes, told.memory_bytes))
@@ -113,14 +114,14 @@ mod tests {
     }
 
     #[test]
-    fn a_block_is_no_smaller_than_the_alignment_of_memory_and_than_a_sector() {
+    fn a_block_is_at_least_the_memory_alignment_and_a_sector() {
         assert_eq!(told(512, 0, 4), Some((512, 512, 4)));
         assert_eq!(told(512, 512, 4096), Some((4096, 4096, 4096)));
         assert_eq!(told(1, 1, 1), Some((512, 512, 1)));
     }
 
     #[test]
-    fn a_told_alignment_of_zero_or_of_no_use_is_no_direct_io() {
+    fn a_reported_alignment_of_zero_or_above_the_limit_means_no_direct_io() {
         assert_eq!(told(0, 0, 0), None);
         assert_eq!(told(512, 512, 0), None);
         assert_eq!(told(3 * 4096, 512, 512), None);
@@ -129,7 +130,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_system_that_tells_nothing_gets_its_block_size_up_to_4096() {
+    fn a_file_system_that_reports_nothing_gets_its_block_size_up_to_4096() {
         let untold = |preferred_bytes| {
             let alignment = DirectAlignment::untold(preferred_bytes);
             assert_eq!(alignment.read_block_bytes, alignment.write_block_bytes);

@@ -20,21 +20,21 @@ pub enum DiskError {
     Open {
         /// The path as it was given.
         path: PathBuf,
-        /// Whether it was to be opened for reading only.
+        /// Whether the disk was to be opened for reading only.
         read_only: bool,
-        /// What the kernel said.
+        /// The error that the kernel returned.
         error: io::Error,
     },
-    /// It is neither a regular file nor a block device.
+    /// The path leads neither to a regular file nor to a block device.
     #[error("{path:?} is {kind}: a disk is a regular file or a block device")]
     WrongKind {
         /// The path as it was given.
         path: PathBuf,
-        /// What it is.
+        /// What the path leads to.
         kind: FileKind,
     },
-    /// A file with which the kernel tells of itself.
-    #[error("{path:?} is a file of the kernel ({file_system}), and no disk: give a disk image or a block device")]
+    /// A file in which the kernel reports about itself.
+    #[error("{path:?} is a kernel file ({file_system}), not a disk: give a disk image or a block device")]
     KernelFile {
         /// The path as it was given.
         path: PathBuf,
@@ -48,19 +48,19 @@ pub enum DiskError {
         path: PathBuf,
         /// Why.
         why: &'static str,
-        /// What to do about it.
+        /// The remedy.
         change: &'static str,
     },
-    /// [`DirectIo::On`](super::DirectIo::On) was asked for.
+    /// The configuration demands direct I/O ([`DirectIo::On`](super::DirectIo::On)).
     #[error(
-        "the file system of {path:?} has no direct I/O (O_DIRECT) for it: use the page cache (direct I/O off or auto), \
-         or put the image on a file system that has it, such as ext4 or XFS"
+        "the file system of {path:?} has no direct I/O (O_DIRECT) for this file: use the page cache (direct I/O off or \
+         auto), or put the image on a file system with direct I/O, such as ext4 or XFS"
     )]
     NoDirectIo {
         /// The path as it was given.
         path: PathBuf,
     },
-    /// A file with no bytes, a device with no medium, or one that is not set up.
+    /// The file has no bytes, or the device has no medium or is not set up.
     #[error("disk {path:?} has a size of zero bytes{}", empty_hint(.path, *.is_block_device))]
     Empty {
         /// The path as it was given.
@@ -68,9 +68,9 @@ pub enum DiskError {
         /// Whether it is a block device.
         is_block_device: bool,
     },
-    /// The size is no multiple of the logical block: a guest could not reach the last bytes.
+    /// The size is not a multiple of the logical block: a guest could not reach the last bytes.
     #[error(
-        "disk {path:?} has {size_bytes} bytes, which is no multiple of its blocks of {logical_block_bytes} bytes: a \
+        "disk {path:?} has {size_bytes} bytes, which is not a multiple of its {logical_block_bytes}-byte blocks: a \
          guest could not reach the last {}. {}",
         .size_bytes % u64::from(*.logical_block_bytes),
         tail_hint(.path, *.size_bytes, *.logical_block_bytes, *.is_block_device)
@@ -85,7 +85,7 @@ pub enum DiskError {
         /// Whether it is a block device.
         is_block_device: bool,
     },
-    /// The logical block that was asked for is none, or smaller than the disk's own.
+    /// The requested logical block is not a power of two, or is smaller than the disk's own.
     #[error(
         "a logical block of {wanted_bytes} bytes is not possible on {path:?}: {} {own_bytes} or a larger power of two, or \
          leave it out",
@@ -94,73 +94,74 @@ pub enum DiskError {
     LogicalBlock {
         /// The path as it was given.
         path: PathBuf,
-        /// What was asked for.
+        /// The requested block in bytes.
         wanted_bytes: u32,
         /// The disk's own logical block.
         own_bytes: u32,
         /// Whether it is a block device.
         is_block_device: bool,
     },
-    /// The block device is set read-only, so that every write would fail.
+    /// The block device is set read-only, so every write would fail.
     #[error("block device {path:?} is write-protected: open it read-only, or allow writes with `blockdev --setrw {}`",
         shell_word(.path))]
     WriteProtected {
         /// The path as it was given.
         path: PathBuf,
     },
-    /// Somebody else has the OFD lock.
+    /// Another process has the OFD lock.
     #[error("disk {path:?} is locked{}{}: {}", after(*.waited), held_for(*.read_only), lock_holders(.holders))]
     Locked {
         /// The path as it was given.
         path: PathBuf,
-        /// Whether it was to be opened for reading only.
+        /// Whether the disk was to be opened for reading only.
         read_only: bool,
-        /// Who has it, as far as the kernel tells.
+        /// The processes that have the lock, as far as the kernel tells.
         holders: Vec<ProcessName>,
-        /// How long [`Disk::open`](super::Disk::open) waited for it.
+        /// How long [`Disk::open`](super::Disk::open) waited for the lock.
         waited: Duration,
     },
-    /// Somebody else has the block device for itself.
+    /// The block device is in exclusive use.
     #[error("block device {path:?} is in use{}: {}", after(*.waited), device_uses(.uses))]
     InUse {
         /// The path as it was given.
         path: PathBuf,
-        /// What uses it, as far as the kernel tells.
+        /// What uses the device, as far as the kernel tells.
         uses: Vec<DeviceUse>,
-        /// How long [`Disk::open`](super::Disk::open) waited for it.
+        /// How long [`Disk::open`](super::Disk::open) waited for the device.
         waited: Duration,
     },
     /// The file system cannot lock.
     #[error(
-        "cannot lock disk {path:?}: {error}. Without a lock two brokers could write to it: put it where OFD locks \
-         work (on NFS version 4, or with a lock manager)"
+        "cannot lock disk {path:?}: {error}. Without a lock two brokers could write to it: put it on a file system \
+         with OFD locks (for NFS: version 4, or a lock manager)"
     )]
     Lock {
         /// The path as it was given.
         path: PathBuf,
-        /// What the kernel said.
+        /// The error that the kernel returned.
         error: io::Error,
     },
-    /// A question about the open file failed.
+    /// A query on the open file failed.
     #[error("cannot read {what} of disk {path:?}: {error}")]
     Query {
         /// The path as it was given.
         path: PathBuf,
-        /// What was asked for.
+        /// The property that could not be read.
         what: &'static str,
-        /// What the kernel said.
+        /// The error that the kernel returned.
         error: io::Error,
     },
 }
 
 impl DiskError {
-    /// Whether somebody else has the disk: trying again later can help.
+    /// Whether another process has the disk, so that a later try can succeed.
     pub fn is_busy(&self) -> bool {
         matches!(self, Self::Locked { .. } | Self::InUse { .. })
     }
 
-    /// Whether the error names somebody who has the disk and is alive: a process, or something in the kernel that was
-    /// set up on a device. If not, it is most likely I/O of a process that has ended, or has been killed and waits for it.
+    /// Whether the error names a living holder of the disk: a process, or a use in the kernel that was set up on a
+    /// device. If not, the holder is most likely I/O of a process that has ended, or that has been killed and waits for
+    /// that I/O.
     pub fn names_living_holder(&self) -> bool {
         match self {
             Self::Locked { holders, .. } => holders.iter().any(|process| !process.is_ending),
@@ -174,7 +175,7 @@ impl DiskError {
     }
 }
 
-/// What a path leads to, when that is no disk.
+/// What a path leads to, if not to a disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum FileKind {
@@ -214,7 +215,7 @@ impl fmt::Display for FileKind {
     }
 }
 
-/// The offsets of a file are signed (`loff_t`).
+/// The longest file: its offsets are signed (`loff_t`).
 const FILE_BYTES_MAX: u64 = i64::MAX as u64;
 
 fn access(read_only: bool) -> &'static str {
@@ -225,17 +226,17 @@ fn open_hint(path: &Path, read_only: bool, error: &io::Error) -> String {
     let word = shell_word(path);
     match Errno::from_io_error(error) {
         Some(Errno::NOENT) if path.starts_with("/dev") => ". `lsblk` lists the devices that are there".into(),
-        Some(Errno::NOENT) if read_only => ". Look at the path".into(),
+        Some(Errno::NOENT) if read_only => ". Check the path".into(),
         Some(Errno::NOENT) => {
-            format!(". Look at the path, or create the disk, for example with `truncate -s 10G {word}`")
+            format!(". Check the path, or create the disk, for example with `truncate -s 10G {word}`")
         }
-        Some(Errno::NOTDIR) => ". Look at the path: a part of it is no directory".into(),
-        Some(Errno::ACCESS | Errno::PERM) if read_only => format!(". Look at who may read it: `ls -l {word}`"),
+        Some(Errno::NOTDIR) => ". Check the path: a part of it is not a directory".into(),
+        Some(Errno::ACCESS | Errno::PERM) if read_only => format!(". Check who may read it: `ls -l {word}`"),
         Some(Errno::ACCESS | Errno::PERM) if !may_read(path) => {
-            format!(". Look at who may read and write it: `ls -l {word}`")
+            format!(". Check who may read and write it: `ls -l {word}`")
         }
         Some(Errno::ACCESS | Errno::PERM) => {
-            format!(". Look at who may write to it (`ls -l {word}`, `lsattr {word}`), or open it read-only")
+            format!(". Check who may write to it (`ls -l {word}`, `lsattr {word}`), or open it read-only")
         }
         Some(Errno::ROFS) => ". Open it read-only".into(),
         Some(Errno::TXTBSY) => ". It is being executed or used as swap space".into(),
@@ -252,9 +253,9 @@ fn may_read(path: &Path) -> bool {
 
 fn empty_hint(path: &Path, is_block_device: bool) -> String {
     if is_block_device {
-        ": it has no medium, or it is not set up yet (`lsblk`)".into()
+        ": the device has no medium, or is not set up yet (`lsblk`)".into()
     } else {
-        format!(": give it one, for example with `truncate -s 10G {}`", shell_word(path))
+        format!(": give the file a size, for example with `truncate -s 10G {}`", shell_word(path))
     }
 }
 
@@ -265,7 +266,7 @@ fn tail_hint(path: &Path, size_bytes: u64, logical_block_bytes: u32, is_block_de
     let whole_bytes = size_bytes.next_multiple_of(logical_block_bytes.into());
     if whole_bytes > FILE_BYTES_MAX {
         let less_bytes = size_bytes - size_bytes % u64::from(logical_block_bytes);
-        return format!("A file cannot be longer, so cut its end off: `truncate -s {less_bytes} {}`", shell_word(path));
+        return format!("A file cannot be longer, so cut off its end: `truncate -s {less_bytes} {}`", shell_word(path));
     }
     let mut hint = format!("Extend it with `truncate -s {whole_bytes} {}`", shell_word(path));
     if logical_block_bytes > 512 && size_bytes.is_multiple_of(512) {
@@ -284,8 +285,8 @@ fn after(waited: Duration) -> String {
 
 fn lock_holders(holders: &[ProcessName]) -> String {
     match holders {
-        [] => "by I/O still in flight of a process that has ended, or by a process that this user cannot look into: \
-               `lsof` tells root"
+        [] => "by I/O still in flight from a process that has ended, or by a process that this user cannot inspect: \
+               run `lsof` as root to see"
             .into(),
         [holder] => format!("by {holder}. Stop that process first"),
         holders => format!("by {}. Stop these processes first", list(holders)),
@@ -294,14 +295,14 @@ fn lock_holders(holders: &[ProcessName]) -> String {
 
 fn device_uses(uses: &[DeviceUse]) -> String {
     match uses {
-        [] => "by I/O still in flight of a process that has ended, or by a process that this user cannot look into: \
-               `lsof` and `lsblk` tell root"
+        [] => "by I/O still in flight from a process that has ended, or by a process that this user cannot inspect: \
+               run `lsof` and `lsblk` as root to see"
             .into(),
         uses => format!("{}. Free it first, or open it read-only", list(uses)),
     }
 }
 
-/// `path` as one word of a shell command.
+/// `path` as one word in a shell command.
 fn shell_word(path: &Path) -> String {
     let text = path.to_string_lossy();
     let plain = |c: char| c.is_ascii_alphanumeric() || "/._-+:@%,=".contains(c);
@@ -319,7 +320,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn who_only_reads_a_device_or_has_been_killed_is_no_reason_to_give_up() {
+    fn only_a_living_process_that_does_not_merely_read_a_device_counts_as_a_holder() {
         let process = |is_ending| ProcessName { pid: 7, comm: "other".into(), is_ending };
         let in_use = |uses| DiskError::InUse { path: "/dev/x".into(), uses, waited: Duration::ZERO };
         let locked = |is_ending| DiskError::Locked {
@@ -343,7 +344,7 @@ mod tests {
     }
 
     #[test]
-    fn paths_in_commands_are_one_word() {
+    fn a_path_in_a_command_is_one_word() {
         assert_eq!(shell_word(Path::new("/a/b-1.img")), "/a/b-1.img");
         assert_eq!(shell_word(Path::new("my disk's.img")), r"'my disk'\''s.img'");
         assert_eq!(shell_word(Path::new("-rf")), "./-rf");

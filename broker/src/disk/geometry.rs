@@ -9,25 +9,26 @@ use super::direct_alignment::DirectAlignment;
 use super::open::{Found, query_error};
 use super::{DirectIo, DiskConfig, DiskError, DiskKind, LogicalBlock};
 
-/// Linux's sector: the unit of sizes in the block layer and in virtio-blk, and so the smallest block of a disk.
+/// Linux's sector: the unit of sizes in the block layer and in virtio-blk, and therefore the smallest block of a disk.
 pub(super) const SECTOR_BYTES: u32 = 512;
-/// Network file systems name 1 MiB and more as `st_blksize`; that is what they like to transfer, no unit of writes.
+/// Network file systems report 1 MiB and more as `st_blksize`: their preferred transfer size, not a unit of writes.
 const PHYSICAL_BLOCK_MAX_BYTES: u32 = 64 << 10;
 /// `f_type` of tmpfs (`TMPFS_MAGIC`, `statfs(2)`).
 pub(super) const TMPFS_MAGIC: i64 = 0x0102_1994;
 
-/// What a guest must know of the disk to use it, and what the disk demands of who executes the guest's requests.
+/// What a guest must know of the disk to use it, and what the disk demands of the code that executes the requests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Geometry {
     pub(super) size_bytes: u64,
     pub(super) logical_block_bytes: u32,
     pub(super) physical_block_bytes: u32,
-    /// `None`: I/O goes through the page cache and may be as it likes.
+    /// `None`: I/O goes through the page cache and needs no alignment.
     pub(super) direct: Option<DirectAlignment>,
 }
 
 impl Geometry {
-    /// Reads it and refuses what no guest could use. Turns `O_DIRECT` off where the file has none.
+    /// Reads the geometry and refuses one that no guest could use. Turns `O_DIRECT` off where the file does not have
+    /// it.
     pub(super) fn read(found: &Found, config: &DiskConfig) -> Result<Self, DiskError> {
         let geometry = match found.kind {
             DiskKind::RegularFile => Self::of_file(found, config)?,
@@ -76,7 +77,7 @@ impl Geometry {
         })
     }
 
-    /// The size in bytes that the disk has by now, if a guest could use it; blocks do not change while it is open.
+    /// The current size of the disk in bytes, if a guest could use it; blocks do not change while the disk is open.
     pub(super) fn read_size(&self, file: impl AsFd, path: &Path, kind: DiskKind) -> Result<u64, DiskError> {
         let size_bytes = match kind {
             DiskKind::RegularFile => fstat(file).map(|stat| u64::try_from(stat.st_size).unwrap_or(0)),
@@ -87,7 +88,7 @@ impl Geometry {
         Ok(size_bytes)
     }
 
-    /// The block of direct I/O, for a disk that is only read or is written, if the guest's blocks are smaller.
+    /// The block of direct I/O for reads or for writes, if the guest's blocks are smaller.
     pub(super) fn finer_than_direct_io(&self, read_only: bool) -> Option<u32> {
         let direct = self.direct?;
         let block_bytes = if read_only { direct.read_block_bytes } else { direct.write_block_bytes };
@@ -112,7 +113,7 @@ impl Geometry {
 }
 
 impl LogicalBlock {
-    /// The rule. `own_bytes` is what the disk has by itself: a sector, or the block of the device.
+    /// The rule. `own_bytes` is the disk's own block: a sector, or the block of the device.
     fn bytes(
         self,
         own_bytes: u32,
@@ -135,12 +136,12 @@ impl LogicalBlock {
 }
 
 fn device_size(file: impl AsFd) -> rustix::io::Result<u64> {
-    // The end of a block device is what BLKGETSIZE64 tells; this needs no raw ioctl. The file position that it moves is
-    // nobody's: rings name an offset in each request.
+    // The end of a block device is the size that BLKGETSIZE64 reports; seeking needs no raw ioctl. Nothing uses the
+    // file position that this moves: rings name an offset in each request.
     seek(file, SeekFrom::End(0))
 }
 
-/// The unit in which a guest should write: guests that keep to it never cost a read first.
+/// The unit in which a guest should write: a guest that keeps to it never causes a read before a write.
 fn physical_block(preferred_bytes: u32, logical_block_bytes: u32, direct: Option<&DirectAlignment>) -> u32 {
     let direct_bytes = direct.map_or(logical_block_bytes, |direct| direct.write_block_bytes);
     preferred_bytes.max(logical_block_bytes).max(direct_bytes)
@@ -159,7 +160,7 @@ mod tests {
     }
 
     #[test]
-    fn the_logical_block_is_the_disks_own_whatever_direct_io_demands() {
+    fn the_logical_block_is_the_disks_own_for_every_demand_of_direct_io() {
         for direct in [None, Some(direct(512, 512)), Some(direct(512, 4096)), Some(direct(4096, 4096))] {
             assert_eq!(logical(LogicalBlock::Own, 512, direct), 512);
             assert_eq!(logical(LogicalBlock::Own, 4096, direct), 4096);
@@ -170,7 +171,7 @@ mod tests {
     }
 
     #[test]
-    fn a_disk_without_data_can_have_the_blocks_of_direct_io() {
+    fn a_disk_without_data_can_use_the_blocks_of_direct_io() {
         assert_eq!(logical(LogicalBlock::DirectIo, 512, None), 512);
         assert_eq!(logical(LogicalBlock::DirectIo, 512, Some(direct(512, 4096))), 4096);
         assert_eq!(logical(LogicalBlock::DirectIo, 4096, Some(direct(512, 512))), 4096);
@@ -194,7 +195,7 @@ mod tests {
     }
 
     #[test]
-    fn the_physical_block_covers_the_logical_one_and_that_of_direct_io() {
+    fn the_physical_block_covers_the_logical_block_and_the_block_of_direct_io() {
         assert_eq!(physical_block(4096, 512, None), 4096);
         assert_eq!(physical_block(512, 4096, None), 4096);
         assert_eq!(physical_block(512, 512, Some(&direct(512, 4096))), 4096);
@@ -216,7 +217,7 @@ mod tests {
     }
 
     #[test]
-    fn a_device_whose_last_block_is_not_whole_is_refused() {
+    fn a_device_with_a_partial_last_block_is_refused() {
         let geometry = Geometry {
             size_bytes: 4096 * 3 + 512,
             logical_block_bytes: 4096,
@@ -226,7 +227,7 @@ mod tests {
         let refused = geometry.check(Path::new("/dev/x"), DiskKind::BlockDevice).unwrap_err();
         assert_eq!(
             refused.to_string(),
-            "disk \"/dev/x\" has 12800 bytes, which is no multiple of its blocks of 4096 bytes: a guest could not \
+            "disk \"/dev/x\" has 12800 bytes, which is not a multiple of its 4096-byte blocks: a guest could not \
              reach the last 512. Change the size of the device"
         );
     }

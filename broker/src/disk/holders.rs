@@ -1,4 +1,4 @@
-//! Who has a disk: what `/proc` and `/sys` tell, for the messages of refusals.
+//! Which processes and kernel users hold a disk, from `/proc` and `/sys`, for the messages of refusals.
 
 use std::fmt;
 use std::fs;
@@ -24,8 +24,8 @@ fn holds_lock(process: &Process, wanted: &Statx) -> bool {
     })
 }
 
-/// Whether a `/proc/PID/fdinfo/FD` has an OFD lock on an inode of that number. The device number in that line is not
-/// the one that `stat` tells on every file system (btrfs), so the caller compares the files.
+/// Whether a `/proc/PID/fdinfo/FD` shows an OFD lock on an inode of that number. On some file systems (btrfs) the
+/// device number in that line differs from the one that `stat` returns, so the caller compares the files.
 fn has_ofd_lock(info: &str, inode: u64) -> bool {
     // lock:\t1: OFDLCK ADVISORY  WRITE -1 fe:00:655367 0 EOF
     info.lines().filter_map(|line| line.strip_prefix("lock:")).any(|lock| {
@@ -43,28 +43,29 @@ fn is_same_file(a: &Statx, b: &Statx) -> bool {
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum DeviceUse {
-    /// A file system on it (or on a partition of it, or on the disk that it is a partition of) is mounted.
+    /// A file system is mounted on the device, on a partition of it, or on the disk that the device is a partition of.
     Mounted {
         /// The device's name in the kernel.
         device: String,
-        /// Where, in the broker's mount namespace.
+        /// The mount point, in the broker's mount namespace.
         mount_point: PathBuf,
     },
-    /// It is swap space.
+    /// The device is swap space.
     Swap {
         /// The device node.
         path: PathBuf,
     },
-    /// Another block device is built on it: RAID, LVM, encryption.
+    /// Another block device is built on this device: RAID, LVM, encryption.
     PartOf {
         /// The device's name in the kernel.
         device: String,
-        /// The name of the device that is built on it.
+        /// The name of the upper device.
         upper: String,
     },
-    /// A process has it open. The kernel does not tell whether that is for itself alone.
+    /// A process has the device open. The kernel does not tell whether that open is exclusive.
     OpenIn(ProcessName),
-    /// A process has it open for reading. Whoever only looks (udev, a monitor) does not claim it.
+    /// A process has the device open for reading. A process that only reads (udev, a monitor) does not claim the
+    /// device.
     ReadBy(ProcessName),
 }
 
@@ -115,13 +116,13 @@ impl fmt::Display for DeviceNumber {
     }
 }
 
-/// What uses the device, or its partitions, or the disk that it is a partition of: a claim on one bars the others.
+/// The uses of the device, its partitions, and the disk that it is a partition of: a claim on one bars the others.
 pub(super) fn device_uses(number: DeviceNumber) -> Vec<DeviceUse> {
     let family = family(number);
     let named = |number: DeviceNumber| family.iter().find(|device| device.number == number);
     let mut uses = mounts(&fs::read_to_string("/proc/self/mountinfo").unwrap_or_default())
         .filter_map(|mount| {
-            // btrfs mounts have a number of their own; there only the source tells.
+            // A btrfs mount has a number of its own, so only its source identifies the device.
             let device = named(mount.number).or_else(|| named(DeviceNumber::of_path(&mount.source)?))?;
             Some(DeviceUse::Mounted { device: device.name.clone(), mount_point: mount.point })
         })
@@ -154,7 +155,7 @@ pub(super) fn device_uses(number: DeviceNumber) -> Vec<DeviceUse> {
 /// How a process has a file open, from its `/proc/PID/fdinfo/FD`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Opened {
-    /// The descriptor names the file and does not have it open (`O_PATH`): such as our own, while we open the disk.
+    /// The descriptor names the file without having it open (`O_PATH`), as our own does while we open the disk.
     NameOnly,
     ForReading,
     ForWriting,
@@ -188,7 +189,7 @@ impl Device {
     }
 }
 
-/// The device, its partitions, and the disk that it is a partition of.
+/// The device, its partitions, and the disk that the device is a partition of.
 fn family(number: DeviceNumber) -> Vec<Device> {
     let Ok(sysfs) = fs::canonicalize(format!("/sys/dev/block/{number}")) else {
         return vec![Device { number, name: number.to_string(), sysfs: PathBuf::new() }];
@@ -227,7 +228,7 @@ pub(super) fn swaps(swaps: &str) -> impl Iterator<Item = PathBuf> {
     swaps.lines().skip(1).filter_map(|line| Some(unescape(line.split_ascii_whitespace().next()?).into()))
 }
 
-/// The kernel writes space, tab, newline and backslash of a path as three octal digits.
+/// Undoes the kernel's escapes: space, tab, newline and backslash of a path are three octal digits.
 fn unescape(field: &str) -> String {
     [("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")]
         .iter()
@@ -249,7 +250,7 @@ mod tests {
     }
 
     #[test]
-    fn how_a_file_is_open_is_read_from_its_flags() {
+    fn the_flags_of_a_descriptor_tell_how_the_file_is_open() {
         let opened = |flags| Opened::from_file_info(&format!("pos:\t0\nflags:\t{flags}\nmnt_id:\t7\n"));
         assert_eq!(opened("012000000"), Some(Opened::NameOnly));
         assert_eq!(opened("02100000"), Some(Opened::ForReading));
@@ -259,7 +260,7 @@ mod tests {
     }
 
     #[test]
-    fn mountinfo_gives_device_mount_point_and_source() {
+    fn mountinfo_yields_device_mount_point_and_source() {
         let text = "27 1 254:0 / / rw,relatime - ext4 /dev/vda rw\n\
                     36 35 98:0 /mnt1 /mnt\\0402 rw,noatime master:1 shared:2 - ext3 /dev/root rw,errors=continue\n\
                     broken line\n";
@@ -271,7 +272,7 @@ mod tests {
     }
 
     #[test]
-    fn swaps_gives_the_paths() {
+    fn swaps_yields_the_paths() {
         let text = "Filename\t\t\t\tType\t\tSize\t\tUsed\t\tPriority\n/dev/zram0    partition\t524284\t\t0\t\t100\n";
         assert_eq!(swaps(text).collect::<Vec<_>>(), [Path::new("/dev/zram0")]);
     }

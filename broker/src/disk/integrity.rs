@@ -1,7 +1,7 @@
 //! Whether a block device keeps protection information (an integrity profile) beside its blocks.
 //!
-//! On such a device a read or write can bring a buffer for that information, at any address of the ring's creator
-//! (`attr_ptr`, Linux 6.14). The kernel looks at nothing but the device: it refuses the attribute on all others, and on
+//! On such a device a read or write can name a buffer for that information, at any address of the ring's creator
+//! (`attr_ptr`, Linux 6.14). The kernel checks only the device: it refuses the attribute on all other devices, and on
 //! regular files (`FMODE_HAS_METADATA`).
 
 use std::fs;
@@ -35,7 +35,8 @@ fn profile_in(device: &Path) -> io::Result<Option<String>> {
     let disk = if is_partition { device.canonicalize()?.join("..") } else { device.canonicalize()? };
     match fs::read_to_string(disk.join("integrity/format")) {
         Ok(format) => Ok(Some(format.trim().to_owned()).filter(|format| format != "none")),
-        // The kernel was built without, or is an old one, and then shows profiles only where there are some.
+        // The kernel was built without integrity support, or is an old one that shows profiles only where there are
+        // some.
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(error) => Err(error),
     }
@@ -55,7 +56,7 @@ mod tests {
     }
 
     #[test]
-    fn a_device_has_the_profile_that_sysfs_names_and_none_where_it_names_none() {
+    fn a_device_has_the_profile_that_sysfs_names() {
         for (format, expected) in [
             (Some("T10-DIF-TYPE1-CRC\n"), Some("T10-DIF-TYPE1-CRC")),
             (Some("nop\n"), Some("nop")),
@@ -76,13 +77,13 @@ mod tests {
     }
 
     #[test]
-    fn a_device_that_sysfs_does_not_know_is_no_device_without_a_profile() {
+    fn a_device_that_sysfs_does_not_know_is_an_error() {
         let gone = device(None).path().join("8:99");
         assert_eq!(profile_in(&gone).unwrap_err().kind(), io::ErrorKind::NotFound);
     }
 
     #[test]
-    fn a_regular_file_has_none() {
+    fn a_regular_file_has_no_profile() {
         assert_eq!(profile(tempfile::tempfile().unwrap(), DiskKind::RegularFile).unwrap(), None);
     }
 }

@@ -1,4 +1,4 @@
-//! Having a disk for a time, and waiting for it without holding anybody up.
+//! Acquiring a disk for a time, and waiting for it without blocking the caller.
 
 use std::io;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -8,19 +8,19 @@ use std::time::{Duration, Instant};
 use super::acquire::{Attempt, BackOff};
 use super::{Disk, DiskError, LocatedDisk, Start, StartUp};
 
-/// How soon the waiting thread looks again for who has the disk; then half as often each time, at most every
+/// How soon the waiting thread first looks for the disk's holder again; the interval then doubles each time, up to
 /// [`REPORT_INTERVAL`].
 const FIRST_LOOK_INTERVAL: Duration = Duration::from_millis(50);
-/// How often the log says that the disk is still waited for.
+/// How often the log repeats that the lease still waits for the disk.
 const REPORT_INTERVAL: Duration = Duration::from_secs(10);
-/// How often [`DiskLease::release_while`] asks whether it is still wanted.
+/// How often [`DiskLease::release_while`] asks whether the release is still wanted.
 const RELEASE_LOOK: Duration = Duration::from_millis(50);
-/// How long to let a disk alone that failed, rather than was busy.
+/// The pause before the next try at a disk that failed rather than was busy.
 const FAILURE_PAUSE: Duration = Duration::from_secs(1);
 
-/// A disk that is had, given back and had again: `Released` → `Waiting` → `Held` → `Released`.
+/// A disk that is acquired, released and acquired again: `Released` → `Waiting` → `Held` → `Released`.
 ///
-/// Waiting is done by a thread of the lease's own. Execution of guest requests belongs between the call of `on_held` and
+/// The lease's own thread does the waiting. Guest requests may be executed only between the call of `on_held` and
 /// [`Self::release`].
 #[derive(Debug)]
 pub struct DiskLease {
@@ -28,17 +28,17 @@ pub struct DiskLease {
     thread: Option<JoinHandle<()>>,
 }
 
-/// Where a lease is.
+/// The state of a lease.
 #[derive(Clone, Debug)]
 pub enum LeaseState {
-    /// Nobody wants the disk.
+    /// Not acquired, and not waiting.
     Released,
-    /// It is waited for, since then.
+    /// The lease waits for the disk.
     Waiting {
         /// When [`DiskLease::acquire`] was called.
         since: Instant,
     },
-    /// The lease has it.
+    /// The lease has the disk.
     Held(Arc<Disk>),
 }
 
@@ -46,23 +46,23 @@ pub enum LeaseState {
 struct Shared {
     located: Arc<LocatedDisk>,
     inner: Mutex<Inner>,
-    /// Anything in `inner` has changed.
+    /// Signalled after each change of `inner`.
     changed: Condvar,
 }
 
 #[derive(Debug)]
 struct Inner {
     state: LeaseState,
-    /// The disk, taken by somebody else of this process, while the thread has not come to it.
+    /// A disk that another thread of this process has acquired, until the lease's thread takes it over.
     taken: Option<Disk>,
-    /// The thread tries to have the disk, or is in `on_held`.
+    /// The thread tries to acquire the disk, or is in `on_held`.
     is_busy: bool,
     is_ending: bool,
 }
 
 impl DiskLease {
-    /// A lease in the state [`LeaseState::Released`]. `on_held` is called on the lease's thread each time that the disk is
-    /// had; it should only pass the disk on. [`Self::release`] waits for it.
+    /// A lease in the state [`LeaseState::Released`]. The lease's thread calls `on_held` each time that it has acquired
+    /// the disk; `on_held` should only pass the disk on. [`Self::release`] waits for that call.
     ///
     /// # Errors
     /// The thread cannot be started.
@@ -76,12 +76,12 @@ impl DiskLease {
         Ok(Self { shared, thread: Some(thread) })
     }
 
-    /// What is leased.
+    /// The disk of this lease.
     pub fn located(&self) -> &Arc<LocatedDisk> {
         &self.shared.located
     }
 
-    /// Begins to wait for the disk, unless that is so already or the lease has it. Returns at once.
+    /// Begins to wait for the disk, unless the lease waits for it or has it already. Returns at once.
     pub fn acquire(&self) {
         let mut inner = self.shared.inner();
         if matches!(inner.state, LeaseState::Released) {
@@ -90,17 +90,18 @@ impl DiskLease {
         }
     }
 
-    /// Gives the disk back, or stops waiting for it.
+    /// Releases the disk, or stops waiting for it.
     ///
-    /// When this returns, `on_held` is not running, and is not called before the next [`Self::acquire`]. The lease holds nothing
-    /// of the disk: others can have it, unless references are left that `on_held` has passed on, or rings that have the disk
-    /// registered. So call this first, then [close](Disk::close) what has been passed on.
+    /// When this returns, `on_held` is not running, and is not called before the next [`Self::acquire`]. The lease
+    /// itself holds nothing of the disk: others can open it, unless references remain that `on_held` has passed on, or
+    /// rings that have the disk registered. So call this first, then [close](Disk::close) the disks that `on_held` has
+    /// passed on.
     pub fn release(&self) {
         self.release_while(&|| true);
     }
 
-    /// The same for as long as it is wanted, which is asked now and then: an attempt to open a disk that does not answer can take
-    /// any time.
+    /// The same for as long as `is_wanted` returns true, which is asked repeatedly: an attempt to open a disk that does
+    /// not answer can take any time.
     pub fn release_while(&self, is_wanted: &dyn Fn() -> bool) {
         let mut inner = self.shared.inner();
         let was = std::mem::replace(&mut inner.state, LeaseState::Released);
@@ -110,18 +111,18 @@ impl DiskLease {
             inner = self.shared.wait(inner, Some(RELEASE_LOOK));
         }
         drop(inner);
-        // Closing a disk can take time.
+        // Closing a disk can take long, so the lock is released first.
         let held = if let LeaseState::Held(disk) = was { Arc::into_inner(disk) } else { None };
         held.into_iter().chain(taken).for_each(Disk::close);
     }
 
-    /// Where the lease is.
+    /// The state of the lease.
     pub fn state(&self) -> LeaseState {
         self.shared.inner().state.clone()
     }
 
-    /// Stops waiting for the disk, if it is not had yet; what is had stays. It is waited for again at the next
-    /// [`Self::acquire`].
+    /// Stops waiting for the disk; a disk that the lease already has stays with it. The next [`Self::acquire`] waits
+    /// again.
     pub fn stop_waiting(&self) {
         let mut inner = self.shared.inner();
         if matches!(inner.state, LeaseState::Waiting { .. }) {
@@ -130,7 +131,8 @@ impl DiskLease {
         }
     }
 
-    /// For the start of a program: goes on as [`LocatedDisk::start_up`] has found. Returns when a disk that is had is leased.
+    /// For the start of a program: continues as [`LocatedDisk::start_up`] decided. Returns when the lease has the disk,
+    /// if that decision includes one.
     pub fn begin(&self, start: Start) {
         match start {
             Start::Later => {}
@@ -160,7 +162,7 @@ impl Drop for DiskLease {
     fn drop(&mut self) {
         self.shared.inner().is_ending = true;
         self.shared.changed.notify_all();
-        // A panic of the thread has been printed; there is nothing to add.
+        // A panic of the thread has been printed already.
         let _ = self.thread.take().map(JoinHandle::join);
     }
 }
@@ -170,7 +172,7 @@ impl Shared {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Waits until something changes or the time is up; also for no reason.
+    /// Waits until a change or until the time is up; can also return spuriously.
     fn wait<'a>(&self, inner: MutexGuard<'a, Inner>, limit: Option<Duration>) -> MutexGuard<'a, Inner> {
         match limit {
             Some(limit) => self.changed.wait_timeout(inner, limit).unwrap_or_else(PoisonError::into_inner).0,
@@ -193,7 +195,7 @@ impl Shared {
             if let Some(disk) = self.wait_for_disk(since) {
                 self.tell(since, disk, &mut on_held);
             }
-            // Who releases the disk waits for this: nothing of it is held by now that was not passed on.
+            // `release` waits for this: from here on the lease holds nothing of the disk but what it passed on.
             self.inner().is_busy = false;
             self.changed.notify_all();
         }
@@ -212,7 +214,7 @@ impl Shared {
         on_held(disk);
     }
 
-    /// `None`: it is not wanted any more.
+    /// `None`: the disk is no longer wanted.
     fn wait_for_disk(&self, since: Instant) -> Option<Disk> {
         let mut looks = Looks::new(since);
         if let Some(disk) = self.inner().taken.take() {
@@ -239,7 +241,7 @@ impl Shared {
         }
     }
 
-    /// Sleeps. False, and no more sleep, as soon as the disk is not wanted any more.
+    /// Sleeps. Returns false early, as soon as the disk is no longer wanted.
     fn pause(&self, since: Instant, pause: Duration) -> bool {
         let end = Instant::now() + pause;
         let mut inner = self.inner();
@@ -255,13 +257,13 @@ impl Shared {
 }
 
 impl Inner {
-    /// Whether that very wait is still on.
+    /// Whether the lease still waits, for the same call of `acquire`.
     fn is_waiting(&self, begun: Instant) -> bool {
         !self.is_ending && matches!(self.state, LeaseState::Waiting { since } if since == begun)
     }
 }
 
-/// When to look for who has the disk, and when to tell.
+/// When to look for the disk's holder, and when to log.
 pub(super) struct Looks {
     since: Instant,
     next_look: Instant,
@@ -288,13 +290,14 @@ impl Looks {
         let now = Instant::now();
         if self.next_report.is_none_or(|next| now >= next) {
             self.next_report = Some(now + REPORT_INTERVAL);
-            tracing::warn!(waited_s = self.since.elapsed().as_secs(), "nothing is executed yet: {obstacle}");
+            let waited_s = self.since.elapsed().as_secs();
+            tracing::warn!(waited_s, "waiting for the disk, no request is executed yet: {obstacle}");
         }
     }
 
     fn report_success(&self, disk: &Disk) {
         let waited_ms = u64::try_from(self.since.elapsed().as_millis()).unwrap_or(u64::MAX);
-        tracing::info!(path = ?disk.path(), size_bytes = disk.size_bytes(), waited_ms, "the disk is locked for us");
+        tracing::info!(path = ?disk.path(), size_bytes = disk.size_bytes(), waited_ms, "disk acquired");
     }
 }
 

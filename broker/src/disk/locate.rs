@@ -1,4 +1,4 @@
-//! A disk that is known and not had.
+//! A disk whose properties are known, but which this process has not acquired.
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
@@ -10,10 +10,11 @@ use super::geometry::Geometry;
 use super::open::{self, Anchor};
 use super::{DirectAlignment, Disk, DiskConfig, DiskError, DiskKind};
 
-/// A disk of which everything is known that a guest asks, and on which no I/O is possible: it is neither locked nor
-/// claimed, and need not be free. It keeps to the very file that the path led to at first, whatever comes there later.
+/// A disk whose properties are known to answer a guest, and on which no I/O is possible: it is neither locked nor
+/// claimed, and need not be free. The value stays with the file that the path led to at first, even if the path leads
+/// elsewhere later.
 ///
-/// While nobody asks, it has nothing open: others do not see it, and a device can be removed.
+/// Between queries it has nothing open: other processes do not see it, and a device can be removed.
 #[derive(Debug)]
 pub struct LocatedDisk {
     anchor: Anchor,
@@ -32,10 +33,10 @@ impl LocatedDisk {
         Ok(Self { anchor, config: config.clone(), geometry, capabilities, size_bytes: geometry.size_bytes.into() })
     }
 
-    /// Takes the disk, if nobody else has it.
+    /// Acquires the disk, if no other process has it.
     ///
     /// # Errors
-    /// As [`Disk::open`], which does the same by the path and can wait.
+    /// As [`Disk::open`], which opens the disk by its path and can wait.
     pub fn try_lock(&self) -> Result<Disk, DiskError> {
         self.acquisition().within(None)
     }
@@ -44,21 +45,21 @@ impl LocatedDisk {
         Acquisition::new(&self.anchor, &self.config)
     }
 
-    /// The file or device node itself, not opened for anything (`O_PATH`).
+    /// The file or device node itself, as an `O_PATH` descriptor.
     pub fn anchor(&self) -> BorrowedFd<'_> {
         self.anchor.as_fd()
     }
 
-    /// Size in bytes when it was last looked at: a multiple of [`Self::logical_block_bytes`], never zero. Whoever has
-    /// the disk can change it: what counts for I/O is [`Disk::size_bytes`].
+    /// Size in bytes when it was last read: a multiple of [`Self::logical_block_bytes`], never zero. The disk's holder
+    /// can change the size, so I/O must go by [`Disk::size_bytes`].
     pub fn size_bytes(&self) -> u64 {
         self.size_bytes.load(Ordering::Relaxed)
     }
 
-    /// Looks at the size in bytes that the disk has by now, larger or smaller, and returns it.
+    /// Reads the current size of the disk in bytes, which can be larger or smaller than before, and returns it.
     ///
     /// # Errors
-    /// [`DiskError::Open`], [`DiskError::Empty`], [`DiskError::PartialBlock`], [`DiskError::Query`]; then the old size
+    /// [`DiskError::Open`], [`DiskError::Empty`], [`DiskError::PartialBlock`], [`DiskError::Query`]; the old size then
     /// stays.
     pub fn refresh_size(&self) -> Result<u64, DiskError> {
         let found = open::open_for_questions(&self.anchor, &self.config)?;
@@ -87,27 +88,27 @@ impl LocatedDisk {
         self.geometry.finer_than_direct_io(self.config.read_only)
     }
 
-    /// What it can do besides reading and writing.
+    /// What the disk can do besides reading and writing.
     pub fn capabilities(&self) -> Capabilities {
         self.capabilities
     }
 
-    /// Whether it is opened for reading only.
+    /// Whether the disk is opened for reading only.
     pub fn is_read_only(&self) -> bool {
         self.config.read_only
     }
 
-    /// Whether I/O goes past the host's page cache.
+    /// Whether I/O bypasses the host's page cache.
     pub fn is_direct_io(&self) -> bool {
         self.geometry.direct.is_some()
     }
 
-    /// What it is on the host.
+    /// What the disk is on the host.
     pub fn kind(&self) -> DiskKind {
         self.anchor.kind
     }
 
-    /// The path by which it was located.
+    /// The path by which the disk was located.
     pub fn path(&self) -> &Path {
         &self.config.path
     }

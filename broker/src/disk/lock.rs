@@ -11,8 +11,8 @@ use super::holders;
 use super::{DiskError, ProcessName};
 use crate::processes::Process;
 
-/// Locks the whole file for this open file description: for reading if `read_only`, else for writing. False: somebody
-/// else has a lock that is in the way.
+/// Locks the whole file for this open file description: for reading if `read_only`, else for writing. Returns false if
+/// a conflicting lock exists.
 pub(super) fn try_lock(file: &OwnedFd, path: &Path, read_only: bool) -> Result<bool, DiskError> {
     let wanted = whole_file(read_only);
     loop {
@@ -25,19 +25,19 @@ pub(super) fn try_lock(file: &OwnedFd, path: &Path, read_only: bool) -> Result<b
     }
 }
 
-/// Gives the lock of this open file description back, whoever else has a reference to that.
+/// Releases the lock of this open file description, even if other references to the description remain.
 pub(super) fn unlock(file: &OwnedFd) {
     let unlocked = libc::flock { l_type: libc::F_UNLCK as _, ..whole_file(true) };
     if let Err(error) = fcntl(file, FcntlArg::F_OFD_SETLK(&unlocked)) {
-        // Then it goes with the last reference.
-        tracing::debug!(%error, "unlocking a disk");
+        // The lock then ends with the last reference.
+        tracing::debug!(%error, "cannot unlock a disk");
     }
 }
 
-/// Who has a lock that is in the way of ours.
+/// The processes whose lock conflicts with ours.
 pub(super) fn holders(file: impl AsFd, read_only: bool) -> Vec<ProcessName> {
     let mut conflict = whole_file(read_only);
-    // For a lock of the older kind (POSIX) the kernel names the process; an OFD lock has none (-1).
+        // The kernel names the process of a POSIX lock; an OFD lock has no process (-1).
     match fcntl(&file, FcntlArg::F_OFD_GETLK(&mut conflict)) {
         Ok(_) if conflict.l_pid > 0 => vec![Process::with_pid(conflict.l_pid.unsigned_abs()).name()],
         _ => holders::lock_holders(file),
@@ -46,6 +46,6 @@ pub(super) fn holders(file: impl AsFd, read_only: bool) -> Vec<ProcessName> {
 
 fn whole_file(read_only: bool) -> libc::flock {
     let kind = if read_only { libc::F_RDLCK } else { libc::F_WRLCK };
-    // A length of zero reaches to the end of the file, wherever that will be. OFD calls demand a pid of zero.
+        // A length of zero reaches to the end of the file, also after it grows. OFD calls require a pid of zero.
     libc::flock { l_type: kind as _, l_whence: libc::SEEK_SET as _, l_start: 0, l_len: 0, l_pid: 0 }
 }

@@ -1,21 +1,21 @@
 //! The disk that guests read and write: a regular file or a block device of the host.
 //!
 //! A [`Disk`] is one *open file description* with a lock on it. Rings register that description, so the lock is held
-//! until the last file descriptor is closed *and* the last ring that registered it has ended, with all its I/O; or until
-//! someone who knows that there is no such ring and no I/O calls [`Disk::close`], which returns when others can have the disk. A
-//! broker that comes later cannot open the disk before that, not even when the earlier one was killed:
+//! until the last file descriptor is closed *and* the last ring that registered the description has ended, with all its
+//! I/O. Code that knows that there is no such ring and no I/O can call [`Disk::close`] instead: it returns when others
+//! can open the disk. A later broker cannot open the disk before that, even if the earlier broker was killed:
 //!
 //! - An OFD lock over the whole file (`fcntl(2)`, `F_OFD_SETLK`): a write lock, or for a read-only disk a read lock,
-//!   so that read-only disks share a file. It also keeps QEMU away, which locks its images the same way.
+//!   so that read-only disks share a file. The lock also keeps QEMU away, which locks its images the same way.
 //! - On a block device that is opened for writing also an exclusive claim (`O_EXCL`, `open(2)`). The OFD lock belongs
 //!   to the device *node*, and a device can have several; the claim belongs to the device, and it keeps out mounts,
 //!   RAID and device mapper too.
 //!
-//! What neither catches: a read-only disk and a writer on two different nodes of one device. The reader then sees
-//! data change; nothing is damaged.
+//! Neither catches a read-only disk and a writer on two different nodes of one device. The reader then sees data
+//! change; nothing is damaged.
 //!
-//! Who must answer questions about a disk before it can be had uses a [`LocatedDisk`], and a [`DiskLease`] to have it
-//! and give it back.
+//! Code that must answer questions about a disk before it can open the disk uses a [`LocatedDisk`], and a [`DiskLease`]
+//! to acquire the disk and release it.
 
 mod acquire;
 mod capabilities;
@@ -53,26 +53,27 @@ use open::{Anchor, Found};
 /// Whether I/O goes past the host's page cache (`O_DIRECT`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub enum DirectIo {
-    /// `O_DIRECT` where the file system has it, the page cache where not.
+    /// `O_DIRECT` if the file system has it, otherwise the page cache.
     #[default]
     Auto,
-    /// `O_DIRECT`, or [`DiskError::NoDirectIo`].
+    /// `O_DIRECT`; without it opening fails with [`DiskError::NoDirectIo`].
     On,
     /// Through the page cache.
     Off,
 }
 
-/// The logical block of a disk: the unit in which a guest reads and writes it, and in which the data on it counts its
-/// places (a partition table names blocks, not bytes). So it is what the data was written for, and it must be the same
-/// whatever storage the disk lies on today. What direct I/O demands ([`DirectAlignment`]) is another matter.
+/// The logical block of a disk: the unit in which a guest reads and writes the disk, and in which the data on the disk
+/// counts offsets (a partition table names blocks, not bytes). So the logical block is the one that the data was
+/// written for, and must stay the same on any storage. The demands of direct I/O ([`DirectAlignment`]) are a separate
+/// matter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub enum LogicalBlock {
     /// 512 bytes for a file; the device's own block (`BLKSSZGET`) for a block device.
     #[default]
     Own,
-    /// As the operator says: a power of two, not smaller than the disk's own.
+    /// As the operator says: a power of two, not smaller than the disk's own block.
     Bytes(u32),
-    /// What direct I/O takes on the storage of today: for a disk that holds no data of its guest yet.
+    /// The block of direct I/O on the current storage: for a disk that holds no data of its guest yet.
     DirectIo,
 }
 
@@ -81,13 +82,13 @@ pub enum LogicalBlock {
 pub struct DiskConfig {
     /// The file or the device node. Symbolic links (`/dev/disk/by-id/...`) are followed.
     pub path: PathBuf,
-    /// Open it for reading only: nothing that a guest does can then write to it, and several brokers can share it.
+    /// Open the disk for reading only: a guest cannot write to it, and several brokers can share it.
     pub read_only: bool,
-    /// Whether to go past the page cache.
+    /// Whether to bypass the page cache.
     pub direct_io: DirectIo,
     /// The unit in which the guest reads and writes.
     pub logical_block: LogicalBlock,
-    /// How long to wait for the lock and the claim when somebody has them. `None`: do not wait.
+    /// How long to wait for the lock and the claim while another process has them. `None`: do not wait.
     pub lock_wait: Option<Duration>,
 }
 
@@ -113,11 +114,11 @@ pub enum DiskKind {
     BlockDevice,
 }
 
-/// An open, locked disk. Block sizes are those at the time of opening, the size that of the last look.
+/// An open, locked disk. Block sizes are those at the time of opening; the size is the one that was read last.
 #[derive(Debug)]
 pub struct Disk {
     file: OwnedFd,
-    /// The same file without `O_DIRECT`, where a guest can write less than direct I/O takes.
+    /// The same file without `O_DIRECT`, for writes that are smaller than direct I/O allows.
     page_cache: Option<OwnedFd>,
     path: PathBuf,
     kind: DiskKind,
@@ -129,7 +130,7 @@ pub struct Disk {
 impl Disk {
     /// Opens and locks a disk. Nothing on the disk changes.
     ///
-    /// Blocks for at most [`DiskConfig::lock_wait`] (plus the time to look for who has the lock, which reads `/proc`).
+    /// Blocks for at most [`DiskConfig::lock_wait`] (plus the time to look for the lock's holder, which reads `/proc`).
     /// Needs `/proc`.
     ///
     /// # Errors
@@ -139,7 +140,7 @@ impl Disk {
         Acquisition::new(&anchor, config).within(config.lock_wait)
     }
 
-    /// Finds a disk and what it is, without locking it, claiming it or waiting for anybody.
+    /// Finds a disk and its properties, without locking it, claiming it or waiting for another process.
     ///
     /// # Errors
     /// Those of [`Self::open`], except [`DiskError::Locked`], [`DiskError::InUse`] and [`DiskError::Lock`].
@@ -159,66 +160,68 @@ impl Disk {
         }
     }
 
-    /// Size in bytes when it was last looked at: a multiple of [`Self::logical_block_bytes`], never zero.
+    /// Size in bytes when it was last read: a multiple of [`Self::logical_block_bytes`], never zero.
     pub fn size_bytes(&self) -> u64 {
         self.size_bytes.load(Ordering::Relaxed)
     }
 
-    /// Looks at the size in bytes that the disk has by now, larger or smaller, and returns it.
+    /// Reads the current size of the disk in bytes, which can be larger or smaller than before, and returns it.
     ///
     /// # Errors
-    /// [`DiskError::Empty`], [`DiskError::PartialBlock`], [`DiskError::Query`]; then the old size stays in force.
+    /// [`DiskError::Empty`], [`DiskError::PartialBlock`], [`DiskError::Query`]; the old size then stays in force.
     pub fn refresh_size(&self) -> Result<u64, DiskError> {
         let size_bytes = self.geometry.read_size(&self.file, &self.path, self.kind)?;
         self.size_bytes.store(size_bytes, Ordering::Relaxed);
         Ok(size_bytes)
     }
 
-    /// The unit in bytes in which the guest reads and writes: a power of two, at least 512 ([`LogicalBlock`]). Direct I/O
-    /// can demand a larger one: [`Self::direct_alignment`].
+    /// The unit in bytes in which the guest reads and writes: a power of two, at least 512 ([`LogicalBlock`]). Direct
+    /// I/O can demand a larger one: [`Self::direct_alignment`].
     pub fn logical_block_bytes(&self) -> u32 {
         self.geometry.logical_block_bytes
     }
 
     /// The unit in bytes below which a write may cost a read first: a power of two, at least
-    /// [`Self::logical_block_bytes`] and what a direct write takes. For a block device `BLKPBSZGET`, for a file
+    /// [`Self::logical_block_bytes`] and the block of direct writes. For a block device `BLKPBSZGET`, for a file
     /// `st_blksize`, at most 64 KiB.
     pub fn physical_block_bytes(&self) -> u32 {
         self.geometry.physical_block_bytes
     }
 
-    /// What requests to the disk must keep to. `None`: I/O goes through the page cache and may be as it likes.
+    /// The alignment that requests to the disk must have. `None`: I/O goes through the page cache and needs no
+    /// alignment.
     ///
-    /// For a block device its own block, for a file what the file system demands (`statx(2)`, `STATX_DIOALIGN` from Linux
-    /// 6.1, `STATX_DIO_READ_ALIGN` from 6.14). File systems that do not tell get their block size, at most 4096.
+    /// For a block device its own block, for a file the demands of the file system (`statx(2)`, `STATX_DIOALIGN` from
+    /// Linux 6.1, `STATX_DIO_READ_ALIGN` from 6.14). For file systems that report nothing: their block size, at most
+    /// 4096.
     pub fn direct_alignment(&self) -> Option<DirectAlignment> {
         self.geometry.direct
     }
 
-    /// The block of direct I/O in bytes, if the guest's are smaller: then not all requests can go to the disk as the guest
-    /// sends them. On a disk that is only read it is that of reads.
+    /// The block of direct I/O in bytes, if the guest's blocks are smaller: then not all requests can go to the disk as
+    /// the guest sends them. On a read-only disk this is the block of reads.
     pub fn finer_than_direct_io(&self) -> Option<u32> {
         self.geometry.finer_than_direct_io(self.read_only)
     }
 
-    /// What the address of a buffer must be a multiple of, in bytes: 1 through the page cache.
+    /// The alignment in bytes that the address of a buffer needs: 1 through the page cache.
     pub fn memory_alignment_bytes(&self) -> u32 {
         self.geometry.direct.map_or(1, |direct| direct.memory_bytes)
     }
 
-    /// The same file through the page cache: for the end of a file that is no whole block of direct I/O. There only if
-    /// the disk is written and [finer than direct I/O](Self::finer_than_direct_io). It has no lock of its own; the lock
-    /// is held for as long as the ring that registered both has not ended.
+    /// The same file through the page cache: for the end of a file that is not a whole block of direct I/O. Present
+    /// only if the disk is writable and [finer than direct I/O](Self::finer_than_direct_io). This descriptor has no
+    /// lock of its own; the disk's lock is held until the ring that registered both has ended.
     pub(crate) fn page_cache(&self) -> Option<BorrowedFd<'_>> {
         self.page_cache.as_ref().map(AsFd::as_fd)
     }
 
-    /// Whether it was opened for reading only.
+    /// Whether the disk was opened for reading only.
     pub fn is_read_only(&self) -> bool {
         self.read_only
     }
 
-    /// The same disk, on storage that takes direct I/O in larger blocks only, as far as this crate knows.
+    /// The same disk, which this crate then treats as if its storage took direct I/O in larger blocks only.
     #[cfg(test)]
     pub(crate) fn with_direct_block(mut self, block_bytes: u32) -> Self {
         let direct = self.geometry.direct.as_mut().expect("a disk with direct I/O");
@@ -228,18 +231,19 @@ impl Disk {
         self
     }
 
-    /// Whether I/O goes past the host's page cache.
+    /// Whether I/O bypasses the host's page cache.
     pub fn is_direct_io(&self) -> bool {
         self.geometry.direct.is_some()
     }
 
-    /// What it is on the host.
+    /// What the disk is on the host.
     pub fn kind(&self) -> DiskKind {
         self.kind
     }
 
-    /// The name of the integrity profile, if it is a block device that keeps protection information beside its blocks
-    /// (`integrity/format` in sysfs, e.g. `T10-DIF-TYPE1-CRC`). No guest may have such a device in direct mode.
+    /// The name of the integrity profile, if the disk is a block device that keeps protection information beside its
+    /// blocks (`integrity/format` in sysfs, e.g. `T10-DIF-TYPE1-CRC`). Direct mode refuses such a device to every
+    /// guest.
     ///
     /// # Errors
     /// [`DiskError::Query`]: sysfs does not know the device.
@@ -248,7 +252,7 @@ impl Disk {
             .map_err(|error| open::query_error(&self.path, "the integrity profile (in /sys/dev/block)", error))
     }
 
-    /// The path by which it was opened.
+    /// The path by which the disk was opened.
     pub fn path(&self) -> &Path {
         &self.path
     }

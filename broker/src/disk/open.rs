@@ -1,4 +1,4 @@
-//! Opening a path as a disk, whatever it turns out to be.
+//! Opening a path as a disk, whether it leads to a file or to a device.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -10,17 +10,18 @@ use rustix::io::Errno;
 use super::holders::DeviceNumber;
 use super::{DirectIo, DiskConfig, DiskError, DiskKind, place};
 
-/// The very file or device that a path led to. It opens nothing (`O_PATH`): no FIFO blocks, and no device notices.
+/// The file or device that a path led to. The anchor opens nothing (`O_PATH`): a FIFO does not block, a device is not
+/// opened.
 #[derive(Debug)]
 pub(super) struct Anchor {
     fd: OwnedFd,
     pub(super) kind: DiskKind,
-    /// What the node stands for, if it is a block device.
+    /// The device of the node, if it is a block device.
     pub(super) device: DeviceNumber,
 }
 
 impl Anchor {
-    /// Follows the path, and refuses what is no disk.
+    /// Follows the path, and refuses anything but a regular file or a block device.
     pub(super) fn new(config: &DiskConfig) -> Result<Self, DiskError> {
         let fd = sys_open(&config.path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())
             .map_err(|errno| open_error(config, errno))?;
@@ -33,12 +34,12 @@ impl Anchor {
         Ok(Self { fd, kind, device: DeviceNumber::from_raw(found.st_rdev) })
     }
 
-    /// A path to the anchored file, whatever the configured path leads to by now.
+    /// A path to the anchored file, even if the configured path leads elsewhere by now.
     pub(super) fn path(&self) -> PathBuf {
         format!("/proc/self/fd/{}", self.fd.as_raw_fd()).into()
     }
 
-    /// Whether it is a block device that is to be written, and so to be claimed.
+    /// Whether this is a block device that is opened for writing, and therefore claimed.
     fn is_claimed(&self, config: &DiskConfig) -> bool {
         self.kind == DiskKind::BlockDevice && !config.read_only
     }
@@ -50,27 +51,27 @@ impl AsFd for Anchor {
     }
 }
 
-/// A disk that is open, not yet locked.
+/// An open disk, not yet locked.
 #[derive(Debug)]
 pub(super) struct Found {
     pub(super) file: OwnedFd,
     pub(super) kind: DiskKind,
     /// The number of a block device.
     pub(super) device: DeviceNumber,
-    /// Whether the kernel accepted `O_DIRECT`; some file systems do and then ignore it.
+    /// Whether the kernel accepted `O_DIRECT`; some file systems accept the flag and ignore it.
     pub(super) direct_io: bool,
 }
 
-/// Opens the disk for I/O and, if it is a block device to be written, claims it. `None`: somebody else has the claim.
+/// Opens the disk for I/O and claims it if it is a writable block device. `None`: another process has the claim.
 pub(super) fn open(anchor: &Anchor, config: &DiskConfig) -> Result<Option<Found>, DiskError> {
     let mut flags = if config.read_only { OFlags::RDONLY } else { OFlags::RDWR };
     flags.set(OFlags::EXCL, anchor.is_claimed(config));
     open_with(anchor, config, flags)
 }
 
-/// Opens the disk to ask what it is, and finds out what would stand in the way of [`open`], except a claim.
+/// Opens the disk to read its properties, and finds all reasons for which [`open`] would fail, except a claim.
 ///
-/// A block device is opened for reading only: that works beside a claim, and its close is no news for udev.
+/// A block device is opened for reading only: that works beside a claim, and udev ignores the close.
 pub(super) fn open_for_questions(anchor: &Anchor, config: &DiskConfig) -> Result<Found, DiskError> {
     let mut flags = OFlags::RDONLY;
     if anchor.is_claimed(config) {
@@ -80,11 +81,11 @@ pub(super) fn open_for_questions(anchor: &Anchor, config: &DiskConfig) -> Result
         flags = OFlags::RDWR;
     }
     let found = open_with(anchor, config, flags)?;
-    // Only an exclusive open gives none.
+    // Only an exclusive open returns `None`.
     found.ok_or_else(|| open_error(config, Errno::BUSY))
 }
 
-/// Opens a file once more, for reading and writing through the page cache.
+/// Opens the file once more, for reading and writing through the page cache.
 pub(super) fn open_page_cache(anchor: &Anchor, config: &DiskConfig) -> Result<OwnedFd, DiskError> {
     loop {
         match sys_open(anchor.path(), OFlags::RDWR | OFlags::CLOEXEC, Mode::empty()) {
@@ -122,7 +123,7 @@ fn open_with(anchor: &Anchor, config: &DiskConfig, access: OFlags) -> Result<Opt
     Ok(Some(Found { file, kind: anchor.kind, device: anchor.device, direct_io }))
 }
 
-/// Such a device opens for writing, and then fails every write.
+/// A write-protected device opens for writing, and then fails every write.
 fn is_write_protected(file: &OwnedFd, path: &Path) -> Result<bool, DiskError> {
     /// `BLKROGET` of `<linux/fs.h>`: `_IO(0x12, 94)`.
     const BLKROGET: rustix::ioctl::Opcode = rustix::ioctl::opcode::none(0x12, 94);

@@ -1,5 +1,5 @@
-//! Files that are no disk, or that cannot be written, by what the kernel tells of them. Nothing is tried: a write waits where the
-//! file system is frozen.
+//! Refuses files that are not disks, or that cannot be written, by what the kernel reports of them. No write is tried:
+//! a write waits while the file system is frozen.
 
 use std::fs;
 use std::os::fd::AsFd;
@@ -11,7 +11,7 @@ use super::holders::swaps;
 use super::open::query_error;
 use super::{DiskConfig, DiskError};
 
-/// `f_type` of file systems whose files are the kernel's own (`<linux/magic.h>`).
+/// `f_type` of file systems whose files the kernel generates (`<linux/magic.h>`).
 const KERNEL_FILE_SYSTEMS: [(u32, &str); 13] = [
     (0x9fa0, "proc"),
     (0x6265_6572, "sysfs"),
@@ -28,14 +28,14 @@ const KERNEL_FILE_SYSTEMS: [(u32, &str); 13] = [
     (0xf97c_ff8c, "selinuxfs"),
 ];
 
-/// hugetlbfs, memfds with huge pages included: its files have no write(2).
+/// hugetlbfs, also memfds with huge pages: its files have no write(2).
 const HUGETLBFS_MAGIC: u32 = 0x9584_58f6;
 
-/// Refuses a regular file that is no disk, or that is to be written and cannot be.
+/// Refuses a regular file that is not a disk, or that is to be written and cannot be.
 pub(super) fn check(file: impl AsFd, config: &DiskConfig) -> Result<(), DiskError> {
     let path = config.path.clone();
     let file_system = fstatfs(&file).map_err(|errno| query_error(&config.path, "the file system", errno))?;
-    // The width of the field differs between architectures, its 32 bits do not.
+    // The width of the field differs between architectures; its 32 bits do not.
     let magic = file_system.f_type as u32;
     if let Some(&(_, name)) = KERNEL_FILE_SYSTEMS.iter().find(|(known, _)| *known == magic) {
         return Err(DiskError::KernelFile { path, file_system: name });
@@ -79,11 +79,11 @@ mod tests {
     }
 
     #[test]
-    fn files_of_the_kernel_are_no_disks() {
+    fn kernel_files_are_refused_as_disks() {
         for (path, file_system) in [("/proc/self/status", "proc"), ("/sys/kernel/uevent_seqnum", "sysfs")] {
-            // Who may write them differs.
+            // Read-only, because write permission to these files differs between machines.
             let text = refusal(path, true);
-            assert!(text.contains(&format!("is a file of the kernel ({file_system})")), "{text}");
+            assert!(text.contains(&format!("is a kernel file ({file_system})")), "{text}");
         }
     }
 
@@ -105,7 +105,7 @@ mod tests {
             eprintln!("skipped: this kernel has no huge pages");
             return;
         };
-        // The size of a huge page, without having one.
+        // As long as any huge page, without allocating one.
         ftruncate(&file, 1 << 30).unwrap();
         let path = format!("/proc/self/fd/{}", file.as_raw_fd());
         let text = refusal(&path, false);

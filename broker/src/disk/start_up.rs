@@ -1,4 +1,4 @@
-//! Whether a program that begins to serve a disk can go on, when somebody else has the disk.
+//! Whether a program that starts to serve a disk can continue while another process has the disk.
 
 use std::thread;
 use std::time::{Duration, Instant};
@@ -7,36 +7,36 @@ use super::acquire::{Attempt, BackOff};
 use super::lease::Looks;
 use super::{Disk, DiskError, LocatedDisk};
 
-/// What [`LocatedDisk::start_up`] is to do when somebody else has the disk.
+/// What [`LocatedDisk::start_up`] does when another process has the disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum StartUp {
-    /// Give up if a living process still has it after that time. If no process does, it is I/O of one that has ended:
-    /// go on, and the disk is had when that I/O has ended.
+    /// Give up if a living process still has the disk after that time. If no living process has it, the holder is I/O
+    /// of a process that has ended: continue, and acquire the disk when that I/O has ended.
     Grace(Duration),
-    /// Go on at once, and leave the disk alone until [`DiskLease::acquire`](super::DiskLease::acquire) is called, because a guest
-    /// runs here: the destination of a live migration. The source gives the disk back whenever it may be about to lose the
-    /// guest, and wants it again if the guest stays.
+    /// Continue at once, and leave the disk alone until [`DiskLease::acquire`](super::DiskLease::acquire) is called,
+    /// because then a guest runs here: the destination of a live migration. The source releases the disk whenever it
+    /// may be about to lose the guest, and acquires it again if the guest stays.
     Incoming,
 }
 
-/// How a start goes on: for [`DiskLease::begin`](super::DiskLease::begin).
+/// How a start continues: for [`DiskLease::begin`](super::DiskLease::begin).
 #[derive(Debug)]
 pub enum Start {
     /// With the disk.
     Has(Disk),
-    /// I/O of a process that has ended has the disk: it is to be waited for.
+    /// Without the disk, which I/O of an ended process still holds: the lease waits for it.
     Waits,
-    /// Without the disk, until it is asked for.
+    /// Without the disk, until [`DiskLease::acquire`](super::DiskLease::acquire) asks for it.
     Later,
 }
 
 impl LocatedDisk {
-    /// Waits until it is clear that a program can go on. Who has the disk is seen in `/proc`: call it before a sandbox hides
-    /// other processes.
+    /// Waits until it is clear whether a program can continue. `/proc` shows the disk's holder, so call this before a
+    /// sandbox hides other processes.
     ///
     /// # Errors
     ///
-    /// A living process still has the disk ([`DiskError::Locked`], [`DiskError::InUse`]), or it cannot be opened.
+    /// A living process still has the disk ([`DiskError::Locked`], [`DiskError::InUse`]), or the disk cannot be opened.
     pub fn start_up(&self, how: StartUp) -> Result<Start, DiskError> {
         let StartUp::Grace(grace) = how else { return Ok(Start::Later) };
         let begin = Instant::now();

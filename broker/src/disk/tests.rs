@@ -1,4 +1,4 @@
-//! Disks that need no block device: those are in the end-to-end tests.
+//! Tests of disks without a block device; those with one are in the end-to-end tests.
 
 use std::fs::{self, File};
 use std::os::fd::AsRawFd;
@@ -21,7 +21,7 @@ fn in_page_cache(path: &Path) -> DiskConfig {
     DiskConfig { direct_io: DirectIo::Off, ..DiskConfig::new(path) }
 }
 
-/// The message of the refusal names the path and has all of `parts`.
+/// Asserts that the message of the refusal names the path and contains all of `parts`.
 fn assert_refused(config: &DiskConfig, parts: &[&str]) {
     let message = Disk::open(config).unwrap_err().to_string();
     for part in parts.iter().chain([&config.path.to_str().unwrap()]) {
@@ -44,7 +44,7 @@ fn a_file_in_the_page_cache_has_blocks_of_512_bytes() {
 }
 
 #[test]
-fn a_size_is_held_against_the_logical_block_at_the_start_and_at_each_look() {
+fn the_size_is_checked_against_the_logical_block_at_the_start_and_at_each_refresh() {
     let (_dir, path) = image(3 * 4096);
     let logical_block = LogicalBlock::Bytes(4096);
     let disk = Disk::open(&DiskConfig { logical_block, ..DiskConfig::new(&path) }).unwrap();
@@ -60,14 +60,14 @@ fn a_size_is_held_against_the_logical_block_at_the_start_and_at_each_look() {
     File::options().write(true).open(&path).unwrap().set_len(8192 + 512).unwrap();
     assert_refused(
         &DiskConfig { logical_block, ..DiskConfig::new(&path) },
-        &["8704 bytes", "no multiple of its blocks of 4096 bytes", "or leave out --logical-block-size"],
+        &["8704 bytes", "not a multiple of its 4096-byte blocks", "or leave out --logical-block-size"],
     );
     let disk = Disk::open(&DiskConfig::new(&path)).unwrap();
     assert_eq!((disk.logical_block_bytes(), disk.size_bytes()), (512, 8704));
 }
 
 #[test]
-fn direct_io_is_what_the_open_file_really_has() {
+fn direct_io_is_reported_as_the_open_file_has_it() {
     let (_dir, path) = image(1 << 20);
     let disk = Disk::open(&DiskConfig::new(&path)).unwrap();
     let flags = fcntl_getfl(&disk).unwrap();
@@ -78,7 +78,7 @@ fn direct_io_is_what_the_open_file_really_has() {
 }
 
 #[test]
-fn a_file_of_tmpfs_is_opened_without_direct_io_and_refused_when_it_is_demanded() {
+fn a_tmpfs_file_is_opened_without_direct_io_and_refused_when_direct_io_is_demanded() {
     let memory = rustix::fs::memfd_create("disk", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
     rustix::fs::ftruncate(&memory, 4096).unwrap();
     let path = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&memory));
@@ -93,7 +93,7 @@ fn a_file_of_tmpfs_is_opened_without_direct_io_and_refused_when_it_is_demanded()
 }
 
 #[test]
-fn a_file_system_that_refuses_the_flag_is_served_from_the_page_cache_unless_direct_io_is_demanded() {
+fn a_file_system_that_refuses_o_direct_is_served_from_the_page_cache_unless_direct_io_is_demanded() {
     // hugetlbfs: its open(2) gives EINVAL for O_DIRECT. No huge page is needed for a file without content.
     let Ok(file) = memfd_create("huge", MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB) else {
         eprintln!("skipped: this kernel has no huge pages");
@@ -124,7 +124,7 @@ fn a_symbolic_link_is_followed() {
 }
 
 #[test]
-fn what_is_no_disk_is_refused_by_its_kind_and_without_blocking() {
+fn a_path_to_something_else_is_refused_by_its_kind_and_without_blocking() {
     let dir = tempfile::tempdir().unwrap();
     assert_refused(&DiskConfig::new(dir.path()), &["is a directory: a disk is a regular file or a block device"]);
     assert_refused(&DiskConfig::new("/dev/null"), &["is a character device"]);
@@ -151,7 +151,7 @@ fn a_missing_file_is_refused_with_the_command_that_creates_it() {
 }
 
 #[test]
-fn what_open_says_is_passed_on_with_the_way_out() {
+fn an_error_of_open_is_passed_on_with_the_remedy() {
     let (_dir, path) = image(512);
     let error = |errno: rustix::io::Errno, read_only| {
         DiskError::Open { path: path.clone(), read_only, error: errno.into() }.to_string()
@@ -169,12 +169,12 @@ fn what_open_says_is_passed_on_with_the_way_out() {
 }
 
 #[test]
-fn no_advice_is_given_that_cannot_be_followed() {
+fn no_advice_is_given_that_the_operator_cannot_follow() {
     let open = |path: &str, read_only, errno: rustix::io::Errno| {
         DiskError::Open { path: path.into(), read_only, error: errno.into() }.to_string()
     };
     let missing = open("no.img", true, rustix::io::Errno::NOENT);
-    assert!(!missing.contains("truncate") && missing.ends_with("Look at the path"), "{missing}");
+    assert!(!missing.contains("truncate") && missing.ends_with("Check the path"), "{missing}");
     let missing = open("/dev/no-disk", false, rustix::io::Errno::NOENT);
     assert!(!missing.contains("truncate") && missing.contains("`lsblk`"), "{missing}");
     let denied = open("/no/file/that/anybody/may/read", false, rustix::io::Errno::ACCESS);
@@ -197,13 +197,13 @@ fn a_file_with_a_partial_block_is_refused_and_left_as_it_was() {
     let (_dir, path) = image(1000);
     assert_refused(
         &in_page_cache(&path),
-        &["1000 bytes", "no multiple of its blocks of 512 bytes", "could not reach the last 488", "truncate -s 1024 "],
+        &["1000 bytes", "not a multiple of its 512-byte blocks", "could not reach the last 488", "truncate -s 1024 "],
     );
     assert_eq!(fs::metadata(&path).unwrap().len(), 1000);
 }
 
 #[test]
-fn a_file_that_only_large_blocks_cannot_cover_is_refused_with_both_ways_out() {
+fn a_file_with_a_partial_large_block_is_refused_with_both_remedies() {
     let error = DiskError::PartialBlock {
         path: "d.img".into(),
         size_bytes: 4096 + 512,
@@ -237,7 +237,7 @@ fn read_only_disks_share_a_file_and_keep_writers_out() {
 }
 
 #[test]
-fn the_lock_lives_as_long_as_any_descriptor_of_the_disk() {
+fn the_lock_lasts_as_long_as_any_descriptor_of_the_disk() {
     let (_dir, path) = image(4096);
     let disk = Disk::open(&in_page_cache(&path)).unwrap();
     let other = disk.as_fd().try_clone_to_owned().unwrap();
@@ -270,20 +270,20 @@ fn waiting_for_a_lock_ends_when_it_is_released() {
     let waiting = std::thread::spawn(move || Disk::open(&config).map(|disk| disk.size_bytes()));
     std::thread::sleep(Duration::from_millis(30));
     assert!(!waiting.is_finished());
-    // The size counts as it is once the lock is ours.
+    // The size is read once the lock is ours.
     rustix::fs::ftruncate(&held, 8192).unwrap();
     drop(held);
     assert_eq!(waiting.join().unwrap().unwrap(), 8192);
 }
 
 #[test]
-fn a_lock_that_nobody_can_be_seen_to_hold_is_explained() {
+fn a_lock_without_a_visible_holder_is_explained() {
     let error =
         DiskError::Locked { path: "d.img".into(), read_only: false, holders: Vec::new(), waited: Duration::ZERO };
     let message = error.to_string();
-    assert!(message.contains("I/O still in flight of a process that has ended"), "{message}");
+    assert!(message.contains("I/O still in flight from a process that has ended"), "{message}");
     let error = DiskError::InUse { path: "/dev/x".into(), uses: Vec::new(), waited: Duration::ZERO };
-    assert!(error.to_string().contains("I/O still in flight of a process that has ended"), "{error}");
+    assert!(error.to_string().contains("I/O still in flight from a process that has ended"), "{error}");
 }
 
 #[test]

@@ -74,9 +74,9 @@ fn the_destination_of_a_migration_takes_the_disk_when_its_guest_runs_and_the_sou
     assert_nobody_waits(&place);
     let disk = source();
     let _vring = start_vring(&mut front_end);
-    running.wait_for("nothing is executed yet");
+    running.wait_for("waiting for the disk");
     drop(disk);
-    running.wait_for("the disk is locked for us");
+    running.wait_for("disk acquired");
     running.signal(Signal::TERM);
     assert_eq!(running.end().code(), Some(0));
 }
@@ -89,7 +89,7 @@ fn a_destination_whose_front_end_is_gone_leaves_the_disk_to_the_source() {
     running.wait_for("waiting for a front-end");
     let mut front_end = front_end(&place, VhostUserProtocolFeatures::CONFIG);
     let _vring = start_vring(&mut front_end);
-    running.wait_for("nothing is executed yet");
+    running.wait_for("waiting for the disk");
     drop(front_end);
     running.wait_for("front-end disconnected");
     drop(disk);
@@ -128,7 +128,7 @@ fn a_resized_image_has_its_new_size_after_sighup_and_cannot_grow_beyond_it() {
             expected_bytes = size_bytes;
         } else {
             let line = running.wait_for("keeps its size");
-            assert_has(&line, &["no multiple of its blocks"]);
+            assert_has(&line, &["not a multiple of its 512-byte blocks"]);
         }
         let started = Instant::now();
         while capacity_sectors(&mut front_end) != expected_bytes / 512 {

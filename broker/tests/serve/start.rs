@@ -154,10 +154,10 @@ fn a_start_that_fails_says_why_in_one_line() {
     };
     assert_has(&serve(&["--blk-file", "none.img"]), &["cannot open disk \"none.img\"", "`truncate -s 10G none.img`"]);
     assert_has(&serve(&["--blk-file", "."]), &["is a directory: a disk is a regular file or a block device"]);
-    assert_has(&serve(&["--blk-file", "text", "--direct-io", "off"]), &["no multiple of its blocks of 512 bytes"]);
+    assert_has(&serve(&["--blk-file", "text", "--direct-io", "off"]), &["not a multiple of its 512-byte blocks"]);
     assert_has(
         &serve(&["--blk-file", "small.img", "--direct-io", "off", "--logical-block-size", "4096"]),
-        &["has 512 bytes, which is no multiple of its blocks of 4096 bytes", "or leave out --logical-block-size"],
+        &["has 512 bytes, which is not a multiple of its 4096-byte blocks", "or leave out --logical-block-size"],
     );
     assert_has(&serve(&["--blk-file", "disk.img", "--cpus", "8000"]), &["CPU 8000"]);
     assert!(!place.path("s").exists());

@@ -1,4 +1,4 @@
-//! Leases on files; what takes a device or I/O that hangs is in the end-to-end tests.
+//! Tests of leases on files; those that need a device or hanging I/O are in the end-to-end tests.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -7,7 +7,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use super::*;
 use crate::disk::{DirectIo, DiskConfig};
 
-/// Longer than anything takes on a machine with other work.
+/// Longer than any step takes on a busy machine.
 const LIMIT: Duration = Duration::from_secs(60);
 
 struct Image {
@@ -38,7 +38,7 @@ fn is_held(lease: &DiskLease) -> bool {
     matches!(lease.state(), LeaseState::Held(_))
 }
 
-/// A lock on the file as QEMU would have it: of this process, by a description of its own.
+/// A lock on the file as QEMU takes it: of this process, on an open file description of its own.
 fn lock(path: &Path) -> std::os::fd::OwnedFd {
     let file = File::options().read(true).write(true).open(path).unwrap().into();
     assert!(crate::disk::lock::try_lock(&file, path, false).unwrap());
@@ -46,7 +46,7 @@ fn lock(path: &Path) -> std::os::fd::OwnedFd {
 }
 
 #[test]
-fn nothing_is_taken_before_it_is_asked_for() {
+fn a_lease_takes_nothing_before_it_is_asked() {
     let image = Image::new();
     let (lease, held) = image.lease();
     assert!(matches!(lease.state(), LeaseState::Released));
@@ -56,14 +56,14 @@ fn nothing_is_taken_before_it_is_asked_for() {
 }
 
 #[test]
-fn the_disk_is_passed_on_when_whoever_had_it_lets_go() {
+fn the_disk_is_passed_on_when_its_holder_releases_it() {
     let image = Image::new();
     let (lease, held) = image.lease();
     let other = lock(&image.path);
     lease.acquire();
     assert!(matches!(lease.state(), LeaseState::Waiting { .. }));
     assert_eq!(held.recv_timeout(Duration::from_millis(100)).unwrap_err(), RecvTimeoutError::Timeout);
-    // The size counts as it is once the lock is ours.
+    // The size is read once the lock is ours.
     rustix::fs::ftruncate(&other, 16384).unwrap();
     drop(other);
     let disk = held.recv_timeout(LIMIT).unwrap();
@@ -72,7 +72,7 @@ fn the_disk_is_passed_on_when_whoever_had_it_lets_go() {
 }
 
 #[test]
-fn a_disk_that_is_had_is_not_passed_on_again() {
+fn a_disk_that_the_lease_has_is_not_passed_on_again() {
     let image = Image::new();
     let (lease, held) = image.lease();
     lease.acquire();
@@ -83,7 +83,7 @@ fn a_disk_that_is_had_is_not_passed_on_again() {
 }
 
 #[test]
-fn a_released_disk_is_free_when_its_last_reference_is_gone_and_can_be_had_again() {
+fn a_released_disk_is_free_when_its_last_reference_is_gone_and_can_be_acquired_again() {
     let image = Image::new();
     let (lease, held) = image.lease();
     lease.acquire();
@@ -98,14 +98,14 @@ fn a_released_disk_is_free_when_its_last_reference_is_gone_and_can_be_had_again(
 }
 
 #[test]
-fn a_release_ends_the_waiting() {
+fn a_release_ends_the_wait() {
     let image = Image::new();
     let (lease, held) = image.lease();
     let other = lock(&image.path);
     lease.acquire();
     lease.release();
     drop(other);
-    // Whoever asks next is told; that it was not this one shows in nothing being sent.
+    // Nothing is sent: the release has ended this wait. The next call of acquire is served.
     assert_eq!(held.recv_timeout(Duration::from_millis(200)).unwrap_err(), RecvTimeoutError::Timeout);
     drop(lock(&image.path));
     lease.acquire();
@@ -137,7 +137,7 @@ fn a_release_waits_for_the_call_that_passes_the_disk_on() {
 }
 
 #[test]
-fn a_start_with_a_free_disk_has_it() {
+fn a_start_with_a_free_disk_acquires_it() {
     let image = Image::new();
     let (lease, held) = image.lease();
     lease.start_up(StartUp::Grace(Duration::ZERO)).unwrap();
@@ -146,7 +146,7 @@ fn a_start_with_a_free_disk_has_it() {
 }
 
 #[test]
-fn a_start_gives_up_when_a_living_process_keeps_the_disk() {
+fn a_start_gives_up_if_a_living_process_keeps_the_disk() {
     let image = Image::new();
     let (lease, _held) = image.lease();
     let _other = lock(&image.path);
@@ -171,12 +171,12 @@ fn a_start_within_the_grace_gets_the_disk() {
         drop(other);
         starting.join().unwrap().unwrap();
     });
-    // When the look for who has it came just after the lock was gone, the start goes on first.
+    // If the lock went just before the search for its holder, the start returns before the lease has the disk.
     held.recv_timeout(LIMIT).unwrap();
 }
 
 #[test]
-fn the_destination_of_a_migration_leaves_the_disk_alone_until_it_is_asked_for() {
+fn the_destination_of_a_migration_leaves_the_disk_alone_until_acquire() {
     let image = Image::new();
     let (lease, held) = image.lease();
     let source = lock(&image.path);
@@ -189,7 +189,7 @@ fn the_destination_of_a_migration_leaves_the_disk_alone_until_it_is_asked_for() 
 }
 
 #[test]
-fn who_stops_waiting_keeps_a_disk_that_is_had_and_asks_for_no_other() {
+fn stop_waiting_keeps_a_disk_that_the_lease_has_and_waits_for_no_other() {
     let image = Image::new();
     let (lease, held) = image.lease();
     let other = lock(&image.path);
@@ -204,7 +204,7 @@ fn who_stops_waiting_keeps_a_disk_that_is_had_and_asks_for_no_other() {
 }
 
 #[test]
-fn a_disk_that_became_useless_fails_the_start_and_is_tried_again_later() {
+fn a_disk_that_became_unusable_fails_the_start_and_is_tried_again_later() {
     let image = Image::new();
     let (lease, held) = image.lease();
     let set_size = |bytes| File::options().write(true).open(&image.path).unwrap().set_len(bytes).unwrap();

@@ -30,7 +30,7 @@ fn a_locked_disk_is_located_as_if_it_were_free() {
 }
 
 #[test]
-fn looking_at_a_disk_changes_nothing_of_it() {
+fn locating_a_disk_does_not_change_it() {
     use std::os::unix::fs::MetadataExt;
     let (dir, path) = image(1 << 20);
     fs::write(&path, vec![7; 1 << 20]).unwrap();
@@ -45,7 +45,7 @@ fn looking_at_a_disk_changes_nothing_of_it() {
 }
 
 #[test]
-fn a_located_disk_is_the_file_that_was_there_at_first() {
+fn a_located_disk_stays_with_the_file_that_was_there_at_first() {
     let (dir, path) = image(8192);
     let located = Disk::locate(&DiskConfig { direct_io: DirectIo::Off, ..DiskConfig::new(&path) }).unwrap();
     let moved = dir.path().join("moved.img");
@@ -57,7 +57,7 @@ fn a_located_disk_is_the_file_that_was_there_at_first() {
 }
 
 #[test]
-fn a_new_size_is_seen_and_one_that_cannot_be_used_is_refused() {
+fn a_new_size_is_read_and_an_unusable_size_is_refused() {
     let (_dir, path) = image(8192);
     let config = DiskConfig { direct_io: DirectIo::Off, ..DiskConfig::new(&path) };
     let located = Disk::locate(&config).unwrap();
@@ -69,7 +69,7 @@ fn a_new_size_is_seen_and_one_that_cannot_be_used_is_refused() {
         assert_eq!(disk.refresh_size().unwrap(), size_bytes);
         assert_eq!((located.size_bytes(), disk.size_bytes()), (size_bytes, size_bytes));
     }
-    for (size_bytes, expected) in [(1000, "no multiple of its blocks"), (0, "a size of zero bytes")] {
+    for (size_bytes, expected) in [(1000, "not a multiple of its 512-byte blocks"), (0, "a size of zero bytes")] {
         file.set_len(size_bytes).unwrap();
         for refused in [located.refresh_size(), disk.refresh_size()] {
             let message = refused.unwrap_err().to_string();
@@ -80,7 +80,7 @@ fn a_new_size_is_seen_and_one_that_cannot_be_used_is_refused() {
 }
 
 #[test]
-fn what_is_told_to_work_works_on_the_disk_and_what_is_not_does_not() {
+fn the_disk_does_exactly_the_operations_that_are_reported() {
     use rustix::fs::{FallocateFlags, fallocate};
     let (_dir, path) = image(1 << 20);
     let memory = rustix::fs::memfd_create("disk", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
@@ -105,7 +105,7 @@ fn what_is_told_to_work_works_on_the_disk_and_what_is_not_does_not() {
 }
 
 #[test]
-fn a_read_only_disk_has_nothing_that_changes_it() {
+fn a_read_only_disk_reports_no_operation_that_changes_it() {
     let (_dir, path) = image(8192);
     let located = Disk::locate(&DiskConfig { read_only: true, ..DiskConfig::new(&path) }).unwrap();
     assert_eq!(located.capabilities(), Capabilities::default());
