@@ -11,13 +11,13 @@ pub struct Hole {
     pub cve: &'static str,
     /// What goes wrong, and where.
     pub what: &'static str,
-    /// Whose ring can reach it.
+    /// What a ring must have or use to reach the hole.
     pub reach: Reach,
     /// The first release that has it.
     pub since: KernelVersion,
-    /// The first release without it, of each stable branch that got the fix.
+    /// For each stable branch that got the fix, the first release without the hole.
     pub fixed_in_branches: &'static [KernelVersion],
-    /// The first upstream version without it: it and everything later are fixed.
+    /// The first upstream version without the hole; all later versions are fixed.
     pub fixed: KernelVersion,
 }
 
@@ -39,12 +39,12 @@ pub enum Reach {
 }
 
 impl Reach {
-    /// Whether a guest reaches it through a direct ring with a built-in policy.
+    /// Whether a guest reaches the hole through a direct ring with a built-in policy.
     pub const fn is_default(self) -> bool {
         !matches!(self, Self::NopOperation | Self::IoeventfdDatamatch)
     }
 
-    /// In words, to follow "reached through".
+    /// The words that follow "reached through".
     pub const fn description(self) -> &'static str {
         match self {
             Self::FixedBuffers => "fixed buffers, which every direct ring has",
@@ -164,14 +164,14 @@ impl Hole {
     }
 }
 
-/// All holes known to this version of ringpass, the oldest first.
+/// All holes that this version of ringpass knows, the oldest first.
 pub fn known_holes() -> &'static [Hole] {
     KNOWN
 }
 
 /// The known holes that a kernel has by its version.
 ///
-/// A distributor that takes fixes from later versions may have closed some of them: see
+/// A distributor that backports fixes from later versions may have closed some of them: see
 /// [`KernelRelease::backports_of`].
 pub fn affected(release: &KernelRelease) -> Vec<&'static Hole> {
     KNOWN.iter().filter(|hole| hole.affects(release.upstream())).collect()
@@ -187,7 +187,7 @@ mod tests {
     }
 
     #[test]
-    fn each_hole_is_there_up_to_the_version_before_its_fix_and_gone_from_it_on() {
+    fn each_hole_is_present_up_to_the_version_before_its_fix_and_absent_from_the_fix_on() {
         for (cve, first, boundaries) in [
             ("CVE-2023-2598", "6.3", &[("6.3.13", "6.4")][..]),
             ("CVE-2023-6560", "6.5", &[("6.6.22", "6.6.23"), ("6.7-rc4", "6.7-rc5")]),
@@ -240,7 +240,7 @@ mod tests {
     }
 
     #[test]
-    fn a_hole_is_not_in_kernels_older_than_it() {
+    fn a_kernel_older_than_a_hole_does_not_have_it() {
         assert_eq!(holes_of("6.1.178"), ["CVE-2026-46274"]);
         assert_eq!(holes_of("5.4.100"), ["CVE-2026-63806"]);
     }
@@ -253,7 +253,7 @@ mod tests {
     }
 
     #[test]
-    fn the_table_is_in_order_and_its_versions_make_sense() {
+    fn the_table_of_holes_is_ordered_and_its_versions_are_consistent() {
         assert!(known_holes().is_sorted_by_key(|hole| {
             let (year, number) = hole.cve.strip_prefix("CVE-").unwrap().split_once('-').unwrap();
             (year.parse::<u32>().unwrap(), number.parse::<u32>().unwrap())

@@ -4,14 +4,14 @@ use ringpass_restrictions::{LintContext, Mode, NopHole, RestrictionSemantics};
 
 use super::{KernelRelease, Reach, affected};
 
-/// For a ring of the running kernel.
+/// The lint context for a ring of the running kernel.
 pub fn lint_context(mode: Mode, semantics: RestrictionSemantics) -> LintContext {
     let nop = KernelRelease::running().map_or(NopHole::Unknown, |release| nop_hole(&release));
     LintContext { mode, semantics: Some(semantics), nop }
 }
 
-/// Whether a kernel has the hole of `NOP`, by its version. Where a distributor takes fixes from later versions, nobody
-/// knows.
+/// Whether a kernel has the hole of `NOP`, by its version. Unknown for a distributor that backports fixes from later
+/// versions.
 pub fn nop_hole(release: &KernelRelease) -> NopHole {
     let is_open = affected(release).iter().any(|hole| hole.reach == Reach::NopOperation);
     match (is_open, release.backports_of()) {
@@ -26,7 +26,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_hole_of_nop_goes_by_the_version_of_the_kernel() {
+    fn the_nop_hole_is_judged_by_the_kernel_version() {
         let hole = |release| nop_hole(&KernelRelease::parse(release, "#1 SMP", None).unwrap());
         assert_eq!(hole("6.12.0"), NopHole::Closed, "before it came");
         assert_eq!(hole("6.18.38"), NopHole::Open);

@@ -1,10 +1,10 @@
-//! The release of a kernel, and how much its version says.
+//! The release of a kernel, and how much its version tells.
 
 use std::{fmt, fs, io};
 
 use super::version::KernelVersion;
 
-/// The release of a kernel, read from what it says of itself.
+/// The release of a kernel, read from what the kernel reports about itself.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct KernelRelease {
     release: String,
@@ -12,10 +12,10 @@ pub struct KernelRelease {
     backports: Option<&'static str>,
 }
 
-/// The kernel's release is not written as any known kernel writes it.
+/// The kernel's release has an unknown format.
 #[derive(Debug, thiserror::Error)]
 pub enum ReleaseError {
-    /// It does not begin with a version.
+    /// The release does not begin with a version.
     #[error("the kernel calls itself {release:?}, which does not begin with a version number like 6.18.44")]
     NoVersion {
         /// `uname -r`.
@@ -23,8 +23,8 @@ pub enum ReleaseError {
     },
 }
 
-/// Marks in `uname -r` of distributors whose kernels stay on one upstream number for years and take their fixes from
-/// later ones, so that the number tells nothing of them.
+/// Marks in `uname -r` of distributors whose kernels keep one upstream number for years and backport fixes from later
+/// versions, so that the number does not tell which fixes they have.
 const BACKPORTING: &[(&str, &str)] = &[
     ("uek", "Oracle"),
     (".el7", "Red Hat"),
@@ -39,7 +39,7 @@ const BACKPORTING: &[(&str, &str)] = &[
 ];
 
 impl KernelRelease {
-    /// The running kernel's: `uname(2)`, and `/proc/version_signature` where Ubuntu provides it.
+    /// The release of the running kernel: `uname(2)`, and `/proc/version_signature` where Ubuntu provides it.
     ///
     /// # Errors
     ///
@@ -50,11 +50,11 @@ impl KernelRelease {
         Self::parse(&uname.release().to_string_lossy(), &uname.version().to_string_lossy(), signature.ok().as_deref())
     }
 
-    /// From `uname -r`, `uname -v`, and Ubuntu's `/proc/version_signature`.
+    /// Parses `uname -r`, `uname -v`, and Ubuntu's `/proc/version_signature`.
     ///
-    /// The upstream version is the one in `release`, but for two distributors: Debian's is in its package version
-    /// (`uname -v`, "… Debian 6.1.147-1 …"), since `release` says 6.1.0 for years; Ubuntu's is the third word of its
-    /// signature ("Ubuntu 6.8.0-45.45-generic 6.8.12").
+    /// The upstream version is the one in `release`, except for two distributors: Debian's is in its package version
+    /// (`uname -v`, "… Debian 6.1.147-1 …"), since `release` stays at 6.1.0 for years; Ubuntu's is the third word of
+    /// its signature ("Ubuntu 6.8.0-45.45-generic 6.8.12").
     ///
     /// # Errors
     ///
@@ -63,7 +63,7 @@ impl KernelRelease {
         let Some((own, rest)) = KernelVersion::read(release) else {
             return Err(ReleaseError::NoVersion { release: release.to_owned() });
         };
-        // A number from elsewhere must at least be of the same branch.
+        // A number from another source counts only if it is of the same branch.
         let of_branch = |text: &str| {
             KernelVersion::read(text).map(|(version, _)| version).filter(|&version| version.same_branch(own))
         };
@@ -81,24 +81,24 @@ impl KernelRelease {
         Ok(Self { upstream: own, backports: marked.or_else(|| hidden_patch_level(own, rest)), release })
     }
 
-    /// `uname -r`, as the kernel says it.
+    /// `uname -r`, as the kernel reports it.
     pub fn release(&self) -> &str {
         &self.release
     }
 
-    /// The upstream version it was made from.
+    /// The upstream version on which the kernel is based.
     pub fn upstream(&self) -> KernelVersion {
         self.upstream
     }
 
-    /// The distributor, if its kernels take fixes from later versions without changing their number: then the number
-    /// cannot tell which holes are closed. `None`: the number tells.
+    /// The distributor, if its kernels backport fixes from later versions without changing their number: the number
+    /// then does not tell which holes are closed. `None`: the number does tell.
     pub fn backports_of(&self) -> Option<&'static str> {
         self.backports
     }
 }
 
-/// `uname -r`, and the upstream version where that does not begin with it: "6.1.0-38-amd64 (upstream 6.1.147)".
+/// `uname -r`, and the upstream version where `uname -r` does not begin with it: "6.1.0-38-amd64 (upstream 6.1.147)".
 impl fmt::Display for KernelRelease {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.release)?;
@@ -109,7 +109,7 @@ impl fmt::Display for KernelRelease {
     }
 }
 
-/// Kernels whose `uname -r` leaves out how far their stable branch has come.
+/// The vendor of kernels whose `uname -r` leaves out the patch level of their stable branch.
 fn hidden_patch_level(own: KernelVersion, rest: &str) -> Option<&'static str> {
     if own.patch != 0 {
         return None;
@@ -137,7 +137,7 @@ mod tests {
     }
 
     #[test]
-    fn kernels_that_follow_a_stable_branch_are_what_they_say() {
+    fn kernels_that_follow_a_stable_branch_have_the_version_that_they_report() {
         for (release, upstream) in [
             ("6.18.44-fc-v595", "6.18.44"),
             ("6.17.4-arch2-1", "6.17.4"),
@@ -153,7 +153,7 @@ mod tests {
     }
 
     #[test]
-    fn debians_version_is_that_of_its_package() {
+    fn a_debian_kernel_has_the_version_of_its_package() {
         let version = "#1 SMP PREEMPT_DYNAMIC Debian 6.1.147-1 (2025-08-02)";
         assert_eq!(parse("6.1.0-38-amd64", version, None), ("6.1.147".to_owned(), None));
         let version = "#1 SMP PREEMPT_DYNAMIC Debian 6.12.97-1 (2026-07-01)";
@@ -169,7 +169,7 @@ mod tests {
     }
 
     #[test]
-    fn ubuntus_version_is_in_its_signature_and_does_not_tell_its_fixes() {
+    fn an_ubuntu_kernel_has_the_version_of_its_signature_which_does_not_tell_its_fixes() {
         let signature = Some("Ubuntu 6.8.0-45.45-generic 6.8.12\n");
         assert_eq!(
             parse("6.8.0-45-generic", "#45-Ubuntu SMP PREEMPT_DYNAMIC", signature),
@@ -179,14 +179,14 @@ mod tests {
     }
 
     #[test]
-    fn a_release_is_shown_with_the_version_it_hides() {
+    fn a_release_is_shown_with_its_hidden_upstream_version() {
         let shown = |release, version| KernelRelease::parse(release, version, None).unwrap().to_string();
         assert_eq!(shown("6.18.44-fc-v595", "#1 SMP"), "6.18.44-fc-v595");
         assert_eq!(shown("6.1.0-38-amd64", "#1 SMP Debian 6.1.147-1"), "6.1.0-38-amd64 (upstream 6.1.147)");
     }
 
     #[test]
-    fn distributors_that_backport_are_known_by_their_marks() {
+    fn distributors_that_backport_are_recognised_by_their_marks() {
         for (release, vendor) in [
             ("5.14.0-503.11.1.el9_5.x86_64", "Red Hat"),
             ("6.12.0-55.9.1.el10_0.x86_64", "Red Hat"),

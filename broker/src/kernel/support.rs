@@ -1,4 +1,4 @@
-//! What the kernel's io_uring takes, found out with throw-away rings.
+//! What the kernel's io_uring supports, found out with throw-away rings.
 
 use std::io;
 
@@ -10,17 +10,17 @@ use ringpass_restrictions::{
 
 use super::KernelRelease;
 
-/// Asks the running kernel what a restriction policy can be made of.
+/// Asks the running kernel which operations and restrictions a policy can use.
 ///
-/// Operations are those of `IORING_REGISTER_PROBE` (Linux 5.6). Register operations have no such list on most kernels,
-/// so one-entry restriction tables are tried: the kernel refuses the numbers that it does not know. The semantics of
-/// Linux 7.0 are told by what a table without register operations does. A few small rings are made and closed; the
-/// calling process keeps nothing of them. Which operations take provided buffers goes by the kernel's version: it decides
-/// the errno of an SQE that is refused, never whether it is.
+/// Operations come from `IORING_REGISTER_PROBE` (Linux 5.6). Most kernels have no such list of register operations, so
+/// this tries one-entry restriction tables: the kernel refuses the numbers that it does not know. A table without
+/// register operations shows whether the kernel has the semantics of Linux 7.0. This makes and closes a few small
+/// rings; the calling process keeps nothing of them. Which operations take provided buffers follows from the kernel's
+/// version: that decides only the errno of a refused SQE, never whether the SQE is refused.
 ///
 /// # Errors
 ///
-/// What `io_uring_setup(2)` or `io_uring_register(2)` say, e.g. `EPERM` where io_uring is forbidden, `EINVAL` where
+/// The error of `io_uring_setup(2)` or `io_uring_register(2)`, e.g. `EPERM` where io_uring is forbidden, `EINVAL` where
 /// the kernel has no restrictions (before Linux 5.10).
 pub fn support() -> io::Result<KernelSupport> {
     Ok(KernelSupport {
@@ -42,8 +42,8 @@ fn operations() -> io::Result<OperationSet> {
     Ok((0..=u8::MAX).filter(|&code| probe.is_supported(code)).map(Operation::new).collect())
 }
 
-/// The kernel compares the number in a table entry with the last one it knows (`io_parse_restrictions`), so the
-/// highest accepted one tells them all. A refused table leaves the ring as it was.
+/// The kernel compares the number in a table entry with the last number that it knows (`io_parse_restrictions`), so the
+/// highest accepted number gives them all. A refused table leaves the ring as it was.
 fn register_operations() -> io::Result<RegisterOperationSet> {
     let ring = disabled_ring()?;
     for last in (0..=u8::MAX).rev() {
@@ -56,7 +56,7 @@ fn register_operations() -> io::Result<RegisterOperationSet> {
     Err(io::Error::from_raw_os_error(EINVAL))
 }
 
-/// As for register operations: the kernel compares the number in an entry with the last one it knows.
+/// As for register operations: the kernel compares the number in an entry with the last number that it knows.
 fn numbered() -> io::Result<OperationSet> {
     let ring = disabled_ring()?;
     for last in (0..=u8::MAX).rev() {
@@ -100,7 +100,7 @@ mod tests {
         let has = |since: ringpass_restrictions::LinuxVersion| {
             upstream >= KernelVersion::released(since.major.into(), since.minor.into(), 0)
         };
-        // A kernel may have more than its number says, and lack what it was configured without.
+        // A kernel may have more operations than its number implies, and lack those that it was configured without.
         for operation in [Operation::READ_FIXED, Operation::WRITE_FIXED, Operation::READ, Operation::FUTEX_WAIT] {
             assert!(support.operations.contains(operation) || !has(operation.since().unwrap()), "{operation}");
         }

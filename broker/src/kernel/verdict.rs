@@ -1,8 +1,8 @@
-//! The advice drawn from a kernel's version: whether to give a hostile guest a ring on it.
+//! The advice drawn from a kernel's version: whether a hostile guest may have a ring on it.
 
 use super::{release::KernelRelease, version::KernelVersion};
 
-/// Whether direct mode is for guests that nobody trusts, on a kernel of this release.
+/// Whether direct mode is suitable for untrusted guests on a kernel of this release.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Verdict {
     /// Direct mode by default: 6.18.40 and later of 6.18, 7.1.5 and later of 7.1, 7.2 and later.
@@ -12,7 +12,7 @@ pub enum Verdict {
     DirectWithWarning,
     /// Mediated mode by default; direct mode only for guests that are trusted with the host.
     MediatedByDefault,
-    /// The version does not tell: the distributor takes fixes from later versions. Mediated mode by default.
+    /// The version is inconclusive: the distributor backports fixes from later versions. Mediated mode by default.
     CannotTell {
         /// The distributor.
         vendor: &'static str,
@@ -21,13 +21,13 @@ pub enum Verdict {
 
 /// The first advised release of each stable branch.
 const DIRECT_FROM: &[KernelVersion] = &[KernelVersion::released(6, 18, 40), KernelVersion::released(7, 1, 5)];
-/// Everything from here on is advised.
+/// All versions from this one on are advised.
 const DIRECT_ALWAYS_FROM: KernelVersion = KernelVersion::released(7, 2, 0);
 /// The first release of each stable branch that is advised with a warning.
 const WARN_FROM: &[KernelVersion] = &[KernelVersion::released(6, 6, 145), KernelVersion::released(6, 12, 97)];
 
 impl KernelRelease {
-    /// Whether direct mode is for guests that nobody trusts, on this kernel.
+    /// Whether direct mode is suitable for untrusted guests on this kernel.
     pub fn verdict(&self) -> Verdict {
         if let Some(vendor) = self.backports_of() {
             return Verdict::CannotTell { vendor };
@@ -60,7 +60,7 @@ impl Verdict {
             }
             Self::CannotTell { vendor } => format!(
                 "direct mode only for guests that are trusted with the host, unless {vendor} says that the listed \
-                 holes are closed: its kernels take fixes from later versions, so the number does not tell; or \
+                 holes are closed: its kernels take fixes from later versions, so the version is inconclusive; or \
                  use {NEWER}"
             ),
         }
@@ -87,7 +87,7 @@ mod tests {
     }
 
     #[test]
-    fn older_branches_come_with_a_warning_once_the_known_holes_are_closed() {
+    fn older_branches_are_advised_with_a_warning_once_the_known_holes_are_closed() {
         for release in ["6.12.97", "6.12.120", "6.6.145", "6.6.200"] {
             assert_eq!(verdict(release), Verdict::DirectWithWarning, "{release}");
         }
@@ -97,7 +97,7 @@ mod tests {
     }
 
     #[test]
-    fn a_version_that_does_not_tell_is_not_trusted() {
+    fn an_inconclusive_version_is_not_trusted() {
         let verdict = verdict("6.18.50-1.el10.x86_64");
         assert_eq!(verdict, Verdict::CannotTell { vendor: "Red Hat" });
         assert!(verdict.advice().contains("unless Red Hat says that the listed holes are closed"));

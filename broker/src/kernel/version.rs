@@ -1,4 +1,4 @@
-//! Version numbers of upstream kernels, in their order.
+//! Version numbers of upstream kernels, ordered.
 
 use std::fmt;
 
@@ -11,11 +11,11 @@ pub struct KernelVersion {
     pub minor: u16,
     /// 44 of 6.18.44; 0 of 6.18.
     pub patch: u16,
-    /// Whether it was released.
+    /// Whether the version was released.
     pub stage: Stage,
 }
 
-/// How far a version came.
+/// The stage of a version.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Stage {
     /// A release candidate: 3 of 7.2-rc3.
@@ -35,8 +35,8 @@ impl KernelVersion {
         Self { major, minor, patch: 0, stage: Stage::Candidate(number) }
     }
 
-    /// Reads the version at the start of `text`, as in `6.18.44-fc-v595`, `6.12+deb13-amd64` or `7.2.0-rc3`, and gives
-    /// the rest of the text. `None` unless there are at least two numbers.
+    /// Reads the version at the start of `text`, as in `6.18.44-fc-v595`, `6.12+deb13-amd64` or `7.2.0-rc3`, and
+    /// returns it with the rest of the text. `None` unless there are at least two numbers.
     pub(super) fn read(text: &str) -> Option<(Self, &str)> {
         let (major, rest) = number(text)?;
         let (minor, rest) = number(rest.strip_prefix('.')?)?;
@@ -53,7 +53,7 @@ impl KernelVersion {
         }
     }
 
-    /// Whether both are of one stable branch, as 6.18.2 and 6.18.44 are.
+    /// Whether both belong to one stable branch, as 6.18.2 and 6.18.44 do.
     pub const fn same_branch(self, other: Self) -> bool {
         self.major == other.major && self.minor == other.minor
     }

@@ -8,10 +8,10 @@ use nix::sys::signal::{SigHandler, Signal, signal};
 
 use crate::disk::{Disk, DiskKind};
 
-/// Held while the limit is looked at and changed: it belongs to the process.
+/// Held while the limit is read and changed: the limit belongs to the process.
 static LIMIT: Mutex<()> = Mutex::new(());
 
-/// Why the growth of files could not be limited. Nothing was changed.
+/// Why the growth of files cannot be limited. Nothing has changed.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum LimitError {
@@ -30,19 +30,20 @@ pub enum LimitError {
     /// `getrlimit(2)`, `setrlimit(2)` or `sigaction(2)` failed.
     #[error("cannot limit the size of files (RLIMIT_FSIZE): {error}")]
     System {
-        /// What the kernel said.
+        /// The error that the kernel returned.
         error: io::Error,
     },
 }
 
-/// Makes the kernel refuse every write of this process beyond the end of `disk`, if that is a regular file: sets the
-/// soft `RLIMIT_FSIZE` to the disk's size and ignores `SIGXFSZ`. Such a write, also one from a ring, then fails with
-/// `EFBIG`; one that begins before the end is cut there. The hard limit stays. A block device cannot grow; nothing is
-/// done for one.
+/// Makes the kernel refuse every write of this process beyond the end of `disk`, if the disk is a regular file: sets
+/// the soft `RLIMIT_FSIZE` to the disk's size and ignores `SIGXFSZ`. Such a write, also one from a ring, then fails
+/// with `EFBIG`; a write that begins before the end is cut there. The hard limit stays. A block device cannot grow, so
+/// this does nothing for one.
 ///
-/// For programs, never for libraries, because it changes the whole process: it limits *every* file it writes, and the
-/// `ftruncate(2)` of memfds too. So call it when all memfds have their size (in-flight regions see to it themselves), write
-/// logs to pipes or terminals, and in a process with several disks call it for the largest. Programs that this process executes inherit both.
+/// For programs, never for libraries, because it changes the whole process: it limits *every* file that the process
+/// writes, and the `ftruncate(2)` of memfds too. So call it when all memfds have their size (in-flight regions handle
+/// the limit themselves), write logs to pipes or terminals, and in a process with several disks call it for the
+/// largest. Programs that this process executes inherit both settings.
 ///
 /// # Errors
 /// [`LimitError::HardTooLow`] if the hard limit is below the size of the disk, [`LimitError::System`].
@@ -64,23 +65,24 @@ pub fn cap_file_growth_at(kind: DiskKind, size_bytes: u64) -> Result<(), LimitEr
     if hard_bytes != RLIM_INFINITY && hard_bytes < size_bytes {
         return Err(LimitError::HardTooLow { hard_bytes, size_bytes });
     }
-    // First the signal: its default action ends the process.
+    // The signal first, because its default action ends the process.
     // SAFETY: ignoring a signal installs no handler, so no code can run in signal context.
     unsafe { signal(Signal::SIGXFSZ, SigHandler::SigIgn) }.map_err(system)?;
     setrlimit(Resource::RLIMIT_FSIZE, size_bytes, hard_bytes).map_err(system)
 }
 
-/// Makes a file longer that is no disk, a memfd: `grow` gives it `size_bytes` bytes, which a disk of a smaller size must not
-/// forbid. For that moment the soft limit is no smaller, if the hard one allows it; the engine checks each request anyway.
+/// Lengthens a file that is not a disk, such as a memfd: `grow` gives it `size_bytes` bytes, which the cap for a
+/// smaller disk would forbid. Meanwhile the soft limit is at least that large, if the hard limit allows it; the engine
+/// still checks each request itself.
 ///
 /// # Errors
-/// Those of `grow`; the limit cannot be set.
+/// Those of `grow`; or the limit cannot be set.
 pub(crate) fn grow_beyond_cap(size_bytes: u64, grow: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
     let _limit = LIMIT.lock().unwrap_or_else(PoisonError::into_inner);
     let set =
         |soft_bytes, hard_bytes| setrlimit(Resource::RLIMIT_FSIZE, soft_bytes, hard_bytes).map_err(io::Error::from);
     let (soft_bytes, hard_bytes) = getrlimit(Resource::RLIMIT_FSIZE).map_err(io::Error::from)?;
-    // RLIM_INFINITY is the highest number.
+    // RLIM_INFINITY is the largest number.
     if soft_bytes >= size_bytes {
         return grow();
     }

@@ -1,17 +1,17 @@
-//! Memory that the kernel still charges for rings that are closed.
+//! Memory that the kernel still charges for closed rings.
 
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// How long such memory is waited for: the kernel gives it back when the last I/O of a ring has ended, some milliseconds after
-/// its close as a rule.
+/// How long to wait for such memory: the kernel frees it when the last I/O of a ring has ended, usually some
+/// milliseconds after the ring is closed.
 const PATIENCE: Duration = Duration::from_secs(1);
 const LOOK: Duration = Duration::from_millis(5);
 
-/// Calls `make` until it gives something else than a lack of memory, or the time is up.
+/// Calls `make` until it returns anything but a lack of memory, or the time is up.
 ///
-/// Rings that this user's processes have just closed, a server that was restarted among them, are charged to `RLIMIT_MEMLOCK`
-/// until they have really ended.
+/// Rings that this user's processes have just closed, those of a restarted server included, count against
+/// `RLIMIT_MEMLOCK` until they have really ended.
 pub(crate) fn while_memory_is_freed<T, E>(
     mut make: impl FnMut() -> Result<T, E>,
     lacks_memory: impl Fn(&E) -> bool,
@@ -30,7 +30,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_a_lack_of_memory_is_waited_for() {
+    fn a_lack_of_memory_is_retried_and_any_other_error_is_not() {
         let mut calls = 0;
         let made = while_memory_is_freed(
             || {

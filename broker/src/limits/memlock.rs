@@ -1,4 +1,4 @@
-//! How much memory a user's processes may pin.
+//! How much memory the processes of a user may pin.
 
 use std::fmt;
 use std::io;
@@ -8,25 +8,25 @@ use rustix::thread::{CapabilitySet, capabilities};
 
 use crate::processes::{self, Process, ProcessName};
 
-/// What decides whether this process may pin memory, when it was looked at.
+/// What decides whether this process may pin memory, at the time of the look.
 ///
 /// io_uring charges registered buffers, and from about Linux 6.14 also the memory of the rings themselves, to the
 /// *user* (the real uid of the process that made the ring), over all its processes, and compares the sum with the
 /// `RLIMIT_MEMLOCK` of the process that asks. A process with `CAP_IPC_LOCK` in the initial user namespace when it
 /// makes the ring is neither limited nor charged.
 ///
-/// The kernel tells the user's sum to nobody, so [`Self::pinned_by`] is put together from the processes that can be
-/// seen. It lacks the memory of rings, what processes in other containers pin, and what rings of ended processes still
+/// The kernel does not reveal the user's sum, so [`Self::pinned_by`] is collected from the visible processes. It lacks
+/// the memory of rings, the pins of processes in other containers, and the memory that rings of ended processes still
 /// hold: the kernel can refuse (`ENOMEM`) what [`Self::check`] allows.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Memlock {
-    /// The soft `RLIMIT_MEMLOCK` in bytes, which is the one that counts. `None`: no limit.
+    /// The soft `RLIMIT_MEMLOCK` in bytes, which the kernel applies. `None`: no limit.
     pub soft_bytes: Option<u64>,
-    /// The hard `RLIMIT_MEMLOCK` in bytes: the soft one can be raised up to it. `None`: no limit.
+    /// The hard `RLIMIT_MEMLOCK` in bytes: the soft limit can be raised up to it. `None`: no limit.
     pub hard_bytes: Option<u64>,
     /// Whether this process is not subject to the limit (`CAP_IPC_LOCK`, effective).
     pub exempt: bool,
-    /// This user's processes that have memory pinned and are charged for it, this process included.
+    /// This user's processes that have pinned memory and are charged for it, this process included.
     pub pinned_by: Vec<PinnedBy>,
 }
 
@@ -37,7 +37,7 @@ pub struct PinnedBy {
     pub pid: u32,
     /// Its command name.
     pub comm: String,
-    /// What it has pinned, in bytes (`VmPin` in `/proc/PID/status`).
+    /// The memory that it has pinned, in bytes (`VmPin` in `/proc/PID/status`).
     pub pinned_bytes: u64,
 }
 
@@ -48,25 +48,25 @@ pub enum MemlockError {
     /// The limit is too low.
     #[error("{}", explain(*.needed_bytes, .memlock, *.is_root))]
     TooLow {
-        /// What was to be pinned, in bytes.
+        /// The memory to pin, in bytes.
         needed_bytes: u64,
-        /// The limits and what is pinned already.
+        /// The limits, and the memory that is pinned already.
         memlock: Memlock,
-        /// Whether the real user is root (here without `CAP_IPC_LOCK`); configuration names root by itself.
+        /// Whether the real user is root (here without `CAP_IPC_LOCK`); configuration files name root explicitly.
         is_root: bool,
     },
     /// `setrlimit(2)` failed.
     #[error("cannot raise the soft RLIMIT_MEMLOCK to {soft_bytes} bytes: {error}")]
     Raise {
-        /// The soft limit that was to be set, in bytes.
+        /// The soft limit to set, in bytes.
         soft_bytes: u64,
-        /// What the kernel said.
+        /// The error that the kernel returned.
         error: io::Error,
     },
 }
 
 impl Memlock {
-    /// Looks at the limits of this process and at the processes of its real user.
+    /// Reads the limits of this process and looks at the processes of its real user.
     ///
     /// # Errors
     /// When `getrlimit(2)` or `capget(2)` fails.
@@ -83,7 +83,7 @@ impl Memlock {
         Ok(Self { soft_bytes: limit(soft), hard_bytes: limit(hard), exempt, pinned_by })
     }
 
-    /// What this process has pinned, in bytes, whether it is charged for it or not (`VmPin` in `/proc/PID/status`).
+    /// The memory that this process has pinned, in bytes, charged or not (`VmPin` in `/proc/PID/status`).
     ///
     /// # Errors
     /// When `/proc/PID/status` cannot be read or understood.
@@ -94,7 +94,7 @@ impl Memlock {
         Ok(status.pinned_bytes)
     }
 
-    /// What this user's processes have pinned and are charged for, in bytes.
+    /// The memory that this user's processes have pinned and are charged for, in bytes.
     pub fn pinned_bytes(&self) -> u64 {
         self.pinned_by.iter().fold(0, |sum, process| sum.saturating_add(process.pinned_bytes))
     }
@@ -102,7 +102,7 @@ impl Memlock {
     /// Whether `needed_bytes` more can be pinned.
     ///
     /// # Errors
-    /// [`MemlockError::TooLow`] says what is needed and how to raise the limit.
+    /// [`MemlockError::TooLow`] names the limit that is needed and how to raise it.
     pub fn check(&self, needed_bytes: u64) -> Result<(), MemlockError> {
         if self.exempt || self.soft_bytes.is_none_or(|soft_bytes| self.total_bytes(needed_bytes) <= soft_bytes) {
             return Ok(());
@@ -111,8 +111,8 @@ impl Memlock {
         Err(MemlockError::TooLow { needed_bytes, memlock: self.clone(), is_root })
     }
 
-    /// Raises the soft limit of this process, within the hard one, as far as pinning `needed_bytes` more demands. No
-    /// privilege is needed for that. For programs, not for libraries: it changes the whole process.
+    /// Raises the soft limit of this process, within the hard limit, as far as pinning `needed_bytes` more requires.
+    /// This needs no privilege. For programs, not for libraries: it changes the whole process.
     ///
     /// # Errors
     /// [`MemlockError::TooLow`] if the hard limit does not allow it, [`MemlockError::Raise`].
@@ -130,7 +130,7 @@ impl Memlock {
         Ok(())
     }
 
-    /// The limit that pinning `needed_bytes` more takes, in bytes: whole pages, as the kernel counts.
+    /// The limit that pinning `needed_bytes` more requires, in bytes: whole pages, as the kernel counts.
     fn total_bytes(&self, needed_bytes: u64) -> u64 {
         let page_bytes = rustix::param::page_size() as u64;
         let needed_bytes = needed_bytes.checked_next_multiple_of(page_bytes).unwrap_or(u64::MAX);
@@ -138,14 +138,14 @@ impl Memlock {
     }
 }
 
-/// Raises `RLIMIT_MEMLOCK` as far as this process may: to no limit at all, or else the soft limit to the hard one.
+/// Raises `RLIMIT_MEMLOCK` as far as this process may: to no limit at all, or else the soft limit to the hard limit.
 ///
-/// For programs, not for libraries: it changes the whole process. A process that is root only in a user namespace of its own
-/// (a rootless container) may no more than an ordinary user.
+/// For programs, not for libraries: it changes the whole process. A process that is root only in its own user namespace
+/// (a rootless container) may do no more than an ordinary user.
 ///
 /// # Errors
 ///
-/// `getrlimit(2)` or `setrlimit(2)` failed for another reason than a missing privilege; nothing was changed.
+/// `getrlimit(2)` or `setrlimit(2)` failed for another reason than a missing privilege; nothing has changed.
 pub fn raise_memlock() -> io::Result<()> {
     let (soft, hard) = getrlimit(Resource::RLIMIT_MEMLOCK)?;
     if soft == RLIM_INFINITY || setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY).is_ok() {
@@ -170,7 +170,7 @@ fn pinned_by(process: &Process, real_uid: u32) -> Option<PinnedBy> {
     Some(PinnedBy { pid, comm, pinned_bytes: status.pinned_bytes })
 }
 
-/// What of `/proc/PID/status` (`proc_pid_status(5)`) matters here.
+/// The fields of `/proc/PID/status` (`proc_pid_status(5)`) that matter here.
 #[derive(Debug, PartialEq, Eq)]
 struct Status {
     real_uid: u32,
@@ -196,7 +196,8 @@ impl Status {
         })
     }
 
-    /// The kernel asks for the capability in the initial user namespace; one in a container's own does not count.
+    /// The kernel checks the capability in the initial user namespace; one in a container's own namespace does not
+    /// count.
     fn is_exempt(&self, process: &Process) -> bool {
         /// `PROC_USER_INIT_INO` of `<linux/nsfs.h>`: a constant of the kernel since 3.8.
         const INITIAL: &str = "user:[4026531837]";
@@ -237,7 +238,7 @@ impl fmt::Display for PinnedBy {
     }
 }
 
-/// Bytes for a person: exact if that is short, else with one decimal.
+/// Bytes for a person: exact if that is short, otherwise with one decimal.
 struct Bytes(u64);
 
 impl fmt::Display for Bytes {
@@ -276,7 +277,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_pinned_already_counts_to_the_page() {
+    fn memory_that_is_pinned_already_counts_to_the_page() {
         let limits = memlock(8 * MIB, 8 * MIB, &[(7, 3 * MIB), (8, MIB)]);
         assert_eq!(limits.pinned_bytes(), 4 * MIB);
         limits.check(4 * MIB).unwrap();
@@ -286,7 +287,7 @@ mod tests {
     }
 
     #[test]
-    fn no_limit_and_the_capability_both_allow_anything() {
+    fn a_missing_limit_and_the_capability_both_allow_anything() {
         Memlock { soft_bytes: None, ..memlock(0, 0, &[]) }.check(u64::MAX).unwrap();
         Memlock { exempt: true, ..memlock(0, 0, &[]) }.check(u64::MAX).unwrap();
     }
@@ -304,7 +305,7 @@ mod tests {
     }
 
     #[test]
-    fn a_low_hard_limit_is_explained_as_a_matter_for_root() {
+    fn a_low_hard_limit_is_explained_with_the_remedies_of_root() {
         let error = MemlockError::TooLow { needed_bytes: 10 * MIB, memlock: memlock(0, 8 * MIB, &[]), is_root: true };
         assert_eq!(
             error.to_string(),
@@ -334,7 +335,7 @@ mod tests {
     }
 
     #[test]
-    fn this_process_can_be_looked_at() {
+    fn the_limits_of_this_process_are_read() {
         let limits = Memlock::current().unwrap();
         let (soft, hard) = getrlimit(Resource::RLIMIT_MEMLOCK).unwrap();
         assert_eq!(
@@ -344,7 +345,7 @@ mod tests {
     }
 
     #[test]
-    fn bytes_are_exact_when_short() {
+    fn bytes_are_shown_exactly_when_short() {
         let text = |bytes| Bytes(bytes).to_string();
         assert_eq!(text(0), "0 bytes");
         assert_eq!(text(1000), "1000 bytes");

@@ -1,4 +1,4 @@
-//! Resource limits of the process that matter to the broker: `RLIMIT_FSIZE`, `RLIMIT_MEMLOCK` and
+//! The resource limits of the process that matter to the broker: `RLIMIT_FSIZE`, `RLIMIT_MEMLOCK` and
 //! `RLIMIT_NOFILE` (`getrlimit(2)`).
 
 mod file_growth;

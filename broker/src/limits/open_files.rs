@@ -5,7 +5,7 @@ use std::io;
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
-/// How many files this process has open, and how many it may have.
+/// The number of files that this process has open, and the number that it may have open.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct OpenFiles {
     /// Files that are open now (`/proc/self/fd`).
@@ -20,9 +20,9 @@ pub struct OpenFiles {
 pub struct TooFewOpenFiles {
     /// The hard limit.
     pub limit: u64,
-    /// Files that are open.
+    /// The number of open files.
     pub open: u64,
-    /// How many more are needed.
+    /// The number of further files that are needed.
     pub needed: u64,
 }
 
@@ -49,7 +49,7 @@ impl OpenFiles {
     /// `/proc` is not mounted, or `getrlimit(2)` fails.
     pub fn current() -> io::Result<Self> {
         let (_, limit) = getrlimit(Resource::RLIMIT_NOFILE)?;
-        // One of them is the listing itself.
+        // One of the entries is the listing itself.
         let open = (fs::read_dir("/proc/self/fd")?.count() as u64).saturating_sub(1);
         Ok(Self { open, limit })
     }
@@ -65,16 +65,16 @@ impl OpenFiles {
     }
 }
 
-/// Raises the soft limit of open files (`RLIMIT_NOFILE`) to the hard one and returns that.
+/// Raises the soft limit of open files (`RLIMIT_NOFILE`) to the hard limit and returns the hard limit.
 ///
 /// A front-end passes a descriptor for each region of the guest's memory, and up to three for each queue: with memory
-/// that is plugged in pieces that is several hundred, and the usual soft limit is 1024, for the sake of programs that use
+/// that is plugged in pieces these are several hundred. The usual soft limit is 1024, for the sake of programs that use
 /// `select(2)`.
 ///
 /// For programs, never for libraries, because it changes the whole process.
 ///
 /// # Errors
-/// `getrlimit(2)` or `setrlimit(2)` failed; nothing was changed.
+/// `getrlimit(2)` or `setrlimit(2)` failed; nothing has changed.
 pub fn raise_open_files() -> io::Result<u64> {
     let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
     if soft < hard {
@@ -94,7 +94,7 @@ mod tests {
     }
 
     #[test]
-    fn a_limit_that_leaves_too_few_files_is_explained_with_one_that_is_enough() {
+    fn too_few_files_are_explained_with_a_limit_that_is_enough() {
         let files = OpenFiles { open: 4, limit: 40 };
         files.check(36).unwrap();
         let text = files.check(37).unwrap_err().to_string();
@@ -104,7 +104,7 @@ mod tests {
 
     #[test]
     fn an_open_file_counts() {
-        // Other tests open files of this process meanwhile; none of them opens that many.
+        // Other tests of this process open files meanwhile, but none of them opens that many.
         let before = OpenFiles::current().unwrap().open;
         let files: Vec<_> = (0..100).map(|_| fs::File::open("/dev/null").unwrap()).collect();
         let after = OpenFiles::current().unwrap().open;
