@@ -1,4 +1,4 @@
-//! Keeping open files from programs that would be executed.
+//! Keeping open files from executed programs.
 
 use std::fs;
 use std::io;
@@ -8,16 +8,17 @@ use rustix::io::{Errno, FdFlags, fcntl_getfd, fcntl_setfd};
 
 use super::SandboxError;
 
-/// Makes every open descriptor close-on-exec, those among them that whoever started the process has left open: what this crate
-/// opens itself is so from the beginning. The standard streams are not excepted, since a process that serves executes nothing.
+/// Makes every open descriptor close-on-exec, including those that the parent process left open; the descriptors that
+/// this crate opens are close-on-exec from the start. The standard streams are no exception, since a process that
+/// serves executes nothing.
 ///
-/// To be called at the start of a program, while it has one thread.
+/// Call this at the start of a program, while it has one thread.
 ///
 /// # Errors
 ///
 /// `/proc` is not mounted, or the kernel refuses.
 pub fn close_descriptors_on_exec() -> Result<(), SandboxError> {
-    // `close_range(2)` could do this from Linux 5.11 on; virtqueues are served on older kernels too.
+    // `close_range(2)` could do this from Linux 5.11 on, but ringpass serves virtqueues on older kernels too.
     let listing = SandboxError::system("listing open descriptors in /proc/self/fd");
     let entries: io::Result<Vec<_>> = fs::read_dir("/proc/self/fd").and_then(Iterator::collect);
     for entry in entries.map_err(listing)? {
@@ -28,11 +29,11 @@ pub fn close_descriptors_on_exec() -> Result<(), SandboxError> {
 }
 
 fn close_on_exec(number: RawFd) -> Result<(), Errno> {
-    // SAFETY: the number is only given to `fcntl(2)`, for a flag of the descriptor that no owner of one relies on; if nothing is
-    // open under it, the kernel says so.
+    // SAFETY: the number is only passed to `fcntl(2)`, for a flag of the descriptor on which no owner relies; if no
+    // descriptor is open under the number, the kernel returns an error.
     let descriptor = unsafe { BorrowedFd::borrow_raw(number) };
     match fcntl_getfd(descriptor).and_then(|flags| fcntl_setfd(descriptor, flags | FdFlags::CLOEXEC)) {
-        // The one that listed the others.
+        // The descriptor of the listing itself, which is closed by now.
         Err(Errno::BADF) => Ok(()),
         other => other,
     }

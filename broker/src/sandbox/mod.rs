@@ -1,18 +1,19 @@
-//! Confining the process that owns guests' rings: what it does not need is taken from it before it makes the first ring.
+//! Confining the process that owns guests' rings: before the process makes the first ring, it gives up all that it does
+//! not need.
 //!
-//! A hostile guest reaches the kernel through its ring with the credentials of the ring's creator, and this process with
-//! everything that it sends over its queues. So the process has one device, and three layers around it, in this order, each a
-//! type that the one before gives:
+//! A hostile guest reaches the kernel through its ring with the credentials of the ring's creator, and it reaches this
+//! process through everything that it sends over its queues. So the process serves one device, and has three layers
+//! around it, in this order, each a type that the layer before returns:
 //!
-//! 1. [`drop_privileges`]: no capability, ever again (`capabilities(7)`, `PR_SET_NO_NEW_PRIVS`). Before `io_uring_setup`,
-//!    because a ring keeps the credentials that its creator had then: with CAP_SYS_NICE it takes real-time I/O priorities
-//!    from its guest.
-//! 2. [`Unprivileged::restrict_paths`]: no file but the few that serving opens again later (Landlock, Linux 5.13).
-//! 3. [`Restricted::filter_system_calls`]: no system call but those that serving makes (seccomp), for all threads.
+//! 1. [`drop_privileges`]: no capability, ever again (`capabilities(7)`, `PR_SET_NO_NEW_PRIVS`). Before
+//!    `io_uring_setup`, because a ring keeps the credentials that its creator had then: with CAP_SYS_NICE it would
+//!    accept real-time I/O priorities from its guest.
+//! 2. [`Unprivileged::restrict_paths`]: no file except the few that serving opens again later (Landlock, Linux 5.13).
+//! 3. [`Restricted::filter_system_calls`]: no system call except those that serving makes (seccomp), for all threads.
 //!
-//! Beside them, [`close_descriptors_on_exec`] sees to what the process was started with.
+//! In addition, [`close_descriptors_on_exec`] handles the descriptors that the process inherited.
 //!
-//! For programs: each changes the whole process, and none can be undone.
+//! For programs: each function changes the whole process, and none can be undone.
 
 mod descriptors;
 mod paths;
@@ -31,18 +32,18 @@ pub use privileges::{Unprivileged, drop_privileges};
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum SandboxError {
-    /// Capabilities and Landlock domains belong to threads; those that are there would keep theirs.
-    #[error("the process has {threads} threads already; only a single one can give up the privileges of all")]
+    /// Capabilities and Landlock domains belong to threads; existing threads would keep theirs.
+    #[error("the process already has {threads} threads; only a process with a single thread can give up privileges")]
     Threads {
-        /// How many there are.
+        /// The number of threads.
         threads: usize,
     },
     /// The kernel refused.
     #[error("confining this process: {what}: {source}")]
     System {
-        /// What was tried.
+        /// The step that failed.
         what: &'static str,
-        /// The kernel's answer.
+        /// The error that the kernel returned.
         source: io::Error,
     },
 }

@@ -1,4 +1,4 @@
-//! Which files the process can still open: Landlock.
+//! Restricting the files that the process can still open: Landlock.
 
 use std::io;
 use std::os::fd::BorrowedFd;
@@ -14,23 +14,23 @@ use rustix::io::Errno;
 
 use super::{SandboxError, Unprivileged};
 
-/// The newest rules that are asked for; kernels that know fewer keep to those.
+/// The newest rules that are requested; older kernels apply those that they know.
 const NEWEST: ABI = ABI::V6;
 
-/// What serving opens after it has started.
+/// The paths that serving opens after the start.
 #[derive(Debug)]
 pub struct Paths<'a> {
-    /// The disk, opened anew for each time that this process has it.
+    /// The disk, which is opened again each time that this process acquires it.
     pub disk: BorrowedFd<'a>,
-    /// Whether it is written.
+    /// Whether the disk is written.
     pub is_written: bool,
-    /// Directories in which sockets are made, and removed at the end.
+    /// Directories in which the process makes sockets, and removes them at the end.
     pub socket_directories: Vec<&'a Path>,
-    /// Directories in which each ring makes a directory for a moment ([`crate::ring::token_places`]).
+    /// Directories in which each ring briefly makes a directory ([`crate::ring::token_places`]).
     pub token_places: Vec<&'a Path>,
 }
 
-/// A process that can open next to nothing.
+/// A process that can open almost no files.
 #[derive(Debug)]
 pub struct Restricted {
     status: RulesetStatus,
@@ -38,8 +38,9 @@ pub struct Restricted {
 }
 
 impl Unprivileged {
-    /// Leaves this process what `paths` names, and what `/proc` and `/sys` say. Files that are open stay usable. Nor are there
-    /// TCP sockets any more, or signals and abstract sockets of processes outside, as far as the kernel knows such rules.
+    /// Leaves this process the paths in `paths`, and reading of `/proc` and `/sys`. Open files stay usable. The process
+    /// also loses TCP sockets, and signals to and abstract sockets of processes outside, as far as the kernel knows
+    /// such rules.
     ///
     /// A kernel without Landlock restricts nothing: [`Restricted::has_landlock`].
     ///
@@ -54,12 +55,12 @@ impl Unprivileged {
 }
 
 impl Restricted {
-    /// False: paths are not restricted, for the [reason](Self::why_no_landlock) that the kernel gave.
+    /// Whether paths are restricted. If not, [`Self::why_no_landlock`] has the reason that the kernel gave.
     pub fn has_landlock(&self) -> bool {
         self.status != RulesetStatus::NotEnforced
     }
 
-    /// Why there is no Landlock, and what to do.
+    /// Why Landlock is unavailable, and the remedy.
     pub fn why_no_landlock(&self) -> Option<String> {
         if self.has_landlock() {
             return None;
@@ -73,19 +74,20 @@ impl Restricted {
                 "Landlock is not enabled: add landlock to lsm= on the kernel's command line".into()
             }
             Some(errno) => format!(
-                "the kernel refuses landlock_create_ruleset: {errno}. Most likely a container's seccomp filter forbids it: allow \
-                 landlock_create_ruleset, landlock_add_rule and landlock_restrict_self there"
+                "the kernel refuses landlock_create_ruleset: {errno}. A seccomp filter of a container probably forbids \
+                 it: allow landlock_create_ruleset, landlock_add_rule and landlock_restrict_self there"
             ),
-            None => "the kernel knows none of the rules that are asked for".into(),
+            None => "the kernel knows none of the requested rules".into(),
         })
     }
 }
 
-/// What the kernel says when it is asked for its version of Landlock. The crate takes every refusal for a kernel without it.
+/// The kernel's error when asked for its version of Landlock. The crate treats every refusal as a kernel without
+/// Landlock.
 fn landlock_refusal() -> Option<Errno> {
     const VERSION: libc::c_uint = 1;
     let no_attributes: *const libc::c_void = std::ptr::null();
-    // SAFETY: with this flag the kernel reads no memory and only gives a number.
+    // SAFETY: with this flag the kernel reads no memory and only returns a number.
     let version = unsafe { libc::syscall(libc::SYS_landlock_create_ruleset, no_attributes, 0_usize, VERSION) };
     if version >= 0 { None } else { Errno::from_io_error(&io::Error::last_os_error()) }
 }
@@ -117,11 +119,11 @@ fn restrict(paths: &Paths<'_>) -> io::Result<RestrictionStatus> {
     ruleset.restrict_self().map_err(io::Error::other)
 }
 
-/// Allows something beneath a directory, if that is there.
+/// Allows `access` beneath a directory, if that exists.
 fn allow(ruleset: RulesetCreated, path: &Path, access: BitFlags<AccessFs>) -> io::Result<RulesetCreated> {
     match PathFd::new(path) {
         Ok(directory) => ruleset.add_rule(PathBeneath::new(directory, access)).map_err(io::Error::other),
-        // What is not there cannot be opened either; whoever needs it says so.
+        // A missing directory cannot be opened later either; the code that needs it then reports the error.
         Err(_) => Ok(ruleset),
     }
 }

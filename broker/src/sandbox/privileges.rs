@@ -9,38 +9,39 @@ use super::SandboxError;
 use crate::limits::raise_memlock;
 use crate::privileges::give_up;
 
-/// How long a thread that was joined can stay in the list of threads: until the kernel has run it to its end.
+/// How long a joined thread can stay in the list of threads: until the kernel has run it to its end.
 const THREAD_END: Duration = Duration::from_secs(5);
 const THREAD_LOOK: Duration = Duration::from_micros(200);
 
-/// A process without capabilities, which cannot get any.
+/// A process that has no capabilities and cannot get any.
 #[derive(Debug)]
 pub struct Unprivileged(());
 
-/// Raises the limit of memory that may be pinned as far as this process may, and then gives up every capability, for good:
-/// also an executed file with the set-user-ID bit gives none. It stays the user that it is.
+/// Raises the limit of memory that may be pinned as far as this process may, and then gives up every capability for
+/// good: even executing a file with the set-user-ID bit gives none back. The process keeps its user.
 ///
-/// One can stay: CAP_IPC_LOCK, by which no such limit counts, in a process that has it and cannot raise the limit for want of
-/// CAP_SYS_RESOURCE (root in some containers). A guest gains nothing by it: what is pinned is its own memory.
+/// One capability can stay: CAP_IPC_LOCK, which lifts that limit, in a process that has it and cannot raise the limit
+/// for lack of CAP_SYS_RESOURCE (root in some containers). A guest gains nothing by it: the pinned memory is its own.
 ///
-/// What the process can do then, [`without_privileges`](crate::privileges::without_privileges) finds out before.
+/// [`without_privileges`](crate::privileges::without_privileges) finds out beforehand what the process can do
+/// afterwards.
 ///
 /// # Errors
 ///
-/// There are other threads; the kernel refuses. Nothing but the limit has changed then.
+/// There are other threads; or the kernel refuses. Then nothing but the limit has changed.
 pub fn drop_privileges() -> Result<Unprivileged, SandboxError> {
     let threads = threads().map_err(SandboxError::system("counting threads"))?;
     if threads != 1 {
         return Err(SandboxError::Threads { threads });
     }
     if let Err(error) = raise_memlock() {
-        tracing::warn!(%error, "cannot raise RLIMIT_MEMLOCK: guests' rings have what it allows now");
+        tracing::warn!(%error, "cannot raise RLIMIT_MEMLOCK: guests' rings must fit into the current limit");
     }
     give_up()?;
     Ok(Unprivileged(()))
 }
 
-/// How many threads this process has. A thread that has been joined is waited for.
+/// The number of threads of this process. Waits for threads that have been joined to disappear.
 fn threads() -> io::Result<usize> {
     let end = Instant::now() + THREAD_END;
     loop {

@@ -1,4 +1,4 @@
-//! Which system calls the process can still make: seccomp.
+//! Restricting the system calls that the process can still make: seccomp.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -11,13 +11,14 @@ use seccompiler::{
 
 use super::{Restricted, SandboxError, refused};
 
-/// What serving needs once it has started. What a library calls in an emergency (a panic, an abort) is among it.
+/// The calls that serving needs once it has started, including those that a library makes in an emergency (a panic, an
+/// abort).
 const ALLOWED: &[i64] = &[
     // Rings.
     libc::SYS_io_uring_setup,
     libc::SYS_io_uring_enter,
     libc::SYS_io_uring_register,
-    // Files that are open, and those that Landlock lets be opened: the disk, the tokens of rings, /proc, /sys.
+    // Open files, and those that Landlock lets the process open: the disk, the tokens of rings, /proc, /sys.
     libc::SYS_openat,
     libc::SYS_close,
     libc::SYS_read,
@@ -91,7 +92,7 @@ const ALLOWED: &[i64] = &[
     libc::SYS_rt_sigreturn,
     libc::SYS_rt_sigtimedwait,
     libc::SYS_restart_syscall,
-    // Time, and who and where it is.
+    // Time, and the identity of the process and the machine.
     libc::SYS_nanosleep,
     libc::SYS_clock_nanosleep,
     libc::SYS_clock_gettime,
@@ -108,7 +109,7 @@ const ALLOWED: &[i64] = &[
     libc::SYS_getrusage,
 ];
 
-/// The same by names that only older architectures have.
+/// The same calls under names that only older architectures have.
 #[cfg(target_arch = "x86_64")]
 const ALLOWED_HERE: &[i64] = &[
     libc::SYS_open,
@@ -121,7 +122,7 @@ const ALLOWED_HERE: &[i64] = &[
     libc::SYS_unlink,
     libc::SYS_poll,
     libc::SYS_epoll_wait,
-    // What std does with a thread that exits the process while another one does so already.
+    // std calls this in a thread that exits the process while another thread already does so.
     libc::SYS_pause,
     libc::SYS_dup2,
     libc::SYS_time,
@@ -133,24 +134,26 @@ const ALLOWED_HERE: &[i64] = &[CACHESTAT];
 /// `cachestat(2)`, Linux 6.5: the same number on all architectures.
 const CACHESTAT: i64 = 451;
 
-/// Requests of `ioctl(2)` (`<linux/fs.h>`, `<asm-generic/ioctls.h>`): non-blocking and close-on-exec of sockets, and questions
-/// to block devices. Discard and zeroes go over `fallocate(2)`.
+/// Requests of `ioctl(2)` (`<linux/fs.h>`, `<asm-generic/ioctls.h>`): non-blocking and close-on-exec of sockets, and
+/// queries to block devices. Discard and write zeroes use `fallocate(2)`.
 const IOCTLS: &[u64] = &[0x5421, 0x5451, 0x125e, 0x1268, 0x127a, 0x127b, 0x127c, 0x8008_1272];
 
-/// `PR_SET_NAME`; `PR_SET_VMA`, by which libraries name their memory; `PR_GET_AUXV`, from which they know the size of a page.
+/// `PR_SET_NAME`; `PR_SET_VMA`, with which libraries name their memory; `PR_GET_AUXV`, from which they learn the page
+/// size.
 const PRCTLS: &[u64] = &[15, 0x5356_4d41, 0x4155_5856];
 
 impl Restricted {
-    /// Leaves all threads of this process, those to come included, the system calls that serving makes.
+    /// Leaves all threads of this process, including later ones, the system calls that serving makes.
     ///
-    /// Another call fails with EPERM and is told of on standard error. System calls of another architecture end the process.
+    /// Any other call fails with EPERM, and a line on standard error names it. A system call of another architecture
+    /// ends the process.
     ///
     /// # Errors
     ///
     /// The kernel has no seccomp.
     pub fn filter_system_calls(self) -> Result<(), SandboxError> {
         let filtering = "filtering system calls (seccomp)";
-        refused::tell().map_err(SandboxError::system(filtering))?;
+        refused::install_handler().map_err(SandboxError::system(filtering))?;
         let programs = programs().map_err(io::Error::other).map_err(SandboxError::system(filtering))?;
         for program in programs {
             apply_filter_all_threads(&program).map_err(io::Error::other).map_err(SandboxError::system(filtering))?;
@@ -164,15 +167,15 @@ fn programs() -> Result<[BpfProgram; 2], seccompiler::BackendError> {
     let mut rules: BTreeMap<i64, Vec<SeccompRule>> = always.collect();
     rules.insert(libc::SYS_ioctl, one_of(1, IOCTLS)?);
     rules.insert(libc::SYS_prctl, one_of(0, PRCTLS)?);
-    // Nothing becomes executable.
+    // No memory becomes executable.
     for call in [libc::SYS_mmap, libc::SYS_mprotect] {
         rules.insert(call, vec![without(2, libc::PROT_EXEC as u64)?]);
     }
-    // Of this process only.
+    // For this process only.
     rules.insert(libc::SYS_prlimit64, one_of(0, &[0, std::process::id().into()])?);
     rules.insert(libc::SYS_tgkill, one_of(0, &[std::process::id().into()])?);
-    // Threads, not processes. The flags of clone3(2) are in memory, where a filter cannot look; libraries go on with clone(2)
-    // if there is no such call.
+    // Threads, not processes. The flags of clone3(2) are in memory, where a filter cannot look; without that call,
+    // libraries fall back to clone(2).
     let thread = libc::CLONE_THREAD as u64;
     let flags = SeccompCondition::new(0, Len::Qword, Op::MaskedEq(thread), thread)?;
     rules.insert(libc::SYS_clone, vec![SeccompRule::new(vec![flags])?]);
@@ -185,13 +188,13 @@ fn programs() -> Result<[BpfProgram; 2], seccompiler::BackendError> {
     Ok([no_clone3.try_into()?, calls.try_into()?])
 }
 
-/// Rules for a call whose argument is one of these.
+/// Rules that allow a call whose argument is one of these values.
 fn one_of(argument: u8, values: &[u64]) -> Result<Vec<SeccompRule>, seccompiler::BackendError> {
     let rule = |&value| SeccompRule::new(vec![SeccompCondition::new(argument, Len::Dword, Op::Eq, value)?]);
     values.iter().map(rule).collect()
 }
 
-/// A rule for a call whose argument has none of these bits.
+/// A rule that allows a call whose argument has none of these bits.
 fn without(argument: u8, bits: u64) -> Result<SeccompRule, seccompiler::BackendError> {
     SeccompRule::new(vec![SeccompCondition::new(argument, Len::Dword, Op::MaskedEq(bits), 0)?])
 }

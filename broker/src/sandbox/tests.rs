@@ -1,4 +1,4 @@
-//! A sandbox cannot be left: each test runs in a process of its own, which this program starts.
+//! A process cannot leave a sandbox, so each test runs in a process of its own, which this program starts.
 
 use std::fs::{self, File};
 use std::io;
@@ -14,10 +14,10 @@ use rustix::thread::{CapabilitySet, capabilities};
 
 use super::*;
 
-/// Names the part that the child plays.
+/// The variable that marks the child process.
 const PART: &str = "RINGPASS_SANDBOX_TEST";
 
-/// Runs the test of that name once more, in the sandbox.
+/// Runs the test of that name once more, in the sandbox. `None`: this is the child.
 fn child(test: &str) -> Option<Output> {
     if std::env::var_os(PART).is_some() {
         return None;
@@ -34,14 +34,14 @@ fn assert_success(output: &Output) -> String {
     text
 }
 
-/// The test harness has threads of its own, so that the sandbox is entered by a process that is forked off one of them.
+/// Runs `body` in a forked process, because the test harness has several threads and a sandbox needs a single one.
 fn in_fork(body: impl FnOnce()) {
-    // SAFETY: the child goes on with one thread, the one that is here. What other threads held is not touched: no lock of the
-    // test harness is taken, and its allocator is made for forks.
+    // SAFETY: the child continues with one thread, this one. It touches nothing that other threads held: it takes no
+    // lock of the test harness, and the allocator supports forks.
     let pid = unsafe { nix::libc::fork() };
     if pid == 0 {
         let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(body));
-        // SAFETY: ends this process, without the destructors of another's threads.
+        // SAFETY: this ends the process, without running destructors that belong to other threads.
         unsafe { nix::libc::_exit(if outcome.is_ok() { 0 } else { 1 }) };
     }
     let status = nix::sys::wait::waitpid(nix::unistd::Pid::from_raw(pid), None).unwrap();
@@ -82,7 +82,7 @@ fn a_process_with_several_threads_is_refused() {
     let before = capabilities(None).unwrap();
     let error = drop_privileges().unwrap_err();
     assert!(matches!(error, SandboxError::Threads { threads } if threads > 1), "{error}");
-    assert!(error.to_string().contains("threads already"), "{error}");
+    assert!(error.to_string().contains("already has"), "{error}");
     assert_eq!(capabilities(None).unwrap(), before);
     drop(stop);
     let _ = other.join();
@@ -114,8 +114,8 @@ fn files_beside_the_disk_are_out_of_reach() {
 }
 
 #[test]
-fn a_system_call_that_serving_does_not_make_is_refused_and_told_of_and_the_process_goes_on() {
-    const NAME: &str = "a_system_call_that_serving_does_not_make_is_refused_and_told_of_and_the_process_goes_on";
+fn a_refused_system_call_fails_and_is_logged_and_the_process_continues() {
+    const NAME: &str = "a_refused_system_call_fails_and_is_logged_and_the_process_continues";
     if let Some(output) = child(NAME) {
         let text = assert_success(&output);
         for call in ["socket", "execve", "kill", "mprotect", "setpriority"] {
@@ -137,7 +137,7 @@ fn a_system_call_that_serving_does_not_make_is_refused_and_told_of_and_the_proce
             assert_eq!(rustix::process::setpriority_process(None, 1), Err(Errno::PERM));
         };
         refused();
-        // What serving does goes on, in new threads too.
+        // The calls of serving still work, in new threads too.
         let work = || {
             openat(CWD, "/proc/self/status", OFlags::RDONLY, Mode::empty()).unwrap();
             rustix::event::eventfd(0, rustix::event::EventfdFlags::CLOEXEC).unwrap();
@@ -150,10 +150,10 @@ fn a_system_call_that_serving_does_not_make_is_refused_and_told_of_and_the_proce
 }
 
 #[test]
-fn two_threads_that_exit_the_process_at_once_do_not_call_what_the_sandbox_refuses() {
+fn two_threads_that_exit_the_process_at_once_make_no_call_that_the_sandbox_refuses() {
     use std::sync::{Condvar, Mutex};
 
-    const NAME: &str = "two_threads_that_exit_the_process_at_once_do_not_call_what_the_sandbox_refuses";
+    const NAME: &str = "two_threads_that_exit_the_process_at_once_make_no_call_that_the_sandbox_refuses";
     /// Whether the first thread is in the middle of `exit(3)`.
     static IS_EXITING: (Mutex<bool>, Condvar) = (Mutex::new(false), Condvar::new());
     if let Some(output) = child(NAME) {
@@ -165,13 +165,13 @@ fn two_threads_that_exit_the_process_at_once_do_not_call_what_the_sandbox_refuse
         extern "C" fn in_the_middle() {
             *IS_EXITING.0.lock().unwrap() = true;
             IS_EXITING.1.notify_all();
-            // For the second thread to get there, which must then wait for the end of the process.
+            // Time for the second thread to get there; it must then wait for the end of the process.
             thread::sleep(std::time::Duration::from_millis(200));
         }
         let disk = tempfile::tempfile().unwrap();
         let restricted = drop_privileges().unwrap().restrict_paths(&paths(&disk)).unwrap();
         restricted.filter_system_calls().unwrap();
-        // SAFETY: the function is there until the end of the process.
+        // SAFETY: the function exists until the end of the process.
         assert_eq!(unsafe { nix::libc::atexit(in_the_middle) }, 0);
         thread::spawn(|| {
             let is_exiting = IS_EXITING.1.wait_while(IS_EXITING.0.lock().unwrap(), |is_exiting| !*is_exiting);
