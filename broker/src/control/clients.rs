@@ -1,4 +1,4 @@
-//! The clients of a control socket, side by side on one thread: none waits for another.
+//! The clients of a control socket, side by side on one thread: no client waits for another.
 
 use std::io::{self, ErrorKind, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
@@ -7,17 +7,17 @@ use std::time::{Duration, Instant};
 
 use rustix::event::PollFlags;
 
-/// The longest question.
+/// The longest request line.
 const LINE_BYTES_MAX: usize = 4096;
-/// How long a client may take to ask and to read the answer.
+/// How long a client may take to send its request and to read the answer.
 const PATIENCE: Duration = Duration::from_secs(2);
-/// Clients at a time. One more takes the place of the client that has been there longest.
+/// The most clients at a time. A further client replaces the oldest.
 pub(super) const CLIENTS_MAX: usize = 16;
 
 /// Clients that have not been answered completely.
 #[derive(Debug, Default)]
 pub(super) struct Clients {
-    /// The one that came first is the first.
+    /// The oldest client first.
     clients: Vec<Client>,
 }
 
@@ -25,12 +25,12 @@ pub(super) struct Clients {
 struct Client {
     stream: UnixStream,
     line: Vec<u8>,
-    /// What is left to be sent. None: the question is not complete.
+    /// The rest of the answer to send. None: the request is not complete.
     answer: Option<Vec<u8>>,
     end: Instant,
 }
 
-/// What is to become of a client.
+/// What to do with a client next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Next {
     Wait,
@@ -38,7 +38,7 @@ enum Next {
 }
 
 impl Clients {
-    /// Takes a client in.
+    /// Adds a client.
     ///
     /// # Errors
     ///
@@ -46,10 +46,10 @@ impl Clients {
     pub(super) fn add(&mut self, stream: UnixStream) -> io::Result<()> {
         stream.set_nonblocking(true)?;
         if self.clients.len() == CLIENTS_MAX {
-            // All are equal: each may open the socket (`--control-socket-mode`, `--control-socket-group`). Most have asked long before
-            // so many more come.
+            // All clients have the same right: each may open the socket (`--control-socket-mode`,
+            // `--control-socket-group`). Most have their answer long before so many more connect.
             self.clients.remove(0);
-            tracing::debug!("a client of the control socket gives its place to another");
+            tracing::debug!("control client disconnected: a new client takes its place");
         }
         self.clients.push(Client { stream, line: Vec::new(), answer: None, end: Instant::now() + PATIENCE });
         Ok(())
@@ -60,20 +60,20 @@ impl Clients {
         self.clients.iter().map(|client| (client.stream.as_fd(), client.awaits()))
     }
 
-    /// When the first client has used up its time. `None`: there is no client.
+    /// When the first client runs out of time. `None`: there is no client.
     pub(super) fn next_end(&self) -> Option<Instant> {
         self.clients.iter().map(|client| client.end).min()
     }
 
-    /// Goes on with all clients as far as that is possible without waiting, and hangs up on those that are answered, gone or too
-    /// slow. `reply` gives the answer to a line.
+    /// Advances all clients as far as possible without waiting, and disconnects those that have their answer, are gone
+    /// or are too slow. `reply` returns the answer to a line.
     pub(super) fn advance(&mut self, reply: impl Fn(&[u8]) -> String) {
         let now = Instant::now();
         self.clients.retain_mut(|client| match client.advance(&reply) {
             Ok(Next::Wait) => now < client.end,
             Ok(Next::HangUp) => false,
             Err(error) => {
-                tracing::debug!(%error, "a client of the control socket");
+                tracing::debug!(%error, "control client disconnected: its socket failed");
                 false
             }
         });
@@ -97,7 +97,7 @@ impl Client {
         }
     }
 
-    /// Reads up to the end of a line, of the stream, or of what is taken from a client. False: more is to come.
+    /// Reads up to the end of a line, of the stream, or of the longest request. False: more will come.
     fn read_line(&mut self) -> io::Result<bool> {
         let mut part = [0; 512];
         while self.line.len() < LINE_BYTES_MAX && !self.line.contains(&b'\n') {
@@ -140,7 +140,7 @@ mod tests {
     }
 
     #[test]
-    fn a_silent_client_holds_up_no_other_and_goes_when_its_time_is_up() {
+    fn a_silent_client_delays_no_other_and_is_disconnected_when_its_time_is_up() {
         let mut clients = Clients::default();
         let silent = pair(&mut clients);
         let asking = pair(&mut clients);
@@ -154,7 +154,7 @@ mod tests {
     }
 
     #[test]
-    fn one_client_too_many_takes_the_place_of_the_oldest() {
+    fn one_client_too_many_replaces_the_oldest() {
         let mut clients = Clients::default();
         let all: Vec<UnixStream> = (0..=CLIENTS_MAX).map(|_| pair(&mut clients)).collect();
         assert_eq!(clients.to_poll().count(), CLIENTS_MAX);
@@ -165,7 +165,7 @@ mod tests {
     }
 
     #[test]
-    fn an_answer_that_does_not_fit_at_once_is_sent_in_pieces() {
+    fn a_long_answer_is_sent_in_pieces() {
         let mut clients = Clients::default();
         let client = pair(&mut clients);
         (&client).write_all(b"\n").unwrap();

@@ -1,9 +1,9 @@
-//! Looking at a device from outside: each process that serves one answers questions on a Unix socket.
+//! Inspecting a device from outside: each process that serves a device answers requests on a Unix socket.
 //!
 //! A client sends one line, a JSON object such as `{"request":"show"}`, and gets one line, a JSON object: a
-//! [`DeviceStatus`], a [`DeviceStats`], or `{"error": "..."}`. Fields are only ever added. Each process that may connect
-//! to the socket may ask: those of the socket's owner, and of others only if the server's options `--control-socket-group` and
-//! `--control-socket-mode` admit them. No request changes anything.
+//! [`DeviceStatus`], a [`DeviceStats`], or `{"error": "..."}`. Later versions only add fields. Every process that may
+//! connect to the socket may ask: processes of the socket's owner, and others only if the server's options
+//! `--control-socket-group` and `--control-socket-mode` admit them. No request changes anything.
 
 mod clients;
 mod server;
@@ -16,11 +16,11 @@ pub use status::{
     RingsOffer,
 };
 
-/// Who knows the answers. Asked on the thread of the socket.
+/// The source of the answers. Called on the thread of the socket.
 pub trait StatusSource: Send + Sync {
-    /// What the device is, and how it is executed now.
+    /// What the device is, and how its queues are executed now.
     fn status(&self) -> DeviceStatus;
 
-    /// What it has done.
+    /// What the device has done.
     fn stats(&self) -> DeviceStats;
 }

@@ -1,4 +1,4 @@
-//! The socket on which a device is asked.
+//! The socket on which a device answers requests.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -17,35 +17,35 @@ use super::clients::{CLIENTS_MAX, Clients};
 use crate::threads::leave_signals_to_others;
 use crate::vhost_user::listener::{ListenError, Listener, SocketAccess};
 
-/// How long to wait when no connection can be accepted.
+/// How long to wait after a connection could not be accepted.
 const PAUSE: Duration = Duration::from_millis(200);
 
-/// Why nobody can be answered.
+/// Why the control socket cannot be served.
 #[derive(Debug, Error)]
 pub enum ControlError {
     /// The socket.
     #[error(transparent)]
     Listen(#[from] ListenError),
-    /// The kernel refused.
+    /// A system call failed.
     #[error("{}: {what}: {source}", .path.display())]
     System {
-        /// The socket.
+        /// The path of the socket.
         path: PathBuf,
-        /// What was tried.
+        /// The step that failed.
         what: &'static str,
-        /// The kernel's answer.
+        /// The error that the kernel returned.
         source: io::Error,
     },
 }
 
-/// A socket on which nobody is answered yet. Removed when dropped.
+/// A socket that is bound but not served yet. Removed when dropped.
 #[derive(Debug)]
 pub struct ControlSocket {
     listener: Listener,
     path: PathBuf,
 }
 
-/// Answers on a thread of its own, until it is dropped.
+/// Answers requests on a thread of its own, until it is dropped.
 #[derive(Debug)]
 pub struct ControlServer {
     stop: Arc<OwnedFd>,
@@ -53,25 +53,25 @@ pub struct ControlServer {
     thread: Option<JoinHandle<()>>,
 }
 
-/// What can be asked.
+/// The requests.
 #[derive(Debug, Deserialize)]
 #[serde(tag = "request", rename_all = "kebab-case", deny_unknown_fields)]
-enum Question {
+enum Request {
     Show,
     Stats,
 }
 
 impl ControlSocket {
-    /// Listens there, for the owner only. A socket that nobody listens on any more is replaced.
+    /// Listens at `path`, for the owner only. Replaces a socket on which no process listens any more.
     ///
     /// # Errors
     ///
-    /// Somebody listens there, or the path cannot be used.
+    /// Another process listens there, or the path cannot be used.
     pub fn bind(path: &Path) -> Result<Self, ControlError> {
         Self::bind_with(path, SocketAccess::OWNER)
     }
 
-    /// The same, for whom `access` says.
+    /// The same, for the users that `access` admits.
     ///
     /// # Errors
     ///
@@ -80,7 +80,7 @@ impl ControlSocket {
         Ok(Self { listener: Listener::bind(path, access)?, path: path.to_owned() })
     }
 
-    /// Whether [`bind`](Self::bind) can make a socket there, as far as that can be known without making it.
+    /// Whether [`bind`](Self::bind) can make a socket there, as far as this can be known without making it.
     ///
     /// # Errors
     ///
@@ -89,16 +89,16 @@ impl ControlSocket {
         Ok(Listener::check(path)?)
     }
 
-    /// Where it is.
+    /// The path of the socket.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Answers from now on.
+    /// Starts to answer requests.
     ///
     /// # Errors
     ///
-    /// There is no thread or no descriptor for it.
+    /// The thread cannot be started, or there is no descriptor for it.
     pub fn serve(self, source: Arc<dyn StatusSource>) -> Result<ControlServer, ControlError> {
         let Self { mut listener, path } = self;
         let flags = EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC;
@@ -124,18 +124,18 @@ fn failed<E: Into<io::Error>>(path: &Path, what: &'static str) -> impl FnOnce(E)
     move |source| ControlError::System { path, what, source: source.into() }
 }
 
-/// Takes in the clients that have come, goes on with those that are there, and waits for what comes next.
+/// Accepts waiting clients, advances all clients, and waits for the next event.
 fn serve_once(listener: &mut Listener, clients: &mut Clients, stop: &OwnedFd, source: &dyn StatusSource) {
     let is_paused = match take_clients(listener, clients) {
         Ok(()) => false,
-        // A lack of descriptors passes.
+        // A lack of descriptors is temporary.
         Err(error) => {
-            tracing::debug!(%error, "no client of the control socket can be accepted");
+            tracing::debug!(%error, "cannot accept a control client, trying again");
             true
         }
     };
     clients.advance(|line| reply(line, source));
-    // While no client can be accepted the socket stays readable.
+    // While no client can be accepted, the socket stays readable, so it is not polled.
     let socket = listener.to_poll().filter(|_| !is_paused);
     let awaited = [Some(stop.as_fd()), socket].into_iter().flatten().map(|fd| (fd, PollFlags::IN));
     let mut fds: Vec<PollFd<'_>> =
@@ -146,8 +146,8 @@ fn serve_once(listener: &mut Listener, clients: &mut Clients, stop: &OwnedFd, so
     let _ = poll(&mut fds, limit.as_ref());
 }
 
-/// Accepts at most [`CLIENTS_MAX`]: each of them gets a turn before a later one can take its place, and a flood of clients does not
-/// keep the thread from its end.
+/// Accepts at most [`CLIENTS_MAX`] clients: each of them is advanced before a later client can replace it, and a flood
+/// of clients does not keep the thread from stopping.
 fn take_clients(listener: &mut Listener, clients: &mut Clients) -> io::Result<()> {
     for _ in 0..CLIENTS_MAX {
         let Some(stream) = listener.accept()? else { return Ok(()) };
@@ -159,11 +159,11 @@ fn take_clients(listener: &mut Listener, clients: &mut Clients) -> io::Result<()
 /// The answer to a line.
 fn reply(line: &[u8], source: &dyn StatusSource) -> String {
     let json = match serde_json::from_slice(line) {
-        Ok(Question::Show) => serde_json::to_value(source.status()),
-        Ok(Question::Stats) => serde_json::to_value(source.stats()),
+        Ok(Request::Show) => serde_json::to_value(source.status()),
+        Ok(Request::Stats) => serde_json::to_value(source.stats()),
         Err(error) => {
             let error = format!(
-                "not understood: {error}; ask with one line, {{\"request\":\"show\"}} or {{\"request\":\"stats\"}}"
+                "not understood: {error}; send one line, {{\"request\":\"show\"}} or {{\"request\":\"stats\"}}"
             );
             Ok(serde_json::json!({ "error": error }))
         }
@@ -176,7 +176,7 @@ impl Drop for ControlServer {
         self.is_stopping.store(true, Ordering::Release);
         let _ = rustix::io::write(&*self.stop, &1_u64.to_ne_bytes());
         if let Some(thread) = self.thread.take() {
-            // It does not panic; if it did, nothing is left to be done.
+            // The thread does not panic; if it did, nothing would be left to do.
             let _ = thread.join();
         }
     }
@@ -232,7 +232,7 @@ mod tests {
     }
 
     #[test]
-    fn a_question_is_answered_and_another_is_told_what_can_be_asked() {
+    fn a_request_is_answered_and_an_unknown_line_gets_the_list_of_requests() {
         let (_directory, path, _server) = served();
         assert_eq!(ask(&path, b"{\"request\":\"show\"}\n")["disk"]["size_bytes"], 4096);
         assert_eq!(ask(&path, b"{\"request\":\"stats\"}\n")["name"], "vm1");
@@ -243,9 +243,9 @@ mod tests {
     }
 
     #[test]
-    fn clients_that_hang_hold_up_no_other() {
+    fn clients_that_hang_delay_no_other() {
         let (_directory, path, server) = served();
-        // More than are served at a time.
+        // More clients than the server keeps at a time.
         let hanging: Vec<UnixStream> = (0..20).map(|_| UnixStream::connect(&path).unwrap()).collect();
         for stream in &hanging {
             (&*stream).write_all(b"{\"requ").unwrap_or_default();
@@ -256,7 +256,7 @@ mod tests {
     }
 
     #[test]
-    fn all_of_many_clients_that_come_at_once_are_answered() {
+    fn many_clients_at_once_are_all_answered() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("vm1.control");
         let socket = ControlSocket::bind(&path).unwrap();
@@ -271,7 +271,7 @@ mod tests {
     }
 
     #[test]
-    fn there_is_no_moment_in_which_others_could_connect() {
+    fn the_socket_never_admits_others_even_for_a_moment() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("vm1.sock");
         let watch = inotify::init(inotify::CreateFlags::NONBLOCK).unwrap();
@@ -286,7 +286,7 @@ mod tests {
     }
 
     #[test]
-    fn others_are_told_that_the_socket_is_in_use_and_a_stale_socket_is_replaced() {
+    fn a_socket_in_use_is_refused_and_a_stale_socket_is_replaced() {
         let (_directory, path, server) = served();
         let error = ControlSocket::bind(&path).unwrap_err().to_string();
         assert!(error.contains("another process listens there"), "{error}");

@@ -1,19 +1,19 @@
-//! What a device says of itself.
+//! What a device reports about itself.
 
 use serde::{Deserialize, Serialize};
 
-/// What a device is, and how it is executed now.
+/// What a device is, and how its queues are executed now.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DeviceStatus {
-    /// The name under which it is found.
+    /// The name of the device.
     pub name: String,
-    /// The process that serves it.
+    /// The process that serves the device.
     pub pid: u32,
-    /// Version of ringpass.
+    /// The version of ringpass.
     pub version: String,
     /// The disk.
     pub disk: DiskStatus,
-    /// What `--mode` says: `auto`, `direct` or `virtqueue`.
+    /// The value of `--mode`: `auto`, `direct` or `virtqueue`.
     pub mode: String,
     /// Whether guests can have rings.
     pub rings: RingsOffer,
@@ -28,30 +28,30 @@ pub struct DiskStatus {
     pub path: String,
     /// Its size in bytes.
     pub size_bytes: u64,
-    /// What the guest reads and writes in, in bytes.
+    /// The unit in which the guest reads and writes, in bytes.
     pub logical_block_bytes: u32,
-    /// No writes.
+    /// Whether writes are refused.
     pub read_only: bool,
-    /// The host's page cache is bypassed.
+    /// Whether I/O bypasses the host's page cache.
     pub direct_io: bool,
 }
 
 /// Whether guests can have rings of the host's io_uring.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RingsOffer {
-    /// The device offers them.
+    /// Whether the device offers rings.
     pub offered: bool,
-    /// If not: why.
+    /// If not: the reasons.
     pub why_not: Vec<String>,
-    /// They are offered, and cannot be had for now: why.
+    /// If rings are offered but unavailable for now: the reason.
     pub closed: Option<String>,
-    /// What a ring may be.
+    /// The limits of a ring.
     pub limits: Option<LimitStatus>,
     /// What guests with rings must do without.
     pub wants: String,
 }
 
-/// What a ring may be.
+/// The limits of a ring.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LimitStatus {
     /// Most SQ entries.
@@ -62,52 +62,52 @@ pub struct LimitStatus {
     pub segment_bytes_max: u32,
 }
 
-/// Who executes a queue.
+/// The executor of a queue.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum ExecutedBy {
-    /// The device's process.
+    /// The device's process executes the virtqueue.
     Virtqueue,
-    /// The host kernel.
+    /// The host kernel executes the ring.
     Ring,
-    /// Nobody at the moment: an epoch begins or ends.
+    /// Neither executes the queue at the moment: an epoch begins or ends.
     Nobody,
 }
 
 /// One queue.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct QueueStatus {
-    /// Its index.
+    /// The index of the queue.
     pub index: u16,
-    /// The front-end has started it.
+    /// Whether the front-end has started the queue.
     #[serde(default = "unknown_counts_as_started")]
     pub started: bool,
-    /// Who executes it.
+    /// The executor of the queue.
     pub executed_by: ExecutedBy,
     /// The epoch of an attached queue.
     pub epoch: Option<u32>,
-    /// Where the epoch is: `opening`, `open`, `draining`, `ending`, `ended`, …
+    /// The phase of the epoch: `opening`, `open`, `draining`, `ending`, `ended`, …
     pub phase: Option<String>,
     /// SQ entries of its ring.
     pub sq_entries: Option<u32>,
     /// CQ entries of its ring.
     pub cq_entries: Option<u32>,
-    /// Why it got no ring, or lost it, last.
+    /// Why the queue got no ring, or lost its ring, most recently.
     pub why_no_ring: Option<String>,
 }
 
-/// Servers of ringpass 0.1.0 do not say it.
+/// Servers of ringpass 0.1.0 do not report it.
 fn unknown_counts_as_started() -> bool {
     true
 }
 
-/// What a device has done since its process began.
+/// What a device has done since the start of its process.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DeviceStats {
-    /// The name under which it is found.
+    /// The name of the device.
     pub name: String,
-    /// When its process began to count, in milliseconds since 1970: another number says that the counters began anew. Absent from
-    /// older servers.
+    /// When its process began to count, in milliseconds since 1970: a different number means that the counters started
+    /// again at zero. Absent from older servers.
     #[serde(default)]
     pub started_ms: Option<u64>,
     /// How long it has counted, in milliseconds.
@@ -117,15 +117,15 @@ pub struct DeviceStats {
     pub queues: Vec<QueueStats>,
 }
 
-/// What one queue has done.
+/// What a queue has done.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct QueueStats {
-    /// Its index.
+    /// The index of the queue.
     pub index: u16,
-    /// What went through the device's process.
+    /// The requests that went through the device's process.
     pub by_device: ByDevice,
-    /// What the words of its rings say. They are in the guest's memory: exact for an honest guest, and its own to forge.
-    /// Absent for a queue that had no ring.
+    /// The counts in the words of its rings. The words are in the guest's memory: exact for an honest guest, and the
+    /// guest can forge them for itself. Absent for a queue that had no ring.
     pub by_guest: Option<ByGuest>,
 }
 
@@ -146,14 +146,14 @@ pub struct ByDevice {
     pub discards: u64,
     /// Write zeroes requests.
     pub write_zeroes: u64,
-    /// Requests that the disk did not carry out.
+    /// Requests that failed on the disk.
     pub failed: u64,
-    /// Requests that were refused.
+    /// Requests that the device refused.
     pub refused: u64,
-    /// Requests that went through bounce buffers, because direct I/O does not take them as the guest sends them.
+    /// Requests that went through bounce buffers, because direct I/O cannot execute them as the guest sends them.
     #[serde(default)]
     pub bounced: u64,
-    /// Those of them that wrote a part of a block of direct I/O, and so cost a read and a write.
+    /// Bounced requests that wrote a part of a block of direct I/O, and so cost a read and a write.
     #[serde(default)]
     pub partial_writes: u64,
     /// Kicks that reached the process; on attached queues doorbells.
@@ -162,7 +162,7 @@ pub struct ByDevice {
     pub signals: u64,
 }
 
-/// What the words of a queue's rings say.
+/// The counts in the words of a queue's rings.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ByGuest {
     /// SQEs that the driver published.
