@@ -1,12 +1,12 @@
-//! Tests that measure the whole process (what it has pinned, its threads), and so need a process for themselves.
+//! Tests that measure the whole process (its pinned memory, its threads), and so need a process of their own.
 
 use std::process::Command;
 
-/// Names the test that a process is for.
+/// The variable that names the test for which a process was started.
 const VARIABLE: &str = "RINGPASS_TEST_ALONE";
 
-/// Carries out the body of the test of that name, with its modules, where no other test runs: here if this process was started for
-/// it, which cargo-nextest does for each test, else in a new process.
+/// Runs the body of the named test (the name includes its modules) where no other test runs: in this process if it was
+/// started for that test, as cargo-nextest does for each test, otherwise in a new process.
 pub(crate) fn alone(test: &str, body: impl FnOnce()) {
     let is_own = |variable, value: &str| std::env::var(variable).is_ok_and(|found| found == value);
     if is_own(VARIABLE, test) || is_own("NEXTEST_EXECUTION_MODE", "process-per-test") {

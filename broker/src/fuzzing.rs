@@ -1,9 +1,9 @@
-//! What the bodies of the fuzz targets have in common.
+//! Common parts of the fuzz targets' bodies.
 //!
-//! A body takes bytes, makes choices by them, and panics if something that must hold does not. It is run three ways: by a
+//! A body takes bytes, makes choices by them, and panics if a property does not hold. It runs in three ways: by a
 //! fuzzer (`fuzz/`), as a property test, and with the inputs that tests save as seeds.
 
-/// Choices made by bytes; when they are used up, always the first.
+/// Choices made by bytes; when the bytes are used up, always the first choice.
 pub(crate) struct Choices<'a> {
     bytes: &'a [u8],
 }
@@ -39,7 +39,7 @@ impl<'a> Choices<'a> {
     }
 }
 
-/// Saves an input from which a fuzzer begins, in the directory that `cargo xtask` names in `RINGPASS_FUZZ_SEEDS`.
+/// Saves an input from which a fuzzer starts, in the directory that `cargo xtask` names in `RINGPASS_FUZZ_SEEDS`.
 /// Without that variable it does nothing.
 #[cfg(test)]
 pub(crate) fn save_seed(target: &str, name: &str, bytes: &[u8]) {

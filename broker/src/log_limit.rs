@@ -1,18 +1,18 @@
-//! A bounded rate of log lines for what others can make happen at any rate.
+//! A bounded rate of log lines for events that others can cause at any rate.
 
 use std::array;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
-/// At most one line in this time.
+/// The shortest time between two lines.
 const INTERVAL_MS: u64 = 10_000;
 const NEVER: u64 = u64::MAX;
-/// Causes that have a limit of their own. The causes after that share one limit.
+/// The number of causes with a limit of their own. Later causes share one limit.
 const CAUSES_MAX: usize = 64;
 const NO_CAUSE: u64 = 0;
 
-/// Counts something, and says when it is time for a log line about it: at most once in ten seconds.
+/// Counts events, and decides when one gets a log line: at most one in ten seconds.
 #[derive(Debug)]
 pub(crate) struct LogLimit {
     start: Instant,
@@ -27,7 +27,7 @@ impl LogLimit {
         Self { start: Instant::now(), count: AtomicU64::new(0), logged_ms: AtomicU64::new(NEVER) }
     }
 
-    /// Counts one more; how many they are, if it is time for a line.
+    /// Counts one event. Returns the total if it is time for a line.
     pub(crate) fn count(&self) -> Option<u64> {
         self.count_at(self.start.elapsed().as_millis() as u64)
     }
@@ -36,23 +36,23 @@ impl LogLimit {
         let total = self.count.fetch_add(1, Ordering::Relaxed) + 1;
         let logged_ms = self.logged_ms.load(Ordering::Relaxed);
         let due = logged_ms == NEVER || now_ms.saturating_sub(logged_ms) >= INTERVAL_MS;
-        // Of several threads for which it is time, one logs.
+        // If it is time for several threads, one of them logs.
         let mine =
             due && self.logged_ms.compare_exchange(logged_ms, now_ms, Ordering::Relaxed, Ordering::Relaxed).is_ok();
         mine.then_some(total)
     }
 }
 
-/// What a log line is about, without the values in it.
+/// The subject of a log line, without the values in it.
 ///
-/// A guest or a front-end must not choose what is hashed from more than a few values: it could fill the table of
-/// [`LogLimits`], and then a new cause would wait for the others. So a cause is a variant, a name or an errno, and never
+/// A guest or a front-end may choose the hashed value only among a few: otherwise it could fill the table of
+/// [`LogLimits`], and a new cause would have to share a limit. So a cause is a variant, a name or an errno, and never
 /// a sector, an address or a text with such values.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Cause(u64);
 
 impl Cause {
-    /// The same for the same value, and another for any other.
+    /// Equal for equal values, different for different values.
     pub(crate) fn new(what: impl Hash) -> Self {
         let mut hasher = DefaultHasher::new();
         what.hash(&mut hasher);
@@ -60,10 +60,10 @@ impl Cause {
     }
 }
 
-/// A [`LogLimit`] for each cause, so that a flood of one does not hide the first of another.
+/// A [`LogLimit`] for each cause, so that a flood of one cause does not hide the first event of another.
 #[derive(Debug)]
 pub(crate) struct LogLimits {
-    /// A place belongs to the first cause that needs it.
+    /// An entry belongs to the first cause that needs it.
     causes: [(AtomicU64, LogLimit); CAUSES_MAX],
     others: LogLimit,
 }
@@ -75,7 +75,7 @@ impl LogLimits {
         Self { causes, others: LogLimit::new() }
     }
 
-    /// Counts one more of a cause; how many of it there are, if it is time for a line.
+    /// Counts one event of a cause. Returns the total of that cause if it is time for a line.
     pub(crate) fn count(&self, cause: Cause) -> Option<u64> {
         self.limit(cause).count()
     }
@@ -110,15 +110,15 @@ mod tests {
     }
 
     #[test]
-    fn more_causes_than_there_are_places_for_share_one_limit() {
+    fn more_causes_than_entries_share_one_limit() {
         let limits = LogLimits::new();
         let logged = (0..1000).filter(|number| limits.limit(Cause::new(number)).count_at(5).is_some()).count();
         assert_eq!(logged, CAUSES_MAX + 1);
-        assert_eq!(limits.limit(Cause::new(3)).count_at(10_005), Some(2), "a cause keeps its place");
+        assert_eq!(limits.limit(Cause::new(3)).count_at(10_005), Some(2), "a cause keeps its entry");
     }
 
     #[test]
-    fn threads_that_bring_the_same_cause_at_once_share_its_place() {
+    fn threads_that_report_the_same_cause_at_once_share_its_entry() {
         let limits = LogLimits::new();
         let logged = AtomicU64::new(0);
         std::thread::scope(|scope| {
@@ -137,7 +137,7 @@ mod tests {
     }
 
     #[test]
-    fn there_is_one_line_in_ten_seconds_with_the_total() {
+    fn one_line_in_ten_seconds_has_the_total() {
         let limit = LogLimit::new();
         assert_eq!(limit.count_at(5), Some(1));
         assert_eq!(limit.count_at(6), None);

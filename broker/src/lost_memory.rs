@@ -1,14 +1,14 @@
-//! Memory of the front-end that is lost: the front-end shortens a file that is mapped here, and the next access is SIGBUS.
+//! Lost memory of the front-end: the front-end shortens a file that is mapped here, and the next access raises SIGBUS.
 //!
-//! Length and form of each file are checked when it is mapped, but only a seal keeps it from being shortened later, and not every
-//! front-end seals its files. What it loses that way decides what follows:
+//! The broker checks length and kind of each file when it maps the file, but only a seal prevents the front-end from
+//! shortening it later, and not every front-end seals its files. The consequence depends on which memory is lost:
 //!
-//! * The in-flight region and the dirty log are there for the front-end alone. In their place comes memory that nobody else sees, so
-//!   that the guest goes on. What the front-end loses are its own records.
-//! * Guest RAM is what the rings and requests are in. There is nothing to go on with: the process ends with SIGBUS, as it would
-//!   anyway, and one line says which region it was.
+//! * The in-flight region and the dirty log exist for the front-end alone. The broker replaces them by private memory,
+//!   so that the guest continues. The front-end loses only its own records.
+//! * Guest RAM holds the rings and requests, and the broker cannot continue without it: the process ends with SIGBUS,
+//!   as it would anyway, and one line names the region.
 //!
-//! Requests whose *data* is in lost memory fail alone (EFAULT), since the kernel moves the data.
+//! A request whose *data* is in lost memory fails alone (EFAULT), since the kernel moves the data.
 
 use std::ffi::{c_int, c_void};
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering};
@@ -23,19 +23,20 @@ use vmm_sys_util::signal::register_signal_handler;
 
 use crate::signal_line::Line;
 
-/// What the areas of a front-end with the most memory regions need, and some more of those before.
+/// Enough for the areas of a front-end with the most memory regions, and some more for those of earlier front-ends.
 const AREAS_MAX: usize = 1024;
 
-/// From now on a loss of guest RAM is told in one line, and other losses are survived. For programs: it is for the whole process.
+/// From now on the process survives lost memory other than guest RAM, and reports the loss of guest RAM in one line.
+/// For programs: this changes the whole process.
 ///
 /// # Errors
 ///
-/// The kernel refuses, which no known one does.
+/// The kernel refuses; no known kernel does.
 pub fn handle_lost_memory() -> io::Result<()> {
     register_signal_handler(libc::SIGBUS, on_sigbus).map_err(|error| io::Error::from_raw_os_error(error.errno()))
 }
 
-/// What an area is for.
+/// The use of an area.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Purpose {
     InflightRegion,
@@ -43,10 +44,10 @@ pub(crate) enum Purpose {
     GuestRam { gpa: u64 },
 }
 
-/// An area that is watched until this is dropped, which must be before it is unmapped.
+/// An area that is watched until this value is dropped, which must happen before the area is unmapped.
 #[derive(Debug)]
 pub(crate) struct Watched {
-    /// `None`: there are too many. The line cannot name this one.
+    /// `None`: the table is full. The line then cannot name this area.
     area: Option<&'static Area>,
 }
 
@@ -69,12 +70,12 @@ impl Drop for Watched {
     }
 }
 
-/// Watches a region of guest RAM for as long as anybody has it.
+/// Watches a region of guest RAM as long as it is referenced.
 pub(crate) fn watch_ram(region: &Arc<GuestRegionMmap<()>>) {
     static REGIONS: Mutex<Vec<(Weak<GuestRegionMmap<()>>, Watched)>> = Mutex::new(Vec::new());
     let mut regions = REGIONS.lock().unwrap_or_else(PoisonError::into_inner);
-    // A region that is gone was unmapped with its name still here. That can give a wrong name to a loss that ends the process, and
-    // no more: `find` looks at all others first.
+    // A region may be unmapped while its entry is still here. That can give a wrong name to a loss that ends the
+    // process, and does no other harm: `find` looks at all other areas first.
     regions.retain(|(region, _)| region.strong_count() > 0);
     let purpose = Purpose::GuestRam { gpa: region.start_addr().raw_value() };
     regions.push((Arc::downgrade(region), Watched::new(&region.get_mmap(), purpose)));
@@ -87,7 +88,7 @@ const INFLIGHT_REGION: u8 = 2;
 const DIRTY_LOG: u8 = 3;
 const GUEST_RAM: u8 = 4;
 
-/// A mapped area, as the signal handler can read it at any time.
+/// A mapped area, readable by the signal handler at any time.
 #[derive(Debug)]
 struct Area {
     state: AtomicU8,
@@ -133,13 +134,13 @@ impl Area {
         }
     }
 
-    /// Puts memory of this process's own in its place. False: the kernel refuses.
+    /// Replaces the area by private memory of this process. False: the kernel refuses.
     fn replace(&self) -> bool {
         let start = self.start.load(Ordering::Relaxed) as *mut c_void;
         let (len_bytes, protection) = (self.len_bytes.load(Ordering::Relaxed), ProtFlags::READ | ProtFlags::WRITE);
-        // SAFETY: the area is a mapping of a file that others write to at any time, so nobody relies on what is in it, and it is
-        // only accessed by volatile and atomic operations. It is mapped now, because `Watched` is dropped before it is unmapped,
-        // and the new mapping has the same place, length and protection.
+        // SAFETY: the area is a mapping of a file that others write to at any time, so no code relies on its content,
+        // and all accesses are volatile or atomic operations. The area is mapped now, because `Watched` is dropped
+        // before the area is unmapped, and the new mapping has the same place, length and protection.
         unsafe { mmap_anonymous(start, len_bytes, protection, MapFlags::PRIVATE | MapFlags::FIXED) }.is_ok()
     }
 }
@@ -158,7 +159,7 @@ fn find(address: usize) -> Option<(&'static Area, Purpose)> {
     holders().find(is_exact).or_else(|| holders().next())
 }
 
-/// Only what is safe in a signal handler: atomics, the stack, system calls. Returning repeats the access.
+/// Uses only what is safe in a signal handler: atomics, the stack, system calls. Returning repeats the access.
 extern "C" fn on_sigbus(_signal: c_int, info: *mut libc::siginfo_t, _context: *mut c_void) {
     // SAFETY: the kernel passes a valid `siginfo_t` to a handler with SA_SIGINFO, for this thread alone.
     let info = unsafe { &*info };
@@ -170,15 +171,15 @@ extern "C" fn on_sigbus(_signal: c_int, info: *mut libc::siginfo_t, _context: *m
     let name = match find(address) {
         Some((area, Purpose::InflightRegion)) if area.replace() => {
             return tell(format_args!(
-                "memory of the front-end's in-flight region is lost (SIGBUS): {}. The disk goes on without the region, and \
-                 requests in flight are lost with this process",
+                "memory of the front-end's in-flight region is lost (SIGBUS): {}. The disk continues without the \
+                 region; if this process ends, requests in flight are lost with it",
                 Cause(info.si_code)
             ));
         }
         Some((area, Purpose::DirtyLog)) if area.replace() => {
             return tell(format_args!(
-                "memory of the front-end's dirty log is lost (SIGBUS): {}. The disk goes on, and pages that it writes are missing \
-                 in this migration",
+                "memory of the front-end's dirty log is lost (SIGBUS): {}. The disk continues, but this migration \
+                 misses the pages that it writes",
                 Cause(info.si_code)
             ));
         }
@@ -204,22 +205,22 @@ impl fmt::Display for Cause {
     }
 }
 
-/// Another process sent the signal: it ends this one, as it would without a handler.
+/// Another process sent the signal: the signal ends this process, as it would without a handler.
 fn end_as_asked() {
     take_default();
-    // Held back while the handler runs.
+    // The raised signal stays pending while the handler runs.
     if nix::sys::signal::raise(Signal::SIGBUS).is_err() {
         std::process::abort();
     }
 }
 
-/// Has the access that is repeated end the process, which a core dump then shows.
+/// Lets the repeated access end the process, so that a core dump shows the access.
 fn end(si_code: c_int, lost: fmt::Arguments<'_>) {
     static IS_TOLD: AtomicBool = AtomicBool::new(false);
     if !IS_TOLD.swap(true, Ordering::Relaxed) {
         tell(format_args!(
-            "{lost} is lost (SIGBUS): {}. The server ends here, because the rings and requests in it are gone; find out why that \
-             happens, and start the server again",
+            "{lost} is lost (SIGBUS): {}. The server ends here, because the rings and requests in that memory are \
+             gone; find out the reason, and start the server again",
             Cause(si_code)
         ));
     }
@@ -259,7 +260,7 @@ mod tests {
     }
 
     #[test]
-    fn guest_ram_is_known_for_as_long_as_somebody_has_it() {
+    fn guest_ram_is_known_as_long_as_it_is_referenced() {
         let region = |gpa| {
             let mapping = MmapRegion::<()>::new(4096).unwrap();
             Arc::new(GuestRegionMmap::new(mapping, GuestAddress(gpa)).unwrap())

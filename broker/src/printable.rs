@@ -1,19 +1,19 @@
-//! Text for people: what others chose is shown, and cannot act on a terminal or make a second line.
+//! Text for people: shows text that others chose so that it cannot act on a terminal or make a second line.
 
 use std::error::Error;
 use std::fmt::{self, Write};
 
-/// `text` with its control characters, and those that turn the direction of writing, as escapes such as `\\u{1b}`.
+/// `text` with its control characters, and those that change the direction of writing, as escapes such as `\\u{1b}`.
 ///
-/// For everything that somebody else chose: names in files, names of processes, paths, answers from sockets.
+/// For all text that others chose: names in files, names of processes, paths, answers from sockets.
 pub fn printable(text: &str) -> impl fmt::Display {
     Printable(text)
 }
 
 /// An error and its causes in one line, each part once.
 ///
-/// The errors of this crate say their cause themselves. Those of others may keep it for [`Error::source`], say it, or do both: a
-/// cause whose words are there already is left out.
+/// The errors of this crate contain their cause. Errors of other crates may leave the cause to [`Error::source`],
+/// contain it, or both: this leaves out a cause whose words are there already.
 #[derive(Debug)]
 pub struct Chain<'a>(pub &'a (dyn Error + 'static));
 
@@ -62,7 +62,7 @@ mod tests {
 
     use super::*;
 
-    /// As errors of other crates are, which may keep their cause to themselves.
+    /// An error of another crate, which may not contain its cause.
     #[derive(Debug)]
     struct Outer {
         text: &'static str,
@@ -82,7 +82,7 @@ mod tests {
     }
 
     #[test]
-    fn each_cause_is_said_once() {
+    fn each_cause_appears_once() {
         let error = |text| Outer { text, cause: io::Error::from_raw_os_error(2) };
         let missing = "No such file or directory (os error 2)";
         assert_eq!(Chain(&error("opening x")).to_string(), format!("opening x: {missing}"));
@@ -91,7 +91,7 @@ mod tests {
     }
 
     #[test]
-    fn text_of_others_is_shown_and_does_nothing() {
+    fn text_of_others_is_shown_without_effect() {
         assert_eq!(
             printable("disk \u{1b}[2J\r\n\u{9b}1m\u{202e}gpj").to_string(),
             r"disk \u{1b}[2J\u{d}\n\u{9b}1m\u{202e}gpj"

@@ -1,4 +1,4 @@
-//! The privileges of a server: it has none, and so the probe judges a machine without them.
+//! The privileges of a server: a server has none, so the probe judges a machine without them.
 
 use std::io;
 use std::panic::resume_unwind;
@@ -14,9 +14,9 @@ use rustix::thread::{
 #[derive(Debug, thiserror::Error)]
 #[error("giving up privileges: {what}: {source}")]
 pub struct PrivilegesError {
-    /// What was tried.
+    /// The step that failed.
     pub(crate) what: &'static str,
-    /// The kernel's answer.
+    /// The error that the kernel returned.
     pub(crate) source: io::Error,
 }
 
@@ -24,12 +24,12 @@ fn failed<E: Into<io::Error>>(what: &'static str) -> impl FnOnce(E) -> Privilege
     move |source| PrivilegesError { what, source: source.into() }
 }
 
-/// Does `work` as this process would do it without privileges, in a thread of its own, and waits for it. The process keeps its
-/// privileges.
+/// Runs `work` as this process would run it without privileges, in a thread of its own, and waits for the result. The
+/// process keeps its privileges.
 ///
 /// # Errors
 ///
-/// There is no thread, or it cannot give up its privileges.
+/// The thread cannot be started, or cannot give up its privileges.
 pub fn without_privileges<T: Send>(work: impl FnOnce() -> T + Send) -> Result<T, PrivilegesError> {
     thread::scope(|scope| {
         let builder = thread::Builder::new().name("unprivileged".into());
@@ -38,9 +38,9 @@ pub fn without_privileges<T: Send>(work: impl FnOnce() -> T + Send) -> Result<T,
     })
 }
 
-/// Gives up the capabilities of this thread, for good: also an executed file with the set-user-ID bit gives none.
+/// Gives up the capabilities of this thread for good: even executing a file with the set-user-ID bit gives none back.
 ///
-/// One can stay: CAP_IPC_LOCK, by which no limit of pinned memory counts, where there is such a limit.
+/// One capability can stay: CAP_IPC_LOCK, which lifts the limit of pinned memory, where there is such a limit.
 pub(crate) fn give_up() -> Result<(), PrivilegesError> {
     let had = capabilities(None).map_err(failed("reading capabilities"))?.effective;
     let is_unlimited = getrlimit(Resource::RLIMIT_MEMLOCK).is_ok_and(|(soft, _)| soft == RLIM_INFINITY);
@@ -55,8 +55,8 @@ pub(crate) fn give_up() -> Result<(), PrivilegesError> {
     set_capabilities(None, sets).map_err(failed("giving up capabilities"))
 }
 
-/// What an executed file could give. Without CAP_SETPCAP the set cannot be changed, and with PR_SET_NO_NEW_PRIVS it says
-/// nothing.
+/// Removes the capabilities that an executed file could give. Without CAP_SETPCAP the set cannot be changed, and with
+/// PR_SET_NO_NEW_PRIVS it has no effect.
 fn empty_bounding_set() -> Result<(), PrivilegesError> {
     for number in 0..u64::BITS {
         let capability = CapabilitySet::from_bits_retain(1 << number);
@@ -64,7 +64,7 @@ fn empty_bounding_set() -> Result<(), PrivilegesError> {
             Ok(true) => remove_capability_from_bounding_set(capability)
                 .map_err(failed("emptying the bounding set of capabilities"))?,
             Ok(false) => {}
-            // No more capabilities than this kernel knows.
+            // The kernel knows no further capabilities.
             Err(_) => break,
         }
     }

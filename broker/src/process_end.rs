@@ -1,4 +1,5 @@
-//! The end of the process where this library cannot go on: a program can have something done before, such as writing its log.
+//! The end of the process where this library cannot continue. A program can register work to do before, such as writing
+//! its log.
 
 use std::sync::OnceLock;
 
@@ -6,12 +7,12 @@ use crate::vhost_user::listener::remove_socket_files;
 
 static LAST_WORK: OnceLock<fn()> = OnceLock::new();
 
-/// Has `work` called before this library ends the process. The first caller's counts.
+/// Makes this library call `work` before it ends the process. Only the first call takes effect.
 pub fn before_process_end(work: fn()) {
     let _ = LAST_WORK.set(work);
 }
 
-/// Ends the process, without its destructors. Its socket files are removed.
+/// Ends the process without running destructors. Removes its socket files first.
 pub(crate) fn end_process(status: i32) -> ! {
     remove_socket_files();
     if let Some(work) = LAST_WORK.get() {
@@ -27,8 +28,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_a_program_wants_done_is_done_before_the_end() {
-        const NAME: &str = "process_end::tests::what_a_program_wants_done_is_done_before_the_end";
+    fn registered_work_is_done_before_the_end_of_the_process() {
+        const NAME: &str = "process_end::tests::registered_work_is_done_before_the_end_of_the_process";
         const IS_CHILD: &str = "RINGPASS_TEST_ENDS_ITS_PROCESS";
         if std::env::var_os(IS_CHILD).is_some() {
             before_process_end(|| eprintln!("the last words"));

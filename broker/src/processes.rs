@@ -1,7 +1,7 @@
-//! What `/proc` tells about the processes of this machine, for messages that name one.
+//! What `/proc` tells about the processes of this machine, for messages that name a process.
 //!
-//! Everything here is best effort: processes end while they are looked at, and those of other users hide most of
-//! their files. Such a process is passed over.
+//! All of this is best effort: a process can end during the look, and a process of another user hides most of
+//! its files. Such a process is skipped.
 
 use std::fmt;
 use std::fs;
@@ -13,8 +13,8 @@ use crate::printable::printable;
 
 /// `/proc` is not mounted.
 ///
-/// Without it a broker could open a disk under the path only, which may lead elsewhere by then, and could not tell who else has
-/// the disk.
+/// Without `/proc` a broker could open a disk only by its path, which may lead elsewhere by then, and could not find
+/// the disk's holder.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{}: {}", self.why(), self.change())]
 pub struct NoProc(());
@@ -25,12 +25,12 @@ impl NoProc {
         Self(())
     }
 
-    /// Why that is bad.
+    /// Why ringpass needs it.
     pub(crate) fn why(self) -> &'static str {
-        "/proc is not mounted, and without it ringpass can neither open a disk nor see who else uses it"
+        "/proc is not mounted, and without it ringpass can neither open a disk nor see which processes use the disk"
     }
 
-    /// What to change.
+    /// The remedy.
     pub(crate) fn change(self) -> &'static str {
         "mount it (`mount -t proc proc /proc`; bwrap: --proc /proc; for a chroot `mount --bind /proc CHROOT/proc`)"
     }
@@ -40,19 +40,20 @@ impl NoProc {
 ///
 /// # Errors
 ///
-/// It does not.
+/// `/proc` does not list it.
 pub fn require_proc() -> Result<(), NoProc> {
     if Path::new("/proc/self/fd").is_dir() { Ok(()) } else { Err(NoProc(())) }
 }
 
-/// A process, named for a person: `comm[pid]`.
+/// A process, shown to people as `comm[pid]`.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct ProcessName {
     /// Its number in the broker's pid namespace.
     pub pid: u32,
     /// Its command name: at most 15 bytes, which the process chooses; control characters are escapes.
     pub comm: String,
-    /// It has been killed, and its end waits for something: I/O of its own, as a rule. Its files are still open.
+    /// The process has been killed or exits, but its end waits for something, usually I/O of its own. Its files are
+    /// still open.
     pub is_ending: bool,
 }
 
@@ -63,7 +64,7 @@ impl fmt::Display for ProcessName {
     }
 }
 
-/// `names` for the end of a sentence: the first few, and how many more there are.
+/// `names` for the end of a sentence: the first few, and the number of the others.
 pub(crate) fn list<T: fmt::Display>(names: &[T]) -> String {
     const SHOWN: usize = 4;
     let mut text = names.iter().take(SHOWN).map(T::to_string).collect::<Vec<_>>().join(", ");
@@ -73,13 +74,13 @@ pub(crate) fn list<T: fmt::Display>(names: &[T]) -> String {
     text
 }
 
-/// A process that was there when `/proc` was listed.
+/// A process that existed when `/proc` was listed.
 pub(crate) struct Process {
     pub(crate) pid: u32,
     dir: PathBuf,
 }
 
-/// All processes that can be seen, in no order. Empty without `/proc`.
+/// All visible processes, in no order. Empty without `/proc`.
 pub(crate) fn all() -> impl Iterator<Item = Process> {
     numbered_entries(Path::new("/proc")).map(|(pid, dir)| Process { pid, dir })
 }
@@ -96,7 +97,7 @@ impl Process {
         ProcessName { pid: self.pid, comm, is_ending: self.is_ending() }
     }
 
-    /// Whether it is on its way out (`exit(2)`, or a SIGKILL that it has not come to yet).
+    /// Whether the process is exiting (`exit(2)`), or has a pending SIGKILL.
     fn is_ending(&self) -> bool {
         let is_exiting = fs::read_to_string(self.dir.join("stat")).is_ok_and(|stat| is_exiting(&stat));
         is_exiting || self.status().is_some_and(|status| has_pending_kill(&status))
@@ -122,9 +123,9 @@ impl Process {
         fs::read_to_string(self.dir.join(format!("fdinfo/{fd}"))).ok()
     }
 
-    /// What the file descriptor refers to.
+    /// The status of the file behind the descriptor.
     pub(crate) fn file_stat(&self, fd: u32) -> Option<Statx> {
-        // Without the flag a file of a dead network server would hang the caller.
+        // Without the flag, a file of a dead network server would block the caller.
         let flags = AtFlags::STATX_DONT_SYNC;
         statx(CWD, self.dir.join(format!("fd/{fd}")), flags, StatxFlags::TYPE | StatxFlags::INO).ok()
     }
@@ -133,7 +134,7 @@ impl Process {
 /// Whether the kernel's flags of a process have `PF_EXITING` (`proc_pid_stat(5)`, field 9; `<linux/sched.h>`).
 fn is_exiting(stat: &str) -> bool {
     const PF_EXITING: u32 = 0x4;
-    // The second field is the name, in parentheses, which can hold anything.
+    // The second field is the name in parentheses, which can contain any character.
     let flags =
         stat.rsplit_once(')').and_then(|(_, fields)| fields.split_ascii_whitespace().nth(6)?.parse::<u32>().ok());
     flags.is_some_and(|flags| flags & PF_EXITING != 0)
@@ -174,7 +175,7 @@ mod tests {
     }
 
     #[test]
-    fn a_process_that_is_ending_is_known_by_its_flags_or_its_signals() {
+    fn an_ending_process_is_recognised_by_its_flags_or_its_signals() {
         let stat = |flags| format!("7 (a) (b) D 1 7 7 0 -1 {flags} 118 0 0 0");
         assert!(is_exiting(&stat(0x40_4004)));
         assert!(!is_exiting(&stat(0x40_0100)));
@@ -188,7 +189,7 @@ mod tests {
     }
 
     #[test]
-    fn a_long_list_is_cut_and_says_so() {
+    fn a_long_list_is_cut_with_the_number_of_the_others() {
         assert_eq!(list(&[1, 2]), "1, 2");
         assert_eq!(list(&[1, 2, 3, 4, 5, 6]), "1, 2, 3, 4 and 2 more");
     }

@@ -1,37 +1,37 @@
-//! A line on standard error that a signal handler writes.
+//! A line on standard error, written by a signal handler.
 
 use std::fmt;
 use std::os::fd::AsFd;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-/// Fits into a pipe at once (`PIPE_BUF` is at least 512 everywhere).
+/// Fits into a pipe as a whole (`PIPE_BUF` is at least 512 everywhere).
 const BYTES_MAX: usize = 512;
 
-/// A line of text without an allocator. What does not fit is cut off.
+/// A line of text without an allocator. Text beyond its end is cut off.
 pub(crate) struct Line {
     bytes: [u8; BYTES_MAX],
     len: usize,
 }
 
 impl Line {
-    /// The line that these arguments say, with its end.
+    /// The line with this text and a newline.
     pub(crate) fn of(text: fmt::Arguments<'_>) -> Self {
         let mut line = Self { bytes: [0; BYTES_MAX], len: 0 };
-        // It never fails.
+        // Writing to a `Line` never fails.
         let _ = fmt::Write::write_fmt(&mut line, format_args!("{text}\n"));
         line
     }
 
-    /// Writes it, unless standard error has no room: whatever thread this is, it must not wait for a reader.
+    /// Writes the line, unless standard error has no room: the calling thread must not wait for a reader.
     ///
-    /// Only the stack and two system calls.
+    /// Uses only the stack and two system calls.
     pub(crate) fn write_to_stderr(&self) {
         let stderr = std::io::stderr();
         let mut fds = [PollFd::from_borrowed_fd(stderr.as_fd(), PollFlags::OUT)];
         let now = Timespec { tv_sec: 0, tv_nsec: 0 };
         if poll(&mut fds, Some(&now)) == Ok(1) {
-            // Nobody could be told that it cannot be written.
+            // There is no other place to report a failed write.
             let _ = rustix::io::write(stderr.as_fd(), &self.bytes[..self.len]);
         }
     }
