@@ -4,7 +4,7 @@ use std::io;
 
 use crate::limits::MemlockError;
 
-/// Why a region, a set of regions, or the pinning of them was refused. Nothing has changed when it is returned.
+/// Why a region, a set of regions, or their pinning was refused. Nothing has changed when this is returned.
 #[derive(Debug, thiserror::Error)]
 pub enum MemoryError {
     /// There is no region at all.
@@ -74,7 +74,7 @@ pub enum MemoryError {
         /// Length of the file.
         file_bytes: u64,
     },
-    /// The file is of a kind whose pages cannot be pinned for I/O.
+    /// The file is of a kind whose pages the kernel cannot pin for I/O.
     #[error(
         "the memory region at guest-physical {gpa:#x} is backed by {file} on {file_system}: only memfd, tmpfs and \
          hugetlbfs memory can be used for direct mode (QEMU: -object memory-backend-memfd,share=on)"
@@ -100,7 +100,7 @@ pub enum MemoryError {
     /// The memory cannot be locked.
     #[error(transparent)]
     Memlock(#[from] MemlockError),
-    /// The pages of a slot do not exist and cannot be made.
+    /// The pages of a slot do not exist and cannot be allocated.
     #[error(
         "the memory at guest-physical {gpa:#x} ({len_bytes:#x} bytes, {file}) cannot be provided: {source}; with huge \
          pages, check HugePages_Free in /proc/meminfo, else the memory limit of this control group"
@@ -108,11 +108,11 @@ pub enum MemoryError {
     Populate {
         /// Start of the piece.
         gpa: u64,
-        /// Its length.
+        /// The length of the piece.
         len_bytes: u64,
         /// The file behind it.
         file: String,
-        /// What the kernel said.
+        /// The error that the kernel returned.
         source: io::Error,
     },
     /// The kernel refused to register a slot.
@@ -124,10 +124,10 @@ pub enum MemoryError {
         gpa: u64,
         /// Its length.
         len_bytes: u64,
-        /// What the kernel said.
+        /// The error that the kernel returned.
         source: io::Error,
     },
-    /// The addresses that a slot needs are taken in this process.
+    /// The addresses that a slot needs are occupied in this process.
     #[error(
         "virtual address {address:#x} is occupied in this process; guest memory is registered at {base:#x} and above: \
          keep that range free",
@@ -137,19 +137,20 @@ pub enum MemoryError {
         /// The occupied address.
         address: u64,
     },
-    /// The kernel would not pin so much, for a reason that cannot be seen from here.
+    /// The kernel refused to pin that much, for a reason that is not visible from here.
     #[error(
         "the kernel would not pin {} MiB: {source}; {}", needed_bytes.div_ceil(1 << 20), no_memory(*.limit_bytes)
     )]
     NoMemoryToPin {
-        /// What was to be pinned, in bytes.
+        /// The memory to pin, in bytes.
         needed_bytes: u64,
         /// The RLIMIT_MEMLOCK in force, if there is one.
         limit_bytes: Option<u64>,
-        /// What the kernel said.
+        /// The error that the kernel returned.
         source: io::Error,
     },
-    /// Pinned memory is charged to the user, or to nobody with CAP_IPC_LOCK, and is only cloned within one account.
+    /// Pinned memory is charged to the user, or to no account with CAP_IPC_LOCK, and can be cloned only within one
+    /// account.
     #[error(
         "the memory was pinned with other privileges than this process has now (user, or CAP_IPC_LOCK), and the kernel \
          does not share it: drop privileges before pinning"
@@ -161,8 +162,8 @@ pub enum MemoryError {
          IORING_REGISTER_CLONE_BUFFERS and IORING_REGISTER_DST_REPLACE (Linux 6.13)"
     )]
     CannotPlug,
-    /// Whoever wanted the memory pinned has changed their mind.
-    #[error("pinning was given up half-way: nobody wants it any more")]
+    /// The caller no longer wanted the memory pinned.
+    #[error("pinning was cancelled half-way: it is no longer wanted")]
     NotWanted,
     /// A guest-physical range does not lie in one region.
     #[error("the {len_bytes:#x} bytes at guest-physical {gpa:#x} do not lie inside one memory region of the guest")]
@@ -175,9 +176,9 @@ pub enum MemoryError {
     /// Another system call failed.
     #[error("{what}: {source}")]
     System {
-        /// What was being done.
+        /// The step that failed.
         what: &'static str,
-        /// What the kernel said.
+        /// The error that the kernel returned.
         source: io::Error,
     },
 }
@@ -189,12 +190,13 @@ impl MemoryError {
     }
 }
 
-/// What may be behind a lack of memory that the visible numbers do not explain.
+/// The likely reason for a lack of memory that the visible numbers do not explain.
 fn no_memory(limit_bytes: Option<u64>) -> String {
     match limit_bytes {
         Some(bytes) => format!(
-            "RLIMIT_MEMLOCK is {} KiB and counts for all processes of this user, what their rings and ended processes hold \
-             and other containers of the same user included: raise it (LimitMEMLOCK= in a systemd unit), or wait",
+            "RLIMIT_MEMLOCK is {} KiB and counts for all processes of this user, including those in \
+             other containers, and the memory that their rings and ended processes still hold: raise it (LimitMEMLOCK= in \
+             a systemd unit), or wait",
             bytes >> 10
         ),
         None => "the machine, or this control group, is short of memory".into(),

@@ -1,4 +1,4 @@
-//! Mapping a slot at its IOVA for the moment in which it is registered. The unsafe code of guest memory.
+//! Mapping a slot at its IOVA while it is being registered. The unsafe code of guest memory.
 
 use std::ffi::c_void;
 use std::io;
@@ -11,10 +11,10 @@ use rustix::mm::{Advice, MapFlags, ProtFlags};
 use super::region::{GuestMemory, file_name};
 use super::{IOVA_BASE, MemoryError, Piece, Slot, Source};
 
-/// All guests of a process are registered at the same addresses, one slot at a time.
+/// Held while a slot is mapped: all guests of a process are registered at the same addresses, one slot at a time.
 static ADDRESSES: Mutex<()> = Mutex::new(());
 
-/// How much is faulted in at a time: well below what somebody who waits would notice.
+/// The memory to fault in at a time: short enough that a caller who waits does not notice it.
 const POPULATE_BYTES: u64 = 32 << 20;
 
 /// One slot, mapped at `IOVA_BASE + gpa` with every page present. Unmapped when dropped.
@@ -25,7 +25,7 @@ pub(super) struct MappedSlot {
 }
 
 impl MappedSlot {
-    /// Maps `slot` of `memory` and faults all of its pages in, unless `is_wanted` says meanwhile that it is not.
+    /// Maps `slot` of `memory` and faults in all of its pages, unless `is_wanted` returns false meanwhile.
     pub(super) fn map(memory: &GuestMemory, slot: &Slot, is_wanted: &dyn Fn() -> bool) -> Result<Self, MemoryError> {
         let addresses = ADDRESSES.lock().unwrap_or_else(PoisonError::into_inner);
         let mut mapped = Self { address: IOVA_BASE + slot.gpa, mapped_bytes: 0, _addresses: addresses };
@@ -36,7 +36,7 @@ impl MappedSlot {
         Ok(mapped)
     }
 
-    /// Maps the next piece behind what is mapped.
+    /// Maps the next piece behind the mapped pieces.
     fn append(&mut self, memory: &GuestMemory, piece: &Piece) -> Result<(), MemoryError> {
         let address = self.address + self.mapped_bytes;
         debug_assert_eq!(address, IOVA_BASE + piece.gpa);
@@ -49,7 +49,8 @@ impl MappedSlot {
         };
         let start = address as *mut c_void;
         let len = piece.len_bytes as usize;
-        // Without NORESERVE a lack of huge pages would fail here, as a lack of memory; so it fails below, by its name.
+        // Without NORESERVE a lack of huge pages would fail here as a lack of memory; with it, populating fails below
+        // and names the pages.
         let flags = MapFlags::SHARED | MapFlags::FIXED_NOREPLACE | MapFlags::NORESERVE;
         // SAFETY: FIXED_NOREPLACE never touches a mapping that exists: the range is free, or the call fails.
         let result =
@@ -64,7 +65,7 @@ impl MappedSlot {
         }
     }
 
-    /// Faults the pages of a piece in, which was mapped.
+    /// Faults in the pages of a mapped piece.
     fn populate(&self, memory: &GuestMemory, piece: &Piece, is_wanted: &dyn Fn() -> bool) -> Result<(), MemoryError> {
         let address = IOVA_BASE + piece.gpa;
         debug_assert!(address + piece.len_bytes <= self.address + self.mapped_bytes);
@@ -75,10 +76,10 @@ impl MappedSlot {
             }
             let part_bytes = POPULATE_BYTES.min(piece.len_bytes - done_bytes);
             let start = (address + done_bytes) as *mut c_void;
-            // SAFETY: this value mapped the range and nobody else knows of it; populating changes no byte.
+            // SAFETY: this value mapped the range, and no other code knows of it; populating changes no byte.
             match unsafe { rustix::mm::madvise(start, part_bytes as usize, Advice::LinuxPopulateWrite) } {
                 Ok(()) => done_bytes += part_bytes,
-                // Before Linux 5.14 there is no such advice: the registration faults the pages in itself, more slowly.
+                // Linux before 5.14 has no such advice: the registration faults in the pages itself, more slowly.
                 Err(Errno::INVAL) => return Ok(()),
                 Err(source) => {
                     let file = match piece.source {

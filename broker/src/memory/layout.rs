@@ -1,4 +1,4 @@
-//! Guest RAM as fixed buffers: which piece of which file stands at which address of which slot.
+//! Guest RAM as fixed buffers: which piece of which file lies at which address of which slot.
 
 use ringpass_guest_abi::SLOT_BYTES;
 
@@ -20,7 +20,7 @@ pub struct Slot {
     pub gpa: u64,
     /// Bytes of the buffer, at most 1 GiB.
     pub len_bytes: u64,
-    /// What stands in it, in ascending order and without gaps.
+    /// The pieces of the buffer, in ascending order and without gaps.
     pub pieces: Vec<Piece>,
 }
 
@@ -31,11 +31,11 @@ pub struct Piece {
     pub gpa: u64,
     /// Bytes.
     pub len_bytes: u64,
-    /// Where its pages come from.
+    /// The source of its pages.
     pub source: Source,
 }
 
-/// Where the pages of a [`Piece`] come from.
+/// The source of the pages of a [`Piece`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Source {
     /// A region of the guest's RAM.
@@ -45,7 +45,7 @@ pub enum Source {
         /// Where the piece begins, in bytes from the start of the region.
         offset_bytes: u64,
     },
-    /// A hole between two regions: this guest's scratch memory, so that the buffer can be one.
+    /// A hole between two regions, filled with this guest's scratch memory so that the slot is a single buffer.
     Scratch,
 }
 
@@ -71,22 +71,22 @@ impl IovaLayout {
         &self.slots
     }
 
-    /// Entries that a buffer table needs: up to the last slot that has RAM.
+    /// Number of entries that a buffer table needs: up to the last slot with RAM.
     pub fn table_slots(&self) -> u32 {
         self.slots.last().map_or(0, |slot| slot.index + 1)
     }
 
-    /// Bytes of all buffers, holes that are filled with scratch included.
+    /// Bytes of all buffers, including holes that are filled with scratch memory.
     pub fn len_bytes(&self) -> u64 {
         self.slots.iter().map(|slot| slot.len_bytes).sum()
     }
 }
 
-/// Adds `piece`, which lies above everything placed so far and inside one slot.
+/// Adds `piece`, which lies above all earlier pieces and inside one slot.
 fn place(slots: &mut Vec<Slot>, piece: Piece) {
     let index = u32::try_from(piece.gpa / SLOT_BYTES).expect("regions end at or below 16 TiB");
     if let Some(slot) = slots.last_mut().filter(|slot| slot.index == index) {
-        // Long holes are several pieces, so that each can be a mapping of the one scratch file.
+        // A long hole becomes several pieces, so that each can be a mapping of the one scratch file.
         let mut hole = slot.gpa + slot.len_bytes;
         while hole < piece.gpa {
             let len_bytes = (piece.gpa - hole).min(SCRATCH_BYTES);
@@ -143,7 +143,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn every_byte_of_ram_stands_at_its_own_address_in_its_own_slot(regions in regions()) {
+        fn every_byte_of_ram_lies_at_its_own_address_in_its_own_slot(regions in regions()) {
             let layout = IovaLayout::new(regions.iter().copied());
             let mut seen = vec![0u64; regions.len()];
             for slot in layout.slots() {

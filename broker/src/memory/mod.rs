@@ -1,7 +1,7 @@
-//! Guest memory: what the front-end handed over, where it lies, and how the kernel learns its addresses.
+//! Guest memory: the regions that the front-end handed over, their place, and how the kernel learns their addresses.
 //!
 //! - [`GuestMemory`]: the guest's RAM as regions of (guest-physical address, file, offset), checked and mapped.
-//! - [`IovaLayout`]: the same RAM as fixed buffers: which piece of which file stands at which address of which 1 GiB
+//! - [`IovaLayout`]: the same RAM as fixed buffers: which piece of which file lies at which address of which 1 GiB
 //!   slot. Pure arithmetic.
 //! - [`PinnedMemory`]: the fixed buffers themselves, pinned once and shared by all rings of a device.
 //!
@@ -10,8 +10,8 @@
 //! mapped at [`IOVA_BASE`] + guest-physical address, registered, and unmapped again: `sqe.addr = IOVA_BASE + gpa` is
 //! then exact, bounds-checked by the kernel and free, for any number of guests in one process.
 //!
-//! Rules that hold everywhere here: guest memory is never referenced, only mapped and named by address; a region is
-//! checked as a whole before anything is mapped; memory once pinned must not be discarded by the front-end.
+//! Rules for this whole module: guest memory is never referenced, only mapped and named by address; a region is
+//! checked as a whole before anything is mapped; the front-end must not discard memory once it is pinned.
 
 mod error;
 mod iova_map;
@@ -26,10 +26,10 @@ pub use layout::{IovaLayout, Piece, Slot, Source};
 pub use pin::{ChangedSlots, PinnedMemory, Sharing};
 pub use region::{Backing, GuestMemory, RegionConfig};
 
-/// Virtual address at which guest-physical address 0 stands in SQEs: 32 TiB.
+/// The virtual address at which guest-physical address 0 lies in SQEs: 32 TiB.
 ///
 /// Not zero, because the kernel refuses to register a buffer at address 0. The 16 TiB from here on are free in a Linux
 /// process with 47 bits of address space (programs, libraries and stacks lie above 80 TiB or below 4 GiB, and so does
-/// what the address and thread sanitizers occupy), and are only ever used while a slot is being registered. A multiple of
-/// 16 TiB, so that adding and or-ing a guest-physical address are the same.
+/// the memory that the address and thread sanitizers occupy), and are used only while a slot is being registered. A
+/// multiple of 16 TiB, so that adding and or-ing a guest-physical address give the same.
 pub const IOVA_BASE: u64 = 1 << 45;

@@ -13,17 +13,18 @@ use super::{MemoryError, Piece, Source};
 use crate::limits::Memlock;
 use crate::ring::sys::RingFd;
 
-/// How further rings get at memory that is pinned already.
+/// How further rings use memory that is pinned already.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Sharing {
-    /// They clone the table (`IORING_REGISTER_CLONE_BUFFERS`, Linux 6.12): at once, and the memory counts once.
+    /// They clone the table (`IORING_REGISTER_CLONE_BUFFERS`, Linux 6.12): without delay, and the memory counts once.
     Clone,
-    /// Each ring pins again: as slow as the first time, and the memory counts against RLIMIT_MEMLOCK once per ring.
+    /// Each ring pins the memory again: as slowly as the first time, and the memory counts against RLIMIT_MEMLOCK once
+    /// per ring.
     PinAgain,
 }
 
 impl Sharing {
-    /// The better way that this kernel has.
+    /// The best way that this kernel supports.
     pub fn for_kernel(kernel: &KernelSupport) -> Self {
         let can_clone = kernel.register_operations.contains(RegisterOperation::REGISTER_CLONE_BUFFERS);
         if can_clone { Self::Clone } else { Self::PinAgain }
@@ -33,20 +34,22 @@ impl Sharing {
 /// Guest RAM, pinned as fixed buffers.
 ///
 /// The buffers belong to a ring of their own, which never runs. Rings that do I/O clone its table, so that nothing
-/// slow ever happens on a running ring: registering 1 GiB of 4 KiB pages takes the ring's lock for about half a second.
+/// slow happens on a running ring: registering 1 GiB of 4 KiB pages holds the ring's lock for about half a second.
 ///
-/// Drop privileges (CAP_IPC_LOCK, the user) *before*: memory that was pinned with others cannot be cloned.
+/// Drop privileges (CAP_IPC_LOCK, the user) *before* pinning: the kernel does not clone memory that was pinned with
+/// other privileges.
 #[derive(Debug)]
 pub struct PinnedMemory {
-    /// None with [`Sharing::PinAgain`]: each ring has its own.
+    /// None with [`Sharing::PinAgain`]: each ring has its own buffers.
     holder: Option<RingFd>,
     memory: GuestMemory,
     accounting: Accounting,
-    /// What each slot made this process have pinned more, in bytes: a huge page that slots share counts for one of them.
+    /// For each slot, the memory that pinning it added to this process, in bytes: a huge page that slots share counts
+    /// for one of them.
     pinned_bytes: BTreeMap<u32, u64>,
 }
 
-/// Whom pinned memory is charged to. The kernel clones only within one account.
+/// The account to which pinned memory is charged. The kernel clones only within one account.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Accounting {
     exempt: bool,
@@ -64,27 +67,27 @@ impl Accounting {
 pub struct ChangedSlots {
     /// The first fixed buffer.
     pub first: u32,
-    /// How many from there on.
+    /// The number of fixed buffers from there on.
     pub count: u32,
 }
 
 impl PinnedMemory {
     /// Pins all of `memory`. Takes about 50 ms per GiB of 4 KiB pages that exist, ten times as long for pages that
-    /// must be made first, and next to nothing for huge pages. With [`Sharing::PinAgain`] nothing is pinned yet.
+    /// must be allocated first, and almost no time for huge pages. With [`Sharing::PinAgain`] nothing is pinned yet.
     ///
     /// # Errors
     ///
-    /// [`MemoryError::Memlock`] when RLIMIT_MEMLOCK does not allow it, with what is needed and how to raise it; nothing
-    /// stays pinned.
+    /// [`MemoryError::Memlock`] if RLIMIT_MEMLOCK does not allow it, with the memory that is needed and how to raise
+    /// the limit; nothing stays pinned.
     pub fn pin(memory: &GuestMemory, sharing: Sharing) -> Result<Self, MemoryError> {
         Self::pin_while(memory, sharing, &|| true)
     }
 
-    /// The same, given up when `is_wanted` says that it is not.
+    /// The same, cancelled when `is_wanted` returns false.
     ///
-    /// That is asked while pages are faulted in, as a rule every few milliseconds. A page of 1 GiB is cleared at one go, and pages
-    /// that are there already are pinned in the time that one system call takes for a slot of up to 1 GiB. Before Linux 5.14 that
-    /// call faults them in as well: there it is asked once for each slot.
+    /// `is_wanted` is called while pages are faulted in, usually every few milliseconds. The kernel clears a page of 1
+    /// GiB in one step, and pins existing pages in one system call for a slot of up to 1 GiB. Before Linux 5.14 that
+    /// call faults in the pages as well: there `is_wanted` is called once for each slot.
     ///
     /// # Errors
     ///
@@ -100,7 +103,7 @@ impl PinnedMemory {
             Sharing::Clone => Some(new_holder(memory.layout().table_slots())?),
             Sharing::PinAgain => None,
         };
-        // From here on what is pinned is unpinned if the rest cannot be.
+        // From here on, an error unpins all pages that are pinned so far.
         let mut pinned = Self { holder, memory: memory.clone(), accounting, pinned_bytes: BTreeMap::new() };
         if sharing == Sharing::Clone {
             for slot in memory.layout().slots() {
@@ -110,12 +113,12 @@ impl PinnedMemory {
         Ok(pinned)
     }
 
-    /// The memory that is pinned.
+    /// The pinned memory.
     pub fn memory(&self) -> &GuestMemory {
         &self.memory
     }
 
-    /// Gives `ring`, which has no buffers yet, all of this memory.
+    /// Gives all of this memory to `ring`, which has no buffers yet.
     pub(crate) fn share_with(&self, ring: &RingFd) -> Result<(), MemoryError> {
         let layout = self.memory.layout();
         match &self.holder {
@@ -128,19 +131,20 @@ impl PinnedMemory {
         }
     }
 
-    /// Pins what `memory` has and the memory pinned here has not, beside it, and leaves out what `memory` has not: rings that
-    /// run are not touched until [`KernelRing::replace_memory`](crate::ring::KernelRing::replace_memory).
+    /// Pins the memory that `memory` has and this value does not, beside this value, and leaves out the memory that
+    /// `memory` does not have. Running rings are not touched until
+    /// [`KernelRing::replace_memory`](crate::ring::KernelRing::replace_memory).
     ///
-    /// Takes as long as [`pin`](Self::pin) takes for the slots that change; call it on a thread that may block.
+    /// Takes as long as [`pin`](Self::pin) takes for the changed slots; call it on a thread that may block.
     pub fn changed_to(&self, memory: &GuestMemory) -> Result<(Self, ChangedSlots), MemoryError> {
         self.changed_to_while(memory, &|| true)
     }
 
-    /// The same, given up when `is_wanted` says that it is not, which is asked as by [`pin_while`](Self::pin_while).
+    /// The same, cancelled when `is_wanted` returns false, which is called as in [`pin_while`](Self::pin_while).
     ///
     /// # Errors
     ///
-    /// As for [`pin`](Self::pin), and [`MemoryError::NotWanted`]; nothing more than before stays pinned.
+    /// As for [`pin`](Self::pin), and [`MemoryError::NotWanted`]; nothing stays pinned that was not pinned before.
     pub fn changed_to_while(
         &self,
         memory: &GuestMemory,
@@ -157,8 +161,8 @@ impl PinnedMemory {
         let is_left = |index| slots.iter().any(|slot| slot.index == index);
         let before = self.memory.layout().slots().iter().map(|slot| slot.index);
         let gone: Vec<u32> = before.filter(|&index| !is_left(index)).collect();
-        // Before anything is pinned: a huge page that is in the table already is not accounted again, also if it is there only
-        // for a moment more.
+        // Before anything is pinned: a huge page that is already in the table is not accounted again, even if it stays
+        // there only for a moment longer.
         let indexes = || changed.iter().map(|slot| slot.index).chain(gone.iter().copied());
         indexes()
             .filter(|index| self.pinned_bytes.contains_key(index))
@@ -170,7 +174,7 @@ impl PinnedMemory {
         Ok((other, ChangedSlots { first, count }))
     }
 
-    /// Pins a slot that is empty, and notes what the process has pinned more then.
+    /// Pins an empty slot, and records how much more memory the process then has pinned.
     fn pin_slot(&mut self, slot: &Slot, charge: &Charge, is_wanted: &dyn Fn() -> bool) -> Result<(), MemoryError> {
         let Some(holder) = &self.holder else { return Err(MemoryError::CannotPlug) };
         let before_bytes = pinned_by_this_process()?;
@@ -185,14 +189,14 @@ impl PinnedMemory {
         holder.clear_buffer(index).map_err(MemoryError::system("taking a buffer out of the table"))
     }
 
-    /// The same memory in a table as large as that of `other`, to take a change of rings back with.
+    /// The same memory in a table as large as that of `other`, for undoing a change of rings.
     pub(crate) fn sized_like(&self, other: &Self) -> Result<Self, MemoryError> {
         let holder = self.copied(other.memory.layout().table_slots())?;
         let pinned_bytes = self.pinned_bytes.clone();
         Ok(Self { holder: Some(holder), memory: self.memory.clone(), accounting: self.accounting, pinned_bytes })
     }
 
-    /// Gives a running `ring` the buffers of `slots`, all or none. Requests under way keep the old ones until they
+    /// Gives a running `ring` the buffers of `slots`, all or none. Requests under way keep the old buffers until they
     /// complete.
     pub(crate) fn replace_slots(&self, ring: &RingFd, slots: ChangedSlots) -> Result<(), MemoryError> {
         let Some(holder) = &self.holder else { return Err(MemoryError::CannotPlug) };
@@ -202,13 +206,13 @@ impl PinnedMemory {
         ring.clone_buffer_slots(holder, slots.first, slots.count).map_err(|error| self.not_cloned(error))
     }
 
-    /// Whether this process has nothing pinned but this. What slots held before they changed stays pinned for as long as a
-    /// request uses it, and nothing else tells of that.
+    /// Whether this process has pinned nothing but this memory. The former memory of changed slots stays pinned as long
+    /// as a request uses it, and this is the only way to learn of that.
     ///
-    /// False for ever if something else is pinned in this process, if such a request ended just while a slot was being
-    /// measured, or if a huge page counts for another slot, which may go first.
+    /// Stays false if something else is pinned in this process, if such a request ended just while a slot was being
+    /// measured, or if a huge page counts for another slot, which may be removed first.
     pub(crate) fn is_all_that_is_pinned(&self) -> Result<bool, MemoryError> {
-        // Each ring would have its own.
+        // Without a holder each ring has its own buffers.
         let Some(_) = &self.holder else { return Err(MemoryError::CannotPlug) };
         let mut slots = self.memory.layout().slots().iter();
         let has_own_pages =
@@ -230,7 +234,7 @@ impl PinnedMemory {
         Ok(copy)
     }
 
-    /// What a refused clone means.
+    /// The meaning of a refused clone.
     fn not_cloned(&self, source: io::Error) -> MemoryError {
         if source.raw_os_error() == Some(nix::libc::EINVAL)
             && current_memlock().is_ok_and(|memlock| Accounting::of(&memlock) != self.accounting)
@@ -242,11 +246,12 @@ impl PinnedMemory {
 }
 
 impl Drop for PinnedMemory {
-    /// Unpins now what no other ring has cloned. The kernel takes a ring apart only some time after its descriptor is
-    /// closed; until then the memory would count against RLIMIT_MEMLOCK, and the next guest's might be refused.
+    /// Unpins at once the memory that no other ring has cloned. The kernel takes a ring apart only some time after its
+    /// descriptor is closed; until then the memory would count against RLIMIT_MEMLOCK, and the kernel might refuse the
+    /// next guest's.
     fn drop(&mut self) {
         if let Some(Err(error)) = self.holder.as_ref().map(RingFd::unregister_buffers) {
-            tracing::warn!(%error, "cannot unpin guest memory at once: it stays pinned until the kernel gets to it");
+            tracing::warn!(%error, "cannot unpin guest memory at once: it stays pinned until its ring ends");
         }
     }
 }
@@ -274,7 +279,7 @@ fn pin_slot(
     is_wanted: &dyn Fn() -> bool,
 ) -> Result<(), MemoryError> {
     let mapped = MappedSlot::map(memory, slot, is_wanted)?;
-    // SAFETY: guest RAM and scratch, mapped shared just now; this process never makes references to either.
+    // SAFETY: guest RAM and scratch memory, mapped shared just now; this process never makes references to either.
     let result = unsafe { ring.pin_buffer(slot.index, mapped.address(), mapped.len_bytes()) };
     result.map_err(|source| match source.raw_os_error() {
         Some(nix::libc::ENOMEM) => charge.refused(source),
@@ -290,15 +295,15 @@ fn current_memlock() -> Result<Memlock, MemoryError> {
     Memlock::current().map_err(MemoryError::system("reading RLIMIT_MEMLOCK and what this user has pinned"))
 }
 
-/// What a pinning counts against RLIMIT_MEMLOCK, and how that was filled before it began.
+/// The charge of a pinning against RLIMIT_MEMLOCK, and the state of that limit before the pinning began.
 struct Charge {
     needed_bytes: u64,
     memlock: Memlock,
 }
 
 impl Charge {
-    /// Of `slots` of `memory`. Refused if the limit is too low for them alone: pinning makes every page, and a large
-    /// guest would be filled for nothing. Whether the rest of the limit is free only the kernel knows.
+    /// The charge of `slots` of `memory`. Refuses slots that exceed the limit by themselves: pinning allocates every
+    /// page, so a large guest would be filled in vain. Whether the rest of the limit is free only the kernel knows.
     fn new<'a>(memory: &GuestMemory, slots: impl Iterator<Item = &'a Slot>) -> Result<Self, MemoryError> {
         let needed_bytes = slots.flat_map(|slot| &slot.pieces).map(|piece| locked_bytes(memory, piece)).sum();
         let memlock = current_memlock()?;
@@ -308,7 +313,7 @@ impl Charge {
         Ok(Self { needed_bytes, memlock })
     }
 
-    /// What it means that the kernel had no memory for a registration.
+    /// The meaning of a registration for which the kernel had no memory.
     fn refused(&self, source: io::Error) -> MemoryError {
         match self.memlock.check(self.needed_bytes) {
             Err(error) => error.into(),

@@ -14,7 +14,7 @@ use super::layout::SCRATCH_BYTES;
 use super::{IovaLayout, MemoryError};
 use crate::limits::grow_beyond_cap;
 
-/// The highest address a region may end at: 16384 slots of 1 GiB.
+/// The highest address at which a region may end: 16384 slots of 1 GiB.
 const GPA_LIMIT: u64 = ringpass_guest_abi::SLOT_BYTES * ringpass_guest_abi::SLOT_COUNT_MAX as u64;
 
 /// `f_type` of tmpfs, memfds included (`<linux/magic.h>`).
@@ -22,25 +22,25 @@ const TMPFS_MAGIC: u64 = 0x0102_1994;
 /// `f_type` of hugetlbfs, memfds with huge pages included (`<linux/magic.h>`).
 const HUGETLBFS_MAGIC: u64 = 0x9584_58f6;
 
-/// A region as a front-end describes it: not checked yet.
+/// A region as a front-end describes it, not checked yet.
 #[derive(Clone, Debug)]
 pub struct RegionConfig {
     /// Guest-physical address of its first byte.
     pub gpa: u64,
     /// Its length in bytes.
     pub len_bytes: u64,
-    /// The file that holds its pages, open for reading and writing.
+    /// The file with its pages, open for reading and writing.
     pub file: Arc<File>,
-    /// Where in the file it begins, in bytes.
+    /// The offset of the region in the file, in bytes.
     pub file_offset_bytes: u64,
 }
 
-/// What kind of file holds a region's pages.
+/// The kind of file that holds a region's pages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Backing {
-    /// memfd or tmpfs file with ordinary pages.
+    /// A memfd or tmpfs file with ordinary pages.
     Shmem,
-    /// hugetlbfs file or memfd with huge pages of this size in bytes.
+    /// A hugetlbfs file, or a memfd with huge pages of this size.
     Hugetlb {
         /// Size of a huge page in bytes.
         page_bytes: u64,
@@ -73,7 +73,7 @@ pub(crate) struct Region {
 }
 
 impl Region {
-    /// The guest-physical addresses of the region. No overflow: it ends at or below 16 TiB.
+    /// The guest-physical addresses of the region. They do not overflow: the region ends at or below 16 TiB.
     fn range(&self) -> Range<u64> {
         self.config.gpa..self.config.gpa + self.config.len_bytes
     }
@@ -84,10 +84,10 @@ impl Region {
     }
 }
 
-/// The guest's RAM: checked, and mapped so that areas in it can be named by host address.
+/// The guest's RAM: checked, and mapped so that areas in it have host addresses.
 ///
-/// The mapping is shared with the guest and never referenced: everything goes through [`vm_memory`]'s volatile
-/// accesses or through the kernel.
+/// The mapping is shared with the guest and never referenced: all accesses are [`vm_memory`]'s volatile operations, or
+/// the kernel's.
 #[derive(Clone, Debug)]
 pub struct GuestMemory {
     regions: Vec<Region>,
@@ -102,7 +102,7 @@ impl GuestMemory {
     /// # Errors
     ///
     /// Names the first region that is empty, not aligned to its file's pages, above 16 TiB, overlapping another, longer
-    /// than its file, not writable, or on a file system whose pages cannot be pinned.
+    /// than its file, not writable, or on a file system whose pages the kernel cannot pin.
     pub fn new(configs: impl IntoIterator<Item = RegionConfig>) -> Result<Self, MemoryError> {
         let scratch = scratch_file().map_err(MemoryError::system("making the scratch file for holes in guest RAM"))?;
         Self::build(configs.into_iter().map(check).collect::<Result<_, _>>()?, Arc::new(scratch))
@@ -115,7 +115,7 @@ impl GuestMemory {
         Self::build(regions, self.scratch.clone())
     }
 
-    /// These regions instead; those that are the same as here, file included, are the same memory.
+    /// The memory with these regions instead; a region that is the same as here, file included, stays the same memory.
     ///
     /// # Errors
     ///
@@ -162,7 +162,7 @@ impl GuestMemory {
         self.regions.iter().map(|region| region.config.len_bytes).sum()
     }
 
-    /// Whether this region is among them, and is the same memory.
+    /// Whether this region is part of the memory, with the same pages.
     pub(crate) fn has_region(&self, config: &RegionConfig) -> bool {
         self.regions.iter().any(|region| region.config.is_same(config))
     }
@@ -212,7 +212,7 @@ impl GuestMemory {
     }
 }
 
-/// Refuses a region that direct mode cannot use, naming what is wrong with it.
+/// Refuses a region that direct mode cannot use; the error names the reason.
 fn check(config: RegionConfig) -> Result<Region, MemoryError> {
     let RegionConfig { gpa, len_bytes, ref file, file_offset_bytes } = config;
     if len_bytes == 0 {
@@ -250,7 +250,7 @@ fn backing_of(gpa: u64, file: &File) -> Result<Backing, MemoryError> {
     }
 }
 
-/// Names of the file systems that people are likely to put guest memory on by mistake (`<linux/magic.h>`).
+/// Names of the file systems on which guest memory is likely to lie by mistake (`<linux/magic.h>`).
 fn file_system_name(f_type: u64) -> String {
     match f_type {
         0xef53 => "ext4".into(),
@@ -264,13 +264,13 @@ fn file_system_name(f_type: u64) -> String {
     }
 }
 
-/// What `/proc` calls the file: for errors only.
+/// The name of the file in `/proc`, for errors only.
 pub(super) fn file_name(file: &File) -> String {
     std::fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd()))
         .map_or_else(|_| "its file".into(), |path| path.display().to_string())
 }
 
-/// Maps a region wherever the kernel likes, shared.
+/// Maps a region shared, at an address that the kernel chooses.
 fn map(region: &Region) -> Result<GuestRegionMmap, MemoryError> {
     const PROT: i32 = nix::libc::PROT_READ | nix::libc::PROT_WRITE;
     const FLAGS: i32 = nix::libc::MAP_SHARED | nix::libc::MAP_NORESERVE;
@@ -287,11 +287,11 @@ fn map(region: &Region) -> Result<GuestRegionMmap, MemoryError> {
     GuestRegionMmap::new(mmap, GuestAddress(gpa)).ok_or(MemoryError::TooHigh { gpa, len_bytes })
 }
 
-/// The memory that fills holes inside a slot: this guest's own, of a fixed size.
+/// The memory that fills holes inside a slot: it belongs to this guest alone and has a fixed size.
 fn scratch_file() -> io::Result<OwnedFd> {
     let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
     let scratch = rustix::fs::memfd_create("ringpass-scratch", flags)?;
-    // The process may have a limit on what files grow to, for the sake of its disk.
+    // The process may limit the size of files because of its disk.
     grow_beyond_cap(SCRATCH_BYTES, || Ok(rustix::fs::ftruncate(&scratch, SCRATCH_BYTES)?))?;
     rustix::fs::fcntl_add_seals(&scratch, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
     Ok(scratch)

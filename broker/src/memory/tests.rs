@@ -1,4 +1,4 @@
-//! Every refusal, by its message; and what pinning must not do.
+//! Every refusal, by its message; and the limits of pinning.
 
 use std::fs::File;
 use std::sync::Arc;
@@ -33,7 +33,7 @@ fn no_regions_and_empty_regions_are_refused() {
 }
 
 #[test]
-fn an_unaligned_region_is_refused_with_what_is_unaligned() {
+fn an_unaligned_region_is_refused_by_the_name_of_the_unaligned_value() {
     let cases = [
         (RegionConfig { gpa: 100, ..region(0, MIB) }, "address 0x64"),
         (RegionConfig { len_bytes: 5000, ..region(0, MIB) }, "length 0x1388"),
@@ -91,7 +91,7 @@ fn memory_on_a_disk_file_system_is_refused_by_the_name_of_the_file_system() {
 }
 
 #[test]
-fn memory_that_cannot_be_written_is_refused() {
+fn read_only_memory_is_refused() {
     let writable = memfd(MIB);
     let path = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&*writable));
     let file = Arc::new(File::open(path).unwrap());
@@ -115,7 +115,7 @@ fn a_range_that_leaves_its_region_is_outside_ram() {
 }
 
 #[test]
-fn the_addresses_are_free_again_after_pinning_so_that_guests_share_them() {
+fn the_addresses_are_free_after_pinning_so_that_guests_share_them() {
     let first = GuestMemory::new([region(0, MIB)]).unwrap();
     let second = GuestMemory::new([region(0, MIB)]).unwrap();
     let _first = PinnedMemory::pin(&first, Sharing::Clone).unwrap();
@@ -133,14 +133,14 @@ fn plugging_pins_only_the_slots_that_change() {
     assert_eq!(slots, ChangedSlots { first: 7, count: 1 });
     let grown = memory.with_region(region(3 * MIB, MIB)).unwrap();
     let (_, slots) = pinned.changed_to(&grown).unwrap();
-    assert_eq!(slots, ChangedSlots { first: 0, count: 1 }, "the hole between is filled");
+    assert_eq!(slots, ChangedSlots { first: 0, count: 1 }, "the hole in between is filled");
     let grown = memory.with_region(region((9 << 30) - MIB, 2 * MIB)).unwrap();
     let (_, slots) = pinned.changed_to(&grown).unwrap();
     assert_eq!(slots, ChangedSlots { first: 8, count: 2 });
 }
 
 #[test]
-fn pinning_is_given_up_within_a_slot_and_leaves_what_was() {
+fn pinning_is_cancelled_within_a_slot_and_leaves_the_memory_that_was_pinned() {
     let large = GuestMemory::new([region(0, MIB), region(4 << 30, 100 * MIB)]).unwrap();
     let small = GuestMemory::new([region(0, MIB)]).unwrap();
     let pinned_bytes = || crate::limits::Memlock::pinned_by_this_process().unwrap();
@@ -159,7 +159,7 @@ fn pinning_is_given_up_within_a_slot_and_leaves_what_was() {
 }
 
 #[test]
-fn without_cloning_memory_cannot_be_plugged_and_the_error_says_why() {
+fn without_cloning_memory_cannot_be_plugged_and_the_error_gives_the_reason() {
     let memory = GuestMemory::new([region(0, MIB)]).unwrap();
     let pinned = PinnedMemory::pin(&memory, Sharing::PinAgain).unwrap();
     let grown = memory.with_region(region(MIB, MIB)).unwrap();
