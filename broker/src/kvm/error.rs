@@ -5,17 +5,17 @@ use std::io;
 use crate::memory::MemoryError;
 use crate::ring::RingError;
 
-/// Why something could not be connected to a VM. Nothing of it remains.
+/// Why something could not be connected to a VM. Nothing of it remains connected.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum KvmError {
     /// The queue itself was refused.
     #[error(transparent)]
     Ring(#[from] RingError),
-    /// The guest's memory is not as it must be.
+    /// The guest's memory is unsuitable.
     #[error(transparent)]
     Memory(#[from] MemoryError),
-    /// KVM would not make a memory slot.
+    /// KVM refused a memory slot.
     #[error(
         "KVM refuses memory slot {slot} ({len_bytes} bytes at guest-physical {gpa:#x}): {source}{}",
         slot_hint(.source)
@@ -27,10 +27,11 @@ pub enum KvmError {
         gpa: u64,
         /// Length in bytes.
         len_bytes: u64,
-        /// KVM's answer.
+        /// KVM's error.
         source: kvm_ioctls::Error,
     },
-    /// A memory slot already shows other memory: KVM would move it, and whoever goes first would take it from the other.
+    /// A memory slot of this number already shows other memory: KVM would move it, and the first owner to go would
+    /// remove the slot of the other.
     #[error("memory slot {slot} of this VM is in use: choose another number")]
     SlotInUse {
         /// Number of the slot.
@@ -44,26 +45,26 @@ pub enum KvmError {
     SlotNumbers {
         /// Number of the first slot.
         first_slot: u32,
-        /// How many slots it was to be.
+        /// The number of slots.
         count: usize,
     },
-    /// KVM would not listen to the doorbell.
+    /// KVM refused the doorbell's ioeventfd.
     #[error("KVM refuses an ioeventfd at {address}: {source}{}", doorbell_hint(.source))]
     Doorbell {
         /// The doorbell's port or guest-physical address.
         address: String,
-        /// KVM's answer.
+        /// KVM's error.
         source: kvm_ioctls::Error,
     },
-    /// KVM would not interrupt the guest.
+    /// KVM refused the interrupt's irqfd.
     #[error("KVM refuses an irqfd for interrupt {gsi}: {source}{}", interrupt_hint(.source))]
     Interrupt {
         /// The global system interrupt.
         gsi: u32,
-        /// KVM's answer.
+        /// KVM's error.
         source: kvm_ioctls::Error,
     },
-    /// A window does not lie page-aligned.
+    /// A window is not page-aligned.
     #[error("the window for the {area} area at guest-physical {gpa:#x} is not aligned to 4096 bytes")]
     UnalignedWindow {
         /// `"rings"` or `"SQE"`.
@@ -80,9 +81,9 @@ pub enum KvmError {
     /// Another system call failed.
     #[error("{what}: {source}")]
     System {
-        /// What was being done.
+        /// The step that failed.
         what: &'static str,
-        /// What the kernel said.
+        /// The error that the kernel returned.
         source: io::Error,
     },
 }

@@ -31,7 +31,7 @@ impl Doorbell {
 impl Drop for Doorbell {
     fn drop(&mut self) {
         if let Err(error) = self.vm.unregister_ioevent(&self.eventfd, &self.address, NoDatamatch) {
-            tracing::error!(%error, address = describe(&self.address), "an ioeventfd cannot be removed");
+            tracing::error!(%error, address = describe(&self.address), "cannot remove an ioeventfd");
         }
     }
 }
@@ -63,7 +63,7 @@ impl Interrupt {
 impl Drop for Interrupt {
     fn drop(&mut self) {
         if let Err(error) = self.vm.unregister_irqfd(&self.eventfd, self.gsi) {
-            tracing::error!(%error, gsi = self.gsi, "an irqfd cannot be removed");
+            tracing::error!(%error, gsi = self.gsi, "cannot remove an irqfd");
         }
     }
 }

@@ -1,4 +1,4 @@
-//! What a vCPU's exits were: KVM's binary statistics (`KVM_GET_STATS_FD`, Linux 5.14).
+//! Counts of a vCPU's exits: KVM's binary statistics (`KVM_GET_STATS_FD`, Linux 5.14).
 
 use std::fs::File;
 use std::io;
@@ -10,10 +10,10 @@ use kvm_ioctls::VcpuFd;
 
 use super::KvmError;
 
-/// Counts of a vCPU since it was made. A difference of two readings is what happened between.
+/// Counts of a vCPU since its creation. The difference of two readings is the count in between.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Exits {
-    /// All exits, those for the host's own interrupts included.
+    /// All exits, including those for the host's own interrupts.
     pub all: u64,
     /// Exits for port I/O.
     pub port_io: u64,
@@ -46,11 +46,11 @@ impl Sub for Exits {
     }
 }
 
-/// A vCPU's counters. Can be read while it runs, by any thread.
+/// A vCPU's counters. Any thread can read them while the vCPU runs.
 #[derive(Debug)]
 pub struct ExitCounters {
     file: File,
-    /// Where the counters of [`Exits`] are in the file, in bytes, in the order of [`NAMES`].
+    /// The offsets of the counters of [`Exits`] in the file, in bytes, in the order of [`NAMES`].
     offsets_bytes: [u64; NAMES.len()],
 }
 
@@ -74,12 +74,12 @@ impl ExitCounters {
     ///
     /// # Errors
     ///
-    /// The kernel is older than 5.14, or has no counter of such a name.
+    /// The kernel is older than 5.14, or lacks one of the counters.
     pub fn of(vcpu: &VcpuFd) -> Result<Self, KvmError> {
         // SAFETY: the ioctl takes no argument and returns a new descriptor.
         let fd = unsafe { kvm_get_stats_fd(vcpu.as_raw_fd()) }
             .map_err(KvmError::system("opening a vCPU's statistics (KVM_GET_STATS_FD, Linux 5.14)"))?;
-        // SAFETY: the descriptor is new, and nobody else has it.
+        // SAFETY: the descriptor is new and has no other owner.
         let fd = unsafe { OwnedFd::from_raw_fd(fd) };
         let file = File::from(fd);
         let offsets_bytes = find(&file)?;
@@ -99,7 +99,7 @@ impl ExitCounters {
     }
 }
 
-/// Where each of [`NAMES`] is counted.
+/// The offset of each of [`NAMES`].
 fn find(file: &File) -> Result<[u64; NAMES.len()], KvmError> {
     let mut header = [0; HEADER_BYTES];
     file.read_exact_at(&mut header, 0).map_err(failed)?;

@@ -1,7 +1,7 @@
 //! For virtual machine monitors on KVM: a device's queues, connected to a VM.
 //!
 //! A [`DirectDevice`](crate::direct::DirectDevice) knows nothing of virtual machines; its queues have a doorbell and a
-//! completion eventfd, and rings in guest RAM or in a window. This module connects those to a VM, so that nothing of
+//! completion eventfd, and rings in guest RAM or in a window. This module connects these to a VM, so that no part of
 //! the monitor is on the data path:
 //!
 //! | the guest | KVM | the ring |
@@ -11,8 +11,8 @@
 //! | takes an interrupt | irqfd | the completion eventfd, signalled by the kernel |
 //! | looks into a window | memory slots over pages of the kernel | the ring itself |
 //!
-//! [`KvmQueue`] is all of that for one queue, made as a whole and undone in the right order. [`ExitCounters`] tells what
-//! a vCPU's exits were, to see that there are none.
+//! [`KvmQueue`] makes all of that for one queue as a whole, and undoes it in the right order. [`ExitCounters`] counts
+//! a vCPU's exits, to show that there are none.
 //!
 //! # Example
 //!
@@ -55,8 +55,8 @@
 //! let memory = GuestMemory::new([region])?;
 //! let ram = RamSlots::map(&vm, &memory, 0)?;
 //!
-//! // All files are open. The image must not grow, and capabilities go now (see below): what a ring may do is what its
-//! // creator may do.
+//! // All files are open. The image must not grow, and the process drops its capabilities now (see below): a ring may
+//! // do what its creator may do.
 //! let disk = Arc::new(Disk::open(&DiskConfig::new("disk.img"))?);
 //! limits::cap_file_growth(&disk)?;
 //! let device = DirectDevice::new(
@@ -83,8 +83,8 @@
 //! )?;
 //! println!("tell the driver: {:?}, addresses are guest-physical + {IOVA_BASE:#x}", queue.layout());
 //!
-//! // The vCPUs run. At the end, or at the guest's reset, they are stopped: nobody reaches the ring any more. Then it is
-//! // closed, and the RAM is free for other things once its I/O has ended.
+//! // The vCPUs run. At the end, or at the guest's reset, they stop: then no vCPU reaches the ring any more. Then the
+//! // monitor closes the ring, and the RAM is free for other uses once the ring's I/O has ended.
 //! stop_vcpus();
 //! let end = queue.detach();
 //! end.wait(std::time::Duration::from_secs(30))?;
@@ -95,25 +95,25 @@
 //!
 //! # Where this has been run
 //!
-//! On one KVM only: a nested one without hardware support (`kvm_pvm`, on an AMD processor), which runs a guest's CPL 0 in
-//! software. Nothing has been run on VMX or SVM yet. The code uses nothing that is particular to any of them.
+//! On one KVM only: a nested one without hardware support (`kvm_pvm`, on an AMD processor), which runs a guest's CPL 0
+//! in software. Nothing has been run on VMX or SVM yet. The code uses nothing that is particular to any of them.
 //!
 //! # What the process must do
 //!
-//! The kernel checks what a guest submits with the rights of the process that made the ring. So the process must not
-//! have what the guest must not have:
+//! The kernel checks the guest's submissions with the rights of the process that made the ring. So the process must not
+//! have rights that the guest must not have:
 //!
-//! - **One guest per process.** `attr_ptr` of an SQE (Linux 6.14) is read in the address space of the ring's creator, and
-//!   the errno tells mapped from unmapped addresses. With one guest's memory and no secrets in the process there is
+//! - **One guest per process.** `attr_ptr` of an SQE (Linux 6.14) is read in the address space of the ring's creator,
+//!   and the errno tells mapped from unmapped addresses. With one guest's memory and no secrets in the process there is
 //!   nothing to find. Two guests in one process also share its limits.
-//! - **No capabilities when the ring is made.** Real-time I/O priority in an SQE is checked against the credentials that
-//!   the creator had *at set-up*: drop `CAP_SYS_ADMIN` and `CAP_SYS_NICE` before [`DirectDevice::new`] (the SQ thread
-//!   starts there). `CAP_IPC_LOCK` goes with them: raise `RLIMIT_MEMLOCK` first, to the RAM plus the rings.
+//! - **No capabilities when the ring is made.** Real-time I/O priority in an SQE is checked against the credentials
+//!   that the creator had *at set-up*: drop `CAP_SYS_ADMIN` and `CAP_SYS_NICE` before [`DirectDevice::new`] (the SQ
+//!   thread starts there). `CAP_IPC_LOCK` goes with them: raise `RLIMIT_MEMLOCK` first, to the RAM plus the rings.
 //! - **`RLIMIT_FSIZE` at the size of the image**, or a guest can make the image grow:
 //!   [`limits::cap_file_growth`](crate::limits::cap_file_growth), once all memory files exist.
 //! - **A memory control group.** A guest that never reaps makes the kernel queue completions for it without bound.
 //! - **No discarding of RAM.** No balloon, free page reporting, virtio-mem or postcopy for a guest with such a device:
-//!   the ring would go on with the old pages.
+//!   the ring would continue with the old pages.
 //! - **No `datamatch` on the doorbell's ioeventfd** ([`KvmQueue`] uses none): CVE-2026-63806, fixed in Linux 6.12.95,
 //!   6.18.38 and 7.1.3.
 //!
@@ -126,7 +126,7 @@ mod queue;
 mod slots;
 mod support;
 
-// The versions whose types are in this interface.
+// The versions of the crates whose types are in this interface.
 pub use {kvm_bindings, kvm_ioctls};
 
 pub use error::KvmError;

@@ -11,35 +11,34 @@ use super::slots::{self, WindowSlots};
 use crate::direct::{DirectDevice, DirectQueue, QueueConfig, QueuePlacement};
 use crate::ring::{RingConfig, RingEnd};
 
-/// What a queue of a VM is to be.
+/// The configuration of a queue of a VM.
 #[derive(Debug)]
 pub struct KvmQueueConfig {
     /// Size of the ring.
     pub ring: RingConfig,
-    /// Where the guest is to find it.
+    /// Where the guest finds the ring.
     pub placement: KvmPlacement,
-    /// The port or guest-physical address to which the guest writes to ring the doorbell: any value, of any width. It
-    /// must lie in no memory slot, and no other queue's may be there. None: see [`QueueConfig::doorbell`].
+    /// The port or guest-physical address to which the guest writes to ring the doorbell: any value, of any width. The
+    /// address must lie in no memory slot and belong to no other queue. None: see [`QueueConfig::doorbell`].
     pub doorbell: Option<IoEventAddress>,
-    /// The global system interrupt of completions, for which the VM has a route: edge-triggered, an MSI as a rule. None:
-    /// the guest only polls. KVM does not tell whether there is a route; without one the guest is not interrupted.
+    /// The global system interrupt of completions, for which the VM has a route: edge-triggered, usually an MSI. None:
+    /// the guest only polls. KVM does not report whether there is a route; without a route the guest gets no interrupt.
     pub interrupt_gsi: Option<u32>,
 }
 
 /// Where the guest finds a ring.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum KvmPlacement {
-    /// In its RAM, where its driver has allocated it.
+    /// In its RAM, where its driver has allocated the ring.
     GuestRam {
         /// Guest-physical address of the rings area.
         rings_gpa: u64,
         /// Guest-physical address of the SQE area.
         sqes_gpa: u64,
     },
-    /// In pages of the kernel, shown through two memory slots. How long they are stands in the
-    /// [`layout`](KvmQueue::layout).
+    /// In pages of the kernel, shown through two memory slots. The [`layout`](KvmQueue::layout) has their length.
     Window {
-        /// Guest-physical address of the rings area, aligned to 4096. There must be room.
+        /// Guest-physical address of the rings area, aligned to 4096. The range must be free.
         rings_gpa: u64,
         /// Guest-physical address of the SQE area, aligned to 4096.
         sqes_gpa: u64,
@@ -50,7 +49,7 @@ pub enum KvmPlacement {
 
 /// A queue that a guest on KVM drives. Detached when dropped.
 ///
-/// The VM lives at least as long.
+/// The VM lives at least as long as the queue.
 #[derive(Debug)]
 pub struct KvmQueue {
     vm: Arc<VmFd>,
@@ -58,7 +57,7 @@ pub struct KvmQueue {
     parts: Option<Parts>,
 }
 
-/// In the order in which they are undone.
+/// The parts, in the order in which they are undone.
 #[derive(Debug)]
 struct Parts {
     doorbell: Option<Doorbell>,
@@ -68,15 +67,15 @@ struct Parts {
 }
 
 impl KvmQueue {
-    /// Makes the queue, lets it run, and connects it to the VM.
+    /// Makes the queue, starts it, and connects it to the VM.
     ///
     /// # Errors
     ///
-    /// What KVM or the ring refuses. Nothing remains connected; a ring that was already made ends by itself.
+    /// KVM or the ring refuses. Nothing remains connected; a ring that was already made ends by itself.
     pub fn attach(vm: &Arc<VmFd>, device: &DirectDevice, config: KvmQueueConfig) -> Result<Self, KvmError> {
         let KvmQueueConfig { ring, placement, doorbell, interrupt_gsi } = config;
         check(placement)?;
-        // The guest is listened to before it can find a ring, and can be interrupted before that ring runs.
+        // The doorbell works before the guest can find a ring, and the interrupt before that ring runs.
         let doorbell = doorbell.map(|address| Doorbell::new(vm, address)).transpose()?;
         let interrupt = interrupt_gsi.map(|gsi| Interrupt::new(vm, gsi)).transpose()?;
         let queue = device.attach(QueueConfig {
@@ -99,32 +98,32 @@ impl KvmQueue {
         Ok(Self { vm: vm.clone(), layout, parts: Some(parts) })
     }
 
-    /// Where the parts of the ring are, for the guest.
+    /// The layout of the ring, for the guest.
     pub fn layout(&self) -> &RingLayout {
         &self.layout
     }
 
-    /// Interrupts the guest through `gsi` (or not at all) from now on, also if that is what it was before: for a change
+    /// From now on interrupts the guest through `gsi` (or not at all), even if that is the old value: for a change
     /// of the route that must not lose a completion. The guest gets one interrupt more than there were completions.
     ///
     /// # Errors
     ///
-    /// KVM refuses an irqfd: then nothing has changed. Or the ring refuses the new eventfd: then the guest is not
-    /// interrupted until another call succeeds.
+    /// KVM refuses an irqfd: then nothing has changed. Or the ring refuses the new eventfd: then the guest gets no
+    /// interrupts until another call succeeds.
     pub fn replace_interrupt(&self, gsi: Option<u32>) -> Result<(), KvmError> {
         let parts = self.parts();
         let mut interrupt = lock(&parts.interrupt);
         let new = gsi.map(|gsi| Interrupt::new(&self.vm, gsi)).transpose()?;
         parts.queue.replace_completion(new.as_ref().map(Interrupt::eventfd))?;
-        // The old one is removed behind that: what it was signalled before has reached the guest by then.
+        // The old irqfd goes last: its earlier signals have reached the guest by then.
         *interrupt = new;
         Ok(())
     }
 
     /// Disconnects the queue from the VM and ends it.
     ///
-    /// The guest's writes to the doorbell come out of `KVM_RUN` from here on, and so does every access to a window: a
-    /// guest that still runs must have been told. Returns at once. [`RingEnd`] tells when the I/O has ended too; the
+    /// From here on the guest's writes to the doorbell come out of `KVM_RUN`, and so does every access to a window: a
+    /// running guest must have been told before. Returns at once. [`RingEnd`] tells when the I/O has ended too; the
     /// guest's RAM must not be used for anything else before.
     pub fn detach(mut self) -> RingEnd {
         self.end().expect("only detached here or when dropped")
@@ -134,7 +133,7 @@ impl KvmQueue {
         let Parts { doorbell, interrupt, window, queue } = self.parts.take()?;
         drop(doorbell);
         drop(interrupt);
-        // A mapping keeps a ring running, and the slots hold the mapping.
+        // A mapping keeps a ring running, and the slots hold the mapping, so they go before the ring.
         drop(window);
         Some(queue.close())
     }

@@ -1,4 +1,4 @@
-//! Memory slots: what the guest sees at its guest-physical addresses.
+//! Memory slots: the memory that the guest sees at its guest-physical addresses.
 
 use std::collections::HashSet;
 use std::ops::Range;
@@ -11,8 +11,8 @@ use super::KvmError;
 use crate::memory::GuestMemory;
 use crate::ring::RingWindow;
 
-/// The guest's RAM as memory slots of a VM, one per region. Gone when dropped: no vCPU may run any more by then, or it
-/// finds nothing at its RAM's addresses.
+/// The guest's RAM as memory slots of a VM, one per region. Removed when dropped: no vCPU may run any more by then, or
+/// it finds no memory at its RAM's addresses.
 #[derive(Debug)]
 pub struct RamSlots {
     slots: Vec<MemorySlot>,
@@ -21,8 +21,9 @@ pub struct RamSlots {
 impl RamSlots {
     /// Shows all regions of `memory` to the VM, in ascending order, as slots `first_slot` and up.
     ///
-    /// Those must be free. A slot that was made with this module is refused, but KVM does not tell of slots that the
-    /// monitor made by itself: it would move one of the same memory and size, and remove it when this is dropped.
+    /// These slot numbers must be free. This module refuses slots that it has made itself, but KVM does not report
+    /// slots that the monitor made: KVM would move such a slot of the same memory and size, and dropping this value
+    /// would remove it.
     ///
     /// # Errors
     ///
@@ -37,12 +38,12 @@ impl RamSlots {
         Ok(Self { slots })
     }
 
-    /// How many slots there are.
+    /// The number of slots.
     pub fn len(&self) -> usize {
         self.slots.len()
     }
 
-    /// Never: memory has at least one region.
+    /// Always false: memory has at least one region.
     pub fn is_empty(&self) -> bool {
         self.slots.is_empty()
     }
@@ -55,7 +56,7 @@ pub(super) struct WindowSlots {
 }
 
 impl WindowSlots {
-    /// Shows the rings area at `rings_gpa` and the SQE area at `sqes_gpa`, as slots `first_slot` and the one behind.
+    /// Shows the rings area at `rings_gpa` and the SQE area at `sqes_gpa`, as slots `first_slot` and the next.
     pub(super) fn map(
         vm: &Arc<VmFd>,
         window: &Arc<RingWindow>,
@@ -74,19 +75,19 @@ impl WindowSlots {
     }
 }
 
-/// The numbers of `count` slots. From 65536 on they would be slots of system management mode, which no guest sees.
+/// The numbers of `count` slots. From 65536 on, slots belong to system management mode, which no guest sees.
 pub(super) fn numbers(first_slot: u32, count: usize) -> Result<Range<u32>, KvmError> {
     let end = u32::try_from(count).ok().and_then(|count| first_slot.checked_add(count)).filter(|end| *end <= 1 << 16);
     end.map(|end| first_slot..end).ok_or(KvmError::SlotNumbers { first_slot, count })
 }
 
-/// The slots there are, by the address of their VM, which they keep alive.
+/// The slots in use, by the address of their VM, which they keep alive.
 fn in_use() -> MutexGuard<'static, HashSet<(usize, u32)>> {
     static IN_USE: LazyLock<Mutex<HashSet<(usize, u32)>>> = LazyLock::new(Mutex::default);
     IN_USE.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Where a slot is.
+/// The place of a slot.
 #[derive(Clone, Copy, Debug)]
 struct Place {
     slot: u32,
@@ -96,7 +97,7 @@ struct Place {
     len_bytes: u64,
 }
 
-/// What must stay mapped for as long as the slot is there. Held, not read.
+/// The memory that must stay mapped as long as the slot exists. Held, not read.
 #[derive(Debug)]
 #[expect(dead_code, reason = "the values are held for their lifetime")]
 enum Backing {
@@ -104,7 +105,7 @@ enum Backing {
     Window(Arc<RingWindow>),
 }
 
-/// One memory slot. Removed when dropped, before its backing goes.
+/// One memory slot. Removed when dropped, before its backing is dropped.
 #[derive(Debug)]
 struct MemorySlot {
     vm: Arc<VmFd>,
@@ -122,7 +123,7 @@ impl MemorySlot {
             memory_size: len_bytes,
             userspace_addr: host,
         };
-        // Held until it is known whether the slot is there.
+        // Held until it is known whether the slot exists.
         let mut in_use = in_use();
         let key = (Arc::as_ptr(vm).addr(), slot);
         if in_use.contains(&key) {
@@ -147,9 +148,9 @@ impl Drop for MemorySlot {
         let mut in_use = in_use();
         // SAFETY: a size of 0 removes the slot.
         if let Err(error) = unsafe { self.vm.set_user_memory_region(nothing) } {
-            tracing::error!(slot = self.slot, %error, "a memory slot cannot be removed: its memory stays mapped");
-            // The guest can still look through it, so its addresses must never be used for anything else. The slot stays
-            // in use, and so its VM must not make room for another at its address.
+            tracing::error!(slot = self.slot, %error, "cannot remove a memory slot: its memory stays mapped");
+            // The guest can still reach the memory, so its addresses must never be used for anything else. The slot
+            // stays in use, and its VM must not make room for another VM at the same address.
             std::mem::forget((self.backing.take(), self.vm.clone()));
         } else {
             in_use.remove(&(Arc::as_ptr(&self.vm).addr(), self.slot));

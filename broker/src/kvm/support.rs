@@ -1,4 +1,4 @@
-//! What this machine's KVM can do, found by trying.
+//! The abilities of this machine's KVM, found by trying.
 
 use std::fs::File;
 use std::io;
@@ -14,39 +14,39 @@ use super::events::{Doorbell, Interrupt};
 use super::{ExitCounters, KvmError, RamSlots};
 use crate::memory::{GuestMemory, RegionConfig};
 
-/// What of KVM works for this process.
+/// The parts of KVM that work for this process.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct KvmSupport {
     /// A completion can interrupt a guest inside the kernel.
     pub irqfd: bool,
-    /// A doorbell can be answered without leaving the kernel.
+    /// A doorbell can be handled inside the kernel.
     pub ioeventfd: bool,
     /// Exits can be counted.
     pub statistics: bool,
-    /// Most pages in a ring of pages that a vCPU has written to, for live migration; 0: no such rings.
+    /// Most pages in a ring of pages that a vCPU has written to, for live migration; 0: KVM has no such rings.
     pub dirty_ring_pages: u64,
-    /// How fast a guest's kernel runs, in picoseconds per instruction of a short loop at CPL 0. None: it does not run.
+    /// The speed of a guest's kernel, in picoseconds per instruction of a short loop at CPL 0. None: it does not run.
     pub kernel_ps_per_instruction: Option<u64>,
 }
 
-/// Virtual machines cannot be made.
+/// Why this process cannot make virtual machines.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct KvmRefusal {
-    /// What was being done.
+    /// The step that failed.
     pub step: &'static str,
     /// The error number.
     pub errno: i32,
 }
 
-/// Above this time per instruction the loop is not run by the processor: a gigahertz processor takes 1 ns for each, and
-/// software some hundred at least.
+/// Above this time per instruction the processor does not run the loop itself: a processor of 1 GHz takes 1 ns for
+/// each, and software at least some hundred.
 const NATIVE_PS_MAX: u64 = 50_000;
 
 /// The loop, 32-bit code: `mov ecx, LOOPS; 1: dec ecx; jnz 1b; out 0, al`.
 const LOOPS: u32 = 20_000;
 const INSTRUCTIONS: u64 = 2 * LOOPS as u64 + 2;
 
-/// KVM gives up with `EINTR` when anything is pending for the thread, the end of a ring that it created included.
+/// KVM returns `EINTR` when anything is pending for the thread, including the end of a ring that the thread created.
 fn create_vm(kvm: &Kvm) -> Result<VmFd, kvm_ioctls::Error> {
     loop {
         match kvm.create_vm() {
@@ -57,11 +57,11 @@ fn create_vm(kvm: &Kvm) -> Result<VmFd, kvm_ioctls::Error> {
 }
 
 impl KvmSupport {
-    /// Tries everything with a throw-away VM. Takes milliseconds, or some hundred where CPL 0 is run in software.
+    /// Tries everything with a throw-away VM. Takes milliseconds, or some hundred where software runs CPL 0.
     ///
     /// # Errors
     ///
-    /// [`KvmRefusal`] if there are no virtual machines for this process.
+    /// [`KvmRefusal`] if this process cannot make virtual machines.
     pub fn observe() -> Result<Self, KvmRefusal> {
         let refused = |step| move |error: kvm_ioctls::Error| KvmRefusal { step, errno: error.errno() };
         let kvm = Kvm::new().map_err(refused("opening /dev/kvm"))?;
@@ -81,18 +81,18 @@ impl KvmSupport {
     }
 
     /// Whether the processor runs the guest's kernel. A KVM without hardware support runs CPL 0 in software, and only
-    /// CPL 3 at full speed. None: it could not be tried.
+    /// CPL 3 at full speed. None: this could not be tried.
     pub fn is_kernel_native(&self) -> Option<bool> {
         self.kernel_ps_per_instruction.map(|ps| ps <= NATIVE_PS_MAX)
     }
 }
 
-/// Runs the loop at CPL 0. None: the guest does not come to its end.
+/// Runs the loop at CPL 0. None: the guest does not reach the end of the loop.
 fn time_kernel(vm: &Arc<VmFd>, mut vcpu: VcpuFd) -> Result<Option<u64>, KvmError> {
     let memory = code()?;
     let _slots = RamSlots::map(vm, &memory, 0)?;
     let mut shortest = Duration::MAX;
-    // The first time the pages are found.
+    // The first run also maps the pages.
     for _ in 0..3 {
         enter(&vcpu).map_err(KvmError::system("setting a vCPU's registers"))?;
         let started = Instant::now();
