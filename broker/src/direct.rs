@@ -1,7 +1,7 @@
 //! A device in direct mode: one disk, one guest's memory, and queues that are rings of the host kernel.
 //!
-//! [`DirectDevice::attach`] is the order of set-up in one place. What it makes is undone in the opposite order by
-//! [`DirectQueue::close`], and whatever I/O may still touch stays until the ring's real end.
+//! [`DirectDevice::attach`] has the order of set-up in one place. [`DirectQueue::close`] undoes its steps in the
+//! opposite order, and everything that I/O may still touch stays until the ring's real end.
 
 use std::ops::Range;
 use std::panic::resume_unwind;
@@ -24,15 +24,15 @@ use crate::ring::{
 /// How a device executes its queues.
 #[derive(Clone, Copy, Debug)]
 pub struct DirectConfig {
-    /// Who consumes the SQs.
+    /// What consumes the SQs.
     pub submission: SubmissionConfig,
     /// Limits of the kernel threads behind the rings.
     pub workers: IoWorkers,
-    /// How queues share the pinned memory: [`Sharing::for_kernel`].
+    /// How queues share the pinned memory, usually [`Sharing::for_kernel`].
     pub sharing: Sharing,
 }
 
-/// Who consumes the SQs of a device.
+/// What consumes the SQs of a device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SubmissionConfig {
     /// One kernel thread, which polls.
@@ -41,22 +41,22 @@ pub enum SubmissionConfig {
     Doorbell,
 }
 
-/// What a queue is to be.
+/// The configuration of a queue.
 #[derive(Debug)]
 pub struct QueueConfig {
     /// Size of the ring.
     pub ring: RingConfig,
-    /// Where the ring's memory is to be.
+    /// The place of the ring's memory.
     pub placement: QueuePlacement,
-    /// Signalled by the guest when the ring's doorbell rule says so. One for each queue: two queues with one doorbell
-    /// would miss each other's. It is made non-blocking for all that hold it. None: nobody listens; only for guests of
-    /// an SQ thread that never sleeps before they end.
+    /// The guest signals this eventfd when the ring's doorbell rule says so. Each queue needs its own: two queues with
+    /// one doorbell would miss each other's signals. The eventfd becomes non-blocking for all its holders. None: no
+    /// thread answers a doorbell; only for guests of an SQ thread that never sleeps before they end.
     pub doorbell: Option<EventFd>,
-    /// Signalled by the kernel at completions that the guest has not muted. None: the guest only polls.
+    /// The kernel signals this eventfd at completions that the guest has not muted. None: the guest only polls.
     pub completion: Option<EventFd>,
 }
 
-/// Where a queue's ring is to be.
+/// The place of a queue's ring.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum QueuePlacement {
     /// In guest RAM, at the driver's addresses ([`Placement::GuestRam`]).
@@ -80,7 +80,7 @@ pub struct DirectDevice {
     doorbells: Arc<DoorbellThread>,
     reaper: Reaper,
     state: Mutex<State>,
-    /// Held while memory is being plugged, which is too long for `state`.
+    /// Held while memory is being plugged, which takes too long to hold `state`.
     plugging: Mutex<()>,
 }
 
@@ -94,13 +94,13 @@ struct State {
 /// A ring of this device, from its creation to its end.
 #[derive(Debug)]
 struct Ring {
-    /// The guest-physical areas it writes to. None in a window.
+    /// The guest-physical areas to which the ring writes. None for a window.
     areas: Option<[Range<u64>; 2]>,
     end: RingEnd,
     queue: Weak<Mutex<Option<Running>>>,
 }
 
-/// A queue of a device: a ring that the guest drives. Closed when dropped; [`DirectDevice::ends`] then tells of its end.
+/// A queue of a device: a ring that the guest drives. Closed when dropped; [`DirectDevice::ends`] then has its end.
 #[derive(Debug)]
 pub struct DirectQueue {
     layout: RingLayout,
@@ -113,7 +113,7 @@ pub struct DirectQueue {
 struct Running {
     ring: KernelRing<Enabled>,
     bell: Option<BellId>,
-    /// The memory the ring was given, which its I/O may use.
+    /// The memory of the ring, which its I/O may use.
     pinned: Arc<PinnedMemory>,
     disk: Arc<Disk>,
 }
@@ -121,15 +121,15 @@ struct Running {
 impl DirectDevice {
     /// Pins the guest's memory and starts the threads. Takes as long as [`PinnedMemory::pin`].
     ///
-    /// Drop privileges before: what they are now is what the SQ thread keeps, and memory pinned with others cannot be
-    /// shared with queues later.
+    /// Drop privileges before: the SQ thread keeps the privileges of this moment, and memory that was pinned with other
+    /// privileges cannot be shared with queues later.
     ///
     /// # Errors
     ///
-    /// [`RingError::UnsafePolicy`] for a policy with lint errors that nobody [accepted](CompiledPolicy::accept_unsafe);
-    /// [`RingError::FinerBlocks`] for a disk whose logical block is smaller than that of direct I/O
-    /// ([`Disk::finer_than_direct_io`]); [`RingError::IntegrityProfile`] for a block device that keeps protection information; memory that cannot be
-    /// pinned; a CPU for the SQ thread that cannot be used.
+    /// [`RingError::UnsafePolicy`] for a policy with lint errors that were not
+    /// [accepted](CompiledPolicy::accept_unsafe); [`RingError::FinerBlocks`] for a disk whose logical block is smaller
+    /// than that of direct I/O ([`Disk::finer_than_direct_io`]); [`RingError::IntegrityProfile`] for a block device
+    /// that keeps protection information; the memory cannot be pinned; the CPU of the SQ thread cannot be used.
     pub fn new(
         disk: Arc<Disk>,
         memory: &GuestMemory,
@@ -139,7 +139,7 @@ impl DirectDevice {
         Self::new_while(disk, memory, policy, config, &|| true)
     }
 
-    /// The same, given up when `is_wanted` says while memory is being pinned that it is not ([`PinnedMemory::pin_while`]).
+    /// The same, cancelled when `is_wanted` returns false while memory is being pinned ([`PinnedMemory::pin_while`]).
     ///
     /// # Errors
     ///
@@ -151,7 +151,7 @@ impl DirectDevice {
         config: DirectConfig,
         is_wanted: &(dyn Fn() -> bool + Sync),
     ) -> Result<Self, RingError> {
-        // Before half a second for each GiB of pinning.
+        // Before the pinning, which takes half a second for each GiB.
         refuse_unsafe(&policy)?;
         refuse_finer_blocks(&disk)?;
         refuse_integrity_profile(disk.path(), disk.integrity_profile()?)?;
@@ -178,10 +178,10 @@ impl DirectDevice {
     ///
     /// # Errors
     ///
-    /// See [`KernelRing::create`], and [`RingError::AreaInUse`] for areas of a ring that has not ended. A ring that fails
+    /// See [`KernelRing::create`]; [`RingError::AreaInUse`] for areas of a ring that has not ended. A ring that fails
     /// half-way is closed, and its areas are in use until it has ended; nothing else of the queue remains.
     pub fn attach(&self, config: QueueConfig) -> Result<DirectQueue, RingError> {
-        // Before there is a ring: one that is given up goes on writing to its areas for a while.
+        // Before there is a ring: a ring that is abandoned still writes to its areas for a while.
         for (what, eventfd) in [("doorbell", &config.doorbell), ("completion", &config.completion)] {
             eventfd.iter().try_for_each(|eventfd| check_eventfd(what, eventfd))?;
         }
@@ -196,7 +196,7 @@ impl DirectDevice {
         on_own_thread(|| self.attach_in_order(config, areas, &pinned, state))
     }
 
-    /// The order is the design: everything that the guest may use, then what it may not, then it runs.
+    /// The order is the design: first everything that the guest may use, then the restrictions, then the ring runs.
     fn attach_in_order(
         &self,
         config: QueueConfig,
@@ -211,7 +211,7 @@ impl DirectDevice {
             QueuePlacement::Window => Placement::Window,
         };
         let ring = KernelRing::create(config.ring, self.submission.clone(), &placement, &self.disk, &self.reaper)?;
-        // From here on the areas are in use, also if what follows fails.
+        // From here on the areas are in use, even if a later step fails.
         let running = Arc::new(Mutex::new(None));
         let end = ring.end();
         state.rings.push(Ring { areas, end: end.clone(), queue: Arc::downgrade(&running) });
@@ -227,16 +227,16 @@ impl DirectDevice {
         let ring = ring.enable().inspect_err(|_| {
             bell.iter().for_each(|bell| self.doorbells.remove(bell));
         })?;
-        // A doorbell that rang while the ring was disabled was answered in vain.
+        // A doorbell that rang while the ring was disabled was answered without effect.
         bell.iter().for_each(|bell| self.doorbells.ring(bell));
 
         *lock(&running) = Some(Running { ring, bell, pinned: pinned.clone(), disk: self.disk.clone() });
         Ok(DirectQueue { layout, running, end, doorbells: self.doorbells.clone() })
     }
 
-    /// Adds a region of RAM while the queues run. Blocks for as long as pinning it takes (about half a second per GiB
-    /// of new 4 KiB pages), so it is for a thread that may; running queues are touched for microseconds, each between two
-    /// of its batches.
+    /// Adds a region of RAM while the queues run. Blocks as long as pinning it takes (about half a second per GiB of
+    /// new 4 KiB pages), so call it on a thread that may block; running queues are touched for microseconds, each
+    /// between two of its batches.
     ///
     /// # Errors
     ///
@@ -245,9 +245,9 @@ impl DirectDevice {
         self.change_memory(|memory| memory.with_region(region), &|| true)
     }
 
-    /// Exchanges the guest's RAM for these regions while the queues run, in the same way. When this returns, no request that
-    /// the guest submits from now on reaches a region that is not among them; the pages of one that is gone are unpinned when
-    /// the requests that were under way have ended.
+    /// Replaces the guest's RAM by these regions while the queues run, in the same way. When this returns, no request
+    /// that the guest submits from then on reaches a region that is not among them; the pages of a removed region are
+    /// unpinned when the requests that were under way have ended.
     ///
     /// # Errors
     ///
@@ -256,7 +256,7 @@ impl DirectDevice {
         self.set_memory_while(regions, &|| true)
     }
 
-    /// The same, given up when `is_wanted` says while memory is being pinned that it is not.
+    /// The same, cancelled when `is_wanted` returns false while memory is being pinned.
     ///
     /// # Errors
     ///
@@ -295,21 +295,22 @@ impl DirectDevice {
         Ok(())
     }
 
-    /// Whether no I/O can land any more in memory that [`set_memory`](Self::set_memory) took away: nothing is pinned but what
-    /// the guest has now. For a process with one device; what another has pinned in the same process would count.
+    /// Whether no I/O can reach memory any more that [`set_memory`](Self::set_memory) removed: nothing is pinned but
+    /// the guest's current memory. For a process with one device; pinned memory of another device in the same process
+    /// would count.
     ///
-    /// False is no promise that it comes: rings that are closed keep what they had until they have ended.
+    /// False does not promise a later true: closed rings keep their memory until they have ended.
     ///
     /// # Errors
     ///
-    /// `/proc` does not tell what this process has pinned.
+    /// `/proc` does not tell how much this process has pinned.
     pub(crate) fn has_drained(&self) -> Result<bool, RingError> {
         Ok(self.state().pinned.is_all_that_is_pinned()?)
     }
 
-    /// The rings of this device that have not ended: those of its queues, and those that were closed, dropped or given
-    /// up and still have I/O under way. Guest memory may be reused, handed back, or given to another device once all of
-    /// them have ended: this device knows which areas its own rings still write to, another does not.
+    /// The ends of this device's rings that have not ended: the rings of its queues, and closed, dropped or abandoned
+    /// rings that still have I/O under way. Guest memory may be reused, handed back, or given to another device once
+    /// all of them have ended: only this device knows the areas to which its rings still write.
     pub fn ends(&self) -> Vec<RingEnd> {
         let mut state = self.state();
         state.forget_ended();
@@ -332,7 +333,7 @@ impl DirectDevice {
 }
 
 impl QueueConfig {
-    /// The guest-physical areas that the ring will use. Saturating: an area at the very top is refused as outside RAM.
+    /// The guest-physical areas of the ring. Saturating: an area at the very top is refused later as outside RAM.
     fn areas(&self) -> Option<[Range<u64>; 2]> {
         let QueuePlacement::GuestRam { rings_gpa, sqes_gpa } = self.placement else { return None };
         let area = |gpa: u64, len_bytes| gpa..gpa.saturating_add(len_bytes);
@@ -348,7 +349,7 @@ impl State {
         self.rings.retain(|ring| !ring.end.has_ended());
     }
 
-    /// Refuses areas that a ring may still write to.
+    /// Refuses areas to which a ring may still write.
     fn check_free(&mut self, areas: Option<&[Range<u64>; 2]>) -> Result<(), RingError> {
         self.forget_ended();
         let Some(areas) = areas else { return Ok(()) };
@@ -360,13 +361,14 @@ impl State {
                 let [rings_gpa, sqes_gpa] = [areas[0].start, areas[1].start];
                 Err(RingError::AreaInUse { rings_gpa, sqes_gpa, why })
             }
-            // It ended just now.
+            // The ring ended just now.
             Some(Ok(_)) | None => Ok(()),
         }
     }
 }
 
-/// The guest's driver keeps to the logical block only, and nobody is between it and the kernel.
+/// Refuses smaller blocks: the guest's driver keeps only to the logical block, and no code checks its requests before
+/// the kernel does.
 fn refuse_finer_blocks(disk: &Disk) -> Result<(), RingError> {
     match disk.finer_than_direct_io() {
         None => Ok(()),
@@ -378,7 +380,7 @@ fn refuse_finer_blocks(disk: &Disk) -> Result<(), RingError> {
     }
 }
 
-/// No restriction keeps a guest from naming the buffer of the protection information: an address of this process.
+/// No restriction prevents a guest from naming the buffer of the protection information: any address of this process.
 fn refuse_integrity_profile(path: &Path, profile: Option<String>) -> Result<(), RingError> {
     match profile {
         None => Ok(()),
@@ -402,7 +404,7 @@ fn take_back(
             };
             match result {
                 Ok(()) => running.pinned = before.clone(),
-                Err(error) => tracing::error!(%error, "memory that was not plugged stays reachable for one queue"),
+                Err(error) => tracing::error!(%error, "cannot undo a failed plug: one queue still reaches the memory"),
             }
         }
     }
@@ -410,8 +412,8 @@ fn take_back(
 
 /// Runs `work` on a thread that ends with it.
 ///
-/// Whoever creates a ring becomes one of its tasks: the kernel interrupts its system calls when the ring ends, and the
-/// ring's limits on io-wq workers become the thread's own. None of this is for a thread of the embedder's.
+/// A thread that creates a ring becomes one of the ring's tasks: the kernel interrupts its system calls when the ring
+/// ends, and the ring's limits on io-wq workers become the thread's own. The embedder's threads must have neither.
 fn on_own_thread<T: Send>(work: impl FnOnce() -> T + Send) -> T {
     thread::scope(|scope| match scope.spawn(work).join() {
         Ok(result) => result,
@@ -420,17 +422,18 @@ fn on_own_thread<T: Send>(work: impl FnOnce() -> T + Send) -> T {
 }
 
 impl DirectQueue {
-    /// Where the parts of the ring are, for the guest.
+    /// The layout of the ring, for the guest.
     pub fn layout(&self) -> &RingLayout {
         &self.layout
     }
 
-    /// The ring's pages, if the kernel allocated them. While anything holds them the ring goes on running, even closed.
+    /// The ring's pages, if the kernel allocated them. While the window is held, the ring keeps running, even after it
+    /// is closed.
     pub fn window(&self) -> Option<Arc<RingWindow>> {
         lock(&self.running).as_ref().and_then(|running| running.ring.window().cloned())
     }
 
-    /// Changes the eventfd that completions signal; the new one is signalled once.
+    /// Replaces the eventfd that completions signal; the new eventfd is signalled once.
     pub fn replace_completion(&self, completion: Option<&EventFd>) -> Result<(), RingError> {
         match lock(&self.running).as_ref() {
             Some(running) => running.ring.replace_completion(completion),
@@ -438,7 +441,8 @@ impl DirectQueue {
         }
     }
 
-    /// The same for a file that is known to be an eventfd, which the caller signals. No ring is made on the calling thread.
+    /// The same for a file that is known to be an eventfd, and which the caller signals. Creates no ring on the calling
+    /// thread.
     pub(crate) fn set_completion(&self, completion: Option<&EventFd>) -> Result<(), RingError> {
         match lock(&self.running).as_ref() {
             Some(running) => running.ring.set_completion(completion),
@@ -456,7 +460,7 @@ impl Drop for DirectQueue {
     fn drop(&mut self) {
         let Some(Running { ring, bell, pinned, disk }) = lock(&self.running).take() else { return };
         bell.iter().for_each(|bell| self.doorbells.remove(bell));
-        // Dropped in this order: once the memory is let go, others can have the disk.
+        // Dropped in this order, so that others can open the disk once the memory is released.
         ring.close(Box::new((disk, pinned, self.doorbells.clone())));
     }
 }

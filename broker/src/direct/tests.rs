@@ -16,7 +16,7 @@ use super::*;
 use crate::disk::{DirectIo, DiskConfig};
 use crate::memory::IOVA_BASE;
 
-/// Longer than anything takes on a machine with other work.
+/// Longer than any step takes on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(60);
 const MIB: u64 = 1 << 20;
 const RAM_BYTES: u64 = 2 * MIB;
@@ -119,7 +119,7 @@ fn sq_thread() -> SubmissionConfig {
 }
 
 #[test]
-fn a_ring_in_guest_ram_reads_the_disk_with_a_kernel_thread_and_with_doorbells() {
+fn a_ring_in_guest_ram_reads_the_disk_with_an_sq_thread_and_with_doorbells() {
     for submission in [sq_thread(), SubmissionConfig::Doorbell] {
         let setup = Setup::new(submission);
         let (queue, mut ring) = setup.in_guest_ram();
@@ -133,7 +133,7 @@ fn a_ring_in_a_window_ends_once_nothing_holds_the_window() {
     let setup = Setup::new(sq_thread());
     let queue = setup.attach(QueuePlacement::Window, None);
     let window = queue.window().unwrap();
-    // SAFETY: the window stays mapped until it is dropped below, behind the last use of the ring.
+    // SAFETY: the window stays mapped until it is dropped below, after the last use of the ring.
     let memory = unsafe { MappedRing::new(window.rings(), window.rings_bytes(), window.sqes(), window.sqes_bytes()) };
     let mut ring = DriverRing::new(memory, *queue.layout()).unwrap();
     setup.check_reads(&mut ring);
@@ -144,7 +144,7 @@ fn a_ring_in_a_window_ends_once_nothing_holds_the_window() {
 }
 
 #[test]
-fn what_was_in_guest_ram_before_does_not_reach_the_new_ring() {
+fn earlier_content_of_guest_ram_does_not_reach_the_new_ring() {
     let setup = Setup::new(sq_thread());
     let junk = vec![0xff; rings_area_bytes(RING.cq_entries) as usize];
     vm_memory::Bytes::write_slice(setup.memory.mapped(), &junk, vm_memory::GuestAddress(RINGS_GPA)).unwrap();
@@ -173,11 +173,11 @@ fn a_new_completion_eventfd_is_signalled_once_at_once_and_then_by_completions() 
 }
 
 #[test]
-fn what_is_not_an_eventfd_is_refused_before_anything_has_changed() {
+fn a_file_that_is_not_an_eventfd_is_refused_before_any_change() {
     let setup = Setup::new(sq_thread());
     let not_an_eventfd = || {
         let file = std::fs::OpenOptions::new().read(true).write(true).open("/dev/zero").unwrap();
-        // SAFETY: the descriptor was the file's, which gave it up.
+        // SAFETY: the descriptor belonged to the file, which gave it up.
         unsafe { EventFd::from_raw_fd(file.into_raw_fd()) }
     };
     let junk = vec![0xff; rings_area_bytes(RING.cq_entries) as usize];
@@ -197,11 +197,11 @@ fn what_is_not_an_eventfd_is_refused_before_anything_has_changed() {
     queue.replace_completion(Some(&completion)).unwrap();
     queue.replace_completion(Some(&not_an_eventfd())).unwrap_err();
     setup.check_reads(&mut ring);
-    assert_eq!(completion.read().unwrap(), 6, "the old one stays, and was signalled once when it was new");
+    assert_eq!(completion.read().unwrap(), 6, "the old eventfd stays, and was signalled once when it was new");
 }
 
 #[test]
-fn areas_that_a_ring_cannot_have_are_refused_by_name() {
+fn unsuitable_areas_are_refused_by_name() {
     let setup = Setup::new(sq_thread());
     let refusal = |rings_gpa, sqes_gpa| {
         let placement = QueuePlacement::GuestRam { rings_gpa, sqes_gpa };
@@ -237,7 +237,7 @@ fn areas_of_a_ring_that_has_not_ended_are_refused() {
     let error = refusal(SQES_GPA).expect_err("a ring does not end at once");
     assert!(error.contains("I/O of the ring is still under way"), "{error}");
     let ends = setup.device.ends();
-    assert_eq!(ends.len(), 1, "a queue that was dropped is not forgotten");
+    assert_eq!(ends.len(), 1, "the device keeps the end of a dropped queue");
     ends[0].wait(PATIENCE).unwrap();
     assert_eq!(setup.device.ends().len(), 0);
     refusal(SQES_GPA).unwrap();
@@ -247,14 +247,14 @@ fn areas_of_a_ring_that_has_not_ended_are_refused() {
 fn the_areas_of_a_ring_that_failed_half_way_are_in_use_until_it_has_ended() {
     let mut setup = Setup::new(sq_thread());
     let regular = File::open("/proc/self/exe").unwrap();
-    // SAFETY: the descriptor is handed over whole.
+    // SAFETY: the file gave up its descriptor, which now has this owner only.
     let not_an_eventfd = unsafe { <EventFd as std::os::fd::FromRawFd>::from_raw_fd(regular.into_raw_fd()) };
     let placement = QueuePlacement::GuestRam { rings_gpa: RINGS_GPA, sqes_gpa: SQES_GPA };
     let config = |doorbell| QueueConfig { ring: RING, placement, doorbell, completion: None };
     setup.device.attach(config(Some(not_an_eventfd))).expect_err("refused before there is a ring");
     assert_eq!(setup.device.ends().len(), 0);
 
-    // Worker limits above i32::MAX are refused by the kernel, behind the ring's creation.
+    // The kernel refuses worker limits above i32::MAX, after the ring's creation.
     setup.device.workers = IoWorkers { bounded: NonZeroU32::MAX, unbounded: NonZeroU32::MAX };
     let error = setup.device.attach(config(None)).unwrap_err().to_string();
     assert!(error.starts_with("limiting the ring's io-wq workers"), "{error}");
@@ -269,12 +269,12 @@ fn the_areas_of_a_ring_that_failed_half_way_are_in_use_until_it_has_ended() {
 }
 
 #[test]
-fn a_queue_that_nobody_would_look_at_is_refused() {
+fn a_queue_without_sq_thread_and_doorbell_is_refused() {
     let setup = Setup::new(SubmissionConfig::Doorbell);
     let config = QueueConfig { ring: RING, placement: QueuePlacement::Window, doorbell: None, completion: None };
     assert_eq!(
         setup.device.attach(config).unwrap_err().to_string(),
-        "the queue has neither an SQ thread nor a doorbell: nobody would look at its SQ"
+        "the queue has neither an SQ thread nor a doorbell: nothing would submit the requests in its SQ"
     );
 }
 
@@ -295,13 +295,13 @@ fn queues_of_a_device_share_one_sq_thread() {
     let place = |rings_gpa| QueuePlacement::GuestRam { rings_gpa, sqes_gpa: rings_gpa + 0x4000 };
     let sq_thread_of = |queue: &DirectQueue| {
         let fd = lock(&queue.running).as_ref().unwrap().ring.fd().raw();
-        // The kernel does not wait for the ring's lock: while the SQ thread has it, there is no answer (-1).
+        // The kernel does not wait for the ring's lock: while the SQ thread holds it, the answer is -1.
         let answers = std::iter::repeat_with(|| {
             let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{fd}")).unwrap();
             let thread = info.lines().find_map(|line| line.strip_prefix("SqThread:")).unwrap_or("-1").trim();
             thread.parse::<i32>().unwrap()
         });
-        // Before it runs for the first time, the thread that created the ring stands there.
+        // Before the SQ thread runs for the first time, the file names the thread that created the ring.
         let is_sq_thread = |thread: &i32| {
             let name = std::fs::read_to_string(format!("/proc/self/task/{thread}/comm"));
             name.is_ok_and(|name| name.starts_with("iou-sqp-"))
@@ -342,7 +342,7 @@ fn memory_plugged_under_a_running_queue_is_reachable_by_it() {
 }
 
 #[test]
-fn memory_that_one_queue_cannot_take_is_taken_back_from_the_others() {
+fn a_plug_that_one_queue_refuses_is_undone_in_the_others() {
     let mut setup = Setup::new(sq_thread());
     let (_able, mut ring) = setup.in_guest_ram();
     let unable = Policy::new()
@@ -358,12 +358,12 @@ fn memory_that_one_queue_cannot_take_is_taken_back_from_the_others() {
     let plug = || setup.device.plug(RegionConfig { gpa, len_bytes: MIB, file: file.clone(), file_offset_bytes: 0 });
     let error = plug().unwrap_err().to_string();
     assert!(error.starts_with("cloning the registered buffers: Permission denied"), "{error}");
-    assert_eq!(setup.read_into(&mut ring, gpa).res, -nix::libc::EFAULT, "the first queue has it no more");
+    assert_eq!(setup.read_into(&mut ring, gpa).res, -nix::libc::EFAULT, "the first queue has lost it again");
     assert_eq!(setup.device.memory().len_bytes(), RAM_BYTES);
     setup.check_reads(&mut ring);
 
     drop(refusing);
-    plug().expect("without the queue that cannot take it");
+    plug().expect("without the queue that refuses the memory");
     assert_eq!(setup.read_into(&mut ring, gpa).res, 4096);
 }
 
@@ -407,7 +407,7 @@ fn a_disk_with_an_integrity_profile_is_refused_with_the_reason() {
 }
 
 #[test]
-fn a_disk_whose_blocks_are_smaller_than_direct_io_takes_is_refused_with_what_to_do() {
+fn a_disk_with_smaller_blocks_than_direct_io_is_refused_with_the_remedy() {
     let image = tempfile::NamedTempFile::new_in(env!("CARGO_MANIFEST_DIR")).unwrap();
     image.as_file().set_len(64 * 4096).unwrap();
     let config = DiskConfig { direct_io: DirectIo::On, ..DiskConfig::new(image.path()) };
@@ -420,6 +420,6 @@ fn a_disk_whose_blocks_are_smaller_than_direct_io_takes_is_refused_with_what_to_
     let refused = DirectDevice::new(disk, &memory, policy, config).unwrap_err();
     assert!(matches!(refused, RingError::FinerBlocks { direct_block_bytes: 8192, .. }), "{refused}");
     let message = refused.to_string();
-    assert!(message.contains("blocks of 512 bytes, and direct I/O there takes 8192"), "{message}");
+    assert!(message.contains("blocks of 512 bytes, but direct I/O there takes blocks of 8192"), "{message}");
     assert!(message.contains("Open the disk with blocks of 8192 bytes (LogicalBlock::DirectIo)"), "{message}");
 }

@@ -14,13 +14,13 @@ const CQ_ENTRIES_MAX: u32 = 65536;
 pub struct RingConfig {
     /// Submission queue entries: a power of two, 1 to 32768.
     pub sq_entries: u32,
-    /// Completion queue entries: a power of two, `sq_entries` to 65536. The most requests an honest guest has
+    /// Completion queue entries: a power of two, `sq_entries` to 65536. The most requests that an honest guest has
     /// outstanding.
     pub cq_entries: u32,
 }
 
 impl RingConfig {
-    /// Refuses what io_uring would round or refuse.
+    /// Refuses a geometry that io_uring would round or refuse.
     pub(super) fn check(self) -> Result<(), RingError> {
         let Self { sq_entries, cq_entries } = self;
         if !sq_entries.is_power_of_two() || sq_entries > SQ_ENTRIES_MAX {
@@ -43,14 +43,14 @@ impl RingConfig {
 /// The most io-wq workers that a ring's submitter may have, per kind (`IORING_REGISTER_IOWQ_MAX_WORKERS`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct IoWorkers {
-    /// For work that is bound to end: reads and writes of regular files and block devices.
+    /// For work that is certain to end: reads and writes of regular files and block devices.
     pub bounded: NonZeroU32,
-    /// For all other work. A disk has none.
+    /// For all other work. A disk causes none.
     pub unbounded: NonZeroU32,
 }
 
 impl Default for IoWorkers {
-    /// Eight and one: what keeps a disk busy and cannot exhaust the PIDs of a control group.
+    /// Eight and one: enough to keep a disk busy, too few to exhaust the PIDs of a control group.
     fn default() -> Self {
         Self { bounded: NonZeroU32::new(8).expect("not zero"), unbounded: NonZeroU32::MIN }
     }

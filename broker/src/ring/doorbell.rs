@@ -1,8 +1,9 @@
 //! The thread that answers guests' doorbells.
 //!
-//! One thread serves all queues of a device. With an SQ thread a doorbell only wakes that thread, and rings when it
-//! slept. Without one, the doorbell thread enters the ring at each doorbell; requests and their completions then belong
-//! to this thread, so it must outlive their I/O: rings hand an [`Arc`] of it to their [`RingEnd`](super::RingEnd).
+//! One thread serves all queues of a device. With an SQ thread a doorbell only wakes that thread, and the guest rings
+//! it only while the thread sleeps. Without an SQ thread, the doorbell thread enters the ring at each doorbell;
+//! requests and their completions then belong to the doorbell thread, so it must outlive their I/O: rings hand an
+//! [`Arc`] of it to their [`RingEnd`](super::RingEnd).
 
 use std::collections::HashMap;
 use std::io;
@@ -19,29 +20,29 @@ use super::sys::RingFd;
 
 /// epoll's user data for the request to stop.
 const STOP: u64 = u64::MAX;
-/// How soon a submission that the kernel had no memory for is tried again.
+/// The pause before the thread repeats a submission for which the kernel had no memory.
 const RETRY_MS: i32 = 10;
-/// SQEs consumed between two looks at whether the doorbell is still to be answered: the guest decides how long the
-/// kernel is busy with each.
+/// The number of SQEs consumed between two checks whether the doorbell is still to be answered: the guest decides how
+/// long the kernel is busy with each.
 const BATCH_SQES: u32 = 32;
 
-/// What a doorbell does.
+/// The effect of a doorbell.
 #[derive(Clone, Debug)]
 pub(crate) enum Target {
     /// Wakes the SQ thread.
     WakeSqThread(Arc<RingFd>),
-    /// Submits what is in the SQ.
+    /// Submits the entries of the SQ.
     Submit { ring: Arc<RingFd>, sq_entries: u32 },
 }
 
-/// A doorbell eventfd and what it does.
+/// A doorbell eventfd and its effect.
 #[derive(Debug)]
 struct Bell {
     eventfd: EventFd,
     target: Target,
-    /// A submission failed for a passing reason.
+    /// A submission failed for a temporary reason.
     retry: AtomicBool,
-    /// It is not to be answered any more.
+    /// The doorbell must not be answered any more.
     removed: AtomicBool,
 }
 
@@ -50,7 +51,7 @@ struct Shared {
     epoll: Epoll,
     stop: EventFd,
     stopping: AtomicBool,
-    /// Not held while a ring is entered, which can take as long as the guest likes.
+    /// Not held while the thread is in a ring, which can take as long as the guest likes.
     bells: Mutex<Bells>,
 }
 
@@ -67,7 +68,7 @@ pub struct DoorbellThread {
     thread: Option<JoinHandle<()>>,
 }
 
-/// A doorbell that is being answered, until it is taken out.
+/// The number of a doorbell that the thread answers, until it is removed.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct BellId(u64);
 
@@ -89,9 +90,9 @@ impl DoorbellThread {
         Ok(Self { shared, thread: Some(thread) })
     }
 
-    /// Answers `eventfd` from now on. A doorbell that was rung before is answered too.
+    /// Answers `eventfd` from now on, including a signal that came before.
     pub(crate) fn add(&self, eventfd: EventFd, target: Target) -> Result<BellId, RingError> {
-        // Someone else may read it between our epoll and our read; then there is nothing to wait for.
+        // Another holder may read the eventfd between our epoll and our read; then our read must not block.
         let fd = borrow(&eventfd);
         let flags = rustix::fs::fcntl_getfl(fd).map_err(RingError::system("reading the doorbell's flags"))?;
         rustix::fs::fcntl_setfl(fd, flags | rustix::fs::OFlags::NONBLOCK)
@@ -110,7 +111,7 @@ impl DoorbellThread {
         Ok(BellId(id))
     }
 
-    /// Rings a doorbell in the guest's place: for what it rang before there was a ring to answer.
+    /// Rings a doorbell in the guest's place, for signals that came before there was a ring.
     pub(crate) fn ring(&self, id: &BellId) {
         let Some(bell) = self.shared.bells().by_id.get(&id.0).cloned() else { return };
         if let Err(error) = bell.eventfd.write(1)
@@ -120,7 +121,8 @@ impl DoorbellThread {
         }
     }
 
-    /// Stops answering a doorbell. Returns at once: the thread may still be inside the ring, and holds it for as long.
+    /// Stops answering a doorbell. Returns at once: the thread may still be in the ring, and holds the ring until it is
+    /// out.
     pub(crate) fn remove(&self, id: &BellId) {
         let Some(bell) = self.shared.bells().by_id.remove(&id.0) else { return };
         bell.removed.store(true, Ordering::Relaxed);
@@ -160,12 +162,12 @@ impl Shared {
                 // Completions of our own requests interrupt the wait.
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 Err(error) => {
-                    tracing::error!(%error, "the doorbell thread cannot wait: guests that sleep will not be heard");
+                    tracing::error!(%error, "the doorbell thread cannot wait: doorbells are no longer answered");
                     return;
                 }
             };
             for event in &events[..count] {
-                // Absent: taken out between the event and here.
+                // None: the doorbell was removed after the event.
                 let bell = self.bells().by_id.get(&event.data()).cloned();
                 if let Some(bell) = bell {
                     bell.answer();
@@ -184,7 +186,7 @@ impl Shared {
 }
 
 impl Bell {
-    /// Takes the signal, then acts: a doorbell that rings in between is not lost.
+    /// Takes the signal first, then acts: a doorbell that rings in between is not lost.
     fn answer(&self) {
         if let Err(error) = self.eventfd.read()
             && error.kind() != io::ErrorKind::WouldBlock
@@ -201,22 +203,22 @@ impl Bell {
         };
         let retry = match result {
             Ok(()) => false,
-            // No memory for requests, or a CQ that the guest lets overflow.
+            // No memory for requests, or the guest lets its CQ overflow.
             Err(error) if matches!(error.raw_os_error(), Some(nix::libc::EAGAIN | nix::libc::EBUSY)) => true,
-            // The guest's SQ thread or ring is beyond help; the guest sees no completions.
+            // The guest's SQ thread or ring has failed for good; the guest sees no completions.
             Err(error) => {
-                tracing::debug!(%error, "a doorbell could not be answered");
+                tracing::debug!(%error, "cannot answer a doorbell");
                 false
             }
         };
         self.retry.store(retry, Ordering::Relaxed);
     }
 
-    /// Consumes what is in the SQ, about a whole SQ at most: for more the guest rings again.
+    /// Consumes the entries of the SQ, at most about a whole SQ: for more entries the guest rings again.
     fn submit(&self, ring: &RingFd, sq_entries: u32) -> io::Result<()> {
         let mut left = sq_entries;
         while left != 0 && !self.removed.load(Ordering::Relaxed) {
-            // Fewer than asked for need not be all: the kernel also stops early when it runs out of memory.
+            // Fewer than requested need not be all: the kernel also stops early when it runs out of memory.
             match ring.submit(left.min(BATCH_SQES))? {
                 0 => break,
                 consumed => left = left.saturating_sub(consumed),
@@ -226,7 +228,7 @@ impl Bell {
     }
 }
 
-/// Refuses another kind of file under an eventfd's name, which its owner in another process may have sent.
+/// Refuses a file that is not an eventfd: its owner in another process may have sent any kind of file.
 pub(crate) fn check_eventfd(what: &'static str, eventfd: &EventFd) -> Result<(), RingError> {
     match RingFd::takes_eventfd(borrow(eventfd)).map_err(RingError::system("asking the kernel about an eventfd"))? {
         true => Ok(()),
@@ -234,7 +236,7 @@ pub(crate) fn check_eventfd(what: &'static str, eventfd: &EventFd) -> Result<(),
     }
 }
 
-/// `EventFd` has only the raw descriptor.
+/// The descriptor of an `EventFd`, which itself offers only the raw descriptor.
 pub(crate) fn borrow(eventfd: &EventFd) -> BorrowedFd<'_> {
     // SAFETY: the descriptor is open for as long as the EventFd, which the result borrows.
     unsafe { BorrowedFd::borrow_raw(eventfd.as_raw_fd()) }

@@ -1,13 +1,13 @@
-//! Knowing that a ring has really ended.
+//! Detecting that a ring has really ended.
 //!
-//! Closing a ring's descriptor does not end it. Requests under way go on, write into guest memory and post their CQEs,
-//! and the kernel takes the ring apart only behind the last of them: 20 to 75 ms later with fast I/O, any time later
-//! with slow. `waitpid` tells nothing either. What does tell is a file: one that is registered in the ring is released
-//! at the very end of it. So each ring has a *token* as fixed file 1, on whose open file description there is a lock,
-//! and the ring has ended when the lock can be taken through another open file description.
+//! Closing a ring's descriptor does not end the ring. Requests under way continue, write into guest memory and post
+//! their CQEs, and the kernel takes the ring apart only after the last of them: 20 to 75 ms later with fast I/O, any
+//! time later with slow I/O. `waitpid` does not tell either. A registered file does: the kernel releases it at the very
+//! end of the ring. So each ring has a *token* as fixed file 1, with a lock on its open file description, and the ring
+//! has ended when the lock can be taken through another open file description.
 //!
-//! The guest can name slot 1, so the token must be something that it cannot use: a directory, opened for reading, gives
-//! -EISDIR or -EBADF to everything, at once.
+//! The guest can name slot 1, so the token must be useless to the guest: a directory, opened for reading, fails
+//! every request at once with -EISDIR or -EBADF.
 
 use std::any::Any;
 use std::fmt;
@@ -23,20 +23,20 @@ use rustix::fs::{FlockOperation, Mode, OFlags};
 
 use super::RingError;
 
-/// What must stay as it is until a ring has really ended.
+/// A value that must stay alive until a ring has really ended.
 pub type Keepalive = Box<dyn Any + Send>;
 
-/// How often the reaper looks at first.
+/// How often the reaper polls at first.
 const POLL_MIN: Duration = Duration::from_micros(500);
-/// How often it looks when the end takes long.
+/// How often it polls when the end takes long.
 const POLL_MAX: Duration = Duration::from_millis(20);
-/// How often a ring that does not end is mentioned in the log.
+/// How often the log mentions a ring that does not end.
 const REMIND: Duration = Duration::from_secs(10);
-/// What is waited on top. The kernel takes the files out of a ring a few instructions before it discards completions
-/// that did not fit the CQ, which writes `sq.flags` once more; the last close of a file is a little later than both.
+/// An additional wait. The kernel releases the files of a ring a few instructions before it discards completions
+/// that did not fit the CQ, which writes `sq.flags` once more; the last close of a file comes a little later than both.
 const SETTLE: Duration = Duration::from_millis(5);
 
-/// A file that only a ring will hold.
+/// A file that later only a ring holds.
 #[derive(Debug)]
 pub(super) struct EndToken {
     held: OwnedFd,
@@ -57,7 +57,7 @@ impl EndToken {
         Ok(Self { held, watch })
     }
 
-    /// From here on only the ring holds the token.
+    /// Drops our descriptor: from here on only the ring holds the token.
     pub(super) fn released_to_ring(self) -> EndWatch {
         EndWatch { watch: self.watch }
     }
@@ -69,23 +69,24 @@ impl AsFd for EndToken {
     }
 }
 
-/// Directories in one of which each ring makes a directory for a moment, whose descriptor then tells of the ring's end: the first
-/// one that takes it.
+/// The directories for tokens: each ring briefly makes a directory in the first of them that permits it, and keeps its
+/// descriptor as the token.
 pub fn token_places() -> Vec<PathBuf> {
     let runtime = std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from);
     runtime.into_iter().chain([PathBuf::from("/dev/shm"), std::env::temp_dir()]).collect()
 }
 
-/// Whether a ring's end can be told here: it takes a directory that can be made in one of [`token_places`].
+/// Whether the end of a ring can be detected here: this requires that a directory can be made in one of
+/// [`token_places`].
 ///
 /// # Errors
 ///
-/// What the kernel said of the last place.
+/// The kernel's error for the last place.
 pub fn try_end_token() -> io::Result<()> {
     EndToken::new().map(drop)
 }
 
-/// A new directory of our own, in memory if there is such a place.
+/// A new directory of our own, in memory if possible.
 fn temporary_directory() -> io::Result<PathBuf> {
     let mut last = io::Error::from(io::ErrorKind::NotFound);
     for place in token_places() {
@@ -103,8 +104,8 @@ fn temporary_directory() -> io::Result<PathBuf> {
         }
     }
     let text = format!(
-        "no place for a temporary directory ($XDG_RUNTIME_DIR, /dev/shm, $TMPDIR): {last}; mount a tmpfs at /dev/shm, or name a \
-         directory that can be written with TMPDIR=DIRECTORY"
+        "no place for a temporary directory ($XDG_RUNTIME_DIR, /dev/shm, $TMPDIR): {last}; mount a tmpfs at /dev/shm, \
+         or name a writable directory with TMPDIR=DIRECTORY"
     );
     Err(io::Error::new(last.kind(), text))
 }
@@ -115,14 +116,14 @@ fn random() -> io::Result<u64> {
     Ok(u64::from_ne_bytes(bytes))
 }
 
-/// The other side of a token.
+/// The watching side of a token.
 #[derive(Debug)]
 pub(super) struct EndWatch {
     watch: OwnedFd,
 }
 
 impl EndWatch {
-    /// Whether the ring that held the token is gone.
+    /// Whether the ring that held the token has released it.
     fn has_ended(&self) -> io::Result<bool> {
         match rustix::fs::flock(&self.watch, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => Ok(true),
@@ -132,9 +133,9 @@ impl EndWatch {
     }
 }
 
-/// Tells when a ring and all of its I/O have ended.
+/// Reports when a ring and all of its I/O have ended.
 ///
-/// Dropping it gives up watching, not waiting: the [`Reaper`] holds what the I/O needs until the real end.
+/// Dropping this stops the watching, not the waiting: the [`Reaper`] holds all that the I/O needs until the real end.
 #[derive(Clone, Debug, Default)]
 pub struct RingEnd {
     progress: Arc<Progress>,
@@ -147,7 +148,7 @@ struct Progress {
     listeners: Mutex<Listeners>,
 }
 
-/// Who is to be told of the end, once.
+/// Functions to call once at the end.
 #[derive(Default)]
 struct Listeners(Vec<Box<dyn FnOnce() + Send>>);
 
@@ -170,7 +171,7 @@ enum Phase {
 /// A ring, or its I/O, has not ended within the time given.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum StillRunning {
-    /// It has not even been closed.
+    /// The ring has not even been closed.
     #[error("the ring has not been closed")]
     Open,
     /// I/O is under way.
@@ -191,7 +192,7 @@ impl RingEnd {
         self.ended_after().is_some()
     }
 
-    /// How long after its closing the ring ended, once it has.
+    /// The time from closing to the end of the ring, once it has ended.
     pub fn ended_after(&self) -> Option<Duration> {
         match *self.phase() {
             Phase::Ended { after } => Some(after),
@@ -199,11 +200,12 @@ impl RingEnd {
         }
     }
 
-    /// Waits for the end, at most for `timeout`. Returns how long after the closing it came.
+    /// Waits for the end, at most for `timeout`. Returns the time from closing to the end.
     ///
     /// # Errors
     ///
-    /// [`StillRunning`]: the guest's memory must not be reused, and the requests not be issued again. Waiting can go on.
+    /// [`StillRunning`]: the guest's memory must not be reused, and its requests must not be issued again. The caller
+    /// may wait again.
     pub fn wait(&self, timeout: Duration) -> Result<Duration, StillRunning> {
         let (phase, _) = self
             .progress
@@ -217,15 +219,16 @@ impl RingEnd {
         }
     }
 
-    /// Whether the other tells of the same ring.
+    /// Whether both report the end of the same ring.
     pub fn is_same(&self, other: &Self) -> bool {
         Arc::ptr_eq(&self.progress, &other.progress)
     }
 
-    /// Calls `tell` at the end, on the thread that waits for it, which has others to wait for: it must be quick. If the
-    /// ring has ended already, it is called at once.
+    /// Calls `tell` at the end, on the reaper's thread, which has other rings to wait for: `tell` must be quick. If the
+    /// ring has ended already, calls it at once.
     pub fn on_end(&self, tell: impl FnOnce() + Send + 'static) {
-        // Held over the look at the phase, so that an end that comes now finds it in the list or has been seen.
+        // Locked before the check, so that an end that comes now either finds `tell` in the list or is seen by the
+        // check.
         let mut listeners = self.listeners();
         if self.has_ended() {
             drop(listeners);
@@ -253,17 +256,17 @@ impl RingEnd {
     }
 }
 
-/// The thread that closes rings and waits for their ends, one for each device.
+/// The thread that closes rings and waits for their ends; each device has one.
 ///
-/// A thread, because closing a ring blocks while its SQ thread is in the middle of a batch; and one that exists before it
-/// is needed, because a guest that makes the kernel start workers must not be able to keep a ring from being closed. It
-/// ends behind the last ring, once nobody can hand it another.
+/// Closing a ring blocks while its SQ thread is in the middle of a batch, so it needs a thread. The thread exists
+/// before it is needed, because a guest that makes the kernel start workers must not be able to prevent the closing of
+/// a ring. It ends after the last ring, once no other thread can send it a ring.
 #[derive(Clone, Debug)]
 pub struct Reaper {
     closed: Sender<Closed>,
 }
 
-/// A ring on its way to the end.
+/// A ring that has been closed, on its way to the end.
 struct Closed {
     ring: Keepalive,
     watch: EndWatch,
@@ -288,8 +291,8 @@ impl Reaper {
         let at = Instant::now();
         end.set(Phase::Closed(at));
         if let Err(lost) = self.closed.send(Closed { ring, watch, keepalive, end: end.clone(), at }) {
-            // The thread has panicked. Never ended is safe, ended is not.
-            tracing::error!("nobody waits for the end of a ring any more: its guest memory stays in use for ever");
+            // The thread has panicked. Reporting no end is safe, reporting an end is not.
+            tracing::error!("the reaper thread is gone: the guest memory of a closed ring stays in use for ever");
             std::mem::forget(lost);
         }
     }
@@ -321,7 +324,7 @@ fn reap(receiver: &Receiver<Closed>) {
 /// A ring whose descriptor is closed.
 struct Waiting {
     watch: EndWatch,
-    /// Gone at the end.
+    /// Dropped at the end.
     keepalive: Option<Keepalive>,
     end: RingEnd,
     at: Instant,
@@ -336,7 +339,7 @@ impl Waiting {
         Self { watch, keepalive: Some(keepalive), end, at, released: None, remind: REMIND }
     }
 
-    /// Whether the ring is gone; never true before it is, whatever happens.
+    /// Whether the ring has ended; never true too early.
     fn has_ended(&mut self) -> bool {
         let since_close = self.at.elapsed();
         if self.released.is_none() {

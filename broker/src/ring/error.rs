@@ -10,10 +10,10 @@ use super::StillRunning;
 use crate::disk::DiskError;
 use crate::memory::MemoryError;
 
-/// Why a ring could not be made or changed.
+/// Why a ring could not be created or changed.
 #[derive(Debug, thiserror::Error)]
 pub enum RingError {
-    /// A number of entries that io_uring cannot have.
+    /// The number of entries is impossible for io_uring.
     #[error("{field} is {entries}: it must be a power of two from {min} to {max}{hint}")]
     Entries {
         /// `"sq_entries"` or `"cq_entries"`.
@@ -64,29 +64,29 @@ pub enum RingError {
         why: StillRunning,
     },
     /// A queue without an SQ thread and without a doorbell would never do anything.
-    #[error("the queue has neither an SQ thread nor a doorbell: nobody would look at its SQ")]
+    #[error("the queue has neither an SQ thread nor a doorbell: nothing would submit the requests in its SQ")]
     NoDoorbell,
-    /// The memory is not as it must be.
+    /// The guest's memory is unsuitable.
     #[error(transparent)]
     Memory(#[from] MemoryError),
-    /// The kernel would not create the ring.
+    /// The kernel refused to create the ring.
     #[error("creating the ring failed: {source}{}", hint(.source, *.in_guest_ram))]
     Create {
         /// Whether its memory was to be guest RAM.
         in_guest_ram: bool,
-        /// What the kernel said.
+        /// The error that the kernel returned.
         source: io::Error,
     },
-    /// The kernel's ring does not fit what the guest ABI says about rings.
+    /// The kernel's ring contradicts what the guest ABI says about rings.
     #[error("this kernel's ring has a layout that the guest ABI does not allow for: {0}")]
     Layout(#[from] LayoutError),
-    /// This kernel's ring header is larger than the areas allow for.
-    #[error("this kernel needs {header_bytes} bytes in front of the CQEs, the guest ABI allows for 1024")]
+    /// This kernel's ring header is larger than the areas allow.
+    #[error("this kernel needs {header_bytes} bytes in front of the CQEs, but the guest ABI reserves only 1024")]
     HeaderTooLarge {
-        /// What the kernel needs, in bytes.
+        /// The bytes that the kernel needs.
         header_bytes: u32,
     },
-    /// What is to be signalled, or to signal, is another kind of file.
+    /// The file of a doorbell or of completions is not an eventfd.
     #[error("the {what} is not an eventfd: make it with eventfd(2)")]
     NotAnEventfd {
         /// `"doorbell"` or `"completion"`.
@@ -97,20 +97,20 @@ pub enum RingError {
     SqThreadCpu {
         /// The CPU asked for.
         cpu: u32,
-        /// What the kernel said.
+        /// The error that the kernel returned.
         source: io::Error,
     },
-    /// The policy would let its guest out, or let it exhaust the host.
+    /// The policy would let its guest escape, or let it exhaust the host.
     #[error(
         "the policy has lint errors: {}; change it (`ringpass policy lint` explains each), or accept what a guest can do \
          with it (--allow-unsafe-policy, CompiledPolicy::accept_unsafe)",
         subjects(errors)
     )]
     UnsafePolicy {
-        /// What lint has found, the errors only.
+        /// The findings of lint, the errors only.
         errors: Vec<Finding>,
     },
-    /// The disk keeps protection information, for which a guest could name any memory of this process.
+    /// The disk keeps protection information, and its requests would let a guest name any memory of this process.
     #[error(
         "block device {path:?} has an integrity profile ({profile}): a guest with a ring of its own could have the kernel \
          read and write any memory of this process as protection information (attr_ptr, Linux 6.14). Serve it over \
@@ -122,30 +122,30 @@ pub enum RingError {
         /// The name of the profile.
         profile: String,
     },
-    /// The guest's blocks are smaller than direct I/O takes: the kernel would refuse some of its requests.
+    /// The guest's blocks are smaller than those of direct I/O: the kernel would refuse some of its requests.
     #[error(
-        "the guest of {path:?} has blocks of {logical_block_bytes} bytes, and direct I/O there takes {direct_block_bytes}: the \
-         kernel executes the requests of a ring as the guest sends them, and would refuse smaller ones. Open the disk with \
-         blocks of {direct_block_bytes} bytes (LogicalBlock::DirectIo) if nothing on it was written in smaller ones, or without \
-         direct I/O"
+        "the guest of {path:?} has blocks of {logical_block_bytes} bytes, but direct I/O there takes blocks of \
+         {direct_block_bytes}: the kernel executes the requests of a ring as the guest sends them, and would refuse \
+         smaller ones. Open the disk with blocks of {direct_block_bytes} bytes (LogicalBlock::DirectIo) if nothing on \
+         it was written in smaller ones, or without direct I/O"
     )]
     FinerBlocks {
         /// The path of the disk as it was given.
         path: PathBuf,
         /// The disk's logical block.
         logical_block_bytes: u32,
-        /// The block that direct I/O takes.
+        /// The block of direct I/O.
         direct_block_bytes: u32,
     },
-    /// A question about the disk failed.
+    /// A query on the disk failed.
     #[error(transparent)]
     Disk(#[from] DiskError),
     /// Another system call failed.
     #[error("{what}: {source}")]
     System {
-        /// What was being done.
+        /// The step that failed.
         what: &'static str,
-        /// What the kernel said.
+        /// The error that the kernel returned.
         source: io::Error,
     },
 }
@@ -162,7 +162,7 @@ fn subjects(errors: &[Finding]) -> String {
     each.join(", ")
 }
 
-/// What is likely behind a refusal of `io_uring_setup(2)`, and what to do.
+/// The likely reason for a refusal of `io_uring_setup(2)`, and the remedy.
 fn hint(source: &io::Error, in_guest_ram: bool) -> &'static str {
     match source.raw_os_error() {
         Some(nix::libc::EPERM | nix::libc::EACCES | nix::libc::ENOSYS) => {

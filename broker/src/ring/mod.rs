@@ -1,6 +1,6 @@
-//! A kernel ring for a guest: created disabled, restricted, then enabled, and known to have ended.
+//! A kernel ring for a guest: created disabled, restricted, then enabled, and observed until its end.
 //!
-//! [`KernelRing`] goes through three states, which are types:
+//! [`KernelRing`] goes through three states, each a type:
 //!
 //! ```text
 //! KernelRing<Disabled> --restrict()--> KernelRing<Restricted> --enable()--> KernelRing<Enabled> --close()--> RingEnd
@@ -8,11 +8,12 @@
 //!   memory, eventfd, limits                                                  memory that is plugged
 //! ```
 //!
-//! A ring that has not been restricted cannot be enabled, and what a guest could use is in place before it can run.
+//! A ring that has not been restricted cannot be enabled, and everything that a guest may use is in place before the
+//! ring runs.
 //!
-//! The guest owns the ring's memory from the start. Nothing in it is ever read back: the geometry is what the kernel
-//! reported at creation, kept in [`RingLayout`]. And nobody ever waits for completions on a guest's ring with
-//! `io_uring_enter`: the guest writes `cq.head`, and a wrong one can make the waiting thread spin in the kernel.
+//! The guest owns the ring's memory from the start. The broker reads nothing back from it: the geometry is the one that
+//! the kernel reported at creation, kept in [`RingLayout`]. And no thread ever waits for completions on a guest's ring
+//! with `io_uring_enter`: the guest writes `cq.head`, and a wrong value can make the waiting thread spin in the kernel.
 
 mod config;
 mod doorbell;
@@ -47,7 +48,7 @@ use crate::memory::{ChangedSlots, PinnedMemory};
 use end::EndToken;
 use sys::RingFd;
 
-/// State of a ring that does nothing yet and may still be given what the guest is to use.
+/// State of a ring that does nothing yet and can still be given what the guest is to use.
 #[derive(Debug)]
 pub enum Disabled {}
 /// State of a ring whose restrictions are in force and final.
@@ -57,13 +58,13 @@ pub enum Restricted {}
 #[derive(Debug)]
 pub enum Enabled {}
 
-/// How long a ring without I/O may take to end: three times the longest that was seen (Linux 6.18).
+/// The longest time in which a ring without I/O ends: three times the longest that was observed (Linux 6.18).
 const GIVEN_UP: Duration = Duration::from_millis(200);
 
-/// Who consumes the SQ.
+/// What consumes the SQ.
 #[derive(Clone, Debug)]
 pub enum Submission {
-    /// A kernel thread that polls (`IORING_SETUP_SQPOLL`); the doorbell only wakes it.
+    /// A kernel thread that polls (`IORING_SETUP_SQPOLL`); the doorbell only wakes the thread.
     SqThread(Arc<SqThread>),
     /// A thread of the broker that enters the ring at each doorbell.
     Doorbell,
@@ -71,10 +72,10 @@ pub enum Submission {
 
 /// An io_uring for a guest, in state `S`.
 ///
-/// Dropped, it is closed; [`end`](Self::end) tells when it has ended.
+/// Dropping it closes it; [`end`](Self::end) tells when it has ended.
 #[derive(Debug)]
 pub struct KernelRing<S> {
-    /// None only when the value is being consumed.
+    /// None only while the value is being consumed.
     parts: Option<Parts>,
     state: PhantomData<S>,
 }
@@ -91,17 +92,17 @@ struct Parts {
 }
 
 impl KernelRing<Disabled> {
-    /// Creates the ring, disabled, in the given place. The disk is its fixed file 0, and file 1 the token by which its
-    /// real end is known to `reaper`.
+    /// Creates the ring, disabled, in the given place. Its fixed file 0 is the disk, and fixed file 1 the token by
+    /// which `reaper` detects the ring's real end.
     ///
-    /// The calling thread becomes one of the ring's tasks: system calls that it waits in may return EINTR when the ring
-    /// ends, and without an SQ thread its own io-wq workers get the ring's limits. [`DirectDevice`] uses a thread of
-    /// its own for that reason.
+    /// The calling thread becomes one of the ring's tasks: system calls in which it waits may return EINTR when the
+    /// ring ends, and without an SQ thread its own io-wq workers get the ring's limits. [`DirectDevice`] uses a
+    /// separate thread for that reason.
     ///
     /// # Errors
     ///
-    /// A geometry that io_uring cannot have, areas that do not lie page-aligned inside guest RAM or overlap each
-    /// other, or a kernel that refuses, with what it lacks.
+    /// The geometry is impossible for io_uring, the areas do not lie page-aligned inside guest RAM or overlap each
+    /// other, or the kernel refuses; the error names what the kernel lacks.
     ///
     /// [`DirectDevice`]: crate::direct::DirectDevice
     pub fn create(
@@ -112,7 +113,7 @@ impl KernelRing<Disabled> {
         reaper: &Reaper,
     ) -> Result<Self, RingError> {
         config.check()?;
-        let token = EndToken::new().map_err(RingError::system("making the token that tells of the ring's end"))?;
+        let token = EndToken::new().map_err(RingError::system("making the token for the ring's end"))?;
         let created = placement::create(config, &submission, placement)?;
         let ring = Self {
             parts: Some(Parts {
@@ -128,7 +129,8 @@ impl KernelRing<Disabled> {
         };
         let registered = ring.fd().register_files(&[disk.as_fd(), ring.parts().token.as_fd()]);
         if let Err(source) = registered {
-            // Without the token nothing tells when the ring, which has no I/O, stops writing to its areas.
+            // Without the token nothing tells when the ring, which has no I/O, stops writing to its areas. So wait long
+            // enough.
             drop(ring);
             thread::sleep(GIVEN_UP);
             return Err(RingError::System { what: "registering the disk as fixed file 0", source });
@@ -136,13 +138,13 @@ impl KernelRing<Disabled> {
         Ok(ring)
     }
 
-    /// Makes guest addresses valid in SQEs: the ring takes over the pinned buffers.
+    /// Makes guest addresses valid in SQEs: the ring gets the pinned buffers.
     pub fn attach_memory(self, pinned: &PinnedMemory) -> Result<Self, RingError> {
         pinned.share_with(self.fd())?;
         Ok(self)
     }
 
-    /// Has the kernel signal `completion` for each completion that the guest has not muted.
+    /// Makes the kernel signal `completion` for each completion that the guest has not muted.
     pub fn attach_completion(self, completion: &EventFd) -> Result<Self, RingError> {
         self.fd()
             .register_eventfd(completion_fd(completion))
@@ -150,7 +152,7 @@ impl KernelRing<Disabled> {
         Ok(self)
     }
 
-    /// Limits the kernel threads (io-wq workers) that execute what cannot be done without blocking.
+    /// Limits the kernel threads (io-wq workers) that execute requests that would block.
     pub fn limit_workers(self, workers: IoWorkers) -> Result<Self, RingError> {
         self.fd()
             .limit_workers(workers.bounded.get(), workers.unbounded.get())
@@ -158,12 +160,12 @@ impl KernelRing<Disabled> {
         Ok(self)
     }
 
-    /// Puts the policy in force, for good.
+    /// Puts the policy in force for good.
     ///
     /// # Errors
     ///
-    /// [`RingError::UnsafePolicy`] for one with lint errors that nobody [accepted](CompiledPolicy::accept_unsafe), or what
-    /// the kernel says.
+    /// [`RingError::UnsafePolicy`] for a policy with lint errors that were not
+    /// [accepted](CompiledPolicy::accept_unsafe); or the kernel refuses.
     pub fn restrict(self, policy: &CompiledPolicy) -> Result<KernelRing<Restricted>, RingError> {
         refuse_unsafe(policy)?;
         self.fd().restrict(policy.entries()).map_err(RingError::system("registering the ring's restrictions"))?;
@@ -172,7 +174,7 @@ impl KernelRing<Disabled> {
 }
 
 impl KernelRing<Restricted> {
-    /// What the doorbell of this ring has to do.
+    /// The effect of this ring's doorbell.
     pub(crate) fn doorbell(&self) -> doorbell::Target {
         let ring = self.fd().clone();
         match self.parts().submission {
@@ -181,7 +183,7 @@ impl KernelRing<Restricted> {
         }
     }
 
-    /// Lets the ring run. From here on the guest's SQEs are executed.
+    /// Lets the ring run. From here on the kernel executes the guest's SQEs.
     pub fn enable(self) -> Result<KernelRing<Enabled>, RingError> {
         self.fd().enable().map_err(RingError::system("enabling the ring"))?;
         Ok(self.into_state())
@@ -189,12 +191,12 @@ impl KernelRing<Restricted> {
 }
 
 impl KernelRing<Enabled> {
-    /// Has the kernel signal `completion` (or nothing) from now on, and signals the new one once: a completion that
-    /// came between the old eventfd and the new one would otherwise never interrupt.
+    /// Makes the kernel signal `completion` (or nothing) from now on, and signals the new eventfd once: otherwise a
+    /// completion between the old eventfd and the new one would never interrupt.
     ///
     /// # Errors
     ///
-    /// [`RingError::NotAnEventfd`]: the old one stays.
+    /// [`RingError::NotAnEventfd`]: the old eventfd stays.
     pub fn replace_completion(&self, completion: Option<&EventFd>) -> Result<(), RingError> {
         if let Some(completion) = completion {
             check_eventfd("completion", completion)?;
@@ -204,7 +206,7 @@ impl KernelRing<Enabled> {
         completion.write(1).map_err(RingError::system("signalling the new completion eventfd"))
     }
 
-    /// The same for a file that is known to be an eventfd, which the caller signals.
+    /// The same for a file that is known to be an eventfd, and which the caller signals.
     pub(crate) fn set_completion(&self, completion: Option<&EventFd>) -> Result<(), RingError> {
         self.fd().unregister_eventfd().map_err(RingError::system("unregistering the completion eventfd"))?;
         let Some(completion) = completion else { return Ok(()) };
@@ -213,16 +215,16 @@ impl KernelRing<Enabled> {
             .map_err(RingError::system("registering the completion eventfd"))
     }
 
-    /// Gives the running ring memory that `pinned` has and it has not. Takes microseconds; I/O goes on.
-    /// All of it or nothing.
+    /// Gives the running ring the changed memory of `pinned`. Takes microseconds; I/O continues.
+    /// All of the memory or none.
     pub fn replace_memory(&self, pinned: &PinnedMemory, slots: ChangedSlots) -> Result<(), RingError> {
         Ok(pinned.replace_slots(self.fd(), slots)?)
     }
 
-    /// Ends the ring. Its I/O under way goes on; [`RingEnd`] tells when that has ended too.
+    /// Ends the ring. Its I/O under way continues; [`RingEnd`] tells when that has ended too.
     ///
-    /// `keepalive` is dropped at the real end and not before: the guest memory that I/O may still land in, and the
-    /// thread that entered the ring. Anything that names the ring's window must be gone already: a mapping of a ring
+    /// `keepalive` is dropped at the real end and not before: it holds the guest memory that I/O may still reach, and
+    /// the thread that entered the ring. All references to the ring's window must be gone already: a mapping of a ring
     /// keeps it running.
     pub fn close(mut self, keepalive: Keepalive) -> RingEnd {
         let end = self.end();
@@ -232,7 +234,7 @@ impl KernelRing<Enabled> {
 }
 
 impl<S> KernelRing<S> {
-    /// Where the parts of the ring are, for the guest. Frozen at creation.
+    /// The layout of the ring, for the guest. Fixed at creation.
     pub fn layout(&self) -> &RingLayout {
         &self.parts().layout
     }
@@ -259,7 +261,7 @@ impl<S> KernelRing<S> {
         KernelRing { parts: self.parts.take(), state: PhantomData }
     }
 
-    /// Has the reaper close the ring, if it has not been handed on.
+    /// Makes the reaper close the ring, if the ring has not been handed on.
     fn hand_to_reaper(&mut self, keepalive: Keepalive) {
         let Some(Parts { fd, layout: _, submission, window, token, reaper, end }) = self.parts.take() else { return };
         reaper.close(Box::new((fd, window)), token.released_to_ring(), Box::new((keepalive, submission)), &end);
@@ -272,7 +274,7 @@ impl<S> Drop for KernelRing<S> {
     }
 }
 
-/// `EventFd` has only the raw descriptor.
+/// The descriptor of an `EventFd`, which itself offers only the raw descriptor.
 fn completion_fd(eventfd: &EventFd) -> std::os::fd::BorrowedFd<'_> {
     doorbell::borrow(eventfd)
 }

@@ -1,4 +1,4 @@
-//! Where a ring's memory is: in guest RAM, or in a window that the guest is shown.
+//! The place of a ring's memory: in guest RAM, or in a window that the embedder shows to the guest.
 
 use std::os::fd::AsFd;
 use std::ptr::NonNull;
@@ -14,10 +14,10 @@ use crate::memory::GuestMemory;
 
 /// Page size of ring memory.
 const PAGE_BYTES: u64 = 4096;
-/// What the guest ABI leaves in front of the CQEs (see [`rings_area_bytes`]).
+/// The bytes that the guest ABI reserves in front of the CQEs (see [`rings_area_bytes`]).
 const HEADER_BYTES_MAX: u32 = 1024;
 
-/// Where a ring's memory is to be.
+/// The place of a ring's memory.
 #[derive(Clone, Copy, Debug)]
 pub enum Placement<'a> {
     /// In guest RAM, at addresses that the driver chose (`IORING_SETUP_NO_MMAP`, Linux 6.5; more than one page that is
@@ -30,15 +30,15 @@ pub enum Placement<'a> {
         /// Guest-physical address of the SQE area, [`sqes_area_bytes`] long, aligned to 4096.
         sqes_gpa: u64,
     },
-    /// In pages that the kernel allocates and this process maps: for embedders that show them to the guest through a
-    /// memory slot, and for guests in the same process.
+    /// In pages that the kernel allocates and this process maps: for embedders that show the pages to the guest through
+    /// a memory slot, and for guests in the same process.
     Window,
 }
 
 /// The pages of a ring that the kernel allocated, mapped in this process.
 ///
-/// The mapping keeps the ring alive *and running*: drop it, and whatever was made from its addresses, before the ring
-/// is expected to end.
+/// The mapping keeps the ring alive *and running*: drop it, and everything that was made from its addresses, before you
+/// expect the ring to end.
 #[derive(Debug)]
 pub struct RingWindow {
     rings: MmapRaw,
@@ -67,7 +67,7 @@ impl RingWindow {
     }
 }
 
-/// A ring just created.
+/// A newly created ring.
 pub(super) struct Created {
     pub(super) fd: Arc<RingFd>,
     pub(super) layout: RingLayout,
@@ -101,12 +101,12 @@ fn create_with(
             let areas = Areas::new(config, rings_gpa, sqes_gpa)?;
             let pages = areas.in_guest_ram(memory)?;
             check_header()?;
-            // The kernel zeroes its own words only, and the guest may have left anything in the others.
+            // The kernel zeroes only its own words, and the guest may have left any values in the others.
             memory.zero(areas.rings_gpa, areas.rings_bytes)?;
             memory.zero(areas.sqes_gpa, areas.sqes_bytes)?;
-            // SAFETY: both areas lie inside mapped regions of guest RAM, which is shared memory that this process only
-            // accesses through vm-memory's volatile operations; the sizes are those that the kernel will use, because
-            // the header fits (`check_header`).
+            // SAFETY: both areas lie inside mapped regions of guest RAM, which is shared memory that this process
+            // accesses only through vm-memory's volatile operations; the sizes are those that the kernel will use,
+            // because the header fits (`check_header`).
             let fd = unsafe { RingFd::setup_in(entries, &mut params, pages) }.map_err(failed(true))?;
             let layout = layout(&params, areas.rings_bytes, areas.sqes_bytes);
             layout.validate()?;
@@ -143,7 +143,7 @@ impl Areas {
                 return Err(RingError::Unaligned { area, gpa });
             }
         }
-        // Saturating: an area at the very top is refused as outside RAM.
+        // Saturating: an area at the very top is refused later as outside RAM.
         let disjoint =
             rings_gpa.saturating_add(rings_bytes) <= sqes_gpa || sqes_gpa.saturating_add(sqes_bytes) <= rings_gpa;
         if !disjoint {
@@ -164,8 +164,8 @@ impl Areas {
     }
 }
 
-/// What every guest's ring has in common: disabled, without an SQ array (Linux 6.6), with a CQ of its own size, and
-/// not stopping a batch at an SQE that fails (Linux 5.18).
+/// The common parameters of all guests' rings: disabled, without an SQ array (Linux 6.6), with a CQ of its own size,
+/// and not stopping a batch at an SQE that fails (Linux 5.18).
 fn params(config: RingConfig) -> io_uring_params {
     let mut params = io_uring_params::default();
     params.cq_entries = config.cq_entries;
@@ -176,7 +176,7 @@ fn params(config: RingConfig) -> io_uring_params {
     params
 }
 
-/// The kernel's offsets as the guest is told them.
+/// The kernel's offsets in the form that the guest gets.
 fn layout(params: &io_uring_params, rings_bytes: u64, sqes_bytes: u64) -> RingLayout {
     let polled = params.flags.contains(IoringSetupFlags::SQPOLL);
     RingLayout {
@@ -195,7 +195,7 @@ fn layout(params: &io_uring_params, rings_bytes: u64, sqes_bytes: u64) -> RingLa
     }
 }
 
-/// Makes sure that the header of this kernel's rings fits in front of the CQEs, with the smallest ring there is:
+/// Checks that the header of this kernel's rings fits in front of the CQEs, by creating the smallest possible ring:
 /// otherwise the kernel would use more of guest RAM than the driver set aside.
 fn check_header() -> Result<(), RingError> {
     static HEADER_BYTES: OnceLock<u32> = OnceLock::new();

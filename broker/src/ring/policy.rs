@@ -1,11 +1,11 @@
-//! Which policies a ring takes.
+//! The policies that a ring accepts.
 
 use ringpass_restrictions::{CompiledPolicy, Mode, Severity};
 
 use super::RingError;
 use crate::kernel;
 
-/// Refuses a policy with lint errors for the running kernel, unless they were accepted.
+/// Refuses a policy with lint errors for the running kernel, unless the embedder has accepted them.
 pub(crate) fn refuse_unsafe(policy: &CompiledPolicy) -> Result<(), RingError> {
     if policy.is_unsafe_accepted() {
         return Ok(());
@@ -26,7 +26,7 @@ mod tests {
     }
 
     #[test]
-    fn a_policy_with_lint_errors_is_refused_by_their_names_until_they_are_accepted() {
+    fn a_policy_with_lint_errors_is_refused_with_their_names_until_they_are_accepted() {
         let bad = Policy::direct(Access::ReadWrite).allow(Operation::OPENAT).with_flags_required(SqeFlags::empty());
         let error = refuse_unsafe(&compiled(bad)).unwrap_err().to_string();
         for name in ["IORING_OP_OPENAT (files-outside-table)", "IORING_OP_READ_FIXED (no-fixed-file)"] {
@@ -37,7 +37,7 @@ mod tests {
     }
 
     #[test]
-    fn a_policy_without_lint_errors_is_taken() {
+    fn a_policy_without_lint_errors_is_accepted() {
         for access in [Access::ReadWrite, Access::ReadOnly] {
             refuse_unsafe(&compiled(Policy::direct(access))).unwrap();
         }

@@ -9,14 +9,14 @@ use super::RingError;
 use super::placement::Created;
 use super::sys::RingFd;
 
-/// How an SQ thread behaves.
+/// The configuration of an SQ thread.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SqThreadConfig {
-    /// How long it polls without finding anything before it sleeps; whole milliseconds, at least 1. Waking it then
+    /// How long the thread polls in vain before it sleeps; whole milliseconds, at least 1. Waking it then
     /// takes a doorbell and some microseconds (and up to a timer tick on an idle core).
     pub idle: Duration,
-    /// The CPU it is bound to. It needs a core to itself: anything else that runs there makes I/O ten to a hundred
-    /// times slower.
+    /// The CPU to which the thread is bound. It needs a core to itself: anything else that runs there makes I/O ten to
+    /// a hundred times slower.
     pub cpu: Option<u32>,
 }
 
@@ -28,18 +28,18 @@ impl Default for SqThreadConfig {
 
 /// One SQ thread for the rings of a device (`IORING_SETUP_ATTACH_WQ`).
 ///
-/// The first ring brings the thread into being, and each further one shares the thread of a ring that exists. There is no
-/// idle ring that would keep the thread for itself: with more than one ring the kernel takes at most 8 SQEs from each in
+/// The first ring starts the thread, and each further ring shares the thread of an existing ring. No
+/// idle ring keeps the thread alive: with more than one ring the kernel takes at most 8 SQEs from each in
 /// turn, which costs a device with one queue a tenth of its speed at depth 32 (measured on Linux 6.18).
 #[derive(Debug)]
 pub struct SqThread {
     config: SqThreadConfig,
-    /// Held while a ring is created, so that two do not both come first.
+    /// Held while a ring is created, so that two rings do not both start a thread.
     rings: Mutex<Vec<Weak<RingFd>>>,
 }
 
 impl SqThread {
-    /// Refuses a configuration that no ring could have. The thread itself starts with the first ring.
+    /// Refuses a configuration with which no ring can be created. The thread itself starts with the first ring.
     pub fn new(config: SqThreadConfig) -> Result<Self, RingError> {
         let mut params = io_uring_params::default();
         params.flags = IoringSetupFlags::R_DISABLED;
@@ -51,13 +51,13 @@ impl SqThread {
         Ok(Self { config, rings: Mutex::default() })
     }
 
-    /// Has `create` make a ring of this thread, by applying the function it is given to the ring's parameters.
+    /// Lets `create` make a ring of this thread: `create` applies the function that it gets to the ring's parameters.
     pub(super) fn run(
         &self,
         create: impl FnOnce(&dyn Fn(&mut io_uring_params)) -> Result<Created, RingError>,
     ) -> Result<Created, RingError> {
         let mut rings = self.rings.lock().unwrap_or_else(PoisonError::into_inner);
-        // Held until the new ring exists: its thread must not end before.
+        // Held until the new ring exists, so that the shared thread does not end before.
         let running = rings.iter().find_map(Weak::upgrade);
         let created = create(&|params| match &running {
             Some(ring) => {
@@ -75,7 +75,7 @@ impl SqThread {
 }
 
 impl SqThreadConfig {
-    /// Has a ring start a thread of its own.
+    /// Makes a ring start a thread of its own.
     fn start_thread(self, params: &mut io_uring_params) {
         params.flags |= IoringSetupFlags::SQPOLL;
         self.set_idle(params);

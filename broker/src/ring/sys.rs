@@ -1,7 +1,8 @@
 //! The io_uring system calls, one safe function for each use. The unsafe code of rings.
 //!
-//! Raw calls, because rings in guest memory (`IORING_SETUP_NO_MMAP`) are beyond the `io-uring` crate, which always
-//! maps a ring itself. Every structure comes from rustix, except the restrictions, which have a crate of their own.
+//! These are raw calls, because the `io-uring` crate always maps a ring itself and does not support rings in guest
+//! memory (`IORING_SETUP_NO_MMAP`). All structures come from rustix, except the restrictions, which have a crate of
+//! their own.
 
 use std::ffi::c_void;
 use std::io;
@@ -17,11 +18,11 @@ use rustix::io_uring::{
 /// `IORING_REGISTER_DST_REPLACE` (Linux 6.13): the destination already has a table, replace the named slots.
 const CLONE_DST_REPLACE: u32 = 1 << 1;
 
-/// An io_uring, by its file descriptor (close-on-exec, as the kernel makes it).
+/// An io_uring, by its file descriptor (which the kernel makes close-on-exec).
 #[derive(Debug)]
 pub(crate) struct RingFd(OwnedFd);
 
-/// Where a ring's own memory is to be.
+/// The host addresses of a ring's own memory.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct RingPages {
     /// Host address of the rings area.
@@ -34,8 +35,8 @@ impl RingFd {
     /// Creates a ring whose memory the kernel allocates.
     pub(crate) fn setup(entries: u32, params: &mut io_uring_params) -> io::Result<Self> {
         params.flags.remove(IoringSetupFlags::NO_MMAP);
-        // SAFETY: without NO_MMAP no pointer is passed; `wq_fd`, if used, comes from a borrowed `RingFd`, and a wrong
-        // descriptor would only be refused.
+        // SAFETY: without NO_MMAP the call passes no pointer; `wq_fd`, if used, comes from a borrowed `RingFd`, and the
+        // kernel would only refuse a wrong descriptor.
         let fd = unsafe { rustix::io_uring::io_uring_setup(entries, params) }?;
         Ok(Self(fd))
     }
@@ -57,7 +58,7 @@ impl RingFd {
         Ok(Self(fd))
     }
 
-    /// For `params.wq_fd`.
+    /// The raw descriptor, for `params.wq_fd`.
     pub(crate) fn raw(&self) -> RawFd {
         self.0.as_raw_fd()
     }
@@ -66,10 +67,11 @@ impl RingFd {
     ///
     /// # Safety
     ///
-    /// `arg` must point to what `operation` reads, `count` elements of it, and what those point to in turn.
+    /// `arg` must point to `count` elements of the type that `operation` reads, and those must point to valid data in
+    /// turn.
     unsafe fn register(&self, operation: IoringRegisterOp, arg: *const c_void, count: u32) -> io::Result<u32> {
-        // SAFETY: the caller's contract. No operation used in this module keeps the pointer or writes through it,
-        // but for the worker limits, which point to a local.
+        // SAFETY: the caller's contract. No operation in this module keeps the pointer or writes through it,
+        // except the worker limits, which point to a local.
         Ok(unsafe { rustix::io_uring::io_uring_register(&self.0, operation, arg, count) }?)
     }
 
@@ -78,7 +80,7 @@ impl RingFd {
         let mut table = io_uring_rsrc_register::default();
         table.nr = slots;
         table.flags = IoringRsrcFlags::REGISTER_SPARSE;
-        // SAFETY: the argument is one structure, its size in place of a count; it names no other memory.
+        // SAFETY: the argument is one structure, with its size in place of a count; it names no other memory.
         unsafe {
             self.register(IoringRegisterOp::RegisterBuffers2, (&raw const table).cast(), size_of_val(&table) as u32)
         }?;
@@ -98,7 +100,7 @@ impl RingFd {
 
     /// Empties the slot of a fixed buffer (the same operation, Linux 5.19).
     pub(crate) fn clear_buffer(&self, slot: u32) -> io::Result<()> {
-        // SAFETY: no bytes are named.
+        // SAFETY: the call names no bytes.
         unsafe { self.update_buffer(slot, 0, 0) }
     }
 
@@ -111,8 +113,8 @@ impl RingFd {
         update.offset = slot;
         update.data = io_uring_ptr::new((&raw const buffer).cast_mut().cast());
         update.nr = 1;
-        // SAFETY: one structure, its size in place of a count, that points to one iovec; both live over the call. The
-        // bytes that the iovec names are the caller's contract.
+        // SAFETY: one structure, with its size in place of a count, that points to one iovec; both live until the call
+        // returns. The caller's contract covers the bytes that the iovec names.
         let updated = unsafe {
             self.register(
                 IoringRegisterOp::RegisterBuffersUpdate,
@@ -123,21 +125,21 @@ impl RingFd {
         if updated == 1 { Ok(()) } else { Err(io::Error::other("the kernel updated no buffer")) }
     }
 
-    /// Lets go of all fixed buffers (`IORING_UNREGISTER_BUFFERS`, Linux 5.1). Only on a ring with no requests under way.
+    /// Releases all fixed buffers (`IORING_UNREGISTER_BUFFERS`, Linux 5.1). Only for a ring with no requests under way.
     pub(crate) fn unregister_buffers(&self) -> io::Result<()> {
         // SAFETY: the operation takes no argument.
         unsafe { self.register(IoringRegisterOp::UnregisterBuffers, std::ptr::null(), 0) }?;
         Ok(())
     }
 
-    /// Takes over the whole buffer table of `source`, which was pinned by this process
+    /// Shares the whole buffer table of `source`, which this process has pinned
     /// (`IORING_REGISTER_CLONE_BUFFERS`, Linux 6.12). This ring must not have a table yet.
     pub(crate) fn clone_buffers(&self, source: &Self) -> io::Result<()> {
         self.clone_with(source, |_| {})
     }
 
-    /// Takes over `count` slots from `first` on, replacing what this ring has there (Linux 6.13). An empty slot of
-    /// `source` empties this ring's.
+    /// Shares `count` slots from `first` on, replacing the same slots of this ring (Linux 6.13). An empty slot of
+    /// `source` empties the slot of this ring.
     pub(crate) fn clone_buffer_slots(&self, source: &Self, first: u32, count: u32) -> io::Result<()> {
         self.clone_with(source, |clone| {
             clone.flags |= CLONE_DST_REPLACE;
@@ -164,7 +166,7 @@ impl RingFd {
         Ok(())
     }
 
-    /// Has the kernel signal `eventfd` at every completion (`IORING_REGISTER_EVENTFD`, Linux 5.2).
+    /// Makes the kernel signal `eventfd` at every completion (`IORING_REGISTER_EVENTFD`, Linux 5.2).
     pub(crate) fn register_eventfd(&self, eventfd: BorrowedFd<'_>) -> io::Result<()> {
         let fd = eventfd.as_raw_fd();
         // SAFETY: one descriptor, which is open, being borrowed.
@@ -172,7 +174,7 @@ impl RingFd {
         Ok(())
     }
 
-    /// Ends that (`IORING_UNREGISTER_EVENTFD`). False: there was none.
+    /// Stops signalling the eventfd (`IORING_UNREGISTER_EVENTFD`). False: there was none.
     pub(crate) fn unregister_eventfd(&self) -> io::Result<bool> {
         // SAFETY: the operation takes no argument.
         match unsafe { self.register(IoringRegisterOp::UnregisterEventfd, std::ptr::null(), 0) } {
@@ -182,7 +184,7 @@ impl RingFd {
         }
     }
 
-    /// Whether the kernel takes `fd` for an eventfd. It is asked with a ring that does nothing else.
+    /// Whether the kernel accepts `fd` as an eventfd. Tried with a ring that does nothing else.
     pub(crate) fn takes_eventfd(fd: BorrowedFd<'_>) -> io::Result<bool> {
         let mut params = io_uring_params::default();
         params.flags = IoringSetupFlags::R_DISABLED;
@@ -201,7 +203,7 @@ impl RingFd {
         Ok(())
     }
 
-    /// Registers the restrictions (`IORING_REGISTER_RESTRICTIONS`, Linux 5.10). Once, and only before `enable`.
+    /// Registers the restrictions (`IORING_REGISTER_RESTRICTIONS`, Linux 5.10). Only once, and only before `enable`.
     pub(crate) fn restrict(&self, restrictions: &[Restriction]) -> io::Result<()> {
         // SAFETY: `len()` elements of the kernel's layout, which name no other memory.
         unsafe {
@@ -227,7 +229,7 @@ impl RingFd {
         Ok(())
     }
 
-    /// Consumes up to `entries` SQEs. Returns how many.
+    /// Consumes up to `entries` SQEs. Returns the number of SQEs that the kernel consumed.
     pub(crate) fn submit(&self, entries: u32) -> io::Result<u32> {
         self.enter(entries, IoringEnterFlags::empty())
     }
@@ -236,8 +238,8 @@ impl RingFd {
     /// calling thread spin in the kernel, unkillably (seen on Linux 6.18).
     fn enter(&self, to_submit: u32, flags: IoringEnterFlags) -> io::Result<u32> {
         loop {
-            // SAFETY: no pointer is passed. What the SQEs in the ring may reach is what the restrictions, the fixed
-            // files and the fixed buffers say.
+            // SAFETY: the call passes no pointer. The restrictions, the fixed files and the fixed buffers limit what
+            // the SQEs in the ring can reach.
             match unsafe { rustix::io_uring::io_uring_enter(&self.0, to_submit, 0, flags) } {
                 Err(rustix::io::Errno::INTR) => {}
                 result => return Ok(result?),
@@ -246,11 +248,12 @@ impl RingFd {
     }
 }
 
-/// The tag of a file of whose release the kernel does not tell.
+/// The tag of a file whose release the kernel does not report.
 pub(crate) const UNTAGGED: u64 = 0;
 
-/// Makes `files` the fixed files of `ring`, which has none, each with its tag (`IORING_REGISTER_FILES2`, Linux 5.13). A kernel that
-/// keeps count of each file for itself (Linux 6.13) posts a completion with the tag when it lets go of the file.
+/// Makes `files` the fixed files of `ring`, which has none, each with its tag (`IORING_REGISTER_FILES2`, Linux 5.13). A
+/// kernel that counts references for each file separately (Linux 6.13) posts a completion with the tag when it releases
+/// the file.
 pub(crate) fn register_tagged_files<'f>(
     ring: BorrowedFd<'_>,
     files: impl IntoIterator<Item = (BorrowedFd<'f>, u64)>,
@@ -261,8 +264,8 @@ pub(crate) fn register_tagged_files<'f>(
     table.data = io_uring_ptr::new(fds.as_ptr().cast_mut().cast());
     table.tags = io_uring_ptr::new(tags.as_ptr().cast_mut().cast());
     let size_bytes = size_of_val(&table) as u32;
-    // SAFETY: one structure, its size in place of a count. It points to descriptors, which are open, being borrowed, and to as
-    // many tags; the kernel reads both during the call, after which the lists are freed.
+    // SAFETY: one structure, with its size in place of a count. It points to descriptors, which are open because they
+    // are borrowed, and to as many tags; the kernel reads both during the call, after which the lists are freed.
     unsafe {
         rustix::io_uring::io_uring_register(
             ring,
