@@ -17,7 +17,7 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::disk::Disk;
 use crate::memory::{ChangedSlots, GuestMemory, MemoryError, PinnedMemory, RegionConfig, Sharing};
 use crate::ring::{
-    BellId, DoorbellThread, Enabled, IoWorkers, KernelRing, Placement, Reaper, RingConfig, RingEnd, RingError,
+    DoorbellId, DoorbellThread, Enabled, IoWorkers, KernelRing, Placement, Reaper, RingConfig, RingEnd, RingError,
     RingWindow, SqThread, SqThreadConfig, Submission, check_eventfd, refuse_unsafe,
 };
 
@@ -79,13 +79,13 @@ pub struct DirectDevice {
     submission: Submission,
     doorbells: Arc<DoorbellThread>,
     reaper: Reaper,
-    state: Mutex<State>,
+    state: Mutex<DeviceState>,
     /// Held while memory is being plugged, which takes too long to hold `state`.
     plugging: Mutex<()>,
 }
 
 #[derive(Debug)]
-struct State {
+struct DeviceState {
     pinned: Arc<PinnedMemory>,
     /// Rings that have not ended.
     rings: Vec<Ring>,
@@ -112,7 +112,7 @@ pub struct DirectQueue {
 #[derive(Debug)]
 struct Running {
     ring: KernelRing<Enabled>,
-    bell: Option<BellId>,
+    doorbell: Option<DoorbellId>,
     /// The memory of the ring, which its I/O may use.
     pinned: Arc<PinnedMemory>,
     disk: Arc<Disk>,
@@ -169,7 +169,7 @@ impl DirectDevice {
             submission,
             doorbells: Arc::new(DoorbellThread::start()?),
             reaper: Reaper::start()?,
-            state: Mutex::new(State { pinned: Arc::new(pinned), rings: Vec::new() }),
+            state: Mutex::new(DeviceState { pinned: Arc::new(pinned), rings: Vec::new() }),
             plugging: Mutex::new(()),
         })
     }
@@ -189,7 +189,7 @@ impl DirectDevice {
             return Err(RingError::NoDoorbell);
         }
         let mut guard = self.state();
-        let state: &mut State = &mut guard;
+        let state: &mut DeviceState = &mut guard;
         let areas = config.areas();
         state.check_free(areas.as_ref())?;
         let pinned = state.pinned.clone();
@@ -202,7 +202,7 @@ impl DirectDevice {
         config: QueueConfig,
         areas: Option<[Range<u64>; 2]>,
         pinned: &Arc<PinnedMemory>,
-        state: &mut State,
+        state: &mut DeviceState,
     ) -> Result<DirectQueue, RingError> {
         let placement = match config.placement {
             QueuePlacement::GuestRam { rings_gpa, sqes_gpa } => {
@@ -223,14 +223,14 @@ impl DirectDevice {
         };
         let ring = ring.restrict(&self.policy)?;
         let layout = *ring.layout();
-        let bell = config.doorbell.map(|eventfd| self.doorbells.add(eventfd, ring.doorbell())).transpose()?;
+        let doorbell = config.doorbell.map(|eventfd| self.doorbells.add(eventfd, ring.doorbell())).transpose()?;
         let ring = ring.enable().inspect_err(|_| {
-            bell.iter().for_each(|bell| self.doorbells.remove(bell));
+            doorbell.iter().for_each(|doorbell| self.doorbells.remove(doorbell));
         })?;
         // A doorbell that rang while the ring was disabled was answered without effect.
-        bell.iter().for_each(|bell| self.doorbells.ring(bell));
+        doorbell.iter().for_each(|doorbell| self.doorbells.ring(doorbell));
 
-        *lock(&running) = Some(Running { ring, bell, pinned: pinned.clone(), disk: self.disk.clone() });
+        *lock(&running) = Some(Running { ring, doorbell, pinned: pinned.clone(), disk: self.disk.clone() });
         Ok(DirectQueue { layout, running, end, doorbells: self.doorbells.clone() })
     }
 
@@ -285,7 +285,7 @@ impl DirectDevice {
         for (index, queue) in queues.iter().enumerate() {
             if let Some(running) = lock(queue).as_mut() {
                 if let Err(error) = running.ring.replace_memory(&other, slots) {
-                    take_back(&queues[..index], &before, &other, slots);
+                    undo_change(&queues[..index], &before, &other, slots);
                     return Err(error);
                 }
                 running.pinned = other.clone();
@@ -327,7 +327,7 @@ impl DirectDevice {
         self.state().pinned.memory().clone()
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
+    fn state(&self) -> MutexGuard<'_, DeviceState> {
         lock(&self.state)
     }
 }
@@ -344,7 +344,7 @@ impl QueueConfig {
     }
 }
 
-impl State {
+impl DeviceState {
     fn forget_ended(&mut self) {
         self.rings.retain(|ring| !ring.end.has_ended());
     }
@@ -389,7 +389,7 @@ fn refuse_integrity_profile(path: &Path, profile: Option<String>) -> Result<(), 
 }
 
 /// Undoes a change of memory in the queues that already have it.
-fn take_back(
+fn undo_change(
     queues: &[Arc<Mutex<Option<Running>>>],
     before: &Arc<PinnedMemory>,
     grown: &PinnedMemory,
@@ -458,8 +458,8 @@ impl DirectQueue {
 
 impl Drop for DirectQueue {
     fn drop(&mut self) {
-        let Some(Running { ring, bell, pinned, disk }) = lock(&self.running).take() else { return };
-        bell.iter().for_each(|bell| self.doorbells.remove(bell));
+        let Some(Running { ring, doorbell, pinned, disk }) = lock(&self.running).take() else { return };
+        doorbell.iter().for_each(|doorbell| self.doorbells.remove(doorbell));
         // Dropped in this order, so that others can open the disk once the memory is released.
         ring.close(Box::new((disk, pinned, self.doorbells.clone())));
     }

@@ -15,7 +15,7 @@ use super::open::{Found, query_error};
 /// `STATX_DIO_READ_ALIGN` (Linux 6.14): `stx_dio_read_offset_align` is valid, or the file system has nothing to add.
 const DIO_READ_ALIGN: StatxFlags = StatxFlags::from_bits_retain(0x2_0000);
 /// The highest alignment known of file systems that do not report theirs.
-const UNTOLD_ALIGNMENT_MAX_BYTES: u32 = 4096;
+const UNREPORTED_ALIGNMENT_MAX_BYTES: u32 = 4096;
 /// A file system with larger units (XFS with large real-time extents that are shared) is used through the page cache:
 /// each finer write would cost two transfers of that size.
 const BLOCK_MAX_BYTES: u32 = 64 << 10;
@@ -38,19 +38,20 @@ impl DirectAlignment {
     /// A file system that reports nothing (btrfs; all before Linux 6.1) gets its block size, at most 4096.
     pub(super) fn of_file(found: &Found, path: &Path, preferred_bytes: u32) -> Result<Option<Self>, DiskError> {
         let query = |what| move |errno| query_error(path, what, errno);
-        if let Some(told) = ask(found).map_err(query("the direct I/O alignment"))? {
-            return Ok(Self::told(told.stx_dio_offset_align, told_read_block(&told), told.stx_dio_mem_align));
+        if let Some(reported) = read_statx(found).map_err(query("the direct I/O alignment"))? {
+            let read_bytes = reported_read_block(&reported);
+            return Ok(Self::reported(reported.stx_dio_offset_align, read_bytes, reported.stx_dio_mem_align));
         }
         // From Linux 6.6 tmpfs accepts the flag and ignores it.
         let has_none = fstatfs(&found.file).map_err(query("the file system"))?.f_type == TMPFS_MAGIC;
-        Ok((!has_none).then(|| Self::untold(preferred_bytes)))
+        Ok((!has_none).then(|| Self::unreported(preferred_bytes)))
     }
 
     /// The demands of a block device: whole blocks, and the address alignment that it reports (Linux 6.1), else a
     /// block.
     pub(super) fn of_device(found: &Found, own_block_bytes: u32) -> Self {
-        let told = ask(found).ok().flatten().map(|told| told.stx_dio_mem_align);
-        let memory_bytes = told.filter(|bytes| bytes.is_power_of_two()).map_or(own_block_bytes, |bytes| bytes);
+        let reported = read_statx(found).ok().flatten().map(|reported| reported.stx_dio_mem_align);
+        let memory_bytes = reported.filter(|bytes| bytes.is_power_of_two()).map_or(own_block_bytes, |bytes| bytes);
         Self {
             read_block_bytes: own_block_bytes,
             write_block_bytes: own_block_bytes,
@@ -61,7 +62,7 @@ impl DirectAlignment {
     /// From `STATX_DIOALIGN`, where zero means that there is no direct I/O (encrypted or verity files, journaled data).
     ///
     /// Blocks are at least as large as the alignment of buffers, so that each block of a buffer is aligned.
-    fn told(write_bytes: u32, read_bytes: u32, memory_bytes: u32) -> Option<Self> {
+    fn reported(write_bytes: u32, read_bytes: u32, memory_bytes: u32) -> Option<Self> {
         if !write_bytes.is_power_of_two() || !memory_bytes.is_power_of_two() {
             return None;
         }
@@ -73,25 +74,25 @@ impl DirectAlignment {
     }
 
     /// Where the file system reports nothing, its block size is safe.
-    fn untold(preferred_bytes: u32) -> Self {
+    fn unreported(preferred_bytes: u32) -> Self {
         let bytes = if preferred_bytes.is_power_of_two() {
-            preferred_bytes.clamp(SECTOR_BYTES, UNTOLD_ALIGNMENT_MAX_BYTES)
+            preferred_bytes.clamp(SECTOR_BYTES, UNREPORTED_ALIGNMENT_MAX_BYTES)
         } else {
-            UNTOLD_ALIGNMENT_MAX_BYTES
+            UNREPORTED_ALIGNMENT_MAX_BYTES
         };
         Self { read_block_bytes: bytes, write_block_bytes: bytes, memory_bytes: bytes }
     }
 }
 
 /// `None`: the kernel or the file system does not report its demands.
-fn ask(found: &Found) -> rustix::io::Result<Option<Statx>> {
-    let told = statx(&found.file, "", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN | DIO_READ_ALIGN)?;
-    Ok((told.stx_mask & StatxFlags::DIOALIGN.bits() != 0).then_some(told))
+fn read_statx(found: &Found) -> rustix::io::Result<Option<Statx>> {
+    let reported = statx(&found.file, "", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN | DIO_READ_ALIGN)?;
+    Ok((reported.stx_mask & StatxFlags::DIOALIGN.bits() != 0).then_some(reported))
 }
 
 /// Zero: reads have the block of writes.
-fn told_read_block(told: &Statx) -> u32 {
-    if told.stx_mask & DIO_READ_ALIGN.bits() != 0 { told.stx_dio_read_offset_align } else { 0 }
+fn reported_read_block(reported: &Statx) -> u32 {
+    if reported.stx_mask & DIO_READ_ALIGN.bits() != 0 { reported.stx_dio_read_offset_align } else { 0 }
 }
 
 #[cfg(test)]
@@ -99,48 +100,48 @@ mod tests {
     use super::*;
 
     /// The blocks of reads and of writes, and the alignment of memory.
-    fn told(write_bytes: u32, read_bytes: u32, memory_bytes: u32) -> Option<(u32, u32, u32)> {
-        DirectAlignment::told(write_bytes, read_bytes, memory_bytes)
-            .map(|told| (told.read_block_bytes, told.write_block_bytes, told.memory_bytes))
+    fn reported(write_bytes: u32, read_bytes: u32, memory_bytes: u32) -> Option<(u32, u32, u32)> {
+        DirectAlignment::reported(write_bytes, read_bytes, memory_bytes)
+            .map(|reported| (reported.read_block_bytes, reported.write_block_bytes, reported.memory_bytes))
     }
 
     #[test]
     fn reads_of_a_reflinked_file_may_be_finer_than_its_writes() {
-        assert_eq!(told(4096, 512, 512), Some((512, 4096, 512)));
-        assert_eq!(told(4096, 0, 512), Some((4096, 4096, 512)));
-        assert_eq!(told(4096, 4096, 512), Some((4096, 4096, 512)));
-        assert_eq!(told(4096, 8192, 512), Some((4096, 4096, 512)), "reads are never coarser than writes");
-        assert_eq!(told(4096, 1000, 512), Some((4096, 4096, 512)));
+        assert_eq!(reported(4096, 512, 512), Some((512, 4096, 512)));
+        assert_eq!(reported(4096, 0, 512), Some((4096, 4096, 512)));
+        assert_eq!(reported(4096, 4096, 512), Some((4096, 4096, 512)));
+        assert_eq!(reported(4096, 8192, 512), Some((4096, 4096, 512)), "reads are never coarser than writes");
+        assert_eq!(reported(4096, 1000, 512), Some((4096, 4096, 512)));
     }
 
     #[test]
     fn a_block_is_at_least_the_memory_alignment_and_a_sector() {
-        assert_eq!(told(512, 0, 4), Some((512, 512, 4)));
-        assert_eq!(told(512, 512, 4096), Some((4096, 4096, 4096)));
-        assert_eq!(told(1, 1, 1), Some((512, 512, 1)));
+        assert_eq!(reported(512, 0, 4), Some((512, 512, 4)));
+        assert_eq!(reported(512, 512, 4096), Some((4096, 4096, 4096)));
+        assert_eq!(reported(1, 1, 1), Some((512, 512, 1)));
     }
 
     #[test]
     fn a_reported_alignment_of_zero_or_above_the_limit_means_no_direct_io() {
-        assert_eq!(told(0, 0, 0), None);
-        assert_eq!(told(512, 512, 0), None);
-        assert_eq!(told(3 * 4096, 512, 512), None);
-        assert_eq!(told(64 << 10, 512, 512), Some((512, 64 << 10, 512)));
-        assert_eq!(told(128 << 10, 512, 512), None);
+        assert_eq!(reported(0, 0, 0), None);
+        assert_eq!(reported(512, 512, 0), None);
+        assert_eq!(reported(3 * 4096, 512, 512), None);
+        assert_eq!(reported(64 << 10, 512, 512), Some((512, 64 << 10, 512)));
+        assert_eq!(reported(128 << 10, 512, 512), None);
     }
 
     #[test]
     fn a_file_system_that_reports_nothing_gets_its_block_size_up_to_4096() {
-        let untold = |preferred_bytes| {
-            let alignment = DirectAlignment::untold(preferred_bytes);
+        let unreported = |preferred_bytes| {
+            let alignment = DirectAlignment::unreported(preferred_bytes);
             assert_eq!(alignment.read_block_bytes, alignment.write_block_bytes);
             assert_eq!(alignment.read_block_bytes, alignment.memory_bytes);
             alignment.write_block_bytes
         };
-        assert_eq!(untold(512), 512);
-        assert_eq!(untold(4096), 4096);
-        assert_eq!(untold(1 << 20), 4096);
-        assert_eq!(untold(0), 4096);
-        assert_eq!(untold(3000), 4096);
+        assert_eq!(unreported(512), 512);
+        assert_eq!(unreported(4096), 4096);
+        assert_eq!(unreported(1 << 20), 4096);
+        assert_eq!(unreported(0), 4096);
+        assert_eq!(unreported(3000), 4096);
     }
 }

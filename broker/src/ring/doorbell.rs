@@ -37,7 +37,7 @@ pub(crate) enum Target {
 
 /// A doorbell eventfd and its effect.
 #[derive(Debug)]
-struct Bell {
+struct Doorbell {
     eventfd: EventFd,
     target: Target,
     /// A submission failed for a temporary reason.
@@ -52,13 +52,13 @@ struct Shared {
     stop: EventFd,
     stopping: AtomicBool,
     /// Not held while the thread is in a ring, which can take as long as the guest likes.
-    bells: Mutex<Bells>,
+    doorbells: Mutex<Doorbells>,
 }
 
 #[derive(Debug, Default)]
-struct Bells {
+struct Doorbells {
     next_id: u64,
-    by_id: HashMap<u64, Arc<Bell>>,
+    by_id: HashMap<u64, Arc<Doorbell>>,
 }
 
 /// The thread that answers the doorbells of a device's queues. Ends when dropped.
@@ -70,14 +70,14 @@ pub struct DoorbellThread {
 
 /// The number of a doorbell that the thread answers, until it is removed.
 #[derive(Debug, PartialEq, Eq)]
-pub(crate) struct BellId(u64);
+pub(crate) struct DoorbellId(u64);
 
 impl DoorbellThread {
     /// Starts the thread.
     pub fn start() -> Result<Self, RingError> {
         let stop = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(RingError::system("making an eventfd"))?;
         let epoll = Epoll::new().map_err(RingError::system("making an epoll instance"))?;
-        let shared = Arc::new(Shared { epoll, stop, stopping: AtomicBool::new(false), bells: Mutex::default() });
+        let shared = Arc::new(Shared { epoll, stop, stopping: AtomicBool::new(false), doorbells: Mutex::default() });
         shared
             .epoll
             .ctl(ControlOperation::Add, shared.stop.as_raw_fd(), EpollEvent::new(EventSet::IN, STOP))
@@ -91,30 +91,30 @@ impl DoorbellThread {
     }
 
     /// Answers `eventfd` from now on, including a signal that came before.
-    pub(crate) fn add(&self, eventfd: EventFd, target: Target) -> Result<BellId, RingError> {
+    pub(crate) fn add(&self, eventfd: EventFd, target: Target) -> Result<DoorbellId, RingError> {
         // Another holder may read the eventfd between our epoll and our read; then our read must not block.
         let fd = borrow(&eventfd);
         let flags = rustix::fs::fcntl_getfl(fd).map_err(RingError::system("reading the doorbell's flags"))?;
         rustix::fs::fcntl_setfl(fd, flags | rustix::fs::OFlags::NONBLOCK)
             .map_err(RingError::system("making the doorbell non-blocking"))?;
         let raw = eventfd.as_raw_fd();
-        let mut bells = self.shared.bells();
-        let id = bells.next_id;
-        bells.next_id += 1;
-        let bell = Bell { eventfd, target, retry: AtomicBool::new(false), removed: AtomicBool::new(false) };
-        bells.by_id.insert(id, Arc::new(bell));
+        let mut doorbells = self.shared.doorbells();
+        let id = doorbells.next_id;
+        doorbells.next_id += 1;
+        let doorbell = Doorbell { eventfd, target, retry: AtomicBool::new(false), removed: AtomicBool::new(false) };
+        doorbells.by_id.insert(id, Arc::new(doorbell));
         let added = self.shared.epoll.ctl(ControlOperation::Add, raw, EpollEvent::new(EventSet::IN, id));
         if let Err(source) = added {
-            bells.by_id.remove(&id);
+            doorbells.by_id.remove(&id);
             return Err(RingError::System { what: "watching the doorbell eventfd", source });
         }
-        Ok(BellId(id))
+        Ok(DoorbellId(id))
     }
 
     /// Rings a doorbell in the guest's place, for signals that came before there was a ring.
-    pub(crate) fn ring(&self, id: &BellId) {
-        let Some(bell) = self.shared.bells().by_id.get(&id.0).cloned() else { return };
-        if let Err(error) = bell.eventfd.write(1)
+    pub(crate) fn ring(&self, id: &DoorbellId) {
+        let Some(doorbell) = self.shared.doorbells().by_id.get(&id.0).cloned() else { return };
+        if let Err(error) = doorbell.eventfd.write(1)
             && error.kind() != io::ErrorKind::WouldBlock
         {
             tracing::error!(%error, "cannot ring a doorbell");
@@ -123,10 +123,10 @@ impl DoorbellThread {
 
     /// Stops answering a doorbell. Returns at once: the thread may still be in the ring, and holds the ring until it is
     /// out.
-    pub(crate) fn remove(&self, id: &BellId) {
-        let Some(bell) = self.shared.bells().by_id.remove(&id.0) else { return };
-        bell.removed.store(true, Ordering::Relaxed);
-        let fd = bell.eventfd.as_raw_fd();
+    pub(crate) fn remove(&self, id: &DoorbellId) {
+        let Some(doorbell) = self.shared.doorbells().by_id.remove(&id.0) else { return };
+        doorbell.removed.store(true, Ordering::Relaxed);
+        let fd = doorbell.eventfd.as_raw_fd();
         if let Err(error) = self.shared.epoll.ctl(ControlOperation::Delete, fd, EpollEvent::default()) {
             tracing::error!(%error, "cannot stop watching a doorbell");
         }
@@ -149,8 +149,8 @@ impl Drop for DoorbellThread {
 }
 
 impl Shared {
-    fn bells(&self) -> MutexGuard<'_, Bells> {
-        self.bells.lock().unwrap_or_else(PoisonError::into_inner)
+    fn doorbells(&self) -> MutexGuard<'_, Doorbells> {
+        self.doorbells.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn run(&self) {
@@ -168,24 +168,24 @@ impl Shared {
             };
             for event in &events[..count] {
                 // None: the doorbell was removed after the event.
-                let bell = self.bells().by_id.get(&event.data()).cloned();
-                if let Some(bell) = bell {
-                    bell.answer();
+                let doorbell = self.doorbells().by_id.get(&event.data()).cloned();
+                if let Some(doorbell) = doorbell {
+                    doorbell.answer();
                 }
             }
             if retry {
-                self.retrying().iter().for_each(|bell| bell.ring());
+                self.retrying().iter().for_each(|doorbell| doorbell.ring());
             }
             retry = !self.retrying().is_empty();
         }
     }
 
-    fn retrying(&self) -> Vec<Arc<Bell>> {
-        self.bells().by_id.values().filter(|bell| bell.retry.load(Ordering::Relaxed)).cloned().collect()
+    fn retrying(&self) -> Vec<Arc<Doorbell>> {
+        self.doorbells().by_id.values().filter(|doorbell| doorbell.retry.load(Ordering::Relaxed)).cloned().collect()
     }
 }
 
-impl Bell {
+impl Doorbell {
     /// Takes the signal first, then acts: a doorbell that rings in between is not lost.
     fn answer(&self) {
         if let Err(error) = self.eventfd.read()

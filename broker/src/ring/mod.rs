@@ -36,7 +36,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 pub use config::{IoWorkers, RingConfig};
 pub use doorbell::DoorbellThread;
-pub(crate) use doorbell::{BellId, borrow as borrow_eventfd, check_eventfd};
+pub(crate) use doorbell::{DoorbellId, borrow as borrow_eventfd, check_eventfd};
 pub use end::{Keepalive, Reaper, RingEnd, StillRunning, token_places, try_end_token};
 pub use error::RingError;
 pub use placement::{Placement, RingWindow};
