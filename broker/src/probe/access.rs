@@ -1,4 +1,4 @@
-//! Whether io_uring may be used at all, and which of its features are there.
+//! Whether io_uring may be used at all, and which of its features are available.
 
 use std::io;
 
@@ -11,10 +11,10 @@ use super::{
     limits::{self, bytes},
 };
 
-/// `/proc/self/status`, line `Seccomp`: a filter is installed.
+/// The value on the line `Seccomp` of `/proc/self/status` if a filter is installed.
 const SECCOMP_MODE_FILTER: u32 = 2;
 
-/// Everything about io_uring itself.
+/// All checks of io_uring itself.
 pub(super) fn checks(facts: &Facts) -> Vec<Check> {
     let mut checks = vec![io_uring(facts), proc(facts), workers(facts), operations(facts), end_of_rings(facts)];
     checks.extend(Feature::ALL.map(|feature| self::feature(facts, feature)));
@@ -41,7 +41,7 @@ fn proc(facts: &Facts) -> Check {
     }
 }
 
-/// The rings of a server's own threads, which serve virtqueues; each device has one at least.
+/// The rings of a server's own threads, which serve virtqueues; each device has at least one.
 fn workers(facts: &Facts) -> Check {
     let engine = &facts.server.engine;
     let detail = format!("{} for {} queues, {}", engine.workers(), engine.queues, bytes(engine.ring_bytes()));
@@ -59,12 +59,12 @@ fn workers(facts: &Facts) -> Check {
 
 fn end_of_rings(facts: &Facts) -> Check {
     let detail = "a directory in $XDG_RUNTIME_DIR, /dev/shm or $TMPDIR";
-    let check = Check::ok("end-of-rings", "telling that a ring has ended", detail).needed_for(&ModeName::DIRECT);
+    let check = Check::ok("end-of-rings", "detecting that a ring has ended", detail).needed_for(&ModeName::DIRECT);
     match &facts.end_token {
         Ok(()) => check,
         Err(error) => check.missing(
             error.clone(),
-            vec!["mount a tmpfs at /dev/shm, or name a directory that can be written with TMPDIR=DIRECTORY".to_owned()],
+            vec!["mount a tmpfs at /dev/shm, or name a writable directory with TMPDIR=DIRECTORY".to_owned()],
         ),
     }
 }
@@ -72,15 +72,15 @@ fn end_of_rings(facts: &Facts) -> Check {
 fn settings(facts: &Facts) -> String {
     let sysctl = &facts.sysctl;
     let disabled = match sysctl.io_uring_disabled {
-        Some(0) => "kernel.io_uring_disabled is 0 (everybody may)".to_owned(),
+        Some(0) => "kernel.io_uring_disabled is 0 (allowed for all users)".to_owned(),
         Some(1) => format!(
             "kernel.io_uring_disabled is 1 (group {} and CAP_SYS_ADMIN only; this process {})",
             sysctl.io_uring_group.unwrap_or(-1),
             if sysctl.in_group || facts.has_sys_admin { "qualifies" } else { "does not qualify" }
         ),
-        Some(2) => "kernel.io_uring_disabled is 2 (nobody may)".to_owned(),
+        Some(2) => "kernel.io_uring_disabled is 2 (forbidden for all users)".to_owned(),
         Some(other) => format!("kernel.io_uring_disabled is {other}"),
-        None => "there is no setting kernel.io_uring_disabled".to_owned(),
+        None => "this kernel has no setting kernel.io_uring_disabled".to_owned(),
     };
     let seccomp =
         if facts.seccomp_mode == Some(SECCOMP_MODE_FILTER) { "a seccomp filter" } else { "no seccomp filter" };
@@ -94,15 +94,15 @@ fn refused(why: impl Into<String>, change: &[&str]) -> Refusal {
     (why.into(), change.iter().map(|&line| line.to_owned()).collect())
 }
 
-/// Why a system call of io_uring refuses even the simplest of its kind.
+/// Why a system call of io_uring fails even in its simplest use.
 fn refusal(facts: &Facts, call: &str, errno: Option<i32>) -> Refusal {
     let sysctl = &facts.sysctl;
     let filtered = facts.seccomp_mode == Some(SECCOMP_MODE_FILTER);
     match (errno.unwrap_or(EINVAL), sysctl.io_uring_disabled) {
         (EPERM, Some(2)) => refused(
-            "kernel.io_uring_disabled is 2: nobody may make rings, root included",
+            "kernel.io_uring_disabled is 2: no process may make rings, not even one of root",
             &[
-                "allow everybody: sysctl kernel.io_uring_disabled=0",
+                "allow all users: sysctl kernel.io_uring_disabled=0",
                 "allow one group: sysctl kernel.io_uring_disabled=1 kernel.io_uring_group=GID, and run the broker in \
                  that group",
                 "and write it to a file in /etc/sysctl.d/ to keep it",
@@ -117,37 +117,40 @@ fn refusal(facts: &Facts, call: &str, errno: Option<i32>) -> Refusal {
             refused(format!("a seccomp filter hides {call} (ENOSYS), although the kernel has it"), ALLOW_IN_CONTAINERS)
         }
         (ENOSYS, None) if filtered => refused(
-            "io_uring_setup is not there (ENOSYS): the seccomp filter hides it, or the kernel has no io_uring",
-            &[ALLOW_IN_CONTAINERS, &["if the kernel itself has none: one with CONFIG_IO_URING=y"]].concat(),
+            "io_uring_setup does not exist (ENOSYS): the seccomp filter hides it, or the kernel has no io_uring",
+            &[ALLOW_IN_CONTAINERS, &["if the kernel itself has no io_uring: use one with CONFIG_IO_URING=y"]].concat(),
         ),
         (ENOSYS, _) => refused(
-            "this kernel has no io_uring (ENOSYS); a sandbox that emulates Linux may have none either",
+            "this kernel has no io_uring (ENOSYS); a sandbox that emulates Linux may also lack it",
             &["use a kernel with CONFIG_IO_URING=y"],
         ),
         (errno @ (EPERM | EACCES), _) => refused(
-            format!("{call} is refused ({}) and no setting of io_uring says so: a security module does", name(errno)),
+            format!(
+                "{call} is refused ({}) although no setting forbids io_uring: a security module refuses it",
+                name(errno)
+            ),
             &["allow io_uring to the broker in the policy of SELinux (class io_uring), AppArmor or the module in use"],
         ),
         (ENOMEM, _) => no_memory(facts),
         (errno @ (EMFILE | ENFILE), _) => refused(
-            format!("there are too many open files ({})", name(errno)),
+            format!("too many files are open ({})", name(errno)),
             &["raise RLIMIT_NOFILE (ulimit -n) or fs.file-max"],
         ),
         (errno, _) => refused(format!("{call} fails: {}", name(errno)), &[&format!("see {call}(2) for this error")]),
     }
 }
 
-/// Linux 6.14 and later charge the memory of rings to the user.
+/// Linux 6.14 and later charge the memory of rings to the user, against RLIMIT_MEMLOCK.
 fn no_memory(facts: &Facts) -> Refusal {
     let (memlock, engine) = (&facts.memlock, &facts.server.engine);
     let needed_bytes = engine.ring_bytes();
-    let group = "if that is not it: raise the limit of the memory control group (memory.max, MemoryMax=)";
+    let group = "if that does not help: raise the limit of the memory control group (memory.max, MemoryMax=)";
     match memlock.soft_bytes.filter(|_| !memlock.exempt) {
         None => refused("there is no memory for the rings of the server's workers (ENOMEM)", &[group]),
         Some(soft_bytes) => refused(
             format!(
-                "there is no memory for the rings of the server's workers (ENOMEM): they take {}, this kernel charges that to \
-                 RLIMIT_MEMLOCK, and RLIMIT_MEMLOCK is {} for all that this user has of such memory",
+                "there is no memory for the rings of the server's workers (ENOMEM): they take {}, which this \
+                 kernel charges to RLIMIT_MEMLOCK, and RLIMIT_MEMLOCK is {} for all such memory of this user",
                 bytes(needed_bytes),
                 bytes(soft_bytes)
             ),
@@ -158,7 +161,7 @@ fn no_memory(facts: &Facts) -> Refusal {
                     needed_bytes.div_ceil(1 << 10),
                     needed_bytes
                 ),
-                "or have fewer workers: --num-queues 1, or one CPU in --cpus",
+                "or use fewer workers: --num-queues 1, or one CPU in --cpus",
                 group,
             ],
         ),
@@ -166,7 +169,7 @@ fn no_memory(facts: &Facts) -> Refusal {
 }
 
 fn group_refusal(group: Option<i64>) -> Refusal {
-    const EVERYBODY: &str = "or allow everybody: sysctl kernel.io_uring_disabled=0";
+    const ALL_USERS: &str = "or allow all users: sysctl kernel.io_uring_disabled=0";
     match group {
         Some(gid) if gid >= 0 => refused(
             format!("kernel.io_uring_disabled is 1 and this process is not in group {gid} (kernel.io_uring_group)"),
@@ -175,17 +178,17 @@ fn group_refusal(group: Option<i64>) -> Refusal {
                     "run the broker in group {gid}: Group={gid} or SupplementaryGroups={gid} in a systemd unit, or \
                      usermod -aG"
                 ),
-                EVERYBODY,
+                ALL_USERS,
             ],
         ),
         _ => refused(
             "kernel.io_uring_disabled is 1 and kernel.io_uring_group names no group",
-            &["name one: sysctl kernel.io_uring_group=GID, and run the broker in it", EVERYBODY],
+            &["name one: sysctl kernel.io_uring_group=GID, and run the broker in it", ALL_USERS],
         ),
     }
 }
 
-/// How the usual container engines are told to let io_uring through.
+/// How to make the usual container engines allow io_uring.
 const ALLOW_IN_CONTAINERS: &[&str] = &[
     "take the engine's default seccomp profile and add io_uring_setup, io_uring_enter and io_uring_register to it:",
     "Docker: docker run --security-opt seccomp=PROFILE.json",
@@ -231,19 +234,19 @@ fn feature(facts: &Facts, feature: Feature) -> Check {
     let check = Check::ok(feature_name, title, since).needed_for(match need {
         Need::Direct => &ModeName::DIRECT,
         Need::GuestRam => &[ModeName::DirectGuestRam],
-        Need::Nobody => &[],
+        Need::Optional => &[],
     });
     let (step, errno) = match facts.outcome(feature) {
         Outcome::Works => return check,
         Outcome::NotTried => return check.with_status(Status::NotTried),
-        // The line on memory that may be pinned says why.
+        // The check of memory that may be pinned gives the reason.
         Outcome::Failed { errno: Some(ENOMEM), .. } if !limits::can_pin(facts) => {
             return check.with_status(Status::NotTried);
         }
         Outcome::Failed { step, errno } => (step, *errno),
     };
     let (cause, change) = match errno {
-        None => (format!("{step} did not happen"), format!("use another kernel; this one is at fault ({since})")),
+        None => (format!("{step} did not happen"), format!("use another kernel; this one has a defect ({since})")),
         Some(ENOMEM) => (
             format!("{step}: {}", name(ENOMEM)),
             "raise RLIMIT_MEMLOCK (see the line on memory that may be pinned), or the memory control group's limit"

@@ -1,4 +1,4 @@
-//! What was observed of this machine.
+//! The observations of this machine.
 
 use std::{fs, io, path::Path};
 
@@ -17,11 +17,11 @@ use crate::{
     ring::try_end_token,
 };
 
-/// What was observed of the kernel, its settings and this process's limits.
+/// The observations of the kernel, its settings and this process's limits.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct Facts {
-    /// The server for which it was looked at.
+    /// The server for which the machine was observed.
     pub server: Server,
     /// Whether `/proc` is mounted.
     pub proc: Result<(), NoProc>,
@@ -31,51 +31,52 @@ pub struct Facts {
     pub sysctl: Sysctl,
     /// Whether this process has `CAP_SYS_ADMIN` in the initial user namespace.
     pub has_sys_admin: bool,
-    /// The mode on the `Seccomp` line of `/proc/self/status`: 0 none, 1 strict, 2 a filter. `None`: it does not say.
+    /// The mode on the `Seccomp` line of `/proc/self/status`: 0 none, 1 strict, 2 a filter. `None`: there is no such
+    /// line.
     pub seccomp_mode: Option<u32>,
-    /// Whether the simplest ring can be made. Without it nothing else was tried.
+    /// Whether the simplest ring can be made. If not, nothing else was tried.
     pub setup: Outcome,
-    /// Whether the server's workers can have their rings. Without them nothing further was tried.
+    /// Whether the server's workers can have their rings. If not, nothing further was tried.
     pub engine: Outcome,
-    /// Whether the end of a ring can be told: the directory that this takes can be made, or why not.
+    /// Whether the end of a ring can be detected, which requires that a certain directory can be made; or why not.
     pub end_token: Result<(), String>,
-    /// What restrictions can be made of, or what came of asking the kernel.
+    /// The operations and restrictions that the kernel supports, or the outcome of asking.
     pub support: Result<KernelSupport, Outcome>,
-    /// Each feature, and whether it works. One that is missing here was not tried.
+    /// Each feature, and whether it works. A feature that is missing here was not tried.
     pub features: Vec<(Feature, Outcome)>,
     /// How much memory may be pinned.
     pub memlock: Memlock,
-    /// The files that this process has open, and may have. `None`: `/proc` does not tell.
+    /// The files that this process has open, and may have open. `None`: `/proc` does not tell.
     pub open_files: Option<OpenFiles>,
     /// The pools of huge pages, the smallest pages first. `None`: `/sys` does not tell.
     pub huge_pages: Option<Vec<HugePagePool>>,
-    /// What KVM can do, or why it cannot be used.
+    /// The abilities of KVM, or why it cannot be used.
     #[cfg(feature = "kvm")]
     pub kvm: Result<KvmSupport, KvmRefusal>,
 }
 
-/// What came of trying something.
+/// The outcome of trying something.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Outcome {
     /// It works.
     Works,
     /// A step failed.
     Failed {
-        /// What was being done.
+        /// The step that failed.
         step: &'static str,
-        /// The error number; `None` if the kernel did something else than it should.
+        /// The error number; `None` if the kernel did something wrong without an error.
         errno: Option<i32>,
     },
-    /// It was not tried, because something it builds on did not work.
+    /// It was not tried, because it builds on something that does not work.
     NotTried,
 }
 
 /// The settings `kernel.io_uring_disabled` and `kernel.io_uring_group` (Linux 6.6).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Sysctl {
-    /// 0: everybody may make rings; 1: the group and `CAP_SYS_ADMIN`; 2: nobody. `None`: there is no such setting.
+    /// 0: all users may make rings; 1: the group and `CAP_SYS_ADMIN`; 2: no user. `None`: there is no such setting.
     pub io_uring_disabled: Option<u32>,
-    /// The group that may make rings with 1; -1 is nobody. `None`: the kernel has no such setting.
+    /// The group that may make rings with 1; -1 is no group. `None`: the kernel has no such setting.
     pub io_uring_group: Option<i64>,
     /// Whether this process is in that group.
     pub in_group: bool,
@@ -86,9 +87,9 @@ pub struct Sysctl {
 pub struct HugePagePool {
     /// The size of a page in bytes.
     pub page_bytes: u64,
-    /// How many there are.
+    /// The number of pages.
     pub total: u64,
-    /// How many of them nobody uses or has reserved.
+    /// The number of pages that are neither used nor reserved.
     pub free: u64,
 }
 
@@ -101,7 +102,7 @@ pub enum FactsError {
     /// The limits on pinned memory cannot be read.
     #[error("cannot read the limits on pinned memory: {0}")]
     Memlock(#[source] io::Error),
-    /// What a server without privileges could do cannot be tried.
+    /// The abilities of a server without privileges cannot be tried.
     #[error(transparent)]
     Privileges(#[from] PrivilegesError),
     /// The thread that makes the throw-away rings could not be started.
@@ -116,7 +117,7 @@ impl Facts {
     ///
     /// [`FactsError`] if the kernel's version or this process's limits cannot be read.
     pub fn observe(server: &Server) -> Result<Self, FactsError> {
-        // Before there are further threads and rings, whose files would count.
+        // Before there are further threads and rings, whose files would count too.
         let open_files = OpenFiles::current().ok();
         let mut facts =
             if server.is_confined { without_privileges(|| Self::here(server))? } else { Self::here(server) }?;
@@ -124,15 +125,15 @@ impl Facts {
         Ok(facts)
     }
 
-    /// With the privileges of this thread.
+    /// Observes with the privileges of this thread.
     fn here(server: &Server) -> Result<Self, FactsError> {
         let server = *server;
         let kernel = KernelRelease::running()?;
         let sysctl = Sysctl::observe();
-        // Before the trials, whose own pins are still being released for a moment after them.
+        // Before the trials, because the kernel needs a moment to release their pins.
         let memlock = Memlock::current().map_err(FactsError::Memlock)?;
         let has_sys_admin = has_sys_admin();
-        // An unprivileged thread could not make any ring then, whatever the kernel can do.
+        // In this case an unprivileged thread could not make any ring, even on a capable kernel.
         let needs_capability = sysctl.io_uring_disabled == Some(1) && !sysctl.in_group;
         let tried = trial::in_own_thread(move || {
             let nothing = |setup, engine| (setup, engine, Err(Outcome::NotTried), Vec::new());
@@ -169,13 +170,13 @@ impl Facts {
         })
     }
 
-    /// What came of trying `feature`.
+    /// The outcome of trying `feature`.
     pub fn outcome(&self, feature: Feature) -> &Outcome {
         self.features.iter().find(|(tried, _)| *tried == feature).map_or(&Outcome::NotTried, |(_, outcome)| outcome)
     }
 }
 
-/// The rings of the server's workers.
+/// Tries the rings of the server's workers.
 fn engine(server: &Server) -> Outcome {
     match server.engine.try_rings() {
         Ok(()) => Outcome::Works,
@@ -245,7 +246,7 @@ mod tests {
     }
 
     #[test]
-    fn pools_of_huge_pages_are_listed_by_size_without_what_is_reserved() {
+    fn pools_of_huge_pages_are_listed_by_size_without_reserved_pages() {
         let directory = tempfile::tempdir().unwrap();
         for (name, total, free, reserved) in [("hugepages-1048576kB", 2, 1, 0), ("hugepages-2048kB", 512, 100, 30)] {
             let pool = directory.path().join(name);

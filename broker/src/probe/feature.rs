@@ -19,41 +19,41 @@ pub enum Feature {
     CallerMemory,
     /// A ring in memory of the caller, several pages for each area, not physically contiguous.
     ScatteredCallerMemory,
-    /// A kernel thread that takes submissions, made with the capabilities this process has.
+    /// A kernel thread that takes submissions, made with the capabilities of this process.
     SubmissionPolling,
     /// The same without any capability.
     UnprivilegedSubmissionPolling,
     /// Several rings on one submission thread.
     SharedSubmissionThread,
-    /// Taking over another ring's buffer table.
+    /// Cloning another ring's buffer table.
     ClonedBuffers,
-    /// Taking over single slots of another ring's table.
+    /// Cloning single slots of another ring's table.
     ClonedBufferSlots,
 }
 
-/// What is to be known of a feature, apart from whether it is there.
+/// The properties of a feature, apart from whether it works here.
 pub(super) struct Traits {
     /// Stable name, for programs.
     pub(super) name: &'static str,
-    /// For people.
+    /// Title, for people.
     pub(super) title: &'static str,
-    /// What it is called in the kernel's interface, and since when it is there.
+    /// Its name in the kernel's interface, and the first kernel that has it.
     pub(super) since: &'static str,
-    /// Which placements cannot do without it.
+    /// The modes that need it.
     pub(super) need: Need,
-    /// What is lost without it.
+    /// The loss without it.
     pub(super) without: &'static str,
 }
 
-/// Who needs a feature.
+/// The modes that need a feature.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Need {
     /// Direct mode in both placements.
     Direct,
     /// Direct mode with rings in guest RAM.
     GuestRam,
-    /// Nobody: there is something to do without it.
-    Nobody,
+    /// No mode: there is an alternative.
+    Optional,
 }
 
 impl Feature {
@@ -130,41 +130,41 @@ impl Feature {
                 "rings in scattered memory of the caller",
                 "IORING_SETUP_NO_MMAP with pages that are not contiguous, Linux 6.10",
                 Need::GuestRam,
-                "only rings of one page, or in guest RAM on huge pages, could be there",
+                "only rings of one page, or in guest RAM on huge pages, could be in guest RAM",
             ),
             Self::SubmissionPolling => (
                 "submission-polling",
                 "submission polling (SQPOLL)",
                 "IORING_SETUP_SQPOLL, without privileges since Linux 5.13",
-                Need::Nobody,
+                Need::Optional,
                 "every submission needs a doorbell and a system call of the broker (kick mode)",
             ),
             Self::UnprivilegedSubmissionPolling => (
                 "unprivileged-submission-polling",
                 "submission polling without any capability",
                 "IORING_SETUP_SQPOLL without privileges, Linux 5.13",
-                Need::Nobody,
+                Need::Optional,
                 "an unprivileged broker is left with kick mode",
             ),
             Self::SharedSubmissionThread => (
                 "shared-submission-thread",
                 "one SQ thread for several queues",
                 "IORING_SETUP_ATTACH_WQ with SQPOLL, Linux 5.11",
-                Need::Nobody,
+                Need::Optional,
                 "each polled queue takes a CPU of its own",
             ),
             Self::ClonedBuffers => (
                 "cloned-buffers",
                 "cloning pinned memory to further queues",
                 "IORING_REGISTER_CLONE_BUFFERS, Linux 6.12",
-                Need::Nobody,
+                Need::Optional,
                 "each further queue pins the guest's RAM again, and is charged for it again",
             ),
             Self::ClonedBufferSlots => (
                 "cloned-buffer-slots",
                 "cloning single slots into a running queue",
                 "IORING_REGISTER_CLONE_BUFFERS with IORING_REGISTER_DST_REPLACE, Linux 6.13",
-                Need::Nobody,
+                Need::Optional,
                 "memory that is plugged in at run time holds up I/O while it is pinned",
             ),
         };

@@ -2,18 +2,18 @@
 
 use super::{Check, Facts, HugePagePool, ModeName, Outcome, Status};
 
-/// A guest with less RAM than this has no use for a disk.
+/// The RAM of the smallest guest that has a use for a disk.
 const GUEST_MIN_BYTES: u64 = 1 << 20;
-/// For the rings of a few queues, which are charged too.
+/// The rings of a few queues, which are charged too.
 const RINGS_BYTES: u64 = 1 << 20;
-/// Files that a server has open beside those of its workers: the disk twice, two sockets, eventfds, and what it opens for a
-/// moment.
+/// Files that a server has open in addition to those of its workers: the disk twice, two sockets, eventfds, and files
+/// that it opens briefly.
 const SERVER_FILES: u64 = 12;
-/// Files of a front-end with one queue: its connection, eight regions of memory, three eventfds, the in-flight region, the
-/// dirty log and a back-end channel.
+/// Files of a front-end with one queue: its connection, eight regions of memory, three eventfds, the in-flight region,
+/// the dirty log and a back-end channel.
 const FRONT_END_FILES: u64 = 16;
 
-/// Everything about memory.
+/// All checks of memory and open files.
 pub(super) fn checks(facts: &Facts) -> [Check; 3] {
     [open_files(facts), memlock(facts), huge_pages(facts)]
 }
@@ -30,9 +30,9 @@ fn rings_bytes(facts: &Facts) -> u64 {
 
 fn open_files(facts: &Facts) -> Check {
     let check = |detail: String| Check::ok("open-files", "open files", detail).needed_for(&ModeName::KERNEL_EXECUTED);
-    // Without /proc nothing can be served; another line says so.
+    // Without /proc nothing can be served; another check reports that.
     let Some(files) = &facts.open_files else { return check("unknown".to_owned()).with_status(Status::NotTried) };
-    let detail = format!("{} may be open (RLIMIT_NOFILE), {} are", files.limit, files.open);
+    let detail = format!("{} may be open (RLIMIT_NOFILE), {} are open", files.limit, files.open);
     match files.check(SERVER_FILES + FRONT_END_FILES + facts.server.engine.files()) {
         Ok(()) => check(detail),
         Err(error) => check(detail).missing(error.why(), vec![error.change()]),
@@ -51,7 +51,8 @@ fn memlock(facts: &Facts) -> Check {
     };
     let pinned_bytes = memlock.pinned_bytes();
     let mut detail = format!(
-        "{} left of {} (RLIMIT_MEMLOCK), for all of a guest's RAM, about {} for its rings and {} for those of the workers",
+        "{} left of {} (RLIMIT_MEMLOCK), for all of a guest's RAM, about {} for its rings and {} for the \
+         rings of the workers",
         bytes(soft_bytes.saturating_sub(pinned_bytes)),
         bytes(soft_bytes),
         bytes(RINGS_BYTES),
@@ -99,7 +100,7 @@ fn pool(&HugePagePool { page_bytes, total, free }: &HugePagePool) -> String {
     format!("{}: {free} free of {total}", bytes(page_bytes))
 }
 
-/// What to know of a direct ring's memory, as far as this process is limited.
+/// What to know about the memory of a direct ring, if this process has a limit.
 pub(super) fn note(facts: &Facts) -> Option<String> {
     let memlock = &facts.memlock;
     let soft_bytes = memlock.soft_bytes.filter(|_| !memlock.exempt)?;
@@ -110,7 +111,7 @@ pub(super) fn note(facts: &Facts) -> Option<String> {
     })
 }
 
-/// In the largest unit that keeps the number whole, or in MiB with one decimal.
+/// The size in the largest unit that keeps the number whole, or in MiB with one decimal.
 pub(super) fn bytes(bytes: u64) -> String {
     let units = [(1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")];
     match units.iter().find(|&&(unit, _)| bytes >= unit && bytes.is_multiple_of(unit)) {

@@ -1,4 +1,4 @@
-//! Whether virtual machines can be made, and what of KVM a guest's ring can be connected to.
+//! Whether virtual machines can be made, and to which parts of KVM a guest's ring can be connected.
 
 use std::io;
 
@@ -7,7 +7,7 @@ use nix::libc::{EACCES, ENOENT, EPERM};
 use super::{Check, Status};
 use crate::kvm::{KvmRefusal, KvmSupport};
 
-/// Everything about KVM. No mode needs it: a guest can be a process, or run under another monitor.
+/// All checks of KVM. No mode needs KVM: a guest can be a process, or run under another monitor.
 pub(super) fn checks(kvm: &Result<KvmSupport, KvmRefusal>) -> Vec<Check> {
     let first = Check::ok("kvm", "KVM", "virtual machines can be made");
     let first = match kvm {
@@ -27,7 +27,7 @@ pub(super) fn checks(kvm: &Result<KvmSupport, KvmRefusal>) -> Vec<Check> {
     let has = kvm.map(|kvm| [kvm.irqfd, kvm.ioeventfd, kvm.statistics, kvm.dirty_ring_pages > 0]);
     let ability = |(index, (name, title, without))| match (kvm, has) {
         (Some(kvm), Some(has)) if has[index] => Check::ok(name, title, detail(name, kvm)),
-        (Some(_), _) => Check::ok(name, title, "this KVM does not have it").missing(without, Vec::new()),
+        (Some(_), _) => Check::ok(name, title, "this KVM lacks it").missing(without, Vec::new()),
         (None, _) => Check::ok(name, title, "").with_status(Status::NotTried),
     };
     let mut checks = vec![first];
@@ -63,7 +63,7 @@ fn refused(refusal: &KvmRefusal) -> (String, Vec<String>) {
     (why, vec![change.to_owned()])
 }
 
-/// Whether guest code is run by the processor.
+/// Whether the processor runs guest code itself.
 fn speed(kvm: Option<&KvmSupport>) -> Check {
     let check = |detail: String| Check::ok("kvm-native", "guest code at native speed", detail);
     let Some((kvm, ps)) = kvm.and_then(|kvm| Some((kvm, kvm.kernel_ps_per_instruction?))) else {

@@ -1,7 +1,7 @@
-//! What this kernel and these limits allow, and for everything that is missing, why and what to change.
+//! What this kernel and these limits allow, and for each missing ability the reason and what to change.
 //!
-//! [`Facts`] are what was observed: settings, limits, and the outcome of trying each thing with throw-away rings.
-//! [`Report`] is what follows from them, without looking at the machine again; so every refusal can be tested from
+//! [`Facts`] are the observations: settings, limits, and the outcome of trying each ability with throw-away rings.
+//! [`Report`] is the conclusion from them. It does not look at the machine again, so tests can check every refusal with
 //! made-up facts.
 
 mod access;
@@ -21,21 +21,22 @@ pub use report::{Check, HoleReport, KernelReport, Mode, ModeName, Report, Status
 use crate::engine::EngineShape;
 pub use crate::processes::{NoProc, require_proc};
 
-/// The server for which a machine is judged: what is available is what that server can have.
+/// The server for which a machine is judged: an ability is available if that server can use it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Server {
-    /// It gives up its privileges before it makes a ring, as [`without_privileges`](crate::privileges::without_privileges) does.
+    /// The server gives up its privileges before it makes a ring, as
+    /// [`without_privileges`](crate::privileges::without_privileges) does.
     pub is_confined: bool,
-    /// Its workers.
+    /// The workers of the server.
     pub engine: EngineShape,
-    /// Whether it may offer rings to guests. If not, what only these need is not tried.
+    /// Whether the server may offer rings to guests. If not, abilities that only these rings need are not tried.
     pub may_offer_rings: bool,
 }
 
-/// Observes this machine as that server will find it, and judges what was seen.
+/// Observes this machine as that server will find it, and judges the observations.
 ///
-/// Limits count as they are: a program that raises them does so before. Makes and closes a dozen small rings, one or two of
-/// which have an SQ thread; takes about a tenth of a second.
+/// Limits count as they are: a program that raises them does so before. Makes and closes a dozen small rings, of which
+/// one or two have an SQ thread; takes about a tenth of a second.
 ///
 /// # Errors
 ///

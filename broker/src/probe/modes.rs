@@ -1,4 +1,4 @@
-//! What ringpass can offer a guest here.
+//! The modes that ringpass can offer a guest here.
 
 use super::{Check, Facts, Mode, ModeName, Status, limits};
 use crate::kernel::Verdict;
@@ -12,10 +12,10 @@ pub(super) fn modes(facts: &Facts, checks: &[Check]) -> Vec<Mode> {
 fn judge(name: ModeName, facts: &Facts, checks: &[Check]) -> Mode {
     let needed: Vec<&Check> = checks.iter().filter(|check| check.needed_for.contains(&name)).collect();
     let missing: Vec<&&Check> = needed.iter().filter(|check| check.status == Status::Missing).collect();
-    // What could not be tried builds on something that is missing, which says why.
+    // Something that could not be tried builds on something that is missing, and the missing part gives the reason.
     let available = needed.iter().all(|check| check.status == Status::Ok);
     if available {
-        // What holds for a guest's own ring; a virtqueue pins nothing and gives the guest nothing of the kernel's.
+        // The notes hold for a guest's own ring; a virtqueue pins nothing and gives the guest no part of the kernel.
         let is_direct = ModeName::DIRECT.contains(&name);
         let notes = default_note(facts.kernel.verdict()).into_iter().chain(limits::note(facts));
         let notes = if is_direct { notes.collect() } else { Vec::new() };
@@ -47,12 +47,11 @@ fn not_built(name: ModeName) -> Mode {
     }
 }
 
-/// What holds on every machine.
+/// The notes that hold on every machine.
 pub(super) fn notes() -> Vec<String> {
     [
-        "Direct mode pins all of a guest's RAM. It is for guests without a balloon, free page reporting, \
-         virtio-mem and \
-         postcopy migration: these discard pages that the ring goes on using, and the guest's data is lost silently.",
+        "Direct mode pins all of a guest's RAM. It is for guests without a balloon, free page reporting, virtio-mem and \
+         postcopy migration: these discard pages that the ring continues to use, and the guest silently loses data.",
         "Guest RAM must be a memfd, or a file on tmpfs or hugetlbfs: the kernel does not pin other files.",
     ]
     .map(str::to_owned)

@@ -1,4 +1,4 @@
-//! The report: what follows from the facts.
+//! The report: the conclusions from the facts.
 
 use serde::Serialize;
 
@@ -12,11 +12,11 @@ use crate::kernel::{Verdict, affected};
 pub struct Report {
     /// The kernel and its known holes.
     pub kernel: KernelReport,
-    /// What was looked at, one by one.
+    /// The checks, one by one.
     pub checks: Vec<Check>,
-    /// What ringpass can offer a guest here.
+    /// The modes that ringpass can offer a guest here.
     pub modes: Vec<Mode>,
-    /// What else to know.
+    /// Further notes.
     pub notes: Vec<String>,
 }
 
@@ -25,20 +25,21 @@ pub struct Report {
 pub struct KernelReport {
     /// `uname -r`.
     pub release: String,
-    /// The same for people, with the upstream version where `uname -r` hides it.
+    /// The release for people, with the upstream version where `uname -r` hides it.
     pub title: String,
-    /// The upstream version it was made from.
+    /// The upstream version on which the kernel is based.
     pub upstream: String,
-    /// The distributor whose kernels take fixes from later versions, so that the version does not tell them.
+    /// The distributor whose kernels backport fixes from later versions, so that the version does not tell which fixes
+    /// they have.
     pub backports_of: Option<String>,
-    /// The known holes that it has by its version.
+    /// The known holes of the kernel, by its version.
     pub holes: Vec<HoleReport>,
-    /// How many holes ringpass knows of, in all kernels.
+    /// The number of holes that ringpass knows, in all kernels.
     pub known_holes: usize,
-    /// `direct`, `direct-with-warning`, `mediated` or `cannot-tell`: what to give untrusted guests,
+    /// `direct`, `direct-with-warning`, `mediated` or `cannot-tell`: the mode for untrusted guests,
     /// by the version alone.
     pub verdict: &'static str,
-    /// What to do here, in words: it counts what is missing, which the verdict does not.
+    /// What to do here, in words: unlike the verdict, the advice takes into account what is missing.
     pub advice: String,
 }
 
@@ -49,7 +50,7 @@ pub struct HoleReport {
     pub cve: &'static str,
     /// What goes wrong.
     pub what: &'static str,
-    /// What a ring must have or use for it.
+    /// What a ring must have or use to reach the hole.
     pub reached_through: &'static str,
     /// Whether a direct ring with a built-in policy reaches it.
     pub reached_by_default: bool,
@@ -57,36 +58,36 @@ pub struct HoleReport {
     pub fixed_in: Vec<String>,
 }
 
-/// One thing that was looked at.
+/// One check.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Check {
     /// Stable name.
     pub name: &'static str,
-    /// For people.
+    /// Title, for people.
     pub title: String,
-    /// How it came out.
+    /// The result.
     pub status: Status,
-    /// What was seen.
+    /// The observation.
     pub detail: String,
-    /// Why it is missing.
+    /// Why the ability is missing.
     pub why: Option<String>,
-    /// What to change, each line one way.
+    /// What to change; each line is an alternative.
     pub change: Vec<String>,
-    /// The modes that cannot do without it.
+    /// The modes that need the ability.
     pub needed_for: Vec<ModeName>,
 }
 
-/// How a check came out.
+/// The result of a check.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Status {
-    /// It is there.
+    /// The ability is available.
     Ok,
-    /// It is missing.
+    /// The ability is missing.
     Missing,
-    /// It could not be tried, because something it builds on is missing.
+    /// The ability could not be tried, because it builds on something that is missing.
     NotTried,
-    /// Nothing depends on it; to know.
+    /// For information only; no mode depends on it.
     Information,
 }
 
@@ -96,7 +97,7 @@ pub enum Status {
 pub enum ModeName {
     /// The guest's own ring, executed by the kernel; its memory is guest RAM.
     DirectGuestRam,
-    /// The guest's own ring, executed by the kernel; its memory is a window that the guest is shown.
+    /// The guest's own ring, executed by the kernel; its memory is a window that the embedder shows to the guest.
     DirectWindow,
     /// The guest's own ring, executed by the broker.
     Mediated,
@@ -107,20 +108,20 @@ pub enum ModeName {
 /// Whether a mode can be used here.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Mode {
-    /// Which one.
+    /// The name of the mode.
     pub name: ModeName,
-    /// Whether it can be used.
+    /// Whether the mode can be used.
     pub available: bool,
     /// If not, why.
     pub why: Option<String>,
-    /// If not, what to change, each line one way.
+    /// If not, what to change; each line is an alternative.
     pub change: Vec<String>,
-    /// What to know about it if it can be used.
+    /// If so, what to know about it.
     pub notes: Vec<String>,
 }
 
 impl Report {
-    /// Judges facts. Looks at nothing but them.
+    /// Judges facts. Looks at nothing else.
     pub fn judge(facts: &Facts) -> Self {
         let mut checks = access::checks(facts);
         checks.extend(limits::checks(facts));
@@ -130,7 +131,7 @@ impl Report {
         let mut kernel = KernelReport::judge(facts);
         let is_available = |names: &[ModeName]| modes.iter().any(|mode| mode.available && names.contains(&mode.name));
         if !is_available(&ModeName::KERNEL_EXECUTED) {
-            kernel.advice = "no guest can be served here until what is missing below is there".to_owned();
+            kernel.advice = "no guest can be served here until what is missing below is available".to_owned();
         } else if facts.server.may_offer_rings && !is_available(&ModeName::DIRECT) {
             kernel.advice = "virtqueues only: direct mode is not available here, see what is missing below".to_owned();
         }
@@ -142,7 +143,7 @@ impl Report {
         self.checks.iter().find(|check| check.name == name)
     }
 
-    /// Whether and why not a mode can be used.
+    /// The mode with this name, with the reason if it cannot be used.
     pub fn mode(&self, name: ModeName) -> Option<&Mode> {
         self.modes.iter().find(|mode| mode.name == name)
     }
@@ -183,7 +184,7 @@ impl KernelReport {
 }
 
 impl Check {
-    /// Something that is there.
+    /// A check of an available ability.
     pub(super) fn ok(name: &'static str, title: impl Into<String>, detail: impl Into<String>) -> Self {
         Self {
             name,
@@ -196,7 +197,7 @@ impl Check {
         }
     }
 
-    /// Turns it into something that is missing.
+    /// Marks the ability as missing.
     pub(super) fn missing(mut self, why: impl Into<String>, change: Vec<String>) -> Self {
         self.status = Status::Missing;
         self.why = Some(why.into());
@@ -204,13 +205,13 @@ impl Check {
         self
     }
 
-    /// Sets how it came out.
+    /// Sets the result.
     pub(super) fn with_status(mut self, status: Status) -> Self {
         self.status = status;
         self
     }
 
-    /// Says who cannot do without it.
+    /// Sets the modes that need the ability.
     pub(super) fn needed_for(mut self, modes: &[ModeName]) -> Self {
         self.needed_for = modes.to_vec();
         self
@@ -221,10 +222,10 @@ impl ModeName {
     /// Both placements of direct mode.
     pub(super) const DIRECT: [Self; 2] = [Self::DirectGuestRam, Self::DirectWindow];
 
-    /// All that have io_uring do the I/O, which is every mode that is built.
+    /// All modes in which io_uring does the I/O, which are all modes that are built.
     pub(super) const KERNEL_EXECUTED: [Self; 3] = [Self::DirectGuestRam, Self::DirectWindow, Self::Virtqueue];
 
-    /// For people.
+    /// Title, for people.
     pub const fn title(self) -> &'static str {
         match self {
             Self::DirectGuestRam => "direct, rings in guest RAM",

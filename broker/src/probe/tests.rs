@@ -43,7 +43,7 @@ fn good() -> Facts {
     }
 }
 
-/// The same machine, if io_uring_setup fails.
+/// The same machine, where io_uring_setup fails.
 fn refused(errno: i32) -> Facts {
     Facts {
         setup: Outcome::Failed { step: "io_uring_setup", errno: Some(errno) },
@@ -67,7 +67,7 @@ fn fails(facts: &mut Facts, feature: Feature, errno: i32) {
     *outcome = Outcome::Failed { step: "io_uring_setup", errno: Some(errno) };
 }
 
-/// Direct mode is refused in both placements, for this reason, with these changes.
+/// Asserts that direct mode is refused in both placements, for this reason, with these changes.
 fn assert_no_direct(facts: &Facts, why: &str, change: &[&str]) {
     let report = Report::judge(facts);
     for name in [ModeName::DirectGuestRam, ModeName::DirectWindow] {
@@ -95,7 +95,7 @@ fn direct_mode_is_available_here() {
 }
 
 #[test]
-fn a_good_machine_offers_direct_mode_and_says_how_large_a_guest_may_be() {
+fn a_good_machine_offers_direct_mode_and_tells_how_large_a_guest_may_be() {
     let report = Report::judge(&good());
     let mode = report.mode(ModeName::DirectGuestRam).unwrap();
     assert!(mode.available && mode.why.is_none() && mode.change.is_empty());
@@ -104,7 +104,7 @@ fn a_good_machine_offers_direct_mode_and_says_how_large_a_guest_may_be() {
 }
 
 #[test]
-fn modes_that_are_not_built_yet_say_so() {
+fn modes_that_are_not_built_yet_are_reported_as_such() {
     let report = Report::judge(&good());
     let mode = report.mode(ModeName::Mediated).unwrap();
     assert!(!mode.available);
@@ -113,26 +113,26 @@ fn modes_that_are_not_built_yet_say_so() {
 }
 
 #[test]
-fn virtqueues_need_io_uring_and_nothing_that_rings_of_guests_need() {
+fn virtqueues_need_io_uring_and_nothing_else_that_guests_rings_need() {
     let mode = Report::judge(&good()).mode(ModeName::Virtqueue).unwrap().clone();
     assert!(mode.available && mode.notes.is_empty());
     let mut facts = refused(EPERM);
     facts.sysctl.io_uring_disabled = Some(2);
     let mode = Report::judge(&facts).mode(ModeName::Virtqueue).unwrap().clone();
     assert!(!mode.available);
-    assert!(mode.why.unwrap().contains("nobody may make rings"));
+    assert!(mode.why.unwrap().contains("no process may make rings"));
 }
 
 #[test]
-fn io_uring_disabled_for_all_is_explained() {
+fn io_uring_disabled_for_all_users_is_explained() {
     let mut facts = refused(EPERM);
     facts.sysctl.io_uring_disabled = Some(2);
     facts.has_sys_admin = true;
     assert_no_direct(
         &facts,
-        "io_uring: kernel.io_uring_disabled is 2: nobody may make rings, root included",
+        "io_uring: kernel.io_uring_disabled is 2: no process may make rings, not even one of root",
         &[
-            "allow everybody: sysctl kernel.io_uring_disabled=0",
+            "allow all users: sysctl kernel.io_uring_disabled=0",
             "allow one group: sysctl kernel.io_uring_disabled=1 kernel.io_uring_group=GID, and run the \
              broker in that group",
             "and write it to a file in /etc/sysctl.d/ to keep it",
@@ -141,7 +141,7 @@ fn io_uring_disabled_for_all_is_explained() {
 }
 
 #[test]
-fn io_uring_for_a_group_that_we_are_not_in_is_explained() {
+fn io_uring_for_a_group_without_this_process_is_explained() {
     let mut facts = refused(EPERM);
     facts.sysctl = Sysctl { io_uring_disabled: Some(1), io_uring_group: Some(990), in_group: false };
     assert_no_direct(
@@ -149,7 +149,7 @@ fn io_uring_for_a_group_that_we_are_not_in_is_explained() {
         "io_uring: kernel.io_uring_disabled is 1 and this process is not in group 990 (kernel.io_uring_group)",
         &[
             "run the broker in group 990: Group=990 or SupplementaryGroups=990 in a systemd unit, or usermod -aG",
-            "or allow everybody: sysctl kernel.io_uring_disabled=0",
+            "or allow all users: sysctl kernel.io_uring_disabled=0",
         ],
     );
     facts.sysctl.io_uring_group = Some(-1);
@@ -158,13 +158,13 @@ fn io_uring_for_a_group_that_we_are_not_in_is_explained() {
         "io_uring: kernel.io_uring_disabled is 1 and kernel.io_uring_group names no group",
         &[
             "name one: sysctl kernel.io_uring_group=GID, and run the broker in it",
-            "or allow everybody: sysctl kernel.io_uring_disabled=0",
+            "or allow all users: sysctl kernel.io_uring_disabled=0",
         ],
     );
 }
 
 #[test]
-fn a_seccomp_filter_is_explained_with_what_to_tell_each_container_engine() {
+fn a_seccomp_filter_is_explained_with_the_remedy_for_each_container_engine() {
     let engines = ["Docker", "Podman", "containerd", "Kubernetes"];
     for (errno, disabled, why) in [
         (EPERM, Some(0), "a seccomp filter refuses io_uring_setup (EPERM), although the kernel's settings allow it"),
@@ -173,7 +173,7 @@ fn a_seccomp_filter_is_explained_with_what_to_tell_each_container_engine() {
         (
             ENOSYS,
             None,
-            "io_uring_setup is not there (ENOSYS): the seccomp filter hides it, or the kernel has no io_uring",
+            "io_uring_setup does not exist (ENOSYS): the seccomp filter hides it, or the kernel has no io_uring",
         ),
     ] {
         let mut facts = refused(errno);
@@ -190,7 +190,7 @@ fn a_seccomp_filter_is_explained_with_what_to_tell_each_container_engine() {
 }
 
 #[test]
-fn the_groups_refusal_comes_before_the_filters() {
+fn the_refusal_by_group_comes_before_the_refusal_by_filter() {
     let mut facts = refused(EPERM);
     facts.sysctl = Sysctl { io_uring_disabled: Some(1), io_uring_group: Some(990), in_group: false };
     facts.seccomp_mode = Some(2);
@@ -209,20 +209,20 @@ fn a_kernel_without_io_uring_is_explained() {
     facts.sysctl.io_uring_disabled = None;
     assert_no_direct(
         &facts,
-        "io_uring: this kernel has no io_uring (ENOSYS); a sandbox that emulates Linux may have none either",
+        "io_uring: this kernel has no io_uring (ENOSYS); a sandbox that emulates Linux may also lack it",
         &["use a kernel with CONFIG_IO_URING=y"],
     );
 }
 
 #[test]
-fn a_security_module_is_suspected_when_nothing_else_refuses() {
+fn a_security_module_is_named_if_nothing_else_refuses() {
     for (errno, text) in [(EPERM, "Operation not permitted (os error 1)"), (EACCES, "Permission denied (os error 13)")]
     {
         assert_no_direct(
             &refused(errno),
             &format!(
-                "io_uring: io_uring_setup is refused ({text}) and no setting of io_uring says so: a security \
-                 module does"
+                "io_uring: io_uring_setup is refused ({text}) although no setting forbids io_uring: a security \
+                 module refuses it"
             ),
             &["allow io_uring to the broker in the policy of SELinux (class io_uring), AppArmor or the module in use"],
         );
@@ -230,7 +230,7 @@ fn a_security_module_is_suspected_when_nothing_else_refuses() {
 }
 
 #[test]
-fn what_could_not_be_tried_is_not_called_missing() {
+fn an_ability_that_could_not_be_tried_is_not_reported_as_missing() {
     let report = Report::judge(&refused(EPERM));
     for feature in Feature::ALL {
         let check = report.check(feature.traits().name).unwrap();
@@ -240,7 +240,7 @@ fn what_could_not_be_tried_is_not_called_missing() {
 }
 
 #[test]
-fn a_kernel_before_6_5_says_which_one_to_use() {
+fn a_kernel_before_6_5_gets_the_version_to_use() {
     let mut facts = good();
     facts.kernel = kernel("6.1.147");
     facts.support.as_mut().unwrap().register_operations =
@@ -263,7 +263,7 @@ fn a_kernel_before_6_5_says_which_one_to_use() {
              rings in memory of the caller: io_uring_setup: Invalid argument (os error 22); without it, rings cannot \
              be in guest RAM; \
              rings in scattered memory of the caller: io_uring_setup: Invalid argument (os error 22); without it, only \
-             rings of one page, or in guest RAM on huge pages, could be there"
+             rings of one page, or in guest RAM on huge pages, could be in guest RAM"
         )
     );
     assert_eq!(
@@ -280,7 +280,7 @@ fn a_kernel_before_6_5_says_which_one_to_use() {
 }
 
 #[test]
-fn a_kernel_that_wants_contiguous_ring_memory_still_has_the_window() {
+fn a_kernel_that_needs_contiguous_ring_memory_still_has_the_window() {
     let mut facts = good();
     facts.kernel = kernel("6.6.145");
     fails(&mut facts, Feature::ScatteredCallerMemory, EINVAL);
@@ -290,7 +290,7 @@ fn a_kernel_that_wants_contiguous_ring_memory_still_has_the_window() {
 }
 
 #[test]
-fn an_optional_feature_that_is_missing_refuses_no_mode_and_says_what_is_lost() {
+fn a_missing_optional_feature_refuses_no_mode_and_names_the_loss() {
     for (feature, lost) in [
         (Feature::SubmissionPolling, "every submission needs a doorbell and a system call of the broker (kick mode)"),
         (Feature::UnprivilegedSubmissionPolling, "an unprivileged broker is left with kick mode"),
@@ -309,7 +309,7 @@ fn an_optional_feature_that_is_missing_refuses_no_mode_and_says_what_is_lost() {
 }
 
 #[test]
-fn an_operation_that_the_kernel_lacks_refuses_direct_mode_by_name() {
+fn a_missing_operation_refuses_direct_mode_by_name() {
     let mut facts = good();
     facts.support.as_mut().unwrap().operations.remove(Operation::WRITE_FIXED);
     assert_no_direct(
@@ -333,7 +333,7 @@ fn a_kernel_before_5_10_has_no_restrictions() {
 }
 
 #[test]
-fn a_question_that_fails_otherwise_is_not_blamed_on_an_old_kernel() {
+fn another_error_of_the_query_is_not_blamed_on_an_old_kernel() {
     let report = Report::judge(&Facts { support: Err(support_failed(ENOMEM)), ..good() });
     assert_eq!(
         report.check("operations").unwrap().why.as_deref(),
@@ -342,15 +342,15 @@ fn a_question_that_fails_otherwise_is_not_blamed_on_an_old_kernel() {
 }
 
 #[test]
-fn little_lockable_memory_is_explained_with_who_has_it() {
+fn little_lockable_memory_is_explained_with_its_holders() {
     let mut facts = good();
     facts.memlock.pinned_by = vec![PinnedBy { pid: 7, comm: "qemu".into(), pinned_bytes: 8 * MIB - 4096 }];
     let report = Report::judge(&facts);
     let check = report.check("memlock").unwrap();
     assert_eq!(
         check.detail,
-        "4 KiB left of 8 MiB (RLIMIT_MEMLOCK), for all of a guest's RAM, about 1 MiB for its rings and 24 KiB for those of \
-         the workers; pinned by this user: qemu[7] 8188 KiB"
+        "4 KiB left of 8 MiB (RLIMIT_MEMLOCK), for all of a guest's RAM, about 1 MiB for its rings and 24 KiB for the \
+         rings of the workers; pinned by this user: qemu[7] 8188 KiB"
     );
     let why = check.why.as_deref().unwrap();
     assert!(why.starts_with("not even a guest with 1 MiB of RAM can be pinned: pinning needs 2072 KiB"), "{why}");
@@ -361,7 +361,7 @@ fn little_lockable_memory_is_explained_with_who_has_it() {
 }
 
 #[test]
-fn memory_without_a_limit_is_no_matter() {
+fn memory_without_a_limit_gets_no_note() {
     for (memlock, detail) in [
         (Memlock { soft_bytes: None, ..good().memlock }, "unlimited (RLIMIT_MEMLOCK)"),
         (Memlock { exempt: true, ..good().memlock }, "unlimited for this process (CAP_IPC_LOCK)"),
@@ -373,7 +373,7 @@ fn memory_without_a_limit_is_no_matter() {
 }
 
 #[test]
-fn pinning_that_fails_for_want_of_memory_points_to_the_limit() {
+fn pinning_that_fails_for_lack_of_memory_points_to_the_limit() {
     let mut facts = good();
     fails(&mut facts, Feature::PinnedMemory, ENOMEM);
     assert_no_direct(
@@ -385,7 +385,7 @@ fn pinning_that_fails_for_want_of_memory_points_to_the_limit() {
 }
 
 #[test]
-fn a_trial_with_the_wrong_result_is_the_kernels_fault() {
+fn a_trial_with_the_wrong_result_is_a_defect_of_the_kernel() {
     let mut facts = good();
     facts.features[0].1 = Outcome::Failed { step: "refusing what the policy does not allow", errno: None };
     let report = Report::judge(&facts);
@@ -397,7 +397,7 @@ fn a_trial_with_the_wrong_result_is_the_kernels_fault() {
 }
 
 #[test]
-fn known_holes_come_with_their_fixes_and_what_they_are_reached_through() {
+fn known_holes_are_listed_with_their_fixes_and_their_reach() {
     let report = Report::judge(&Facts { kernel: kernel("6.18.37"), ..good() });
     let holes: Vec<_> = report.kernel.holes.iter().map(|hole| (hole.cve, hole.reached_by_default)).collect();
     assert_eq!(holes, [("CVE-2026-63806", false), ("CVE-2026-64426", false)]);
@@ -409,7 +409,7 @@ fn known_holes_come_with_their_fixes_and_what_they_are_reached_through() {
 }
 
 #[test]
-fn a_distributors_number_is_not_believed() {
+fn the_version_of_a_distributor_that_backports_is_not_trusted() {
     let report = Report::judge(&Facts { kernel: kernel("6.12.0-55.9.1.el10_0.x86_64"), ..good() });
     assert_eq!(report.kernel.backports_of.as_deref(), Some("Red Hat"));
     assert_eq!(report.kernel.verdict, "cannot-tell");
@@ -431,7 +431,7 @@ fn reserved_huge_pages_are_counted() {
 }
 
 #[test]
-fn every_missing_thing_has_a_reason_and_a_change() {
+fn every_missing_ability_has_a_reason_and_a_change() {
     let mut facts = good();
     Feature::ALL.into_iter().for_each(|feature| fails(&mut facts, feature, EINVAL));
     facts.memlock.soft_bytes = Some(0);
@@ -446,7 +446,7 @@ fn every_missing_thing_has_a_reason_and_a_change() {
 }
 
 #[test]
-fn the_note_on_discarded_memory_is_always_there() {
+fn the_note_on_discarded_memory_is_always_present() {
     let report = Report::judge(&good());
     for word in ["balloon", "free page reporting", "virtio-mem", "postcopy"] {
         assert!(report.notes.iter().any(|note| note.contains(word)), "{word}");

@@ -1,4 +1,4 @@
-//! Trying things with throw-away rings. The unsafe code of the probe.
+//! Trying abilities with throw-away rings. The unsafe code of the probe.
 
 use std::{
     ffi::c_void,
@@ -26,13 +26,13 @@ use crate::kernel;
 use crate::limits::while_memory_is_freed;
 use crate::ring::sys::{RingFd, RingPages};
 
-/// The kernel's page size on every architecture ringpass knows.
+/// The kernel's page size on every architecture that ringpass supports.
 const PAGE_BYTES: usize = 4096;
 /// The kernel's limit on registered buffers (`IORING_MAX_REG_BUFFERS`).
 const BUFFER_SLOTS_MAX: u32 = 1 << 14;
-/// How long an idle SQ thread spins; the shortest there is, since nothing is ever submitted.
+/// How long an idle SQ thread spins: the shortest time possible, since nothing is ever submitted.
 const SQ_THREAD_IDLE_MS: u32 = 1;
-/// How long an SQ thread may take until it runs, on a busy machine, and how often is looked.
+/// How long the start of an SQ thread may take on a busy machine, and how often the trial checks for it.
 const SQ_THREAD_START: Duration = Duration::from_secs(1);
 const SQ_THREAD_LOOK: Duration = Duration::from_micros(100);
 
@@ -44,7 +44,7 @@ struct Failure {
 
 type Trial = Result<(), Failure>;
 
-/// Names what was being done when it failed.
+/// Names the step that failed.
 trait Step<T> {
     fn step(self, step: &'static str) -> Result<T, Failure>;
 }
@@ -64,25 +64,25 @@ impl From<Trial> for Outcome {
     }
 }
 
-/// Runs trials in a thread of their own: limits on workers and capabilities are properties of the thread.
+/// Runs trials in a thread of their own: worker limits and capabilities are properties of the thread.
 pub(super) fn in_own_thread<T: Send + 'static>(trials: impl FnOnce() -> T + Send + 'static) -> io::Result<T> {
     let thread = thread::Builder::new().name("ringpass-probe".into()).spawn(trials)?;
     thread.join().map_err(|_| io::Error::other("it panicked"))
 }
 
-/// The simplest ring there is, which Linux 5.1 has.
+/// Tries the simplest ring, which Linux has since 5.1.
 pub(super) fn simplest_ring() -> Outcome {
     let setup = || RingFd::setup(1, &mut io_uring_params::default()).map(|_| ());
     while_memory_is_freed(setup, |error| error.raw_os_error() == Some(ENOMEM)).step("io_uring_setup").into()
 }
 
-/// What restrictions can be made of.
+/// Asks for the operations and restrictions that the kernel supports.
 pub(super) fn support() -> Result<KernelSupport, Outcome> {
     let step = "asking the kernel what it restricts";
     kernel::support().map_err(|error| Outcome::Failed { step, errno: error.raw_os_error() })
 }
 
-/// Tries every feature; unprivileged ones without capabilities only if `may_drop_capabilities`.
+/// Tries every feature; the trials without capabilities only if `may_drop_capabilities`.
 pub(super) fn all(support: Option<&KernelSupport>, may_drop_capabilities: bool) -> Vec<(Feature, Outcome)> {
     let outcome = |feature| match feature {
         Feature::Restrictions => support.map_or(Outcome::NotTried, |support| restrictions(support).into()),
@@ -157,25 +157,25 @@ fn worker_limits() -> Trial {
     ring(IoringSetupFlags::empty())?.limit_workers(8, 1).step("IORING_REGISTER_IOWQ_MAX_WORKERS")
 }
 
-/// 8 SQEs and 16 CQEs take less than a page each.
+/// Tries one page for each area: 8 SQEs and 16 CQEs take less than a page each.
 fn caller_memory() -> Trial {
     ring_in(&Pages::of_memfd(&[0, 1])?, 1, 8, 16)
 }
 
-/// The same pages once in the order of the file and once in reverse. They cannot be in physical order in both, so a
-/// kernel that wants contiguous memory refuses one.
+/// Maps the same pages once in the order of the file and once in reverse. They cannot be in physical order both times,
+/// so a kernel that needs contiguous memory refuses one of the rings.
 fn scattered_caller_memory() -> Trial {
-    // 64 SQEs are 64 * 64 bytes: 256 are 4 pages; 512 CQEs of 16 bytes behind the header are 3.
+    // 64 SQEs are 64 * 64 bytes: 256 SQEs are 4 pages; 512 CQEs of 16 bytes after the header are 3 pages.
     let rising = Pages::of_memfd(&[0, 1, 2, 3, 4, 5, 6, 7])?;
     ring_in(&rising, 4, 256, 512)?;
     let falling = rising.in_order(&[7, 6, 5, 4, 3, 2, 1, 0])?;
     ring_in(&falling, 4, 256, 512)
 }
 
-/// Makes a ring in `memory`, the SQEs from page `sqes_page` on.
+/// Makes a ring in `memory`, with the SQEs from page `sqes_page` on.
 fn ring_in(memory: &Pages, sqes_page: usize, sq_entries: u32, cq_entries: u32) -> Trial {
     let pages = RingPages { rings: memory.page(0), sqes: memory.page(sqes_page) };
-    // NO_SQARRAY is tried apart: without it the SQ array comes behind the CQEs, and still fits.
+    // NO_SQARRAY has a trial of its own: without it the SQ array follows the CQEs, and still fits.
     let mut params = params(IoringSetupFlags::empty(), cq_entries);
     // SAFETY: shared mappings of a memfd to which no Rust reference is ever made. The rings area has the 64 bytes of
     // the header, 16 for each CQE and 4 for each SQE of the SQ array, in less than `sqes_page` pages; the SQEs have 64
@@ -207,19 +207,20 @@ fn shared_submission_thread() -> Trial {
         (Some(first), Some(second)) if first != second => {
             Err(Failure { step: "putting both rings on one thread", errno: None })
         }
-        // The kernel does not tell while the ring is busy: then its word at set-up must do.
+        // The kernel does not report the thread while the ring is busy. Then its success at set-up must suffice.
         _ => Ok(()),
     }
 }
 
-/// The thread id of a ring's SQ thread, if `/proc` tells.
+/// The thread id of a ring's SQ thread, if `/proc` shows it.
 fn sq_thread(ring: &RingFd) -> Option<u32> {
     let us = rustix::thread::gettid().as_raw_nonzero().get().cast_unsigned();
     let end = Instant::now() + SQ_THREAD_START;
     loop {
         let text = fs::read_to_string(format!("/proc/self/fdinfo/{}", ring.raw())).ok()?;
         let thread = text.lines().find_map(|line| line.strip_prefix("SqThread:"))?.trim().parse().ok()?;
-        // The kernel names the thread that made the ring until the other one has run (`io_sq_thread` in io_uring/sqpoll.c).
+        // The kernel names the thread that made the ring until the SQ thread has run (`io_sq_thread` in
+        // io_uring/sqpoll.c).
         if thread != us {
             return Some(thread);
         }
@@ -268,8 +269,8 @@ impl Pages {
             let address: *mut c_void = mapping.as_mut_ptr().wrapping_add(index * PAGE_BYTES).cast();
             let access = ProtFlags::READ | ProtFlags::WRITE;
             let flags = MapFlags::SHARED | MapFlags::FIXED;
-            // SAFETY: the address is inside `mapping`, which is ours alone and to which no reference exists: replacing
-            // a page of it by another is what nobody else can notice. Dropping `mapping` unmaps the replacement.
+            // SAFETY: the address is inside `mapping`, which is ours alone and to which no reference exists: no other
+            // code can notice that one of its pages is replaced. Dropping `mapping` unmaps the replacement.
             unsafe { rustix::mm::mmap(address, PAGE_BYTES, access, flags, &file, (page * PAGE_BYTES) as u64) }
                 .step("mmap")?;
         }
@@ -292,13 +293,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn pages_are_mapped_in_the_order_asked_for() {
+    fn pages_are_mapped_in_the_requested_order() {
         let rising = Pages::of_memfd(&[0, 1, 2]).ok().unwrap();
         for page in 0..3u8 {
             rising.file.write_all_at(&[page + 1], u64::from(page) * PAGE_BYTES as u64).unwrap();
         }
         let falling = rising.in_order(&[2, 1, 0]).ok().unwrap();
-        // SAFETY: the pages are mapped, and nobody else writes to them.
+        // SAFETY: the pages are mapped, and no other code writes to them.
         let first = |pages: &Pages, index| unsafe { pages.page(index).read_volatile() };
         assert_eq!([0, 1, 2].map(|index| first(&rising, index)), [1, 2, 3]);
         assert_eq!([0, 1, 2].map(|index| first(&falling, index)), [3, 2, 1]);
@@ -306,7 +307,7 @@ mod tests {
 
     /// On a busy machine the SQ thread does not run at once.
     #[test]
-    fn an_sq_thread_that_has_not_run_yet_is_not_taken_for_the_thread_that_made_it() {
+    fn an_sq_thread_that_has_not_run_yet_is_not_confused_with_the_thread_that_made_its_ring() {
         let is_over = AtomicBool::new(false);
         thread::scope(|scope| {
             for _ in 0..2 * thread::available_parallelism().unwrap().get() {
@@ -330,7 +331,7 @@ mod tests {
     }
 
     #[test]
-    fn trials_change_nothing_for_the_caller() {
+    fn trials_leave_the_caller_unchanged() {
         let before = rustix::thread::capabilities(None).unwrap();
         assert_eq!(in_own_thread(simplest_ring).unwrap(), Outcome::Works);
         in_own_thread(unprivileged_submission_polling).unwrap().ok().unwrap();

@@ -1,4 +1,4 @@
-//! What is said about KVM.
+//! The checks of KVM.
 
 use nix::libc::{EACCES, ENODEV, ENOENT};
 
@@ -15,7 +15,7 @@ pub(super) fn kvm() -> KvmSupport {
     }
 }
 
-/// The checks of virtual machines, with these facts.
+/// The checks of virtual machines with this KVM.
 fn machine_checks(kvm: Result<KvmSupport, KvmRefusal>) -> Vec<Check> {
     let report = Report::judge(&Facts { kvm, ..good() });
     assert!(report.mode(ModeName::DirectGuestRam).unwrap().available, "no mode depends on KVM");
@@ -42,7 +42,7 @@ fn a_missing_kvm_is_refused_by_its_reason_and_nothing_else_is_tried() {
 }
 
 #[test]
-fn what_kvm_lacks_is_named_with_what_is_lost() {
+fn missing_abilities_of_kvm_are_named_with_the_loss() {
     assert!(machine_checks(Ok(kvm())).iter().all(|check| check.status == Status::Ok));
     let none = KvmSupport {
         irqfd: false,
@@ -60,7 +60,7 @@ fn what_kvm_lacks_is_named_with_what_is_lost() {
 }
 
 #[test]
-fn a_kvm_that_runs_guest_kernels_in_software_is_told_from_others() {
+fn a_kvm_that_runs_guest_kernels_in_software_is_distinguished_from_others() {
     let slow = machine_checks(Ok(KvmSupport { kernel_ps_per_instruction: Some(1_000_000), ..kvm() }));
     let slow = slow.last().unwrap();
     assert_eq!(slow.status, Status::Information);

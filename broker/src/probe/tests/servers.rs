@@ -1,10 +1,10 @@
-//! What a server itself needs, whether or not it offers rings to guests.
+//! The abilities that a server itself needs, whether or not it offers rings to guests.
 
 use super::*;
 use crate::engine::EngineShape;
 use crate::processes::NoProc;
 
-/// No mode is available, for this reason, and the advice does not say otherwise.
+/// Asserts that no mode is available, for this reason, and that the advice agrees.
 fn assert_nothing(facts: &Facts, why: &str, change: &str) {
     let report = Report::judge(facts);
     for name in ModeName::KERNEL_EXECUTED {
@@ -13,10 +13,10 @@ fn assert_nothing(facts: &Facts, why: &str, change: &str) {
         assert!(mode.why.as_deref().unwrap().contains(why), "{:?}", mode.why);
         assert!(mode.change.iter().any(|line| line.contains(change)), "{:?}", mode.change);
     }
-    assert_eq!(report.kernel.advice, "no guest can be served here until what is missing below is there");
+    assert_eq!(report.kernel.advice, "no guest can be served here until what is missing below is available");
 }
 
-/// The workers' rings failed at a system call.
+/// A machine on which the workers' rings fail at a system call.
 fn without_workers(call: &'static str, errno: i32) -> Facts {
     let engine = Outcome::Failed { step: call, errno: Some(errno) };
     Facts { engine, support: Err(Outcome::NotTried), features: vec![], ..good() }
@@ -35,9 +35,9 @@ fn a_filter_of_any_call_of_io_uring_leaves_nothing_and_is_named() {
 }
 
 #[test]
-fn a_group_without_a_number_is_not_recommended_to_root() {
+fn a_group_without_a_number_is_not_recommended() {
     let mut facts = refused(EPERM);
-    // As root finds it, whose capabilities do not count here.
+    // As root finds it: its capabilities do not count here.
     facts.sysctl = Sysctl { io_uring_disabled: Some(1), io_uring_group: Some(-1), in_group: false };
     assert_nothing(&facts, "kernel.io_uring_group names no group", "sysctl kernel.io_uring_group=GID");
     let report = Report::judge(&facts);
@@ -45,7 +45,7 @@ fn a_group_without_a_number_is_not_recommended_to_root() {
 }
 
 #[test]
-fn rings_of_workers_that_memory_is_too_short_for_are_told_with_their_size() {
+fn too_little_memory_for_the_workers_rings_is_explained_with_their_size() {
     let mut facts = without_workers("io_uring_setup", ENOMEM);
     facts.server.engine = EngineShape { queues: 4, queue_size: 256, workers: Some(2) };
     facts.memlock.soft_bytes = Some(64 << 10);
@@ -62,7 +62,7 @@ fn a_server_needs_proc_and_open_files() {
 }
 
 #[test]
-fn guests_have_no_rings_where_the_end_of_a_ring_could_not_be_told() {
+fn guests_get_no_rings_where_the_end_of_a_ring_cannot_be_detected() {
     let facts = Facts { end_token: Err("no place for a temporary directory".into()), ..good() };
     let report = Report::judge(&facts);
     assert!(!report.mode(ModeName::DirectGuestRam).unwrap().available);
@@ -72,7 +72,7 @@ fn guests_have_no_rings_where_the_end_of_a_ring_could_not_be_told() {
 }
 
 #[test]
-fn what_lacks_memory_only_because_nothing_can_be_pinned_is_not_called_missing() {
+fn a_feature_that_lacks_memory_only_because_nothing_can_be_pinned_is_not_reported_as_missing() {
     let mut facts = good();
     facts.memlock.soft_bytes = Some(64 << 10);
     for feature in Feature::ALL {
@@ -86,7 +86,7 @@ fn what_lacks_memory_only_because_nothing_can_be_pinned_is_not_called_missing() 
 }
 
 #[test]
-fn a_server_that_offers_no_rings_is_not_judged_by_what_rings_need() {
+fn a_server_that_offers_no_rings_is_not_judged_by_the_needs_of_rings() {
     let server = Server { may_offer_rings: false, ..Server::for_tests() };
     let report = run(&server).unwrap();
     assert!(report.mode(ModeName::Virtqueue).unwrap().available, "{report:?}");
