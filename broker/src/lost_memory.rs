@@ -164,20 +164,20 @@ extern "C" fn on_sigbus(_signal: c_int, info: *mut libc::siginfo_t, _context: *m
     // SAFETY: the kernel passes a valid `siginfo_t` to a handler with SA_SIGINFO, for this thread alone.
     let info = unsafe { &*info };
     if info.si_code <= 0 {
-        return end_as_asked();
+        return end_by_signal();
     }
     // SAFETY: this is a SIGBUS of the kernel's own, for which it sets the address.
     let address = unsafe { info.si_addr() } as usize;
     let name = match find(address) {
         Some((area, Purpose::InflightRegion)) if area.replace() => {
-            return tell(format_args!(
+            return report(format_args!(
                 "memory of the front-end's in-flight region is lost (SIGBUS): {}. The disk continues without the \
                  region; if this process ends, requests in flight are lost with it",
                 Cause(info.si_code)
             ));
         }
         Some((area, Purpose::DirtyLog)) if area.replace() => {
-            return tell(format_args!(
+            return report(format_args!(
                 "memory of the front-end's dirty log is lost (SIGBUS): {}. The disk continues, but this migration \
                  misses the pages that it writes",
                 Cause(info.si_code)
@@ -206,8 +206,8 @@ impl fmt::Display for Cause {
 }
 
 /// Another process sent the signal: the signal ends this process, as it would without a handler.
-fn end_as_asked() {
-    take_default();
+fn end_by_signal() {
+    restore_default_action();
     // The raised signal stays pending while the handler runs.
     if nix::sys::signal::raise(Signal::SIGBUS).is_err() {
         std::process::abort();
@@ -216,25 +216,25 @@ fn end_as_asked() {
 
 /// Lets the repeated access end the process, so that a core dump shows the access.
 fn end(si_code: c_int, lost: fmt::Arguments<'_>) {
-    static IS_TOLD: AtomicBool = AtomicBool::new(false);
-    if !IS_TOLD.swap(true, Ordering::Relaxed) {
-        tell(format_args!(
+    static IS_REPORTED: AtomicBool = AtomicBool::new(false);
+    if !IS_REPORTED.swap(true, Ordering::Relaxed) {
+        report(format_args!(
             "{lost} is lost (SIGBUS): {}. The server ends here, because the rings and requests in that memory are \
              gone; find out the reason, and start the server again",
             Cause(si_code)
         ));
     }
-    take_default();
+    restore_default_action();
 }
 
-fn take_default() {
+fn restore_default_action() {
     // SAFETY: the default disposition runs none of our code.
     if unsafe { signal(Signal::SIGBUS, SigHandler::SigDfl) }.is_err() {
         std::process::abort();
     }
 }
 
-fn tell(what: fmt::Arguments<'_>) {
+fn report(what: fmt::Arguments<'_>) {
     Line::of(format_args!("ringpass: {what}")).write_to_stderr();
 }
 

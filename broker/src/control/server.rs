@@ -104,13 +104,13 @@ impl ControlSocket {
         let flags = EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC;
         let stop = rustix::event::eventfd(0, flags).map_err(failed(&path, "making an eventfd"))?;
         let (stop, is_stopping) = (Arc::new(stop), Arc::new(AtomicBool::new(false)));
-        let (theirs, is_told) = (stop.clone(), is_stopping.clone());
+        let (theirs, must_stop) = (stop.clone(), is_stopping.clone());
         let thread = thread::Builder::new()
             .name("control".into())
             .spawn(move || {
                 leave_signals_to_others();
                 let mut clients = Clients::default();
-                while !is_told.load(Ordering::Acquire) {
+                while !must_stop.load(Ordering::Acquire) {
                     serve_once(&mut listener, &mut clients, &theirs, &*source);
                 }
             })

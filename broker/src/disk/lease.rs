@@ -193,7 +193,7 @@ impl Shared {
             inner.is_busy = true;
             drop(inner);
             if let Some(disk) = self.wait_for_disk(since) {
-                self.tell(since, disk, &mut on_held);
+                self.pass_on(since, disk, &mut on_held);
             }
             // `release` waits for this: from here on the lease holds nothing of the disk but what it passed on.
             self.inner().is_busy = false;
@@ -202,7 +202,7 @@ impl Shared {
     }
 
     /// Passes the disk on, if it is still wanted.
-    fn tell(&self, since: Instant, disk: Disk, on_held: &mut impl FnMut(Arc<Disk>)) {
+    fn pass_on(&self, since: Instant, disk: Disk, on_held: &mut impl FnMut(Arc<Disk>)) {
         let mut inner = self.inner();
         if !inner.is_waiting(since) {
             drop(inner);

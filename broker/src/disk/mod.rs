@@ -50,7 +50,7 @@ use acquire::Acquisition;
 use geometry::Geometry;
 use open::{Anchor, Found};
 
-/// Whether I/O goes past the host's page cache (`O_DIRECT`).
+/// Whether I/O bypasses the host's page cache (`O_DIRECT`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub enum DirectIo {
     /// `O_DIRECT` if the file system has it, otherwise the page cache.

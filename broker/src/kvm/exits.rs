@@ -59,7 +59,7 @@ const NAMES: [&str; 5] = ["exits", "io_exits", "mmio_exits", "hypercalls", "halt
 
 /// `struct kvm_stats_header`, six `u32`s.
 const HEADER_BYTES: usize = 24;
-/// `struct kvm_stats_desc` without the name behind it.
+/// `struct kvm_stats_desc` without the name that follows it.
 const DESCRIPTOR_BYTES: usize = 16;
 
 nix::ioctl_none!(

@@ -3,7 +3,7 @@
 /// An ability of the kernel's io_uring that the probe tries.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Feature {
-    /// A ring that starts disabled takes the direct policy and enforces it once enabled.
+    /// A ring that starts disabled accepts the direct policy and enforces it once enabled.
     Restrictions,
     /// A table of 16384 empty fixed buffers: 16 TiB of guest memory.
     LargeBufferTable,

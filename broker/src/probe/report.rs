@@ -7,7 +7,7 @@ use crate::kernel::{Verdict, affected};
 
 /// What this kernel and these limits allow.
 ///
-/// Serialized, this is the output of `ringpass probe --json`: fields are only ever added.
+/// Serialized, this is the output of `ringpass probe --json`: later versions only add fields.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Report {
     /// The kernel and its known holes.

@@ -224,17 +224,17 @@ impl RingEnd {
         Arc::ptr_eq(&self.progress, &other.progress)
     }
 
-    /// Calls `tell` at the end, on the reaper's thread, which has other rings to wait for: `tell` must be quick. If the
-    /// ring has ended already, calls it at once.
-    pub fn on_end(&self, tell: impl FnOnce() + Send + 'static) {
-        // Locked before the check, so that an end that comes now either finds `tell` in the list or is seen by the
+    /// Calls `callback` at the end, on the reaper's thread, which has other rings to wait for: `callback` must be
+    /// quick. If the ring has ended already, calls it at once.
+    pub fn on_end(&self, callback: impl FnOnce() + Send + 'static) {
+        // Locked before the check, so that an end that comes now either finds `callback` in the list or is seen by the
         // check.
         let mut listeners = self.listeners();
         if self.has_ended() {
             drop(listeners);
-            tell();
+            callback();
         } else {
-            listeners.0.push(Box::new(tell));
+            listeners.0.push(Box::new(callback));
         }
     }
 
@@ -251,7 +251,7 @@ impl RingEnd {
         self.progress.changed.notify_all();
         if let Phase::Ended { .. } = phase {
             let listeners = std::mem::take(&mut *self.listeners());
-            listeners.0.into_iter().for_each(|tell| tell());
+            listeners.0.into_iter().for_each(|callback| callback());
         }
     }
 }

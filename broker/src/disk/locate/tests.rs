@@ -90,13 +90,13 @@ fn the_disk_does_exactly_the_operations_that_are_reported() {
         let located = Disk::locate(&DiskConfig::new(&path)).unwrap();
         let capabilities = located.capabilities();
         let disk = located.try_lock().unwrap();
-        for (mode, told) in [
+        for (mode, reported) in [
             (FallocateFlags::PUNCH_HOLE, capabilities.punch_hole),
             (FallocateFlags::ZERO_RANGE, capabilities.zero_range),
         ] {
             let done = fallocate(&disk, mode | FallocateFlags::KEEP_SIZE, 4096, 8192);
-            assert_eq!(told.is_some(), done.is_ok(), "{path:?} {mode:?} {done:?}");
-            assert!(told.is_none_or(|limits| {
+            assert_eq!(reported.is_some(), done.is_ok(), "{path:?} {mode:?} {done:?}");
+            assert!(reported.is_none_or(|limits| {
                 limits.alignment_bytes.is_power_of_two()
                     && limits.max_bytes.is_multiple_of(limits.alignment_bytes.into())
             }));
