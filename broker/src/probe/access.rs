@@ -100,7 +100,7 @@ fn refusal(facts: &Facts, call: &str, errno: Option<i32>) -> Refusal {
     let filtered = facts.seccomp_mode == Some(SECCOMP_MODE_FILTER);
     match (errno.unwrap_or(EINVAL), sysctl.io_uring_disabled) {
         (EPERM, Some(2)) => refused(
-            "kernel.io_uring_disabled is 2: no process may make rings, not even one of root",
+            "kernel.io_uring_disabled is 2: no process may make rings, root included",
             &[
                 "allow all users: sysctl kernel.io_uring_disabled=0",
                 "allow one group: sysctl kernel.io_uring_disabled=1 kernel.io_uring_group=GID, and run the broker in \

@@ -130,7 +130,7 @@ fn io_uring_disabled_for_all_users_is_explained() {
     facts.has_sys_admin = true;
     assert_no_direct(
         &facts,
-        "io_uring: kernel.io_uring_disabled is 2: no process may make rings, not even one of root",
+        "io_uring: kernel.io_uring_disabled is 2: no process may make rings, root included",
         &[
             "allow all users: sysctl kernel.io_uring_disabled=0",
             "allow one group: sysctl kernel.io_uring_disabled=1 kernel.io_uring_group=GID, and run the \
