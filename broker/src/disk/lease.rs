@@ -46,7 +46,7 @@ pub enum LeaseState {
 struct Shared {
     located: Arc<LocatedDisk>,
     inner: Mutex<Inner>,
-    /// Signalled after each change of `inner`.
+    /// Signalled when `inner` has changed.
     changed: Condvar,
 }
 
@@ -111,7 +111,7 @@ impl DiskLease {
             inner = self.shared.wait(inner, Some(RELEASE_LOOK));
         }
         drop(inner);
-        // Closing a disk can take long, so the lock is released first.
+        // Closing a disk can take long, so the mutex is released first.
         let held = if let LeaseState::Held(disk) = was { Arc::into_inner(disk) } else { None };
         held.into_iter().chain(taken).for_each(Disk::close);
     }

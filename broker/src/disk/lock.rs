@@ -37,7 +37,7 @@ pub(super) fn unlock(file: &OwnedFd) {
 /// The processes whose lock conflicts with ours.
 pub(super) fn holders(file: impl AsFd, read_only: bool) -> Vec<ProcessName> {
     let mut conflict = whole_file(read_only);
-        // The kernel names the process of a POSIX lock; an OFD lock has no process (-1).
+    // The kernel names the process of a POSIX lock; an OFD lock has no process (-1).
     match fcntl(&file, FcntlArg::F_OFD_GETLK(&mut conflict)) {
         Ok(_) if conflict.l_pid > 0 => vec![Process::with_pid(conflict.l_pid.unsigned_abs()).name()],
         _ => holders::lock_holders(file),
@@ -46,6 +46,6 @@ pub(super) fn holders(file: impl AsFd, read_only: bool) -> Vec<ProcessName> {
 
 fn whole_file(read_only: bool) -> libc::flock {
     let kind = if read_only { libc::F_RDLCK } else { libc::F_WRLCK };
-        // A length of zero reaches to the end of the file, also after it grows. OFD calls require a pid of zero.
+    // A length of zero reaches to the end of the file, also after it grows. OFD calls require a pid of zero.
     libc::flock { l_type: kind as _, l_whence: libc::SEEK_SET as _, l_start: 0, l_len: 0, l_pid: 0 }
 }
