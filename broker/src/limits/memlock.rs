@@ -8,7 +8,7 @@ use rustix::thread::{CapabilitySet, capabilities};
 
 use crate::processes::{self, Process, ProcessName};
 
-/// What decides whether this process may pin memory, at the time of the look.
+/// What decides whether this process may pin memory, at the time of the call.
 ///
 /// io_uring charges registered buffers, and from about Linux 6.14 also the memory of the rings themselves, to the
 /// *user* (the real uid of the process that made the ring), over all its processes, and compares the sum with the
