@@ -177,7 +177,7 @@ fn what_other_commands_cannot_do_is_said_once_as_well() {
     let listener = UnixListener::bind(place.path("deaf.control")).unwrap();
     let hanging_up = std::thread::spawn(move || drop(listener.accept().unwrap()));
     let cases: &[(&[&str], &[&str])] = &[
-        (&["dev", "show", "none"], &["no device none", "there are: deaf"]),
+        (&["dev", "show", "none"], &["no device none", "devices there are: deaf"]),
         (&["dev", "show", "./none"], &["./none", "No such file"]),
         (&["dev", "stats", "text/s"], &["text/s", "Not a directory"]),
         (&["dev", "show", "./text"], &["./text", "Connection refused"]),

@@ -204,7 +204,7 @@ fn ends_direct_mode(
     })?;
     ensure!(is_first_ring(&queue) && !scene.has_noticed(), "a guest that discards nothing ended direct mode");
     let shown = scene.shown()?;
-    ensure!(shown.contains("queue 1: ring epoch 1 open") && !shown.contains("no rings for now"), "{shown}");
+    ensure!(shown.contains("queue 1: ring epoch 1 open") && !shown.contains("no rings at present"), "{shown}");
 
     under_load(&mut queue, || {
         scene.await_end_of_direct_mode(guest, discard)?;
@@ -220,7 +220,7 @@ fn ends_direct_mode(
             // The end of the ring is known a little after that of its pins.
             ensure!(start.elapsed() < UNPINNED_WITHIN, "queue 1 is not a virtqueue: {shown}");
         };
-        let why = "no rings for now: guest memory was discarded while it was pinned (balloon, free page reporting, \
+        let why = "no rings at present: guest memory was discarded while it was pinned (balloon, free page reporting, \
                    virtio-mem or postcopy); no rings before the driver resets the device";
         ensure!(shown.contains(why), "{shown}");
         Ok(())

@@ -1,6 +1,8 @@
-//! `vhost-user-ringpass`: `ringpass serve` under the conventions that front-ends and management software have for
-//! programs of vhost-user back-ends (QEMU, docs/interop/vhost-user.rst, "Backend program conventions"): no subcommand, and
-//! `--print-capabilities`. `share/qemu/vhost-user/50-vhost-user-ringpass.json` describes it to them.
+//! `vhost-user-ringpass`: `ringpass serve` as a vhost-user back-end program.
+//!
+//! The program follows the conventions that front-ends and management software expect of back-end programs (QEMU,
+//! docs/interop/vhost-user.rst, "Backend program conventions"): it has no subcommand and knows `--print-capabilities`.
+//! `share/qemu/vhost-user/50-vhost-user-ringpass.json` describes the program to management software.
 
 #[path = "ringpass/chosen_policy.rs"]
 mod chosen_policy;
@@ -17,7 +19,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 
-/// Serves a disk to a virtual machine, as a vhost-user-blk device.
+/// Serve a disk to a virtual machine as a vhost-user-blk device.
 #[derive(Debug, Parser)]
 #[command(name = "vhost-user-ringpass", version, long_about = None)]
 struct Arguments {

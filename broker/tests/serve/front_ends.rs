@@ -187,7 +187,7 @@ fn an_in_flight_region_may_be_larger_than_the_disk() {
 fn costs_of_queues(queues: &str) -> (u64, usize) {
     let place = Place::new();
     let running = Running::start(&mut place.serve(&["--socket-path", "s", "--num-queues", queues]));
-    running.wait_for_all(&["waiting for a front-end", "requests are executed from now on"]);
+    running.wait_for_all(&["waiting for a front-end", "the server executes requests from now on"]);
     // Its workers have made their first turn.
     assert!(is_answered(&UnixStream::connect(place.path("s")).unwrap()));
     let proc = PathBuf::from(format!("/proc/{}", running.child.id()));
@@ -238,7 +238,7 @@ fn a_server_without_free_descriptors_accepts_as_soon_as_it_has_one() {
     let place = Place::new();
     let running = Running::start(&mut place.serve(&["--socket-path", "s"]));
     // Until then it needs descriptors of its own.
-    running.wait_for_all(&["waiting for a front-end", "requests are executed from now on"]);
+    running.wait_for_all(&["waiting for a front-end", "the server executes requests from now on"]);
     let pid = Some(Pid::from_child(&running.child));
     let limit = |current| Rlimit { current: Some(current), maximum: Some(1 << 10) };
     // 0, 1 and 2 are in use. With a lower limit poll(2) would refuse to wait for as many descriptors as the server does.

@@ -1,4 +1,4 @@
-//! `ringpass`: the broker as a program.
+//! `ringpass`: the broker as a command-line program.
 
 mod chosen_policy;
 mod demo;
@@ -14,7 +14,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-/// Gives guests the host's io_uring in their own memory.
+/// Give guests the host's io_uring in their own memory.
 #[derive(Debug, Parser)]
 #[command(name = "ringpass", version)]
 struct Arguments {
@@ -24,20 +24,20 @@ struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Serves a disk to a virtual machine, as a vhost-user-blk device.
+    /// Serve a disk to a virtual machine as a vhost-user-blk device.
     Serve(serve::ServeArgs),
-    /// Looks at served devices.
+    /// Inspect the devices that `ringpass serve` serves.
     Dev(dev::DevCommand),
-    /// Shows verified I/O of guests that drive the host's io_uring, beside a plain host process.
+    /// Run verified I/O in guests that drive the host's io_uring, and compare it with a plain host process.
     Demo(demo::DemoArgs),
-    /// Tells what this kernel and these limits allow, and what to change for the rest.
+    /// Report what this kernel and these limits allow, and what to change for the rest.
     Probe(probe::ProbeArgs),
-    /// Tells what a restriction policy lets a guest do.
+    /// Report what a restriction policy lets a guest do.
     Policy(policy::PolicyCommand),
 }
 
 fn main() -> ExitCode {
-    // Not a command for people, so the command line does not know it.
+    // Only the demo starts the program as a guest, so the command line does not list this command.
     if demo::guest::is_wanted() {
         log::start("warn");
         return log::exit_code("ringpass", demo::guest::run().map(|()| ExitCode::SUCCESS));

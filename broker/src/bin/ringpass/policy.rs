@@ -1,4 +1,4 @@
-//! `ringpass policy`: what a restriction policy lets a guest do.
+//! `ringpass policy`: reports what a restriction policy lets a guest do.
 
 use std::{
     io::{self, Write},
@@ -18,14 +18,14 @@ use serde_json::json;
 use crate::chosen_policy::read;
 use crate::log;
 
-/// Exit status of `lint` when there are errors, and of `diff` when there are differences.
+/// Exit status of `lint` if there are errors, and of `diff` if there are differences.
 const FOUND: u8 = 1;
-/// Exit status when a policy cannot be read. (Also that of a command line that is wrong.)
+/// Exit status if a policy cannot be read. (A wrong command line has the same status.)
 const TROUBLE: u8 = 2;
 
-/// Tell what a restriction policy lets a guest do.
+/// Report what a restriction policy lets a guest do.
 ///
-/// POLICY is a file in TOML, or the name of a built-in policy: direct-read-write, direct-read-only, mediated-read-write,
+/// POLICY is a TOML file, or the name of a built-in policy: direct-read-write, direct-read-only, mediated-read-write,
 /// mediated-read-only. The exit status is 2 if a policy cannot be read.
 #[derive(Debug, Args)]
 pub(crate) struct PolicyCommand {
@@ -35,15 +35,15 @@ pub(crate) struct PolicyCommand {
 
 #[derive(Debug, Subcommand)]
 enum Action {
-    /// Report each way in which a policy would let a guest out, or let it exhaust the host.
+    /// Report each way in which a policy would let a guest escape or exhaust the host.
     ///
     /// The exit status is 0 without errors (there may be warnings and notes), 1 with errors.
     Lint(LintArgs),
-    /// Print what a guest can do, in plain words.
+    /// Describe in words what a guest can do.
     Show(ShowArgs),
-    /// Print what policy B allows that A does not (+), what it does not (-), and what is different (~).
+    /// Print what only policy B allows (+), what only policy A allows (-), and what differs otherwise (~).
     ///
-    /// The exit status is 0 if there is no difference, 1 if there is.
+    /// The exit status is 0 if the policies do not differ, 1 if they do.
     Diff(DiffArgs),
     /// Print the names of the built-in policies.
     List,
@@ -51,15 +51,15 @@ enum Action {
 
 #[derive(Debug, Args)]
 struct LintArgs {
-    /// The policy: a file, or the name of a built-in one.
+    /// The policy: a file, or the name of a built-in policy.
     policy: String,
-    /// Who executes the guest's SQEs. Default: mediated if the policy has rules on fields, direct if not.
+    /// What executes the guest's SQEs. Default: mediated if the policy has field rules, otherwise direct.
     #[arg(long, value_enum)]
     mode: Option<ModeName>,
-    /// The kernel it is for: a release such as 6.12 or 6.18.44, or `running`. Default: any.
+    /// The kernel to check the policy for: a release such as 6.12 or 6.18.44, or `running`. Default: any kernel.
     #[arg(long, value_name = "RELEASE")]
     kernel: Option<String>,
-    /// Warnings count as errors.
+    /// Treat warnings as errors.
     #[arg(long)]
     strict: bool,
     /// Print one JSON object.
@@ -69,21 +69,21 @@ struct LintArgs {
 
 #[derive(Debug, Args)]
 struct ShowArgs {
-    /// The policy: a file, or the name of a built-in one.
+    /// The policy: a file, or the name of a built-in policy.
     policy: String,
     /// Print one JSON object.
     #[arg(long, conflicts_with = "toml")]
     json: bool,
-    /// Print the policy as a file: a beginning for one's own.
+    /// Print the policy as a TOML file, as a start for your own policy.
     #[arg(long)]
     toml: bool,
 }
 
 #[derive(Debug, Args)]
 struct DiffArgs {
-    /// The policy that is compared with.
+    /// The old policy: a file, or the name of a built-in policy.
     a: String,
-    /// The policy that is compared.
+    /// The new policy: a file, or the name of a built-in policy.
     b: String,
     /// Print one JSON object.
     #[arg(long)]
@@ -109,7 +109,7 @@ impl From<ModeName> for Mode {
 ///
 /// # Errors
 ///
-/// The output cannot be written. (A policy that cannot be read is told here, with an exit status of its own.)
+/// The output cannot be written. (If a policy cannot be read, this function prints the error and returns its exit status.)
 pub(crate) fn run(command: &PolicyCommand) -> anyhow::Result<ExitCode> {
     let mut out = Vec::new();
     let status = match &command.action {
@@ -123,14 +123,14 @@ pub(crate) fn run(command: &PolicyCommand) -> anyhow::Result<ExitCode> {
         TROUBLE
     });
     match io::stdout().write_all(&out) {
-        // The reader has seen enough.
+        // The reader has closed the pipe and wants no more output.
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {}
         written => written.context("cannot write the report")?,
     }
     Ok(ExitCode::from(status))
 }
 
-/// A kernel to look at a policy for.
+/// The kernel to check a policy for.
 struct Kernel {
     support: KernelSupport,
     semantics: RestrictionSemantics,
@@ -144,7 +144,7 @@ fn kernel_named(name: &str) -> anyhow::Result<Kernel> {
         return Ok(Kernel { support, semantics: support.semantics, nop: context.nop });
     }
     let release = KernelRelease::parse(name, "", None)
-        .with_context(|| format!("{name:?} is no kernel release: write one such as 6.12 or 6.18.44, or `running`"))?;
+        .with_context(|| format!("{name:?} is no kernel release: give one such as 6.12 or 6.18.44, or `running`"))?;
     let upstream = release.upstream();
     let part = |number: u16| u8::try_from(number).unwrap_or(u8::MAX);
     let version = LinuxVersion { major: part(upstream.major), minor: part(upstream.minor) };
@@ -196,7 +196,7 @@ fn write_lint(
 ) -> io::Result<()> {
     for (index, finding) in findings.iter().enumerate() {
         writeln!(out, "{finding}")?;
-        // Once for each kind.
+        // The reason once for each kind of finding.
         if findings[..index].iter().all(|earlier| earlier.lint != finding.lint) {
             writeln!(out, "    {}", finding.lint.why())?;
         }

@@ -1,4 +1,4 @@
-//! `ringpass probe`: what this kernel and these limits allow, in words.
+//! `ringpass probe`: reports what this kernel and these limits allow.
 
 use std::{
     io::{self, IsTerminal, Write},
@@ -10,11 +10,12 @@ use clap::Parser;
 use ringpass_broker::limits;
 use ringpass_broker::probe::{self, Check, HoleReport, Mode, Report, Status};
 
-/// Tell what this kernel and these limits allow, and for each thing that is missing, why and what to change.
+/// Report what this kernel and these limits allow. For each missing thing, report why and what to change.
 ///
-/// Judged is what `ringpass serve` could do, started like this: by this user, in these groups and limits, without privileges.
+/// The report judges what `ringpass serve` could do if this user started it with these groups and limits, without
+/// privileges.
 ///
-/// The exit status is 0 if a guest can be served here in any way, 1 if not.
+/// The exit status is 0 if a guest can be served here in at least one mode, otherwise 1.
 #[derive(Debug, clap::Args)]
 pub(crate) struct ProbeArgs {
     /// Print one JSON object instead of text.
@@ -24,16 +25,16 @@ pub(crate) struct ProbeArgs {
 
 use crate::serve::ServeArgs;
 
-/// Exit status when nothing can be served here.
+/// Exit status when no mode is available.
 const NOTHING_AVAILABLE: u8 = 1;
 
 /// Runs `ringpass probe`.
 ///
 /// # Errors
 ///
-/// When the machine cannot be observed, or the output not be written.
+/// The machine cannot be examined, or the output cannot be written.
 pub(crate) fn run(args: &ProbeArgs) -> anyhow::Result<ExitCode> {
-    // As a server does, so that the two never disagree.
+    // The server does the same, so probe and server never disagree.
     let _ = limits::raise_open_files();
     let _ = limits::raise_memlock();
     let report = probe::run(&server_by_default()).context("cannot probe this machine")?;
@@ -46,14 +47,14 @@ pub(crate) fn run(args: &ProbeArgs) -> anyhow::Result<ExitCode> {
         write_report(&mut out, &report, &marks)?;
     }
     match io::stdout().write_all(&out) {
-        // The reader has seen enough.
+        // The reader has closed the pipe and wants no more output.
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {}
         written => written.context("cannot write the report")?,
     }
     Ok(if report.any_mode_available() { ExitCode::SUCCESS } else { ExitCode::from(NOTHING_AVAILABLE) })
 }
 
-/// What `ringpass serve` is without options.
+/// `ringpass serve` with default options.
 fn server_by_default() -> probe::Server {
     #[derive(Parser)]
     struct Defaults {
@@ -63,7 +64,7 @@ fn server_by_default() -> probe::Server {
     Defaults::parse_from(["serve", "--socket-path", "socket", "--blk-file", "disk"]).serve.probed()
 }
 
-/// The sign in front of a line.
+/// The marks at the start of lines.
 struct Marks {
     ok: &'static str,
     missing: &'static str,
@@ -103,13 +104,13 @@ fn write_report(out: &mut impl Write, report: &Report, marks: &Marks) -> io::Res
     }
     let not_tried = titles(report, |check| check.status == Status::NotTried);
     if !not_tried.is_empty() {
-        paragraph(out, &format!("  {} ", marks.not_tried), &format!("not tried for that reason: {not_tried}"))?;
+        paragraph(out, &format!("  {} ", marks.not_tried), &format!("not tried because of this: {not_tried}"))?;
     }
     writeln!(out, "\nModes")?;
     for mode in &report.modes {
         write_mode(out, report, mode, marks)?;
     }
-    writeln!(out, "\nTo know")?;
+    writeln!(out, "\nNotes")?;
     for note in &report.notes {
         paragraph(out, "  · ", note)?;
     }
@@ -119,10 +120,10 @@ fn write_report(out: &mut impl Write, report: &Report, marks: &Marks) -> io::Res
 fn write_holes(out: &mut impl Write, report: &Report, marks: &Marks) -> io::Result<()> {
     let kernel = &report.kernel;
     if kernel.holes.is_empty() {
-        return writeln!(out, "  {} none of the {} known holes, by its version", marks.ok, kernel.known_holes);
+        return writeln!(out, "  {} none of the {} known holes, judged by version", marks.ok, kernel.known_holes);
     }
-    let perhaps = kernel.backports_of.as_ref().map(|vendor| format!(", unless {vendor} has closed them"));
-    writeln!(out, "  known holes, by its version{}:", perhaps.unwrap_or_default())?;
+    let perhaps = kernel.backports_of.as_ref().map(|vendor| format!(", unless {vendor} has fixed them"));
+    writeln!(out, "  known holes, judged by version{}:", perhaps.unwrap_or_default())?;
     for HoleReport { cve, what, reached_through, reached_by_default, fixed_in } in &kernel.holes {
         let mark = if *reached_by_default { marks.missing } else { marks.information };
         paragraph(out, &format!("  {mark} "), &format!("{cve}: {what}"))?;
@@ -145,7 +146,7 @@ fn write_mode(out: &mut impl Write, report: &Report, mode: &Mode, marks: &Marks)
     if missing.is_empty() {
         write_reasons(out, mode.why.as_deref(), &mode.change)?;
     } else {
-        paragraph(out, "      why:    ", &format!("it needs what is missing above: {missing}"))?;
+        paragraph(out, "      why:    ", &format!("missing (see above): {missing}"))?;
     }
     for note in &mode.notes {
         paragraph(out, "      ", note)?;
@@ -169,9 +170,9 @@ fn write_reasons(out: &mut impl Write, why: Option<&str>, change: &[String]) -> 
     Ok(())
 }
 
-/// Writes `text` behind `lead`, wrapped at words; further lines are indented as far as the lead is wide.
+/// Writes `text` after `lead`, wrapped at words. Further lines are indented by the width of `lead`.
 fn paragraph(out: &mut impl Write, lead: &str, text: &str) -> io::Result<()> {
-    /// Columns of the narrowest terminal that anybody uses.
+    /// Columns that the report may take.
     const WIDTH: usize = 100;
     let indent = columns(lead);
     write!(out, "{lead}")?;
@@ -191,7 +192,7 @@ fn paragraph(out: &mut impl Write, lead: &str, text: &str) -> io::Result<()> {
     writeln!(out)
 }
 
-/// How many columns text takes on a terminal; colours take none.
+/// Counts the columns that text takes on a terminal. Colour codes take none.
 fn columns(text: &str) -> usize {
     let mut in_colour = false;
     text.chars()
@@ -239,8 +240,8 @@ mod tests {
         let out = String::from_utf8(out).unwrap();
         assert!(out.contains("  ✗ io_uring: "), "{out}");
         assert!(out.contains("\n      why:    because\n      change: this\n      change: or that\n"), "{out}");
-        assert!(out.contains("  ? not tried for that reason: operations of the direct policy\n"), "{out}");
-        assert!(out.contains("      why:    it needs what is missing above: io_uring\n"), "{out}");
+        assert!(out.contains("  ? not tried because of this: operations of the direct policy\n"), "{out}");
+        assert!(out.contains("      why:    missing (see above): io_uring\n"), "{out}");
         assert!(out.contains("  ✗ mediated: not available\n      why:    this version"), "{out}");
     }
 }

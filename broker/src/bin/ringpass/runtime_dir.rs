@@ -1,4 +1,4 @@
-//! Where the control sockets of devices are.
+//! The directory of the devices' control sockets.
 
 use std::fs::DirBuilder;
 use std::os::unix::fs::DirBuilderExt;
@@ -6,12 +6,12 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 
-/// What the names of control sockets end with.
+/// Suffix of the names of control sockets.
 pub(crate) const SUFFIX: &str = ".control";
 
-/// The directory of this user's devices. None: there is no such place.
+/// The directory of this user's devices. `None`: `XDG_RUNTIME_DIR` is not set, and the user is not root.
 pub(crate) fn for_this_user() -> Option<PathBuf> {
-    // Set by systemd for a unit with RuntimeDirectory=.
+    // systemd sets the variable for a unit with RuntimeDirectory=.
     if let Some(directory) = std::env::var_os("RUNTIME_DIRECTORY").filter(|directory| !directory.is_empty()) {
         return Some(directory.into());
     }
@@ -21,8 +21,8 @@ pub(crate) fn for_this_user() -> Option<PathBuf> {
     std::env::var_os("XDG_RUNTIME_DIR").map(|directory| PathBuf::from(directory).join("ringpass"))
 }
 
-/// Makes the directory, for its owner only, if it is not there.
+/// Creates the directory, accessible to its owner only, if it does not exist.
 pub(crate) fn make(directory: &Path) -> anyhow::Result<()> {
     let made = DirBuilder::new().recursive(true).mode(0o700).create(directory);
-    made.with_context(|| format!("making {}", directory.display()))
+    made.with_context(|| format!("cannot create {}", directory.display()))
 }

@@ -1,7 +1,7 @@
-//! A guest that is a process: the guest's side.
+//! A process as a guest: the guest's side.
 //!
-//! It has its RAM, a doorbell, an eventfd for interrupts, and a socket on standard input over which it is told what to
-//! do. It has neither the disk nor any io_uring of its own.
+//! The guest process has its RAM, a doorbell, an eventfd for interrupts, and a socket on standard input, over which the broker
+//! sends tasks. It has neither the disk nor an io_uring that it created itself.
 
 use std::io::{BufRead, BufReader, Write};
 use std::os::fd::AsFd;
@@ -16,7 +16,7 @@ use rustix::process::{Signal, set_parent_process_death_signal};
 
 use super::{BUFFERS_BYTES, Outcome, Task, perform};
 
-/// The word by which [`super::process`] starts this program as a guest.
+/// The argument with which [`super::process`] starts this program as a guest.
 pub(super) const COMMAND: &str = "demo-guest";
 
 /// Whether this process was started as a guest.
@@ -25,9 +25,9 @@ pub(crate) fn is_wanted() -> bool {
     arguments.next().is_some_and(|word| word == COMMAND) && arguments.next().is_none()
 }
 
-/// Does what the broker says until it closes the socket.
+/// Runs the broker's tasks until the broker closes the socket.
 pub(crate) fn run() -> anyhow::Result<()> {
-    // A broker that is killed closes the socket, but a guest in the middle of a task would wait for its requests for half a minute.
+    // The socket closes when the broker is killed, but a guest in the middle of a task would wait half a minute for its requests.
     set_parent_process_death_signal(Some(Signal::KILL)).context("asking to be killed with the broker")?;
     let socket = std::io::stdin().as_fd().try_clone_to_owned().context("standard input is not the broker's socket")?;
     let stream = UnixStream::from(socket);
@@ -36,8 +36,8 @@ pub(crate) fn run() -> anyhow::Result<()> {
         anyhow::bail!("a checked setup has a queue");
     };
 
-    // SAFETY: the broker shares this RAM with this process and the kernel only; the kernel touches it by requests of
-    // this process's own, and the broker not at all.
+    // SAFETY: the broker shares this RAM only with this process and the kernel. The kernel touches it only for requests of this
+    // process, and the broker does not touch it.
     let ram = Arc::new(unsafe { GuestRam::map(&handover.regions()) }?);
     let mut allocator = ram.allocator()?;
     let ring: RamRing = allocator.ring(setup.rings_gpa, &setup.layout, setup.sqes_gpa)?;

@@ -1,4 +1,4 @@
-//! The reference: an ordinary process with an ordinary io_uring (the `io-uring` crate) and submission polling.
+//! The reference: an ordinary process with an ordinary io_uring (through the `io-uring` crate) and submission polling.
 
 use std::ptr::NonNull;
 use std::sync::Arc;
@@ -14,13 +14,13 @@ use rustix::fd::{AsFd, AsRawFd};
 
 use super::{BUFFERS_BYTES, Outcome, SQ_THREAD_IDLE, Task, Way};
 
-/// The disk's place in the table of fixed files, and the buffers' in that of fixed buffers: there is one of each.
+/// The index of the only fixed file, the disk, and of the only registered buffer.
 const DISK: types::Fixed = types::Fixed(0);
 const BUFFERS: u16 = 0;
 
 /// The reference.
 ///
-/// The queue comes first, so that its ring is gone before the buffers are.
+/// The queue is the first field, so that its ring is dropped before the buffers.
 pub(crate) struct HostWay {
     queue: HostQueue,
     environment: HostEnvironment,
@@ -30,7 +30,7 @@ pub(crate) struct HostWay {
 }
 
 impl HostWay {
-    /// A ring of the host's own on `disk`, whose area has blocks with these checksums.
+    /// Creates a ring of the host's own on `disk`. `expected` are the checksums of the blocks of its area.
     pub(crate) fn new(disk: &Arc<Disk>, expected: Vec<u64>) -> anyhow::Result<Self> {
         let (queue, environment) = host(disk)?;
         Ok(Self { queue, environment, expected, _disk: disk.clone() })
@@ -50,14 +50,14 @@ impl Way for HostWay {
     }
 }
 
-/// The host's queue: what "guest-physical" addresses mean here is positions in the buffer memory.
+/// The host's queue. "Guest-physical" addresses are offsets in the buffer memory here.
 struct HostQueue {
     ring: IoUring,
     buffers: NonNull<u8>,
     buffers_bytes: u64,
 }
 
-/// What the workload needs of the host.
+/// The workload's environment on the host.
 struct HostEnvironment {
     buffers: MmapRaw,
     started: Instant,
@@ -102,7 +102,7 @@ impl BlockQueue for HostQueue {
     }
 
     fn publish(&mut self) -> bool {
-        // Writes the tail, and enters the kernel only if the SQ thread sleeps.
+        // This writes the tail, and enters the kernel only if the SQ thread sleeps.
         self.ring.submit().expect("waking the SQ thread of our own ring");
         false
     }
@@ -131,7 +131,7 @@ impl Environment for HostEnvironment {
     }
 
     fn wait_for_interrupt(&mut self, timeout_ns: u64) -> Wakeup {
-        // The reference polls: nothing signals it.
+        // The reference polls and has no interrupts.
         std::thread::sleep(Duration::from_nanos(timeout_ns));
         Wakeup::TimedOut
     }

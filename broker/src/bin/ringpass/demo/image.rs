@@ -1,4 +1,4 @@
-//! The disk of the demo: a temporary image, or a file or device of the user's, which is only read.
+//! The disk of the demo: a temporary image, or a file or device of the user's, which the demo only reads.
 
 use std::fs::{File, OpenOptions};
 use std::io::Write;
@@ -13,27 +13,27 @@ use ringpass_workload::checksum;
 use super::leftovers::{self, Leftover};
 use super::{AREA_BYTES, BLOCK_BYTES};
 
-/// Most ways that a demo can have: each has an area of its own.
+/// Maximum number of ways in a demo: each has its own area.
 const AREAS: u64 = 8;
 
 /// The demo's disk.
 pub(crate) struct Image {
     /// The open, locked disk.
     pub(crate) disk: Arc<Disk>,
-    /// What to call it.
+    /// The name in the report.
     pub(crate) name: String,
-    /// Bytes each way has to itself.
+    /// Bytes of each way's own area.
     area_bytes: u64,
-    /// The user's content, which must not change.
+    /// Whether the content is the user's and must not change.
     preserved: bool,
-    /// The file that the demo made, and removes at the end.
+    /// The file that the demo created and removes at the end.
     _made: Option<Leftover>,
 }
 
 impl Image {
-    /// The image that `--blk-file` names, or a temporary one.
+    /// Opens the image that `--blk-file` names, or a temporary image.
     ///
-    /// What exists is opened read-only and stays as it is; what does not exist is made, and removed at the end.
+    /// An existing file is opened read-only and does not change. A missing file is created, and removed at the end.
     pub(crate) fn open(blk_file: Option<&Path>, direct_io: DirectIo) -> anyhow::Result<Self> {
         match blk_file {
             Some(path) if path.exists() => Self::preserved(path, direct_io),
@@ -47,7 +47,7 @@ impl Image {
             None => {
                 let directory = disk_directory()?;
                 let file = leftovers::uninterrupted(|| tempfile::tempfile_in(&directory))
-                    .with_context(|| format!("making a temporary image in {}", directory.display()))?;
+                    .with_context(|| format!("creating a temporary image in {}", directory.display()))?;
                 let path = PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()));
                 let name = format!("temporary image in {}", directory.display());
                 Self::temporary(file, name, None, path, direct_io)
@@ -72,13 +72,13 @@ impl Image {
     }
 
     fn preserved(path: &Path, direct_io: DirectIo) -> anyhow::Result<Self> {
-        // The demo's guests read whole blocks, and nothing that the content says.
+        // The demo's guests read whole blocks and do not interpret the content, so any block size suits.
         let logical_block = LogicalBlock::DirectIo;
         let disk = Disk::open(&DiskConfig { direct_io, logical_block, read_only: true, ..DiskConfig::new(path) })?;
         let blocks = (disk.size_bytes() / BLOCK_BYTES).min(AREA_BYTES / BLOCK_BYTES);
         if blocks < 64 {
             bail!(
-                "{} has {} bytes: the demo needs at least {} (or name a file that does not exist)",
+                "{} has {} bytes: the demo needs at least {}; give a larger file, or a path that does not exist",
                 path.display(),
                 disk.size_bytes(),
                 64 * BLOCK_BYTES
@@ -86,7 +86,7 @@ impl Image {
         }
         if !BLOCK_BYTES.is_multiple_of(disk.logical_block_bytes().into()) {
             bail!(
-                "{} has blocks of {} bytes, the demo reads {BLOCK_BYTES}",
+                "{} has blocks of {} bytes, but the demo reads blocks of {BLOCK_BYTES}: give another --blk-file",
                 path.display(),
                 disk.logical_block_bytes()
             );
@@ -95,19 +95,19 @@ impl Image {
         Ok(Self { disk: Arc::new(disk), name, area_bytes: blocks * BLOCK_BYTES, preserved: true, _made: None })
     }
 
-    /// Whether the content is the user's, and only read.
+    /// Whether the content is the user's, and the demo only reads it.
     pub(crate) fn is_preserved(&self) -> bool {
         self.preserved
     }
 
-    /// The part of the disk that way number `index` has: its own, or all of them the same if it is only read.
+    /// Offset and size of the area of way number `index`. If the demo only reads, all ways share one area.
     pub(crate) fn area(&self, index: usize) -> (u64, u64) {
         let offset_bytes = if self.preserved { 0 } else { index as u64 % AREAS * self.area_bytes };
         (offset_bytes, self.area_bytes)
     }
 
-    /// Checksums of the blocks of an area as the host reads them through a descriptor of its own; unknown (0) for an
-    /// image that each way fills itself.
+    /// The checksums of an area's blocks, which the host reads through a descriptor of its own. They are 0 (unknown) for an
+    /// image that the ways fill themselves.
     pub(crate) fn expected(&self) -> anyhow::Result<Vec<u64>> {
         let blocks = (self.area_bytes / BLOCK_BYTES) as usize;
         if !self.preserved {
@@ -126,7 +126,7 @@ impl Image {
     }
 }
 
-/// A directory on a disk: the demo is about a disk, and `/tmp` is memory on many systems.
+/// Finds a writable directory on a disk: the demo is about a disk, and `/tmp` is in memory on many systems.
 fn disk_directory() -> anyhow::Result<PathBuf> {
     const TMPFS_MAGIC: u64 = 0x0102_1994;
     const RAMFS_MAGIC: u64 = 0x8584_58f6;
@@ -136,6 +136,6 @@ fn disk_directory() -> anyhow::Result<PathBuf> {
     let writable = |path: &PathBuf| leftovers::uninterrupted(|| tempfile::tempfile_in(path)).is_ok();
     let candidates = [Some(std::env::temp_dir()), Some("/var/tmp".into()), std::env::current_dir().ok()];
     candidates.into_iter().flatten().find(|path| !in_memory(path) && writable(path)).context(
-        "no writable directory on a disk ($TMPDIR, /var/tmp, the current directory): name a file with --blk-file",
+        "no writable directory on a disk ($TMPDIR, /var/tmp, the current directory): give a file with --blk-file",
     )
 }

@@ -1,4 +1,4 @@
-//! A guest that is a virtual machine on KVM.
+//! A KVM virtual machine as a guest.
 
 use std::fs::File;
 use std::sync::Arc;
@@ -23,21 +23,21 @@ use super::{BUFFERS_BYTES, ExitCounts, Outcome, SQ_THREAD_IDLE, Task, Way};
 use crate::chosen_policy::ChosenPolicy;
 
 const RING: RingConfig = RingConfig { sq_entries: 64, cq_entries: 128 };
-/// The guest's RAM: small, because it is pinned, and an ordinary user may pin 8 MiB in all.
+/// Size of the guest's RAM. It is small because the demo pins it, and an ordinary user may pin 8 MiB in total.
 const RAM_BYTES: u64 = 1 << 20;
 /// The guest's one vCPU.
 const CPU: u32 = 0;
-/// How long the ring may take to end.
+/// Time-out for the end of the ring.
 const END: Duration = Duration::from_secs(10);
 
-/// How guest and host tell each other of requests and completions.
+/// How guest and host signal requests and completions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Signal {
-    /// The SQ thread polls, and so does the guest: not at all.
+    /// No signals: the SQ thread polls, and the guest polls.
     Poll,
     /// The SQ thread polls, and each completion interrupts the guest.
     Interrupt,
-    /// The guest rings a doorbell for the broker, and polls for completions.
+    /// The guest rings a doorbell for the broker and polls for completions.
     Kick,
 }
 
@@ -52,9 +52,9 @@ impl Signal {
     }
 }
 
-/// A virtual machine with a ring of its own, and the broker's side of it.
+/// A virtual machine with its own ring, and the broker's side.
 ///
-/// In the order in which the parts go: the vCPU, the queue, then what they used.
+/// The fields are in the order of their drop: the vCPU, the queue, then what these two used.
 pub(crate) struct KvmWay {
     signal: Signal,
     cpu: Option<GuestCpu>,
@@ -67,14 +67,14 @@ pub(crate) struct KvmWay {
 }
 
 impl KvmWay {
-    /// Starts a virtual machine on `disk`. It knows the checksums of the blocks of its area.
+    /// Starts a virtual machine on `disk`. `expected` are the checksums of the blocks of its area.
     pub(crate) fn start(
         disk: &Arc<Disk>,
         policy: ChosenPolicy,
         signal: Signal,
         expected: &[u64],
     ) -> anyhow::Result<Self> {
-        let kvm = Kvm::new().context("opening /dev/kvm (the user must be root or in the group `kvm`)")?;
+        let kvm = Kvm::new().context("cannot open /dev/kvm (the user must be root or in the group `kvm`)")?;
         let (rings_gpa, sqes_gpa) = (0, rings_area_bytes(RING.cq_entries));
         let buffers_gpa = sqes_gpa + sqes_area_bytes(RING.sq_entries);
         assert!(buffers_gpa + BUFFERS_BYTES <= RAM_BYTES, "the RAM is large enough");

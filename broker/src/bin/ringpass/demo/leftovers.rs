@@ -1,8 +1,8 @@
-//! Files that the demo makes, and removes however it ends, a signal included. SIGKILL alone leaves them.
+//! Files that the demo creates and removes at its end, even if a signal ends it. Only SIGKILL leaves the files behind.
 //!
-//! A list in this process knows them. Each is made and put on the list under one lock, which the thread that takes signals holds when
-//! it removes all of them and ends the process: there is no moment in between. (The guest process needs no list: it asks the kernel
-//! to be killed with its parent.)
+//! A global list contains these files. The demo creates a file and adds it to the list under one lock. The signal thread holds the
+//! same lock while it removes all files and ends the process, so no file can appear in between. (Guest processes need no list: they
+//! ask the kernel to kill them with their parent.)
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -12,10 +12,10 @@ use std::thread;
 use anyhow::Context;
 use nix::sys::signal::{SigSet, Signal, raise};
 
-/// What is on disk, by the order in which it was made.
+/// The existing files and directories, in the order of their creation.
 static MADE: Mutex<BTreeMap<u64, Made>> = Mutex::new(BTreeMap::new());
 
-/// The signals that would end the process and have no other use here. The virtual machines use a realtime signal.
+/// The signals that would end the process and have no other use here. (The virtual machines use a realtime signal.)
 const ENDING: [Signal; 13] = [
     Signal::SIGHUP,
     Signal::SIGINT,
@@ -38,14 +38,15 @@ enum Made {
     Directory(PathBuf),
 }
 
-/// A file or directory that is removed when this is dropped.
+/// A file or directory; dropping the value removes it.
 #[derive(Debug)]
 pub(crate) struct Leftover {
     number: u64,
     path: PathBuf,
 }
 
-/// From now on a signal that ends the process removes what is on the list. To be called while there is one thread.
+/// Starts the signal thread: from now on a signal that ends the process first removes the listed files. Call this while the
+/// process has one thread.
 pub(crate) fn remove_at_signals() -> anyhow::Result<()> {
     let signals: SigSet = ENDING.into_iter().collect();
     signals.thread_block().context("blocking signals")?;
@@ -60,21 +61,21 @@ pub(crate) fn remove_at_signals() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Makes a file at `path` that is removed at the end.
+/// Creates a file at `path` that is removed at the end.
 pub(crate) fn file<T>(path: &Path, make: impl FnOnce() -> anyhow::Result<T>) -> anyhow::Result<(T, Leftover)> {
     let mut list = list();
     let made = make()?;
     Ok((made, Leftover::add(&mut list, Made::File(path.to_owned()))))
 }
 
-/// Makes a directory for temporary files that is removed at the end, with what is in it.
+/// Creates a directory for temporary files that is removed at the end with its content.
 pub(crate) fn directory(prefix: &str) -> anyhow::Result<Leftover> {
     let mut list = list();
-    let path = tempfile::Builder::new().prefix(prefix).tempdir().context("making a temporary directory")?.keep();
+    let path = tempfile::Builder::new().prefix(prefix).tempdir().context("cannot create a temporary directory")?.keep();
     Ok(Leftover::add(&mut list, Made::Directory(path)))
 }
 
-/// Does something that leaves a file behind only if it is interrupted.
+/// Runs `work`, which would leave a file behind if a signal interrupted it. Holds off the signal thread meanwhile.
 pub(crate) fn uninterrupted<T>(work: impl FnOnce() -> T) -> T {
     let _list = list();
     work()
@@ -123,12 +124,12 @@ fn list() -> MutexGuard<'static, BTreeMap<u64, Made>> {
     MADE.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Ends the process by `signal`, so that a shell sees which one it was.
+/// Ends the process by `signal`, so that the exit status shows the signal.
 fn end(signal: Signal) {
-    // Held until the end: nothing is made any more.
+    // Held until the process ends, so that nothing new is created.
     let list = list();
     list.values().rev().for_each(Made::remove);
-    // These would leave a core dump.
+    // The default action of these signals would leave a core dump.
     let dumps_core = matches!(signal, Signal::SIGQUIT | Signal::SIGXCPU);
     if !dumps_core && [signal].into_iter().collect::<SigSet>().thread_unblock().is_ok() {
         let _ = raise(signal);

@@ -1,8 +1,8 @@
-//! `ringpass demo`: what a guest gets from a ring of its own, beside what a plain process of the host gets.
+//! `ringpass demo`: compares the I/O of guests that have their own rings with the I/O of a plain host process.
 //!
-//! Each way runs the same workload on the same disk in turn, round by round, so that a machine that changes speed
-//! changes it for all of them. Each way has its own part of a temporary image, fills it through its own ring, rewrites
-//! random blocks before each round, and then reads: every read is compared.
+//! A *way* is one method to do I/O. In each round every way runs the same workload on the same disk in turn, so that changes of
+//! the machine's speed affect all ways alike. Each way has its own part of a temporary image, fills it through its own ring,
+//! rewrites random blocks before each round, and then reads and compares every block that it reads.
 
 pub(crate) mod guest;
 mod host;
@@ -39,38 +39,38 @@ use socket::SocketWay;
 
 /// Bytes of each request.
 const BLOCK_BYTES: u64 = 4096;
-/// Bytes of disk that each way has to itself.
+/// Bytes of the disk area that each way uses alone.
 const AREA_BYTES: u64 = 16 << 20;
 /// Requests in flight.
 const DEPTHS: [u32; 2] = [1, 32];
-/// Bytes of guest memory that the requests of the greatest depth take.
+/// Bytes of guest memory for the buffers at the greatest depth.
 const BUFFERS_BYTES: u64 = DEPTHS[1] as u64 * BLOCK_BYTES;
-/// Alternating rounds, of which the ratio is the median.
+/// Number of alternating rounds. The reported ratio is the median over the rounds.
 const ROUNDS: u32 = 7;
-/// Blocks that are rewritten before a round, and found again by its reads.
+/// Blocks that a way rewrites before each round, so that its reads check them.
 const REWRITES: u64 = 256;
-/// How long an SQ thread polls in vain before it sleeps. Between two ways there is a pause of a few times that, so that
-/// the thread of the one does not take a core from the other.
+/// How long an idle SQ thread polls before it sleeps. The pause between two ways is a few times longer, so that the SQ thread of
+/// one way does not take a core from the next way.
 const SQ_THREAD_IDLE: Duration = Duration::from_millis(10);
-/// Files that the ways have open at a time, with room to spare.
+/// Number of files that the ways have open at the same time, with a reserve.
 const FILES: u64 = 96;
-/// After this time a request without a completion is an error.
+/// A request without a completion after this time is an error.
 const TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Arguments of `ringpass demo`.
 #[derive(Debug, Args)]
 pub(crate) struct DemoArgs {
-    /// Disk image or block device to use. One that exists is opened read-only and stays as it is; one that does not is
-    /// made and removed again. Without it: a temporary image on a disk.
+    /// Disk image or block device to use. The demo opens an existing file read-only and does not change it; it creates a missing
+    /// file and removes it at the end. Default: a temporary image on a disk.
     #[arg(long, value_name = "F")]
     blk_file: Option<PathBuf>,
-    /// How long each way runs at each depth, in seconds.
+    /// How long each way of doing I/O runs at each depth, in seconds.
     #[arg(long, value_name = "N", default_value_t = 2.0, value_parser = seconds)]
     seconds: f64,
     /// Print one JSON object.
     #[arg(long)]
     json: bool,
-    /// Bypass the page cache: measures the disk more than the path to it.
+    /// Bypass the page cache. The demo then measures the disk more than the path to the disk.
     #[arg(long, value_enum, value_name = "WHEN", default_value_t = OnOff::Off)]
     direct_io: OnOff,
     #[command(flatten)]
@@ -90,45 +90,45 @@ fn seconds(text: &str) -> Result<f64, String> {
     }
 }
 
-/// A way to do I/O, made and ready.
+/// A way to do I/O, set up and ready.
 pub(crate) trait Way {
-    /// Its name in the report.
+    /// The name in the report.
     fn name(&self) -> &'static str;
 
-    /// Does `task` and tells what came of it.
+    /// Does `task` and returns the outcome.
     fn perform(&mut self, task: Task) -> anyhow::Result<Outcome>;
 }
 
-/// What a way is to do.
+/// A task for a way.
 #[derive(Clone, Copy, Debug, serde::Serialize, serde::Deserialize)]
 pub(crate) struct Task {
-    /// Write every block of the area once, instead of what `job` says.
+    /// Write every block of the area once, instead of running `job`.
     pub(crate) prefill: bool,
     /// The workload.
     pub(crate) job: Job,
 }
 
-/// What came of a task.
+/// The outcome of a task.
 #[derive(Debug, serde::Serialize, serde::Deserialize)]
 pub(crate) struct Outcome {
     /// Counts and errors.
     pub(crate) report: Report,
     /// Latencies as (nanoseconds, requests).
     pub(crate) latencies: Vec<(u64, u64)>,
-    /// What took a virtual machine out of the guest; none where there is none.
+    /// VM exits of a virtual machine; `None` for other ways.
     pub(crate) exits: Option<ExitCounts>,
 }
 
 /// VM exits during a task.
 #[derive(Clone, Copy, Debug, Default, serde::Serialize, serde::Deserialize)]
 pub(crate) struct ExitCounts {
-    /// All of them, those for interrupts of the host included.
+    /// All exits, including those for interrupts of the host.
     pub(crate) all: u64,
     /// Port I/O, MMIO and hypercalls.
     pub(crate) requested: u64,
 }
 
-/// The rows of one way and depth in the making.
+/// The collected results of one way at one depth.
 struct Tally {
     way: usize,
     depth: u32,
@@ -140,7 +140,7 @@ struct Tally {
     total: Report,
 }
 
-/// Runs the demo and prints what came of it. Fails if any byte was wrong, or no guest could run.
+/// Runs the demo and prints the report. Fails if any byte was wrong, or if no guest could run.
 pub(crate) fn run(args: &DemoArgs) -> anyhow::Result<ExitCode> {
     leftovers::remove_at_signals()?;
     check_environment()?;
@@ -149,7 +149,7 @@ pub(crate) fn run(args: &DemoArgs) -> anyhow::Result<ExitCode> {
     let image = Image::open(args.blk_file.as_deref(), direct_io)?;
     let mut skipped = Vec::new();
     let mut ways = make_ways(&image, policy, &mut skipped)?;
-    // All guest memory exists: from here on no guest can make the image larger.
+    // All guest memory exists by now (the limit covers memfds, too). From here on no guest can make the image larger.
     limits::cap_file_growth(&image.disk)?;
 
     let tallies = measure(&mut ways, &image, Duration::from_secs_f64(args.seconds))?;
@@ -171,20 +171,20 @@ pub(crate) fn run(args: &DemoArgs) -> anyhow::Result<ExitCode> {
     Ok(if report.is_success() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-/// Refuses to start where no way could run: the host's process and the guests all have the kernel's io_uring do their I/O.
+/// Refuses to start if no way could run: the host process and all guests do their I/O through the kernel's io_uring.
 fn check_environment() -> anyhow::Result<()> {
     probe::require_proc()?;
-    // As the process is, for it stays so.
+    // The demo is not confined and stays so.
     let engine = EngineShape { queues: 2, queue_size: 128, workers: Some(1) };
     let report = probe::run(&probe::Server { is_confined: false, engine, may_offer_rings: false });
-    refusal::unless_available(&report.context("looking at what this machine allows")?, ModeName::Virtqueue)?;
+    refusal::unless_available(&report.context("cannot probe this machine")?, ModeName::Virtqueue)?;
     if let Err(error) = limits::raise_open_files() {
-        tracing::warn!(%error, "cannot raise the limit of open files: some guests may be skipped");
+        tracing::warn!(%error, "cannot raise RLIMIT_NOFILE: the demo may skip some guests");
     }
-    Ok(limits::OpenFiles::current().context("counting open files")?.check(FILES)?)
+    Ok(limits::OpenFiles::current().context("cannot count the open files")?.check(FILES)?)
 }
 
-/// The reference and every guest that can run here. The reference comes first.
+/// Creates the reference and every guest that can run here. The reference comes first.
 fn make_ways(image: &Image, policy: ChosenPolicy, skipped: &mut Vec<Skipped>) -> anyhow::Result<Vec<Box<dyn Way>>> {
     let expected = image.expected()?;
     let mut ways: Vec<Box<dyn Way>> = vec![Box::new(host::HostWay::new(&image.disk, expected.clone())?)];
@@ -207,7 +207,7 @@ fn make_ways(image: &Image, policy: ChosenPolicy, skipped: &mut Vec<Skipped>) ->
     Ok(ways)
 }
 
-/// What all ways do with a task.
+/// The part of a task that all ways share.
 fn perform<Q: BlockQueue, E: Environment>(
     task: Task,
     queue: &mut Q,
@@ -218,19 +218,19 @@ fn perform<Q: BlockQueue, E: Environment>(
     work(&task.job, queue, environment, expected)
 }
 
-/// A histogram of latencies from 1 ns to 100 s with three digits.
+/// Creates a histogram for latencies from 1 ns to 100 s with three significant digits.
 fn histogram() -> Histogram<u64> {
     let mut histogram = Histogram::new_with_bounds(1, 100_000_000_000, 3).expect("the bounds are valid");
     histogram.auto(true);
     histogram
 }
 
-/// A histogram as (nanoseconds, requests).
+/// Converts a histogram into pairs of (nanoseconds, requests).
 fn pairs(histogram: &Histogram<u64>) -> Vec<(u64, u64)> {
     histogram.iter_recorded().map(|step| (step.value_iterated_to(), step.count_at_value())).collect()
 }
 
-/// All rounds of all ways.
+/// Runs all rounds of all ways.
 fn measure(ways: &mut [Box<dyn Way>], image: &Image, each: Duration) -> anyhow::Result<Vec<Tally>> {
     let mut tallies: Vec<Tally> = (0..ways.len()).flat_map(|way| DEPTHS.map(|depth| Tally::new(way, depth))).collect();
     let progress = progress_bar(u64::from(ROUNDS) * tallies.len() as u64 + ways.len() as u64);
@@ -258,7 +258,7 @@ fn measure(ways: &mut [Box<dyn Way>], image: &Image, each: Duration) -> anyhow::
                 }
                 let outcome = way.perform(Task { prefill: false, job })?;
                 let p50_ns = tally.add(&outcome);
-                // The host is the first.
+                // The host comes first and sets the base.
                 tally.ratios.push(p50_ns as f64 / *host_p50_ns.get_or_insert(p50_ns) as f64);
                 progress.inc(1);
             }
@@ -268,7 +268,7 @@ fn measure(ways: &mut [Box<dyn Way>], image: &Image, each: Duration) -> anyhow::
     Ok(tallies)
 }
 
-/// Random verified reads.
+/// A job of random verified reads.
 fn job(image: &Image, way: usize, depth: u32, duration: Duration, seed: u64) -> Job {
     let (area_offset_bytes, area_bytes) = image.area(way);
     Job {
@@ -279,7 +279,7 @@ fn job(image: &Image, way: usize, depth: u32, duration: Duration, seed: u64) -> 
         timeout_ns: TIMEOUT.as_nanos() as u64,
         pause_ns: 0,
         seed,
-        // Each way knows where its buffers are.
+        // Each way fills in the address of its buffers.
         buffers_gpa: 0,
         buffer_stride_bytes: BLOCK_BYTES,
         block_bytes: BLOCK_BYTES as u32,
@@ -297,7 +297,7 @@ impl Tally {
         Self { way, depth, latencies, reads: 0, elapsed_ns: 0, ratios: Vec::new(), exits: None, total }
     }
 
-    /// Adds a measured round; returns its median latency.
+    /// Adds a measured round. Returns the median latency of the round.
     fn add(&mut self, outcome: &Outcome) -> u64 {
         let mut round = histogram();
         for &(latency_ns, count) in &outcome.latencies {
@@ -339,7 +339,7 @@ fn median(values: &[f64]) -> f64 {
     sorted.get(sorted.len() / 2).copied().unwrap_or(f64::NAN)
 }
 
-/// Drawn on standard error if that is a terminal.
+/// A progress bar, drawn on standard error if that is a terminal.
 fn progress_bar(length: u64) -> ProgressBar {
     let style = ProgressStyle::with_template("{bar:30} {msg}").expect("the template is right");
     ProgressBar::new(length).with_style(style)

@@ -1,4 +1,4 @@
-//! A guest that is a process: the broker's side.
+//! A process as a guest: the broker's side.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
@@ -23,16 +23,16 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
 use super::{Outcome, SQ_THREAD_IDLE, TIMEOUT, Task, Way, guest};
 use crate::chosen_policy::ChosenPolicy;
 
-/// The guest's RAM: small, because it is pinned, and an ordinary user may pin 8 MiB in all.
+/// Size of the guest's RAM. It is small because the demo pins it, and an ordinary user may pin 8 MiB in total.
 const RAM_BYTES: u64 = 1 << 20;
 const RING: RingConfig = RingConfig { sq_entries: 64, cq_entries: 128 };
-/// How long a guest may take to end, and its ring.
+/// Time-out for the end of a guest process, and for the end of its ring.
 const END: Duration = Duration::from_secs(10);
 
-/// Who takes the guest's requests off its ring.
+/// What consumes the requests on the guest's ring.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Submission {
-    /// A kernel thread that polls.
+    /// A polling kernel thread.
     SqThread,
     /// The broker, at each doorbell.
     Kick,
@@ -48,7 +48,7 @@ impl Submission {
     }
 }
 
-/// A guest process with a ring of its own, and the broker's side of it.
+/// A guest process with its own ring, and the broker's side.
 pub(crate) struct ProcessWay {
     submission: Submission,
     stream: Option<BufReader<UnixStream>>,
@@ -57,7 +57,7 @@ pub(crate) struct ProcessWay {
 }
 
 impl ProcessWay {
-    /// Starts a guest on `disk`. It knows the checksums of the blocks of its area.
+    /// Starts a guest process on `disk`. `expected` are the checksums of the blocks of its area.
     pub(crate) fn start(
         disk: &Arc<Disk>,
         policy: ChosenPolicy,
@@ -123,7 +123,7 @@ impl ProcessWay {
     fn send(&mut self, message: &impl serde::Serialize) -> anyhow::Result<()> {
         let mut line = serde_json::to_vec(message)?;
         line.push(b'\n');
-        self.stream()?.get_mut().write_all(&line).context("talking to the guest process")
+        self.stream()?.get_mut().write_all(&line).context("cannot send a task to the guest process")
     }
 }
 
@@ -135,19 +135,19 @@ impl Way for ProcessWay {
     fn perform(&mut self, task: Task) -> anyhow::Result<Outcome> {
         self.send(&task)?;
         let patience = Duration::from_nanos(task.job.duration_ns) + TIMEOUT * 2;
-        self.stream()?.get_ref().set_read_timeout(Some(patience)).context("waiting for the guest process")?;
+        self.stream()?.get_ref().set_read_timeout(Some(patience)).context("cannot set a time-out for the guest process")?;
         let mut line = String::new();
-        self.stream()?.read_line(&mut line).context("hearing from the guest process")?;
+        self.stream()?.read_line(&mut line).context("no answer from the guest process")?;
         if line.is_empty() {
             bail!("the guest process has ended ({})", self.guest.wait()?);
         }
-        serde_json::from_str(&line).context("understanding the guest process")
+        serde_json::from_str(&line).context("cannot parse the answer of the guest process")
     }
 }
 
 impl Drop for ProcessWay {
     fn drop(&mut self) {
-        // The guest ends when its socket does, unless it hangs.
+        // The guest process ends when its socket closes, unless it hangs.
         drop(self.stream.take());
         let started = Instant::now();
         while matches!(self.guest.try_wait(), Ok(None)) && started.elapsed() < END {

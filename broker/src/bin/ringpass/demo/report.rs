@@ -1,11 +1,11 @@
-//! What the demo found, as a table and as JSON.
+//! The demo's report, as a table and as JSON.
 
 use std::fmt::Write as _;
 
 use ringpass_broker::printable::printable;
 use serde::Serialize;
 
-/// Everything that a demo run found.
+/// The results of a demo run.
 #[derive(Debug, Serialize)]
 pub(crate) struct DemoReport {
     /// Release of the running kernel.
@@ -21,9 +21,9 @@ pub(crate) struct DemoReport {
 /// The demo's disk.
 #[derive(Debug, Serialize)]
 pub(crate) struct DiskReport {
-    /// Its path, or what it is.
+    /// The path or a description of the disk.
     pub(crate) name: String,
-    /// Its size.
+    /// The size of the disk.
     pub(crate) size_bytes: u64,
     /// Whether the page cache is bypassed.
     pub(crate) direct_io: bool,
@@ -44,29 +44,29 @@ pub(crate) struct Row {
     pub(crate) p99_ns: u64,
     /// 99.9th percentile.
     pub(crate) p999_ns: u64,
-    /// Median over the rounds of the way's p50 by the host's in the same round.
+    /// Median over the rounds of: the way's p50 divided by the host's p50 in the same round.
     pub(crate) ratio_to_host: f64,
-    /// VM exits per request, those for interrupts of the host included; none where there is no VM.
+    /// VM exits per request, including those for interrupts of the host; `None` if the way has no VM.
     pub(crate) exits_per_io: Option<f64>,
     /// VM exits per request for port I/O, MMIO and hypercalls, as far as this KVM counts them by kind.
     pub(crate) requested_exits_per_io: Option<f64>,
     /// Bytes read and compared.
     pub(crate) verified_bytes: u64,
-    /// Requests that failed, were lost or doubled, and blocks with wrong content.
+    /// Number of requests that failed, were lost or were completed twice, and of blocks with wrong content.
     pub(crate) errors: u64,
 }
 
 /// A way that could not run.
 #[derive(Debug, Serialize)]
 pub(crate) struct Skipped {
-    /// Its name.
+    /// The name of the way.
     pub(crate) name: &'static str,
-    /// Why, and what to do.
+    /// Why the way could not run, and what to do.
     pub(crate) why: String,
 }
 
 impl DemoReport {
-    /// Whether there was a guest, and every byte of every way was right.
+    /// Whether at least one guest ran, and every byte of every way was right.
     pub(crate) fn is_success(&self) -> bool {
         self.has_guest() && self.ways.iter().all(|row| row.errors == 0 && row.verified_bytes > 0)
     }
@@ -78,12 +78,12 @@ impl DemoReport {
     fn verdict(&self) -> &'static str {
         match (self.is_success(), self.has_guest()) {
             (true, _) => "Every byte verified.",
-            (false, true) => "WRONG: see the errors above.",
-            (false, false) => "NO GUEST could run here: see above, and `ringpass probe`.",
+            (false, true) => "WRONG: see the column of errors above.",
+            (false, false) => "NO GUEST could run here: see the reasons above, and run `ringpass probe`.",
         }
     }
 
-    /// The table for people.
+    /// The report as a table.
     pub(crate) fn table(&self) -> String {
         let mut text = String::new();
         let cache = if self.disk.direct_io { "O_DIRECT" } else { "page cache: this measures the path, not the disk" };
@@ -118,7 +118,7 @@ impl DemoReport {
         for skipped in &self.skipped {
             let _ = writeln!(text, "\nskipped {}: {}", skipped.name, printable(&skipped.why));
         }
-        let _ = writeln!(text, "\n4 KiB random reads; vs host: p50 latency by that of a plain host process.");
+        let _ = writeln!(text, "\n4 KiB random reads; vs host: p50 latency divided by the p50 of a host process.");
         let _ = writeln!(text, "{}", self.verdict());
         text
     }

@@ -1,7 +1,7 @@
-//! A guest that gets its ring in band, over the socket of a served disk.
+//! A guest that requests its ring over the vhost-user socket of a served disk.
 //!
-//! Broker and guest are threads of this process here, because the image belongs to it and nobody else can have it. Between
-//! them is the socket, and then only guest RAM.
+//! Server and guest are threads of this process, because this process holds the lock of the image. They are connected by the
+//! socket, and later only by guest RAM.
 
 use std::error::Error;
 use std::io;
@@ -28,17 +28,17 @@ use super::leftovers::{self, Leftover};
 use super::{BUFFERS_BYTES, Outcome, SQ_THREAD_IDLE, Task, Way, perform};
 use crate::chosen_policy::ChosenPolicy;
 
-/// Small, because it is pinned.
+/// Size of the guest's RAM. It is small because the server pins it.
 const RAM_BYTES: u64 = 1 << 20;
-/// Descriptors of the virtqueues; a third of them can be outstanding.
+/// Descriptors of a virtqueue. A third of that number of requests can be outstanding.
 const QUEUE_SIZE: u16 = 128;
 
 /// The way's name in the report.
 pub(crate) const NAME: &str = "process-vhost-user";
 
-/// A served disk and the guest on its socket.
+/// A served disk, and the guest connected to its socket.
 pub(crate) struct SocketWay {
-    // Dropped in this order: the guest lets go of its ring, then the server ends.
+    // The drop order: the guest releases its ring, then the server ends.
     queue: Queue,
     environment: ProcessEnv,
     buffers_gpa: u64,
@@ -47,7 +47,7 @@ pub(crate) struct SocketWay {
     _server: ServerThread,
 }
 
-/// The disk is there from the beginning, and stays.
+/// A disk source that has the disk from the beginning and keeps it.
 struct OwnDisk(Arc<Disk>);
 
 impl DiskSource for OwnDisk {
@@ -62,7 +62,7 @@ impl DiskSource for OwnDisk {
     }
 }
 
-/// Serves until it is dropped.
+/// The thread that serves the disk until the value is dropped.
 struct ServerThread {
     handle: ServerHandle,
     engine: EngineControl,
@@ -71,7 +71,7 @@ struct ServerThread {
 }
 
 impl SocketWay {
-    /// Serves `disk` and gets a ring from it. The guest knows the checksums of the blocks of its area.
+    /// Serves `disk`, and gets a ring for the guest. `expected` are the checksums of the blocks of its area.
     pub(crate) fn start(disk: &Arc<Disk>, policy: ChosenPolicy, expected: &[u64]) -> anyhow::Result<Self> {
         let server = ServerThread::start(disk, policy)?;
         let options = Options {
@@ -85,7 +85,7 @@ impl SocketWay {
         };
         let guest = GuestDisk::connect(server.socket(), options)?;
         let queue = guest.queue(1).map_err(|error| {
-            // The guest hears a number only.
+            // The device tells the guest only an error number; the server knows the reason.
             let why = server.engine.rings().and_then(|gate| gate.queues.get(1)?.refused.clone());
             why.map_or_else(|| error.into(), |refused| anyhow::anyhow!("{}", refused.why))
         })?;
@@ -105,7 +105,7 @@ impl Way for SocketWay {
 
     fn perform(&mut self, task: Task) -> anyhow::Result<Outcome> {
         let task = Task { job: Job { buffers_gpa: self.buffers_gpa, ..task.job }, ..task };
-        // SAFETY: a workload borrows a buffer only while no request names it.
+        // SAFETY: the workload accesses a buffer only while no request in flight uses it.
         let mut queue = unsafe { self.queue.by_address() };
         let report = perform(task, &mut queue, &mut self.environment, &mut self.expected)?;
         let latencies = super::pairs(&self.environment.take_latencies_ns()?);
@@ -150,7 +150,7 @@ impl ServerThread {
             .name("demo-server".into())
             .spawn(move || {
                 if let Err(error) = server.run(&mut engine) {
-                    tracing::warn!(%error, "the demo's server");
+                    tracing::warn!(%error, "the demo's server has failed");
                 }
                 engine.shutdown();
             })
@@ -167,7 +167,7 @@ impl Drop for ServerThread {
     fn drop(&mut self) {
         self.handle.stop();
         if let Some(thread) = self.thread.take() {
-            // It does not panic; if it did, nothing is left to be done.
+            // The thread does not panic. If it did, there would be nothing left to do.
             let _ = thread.join();
         }
     }

@@ -1,4 +1,4 @@
-//! Finds devices and asks them.
+//! The client of the control sockets: finds devices and sends them requests.
 
 use std::fs;
 use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
@@ -14,10 +14,10 @@ use serde::de::DeserializeOwned;
 
 use crate::runtime_dir::{self, SUFFIX};
 
-/// How long a device may take to answer.
+/// Time-out for a device's answer.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// The longest answer that is read. A device with 256 queues has a few hundred KiB to say at most.
+/// Maximum size of an answer. A device with 256 queues answers with a few hundred KiB at most.
 const ANSWER_BYTES_MAX: u64 = 1 << 20;
 
 /// The control sockets in a directory.
@@ -30,13 +30,13 @@ pub(super) struct Devices {
 pub(super) struct Found {
     /// The device's name.
     pub(super) name: String,
-    /// Its process. None: it is gone, or does not answer.
+    /// The process that serves the device. `None`: the device is gone, or does not answer.
     pub(super) pid: Option<u32>,
-    /// Its disk.
+    /// The path of the device's disk.
     pub(super) disk: Option<String>,
-    /// The socket. That of a device that is gone is removed.
+    /// The control socket. The client removes the socket of a device that is gone.
     pub(super) socket: PathBuf,
-    /// Why there is no answer of a device that is not gone.
+    /// Why a device that is not gone did not answer.
     pub(super) error: Option<String>,
 }
 
@@ -45,17 +45,17 @@ pub(super) struct Found {
 #[error("the device is gone: no process listens on {}: {source}", .socket.display())]
 pub(super) struct Gone {
     socket: PathBuf,
-    /// The kernel's answer: there is no such file, or no process that accepts.
+    /// The kernel's error: the file does not exist, or no process accepts connections.
     source: io::Error,
 }
 
 impl Devices {
     pub(super) fn new(directory: Option<PathBuf>) -> anyhow::Result<Self> {
         let directory = directory.or_else(runtime_dir::for_this_user);
-        Ok(Self { directory: directory.context("no --runtime-dir, and XDG_RUNTIME_DIR is not set")? })
+        Ok(Self { directory: directory.context("XDG_RUNTIME_DIR is not set: give --runtime-dir")? })
     }
 
-    /// All of them, by name.
+    /// Lists all devices, sorted by name.
     pub(super) fn list(&self) -> anyhow::Result<Vec<Found>> {
         let mut found = Vec::new();
         for name in self.names()? {
@@ -71,7 +71,7 @@ impl Devices {
         Ok(found)
     }
 
-    /// Asks a device, by its name or by the path of its socket.
+    /// Sends a request to a device, given by name or by the path of its control socket.
     pub(super) fn ask<T: DeserializeOwned>(&self, device: &str, request: &str) -> anyhow::Result<T> {
         if device.contains('/') {
             return ask(Path::new(device), request);
@@ -79,7 +79,7 @@ impl Devices {
         let names = self.names()?;
         if !names.iter().any(|name| name == device) {
             let others = if names.is_empty() { "none".to_owned() } else { names.join(", ") };
-            bail!("no device {device} in {}; there are: {others}", self.directory.display());
+            bail!("no device {device} in {}; devices there are: {others}", self.directory.display());
         }
         ask(&self.socket(device), request)
     }
@@ -91,11 +91,11 @@ impl Devices {
     fn names(&self) -> anyhow::Result<Vec<String>> {
         let entries = match fs::read_dir(&self.directory) {
             Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
-            entries => entries.with_context(|| format!("looking into {}", self.directory.display()))?,
+            entries => entries.with_context(|| format!("cannot list {}", self.directory.display()))?,
         };
         let mut names = Vec::new();
         for entry in entries {
-            let name = entry.context("looking for devices")?.file_name();
+            let name = entry.context("cannot list the devices")?.file_name();
             names.extend(name.to_str().and_then(|name| name.strip_suffix(SUFFIX)).map(str::to_owned));
         }
         names.sort();
@@ -103,10 +103,10 @@ impl Devices {
     }
 }
 
-/// Removes a socket that its server has left behind.
+/// Removes a control socket that an ended server has left behind.
 fn remove(socket: &Path) {
     if let Err(error) = remove_if_stale(socket) {
-        tracing::debug!(%error, "a control socket stays behind");
+        tracing::debug!(socket = ?socket, %error, "cannot remove a stale control socket");
     }
 }
 
@@ -130,7 +130,7 @@ fn ask<T: DeserializeOwned>(socket: &Path, request: &str) -> anyhow::Result<T> {
             bail!("the device at {} does not answer within {PATIENCE:?}", socket.display())
         }
         Ok(0) | Err((ErrorKind::BrokenPipe | ErrorKind::ConnectionReset, _)) => {
-            bail!("the device at {} has hung up without an answer: is it ending?", socket.display())
+            bail!("the device at {} has hung up without an answer; it may be ending, try again", socket.display())
         }
         Ok(_) => {}
         Err((_, error)) => return Err(error).with_context(talking),

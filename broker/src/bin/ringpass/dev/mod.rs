@@ -1,4 +1,4 @@
-//! `ringpass dev`: what the served devices of this machine are and do.
+//! `ringpass dev`: status and statistics of the served devices of this machine.
 
 mod client;
 mod print;
@@ -16,7 +16,7 @@ use serde::Serialize;
 
 use client::{Devices, Found, Gone};
 
-/// Look at the devices that `ringpass serve` serves.
+/// Inspect the devices that `ringpass serve` serves.
 #[derive(Debug, Args)]
 pub(crate) struct DevCommand {
     #[command(subcommand)]
@@ -24,10 +24,10 @@ pub(crate) struct DevCommand {
     /// Print JSON.
     #[arg(short, long, global = true)]
     json: bool,
-    /// Print JSON for people.
+    /// Print indented JSON.
     #[arg(short, long, global = true)]
     pretty: bool,
-    /// Where the control sockets are [default: $RUNTIME_DIRECTORY, /run/ringpass for root, $XDG_RUNTIME_DIR/ringpass].
+    /// Directory of the control sockets [default: $RUNTIME_DIRECTORY, /run/ringpass for root, $XDG_RUNTIME_DIR/ringpass].
     #[arg(long, global = true, value_name = "DIR")]
     runtime_dir: Option<PathBuf>,
 }
@@ -36,16 +36,16 @@ pub(crate) struct DevCommand {
 enum Action {
     /// List the devices.
     List,
-    /// Show how a device is set up, who executes each queue, and why not the kernel.
+    /// Show how a device is set up, what executes each queue, and why a queue has no ring.
     Show {
-        /// Name of the device, or path of its control socket. Without it: all.
+        /// Name of the device, or path of its control socket. Default: all devices.
         device: Option<String>,
     },
-    /// Count what a device has done.
+    /// Show the counters of a device.
     Stats {
         /// Name of the device, or path of its control socket.
         device: String,
-        /// Count again and again, and show what was done since the last time, per second. A device that is gone is waited for.
+        /// Read the counters at this interval, and show the rates per second. If the device is gone, wait until it is back.
         #[arg(long, value_name = "SECONDS", num_args = 0..=1, default_missing_value = "1", value_parser = seconds)]
         watch: Option<f64>,
     },
@@ -62,7 +62,7 @@ fn seconds(text: &str) -> Result<f64, String> {
 ///
 /// # Errors
 ///
-/// There is no such device, or it does not answer.
+/// The device does not exist, or does not answer.
 pub(crate) fn run(command: &DevCommand) -> anyhow::Result<ExitCode> {
     let devices = Devices::new(command.runtime_dir.clone())?;
     match &command.action {
@@ -84,7 +84,7 @@ pub(crate) fn run(command: &DevCommand) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// All devices; of those without an answer, why.
+/// Shows all devices, or why a device does not answer.
 fn show_all(command: &DevCommand, devices: &Devices) -> anyhow::Result<ExitCode> {
     let (mut all, mut text) = (Vec::new(), Vec::new());
     let mut is_complete = true;
@@ -113,7 +113,7 @@ fn show_all(command: &DevCommand, devices: &Devices) -> anyhow::Result<ExitCode>
     Ok(if is_complete { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-/// Runs until the user ends it, and waits for a device that is gone.
+/// Shows rates until the user ends the program. Waits for a device that is gone.
 fn watch(command: &DevCommand, devices: &Devices, device: &str, seconds: f64) -> anyhow::Result<()> {
     let mut before: DeviceStats = devices.ask(device, "stats")?;
     let mut counted_at = Instant::now();
@@ -137,7 +137,7 @@ fn watch(command: &DevCommand, devices: &Devices, device: &str, seconds: f64) ->
     }
 }
 
-/// Tells of something that is no result.
+/// Prints a note to standard error.
 fn note(line: &str) {
     let _ = writeln!(std::io::stderr(), "ringpass: {line}");
 }
@@ -150,9 +150,9 @@ impl DevCommand {
             (false, false) => table(),
         };
         match std::io::stdout().write_all(text.as_bytes()) {
-            // The reader has seen enough.
-            Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => bail!("nobody reads any more"),
-            written => written.context("cannot write"),
+            // The reader has closed the pipe, which also ends `--watch`.
+            Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => bail!("the reader of standard output is gone"),
+            written => written.context("cannot write the result"),
         }
     }
 }

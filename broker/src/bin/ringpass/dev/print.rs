@@ -1,4 +1,4 @@
-//! Devices for people.
+//! Status and statistics of devices as text.
 
 use std::time::Duration;
 
@@ -49,7 +49,7 @@ pub(super) fn show(status: &DeviceStatus) -> String {
         None => text += &format!("  rings not offered: {}\n", printable(&rings.why_not.join("; "))),
     }
     if let Some(why) = &rings.closed {
-        text += &format!("  no rings for now: {}\n", printable(why));
+        text += &format!("  no rings at present: {}\n", printable(why));
     }
     let (used, unused): (Vec<_>, Vec<_>) = queues.iter().partition(|queue| is_worth_a_line(queue));
     for queue in used {
@@ -71,7 +71,7 @@ pub(super) fn show(status: &DeviceStatus) -> String {
     text
 }
 
-/// A device offers many more queues than most front-ends use.
+/// Whether the queue gets a line: a device offers many more queues than most front-ends use.
 fn is_worth_a_line(queue: &QueueStatus) -> bool {
     queue.started || queue.phase.is_some() || queue.why_no_ring.is_some()
 }
@@ -95,7 +95,7 @@ const COLUMNS: [&str; 11] = [
     "bounced",
     "partial writes",
     "kicks",
-    "ring (guest's word)",
+    "ring (guest's claim)",
 ];
 
 pub(super) fn stats(stats: &DeviceStats) -> String {
@@ -104,16 +104,16 @@ pub(super) fn stats(stats: &DeviceStats) -> String {
     table(&rows)
 }
 
-/// A device offers many more queues than most front-ends use.
+/// Whether the queue gets a row: a device offers many more queues than most front-ends use.
 fn has_done_something(queue: &QueueStats) -> bool {
     queue.by_guest.is_some() || queue.by_device != ByDevice::default()
 }
 
-/// What was done between two counts that lie `elapsed` apart, per second.
+/// The rates per second between two readings that are `elapsed` apart.
 pub(super) fn rates(before: &DeviceStats, now: &DeviceStats, elapsed: Duration) -> String {
     let mut rows = vec![COLUMNS.map(str::to_owned)];
     let is_restarted = is_restarted(before, now);
-    // The counters of a new process began with it.
+    // The counters of a new process started at zero with the process.
     let age = now.age_ms.filter(|_| is_restarted).map(Duration::from_millis);
     let seconds = age.unwrap_or(elapsed).min(elapsed).as_secs_f64().max(1e-3);
     for now in now.queues.iter().filter(|now| has_done_something(now)) {
@@ -123,11 +123,11 @@ pub(super) fn rates(before: &DeviceStats, now: &DeviceStats, elapsed: Duration) 
     table(&rows)
 }
 
-/// Whether another process counts now, from zero.
+/// Whether a new process counts now, from zero.
 fn is_restarted(before: &DeviceStats, now: &DeviceStats) -> bool {
     match (before.started_ms, now.started_ms) {
         (Some(before), Some(now)) => before != now,
-        // A server that does not say when it started: no counter ever falls in one process.
+        // The server does not state when it started. Within one process no counter ever falls.
         _ => before.queues.iter().zip(&now.queues).any(|(before, now)| fell(before, now)),
     }
 }
@@ -155,7 +155,7 @@ fn difference(before: &QueueStats, now: &QueueStats) -> QueueStats {
     ] {
         *is = is.saturating_sub(was);
     }
-    // The words of rings are the guest's, and can say anything.
+    // The guest writes the counters of rings and can write anything.
     let was = before.by_guest.unwrap_or_default();
     let by_guest = now.by_guest.map(|is| ByGuest {
         submitted: is.submitted.saturating_sub(was.submitted),
@@ -183,7 +183,7 @@ fn row(queue: &QueueStats, seconds: f64) -> [String; 11] {
     ]
 }
 
-/// Columns side by side.
+/// Formats rows as aligned columns.
 fn table<const N: usize>(rows: &[[String; N]]) -> String {
     let widths: [usize; N] =
         std::array::from_fn(|column| rows.iter().map(|row| row[column].len()).max().unwrap_or_default());
@@ -223,17 +223,17 @@ mod tests {
     }
 
     #[test]
-    fn a_restarted_server_has_done_all_that_it_counts_since_its_start() {
-        // More than before as well: what tells is the process, and its age is half a second.
+    fn rates_of_a_restarted_server_count_from_its_start() {
+        // The counters are higher than before, too: only the start time shows the new process. Its age is half a second.
         let row = last_row(&counted(100, 1000, Some(7)), &counted(300, 5000, Some(8)));
         assert_eq!(row, ["1", "600", "600.0", "0", "0.0", "0", "0", "0", "0", "0", "10000"]);
-        // A server that does not say when it started.
+        // A server that does not state when it started.
         let row = last_row(&counted(100, 1000, None), &counted(30, 50, None));
         assert_eq!(row, ["1", "15", "15.0", "0", "0.0", "0", "0", "0", "0", "0", "25"]);
     }
 
     #[test]
-    fn what_a_socket_answers_cannot_act_on_the_terminal() {
+    fn a_socket_s_answer_cannot_control_the_terminal() {
         let evil = "a\u{1b}[2J\nb";
         let found = Found { name: evil.into(), pid: Some(1), disk: Some(evil.into()), socket: "s".into(), error: None };
         let disk = DiskStatus {

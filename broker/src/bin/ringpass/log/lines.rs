@@ -1,12 +1,12 @@
-//! Lines on their way to standard error.
+//! A bounded queue of log lines for standard error.
 //!
-//! A reader that does not read (a full pipe, a terminal that is held with ^S) makes `write(2)` wait for as long as it likes. So
-//! the threads of a server only put lines into a queue of limited size, and a thread of its own writes them. Lines that find no
-//! room are counted, and the count is told in their place.
+//! A reader that does not read (a full pipe, a terminal stopped with ^S) can block `write(2)` for any time. Therefore the threads
+//! of a server only append lines to a bounded queue, and a dedicated thread writes them. The queue counts the lines that find no
+//! room, and writes the count in their place.
 //!
-//! `tracing-appender`'s non-blocking writer does not fit: its thread starts before the first line, but a process can give up its
-//! privileges only while it has one thread; and it reports the count nowhere. Here lines are written by the thread that has them
-//! until [`Lines::write_in_background`], if standard error takes them at once.
+//! `tracing-appender`'s non-blocking writer does not fit: its thread starts before the first line, but a process can drop its
+//! privileges only while it has one thread; and the writer does not report how many lines it lost. Here each thread writes its
+//! own lines until [`Lines::write_in_background`], as far as standard error accepts them without waiting.
 
 use std::collections::VecDeque;
 use std::io;
@@ -19,14 +19,14 @@ use nix::sys::signal::SigSet;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 
-/// Bytes that wait at most. A line of the log has one to two hundred.
+/// Maximum number of queued bytes. A line of the log has one to two hundred bytes.
 const QUEUE_BYTES_MAX: usize = 256 << 10;
-/// A pipe that is ready takes as many at once (`PIPE_BUF`).
+/// A pipe that is ready for writing takes this many bytes without blocking (`PIPE_BUF`).
 const PIECE_BYTES: usize = 4096;
 
 /// A queue of lines for standard error.
 pub(super) struct Lines {
-    /// Where they go. None: to standard error.
+    /// The destination. `None`: standard error.
     output: Option<OwnedFd>,
     state: Mutex<State>,
     changed: Condvar,
@@ -35,16 +35,16 @@ pub(super) struct Lines {
 struct State {
     queue: VecDeque<Entry>,
     queue_bytes: usize,
-    /// Lines that were lost since the last entry of the queue.
+    /// Number of lines lost since the last entry of the queue.
     lost: u64,
-    /// Whether the last write failed, so that it makes no sense to try again before there is a new line.
+    /// Whether the last write failed. Then another attempt makes no sense before the next line.
     is_broken: bool,
     has_thread: bool,
     /// Whether the thread writes an entry that is no longer in the queue.
     is_writing: bool,
 }
 
-/// Text on its way, and the lines of the log that are lost with it.
+/// Queued text, and the number of log lines that are lost if the text is lost.
 struct Entry {
     text: Vec<u8>,
     written_bytes: usize,
@@ -62,7 +62,7 @@ impl Entry {
         Self { text: text.into_bytes(), written_bytes: 0, lines }
     }
 
-    /// Writes the rest of it. With an end of the wait: only what standard error takes at once until then, TIMEDOUT.
+    /// Writes the rest of the entry. If the wait has an `end` and standard error accepts no more until then: TIMEDOUT.
     fn write_to(&mut self, output: BorrowedFd<'_>, end: Option<Instant>) -> Result<(), Errno> {
         while self.written_bytes < self.text.len() {
             if end.is_some() {
@@ -72,7 +72,7 @@ impl Entry {
             match rustix::io::write(output, &rest[..rest.len().min(PIECE_BYTES)]) {
                 Ok(count) => self.written_bytes += count,
                 Err(Errno::INTR) => {}
-                // Another process has made it non-blocking, for all that share it.
+                // Another process that shares the open file has made it non-blocking.
                 Err(Errno::AGAIN) => wait_until_writable(output, end)?,
                 Err(errno) => return Err(errno),
             }
@@ -94,7 +94,7 @@ impl Lines {
         Self { output: None, state: Mutex::new(state), changed: Condvar::new() }
     }
 
-    /// Takes a line, or counts it as lost if too many wait.
+    /// Queues a line, or counts it as lost if the queue is full.
     pub(super) fn push(&self, line: Vec<u8>) {
         let mut state = self.lock();
         if state.queue_bytes + line.len() > QUEUE_BYTES_MAX {
@@ -104,7 +104,7 @@ impl Lines {
         self.add(state, line);
     }
 
-    /// Takes a line even if too many wait: the last one of a program.
+    /// Queues a line even if the queue is full: for the last line of a program.
     pub(super) fn push_always(&self, line: Vec<u8>) {
         self.add(self.lock(), line);
     }
@@ -122,7 +122,7 @@ impl Lines {
         }
     }
 
-    /// Starts the thread that writes from now on.
+    /// Starts the thread that writes all lines from now on.
     pub(super) fn write_in_background(&'static self) -> io::Result<()> {
         let mut state = self.lock();
         if !state.has_thread {
@@ -165,13 +165,13 @@ impl Lines {
     fn output(&self) -> BorrowedFd<'_> {
         match &self.output {
             Some(output) => output.as_fd(),
-            // Not over the lock of `Stderr`, for which other threads would then wait.
+            // Without the lock of `Stderr`, on which other threads would block.
             None => rustix::stdio::stderr(),
         }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        // A line that a panic has cut short does no harm.
+        // After a panic the queue is still usable: at worst one line is cut short.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -186,7 +186,7 @@ impl State {
         !self.queue.is_empty() || self.has_news()
     }
 
-    /// Whether lines were lost behind the queue, and that may be said now.
+    /// Whether lines were lost after the last queued entry, and the writer may report this now.
     fn has_news(&self) -> bool {
         self.lost > 0 && !self.is_broken
     }
@@ -207,7 +207,7 @@ impl State {
         }
     }
 
-    /// Writes on this thread while standard error takes lines, or until the end of the wait.
+    /// Writes on this thread while standard error accepts lines, at most until `end`.
     fn write_until(&mut self, output: BorrowedFd<'_>, end: Instant) {
         while let Some(mut entry) = self.next() {
             match entry.write_to(output, Some(end)) {
@@ -235,11 +235,12 @@ fn wait_until_writable(output: BorrowedFd<'_>, end: Option<Instant>) -> Result<(
     }
 }
 
-/// The program's own thread waits for them. SIGSYS must not be blocked: it tells of a system call that the sandbox refuses.
+/// Another thread of the program waits for signals. SIGSYS must stay unblocked: its handler reports system calls that the sandbox
+/// refuses.
 fn leave_signals_to_others() {
     let mut signals = SigSet::all();
     signals.remove(nix::sys::signal::Signal::SIGSYS);
-    // A thread that is interrupted now and then does its work as well.
+    // If this fails, signals interrupt the thread now and then, which does no harm.
     let _ = signals.thread_block();
 }
 
@@ -252,7 +253,7 @@ mod tests {
 
     const LIMIT: Duration = Duration::from_secs(60);
 
-    /// Lines for a pipe that is full, and its reader. Both live as long as the thread that writes.
+    /// Lines for a full pipe, the pipe's reader, and the number of bytes in the pipe. Lines live as long as their writer thread.
     fn full_pipe() -> (&'static Lines, io::PipeReader, usize) {
         let (reader, mut writer) = io::pipe().unwrap();
         let flags = rustix::fs::fcntl_getfl(&writer).unwrap();
@@ -271,7 +272,7 @@ mod tests {
     }
 
     #[test]
-    fn a_reader_that_does_not_read_holds_up_nobody_and_learns_how_many_lines_are_missing() {
+    fn a_blocked_reader_delays_no_thread_and_learns_how_many_lines_are_missing() {
         let (lines, mut reader, filled_bytes) = full_pipe();
         lines.push(b"line 0 before there is a thread\n".to_vec());
         lines.write_in_background().unwrap();
@@ -303,7 +304,7 @@ mod tests {
     }
 
     #[test]
-    fn the_last_line_of_a_program_waits_for_a_reader_but_not_for_ever() {
+    fn the_last_line_of_a_program_waits_for_the_reader_for_a_limited_time() {
         let (lines, mut reader, filled_bytes) = full_pipe();
         lines.push(vec![b'x'; QUEUE_BYTES_MAX]);
         lines.push(b"too much\n".to_vec());
@@ -321,7 +322,7 @@ mod tests {
     }
 
     #[test]
-    fn a_reader_that_is_gone_costs_nothing() {
+    fn a_closed_reader_delays_no_thread() {
         let (lines, reader, _) = full_pipe();
         lines.write_in_background().unwrap();
         lines.push(b"one\n".to_vec());

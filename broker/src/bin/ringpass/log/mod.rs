@@ -1,4 +1,4 @@
-//! What the programs tell people besides results: logs and errors, all on standard error.
+//! Logs and error messages of the programs, all on standard error.
 
 mod lines;
 
@@ -16,16 +16,16 @@ use tracing_subscriber::EnvFilter;
 
 use lines::Lines;
 
-/// How long the end of the program waits for a reader that takes no lines.
+/// How long the program waits at its end for a reader that accepts no lines.
 const LAST_WAIT: Duration = Duration::from_secs(1);
 
-/// The lines of this process that standard error has yet to take.
+/// The lines of this process that are not yet written.
 static LINES: Lines = Lines::new();
 
-/// Starts logging, as `RUST_LOG` says, or else from `level` on.
+/// Starts logging with the filter of `RUST_LOG`, or else with `level`.
 ///
-/// A log that cannot be written (its reader is gone or does not read, its file is full) ends nothing and holds up nothing: the
-/// lines are lost, and their number is told when there is room again.
+/// A log that cannot be written (its reader is gone or does not read, or its file is full) neither ends nor delays the program:
+/// the lines are lost, and the log states their number when there is room again.
 pub(crate) fn start(level: &str) {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(level));
     let colours = stderr().is_terminal();
@@ -39,23 +39,23 @@ pub(crate) fn start(level: &str) {
     before_process_end(flush);
 }
 
-/// Waits a moment for lines that are not written yet. To be called before the process ends otherwise than by [`exit_code`].
+/// Waits a limited time for lines that are not written yet. Call this before the process ends other than through [`exit_code`].
 pub(crate) fn flush() {
     LINES.flush(LAST_WAIT);
 }
 
-/// Has a thread of its own write the log from now on, so that no other thread ever waits for the reader.
+/// Starts a dedicated thread that writes the log from now on, so that no other thread ever waits for the reader.
 ///
-/// A server calls this in its sandbox: the thread is confined like all others.
+/// A server calls this inside its sandbox, so the thread is confined like all others.
 ///
 /// # Errors
 ///
-/// There is no thread to be had.
+/// The thread cannot be started.
 pub(crate) fn write_in_background() -> io::Result<()> {
     LINES.write_in_background()
 }
 
-/// The exit status of a program. An error is one line.
+/// Converts the result into the exit status of a program. Prints an error as one line.
 pub(crate) fn exit_code(program: &str, result: anyhow::Result<ExitCode>) -> ExitCode {
     let status = result.unwrap_or_else(|error| {
         tell(program, &error);
@@ -65,24 +65,24 @@ pub(crate) fn exit_code(program: &str, result: anyhow::Result<ExitCode>) -> Exit
     status
 }
 
-/// Prints an error with its causes, each once, in one line.
+/// Prints an error and its causes, each once, as one line.
 pub(crate) fn tell(program: &str, error: &anyhow::Error) {
     LINES.push_always(format!("{program}: {}{}\n", Chain(error.as_ref()), advice(error)).into_bytes());
 }
 
-/// What can be done about a cause that can come up anywhere.
+/// Advice for a cause that can occur anywhere.
 fn advice(error: &anyhow::Error) -> &'static str {
     let has_cause = |wanted: Errno| {
         let causes = error.chain().filter_map(|cause| cause.downcast_ref::<io::Error>());
         causes.filter_map(Errno::from_io_error).any(|errno| errno == wanted)
     };
     if has_cause(Errno::MFILE) && !error.chain().any(|cause| cause.to_string().contains("RLIMIT_NOFILE")) {
-        return ". Raise the limit RLIMIT_NOFILE (`ulimit -n`, LimitNOFILE= in a systemd unit)";
+        return ". Raise RLIMIT_NOFILE (`ulimit -n`, LimitNOFILE= in a systemd unit)";
     }
     ""
 }
 
-/// One event of the log: `tracing-subscriber` writes each with one call.
+/// The writer of one log event: `tracing-subscriber` writes each event with one call.
 struct Event;
 
 impl Write for Event {
@@ -96,8 +96,8 @@ impl Write for Event {
     }
 }
 
-/// An event as a single line. Of what others chose, `tracing-subscriber` has made escape characters harmless, but not line breaks
-/// and the like; its own colours are left.
+/// Formats an event as a single line. `tracing-subscriber` has escaped escape characters in foreign text, but not line breaks and
+/// other control characters; its own colour codes stay.
 fn one_line(event: &[u8]) -> Vec<u8> {
     let text = String::from_utf8_lossy(event);
     let parts: Vec<String> =
@@ -105,7 +105,7 @@ fn one_line(event: &[u8]) -> Vec<u8> {
     (parts.join("\u{1b}") + "\n").into_bytes()
 }
 
-/// As the standard library does, but over the log, so that it waits for no reader.
+/// Reports a panic like the standard library, but through the log, so that the report waits for no reader.
 fn tell_panic(info: &panic::PanicHookInfo<'_>) {
     let thread = thread::current();
     let mut text = format!("thread {} panicked", thread.name().unwrap_or("without a name"));
@@ -129,7 +129,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_event_is_one_line_with_its_colours() {
+    fn an_event_becomes_one_line_and_keeps_its_colours() {
         assert_eq!(one_line(b"\x1b[32m INFO\x1b[0m disk=a\r\nb\tc\n"), b"\x1b[32m INFO\x1b[0m disk=a\\u{d}\\nb\\tc\n");
     }
 }

@@ -1,24 +1,25 @@
-//! Who may connect to the sockets of a server.
+//! Access rights to the sockets of a server.
 
 use clap::Args;
 use nix::unistd::Group;
 use ringpass_broker::vhost_user::SocketAccess;
 use rustix::fs::Mode;
 
-/// With a group, and no mode of its own.
+/// The mode of a socket that has a group but no explicit mode.
 const MODE_WITH_GROUP: u32 = 0o660;
-/// All that a mode can say about a socket.
+/// All permission bits that apply to a socket.
 const MODE_MAX: u32 = 0o777;
 
-/// The options about the rights to sockets.
+/// Options for the access rights to sockets.
 #[derive(Debug, Args)]
 pub(super) struct AccessArgs {
-    /// Mode of the socket, in octal: whoever may write to it may connect. The rights to its directory count too [default: what
-    /// the umask leaves, so most often only the owner; 0660 with --socket-group].
+    /// Mode of the socket, in octal. A process needs write permission for the socket, and access to its directory, to connect
+    /// [default: 0777 without the bits of the umask, which usually leaves write permission to the owner only; 0660 with
+    /// --socket-group].
     #[arg(long, value_name = "MODE", value_parser = mode, requires = "socket_path")]
     socket_mode: Option<u32>,
 
-    /// Group of the socket, by name or number, for example that of libvirt's QEMU.
+    /// Group of the socket, by name or number, for example the group of libvirt's QEMU.
     #[arg(long, value_name = "GROUP", value_parser = group, requires = "socket_path")]
     socket_group: Option<u32>,
 
@@ -31,16 +32,16 @@ pub(super) struct AccessArgs {
     control_socket_group: Option<u32>,
 }
 
-/// Who may connect.
+/// The access rights to the two sockets.
 pub(super) struct Access {
-    /// To the front-end's socket.
+    /// Rights to the front-end's socket.
     pub(super) front_end: SocketAccess,
-    /// To the control socket.
+    /// Rights to the control socket.
     pub(super) control: SocketAccess,
 }
 
 impl AccessArgs {
-    /// Decides. The umask of the process takes nothing from the modes of files any more after this.
+    /// Derives the rights from the options. Clears the umask of the process, so that later files get their full mode.
     pub(super) fn decide(&self) -> Access {
         let left_by_umask = MODE_MAX & !rustix::process::umask(Mode::empty()).bits();
         let mode = |mode: Option<u32>, group: Option<u32>, default| {
@@ -65,13 +66,13 @@ fn mode(text: &str) -> Result<u32, String> {
     mode.ok_or_else(|| "must be an octal number from 0 to 777, such as 0660".into())
 }
 
-/// Names first, as `chgrp(1)` does.
+/// Parses a group. A name takes precedence over a number, as in `chgrp(1)`.
 fn group(text: &str) -> Result<u32, String> {
     match Group::from_name(text) {
         Ok(Some(group)) => Ok(group.gid.as_raw()),
         // The largest number says "no group" to chown(2).
         _ => text.parse().ok().filter(|&number| number != u32::MAX).ok_or_else(|| {
-            "this machine has no group of that name (`getent group` lists them); a number can be given too".into()
+            "this machine has no group of that name: give one that `getent group` lists, or a number".into()
         }),
     }
 }
@@ -81,7 +82,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn modes_are_octal_and_say_nothing_but_rights() {
+    fn modes_are_octal_and_contain_only_permission_bits() {
         assert_eq!([mode("660"), mode("0660"), mode("0o660"), mode("0")], [Ok(0o660), Ok(0o660), Ok(0o660), Ok(0)]);
         for bad in ["", "8", "0x1f", "1777", "+660", "-1", "u+rw"] {
             assert!(mode(bad).unwrap_err().contains("octal"), "{bad}");

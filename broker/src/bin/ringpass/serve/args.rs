@@ -17,25 +17,25 @@ use super::control::ControlArgs;
 use super::rings::{ModeArg, RingArgs};
 use super::sandbox::SandboxArgs;
 
-/// vhost-user numbers queues with a byte. As many are offered by default: it must not depend on the host, since a guest that migrates
-/// keeps its queues.
+/// vhost-user numbers queues with a byte. The default offers all of them: the number must not depend on the host, because a guest
+/// keeps its queues when it migrates.
 const QUEUES_MAX: u16 = 256;
-/// As most front-ends ask for.
+/// The size that most front-ends ask for.
 const QUEUE_SIZE_DEFAULT: u16 = 256;
-/// Longer polling would be a mistake in the unit.
+/// A longer time is most likely given in the wrong unit.
 const POLL_MAX_US: u64 = 1_000_000;
-/// CPUs that Linux can have on the largest machines.
+/// The highest CPU number that Linux supports.
 const CPU_MAX: usize = 8191;
 
-/// What there is to know besides the options.
+/// Help text after the options.
 const HELP: &str = "\
-Signals: SIGTERM and SIGINT end the server when I/O has finished; a second one, more than a second later, ends it at once, and \
-so does SIGQUIT. SIGHUP has it look at the size of the disk, after a resize, and tell the guest. Others are ignored. Socket files \
-are removed in every case but SIGKILL and crashes; the next start replaces those.
+Signals: SIGTERM and SIGINT end the server when I/O has finished. A second SIGTERM or SIGINT more than a second later, or SIGQUIT, \
+ends the server at once. After SIGHUP the server reads the size of the disk again (after a resize) and tells the guest. The server \
+ignores other signals. It removes its socket files at the end, except after SIGKILL or a crash; the next start replaces them.
 
-Logs go to standard error; RUST_LOG sets their level: error, warn, info (the default), debug.
+Logs go to standard error. RUST_LOG sets the level: error, warn, info (default), debug.
 
-QEMU 9.2 and later (before that, reconnect=1 takes the place of reconnect-ms=1000):
+QEMU 9.2 and later (earlier versions: reconnect=1 instead of reconnect-ms=1000):
     -m SIZE -object memory-backend-memfd,id=ram,size=SIZE,share=on -machine MACHINE,memory-backend=ram
     -chardev socket,id=disk,path=PATH,reconnect-ms=1000 -device vhost-user-blk-pci,chardev=disk,num-queues=N";
 
@@ -43,15 +43,15 @@ QEMU 9.2 and later (before that, reconnect=1 takes the place of reconnect-ms=100
 #[derive(Debug, Args)]
 #[command(after_long_help = HELP, group = ArgGroup::new("what").args(["socket_path", "fd", "print_capabilities"]).required(true))]
 pub(crate) struct ServeArgs {
-    /// Print what this program can do, as JSON for management software, and end.
+    /// Print the capabilities of this program as JSON for management software, and exit.
     #[arg(long, exclusive = true)]
     print_capabilities: bool,
 
-    /// Unix socket to listen on. A file that an ended server left there is replaced.
+    /// Unix socket to listen on. The server replaces a socket file that an earlier server left there.
     #[arg(long, value_name = "PATH")]
     socket_path: Option<PathBuf>,
 
-    /// Number of an open file descriptor: a Unix socket that listens, or one that is connected to the front-end.
+    /// Number of an open file descriptor: a listening Unix socket, or a Unix socket connected to the front-end.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(i32).range(0..))]
     fd: Option<RawFd>,
 
@@ -63,21 +63,22 @@ pub(crate) struct ServeArgs {
     #[arg(long)]
     read_only: bool,
 
-    /// Queues that a front-end can use at most. VMMs give each vCPU a queue and refuse a device with fewer; what is not used costs
-    /// next to nothing.
+    /// Maximum number of queues that a front-end can use. VMMs give each vCPU a queue and refuse a device with fewer queues.
+    /// Unused queues cost next to nothing.
     #[arg(long, value_name = "N", default_value_t = QUEUES_MAX, value_parser = clap::value_parser!(u16).range(1..=i64::from(QUEUES_MAX)))]
     num_queues: u16,
 
-    /// Requests of a queue that are executed at a time: a power of two. Front-ends may have longer queues, where requests wait.
+    /// Maximum number of requests of a queue that the server executes at a time: a power of two. Front-ends may use longer
+    /// queues; further requests then wait in the queue.
     #[arg(long, value_name = "N", default_value_t = QUEUE_SIZE_DEFAULT, value_parser = queue_size)]
     queue_size: u16,
 
-    /// Bytes of a block as the guest sees it, which must be that for which the data on the disk was written: a power of two
-    /// [default: 512 for a file, the device's own block for a block device, which is also the least].
+    /// Logical block size that the guest sees, in bytes: a power of two. Use the block size with which the data on the disk was
+    /// written [default: 512 for a file; for a block device the device's own block size, which is also the minimum].
     #[arg(long, value_name = "BYTES", value_parser = logical_block)]
     logical_block_size: Option<u32>,
 
-    /// Serial number that the guest sees: up to 20 characters.
+    /// Serial number that the guest sees: at most 20 characters.
     #[arg(long, value_name = "TEXT", default_value = "", hide_default_value = true)]
     serial: Serial,
 
@@ -85,22 +86,22 @@ pub(crate) struct ServeArgs {
     #[arg(long, value_enum, value_name = "WHEN", default_value_t = DirectIoArg::Auto)]
     direct_io: DirectIoArg,
 
-    /// How long to look for requests after the last one before sleeping, in microseconds. 0: never look.
+    /// How long I/O threads poll for requests after the last request before they sleep, in microseconds. 0: no polling.
     #[arg(long, value_name = "N", default_value_t = 32, value_parser = clap::value_parser!(u64).range(..=POLL_MAX_US))]
     poll_us: u64,
 
-    /// CPUs for the threads that do I/O, for example 2,4-6: one thread for each. Without it there are as many as CPUs, or as
-    /// queues, if those are fewer.
+    /// CPUs for the I/O threads, for example 2,4-6: one thread for each CPU. Without this option the number of threads is the
+    /// number of CPUs or the number of queues, whichever is smaller.
     #[arg(long, value_name = "LIST", value_parser = cpu_list)]
     cpus: Option<CpuList>,
 
-    /// Start although another process has the disk, and take it when the guest runs here and the other lets go: for the
-    /// destination of a live migration.
+    /// For the destination of a live migration: start even if another process has locked the disk, and lock the disk when the
+    /// guest runs here and the other process has released it.
     #[arg(long, conflicts_with = "lock_wait_s")]
     incoming: bool,
 
-    /// How long to wait for another process that has the disk before giving up, in seconds. I/O that a killed server left
-    /// is waited for without limit; the front-end is answered meanwhile, and nothing is executed.
+    /// How long to wait for another process that has locked the disk before the start fails, in seconds. For the remaining I/O
+    /// of a killed server there is no limit: the server answers the front-end meanwhile and executes no requests.
     #[arg(long, value_name = "N", default_value_t = 10, value_parser = clap::value_parser!(u64).range(..=86_400))]
     lock_wait_s: u64,
 
@@ -119,26 +120,26 @@ pub(crate) struct ServeArgs {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum DirectIoArg {
-    /// Fail if the file system cannot.
+    /// Bypass the page cache. The start fails if the file system does not support that.
     On,
     /// Use the page cache.
     Off,
-    /// Bypass it where the file system can.
+    /// Bypass the page cache if the file system supports that.
     Auto,
 }
 
-/// The CPUs of a list such as `2,4-6`, in its order.
+/// The CPUs of a list such as `2,4-6`, in the order of the list.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct CpuList(Vec<usize>);
 
-/// Where front-ends come from.
+/// The socket on which front-ends connect.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Socket<'a> {
     Path(&'a PathBuf),
     Inherited(RawFd),
 }
 
-/// The same, made or looked at. Nobody is answered yet, and nobody can connect to a new socket.
+/// A [`Socket`] that is created or checked. The server does not answer yet, and a new socket accepts no connections yet.
 pub(super) enum PreparedSocket {
     Bound(BoundSocket),
     Inherited(Server),
@@ -211,7 +212,7 @@ impl ServeArgs {
         self.num_queues
     }
 
-    /// What the probe has to judge: this server on this machine.
+    /// This server as the probe judges it.
     pub(crate) fn probed(&self) -> probe::Server {
         let engine = EngineShape { queues: self.num_queues(), queue_size: self.queue_size, workers: self.workers() };
         let may_offer_rings = self.rings.mode() != ModeArg::Virtqueue && !self.read_only;
@@ -249,7 +250,7 @@ fn queue_size(text: &str) -> Result<u16, String> {
 fn logical_block(text: &str) -> Result<u32, String> {
     match text.parse::<u32>() {
         Ok(bytes) if bytes.is_power_of_two() && (512..=65536).contains(&bytes) => Ok(bytes),
-        _ => Err("must be a power of two from 512 to 65536; guests know 512 and 4096".into()),
+        _ => Err("must be a power of two from 512 to 65536; guests support 512 and 4096".into()),
     }
 }
 
@@ -290,7 +291,7 @@ mod tests {
     }
 
     #[test]
-    fn a_socket_and_a_disk_are_enough() {
+    fn socket_and_disk_are_the_only_required_options() {
         let args = with(&[]).unwrap();
         assert_eq!(args.socket().unwrap(), Socket::Path(&"s".into()));
         assert_eq!(args.disk_config().unwrap(), DiskConfig::new("f"));
@@ -302,7 +303,7 @@ mod tests {
     }
 
     #[test]
-    fn every_option_arrives() {
+    fn every_option_sets_its_value() {
         let args = parse(&[
             "--fd=7",
             "--blk-file=f",
@@ -329,13 +330,13 @@ mod tests {
     }
 
     #[test]
-    fn capabilities_need_no_other_option_and_allow_none() {
+    fn print_capabilities_needs_and_allows_no_other_option() {
         assert!(parse(&["--print-capabilities"]).unwrap().print_capabilities());
         assert!(parse(&["--print-capabilities", "--read-only"]).is_err());
     }
 
     #[test]
-    fn what_is_missing_or_contradicts_is_named() {
+    fn the_error_names_a_missing_or_conflicting_option() {
         for (arguments, named) in [
             (&["--blk-file=f"][..], "--socket-path"),
             (&["--blk-file=f"], "--fd"),
@@ -349,7 +350,7 @@ mod tests {
     }
 
     #[test]
-    fn values_out_of_range_are_refused_with_the_range() {
+    fn the_error_for_a_value_out_of_range_states_the_range() {
         for (argument, expected) in [
             ("--num-queues=0", "1..=256"),
             ("--num-queues=257", "1..=256"),

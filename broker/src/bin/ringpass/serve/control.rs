@@ -1,4 +1,4 @@
-//! What a served device says of itself when it is asked.
+//! Status and statistics of a served device, for the control socket.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -20,19 +20,19 @@ use super::rings::{ModeArg, Offer};
 use crate::runtime_dir::{self, SUFFIX};
 
 const NAME_MAX: usize = 64;
-/// No control socket.
+/// The value of `--control-socket` that stands for no control socket.
 const NONE: &str = "none";
 
-/// The options about the control socket.
+/// Options for the control socket.
 #[derive(Debug, Args)]
 pub(super) struct ControlArgs {
-    /// Name of the device for `ringpass dev`: letters, digits, `-`, `_` and `.` [default: the socket's file name, or the disk's,
-    /// without its extension].
+    /// Name of the device for `ringpass dev`: letters, digits, `-`, `_` and `.` [default: the file name of the socket (with --fd:
+    /// of the disk) without its extension].
     #[arg(long, value_name = "NAME", value_parser = device_name)]
     name: Option<String>,
 
-    /// Socket on which the device can be asked, or `none` [default: NAME.control in $RUNTIME_DIRECTORY, in /run/ringpass for
-    /// root, or in $XDG_RUNTIME_DIR/ringpass].
+    /// Control socket for `ringpass dev`, or `none` [default: NAME.control in $RUNTIME_DIRECTORY, in /run/ringpass for root, or in
+    /// $XDG_RUNTIME_DIR/ringpass].
     #[arg(long, value_name = "PATH")]
     control_socket: Option<PathBuf>,
 }
@@ -55,47 +55,50 @@ impl ControlArgs {
         })
     }
 
-    /// The path that was asked for.
+    /// The path that the operator gave.
     pub(super) fn asked_for(&self) -> Option<&Path> {
         self.control_socket.as_deref().filter(|path| path.as_os_str() != NONE)
     }
 
-    /// Where the control socket is to be, in a directory that is there. `None`: there is to be none. Without one that was not
-    /// asked for the device goes on.
+    /// The path of the control socket; creates the default directory. `None`: the device gets no control socket. A default path
+    /// that is not possible is no error: the device runs without a control socket.
     pub(super) fn path(&self, name: &str) -> Option<PathBuf> {
         if let Some(path) = &self.control_socket {
             return Some(path.clone()).filter(|path| path.as_os_str() != NONE);
         }
         let found = (|| {
-            let directory = runtime_dir::for_this_user().context("no directory for it: XDG_RUNTIME_DIR is not set")?;
+            let directory = runtime_dir::for_this_user().context("XDG_RUNTIME_DIR is not set")?;
             runtime_dir::make(&directory)?;
             let path = directory.join(format!("{name}{SUFFIX}"));
             ensure!(path.as_os_str().len() < 108, "{} is too long for a socket", path.display());
             Ok(path)
         })();
-        found.inspect_err(Self::tell_of_none).ok()
+        found.inspect_err(Self::warn_of_missing_socket).ok()
     }
 
-    /// Makes the socket at that [`path`](Self::path), which nobody is answered on yet.
+    /// Creates the socket at that [`path`](Self::path). The socket does not answer yet.
     ///
     /// # Errors
     ///
-    /// One that was asked for cannot be had.
+    /// The operator gave the path, and the socket cannot be created there.
     pub(super) fn bind(&self, path: Option<&Path>, access: SocketAccess) -> anyhow::Result<Option<ControlSocket>> {
         let Some(path) = path else { return Ok(None) };
         let bound = ControlSocket::bind_with(path, access);
         if self.control_socket.is_some() {
             return Ok(Some(bound.context("--control-socket")?));
         }
-        Ok(bound.map_err(Into::into).inspect_err(Self::tell_of_none).ok())
+        Ok(bound.map_err(Into::into).inspect_err(Self::warn_of_missing_socket).ok())
     }
 
-    fn tell_of_none(error: &anyhow::Error) {
-        tracing::warn!("`ringpass dev` will not see this device: {}", Chain(error.as_ref()));
+    fn warn_of_missing_socket(error: &anyhow::Error) {
+        tracing::warn!(
+            "no control socket, so `ringpass dev` will not see this device: {} (choose a path with --control-socket)",
+            Chain(error.as_ref())
+        );
     }
 }
 
-/// Who knows about a served device.
+/// The sources of a device's status and statistics.
 pub(super) struct Source {
     pub(super) name: String,
     pub(super) disk: Arc<LocatedDisk>,
@@ -106,7 +109,7 @@ pub(super) struct Source {
     pub(super) started: Started,
 }
 
-/// When a device began to count.
+/// The time at which the device's counters started.
 pub(super) struct Started {
     wall: SystemTime,
     at: Instant,
@@ -122,7 +125,7 @@ impl Started {
     }
 }
 
-/// Answers from now on, if there is a socket.
+/// Starts to answer requests, if there is a control socket.
 pub(super) fn serve(socket: Option<ControlSocket>, source: Source) -> anyhow::Result<Option<ControlServer>> {
     let source: Arc<dyn StatusSource> = Arc::new(source);
     Ok(socket.map(|socket| socket.serve(source)).transpose()?)
@@ -245,14 +248,14 @@ mod tests {
     }
 
     #[test]
-    fn a_device_is_called_like_its_socket_or_its_disk() {
+    fn the_default_name_comes_from_the_socket_or_the_disk() {
         assert_eq!(name(Some("/run/vm1.sock"), "/disks/a.img"), "vm1");
         assert_eq!(name(None, "/dev/vg0/root disk.img"), "rootdisk");
         assert_eq!(name(Some("/run/ "), "x"), "disk");
     }
 
     #[test]
-    fn names_cannot_lead_elsewhere() {
+    fn a_name_cannot_contain_a_path() {
         for bad in ["", ".", "..", "a/b", "a b", "ä", &"x".repeat(65)] {
             assert!(device_name(bad).is_err(), "{bad}");
         }

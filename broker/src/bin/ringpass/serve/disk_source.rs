@@ -1,4 +1,4 @@
-//! The engine's disk, from a lease.
+//! The engine's disk, taken from a lease.
 
 use std::error::Error;
 use std::sync::Arc;
@@ -7,7 +7,7 @@ use ringpass_broker::disk::{DiskLease, LeaseState, LocatedDisk};
 use ringpass_broker::engine::DiskSource;
 use ringpass_broker::limits::{LimitError, cap_file_growth_at};
 
-/// Waits for the disk when the engine wants it, and gives it back.
+/// Acquires the disk when the engine requests it, and releases it afterwards.
 pub(super) struct LeasedDisk {
     lease: Arc<DiskLease>,
 }
@@ -42,8 +42,9 @@ impl DiskSource for LeasedDisk {
     }
 }
 
-/// The engine checks each request against the size; with this, the kernel does so too.
+/// Limits the size to which this process can grow files (RLIMIT_FSIZE), so that the kernel, too, checks what the engine checks
+/// for each request.
 pub(super) fn cap_growth(disk: &LocatedDisk, size_bytes: u64) -> Result<(), LimitError> {
-    // What cannot be written cannot grow, and the limit is one of the whole process.
+    // A read-only disk cannot grow, and the limit would apply to the whole process.
     if disk.is_read_only() { Ok(()) } else { cap_file_growth_at(disk.kind(), size_bytes) }
 }

@@ -28,7 +28,7 @@ use crate::{log, refusal};
 pub(crate) use args::ServeArgs;
 use disk_source::LeasedDisk;
 
-/// What a server logs if nobody says otherwise: front-ends that come and go, and trouble.
+/// The default log level of a server: it logs connections of front-ends, warnings and errors.
 pub(crate) const LOG_LEVEL: &str = "info";
 
 /// The unit of limits in virtio-blk.
@@ -38,7 +38,7 @@ const SECTOR_BYTES: u64 = 512;
 ///
 /// # Errors
 ///
-/// Start-up fails, or the server cannot go on.
+/// Start-up fails, or the server cannot continue.
 pub(crate) fn run(args: &ServeArgs) -> anyhow::Result<ExitCode> {
     if args.print_capabilities() {
         let capabilities = serde_json::json!({ "type": "block", "features": ["read-only", "blk-file"] });
@@ -47,22 +47,22 @@ pub(crate) fn run(args: &ServeArgs) -> anyhow::Result<ExitCode> {
     }
     probe::require_proc()?;
     close_descriptors_on_exec()?;
-    // Before there are other threads, which inherit this.
+    // Before other threads start, because they inherit the signal mask.
     let signals = Signals::block().context("cannot block signals")?;
     handle_lost_memory().context("cannot handle SIGBUS")?;
     if let Err(error) = limits::raise_open_files() {
-        tracing::warn!(%error, "cannot raise the limit of open files: a front-end with much memory may be refused");
+        tracing::warn!(%error, "cannot raise RLIMIT_NOFILE: the server may refuse a front-end with much memory");
     }
 
     if let Err(error) = limits::raise_memlock() {
-        tracing::warn!(%error, "cannot raise RLIMIT_MEMLOCK: guests' rings have what it allows now");
+        tracing::warn!(%error, "cannot raise RLIMIT_MEMLOCK: the present limit applies to guests' rings");
     }
-    // The same for `ringpass probe`, so that the two never disagree.
-    let report = probe::run(&args.probed()).context("looking at what this machine allows")?;
+    // `ringpass probe` does the same, so probe and server never disagree.
+    let report = probe::run(&args.probed()).context("cannot probe this machine")?;
     refusal::unless_available(&report, ModeName::Virtqueue)?;
 
     let located = Arc::new(Disk::locate(&args.disk_config()?)?);
-    // A file of the user's, which the server cannot read any more when it is confined.
+    // The policy is a file of the operator's, which the confined server can no longer read.
     let policy = args.rings().policy()?;
     let device = BlkConfig::new(parameters(args, &located)?)?;
     let offer = args.rings().offer(&located, policy, &report)?;
@@ -72,15 +72,15 @@ pub(crate) fn run(args: &ServeArgs) -> anyhow::Result<ExitCode> {
     let name = args.control().name(args.socket_path(), located.path());
     let control_path = args.control().path(&name);
     preflight::check_sockets(args.socket_path(), control_path.as_deref())?;
-    // Who has the disk cannot be seen from inside.
+    // The confined server cannot see which process has locked the disk.
     let start = interruptible(|| located.start_up(args.start_up()).map_err(refusal::advise))?;
-    // A group is given with privileges, which the sandbox takes.
+    // Changing the group of a socket needs privileges, which the sandbox drops.
     let access = args.access().decide();
     let socket = args.socket()?.prepare(access.front_end)?;
     let control_socket = args.control().bind(control_path.as_deref(), access.control)?;
-    // Rings keep the credentials with which they are made.
+    // Before the first ring, because a ring keeps the credentials of its creator.
     let sandbox = args.sandbox().enter(&located, args.socket_path(), control_path.as_deref())?;
-    // The first further thread: privileges are gone, and no other thread is to wait for whoever reads the log.
+    // This is the first additional thread. Privileges are dropped by now, and no later thread has to wait for the log's reader.
     log::write_in_background().context("cannot start the thread that writes the log")?;
     finer_blocks::warn(&located);
 
@@ -94,7 +94,7 @@ pub(crate) fn run(args: &ServeArgs) -> anyhow::Result<ExitCode> {
         attach: offer.config(),
     };
     let mut engine = Engine::new(config, |control| {
-        // Nobody else sets it.
+        // Only this call sets the cell.
         let _ = connections.engine.set(control);
         Ok(Box::new(LeasedDisk::new(lease.clone())))
     })?;
@@ -112,7 +112,7 @@ pub(crate) fn run(args: &ServeArgs) -> anyhow::Result<ExitCode> {
     };
     let control = control::serve(control_socket, source)?;
     let handle = server.handle();
-    // Nobody else sets it.
+    // Only this call sets the cell.
     let _ = connections.server.set(handle.clone());
     signals.spawn(handle).context("cannot start the thread for signals")?;
     sandbox.close()?;
@@ -125,37 +125,37 @@ pub(crate) fn run(args: &ServeArgs) -> anyhow::Result<ExitCode> {
         queue_size = device.queue_size(),
         "waiting for a front-end"
     );
-    // A successor must find no socket in use, also if the last I/O takes long.
+    // A successor must find no socket in use, even if the last I/O takes long.
     let result = server.run_with(&mut engine, || drop(control));
     engine.shutdown();
     result?;
     Ok(ExitCode::SUCCESS)
 }
 
-/// Who is to be told of the disk, once they are there.
+/// The parts to notify when the lease gets the disk, as soon as they exist.
 #[derive(Default)]
 struct Connections {
     engine: OnceLock<EngineControl>,
     server: OnceLock<ServerHandle>,
 }
 
-/// A lease that gives the disk to the engine, and has a changed size told to the guest.
+/// Creates a lease that passes the disk to the engine, and tells the guest if the size has changed.
 fn lease(located: Arc<LocatedDisk>, connections: Arc<Connections>) -> anyhow::Result<DiskLease> {
     DiskLease::new(located.clone(), move |disk| {
-        // Whoever had the disk until now may have resized it.
+        // The previous holder of the disk may have resized it.
         if let Err(error) = disk_source::cap_growth(&located, disk.size_bytes()) {
-            tracing::warn!(%error, "writes to the end of the disk will fail");
+            tracing::warn!(%error, "cannot set RLIMIT_FSIZE to the size of the disk: writes to the end of the disk will fail");
         }
         let has_other_size = connections.engine.get().is_some_and(|engine| engine.set_disk(&disk));
-        tracing::info!("requests are executed from now on");
+        tracing::info!("disk ready: the server executes requests from now on");
         if let (true, Some(server)) = (has_other_size, connections.server.get()) {
             server.announce_capacity();
         }
     })
-    .context("cannot start the thread that waits for the disk")
+    .context("cannot start the thread that waits for the disk's lock")
 }
 
-/// Waits for something that nothing has to be undone for: SIGTERM, SIGINT and SIGQUIT end the process there and then.
+/// Runs `wait` with SIGTERM, SIGINT and SIGQUIT unblocked: they end the process at once. At this point nothing has to be undone.
 fn interruptible<T>(wait: impl FnOnce() -> anyhow::Result<T>) -> anyhow::Result<T> {
     let ending: SigSet = [Signal::SIGTERM, Signal::SIGINT, Signal::SIGQUIT].into_iter().collect();
     ending.thread_unblock().context("cannot unblock signals")?;
@@ -164,7 +164,7 @@ fn interruptible<T>(wait: impl FnOnce() -> anyhow::Result<T>) -> anyhow::Result<
     result
 }
 
-/// The device that the guest is to see.
+/// The parameters of the device that the guest sees.
 fn parameters(args: &ServeArgs, disk: &LocatedDisk) -> anyhow::Result<BlkParameters> {
     let Capabilities { punch_hole, zero_range } = disk.capabilities();
     Ok(BlkParameters {

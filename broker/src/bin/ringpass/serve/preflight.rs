@@ -1,4 +1,4 @@
-//! What is refused before the disk is locked or a socket made: all that can be known by then.
+//! Checks before the server locks the disk or creates a socket: everything that can be known by then.
 
 use std::path::Path;
 
@@ -12,18 +12,18 @@ use ringpass_broker::vhost_user::Server;
 use super::args::{ServeArgs, Socket};
 use super::sandbox::directory_of;
 
-/// Looks at the options and the disk as the server will find them when it is confined.
+/// Checks the options and the disk with the rights that the confined server will have.
 ///
 /// # Errors
 ///
-/// One of them cannot be had.
+/// The confined server could not use the disk or an option.
 pub(super) fn check(args: &ServeArgs, disk: &LocatedDisk) -> anyhow::Result<()> {
     if args.sandbox().is_on() {
         return without_privileges(|| {
-            // The server opens it anew for each time that it has the disk.
+            // The server opens the disk anew for each lease.
             disk.refresh_size().context(
-                "without privileges, which the server gives up (--sandbox), it cannot open the disk any more: run it as a user \
-                 who may",
+                "the server drops its privileges (--sandbox) and cannot open the disk without them: run it as a user who may \
+                 open the disk",
             )?;
             check_options(args)
         })?;
@@ -31,11 +31,12 @@ pub(super) fn check(args: &ServeArgs, disk: &LocatedDisk) -> anyhow::Result<()> 
     check_options(args)
 }
 
-/// Refuses one path for both sockets: the second would take the first for one that a killed server has left behind.
+/// Refuses the same path for both sockets: the server would take the first socket for a leftover of a killed server when it
+/// creates the second.
 ///
 /// # Errors
 ///
-/// Both are the same directory entry, however they are written.
+/// Both paths lead to the same directory entry, even if they are spelled differently.
 pub(super) fn check_sockets(socket: Option<&Path>, control_socket: Option<&Path>) -> anyhow::Result<()> {
     let (Some(socket), Some(control_socket)) = (socket, control_socket) else { return Ok(()) };
     ensure!(
@@ -47,7 +48,7 @@ pub(super) fn check_sockets(socket: Option<&Path>, control_socket: Option<&Path>
 }
 
 fn is_same_entry(one: &Path, other: &Path) -> bool {
-    // A directory that cannot be found is refused elsewhere, with the reason.
+    // Other checks refuse a directory that does not exist, with the reason.
     let place = |path: &Path| Some((directory_of(path).canonicalize().ok()?, path.file_name()?.to_owned()));
     place(one).is_some_and(|place_of_one| Some(place_of_one) == place(other))
 }

@@ -1,4 +1,4 @@
-//! Whether a served device offers rings, and which.
+//! Decides whether a served device offers rings, and how they are set up.
 
 use std::num::NonZeroU32;
 use std::time::Duration;
@@ -18,32 +18,32 @@ use super::finer_blocks;
 use crate::chosen_policy::{ChosenPolicy, PolicyArgs};
 use crate::refusal;
 
-/// Longer polling would be a mistake in the unit.
+/// A longer time is most likely given in the wrong unit.
 const SQ_IDLE_MAX_MS: u64 = 60_000;
-/// A ring has no more requests under way that could block.
+/// A ring cannot have more blocking requests under way.
 const IO_WORKERS_MAX: u32 = 4096;
 
-/// The options about rings.
+/// Options for rings.
 #[derive(Debug, Args)]
 pub(super) struct RingArgs {
-    /// Whether guests with a ringpass driver can have the host's io_uring itself. Their memory is then pinned: for guests without
-    /// balloon, free page reporting, virtio-mem and postcopy.
+    /// Whether guests with a ringpass driver can use rings of the host's io_uring. The server then pins the guest's memory:
+    /// suitable for guests without balloon, free page reporting, virtio-mem and postcopy.
     #[arg(long, value_enum, value_name = "MODE", default_value_t = ModeArg::Auto)]
     mode: ModeArg,
 
-    /// Who takes a guest's requests off its ring: a kernel thread that polls, or this process at each doorbell.
+    /// What consumes the requests on a guest's ring: a polling kernel thread, or this process at each doorbell.
     #[arg(long, value_enum, value_name = "WHO", default_value_t = SubmissionArg::SqThread)]
     submission: SubmissionArg,
 
-    /// How long the polling kernel thread looks for requests after the last one before it sleeps, in milliseconds.
+    /// How long the polling kernel thread polls after the last request before it sleeps, in milliseconds.
     #[arg(long, value_name = "N", default_value_t = 50, value_parser = clap::value_parser!(u64).range(1..=SQ_IDLE_MAX_MS))]
     sq_idle_ms: u64,
 
-    /// CPU of the polling kernel thread, which should have it to itself.
+    /// CPU of the polling kernel thread. Use a CPU that runs nothing else.
     #[arg(long, value_name = "CPU")]
     sq_cpu: Option<u32>,
 
-    /// Most kernel threads for requests of a ring that would block.
+    /// Maximum number of kernel threads for those requests of a ring that would block.
     #[arg(long, value_name = "N", default_value_t = IoWorkers::default().bounded, value_parser = io_workers)]
     io_workers: NonZeroU32,
 
@@ -51,12 +51,12 @@ pub(super) struct RingArgs {
     policy: PolicyArgs,
 }
 
-/// How queues may be executed.
+/// How the device may execute queues.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum ModeArg {
-    /// Rings if this kernel is known to be good for that, otherwise virtqueues only.
+    /// Rings if this kernel is known to be suitable, otherwise virtqueues only.
     Auto,
-    /// Rings also on kernels with known holes; without rings the server does not start.
+    /// Rings even on kernels with known holes. If rings are not possible, the server does not start.
     Direct,
     /// Virtqueues only.
     Virtqueue,
@@ -71,14 +71,14 @@ enum SubmissionArg {
 /// Whether the device offers rings.
 #[derive(Debug)]
 pub(crate) enum Offer {
-    /// It does.
+    /// The device offers rings.
     Rings(Box<AttachConfig>),
-    /// It does not, and why.
+    /// The device offers no rings, for these reasons.
     No(Vec<String>),
 }
 
 impl Offer {
-    /// For the engine.
+    /// The engine's configuration for rings.
     pub(crate) fn config(&self) -> Option<AttachConfig> {
         match self {
             Self::Rings(config) => Some((**config).clone()),
@@ -88,7 +88,7 @@ impl Offer {
 }
 
 impl ModeArg {
-    /// As on the command line.
+    /// The name on the command line.
     pub(super) fn name(self) -> &'static str {
         match self {
             Self::Auto => "auto",
@@ -100,15 +100,15 @@ impl ModeArg {
 
 fn io_workers(text: &str) -> Result<NonZeroU32, String> {
     let workers = text.parse::<NonZeroU32>().ok().filter(|workers| workers.get() <= IO_WORKERS_MAX);
-    workers.ok_or_else(|| format!("must be a number from 1 to {IO_WORKERS_MAX}; a disk is kept busy by 4 to 64"))
+    workers.ok_or_else(|| format!("must be a number from 1 to {IO_WORKERS_MAX}; 4 to 64 keep a disk busy"))
 }
 
 impl RingArgs {
-    /// Whether the polling kernel thread can have the CPU that it is to have, whether or not there will be such a thread.
+    /// Checks that the polling kernel thread can run on the CPU of `--sq-cpu`, even if no such thread will start.
     ///
     /// # Errors
     ///
-    /// The CPU is not there, or this process may not use it.
+    /// The CPU does not exist, or this process may not use it.
     pub(super) fn check_sq_cpu(&self) -> anyhow::Result<()> {
         if self.sq_cpu.is_some() {
             SqThread::new(SqThreadConfig { cpu: self.sq_cpu, ..SqThreadConfig::default() }).context("--sq-cpu")?;
@@ -120,21 +120,21 @@ impl RingArgs {
         self.mode
     }
 
-    /// Reads the policy of rings, whether or not they will be offered: a mistake in it must not wait for the day on which it
-    /// is used.
+    /// Reads the policy of the rings, even if the device offers none: the operator must learn of a mistake now, not when the
+    /// policy is first used.
     ///
     /// # Errors
     ///
-    /// It cannot be read.
+    /// The policy cannot be read.
     pub(super) fn policy(&self) -> anyhow::Result<ChosenPolicy> {
         self.policy.read()
     }
 
-    /// Decides.
+    /// Decides whether the device offers rings.
     ///
     /// # Errors
     ///
-    /// Rings are insisted on and cannot be had; a policy that would let a guest out.
+    /// `--mode direct` demands rings and they are not possible, or the policy would let a guest escape.
     pub(super) fn offer(&self, disk: &LocatedDisk, policy: ChosenPolicy, report: &Report) -> anyhow::Result<Offer> {
         if self.mode == ModeArg::Virtqueue {
             return Ok(Offer::No(vec!["--mode virtqueue".into()]));
@@ -142,13 +142,13 @@ impl RingArgs {
         let why_not = self.why_not(disk, report)?;
         if !why_not.is_empty() {
             if self.mode == ModeArg::Direct {
-                bail!("--mode direct: guests cannot have rings here: {}", why_not.join("; "));
+                bail!("--mode direct: rings are not possible here: {}", why_not.join("; "));
             }
-            tracing::info!("guests get virtqueues only: {}", why_not.join("; "));
+            tracing::info!("rings not offered, guests get virtqueues only: {}", why_not.join("; "));
             return Ok(Offer::No(why_not));
         }
         let support = kernel::support().context("asking the kernel what its io_uring can do")?;
-        let policy = policy.compile(Access::ReadWrite, &support).context("the policy of guests' rings")?;
+        let policy = policy.compile(Access::ReadWrite, &support).context("the policy of the guests' rings")?;
         let submission = match self.submission {
             SubmissionArg::SqThread => SubmissionConfig::SqThread(SqThreadConfig {
                 idle: Duration::from_millis(self.sq_idle_ms),
@@ -161,13 +161,13 @@ impl RingArgs {
         Ok(Offer::Rings(Box::new(AttachConfig::new(direct, policy)?)))
     }
 
-    /// What stands in the way of rings, each with what to do. Nothing: they can be had.
+    /// The reasons why rings are not possible, each with what to do. Empty: rings are possible.
     fn why_not(&self, disk: &LocatedDisk, report: &Report) -> anyhow::Result<Vec<String>> {
         let mut why_not = Vec::new();
         if disk.is_read_only() {
             why_not.push(
-                "the disk is read-only: its lock is shared with other servers, so a restarted one could not tell when the \
-                 I/O of a killed one has ended"
+                "the disk is read-only: other servers can share its lock, so a restarted server could not tell when the I/O \
+                 of a killed server has ended"
                     .into(),
             );
         }
@@ -177,7 +177,7 @@ impl RingArgs {
         }
         match KernelRelease::running()?.verdict() {
             Verdict::DirectByDefault => {}
-            verdict @ Verdict::DirectWithWarning => tracing::warn!("guests can have rings, {}", verdict.advice()),
+            verdict @ Verdict::DirectWithWarning => tracing::warn!("rings offered: {}", verdict.advice()),
             verdict if self.mode == ModeArg::Direct => tracing::warn!("--mode direct: {}", verdict.advice()),
             verdict => why_not.push(format!("{} (--mode direct overrules this)", verdict.advice())),
         }

@@ -1,4 +1,4 @@
-//! Whether and how the server is confined.
+//! The confinement of the server.
 
 use std::path::{Path, PathBuf};
 
@@ -7,10 +7,11 @@ use ringpass_broker::disk::LocatedDisk;
 use ringpass_broker::ring::token_places;
 use ringpass_broker::sandbox::{Paths, Restricted, drop_privileges};
 
-/// The option about confinement.
+/// The option for confinement.
 #[derive(Debug, Args)]
 pub(super) struct SandboxArgs {
-    /// Whether the server gives up all privileges, files and system calls that it does not need. Off: for debugging only.
+    /// Whether the server drops all privileges and blocks all files and system calls that it does not need. Use `off` for
+    /// debugging only.
     #[arg(long, value_enum, value_name = "WHEN", default_value_t = SandboxArg::On)]
     sandbox: SandboxArg,
 }
@@ -21,7 +22,7 @@ enum SandboxArg {
     Off,
 }
 
-/// A server on its way into the sandbox.
+/// The state of a server between the two steps of its confinement.
 #[derive(Debug)]
 pub(super) struct Sandbox(Option<Restricted>);
 
@@ -31,12 +32,12 @@ impl SandboxArgs {
         self.sandbox == SandboxArg::On
     }
 
-    /// Gives up privileges and files, for this thread and all that it starts. To be called while there are no others, and
-    /// before the first ring.
+    /// Drops privileges and access to files, for this thread and all threads that it starts. Call this while the process has one
+    /// thread, and before the first ring.
     ///
     /// # Errors
     ///
-    /// The kernel refuses.
+    /// The kernel refuses to confine the process.
     pub(super) fn enter(
         &self,
         disk: &LocatedDisk,
@@ -45,7 +46,8 @@ impl SandboxArgs {
     ) -> anyhow::Result<Sandbox> {
         if self.sandbox == SandboxArg::Off {
             tracing::warn!(
-                "--sandbox off: a guest that finds a hole in this server has all that this user has; for debugging only"
+                "server not confined (--sandbox off): a guest that exploits a hole in this server gets all rights of this user; \
+                 use for debugging only"
             );
             return Ok(Sandbox(None));
         }
@@ -59,14 +61,14 @@ impl SandboxArgs {
         };
         let restricted = unprivileged.restrict_paths(&paths)?;
         if let Some(why) = restricted.why_no_landlock() {
-            tracing::warn!("{why}. Without it only its user's rights keep the server from files");
+            tracing::warn!("file access not confined: {why}. Only the rights of the server's user limit its access to files");
         }
         Ok(Sandbox(Some(restricted)))
     }
 }
 
 impl Sandbox {
-    /// Gives up system calls, for all threads: the server has started.
+    /// Blocks unneeded system calls for all threads. Call this when the server has started.
     pub(super) fn close(self) -> anyhow::Result<()> {
         Ok(self.0.map(Restricted::filter_system_calls).transpose().map(drop)?)
     }
