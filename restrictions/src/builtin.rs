@@ -12,7 +12,7 @@ pub enum BuiltIn {
 }
 
 impl BuiltIn {
-    /// All of them.
+    /// All built-in policies.
     pub const ALL: [Self; 4] = [
         Self::Direct(Access::ReadWrite),
         Self::Direct(Access::ReadOnly),
@@ -20,13 +20,13 @@ impl BuiltIn {
         Self::Mediated(Access::ReadOnly),
     ];
 
-    /// The one of this name.
+    /// The built-in policy of this name.
     #[must_use]
     pub fn from_name(name: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|built_in| built_in.name() == name)
     }
 
-    /// Its name, e.g. `direct-read-write`.
+    /// The name, for example `direct-read-write`.
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
@@ -46,7 +46,7 @@ impl BuiltIn {
         }
     }
 
-    /// The policy file: a beginning for one's own.
+    /// The policy as a file, which can serve as a start for another policy.
     #[must_use]
     pub const fn file(self) -> &'static str {
         match self {
@@ -64,7 +64,7 @@ mod tests {
 
     #[cfg(feature = "files")]
     #[test]
-    fn every_built_in_policy_is_exactly_what_its_file_says() {
+    fn every_built_in_policy_equals_its_file() {
         for built_in in BuiltIn::ALL {
             let file =
                 crate::PolicyFile::parse(built_in.file()).unwrap_or_else(|error| panic!("{built_in:?}: {error}"));

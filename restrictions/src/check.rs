@@ -1,4 +1,4 @@
-//! The checker: what becomes of an SQE under a policy, as the kernel would say, and then by the rules on its fields.
+//! The checker: decides about an SQE under a policy, first as the kernel would, then by the rules on fields.
 
 use core::fmt;
 
@@ -14,21 +14,21 @@ use crate::{
     table::{Restriction, RestrictionKind},
 };
 
-/// What becomes of an SQE.
+/// The decision about an SQE.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Verdict {
-    /// The policy lets it pass. (The operation may still fail.)
+    /// The policy allows the SQE. (The operation may still fail.)
     Allowed,
-    /// It is refused, and for this reason.
+    /// The SQE is refused for this reason.
     Refused(Refusal),
 }
 
-/// Why an SQE is refused. The first reasons are the kernel's, in the order in which it looks.
+/// Why an SQE is refused. The first reasons are the kernel's, in the order of the kernel's checks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Refusal {
     /// The kernel has no operation of this number.
     UnknownOperation,
-    /// The operation takes SQEs of 128 bytes, which the ring has not (Linux 6.19).
+    /// The operation takes SQEs of 128 bytes, but the ring's SQEs are smaller (Linux 6.19).
     WideOperation,
     /// A flag bit that io_uring does not define.
     UndefinedFlag,
@@ -40,18 +40,18 @@ pub enum Refusal {
     Operation,
     /// A flag that the policy requires is missing.
     MissingFlag,
-    /// A flag that the policy does not allow is there.
+    /// The SQE has a flag that the policy does not allow.
     ForbiddenFlag,
     /// The SQE breaks a rule on its fields.
     Field(FieldRule),
-    /// `FALLOCATE` with a mode that reaches beyond the range it names, where the policy has rules on fields.
+    /// `FALLOCATE` with a mode that affects more than the SQE's range, under a policy with rules on fields.
     FallocateMode,
     /// The policy has rules on fields, and this crate does not know the fields of the operation.
     UnreadableFields,
 }
 
 impl Refusal {
-    /// The errno of the CQE: the kernel's own for its reasons.
+    /// The errno of the CQE. For the kernel's reasons it is the errno that the kernel uses.
     #[must_use]
     pub const fn errno(self) -> i32 {
         const EBADF: i32 = 9;
@@ -71,7 +71,7 @@ impl Refusal {
         }
     }
 
-    /// Whether the restriction table decides it; before it, the kernel refuses whatever any table says.
+    /// Whether the restriction table is the reason. The kernel applies the reasons before it whatever the table contains.
     #[must_use]
     pub const fn is_of_restrictions(self) -> bool {
         matches!(self, Self::Operation | Self::MissingFlag | Self::ForbiddenFlag)
@@ -82,7 +82,7 @@ impl fmt::Display for Refusal {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::UnknownOperation => f.write_str("the kernel has no such operation"),
-            Self::WideOperation => f.write_str("the operation takes SQEs of 128 bytes, which this ring has not"),
+            Self::WideOperation => f.write_str("the operation takes SQEs of 128 bytes, but this ring's SQEs are smaller"),
             Self::UndefinedFlag => f.write_str("io_uring does not define one of the flags"),
             Self::NoBufferSelect => f.write_str("the operation takes no provided buffer (IOSQE_BUFFER_SELECT)"),
             Self::DrainAfterSkip => f.write_str("IOSQE_IO_DRAIN after IOSQE_CQE_SKIP_SUCCESS"),
@@ -90,23 +90,23 @@ impl fmt::Display for Refusal {
             Self::MissingFlag => f.write_str("a flag that the policy requires is missing"),
             Self::ForbiddenFlag => f.write_str("the policy does not allow one of the flags"),
             Self::Field(rule) => write!(f, "{rule} does not allow it"),
-            Self::FallocateMode => f.write_str("the fallocate(2) mode reaches beyond the range"),
-            Self::UnreadableFields => f.write_str("there are rules on fields, and none for this operation"),
+            Self::FallocateMode => f.write_str("the fallocate(2) mode affects more than the SQE's range"),
+            Self::UnreadableFields => f.write_str("the policy has rules on fields, which cannot judge this operation"),
         }
     }
 }
 
-/// What a ring remembers of the SQEs before, as far as it changes what becomes of the next one.
+/// The state that a ring keeps from earlier SQEs, as far as it affects the decision about the next SQE.
 ///
-/// The kernel notes the flags of an SQE *before* it looks at the restrictions: an SQE that is refused still counts.
+/// The kernel records the flags of an SQE *before* it checks the restrictions, so a refused SQE counts, too.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct RingMemory {
     drain_disabled: bool,
 }
 
-/// What a kernel does with the SQEs of one restricted ring, by opcode and flags alone, exactly: Linux 5.17 and later.
+/// The decision of a kernel about the SQEs of one restricted ring, by opcode and flags alone. Exact for Linux 5.17 and later.
 ///
-/// (`io_init_req` and `io_check_restriction` in io_uring/io_uring.c. Up to 5.16 the restrictions came before
+/// (See `io_init_req` and `io_check_restriction` in io_uring/io_uring.c. Up to 5.16 the kernel checks the restrictions before
 /// `IOSQE_BUFFER_SELECT`.)
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct KernelRules {
@@ -119,14 +119,14 @@ pub struct KernelRules {
 }
 
 impl KernelRules {
-    /// How a kernel reads a table (`io_parse_restrictions`): entries of one class add up, each entry for flags replaces
-    /// the one before it, and what a table without any SQE rule means is a matter of the semantics.
+    /// Reads a table as the kernel does (`io_parse_restrictions`): operations of one class add up, each entry for flags
+    /// replaces the previous entry of its kind, and the meaning of a table without any SQE rule depends on the semantics.
     #[must_use]
     pub fn of_table(entries: &[Restriction], kernel: &KernelSupport) -> Self {
         Self::of_kinds(entries.iter().map(Restriction::kind), kernel)
     }
 
-    /// The same for a table in words, which need not be one that a policy compiles to.
+    /// Like [`of_table`](Self::of_table), for decoded entries, which need not come from a compiled policy.
     #[must_use]
     pub fn of_kinds(entries: impl IntoIterator<Item = RestrictionKind>, kernel: &KernelSupport) -> Self {
         let mut rules = Self {
@@ -164,14 +164,14 @@ impl KernelRules {
         }
     }
 
-    /// What becomes of an SQE, on a ring that has seen no `IOSQE_CQE_SKIP_SUCCESS`.
+    /// Decides about an SQE on a ring that has seen no `IOSQE_CQE_SKIP_SUCCESS`.
     #[inline]
     #[must_use]
     pub fn check(&self, sqe: &Sqe) -> Verdict {
         self.check_next(sqe, &mut RingMemory::default())
     }
 
-    /// What becomes of the next SQE of a ring.
+    /// Decides about the next SQE of a ring.
     #[inline]
     #[must_use]
     pub fn check_next(&self, sqe: &Sqe, memory: &mut RingMemory) -> Verdict {
@@ -217,9 +217,9 @@ impl KernelRules {
     }
 }
 
-/// Checks SQEs in user space: the kernel's rules exactly, then the rules on fields.
+/// Checks SQEs in user space: exactly the kernel's rules first, then the rules on fields.
 ///
-/// No allocation, no system call, nanoseconds. It is what the mediated mode stands on.
+/// A check takes nanoseconds, without allocation or system call. Mediated mode is based on the checker.
 ///
 /// ```
 /// use ringpass_restrictions::{Access, KernelSupport, LinuxVersion, OffsetWindow, Policy, Refusal, Sqe, Verdict};
@@ -242,14 +242,14 @@ pub struct Checker {
 }
 
 impl Checker {
-    /// What becomes of an SQE, on a ring that has seen no `IOSQE_CQE_SKIP_SUCCESS`.
+    /// Decides about an SQE on a ring that has seen no `IOSQE_CQE_SKIP_SUCCESS`.
     #[inline]
     #[must_use]
     pub fn check(&self, sqe: &Sqe) -> Verdict {
         self.check_next(sqe, &mut RingMemory::default())
     }
 
-    /// What becomes of the next SQE of a ring.
+    /// Decides about the next SQE of a ring.
     #[inline]
     #[must_use]
     pub fn check_next(&self, sqe: &Sqe, memory: &mut RingMemory) -> Verdict {
@@ -266,7 +266,7 @@ impl Checker {
         self.fields.max_outstanding.is_none_or(|max| outstanding < max)
     }
 
-    /// The kernel's part.
+    /// The kernel's part of the rules.
     #[must_use]
     pub const fn kernel_rules(&self) -> &KernelRules {
         &self.kernel
@@ -284,10 +284,10 @@ fn fields_verdict(fields: &FieldRules, sqe: &Sqe) -> Verdict {
 }
 
 impl Policy {
-    /// What becomes of an SQE under this policy, on a ring of the newest kernel this crate knows (Linux 7.0) that has
-    /// seen no `IOSQE_CQE_SKIP_SUCCESS`.
+    /// Decides about an SQE under this policy, on a ring that has seen no `IOSQE_CQE_SKIP_SUCCESS`, for the newest kernel
+    /// that this crate knows (Linux 7.0).
     ///
-    /// A policy that allows nothing refuses everything. [`checker`](Self::checker) is for a kernel at hand, and faster.
+    /// A policy that allows nothing refuses every SQE. [`checker`](Self::checker) decides for one given kernel, and faster.
     #[must_use]
     pub fn check(&self, sqe: &Sqe) -> Verdict {
         let rules = KernelRules::of_policy(self, reach::NUMBERED, reach::BUFFER_SELECT);
@@ -297,7 +297,7 @@ impl Policy {
         }
     }
 
-    /// The checker of this policy for one kernel. Policies that do not compile for it have one, too.
+    /// The checker of this policy for one kernel. A policy that does not compile for that kernel has a checker, too.
     #[must_use]
     pub fn checker(&self, kernel: &KernelSupport) -> Checker {
         Checker { kernel: KernelRules::of_policy(self, kernel.numbered, kernel.buffer_select), fields: self.fields() }
@@ -305,7 +305,7 @@ impl Policy {
 }
 
 impl CompiledPolicy {
-    /// What the kernel that it was compiled for does with the SQEs of a ring under it.
+    /// The decisions of a kernel about the SQEs of a ring under this policy. `kernel` is the kernel of the compilation.
     #[must_use]
     pub fn kernel_rules(&self, kernel: &KernelSupport) -> KernelRules {
         KernelRules::of_table(self.entries(), kernel)

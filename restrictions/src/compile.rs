@@ -1,4 +1,4 @@
-//! From a policy to the kernel's table.
+//! Compiles a policy into the kernel's restriction table.
 
 use core::fmt;
 
@@ -16,9 +16,9 @@ use crate::{
 /// One of the two classes of rules in a restriction table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Class {
-    /// What an SQE may ask for.
+    /// The operations that an SQE may request.
     Operations,
-    /// What the ring's owner may still call `io_uring_register(2)` for.
+    /// The operations of `io_uring_register(2)` that the ring's owner may still call.
     RegisterOperations,
 }
 
@@ -46,17 +46,17 @@ pub enum CompileError {
         /// Every needed register operation of the policy that the kernel lacks.
         register_operations: RegisterOperationSet,
     },
-    /// Nothing of one class is allowed on this kernel, which Linux 7.0 and later read as "everything is".
+    /// The policy allows no operation of one class on this kernel. Linux 7.0 and later would allow all of that class.
     #[error(
-        "the policy allows no {class} on this kernel, and from Linux 7.0 a table without any leaves them all free: \
-         allow at least one"
+        "the policy allows no {class} on this kernel, and from Linux 7.0 a table without any leaves them all \
+         unrestricted: allow at least one"
     )]
     EmptyClass {
         /// The class without a rule.
         class: Class,
     },
-    /// A required flag is not among the allowed ones.
-    #[error("the policy requires {} but allows only {allowed}: allow what is required", required.difference(*allowed))]
+    /// A required flag is not among the allowed flags.
+    #[error("the policy requires {} but allows only {allowed}: allow the required flags", required.difference(*allowed))]
     RequiredFlagNotAllowed {
         /// The flags the policy requires.
         required: SqeFlags,
@@ -71,28 +71,29 @@ pub enum CompileError {
     },
     /// The policy has rules that no kernel enforces.
     #[error(
-        "the kernel cannot enforce {}: with this policy direct mode is not possible, mediated mode is",
+        "the kernel cannot enforce {}: this policy is for mediated mode, not for direct mode",
         RuleNames(fields)
     )]
     NeedsMediation {
         /// The rules on fields; [`FieldRules::rules`] names those that are set.
         fields: FieldRules,
     },
-    /// The policy was written for kernels of the other kind.
-    #[error("the policy is for kernels {policy}, this kernel's restrictions are those {kernel}")]
+    /// The policy was written for kernels with other restriction semantics.
+    #[error("the policy is for kernels {policy}, but this kernel has the semantics {kernel}")]
     OtherSemantics {
-        /// What the policy is for.
+        /// The semantics that the policy is for.
         policy: RestrictionSemantics,
-        /// What the kernel does.
+        /// The semantics of the kernel.
         kernel: RestrictionSemantics,
     },
 }
 
-/// A policy as one kernel takes it.
+/// A policy compiled for one kernel.
 ///
 /// Its table has at least one SQE operation, at least one register operation, exactly one `SQE_FLAGS_ALLOWED` and one
-/// `SQE_FLAGS_REQUIRED` entry, no entry twice, and nothing the kernel does not know. The same policy and kernel give
-/// the same table: SQE operations by number, the allowed and the required flags, register operations by number.
+/// `SQE_FLAGS_REQUIRED` entry, no duplicate entry, and no operation that the kernel does not know. The same policy and
+/// kernel always give the same table: SQE operations by number, the allowed and the required flags, register operations by
+/// number.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CompiledPolicy {
     entries: Vec<Restriction>,
@@ -108,7 +109,7 @@ impl Policy {
     ///
     /// # Errors
     ///
-    /// [`CompileError`]: the kernel lacks an operation that the policy needs (all of them are named), a class would be
+    /// [`CompileError`]: the kernel lacks operations that the policy needs (the error names all of them), a class would be
     /// empty, the flags contradict each other, or the policy is for other kernels or has rules that no kernel enforces.
     pub fn compile(&self, kernel: &KernelSupport) -> Result<CompiledPolicy, CompileError> {
         self.check_flags()?;
@@ -180,7 +181,7 @@ impl CompiledPolicy {
         &self.entries
     }
 
-    /// The operations an SQE may ask for.
+    /// The operations that an SQE may request.
     #[must_use]
     pub const fn operations(&self) -> OperationSet {
         self.operations
@@ -192,7 +193,7 @@ impl CompiledPolicy {
         self.register_operations
     }
 
-    /// Accepts that the policy may let its guest out: the broker's rings then take it whatever its lint says.
+    /// Accepts that the policy may let a guest escape: the broker's rings then take the policy despite lint errors.
     ///
     /// For tests, and for guests that are trusted as much as the owner of the ring.
     #[must_use]
@@ -201,19 +202,19 @@ impl CompiledPolicy {
         self
     }
 
-    /// Whether [`accept_unsafe`](Self::accept_unsafe) was said.
+    /// Whether [`accept_unsafe`](Self::accept_unsafe) was called.
     #[must_use]
     pub const fn is_unsafe_accepted(&self) -> bool {
         self.is_unsafe_accepted
     }
 
-    /// What it was compiled from.
+    /// The policy that this table was compiled from.
     #[must_use]
     pub const fn policy(&self) -> &Policy {
         &self.policy
     }
 
-    /// The semantics of the kernel it was compiled for.
+    /// The semantics of the kernel that this table was compiled for.
     #[must_use]
     pub const fn semantics(&self) -> RestrictionSemantics {
         self.semantics
@@ -247,15 +248,15 @@ impl fmt::Display for UnknownNames<'_> {
     }
 }
 
-/// The advice which kernel has them all; nothing if one of them is newer than this crate.
+/// The advice which kernel has all of the operations, or to remove them if one of them is newer than this crate.
 struct NewerKernel<'a>(&'a OperationSet, &'a RegisterOperationSet);
 
 impl fmt::Display for NewerKernel<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let versions = (self.0.iter().map(Operation::since)).chain(self.1.iter().map(RegisterOperation::since));
         match versions.collect::<Option<Vec<LinuxVersion>>>().and_then(|versions| versions.into_iter().max()) {
-            Some(newest) => write!(f, ": it takes {newest} or later, or a policy without them"),
-            None => f.write_str(": take them out of the policy"),
+            Some(newest) => write!(f, ": use {newest} or later, or a policy without them"),
+            None => f.write_str(": remove them from the policy"),
         }
     }
 }

@@ -1,4 +1,4 @@
-//! What a guest can do under a policy, in plain words.
+//! Describes in words what a guest can do under a policy.
 
 use core::fmt::{self, Write as _};
 
@@ -10,7 +10,7 @@ use crate::{
 };
 
 impl Policy {
-    /// What a guest can do under this policy, in plain words, over several lines.
+    /// Describes in words what a guest can do under this policy, over several lines.
     #[must_use]
     pub fn describe(&self) -> String {
         let mut text = String::new();
@@ -25,26 +25,26 @@ impl Policy {
         } else {
             writeln!(out, "A guest can")?;
             for operation in self.operations.iter() {
-                let does = operation.facts().map_or("do what this version knows nothing of", |facts| facts.does);
+                let does = operation.facts().map_or("do something unknown to this version", |facts| facts.does);
                 writeln!(out, "  - {does} ({operation})")?;
             }
             writeln!(out, "on {}.", self.files())?;
-            writeln!(out, "Besides, it reaches {}.", self.reach())?;
+            writeln!(out, "In addition, the guest reaches {}.", self.reach())?;
         }
         self.write_flags(out)?;
         write_fields(out, &self.fields)?;
         writeln!(out, "While the ring runs, its owner keeps: {}.", self.register_operations)?;
         let optional = self.register_operations_if_known();
         if !optional.is_empty() {
-            writeln!(out, "And where the kernel has it: {optional}.")?;
+            writeln!(out, "On kernels that support them, the owner also keeps: {optional}.")?;
         }
         if let TargetSemantics::Only(semantics) = self.target {
-            writeln!(out, "It is for kernels {semantics} only.")?;
+            writeln!(out, "The policy is for kernels {semantics} only.")?;
         }
         let mode = if self.fields.is_empty() {
-            "It can be put in force by the kernel (direct mode), or by a program that checks each SQE (mediated mode)."
+            "The kernel can enforce the policy (direct mode), and so can a program that checks each SQE (mediated mode)."
         } else {
-            "The kernel cannot enforce it: it is for a program that checks each SQE (mediated mode)."
+            "The kernel cannot enforce the policy: only a program that checks each SQE can (mediated mode)."
         };
         writeln!(out, "{mode}")
     }
@@ -62,7 +62,7 @@ impl Policy {
 
     fn reach(&self) -> String {
         if self.operations.iter().any(|operation| operation.facts().is_none()) {
-            return "what this version knows nothing of".to_owned();
+            return "things unknown to this version".to_owned();
         }
         let facts = self.operations.iter().filter_map(Operation::facts);
         facts.fold(Reach::empty(), |reach, facts| reach | facts.reach).to_string()
@@ -80,7 +80,7 @@ fn write_fields(out: &mut String, fields: &FieldRules) -> fmt::Result {
     if fields.is_empty() {
         return Ok(());
     }
-    writeln!(out, "Of each SQE")?;
+    writeln!(out, "In each SQE")?;
     let FieldRules {
         file_slots,
         buffer_slots,
@@ -120,7 +120,7 @@ fn write_fields(out: &mut String, fields: &FieldRules) -> fmt::Result {
         writeln!(out, "  - attributes may be: {}", names(attributes.iter_names(), "IORING_RW_ATTR_FLAG_"))?;
     }
     if let Some(max) = max_outstanding {
-        writeln!(out, "  - at most {max} may be under way at once")?;
+        writeln!(out, "  - at most {max} requests may be under way at once")?;
     }
     Ok(())
 }
@@ -140,17 +140,18 @@ mod tests {
     use crate::policy::Access;
 
     #[test]
-    fn the_direct_policy_in_plain_words() {
+    fn the_direct_policy_is_described_completely() {
         assert_eq!(
             Policy::direct(Access::ReadOnly).describe(),
             "A guest can\n  - read files into registered buffers (IORING_OP_READ_FIXED)\n\
              on the files in the ring's table.\n\
-             Besides, it reaches nothing else.\n\
+             In addition, the guest reaches nothing else.\n\
              The flags of an SQE must be exactly: IOSQE_FIXED_FILE.\n\
              While the ring runs, its owner keeps: IORING_REGISTER_EVENTFD, IORING_UNREGISTER_EVENTFD, \
              IORING_REGISTER_BUFFERS_UPDATE.\n\
-             And where the kernel has it: IORING_REGISTER_CLONE_BUFFERS.\n\
-             It can be put in force by the kernel (direct mode), or by a program that checks each SQE (mediated mode).\n"
+             On kernels that support them, the owner also keeps: IORING_REGISTER_CLONE_BUFFERS.\n\
+             The kernel can enforce the policy (direct mode), and so can a program that checks each SQE (mediated \
+             mode).\n"
         );
     }
 
@@ -164,22 +165,22 @@ mod tests {
             "rw_flags may have: RWF_DSYNC, RWF_NOWAIT, RWF_DONTCACHE",
             "the priority class may be: IOPRIO_CLASS_NONE, IOPRIO_CLASS_BEST_EFFORT, IOPRIO_CLASS_IDLE",
             "attributes may be: none",
-            "at most 65536 may be under way at once",
-            "The kernel cannot enforce it",
+            "at most 65536 requests may be under way at once",
+            "The kernel cannot enforce the policy",
         ] {
             assert!(text.contains(rule), "{rule}: {text}");
         }
     }
 
     #[test]
-    fn a_way_out_is_said_in_plain_words() {
+    fn a_way_to_escape_is_described() {
         let text =
             Policy::direct(Access::ReadOnly).allow(Operation::OPENAT).with_flags_required(SqeFlags::empty()).describe();
         assert!(text.contains("open any file that the owner may open (IORING_OP_OPENAT)"), "{text}");
         assert!(text.contains("on any open file of the process that created the ring."), "{text}");
-        assert!(text.contains("it reaches any address of the ring's owner, to read, files outside"), "{text}");
+        assert!(text.contains("the guest reaches any address of the ring's owner, to read, files outside"), "{text}");
         assert!(Policy::new().describe().starts_with("A guest can do nothing.\n"));
         let unknown = Policy::new().allow(Operation::new(99)).describe();
-        assert!(unknown.contains("do what this version knows nothing of (IORING_OP 99)"), "{unknown}");
+        assert!(unknown.contains("do something unknown to this version (IORING_OP 99)"), "{unknown}");
     }
 }

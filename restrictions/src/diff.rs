@@ -1,4 +1,4 @@
-//! What one policy allows that another does not.
+//! The differences between two policies.
 
 use core::fmt;
 
@@ -7,14 +7,14 @@ use crate::{
     policy::{Policy, SqeFlags, TargetSemantics},
 };
 
-/// A difference between two policies, seen from the first.
+/// A difference between two policies, from the view of the first.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Difference {
-    /// The second allows more.
+    /// The second policy allows more.
     Widens(String),
-    /// The second allows less.
+    /// The second policy allows less.
     Narrows(String),
-    /// The second allows something else.
+    /// The second policy allows something else.
     Changes(String),
 }
 
@@ -29,7 +29,7 @@ impl Difference {
         }
     }
 
-    /// What is different.
+    /// The description of the difference.
     #[must_use]
     pub fn what(&self) -> &str {
         let (Self::Widens(what) | Self::Narrows(what) | Self::Changes(what)) = self;
@@ -49,15 +49,15 @@ impl fmt::Display for Difference {
 }
 
 impl Policy {
-    /// Everything in which `other` differs; nothing for an equal policy.
+    /// All differences of `other` from this policy. Empty if the policies are equal.
     #[must_use]
     pub fn differences(&self, other: &Self) -> Vec<Difference> {
         let mut list = Vec::new();
         for operation in other.operations.difference(&self.operations).iter() {
-            list.push(Difference::Widens(format!("SQEs may ask for {operation}")));
+            list.push(Difference::Widens(format!("SQEs may request {operation}")));
         }
         for operation in self.operations.difference(&other.operations).iter() {
-            list.push(Difference::Narrows(format!("SQEs may ask for {operation}")));
+            list.push(Difference::Narrows(format!("SQEs may request {operation}")));
         }
         let each = |flags: SqeFlags| flags.iter().collect::<Vec<SqeFlags>>();
         for flag in each(other.flags_allowed.difference(self.flags_allowed)) {
@@ -79,7 +79,7 @@ impl Policy {
                 TargetSemantics::Auto => "all".to_owned(),
                 TargetSemantics::Only(semantics) => semantics.to_string(),
             };
-            let what = format!("it is for kernels: {}, was {}", kernels(other.target), kernels(self.target));
+            let what = format!("target kernels: {}, was {}", kernels(other.target), kernels(self.target));
             list.push(Difference::Changes(what));
         }
         list
@@ -128,7 +128,7 @@ fn field_differences(before: &FieldRules, after: &FieldRules, list: &mut Vec<Dif
     compare!(max_outstanding, MaxOutstanding, |a, b| a <= b);
 }
 
-/// `is_within(a, b)`: whether `a` allows nothing that `b` does not.
+/// `is_within(a, b)`: whether `b` allows everything that `a` allows.
 fn effect<R: Copy + PartialEq>(
     before: Option<R>,
     after: Option<R>,
@@ -158,7 +158,7 @@ mod tests {
     }
 
     #[test]
-    fn equal_policies_differ_in_nothing_and_different_ones_in_something() {
+    fn only_equal_policies_have_no_differences() {
         for one in BuiltIn::ALL {
             for other in BuiltIn::ALL {
                 assert_eq!(one.policy().differences(&other.policy()).is_empty(), one == other);
@@ -167,14 +167,14 @@ mod tests {
     }
 
     #[test]
-    fn what_is_added_widens_and_the_other_way_round_narrows() {
+    fn an_added_permission_widens_and_a_removed_one_narrows() {
         let narrow = Policy::direct(Access::ReadOnly);
         let wide = Policy::direct(Access::ReadWrite)
             .with_flags_allowed(SqeFlags::FIXED_FILE | SqeFlags::IO_LINK)
             .with_flags_required(SqeFlags::empty())
             .allow_register(RegisterOperation::REGISTER_FILES);
         let expected = [
-            "SQEs may ask for IORING_OP_WRITE_FIXED",
+            "SQEs may request IORING_OP_WRITE_FIXED",
             "SQEs may carry IOSQE_IO_LINK",
             "SQEs need not carry IOSQE_FIXED_FILE",
             "the ring's owner keeps IORING_REGISTER_FILES",
@@ -199,7 +199,7 @@ mod tests {
     }
 
     #[test]
-    fn a_need_that_becomes_a_wish_and_other_kernels_are_changes() {
+    fn an_operation_that_becomes_optional_and_other_target_kernels_are_changes() {
         let needed = Policy::new().allow(Operation::NOP).allow_register(RegisterOperation::REGISTER_EVENTFD);
         let wished = Policy::new()
             .allow(Operation::NOP)
@@ -209,7 +209,7 @@ mod tests {
             lines(&needed, &wished),
             [
                 "~ a kernel need not have IORING_REGISTER_EVENTFD",
-                "~ it is for kernels: from Linux 7.0 (a class without a rule is unrestricted), was all",
+                "~ target kernels: from Linux 7.0 (a class without a rule is unrestricted), was all",
             ]
         );
     }

@@ -1,4 +1,4 @@
-//! Rules on the fields of an SQE, which the kernel's restrictions cannot see: for the checker in user space.
+//! Rules on those fields of an SQE that the kernel's restrictions do not cover, for the checker in user space.
 
 use core::fmt;
 
@@ -18,28 +18,28 @@ bitflags! {
         const SYNC = 0x4;
         /// `RWF_NOWAIT`: fail rather than block.
         const NOWAIT = 0x8;
-        /// `RWF_APPEND`: at the end of the file, whatever the offset.
+        /// `RWF_APPEND`: write at the end of the file, regardless of the offset.
         const APPEND = 0x10;
-        /// `RWF_NOAPPEND` (Linux 6.9): at the offset, although the file was opened for appending.
+        /// `RWF_NOAPPEND` (Linux 6.9): write at the offset, even if the file was opened for appending.
         const NOAPPEND = 0x20;
-        /// `RWF_ATOMIC` (Linux 6.11): all of it or nothing.
+        /// `RWF_ATOMIC` (Linux 6.11): write all of the data or nothing.
         const ATOMIC = 0x40;
-        /// `RWF_DONTCACHE` (Linux 6.14): leave nothing in the page cache.
+        /// `RWF_DONTCACHE` (Linux 6.14): leave no data in the page cache.
         const DONTCACHE = 0x80;
     }
 }
 
 bitflags! {
-    /// Priority classes of a request (ioprio_set(2)), a set of them.
+    /// A set of priority classes of requests (ioprio_set(2)).
     #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
     pub struct IoPrioClasses: u8 {
-        /// `IOPRIO_CLASS_NONE`: that of the ring's owner.
+        /// `IOPRIO_CLASS_NONE`: the class of the ring's owner.
         const NONE = 1 << 0;
-        /// `IOPRIO_CLASS_RT`: before everybody else on the host.
+        /// `IOPRIO_CLASS_RT`: before all other I/O on the host.
         const REALTIME = 1 << 1;
-        /// `IOPRIO_CLASS_BE`: the ordinary one.
+        /// `IOPRIO_CLASS_BE`: the ordinary class.
         const BEST_EFFORT = 1 << 2;
-        /// `IOPRIO_CLASS_IDLE`: after everybody else.
+        /// `IOPRIO_CLASS_IDLE`: after all other I/O on the host.
         const IDLE = 1 << 3;
     }
 }
@@ -53,62 +53,62 @@ bitflags! {
     }
 }
 
-/// Slots of a table, from the first to the last, both included.
+/// Slots of a table, from the first to the last inclusive.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Slots {
-    /// The first.
+    /// The first slot.
     pub first: u32,
-    /// The last, not below the first.
+    /// The last slot, not below the first.
     pub last: u32,
 }
 
 /// A part of a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct OffsetWindow {
-    /// Offset of its first byte.
+    /// Offset of the first byte.
     pub start_bytes: u64,
-    /// Its length, not 0; it ends at or below 2^63.
+    /// Length in bytes, not 0. The window ends at or below 2^63.
     pub len_bytes: u64,
 }
 
-/// How long one request may be.
+/// The permitted length of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct LengthRange {
-    /// The shortest, in bytes.
+    /// The minimum in bytes.
     pub min: u32,
-    /// The longest, in bytes, not below the shortest.
+    /// The maximum in bytes, not below the minimum.
     pub max: u32,
 }
 
-/// Rules on the fields of an SQE. None of them can be told to the kernel, so a policy that has one is for the mediated
-/// mode only. `None` everywhere is no rule.
+/// Rules on the fields of an SQE. The kernel cannot enforce them, so a policy with such a rule is for mediated mode only.
+/// If all fields are `None`, there are no rules.
 ///
-/// They are for the operations whose fields this crate reads: `READ_FIXED`, `WRITE_FIXED`, `READ`, `WRITE`, `FSYNC`,
-/// `FALLOCATE` and `NOP`. Where a policy has any rule, every other operation is refused.
+/// The rules apply to the operations whose fields this crate reads: `READ_FIXED`, `WRITE_FIXED`, `READ`, `WRITE`, `FSYNC`,
+/// `FALLOCATE` and `NOP`. If a policy has any rule, it refuses every other operation.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct FieldRules {
-    /// Slots of the file table that an SQE may name.
+    /// The slots of the file table that an SQE may use.
     pub file_slots: Option<Slots>,
-    /// Slots of the buffer table that a fixed read or write may name.
+    /// The slots of the buffer table that a fixed read or write may use.
     pub buffer_slots: Option<Slots>,
-    /// The part of the file that may be read, written or allocated.
+    /// The part of the file that an SQE may read, write or allocate.
     pub offset_window: Option<OffsetWindow>,
-    /// The length of a read or write.
+    /// The permitted length of a read or write.
     pub length_bytes: Option<LengthRange>,
-    /// What offset and length must be multiples of, in bytes: a power of two.
+    /// The alignment in bytes, a power of two: offset and length must be multiples of it.
     pub alignment_bytes: Option<u32>,
     /// The `RWF_*` flags that a read or write may carry.
     pub rw_flags: Option<RwFlags>,
-    /// The priority classes that a read or write may ask for.
+    /// The priority classes that a read or write may request.
     pub ioprio_classes: Option<IoPrioClasses>,
     /// The attributes that a read or write may have.
     pub attributes: Option<Attributes>,
-    /// How many requests may be under way at once, at least 1. Whoever starts requests counts them:
+    /// The maximum number of requests under way at once, at least 1. The program that starts requests counts them:
     /// [`Checker::may_start`](crate::Checker::may_start).
     pub max_outstanding: Option<u32>,
 }
 
-/// A rule on a field, by the name it has in policy files.
+/// A rule on a field, identified by its key in policy files.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum FieldRule {
     /// [`FieldRules::file_slots`].
@@ -155,7 +155,7 @@ impl fmt::Display for FieldRule {
     }
 }
 
-/// Where the fields of an operation are.
+/// The layout of an operation's fields.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Shape {
     FixedReadWrite,
@@ -165,8 +165,8 @@ enum Shape {
     Nothing,
 }
 
-/// `FALLOC_FL_*` combinations that change nothing outside the range they name: allocate, punch, zero, each with and
-/// without growing the file (a hole is punched without).
+/// `FALLOC_FL_*` combinations that change nothing outside their range: allocate, punch and zero, each with and without
+/// growing the file (punching only without).
 const FALLOCATE_MODES: [u32; 5] = [0, 0x1, 0x3, 0x10, 0x11];
 /// Bits of `ioprio` below the class.
 const IOPRIO_CLASS_SHIFT: u32 = 13;
@@ -208,13 +208,13 @@ impl FieldRules {
         )
     }
 
-    /// Whether the rules can judge SQEs of this operation: where they cannot, and there is a rule, all are refused.
+    /// Whether the rules can judge SQEs of this operation. If they cannot and there is any rule, all such SQEs are refused.
     #[must_use]
     pub const fn judge(operation: Operation) -> bool {
         shape(operation).is_some()
     }
 
-    /// The first rule that the SQE breaks.
+    /// Finds the first rule that the SQE breaks.
     #[inline]
     pub(crate) fn broken(&self, sqe: &Sqe) -> Result<(), BrokenField> {
         if self.is_empty() {
@@ -225,7 +225,7 @@ impl FieldRules {
             return Ok(());
         }
         check(FieldRule::FileSlots, self.file_slots, |slots| {
-            // Without the flag it is a descriptor, not a slot.
+            // Without the flag, `fd` is a descriptor, not a slot.
             SqeFlags::from_bits_retain(sqe.flags).contains(SqeFlags::FIXED_FILE)
                 && u32::try_from(sqe.fd).is_ok_and(|slot| slots.contains(slot))
         })?;
@@ -250,7 +250,7 @@ impl FieldRules {
         check(FieldRule::LengthBytes, self.length_bytes, |range| (range.min..=range.max).contains(&sqe.len))?;
         self.broken_range(sqe.off, sqe.len.into())?;
         check(FieldRule::RwFlags, self.rw_flags, |allowed| sqe.rw_flags & !allowed.bits() == 0)?;
-        // A position of the file's own is nowhere in particular, and appending ignores the offset.
+        // Appending ignores the offset. (An offset of all ones, the file's own position, lies in no window.)
         if sqe.rw_flags & RwFlags::APPEND.bits() != 0 && self.offset_window.is_some() {
             return Err(BrokenField::Rule(FieldRule::OffsetWindow));
         }
@@ -268,7 +268,7 @@ impl FieldRules {
         })
     }
 
-    /// What in the rules themselves can never be meant: reversed ranges, an alignment that is no power of two.
+    /// Finds the first rule that cannot be intended: a reversed range, or an alignment that is no power of two.
     #[must_use]
     pub fn fault(&self) -> Option<FieldFault> {
         let fault = |rule, what| Some(FieldFault { rule, what });
@@ -300,12 +300,12 @@ pub(crate) const LENGTH_REVERSED: &str = "max is below min";
 pub(crate) const ALIGNMENT_ODD: &str = "the alignment must be a power of two";
 pub(crate) const NONE_OUTSTANDING: &str = "no request could ever start: at least 1 must be allowed";
 
-/// A rule that cannot be meant.
+/// A rule that cannot be intended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FieldFault {
     /// The rule.
     pub rule: FieldRule,
-    /// What is wrong with it.
+    /// What is wrong with the rule.
     pub what: &'static str,
 }
 
@@ -315,7 +315,7 @@ impl fmt::Display for FieldFault {
     }
 }
 
-/// What about the fields of an SQE is not allowed.
+/// The reason why the fields of an SQE are not allowed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum BrokenField {
     Rule(FieldRule),
@@ -345,7 +345,7 @@ const fn shape(operation: Operation) -> Option<Shape> {
 }
 
 impl Slots {
-    /// Whether the slot is one of them.
+    /// Whether the slot is in the range.
     #[must_use]
     pub const fn contains(self, slot: u32) -> bool {
         self.first <= slot && slot <= self.last
@@ -353,8 +353,8 @@ impl Slots {
 }
 
 impl OffsetWindow {
-    /// Whether all of `len_bytes` bytes from `offset` lie in the window. No bytes lie there if the offset does or is its
-    /// end.
+    /// Whether all of `len_bytes` bytes from `offset` lie in the window. An empty range lies in the window if its offset does,
+    /// or if its offset is the end of the window.
     #[must_use]
     pub const fn contains(self, offset: u64, len_bytes: u64) -> bool {
         let (Some(end), Some(window_end)) =

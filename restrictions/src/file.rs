@@ -1,4 +1,4 @@
-//! Policy files: TOML.
+//! Policy files in TOML.
 //!
 //! ```toml
 //! version = 1
@@ -26,8 +26,8 @@
 //! max_outstanding = 256
 //! ```
 //!
-//! Operations and flags have the kernel's names; one without a name here is written as its number. Unknown keys and
-//! names are refused.
+//! Operations and flags have the kernel's names. An operation or flag that this crate has no name for is written as its
+//! number. The parser refuses unknown keys and names.
 
 mod names;
 
@@ -48,18 +48,18 @@ use names::{Names, all_flags, each_flag};
 /// The version of the format that this crate reads and writes.
 const VERSION: u32 = 1;
 
-/// A policy with its name and description, as a file has it.
+/// A policy file: a policy with an optional name and description.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PolicyFile {
-    /// A name, if it has one.
+    /// The optional name.
     pub name: Option<String>,
-    /// A sentence, if it has one.
+    /// The optional description, a sentence.
     pub description: Option<String>,
     /// The policy.
     pub policy: Policy,
 }
 
-/// What is wrong with a policy file, and where.
+/// A mistake in a policy file, with its position.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("line {line}, column {column}: {message}")]
 pub struct FileError {
@@ -67,7 +67,7 @@ pub struct FileError {
     pub line: usize,
     /// The column in characters, from 1.
     pub column: usize,
-    /// What is wrong there.
+    /// What is wrong at that position.
     pub message: String,
 }
 
@@ -76,8 +76,8 @@ impl PolicyFile {
     ///
     /// # Errors
     ///
-    /// The first thing that is wrong, with its place: no TOML, an unknown key, an unknown name, a value that can never
-    /// be meant, a version of the format that this crate does not know.
+    /// The first mistake, with its position: invalid TOML, an unknown key, an unknown name, a value that cannot be intended,
+    /// or a version of the format that this crate does not know.
     pub fn parse(text: &str) -> Result<Self, FileError> {
         let document: Document = toml::from_str(text).map_err(|error| {
             let (line, column) = place(text, error.span().map_or(0, |span| span.start));
@@ -86,19 +86,19 @@ impl PolicyFile {
         Ok(document.into())
     }
 
-    /// The policy as a file. Read again it is the same.
+    /// Writes the policy as a file. [`parse`](Self::parse) reads the same policy back.
     ///
     /// # Panics
     ///
-    /// Never for a policy without a [fault](FieldRules::fault) in its fields and with a window below 2^63 bytes, which
-    /// is as far as a file's numbers go; every policy that was read from a file is such.
+    /// Never for a policy without a [fault](FieldRules::fault) in its fields and with a window below 2^63 bytes, the limit of
+    /// numbers in a file. Every policy that was read from a file meets both conditions.
     #[must_use]
     pub fn to_toml(&self) -> String {
         toml::to_string(&Document::from(self)).expect("names, numbers below 2^63 and lists of them")
     }
 }
 
-/// Line and column of a byte, both from 1.
+/// Line and column of a byte, both counted from 1.
 fn place(text: &str, byte: usize) -> (usize, usize) {
     let before = text.get(..byte).unwrap_or(text);
     let line_start = before.rfind('\n').map_or(0, |newline| newline + 1);
@@ -208,11 +208,11 @@ struct LengthTable {
 fn version<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u32, D::Error> {
     match u32::deserialize(deserializer)? {
         VERSION => Ok(VERSION),
-        other => Err(de::Error::custom(format_args!("the format has version {other}, known is {VERSION}"))),
+        other => Err(de::Error::custom(format_args!("unknown format version {other}: use version {VERSION}"))),
     }
 }
 
-/// Refuses a value here, where its place is known.
+/// Refuses a bad value during parsing, while its position is known.
 fn checked<'de, D: Deserializer<'de>, T: Deserialize<'de>>(
     deserializer: D,
     is_fine: impl FnOnce(&T) -> bool,

@@ -1,6 +1,6 @@
-//! The bodies of the fuzz targets: each takes bytes and panics if something that must hold does not.
+//! The bodies of the fuzz targets: each takes bytes and panics if an invariant does not hold.
 //!
-//! They are run by a fuzzer (`fuzz/`), as property tests, and with the inputs that tests save as seeds.
+//! A fuzzer (`fuzz/`) runs them, and so do property tests, and the tests that save inputs as seeds.
 
 mod model;
 #[cfg(test)]
@@ -11,12 +11,11 @@ use crate::{
     OffsetWindow, Operation, Policy, PolicyFile, RegisterOperation, RingMemory, RwFlags, Slots, Sqe, SqeFlags, Verdict,
 };
 
-/// Reads the bytes as a policy file.
+/// Parses the bytes as a policy file.
 ///
 /// # Panics
 ///
-/// If a policy that was read is another one once it has been written and read again, or if an error has no place in the
-/// text.
+/// If writing and reading a parsed policy changes it, or if an error has no position in the text.
 pub fn policy_file(bytes: &[u8]) {
     parse(bytes);
 }
@@ -39,17 +38,17 @@ fn parse(bytes: &[u8]) -> bool {
     }
 }
 
-/// Makes a policy, a kernel and SQEs of the bytes, and asks the checker, the rules of the compiled table, and a second
-/// model that is written down plainly.
+/// Creates a policy, a kernel and SQEs from the bytes. Compares the decisions of the checker, of the rules of the compiled
+/// table, and of a second, simple model.
 ///
 /// # Panics
 ///
-/// If they do not agree.
+/// If the decisions differ.
 pub fn policy_check(bytes: &[u8]) {
     run(bytes);
 }
 
-/// What the SQEs came to.
+/// Counts of the decisions about the SQEs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Outcome {
     allowed: u32,
@@ -91,7 +90,7 @@ fn run(bytes: &[u8]) -> Outcome {
     outcome
 }
 
-/// Choices made by bytes; when they are used up, always the first.
+/// A source of choices, made by bytes. When the bytes are used up, it always makes the first choice.
 struct Choices<'a> {
     bytes: &'a [u8],
 }
@@ -111,7 +110,7 @@ impl Choices<'_> {
         self.byte() & 1 == 1
     }
 
-    /// Any number, with the small ones and those near powers of two more often.
+    /// Any number; small numbers and numbers near powers of two come more often.
     fn number(&mut self) -> u64 {
         match self.below(4) {
             0 => self.byte().into(),
@@ -137,7 +136,7 @@ fn arbitrary_policy(choices: &mut Choices<'_>) -> Policy {
     if choices.one_in_two() { policy } else { policy.with_fields(arbitrary_fields(choices)) }
 }
 
-/// Those with rules on fields more often than others.
+/// An operation; operations that field rules can judge come more often.
 fn operation(choices: &mut Choices<'_>) -> u8 {
     const JUDGED: [Operation; 7] = [
         Operation::READ_FIXED,
@@ -182,7 +181,7 @@ fn arbitrary_fields(choices: &mut Choices<'_>) -> FieldRules {
     rules
 }
 
-/// An SQE that the policy may well allow, with some fields that are anything.
+/// An SQE that the policy may well allow, with some arbitrary fields.
 fn arbitrary_sqe(choices: &mut Choices<'_>, policy: &Policy) -> Sqe {
     let (operations, fields) = (policy.operations(), policy.fields());
     let nth = usize::from(choices.byte()) % operations.len().max(1);

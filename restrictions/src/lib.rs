@@ -1,30 +1,30 @@
 //! Restriction policies for io_uring rings with untrusted submitters.
 //!
-//! io_uring can limit what may be done with a ring: which operations an SQE may ask for, which `IOSQE_*` flags it may
-//! and must carry, and which `io_uring_register(2)` operations the ring's owner may still call
-//! (`IORING_REGISTER_RESTRICTIONS`, Linux 5.10, before `IORING_REGISTER_ENABLE_RINGS`). This crate holds such a rule
-//! set as a value, the [`Policy`], and compiles it for one kernel, described by [`KernelSupport`], to the table the
-//! kernel takes, the [`CompiledPolicy`].
+//! io_uring can restrict a ring: which operations an SQE may request, which `IOSQE_*` flags it may and must carry, and
+//! which `io_uring_register(2)` operations the ring's owner may still call (`IORING_REGISTER_RESTRICTIONS`, Linux 5.10,
+//! before `IORING_REGISTER_ENABLE_RINGS`). This crate represents such a rule set as a value, the [`Policy`], and
+//! compiles it for one kernel, described by [`KernelSupport`], into the table that the kernel accepts, the
+//! [`CompiledPolicy`].
 //!
-//! The kernel's interface has traps, and a policy that would fall into one does not compile:
+//! The kernel's interface has traps. A policy that would fall into a trap does not compile:
 //!
-//! - One opcode that the kernel does not know fails the whole table with `EINVAL`, without a word about which. The
-//!   [`CompileError`] names every unknown operation.
-//! - Repeated `SQE_FLAGS_*` entries overwrite each other; they do not add up. A compiled policy has exactly one of
-//!   each.
-//! - From Linux 7.0 a table without any SQE rule leaves all SQEs free, and a table without any register rule leaves
-//!   all register operations free; before 7.0 either would have denied everything. A compiled policy always has at
-//!   least one operation of each class, so it means the same on both.
+//! - If the table has one opcode that the kernel does not know, the kernel refuses the whole table with `EINVAL` and does
+//!   not tell which opcode is unknown. The [`CompileError`] names every unknown operation.
+//! - Repeated `SQE_FLAGS_*` entries overwrite each other; they do not add up. A compiled policy has exactly one entry of
+//!   each kind.
+//! - From Linux 7.0 a table without any SQE rule leaves all SQEs unrestricted, and a table without any register rule
+//!   leaves all register operations unrestricted; before 7.0 either table denies everything. A compiled policy always has
+//!   at least one operation of each class, so it means the same on both kinds of kernels.
 //!
-//! Restrictions look at the opcode and the flags of an SQE, at nothing else: not at addresses, lengths, offsets, file
-//! slots, priorities or read/write flags. A policy can have rules on those, too ([`FieldRules`]); then it is for rings
-//! whose SQEs a checker in user space sees before they are executed: the [`Checker`], which says of every SQE what the
-//! kernel would, and then what the rules say.
+//! The kernel's restrictions cover only the opcode and the flags of an SQE. They do not cover addresses, lengths,
+//! offsets, file slots, priorities or read/write flags. A policy can have rules on these fields, too ([`FieldRules`]). Such
+//! a policy is for rings whose SQEs a checker in user space sees before they are executed: the [`Checker`] first decides
+//! as the kernel would, and then applies the rules on fields.
 //!
-//! What a policy lets its submitter reach is known from a table of all operations ([`Operation::facts`]):
-//! [`Policy::lint`] names each way out, [`Policy::describe`] says in words what a guest can do, and [`Policy::differences`]
-//! what another policy changes. With the feature `files` policies are read from and written to TOML ([`PolicyFile`]);
-//! [`BuiltIn`] are those that ship.
+//! A table of all operations ([`Operation::facts`]) states what each operation can reach. [`Policy::lint`] reports each way
+//! in which a guest could escape, [`Policy::describe`] describes in words what a guest can do, and [`Policy::differences`]
+//! compares two policies. With the feature `files` the crate reads and writes policies as TOML ([`PolicyFile`]).
+//! [`BuiltIn`] lists the policies that the crate ships.
 //!
 //! ```
 //! use ringpass_restrictions::{Access, KernelSupport, LinuxVersion, Operation, Policy};

@@ -1,4 +1,4 @@
-//! Lint: the ways in which a policy would let a guest out, or let it exhaust the host.
+//! Lint: reports the ways in which a policy would let a guest escape or exhaust the host.
 
 mod kinds;
 
@@ -13,40 +13,40 @@ use crate::{
 };
 pub use kinds::{Lint, Severity};
 
-/// Who executes the SQEs.
+/// What executes the SQEs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Mode {
-    /// The host kernel, from the ring that the guest writes to.
+    /// The host kernel executes the SQEs directly from the ring that the guest writes to.
     Direct,
-    /// A program that sees, copies and checks each SQE first.
+    /// A program copies and checks each SQE before the kernel executes it.
     Mediated,
 }
 
 /// Whether the kernel has CVE-2026-64426 (`NOP` leaks file references).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum NopHole {
-    /// It has.
+    /// The kernel has the hole.
     Open,
-    /// It has not.
+    /// The kernel does not have the hole.
     Closed,
-    /// Nobody looked: taken for open.
+    /// Not checked: lint assumes that the kernel has the hole.
     #[default]
     Unknown,
 }
 
-/// What a policy is looked at for.
+/// The context that lint checks a policy for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LintContext {
-    /// Who executes the SQEs.
+    /// What executes the SQEs.
     pub mode: Mode,
-    /// The kernel's restrictions; `None` for all kernels.
+    /// The semantics of the kernel's restrictions; `None` for all kernels.
     pub semantics: Option<RestrictionSemantics>,
-    /// Whether the kernel's `NOP` is broken.
+    /// Whether the kernel's `NOP` has the hole.
     pub nop: NopHole,
 }
 
 impl LintContext {
-    /// For any kernel, in the mode that the policy is for: mediated if it has rules on fields.
+    /// The context for any kernel, in the mode that the policy is for: mediated if the policy has rules on fields.
     #[must_use]
     pub const fn for_any_kernel(policy: &Policy) -> Self {
         let mode = if policy.fields.is_empty() { Mode::Direct } else { Mode::Mediated };
@@ -54,16 +54,16 @@ impl LintContext {
     }
 }
 
-/// Something that lint has to say about a policy.
+/// A finding of lint about a policy.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Finding {
-    /// Its kind.
+    /// The kind of the finding.
     pub lint: Lint,
-    /// How bad it is.
+    /// The severity.
     pub severity: Severity,
-    /// What in the policy it is about, by the kernel's names.
+    /// The part of the policy that the finding is about, by the kernel's names.
     pub subject: String,
-    /// What a guest can do with it, or what is wrong.
+    /// What a guest can do with the subject, or what is wrong with it.
     pub what: String,
 }
 
@@ -74,7 +74,7 @@ impl fmt::Display for Finding {
 }
 
 impl Policy {
-    /// Everything that lint has to say, the worst first.
+    /// All findings, the most severe first.
     #[must_use]
     pub fn lint(&self, context: &LintContext) -> Vec<Finding> {
         let mut findings = Findings { policy: self, context, list: Vec::new() };
@@ -86,7 +86,7 @@ impl Policy {
                     Lint::UnknownOperation,
                     Severity::Error,
                     operation,
-                    "it is newer than this version, which knows the operations of Linux 7.0",
+                    "the operation is newer than this version, which knows the operations of Linux 7.0",
                 ),
                 Some(facts) => findings.operation(facts),
             }
@@ -119,14 +119,14 @@ impl Findings<'_> {
         }
         if !allowed.contains(required) {
             let missing = required.difference(allowed);
-            self.add(Lint::Contradiction, Severity::Error, missing, "required, but not among the allowed flags");
+            self.add(Lint::Contradiction, Severity::Error, missing, "required, but not allowed");
         }
         if let Some(fault) = self.policy.fields.fault() {
             self.add(Lint::Contradiction, Severity::Error, fault.rule, fault.what);
         }
         if self.context.mode == Mode::Direct {
             for rule in self.policy.fields.rules() {
-                self.add(Lint::NotEnforceable, Severity::Error, rule, "no kernel enforces it");
+                self.add(Lint::NotEnforceable, Severity::Error, rule, "no kernel can enforce this rule");
             }
         }
     }
@@ -139,12 +139,12 @@ impl Findings<'_> {
             return;
         }
         let optional = self.policy.register_operations_if_known();
-        let free = "from Linux 7.0 a table without one leaves all register operations free";
+        let free = "from Linux 7.0 a table without one leaves all register operations unrestricted";
         let (severity, what) = match (self.context.semantics, optional.is_empty()) {
             (Some(RestrictionSemantics::BeforeLinux7), true) => {
-                (Severity::Warning, format!("none is named; {free}, this kernel denies them"))
+                (Severity::Warning, format!("none is allowed; {free}, but this kernel denies them"))
             }
-            (_, true) => (Severity::Error, format!("none is named; {free}")),
+            (_, true) => (Severity::Error, format!("none is allowed; {free}")),
             (_, false) => (Severity::Warning, format!("a kernel without {optional} has none left; {free}")),
         };
         self.add(Lint::EmptyRegisterClass, severity, "register operations", what);
@@ -179,7 +179,8 @@ impl Findings<'_> {
         }
     }
 
-    /// In mediated mode a limit on requests bounds what piles up.
+    /// The severity of a lint, which is lower if a field rule bounds the effect: in mediated mode a limit on requests bounds
+    /// the work that accumulates.
     fn severity_of(&self, lint: Lint) -> Severity {
         let is_bounded = self.context.mode == Mode::Mediated && self.policy.fields.max_outstanding.is_some();
         match lint {
@@ -196,7 +197,7 @@ impl Findings<'_> {
                 SqeFlags::BUFFER_SELECT,
                 Lint::ProvidedBuffers,
                 Severity::Error,
-                "lets the guest read into addresses that were provided before",
+                "lets the guest read into addresses that were provided earlier",
             ),
             (
                 SqeFlags::ASYNC,
@@ -204,14 +205,14 @@ impl Findings<'_> {
                 self.severity_of(Lint::UnboundedWork),
                 "lets the guest queue any number of requests for worker threads",
             ),
-            (SqeFlags::IO_DRAIN, Lint::OrderedRequests, Severity::Warning, "lets the guest hold requests back"),
+            (SqeFlags::IO_DRAIN, Lint::OrderedRequests, Severity::Warning, "lets the guest delay requests"),
             (SqeFlags::IO_LINK, Lint::OrderedRequests, Severity::Warning, "lets the guest chain requests"),
             (SqeFlags::IO_HARDLINK, Lint::OrderedRequests, Severity::Warning, "lets the guest chain requests"),
             (
                 SqeFlags::CQE_SKIP_SUCCESS,
                 Lint::SkippedCompletions,
                 Severity::Warning,
-                "lets the guest have requests that post no CQE",
+                "lets the guest submit requests that post no CQE",
             ),
         ] {
             if flags.contains(flag) {
@@ -220,7 +221,7 @@ impl Findings<'_> {
         }
     }
 
-    /// What no restriction keeps out of reads and writes.
+    /// Findings about reads and writes that no restriction can prevent.
     fn reads_and_writes(&mut self) {
         let transfers = self
             .policy
@@ -238,7 +239,7 @@ impl Findings<'_> {
             self.add(Lint::RealtimePriority, Severity::Note, "reads and writes", what);
         }
         if self.context.mode == Mode::Direct && self.policy.operations.contains(Operation::WRITE_FIXED) {
-            let what = "queues without limit where the file system cannot write without blocking";
+            let what = "queues without limit if the file system cannot write without blocking";
             self.add(Lint::BlockingWrites, Severity::Warning, Operation::WRITE_FIXED, what);
         }
         if self.context.mode == Mode::Mediated && fields.max_outstanding.is_none() {
@@ -256,7 +257,7 @@ impl Findings<'_> {
     }
 }
 
-/// Lints of their own for some operations, and the reach that each explains.
+/// Special lints for some operations, each with the reach that it explains.
 fn special(operation: Operation) -> impl Iterator<Item = (Lint, Reach)> {
     let memory = Reach::READS_MEMORY | Reach::WRITES_MEMORY;
     let all = Reach::all();
@@ -274,7 +275,7 @@ fn special(operation: Operation) -> impl Iterator<Item = (Lint, Reach)> {
     lint.into_iter()
 }
 
-/// The lint of each part of a reach.
+/// The lint for each part of a reach.
 const GENERAL: &[(Lint, Reach)] = &[
     (Lint::RawAddresses, Reach::READS_MEMORY.union(Reach::WRITES_MEMORY)),
     (Lint::OtherFiles, Reach::OTHER_FILES),
@@ -286,7 +287,7 @@ const GENERAL: &[(Lint, Reach)] = &[
     (Lint::UringCommand, Reach::DRIVER_COMMANDS),
 ];
 
-/// Register operations that give SQEs files, credentials, buffers of provided kind, or other rings.
+/// Register operations that give SQEs access to files, credentials, provided buffers or other rings.
 const GRANTING: &[RegisterOperation] = &[
     RegisterOperation::REGISTER_FILES,
     RegisterOperation::REGISTER_FILES_UPDATE,

@@ -1,17 +1,17 @@
 //! The operations of io_uring, by number and by the kernel's name.
 //!
-//! Numbers: `enum io_uring_op` and `enum io_uring_register_op` of `<linux/io_uring.h>`, Linux 7.0. Versions:
-//! io_uring_enter(2) and io_uring_register(2); for operations whose page gives none or a wrong one, the release whose
-//! header has them first.
+//! The numbers are those of `enum io_uring_op` and `enum io_uring_register_op` in `<linux/io_uring.h>`, Linux 7.0. The
+//! versions are those of io_uring_enter(2) and io_uring_register(2); if the page gives no version or a wrong one, the first
+//! release whose header has the operation.
 
 use core::fmt;
 
-/// A Linux release, as far as a new operation needs it.
+/// The version of a Linux release, without the patch level.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct LinuxVersion {
-    /// 6 of 6.15.
+    /// The 6 of 6.15.
     pub major: u8,
-    /// 15 of 6.15.
+    /// The 15 of 6.15.
     pub minor: u8,
 }
 
@@ -21,7 +21,7 @@ impl fmt::Display for LinuxVersion {
     }
 }
 
-/// Makes a newtype over the kernel's number, with a constant and a table row per operation.
+/// Defines a newtype over the kernel's number, with a constant and a table row for each operation.
 macro_rules! kernel_codes {
     (
         $(#[$type_doc:meta])* $Type:ident named $prefix:literal;
@@ -37,7 +37,7 @@ macro_rules! kernel_codes {
                 pub const $constant: Self = Self($code);
             )+)+
 
-            /// Every operation this crate has a name for, with its name and the release it came with.
+            /// Every operation that this crate has a name for, with its name and its first release.
             const NAMED: &'static [(Self, &'static str, LinuxVersion)] = &[
                 $($( (
                     Self::$constant,
@@ -46,7 +46,7 @@ macro_rules! kernel_codes {
                 ), )+)+
             ];
 
-            /// The operation with this number, whether or not this crate or any kernel knows it.
+            /// The operation with this number. This crate or the kernel need not know it.
             #[must_use]
             pub const fn new(code: u8) -> Self {
                 Self(code)
@@ -58,12 +58,12 @@ macro_rules! kernel_codes {
                 self.0
             }
 
-            /// Every operation this crate has a name for.
+            /// All operations that this crate has a name for.
             pub fn named() -> impl Iterator<Item = Self> {
                 Self::NAMED.iter().map(|&(operation, ..)| operation)
             }
 
-            /// The operation the kernel's header calls `name`; `None` for a name this crate does not know.
+            /// The operation that the kernel's header calls `name`; `None` for a name that this crate does not know.
             #[must_use]
             pub fn from_name(name: &str) -> Option<Self> {
                 Self::NAMED.iter().find(|&&(_, known, _)| known == name).map(|&(operation, ..)| operation)
@@ -75,7 +75,7 @@ macro_rules! kernel_codes {
                 Self::NAMED.iter().find(|&&(known, ..)| known == self).map(|&(_, name, _)| name)
             }
 
-            /// The release the operation came with; `None` for an operation newer than this crate (Linux 7.0).
+            /// The first release with the operation; `None` for an operation newer than this crate (Linux 7.0).
             #[must_use]
             pub fn since(self) -> Option<LinuxVersion> {
                 Self::NAMED.iter().find(|&&(known, ..)| known == self).map(|&(_, _, since)| since)
@@ -103,7 +103,7 @@ macro_rules! kernel_codes {
 }
 
 kernel_codes! {
-    /// What an SQE asks for: the opcode of `struct io_uring_sqe`, one of `IORING_OP_*`.
+    /// An operation that an SQE can request: the opcode of `struct io_uring_sqe`, one of `IORING_OP_*`.
     Operation named "IORING_OP_";
     (5, 1) {
         NOP = 0, READV = 1, WRITEV = 2, FSYNC = 3, READ_FIXED = 4, WRITE_FIXED = 5, POLL_ADD = 6,
@@ -135,7 +135,7 @@ kernel_codes! {
 }
 
 kernel_codes! {
-    /// What `io_uring_register(2)` is asked for: one of `IORING_REGISTER_*` and `IORING_UNREGISTER_*`.
+    /// An operation of `io_uring_register(2)`: one of `IORING_REGISTER_*` and `IORING_UNREGISTER_*`.
     RegisterOperation named "IORING_";
     (5, 1) { REGISTER_BUFFERS = 0, UNREGISTER_BUFFERS = 1, REGISTER_FILES = 2, UNREGISTER_FILES = 3, }
     (5, 2) { REGISTER_EVENTFD = 4, UNREGISTER_EVENTFD = 5, }

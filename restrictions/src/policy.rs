@@ -1,4 +1,4 @@
-//! The policy: what a ring may be used for, as a value.
+//! The policy: the permitted uses of a ring, as a value.
 
 use core::fmt;
 
@@ -17,17 +17,17 @@ bitflags! {
     pub struct SqeFlags: u8 {
         /// `IOSQE_FIXED_FILE`: `fd` is a slot of the ring's file table.
         const FIXED_FILE = 1 << 0;
-        /// `IOSQE_IO_DRAIN`: starts only after everything submitted before it is done.
+        /// `IOSQE_IO_DRAIN`: the request starts only after all earlier requests have ended.
         const IO_DRAIN = 1 << 1;
-        /// `IOSQE_IO_LINK`: the next SQE starts after this one, if it succeeds.
+        /// `IOSQE_IO_LINK`: the next SQE starts after this one, if this one succeeds.
         const IO_LINK = 1 << 2;
-        /// `IOSQE_IO_HARDLINK`: the next SQE starts after this one, whatever its result.
+        /// `IOSQE_IO_HARDLINK`: the next SQE starts after this one, regardless of the result.
         const IO_HARDLINK = 1 << 3;
-        /// `IOSQE_ASYNC`: goes to an io-wq worker at once.
+        /// `IOSQE_ASYNC`: the request goes to an io-wq worker at once.
         const ASYNC = 1 << 4;
-        /// `IOSQE_BUFFER_SELECT`: the kernel picks a provided buffer.
+        /// `IOSQE_BUFFER_SELECT`: the kernel chooses a provided buffer.
         const BUFFER_SELECT = 1 << 5;
-        /// `IOSQE_CQE_SKIP_SUCCESS`: posts no CQE if it succeeds (Linux 5.17).
+        /// `IOSQE_CQE_SKIP_SUCCESS`: the request posts no CQE if it succeeds (Linux 5.17).
         const CQE_SKIP_SUCCESS = 1 << 6;
     }
 }
@@ -63,17 +63,17 @@ pub enum Access {
 /// The kernels that a policy is written for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum TargetSemantics {
-    /// Whatever the kernel at hand does.
+    /// All kernels, with the semantics of the kernel that the policy is compiled for.
     #[default]
     Auto,
-    /// These semantics only: on a kernel with other ones the policy does not compile.
+    /// Only kernels with these semantics: the policy does not compile for other kernels.
     Only(RestrictionSemantics),
 }
 
-/// What a ring may be used for.
+/// The permitted uses of a ring.
 ///
-/// A policy is a plain value and may hold anything, rules that no kernel takes included: [`compile`](Self::compile)
-/// decides. `Display` says in words what the policy allows.
+/// A policy is a plain value and may contain anything, including rules that no kernel accepts: [`compile`](Self::compile)
+/// checks it. `Display` states in words what the policy allows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Policy {
     pub(crate) operations: OperationSet,
@@ -86,7 +86,7 @@ pub struct Policy {
 }
 
 impl Policy {
-    /// A policy that allows nothing yet; it does not compile as it is.
+    /// A policy that allows nothing yet. It does not compile as it is.
     #[must_use]
     pub const fn new() -> Self {
         Self {
@@ -112,11 +112,11 @@ impl Policy {
 
     /// The built-in policy of a ring that a hostile guest writes to.
     ///
-    /// The guest may read (and write) registered buffers on registered files: `READ_FIXED`, `WRITE_FIXED`, and exactly
-    /// the flag `FIXED_FILE`. Flush, discard and write-zeroes are not in it: an unbounded number of them goes to io-wq
-    /// and exhausts the host's memory. The ring's owner keeps what it needs while the ring runs: to exchange the
-    /// completion eventfd, to empty a buffer slot when memory is unplugged, and, where the kernel has it
-    /// (Linux 6.12), to take over newly plugged memory from a spare ring.
+    /// The guest may read (and write) with registered buffers on registered files: `READ_FIXED`, `WRITE_FIXED`, and exactly
+    /// the flag `FIXED_FILE`. The policy contains no flush, discard or write-zeroes, because an unbounded number of them
+    /// would go to io-wq and exhaust the host's memory. The ring's owner keeps the register operations that it needs while
+    /// the ring runs: to exchange the completion eventfd, to empty a buffer slot when memory is unplugged, and, if the
+    /// kernel supports it (Linux 6.12), to take over newly plugged memory from a spare ring.
     #[must_use]
     pub fn direct(access: Access) -> Self {
         let policy = Self::new()
@@ -133,11 +133,11 @@ impl Policy {
         }
     }
 
-    /// The built-in policy of a ring that the broker executes, SQE by SQE, for a guest.
+    /// The built-in policy of a ring whose SQEs the broker executes one by one for a guest.
     ///
-    /// What [`direct`](Self::direct) allows, and of that: the file in slot 0, whole blocks of 512 bytes up to 1 GiB,
-    /// no attributes, of the `RWF_*` flags those that a disk has a use for, no realtime priority, and at most 65536
-    /// requests at once, which is the largest CQ. The window is the disk's: [`with_offset_window`](Self::with_offset_window).
+    /// The policy allows a subset of [`direct`](Self::direct): the file in slot 0, whole blocks of 512 bytes up to 1 GiB, no
+    /// attributes, only those `RWF_*` flags that are useful for a disk, no realtime priority, and at most 65536 requests at
+    /// once, the size of the largest CQ. Set the window to the disk's with [`with_offset_window`](Self::with_offset_window).
     #[must_use]
     pub fn mediated(access: Access) -> Self {
         Self::direct(access).with_fields(FieldRules {
@@ -160,21 +160,21 @@ impl Policy {
         self
     }
 
-    /// Sets the part of the file that reads and writes may reach.
+    /// Sets the part of the file that reads and writes may access.
     #[must_use]
     pub const fn with_offset_window(mut self, window: OffsetWindow) -> Self {
         self.fields.offset_window = Some(window);
         self
     }
 
-    /// Allows SQEs to ask for an operation.
+    /// Allows SQEs to request an operation.
     #[must_use]
     pub fn allow(mut self, operation: Operation) -> Self {
         self.operations.insert(operation);
         self
     }
 
-    /// Sets the flags that an SQE may carry; they must include the required ones.
+    /// Sets the flags that an SQE may carry. They must include the required flags.
     #[must_use]
     pub const fn with_flags_allowed(mut self, flags: SqeFlags) -> Self {
         self.flags_allowed = flags;
@@ -188,16 +188,16 @@ impl Policy {
         self
     }
 
-    /// Leaves the ring's owner a register operation; the policy does not compile for a kernel that lacks it.
+    /// Leaves the ring's owner a register operation. The policy does not compile for a kernel that lacks the operation.
     #[must_use]
     pub fn allow_register(mut self, operation: RegisterOperation) -> Self {
         self.register_operations.insert(operation);
         self
     }
 
-    /// Leaves the ring's owner a register operation if the kernel has it, and does without where it has not.
+    /// Leaves the ring's owner a register operation if the kernel has it.
     ///
-    /// [`allow_register`](Self::allow_register) of the same operation is the stronger.
+    /// [`allow_register`](Self::allow_register) of the same operation takes precedence.
     #[must_use]
     pub fn allow_register_if_known(mut self, operation: RegisterOperation) -> Self {
         self.register_operations_if_known.insert(operation);
@@ -211,31 +211,31 @@ impl Policy {
         self
     }
 
-    /// The operations an SQE may ask for.
+    /// The operations that an SQE may request.
     #[must_use]
     pub const fn operations(&self) -> OperationSet {
         self.operations
     }
 
-    /// The flags an SQE may carry.
+    /// The flags that an SQE may carry.
     #[must_use]
     pub const fn flags_allowed(&self) -> SqeFlags {
         self.flags_allowed
     }
 
-    /// The flags every SQE must carry.
+    /// The flags that every SQE must carry.
     #[must_use]
     pub const fn flags_required(&self) -> SqeFlags {
         self.flags_required
     }
 
-    /// The register operations that the ring's owner cannot do without.
+    /// The register operations that the ring's owner needs.
     #[must_use]
     pub const fn register_operations(&self) -> RegisterOperationSet {
         self.register_operations
     }
 
-    /// The register operations that the ring's owner has where the kernel knows them, and can do without.
+    /// The optional register operations: the ring's owner keeps them if the kernel has them.
     #[must_use]
     pub fn register_operations_if_known(&self) -> RegisterOperationSet {
         self.register_operations_if_known.difference(&self.register_operations)
@@ -247,7 +247,7 @@ impl Policy {
         self.fields
     }
 
-    /// The kernels the policy is written for.
+    /// The kernels that the policy is written for.
     #[must_use]
     pub const fn target(&self) -> TargetSemantics {
         self.target
@@ -262,7 +262,7 @@ impl Default for Policy {
 
 impl fmt::Display for Policy {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(f, "An SQE may ask for: {}", self.operations)?;
+        writeln!(f, "An SQE may request: {}", self.operations)?;
         if self.flags_allowed == self.flags_required {
             writeln!(f, "Its flags must be exactly: {}", self.flags_required)?;
         } else {
@@ -271,7 +271,7 @@ impl fmt::Display for Policy {
         }
         write!(f, "The ring's owner keeps: {}", self.register_operations)?;
         if !self.register_operations_if_known().is_empty() {
-            write!(f, "\nThe ring's owner keeps, where the kernel has it: {}", self.register_operations_if_known())?;
+            write!(f, "\nThe ring's owner keeps, if the kernel has it: {}", self.register_operations_if_known())?;
         }
         if let TargetSemantics::Only(semantics) = self.target {
             write!(f, "\nFor kernels {semantics} only")?;
@@ -285,7 +285,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_direct_policies_are_two_operations_and_one() {
+    fn the_direct_policies_allow_two_operations_or_one() {
         let read_write = Policy::direct(Access::ReadWrite);
         let read_only = Policy::direct(Access::ReadOnly);
         assert_eq!(read_write.operations().iter().collect::<Vec<_>>(), [Operation::READ_FIXED, Operation::WRITE_FIXED]);
@@ -297,13 +297,13 @@ mod tests {
     }
 
     #[test]
-    fn a_policy_says_in_words_what_it_allows() {
+    fn a_policy_is_displayed_in_words() {
         assert_eq!(
             Policy::direct(Access::ReadWrite).to_string(),
-            "An SQE may ask for: IORING_OP_READ_FIXED, IORING_OP_WRITE_FIXED\n\
+            "An SQE may request: IORING_OP_READ_FIXED, IORING_OP_WRITE_FIXED\n\
              Its flags must be exactly: IOSQE_FIXED_FILE\n\
              The ring's owner keeps: IORING_REGISTER_EVENTFD, IORING_UNREGISTER_EVENTFD, IORING_REGISTER_BUFFERS_UPDATE\n\
-             The ring's owner keeps, where the kernel has it: IORING_REGISTER_CLONE_BUFFERS"
+             The ring's owner keeps, if the kernel has it: IORING_REGISTER_CLONE_BUFFERS"
         );
         let other = Policy::new()
             .with_flags_allowed(SqeFlags::FIXED_FILE | SqeFlags::IO_LINK)
@@ -311,7 +311,7 @@ mod tests {
             .with_target(TargetSemantics::Only(RestrictionSemantics::FromLinux7));
         assert_eq!(
             other.to_string(),
-            "An SQE may ask for: nothing\n\
+            "An SQE may request: nothing\n\
              Its flags must include: IOSQE_FIXED_FILE\n\
              Its flags may include: IOSQE_FIXED_FILE + IOSQE_IO_LINK\n\
              The ring's owner keeps: nothing\n\
@@ -320,7 +320,7 @@ mod tests {
     }
 
     #[test]
-    fn an_operation_that_is_needed_is_not_also_optional() {
+    fn a_needed_operation_is_not_also_optional() {
         let policy = Policy::new()
             .allow_register_if_known(RegisterOperation::REGISTER_CLONE_BUFFERS)
             .allow_register(RegisterOperation::REGISTER_CLONE_BUFFERS);

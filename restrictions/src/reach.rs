@@ -1,8 +1,8 @@
-//! What each io_uring operation can reach, with where that is known from.
+//! What each io_uring operation can reach, with the sources.
 //!
-//! "The owner" is the process that created the ring: its address space, descriptors and credentials are what operations
-//! use, whoever writes the SQEs. Sources are files of the kernel's tree (Linux 7.0) with the function that shows it, and
-//! man pages. "Testable" rows are shown on a real ring by the tests of this project.
+//! "The owner" is the process that created the ring: operations use its address space, descriptors and credentials,
+//! regardless of who writes the SQEs. The sources are functions in files of the kernel's tree (Linux 7.0), and man pages.
+//! The tests of this project show the "testable" rows on a real ring.
 
 mod table;
 
@@ -17,34 +17,33 @@ use crate::{
 use table::TABLE;
 
 bitflags! {
-    /// What an operation can reach besides registered buffers and the files of the ring's table.
+    /// What an operation can reach in addition to registered buffers and the files of the ring's table.
     #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
     pub struct Reach: u16 {
-        /// Reads memory of the owner, at an address the SQE names. (At least the errno tells what is mapped.)
+        /// Reads memory of the owner at an address in the SQE. (At least the errno shows whether the address is mapped.)
         const READS_MEMORY = 1 << 0;
-        /// Writes or discards memory of the owner, at an address the SQE names.
+        /// Writes or discards memory of the owner at an address in the SQE.
         const WRITES_MEMORY = 1 << 1;
-        /// Files that are not in the ring's table, also with `IOSQE_FIXED_FILE`: by path or descriptor, or by opening,
-        /// closing and exchanging descriptors and table slots.
+        /// Files outside the ring's table, even with `IOSQE_FIXED_FILE`: by path or descriptor, or by opening, closing and
+        /// exchanging descriptors and table slots.
         const OTHER_FILES = 1 << 2;
         /// Sockets.
         const NETWORK = 1 << 3;
         /// Other processes and threads: waits for them, wakes them.
         const PROCESSES = 1 << 4;
-        /// Kernel memory without bound: requests that wait for ever, or queue for io-wq workers, as many as the submitter
-        /// likes.
+        /// Kernel memory without bound: any number of requests that wait for ever or queue for io-wq workers.
         const UNBOUNDED_MEMORY = 1 << 5;
         /// Other rings.
         const OTHER_RINGS = 1 << 6;
-        /// Commands of a driver or file system: whatever those do.
+        /// Commands of a driver or file system, with their unknown effects.
         const DRIVER_COMMANDS = 1 << 7;
-        /// The size of the file, also beyond `RLIMIT_FSIZE` in blocks.
+        /// The size of the file; the allocation of blocks even beyond `RLIMIT_FSIZE`.
         const FILE_SIZE = 1 << 8;
     }
 }
 
 impl Reach {
-    /// In words, to follow "reaches".
+    /// The description in words, to follow the word "reaches".
     #[must_use]
     pub fn description(self) -> &'static str {
         match self {
@@ -62,7 +61,7 @@ impl Reach {
     }
 }
 
-/// The descriptions with commas between them; "nothing else" for nothing.
+/// The descriptions, separated by commas; "nothing else" for an empty reach.
 impl fmt::Display for Reach {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if self.is_empty() {
@@ -77,25 +76,25 @@ impl fmt::Display for Reach {
     }
 }
 
-/// What is known of an operation.
+/// The facts about an operation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct OperationFacts {
     /// The operation.
     pub operation: Operation,
-    /// What it does, to follow "a guest can".
+    /// What the operation does, to follow the words "a guest can".
     pub does: &'static str,
-    /// What it can reach besides registered buffers and the files of the table.
+    /// What the operation can reach in addition to registered buffers and the files of the table.
     pub reach: Reach,
-    /// Whether it works on the file that `fd` names, which `IOSQE_FIXED_FILE` makes a slot of the table.
+    /// Whether the operation works on the file of `fd`, which is a slot of the table with `IOSQE_FIXED_FILE`.
     pub takes_file: bool,
-    /// The release from which it takes provided buffers (`IOSQE_BUFFER_SELECT`); `None` for never.
+    /// The first release in which the operation takes provided buffers (`IOSQE_BUFFER_SELECT`); `None` for never.
     pub buffer_select_since: Option<LinuxVersion>,
-    /// Where this is known from.
+    /// The source of these facts.
     pub source: &'static str,
 }
 
 impl Operation {
-    /// What is known of the operation; `None` for one newer than this crate (Linux 7.0).
+    /// The facts about the operation; `None` for an operation newer than this crate (Linux 7.0).
     #[must_use]
     pub fn facts(self) -> Option<&'static OperationFacts> {
         TABLE.get(usize::from(self.code()))
@@ -109,7 +108,7 @@ pub(crate) fn buffer_select_since(operation: Operation) -> Option<LinuxVersion> 
 /// All operations that this crate has a number for.
 pub(crate) const NUMBERED: OperationSet = OperationSet::below(TABLE.len() as u16);
 
-/// All of those that take provided buffers on the newest kernel.
+/// The operations that take provided buffers on the newest kernel.
 pub(crate) const BUFFER_SELECT: OperationSet = {
     let mut words = [0u64; 4];
     let mut code = 0;
@@ -138,7 +137,7 @@ mod tests {
     }
 
     #[test]
-    fn every_part_of_a_reach_has_words_of_its_own() {
+    fn every_part_of_a_reach_has_its_own_description() {
         let words: std::collections::BTreeSet<&str> = Reach::all().iter().map(Reach::description).collect();
         assert_eq!(words.len(), Reach::all().iter().count());
         assert!(!words.contains("several things"));
@@ -147,7 +146,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_takes_provided_buffers_before_it_exists() {
+    fn no_operation_takes_provided_buffers_before_it_exists() {
         for facts in TABLE {
             assert!(facts.buffer_select_since.is_none_or(|since| Some(since) >= facts.operation.since()));
         }

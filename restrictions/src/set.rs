@@ -47,13 +47,13 @@ impl<C: From<u8> + Into<u8> + Copy> CodeSet<C> {
         (usize::from(code / WORD_BITS), 1 << (code % WORD_BITS))
     }
 
-    /// Adds an operation; nothing changes if it is there.
+    /// Adds an operation, if the set does not contain it.
     pub fn insert(&mut self, operation: C) {
         let (word, bit) = Self::position(operation);
         self.words[word] |= bit;
     }
 
-    /// Takes an operation out; nothing changes if it is not there.
+    /// Removes an operation, if the set contains it.
     pub fn remove(&mut self, operation: C) {
         let (word, bit) = Self::position(operation);
         self.words[word] &= !bit;
@@ -79,7 +79,7 @@ impl<C: From<u8> + Into<u8> + Copy> CodeSet<C> {
         self.words.iter().map(|word| word.count_ones() as usize).sum()
     }
 
-    /// The operations, by rising number.
+    /// The operations, in ascending order of their numbers.
     pub fn iter(&self) -> impl Iterator<Item = C> + '_ {
         (0..=u8::MAX).map(C::from).filter(|&operation| self.contains(operation))
     }
@@ -106,7 +106,7 @@ impl<C: From<u8> + Into<u8> + Copy> CodeSet<C> {
     }
 }
 
-// Written out: derived, they would ask the same of the phantom operation type.
+// Written by hand: derived implementations would demand the same traits of the phantom operation type.
 impl<C> Clone for CodeSet<C> {
     fn clone(&self) -> Self {
         *self
@@ -143,7 +143,7 @@ impl<C: From<u8> + Into<u8> + Copy + fmt::Debug> fmt::Debug for CodeSet<C> {
     }
 }
 
-/// The names with commas between them; "nothing" for the empty set.
+/// The names, separated by commas; "nothing" for the empty set.
 impl<C: From<u8> + Into<u8> + Copy + fmt::Display> fmt::Display for CodeSet<C> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if self.is_empty() {
@@ -185,7 +185,7 @@ mod tests {
     }
 
     #[test]
-    fn is_shown_as_names() {
+    fn a_set_is_displayed_as_names() {
         let set: OperationSet = [Operation::WRITE_FIXED, Operation::READ_FIXED].into_iter().collect();
         assert_eq!(set.to_string(), "IORING_OP_READ_FIXED, IORING_OP_WRITE_FIXED");
         assert_eq!(OperationSet::new().to_string(), "nothing");

@@ -1,20 +1,19 @@
-//! A submission queue entry, as the checker reads it.
+//! The submission queue entry that the checker reads.
 
-/// `struct io_uring_sqe`, the 64 bytes of it, by the names that reads and writes have for them.
+/// The 64 bytes of `struct io_uring_sqe`, with the field names of reads and writes.
 ///
-/// A plain copy: whoever checks an entry that a guest can still write to copies it once, checks the copy, and uses the
-/// copy.
+/// The value is a plain copy. If a guest can still write to an entry, copy the entry once, check the copy, and use the copy.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Sqe {
     /// `IORING_OP_*`.
     pub opcode: u8,
     /// `IOSQE_*`.
     pub flags: u8,
-    /// Priority: the class in bits 13 to 15 (ioprio_set(2)); flags of their own for network operations.
+    /// Priority, with the class in bits 13 to 15 (ioprio_set(2)); for network operations, their own flags.
     pub ioprio: u16,
     /// File descriptor, or slot of the file table with `IOSQE_FIXED_FILE`.
     pub fd: i32,
-    /// Offset in the file, in bytes; all ones for the file's own position.
+    /// Offset in the file in bytes; all ones for the file's own position.
     pub off: u64,
     /// Address of the data.
     pub addr: u64,
@@ -22,22 +21,22 @@ pub struct Sqe {
     pub len: u32,
     /// `RWF_*`, or the flags of another operation.
     pub rw_flags: u32,
-    /// Comes back in the CQE; nobody looks at it.
+    /// Returned unchanged in the CQE. The kernel does not interpret it.
     pub user_data: u64,
     /// Slot of the fixed buffer, or the group of provided buffers.
     pub buf_index: u16,
-    /// Registered credentials, 0 for the ring's own.
+    /// Registered credentials; 0 for the ring's own credentials.
     pub personality: u16,
-    /// `splice_fd_in`, `file_index`, or in its first byte `write_stream`.
+    /// `splice_fd_in`, `file_index`, or `write_stream` in the first byte.
     pub file_index: u32,
-    /// `addr3`, or `attr_ptr` where `attr_type_mask` is not 0.
+    /// `addr3`, or `attr_ptr` if `attr_type_mask` is not 0.
     pub addr3: u64,
     /// `IORING_RW_ATTR_FLAG_*`: which attributes `addr3` points to (Linux 6.14).
     pub attr_type_mask: u64,
 }
 
 impl Sqe {
-    /// The entry from the eight native-endian words it is stored in.
+    /// Decodes an entry from its eight native-endian words.
     #[inline]
     #[must_use]
     pub const fn from_words(words: [u64; 8]) -> Self {
@@ -63,7 +62,7 @@ impl Sqe {
         }
     }
 
-    /// The entry as eight native-endian words.
+    /// Encodes the entry as eight native-endian words.
     #[inline]
     #[must_use]
     pub const fn to_words(&self) -> [u64; 8] {
@@ -94,7 +93,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_field_is_where_the_kernels_structure_has_it() {
+    fn every_field_has_its_offset_in_the_kernels_structure() {
         let bytes: [u8; 64] = core::array::from_fn(|index| index as u8);
         let words =
             core::array::from_fn(|word| u64::from_ne_bytes(core::array::from_fn(|byte| bytes[8 * word + byte])));
@@ -123,7 +122,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn words_and_fields_are_the_same_entry(words in any::<[u64; 8]>()) {
+        fn decoding_and_encoding_preserve_the_words(words in any::<[u64; 8]>()) {
             prop_assert_eq!(Sqe::from_words(words).to_words(), words);
         }
     }

@@ -1,4 +1,4 @@
-//! What a kernel knows, as far as a policy needs it.
+//! What a kernel supports, as far as policies depend on it.
 
 use core::fmt;
 
@@ -8,30 +8,30 @@ use crate::{
     set::{OperationSet, RegisterOperationSet},
 };
 
-/// What one kernel knows of the operations a policy can name.
+/// The operations that one kernel supports, among those that a policy can name.
 ///
-/// This crate makes no system calls: whoever owns the ring asks the kernel (`IORING_REGISTER_PROBE`, and trials of
-/// one-entry restriction tables).
+/// This crate makes no system calls: the owner of the ring asks the kernel (with `IORING_REGISTER_PROBE`, and with trials of
+/// restriction tables of one entry).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct KernelSupport {
-    /// The SQE operations the kernel executes.
+    /// The SQE operations that the kernel executes.
     pub operations: OperationSet,
-    /// The register operations the kernel takes in a restriction table.
+    /// The register operations that the kernel accepts in a restriction table.
     pub register_operations: RegisterOperationSet,
     /// The SQE operations that the kernel has a number for, configured or not: those below its `IORING_OP_LAST`.
-    /// An SQE with another number fails with `EINVAL` before restrictions are looked at.
+    /// An SQE with another number fails with `EINVAL` before the kernel checks the restrictions.
     pub numbered: OperationSet,
-    /// The SQE operations that may carry `IOSQE_BUFFER_SELECT`. On any other that flag fails with `EOPNOTSUPP` before
-    /// restrictions are looked at.
+    /// The SQE operations that may carry `IOSQE_BUFFER_SELECT`. On any other operation the flag fails with `EOPNOTSUPP`
+    /// before the kernel checks the restrictions.
     pub buffer_select: OperationSet,
-    /// How the kernel reads a table that has rules of one class only.
+    /// How the kernel interprets a table that has rules of one class only.
     pub semantics: RestrictionSemantics,
 }
 
 impl KernelSupport {
-    /// What an upstream kernel of a release supports, with everything configured, by this crate's tables.
+    /// What an upstream kernel of this release supports if everything is configured, by this crate's tables.
     ///
-    /// For policies that are looked at on another machine than the one they are for. Right for Linux 5.10 and later.
+    /// Use this to check a policy on another machine than the one it is for. Correct for Linux 5.10 and later.
     #[must_use]
     pub fn upstream(version: LinuxVersion) -> Self {
         let has = |since: Option<LinuxVersion>| since.is_some_and(|since| since <= version);
@@ -46,19 +46,19 @@ impl KernelSupport {
     }
 }
 
-/// How a kernel reads a restriction table that has rules of one class (SQE or register) only.
+/// How a kernel interprets a restriction table that has rules of one class (SQE or register) only.
 ///
-/// Changed by kernel commit d6406c45f148, first released with Linux 7.0.
+/// Kernel commit d6406c45f148 changed this; Linux 7.0 is the first release with the change.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum RestrictionSemantics {
-    /// Any table denies everything it does not list, in both classes (Linux 5.10 to 6.19).
+    /// Any table denies everything that it does not list, in both classes (Linux 5.10 to 6.19).
     BeforeLinux7,
     /// A class without a rule is not restricted (from Linux 7.0).
     FromLinux7,
 }
 
 impl RestrictionSemantics {
-    /// Those of an upstream release.
+    /// The semantics of an upstream release.
     #[must_use]
     pub fn of(version: LinuxVersion) -> Self {
         if version >= (LinuxVersion { major: 7, minor: 0 }) { Self::FromLinux7 } else { Self::BeforeLinux7 }

@@ -1,4 +1,4 @@
-//! The kernel's restriction table, entry by entry.
+//! The entries of the kernel's restriction table.
 
 use crate::{
     operation::{Operation, RegisterOperation},
@@ -8,7 +8,7 @@ use crate::{
 /// The kernel's `struct io_uring_restriction`: 16 bytes, an array of which is the argument of
 /// `IORING_REGISTER_RESTRICTIONS`.
 ///
-/// Only this crate makes them, so a table of them is always one that was compiled from a policy.
+/// Only this crate creates entries, so they always come from a compiled policy.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Restriction {
@@ -18,14 +18,14 @@ pub struct Restriction {
     reserved2: [u32; 3],
 }
 
-/// What an entry of the table means.
+/// The meaning of an entry of the table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RestrictionKind {
     /// `IORING_RESTRICTION_REGISTER_OP` (0): a register operation that stays allowed.
     RegisterOperation(RegisterOperation),
-    /// `IORING_RESTRICTION_SQE_OP` (1): an operation that an SQE may ask for.
+    /// `IORING_RESTRICTION_SQE_OP` (1): an operation that an SQE may request.
     Operation(Operation),
-    /// `IORING_RESTRICTION_SQE_FLAGS_ALLOWED` (2): the flags that an SQE may carry, next to the required ones.
+    /// `IORING_RESTRICTION_SQE_FLAGS_ALLOWED` (2): the flags that an SQE may carry in addition to the required flags.
     FlagsAllowed(SqeFlags),
     /// `IORING_RESTRICTION_SQE_FLAGS_REQUIRED` (3): the flags that every SQE must carry.
     FlagsRequired(SqeFlags),
@@ -42,7 +42,7 @@ impl Restriction {
         Self { opcode, value, reserved: 0, reserved2: [0; 3] }
     }
 
-    /// What the entry means.
+    /// The meaning of the entry.
     #[must_use]
     pub fn kind(&self) -> RestrictionKind {
         match self.opcode {
@@ -59,7 +59,7 @@ impl Restriction {
         self.opcode
     }
 
-    /// The operation's number or the flags, as the kind has it.
+    /// The operation's number or the flags, depending on the kind.
     #[must_use]
     pub const fn value(&self) -> u8 {
         self.value
@@ -83,7 +83,7 @@ mod tests {
     }
 
     #[test]
-    fn every_kind_is_read_back_as_it_was_written() {
+    fn every_kind_is_read_back_unchanged() {
         for (number, kind) in [
             (0, RestrictionKind::RegisterOperation(RegisterOperation::REGISTER_CLONE_BUFFERS)),
             (1, RestrictionKind::Operation(Operation::WRITE_FIXED)),

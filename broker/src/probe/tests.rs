@@ -314,7 +314,7 @@ fn a_missing_operation_refuses_direct_mode_by_name() {
     facts.support.as_mut().unwrap().operations.remove(Operation::WRITE_FIXED);
     assert_no_direct(
         &facts,
-        "operations of the direct policy: this kernel does not know IORING_OP_WRITE_FIXED: it takes Linux 5.1 or \
+        "operations of the direct policy: this kernel does not know IORING_OP_WRITE_FIXED: use Linux 5.1 or \
          later, or a policy without them",
         &["use Linux 6.10 or later"],
     );

@@ -175,7 +175,7 @@ fn a_range_is_allocated_inside_the_window_and_nothing_is_moved() {
     assert_eq!(policy.check(&punch), Verdict::Allowed);
     let beyond = Sqe { addr: (1 << 20) + 512, ..punch };
     assert_eq!(policy.check(&beyond), refused(Refusal::Field(FieldRule::OffsetWindow)));
-    // Collapsing and inserting move what lies behind the window.
+    // Collapsing and inserting move the data behind the window.
     for mode in [0x2, 0x8, 0x20, 0x40, 0x80, u32::MAX] {
         assert_eq!(policy.check(&Sqe { len: mode, ..punch }), refused(Refusal::FallocateMode), "{mode:#x}");
     }
@@ -194,12 +194,12 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(20_000))]
 
     #[test]
-    fn what_passes_the_strict_policy_lies_in_all_of_its_bounds(
+    fn an_sqe_that_the_strict_policy_allows_is_within_all_bounds(
         words in any::<[u64; 8]>(),
         how in prop::array::uniform8(0..4u8),
         step in -4096..4096i64,
     ) {
-        // Random words alone never pass: most stay as they are in a good SQE, or near it.
+        // Purely random words never pass, so most words stay as in a good SQE, or near it.
         let mut mixed = GOOD.to_words();
         for ((word, random), how) in mixed.iter_mut().zip(words).zip(how) {
             *word = match how {

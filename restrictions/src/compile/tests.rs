@@ -3,7 +3,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::policy::Access;
 
-/// A kernel that knows the operations up to these, both included.
+/// A kernel that knows the operations up to and including these.
 fn kernel(last: Operation, last_register: RegisterOperation, semantics: RestrictionSemantics) -> KernelSupport {
     KernelSupport {
         operations: (0..=last.code()).map(Operation::new).collect(),
@@ -47,16 +47,16 @@ fn all_unknown_operations_are_named_at_once_with_the_kernel_that_has_them() {
     assert_eq!(
         policy.compile(&linux_6_6()).unwrap_err().to_string(),
         "this kernel does not know IORING_OP_FTRUNCATE, IORING_OP_READV_FIXED, IORING_REGISTER_RESIZE_RINGS: \
-         it takes Linux 6.15 or later, or a policy without them"
+         use Linux 6.15 or later, or a policy without them"
     );
 }
 
 #[test]
-fn an_operation_that_nobody_knows_is_named_by_number() {
+fn an_operation_without_a_name_is_shown_by_number() {
     let policy = Policy::direct(Access::ReadWrite).allow(Operation::new(200));
     assert_eq!(
         policy.compile(&linux_6_18()).unwrap_err().to_string(),
-        "this kernel does not know IORING_OP 200: take them out of the policy"
+        "this kernel does not know IORING_OP 200: remove them from the policy"
     );
 }
 
@@ -68,7 +68,7 @@ fn a_policy_without_an_sqe_operation_is_refused() {
     assert_eq!(
         error.to_string(),
         "the policy allows no SQE operation on this kernel, and from Linux 7.0 a table without any leaves them all \
-         free: allow at least one"
+         unrestricted: allow at least one"
     );
 }
 
@@ -85,7 +85,7 @@ fn a_required_flag_must_be_allowed() {
     let policy = Policy::direct(Access::ReadOnly).with_flags_required(SqeFlags::FIXED_FILE | SqeFlags::IO_DRAIN);
     assert_eq!(
         policy.compile(&linux_6_18()).unwrap_err().to_string(),
-        "the policy requires IOSQE_IO_DRAIN but allows only IOSQE_FIXED_FILE: allow what is required"
+        "the policy requires IOSQE_IO_DRAIN but allows only IOSQE_FIXED_FILE: allow the required flags"
     );
 }
 
@@ -107,8 +107,8 @@ fn a_policy_for_other_kernels_is_refused() {
         kernel(Operation::URING_CMD128, RegisterOperation::REGISTER_BPF_FILTER, RestrictionSemantics::FromLinux7);
     assert_eq!(
         policy.compile(&linux_7_0).unwrap_err().to_string(),
-        "the policy is for kernels before Linux 7.0 (what is not listed is denied), this kernel's restrictions are \
-         those from Linux 7.0 (a class without a rule is unrestricted)"
+        "the policy is for kernels before Linux 7.0 (what is not listed is denied), but this kernel has the semantics \
+         from Linux 7.0 (a class without a rule is unrestricted)"
     );
 }
 
@@ -122,7 +122,7 @@ fn kernels() -> impl Strategy<Value = KernelSupport> {
     })
 }
 
-/// Policies of all kinds: empty classes, unknown operations and contradicting flags are as likely as sound ones.
+/// Arbitrary policies: empty classes, unknown operations and contradicting flags are as likely as sound policies.
 fn policies() -> impl Strategy<Value = Policy> {
     let flags = || prop_oneof![4 => 0..4u8, 1 => any::<u8>()].prop_map(SqeFlags::from_bits_retain);
     let target = prop_oneof![3 => Just(TargetSemantics::Auto), 1 => semantics().prop_map(TargetSemantics::Only)];
@@ -140,7 +140,7 @@ fn policies() -> impl Strategy<Value = Policy> {
     )
 }
 
-/// What the kernel makes of a table (`io_parse_restrictions`): later flag entries overwrite earlier ones.
+/// Parses a table as the kernel does (`io_parse_restrictions`): later flag entries overwrite earlier ones.
 #[derive(Default)]
 struct Parsed {
     operations: Vec<Operation>,
@@ -166,7 +166,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(2000))]
 
     #[test]
-    fn what_compiles_is_what_the_policy_says_and_the_kernel_takes(policy in policies(), kernel in kernels()) {
+    fn a_compiled_table_matches_the_policy_and_is_valid_for_the_kernel(policy in policies(), kernel in kernels()) {
         let Ok(compiled) = policy.compile(&kernel) else { return Ok(()) };
         let parsed = parse(compiled.entries());
         // The kernel's own limit on the table's length.
@@ -187,7 +187,7 @@ proptest! {
     }
 
     #[test]
-    fn what_does_not_compile_has_the_fault_that_the_error_names(policy in policies(), kernel in kernels()) {
+    fn a_compile_error_names_a_fault_that_the_policy_has(policy in policies(), kernel in kernels()) {
         let Err(error) = policy.compile(&kernel) else { return Ok(()) };
         match error {
             CompileError::UnknownOperations { operations, register_operations } => {

@@ -1,4 +1,4 @@
-//! Lists of names: operations and flags as files call them.
+//! Lists of names of operations and flags in policy files.
 
 use core::{fmt, marker::PhantomData};
 
@@ -14,17 +14,17 @@ use crate::{
     policy::SqeFlags,
 };
 
-/// A thing that files call by name.
+/// An item that policy files write by name.
 pub(super) trait Named: Copy {
-    /// What the names are of, for refusals.
+    /// The kind of the items, for error messages.
     const WHAT: &'static str;
     fn from_name(name: &str) -> Option<Self>;
-    /// For what has no name here. `None`: out of range.
+    /// For items without a name. `None`: out of range.
     fn from_number(number: i64) -> Option<Self>;
     fn entry(self) -> Entry;
 }
 
-/// As it is written.
+/// An item as it is written in a file.
 #[derive(Serialize)]
 #[serde(untagged)]
 pub(super) enum Entry {
@@ -80,7 +80,7 @@ impl<'de, T: Named> Deserialize<'de> for Names<T> {
     }
 }
 
-/// One name of a list.
+/// One item of a list.
 struct One<T>(T);
 
 impl<'de, T: Named> Deserialize<'de> for One<T> {
@@ -100,7 +100,7 @@ impl<'de, T: Named> Deserialize<'de> for One<T> {
 
             fn visit_i64<E: de::Error>(self, number: i64) -> Result<Self::Value, E> {
                 let item = T::from_number(number);
-                item.map(One).ok_or_else(|| E::custom(format_args!("{number} is no number of a {}", T::WHAT)))
+                item.map(One).ok_or_else(|| E::custom(format_args!("{number} is not the number of a {}", T::WHAT)))
             }
         }
 
@@ -131,7 +131,7 @@ macro_rules! named_codes {
 named_codes!(Operation, "SQE operation");
 named_codes!(RegisterOperation, "register operation");
 
-/// The flags of a set one by one; bits without a name as one number.
+/// The flags of a set, one by one; all bits without a name as one number.
 pub(super) fn each_flag<T: bitflags::Flags + Copy>(flags: T) -> Names<T> {
     Names(flags.iter().collect())
 }

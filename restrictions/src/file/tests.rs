@@ -50,7 +50,7 @@ fn the_example_of_this_modules_documentation_is_a_policy_file() {
 }
 
 #[test]
-fn what_is_wrong_is_said_with_its_line_and_column() {
+fn an_error_states_the_line_and_the_column() {
     for (text, expected) in [
         (with("[sqf]"), "line 10, column 2: unknown field `sqf`, expected one of"),
         (with("operation = []"), "line 10, column 1: unknown field `operation`, expected"),
@@ -62,13 +62,13 @@ fn what_is_wrong_is_said_with_its_line_and_column() {
             replaced("flags_allowed = [\"IOSQE_FIXED_FILE\"]", "flags_allowed = [\"IOSQE_FIXED_FILE\", \"IOSQE\"]"),
             "line 6, column 38: \"IOSQE\" is no known SQE flag",
         ),
-        (replaced("\"IORING_OP_READ_FIXED\"", "256"), "line 4, column 15: 256 is no number of a SQE operation"),
-        (replaced("\"IORING_OP_READ_FIXED\"", "-1"), "line 4, column 15: -1 is no number of a SQE operation"),
+        (replaced("\"IORING_OP_READ_FIXED\"", "256"), "line 4, column 15: 256 is not the number of a SQE operation"),
+        (replaced("\"IORING_OP_READ_FIXED\"", "-1"), "line 4, column 15: -1 is not the number of a SQE operation"),
         (
             replaced("[\"IORING_OP_READ_FIXED\"]", "4"),
             "line 4, column 14: invalid type: integer `4`, expected a list of",
         ),
-        (replaced("version = 1", "version = 2"), "line 1, column 11: the format has version 2, known is 1"),
+        (replaced("version = 1", "version = 2"), "line 1, column 11: unknown format version 2: use version 1"),
         (replaced("version = 1\n", ""), "line 1, column 1: missing field `version`"),
         (replaced("flags_allowed = [\"IOSQE_FIXED_FILE\"]\n", ""), "line 3, column 1: missing field `flags_allowed`"),
         (
@@ -175,7 +175,7 @@ fn fields() -> impl Strategy<Value = FieldRules> {
 
 proptest! {
     #[test]
-    fn a_policy_that_is_written_is_read_again_as_it_was(policy in policies(), name in any::<Option<String>>()) {
+    fn a_written_policy_is_read_back_unchanged(policy in policies(), name in any::<Option<String>>()) {
         let file = PolicyFile { description: name.clone(), name, policy };
         let text = file.to_toml();
         match PolicyFile::parse(&text) {
@@ -184,9 +184,9 @@ proptest! {
         }
     }
 
-    /// The parser's fuzz in small: a built-in file with some bytes changed is a policy or an error with a place in it.
+    /// A small fuzz test of the parser: a built-in file with some changed bytes is a policy, or an error with a position in it.
     #[test]
-    fn a_damaged_file_is_refused_with_a_place_inside_it_or_is_another_policy(
+    fn a_damaged_file_is_another_policy_or_an_error_with_a_position_in_the_file(
         which in 0..BuiltIn::ALL.len(),
         damage in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..6),
     ) {

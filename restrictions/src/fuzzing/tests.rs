@@ -1,4 +1,4 @@
-//! The bodies as property tests, and the seeds of the fuzzer.
+//! The fuzz bodies as property tests, and the fuzzer's seeds.
 
 use proptest::{collection::vec, prelude::*, strategy::ValueTree, test_runner::TestRunner};
 
@@ -8,8 +8,8 @@ use crate::BuiltIn;
 /// Enough bytes for a policy with all rules and some dozens of SQEs.
 const CHOICES_MAX: usize = 300;
 
-/// Saves an input from which a fuzzer begins, in the directory that `cargo xtask` names in `RINGPASS_FUZZ_SEEDS`.
-/// Without that variable it does nothing.
+/// Saves an input as a seed for a fuzzer in the directory that `cargo xtask` sets in `RINGPASS_FUZZ_SEEDS`. Does nothing
+/// without that variable.
 fn save_seed(target: &str, name: &str, bytes: &[u8]) {
     let Some(directory) = std::env::var_os("RINGPASS_FUZZ_SEEDS") else { return };
     let directory = std::path::Path::new(&directory).join(target);
@@ -21,12 +21,12 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(2_000))]
 
     #[test]
-    fn the_checker_says_what_the_second_model_says(bytes in vec(any::<u8>(), 0..CHOICES_MAX)) {
+    fn the_checker_agrees_with_the_second_model(bytes in vec(any::<u8>(), 0..CHOICES_MAX)) {
         policy_check(&bytes);
     }
 
     #[test]
-    fn any_text_is_a_policy_that_can_be_written_or_an_error_with_a_place(text in any::<String>()) {
+    fn any_text_is_a_policy_that_can_be_written_or_an_error_with_a_position(text in any::<String>()) {
         policy_file(text.as_bytes());
     }
 }

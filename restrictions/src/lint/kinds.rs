@@ -1,15 +1,15 @@
-//! The kinds of findings, and how bad they are.
+//! The kinds of findings and their severities.
 
 use core::fmt;
 
-/// How bad a finding is.
+/// The severity of a finding.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Severity {
-    /// Worth knowing.
+    /// Information.
     Note,
-    /// Sound only under conditions that the policy cannot see to.
+    /// Safe only under conditions that the policy cannot ensure.
     Warning,
-    /// A guest gets out, or exhausts the host; or the policy can never be put in force.
+    /// A guest can escape or exhaust the host, or the policy can never be enforced.
     Error,
 }
 
@@ -31,7 +31,7 @@ impl fmt::Display for Severity {
     }
 }
 
-/// Makes the enum of lints, each with its name and why it matters.
+/// Defines the enum of lints, each with its name and the reason why it matters.
 macro_rules! lints {
     ($( $(#[$doc:meta])* $Lint:ident = $name:literal: $why:literal, )+) => {
         /// A kind of finding.
@@ -41,7 +41,7 @@ macro_rules! lints {
         }
 
         impl Lint {
-            /// All of them.
+            /// All lints.
             pub const ALL: &'static [Self] = &[$(Self::$Lint),+];
 
             /// The name, for people and for scripts.
@@ -50,7 +50,7 @@ macro_rules! lints {
                 match self { $(Self::$Lint => $name,)+ }
             }
 
-            /// Why it matters, in a sentence or two.
+            /// Why the finding matters, in a sentence or two.
             #[must_use]
             pub const fn why(self) -> &'static str {
                 match self { $(Self::$Lint => $why,)+ }
@@ -64,30 +64,30 @@ lints! {
     RawAddresses = "raw-addresses":
         "The address in the SQE is one of the process that created the ring, not the guest's: the guest reads or writes \
          the memory of that process. Only READ_FIXED and WRITE_FIXED are held to the registered buffers.",
-    /// A fixed operation that takes its vectors from the owner's memory.
+    /// A fixed operation that reads its vectors from the owner's memory.
     VectoredFixed = "vectored-fixed":
-        "The buffers are registered ones, but the list of them is read at any address of the process that created the \
-         ring: the guest learns what is mapped there, and what looks like a list.",
+        "The buffers are registered, but the kernel reads their list at any address of the process that created the ring: \
+         the guest learns what is mapped there, and what looks like a list.",
     /// `IOSQE_FIXED_FILE` is not required.
     NoFixedFile = "no-fixed-file":
         "Without the flag the file is a descriptor of the process that created the ring: any of its files, other guests' \
          disks included. Require IOSQE_FIXED_FILE.",
     /// An operation that reaches files by path or descriptor.
     OtherFiles = "files-outside-table":
-        "The operation opens, closes, exchanges or names files of the process that created the ring that are not in the \
-         ring's table, with the rights of that process.",
+        "The operation opens, closes, exchanges or names files outside the ring's table, with the rights of the process that \
+         created the ring.",
     /// `SPLICE` or `TEE`.
     Splice = "splice":
-        "The source is named by splice_fd_in, which is a descriptor of the process that created the ring even where \
-         IOSQE_FIXED_FILE is required.",
+        "splice_fd_in names the source: a descriptor of the process that created the ring, even if the policy requires \
+         IOSQE_FIXED_FILE.",
     /// `URING_CMD`.
     UringCommand = "uring-cmd":
-        "Drivers and file systems define these commands: an NVMe passthrough command has the whole device and any \
-         address, ublk and socket commands have more.",
+        "Drivers and file systems define these commands: an NVMe passthrough command reaches the whole device and any \
+         address, ublk and socket commands reach more.",
     /// Provided buffers.
     ProvidedBuffers = "provided-buffers":
-        "Provided buffers are addresses of the process that created the ring, they are kept in kernel memory without \
-         bound, and most of io_uring's holes were in their code.",
+        "Provided buffers are addresses of the process that created the ring. The kernel stores them without bound, and most \
+         of io_uring's holes were in their code.",
     /// `MSG_RING`.
     MessageRing = "msg-ring":
         "The operation posts completions to other rings and puts files into their tables.",
@@ -95,69 +95,69 @@ lints! {
     Network = "network": "The guest sends and receives with the rights of the process that created the ring.",
     /// Children, futexes.
     Processes = "processes": "The operation waits for children or wakes threads of the process that created the ring.",
-    /// Requests that pile up in the kernel.
+    /// Requests that accumulate in the kernel.
     UnboundedWork = "unbounded-work":
-        "Requests of this kind wait for ever, or go to the kernel's worker threads (io-wq), and the SQ takes as many as \
-         the guest writes: kernel memory grows without limit. Such work belongs on a queue of a bounded size.",
+        "Requests of this kind wait for ever, or go to the kernel's worker threads (io-wq), and the kernel accepts as many as \
+         the guest submits: kernel memory grows without limit. Such work belongs on a queue of a bounded size.",
     /// Writes that block.
     BlockingWrites = "blocking-writes":
-        "A read or write that would block goes to the kernel's worker threads (io-wq), where it queues without limit. Buffered \
-         writes do so on file systems that cannot write without blocking (ext4, for one): open images with direct I/O, or \
+        "A read or write that would block goes to the kernel's worker threads (io-wq), which queue without limit. Buffered \
+         writes block on file systems that cannot write without blocking (for example ext4): open images with direct I/O, or \
          bound the memory of the process that created the ring with a control group.",
     /// The size of the file.
     FileSize = "file-size":
-        "The guest changes the size and the allocation of the image; RLIMIT_FSIZE does not bound what is allocated beyond \
-         the end.",
+        "The guest changes the size and the allocation of the image; RLIMIT_FSIZE does not bound the allocation beyond the \
+         end.",
     /// `NOP`.
     Nop = "nop":
         "NOP with IOSQE_FIXED_FILE leaks references to files on Linux 6.13 to 6.18.38 and up to 7.1.3 (CVE-2026-64426), \
-         and a disk has no use for it.",
+         and a disk does not need NOP.",
     /// `IOSQE_ASYNC`.
     AsyncFlag = "async-flag":
-        "IOSQE_ASYNC sends every request to the kernel's worker threads (io-wq), where they queue without limit.",
+        "IOSQE_ASYNC sends every request to the kernel's worker threads (io-wq), which queue without limit.",
     /// `IOSQE_IO_DRAIN`, `IOSQE_IO_LINK`, `IOSQE_IO_HARDLINK`.
     OrderedRequests = "ordered-requests":
-        "Requests that wait for others are kept in kernel memory until those are done; a guest that orders many behind a \
-         slow one keeps many.",
+        "The kernel keeps requests that wait for other requests in memory. A guest that orders many requests behind a slow \
+         request occupies much of it.",
     /// `IOSQE_CQE_SKIP_SUCCESS`.
     SkippedCompletions = "skipped-completions":
-        "A request that posts no CQE cannot be counted: what is outstanding, and whether all is done, is no longer known \
-         from the ring.",
+        "A request that posts no CQE cannot be counted: the ring no longer shows how many requests are outstanding, and \
+         whether all have ended.",
     /// Attributes of reads and writes.
     Attributes = "attributes":
-        "From Linux 6.14 attr_ptr of a read or write is read at any address of the process that created the ring, and \
-         restrictions cannot forbid it: the errno tells mapped from unmapped. On a block device with an integrity profile \
-         the buffer that it names is read and written, too. Let the process hold nothing worth finding, and give no such \
-         device to a direct ring.",
+        "From Linux 6.14 the kernel reads attr_ptr of a read or write at any address of the process that created the ring, \
+         and restrictions cannot forbid it: the errno shows whether the address is mapped. On a block device with an integrity \
+         profile the kernel also reads and writes the buffer that the attribute names. Keep no secrets in the process, and \
+         give no such device to a direct ring.",
     /// Realtime priority.
     RealtimePriority = "realtime-priority":
-        "If the process that created the ring had CAP_SYS_NICE or CAP_SYS_ADMIN then, the guest's requests may go before \
-         everybody else's. Drop them before the ring is created.",
-    /// Nothing in the register class.
+        "If the process that created the ring had CAP_SYS_NICE or CAP_SYS_ADMIN at that time, the guest's requests may take \
+         precedence over all others on the host. Drop these capabilities before the ring is created.",
+    /// No operation in the register class.
     EmptyRegisterClass = "empty-register-class":
-        "From Linux 7.0 a table without any register operation leaves them all free, up to it all are denied. Name at \
-         least one, so that the policy means the same everywhere.",
-    /// Nothing in the SQE class.
+        "From Linux 7.0 a table without any register operation leaves all of them unrestricted, before 7.0 it denies all of \
+         them. Allow at least one, so that the policy means the same everywhere.",
+    /// No operation in the SQE class.
     EmptyOperationClass = "empty-operation-class":
-        "The policy allows no operation: it cannot be put in force, and a ring under it could do nothing.",
+        "The policy allows no operation: it cannot be enforced, and a ring under it could do nothing.",
     /// Register operations that change what SQEs reach.
     RegisterGrants = "register-grants":
-        "While the ring runs its owner may change what the guest's SQEs reach. The guest cannot call it; whoever takes over \
-         the owner can.",
-    /// An operation this crate knows nothing of.
+        "While the ring runs, its owner may change what the guest's SQEs reach. The guest cannot call this operation; an \
+         attacker who takes over the owner can.",
+    /// An operation that this crate does not know.
     UnknownOperation = "unknown-operation":
-        "This version knows nothing of the operation, so nothing can be said about what it reaches.",
+        "This version does not know the operation, so its reach is unknown.",
     /// Rules that contradict each other.
-    Contradiction = "contradiction": "The policy cannot be put in force as it is.",
+    Contradiction = "contradiction": "The policy cannot be enforced as it is.",
     /// Rules on fields, in direct mode.
     NotEnforceable = "not-enforceable":
-        "The kernel's restrictions see the opcode and the flags only. With rules on fields a policy is for mediated mode.",
+        "The kernel's restrictions cover only the opcode and the flags. A policy with rules on fields is for mediated mode.",
     /// An operation that the rules on fields always refuse.
     NeverAllowed = "never-allowed":
-        "The policy has rules on fields, and none can judge the fields of this operation: every such SQE is refused.",
-    /// Mediated without a limit on requests.
+        "The policy has rules on fields, and they cannot judge the fields of this operation: every such SQE is refused.",
+    /// Mediated mode without a limit on requests.
     NoLimit = "no-outstanding-limit":
-        "Nothing bounds how many requests the guest has under way at once. Set fields.max_outstanding.",
+        "Nothing bounds the number of requests that the guest has under way at once. Set fields.max_outstanding.",
 }
 
 impl fmt::Display for Lint {

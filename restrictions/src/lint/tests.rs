@@ -41,7 +41,7 @@ fn the_mediated_policies_are_refused_for_direct_mode_by_the_name_of_each_rule() 
     assert_eq!(found, rules);
 }
 
-/// The policies that practice has shown to be dangerous, each with the one lint that names what is wrong.
+/// Policies that are dangerous in practice, each with the one lint that names the danger.
 #[test]
 fn every_dangerous_policy_gets_its_lint_by_name() {
     let with = |operation| direct().allow(operation);

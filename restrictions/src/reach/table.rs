@@ -1,4 +1,4 @@
-//! The table itself, one row for each operation.
+//! The table of operations, one row for each.
 
 use super::{OperationFacts, Reach};
 use crate::operation::{LinuxVersion, Operation};
@@ -15,20 +15,20 @@ const fn row(operation: Operation, does: &'static str, reach: Reach, source: &'s
 }
 
 impl OperationFacts {
-    /// It works on the file that `fd` names.
+    /// The operation works on the file of `fd`.
     const fn on_file(mut self) -> Self {
         self.takes_file = true;
         self
     }
 
-    /// It takes provided buffers from this release on.
+    /// The operation takes provided buffers since this release.
     const fn select(mut self, major: u8, minor: u8) -> Self {
         self.buffer_select_since = Some(LinuxVersion { major, minor });
         self
     }
 }
 
-/// By number.
+/// The rows, in the order of the operations' numbers.
 pub(super) const TABLE: &[OperationFacts] = &[
     row(
         Operation::NOP,
@@ -81,7 +81,7 @@ pub(super) const TABLE: &[OperationFacts] = &[
     .on_file(),
     row(
         Operation::POLL_REMOVE,
-        "end or change such waiting on the same ring",
+        "end or change polls of the same ring",
         NOTHING,
         "io_uring/poll.c io_poll_remove (looks in ctx->cancel_table)",
     ),
@@ -109,7 +109,7 @@ pub(super) const TABLE: &[OperationFacts] = &[
     .select(5, 7),
     row(
         Operation::TIMEOUT,
-        "wait for ever, in any number",
+        "start any number of time-outs that never end",
         READS.union(UNBOUNDED),
         "io_uring/timeout.c __io_timeout_prep (get_timespec64 of addr), io_timeout",
     ),
@@ -172,7 +172,7 @@ pub(super) const TABLE: &[OperationFacts] = &[
     ),
     row(
         Operation::STATX,
-        "look at any file by path, and write what it sees to any address",
+        "read the status of any file by path, and write it to any address",
         FILES.union(READS).union(WRITES).union(UNBOUNDED),
         "io_uring/statx.c io_statx_prep (REQ_F_FORCE_ASYNC), io_statx; statx(2)",
     ),
@@ -241,13 +241,13 @@ pub(super) const TABLE: &[OperationFacts] = &[
     .on_file(),
     row(
         Operation::PROVIDE_BUFFERS,
-        "hand addresses of the owner to later reads, kept in kernel memory",
+        "provide addresses of the owner for later reads, stored in kernel memory",
         WRITES.union(UNBOUNDED),
         "io_uring/kbuf.c io_provide_buffers_prep, io_add_buffers; io_uring_provided_buffers(7)",
     ),
     row(
         Operation::REMOVE_BUFFERS,
-        "take such buffers back",
+        "remove provided buffers",
         NOTHING,
         "io_uring/kbuf.c io_remove_buffers_prep, io_manage_buffers_legacy",
     ),
