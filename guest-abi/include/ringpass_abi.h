@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 OR MIT */
 /*
- * The ABI of ringpass, version 0: docs/abi.md is its specification. Made from the Rust source; do not edit.
+ * The ABI of ringpass, version 0: docs/abi.md is its specification. Generated from the Rust source; do not edit.
  *
- * All fields are little-endian. Names in brackets in the comments are those of the Rust crate.
+ * All fields are little-endian. Names in brackets in the comments are names of the Rust crate.
  */
 
 #ifndef RINGPASS_ABI_H
@@ -11,40 +11,40 @@
 #include <linux/types.h>
 
 /**
- * PROBE, queue 0: what the device is. The answer is a [`ProbeAnswer`](crate::probe::ProbeAnswer).
+ * PROBE, queue 0: asks what the device supports. The answer is a [`ProbeAnswer`](crate::probe::ProbeAnswer).
  */
 #define RINGPASS_T_PROBE 1919942656
 
 /**
- * ARM, on the queue to be attached, which must be empty. Completes at once. The driver leaves it unreaped for as long
- * as the queue is attached. The answer is an [`Outcome`].
+ * ARM, on the queue to be attached, which must be empty. Completes at once. The driver does not reap it while the queue is
+ * attached. The answer is an [`Outcome`].
  */
 #define RINGPASS_T_ARM 1919942658
 
 /**
- * ATTACH, right behind ARM and the last entry of its queue. Pending for as long as the queue is attached. The payload is
- * an [`AttachPayload`](crate::attach::AttachPayload), the answer an [`Outcome`].
+ * ATTACH, directly after ARM, and the last entry of its queue. Pending while the queue is attached. The payload is an
+ * [`AttachPayload`](crate::attach::AttachPayload), the answer is an [`Outcome`].
  */
 #define RINGPASS_T_ATTACH 1919942661
 
 /**
- * EVENT, queue 0: completes when the driver should look at its control pages. The answer is an [`EventAnswer`].
+ * EVENT, queue 0: completes when the driver should read its control pages. The answer is an [`EventAnswer`].
  */
 #define RINGPASS_T_EVENT 1919942662
 
 /**
- * DETACH, queue 0: the driver has set the detach word of a queue's control page. The payload is a [`DetachPayload`],
- * the answer an [`Outcome`].
+ * DETACH, queue 0: the driver has set the detach word of a queue's control page. The payload is a [`DetachPayload`], the
+ * answer is an [`Outcome`].
  */
 #define RINGPASS_T_DETACH 1919942665
 
 /**
- * [`EventAnswer::events`]: an announcement was made on some queue, or an ATTACH completed.
+ * [`EventAnswer::events`]: the device made an announcement on some queue, or completed an ATTACH.
  */
 #define RINGPASS_EVENT_QUEUES (1 << 0)
 
 /**
- * Longest payload that a device looks at, in bytes. A longer one is refused with [`ErrorCode::Length`].
+ * Maximum length of a payload in bytes. The device refuses a longer payload with [`ErrorCode::Length`].
  */
 #define RINGPASS_PAYLOAD_BYTES_MAX 4096
 
@@ -59,13 +59,13 @@
 #define RINGPASS_MAGIC 8319100072082958706
 
 /**
- * The version that this crate describes. Version 0 is not frozen: both sides must be of the same state of it.
+ * The version that this crate implements. Version 0 is not frozen: both sides must implement the same state of it.
  */
 #define RINGPASS_VERSION 0
 
 /**
- * [`ProbeAnswer::features`]: a write with `RWF_DSYNC` is durable when it completes (force unit access). Without it a
- * driver does not attach while the write cache is off, and follows a write with FUA by a flush.
+ * [`ProbeAnswer::features`]: a write with `RWF_DSYNC` is durable when it completes (force unit access). Without this
+ * feature a driver does not attach while the write cache is off, and sends a flush after a write with FUA.
  */
 #define RINGPASS_F_DSYNC (1 << 0)
 
@@ -100,7 +100,7 @@
 #define RINGPASS_CONTROL_PAGE_BYTES 4096
 
 /**
- * [`Phase::Open`] in the low two bits of the word. 0 there: nothing was announced.
+ * [`Phase::Open`] in the low two bits of the word. If these bits are 0, the device has announced nothing yet.
  */
 #define RINGPASS_PHASE_OPEN 1
 
@@ -115,19 +115,19 @@
 #define RINGPASS_PHASE_ENDED 3
 
 /**
- * How a request ended ([`Outcome::error`]).
+ * The result of a request ([`Outcome::error`]).
  */
 enum ringpass_error {
   /**
-   * It was done.
+   * Success.
    */
   RINGPASS_ERROR_NONE = 0,
   /**
-   * ATTACH: the driver asked for it with DETACH. The status is `VIRTIO_BLK_S_OK`.
+   * ATTACH ended because the driver sent DETACH. The status is `VIRTIO_BLK_S_OK`.
    */
   RINGPASS_ERROR_DETACHED = 1,
   /**
-   * The version is not one that the device has.
+   * The device does not support the version.
    */
   RINGPASS_ERROR_VERSION = 2,
   /**
@@ -135,7 +135,7 @@ enum ringpass_error {
    */
   RINGPASS_ERROR_FEATURES = 3,
   /**
-   * A field that must be zero is not, or bytes behind the last field that the device knows.
+   * A field that must be zero is not zero, or bytes after the last field that the device knows are not zero.
    */
   RINGPASS_ERROR_RESERVED = 4,
   /**
@@ -159,31 +159,31 @@ enum ringpass_error {
    */
   RINGPASS_ERROR_OVERLAP = 9,
   /**
-   * A range does not lie in one piece of guest RAM, or not any more, or the host cannot have rings in memory of that kind.
+   * A range is not, or no longer, in one piece of guest RAM, or the host cannot place rings in memory of that kind.
    */
   RINGPASS_ERROR_MEMORY = 10,
   /**
-   * The request is for another queue: ARM and ATTACH never on queue 0, all others only there.
+   * The request is on the wrong queue: ARM and ATTACH must not be on queue 0, all others must be.
    */
   RINGPASS_ERROR_QUEUE = 11,
   /**
-   * ARM on a queue with other requests, or ATTACH not right behind ARM.
+   * ARM on a queue with other requests, or ATTACH not directly after ARM.
    */
   RINGPASS_ERROR_ORDER = 12,
   /**
-   * A range is used by another queue, or still by a ring that is being taken apart. Trying again later helps.
+   * Another queue, or a ring that is still closing, uses a range. Try again later.
    */
   RINGPASS_ERROR_BUSY = 13,
   /**
-   * The device does not give out rings now. An EVENT tells when to try again.
+   * The device offers no rings now. An EVENT completes when the driver can try again.
    */
   RINGPASS_ERROR_MODE = 14,
   /**
-   * The host lacks something (memory that may be locked, descriptors). Trying again later may help.
+   * The host lacks a resource (memory that may be locked, descriptors). Trying again later may help.
    */
   RINGPASS_ERROR_RESOURCES = 15,
   /**
-   * Guest memory was discarded while it was pinned. No ring before the next device reset.
+   * Guest memory was discarded while it was pinned. The device offers no rings before its next reset.
    */
   RINGPASS_ERROR_DISCARDED = 16,
 };
@@ -194,9 +194,9 @@ enum ringpass_error {
 struct Area;
 
 /**
- * The number of an epoch, 30 bits; after the highest comes 0.
+ * The number of an epoch, 30 bits; the highest number is followed by 0.
  *
- * Numbers are only ever compared for equality, with the one that is current and the one after it.
+ * Both sides compare numbers only for equality, with the current epoch and the next one.
  */
 struct Epoch;
 
@@ -214,31 +214,31 @@ struct ringpass_probe_answer {
    */
   __le64 magic;
   /**
-   * Bytes of the answer that the device knows, this field and the magic included. Fields beyond are zero.
+   * Length in bytes of the answer that the device knows, including this field and the magic. Fields beyond it are zero.
    */
   __le32 answer_bytes;
   /**
-   * Lowest version that the device has.
+   * Lowest version that the device supports.
    */
   __le16 version_min;
   /**
-   * Highest version that the device has.
+   * Highest version that the device supports.
    */
   __le16 version_max;
   /**
-   * `F_*`. The driver takes those that it knows and names them in ATTACH.
+   * `F_*`. The driver selects the features that it knows and sets them in ATTACH.
    */
   __le64 features;
   /**
-   * What is added to a guest-physical address to make `sqe.addr`, in bytes: a multiple of 1 GiB, not zero.
+   * The number of bytes to add to a guest-physical address for `sqe.addr`: a multiple of 1 GiB, not zero.
    */
   __le64 iova_base;
   /**
-   * Most SQ entries of a ring.
+   * Maximum number of SQ entries of a ring.
    */
   __le32 sq_entries_max;
   /**
-   * Most CQ entries of a ring.
+   * Maximum number of CQ entries of a ring.
    */
   __le32 cq_entries_max;
   /**
@@ -247,16 +247,16 @@ struct ringpass_probe_answer {
    */
   __le32 page_bytes;
   /**
-   * Alignment that each data segment's address and length need, in bytes: a power of two, at most 4096. The position
-   * on the disk and the total length are multiples of the logical block size besides.
+   * Required alignment of each data segment's address and length in bytes: a power of two, at most 4096. In addition, the
+   * position on the disk and the total length must be multiples of the logical block size.
    */
   __le32 segment_align_bytes;
   /**
-   * Most bytes of one SQE; a multiple of `segment_align_bytes`.
+   * Maximum number of bytes of one SQE; a multiple of `segment_align_bytes`.
    */
   __le32 segment_bytes_max;
   /**
-   * Queues of the device, queue 0 included. 1: nothing can be attached.
+   * Number of queues of the device, including queue 0. 1: no queue can be attached.
    */
   __le16 queue_count;
   /**
@@ -266,7 +266,7 @@ struct ringpass_probe_answer {
 };
 
 /**
- * One of the two areas, as the driver wrote it.
+ * The addresses of one of the two areas, as the driver wrote them.
  */
 struct ringpass_area_address {
   /**
@@ -280,7 +280,7 @@ struct ringpass_area_address {
 };
 
 /**
- * The payload of ATTACH, as the driver wrote it: nothing in it has been checked.
+ * The payload of ATTACH, as the driver wrote it, not yet checked.
  */
 struct ringpass_attach_payload {
   /**
@@ -300,7 +300,7 @@ struct ringpass_attach_payload {
    */
   __le32 sq_entries;
   /**
-   * CQ entries, a power of two, at least as many as SQ entries. The most requests the driver has outstanding.
+   * CQ entries, a power of two, at least as many as SQ entries. The driver never has more requests outstanding.
    */
   __le32 cq_entries;
   /**
@@ -322,11 +322,11 @@ struct ringpass_outcome {
    */
   __le32 error;
   /**
-   * The field of the payload that was refused, as its offset in bytes; 0xffff_ffff if none.
+   * The byte offset of the refused field in the payload; 0xffff_ffff if none.
    */
   __le32 field_offset_bytes;
   /**
-   * What was found there, or what the limit is; see the code. For people, not for programs.
+   * The value of that field, or the limit, depending on the code. For information, not for programs.
    */
   __le64 value;
 };
@@ -336,7 +336,7 @@ struct ringpass_outcome {
  */
 struct ringpass_event_answer {
   /**
-   * [`EVENT_QUEUES`]; 0 when the queue stops. A driver ignores bits that it does not know.
+   * [`EVENT_QUEUES`]; 0 when the queue stops. Drivers ignore unknown bits.
    */
   __le32 events;
   /**
@@ -350,7 +350,7 @@ struct ringpass_event_answer {
  */
 struct ringpass_detach_payload {
   /**
-   * The queue, 1 and up.
+   * The queue, at least 1.
    */
   __le16 queue;
   /**
@@ -360,9 +360,10 @@ struct ringpass_detach_payload {
 };
 
 /**
- * Where the parts of a ring are: offsets in bytes into the rings part of its area.
+ * The positions of a ring's parts: offsets in bytes into the rings part of its area.
  *
- * Written by the device before it announces `Open`, and stable until the driver has acknowledged the end of that epoch.
+ * The device writes the record before it announces `Open`, and keeps it until the driver has acknowledged the end of that
+ * epoch.
  */
 struct ringpass_ring_record {
   /**
@@ -398,7 +399,7 @@ struct ringpass_ring_record {
    */
   __le32 doorbell;
   /**
-   * [`MODE_DIRECT`] or [`MODE_MEDIATED`]. For people: a driver does the same in both.
+   * [`MODE_DIRECT`] or [`MODE_MEDIATED`]. For information: a driver does the same in both modes.
    */
   __le32 mode;
 };
@@ -412,32 +413,32 @@ struct ringpass_control_page {
    */
   __le32 announced;
   /**
-   * Device: why the last ring ended before its time, an [`ErrorCode`]; 0 after a switch and after a restart. Written
-   * before `announced`. For people.
+   * Device: why the last ring ended early, an [`ErrorCode`]; 0 after a switch and after a restart. Written before
+   * `announced`. For information.
    */
   __le32 end_reason;
   /**
-   * Device: the ring of the epoch that is open.
+   * Device: the ring of the open epoch.
    */
   struct ringpass_ring_record ring;
   /**
-   * Device: 0 in version 0; a driver does not look.
+   * Device: 0 in version 0; drivers ignore it.
    */
   __le32 device_reserved[53];
   /**
-   * Driver: the announcement whose demand it has fulfilled. Written with release, before the doorbell.
+   * Driver: the announcement whose demand the driver has fulfilled. Written with release, before the doorbell.
    */
   __le32 acknowledged;
   /**
-   * Driver: 1 if the device is to complete ATTACH rather than to open another epoch. Written before DETACH is sent.
+   * Driver: 1 if the device must complete ATTACH instead of opening another epoch. Written before DETACH is sent.
    */
   __le32 detach;
   /**
-   * Driver: 0 in version 0; a device does not look.
+   * Driver: 0 in version 0; devices ignore it.
    */
   __le32 driver_reserved[62];
   /**
-   * Nobody: 0.
+   * Neither side writes here: 0.
    */
   __le32 reserved[14][64];
 };

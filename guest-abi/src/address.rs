@@ -1,9 +1,9 @@
 //! Guest-physical addresses in SQEs.
 //!
 //! The broker registers guest RAM as io_uring *fixed buffers*, one per 1 GiB of guest-physical address space, at the
-//! virtual address `iova_base + gpa`. The kernel remembers the address at which a buffer was registered and checks
-//! each `READ_FIXED`/`WRITE_FIXED` against it, so the pair computed here is exact, needs no table, and cannot reach
-//! anything but this guest's RAM.
+//! virtual address `iova_base + gpa`. The kernel stores the address at which a buffer was registered and checks each
+//! `READ_FIXED`/`WRITE_FIXED` against it. So the pair computed here is exact, needs no table, and reaches only this guest's
+//! RAM.
 
 use core::fmt;
 
@@ -11,17 +11,17 @@ use core::fmt;
 /// buffer (`io_validate_user_buf_range`, Linux 5.1 and later).
 pub const SLOT_BYTES: u64 = 1 << 30;
 
-/// Slots there can be: `IORING_MAX_REG_BUFFERS`, 16384, which makes 16 TiB of guest-physical address space.
+/// Maximum number of slots: `IORING_MAX_REG_BUFFERS`, 16384, for 16 TiB of guest-physical address space.
 pub const SLOT_COUNT_MAX: u32 = 1 << 14;
 
-/// How this device turns a guest-physical address into what an SQE carries.
+/// The device's rule for converting a guest-physical address into the fields of an SQE.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FixedAddressing {
-    /// Added to a guest-physical address to make `sqe.addr`, in bytes. A multiple of [`SLOT_BYTES`], not zero.
+    /// The number of bytes to add to a guest-physical address for `sqe.addr`. A multiple of [`SLOT_BYTES`], not zero.
     pub iova_base: u64,
 }
 
-/// What an SQE carries for one guest-physical segment.
+/// The fields of an SQE for one guest-physical segment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FixedAddress {
     /// `sqe.buf_index`: the slot, `gpa >> 30`.
@@ -30,30 +30,30 @@ pub struct FixedAddress {
     pub addr: u64,
 }
 
-/// Why a guest-physical segment cannot be put into one SQE.
+/// The reason why a guest-physical segment does not fit into one SQE.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum AddressError {
     /// The segment has no bytes.
     Empty,
-    /// The segment crosses a multiple of [`SLOT_BYTES`]: it needs one SQE for each side (a block driver sets
+    /// The segment crosses a multiple of [`SLOT_BYTES`]: each side needs its own SQE (a block driver sets
     /// `seg_boundary_mask` to `SLOT_BYTES - 1`).
     CrossesSlot {
-        /// Where the segment starts, guest-physical.
+        /// Guest-physical start of the segment.
         gpa: u64,
-        /// Its length in bytes.
+        /// Length of the segment in bytes.
         len_bytes: u32,
     },
-    /// The segment does not end below 16 TiB ([`SLOT_COUNT_MAX`] slots), or not below 2^64 when `iova_base` is added.
+    /// The segment does not end below 16 TiB ([`SLOT_COUNT_MAX`] slots), or not below 2^64 after adding `iova_base`.
     TooHigh {
-        /// Where the segment starts, guest-physical.
+        /// Guest-physical start of the segment.
         gpa: u64,
     },
 }
 
 impl FixedAddressing {
-    /// The fixed buffer and address of `len_bytes` bytes at `gpa`.
+    /// The fixed buffer and the address for `len_bytes` bytes at `gpa`.
     ///
-    /// Whether there is RAM at `gpa` is for the kernel to say: an address outside the registered buffer completes with
+    /// The kernel checks that there is RAM at `gpa`: a request with an address outside the registered buffer completes with
     /// -EFAULT.
     pub fn resolve(&self, gpa: u64, len_bytes: u32) -> Result<FixedAddress, AddressError> {
         let Some(span_bytes) = u64::from(len_bytes).checked_sub(1) else {

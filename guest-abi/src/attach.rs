@@ -1,4 +1,4 @@
-//! The payload of ATTACH: where the driver put the control page and the two areas, and whether that is possible.
+//! The payload of ATTACH: the driver's addresses of the control page and the two areas, and the checks of these addresses.
 
 use core::fmt;
 use core::mem::offset_of;
@@ -10,7 +10,7 @@ use crate::probe::VERSION;
 use crate::request::{self, ErrorCode, Outcome};
 use crate::{SLOT_BYTES, SLOT_COUNT_MAX, rings_area_bytes, sqes_area_bytes};
 
-/// One of the two areas, as the driver wrote it.
+/// The addresses of one of the two areas, as the driver wrote them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct AreaAddress {
@@ -21,7 +21,7 @@ pub struct AreaAddress {
 }
 wire!(AreaAddress { rings_gpa, sqes_gpa });
 
-/// The payload of ATTACH, as the driver wrote it: nothing in it has been checked.
+/// The payload of ATTACH, as the driver wrote it, not yet checked.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct AttachPayload {
@@ -33,7 +33,7 @@ pub struct AttachPayload {
     pub features: Le64,
     /// SQ entries, a power of two.
     pub sq_entries: Le32,
-    /// CQ entries, a power of two, at least as many as SQ entries. The most requests the driver has outstanding.
+    /// CQ entries, a power of two, at least as many as SQ entries. The driver never has more requests outstanding.
     pub cq_entries: Le32,
     /// The control page: guest-physical, a multiple of the page size.
     pub control_gpa: Le64,
@@ -42,16 +42,16 @@ pub struct AttachPayload {
 }
 wire!(AttachPayload { version, reserved, features, sq_entries, cq_entries, control_gpa, areas });
 
-/// What a device allows, as its PROBE says.
+/// The limits of a device, from its answer to PROBE.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct AttachLimits {
-    /// Features offered.
+    /// The features that the device offers.
     pub features: u64,
-    /// Most SQ entries.
+    /// Maximum number of SQ entries.
     pub sq_entries_max: u32,
-    /// Most CQ entries.
+    /// Maximum number of CQ entries.
     pub cq_entries_max: u32,
-    /// Alignment and unit of length, in bytes: a power of two, at least 4096.
+    /// Alignment and unit of length in bytes: a power of two, at least 4096.
     pub page_bytes: u32,
 }
 
@@ -63,17 +63,17 @@ pub struct GpaRange {
 }
 
 impl GpaRange {
-    /// Its first byte.
+    /// Address of the first byte.
     pub fn gpa(&self) -> u64 {
         self.gpa
     }
 
-    /// Its length in bytes.
+    /// Length in bytes.
     pub fn len_bytes(&self) -> u64 {
         self.len_bytes
     }
 
-    /// The byte behind it.
+    /// Address of the byte after the range.
     pub fn end_gpa(&self) -> u64 {
         self.gpa + self.len_bytes
     }
@@ -83,8 +83,7 @@ impl GpaRange {
     }
 }
 
-/// An ATTACH whose fields fit each other and the limits. Whether there is RAM in its ranges is for the device to find
-/// out.
+/// A checked ATTACH: its fields are consistent and within the limits. The device still has to check that its ranges are RAM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Geometry {
     features: u64,
@@ -96,7 +95,7 @@ pub struct Geometry {
 }
 
 impl Geometry {
-    /// Features that the driver uses, all of them offered.
+    /// The features that the driver uses; the device offers all of them.
     pub fn features(&self) -> u64 {
         self.features
     }
@@ -126,7 +125,7 @@ impl Geometry {
         self.sqes[area.index()]
     }
 
-    /// All five ranges, each with the offset in bytes of the field that names it.
+    /// All five ranges, each with the byte offset of its field in the payload.
     pub fn ranges(&self) -> [(u32, GpaRange); 5] {
         let [even, odd] = [0, 1].map(|index| (self.rings[index], self.sqes[index]));
         let [control, even_rings, even_sqes, odd_rings, odd_sqes] = RANGE_FIELDS;
@@ -140,7 +139,7 @@ const fn at(offset_bytes: usize) -> u32 {
 
 const AREAS: usize = offset_of!(AttachPayload, areas);
 
-/// The fields that name the ranges: control page, then rings and SQEs of each area.
+/// The offsets of the fields with the ranges' addresses: control page, then rings and SQEs of each area.
 const RANGE_FIELDS: [u32; 5] = [
     at(offset_of!(AttachPayload, control_gpa)),
     at(AREAS + offset_of!(AreaAddress, rings_gpa)),
@@ -149,14 +148,14 @@ const RANGE_FIELDS: [u32; 5] = [
     at(AREAS + AreaAddress::BYTES + offset_of!(AreaAddress, sqes_gpa)),
 ];
 
-/// Why an ATTACH is refused.
+/// The reason why the device refuses an ATTACH.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct AttachError {
-    /// The rule that was broken.
+    /// The rule that the payload breaks.
     pub code: ErrorCode,
-    /// The field, as its offset in the payload; [`NO_FIELD`](request::NO_FIELD) if it is about the payload as a whole.
+    /// Offset of the field in the payload; [`NO_FIELD`](request::NO_FIELD) if the error concerns the whole payload.
     pub field_offset_bytes: u32,
-    /// What was found there.
+    /// The value of the field, or the length of the payload in bytes.
     pub value: u64,
 }
 
@@ -171,13 +170,13 @@ impl From<AttachError> for Outcome {
 }
 
 impl AttachPayload {
-    /// The payload in `bytes`, the device-readable part behind the header, which was copied out of guest memory.
+    /// Parses the payload in `bytes`: a copy of the device-readable part after the header.
     pub fn parse(bytes: &[u8]) -> Result<Self, AttachError> {
         let code_error = |code| AttachError { code, field_offset_bytes: request::NO_FIELD, value: bytes.len() as u64 };
         request::payload(bytes).map(|bytes| Self::from_bytes(&bytes)).map_err(code_error)
     }
 
-    /// Checks every field, first the cheap ones. Bad input has no effect but the error.
+    /// Checks every field, the cheap checks first. Bad input has no effect except the error.
     pub fn check(&self, limits: &AttachLimits) -> Result<Geometry, AttachError> {
         let refuse = |code, field: usize, value| Err(AttachError { code, field_offset_bytes: at(field), value });
         if self.version.get() != VERSION {
@@ -194,7 +193,7 @@ impl AttachPayload {
         if !sq_entries.is_power_of_two() || sq_entries > limits.sq_entries_max {
             return refuse(ErrorCode::Entries, offset_of!(Self, sq_entries), sq_entries.into());
         }
-        // The kernel refuses a CQ that is smaller than the SQ (`io_uring_fill_params`).
+        // The kernel refuses a CQ with fewer entries than the SQ (`io_uring_fill_params`).
         if !cq_entries.is_power_of_two() || cq_entries > limits.cq_entries_max || cq_entries < sq_entries {
             return refuse(ErrorCode::Entries, offset_of!(Self, cq_entries), cq_entries.into());
         }
@@ -258,9 +257,9 @@ impl fmt::Display for AttachError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { code, field_offset_bytes, value } = *self;
         if field_offset_bytes == request::NO_FIELD {
-            return write!(f, "ATTACH is refused ({code:?}): its payload has {value} bytes");
+            return write!(f, "ATTACH refused ({code:?}): the payload has {value} bytes");
         }
-        write!(f, "ATTACH is refused ({code:?}): the field at offset {field_offset_bytes} is {value:#x}")
+        write!(f, "ATTACH refused ({code:?}): the field at offset {field_offset_bytes} is {value:#x}")
     }
 }
 

@@ -1,8 +1,8 @@
-//! The control page: what the device and the driver of an attached queue tell each other.
+//! The control page: the words by which the device and the driver of an attached queue communicate.
 //!
-//! 4096 bytes in guest memory, little-endian. The driver fills it with zeroes before ATTACH. From ATTACH to its completion
-//! each word has one writer. Words of the two sides lie on different cache lines (no machine has lines of more than 256
-//! bytes). All words are 32 bits wide, aligned, and read and written whole.
+//! The page has 4096 bytes in guest memory and is little-endian. The driver fills it with zeroes before ATTACH. From ATTACH
+//! until its completion each word has one writer. Words of the two sides are on different cache lines (no machine has lines
+//! of more than 256 bytes). All words are 32 bits wide and aligned, and both sides read and write them whole.
 
 use core::fmt;
 use core::mem::offset_of;
@@ -22,9 +22,10 @@ pub const MODE_DIRECT: u32 = 1;
 /// [`RingRecord::mode`]: the device consumes the ring and checks each entry.
 pub const MODE_MEDIATED: u32 = 2;
 
-/// Where the parts of a ring are: offsets in bytes into the rings part of its area.
+/// The positions of a ring's parts: offsets in bytes into the rings part of its area.
 ///
-/// Written by the device before it announces `Open`, and stable until the driver has acknowledged the end of that epoch.
+/// The device writes the record before it announces `Open`, and keeps it until the driver has acknowledged the end of that
+/// epoch.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct RingRecord {
@@ -44,7 +45,7 @@ pub struct RingRecord {
     pub cqes_offset_bytes: Le32,
     /// [`DOORBELL_WHEN_ASLEEP`] or [`DOORBELL_ALWAYS`].
     pub doorbell: Le32,
-    /// [`MODE_DIRECT`] or [`MODE_MEDIATED`]. For people: a driver does the same in both.
+    /// [`MODE_DIRECT`] or [`MODE_MEDIATED`]. For information: a driver does the same in both modes.
     pub mode: Le32,
 }
 wire!(RingRecord {
@@ -65,20 +66,20 @@ wire!(RingRecord {
 pub struct ControlPage {
     /// Device: the [`Announcement`]. Written last, with release; read with acquire.
     pub announced: Le32,
-    /// Device: why the last ring ended before its time, an [`ErrorCode`]; 0 after a switch and after a restart. Written
-    /// before `announced`. For people.
+    /// Device: why the last ring ended early, an [`ErrorCode`]; 0 after a switch and after a restart. Written before
+    /// `announced`. For information.
     pub end_reason: Le32,
-    /// Device: the ring of the epoch that is open.
+    /// Device: the ring of the open epoch.
     pub ring: RingRecord,
-    /// Device: 0 in version 0; a driver does not look.
+    /// Device: 0 in version 0; drivers ignore it.
     pub device_reserved: [Le32; 53],
-    /// Driver: the announcement whose demand it has fulfilled. Written with release, before the doorbell.
+    /// Driver: the announcement whose demand the driver has fulfilled. Written with release, before the doorbell.
     pub acknowledged: Le32,
-    /// Driver: 1 if the device is to complete ATTACH rather than to open another epoch. Written before DETACH is sent.
+    /// Driver: 1 if the device must complete ATTACH instead of opening another epoch. Written before DETACH is sent.
     pub detach: Le32,
-    /// Driver: 0 in version 0; a device does not look.
+    /// Driver: 0 in version 0; devices ignore it.
     pub driver_reserved: [Le32; 62],
-    /// Nobody: 0.
+    /// Neither side writes here: 0.
     pub reserved: [[Le32; 64]; 14],
 }
 wire!(ControlPage { announced, end_reason, ring, device_reserved, acknowledged, detach, driver_reserved, reserved });
@@ -98,17 +99,17 @@ pub const ACKNOWLEDGED_OFFSET_BYTES: u32 = offset_of!(ControlPage, acknowledged)
 /// Offset of [`ControlPage::detach`] in bytes.
 pub const DETACH_OFFSET_BYTES: u32 = offset_of!(ControlPage, detach) as u32;
 
-/// Why a ring's record cannot be used.
+/// The reason why a driver cannot use a ring's record.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RecordError {
-    /// Its layout is not possible.
+    /// The record's layout is not possible.
     Layout(LayoutError),
     /// `doorbell` is neither of the two values.
     Doorbell(u32),
 }
 
 impl RingRecord {
-    /// What a device writes for a ring.
+    /// The record that a device writes for a ring.
     pub fn new(layout: &RingLayout, mode: u32) -> Self {
         let doorbell = match layout.doorbell {
             Doorbell::WhenAsleep => DOORBELL_WHEN_ASLEEP,
@@ -127,7 +128,7 @@ impl RingRecord {
         }
     }
 
-    /// The layout, checked, of a ring whose size and area the driver chose.
+    /// The checked layout of a ring whose size and area the driver chose.
     pub fn layout(
         &self,
         sq_entries: u32,
@@ -158,37 +159,37 @@ impl RingRecord {
     }
 }
 
-/// The driver's accesses to a control page, over memory whose offsets count from the start of the page.
+/// The driver's accesses to a control page. Offsets into the memory count from the start of the page.
 #[derive(Debug)]
 pub struct DriverControl<M> {
     memory: M,
 }
 
 impl<M: RingMemory> DriverControl<M> {
-    /// The page in `memory`, which has at least [`CONTROL_PAGE_BYTES`] bytes.
+    /// Accesses the page in `memory`, which has at least [`CONTROL_PAGE_BYTES`] bytes.
     pub fn new(memory: M) -> Self {
         Self { memory }
     }
 
-    /// Fills the page with zeroes, before ATTACH is sent.
+    /// Fills the page with zeroes. Call this before you send ATTACH.
     pub fn clear(&self) {
         for offset_bytes in (0..CONTROL_PAGE_BYTES).step_by(4) {
             self.memory.store_relaxed(offset_bytes, 0);
         }
     }
 
-    /// The device's word, for [`epoch::driver::Event::Announced`](crate::epoch::driver::Event::Announced). What the
-    /// device wrote before it is visible after.
+    /// Reads the device's word, for [`epoch::driver::Event::Announced`](crate::epoch::driver::Event::Announced). Everything
+    /// that the device wrote before the word is visible afterwards.
     pub fn announced(&self) -> u32 {
         u32::from_le(self.memory.load_acquire(ANNOUNCED_OFFSET_BYTES))
     }
 
-    /// Why the last ring ended before its time. `None`: a code of a later version.
+    /// Why the last ring ended early. `None`: a code of a later version.
     pub fn end_reason(&self) -> Option<ErrorCode> {
         ErrorCode::from_number(u32::from_le(self.memory.load_relaxed(END_REASON_OFFSET_BYTES)))
     }
 
-    /// A copy of the ring's record, to be read after an announcement of `Open`.
+    /// Copies the ring's record. Read it after an announcement of `Open`.
     pub fn ring(&self) -> RingRecord {
         let mut bytes = [0; RingRecord::BYTES];
         for (offset_bytes, word) in (RING_OFFSET_BYTES..).step_by(4).zip(bytes.chunks_exact_mut(4)) {
@@ -197,12 +198,13 @@ impl<M: RingMemory> DriverControl<M> {
         RingRecord::from_bytes(&bytes)
     }
 
-    /// Acknowledges. What the driver read and wrote before is done when the device sees it. The doorbell comes after.
+    /// Acknowledges an announcement. The driver's earlier reads and writes are done when the device sees the acknowledgement.
+    /// Ring the doorbell afterwards.
     pub fn acknowledge(&self, announcement: Announcement) {
         self.memory.store_release(ACKNOWLEDGED_OFFSET_BYTES, announcement.to_word().to_le());
     }
 
-    /// Asks for the end, before DETACH is sent.
+    /// Sets the detach word. Call this before you send DETACH.
     pub fn set_detach(&self) {
         self.memory.store_release(DETACH_OFFSET_BYTES, 1u32.to_le());
     }
@@ -211,8 +213,8 @@ impl<M: RingMemory> DriverControl<M> {
 impl fmt::Display for RecordError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Layout(error) => write!(f, "the device describes a ring that cannot be: {error}"),
-            Self::Doorbell(value) => write!(f, "the device describes a doorbell of unknown kind {value}"),
+            Self::Layout(error) => write!(f, "the device describes an impossible ring: {error}"),
+            Self::Doorbell(value) => write!(f, "the device describes a doorbell of the unknown kind {value}"),
         }
     }
 }

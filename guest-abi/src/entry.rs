@@ -1,4 +1,4 @@
-//! Submission and completion queue entries, as `<linux/io_uring.h>` lays them out.
+//! Submission and completion queue entries, with the layout of `<linux/io_uring.h>`.
 
 /// Operations of the default direct policies (`enum io_uring_op`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -22,11 +22,11 @@ impl SqeFlags {
 /// `RWF_DSYNC` for [`Sqe::rw_flags`]: the write is durable when it completes.
 const RWF_DSYNC: u32 = 0x2;
 
-/// A submission queue entry: `struct io_uring_sqe`, 64 bytes, the fields that fixed reads and writes use by name.
+/// A submission queue entry: `struct io_uring_sqe`, 64 bytes, with the field names of fixed reads and writes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct Sqe {
-    /// Operation, see [`Opcode`]. Anything else is completed with -EACCES by the restrictions.
+    /// Operation, see [`Opcode`]. Because of the restrictions, any other operation completes with -EACCES.
     pub opcode: u8,
     /// `IOSQE_*`, see [`SqeFlags`].
     pub flags: u8,
@@ -42,14 +42,14 @@ pub struct Sqe {
     pub len_bytes: u32,
     /// `RWF_*`.
     pub rw_flags: u32,
-    /// Returned in the CQE, not looked at by the kernel.
+    /// Returned unchanged in the CQE. The kernel does not interpret it.
     pub user_data: u64,
     /// Fixed buffer: `gpa >> 30`.
     pub buf_index: u16,
     /// Registered credentials; always 0 (the kernel answers -EINVAL otherwise).
     pub personality: u16,
-    /// `splice_fd_in`, `file_index` and others: 0 for reads and writes. For writes its first byte is `write_stream` from
-    /// Linux 6.16.
+    /// `splice_fd_in`, `file_index` and others: 0 for reads and writes. From Linux 6.16 the first byte is `write_stream` for
+    /// writes.
     pub file_index: u32,
     /// `addr3`, from Linux 6.14 also `attr_ptr`: 0.
     pub addr3: u64,
@@ -81,13 +81,13 @@ impl Sqe {
         Self { opcode: Opcode::WriteFixed as u8, ..Self::read_fixed(address, len_bytes, off_bytes, user_data) }
     }
 
-    /// The same request, durable when it completes (`RWF_DSYNC`): a write with force unit access, or any write
+    /// The same request, but durable when it completes (`RWF_DSYNC`): for a write with force unit access, or any write
     /// while the write cache is off.
     pub fn durable(self) -> Self {
         Self { rw_flags: self.rw_flags | RWF_DSYNC, ..self }
     }
 
-    /// The entry as eight native-endian words, for storing it with eight volatile writes.
+    /// Encodes the entry as eight native-endian words, to be stored with eight volatile writes.
     pub fn to_words(&self) -> [u64; 8] {
         let join = |parts: [&[u8]; 4]| {
             let mut bytes = [0u8; 8];
@@ -124,7 +124,7 @@ pub struct Cqe {
 }
 
 impl Cqe {
-    /// The entry from the two native-endian words it is stored in.
+    /// Decodes an entry from its two native-endian words.
     pub fn from_words(words: [u64; 2]) -> Self {
         let [user_data, result] = words;
         let [r0, r1, r2, r3, f0, f1, f2, f3] = result.to_ne_bytes();
@@ -140,7 +140,7 @@ mod tests {
     const ADDRESS: FixedAddress = FixedAddress { buf_index: 3, addr: 0x1_c000_1000 };
 
     #[test]
-    fn a_read_names_the_disk_the_buffer_and_nothing_else() {
+    fn a_read_sets_the_disk_and_the_buffer_and_no_other_field() {
         let expected = Sqe {
             opcode: 4,
             flags: 1,
@@ -155,7 +155,7 @@ mod tests {
     }
 
     #[test]
-    fn a_write_is_a_read_but_for_the_operation() {
+    fn a_write_differs_from_a_read_only_in_the_operation() {
         let read = Sqe::read_fixed(ADDRESS, 4096, 8192, 7);
         assert_eq!(Sqe::write_fixed(ADDRESS, 4096, 8192, 7), Sqe { opcode: 5, ..read });
     }

@@ -1,38 +1,38 @@
-//! Where the parts of a ring are.
+//! The layout of a ring: the positions of its parts.
 
 use core::fmt;
 use core::mem::size_of;
 
 use crate::{Cqe, Sqe};
 
-/// `IORING_SQ_NEED_WAKEUP` in the SQ flags: the kernel's SQ thread sleeps, the doorbell must be rung.
+/// `IORING_SQ_NEED_WAKEUP` in the SQ flags: the kernel's SQ thread sleeps, so the driver must ring the doorbell.
 pub const SQ_NEED_WAKEUP: u32 = 1 << 0;
-/// `IORING_SQ_CQ_OVERFLOW` in the SQ flags: completions wait in the kernel because the CQ was full. An honest driver
-/// never sees it.
+/// `IORING_SQ_CQ_OVERFLOW` in the SQ flags: completions wait in the kernel because the CQ was full. A correct driver never
+/// sees this flag.
 pub const SQ_CQ_OVERFLOW: u32 = 1 << 1;
-/// `IORING_CQ_EVENTFD_DISABLED` in the CQ flags: the driver's interrupt mute.
+/// `IORING_CQ_EVENTFD_DISABLED` in the CQ flags: the driver has muted interrupts.
 pub const CQ_EVENTFD_DISABLED: u32 = 1 << 0;
 
-/// Most entries of a submission queue: `IORING_MAX_ENTRIES`.
+/// Maximum number of entries of a submission queue: `IORING_MAX_ENTRIES`.
 pub(crate) const SQ_ENTRIES_MAX: u32 = 32768;
-/// Most entries of a completion queue: `IORING_MAX_CQ_ENTRIES`.
+/// Maximum number of entries of a completion queue: `IORING_MAX_CQ_ENTRIES`.
 pub(crate) const CQ_ENTRIES_MAX: u32 = 2 * SQ_ENTRIES_MAX;
-/// Room for the indexes and flags in front of the CQEs. The kernel uses 320 bytes of it (Linux 5.1 to 6.18).
+/// Room for the indexes and flags before the CQEs. The kernel uses 320 bytes of it (Linux 5.1 to 6.18).
 const RINGS_HEADER_BYTES: u64 = 1024;
-/// Where 32-bit offsets into the rings area end.
+/// The end of 32-bit offsets into the rings area.
 const OFFSETS_END_BYTES: u64 = 1 << 32;
-/// The unit in which ring memory is handed over.
+/// The unit of ring memory.
 const PAGE_BYTES: u64 = 4096;
 
-/// Bytes that the rings area of a ring with `cq_entries` completion queue entries takes, in whole 4 KiB pages.
+/// The length in bytes of the rings area of a ring with `cq_entries` completion queue entries, in whole 4 KiB pages.
 ///
-/// It holds up to 1024 bytes of indexes and flags and `cq_entries` CQEs of 16 bytes. The broker refuses to use a
-/// kernel whose ring needs more.
+/// The area holds up to 1024 bytes of indexes and flags, and `cq_entries` CQEs of 16 bytes. The broker refuses a kernel whose
+/// rings need more.
 pub fn rings_area_bytes(cq_entries: u32) -> u64 {
     (RINGS_HEADER_BYTES + u64::from(cq_entries) * size_of::<Cqe>() as u64).next_multiple_of(PAGE_BYTES)
 }
 
-/// Bytes that the SQE area of a ring with `sq_entries` submission queue entries takes, in whole 4 KiB pages.
+/// The length in bytes of the SQE area of a ring with `sq_entries` submission queue entries, in whole 4 KiB pages.
 pub fn sqes_area_bytes(sq_entries: u32) -> u64 {
     (u64::from(sq_entries) * size_of::<Sqe>() as u64).next_multiple_of(PAGE_BYTES)
 }
@@ -40,22 +40,22 @@ pub fn sqes_area_bytes(sq_entries: u32) -> u64 {
 /// When the driver must ring the doorbell after it has published SQEs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Doorbell {
-    /// A kernel thread polls the SQ (`IORING_SETUP_SQPOLL`): only while [`SQ_NEED_WAKEUP`] is set.
+    /// Only while [`SQ_NEED_WAKEUP`] is set: a kernel thread polls the SQ (`IORING_SETUP_SQPOLL`).
     WhenAsleep,
-    /// Nobody polls the SQ: after every batch.
+    /// After every batch: no thread polls the SQ.
     Always,
 }
 
-/// Where the parts of one ring are, as the device told the driver: byte offsets into the rings area.
+/// The positions of the parts of one ring, as the device told the driver: byte offsets into the rings area.
 ///
-/// All fields come from the kernel (`struct io_sqring_offsets`, `struct io_cqring_offsets`) by way of the broker and
-/// may differ between kernel versions. There is no SQ array (`IORING_SETUP_NO_SQARRAY`, Linux 6.6): entry `i` of the
-/// SQ is SQE slot `i`.
+/// All fields come from the kernel (`struct io_sqring_offsets`, `struct io_cqring_offsets`) through the broker, and may
+/// differ between kernel versions. There is no SQ array (`IORING_SETUP_NO_SQARRAY`, Linux 6.6): entry `i` of the SQ is SQE
+/// slot `i`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RingLayout {
     /// Submission queue entries, a power of two, 1 to 32768.
     pub sq_entries: u32,
-    /// Completion queue entries, a power of two, 1 to 65536. The most requests a driver may have outstanding.
+    /// Completion queue entries, a power of two, 1 to 65536. A driver must never have more requests outstanding.
     pub cq_entries: u32,
     /// SQ head: `u32`, written by the kernel.
     pub sq_head_offset: u32,
@@ -79,35 +79,35 @@ pub struct RingLayout {
     pub doorbell: Doorbell,
 }
 
-/// Why a layout cannot be used.
+/// The reason why a layout cannot be used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LayoutError {
     /// A number of entries is zero, not a power of two, or above the kernel's limit.
     Entries {
         /// `"sq_entries"` or `"cq_entries"`.
         field: &'static str,
-        /// What was given.
+        /// The given number.
         entries: u32,
     },
-    /// A field does not lie inside its area or below 4 GiB of it, or is not aligned to its size.
+    /// A field is not inside its area, is not below 4 GiB, or is not aligned to its size.
     Misplaced {
         /// The field's name.
         field: &'static str,
-        /// The offset given, in bytes.
+        /// The given offset in bytes.
         offset_bytes: u32,
     },
     /// The SQE area is shorter than its entries.
     SqesTooShort {
-        /// Bytes the entries take.
+        /// Bytes that the entries need.
         needed_bytes: u64,
-        /// Bytes given.
+        /// Length of the given area in bytes.
         sqes_bytes: u64,
     },
 }
 
 impl RingLayout {
-    /// Checks that every part lies inside its area, so that a [`RingMemory`](crate::RingMemory) of these areas is
-    /// only ever asked for what it has. Parts that overlap are not refused: they harm nobody but the ring itself.
+    /// Checks that every part lies inside its area, so that accesses to a [`RingMemory`](crate::RingMemory) of these areas
+    /// never leave them. Overlapping parts are allowed: they harm only the ring itself.
     pub fn validate(&self) -> Result<(), LayoutError> {
         let entries =
             [("sq_entries", self.sq_entries, SQ_ENTRIES_MAX), ("cq_entries", self.cq_entries, CQ_ENTRIES_MAX)];
@@ -147,10 +147,10 @@ impl fmt::Display for LayoutError {
                 write!(f, "{field} is {entries}: it must be a power of two, at most 32768 (SQ) or 65536 (CQ)")
             }
             Self::Misplaced { field, offset_bytes } => {
-                write!(f, "{field} at offset {offset_bytes} does not lie aligned inside the rings area")
+                write!(f, "{field} at offset {offset_bytes} is not aligned or not inside the rings area")
             }
             Self::SqesTooShort { needed_bytes, sqes_bytes } => {
-                write!(f, "the SQE area has {sqes_bytes} bytes, its entries take {needed_bytes}")
+                write!(f, "the SQE area has {sqes_bytes} bytes, but its entries need {needed_bytes}")
             }
         }
     }

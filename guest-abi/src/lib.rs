@@ -1,32 +1,32 @@
-//! What a guest and the ringpass broker share.
+//! The interface between a guest and the ringpass broker.
 //!
-//! The broker creates an io_uring whose submission queue (SQ) and completion queue (CQ) live in memory that the
-//! guest can reach, restricts it, and enables it. From then on the guest is the only producer of submission queue
-//! entries (SQEs) and the only consumer of completion queue entries (CQEs), and the host kernel is the other side.
-//! This crate is the guest's half of that contract, for any guest: a kernel, a bare-metal program, or a process
-//! that is its own guest.
+//! The broker creates an io_uring whose submission queue (SQ) and completion queue (CQ) are in memory that the guest can
+//! access. The broker restricts and enables the ring. From then on the guest is the only producer of submission queue
+//! entries (SQEs) and the only consumer of completion queue entries (CQEs), and the host kernel is the other side. This
+//! crate implements the guest's half of that contract, for any guest: a kernel, a bare-metal program, or a process that is
+//! its own guest.
 //!
-//! - [`Sqe`] and [`Cqe`]: the entries, as `<linux/io_uring.h>` lays them out.
-//! - [`RingLayout`]: where everything is. Offsets are *given* by the device at run time and never assumed.
-//! - [`FixedAddressing`]: how a guest-physical address becomes `(buf_index, sqe.addr)`, and the 1 GiB rule.
-//! - [`RingMemory`]: the few memory accesses a driver needs, to be provided by each kind of guest.
-//! - [`DriverRing`]: the driver's side of the ring over such memory, with its memory orderings.
-//! - [`MappedRing`]: [`RingMemory`] over two plain mappings, for guests that can name them by pointer.
+//! - [`Sqe`] and [`Cqe`]: the entries, with the layout of `<linux/io_uring.h>`.
+//! - [`RingLayout`]: the offsets of a ring's parts. The device *gives* them at run time; a driver never assumes them.
+//! - [`FixedAddressing`]: converts a guest-physical address to `(buf_index, sqe.addr)`, with the 1 GiB rule.
+//! - [`RingMemory`]: the few memory accesses that a driver needs. Each kind of guest implements them.
+//! - [`DriverRing`]: the driver's side of a ring over such memory, with its memory orderings.
+//! - [`MappedRing`]: [`RingMemory`] over two plain mappings, for guests that access them by pointer.
 //!
-//! How a queue of a virtio-blk device becomes such a ring is the other half, version 0 of an interface that `docs/abi.md`
-//! of the repository specifies:
+//! The other modules turn a queue of a virtio-blk device into such a ring: version 0 of an interface that `docs/abi.md` of
+//! the repository specifies.
 //!
 //! - [`request`], [`probe`], [`attach`]: the requests that a driver sends on ordinary virtqueues.
-//! - [`queue_order`]: which of them may stand where on a queue.
-//! - [`control`]: the page of words that device and driver share for as long as a queue is attached.
-//! - [`epoch`]: the protocol by which one ring follows another, as two state machines.
+//! - [`queue_order`]: the permitted order of these requests on a queue.
+//! - [`control`]: the page of words that device and driver share while a queue is attached.
+//! - [`epoch`]: the protocol by which one ring replaces another, as two state machines.
 //!
-//! The crate has no dependencies and needs no `std`. All its logic is safe code; only [`MappedRing`] touches raw
+//! The crate has no dependencies and does not need `std`. All its logic is safe code; only [`MappedRing`] accesses raw
 //! memory.
 //!
 //! # Example
 //!
-//! A guest reads the first 4 KiB of its disk. The device is played by the last part; the memory would be guest RAM.
+//! A guest reads the first 4 KiB of its disk. The last part plays the device; in a real guest the memory is guest RAM.
 //!
 //! ```
 //! use std::ptr::NonNull;
@@ -91,7 +91,7 @@
 #![no_std]
 #![deny(unsafe_code)]
 
-// Only the unit tests: no other build of the crate can name `std`, so that any build shows that it needs none.
+// Only for unit tests. No other build of the crate can use `std`, so every build shows that the crate does not need it.
 #[cfg(test)]
 extern crate std;
 

@@ -1,4 +1,4 @@
-//! Integers as they stand in shared structures: little-endian on every machine.
+//! The integers of shared structures: little-endian on every machine.
 
 use core::fmt;
 
@@ -10,12 +10,12 @@ macro_rules! little_endian {
         pub struct $name($native);
 
         impl $name {
-            /// The value in the order of the wire.
+            /// Converts a native value to little-endian.
             pub const fn new(value: $native) -> Self {
                 Self(value.to_le())
             }
 
-            /// The value in the order of this machine.
+            /// The value in this machine's byte order.
             pub const fn get(self) -> $native {
                 $native::from_le(self.0)
             }
@@ -51,7 +51,7 @@ little_endian!(Le16, u16, "__le16");
 little_endian!(Le32, u32, "__le32");
 little_endian!(Le64, u64, "__le64");
 
-/// A field of a shared structure. The slices are exactly as long as the field.
+/// A field of a shared structure. The slices have exactly the length of the field.
 pub(crate) trait Field {
     fn put(&self, bytes: &mut [u8]);
     fn take(bytes: &[u8]) -> Self;
@@ -69,22 +69,21 @@ impl<F: Field, const N: usize> Field for [F; N] {
     }
 }
 
-/// Gives a `repr(C)` structure without padding its bytes. A field that is left out does not compile, and so does
-/// padding.
+/// Implements the conversion of a `repr(C)` structure from and to bytes. A missing field or padding is a compile error.
 macro_rules! wire {
     ($name:ident { $($field:ident),* $(,)? }) => {
         impl $name {
             /// Length of the structure in bytes.
             pub const BYTES: usize = size_of::<Self>();
 
-            /// The structure as it stands on the wire.
+            /// Encodes the structure as bytes.
             pub fn to_bytes(&self) -> [u8; Self::BYTES] {
                 let mut bytes = [0; Self::BYTES];
                 $crate::little_endian::Field::put(self, &mut bytes);
                 bytes
             }
 
-            /// The structure from the wire. Any bytes are one: nothing is checked.
+            /// Decodes the structure. Any bytes are valid: nothing is checked.
             pub fn from_bytes(bytes: &[u8; Self::BYTES]) -> Self {
                 $crate::little_endian::Field::take(bytes)
             }
@@ -116,7 +115,7 @@ macro_rules! wire {
 }
 pub(crate) use wire;
 
-/// Bytes of the field that a function picks.
+/// Size in bytes of the field that the function selects.
 pub(crate) const fn width<S, F>(_field: fn(&S) -> &F) -> usize {
     size_of::<F>()
 }
@@ -126,7 +125,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_first_byte_is_the_lowest() {
+    fn the_first_byte_is_the_least_significant() {
         let mut bytes = [0; 4];
         Le32::new(0x0102_0304).put(&mut bytes);
         assert_eq!(bytes, [4, 3, 2, 1]);

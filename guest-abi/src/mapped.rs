@@ -1,4 +1,4 @@
-//! [`RingMemory`] over two plain mappings. The only unsafe code of the crate.
+//! [`RingMemory`] over two plain mappings. This module has the only unsafe code of the crate.
 
 #![allow(unsafe_code)]
 
@@ -22,12 +22,12 @@ pub struct MappedRing {
 unsafe impl Send for MappedRing {}
 
 impl MappedRing {
-    /// The ring whose rings area is the `rings_bytes` bytes at `rings` and whose SQE area the `sqes_bytes` at `sqes`.
+    /// A ring whose rings area is the `rings_bytes` bytes at `rings`, and whose SQE area is the `sqes_bytes` bytes at `sqes`.
     ///
     /// # Safety
     ///
-    /// Both areas must be mapped readable and writable for as long as the value lives, `rings` aligned to 8 bytes and
-    /// `sqes` to 64, and no Rust reference to them may exist.
+    /// Both areas must be mapped readable and writable for as long as the value lives. `rings` must be aligned to 8 bytes and
+    /// `sqes` to 64 bytes. No Rust reference to the areas may exist.
     pub unsafe fn new(rings: NonNull<u8>, rings_bytes: u64, sqes: NonNull<u8>, sqes_bytes: u64) -> Self {
         Self { rings, rings_bytes, sqes, sqes_bytes }
     }

@@ -1,4 +1,4 @@
-//! What a device says of itself, and the choice of a version.
+//! The device's description of itself, and the choice of a version.
 
 use core::fmt;
 
@@ -9,11 +9,11 @@ use crate::{FixedAddressing, SLOT_BYTES};
 /// [`ProbeAnswer::magic`]: the bytes `ringpass`.
 pub const MAGIC: u64 = 0x7373_6170_676e_6972;
 
-/// The version that this crate describes. Version 0 is not frozen: both sides must be of the same state of it.
+/// The version that this crate implements. Version 0 is not frozen: both sides must implement the same state of it.
 pub const VERSION: u16 = 0;
 
-/// [`ProbeAnswer::features`]: a write with `RWF_DSYNC` is durable when it completes (force unit access). Without it a
-/// driver does not attach while the write cache is off, and follows a write with FUA by a flush.
+/// [`ProbeAnswer::features`]: a write with `RWF_DSYNC` is durable when it completes (force unit access). Without this
+/// feature a driver does not attach while the write cache is off, and sends a flush after a write with FUA.
 pub const F_DSYNC: u64 = 1 << 0;
 
 /// The feature bits that this crate knows.
@@ -25,29 +25,29 @@ pub const FEATURES_KNOWN: u64 = F_DSYNC;
 pub struct ProbeAnswer {
     /// [`MAGIC`].
     pub magic: Le64,
-    /// Bytes of the answer that the device knows, this field and the magic included. Fields beyond are zero.
+    /// Length in bytes of the answer that the device knows, including this field and the magic. Fields beyond it are zero.
     pub answer_bytes: Le32,
-    /// Lowest version that the device has.
+    /// Lowest version that the device supports.
     pub version_min: Le16,
-    /// Highest version that the device has.
+    /// Highest version that the device supports.
     pub version_max: Le16,
-    /// `F_*`. The driver takes those that it knows and names them in ATTACH.
+    /// `F_*`. The driver selects the features that it knows and sets them in ATTACH.
     pub features: Le64,
-    /// What is added to a guest-physical address to make `sqe.addr`, in bytes: a multiple of 1 GiB, not zero.
+    /// The number of bytes to add to a guest-physical address for `sqe.addr`: a multiple of 1 GiB, not zero.
     pub iova_base: Le64,
-    /// Most SQ entries of a ring.
+    /// Maximum number of SQ entries of a ring.
     pub sq_entries_max: Le32,
-    /// Most CQ entries of a ring.
+    /// Maximum number of CQ entries of a ring.
     pub cq_entries_max: Le32,
     /// Alignment of the control page and of the areas, and the unit of their lengths, in bytes: a power of two, 4096 to
     /// 65536.
     pub page_bytes: Le32,
-    /// Alignment that each data segment's address and length need, in bytes: a power of two, at most 4096. The position
-    /// on the disk and the total length are multiples of the logical block size besides.
+    /// Required alignment of each data segment's address and length in bytes: a power of two, at most 4096. In addition, the
+    /// position on the disk and the total length must be multiples of the logical block size.
     pub segment_align_bytes: Le32,
-    /// Most bytes of one SQE; a multiple of `segment_align_bytes`.
+    /// Maximum number of bytes of one SQE; a multiple of `segment_align_bytes`.
     pub segment_bytes_max: Le32,
-    /// Queues of the device, queue 0 included. 1: nothing can be attached.
+    /// Number of queues of the device, including queue 0. 1: no queue can be attached.
     pub queue_count: Le16,
     /// 0.
     pub reserved: Le16,
@@ -68,48 +68,48 @@ wire!(ProbeAnswer {
     reserved,
 });
 
-/// What a driver may count on: an answer that was checked.
+/// A checked answer, on which a driver can rely.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Device {
-    /// The version to use, the highest that both have.
+    /// The version to use: the highest that both sides support.
     pub version: u16,
-    /// The features that both know.
+    /// The features that both sides know.
     pub features: u64,
-    /// How addresses are made.
+    /// The conversion of addresses.
     pub addressing: FixedAddressing,
-    /// What ATTACH may ask for.
+    /// The limits for ATTACH.
     pub limits: AttachLimits,
-    /// Alignment of each data segment's address and length, in bytes.
+    /// Alignment of each data segment's address and length in bytes.
     pub segment_align_bytes: u32,
-    /// Most bytes of one SQE.
+    /// Maximum number of bytes of one SQE.
     pub segment_bytes_max: u32,
-    /// Queues of the device, queue 0 included.
+    /// Number of queues of the device, including queue 0.
     pub queue_count: u16,
 }
 
-/// Why a driver uses a device as an ordinary virtio-blk device.
+/// The reason why a driver uses a device as an ordinary virtio-blk device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ProbeError {
-    /// No magic: another device that says OK to whatever it is asked.
+    /// The answer has no magic: another device that answers OK to any request.
     NotRingpass,
-    /// The device has only these versions.
+    /// The device supports only these versions.
     Version {
-        /// Lowest.
+        /// The lowest version.
         min: u16,
-        /// Highest.
+        /// The highest version.
         max: u16,
     },
-    /// A field is outside of its range.
+    /// A field is out of range.
     Field {
-        /// Its name.
+        /// The field's name.
         field: &'static str,
-        /// Its value.
+        /// The field's value.
         value: u64,
     },
 }
 
 impl ProbeAnswer {
-    /// The answer in the first bytes that a device wrote; what is missing is zero.
+    /// Decodes the answer from the bytes that a device wrote. Missing bytes are zero.
     pub fn from_prefix(bytes: &[u8]) -> Self {
         let mut whole = [0; Self::BYTES];
         let length = bytes.len().min(Self::BYTES);
@@ -172,11 +172,11 @@ impl ProbeAnswer {
 impl fmt::Display for ProbeError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::NotRingpass => write!(f, "the device is no ringpass device"),
+            Self::NotRingpass => write!(f, "the device is not a ringpass device"),
             Self::Version { min, max } => {
-                write!(f, "the device has versions {min} to {max} of the interface, this driver has {VERSION}")
+                write!(f, "the device supports versions {min} to {max} of the interface, but this driver has {VERSION}")
             }
-            Self::Field { field, value } => write!(f, "the device says {field} is {value:#x}, which cannot be"),
+            Self::Field { field, value } => write!(f, "the device's {field} is {value:#x}, which is out of range"),
         }
     }
 }

@@ -1,23 +1,23 @@
 //! The order of entries on a queue that can be attached.
 //!
-//! A device that is restarted knows nothing but the virtqueue. It continues behind the used index, as every virtio device
-//! does. So that this finds a pending ATTACH again, and nothing else, exactly once: ARM goes on an empty queue, ATTACH right
-//! behind it, nothing behind ATTACH, and neither is recorded in the in-flight region.
+//! A restarted device knows only the virtqueue. It continues after the used index, as every virtio device does. The rules make
+//! it find a pending ATTACH again exactly once, and no other request: the driver sends ARM on an empty queue, ATTACH directly
+//! after it, and nothing after ATTACH; the device records neither in the in-flight region.
 
 use crate::request::{ErrorCode, RequestType};
 
-/// What a device does with an entry that it took from the queue.
+/// The decision about an entry that the device took from the queue.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Verdict {
     /// Execute it.
     Execute,
-    /// Complete it with this code, and execute nothing.
+    /// Complete it with this code, and do not execute it.
     Refuse(ErrorCode),
-    /// The queue is broken: stop it until it is set up again. The entry is not completed.
+    /// The queue is broken: stop it until it is set up again, and do not complete the entry.
     Break,
 }
 
-/// The rules, for one queue from its start to its stop.
+/// The state of the rules for one queue, from its start to its stop.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct QueueOrder {
     queue: u16,
@@ -26,13 +26,13 @@ pub struct QueueOrder {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Last {
-    /// Nothing was taken since the queue started: what comes may be the ATTACH of an armed queue.
+    /// The device has taken no entry since the queue started: the next may be the ATTACH of an armed queue.
     Nothing,
-    /// An ARM that was executed.
+    /// An executed ARM.
     Arm,
-    /// An ATTACH that is pending.
+    /// A pending ATTACH.
     Attach,
-    /// Anything else.
+    /// Any other entry.
     Other,
 }
 
@@ -47,10 +47,10 @@ impl QueueOrder {
         self.last == Last::Attach
     }
 
-    /// The next entry: a request of this interface, or an ordinary one (`None`), while `in_flight` other entries of this
-    /// queue have not been completed, those found in the in-flight region included.
+    /// Decides about the next entry: a request of this interface, or an ordinary request (`None`). `in_flight` is the number
+    /// of other entries of this queue that are not completed yet, including those found in the in-flight region.
     ///
-    /// ARM and ATTACH must not be recorded in the in-flight region, whatever the verdict.
+    /// The device must not record ARM and ATTACH in the in-flight region, regardless of the verdict.
     pub fn take(&mut self, entry: Option<RequestType>, in_flight: u16) -> Verdict {
         let (verdict, last) = match (self.last, entry) {
             (Last::Attach, _) => (Verdict::Break, Last::Attach),
@@ -68,7 +68,7 @@ impl QueueOrder {
         verdict
     }
 
-    /// ATTACH was completed.
+    /// Records that the device has completed ATTACH.
     pub fn attach_completed(&mut self) {
         self.last = Last::Other;
     }

@@ -1,4 +1,4 @@
-//! The requests of this interface: types of virtio-blk requests that no other virtio-blk request uses.
+//! The requests of this interface: virtio-blk requests with types that no other virtio-blk request uses.
 //!
 //! A request is a descriptor chain as VIRTIO 1.2, 5.2.6 describes it:
 //!
@@ -9,27 +9,26 @@
 //! | answer | device | [`ProbeAnswer`](crate::probe::ProbeAnswer), [`EventAnswer`] or [`Outcome`] |
 //! | status | device | 1 |
 //!
-//! How the parts are spread over descriptors means nothing (VIRTIO 1.2, 2.7.4). The status is the last device-writable
-//! byte. A device that does not know the type answers `VIRTIO_BLK_S_UNSUPP` there, as VIRTIO demands, and touches
-//! nothing else.
+//! The parts can be split over descriptors in any way (VIRTIO 1.2, 2.7.4). The status is the last device-writable byte. A
+//! device that does not know the type writes `VIRTIO_BLK_S_UNSUPP` there, as VIRTIO demands, and writes nothing else.
 
 use crate::little_endian::{Le16, Le32, Le64, wire};
 
-/// PROBE, queue 0: what the device is. The answer is a [`ProbeAnswer`](crate::probe::ProbeAnswer).
+/// PROBE, queue 0: asks what the device supports. The answer is a [`ProbeAnswer`](crate::probe::ProbeAnswer).
 pub const T_PROBE: u32 = 0x7270_0000;
-/// ARM, on the queue to be attached, which must be empty. Completes at once. The driver leaves it unreaped for as long
-/// as the queue is attached. The answer is an [`Outcome`].
+/// ARM, on the queue to be attached, which must be empty. Completes at once. The driver does not reap it while the queue is
+/// attached. The answer is an [`Outcome`].
 pub const T_ARM: u32 = 0x7270_0002;
-/// ATTACH, right behind ARM and the last entry of its queue. Pending for as long as the queue is attached. The payload is
-/// an [`AttachPayload`](crate::attach::AttachPayload), the answer an [`Outcome`].
+/// ATTACH, directly after ARM, and the last entry of its queue. Pending while the queue is attached. The payload is an
+/// [`AttachPayload`](crate::attach::AttachPayload), the answer is an [`Outcome`].
 pub const T_ATTACH: u32 = 0x7270_0005;
-/// EVENT, queue 0: completes when the driver should look at its control pages. The answer is an [`EventAnswer`].
+/// EVENT, queue 0: completes when the driver should read its control pages. The answer is an [`EventAnswer`].
 pub const T_EVENT: u32 = 0x7270_0006;
-/// DETACH, queue 0: the driver has set the detach word of a queue's control page. The payload is a [`DetachPayload`],
-/// the answer an [`Outcome`].
+/// DETACH, queue 0: the driver has set the detach word of a queue's control page. The payload is a [`DetachPayload`], the
+/// answer is an [`Outcome`].
 pub const T_DETACH: u32 = 0x7270_0009;
 
-/// [`EventAnswer::events`]: an announcement was made on some queue, or an ATTACH completed.
+/// [`EventAnswer::events`]: the device made an announcement on some queue, or completed an ATTACH.
 pub const EVENT_QUEUES: u32 = 1 << 0;
 
 /// A request of this interface.
@@ -48,18 +47,18 @@ pub enum RequestType {
 }
 
 impl RequestType {
-    /// All of them.
+    /// All requests.
     pub const ALL: [Self; 5] = [Self::Probe, Self::Arm, Self::Attach, Self::Event, Self::Detach];
 
-    /// The request with this number in the virtio-blk header. `None`: not one of this interface.
+    /// The request with this number in the virtio-blk header. `None`: not a request of this interface.
     pub fn from_number(number: u32) -> Option<Self> {
         Self::ALL.into_iter().find(|request| request.number() == number)
     }
 
     /// The number in the virtio-blk header.
     ///
-    /// Bit 0 says, as in all of virtio-blk, whether there is a device-readable payload. No two differ in bit 0 or bit 31
-    /// alone, which some devices do not look at.
+    /// As in all of virtio-blk, bit 0 states whether there is a device-readable payload. No two numbers differ only in bit 0
+    /// or only in bit 31, because some devices ignore these bits.
     pub fn number(self) -> u32 {
         match self {
             Self::Probe => T_PROBE,
@@ -70,7 +69,7 @@ impl RequestType {
         }
     }
 
-    /// Bytes of the device-readable payload in version 0. Longer ones are accepted if the rest is zero.
+    /// Length in bytes of the device-readable payload in version 0. A longer payload is accepted if the rest is zero.
     pub fn payload_bytes(self) -> usize {
         match self {
             Self::Probe | Self::Arm | Self::Event => 0,
@@ -79,7 +78,7 @@ impl RequestType {
         }
     }
 
-    /// Bytes of the answer in version 0. A device writes as many of them as there is room for.
+    /// Length in bytes of the answer in version 0. A device writes as many bytes as the buffer has room for.
     pub fn answer_bytes(self) -> usize {
         match self {
             Self::Probe => crate::probe::ProbeAnswer::BYTES,
@@ -89,22 +88,22 @@ impl RequestType {
     }
 }
 
-/// Longest payload that a device looks at, in bytes. A longer one is refused with [`ErrorCode::Length`].
+/// Maximum length of a payload in bytes. The device refuses a longer payload with [`ErrorCode::Length`].
 pub const PAYLOAD_BYTES_MAX: u32 = 4096;
 
-/// How a request ended ([`Outcome::error`]).
+/// The result of a request ([`Outcome::error`]).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(C)]
 pub enum ErrorCode {
-    /// It was done.
+    /// Success.
     None = 0,
-    /// ATTACH: the driver asked for it with DETACH. The status is `VIRTIO_BLK_S_OK`.
+    /// ATTACH ended because the driver sent DETACH. The status is `VIRTIO_BLK_S_OK`.
     Detached = 1,
-    /// The version is not one that the device has.
+    /// The device does not support the version.
     Version = 2,
     /// A feature bit is set that the device did not offer.
     Features = 3,
-    /// A field that must be zero is not, or bytes behind the last field that the device knows.
+    /// A field that must be zero is not zero, or bytes after the last field that the device knows are not zero.
     Reserved = 4,
     /// The payload is too short, or longer than [`PAYLOAD_BYTES_MAX`].
     Length = 5,
@@ -116,19 +115,19 @@ pub enum ErrorCode {
     Range = 8,
     /// Two of the five ranges overlap.
     Overlap = 9,
-    /// A range does not lie in one piece of guest RAM, or not any more, or the host cannot have rings in memory of that kind.
+    /// A range is not, or no longer, in one piece of guest RAM, or the host cannot place rings in memory of that kind.
     Memory = 10,
-    /// The request is for another queue: ARM and ATTACH never on queue 0, all others only there.
+    /// The request is on the wrong queue: ARM and ATTACH must not be on queue 0, all others must be.
     Queue = 11,
-    /// ARM on a queue with other requests, or ATTACH not right behind ARM.
+    /// ARM on a queue with other requests, or ATTACH not directly after ARM.
     Order = 12,
-    /// A range is used by another queue, or still by a ring that is being taken apart. Trying again later helps.
+    /// Another queue, or a ring that is still closing, uses a range. Try again later.
     Busy = 13,
-    /// The device does not give out rings now. An EVENT tells when to try again.
+    /// The device offers no rings now. An EVENT completes when the driver can try again.
     Mode = 14,
-    /// The host lacks something (memory that may be locked, descriptors). Trying again later may help.
+    /// The host lacks a resource (memory that may be locked, descriptors). Trying again later may help.
     Resources = 15,
-    /// Guest memory was discarded while it was pinned. No ring before the next device reset.
+    /// Guest memory was discarded while it was pinned. The device offers no rings before its next reset.
     Discarded = 16,
 }
 
@@ -154,7 +153,7 @@ impl ErrorCode {
         Self::Discarded,
     ];
 
-    /// The code with this number; `None` for one of a later version, which a driver treats as final.
+    /// The code with this number; `None` for a code of a later version, which a driver treats as final.
     pub fn from_number(number: u32) -> Option<Self> {
         Self::ALL.get(number as usize).copied()
     }
@@ -171,9 +170,9 @@ impl ErrorCode {
 pub struct Outcome {
     /// An [`ErrorCode`].
     pub error: Le32,
-    /// The field of the payload that was refused, as its offset in bytes; 0xffff_ffff if none.
+    /// The byte offset of the refused field in the payload; 0xffff_ffff if none.
     pub field_offset_bytes: Le32,
-    /// What was found there, or what the limit is; see the code. For people, not for programs.
+    /// The value of that field, or the limit, depending on the code. For information, not for programs.
     pub value: Le64,
 }
 wire!(Outcome { error, field_offset_bytes, value });
@@ -182,7 +181,7 @@ wire!(Outcome { error, field_offset_bytes, value });
 pub const NO_FIELD: u32 = 0xffff_ffff;
 
 impl Outcome {
-    /// An outcome that is about no field.
+    /// An outcome that concerns no field.
     pub fn of(error: ErrorCode) -> Self {
         Self { error: (error as u32).into(), field_offset_bytes: NO_FIELD.into(), value: 0.into() }
     }
@@ -192,7 +191,7 @@ impl Outcome {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct EventAnswer {
-    /// [`EVENT_QUEUES`]; 0 when the queue stops. A driver ignores bits that it does not know.
+    /// [`EVENT_QUEUES`]; 0 when the queue stops. Drivers ignore unknown bits.
     pub events: Le32,
     /// 0.
     pub reserved: Le32,
@@ -203,7 +202,7 @@ wire!(EventAnswer { events, reserved });
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct DetachPayload {
-    /// The queue, 1 and up.
+    /// The queue, at least 1.
     pub queue: Le16,
     /// 0.
     pub reserved: [Le16; 3],
@@ -211,7 +210,7 @@ pub struct DetachPayload {
 wire!(DetachPayload { queue, reserved });
 
 impl DetachPayload {
-    /// The queue, if the payload is well-formed and names one of `queue_count` that can be attached.
+    /// The queue, if the payload is well-formed and the queue is one of `queue_count` queues and can be attached.
     pub fn check(&self, queue_count: u16) -> Result<u16, ErrorCode> {
         if self.reserved != [Le16::new(0); 3] {
             return Err(ErrorCode::Reserved);
@@ -223,8 +222,8 @@ impl DetachPayload {
 
 /// Copies the `bytes` of a payload into the fixed size that this version knows.
 ///
-/// Bytes behind it must be zero: a driver of a later version that needs more than this device knows is refused rather
-/// than half understood.
+/// Further bytes must be zero: a device refuses a driver of a later version that needs more than the device knows, instead of
+/// processing only a part of the payload.
 pub fn payload<const N: usize>(bytes: &[u8]) -> Result<[u8; N], ErrorCode> {
     if bytes.len() > PAYLOAD_BYTES_MAX as usize {
         return Err(ErrorCode::Length);

@@ -16,17 +16,17 @@
 //! The last two are store-then-load on both sides (Dekker): without the fence both sides may miss each other, and a
 //! submission would sleep or a completion never interrupt.
 //!
-//! The names are those of Linux 6.12 to 6.19, in `io_uring/`; the order of steps is the same since 6.6 (older kernels
-//! have no `IORING_SETUP_NO_SQARRAY`). The last row is true neither of a ring with `IORING_SETUP_DEFER_TASKRUN` nor of
-//! one with `IORING_SETUP_IOPOLL` and no SQPOLL: there the kernel wakes no waiters and executes no fence, so a
-//! completion can be lost when interrupts are unmuted. A device must not offer such a ring.
+//! The names are those of Linux 6.12 to 6.19, in `io_uring/`. The order of steps is the same since 6.6 (older kernels have no
+//! `IORING_SETUP_NO_SQARRAY`). The last row does not hold for a ring with `IORING_SETUP_DEFER_TASKRUN`, nor for a ring with
+//! `IORING_SETUP_IOPOLL` and without SQPOLL: there the kernel wakes no waiters and executes no fence, so the driver can miss a
+//! completion when it unmutes interrupts. A device must not offer such a ring.
 //!
-//! `tests/loom_orderings` checks all six against a model of the kernel's side, and shows for each one that loom finds
-//! a failure without it. For the release of `cq.head` it takes a kernel that posts without being asked to: in a whole
-//! ring the next release of `sq.tail` covers it, since a place in a full CQ is only used after a CQE was reaped.
+//! `tests/loom_orderings` checks all six orderings against a model of the kernel's side, and shows for each that loom finds a
+//! failure without it. To show that for the release of `cq.head`, the model posts completions without requests: in a complete
+//! ring the next release of `sq.tail` also covers this case, because a slot of a full CQ is reused only after a CQE was reaped.
 //!
-//! Ringing the doorbell must not overtake the tail. System calls, hypercalls and Linux's `writel` see to that
-//! themselves; a bare-metal guest on a weakly ordered machine needs a store barrier before its MMIO store.
+//! The doorbell must not overtake the tail. System calls, hypercalls and Linux's `writel` ensure this themselves; a bare-metal
+//! guest on a weakly ordered machine needs a store barrier before its MMIO store.
 
 use core::fmt;
 
@@ -36,78 +36,78 @@ use crate::{
 
 /// The driver's side of one ring: the only producer of its SQEs and the only consumer of its CQEs.
 ///
-/// It keeps its own copies of the indexes it owns and never reads them back. It never has more requests outstanding
-/// than the CQ holds, so that no completion is ever dropped or parked in the kernel.
+/// The driver keeps its own copies of the indexes that it owns and never reads them back. It never has more requests
+/// outstanding than the CQ holds, so the kernel never drops or holds back a completion.
 ///
-/// The other side is not trusted to keep its indexes right: whatever it writes, the driver accesses only what its
-/// layout covers and has no more than `cq_entries` requests outstanding. It may then wait for ever or reap nonsense.
+/// The driver does not trust the other side's indexes: whatever they contain, the driver accesses only what its layout covers
+/// and has at most `cq_entries` requests outstanding. With wrong indexes it may wait for ever or reap nonsense.
 #[derive(Debug)]
 pub struct DriverRing<M> {
     memory: M,
     layout: RingLayout,
-    /// The SQ tail, SQEs not yet published included.
+    /// The SQ tail, including SQEs that are not yet published.
     sq_tail: u32,
-    /// The SQ tail as the kernel was last told.
+    /// The SQ tail that the kernel sees.
     sq_tail_published: u32,
     cq_head: u32,
-    /// Requests pushed whose CQE has not been reaped.
+    /// Number of pushed requests whose CQE has not been reaped.
     outstanding: u32,
 }
 
-/// A push that was refused. The request is handed back.
+/// A refused push. The error returns the request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PushError {
     /// The request that was not queued.
     pub sqe: Sqe,
-    /// What has to happen first.
+    /// The reason, which states what has to happen first.
     pub reason: PushErrorReason,
 }
 
 /// Why a push was refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PushErrorReason {
-    /// The SQ is full: publish, and wait until the kernel has consumed some. At least as many requests are outstanding
-    /// as the SQ holds, so a driver may sleep until the interrupt of the next completion.
+    /// The SQ is full: publish, and wait until the kernel has consumed SQEs. At least as many requests are outstanding as the
+    /// SQ has entries, so a driver may sleep until the interrupt of the next completion.
     SqFull,
-    /// As many requests are outstanding as the CQ holds: reap first.
+    /// As many requests are outstanding as the CQ has entries: reap first.
     CqFull,
 }
 
 impl<M: RingMemory> DriverRing<M> {
-    /// The driver's side of a *new* ring, whose indexes are all zero, in `memory`.
+    /// The driver's side of a *new* ring in `memory`, whose indexes are all zero.
     pub fn new(memory: M, layout: RingLayout) -> Result<Self, LayoutError> {
         layout.validate()?;
         Ok(Self { memory, layout, sq_tail: 0, sq_tail_published: 0, cq_head: 0, outstanding: 0 })
     }
 
-    /// Where the parts of the ring are.
+    /// The layout of the ring.
     pub fn layout(&self) -> &RingLayout {
         &self.layout
     }
 
-    /// The memory, when the ring is used no more.
+    /// Returns the memory when the ring is no longer in use.
     pub fn into_memory(self) -> M {
         self.memory
     }
 
-    /// Requests pushed whose completion has not been reaped.
+    /// The number of pushed requests whose completion has not been reaped.
     pub fn outstanding(&self) -> u32 {
         self.outstanding
     }
 
-    /// Puts `sqe` into the next slot. The kernel does not see it before [`publish`](Self::publish).
+    /// Writes `sqe` into the next slot. The kernel does not see it before [`publish`](Self::publish).
     pub fn push(&mut self, sqe: &Sqe) -> Result<(), PushError> {
         let refused = |reason| Err(PushError { sqe: *sqe, reason });
         if self.outstanding >= self.layout.cq_entries {
             return refused(PushErrorReason::CqFull);
         }
-        // With fewer outstanding than the SQ has entries there is room, whatever the head says: the kernel takes SQEs in
-        // order, and what has been reaped was read. So the head, a cache line that the kernel writes, is looked at only
-        // when it matters. Nor would the head alone do: the kernel moves it only at the end of a batch, when completions
-        // of the batch may have been reaped already (`io_submit_sqes`), and the SQ could look full with nothing
-        // outstanding, for ever.
+        // If fewer requests are outstanding than the SQ has entries, there is room regardless of the head: the kernel takes
+        // SQEs in order and has read every SQE whose completion was reaped. So the driver reads the head, in a cache line
+        // that the kernel writes, only when needed. The head alone would not suffice: the kernel moves it only at the end of
+        // a batch (`io_submit_sqes`), when the driver may have reaped completions of the batch already, so that the SQ could
+        // look full for ever with nothing outstanding.
         if self.outstanding >= self.layout.sq_entries {
-            // Acquire: the kernel has read the SQE in the slot before it moved the head past it.
+            // Acquire: the kernel read the SQE in the slot before it moved the head past the slot.
             let sq_head = self.memory.load_acquire(self.layout.sq_head_offset);
             if self.sq_tail.wrapping_sub(sq_head) >= self.layout.sq_entries {
                 return refused(PushErrorReason::SqFull);
@@ -119,8 +119,8 @@ impl<M: RingMemory> DriverRing<M> {
         Ok(())
     }
 
-    /// Makes every pushed SQE visible to the kernel. True: the doorbell must be rung now, or they may lie there for ever.
-    /// False, too, when nothing was pushed since the last call.
+    /// Makes every pushed SQE visible to the kernel. Returns true if the driver must ring the doorbell now; otherwise the kernel
+    /// may never look at the SQEs. Returns false if no SQE was pushed since the last call.
     #[must_use = "a sleeping SQ thread does not see the SQEs until the doorbell is rung"]
     pub fn publish(&mut self) -> bool {
         if self.sq_tail == self.sq_tail_published {
@@ -132,8 +132,8 @@ impl<M: RingMemory> DriverRing<M> {
         match self.layout.doorbell {
             Doorbell::Always => true,
             Doorbell::WhenAsleep => {
-                // The SQ thread sets NEED_WAKEUP and then looks at the tail once more; we write the tail and then
-                // look at NEED_WAKEUP. With a full fence between on both sides, one of the two sees the other.
+                // The SQ thread sets NEED_WAKEUP and then reads the tail again; the driver writes the tail and then reads
+                // NEED_WAKEUP. With a full fence between on both sides, at least one side sees the other's write.
                 self.memory.full_fence();
                 self.memory.load_relaxed(self.layout.sq_flags_offset) & SQ_NEED_WAKEUP != 0
             }
@@ -142,9 +142,9 @@ impl<M: RingMemory> DriverRing<M> {
 
     /// Takes the next completion, if there is one.
     ///
-    /// A faulty device can make up completions: whoever uses `user_data` as an index checks it.
+    /// A faulty device can invent completions: check `user_data` before you use it as an index.
     pub fn reap(&mut self) -> Option<Cqe> {
-        // Acquire: the CQE was written before the tail covered it.
+        // Acquire: the kernel wrote the CQE before the tail covered it.
         let cq_tail = self.memory.load_acquire(self.layout.cq_tail_offset);
         if cq_tail == self.cq_head {
             return None;
@@ -152,7 +152,7 @@ impl<M: RingMemory> DriverRing<M> {
         let index = self.cq_head & (self.layout.cq_entries - 1);
         let cqe = self.memory.read_cqe(self.layout.cqes_offset + index * size_of::<Cqe>() as u32);
         self.cq_head = self.cq_head.wrapping_add(1);
-        // Release: the CQE has been copied before the kernel may write the slot again.
+        // Release: the driver has copied the CQE before the kernel may write the slot again.
         self.memory.store_release(self.layout.cq_head_offset, self.cq_head);
         self.outstanding = self.outstanding.saturating_sub(1);
         Some(cqe)
@@ -163,22 +163,23 @@ impl<M: RingMemory> DriverRing<M> {
         self.memory.load_acquire(self.layout.cq_tail_offset) != self.cq_head
     }
 
-    /// Asks the kernel not to signal completions while the driver polls. A signal already under way may still come.
+    /// Asks the kernel not to signal completions while the driver polls. A signal that is already under way may still arrive.
     pub fn mute_interrupts(&mut self) {
         self.memory.store_relaxed(self.layout.cq_flags_offset, CQ_EVENTFD_DISABLED);
     }
 
-    /// Asks for signals again. True: a completion is already there, for which no signal may come: reap first.
-    #[must_use = "a completion that came before interrupts were on again is not signalled"]
+    /// Asks the kernel to signal again. Returns true if a completion is already there: reap it first, because no signal may
+    /// arrive for it.
+    #[must_use = "a completion that arrived before interrupts were unmuted is not signalled"]
     pub fn unmute_interrupts(&mut self) -> bool {
         self.memory.store_relaxed(self.layout.cq_flags_offset, 0);
-        // The kernel writes the tail and then looks at the flag; we write the flag and then look at the tail. With a
-        // full fence between on both sides, one of the two sees the other.
+        // The kernel writes the tail and then reads the flag; the driver writes the flag and then reads the tail. With a full
+        // fence between on both sides, at least one side sees the other's write.
         self.memory.full_fence();
         self.has_completion()
     }
 
-    /// Whether the kernel holds completions back because the CQ was full. Never for a driver that only uses this type.
+    /// Whether the kernel holds back completions because the CQ was full. Never true for a driver that uses only this type.
     pub fn has_overflowed(&self) -> bool {
         self.memory.load_relaxed(self.layout.sq_flags_offset) & SQ_CQ_OVERFLOW != 0
     }
@@ -188,7 +189,7 @@ impl fmt::Display for PushError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.reason {
             PushErrorReason::SqFull => write!(f, "the submission queue is full"),
-            PushErrorReason::CqFull => write!(f, "as many requests are outstanding as the completion queue holds"),
+            PushErrorReason::CqFull => write!(f, "as many requests are outstanding as the completion queue has entries"),
         }
     }
 }

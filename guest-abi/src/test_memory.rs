@@ -1,4 +1,4 @@
-//! Ring memory for unit tests: refuses every access outside the two areas.
+//! Ring memory for unit tests. It refuses every access outside the two areas.
 
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -6,8 +6,8 @@ use std::rc::Rc;
 
 use crate::{Cqe, RingLayout, RingMemory, Sqe};
 
-/// Memory of the size that a layout names, shared by the driver and whoever plays the other side. Only what was written
-/// takes room, so an area may have any size.
+/// Memory of the size of a layout, shared by the driver and the test that plays the other side. Only written words take
+/// memory, so an area may have any size.
 #[derive(Clone, Debug)]
 pub(crate) struct TestMemory(Rc<Areas>);
 

@@ -1,72 +1,72 @@
-//! The device's side of the epochs of one queue.
+//! The device's side of the epochs of one queue, as a state machine.
 
 use super::{Actions, Announcement, Area, Epoch, Phase};
 use crate::request::ErrorCode;
 
-/// What happened.
+/// An event that the device reports to the machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Event {
-    /// ATTACH was taken from the queue, and its geometry is good. The two words were read once from the control page,
-    /// where this device wrote nothing yet.
+    /// The device took ATTACH from the queue, and its geometry is good. The device has read the two words once from the
+    /// control page, before it wrote anything there.
     Attach {
         /// The announcement word, as another device process may have left it.
         found: u32,
         /// Whether the detach word is set.
         detach: bool,
     },
-    /// Nothing older than this attachment is left: every ring that ever used the areas is gone, those of other processes
-    /// too (their lock on the disk is free and this process has it). Only what the wait of this attachment found: one that
-    /// was begun for an earlier attachment is not reported.
+    /// Everything older than this attachment is gone: every ring that ever used the areas, including those of other processes
+    /// (their lock on the disk is free, and this process has it). The device reports only the result of the wait that
+    /// [`Action::AwaitRelease`] began for this attachment, not of a wait for an earlier attachment.
     Released,
-    /// The ring that was to be built runs.
+    /// The new ring runs.
     Built,
-    /// The ring could not be built.
+    /// The device could not build the ring.
     BuildFailed(ErrorCode),
-    /// The ring of this area, which was closed, is really gone: its I/O has ended and it writes to nothing any more.
+    /// The closed ring of this area is gone: its I/O has ended, and it does not write to memory any more.
     Gone(Area),
-    /// The driver's word was read. Whatever it is.
+    /// The device has read the driver's word, which can have any value.
     Acknowledged(u32),
-    /// The ring should be replaced, with the driver's help: an operator wants another mode.
+    /// The driver shall drain the ring, so that another can replace it: an operator wants another mode.
     Drain,
     /// The ring must end at once, and another may follow.
     End,
-    /// The ring must end at once and none follows: DETACH, or the device gives out no ring any more.
+    /// The ring must end at once, and no other follows: after DETACH, or because the device offers no rings any more.
     Finish(ErrorCode),
-    /// The queue stops (GET_VRING_BASE, reset, the front-end is gone). ATTACH stays what it is, and is seen again if
+    /// The queue stops (GET_VRING_BASE, reset, the front-end is gone). ATTACH stays pending, and the device takes it again if
     /// the queue starts again.
     Stop,
 }
 
-/// What is to be done now, in this order.
+/// An action that the device must do now, in the order of the list.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Action {
     /// Begin to wait for [`Event::Released`], on a thread that may wait.
     AwaitRelease,
-    /// Store the word with release, signal the queue's call eventfd unconditionally, complete EVENT, and then look at the
-    /// driver's word ([`Event::Acknowledged`]): it may have answered already, to the device before this one.
+    /// Store the word with release, signal the queue's call eventfd unconditionally, complete EVENT, and then read the
+    /// driver's word ([`Event::Acknowledged`]): the driver may have answered already, to the previous device process.
     Announce(Announcement),
-    /// Zero the head of the epoch's area, make a ring there, write the ring's record into the control page.
+    /// Zero the head of the epoch's area, create a ring there, and write the ring's record into the control page.
     Build(Epoch),
     /// Close the ring of this area, and begin to wait for [`Event::Gone`].
     Close(Area),
-    /// Write the answer and status of ATTACH, put it into the used ring, signal unconditionally, and complete EVENT. The
-    /// control page and the areas are the driver's alone from here on.
+    /// Write the answer and the status of ATTACH, put it into the used ring, signal unconditionally, and complete EVENT. From
+    /// here on the control page and the areas belong to the driver alone.
     CompleteAttach(ErrorCode),
-    /// The queue has stopped: nothing of this attachment touches guest memory any more.
+    /// The queue has stopped: this attachment does not access guest memory any more.
     Stopped,
 }
 
-/// Where the device is.
+/// The state of the device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum State {
     /// No ATTACH is pending.
     Detached,
-    /// ATTACH is pending; something older may still write to the areas or to the disk.
+    /// ATTACH is pending. An older ring may still write to the areas or to the disk.
     Waiting {
-        /// What was found in the control page.
+        /// The announcement in the control page at ATTACH.
         found: Option<Announcement>,
     },
-    /// Nobody uses a ring. The one of `epoch` is being built, or waits until the ring that last used its area is gone.
+    /// No ring is in use. The device builds the ring of `epoch`, or waits until the last ring in its area is gone.
     Opening {
         /// The epoch that will open.
         epoch: Epoch,
@@ -81,35 +81,35 @@ pub enum State {
         /// The epoch whose ring still runs.
         epoch: Epoch,
     },
-    /// All rings are closed and not all are gone.
+    /// All rings are closed, and not all are gone.
     Ending {
-        /// The epoch whose end will be announced.
+        /// The epoch whose end the device will announce.
         epoch: Epoch,
     },
     /// (epoch, Ended) is announced.
     Ended {
-        /// The epoch whose end was announced.
+        /// The epoch whose end the device has announced.
         epoch: Epoch,
     },
-    /// All rings are closed; when all are gone ATTACH completes.
+    /// All rings are closed. When all are gone, ATTACH completes.
     Finishing {
-        /// What the driver is told.
+        /// The code in the answer of ATTACH.
         code: ErrorCode,
     },
-    /// All rings are closed; when all are gone the queue has stopped.
+    /// All rings are closed. When all are gone, the queue has stopped.
     Stopping,
 }
 
-/// What an area is used for.
+/// The use of an area.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum AreaUse {
-    /// Nothing.
+    /// No ring uses the area.
     Free,
-    /// A ring is being built there.
+    /// The device builds a ring in the area.
     Building,
-    /// A ring runs there.
+    /// A ring runs in the area.
     Live,
-    /// A ring was closed there and may still write to it.
+    /// A ring in the area is closed and may still write to it.
     Dying,
 }
 
@@ -133,20 +133,20 @@ impl Machine {
         Self { state: State::Detached, areas: [AreaUse::Free; 2], released: false }
     }
 
-    /// Where the device is.
+    /// The current state.
     pub fn state(&self) -> State {
         self.state
     }
 
-    /// What an area is used for.
+    /// The current use of an area.
     pub fn area(&self, area: Area) -> AreaUse {
         self.areas[area.index()]
     }
 
-    /// Takes an event. One that has no meaning in this state changes nothing: it came late.
+    /// Processes an event. An event without a meaning in the current state came late and changes nothing.
     ///
-    /// Nothing here believes the driver: what it writes can make epochs come early, which harms its own data, and nothing
-    /// else.
+    /// The machine does not trust the driver: the driver's words can make an epoch start early, which harms only the driver's
+    /// own data.
     pub fn step(&mut self, event: Event) -> Actions<Action> {
         let mut actions = Actions::none();
         self.note_area(event);
@@ -168,7 +168,7 @@ impl Machine {
             }
             _ => return,
         };
-        // At most one is being built.
+        // At most one ring is under construction.
         for area in &mut self.areas {
             if *area == from {
                 *area = to;
@@ -218,7 +218,7 @@ impl Machine {
         };
     }
 
-    /// Goes on by itself as far as the areas allow.
+    /// Makes the transitions that need no event, as far as the areas allow.
     fn settle(&mut self, actions: &mut Actions<Action>) {
         if matches!(self.state, State::Ending { .. } | State::Finishing { .. } | State::Stopping) {
             Area::ALL.into_iter().for_each(|area| self.close(area, actions));

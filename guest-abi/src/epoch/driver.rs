@@ -1,72 +1,72 @@
-//! The driver's side of the epochs of one queue.
+//! The driver's side of the epochs of one queue, as a state machine.
 
 use super::{Actions, Announcement, Area, Epoch, Phase};
 
-/// What happened.
+/// An event that the driver reports to the machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Event {
-    /// The device's word was read (with acquire): after each callback of the queue and after each EVENT.
+    /// The driver has read the device's word (with acquire): after each callback of the queue, and after each EVENT.
     Announced(u32),
-    /// Nothing is outstanding on the ring that is being drained.
+    /// No request is outstanding on the draining ring.
     Drained,
-    /// The CQ of the ring that has ended is empty, and every request without a completion was put aside.
+    /// The CQ of the ended ring is empty, and the driver has set aside every request without a completion.
     Reaped,
-    /// ATTACH is complete, well or not: no ring is left.
+    /// ATTACH is complete, successfully or not. No ring is left.
     AttachCompleted,
-    /// The driver itself wants to have its queue and its memory back.
+    /// The driver itself wants its queue and its memory back.
     Detach,
 }
 
-/// What is to be done now, in this order.
+/// An action that the driver must do now, in the order of the list.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Action {
     /// Read the ring's record from the control page, check it, begin a [`DriverRing`](crate::DriverRing) with all indexes
-    /// zero on the epoch's area, and submit: first what was put aside, then what is new.
+    /// zero on the epoch's area, and submit: first the requests that were set aside, then new ones.
     Start(Epoch),
-    /// Submit nothing more, reap until nothing is outstanding, then [`Event::Drained`]. If nothing is: at once.
+    /// Submit no more requests, reap until none is outstanding, and then report [`Event::Drained`]; at once if none is.
     Drain,
-    /// Submit nothing more. Take what is in the CQ of this area, put every request aside that has no completion or one of
-    /// -ECANCELED, then [`Event::Reaped`].
+    /// Submit no more requests. Reap the CQ of this area, set aside every request without a completion or with a completion
+    /// of -ECANCELED, and then report [`Event::Reaped`].
     Reap(Area),
     /// Store the word with release, then ring the queue's doorbell.
     Acknowledge(Announcement),
     /// Set the detach word, then send DETACH on queue 0.
     RequestDetach,
-    /// Reap ARM and ATTACH. The control page, the areas and the queue are the driver's again: what was put aside goes
-    /// there as ordinary requests.
+    /// Reap ARM and ATTACH. The control page, the areas and the queue belong to the driver again. Submit the requests that
+    /// were set aside to the queue as ordinary requests.
     Release,
-    /// The device did what no device may do. Nothing more is submitted; reset it.
+    /// The device violated the protocol. Submit no more requests, and reset the device.
     Reset,
 }
 
-/// Where the driver is.
+/// The state of the driver.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum State {
-    /// Nothing is on any ring; the end of `epoch` was acknowledged ([`Epoch::NONE`]: ATTACH was sent).
+    /// No request is on any ring. The driver has acknowledged the end of `epoch` ([`Epoch::NONE`]: it has sent ATTACH).
     Idle {
         /// The epoch that ended last.
         epoch: Epoch,
     },
-    /// Submits and reaps.
+    /// The driver submits and reaps.
     Running {
-        /// The epoch whose ring is used.
+        /// The epoch whose ring is in use.
         epoch: Epoch,
     },
-    /// Only reaps.
+    /// The driver only reaps.
     Draining {
-        /// The epoch whose ring is being drained.
+        /// The epoch whose ring the driver drains.
         epoch: Epoch,
     },
-    /// Takes the completions of a ring that has ended.
+    /// The driver takes the completions of a ring that has ended.
     Reaping {
         /// The epoch that ended.
         epoch: Epoch,
     },
-    /// Takes the completions of a ring that has ended. No other follows.
+    /// The driver takes the completions of a ring that has ended. No other ring follows.
     Leaving,
-    /// Not attached any more.
+    /// The queue is not attached any more.
     Detached,
-    /// Waits for the reset of a device that broke the protocol.
+    /// The device violated the protocol. The driver must reset it.
     Failed,
 }
 
@@ -74,7 +74,7 @@ pub enum State {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Machine {
     state: State,
-    /// The word last written; 0 before the first.
+    /// The last word that the driver wrote; 0 before the first.
     acknowledged: u32,
 }
 
@@ -85,22 +85,22 @@ impl Default for Machine {
 }
 
 impl Machine {
-    /// A queue whose ATTACH was just sent, with a control page of zeroes.
+    /// A queue whose ATTACH the driver has just sent, with a control page of zeroes.
     pub fn new() -> Self {
         Self { state: State::Idle { epoch: Epoch::NONE }, acknowledged: 0 }
     }
 
-    /// Where the driver is.
+    /// The current state.
     pub fn state(&self) -> State {
         self.state
     }
 
-    /// Whether requests may be pushed.
+    /// Whether the driver may push requests.
     pub fn may_submit(&self) -> bool {
         matches!(self.state, State::Running { .. })
     }
 
-    /// Takes an event. What cannot come from a device that keeps to the protocol leads to [`Action::Reset`].
+    /// Processes an event. A word that no correct device writes leads to [`Action::Reset`].
     pub fn step(&mut self, event: Event) -> Actions<Action> {
         let mut actions = Actions::none();
         self.state = match (self.state, event) {
@@ -123,7 +123,7 @@ impl Machine {
                 actions.push(Action::RequestDetach);
                 state
             }
-            // A caller that reports more than it was asked for: it has nothing to say to anybody.
+            // The caller reports something that no action asked for: ignored.
             (state, Event::Drained | Event::Reaped) => state,
         };
         actions
@@ -138,7 +138,7 @@ impl Machine {
         };
         let current = |phase, epoch| Announcement { epoch, phase };
         match state {
-            // The ring of the next epoch may have come and gone before the driver looked.
+            // The ring of the next epoch may have started and ended before the driver read the word.
             State::Idle { epoch } if heard.epoch == epoch.next() => match heard.phase {
                 Phase::Open => {
                     actions.push(Action::Start(heard.epoch));
@@ -146,7 +146,7 @@ impl Machine {
                 }
                 Phase::Drain | Phase::Ended => self.acknowledge(heard, actions),
             },
-            // A drain was acknowledged and the device died: the one after it begins with the end.
+            // The driver acknowledged a drain, then the device died: the next device process begins with the end.
             State::Idle { epoch } if heard == current(Phase::Ended, epoch) => self.acknowledge(heard, actions),
             State::Running { epoch } if heard == current(Phase::Open, epoch) => state,
             State::Running { epoch } if heard == current(Phase::Drain, epoch) => {
@@ -175,7 +175,7 @@ impl Machine {
                 actions.push(Action::Reap(epoch.area()));
                 State::Leaving
             }
-            // Already reaping: the same completions are asked for.
+            // The driver reaps already; the same completions are needed.
             State::Reaping { .. } | State::Leaving => State::Leaving,
             State::Idle { .. } | State::Failed | State::Detached => {
                 actions.push(Action::Release);

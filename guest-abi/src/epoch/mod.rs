@@ -1,67 +1,68 @@
-//! Epochs: how a queue changes who consumes its ring, with no request lost and none done twice.
+//! Epochs: how a queue changes the consumer of its ring without losing or repeating a request.
 //!
-//! An *epoch* is the life of one ring of one queue. Epochs are numbered; those with an even number use the first
-//! [`Area`], the others the second. The device announces in one word of the control page where things are
-//! ([`Announcement`]); the driver answers in another word by writing back what it has read. Nothing else is ever agreed on.
+//! An *epoch* is the lifetime of one ring of one queue. Epochs are numbered. Epochs with an even number use the first
+//! [`Area`], epochs with an odd number the second. The device announces the current epoch and its phase in one word of the
+//! control page ([`Announcement`]). The driver acknowledges by writing the same word back to another place. The two sides
+//! agree on nothing else.
 //!
 //! - `Open`: the ring of this epoch runs. The driver may submit to it.
-//! - `Drain`: the driver is to submit nothing more, wait for what is outstanding, and acknowledge. The ring still runs, and
-//!   does so until the acknowledgement comes.
-//! - `Ended`: the ring of this epoch and every older one is gone, and all their I/O has ended. Each request that was
-//!   consumed has its CQE in the area. The driver reaps those, acknowledges, and submits all others again to the next
-//!   epoch. A CQE of -ECANCELED was not executed: it counts as one of the others.
+//! - `Drain`: the driver must submit no more requests, wait for the outstanding ones, and acknowledge. The ring keeps running
+//!   until the driver acknowledges.
+//! - `Ended`: the rings of this epoch and of all older epochs are gone, and all their I/O has ended. Each request that the
+//!   kernel consumed has its CQE in the area. The driver reaps these CQEs, acknowledges, and submits all other requests again
+//!   in the next epoch. A request with a CQE of -ECANCELED was not executed, so the driver submits it again, too.
 //!
-//! The next epoch opens only after the end of this one was acknowledged. So the driver never reads an area that the device
-//! prepares, and the device, whoever it is by now, needs to know nothing but the two words: *every* start with a word that is
-//! not zero is a recovery, and every recovery announces `Ended` for the epoch that it finds there.
+//! The next epoch opens only after the driver has acknowledged the end of the current epoch. So the driver never reads an area
+//! that the device prepares. The device, even if it is another process by now, needs only the two words: *every* start with a
+//! word that is not zero is a recovery, and every recovery announces `Ended` for the epoch in the word.
 //!
-//! Two areas are there for drains. A ring that is closed writes to its area for 20 to 75 ms yet (its flags; Linux 6.18),
-//! and the next epoch need not wait for that. The one after it does.
+//! The second area exists for drains. A closed ring still writes to its area (the ring's flags) for 20 to 75 ms (Linux 6.18).
+//! The next epoch need not wait for that; the epoch after it waits.
 //!
-//! [`device::Machine`] and [`driver::Machine`] are the two sides: events in, actions out, no memory access. The tables of
-//! `docs/abi.md` are printed from them.
+//! [`device::Machine`] and [`driver::Machine`] are the two sides as state machines: events in, actions out, no memory access.
+//! The tables of `docs/abi.md` are generated from them.
 
 use core::fmt;
 
 pub mod device;
 pub mod driver;
 
-/// Bits of a word that are the phase; the number is above them.
+/// Number of low bits of a word that hold the phase. The bits above them hold the epoch's number.
 const PHASE_BITS: u32 = 2;
 const PHASE_MASK: u32 = (1 << PHASE_BITS) - 1;
 
-/// [`Phase::Open`] in the low two bits of the word. 0 there: nothing was announced.
+/// [`Phase::Open`] in the low two bits of the word. If these bits are 0, the device has announced nothing yet.
 pub const PHASE_OPEN: u32 = 1;
 /// [`Phase::Drain`] in the low two bits of the word.
 pub const PHASE_DRAIN: u32 = 2;
 /// [`Phase::Ended`] in the low two bits of the word.
 pub const PHASE_ENDED: u32 = 3;
 
-/// Where an epoch is in its life.
+/// The phase of an epoch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Phase {
-    /// Its ring runs.
+    /// The epoch's ring runs.
     Open,
-    /// Its ring runs and is to be drained.
+    /// The epoch's ring runs, and the driver must drain it.
     Drain,
-    /// Its ring is gone.
+    /// The epoch's ring is gone.
     Ended,
 }
 
 /// One of the two areas of a queue.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Area {
-    /// Of the epochs with an even number.
+    /// The area of epochs with an even number.
     Even,
-    /// Of the epochs with an odd number.
+    /// The area of epochs with an odd number.
     Odd,
 }
 
 impl Area {
-    /// Both.
+    /// Both areas.
     pub const ALL: [Self; 2] = [Self::Even, Self::Odd];
 
-    /// Its place in [`AttachPayload::areas`](crate::attach::AttachPayload::areas): 0 or 1.
+    /// The index in [`AttachPayload::areas`](crate::attach::AttachPayload::areas): 0 or 1.
     pub fn index(self) -> usize {
         match self {
             Self::Even => 0,
@@ -70,14 +71,14 @@ impl Area {
     }
 }
 
-/// The number of an epoch, 30 bits; after the highest comes 0.
+/// The number of an epoch, 30 bits; the highest number is followed by 0.
 ///
-/// Numbers are only ever compared for equality, with the one that is current and the one after it.
+/// Both sides compare numbers only for equality, with the current epoch and the next one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Epoch(u32);
 
 impl Epoch {
-    /// The epoch before the first: an end of it may be announced, a ring of it never was.
+    /// The epoch before the first. A device may announce its end, but it never has a ring.
     pub const NONE: Self = Self(0);
 
     /// The epoch with the lower 30 bits of `number`.
@@ -85,38 +86,38 @@ impl Epoch {
         Self(number & (u32::MAX >> PHASE_BITS))
     }
 
-    /// Its number.
+    /// The number.
     pub fn number(self) -> u32 {
         self.0
     }
 
-    /// The epoch after it.
+    /// The next epoch.
     pub fn next(self) -> Self {
         Self::new(self.0.wrapping_add(1))
     }
 
-    /// The epoch before it.
+    /// The previous epoch.
     pub fn previous(self) -> Self {
         Self::new(self.0.wrapping_sub(1))
     }
 
-    /// The area of its ring.
+    /// The area of the epoch's ring.
     pub fn area(self) -> Area {
         if self.0.is_multiple_of(2) { Area::Even } else { Area::Odd }
     }
 }
 
-/// What the device says in the control page, and what the driver says back: a word of 32 bits.
+/// The device's announcement in the control page, and the driver's acknowledgement of it: a word of 32 bits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Announcement {
-    /// The epoch it is about.
+    /// The epoch that the announcement is about.
     pub epoch: Epoch,
-    /// Where that epoch is.
+    /// The phase of that epoch.
     pub phase: Phase,
 }
 
 impl Announcement {
-    /// The announcement in a word. `None`: nothing was announced yet. Any word is one or none.
+    /// Decodes a word. `None`: the device has announced nothing yet. Every word is valid.
     pub fn from_word(word: u32) -> Option<Self> {
         let phase = match word & PHASE_MASK {
             PHASE_OPEN => Phase::Open,
@@ -127,7 +128,7 @@ impl Announcement {
         Some(Self { epoch: Epoch::new(word >> PHASE_BITS), phase })
     }
 
-    /// The word.
+    /// Encodes the announcement as a word.
     pub fn to_word(self) -> u32 {
         let phase = match self.phase {
             Phase::Open => PHASE_OPEN,
@@ -138,7 +139,7 @@ impl Announcement {
     }
 }
 
-/// Up to four actions, in the order in which they are to be done.
+/// Up to four actions, in the order in which the caller must do them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Actions<T> {
     items: [Option<T>; 4],
@@ -151,7 +152,7 @@ impl<T: Copy> Actions<T> {
     }
 
     fn push(&mut self, action: T) {
-        // No step has more than four: `every_step_has_room_for_its_actions` shows it. One more would be left out.
+        // No step has more than four actions, as `every_step_has_room_for_its_actions` shows. A fifth would be left out.
         if let Some(item) = self.items.get_mut(self.length) {
             *item = Some(action);
             self.length += 1;

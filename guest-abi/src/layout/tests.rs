@@ -166,7 +166,7 @@ fn a_refusal_names_the_field_and_the_value() {
     );
     assert_eq!(
         message(RingLayout { cq_tail_offset: 4094, ..good }),
-        "cq_tail at offset 4094 does not lie aligned inside the rings area"
+        "cq_tail at offset 4094 is not aligned or not inside the rings area"
     );
     assert_eq!(message(RingLayout { sqes_bytes: 511, ..good }), "the SQE area has 511 bytes, its entries take 512");
 }

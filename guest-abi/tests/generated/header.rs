@@ -1,4 +1,4 @@
-//! The C header, and a C program that says what a compiler makes of it.
+//! The C header, and a C program that prints the layout that a compiler gives it.
 
 use std::collections::BTreeMap;
 use std::mem::offset_of;
@@ -54,9 +54,9 @@ const CONSTANTS: [&str; 19] = [
 const HEAD: &str = "\
 /* SPDX-License-Identifier: Apache-2.0 OR MIT */
 /*
- * The ABI of ringpass, version 0: docs/abi.md is its specification. Made from the Rust source; do not edit.
+ * The ABI of ringpass, version 0: docs/abi.md is its specification. Generated from the Rust source; do not edit.
  *
- * All fields are little-endian. Names in brackets in the comments are those of the Rust crate.
+ * All fields are little-endian. Names in brackets in the comments are names of the Rust crate.
  */";
 
 fn header() -> String {
