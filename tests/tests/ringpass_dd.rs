@@ -78,7 +78,7 @@ fn flipped_byte() -> Result<()> {
     let output = place.run(&["verify", "--input", &input, "--queues", "3"])?;
     status_is(&output, 1)?;
     let expected =
-        format!("in 2 bytes; the first is at 12345678 of the disk: it has {:#04x}", content[12_345_678] ^ 0x10);
+        format!("in 2 bytes; the first is at byte 12345678 of the disk: the disk has {:#04x}", content[12_345_678] ^ 0x10);
     ensure!(text(&output).contains(&expected), "{}", text(&output));
     Ok(())
 }
@@ -136,13 +136,13 @@ fn refusals() -> Result<()> {
         (&["write", "--input", &odd], "1000 bytes are no multiple of 512"),
         (&["write", "--input", &input, "--offset-bytes", "1MiB"], "do not fit"),
         (&["write", "--input", &odd, "--offset-bytes", "7"], "--offset-bytes: 7 bytes are no multiple of 512"),
-        (&["write", "--input", &odd, "--length-bytes", "2048"], "has 1000 bytes, less than --length-bytes 2048"),
+        (&["write", "--input", &odd, "--length-bytes", "2048"], "has 1000 bytes, fewer than --length-bytes 2048"),
         (&["write", "--input", "-", "--verify"], "--verify reads the input twice"),
-        (&["write", "--input", "nowhere"], "opening nowhere"),
-        (&["write", "--input", &input, "--block-bytes", "1000"], "must be a multiple of the disk's block of 512 bytes"),
+        (&["write", "--input", "nowhere"], "cannot open nowhere"),
+        (&["write", "--input", &input, "--block-bytes", "1000"], "must be a multiple of the disk's block size, 512 bytes"),
         (&["write", "--input", &input, "--block-bytes", "1GiB"], "at most 4 MiB"),
         (&["read", "--output", &output, "--offset-bytes", "48MiB"], "is not before the end of the disk"),
-        (&["read", "--output", "-", "--sparse"], "--sparse leaves holes, which only a file can have"),
+        (&["read", "--output", "-", "--sparse"], "--sparse leaves holes, but only a file can have holes"),
     ] {
         let output = place.run(arguments)?;
         status_is(&output, 2).with_context(|| format!("{arguments:?}"))?;
@@ -229,7 +229,7 @@ fn killed_servers() -> Result<()> {
     ensure!(place.disk()? == content, "another content");
     let text = text(&output);
     ensure!(text.contains("server lost: 3 times"), "{text}");
-    ensure!(text.contains("the server was lost and is there again; going on"), "{text}");
+    ensure!(text.contains("the connection to the server was lost and is restored; the copy continues"), "{text}");
     Ok(())
 }
 
@@ -255,7 +255,7 @@ fn lost_server() -> Result<()> {
     place.broker.kill()?;
     let (output, _) = copy.end()?;
     status_is(&output, 2)?;
-    ensure!(text(&output).contains("nothing came from the server for 1 s"), "{}", text(&output));
+    ensure!(text(&output).contains("no answer from the server for 1 s"), "{}", text(&output));
     let output = Command::new(dd::program()?)
         .args(["read", "--output", "-", "--patience-s", "1", "--socket"])
         .arg(place.path("none"))

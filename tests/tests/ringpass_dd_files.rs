@@ -113,15 +113,15 @@ fn same_disk() -> Result<()> {
 fn lengths() -> Result<()> {
     let place = Place::new(&["--num-queues", "2"])?;
     let half = place.file("half", &pattern(3, usize::try_from(DISK_BYTES / 2)?))?;
-    let remark = format!("half has {} bytes: the {} bytes of the disk behind them ", DISK_BYTES / 2, DISK_BYTES / 2);
+    let remark = format!("half has {} bytes: the {} bytes of the disk after them ", DISK_BYTES / 2, DISK_BYTES / 2);
     let says = |output: &Output, words: &str| {
         ensure!(text(output).contains(words), "{words:?} is not said: {}", text(output));
         Ok(())
     };
-    says(&place.succeed(&["write", "--input", &half])?, &format!("{remark}stay as they are"))?;
+    says(&place.succeed(&["write", "--input", &half])?, &format!("{remark}stay unchanged"))?;
     says(&place.succeed(&["verify", "--input", &half])?, &format!("{remark}are not compared"))?;
     let asked = place.succeed(&["write", "--input", &half, "--length-bytes", "4096"])?;
-    ensure!(!text(&asked).contains("bytes of the disk behind"), "so much was asked for: {}", text(&asked));
+    ensure!(!text(&asked).contains("bytes of the disk after"), "so much was asked for: {}", text(&asked));
 
     // Pipes are known at their end.
     let piped = |command: &str, bytes: &[u8]| -> Result<Output> {
@@ -142,7 +142,7 @@ fn lengths() -> Result<()> {
     status_is(&output, 0)?;
     says(
         &output,
-        &format!("standard input has {MIB} bytes: the {} bytes of the disk behind them stay", DISK_BYTES - MIB),
+        &format!("standard input has {MIB} bytes: the {} bytes of the disk after them stay", DISK_BYTES - MIB),
     )?;
     status_is(&piped("write", disk)?, 0)?;
 
@@ -153,23 +153,23 @@ fn lengths() -> Result<()> {
     status_is(&output, 0)?;
     says(
         &output,
-        &format!("standard input has {MIB} bytes: the {} bytes of the disk behind them are not", DISK_BYTES - MIB),
+        &format!("standard input has {MIB} bytes: the {} bytes of the disk after them are not", DISK_BYTES - MIB),
     )?;
     let output = piped("verify", &long)?;
     status_is(&output, 2)?;
     says(
         &output,
-        &format!("standard input is longer than the {DISK_BYTES} bytes compared with it: which are the same"),
+        &format!("standard input is longer than the {DISK_BYTES} bytes compared with it: these are the same"),
     )?;
     let mut child =
         place.command(&["verify", "--input", "-", "--length-bytes", "2MiB"])?.stdin(Stdio::piped()).spawn()?;
     child.stdin.take().context("it is piped")?.write_all(short)?;
     let output = child.wait_with_output()?;
     status_is(&output, 2)?;
-    says(&output, &format!("standard input ended after {MIB} bytes, before what is to be compared"))?;
+    says(&output, &format!("standard input ended after {MIB} bytes, before the end of the range to compare"))?;
     let mut other = short.to_vec();
     other[77] ^= 1;
     let output = piped("verify", &other)?;
     status_is(&output, 1)?;
-    says(&output, "in 1 bytes; the first is at 77 of the disk")
+    says(&output, "in 1 bytes; the first is at byte 77 of the disk")
 }

@@ -152,7 +152,7 @@ fn held_server() -> Result<()> {
     other.write_all(&header)?;
     broker.explain(other.read_exact(&mut [0; 20]).context("the answer"))?;
     let mut running = Running::start(&rig, &["read", "--output", "-", "--patience-s", "2"], Stdio::null())?;
-    running.wait_for_line("it has one front-end at a time, and another one may hold it")?;
+    running.wait_for_line("it serves one front-end at a time, and another one may be connected")?;
     let (status, said) = running.end()?;
     ensure!(status == Some(2), "{status:?}: {said}");
     ensure!(said.contains("no answer from the device within "), "{said}");
@@ -182,9 +182,9 @@ fn stopped_server() -> Result<()> {
     let stopped = Stopped::new(&mut place.broker)?;
     // As much as it takes before it waits.
     let writing = thread::spawn(move || input.write_all(&vec![2; 36 << 20]));
-    running.wait_for_line("nothing comes from the server; waiting up to 3 s")?;
+    running.wait_for_line("the server does not answer; waiting up to 3 s")?;
     let (status, said) = running.end()?;
-    ensure!(status == Some(2) && said.contains("nothing came from the server for 3 s"), "{status:?}: {said}");
+    ensure!(status == Some(2) && said.contains("no answer from the server for 3 s"), "{status:?}: {said}");
     drop(stopped);
     let _ = writing.join();
     // The server serves the next one.
@@ -207,7 +207,7 @@ fn interrupted_waits() -> Result<()> {
         let mut broker = rig.broker(&BROKER_ARGUMENTS)?;
         let stopped = Stopped::new(&mut broker)?;
         let mut running = Running::start(&rig, &["read", "--output", "-", "--patience-s", LONG], Stdio::null())?;
-        running.wait_for_line("it has one front-end at a time")?;
+        running.wait_for_line("it serves one front-end at a time")?;
         running.signal(signal)?;
         let (status, said) = running.end()?;
         ensure!(status == Some(2) && said.contains("interrupted after 0 bytes"), "{status:?}: {said}");

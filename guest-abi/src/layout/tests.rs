@@ -168,7 +168,7 @@ fn a_refusal_names_the_field_and_the_value() {
         message(RingLayout { cq_tail_offset: 4094, ..good }),
         "cq_tail at offset 4094 is not aligned or not inside the rings area"
     );
-    assert_eq!(message(RingLayout { sqes_bytes: 511, ..good }), "the SQE area has 511 bytes, its entries take 512");
+    assert_eq!(message(RingLayout { sqes_bytes: 511, ..good }), "the SQE area has 511 bytes, but its entries need 512");
 }
 
 #[test]

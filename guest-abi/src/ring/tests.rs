@@ -351,5 +351,5 @@ fn held_back_completions_are_seen_among_other_flags() {
 fn a_refused_push_says_what_is_full() {
     let message = |reason| std::format!("{}", PushError { sqe: Sqe::default(), reason });
     assert_eq!(message(PushErrorReason::SqFull), "the submission queue is full");
-    assert_eq!(message(PushErrorReason::CqFull), "as many requests are outstanding as the completion queue holds");
+    assert_eq!(message(PushErrorReason::CqFull), "as many requests are outstanding as the completion queue has entries");
 }

@@ -1,4 +1,4 @@
-//! The other end of a copy: files and pipes.
+//! The other end of a copy: a file or a pipe.
 
 use std::fmt;
 use std::fs::File;
@@ -14,10 +14,10 @@ use crate::in_use;
 const STANDARD: &str = "-";
 const STANDARD_OUTPUT: &str = "standard output";
 
-/// Where bytes come from.
+/// The source of the bytes.
 pub(crate) struct Input {
     reader: Box<dyn Read>,
-    /// To read it once more.
+    /// The same file, to read it a second time.
     file: Option<File>,
     name: String,
     len_bytes: Option<u64>,
@@ -26,10 +26,10 @@ pub(crate) struct Input {
 impl Input {
     /// # Errors
     ///
-    /// It cannot be opened, or not be read twice though it must.
+    /// The input cannot be opened, or cannot be read twice although `--verify` needs that.
     pub(crate) fn open((path, is_read_twice): (&Path, bool)) -> Result<Self> {
         if path.as_os_str() == STANDARD {
-            ensure!(!is_read_twice, "--verify reads the input twice, which standard input does not do: give a file");
+            ensure!(!is_read_twice, "--verify reads the input twice, but standard input can be read once: give a file");
             return Ok(Self {
                 reader: Box::new(io::stdin().lock()),
                 file: None,
@@ -38,16 +38,16 @@ impl Input {
             });
         }
         let name = path.display().to_string();
-        let file = File::open(path).with_context(|| format!("opening {name}"))?;
-        let found = file.metadata().with_context(|| format!("looking at {name}"))?;
-        ensure!(!found.is_dir(), "{name} is a directory");
-        ensure!(found.is_file() || !is_read_twice, "--verify reads the input twice, and {name} is no regular file");
-        let again = if found.is_file() { Some(file.try_clone().context("duplicating a descriptor")?) } else { None };
+        let file = File::open(path).with_context(|| format!("cannot open {name}"))?;
+        let found = file.metadata().with_context(|| format!("cannot examine {name}"))?;
+        ensure!(!found.is_dir(), "{name} is a directory: give a file");
+        ensure!(found.is_file() || !is_read_twice, "--verify reads the input twice, but {name} is not a regular file");
+        let again = if found.is_file() { Some(file.try_clone().context("cannot duplicate a descriptor")?) } else { None };
         let len_bytes = match found.file_type() {
             kind if kind.is_file() => Some(found.len()),
             kind if kind.is_block_device() => {
-                let end = (&file).seek(SeekFrom::End(0)).with_context(|| format!("looking for the end of {name}"))?;
-                (&file).rewind().with_context(|| format!("going back to the beginning of {name}"))?;
+                let end = (&file).seek(SeekFrom::End(0)).with_context(|| format!("cannot find the end of {name}"))?;
+                (&file).rewind().with_context(|| format!("cannot go back to the start of {name}"))?;
                 Some(end)
             }
             _ => None,
@@ -55,7 +55,7 @@ impl Input {
         Ok(Self { reader: Box::new(file), file: again, name, len_bytes })
     }
 
-    /// How much there is. `None`: nobody knows before its end.
+    /// The length of the input. `None`: unknown before its end.
     pub(crate) fn len_bytes(&self) -> Option<u64> {
         self.len_bytes
     }
@@ -64,13 +64,13 @@ impl Input {
         &self.name
     }
 
-    /// From the beginning again.
+    /// Goes back to the start.
     pub(crate) fn rewind(&mut self) -> Result<()> {
         let file = self.file.as_mut().context("only a file is read twice")?;
-        file.seek(SeekFrom::Start(0)).map(drop).with_context(|| format!("going back to the beginning of {}", self.name))
+        file.seek(SeekFrom::Start(0)).map(drop).with_context(|| format!("cannot go back to the start of {}", self.name))
     }
 
-    /// Fills the buffer, or as much of it as there is before the end.
+    /// Fills the buffer, or the part of it for which the input has bytes.
     pub(crate) fn fill(&mut self, bytes: &mut [u8]) -> Result<usize> {
         let mut filled = 0;
         while filled < bytes.len() {
@@ -78,20 +78,20 @@ impl Input {
                 Ok(0) => break,
                 Ok(read) => filled += read,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error).with_context(|| format!("reading {}", self.name)),
+                Err(error) => return Err(error).with_context(|| format!("cannot read {}", self.name)),
             }
         }
         Ok(filled)
     }
 }
 
-/// Where bytes go, in order.
+/// The destination of the bytes, which it gets in order.
 pub(crate) struct Output {
     writer: Box<dyn Write>,
-    /// The same, to ask about it.
+    /// The same file, for its metadata.
     file: File,
     is_sparse: bool,
-    /// Whether something may have been changed.
+    /// Whether the output may have changed.
     is_begun: bool,
     name: String,
 }
@@ -99,54 +99,54 @@ pub(crate) struct Output {
 impl Output {
     /// # Errors
     ///
-    /// It cannot be opened or made.
+    /// The output cannot be opened or created.
     pub(crate) fn open(path: &Path, is_sparse: bool) -> Result<Self> {
         if path.as_os_str() == STANDARD {
-            ensure!(!is_sparse, "--sparse leaves holes, which only a file can have: give a file");
-            let file = io::stdout().as_fd().try_clone_to_owned().context("duplicating standard output")?;
+            ensure!(!is_sparse, "--sparse leaves holes, but only a file can have holes: give a file");
+            let file = io::stdout().as_fd().try_clone_to_owned().context("cannot duplicate standard output")?;
             let (writer, name) = (Box::new(io::stdout().lock()), STANDARD_OUTPUT.into());
             return Ok(Self { writer, file: file.into(), is_sparse, is_begun: false, name });
         }
         let name = path.display().to_string();
         let file = in_use::open_for_writing(path)?;
-        let is_file = file.metadata().with_context(|| format!("looking at {name}"))?.is_file();
-        ensure!(!is_sparse || is_file, "--sparse leaves holes, which {name} cannot have: it is no regular file");
-        let writer = Box::new(file.try_clone().context("duplicating a descriptor")?);
+        let is_file = file.metadata().with_context(|| format!("cannot examine {name}"))?.is_file();
+        ensure!(!is_sparse || is_file, "--sparse leaves holes, but {name} is not a regular file and cannot have holes");
+        let writer = Box::new(file.try_clone().context("cannot duplicate a descriptor")?);
         Ok(Self { writer, file, is_sparse, is_begun: false, name })
     }
 
-    /// The bytes at `offset_bytes` of the output, behind all before.
+    /// Writes the bytes at `offset_bytes` of the output, directly after the previous bytes.
     pub(crate) fn put(&mut self, _offset_bytes: u64, bytes: &[u8]) -> Result<()> {
         self.begin()?;
         let written = match self.is_sparse && is_zero(bytes) {
             true => self.file.seek(SeekFrom::Current(bytes.len() as i64)).map(drop),
             false => self.writer.write_all(bytes),
         };
-        written.with_context(|| format!("writing {}", self.name))
+        written.with_context(|| format!("cannot write {}", self.name))
     }
 
-    /// Before the first byte. The server has executed a read by now, and so has its lock on the disk.
+    /// Prepares the output before the first byte. By now the server has executed a read, so it holds its lock on the disk.
     fn begin(&mut self) -> Result<()> {
         if std::mem::replace(&mut self.is_begun, true) {
             return Ok(());
         }
-        let found = self.file.metadata().with_context(|| format!("looking at {}", self.name))?;
+        let found = self.file.metadata().with_context(|| format!("cannot examine {}", self.name))?;
         if found.is_file() || found.file_type().is_block_device() {
             in_use::check(&self.file, &self.name)?;
         }
-        // The shell has seen to standard output, as it was told.
+        // The shell has opened standard output as the user wanted, so the program does not truncate it.
         if found.is_file() && self.name != STANDARD_OUTPUT {
-            self.file.set_len(0).with_context(|| format!("emptying {}", self.name))?;
+            self.file.set_len(0).with_context(|| format!("cannot truncate {}", self.name))?;
         }
         Ok(())
     }
 
-    /// The length, which a hole at the end does not give.
+    /// Sets the length of the output, because a hole at the end does not extend a file.
     pub(crate) fn finish(&mut self, len_bytes: u64) -> Result<()> {
         self.begin()?;
         let finished =
             self.writer.flush().and_then(|()| if self.is_sparse { self.file.set_len(len_bytes) } else { Ok(()) });
-        finished.with_context(|| format!("finishing {}", self.name))
+        finished.with_context(|| format!("cannot finish {}", self.name))
     }
 }
 
@@ -158,11 +158,11 @@ pub(crate) struct Comparison<'i> {
     compared_bytes: u64,
     /// The input has ended before the disk.
     has_ended: bool,
-    /// The input may be shorter or longer than what is compared with it, and that is told.
+    /// The input may be shorter or longer than the compared part of the disk; the program then reports that.
     may_differ: bool,
 }
 
-/// Where disk and input are not the same.
+/// A difference between disk and input.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Difference {
     input: String,
@@ -177,20 +177,20 @@ impl fmt::Display for Difference {
         let Self { input, first_bytes, found, expected, count_bytes } = self;
         write!(
             f,
-            "the disk differs from {input} in {count_bytes} bytes; the first is at {first_bytes} of the disk: it has \
-             {found:#04x}, the input {expected:#04x}"
+            "the disk differs from {input} in {count_bytes} bytes; the first is at byte {first_bytes} of the disk: the disk has \
+             {found:#04x}, the input has {expected:#04x}"
         )
     }
 }
 
 impl<'i> Comparison<'i> {
-    /// `is_length_given`: somebody said how much is compared.
+    /// `is_length_given`: the user has given the length to compare.
     pub(crate) fn new(input: &'i mut Input, is_length_given: bool) -> Self {
         let may_differ = input.len_bytes().is_none() && !is_length_given;
         Self { input, expected: Vec::new(), difference: None, compared_bytes: 0, has_ended: false, may_differ }
     }
 
-    /// The bytes at `disk_offset_bytes`.
+    /// Compares the bytes at `disk_offset_bytes` with the next bytes of the input.
     pub(crate) fn look(&mut self, disk_offset_bytes: u64, bytes: &[u8]) -> Result<()> {
         if self.has_ended {
             return Ok(());
@@ -201,7 +201,7 @@ impl<'i> Comparison<'i> {
             let total_bytes = self.compared_bytes + filled as u64;
             ensure!(
                 self.may_differ,
-                "{} ended after {total_bytes} bytes, before what is to be compared",
+                "{} ended after {total_bytes} bytes, before the end of the range to compare",
                 self.input.name()
             );
             self.has_ended = true;
@@ -226,11 +226,12 @@ impl<'i> Comparison<'i> {
         Ok(())
     }
 
-    /// What was found in the `len_bytes` of the disk that were read, and a remark about an input whose length was not known.
+    /// Returns the difference in the `len_bytes` of the disk that were read, and a remark about an input of unknown length that is
+    /// shorter.
     ///
     /// # Errors
     ///
-    /// Such an input is longer than the disk.
+    /// An input of unknown length is longer than the disk.
     pub(crate) fn finish(self, len_bytes: Option<u64>) -> Result<(Option<Difference>, Option<String>)> {
         let Self { input, compared_bytes, difference, may_differ, .. } = self;
         let Some(len_bytes) = len_bytes.filter(|_| may_differ) else { return Ok((difference, None)) };
@@ -238,19 +239,19 @@ impl<'i> Comparison<'i> {
         if compared_bytes < len_bytes {
             let left_bytes = len_bytes - compared_bytes;
             let remark = format!(
-                "{name} has {compared_bytes} bytes: the {left_bytes} bytes of the disk behind them are not compared"
+                "{name} has {compared_bytes} bytes: the {left_bytes} bytes of the disk after them are not compared"
             );
             return Ok((difference, Some(remark)));
         }
-        let found = difference.as_ref().map_or_else(|| "which are the same".into(), ToString::to_string);
+        let found = difference.as_ref().map_or_else(|| "these are the same".into(), ToString::to_string);
         ensure!(input.fill(&mut [0])? == 0, "{name} is longer than the {len_bytes} bytes compared with it: {found}");
         Ok((difference, None))
     }
 }
 
-/// Whether there is nothing but zeroes.
+/// Whether all bytes are zero.
 pub(crate) fn is_zero(bytes: &[u8]) -> bool {
-    // SAFE and quick: words at a time, and the rest.
+    // Safe and fast: a word at a time, then the rest.
     let (words, rest) = bytes.as_chunks::<8>();
     words.iter().all(|&word| u64::from_ne_bytes(word) == 0) && rest.iter().all(|&byte| byte == 0)
 }

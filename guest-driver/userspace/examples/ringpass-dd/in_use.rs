@@ -1,12 +1,12 @@
-//! Whether a file is the disk that is served, or in use otherwise.
+//! Checks whether a file is the served disk, or in use otherwise.
 //!
-//! The server does not say which file it serves, and may see other paths. But it holds a lock on the disk for as long as it executes
-//! requests (a lock of the open file, `F_OFD_SETLK`), as other programs with disk images do, and the kernel tells of locks by the
-//! file itself, whatever its path. A loop device and the file behind it, and a partition and its device, are the same disk with
-//! different locks: all of them are looked at.
+//! The server does not tell which file it serves, and may see other paths. But it holds a lock on the disk while it executes
+//! requests (a lock of the open file, `F_OFD_SETLK`), like other programs that use disk images, and the kernel reports locks by
+//! file, regardless of the path. A loop device and its backing file, and a partition and its device, are the same disk with
+//! different locks: this module checks all of them.
 //!
-//! Not found is a disk that is behind several layers (device mapper on a file), on a file system without locks, or locked on another
-//! machine.
+//! The check does not find a disk behind several layers (device mapper on a file), on a file system without locks, or locked on
+//! another machine.
 
 use std::collections::BTreeSet;
 use std::fs::{self, File, OpenOptions};
@@ -18,21 +18,21 @@ use anyhow::{Context, Result, ensure};
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::libc;
 
-/// More would be a strange machine.
+/// No usual machine has more files for one disk.
 const FILES_MAX: usize = 64;
 
-/// Opens a file to be overwritten, without changing it. Makes it if it is not there.
+/// Opens a file for overwriting, without changing it. Creates a missing file.
 ///
 /// # Errors
 ///
-/// It cannot be opened, or is a block device that is in use.
+/// The file cannot be opened, or is a block device that is in use.
 pub(crate) fn open_for_writing(path: &Path) -> Result<File> {
     let name = path.display();
     let is_device = fs::metadata(path).is_ok_and(|found| found.file_type().is_block_device());
     let mut options = OpenOptions::new();
     options.write(true);
     if is_device {
-        // Exclusive, as those who mount or serve it have it.
+        // Exclusive, because mounts and servers open block devices exclusively, too.
         options.custom_flags(libc::O_EXCL);
     } else {
         options.create(true);
@@ -40,19 +40,19 @@ pub(crate) fn open_for_writing(path: &Path) -> Result<File> {
     let file = options.open(path);
     ensure!(
         !file.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::ResourceBusy),
-        "{name} is in use: a server has it, or it is mounted; give another --output"
+        "{name} is in use: a server serves it, or it is mounted; give another --output"
     );
-    file.with_context(|| format!("making {name}"))
+    file.with_context(|| format!("cannot open {name} for writing"))
 }
 
 /// # Errors
 ///
-/// Another process has a lock on the file, or on what is the same disk.
+/// Another process has a lock on the file, or on another file that is the same disk.
 pub(crate) fn check(file: &File, name: &str) -> Result<()> {
     for (other, other_name) in same_disk(file) {
         ensure!(
             !is_locked(&other),
-            "{name} is in use{}: it is the disk that is read, or another server or virtual machine has it; give another --output",
+            "{name} is in use{}: it is the disk to read, or another server or virtual machine uses it; give another --output",
             if other_name == Path::new("") { String::new() } else { format!(" as {}", other_name.display()) }
         );
     }
@@ -63,7 +63,7 @@ fn is_locked(file: &File) -> bool {
     let mut lock = libc::flock {
         l_type: libc::F_WRLCK as _,
         l_whence: libc::SEEK_SET as _,
-        // To the end of the file, wherever that is.
+        // Length 0: to the end of the file.
         l_start: 0,
         l_len: 0,
         l_pid: 0,
@@ -71,7 +71,7 @@ fn is_locked(file: &File) -> bool {
     fcntl(file, FcntlArg::F_OFD_GETLK(&mut lock)).is_ok() && i32::from(lock.l_type) != libc::F_UNLCK
 }
 
-/// The file, and others that have the same content, by their paths.
+/// The file, and other files with the same content, with their paths.
 fn same_disk(file: &File) -> Vec<(File, PathBuf)> {
     let mut found = Vec::new();
     let mut seen = BTreeSet::new();
@@ -89,7 +89,7 @@ fn same_disk(file: &File) -> Vec<(File, PathBuf)> {
             Vec::new()
         };
         for other in others {
-            // Only to ask for its locks.
+            // Opened only to query its locks.
             let opened = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(&other);
             next.extend(opened.map(|file| (file, other)));
         }
@@ -98,7 +98,7 @@ fn same_disk(file: &File) -> Vec<(File, PathBuf)> {
     found
 }
 
-/// The file behind a loop device, the device of a partition, and the partitions of a device.
+/// The backing file of a loop device, the device of a partition, and the partitions of a device.
 fn device_relatives(device: u64) -> Vec<PathBuf> {
     let sys = format!("/sys/dev/block/{}:{}", libc::major(device), libc::minor(device));
     let Ok(sys) = fs::canonicalize(sys) else { return Vec::new() };
@@ -112,7 +112,7 @@ fn device_relatives(device: u64) -> Vec<PathBuf> {
     relatives
 }
 
-/// The loop devices that show a file.
+/// The loop devices that are backed by a file.
 fn loop_devices_on(file: &fs::Metadata) -> Vec<PathBuf> {
     let devices = fs::read_dir("/sys/block").into_iter().flatten().flatten().map(|entry| entry.path());
     let is_on_it = |device: &PathBuf| {
@@ -127,7 +127,7 @@ fn backing_file(sys: &Path) -> Option<PathBuf> {
     Some(PathBuf::from(text.trim_end_matches('\n')))
 }
 
-/// The node of a block device, by the directory that tells of it.
+/// The device node of a block device, by its directory in sysfs.
 fn node(sys: &Path) -> Option<PathBuf> {
     Some(Path::new("/dev").join(sys.file_name()?.to_str()?.replace('!', "/")))
 }

@@ -1,4 +1,4 @@
-//! Copies to and from a disk that `ringpass serve` serves, over rings of the host's io_uring, without a virtual machine.
+//! Copies to and from a disk that `ringpass serve` serves, through rings of the host's io_uring, without a virtual machine.
 //!
 //! ```console
 //! $ ringpass-dd --socket /run/vm1.sock read  --output backup.img
@@ -6,8 +6,8 @@
 //! $ ringpass-dd --socket /run/vm1.sock verify --input backup.img
 //! ```
 //!
-//! It is also what a program on top of `ringpass_guest::vhost_user` looks like: `transfer.rs` keeps several queues busy with
-//! buffers of the driver, and lives through servers that are restarted.
+//! The program is also an example of how to use `ringpass_guest::vhost_user`: `transfer.rs` keeps several queues busy with
+//! buffers of the driver, and continues when the server restarts.
 
 mod args;
 mod ends;
@@ -38,31 +38,31 @@ fn main() -> ExitCode {
         Ok(false) => ExitCode::FAILURE,
         Err(error) => {
             eprintln!("ringpass-dd: {}", one_line(&error));
-            // 1 says that contents differ.
+            // Status 1 means that contents differ.
             ExitCode::from(2)
         }
     }
 }
 
-/// The error and its causes, each once: the driver's messages say their causes themselves.
+/// The error and its causes, each once: the driver's messages contain their causes already.
 fn one_line(error: &Error) -> String {
     let causes = error.chain().map(ToString::to_string);
     let line = causes.reduce(|line, cause| if line.contains(&cause) { line } else { format!("{line}: {cause}") });
     line.unwrap_or_default()
 }
 
-/// False: the contents differ.
+/// Returns false if the contents differ.
 fn run(arguments: &Arguments) -> Result<bool> {
     interrupt::watch()?;
     let socket = arguments.socket()?;
     limits::make_room(arguments.queues)?;
-    // Before anything is asked of the device: what cannot be done changes nothing.
+    // Open the input before the connection, so that a wrong input changes nothing.
     let mut input = arguments.command.input().map(Input::open).transpose()?;
     let disk = waiting::connect(socket, options(arguments))?;
     let is_same = copy(arguments, &disk, input.as_mut());
     let _notice = Notice::later(format!("waiting up to {} s for the server to stop its queues", arguments.patience_s));
     match disk.close() {
-        // What was asked for is done, and nothing of this program is needed any more.
+        // The copy is complete, so this is only a warning.
         Err(error) if is_same.is_ok() => eprintln!("ringpass-dd: {error}"),
         _ => {}
     }
@@ -107,15 +107,15 @@ fn write(
     let progress = Progress::new(arguments, "writing", range.len_bytes);
     let mut fill = |bytes: &mut [u8]| input.fill(bytes);
     transfer.run(range, Direction::ToDisk { fill: &mut fill, zeroes: sparse.then_some(disk) }, &progress)?;
-    // Success says that it is stable.
+    // Success must mean that the data is stable.
     let notice = Notice::later(format!("waiting up to {} s for a flush", arguments.patience_s));
-    disk.flush().context("flushing")?;
+    disk.flush().context("cannot flush the disk")?;
     drop(notice);
     progress.finish("wrote", transfer);
     let (moved_bytes, size_bytes) = (transfer.moved_bytes(), disk.geometry().size_bytes);
     ensure!(
         !transfer.is_input_longer(),
-        "{} is longer than the disk: the disk has {size_bytes} bytes and ends after {moved_bytes} bytes of it, which are written",
+        "{} is longer than the disk: the disk has {size_bytes} bytes; the first {moved_bytes} bytes of the input are written",
         input.name()
     );
     let left_bytes = size_bytes - range.offset_bytes;
@@ -146,7 +146,7 @@ fn options(arguments: &Arguments) -> Options {
     let entries = u32::from(arguments.depth).next_power_of_two().max(16);
     let buffers_bytes = u64::from(arguments.queues) * u64::from(arguments.depth) * arguments.block_bytes_wanted();
     Options {
-        // Beside the buffers: virtqueues, rings.
+        // In addition to the buffers: virtqueues and rings.
         memory_bytes: buffers_bytes + u64::from(arguments.queues) * (1 << 20) + (4 << 20),
         queues: arguments.queues,
         ring: RingSize { sq_entries: entries, cq_entries: entries },

@@ -1,4 +1,4 @@
-//! What a person sees.
+//! The progress display.
 
 use std::cell::Cell;
 use std::io::{IsTerminal, stderr};
@@ -17,7 +17,7 @@ pub(crate) struct Progress {
 }
 
 impl Progress {
-    /// Of something that takes `len_bytes`, if that is known.
+    /// The progress of a copy of `len_bytes` bytes, if the length is known.
     pub(crate) fn new(arguments: &Arguments, what: &'static str, len_bytes: Option<u64>) -> Self {
         let is_shown = !arguments.no_progress && stderr().is_terminal();
         let target = if is_shown { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
@@ -37,19 +37,19 @@ impl Progress {
         self.bar.inc(bytes);
     }
 
-    /// Tells of a server that was lost and found again, once for each time.
+    /// Reports each time that the server was lost and came back.
     pub(crate) fn note_losses(&self, losses: u64) {
         if losses > self.losses.replace(losses) {
-            self.tell("the server was lost and is there again; going on");
+            self.tell("the connection to the server was lost and is restored; the copy continues");
         }
     }
 
-    /// A line beside the bar.
+    /// Prints a line above the bar.
     pub(crate) fn tell(&self, line: &str) {
         self.bar.suspend(|| eprintln!("ringpass-dd: {line}"));
     }
 
-    /// The last line.
+    /// Prints the last line.
     pub(crate) fn finish(&self, done: &str, transfer: &Transfer<'_>) {
         self.bar.finish_and_clear();
         let seconds = self.begin.elapsed().as_secs_f64();

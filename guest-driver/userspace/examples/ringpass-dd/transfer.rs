@@ -1,4 +1,4 @@
-//! Keeps queues busy, and their completions in order.
+//! Keeps queues busy, and processes their completions in order.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::time::{Duration, Instant};
@@ -12,33 +12,33 @@ use crate::ends::{Input, is_zero};
 use crate::interrupt;
 use crate::progress::Progress;
 
-/// How long to sleep at most before looking at Ctrl-C again.
+/// Maximum time to sleep before the next check for Ctrl-C.
 const LOOK: Duration = Duration::from_millis(200);
 
-/// A shorter pause of the server is not worth a line.
+/// The program does not report a shorter pause of the server.
 const UNTOLD: Duration = Duration::from_secs(2);
 
-/// A piece of the disk.
+/// A range of the disk.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Range {
-    /// Where it begins.
+    /// The start.
     pub(crate) offset_bytes: u64,
-    /// Its length. `None`: as long as the input turns out to be.
+    /// The length. `None`: the length of the input, known at its end.
     pub(crate) len_bytes: Option<u64>,
 }
 
 impl Range {
-    /// What is asked for, if the disk has it.
+    /// The range of the command line, checked against the disk.
     ///
     /// # Errors
     ///
-    /// It is not on the disk, not in whole blocks, or the disk cannot be written.
+    /// The range is not on the disk or not in whole blocks, or the disk is read-only.
     pub(crate) fn checked(arguments: &Arguments, disk: &Geometry, input: Option<&Input>) -> Result<Self> {
         let Arguments { offset_bytes, length_bytes, .. } = *arguments;
         let block_bytes = u64::from(disk.logical_block_bytes);
         ensure!(
             !(disk.is_read_only && matches!(arguments.command, Command::Write { .. })),
-            "the disk is read-only: serve it without --read-only to write it"
+            "the disk is read-only: serve it without --read-only to write to it"
         );
         let left_bytes = disk.size_bytes.checked_sub(offset_bytes).filter(|&left_bytes| left_bytes > 0);
         let left_bytes = left_bytes.with_context(|| {
@@ -49,11 +49,11 @@ impl Range {
         })?;
         let (len_bytes, what) = match (length_bytes, input.map(|input| (input.len_bytes(), input.name()))) {
             (Some(asked_bytes), Some((Some(has_bytes), name))) if has_bytes < asked_bytes => {
-                bail!("{name} has {has_bytes} bytes, less than --length-bytes {asked_bytes}")
+                bail!("{name} has {has_bytes} bytes, fewer than --length-bytes {asked_bytes}")
             }
             (Some(asked_bytes), _) => (Some(asked_bytes), "--length-bytes"),
             (None, None) => (Some(left_bytes), "the rest of the disk"),
-            // A pipe: it is compared with as much of the disk as there is.
+            // A pipe: compare it with the rest of the disk.
             (None, Some((None, name))) if matches!(arguments.command, Command::Verify { .. }) => {
                 (Some(left_bytes), name)
             }
@@ -62,12 +62,12 @@ impl Range {
         for (what, bytes) in [("--offset-bytes", offset_bytes), (what, len_bytes.unwrap_or(0))] {
             ensure!(
                 bytes.is_multiple_of(block_bytes),
-                "{what}: {bytes} bytes are no multiple of {block_bytes}, the bytes of a block of the disk"
+                "{what}: {bytes} bytes are no multiple of {block_bytes}, the block size of the disk"
             );
         }
         if let Some(bytes) = len_bytes.filter(|&bytes| bytes > left_bytes) {
             bail!(
-                "{what}: {bytes} bytes do not fit: the disk has {} bytes, {left_bytes} from --offset-bytes on",
+                "{what}: {bytes} bytes do not fit: the disk has {} bytes, of which {left_bytes} follow --offset-bytes",
                 disk.size_bytes
             );
         }
@@ -80,21 +80,21 @@ impl Range {
     }
 }
 
-/// Says that an input is shorter than the disk.
+/// Reports that an input is shorter than the disk.
 pub(crate) fn tell_of_rest(command: &Command, name: &str, bytes: u64, disk_bytes: u64) {
-    let what = if matches!(command, Command::Write { .. }) { "stay as they are" } else { "are not compared" };
-    eprintln!("ringpass-dd: {name} has {bytes} bytes: the {} bytes of the disk behind them {what}", disk_bytes - bytes);
+    let what = if matches!(command, Command::Write { .. }) { "stay unchanged" } else { "are not compared" };
+    eprintln!("ringpass-dd: {name} has {bytes} bytes: the {} bytes of the disk after them {what}", disk_bytes - bytes);
 }
 
-/// Which way bytes go. Offsets are those within the range.
+/// The direction of a copy. Offsets are relative to the range.
 pub(crate) enum Direction<'d> {
-    /// Each block in its turn.
+    /// The function gets each block in order.
     FromDisk(&'d mut dyn FnMut(u64, &[u8]) -> Result<()>),
-    /// Fills each block in its turn, the last one perhaps in part.
+    /// The function fills each block in order, the last block perhaps in part.
     ToDisk {
-        /// Gives how much there was.
+        /// Returns the number of bytes filled.
         fill: &'d mut dyn FnMut(&mut [u8]) -> Result<usize>,
-        /// Has the disk make zeroes instead of taking them.
+        /// The disk to ask for zeroes, instead of writing them.
         zeroes: Option<&'d Disk>,
     },
 }
@@ -115,27 +115,27 @@ pub(crate) struct Transfer<'d> {
 /// A copy that is under way.
 #[derive(Default)]
 struct Course {
-    /// The block that is begun next, and the one that is finished next.
+    /// The next block to begin, and the next block to finish.
     next: u64,
     oldest: u64,
-    /// Bytes of blocks that were begun.
+    /// Total length of the blocks that were begun.
     begun_bytes: u64,
     is_all_begun: bool,
-    /// Blocks that ended before their turn.
+    /// Blocks that ended before earlier blocks.
     early: BTreeMap<u64, (RamArea, u32)>,
-    /// Lengths of blocks that were begun, the oldest first.
+    /// Lengths of the blocks that were begun and are not finished, the oldest first.
     lengths: VecDeque<u32>,
 }
 
 impl<'d> Transfer<'d> {
-    /// Takes queues and makes buffers.
+    /// Takes queues and allocates buffers.
     ///
     /// # Errors
     ///
-    /// The disk has only its first queue; rings are insisted on and cannot be had.
+    /// The disk has only its first queue, or the options demand rings and the disk offers none.
     pub(crate) fn new(disk: &'d Disk, arguments: &Arguments, block_bytes: u64) -> Result<Self> {
         let count = disk.queue_count().saturating_sub(1).min(arguments.queues);
-        ensure!(count > 0, "the disk has one queue, which is the driver's own: serve it with --num-queues 2 or more");
+        ensure!(count > 0, "the disk has only queue 0, which the driver uses itself: serve it with --num-queues 2 or more");
         let queues = (1..=count).map(|index| disk.queue(index)).collect::<Result<Vec<_>, _>>()?;
         let depth = usize::from(arguments.depth);
         let buffers = (0..queues.len() * depth).map(|_| disk.allocate(arguments.block_bytes_wanted()));
@@ -154,17 +154,17 @@ impl<'d> Transfer<'d> {
         })
     }
 
-    /// What the last run moved.
+    /// The number of bytes that the last run moved.
     pub(crate) fn moved_bytes(&self) -> u64 {
         self.moved_bytes
     }
 
-    /// Whether the input did not end where the disk does.
+    /// Whether the input continues after the end of the disk.
     pub(crate) fn is_input_longer(&self) -> bool {
         self.is_input_longer
     }
 
-    /// How it went, for people.
+    /// A summary of the copy for the last line.
     pub(crate) fn summary(&self) -> String {
         let ways = self.queues.iter().map(|queue| match queue.executed_by() {
             ExecutedBy::Ring { epoch } => format!("a ring (epoch {epoch})"),
@@ -181,11 +181,11 @@ impl<'d> Transfer<'d> {
     ///
     /// # Errors
     ///
-    /// The disk or the other end fails; nothing came for too long; the program is to end.
+    /// The disk or the other end fails, the server does not answer for too long, or a signal asks the program to end.
     pub(crate) fn run(&mut self, range: Range, mut direction: Direction<'_>, progress: &Progress) -> Result<()> {
         let mut course = Course::default();
         self.moved_bytes = 0;
-        // Only what the server is waited for counts, not a pipe.
+        // Only waits for the server count, not waits for a pipe.
         let mut silence = Duration::ZERO;
         let mut has_told = false;
         loop {
@@ -206,17 +206,17 @@ impl<'d> Transfer<'d> {
                 silence += begin.elapsed();
             }
             if silence > UNTOLD && !std::mem::replace(&mut has_told, true) {
-                progress.tell(&format!("nothing comes from the server; waiting up to {} s", self.patience.as_secs()));
+                progress.tell(&format!("the server does not answer; waiting up to {} s", self.patience.as_secs()));
             }
             ensure!(
                 silence < self.patience,
-                "nothing came from the server for {} s: is `ringpass serve` running, and is its disk free?",
+                "no answer from the server for {} s: check that `ringpass serve` is running and that its disk is free",
                 self.patience.as_secs()
             );
         }
     }
 
-    /// Begins the next block. False: there is no room for it now.
+    /// Begins the next block. Returns false if there is no room for it now.
     fn begin(&mut self, course: &mut Course, range: Range, direction: &mut Direction<'_>) -> Result<bool> {
         let left_bytes = range.len_bytes.map_or(self.block_bytes, |len_bytes| len_bytes - course.begun_bytes);
         let mut len_bytes = left_bytes.min(self.block_bytes);
@@ -242,7 +242,7 @@ impl<'d> Transfer<'d> {
             }
             let room_bytes = self.disk.geometry().size_bytes.saturating_sub(offset_bytes);
             if len_bytes > room_bytes {
-                // What fits is written, and then it is an error.
+                // The program writes the part that fits, and fails afterwards.
                 self.is_input_longer = true;
                 course.is_all_begun = true;
                 len_bytes = room_bytes;
@@ -264,20 +264,20 @@ impl<'d> Transfer<'d> {
         if let Err(buffer) = queue.submit(operation, buffer, offset_bytes, len_bytes as u32, course.next) {
             ensure!(
                 matches!(direction, Direction::FromDisk(_)),
-                "a queue takes fewer requests than it should: lower --depth"
+                "a queue has room for fewer requests than --depth: lower --depth"
             );
             self.buffers.push(buffer);
             return Ok(false);
         }
         if range.len_bytes.is_none() {
-            // The next bytes of a pipe may not come for long.
+            // Send at once: the next bytes of a pipe may take long to arrive.
             queue.send();
         }
         course.take(len_bytes);
         Ok(true)
     }
 
-    /// The input ended within a block.
+    /// Checks an input that ended within a block.
     fn check_end(&self, range: Range, offset_bytes: u64, filled_bytes: u64) -> Result<()> {
         let total_bytes = offset_bytes - range.offset_bytes + filled_bytes;
         if let Some(len_bytes) = range.len_bytes {
@@ -286,15 +286,15 @@ impl<'d> Transfer<'d> {
         let block_bytes = u64::from(self.disk.geometry().logical_block_bytes);
         ensure!(
             filled_bytes.is_multiple_of(block_bytes),
-            "the input ended after {total_bytes} bytes, which are no multiple of {block_bytes}, the bytes of a block of the disk: \
-             its end is not written"
+            "the input ended after {total_bytes} bytes, which is no multiple of {block_bytes}, the block size of the disk: its \
+             last bytes are not written"
         );
         Ok(())
     }
 
-    /// Takes what has ended, waiting for it, and passes on what is in its turn.
+    /// Waits for requests to end, takes the ended ones, and passes on the blocks that are next in order.
     fn finish(&mut self, course: &mut Course, range: Range, direction: &mut Direction<'_>) -> Result<()> {
-        // Nothing goes on before the oldest.
+        // Nothing can be passed on before the oldest block has ended.
         let is_due = course.early.contains_key(&course.oldest);
         if !is_due && self.wait == WaitArg::Interrupt {
             let done = queue_of(course.oldest, &mut self.queues).wait(LOOK);
@@ -328,7 +328,7 @@ impl<'d> Transfer<'d> {
     }
 }
 
-/// The queue of a block: each in its turn.
+/// The queue of a block: blocks are distributed round-robin.
 fn queue_of(block: u64, queues: &mut [Queue]) -> &mut Queue {
     let at = usize::try_from(block).unwrap_or(usize::MAX) % queues.len();
     &mut queues[at]
@@ -342,13 +342,13 @@ impl Course {
     }
 }
 
-/// A request has ended; it may not be its turn.
+/// Records a request that has ended, perhaps before earlier requests.
 fn note(done: Done, course: &mut Course, range: Range, block_bytes: u64) -> Result<()> {
     let Done { tag, result, buffer } = done;
     let place = range.offset_bytes + tag * block_bytes;
-    let moved_bytes = result.with_context(|| format!("the disk failed at byte {place}"))?;
+    let moved_bytes = result.with_context(|| format!("I/O error of the disk at byte {place}"))?;
     let wanted_bytes = usize::try_from(tag - course.oldest).ok().and_then(|index| course.lengths.get(index));
-    ensure!(wanted_bytes == Some(&moved_bytes), "the disk did {moved_bytes} of {wanted_bytes:?} bytes at byte {place}");
+    ensure!(wanted_bytes == Some(&moved_bytes), "the disk transferred {moved_bytes} of {wanted_bytes:?} bytes at byte {place}");
     course.early.insert(tag, (buffer, moved_bytes));
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! Waiting for the server, and saying so.
+//! Waits for the server, and reports them.
 
 use std::io::ErrorKind;
 use std::path::Path;
@@ -11,16 +11,16 @@ use ringpass_guest::vhost_user::{Disk, Error, Options};
 
 use crate::interrupt;
 
-/// A wait that is shorter is not worth a line.
+/// The program does not report a shorter wait.
 const UNTOLD: Duration = Duration::from_secs(1);
-/// Between two attempts to connect.
+/// Pause between two attempts to connect.
 const PAUSE: Duration = Duration::from_millis(50);
 
-/// Connects to a server, which may be about to start, or be held by another front-end.
+/// Connects to a server, which may be about to start, or may have another front-end.
 ///
 /// # Errors
 ///
-/// The patience of `options` is over, the program is to end, or waiting cannot help.
+/// The patience of `options` is over, a signal asks the program to end, or waiting cannot help.
 pub(crate) fn connect(socket: &Path, options: Options) -> Result<Disk> {
     let begin = Instant::now();
     let patience_s = options.patience.as_secs();
@@ -29,11 +29,11 @@ pub(crate) fn connect(socket: &Path, options: Options) -> Result<Disk> {
         interrupt::check()?;
         let left = options.patience.saturating_sub(begin.elapsed()).max(PAUSE);
         let notice = Notice::later(format!(
-            "waiting up to {patience_s} s for an answer from the server at {}: it has one front-end at a time, and another one may \
-             hold it",
+            "waiting up to {patience_s} s for an answer from the server at {}: it serves one front-end at a time, and another one \
+             may be connected",
             socket.display()
         ));
-        // What is waited for here counts, and the rest of the patience is for the server.
+        // The wait here counts, too: the device gets the rest of the patience.
         let connected = Disk::connect(socket, Options { patience: left, ..options });
         drop(notice);
         match connected {
@@ -54,7 +54,7 @@ pub(crate) fn connect(socket: &Path, options: Options) -> Result<Disk> {
     }
 }
 
-/// A line that is printed when this lives for longer than a moment.
+/// A line that is printed if the value lives longer than [`UNTOLD`].
 pub(crate) struct Notice(Option<(Sender<()>, JoinHandle<()>)>);
 
 impl Notice {
@@ -65,7 +65,7 @@ impl Notice {
                 eprintln!("ringpass-dd: {text}");
             }
         });
-        // Without a thread it is not said.
+        // Without a thread the line is not printed.
         Self(thread.ok().map(|thread| (over, thread)))
     }
 }
@@ -74,7 +74,7 @@ impl Drop for Notice {
     fn drop(&mut self) {
         if let Some((over, thread)) = self.0.take() {
             drop(over);
-            // So that the line does not come behind others that are printed later.
+            // Join, so that the line does not appear after lines that are printed later.
             let _ = thread.join();
         }
     }
