@@ -20,7 +20,7 @@ pub struct RamAllocator {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum AllocateError {
     /// An area has at least one byte.
-    #[error("an area of 0 bytes cannot be handed out")]
+    #[error("an area must have at least one byte")]
     Empty,
     /// No free piece of RAM is long enough.
     #[error(
@@ -47,7 +47,7 @@ pub enum AllocateError {
 }
 
 impl RamAllocator {
-    /// The caller sees to it that there is only one.
+    /// The caller ensures that there is only one allocator for this RAM.
     pub(crate) fn new(ram: Arc<GuestRam>) -> Self {
         let mut free = Vec::new();
         for (mut gpa, mut left_bytes) in ram.regions() {

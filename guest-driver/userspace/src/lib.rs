@@ -1,13 +1,13 @@
-//! The ringpass guest driver for a process that is its own guest: a container, a bare-metal application, a test.
+//! The ringpass guest driver for a process that is its own guest: a container, a bare-metal application, or a test.
 //!
 //! Such a guest has RAM that it shares with the broker (memfds, tmpfs or hugetlbfs files), *guest-physical* addresses
-//! that both agree on, and eventfds in the place of doorbells and interrupts.
+//! that both sides agree on, and eventfds instead of doorbells and interrupts.
 //!
 //! - [`GuestRam`]: the RAM, mapped; [`RamAllocator`] hands out [`RamArea`]s of it.
 //! - [`RamRing`]: an io_uring ring whose memory is in such areas, for `ringpass_guest_abi::DriverRing`.
 //! - [`ProcessEnv`]: clock, doorbell, interrupts and latencies, for `ringpass_workload`.
-//! - [`vhost_user`]: a disk of `ringpass serve`, or of any other vhost-user-blk device, with rings where it offers them.
-//! - [`handover`]: how a broker process gives all this to a guest process over a UNIX socket.
+//! - [`vhost_user`]: a disk of `ringpass serve`, or of any other vhost-user-blk device, with rings if the device offers them.
+//! - [`handover`]: the message by which a broker process passes a device to a guest process over a UNIX socket.
 
 #![deny(unsafe_code)]
 

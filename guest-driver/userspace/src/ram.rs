@@ -26,27 +26,27 @@ pub struct RamRegion<'a> {
     pub len_bytes: u64,
     /// A memfd, or a file on tmpfs or hugetlbfs, open for reading and writing.
     pub file: BorrowedFd<'a>,
-    /// Where the region starts in the file; a multiple of 4096 (of the page size, for huge pages).
+    /// Start of the region in the file; a multiple of 4096 (of the page size, for huge pages).
     pub offset_bytes: u64,
 }
 
-/// Why regions cannot be the RAM of a guest.
+/// The reason why regions cannot be the RAM of a guest.
 #[derive(Debug, thiserror::Error)]
 pub enum RamError {
     /// There is no region.
     #[error("a guest needs at least one region of RAM")]
     NoRegions,
-    /// A region has no bytes, or is not made of whole pages.
+    /// A region has no bytes, or does not consist of whole pages.
     #[error(
-        "the region at guest-physical {gpa:#x} ({len_bytes:#x} bytes, file offset {offset_bytes:#x}) must be made of \
+        "the region at guest-physical {gpa:#x} ({len_bytes:#x} bytes, file offset {offset_bytes:#x}) must consist of \
          whole 4096-byte pages, at least one"
     )]
     NotPages {
         /// Start of the region.
         gpa: u64,
-        /// Its length.
+        /// Length of the region.
         len_bytes: u64,
-        /// Its place in the file.
+        /// Offset of the region in the file.
         offset_bytes: u64,
     },
     /// A region ends above 16 TiB.

@@ -1,8 +1,8 @@
-//! How a broker process gives a guest *process* its device.
+//! The message by which a broker process passes a device to a guest *process*.
 //!
-//! One message over a connected UNIX stream socket: a line of JSON, the [`Setup`], and with its first byte the file
-//! descriptors (`SCM_RIGHTS`): one per memory region, then a doorbell and a completion eventfd per queue. Nothing
-//! behind the line is consumed: the connection can carry more.
+//! The broker sends one message over a connected UNIX stream socket: a line of JSON, the [`Setup`]. The first byte carries the
+//! file descriptors (`SCM_RIGHTS`): one for each memory region, then a doorbell and a completion eventfd for each queue. The
+//! receiver consumes nothing after the line, so the connection can carry further messages.
 
 mod setup;
 mod socket;
@@ -19,16 +19,16 @@ use crate::RamRegion;
 /// The eventfds of one queue.
 #[derive(Debug)]
 pub struct QueueEvents {
-    /// The guest writes to it to ring the doorbell.
+    /// The guest writes to this eventfd to ring the doorbell.
     pub doorbell: EventFd,
-    /// Signalled by the host kernel at completions.
+    /// The host kernel signals completions through this eventfd.
     pub completion: EventFd,
 }
 
-/// All that a guest process gets.
+/// Everything that a guest process receives.
 #[derive(Debug)]
 pub struct Handover {
-    /// What the device is like.
+    /// The description of the device.
     pub setup: Setup,
     /// The file of each region of [`Setup::regions`].
     pub memory: Vec<OwnedFd>,

@@ -1,4 +1,4 @@
-//! What a device is like, as one line of JSON.
+//! The description of a device as one line of JSON.
 
 use ringpass_guest_abi::{Doorbell, LayoutError, RingLayout, SLOT_BYTES};
 use serde::{Deserialize, Serialize};
@@ -7,10 +7,10 @@ use crate::ram::PAGE_BYTES;
 
 /// Version of the message.
 const VERSION: u32 = 1;
-/// Descriptors that one message can carry: `SCM_MAX_FD` (`<net/scm.h>`).
+/// Maximum number of descriptors of one message: `SCM_MAX_FD` (`<net/scm.h>`).
 pub(super) const FDS_MAX: usize = 253;
 
-/// A device, as its guest has to know it.
+/// Everything that a guest has to know about its device.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Setup {
@@ -20,17 +20,17 @@ pub struct Setup {
     pub regions: Vec<RegionSetup>,
     /// The queues, at least one.
     pub queues: Vec<QueueSetup>,
-    /// Added to a guest-physical address to make `sqe.addr`: a multiple of 1 GiB, not 0.
+    /// The number of bytes to add to a guest-physical address for `sqe.addr`: a multiple of 1 GiB, not 0.
     pub iova_base: u64,
     /// Size of the disk: a multiple of `logical_block_bytes`.
     pub disk_bytes: u64,
     /// The unit of positions and lengths on the disk: a power of two, at least 512.
     pub logical_block_bytes: u32,
-    /// Whether writes are denied.
+    /// Whether the disk refuses writes.
     pub read_only: bool,
 }
 
-/// A region of RAM; its file is one of the descriptors.
+/// A region of RAM. Its file is one of the descriptors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct RegionSetup {
@@ -38,11 +38,11 @@ pub struct RegionSetup {
     pub gpa: u64,
     /// Length in bytes.
     pub len_bytes: u64,
-    /// Where it starts in the file.
+    /// Start of the region in the file.
     pub offset_bytes: u64,
 }
 
-/// A queue whose ring is in guest RAM; its eventfds are two of the descriptors.
+/// A queue whose ring is in guest RAM. Its eventfds are two of the descriptors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct QueueSetup {
@@ -50,12 +50,12 @@ pub struct QueueSetup {
     pub rings_gpa: u64,
     /// The SQE area, guest-physical; a multiple of 4096.
     pub sqes_gpa: u64,
-    /// Where everything is in them.
+    /// The layout of the ring in these areas.
     #[serde(with = "LayoutFields")]
     pub layout: RingLayout,
 }
 
-/// [`RingLayout`] for serde, which `guest-abi` does without.
+/// [`RingLayout`] for serde, because `guest-abi` does not depend on serde.
 #[derive(Serialize, Deserialize)]
 #[serde(remote = "RingLayout", deny_unknown_fields)]
 struct LayoutFields {
@@ -82,47 +82,47 @@ enum DoorbellNames {
     Always,
 }
 
-/// Why a setup makes no sense.
+/// The reason why a setup is invalid.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum SetupError {
-    /// It is of a version that this crate does not know.
-    #[error("the setup has version {version}, this program knows version {VERSION}: use programs of one release")]
+    /// This crate does not know the version of the setup.
+    #[error("the setup has version {version}, but this program knows version {VERSION}: use programs of one release")]
     Version {
         /// [`Setup::version`].
         version: u32,
     },
-    /// Something has to be there at least once.
+    /// The setup must have at least one region and one queue.
     #[error("the setup has no {what}")]
     None {
         /// `"regions"` or `"queues"`.
         what: &'static str,
     },
-    /// It needs more descriptors than one message can carry.
+    /// The setup needs more descriptors than one message can carry.
     #[error(
-        "{regions} regions and {queues} queues need more than {FDS_MAX} file descriptors, which do not fit a message"
+        "{regions} regions and {queues} queues need more than {FDS_MAX} file descriptors, but one message carries no more"
     )]
     TooMany {
-        /// Regions of the setup.
+        /// Number of regions.
         regions: usize,
-        /// Queues of the setup.
+        /// Number of queues.
         queues: usize,
     },
     /// A field has a value outside its range.
     #[error("{field} is {value:#x}: it must be {must}")]
     Field {
-        /// Its name.
+        /// The field's name.
         field: &'static str,
-        /// Its value.
+        /// The field's value.
         value: u64,
-        /// What it must be.
+        /// The permitted values.
         must: &'static str,
     },
-    /// A ring's layout makes no sense.
+    /// The layout of a ring is invalid.
     #[error("the ring of queue {queue}: {source}")]
     Layout {
         /// The queue, counted from 0.
         queue: usize,
-        /// Why.
+        /// The reason.
         source: LayoutError,
     },
     /// A ring's area is not page-aligned, or not inside one region.
@@ -135,7 +135,7 @@ pub enum SetupError {
         queue: usize,
         /// `"rings"` or `"SQE"`.
         what: &'static str,
-        /// First byte.
+        /// First byte, guest-physical.
         gpa: u64,
         /// Length in bytes.
         len_bytes: u64,
@@ -146,12 +146,12 @@ impl Setup {
     /// The version that this crate writes and reads.
     pub const VERSION: u32 = VERSION;
 
-    /// Descriptors that go with it.
+    /// The number of descriptors that accompany the setup.
     pub(super) fn fd_count(&self) -> usize {
         self.regions.len() + 2 * self.queues.len()
     }
 
-    /// Checks everything that shows without the descriptors.
+    /// Checks everything that can be checked without the descriptors.
     pub fn check(&self) -> Result<(), SetupError> {
         if self.version != VERSION {
             return Err(SetupError::Version { version: self.version });

@@ -1,4 +1,4 @@
-//! The message on its socket.
+//! Sends and receives the message over a socket.
 
 use std::io::{self, IoSlice, IoSliceMut, Read, Write};
 use std::mem::MaybeUninit;
@@ -15,57 +15,58 @@ use super::setup::FDS_MAX;
 use super::{Handover, QueueEvents, Setup, SetupError};
 use crate::raw;
 
-/// Longest line that is sent or accepted, in bytes, its end included.
+/// Maximum length of a line in bytes, including its end.
 pub const LINE_BYTES_MAX: usize = 64 << 10;
 
-/// Why a handover failed.
+/// The reason why a handover failed.
 #[derive(Debug, thiserror::Error)]
 pub enum HandoverError {
     /// The socket failed, or its time-out passed.
     #[error("cannot {what} over the socket: {source}")]
     Socket {
-        /// What was being done.
+        /// The operation that failed.
         what: &'static str,
-        /// The kernel's reason.
+        /// The kernel's error.
         source: io::Error,
     },
     /// The other side closed the connection before the line ended.
     #[error("the connection was closed after {received_bytes} bytes of the setup, before its end")]
     Closed {
-        /// Bytes that came.
+        /// Number of received bytes.
         received_bytes: usize,
     },
     /// The line is too long.
-    #[error("the setup is longer than {LINE_BYTES_MAX} bytes")]
+    #[error("the setup is longer than {LINE_BYTES_MAX} bytes: use fewer regions or queues")]
     TooLong,
     /// The line is not a setup.
     #[error("the setup is malformed: {0}")]
     Malformed(#[source] serde_json::Error),
-    /// The setup makes no sense.
+    /// The setup is invalid.
     #[error("the setup cannot be used: {0}")]
     Setup(#[source] SetupError),
-    /// There are not as many descriptors as the setup needs.
+    /// The number of descriptors is not the number that the setup needs.
     #[error(
-        "the setup needs {needed} file descriptors ({regions} for memory, {queues} times 2 for events), {given} came"
+        "the setup needs {needed} file descriptors ({regions} for memory, {queues} times 2 for events), but there are {given}"
     )]
     Descriptors {
-        /// Descriptors that the setup needs.
+        /// Number of descriptors that the setup needs.
         needed: usize,
-        /// Its regions.
+        /// Number of regions.
         regions: usize,
-        /// Its queues.
+        /// Number of queues.
         queues: usize,
-        /// Descriptors given.
+        /// Number of given descriptors.
         given: usize,
     },
-    /// Some descriptors were dropped on the way.
+    /// The kernel has dropped some descriptors.
     #[error(
-        "file descriptors were lost on the way: too many came at once, or RLIMIT_NOFILE of this process is too low"
+        "the kernel has dropped file descriptors of the message: too many were sent at once, or RLIMIT_NOFILE of this process \
+         is too low"
     )]
     DescriptorsTruncated,
 }
 
-/// Sends `setup` with its descriptors: the file of each region and the events of each queue, in their order.
+/// Sends `setup` with its descriptors: the file of each region and the events of each queue, in the order of the setup.
 pub fn send(
     stream: &UnixStream,
     setup: &Setup,
@@ -88,14 +89,14 @@ pub fn send(
     let mut space = [MaybeUninit::uninit(); cmsg_space!(ScmRights(FDS_MAX))];
     let mut control = SendAncillaryBuffer::new(&mut space);
     assert!(control.push(SendAncillaryMessage::ScmRights(&fds)), "a checked setup has at most {FDS_MAX} descriptors");
-    // A peer that has gone is an error to report, not a SIGPIPE.
+    // If the peer is gone, report an error instead of raising SIGPIPE.
     let send_first = || sendmsg(stream, &[IoSlice::new(&line)], &mut control, SendFlags::NOSIGNAL);
     let sent = rustix::io::retry_on_intr(send_first).map_err(|error| failed(error.into()))?;
     let mut stream = stream;
     stream.write_all(&line[sent..]).map_err(failed)
 }
 
-/// Receives what [`send`] sent, and nothing behind it. Waits as long as the socket's read time-out says.
+/// Receives a message of [`send`], and consumes nothing after it. Waits for at most the read time-out of the socket.
 pub fn receive(stream: &UnixStream) -> Result<Handover, HandoverError> {
     let (first, fds) = receive_descriptors(stream)?;
     let line = receive_line(stream, first)?;
@@ -122,7 +123,7 @@ fn missing(setup: &Setup, given: usize) -> HandoverError {
     }
 }
 
-/// The first byte, which carries the descriptors. They are close-on-exec from the start.
+/// Receives the first byte, which carries the descriptors. They are close-on-exec from the start.
 fn receive_descriptors(stream: &UnixStream) -> Result<(u8, Vec<OwnedFd>), HandoverError> {
     let mut first = [0];
     let mut space = [MaybeUninit::uninit(); cmsg_space!(ScmRights(FDS_MAX))];
@@ -145,7 +146,7 @@ fn receive_descriptors(stream: &UnixStream) -> Result<(u8, Vec<OwnedFd>), Handov
     Ok((first[0], fds))
 }
 
-/// The rest of the line that starts with `first`, looked at before it is taken, so that nothing behind it is.
+/// Receives the rest of the line that starts with `first`. Peeks before reading, so that it consumes nothing after the line.
 fn receive_line(stream: &UnixStream, first: u8) -> Result<Vec<u8>, HandoverError> {
     let failed = |source| HandoverError::Socket { what: "receive the setup", source };
     let mut line = vec![first];

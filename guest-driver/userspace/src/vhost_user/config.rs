@@ -1,4 +1,4 @@
-//! What the configuration space of the device says (VIRTIO 1.2, 5.2.4).
+//! The configuration space of the device (VIRTIO 1.2, 5.2.4).
 
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO,

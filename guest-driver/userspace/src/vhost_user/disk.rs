@@ -23,20 +23,20 @@ use super::virtqueue::Virtqueue;
 use super::{Error, Options, Way};
 use crate::RamArea;
 
-/// Where the first region of RAM is. Not at 0, so that no address is mistaken for none.
+/// Address of the first region of RAM. It is not 0, so that no address can be mistaken for a missing one.
 const RAM_GPA: u64 = 1 << 20;
 
 /// A disk behind a vhost-user socket, for a process that is its own guest.
 ///
-/// A device that is gone is looked for again and again; requests on queues stay where they are, and go on when it is back. All other
-/// calls fail when the device is silent for longer than [`Options::patience`].
+/// If the device is gone, the driver tries to reconnect until the device is back; requests stay in their queues and continue then.
+/// All other calls fail when the device is silent for longer than [`Options::patience`].
 ///
-/// [`close`](Self::close) and the drop stop the queues, and wait for the end of their I/O as long. A device that does not confirm it
-/// keeps the files of the driver's RAM for itself, so that nothing of this process is overwritten later; memory that was
-/// [added](Self::add_foreign_memory) is another matter.
+/// [`close`](Self::close) and the drop stop the queues, and wait for the end of their I/O for the same time. If the device does not
+/// confirm the end, it keeps the files of the driver's RAM, so that it cannot overwrite other memory of this process later. This
+/// does not protect [added memory](Self::add_foreign_memory).
 #[derive(Debug)]
 pub struct Disk {
-    // Dropped in this order: first nobody waits for events any more, then the device lets go of the memory.
+    // The drop order: first the thread for events ends, then the device releases the memory.
     _events: Events,
     connection: Arc<Connection>,
     shared: Arc<Shared>,
@@ -49,11 +49,11 @@ pub struct Disk {
 }
 
 impl Disk {
-    /// Connects to the device and sets its queues up.
+    /// Connects to the device and sets up its queues.
     ///
     /// # Errors
     ///
-    /// Nobody serves there, or not what this driver needs; memory cannot be had.
+    /// No process serves there, the device lacks a feature that this driver needs, or memory cannot be allocated.
     pub fn connect(path: impl AsRef<Path>, options: Options) -> Result<Self, Error> {
         let offer = Offer::new(path.as_ref(), &options, FEATURES)?;
         let geometry = Geometry::read(&offer.config, offer.features());
@@ -104,12 +104,12 @@ impl Disk {
         &self.geometry
     }
 
-    /// What the device offers to drivers that can have rings. `None`: it is an ordinary disk.
+    /// The device's description of its rings. `None`: an ordinary disk without rings.
     pub fn offers_rings(&self) -> Option<&Device> {
         self.probed.as_ref()
     }
 
-    /// Queues in use, queue 0 included.
+    /// Number of queues in use, including queue 0.
     pub fn queue_count(&self) -> u16 {
         self.queue_count
     }
@@ -183,22 +183,22 @@ impl Disk {
         self.connection.add_region(|memory| memory.add(gpa, len_bytes))
     }
 
-    /// Adds the first `len_bytes` bytes of a file that somebody else uses too (the RAM of a virtual machine, a buffer pool): a
-    /// memfd, or a file on tmpfs or hugetlbfs, open for reading and writing. No area of it is given away; requests name it by
-    /// address. While there are rings it is pinned with the rest, and nobody may discard pages of it.
+    /// Adds the first `len_bytes` bytes of a file that others use, too (the RAM of a virtual machine, a buffer pool): a memfd, or a
+    /// file on tmpfs or hugetlbfs, open for reading and writing. The driver allocates nothing from it; requests name it by address.
+    /// While there are rings, the device pins it like the other regions, and no process may discard pages of it.
     ///
     /// # Errors
     ///
-    /// It is not made of whole pages, is longer than the file or overlaps another region, or the device refuses it.
+    /// The region does not consist of whole pages, is longer than the file or overlaps another region, or the device refuses it.
     pub fn add_foreign_memory(&self, gpa: u64, file: File, len_bytes: u64) -> Result<(), Error> {
         self.connection.add_region(|memory| memory.add_foreign(gpa, file, len_bytes))
     }
 
-    /// Takes a region of RAM away from the device. Requests that name it fail.
+    /// Removes a region of RAM from the device. Requests that name it fail.
     ///
     /// # Errors
     ///
-    /// There is no such region, or the device refuses.
+    /// There is no such region, or the device refuses to remove it.
     pub fn remove_memory(&self, gpa: u64) -> Result<(), Error> {
         self.connection.remove_region(gpa)
     }
@@ -212,11 +212,11 @@ impl Disk {
         if self.geometry.has_write_cache { self.shared.ask(&Question::Flush).map(drop) } else { Ok(()) }
     }
 
-    /// The content of the range does not matter any more.
+    /// Discards the content of the range.
     ///
     /// # Errors
     ///
-    /// The device does not do that, or not with such a range.
+    /// The device does not support discards, or not for this range.
     pub fn discard(&self, offset_bytes: u64, len_bytes: u64) -> Result<(), Error> {
         self.in_pieces(
             "discards",
@@ -227,11 +227,11 @@ impl Disk {
         )
     }
 
-    /// The range shall read as zeroes.
+    /// Writes zeroes to the range; with `unmap` the device may free the space.
     ///
     /// # Errors
     ///
-    /// The device does not do that, or not with such a range.
+    /// The device does not support writing zeroes, or not for this range.
     pub fn write_zeroes(&self, offset_bytes: u64, len_bytes: u64, unmap: bool) -> Result<(), Error> {
         let max_bytes = self.geometry.write_zeroes_bytes_max;
         self.in_pieces("writing zeroes", max_bytes, offset_bytes, len_bytes, |offset_bytes, len_bytes| {
@@ -259,17 +259,17 @@ impl Disk {
         Ok(())
     }
 
-    /// The disk's serial number: up to 20 characters.
+    /// The disk's serial number: at most 20 characters.
     ///
     /// # Errors
     ///
-    /// The device does not say.
+    /// The device does not tell it.
     pub fn serial(&self) -> Result<String, Error> {
         Ok(self.shared.ask(&Question::GetId)?.serial())
     }
 
-    /// Has queue `index` interrupted through another eventfd, as it happens in machines whose interrupts are moved. Whoever
-    /// waits for an interrupt does not notice.
+    /// Replaces the eventfd for the interrupts of queue `index`, as machines do when they move interrupts. A thread that waits for
+    /// an interrupt does not notice.
     ///
     /// # Errors
     ///
@@ -281,18 +281,18 @@ impl Disk {
         self.connection.renew_call(index.into())
     }
 
-    /// Connects anew, for whoever knows that another process serves the disk now. A device that was killed while I/O of it hangs
-    /// does not close its connection before that has ended.
+    /// Reconnects. Call this if you know that another process serves the disk now: a device that was killed while its I/O hangs
+    /// does not close its connection before the I/O has ended.
     pub fn reconnect(&self) {
         self.connection.renew();
     }
 
-    /// Stops all queues and lets the device go. Requests that were not sent yet are never executed.
+    /// Stops all queues and disconnects from the device. Requests that were not sent yet are never executed.
     ///
     /// # Errors
     ///
-    /// The device does not confirm within the patience that all I/O has ended: it may still use memory that was
-    /// [added](Self::add_foreign_memory).
+    /// The device does not confirm within [`Options::patience`] that all I/O has ended: it may still use
+    /// [added memory](Self::add_foreign_memory).
     pub fn close(self) -> Result<(), Error> {
         let Self { _events: events, connection, .. } = self;
         drop(events);
@@ -300,11 +300,11 @@ impl Disk {
         Arc::into_inner(connection).map_or(Ok(()), |mut connection| connection.end())
     }
 
-    /// Stops all queues and lets them go on, as a machine does that is paused and resumed.
+    /// Stops all queues and starts them again, like a machine that is paused and resumed.
     ///
     /// # Errors
     ///
-    /// The device refuses.
+    /// The device refuses to stop or to start a queue.
     pub fn pause_and_resume(&self) -> Result<(), Error> {
         self.connection.stop_and_go_on()
     }

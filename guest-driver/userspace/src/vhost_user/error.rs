@@ -1,4 +1,4 @@
-//! What can go wrong between a driver and its device.
+//! Errors between the driver and its device.
 
 use std::io;
 use std::path::PathBuf;
@@ -6,77 +6,77 @@ use std::time::Duration;
 
 use crate::{AllocateError, RamError};
 
-/// Why a device cannot be used as asked.
+/// The reason why a call failed.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// Nobody serves there.
+    /// The driver cannot connect to the socket.
     #[error("cannot connect to {}: {source}; is `ringpass serve --socket-path` running there?", .path.display())]
     Connect {
-        /// The socket.
+        /// The path of the socket.
         path: PathBuf,
-        /// The kernel's answer.
+        /// The kernel's error.
         source: io::Error,
     },
-    /// A message of vhost-user failed.
+    /// A vhost-user message failed.
     #[error("{what}: {source}")]
     Protocol {
-        /// What was asked.
+        /// The operation that failed.
         what: &'static str,
-        /// What came instead.
+        /// The error of the message.
         source: vhost::Error,
     },
-    /// The device is there and does not answer.
+    /// The device accepts the connection but does not answer.
     #[error(
         "no answer from the device within {} s ({what}): it has another front-end, its process is stopped, or its disk hangs",
         .patience.as_secs_f64()
     )]
     Silent {
-        /// What was asked.
+        /// The operation that got no answer.
         what: &'static str,
-        /// How long an answer was waited for.
+        /// How long the driver waited.
         patience: Duration,
     },
-    /// The device did not say that its queues have stopped.
+    /// The device did not confirm that its queues have stopped.
     #[error(
-        "the device has not confirmed that its I/O has ended ({why}): requests that it had taken may still be executed, and use \
+        "the device has not confirmed that its I/O has ended ({why}): it may still execute requests that it had taken, and access \
          the memory that it was given"
     )]
     NotStopped {
-        /// What came instead.
+        /// Why there is no confirmation.
         why: String,
     },
-    /// The device lacks something that this driver needs.
+    /// The device lacks a feature that this driver needs.
     #[error("the device does not offer {what}")]
     Lacks {
-        /// What.
+        /// The missing feature.
         what: &'static str,
     },
-    /// The device does not have that queue, or somebody has it.
-    #[error("queue {index} is not there to be taken: the device has {count} queues, of which 0 is this driver's own")]
+    /// The device does not have that queue, or the queue is already taken.
+    #[error("queue {index} cannot be taken: it is taken already, or not one of the {count} queues (0 is the driver's own)")]
     NoQueue {
         /// The queue.
         index: u16,
-        /// Queues in use.
+        /// Number of queues in use.
         count: u16,
     },
-    /// Guest RAM.
+    /// An error of guest RAM.
     #[error(transparent)]
     Ram(#[from] RamError),
     /// Guest RAM is used up.
     #[error(transparent)]
     Allocate(#[from] AllocateError),
-    /// There is no region.
-    #[error("the guest has no RAM there")]
+    /// There is no region at that address.
+    #[error("the guest has no region of RAM at that address")]
     NoMemory,
     /// Two regions share addresses.
-    #[error("a region of {len_bytes:#x} bytes at {gpa:#x} would overlap the one at {other_gpa:#x}")]
+    #[error("a region of {len_bytes:#x} bytes at {gpa:#x} would overlap the region at {other_gpa:#x}")]
     RegionsOverlap {
-        /// Where it was to be.
+        /// Address of the new region.
         gpa: u64,
-        /// Its length.
+        /// Length of the new region.
         len_bytes: u64,
-        /// The one that is there.
+        /// Address of the existing region.
         other_gpa: u64,
     },
     /// The device executed a request with an error.
@@ -87,21 +87,21 @@ pub enum Error {
         /// `VIRTIO_BLK_S_*`.
         status: u8,
     },
-    /// The device gives no ring.
-    #[error("the device gives no ring ({code:?}); `ringpass serve` logs why")]
+    /// The device refuses a ring.
+    #[error("the device refuses a ring ({code:?}): see the log of `ringpass serve` for the reason")]
     Refused {
-        /// What it said.
+        /// The device's code.
         code: ringpass_guest_abi::request::ErrorCode,
     },
-    /// The device broke a rule.
-    #[error("the device broke the protocol: {0}")]
+    /// The device violated the protocol.
+    #[error("the device violated the protocol: {0}")]
     BrokenDevice(String),
-    /// The kernel refused.
+    /// A system call failed.
     #[error("{what}: {source}")]
     System {
-        /// What was tried.
+        /// The operation that failed.
         what: &'static str,
-        /// The kernel's answer.
+        /// The kernel's error.
         source: io::Error,
     },
 }

@@ -1,18 +1,18 @@
 //! A disk behind a vhost-user socket, for a process that is its own guest.
 //!
-//! The process is front-end and driver at once: it brings its own RAM, sets the queues of the device up, asks for rings in band
-//! (`docs/abi.md`), and reads and writes. From its memory to the host kernel there is then nothing in between.
+//! The process is front-end and driver at the same time: it provides its own RAM, sets up the queues of the device, requests rings
+//! in band (`docs/abi.md`), and reads and writes. Nothing is then between its memory and the host kernel.
 //!
-//! - [`Disk`]: the connection, the RAM, queue 0 with flush, discard and write zeroes.
-//! - [`Queue`]: reads and writes, by polling or by interrupt; one for each thread.
+//! - [`Disk`]: the connection, the RAM, and queue 0 with flush, discard and write zeroes.
+//! - [`Queue`]: reads and writes, by polling or by interrupt; one queue for each thread.
 //!
-//! No wait is without end: a device that stays silent for longer than [`Options::patience`] makes the call fail with
-//! [`Error::Silent`]. Requests on a [`Queue`] are the exception: they stay where they are until the device is back, and whoever
-//! waits for one says for how long.
+//! Every wait is limited: if the device is silent for longer than [`Options::patience`], the call fails with [`Error::Silent`].
+//! Requests on a [`Queue`] are the exception: they stay in the queue until the device is back, and the caller of
+//! [`Queue::wait`] chooses how long to wait.
 //!
-//! Inside: `connection` keeps the device set up, whatever becomes of it; `watchdog` ends its waits; `virtqueue` and `requests` are
-//! virtio-blk; `attachment` is the ring of a queue and where its epochs are; `driver` decides where each request of a queue goes;
-//! `first_queue` is queue 0, which all queues share, and `events` the thread that listens to it.
+//! The private modules: `connection` keeps the device set up, even when the device restarts; `watchdog` ends waits; `virtqueue` and
+//! `requests` implement virtio-blk; `attachment` is the ring of a queue with its epochs; `driver` decides which way each request of
+//! a queue goes; `first_queue` is queue 0, which all queues share; `events` is the thread that listens to queue 0.
 //!
 //! ```no_run
 //! use std::time::Duration;

@@ -1,40 +1,40 @@
-//! What a user of the driver chooses.
+//! The options of the driver.
 
 use std::time::Duration;
 
 use super::RingSize;
 
-/// How queues are to be executed.
+/// How the device executes queues.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub enum Way {
-    /// As rings of the host's io_uring if the device offers that, otherwise as virtqueues.
+    /// As rings of the host's io_uring if the device offers them, otherwise as virtqueues.
     #[default]
     Auto,
-    /// As rings; it is an error if they cannot be had.
+    /// As rings; if the device offers none, the call fails.
     Ring,
     /// As virtqueues.
     Virtqueue,
 }
 
-/// What a driver wants.
+/// The options of the driver.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Options {
-    /// How much RAM the driver makes and offers, in bytes. All of it is pinned while there are rings.
+    /// Size of the RAM that the driver creates and offers to the device, in bytes. The device pins all of it while there are rings.
     pub memory_bytes: u64,
-    /// Queues besides queue 0; fewer if the device has fewer.
+    /// Number of queues in addition to queue 0; fewer if the device has fewer.
     pub queues: u16,
-    /// Descriptors of each virtqueue: a power of two, 16 to 32768. A third of it can be outstanding.
+    /// Number of descriptors of each virtqueue: a power of two, 16 to 32768. A third of that number of requests can be outstanding.
     pub queue_size: u16,
     /// Sizes of the rings.
     pub ring: RingSize,
-    /// How queues are executed.
+    /// How the device executes queues.
     pub way: Way,
-    /// Keep a region in which a device notes what it has taken. Without it requests on virtqueues can be lost, or done
-    /// twice, when the device is killed; those on rings cannot.
+    /// Keep an in-flight region, in which the device records the requests that it has taken. Without it, requests on virtqueues can
+    /// be lost or executed twice when the device is killed; requests on rings cannot.
     pub inflight: bool,
-    /// How long the device may be silent when something is asked of it, before the call fails: while connecting (another front-end
-    /// may have the device), until a queue is a ring (pinning takes half a second for each GiB of memory), for flush and the like,
-    /// for changes of memory, and when the disk is dropped. Requests on queues have no such limit.
+    /// How long the device may take to answer before a call fails: while connecting (the device may have another front-end), until
+    /// a queue is a ring (pinning takes half a second for each GiB of memory), for flush and similar requests, for changes of
+    /// memory, and when the disk is dropped. Requests on queues have no such limit.
     pub patience: Duration,
 }
 

@@ -1,4 +1,4 @@
-//! One queue, as an application uses it.
+//! The queue as applications use it.
 
 use std::io;
 use std::sync::Arc;
@@ -13,18 +13,18 @@ use super::Error;
 use super::driver::{Counters, Driver};
 use crate::{RamArea, raw};
 
-/// What a request does.
+/// The operation of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Operation {
-    /// Disk to buffer.
+    /// Read from the disk into the buffer.
     Read,
-    /// Buffer to disk.
+    /// Write the buffer to the disk.
     Write,
-    /// The same, stable when it completes.
+    /// Write the buffer to the disk; the data is stable when the request completes.
     DurableWrite,
 }
 
-/// Who executes a queue.
+/// What executes a queue.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ExecutedBy {
     /// The host kernel, as a ring of this epoch.
@@ -32,12 +32,12 @@ pub enum ExecutedBy {
         /// The number of the epoch.
         epoch: u32,
     },
-    /// The device's process, as a virtqueue. If a ring was refused: why.
+    /// The device's process, as a virtqueue.
     Virtqueue {
-        /// What the device said.
+        /// The reason, if the device refused a ring.
         refused: Option<ErrorCode>,
     },
-    /// Nobody at the moment: one ring has ended, or ATTACH was sent, and the next ring is not there.
+    /// Nothing at the moment: a ring has ended or ATTACH was sent, and the next ring does not exist yet.
     Nobody,
 }
 
@@ -158,7 +158,7 @@ impl Queue {
     ///
     /// # Errors
     ///
-    /// The device broke the protocol, or is silent for longer than [`Options::patience`](super::Options::patience).
+    /// The device violated the protocol, or is silent for longer than [`Options::patience`](super::Options::patience).
     pub fn detach(&mut self) -> Result<(), Error> {
         let (begin, patience) = (Instant::now(), self.driver.patience());
         self.driver.give_ring_up();

@@ -1,4 +1,4 @@
-//! What all queues of a disk share: queue 0, and the news that came over it.
+//! The part that all queues of a disk share: queue 0 and its events.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -7,7 +7,7 @@ use std::time::Duration;
 use super::Error;
 use super::first_queue::{Answer, FirstQueue, Pauses, Question};
 
-/// What all queues of a disk share.
+/// The part that all queues of a disk share.
 #[derive(Debug)]
 pub(super) struct Shared {
     first: Mutex<FirstQueue>,
@@ -24,12 +24,12 @@ impl Shared {
         self.first.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// How long to wait for an answer.
+    /// The time-out for answers of the device.
     pub(super) fn patience(&self) -> Duration {
         self.patience
     }
 
-    /// Asks on queue 0 and waits for the answer. Others can ask at the same time.
+    /// Sends a request on queue 0 and waits for the answer. Other threads can send requests at the same time.
     pub(super) fn ask(&self, question: &Question) -> Result<Answer, Error> {
         let mut pauses = Pauses::new(self.patience);
         let mut ticket = None;
@@ -49,7 +49,7 @@ impl Shared {
         }
     }
 
-    /// How often the device has told of something.
+    /// The number of events that the device has reported.
     pub(super) fn news(&self) -> u64 {
         self.news.load(Ordering::Acquire)
     }

@@ -1,7 +1,7 @@
 //! Ends waits for a device that does not answer.
 //!
-//! The messages of the `vhost` crate wait for their replies without end, and go on waiting when a time-out of the socket passes. So a
-//! thread shuts the socket down when the time is up, which ends the wait with an error.
+//! The `vhost` crate waits for replies without limit, and ignores a time-out of the socket. Therefore a thread shuts down the socket
+//! when the time is up, which ends the wait with an error.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use super::Error;
 
-/// Watches over conversations with a device.
+/// Limits the time of conversations with a device.
 #[derive(Debug)]
 pub(super) struct Watchdog {
     shared: Arc<Shared>,
@@ -30,7 +30,7 @@ struct Shared {
 struct State {
     conversations: BTreeMap<u64, Conversation>,
     next_number: u64,
-    /// Every conversation is cut, those that begin included.
+    /// Cut every conversation, including those that begin later.
     cuts_all: bool,
     is_ending: bool,
 }
@@ -42,7 +42,7 @@ struct Conversation {
     is_cut: bool,
 }
 
-/// A conversation that is watched until this is dropped.
+/// Dropping this value ends the watch over a conversation.
 #[derive(Debug)]
 pub(super) struct Watch<'w> {
     shared: &'w Shared,
@@ -58,7 +58,7 @@ impl Watchdog {
         Ok(Self { shared, thread: Some(thread) })
     }
 
-    /// Cuts `stream` when it is watched for longer than `limit`.
+    /// Watches a conversation over `stream`, and cuts it after `limit`.
     pub(super) fn watch(&self, stream: &UnixStream, limit: Duration) -> Result<Watch<'_>, Error> {
         let stream = stream.try_clone().map_err(Error::system("duplicating a descriptor"))?;
         let mut state = self.shared.lock();
@@ -74,7 +74,7 @@ impl Watchdog {
         Ok(Watch { shared: &self.shared, number })
     }
 
-    /// Cuts all conversations, and until [`allow`](Self::allow) those that begin.
+    /// Cuts all conversations, and every new one until [`allow`](Self::allow).
     pub(super) fn cut_all(&self) {
         let mut state = self.shared.lock();
         state.cuts_all = true;
@@ -86,7 +86,7 @@ impl Watchdog {
     }
 }
 
-/// For limits that no clock can reach.
+/// The end for limits that exceed the range of the clock.
 fn far_away() -> Instant {
     Instant::now() + Duration::from_secs(1 << 31)
 }
@@ -96,14 +96,14 @@ impl Drop for Watchdog {
         self.shared.lock().is_ending = true;
         self.shared.changed.notify_all();
         if let Some(thread) = self.thread.take() {
-            // It does not panic; if it did, nothing is left to be done.
+            // The thread does not panic. If it did, there would be nothing left to do.
             let _ = thread.join();
         }
     }
 }
 
 impl Watch<'_> {
-    /// Whether the time was up.
+    /// Whether the watchdog has cut the conversation.
     pub(super) fn is_cut(&self) -> bool {
         self.shared.lock().conversations.get(&self.number).is_some_and(|conversation| conversation.is_cut)
     }
@@ -157,7 +157,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_wait_ends_when_its_time_is_up_and_not_before() {
+    fn a_wait_ends_exactly_when_its_time_is_up() {
         let watchdog = Watchdog::start().unwrap();
         let (mut ours, theirs) = UnixStream::pair().unwrap();
         let watch = watchdog.watch(&ours, Duration::from_secs(600)).unwrap();
@@ -170,7 +170,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_watched_no_more_is_left_alone() {
+    fn a_conversation_is_not_cut_after_its_watch() {
         let watchdog = Watchdog::start().unwrap();
         let (mut ours, theirs) = UnixStream::pair().unwrap();
         drop(watchdog.watch(&ours, Duration::from_millis(1)).unwrap());
@@ -182,7 +182,7 @@ mod tests {
     }
 
     #[test]
-    fn all_are_cut_at_once_and_then_none() {
+    fn cut_all_cuts_every_conversation_until_allow() {
         let watchdog = Watchdog::start().unwrap();
         let (mut ours, _theirs) = UnixStream::pair().unwrap();
         let before = watchdog.watch(&ours, Duration::MAX).unwrap();

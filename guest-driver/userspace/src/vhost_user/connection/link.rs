@@ -1,4 +1,4 @@
-//! The socket to a device, and conversations over it, which end in time.
+//! The socket to a device, and conversations of limited time over it.
 
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
@@ -15,10 +15,10 @@ use super::super::watchdog::Watchdog;
 
 /// vhost-user numbers queues with a byte.
 pub(super) const QUEUES_MAX: u64 = 256;
-/// How long to wait at most before it is tried again to connect.
+/// Maximum pause between two attempts to connect.
 pub(super) const RETRY_MAX: Duration = Duration::from_millis(40);
 
-/// How long the device is waited for.
+/// The limit of waits for the device.
 #[derive(Debug)]
 pub(super) struct Waits {
     pub(super) watchdog: Watchdog,
@@ -26,7 +26,7 @@ pub(super) struct Waits {
 }
 
 impl Waits {
-    /// Says something to the device, which has `patience` to answer all of it.
+    /// Runs a conversation with the device, for which the device has `patience` in total.
     pub(super) fn talk<T>(
         &self,
         link: &mut Link,
@@ -40,10 +40,10 @@ impl Waits {
     }
 }
 
-/// The connection as it is now.
+/// An open connection.
 pub(super) struct Link {
     pub(super) frontend: Frontend,
-    /// The same socket, to be waited for.
+    /// The same socket, to wait for events.
     pub(super) stream: UnixStream,
 }
 
@@ -54,8 +54,8 @@ impl std::fmt::Debug for Link {
 }
 
 impl Link {
-    /// Connects. While the queue of the socket is full (its server is stopped, and others wait as well) it is tried again, as long
-    /// as `pause` says to go on.
+    /// Connects. While the accept queue of the socket is full (its server is stopped, and others wait as well), it tries again, as
+    /// long as `pause` returns true.
     pub(super) fn open(path: &Path, patience: Duration, pause: impl Fn(Duration) -> bool) -> Result<Self, Error> {
         let failed = |source| Error::Connect { path: path.to_owned(), source };
         let begin = Instant::now();
@@ -82,7 +82,7 @@ impl Link {
     }
 }
 
-/// A connection, without waiting for room in the queue of the socket.
+/// Connects without waiting for room in the accept queue of the socket.
 fn connect(path: &Path) -> Result<UnixStream, Errno> {
     let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
     let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
@@ -95,7 +95,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn patience_without_end_is_no_reason_to_fail() {
+    fn connecting_works_with_unlimited_patience() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("socket");
         let open = || Link::open(&path, Duration::MAX, |_| panic!("there is nothing to wait for"));

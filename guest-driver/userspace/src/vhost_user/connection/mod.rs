@@ -1,8 +1,8 @@
-//! The front-end's side of vhost-user: sets the device up, and sets it up again when it comes back.
+//! The front-end's side of vhost-user: sets up the device, and sets it up again when it comes back.
 //!
-//! Everything that a device needs to go on is in memory that outlives it: the rings, the requests in them, the pending
-//! ATTACH, and an in-flight region if there is one. So a device that is gone is waited for, without end, told the same
-//! things again, and goes on where the used index says.
+//! Everything that a device needs to continue is in memory that outlives the device: the rings, the requests in them, the pending
+//! ATTACH, and the in-flight region if there is one. So the connection waits without limit for a device that is gone, sets it up
+//! in the same way again, and the device continues at the used index.
 
 mod link;
 mod offer;
@@ -30,15 +30,15 @@ use super::memory::{Memory, Region};
 use super::virtqueue::Setup;
 use crate::raw;
 
-/// How long to wait at first before it is tried again to connect.
+/// First pause between two attempts to connect.
 const RETRY_MIN: Duration = Duration::from_millis(5);
 
-/// A connection to a device, kept up by a thread.
+/// A connection to a device. A thread restores it when it is lost.
 #[derive(Debug)]
 pub(super) struct Connection {
     shared: Arc<Shared>,
     thread: Option<JoinHandle<()>>,
-    /// Nothing is left to be told to the device.
+    /// The connection has ended, and the device gets no more messages.
     has_ended: bool,
 }
 
@@ -49,10 +49,10 @@ struct Shared {
     memory: Arc<Memory>,
     queues: Vec<Arc<Setup>>,
     inflight: Option<Inflight>,
-    /// Held while something is changed that a device is told, and told to it; and while a device that came back is told everything.
-    /// Otherwise a change could come behind the latter's look at it, and find no connection to be told over.
+    /// Held while the set-up changes and the device is told of the change, and while a device that came back is set up. Otherwise a
+    /// change could be lost: the set-up has read the old state already, and there is no connection yet to announce the change.
     changes: Mutex<()>,
-    /// The connection, if there is one now.
+    /// The connection, if there is one at present.
     link: Mutex<Option<Link>>,
     reconnects: AtomicU64,
     stop: EventFd,
@@ -60,12 +60,12 @@ struct Shared {
 }
 
 impl Connection {
-    /// How often the device was lost and found again.
+    /// How often the connection was lost and restored.
     pub(super) fn reconnects(&self) -> u64 {
         self.shared.reconnects.load(Ordering::Relaxed)
     }
 
-    /// Makes a region, and tells the device of it. One that comes back later is told of all.
+    /// Creates a region and announces it to the device. If the device is gone, the set-up announces all regions later.
     pub(super) fn add_region(&self, make: impl FnOnce(&Memory) -> Result<Region, Error>) -> Result<(), Error> {
         let _changes = self.shared.changes();
         let region = make(&self.shared.memory)?;
@@ -73,7 +73,7 @@ impl Connection {
         told.inspect_err(|_| drop(self.shared.memory.remove(region.gpa)))
     }
 
-    /// Takes the region at `gpa` out, and tells the device so. When this returns it reaches it no more.
+    /// Removes the region at `gpa`, also from the device. When this returns, the device does not access the region any more.
     pub(super) fn remove_region(&self, gpa: u64) -> Result<(), Error> {
         let _changes = self.shared.changes();
         let region = self.shared.memory.remove(gpa).ok_or(Error::NoMemory)?;
@@ -97,7 +97,7 @@ impl Connection {
         }
     }
 
-    /// Stops all queues and starts them again where they stopped, as a machine does that is paused.
+    /// Stops all queues and starts them again where they stopped, like a machine that is paused.
     pub(super) fn stop_and_go_on(&self) -> Result<(), Error> {
         self.shared.tell(|frontend| {
             let mut bases = Vec::new();
@@ -109,24 +109,24 @@ impl Connection {
         })
     }
 
-    /// Stops all queues: none touches memory when its last request has ended, for which the device has the patience of all waits.
+    /// Stops all queues: a queue does not access memory after its last request has ended. The time-out is that of all waits.
     ///
     /// # Errors
     ///
-    /// The device does not say that. It is left at that: it may still use the memory.
+    /// The device does not confirm the stop, so it may still use the memory. The connection ends nevertheless.
     pub(super) fn end(&mut self) -> Result<(), Error> {
         if std::mem::replace(&mut self.has_ended, true) {
             return Ok(());
         }
         let _ = self.shared.stop.write(1);
-        // Nobody else talks to the device now but the thread, if it is just connecting anew.
+        // Only the thread may still talk to the device, if it is reconnecting.
         self.shared.waits.watchdog.cut_all();
         if let Some(thread) = self.thread.take() {
-            // It does not panic; if it did, nothing is left to be done.
+            // The thread does not panic. If it did, there would be nothing left to do.
             let _ = thread.join();
         }
         self.shared.waits.watchdog.allow();
-        let mut link = self.shared.link().take().ok_or(Error::NotStopped { why: "its connection is lost".into() })?;
+        let mut link = self.shared.link().take().ok_or(Error::NotStopped { why: "the connection is lost".into() })?;
         let stopped = self.shared.waits.talk(&mut link, |frontend| {
             (0..self.shared.queues.len()).try_for_each(|index| {
                 frontend.get_vring_base(index).map(drop).map_err(Error::protocol("stopping a queue"))
@@ -153,19 +153,19 @@ impl Shared {
         self.changes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Tells the device something, if it is there: one that comes back is told everything anew.
+    /// Sends a message to the device, if it is there. A device that comes back gets the complete set-up.
     fn tell(&self, message: impl FnOnce(&mut Frontend) -> Result<(), Error>) -> Result<(), Error> {
         let mut link = self.link();
         let Some(link) = link.as_mut() else { return Ok(()) };
         self.waits.talk(link, message).or_else(|error| match error {
-            // It is there, and has not done it. The connection is cut, because a late answer would be taken for the next one.
+            // The device is there but did not answer. The connection is cut, because a late answer would be taken for the next one.
             Error::Silent { .. } => Err(error),
             _ if link.is_gone() => Ok(()),
             _ => Err(error),
         })
     }
 
-    /// Waits for the device to go, and for it to come back, until told to stop.
+    /// Restores the connection whenever it is lost, until the driver stops.
     fn keep(&self) {
         loop {
             let stream = self.link().as_ref().map(|link| link.stream.try_clone());
@@ -189,11 +189,11 @@ impl Shared {
         }
     }
 
-    /// Waits until the other side has closed `socket`, or for `timeout`. False: this side is to stop.
+    /// Waits until the other side has closed `socket`, or for `timeout`. Returns false if this side must stop.
     fn wait(&self, socket: Option<BorrowedFd<'_>>, timeout: Option<Duration>) -> bool {
         let timeout = timeout.and_then(|timeout| rustix::event::Timespec::try_from(timeout).ok());
         let mut fds = vec![PollFd::from_borrowed_fd(raw::borrow(&self.stop), PollFlags::IN)];
-        // Nothing comes unasked; what is readable besides replies that somebody waits for is the end.
+        // The device sends only replies, so a hang-up is the only other event.
         fds.extend(socket.map(|socket| PollFd::from_borrowed_fd(socket, PollFlags::RDHUP)));
         while poll(&mut fds, timeout.as_ref()) == Err(rustix::io::Errno::INTR) {}
         !fds[0].revents().contains(PollFlags::IN)

@@ -1,4 +1,4 @@
-//! The first conversation with a device: what it offers, and what is taken of that.
+//! The first conversation with a device: its offer, and the negotiation.
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicU64;
@@ -20,7 +20,7 @@ use super::link::{Link, QUEUES_MAX, Waits};
 use super::set_up::new_inflight;
 use super::{Connection, Shared};
 
-/// What was negotiated at the first connection. A device that comes back must offer it again.
+/// The result of the negotiation at the first connection. A device that comes back must offer the same again.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Negotiated {
     pub(super) features: u64,
@@ -37,7 +37,7 @@ pub(in super::super) struct Offer {
     pub(in super::super) config: Vec<u8>,
 }
 
-/// What a device says of itself when it is asked first.
+/// The answers of a device in the first conversation.
 struct Answers {
     negotiated: Negotiated,
     queue_count: u16,
@@ -62,7 +62,7 @@ impl Offer {
         self.negotiated.features
     }
 
-    /// Sets the queues up and starts the thread that keeps the connection.
+    /// Sets up the queues and starts the thread that keeps the connection.
     pub(in super::super) fn start(self, memory: Arc<Memory>, queues: Vec<Arc<Setup>>) -> Result<Connection, Error> {
         let Self { mut link, path, negotiated, waits, .. } = self;
         let inflight = match negotiated.protocol.contains(VhostUserProtocolFeatures::INFLIGHT_SHMFD) {

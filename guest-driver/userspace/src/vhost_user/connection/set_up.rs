@@ -1,4 +1,4 @@
-//! What a device is told before it executes anything: memory, in-flight region, queues.
+//! The set-up of a device before it executes requests: memory, in-flight region, queues.
 
 use std::fs::File;
 use std::os::fd::AsRawFd;
@@ -13,7 +13,7 @@ use super::super::memory::Region;
 use super::super::virtqueue::Setup;
 use super::Shared;
 
-/// The region in which a device notes what it has taken.
+/// The in-flight region, in which a device records the requests that it has taken.
 pub(super) struct Inflight {
     description: VhostUserInflight,
     file: File,
@@ -26,7 +26,7 @@ impl std::fmt::Debug for Inflight {
 }
 
 impl Shared {
-    /// Everything after the negotiation.
+    /// Sets up everything after the negotiation.
     pub(super) fn set_up(&self, frontend: &mut Frontend, base: impl Fn(usize) -> u16) -> Result<(), Error> {
         for region in self.memory.regions() {
             add_region(frontend, &region)?;
