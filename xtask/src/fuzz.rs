@@ -1,5 +1,5 @@
-//! The fuzz targets in `fuzz/`, run by cargo-fuzz on a nightly toolchain. Where there is none, they count as skipped:
-//! their bodies are property tests too.
+//! Runs the fuzz targets in `fuzz/` with cargo-fuzz on a nightly toolchain. Without a nightly toolchain the targets count as
+//! skipped; their bodies are also property tests.
 
 use std::{
     collections::BTreeSet,
@@ -15,13 +15,13 @@ use crate::{
     test::TestRun,
 };
 
-/// The version that is installed if there is none. The crate `libfuzzer-sys` in `fuzz/Cargo.toml` goes with it.
+/// The version of cargo-fuzz to install if it is missing. It must match the crate `libfuzzer-sys` in `fuzz/Cargo.toml`.
 const CARGO_FUZZ_VERSION: &str = "0.13.2";
 
 /// A file in `fuzz/fuzz_targets`.
 struct Target {
     name: &'static str,
-    /// The longest input in bytes that is worth trying.
+    /// Maximum useful length of an input in bytes.
     input_bytes_max: u32,
 }
 
@@ -35,16 +35,16 @@ const TARGETS: &[Target] = &[
     Target { name: "policy_kernel", input_bytes_max: 512 },
 ];
 
-/// How long and with which choices.
+/// The duration and the seed of a fuzz run.
 pub(crate) struct Budget {
-    /// For each target.
+    /// Time for each target.
     pub(crate) seconds: u64,
     pub(crate) seed: Option<u64>,
-    /// Whether to begin with what earlier runs found, and to keep what this one finds.
+    /// Whether to start with the inputs that earlier runs found, and to keep those of this run.
     pub(crate) keeps_corpus: bool,
 }
 
-/// The command of Cargo that runs the tests which save seeds, where not all tests are run anyway.
+/// The Cargo command that runs only the tests that save seeds.
 pub(crate) const SAVE_SEEDS: &[&str] = &[
     "nextest",
     "run",
@@ -59,7 +59,7 @@ pub(crate) const SAVE_SEEDS: &[&str] = &[
     "test(/(fuzzing|message)::tests::/)",
 ];
 
-/// Builds and runs each target, from the seeds that the tests of `tests` saved.
+/// Builds and runs each target, starting from the seeds that the tests in `tests` saved.
 pub(crate) fn run(tests: &TestRun, budget: &Budget) -> Result<()> {
     if let Err(reason) = make_available() {
         for target in TARGETS {
@@ -75,21 +75,21 @@ pub(crate) fn run(tests: &TestRun, budget: &Budget) -> Result<()> {
     Ok(())
 }
 
-/// The reason why nothing can be fuzzed, if there is one.
+/// Ensures that cargo-fuzz is available. An error states why fuzzing is not possible.
 fn make_available() -> Result<(), String> {
     if !steps::is_available("rustup", &["run", "nightly", "rustc", "--version"]) {
         return Err("needs a nightly toolchain: rustup toolchain install nightly".into());
     }
     if !steps::is_available("rustup", &["run", "nightly", "cargo", "fuzz", "--version"]) {
         let mut install = cargo(&["install", "cargo-fuzz", "--version", CARGO_FUZZ_VERSION, "--locked"]);
-        steps::run(&mut install).map_err(|error| format!("needs cargo-fuzz, which cannot be installed: {error:#}"))?;
+        steps::run(&mut install).map_err(|error| format!("needs cargo-fuzz, but its installation failed: {error:#}"))?;
     }
     Ok(())
 }
 
 fn cargo_fuzz(arguments: &[&str]) -> Command {
     let mut command = Command::new("rustup");
-    // One unit, cargo-fuzz's choice, would leave all processors but one idle.
+    // cargo-fuzz's default, one codegen unit, would use only one processor.
     command.args(["run", "nightly", "cargo", "fuzz"]).args(arguments).args(["--codegen-units", "16", "--target-dir"]);
     command.arg(target_directory().join("fuzz"));
     command
@@ -100,16 +100,16 @@ fn build() -> Command {
 }
 
 fn run_target(target: &Target, seeds: &Path, corpus: &Path, budget: &Budget) -> Result<()> {
-    fs::create_dir_all(corpus).with_context(|| format!("making {}", corpus.display()))?;
+    fs::create_dir_all(corpus).with_context(|| format!("cannot create {}", corpus.display()))?;
     let artifacts = PathBuf::from("fuzz/artifacts").join(target.name);
     let before = files(&artifacts);
     let mut command = cargo_fuzz(&["run", target.name]);
-    // What is new goes to the first.
+    // libFuzzer writes new inputs to the first directory.
     command.arg(corpus);
     if seeds.is_dir() {
         command.arg(seeds);
     } else {
-        println!("no test saved seeds for {}: it begins with nothing", target.name);
+        println!("no test saved seeds for {}: it starts without seeds", target.name);
     }
     command.arg("--").args(options(target, budget));
     steps::run(&mut command).map_err(|error| {
@@ -121,28 +121,28 @@ fn run_target(target: &Target, seeds: &Path, corpus: &Path, budget: &Budget) -> 
     })
 }
 
-/// What libFuzzer is told (<https://llvm.org/docs/LibFuzzer.html#options>).
+/// The options for libFuzzer (<https://llvm.org/docs/LibFuzzer.html#options>).
 fn options(target: &Target, budget: &Budget) -> Vec<String> {
     let mut options = vec![
         format!("-max_total_time={}", budget.seconds),
         format!("-max_len={}", target.input_bytes_max),
-        // One input takes microseconds: a minute is a hang, however busy the machine is.
+        // One input takes microseconds, so a minute is a hang even on a busy machine.
         "-timeout=60".into(),
         "-verbosity=0".into(),
         "-print_funcs=0".into(),
         "-print_final_stats=1".into(),
     ];
-    // 0 would mean a random one.
+    // 0 would mean a random seed.
     options.extend(budget.seed.map(|seed| format!("-seed={}", (seed as u32).max(1))));
     options
 }
 
-/// What to say of an input that made a target fail.
+/// The message about an input that made a target fail.
 fn finding(target: &str, input: &Path) -> String {
     let input = input.display();
     format!(
         "the fuzz target {target} fails with the input {input}\nreplay it with:\n  cargo +nightly fuzz run {target} \
-         {input}\nand make it a test beside the code"
+         {input}\nand add a unit test for it beside the code"
     )
 }
 
@@ -156,7 +156,7 @@ fn corpus(tests: &TestRun, budget: &Budget, target: &Target) -> Result<PathBuf> 
         if budget.keeps_corpus { target_directory().join("fuzz-corpus") } else { tests.fuzz_seeds().join("found") };
     let directory = directory.join(target.name);
     // cargo-fuzz runs the target in another directory.
-    std::path::absolute(&directory).with_context(|| format!("the path {}", directory.display()))
+    std::path::absolute(&directory).with_context(|| format!("cannot resolve the path {}", directory.display()))
 }
 
 fn target_directory() -> PathBuf {
@@ -169,7 +169,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_target_has_its_file_and_its_entry_in_the_manifest_and_the_reverse() {
+    fn the_targets_match_the_files_and_the_manifest() {
         let fuzz = Path::new(env!("CARGO_MANIFEST_DIR")).join("../fuzz");
         let manifest = fs::read_to_string(fuzz.join("Cargo.toml")).expect("the manifest");
         let names: BTreeSet<String> = TARGETS.iter().map(|target| target.name.to_owned()).collect();
@@ -190,12 +190,12 @@ mod tests {
             "the fuzz target inflight_region fails with the input fuzz/artifacts/inflight_region/crash-12\n\
              replay it with:\n  \
              cargo +nightly fuzz run inflight_region fuzz/artifacts/inflight_region/crash-12\n\
-             and make it a test beside the code"
+             and add a unit test for it beside the code"
         );
     }
 
     #[test]
-    fn a_seed_of_64_bits_becomes_one_that_libfuzzer_takes() {
+    fn a_64_bit_seed_is_reduced_to_a_valid_libfuzzer_seed() {
         let target = Target { name: "a", input_bytes_max: 9 };
         let seed = |seed| options(&target, &Budget { seconds: 1, seed, keeps_corpus: false }).pop();
         assert_eq!(seed(Some(0x1_0000_002a)).as_deref(), Some("-seed=42"));

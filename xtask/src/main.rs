@@ -11,8 +11,8 @@ use clap::{Parser, Subcommand};
 
 mod fuzz;
 
-// The one reader of the kernel log, compiled here as well: depending on the crate of the tests would mean building the
-// whole workspace before the first check of it can say that it does not build.
+// The reader of the kernel log, shared with the tests by its path: a dependency on the crate of the tests would build the whole
+// workspace before the first check could report that it does not build.
 #[path = "../../tests/src/kernel_log.rs"]
 #[allow(unreachable_pub, reason = "public in the crate it belongs to")]
 mod kernel_log;
@@ -34,13 +34,13 @@ struct CommandLine {
 enum Task {
     /// Install what the tests need, then check the format, lint, build the documentation and run all tests.
     Test,
-    /// Run all tests several times in a row, on an idle or a busy machine, to find those that fail now and then.
+    /// Run all tests several times in a row, on an idle or a busy machine, to find tests that fail now and then.
     Repeat(repeat::Options),
-    /// Run tests for long, with larger budgets. Without a name: list what there is.
+    /// Run tests for a long time, with larger budgets. Without a name: list the soaks.
     Soak(soak::Options),
-    /// Run the policy tests on this kernel and in guests with others, and write docs/kernel-support.md.
+    /// Run the policy tests on this kernel and in guests with other kernels, and write docs/kernel-support.md.
     KernelSupport {
-        /// A further kernel (bzImage) for a guest, with initramfs, tmpfs and a serial port built in.
+        /// An additional kernel (bzImage) for a guest, with initramfs, tmpfs and a serial port built in.
         #[arg(long, value_name = "IMAGE")]
         kernel: Vec<PathBuf>,
     },
@@ -58,17 +58,17 @@ fn main() -> ExitCode {
 
 fn run() -> Result<()> {
     let task = CommandLine::parse().task;
-    // Before the directory changes.
+    // Resolve the paths before the directory changes.
     let task = match task {
         Task::KernelSupport { kernel } => {
             let kernel =
-                kernel.iter().map(std::path::absolute).collect::<Result<_, _>>().context("a path to a kernel")?;
+                kernel.iter().map(std::path::absolute).collect::<Result<_, _>>().context("cannot resolve the path of a kernel")?;
             Task::KernelSupport { kernel }
         }
         task => task,
     };
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().context("xtask has no parent directory")?;
-    env::set_current_dir(root).with_context(|| format!("entering {}", root.display()))?;
+    env::set_current_dir(root).with_context(|| format!("cannot enter {}", root.display()))?;
     match task {
         Task::Test => test::run(),
         Task::Repeat(options) => repeat::run(&options),

@@ -1,4 +1,4 @@
-//! The Debian packages that the tests need: which, why, and how they get installed.
+//! The Debian packages that the tests need, with the reasons, and their installation.
 
 use std::{
     io::{IsTerminal, stdin},
@@ -9,31 +9,31 @@ use anyhow::{Context, Result, bail};
 
 use crate::steps;
 
-/// A Debian package and what the tests use it for.
+/// A Debian package, and the reason why the tests need it.
 struct Package {
     name: &'static str,
     reason: &'static str,
 }
 
-/// Everything that the tests need beyond Rust. Later tests add a line here.
+/// All packages that the tests need in addition to Rust. Add a line here for a new test.
 const PACKAGES: &[Package] = &[
     Package { name: "gcc", reason: "compiles the C programs that print the kernel's structures; links Rust programs" },
     Package { name: "libc6-dev", reason: "headers and start-up code for those C programs" },
-    Package { name: "linux-libc-dev", reason: "<linux/io_uring.h>, which our structures are compared with" },
+    Package { name: "linux-libc-dev", reason: "<linux/io_uring.h>, which a test compares with our structures" },
     Package { name: "e2fsprogs", reason: "mkfs.ext4: the file systems of the disks under test" },
     Package { name: "squashfs-tools", reason: "mksquashfs: a read-only file system without fsync(2) under a disk" },
     Package { name: "xfsprogs", reason: "mkfs.xfs: files whose direct I/O changes when they are copied" },
-    Package { name: "btrfs-progs", reason: "mkfs.btrfs: files that tell nothing about direct I/O" },
+    Package { name: "btrfs-progs", reason: "mkfs.btrfs: files that report nothing about direct I/O" },
     Package { name: "mount", reason: "mount and losetup: file systems and loop devices under test" },
-    Package { name: "qemu-system-x86", reason: "runs the Linux guests, and passes on what hostile drivers write" },
+    Package { name: "qemu-system-x86", reason: "runs the Linux guests, and forwards what hostile drivers write" },
     Package { name: "systemd", reason: "systemd-analyze: checks the unit that starts the server" },
     Package { name: "make", reason: "builds fio for the Linux guests, from Debian's sources" },
 ];
 
-/// Installs the packages that are missing. Touches nothing, and needs no privilege, when none is.
+/// Installs the missing packages. If none is missing, it changes nothing and needs no privileges.
 pub(crate) fn install_missing() -> Result<()> {
     if !steps::is_available("dpkg-query", &["--version"]) {
-        println!("not a Debian system (no dpkg-query); the tests use what these Debian packages have:");
+        println!("not a Debian system (no dpkg-query); the tests need the contents of these Debian packages:");
         for package in PACKAGES {
             println!("  {:<16}{}", package.name, package.reason);
         }
@@ -58,11 +58,12 @@ fn is_installed(package: &str) -> Result<bool> {
         .args(["--show", "--showformat=${db:Status-Status}", package])
         .stderr(Stdio::null())
         .output()
-        .context("starting dpkg-query")?;
+        .context("cannot start dpkg-query")?;
     Ok(says_installed(output.status.success(), &output.stdout))
 }
 
-/// The exit status is an error for a package that dpkg never heard of; a removed one is known and not installed.
+/// Whether dpkg-query reports the package as installed. It fails for a package that dpkg does not know, and succeeds for a removed
+/// package, which is not installed.
 fn says_installed(succeeded: bool, status: &[u8]) -> bool {
     succeeded && status == b"installed"
 }
@@ -75,11 +76,11 @@ fn install(packages: &[&str]) -> Result<()> {
     let prefix: &[&str] = if rustix::process::geteuid().is_root() {
         &[]
     } else if !steps::is_available("sudo", &["--version"]) {
-        bail!("packages are missing and there is no sudo; {by_hand}");
+        bail!("packages are missing and sudo is not installed; {by_hand}");
     } else if stdin().is_terminal() {
         &["sudo"]
     } else {
-        // Nobody is there to type a password.
+        // Without a terminal, no user can type a password.
         &["sudo", "--non-interactive"]
     };
     let apt = ["env", "DEBIAN_FRONTEND=noninteractive", "apt-get"];
@@ -98,7 +99,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_package_has_a_reason_and_stands_once() {
+    fn every_package_has_a_reason_and_is_listed_once() {
         for (index, package) in PACKAGES.iter().enumerate() {
             assert!(!package.reason.is_empty(), "{}", package.name);
             assert!(PACKAGES[..index].iter().all(|earlier| earlier.name != package.name), "{} twice", package.name);

@@ -1,4 +1,4 @@
-//! The speed that ringpass promises, from the demo's own report, on a machine that does nothing else.
+//! Checks the promised speed of ringpass in the demo's report, on a machine that does nothing else.
 
 use std::process::Stdio;
 
@@ -7,28 +7,28 @@ use serde_json::Value;
 
 use crate::steps::cargo;
 
-/// Ways that poll: they are to be as fast as the host.
+/// The polling ways: they must be as fast as the host.
 const POLLING: [&str; 3] = ["process", "process-vhost-user", "kvm-poll"];
 const DEPTHS: [u64; 2] = [1, 32];
 const RATIO_TO_HOST_MAX: f64 = 1.05;
-/// All exits of a polling virtual machine, those for interrupts of the host included.
+/// Limit of all exits of a polling virtual machine, including those for interrupts of the host.
 const EXITS_PER_IO_MAX: f64 = 0.01;
 
-/// Runs the demo, each way for `seconds` at each depth, and looks at what it found.
+/// Runs the demo, each way for `seconds` at each depth, and checks its report.
 pub(crate) fn run(seconds: Option<u64>) -> Result<()> {
     let seconds = seconds.unwrap_or(5).to_string();
     let mut demo = cargo(&["run", "--release", "--quiet", "--package", "ringpass-broker", "--bin", "ringpass", "--"]);
     demo.args(["demo", "--json", "--seconds", &seconds]).stderr(Stdio::inherit());
-    let output = demo.output().context("starting the demo")?;
+    let output = demo.output().context("cannot start the demo")?;
     let text = String::from_utf8_lossy(&output.stdout);
     println!("{text}");
-    ensure!(output.status.success(), "the demo: {}", output.status);
-    let failures = failures(&serde_json::from_str(&text).context("the demo's report")?);
+    ensure!(output.status.success(), "the demo failed: {}", output.status);
+    let failures = failures(&serde_json::from_str(&text).context("cannot parse the demo's report")?);
     ensure!(failures.is_empty(), "{}", failures.join("; "));
     Ok(())
 }
 
-/// What is slower than promised, or missing.
+/// The results that are slower than promised, or missing.
 fn failures(report: &Value) -> Vec<String> {
     let mut failures = Vec::new();
     for (name, depth) in POLLING.into_iter().flat_map(|name| DEPTHS.map(|depth| (name, depth))) {
@@ -38,9 +38,9 @@ fn failures(report: &Value) -> Vec<String> {
             continue;
         };
         let mut must = |field: &str, is_fine: fn(f64) -> bool, limit: f64| {
-            // A number that is not there is not fine.
+            // A missing number is a failure.
             if !way[field].as_f64().is_some_and(is_fine) {
-                failures.push(format!("{name} at depth {depth}: {field} is {}, the limit {limit}", way[field]));
+                failures.push(format!("{name} at depth {depth}: {field} is {}, the limit is {limit}", way[field]));
             }
         };
         must("errors", |count| count == 0.0, 0.0);
@@ -74,7 +74,7 @@ mod tests {
     }
 
     #[test]
-    fn a_fast_report_passes_and_a_slow_or_incomplete_one_does_not() {
+    fn only_a_fast_and_complete_report_passes() {
         assert_eq!(failures(&report(1.05, Some(0.009))), [""; 0]);
         assert_eq!(failures(&report(1.06, Some(0.0))).len(), 6);
         assert_eq!(failures(&report(1.0, Some(0.01))).len(), 2);

@@ -1,6 +1,6 @@
 //! `cargo xtask repeat`: all tests several times in a row, on a machine that is idle or busy.
 //!
-//! A test that fails once in twenty runs has a fault, or shows one. This finds it before it stops an unrelated change.
+//! A test that fails once in twenty runs has a bug, or shows one. This task finds such tests before they block an unrelated change.
 
 use std::{
     sync::atomic::{AtomicBool, Ordering},
@@ -15,18 +15,18 @@ use crate::{
     test::{self, TestRun},
 };
 
-/// What the command line says about the rounds.
+/// The options for the rounds.
 #[derive(Args)]
 pub(crate) struct Options {
-    /// How many rounds. All of them run, also after one that failed.
+    /// Number of rounds. All of them run, even if one fails.
     #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
     times: u32,
-    /// Keep every CPU busy with a spinning thread meanwhile.
+    /// Keep every CPU busy with a spinning thread during the rounds.
     #[arg(long)]
     under_load: bool,
 }
 
-/// Runs the rounds and counts those that failed.
+/// Runs the rounds and counts the failed ones.
 pub(crate) fn run(options: &Options) -> Result<()> {
     let mut steps = Steps::default();
     let mut failed_rounds = Vec::new();
@@ -55,15 +55,15 @@ fn conclude(rounds: u32, failed_rounds: &[u32]) -> Result<()> {
         println!("\nAll {rounds} rounds passed.");
         return Ok(());
     }
-    bail!("{} of {rounds} rounds failed: {failed_rounds:?}; their output above names the tests", failed_rounds.len())
+    bail!("{} of {rounds} rounds failed: {failed_rounds:?}; see their output above for the tests", failed_rounds.len())
 }
 
-/// Does `work`, beside one spinning thread for each CPU if there is to be load.
+/// Runs `work`; with load, beside one spinning thread for each CPU.
 fn with_load(is_loaded: bool, work: impl FnOnce() -> Result<()>) -> Result<()> {
     if !is_loaded {
         return work();
     }
-    let cpus = thread::available_parallelism().context("counting the CPUs")?.get();
+    let cpus = thread::available_parallelism().context("cannot count the CPUs")?.get();
     let is_over = AtomicBool::new(false);
     thread::scope(|scope| {
         for _ in 0..cpus {
@@ -73,7 +73,7 @@ fn with_load(is_loaded: bool, work: impl FnOnce() -> Result<()>) -> Result<()> {
                 }
             });
         }
-        // Also after a panic: the scope waits for the threads.
+        // On drop, so that the threads end after a panic, too: the scope waits for them.
         let _end = OnDrop(|| is_over.store(true, Ordering::Relaxed));
         work()
     })
@@ -92,14 +92,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn rounds_that_failed_are_named_and_fail_the_task() {
+    fn the_error_names_the_failed_rounds() {
         assert!(conclude(5, &[]).is_ok());
         let error = conclude(5, &[2, 4]).expect_err("two rounds failed").to_string();
         assert!(error.starts_with("2 of 5 rounds failed: [2, 4]"), "{error}");
     }
 
     #[test]
-    fn the_load_ends_with_the_work_also_if_that_fails() {
+    fn the_load_ends_with_the_work_even_if_the_work_fails() {
         for is_loaded in [false, true] {
             assert!(with_load(is_loaded, || Ok(())).is_ok());
             assert!(with_load(is_loaded, || bail!("it broke")).is_err());

@@ -1,4 +1,4 @@
-//! `cargo xtask soak`: the same tests with the budgets of a long run, and those that run only there.
+//! `cargo xtask soak`: the tests with the budgets of a long run, and the tests that run only in a soak.
 
 use std::process::Command;
 
@@ -11,12 +11,12 @@ use crate::{
     test::TestRun,
 };
 
-/// What the command line says about a soak.
+/// The options of a soak.
 #[derive(Args)]
 pub(crate) struct Options {
-    /// The soak to run; `all` runs each. Without a name: list them.
+    /// The soak to run, or `all`. Without a name: list the soaks.
     name: Option<String>,
-    /// How long each test with a time budget goes on, instead of its own budget.
+    /// The time for each test with a time budget, instead of its own budget.
     #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..))]
     seconds: Option<u64>,
     /// The seed of all random choices, decimal or 0x hexadecimal, as a failed test printed it.
@@ -24,12 +24,12 @@ pub(crate) struct Options {
     seed: Option<u64>,
 }
 
-/// One long run. Later tests add a line to [`SOAKS`].
+/// A long run. Add an entry to [`SOAKS`] for a new one.
 struct Soak {
     name: &'static str,
-    /// What it shows.
+    /// The purpose.
     what: &'static str,
-    /// About how long, on a machine with two CPUs.
+    /// The approximate duration on a machine with two CPUs.
     duration: &'static str,
     work: Work,
 }
@@ -37,33 +37,33 @@ struct Soak {
 enum Work {
     /// Tests, with the budgets of a long run.
     Tests {
-        /// Which, as a filter of cargo-nextest (<https://nexte.st/docs/filtersets/>).
+        /// The tests, as a filter of cargo-nextest (<https://nexte.st/docs/filtersets/>).
         filter: &'static str,
-        /// The number of cases of each property test (`PROPTEST_CASES`), where it is not proptest's own 256.
+        /// The number of cases of each property test (`PROPTEST_CASES`); `None`: proptest's default, 256.
         property_cases: Option<u32>,
     },
     /// The fuzz targets.
     Fuzz,
-    /// The demo's own measurements, which mean something only while nothing else runs.
+    /// The demo's own measurements, which are valid only while nothing else runs.
     Quiet,
 }
 
 const SOAKS: &[Soak] = &[
     Soak {
         name: "end-to-end",
-        what: "every end-to-end test with its soak budget, and those that run only in a soak",
+        what: "every end-to-end test with its soak budget, and the tests that run only in a soak",
         duration: "an hour and more",
         work: Work::Tests { filter: "package(ringpass-tests) & kind(test)", property_cases: None },
     },
     Soak {
         name: "rings",
-        what: "drivers that mean harm on a broker's socket for 20 minutes; restarts, disconnects, and what changes under rings",
+        what: "hostile drivers on a broker's socket for 20 minutes; restarts, disconnects, and changes while rings run",
         duration: "half an hour",
         work: Work::Tests { filter: "package(ringpass-tests) & binary(/^attach_/)", property_cases: None },
     },
     Soak {
         name: "policies",
-        what: "100 million SQEs on the kernel and in the checker, 5 million that look for a way out of each policy, and guests \
+        what: "100 million SQEs on the kernel and in the checker, 5 million attempts to escape from each policy, and guests \
                with other kernels",
         duration: "half an hour",
         work: Work::Tests { filter: "package(ringpass-tests) & binary(/^policy_/)", property_cases: None },
@@ -76,19 +76,19 @@ const SOAKS: &[Soak] = &[
     },
     Soak {
         name: "fuzz",
-        what: "the fuzz targets, ten minutes each, from what earlier runs found; a finding prints how to replay it",
+        what: "the fuzz targets, ten minutes each, starting from earlier findings; a finding prints how to replay it",
         duration: "an hour",
         work: Work::Fuzz,
     },
     Soak {
         name: "quiet",
-        what: "the demo: polling guests within 5 % of the host, without VM exits; on a machine that does nothing else",
+        what: "the demo: polling guests are within 5 % of the host, without VM exits; on a machine that does nothing else",
         duration: "minutes",
         work: Work::Quiet,
     },
 ];
 
-/// For each target.
+/// The time for each fuzz target.
 const FUZZ_SECONDS: u64 = 600;
 
 const ALL: &str = "all";
@@ -100,9 +100,9 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         return Ok(());
     };
     let chosen = choose(name)?;
-    // The watchdog, the order and the choice of tests of a long run are all cargo-nextest's.
+    // cargo-nextest provides the watchdog, the order and the selection of tests of a long run.
     if !steps::has_nextest() {
-        bail!("a soak needs cargo-nextest: see https://nexte.st/docs/installation/");
+        bail!("a soak needs cargo-nextest: install it, see https://nexte.st/docs/installation/");
     }
     let mut steps = Steps::default();
     let result = run_each(&mut steps, &chosen, options);
@@ -115,7 +115,7 @@ fn print_list() {
     for soak in SOAKS {
         println!("  {:<14}{} ({})", soak.name, soak.what, soak.duration);
     }
-    println!("  {ALL:<14}each of these");
+    println!("  {ALL:<14}all of these, one after the other");
 }
 
 fn choose(name: &str) -> Result<Vec<&'static Soak>> {
@@ -124,7 +124,7 @@ fn choose(name: &str) -> Result<Vec<&'static Soak>> {
     }
     let soak = SOAKS.iter().find(|soak| soak.name == name).with_context(|| {
         let names: Vec<&str> = SOAKS.iter().map(|soak| soak.name).collect();
-        format!("no soak is called {name:?}; there are {} and {ALL}", names.join(", "))
+        format!("no soak is called {name:?}: choose one of {} and {ALL}", names.join(", "))
     })?;
     Ok(vec![soak])
 }
@@ -172,7 +172,7 @@ fn parse_seed(text: &str) -> Result<u64, String> {
         Some(digits) => u64::from_str_radix(digits, 16),
         None => text.parse(),
     }
-    .map_err(|error| format!("a seed is a number below 2^64, decimal or 0x hexadecimal: {error}"))
+    .map_err(|error| format!("must be a number below 2^64, decimal or 0x hexadecimal: {error}"))
 }
 
 #[cfg(test)]
@@ -182,13 +182,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_soak_is_chosen_by_name_and_an_unknown_one_is_refused_with_the_names() {
+    fn the_error_for_an_unknown_soak_lists_the_names() {
         assert_eq!(choose("properties").expect("a known name")[0].name, "properties");
         assert_eq!(choose("all").expect("all").len(), SOAKS.len());
         let refusal = choose("night").err().expect("an unknown name").to_string();
         assert_eq!(
             refusal,
-            "no soak is called \"night\"; there are end-to-end, rings, policies, properties, fuzz, quiet and all"
+            "no soak is called \"night\": choose one of end-to-end, rings, policies, properties, fuzz, quiet and all"
         );
     }
 
@@ -209,7 +209,7 @@ mod tests {
     }
 
     #[test]
-    fn seeds_are_read_as_the_tests_print_them() {
+    fn seeds_are_parsed_as_the_tests_print_them() {
         assert_eq!(parse_seed("0x000000000000002a"), Ok(42));
         assert_eq!(parse_seed("42"), Ok(42));
         assert!(parse_seed("many").is_err());

@@ -1,4 +1,4 @@
-//! Running other programs, and the named, timed steps of a task.
+//! Runs other programs, and the named, timed steps of a task.
 
 use std::{
     env,
@@ -9,7 +9,7 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 
-/// The steps of a task so far, with the time that each took.
+/// The finished steps of a task, with their times.
 #[derive(Default)]
 pub(crate) struct Steps {
     done: Vec<(&'static str, Duration)>,
@@ -22,34 +22,34 @@ impl Steps {
         let start = Instant::now();
         let result = step();
         self.done.push((name, start.elapsed()));
-        result.with_context(|| format!("the step \"{name}\""))
+        result.with_context(|| format!("the step \"{name}\" failed"))
     }
 
-    /// Prints what each step took.
+    /// Prints the time of each step.
     pub(crate) fn print_times(&self) {
         println!("\nTime of each step:");
         for (name, time) in &self.done {
             println!("  {:>7.1} s  {name}", time.as_secs_f64());
         }
         let total: Duration = self.done.iter().map(|(_, time)| *time).sum();
-        println!("  {:>7.1} s  in all", total.as_secs_f64());
+        println!("  {:>7.1} s  total", total.as_secs_f64());
     }
 }
 
-/// A command of the Cargo that started this program.
+/// A command for the Cargo that started this program.
 pub(crate) fn cargo(arguments: &[&str]) -> Command {
     let mut command = Command::new(env::var_os("CARGO").unwrap_or_else(|| OsString::from("cargo")));
     command.args(arguments);
     command
 }
 
-/// Runs a command to its end with our own input and output.
+/// Runs a command to its end with the input and output of this program.
 pub(crate) fn run(command: &mut Command) -> Result<()> {
     let line = command_line(command);
     println!("$ {line}");
     let status = command.status().with_context(|| format!("cannot start `{line}`"))?;
     if !status.success() {
-        bail!("`{line}`: {status}");
+        bail!("`{line}` failed: {status}");
     }
     Ok(())
 }
@@ -73,14 +73,14 @@ fn is_success(command: &mut Command) -> bool {
         .is_ok_and(|status| status.success())
 }
 
-/// The command as a person would type it, with the variables that are set for it.
+/// The command as a user would type it, with the variables that are set for it.
 fn command_line(command: &Command) -> String {
     let variables = command.get_envs().filter_map(|(name, value)| {
         let value = value?.to_string_lossy();
         Some(format!("{}={}", name.to_string_lossy(), quoted(&value)))
     });
     let program = command.get_program().to_string_lossy();
-    // Cargo gives its own full path; its name is what one types.
+    // Cargo passes its own full path, but a user types its name.
     let program = if program.ends_with("/cargo") { "cargo".into() } else { program };
     let words = [program].into_iter().chain(command.get_args().map(|word| word.to_string_lossy()));
     variables.chain(words.map(|word| quoted(&word))).collect::<Vec<_>>().join(" ")
@@ -107,17 +107,17 @@ mod tests {
     }
 
     #[test]
-    fn a_failed_command_says_what_was_run_and_how_it_ended() {
+    fn the_error_of_a_failed_command_states_the_command_and_its_status() {
         let error = run(Command::new("sh").args(["-c", "exit 7"])).expect_err("exit status 7").to_string();
-        assert_eq!(error, "`sh -c 'exit 7'`: exit status: 7");
+        assert_eq!(error, "`sh -c 'exit 7'` failed: exit status: 7");
         let error = run(&mut Command::new("ringpass-no-such-program")).expect_err("no such program").to_string();
         assert_eq!(error, "cannot start `ringpass-no-such-program`");
     }
 
     #[test]
-    fn a_failed_step_is_named() {
+    fn the_error_names_the_failed_step() {
         let mut steps = Steps::default();
         let error = steps.run("lint", || bail!("it broke")).expect_err("the step fails");
-        assert_eq!(format!("{error:#}"), "the step \"lint\": it broke");
+        assert_eq!(format!("{error:#}"), "the step \"lint\" failed: it broke");
     }
 }

@@ -1,4 +1,4 @@
-//! `cargo xtask test`: everything that must hold before a change is taken.
+//! `cargo xtask test`: all checks that must pass before a change is accepted.
 
 use std::{
     collections::BTreeSet,
@@ -18,12 +18,12 @@ use crate::{
     steps::{self, Steps, cargo},
 };
 
-/// `cargo test` has no watchdog of its own: the whole run ends after this.
+/// Time limit of a whole run with `cargo test`, which has no watchdog of its own.
 const PLAIN_RUN_LIMIT: &str = "60m";
-/// As long as one can wait for; `cargo xtask soak fuzz` takes its time.
+/// A short run; `cargo xtask soak fuzz` runs for longer.
 const FUZZ_BUDGET: fuzz::Budget = fuzz::Budget { seconds: 15, seed: None, keeps_corpus: false };
 
-/// Runs every step; the first that fails ends the task.
+/// Runs every step. The first step that fails ends the task.
 pub(crate) fn run() -> Result<()> {
     let mut steps = Steps::default();
     let result = run_steps(&mut steps);
@@ -42,9 +42,9 @@ fn run_steps(steps: &mut Steps) -> Result<()> {
     steps.run("lint", || {
         steps::run(&mut cargo(&["clippy", "--workspace", "--all-targets", "--keep-going", "--", "-D", "warnings"]))
     })?;
-    // It is built for no system, and so by a build script; the workspace's own features leave it out.
+    // A build script builds the bare-metal program, because it is for no operating system; the workspace's features omit it.
     steps.run("lint of the bare-metal program", || steps::run(&mut lint_bare_metal()))?;
-    // With private items rustdoc accepts links from public items to them, which are dead in the published pages.
+    // Twice, because with private items rustdoc accepts links from public to private items, which are dead in the published pages.
     steps.run("documentation", || document(&[]))?;
     steps.run("documentation of private items", || document(&["--document-private-items"]))?;
 
@@ -71,7 +71,7 @@ fn lint_bare_metal() -> Command {
     command
 }
 
-/// All tests but the examples in the documentation.
+/// The command for all tests except the examples in the documentation.
 pub(crate) fn all_tests() -> Command {
     if steps::has_nextest() {
         return nextest();
@@ -84,7 +84,7 @@ fn nextest() -> Command {
     cargo(&["nextest", "run", "--workspace"])
 }
 
-/// Everything but the benchmarks, which `--all-targets` would run, and the examples in the documentation.
+/// All tests with `cargo test`, except the benchmarks (which `--all-targets` would run) and the examples in the documentation.
 fn plain() -> Command {
     let mut command = Command::new("timeout");
     let cargo = cargo(&["test", "--workspace", "--no-fail-fast", "--lib", "--bins", "--tests", "--examples"]);
@@ -96,7 +96,7 @@ fn doctests() -> Command {
     cargo(&["test", "--workspace", "--doc"])
 }
 
-/// A run of tests: what was skipped in it, and what the kernel said to it.
+/// A run of tests, with its skipped tests and the messages in the kernel log.
 pub(crate) struct TestRun {
     directory: TempDir,
     kernel_log: io::Result<KernelLog>,
@@ -104,43 +104,43 @@ pub(crate) struct TestRun {
 
 impl TestRun {
     pub(crate) fn begin() -> Result<Self> {
-        let directory = TempDir::with_prefix("ringpass-test-run-").context("making a directory for the skip log")?;
+        let directory = TempDir::with_prefix("ringpass-test-run-").context("cannot create a directory for the skip log")?;
         Ok(Self { directory, kernel_log: KernelLog::now() })
     }
 
-    /// Runs a command whose tests append what they skip to the file in this variable (see the crate `ringpass-tests`).
+    /// Runs a command whose tests append skipped tests to the file in `RINGPASS_SKIP_LOG` (see the crate `ringpass-tests`).
     pub(crate) fn run(&self, mut command: Command) -> Result<()> {
         let command = command.env("RINGPASS_SKIP_LOG", self.skip_log()).env("RINGPASS_FUZZ_SEEDS", self.fuzz_seeds());
         steps::run(command)
     }
 
-    /// Counts a test as skipped that is none of Cargo's.
+    /// Counts a test that Cargo does not run as skipped.
     pub(crate) fn skip(&self, name: &str, reason: &str) -> Result<()> {
         let path = self.skip_log();
         let log = fs::OpenOptions::new().create(true).append(true).open(&path);
-        // One line each: a reason may have several.
+        // One line for each test, although a reason may have several.
         let line = format!("skipped\t{name}\t{}\n", reason.replace(['\n', '\t'], " "));
-        log.and_then(|mut log| log.write_all(line.as_bytes())).with_context(|| format!("writing {}", path.display()))
+        log.and_then(|mut log| log.write_all(line.as_bytes())).with_context(|| format!("cannot write {}", path.display()))
     }
 
-    /// Where the tests save inputs for fuzz targets.
+    /// The directory in which the tests save inputs for fuzz targets.
     pub(crate) fn fuzz_seeds(&self) -> PathBuf {
         self.directory.path().join("fuzz-seeds")
     }
 
-    /// The harness looks at the kernel log around each test. This finds what came late or from other tests.
+    /// Checks the kernel log for late messages and for those of tests without the harness, which checks it around each test.
     pub(crate) fn check_kernel_log(&mut self) -> Result<()> {
         let lines = match &mut self.kernel_log {
-            Ok(log) => log.trouble().context("reading the kernel log")?,
+            Ok(log) => log.trouble().context("cannot read the kernel log")?,
             Err(error) => {
-                println!("not looked at: {error}");
+                println!("kernel log not checked: {error}");
                 return Ok(());
             }
         };
         if !lines.is_empty() {
-            bail!("the kernel complained while the tests ran:\n  {}", lines.join("\n  "));
+            bail!("the kernel logged warnings while the tests ran:\n  {}", lines.join("\n  "));
         }
-        println!("no complaint of the kernel while the tests ran");
+        println!("the kernel logged no warning while the tests ran");
         Ok(())
     }
 
@@ -149,8 +149,8 @@ impl TestRun {
         let report = read_report(&self.skip_log())?;
         println!();
         match report.skipped.len() {
-            0 => println!("No test was skipped for want of something on this machine."),
-            count => println!("{count} skipped tests, and why:"),
+            0 => println!("No test was skipped."),
+            count => println!("{count} skipped tests, with the reasons:"),
         }
         for (name, reason) in &report.skipped {
             println!("  {name}: {reason}");
@@ -168,9 +168,9 @@ impl TestRun {
 
 #[derive(Debug, Default, PartialEq, Eq)]
 struct SkipReport {
-    /// Test and reason.
+    /// Tests with their reasons.
     skipped: BTreeSet<(String, String)>,
-    /// Reason, and of how many tests.
+    /// Reasons, with the number of tests.
     notes: std::collections::BTreeMap<String, usize>,
 }
 
@@ -178,11 +178,11 @@ fn read_report(path: &Path) -> Result<SkipReport> {
     match fs::read_to_string(path) {
         Ok(text) => parse_report(&text),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(SkipReport::default()),
-        Err(error) => Err(error).with_context(|| format!("reading {}", path.display())),
+        Err(error) => Err(error).with_context(|| format!("cannot read {}", path.display())),
     }
 }
 
-/// A test is listed several times and so reports its skip several times.
+/// Parses the skip log. A test is listed several times and therefore reports its skip several times.
 fn parse_report(text: &str) -> Result<SkipReport> {
     let mut report = SkipReport::default();
     let lines: BTreeSet<&str> = text.lines().collect();
@@ -203,7 +203,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_skip_that_is_reported_twice_is_one_skip() {
+    fn a_skip_reported_twice_counts_once() {
         let report = parse_report(
             "skipped\tdisks::b\tneeds root: the user id is 1000\n\
              note\tdisks::a\tran without a look at the kernel log: x\n\
@@ -222,7 +222,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_skipped_by_hand_is_in_the_report() {
+    fn a_skip_of_another_test_is_in_the_report() {
         let run = TestRun::begin().expect("a directory");
         run.skip("fuzz::a", "needs this:\n\tand that").expect("a log");
         run.skip("fuzz::b", "needs this").expect("a log");
@@ -238,7 +238,7 @@ mod tests {
     }
 
     #[test]
-    fn a_run_that_skipped_nothing_has_no_skip_log() {
+    fn a_missing_skip_log_means_no_skips() {
         assert_eq!(read_report(Path::new("/no/such/file")).expect("no file is no skip"), SkipReport::default());
     }
 }
