@@ -1,16 +1,16 @@
-//! Builds the bare-metal guest program, to be embedded.
+//! Builds the bare-metal guest program, which the crate embeds.
 //!
-//! It is built by a cargo of its own: it needs another panic strategy and other linker arguments than everything else,
-//! and a target directory of its own, since the outer cargo holds the lock of its own.
+//! A separate cargo builds the program, because it needs another panic strategy and other linker arguments than the rest of the
+//! workspace. This cargo has its own target directory, because the outer cargo holds the lock of the usual one.
 
 use std::env;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 const TARGET: &str = "x86_64-unknown-linux-gnu";
-/// All of the compiler's flags. Nothing beyond the first x86-64: the program leaves the processor's other state off.
+/// The compiler flags. They allow only baseline x86-64, because the program does not enable any other processor state.
 const RUSTFLAGS: &str = "-Ctarget-cpu=x86-64\x1f-Crelocation-model=static";
-/// What the image depends on.
+/// The sources of the image.
 const SOURCES: [&str; 7] = [
     "guest-driver/bare-metal",
     "guest-driver/workload/Cargo.toml",
@@ -41,7 +41,7 @@ fn main() {
         "-Wl,--oformat=binary",
     ];
     let mut cargo = Command::new(variable("CARGO"));
-    // Offline: all that it needs, the outer cargo has fetched for this crate.
+    // Offline, because the outer cargo has fetched all dependencies for this crate.
     cargo
         .current_dir(workspace)
         .args(["rustc", "--locked", "--offline", "--package=ringpass-bare-metal", "--bin=ringpass-bare-metal"])
@@ -52,15 +52,15 @@ fn main() {
         cargo.arg(format!("-Clink-arg={argument}"));
     }
     forget_the_host(&mut cargo);
-    let status = cargo.status().expect("cargo can be started, it started this");
+    let status = cargo.status().expect("cargo can be started, because it started this program");
     assert!(status.success(), "building the bare-metal guest failed: {status}");
 
     let image = target_dir.join(TARGET).join("bare-metal/ringpass-bare-metal");
     println!("cargo::rustc-env=RINGPASS_BARE_METAL_IMAGE={}", image.display());
 }
 
-/// Drops what the outer cargo was told for programs of this machine (coverage, sanitizers, clippy, another processor),
-/// by the environment or by a configuration file.
+/// Removes the settings for programs of this machine (coverage, sanitizers, clippy, another processor) that the outer cargo has
+/// from the environment or from a configuration file.
 fn forget_the_host(cargo: &mut Command) {
     for (name, _) in env::vars_os() {
         let foreign = ["CARGO_BUILD_", "CARGO_PROFILE_", "CARGO_TARGET_"];
@@ -69,7 +69,7 @@ fn forget_the_host(cargo: &mut Command) {
         }
     }
     cargo.env_remove("RUSTFLAGS");
-    // Set rather than removed: these win over every configuration file, and an empty wrapper is none.
+    // Set these instead of removing them, because they override every configuration file. An empty wrapper means none.
     cargo.env("CARGO_ENCODED_RUSTFLAGS", RUSTFLAGS);
     cargo.env("RUSTC_WRAPPER", "").env("RUSTC_WORKSPACE_WRAPPER", "");
     cargo.env("CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_LINKER", "cc");

@@ -1,4 +1,4 @@
-//! A vCPU on a thread of its own.
+//! A vCPU on its own thread.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
@@ -19,18 +19,18 @@ use crate::machine::Inner;
 use crate::tables::block_offset;
 use crate::{Machine, VmmError};
 
-/// How often a vCPU that is to stop is signalled: a signal that comes between its look at the flag and its entry into
-/// the guest has no effect.
+/// Interval of the signals to a vCPU that must stop: a signal between its check of the flag and its entry into the guest has no
+/// effect.
 const KICK: Duration = Duration::from_millis(1);
-/// How long that goes on: a vCPU answers the first or second signal, on a machine that may be busy.
+/// Time-out for a vCPU to stop: it reacts to the first or second signal, but the machine may be busy.
 const STOPPED: Duration = Duration::from_secs(10);
-/// How long the program may take until it is ready: a few instructions, on a machine that may be busy.
+/// Time-out for the program to become ready: it needs a few instructions, but the machine may be busy.
 const READY: Duration = Duration::from_secs(10);
 
-/// A vCPU that runs the program. Stopped when dropped, whatever it does at that moment.
+/// A vCPU that runs the program. Dropping the value stops the vCPU, whatever it does at that moment.
 ///
-/// That is done with the signal `SIGRTMIN`: its handler in this process is replaced, for good, when the first vCPU is
-/// started. Nothing else of the process may use it.
+/// The signal `SIGRTMIN` stops the vCPU: the start of the first vCPU replaces the handler of this signal in this process for good.
+/// Nothing else in the process may use the signal.
 #[derive(Debug)]
 pub struct GuestCpu {
     cpu: u32,
@@ -43,12 +43,12 @@ pub struct GuestCpu {
     thread: Option<JoinHandle<()>>,
 }
 
-/// What came of a command.
+/// The outcome of a command.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Outcome {
     /// The guest's report.
     pub report: Report,
-    /// Its requests by latency: pairs of nanoseconds and a count, ascending. Within one part in 512.
+    /// The requests by latency: pairs of nanoseconds and a count, ascending. The error is at most one part in 512.
     pub latencies: Vec<(u64, u64)>,
 }
 
@@ -57,13 +57,13 @@ impl GuestCpu {
     ///
     /// # Errors
     ///
-    /// [`VmmError::Kick`] if the vCPU could not be stopped again. Otherwise what KVM refuses, or why the program does not
-    /// become ready.
+    /// [`VmmError::Kick`] if the vCPU could not be stopped again. Otherwise an error of KVM, or the reason why the program does
+    /// not become ready.
     pub fn start(machine: &Machine, cpu: u32, vcpu: VcpuFd) -> Result<Self, VmmError> {
         install_kick()?;
         let khz = vcpu.get_tsc_khz().map_err(VmmError::kvm("asking for the time stamp counter's frequency"))?;
         let tick_rate = TickRate::from_khz(khz)
-            .ok_or(VmmError::Missing { what: "frequency of the time stamp counter: it says 0 kHz" })?;
+            .ok_or(VmmError::Missing { what: "frequency of the time stamp counter: it reports 0 kHz" })?;
         let (commands, to_do) = mpsc::channel();
         let (called, calls) = mpsc::channel();
         let stop = Arc::new(AtomicBool::new(false));
@@ -93,13 +93,13 @@ impl GuestCpu {
         self.tick_rate
     }
 
-    /// Does a command and waits for its end.
+    /// Runs a command and waits for its end.
     pub fn run(&mut self, command: &Command) -> Result<Outcome, VmmError> {
         self.begin(command)?;
         self.finish(None)
     }
 
-    /// Has the guest begin with a command.
+    /// Starts a command in the guest.
     pub fn begin(&mut self, command: &Command) -> Result<(), VmmError> {
         if self.busy {
             return Err(VmmError::Busy { cpu: self.cpu, state: "busy with an earlier command" });
@@ -119,7 +119,7 @@ impl GuestCpu {
     ///
     /// # Errors
     ///
-    /// [`VmmError::NotYet`]: waiting can go on. Otherwise what the guest says, or why it does not run any more.
+    /// [`VmmError::NotYet`]: the wait can continue. Otherwise the guest's error, or the reason why the guest stopped.
     pub fn finish(&mut self, timeout: Option<Duration>) -> Result<Outcome, VmmError> {
         match self.next_answer(timeout)? {
             Answer::Done(report) => Ok(Outcome { report, latencies: self.latencies()? }),
@@ -127,7 +127,7 @@ impl GuestCpu {
         }
     }
 
-    /// Has the guest run the hostile script for `attack`, and waits for its end.
+    /// Runs the hostile script for `attack` in the guest, and waits for its end.
     pub fn attack(&mut self, attack: Attack) -> Result<HostileReport, VmmError> {
         self.begin(&Command::Hostile(attack))?;
         match self.next_answer(None)? {
@@ -136,7 +136,7 @@ impl GuestCpu {
         }
     }
 
-    /// Takes the vCPU out of the guest for good, in whatever it is doing, and ends its thread.
+    /// Takes the vCPU out of the guest for good, whatever it is doing, and ends its thread.
     pub fn stop(mut self) {
         self.end();
     }
@@ -148,12 +148,12 @@ impl GuestCpu {
         let started = Instant::now();
         while !thread.is_finished() {
             if started.elapsed() > STOPPED {
-                // It goes on by itself, in memory that it keeps. Whoever removes the memory slots ends it.
-                tracing::error!(cpu = self.cpu, waited = ?STOPPED, "a vCPU does not stop: its thread is left behind");
+                // The thread continues, in memory that it keeps alive. Removing the memory slots ends it.
+                tracing::error!(cpu = self.cpu, waited = ?STOPPED, "a vCPU does not stop: its thread stays behind");
                 return;
             }
-            // What pthread_kill says does not come through here. It can only say that the thread has ended: then the loop
-            // ends too, as it does if the signal does not arrive.
+            // The error of pthread_kill is ignored: it can only mean that the thread has ended. Then the loop ends, too, as it
+            // does if the signal does not arrive.
             _ = thread.kill(SIGRTMIN());
             thread::sleep(KICK);
         }
@@ -177,7 +177,7 @@ impl GuestCpu {
         };
         self.busy = false;
         call?;
-        // Copied once, and only then looked at: the guest may go on writing.
+        // Copy once, then check the copy: the guest may continue to write.
         let mut words = [0; _];
         for (index, word) in words.iter_mut().enumerate() {
             *word = self.read(block::ANSWER + index * 8)?;
@@ -209,7 +209,7 @@ impl GuestCpu {
         Ok(latencies)
     }
 
-    /// The text that goes with an answer.
+    /// The text that accompanies an answer.
     fn message(&self) -> Result<String, VmmError> {
         let mut text = [0; MESSAGE_BYTES];
         self.machine
@@ -242,7 +242,7 @@ impl Drop for GuestCpu {
     }
 }
 
-/// What the thread has.
+/// The state of the thread.
 struct Runner {
     cpu: u32,
     vcpu: VcpuFd,
@@ -254,9 +254,9 @@ struct Runner {
 }
 
 impl Runner {
-    /// Runs the guest from call to call, until it is to stop or cannot go on.
+    /// Runs the guest from call to call, until it must stop or cannot continue.
     fn run(&mut self) {
-        // A thread inherits what its creator blocks, and a blocked signal does not end KVM_RUN.
+        // A thread inherits the signals that its creator blocks, and a blocked signal does not end KVM_RUN.
         if let Err(error) = unblock_signal(SIGRTMIN()) {
             _ = self.called.send(Err(VmmError::Kick { source: std::io::Error::other(error.to_string()) }));
             return;
@@ -269,13 +269,13 @@ impl Runner {
                     }
                     continue;
                 }
-                // A doorbell whose queue is gone.
+                // The doorbell of a queue that is gone.
                 Ok(VcpuExit::IoOut(..)) => continue,
                 Ok(VcpuExit::MmioWrite(DOORBELL_GPA..RESERVED_END_GPA, _)) => continue,
-                Ok(VcpuExit::MmioRead(gpa, _)) => format!("it reads where there is nothing, at {gpa:#x}"),
-                Ok(VcpuExit::MmioWrite(gpa, _)) => format!("it writes where there is nothing, at {gpa:#x}"),
+                Ok(VcpuExit::MmioRead(gpa, _)) => format!("it reads from an address without memory or device, {gpa:#x}"),
+                Ok(VcpuExit::MmioWrite(gpa, _)) => format!("it writes to an address without memory or device, {gpa:#x}"),
                 Ok(exit) => format!("{exit:?}"),
-                // The kick, which `stop` explains, or a signal for someone else.
+                // The kick (see `stop`), or another signal.
                 Err(error) if matches!(error.errno(), EINTR | EAGAIN) => continue,
                 Err(error) => error.to_string(),
             };
@@ -284,14 +284,14 @@ impl Runner {
                 self.vcpu.get_sregs().map(|sregs| format!("cs {:#x}, cr2 {:#x}", sregs.cs.selector, sregs.cr2));
             let part = |part: Result<String, kvm_ioctls::Error>| part.unwrap_or_else(|error| error.to_string());
             let exit = format!("{exit} ({}, {})", part(registers), part(system));
-            // Whoever is gone does not want to know.
+            // If the receiver is gone, it does not need the message.
             _ = self.called.send(Err(VmmError::Exit { cpu: self.cpu, exit }));
             return;
         }
     }
 }
 
-/// Gives the kick a handler: a signal that is ignored or deadly would not do.
+/// Installs a handler for the kick: an ignored signal would not interrupt KVM_RUN, and the default action ends the process.
 fn install_kick() -> Result<(), VmmError> {
     static INSTALLED: Mutex<bool> = Mutex::new(false);
     extern "C" fn nothing(_: i32, _: *mut nix::libc::siginfo_t, _: *mut nix::libc::c_void) {}

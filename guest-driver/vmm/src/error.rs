@@ -1,53 +1,53 @@
-//! What can go wrong with a virtual machine.
+//! Errors of a virtual machine.
 
 use std::time::Duration;
 
-/// Why the virtual machine cannot be had, or does not go on.
+/// The reason why a virtual machine cannot be created, or has stopped.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum VmmError {
-    /// KVM refused something.
+    /// A call of KVM failed.
     #[error("{what}: {source}")]
     Kvm {
-        /// What was being done.
+        /// The operation that failed.
         what: &'static str,
-        /// KVM's answer.
+        /// KVM's error.
         source: kvm_ioctls::Error,
     },
-    /// KVM lacks something that the machine needs.
+    /// KVM lacks a feature that the machine needs.
     #[error("this KVM has no {what}")]
     Missing {
-        /// What it lacks.
+        /// The missing feature.
         what: &'static str,
     },
-    /// The configuration cannot be had.
+    /// The configuration is not possible.
     #[error("{what} is {value}: it must be {must}")]
     Config {
-        /// What is out of range.
+        /// The setting that is out of range.
         what: &'static str,
-        /// Its value.
+        /// The value of the setting.
         value: u64,
-        /// What it must be.
+        /// The permitted values.
         must: &'static str,
     },
-    /// Guest RAM lies where the program, the windows and the doorbells are.
+    /// Guest RAM overlaps the program, the windows and the doorbells.
     #[error("guest RAM at {gpa:#x} ({len_bytes} bytes) overlaps 3 GiB to 4 GiB, where the machine keeps its program")]
     RamInTheWay {
         /// Guest-physical address of the region.
         gpa: u64,
-        /// Its length in bytes.
+        /// Length of the region in bytes.
         len_bytes: u64,
     },
-    /// Guest RAM lies beyond what the program can map.
+    /// Guest RAM exceeds what the program can map.
     #[error(
         "guest RAM at {gpa:#x} ({len_bytes} bytes) ends beyond {end_gpa_max:#x}, the end of the guest's direct map"
     )]
     RamOutOfReach {
         /// Guest-physical address of the region.
         gpa: u64,
-        /// Its length in bytes.
+        /// Length of the region in bytes.
         len_bytes: u64,
-        /// Where RAM must end at the latest.
+        /// The highest possible end of RAM.
         end_gpa_max: u64,
     },
     /// The page tables for the guest's RAM do not fit.
@@ -55,28 +55,28 @@ pub enum VmmError {
         "the guest's RAM needs more page tables than the machine has room for: at most about 200 GiB can be mapped"
     )]
     PageTables,
-    /// Memory of the machine cannot be had or reached.
+    /// Memory of the machine cannot be allocated or accessed.
     #[error("{what}: {source}")]
     Memory {
-        /// What was being done.
+        /// The operation that failed.
         what: &'static str,
-        /// Why it failed.
+        /// The reason.
         source: Box<dyn std::error::Error + Send + Sync>,
     },
-    /// The vCPU left the guest for something that this machine does not have.
+    /// The vCPU left the guest for a reason that this machine does not handle.
     #[error("vCPU {cpu} stopped: {exit}")]
     Exit {
         /// Number of the vCPU.
         cpu: u32,
-        /// What it did, and where.
+        /// The reason, and the registers of the vCPU.
         exit: String,
     },
-    /// The program cannot do what it was asked.
+    /// The program cannot execute the command.
     #[error("the guest on vCPU {cpu} refuses: {message}")]
     Refused {
         /// Number of the vCPU.
         cpu: u32,
-        /// Its reason.
+        /// The program's reason.
         message: String,
     },
     /// The program has panicked.
@@ -84,11 +84,11 @@ pub enum VmmError {
     Panicked {
         /// Number of the vCPU.
         cpu: u32,
-        /// Its message.
+        /// The panic message.
         message: String,
     },
-    /// The program's reply makes no sense.
-    #[error("the guest on vCPU {cpu} gave an answer that is none ({kind:#x})")]
+    /// The program's answer is invalid.
+    #[error("the guest on vCPU {cpu} gave an invalid answer ({kind:#x})")]
     BadAnswer {
         /// Number of the vCPU.
         cpu: u32,
@@ -100,7 +100,7 @@ pub enum VmmError {
     Busy {
         /// Number of the vCPU.
         cpu: u32,
-        /// What it is.
+        /// The state of the vCPU.
         state: &'static str,
     },
     /// The vCPU's thread has ended.
@@ -114,17 +114,17 @@ pub enum VmmError {
     NotYet {
         /// Number of the vCPU.
         cpu: u32,
-        /// How long was waited.
+        /// How long the caller has waited.
         waited: Duration,
     },
-    /// The signal that takes a vCPU out of the guest cannot be received, so a vCPU could not be stopped.
-    #[error("a vCPU could not be stopped once it runs, SIGRTMIN cannot be used for it: {source}")]
+    /// The process cannot receive the signal that takes a vCPU out of the guest, so a running vCPU could not be stopped.
+    #[error("cannot use SIGRTMIN, without which a running vCPU could not be stopped: {source}")]
     Kick {
         /// The system's answer.
         source: std::io::Error,
     },
     /// The thread of a vCPU cannot be started.
-    #[error("starting the thread of vCPU {cpu}: {source}")]
+    #[error("cannot start the thread of vCPU {cpu}: {source}")]
     Thread {
         /// Number of the vCPU.
         cpu: u32,

@@ -1,18 +1,18 @@
 //! A small virtual machine monitor on KVM for the bare-metal ringpass guest.
 //!
-//! It has what such a guest needs and nothing else: memory slots, an in-kernel interrupt controller, page and descriptor
-//! tables, a thread per vCPU. It knows nothing of the broker: memory slots of guest RAM, irqfds, ioeventfds and windows
-//! are added through [`Machine::vm`] by whoever puts the two together (`ringpass_broker::kvm` has all of them). That is
-//! also how other monitors would do it; read [`Machine`] as an example.
+//! The monitor has only what such a guest needs: memory slots, an in-kernel interrupt controller, page and descriptor tables,
+//! and a thread for each vCPU. It does not know the broker: the program that combines the two adds memory slots of guest RAM,
+//! irqfds, ioeventfds and windows through [`Machine::vm`] (`ringpass_broker::kvm` provides all of them). Other monitors would
+//! work in the same way; read [`Machine`] as an example.
 //!
-//! | part | what |
+//! | type | purpose |
 //! | --- | --- |
 //! | [`Machine`] | the VM and the program's memory |
-//! | [`GuestCpu`] | a vCPU on its thread: takes a [`Command`](ringpass_bare_metal::Command), gives an [`Outcome`] |
+//! | [`GuestCpu`] | a vCPU on its thread: takes a [`Command`](ringpass_bare_metal::Command) and returns an [`Outcome`] |
 //!
 //! # Native speed
 //!
-//! The program runs at CPL 3 and polls memory. Nothing that it does on the data path leaves the guest.
+//! The program runs at CPL 3 and polls memory. On the data path it never leaves the guest.
 
 mod cpu;
 mod error;

@@ -16,19 +16,19 @@ use crate::{IMAGE, VmmError, state, tables};
 
 /// Memory slot of the program. Every other slot is free.
 pub const PROGRAM_SLOT: u32 = 0;
-/// The global system interrupt of the first vCPU's queue: behind the pins of the I/O APIC.
+/// The global system interrupt of the first vCPU's queue: the first after the pins of the I/O APIC.
 const FIRST_GSI: u32 = 24;
-/// The local APICs' address, which is where messages for them go.
+/// The address of the local APICs, to which interrupt messages go.
 const MESSAGE_ADDRESS: u32 = 0xfee0_0000;
 
-/// What a machine is to be.
+/// The configuration of a machine.
 #[derive(Clone, Debug)]
 pub struct MachineConfig {
-    /// vCPUs, 1 to 4. Each drives one queue.
+    /// Number of vCPUs, 1 to 4. Each drives one queue.
     pub vcpus: u32,
-    /// The guest's RAM, to be shown to it. Must leave 3 GiB to 4 GiB free. The memory slots are not made here.
+    /// The guest's RAM, as the guest learns it. It must leave 3 GiB to 4 GiB free. The machine does not create its memory slots.
     pub ram: Vec<RamRegion>,
-    /// Most blocks that a job of one vCPU works on; each takes 8 bytes of the program's memory.
+    /// Maximum number of blocks of a vCPU's job. Each block takes 8 bytes of the program's memory.
     pub blocks_max: u64,
 }
 
@@ -40,7 +40,7 @@ pub struct Machine {
     cpuid: kvm_bindings::CpuId,
 }
 
-/// What vCPUs need for as long as they run.
+/// The part of the machine that vCPUs need while they run.
 #[derive(Debug)]
 pub(crate) struct Inner {
     vm: Arc<VmFd>,
@@ -48,11 +48,11 @@ pub(crate) struct Inner {
 }
 
 impl Machine {
-    /// Makes the VM, loads the program and builds its tables.
+    /// Creates the VM, loads the program and builds its tables.
     ///
     /// # Errors
     ///
-    /// RAM in the way of the program, numbers out of range, or what KVM refuses or lacks, by name.
+    /// RAM overlaps the program, a number is out of range, KVM lacks a feature, or a call of KVM fails.
     pub fn new(kvm: &Kvm, config: MachineConfig) -> Result<Self, VmmError> {
         check(&config)?;
         let vm = Arc::new(create_vm(kvm).map_err(VmmError::kvm("creating a VM"))?);
@@ -90,7 +90,7 @@ impl Machine {
         FIRST_GSI + cpu
     }
 
-    /// Makes vCPU number `cpu`, ready to enter the program. [`GuestCpu::start`](crate::GuestCpu::start) runs it.
+    /// Creates vCPU number `cpu`, ready to enter the program. [`GuestCpu::start`](crate::GuestCpu::start) runs it.
     pub fn create_vcpu(&self, cpu: u32) -> Result<VcpuFd, VmmError> {
         if cpu >= self.config.vcpus {
             return Err(VmmError::Config {
@@ -116,7 +116,7 @@ impl Machine {
         Ok(Table { offset_bytes: offset::TABLES + u64::from(cpu) * table_bytes(&self.config), entries })
     }
 
-    /// The table for jobs of vCPU `cpu`, with these entries in it. The vCPU must not be at work.
+    /// Writes these entries to the table for jobs of vCPU `cpu`. The vCPU must not be at work.
     pub fn write_table(&self, cpu: u32, entries: &[u64]) -> Result<Table, VmmError> {
         let table = self.table(cpu, entries.len() as u64)?;
         let bytes: Vec<u8> = entries.iter().flat_map(|entry| entry.to_ne_bytes()).collect();
@@ -127,8 +127,7 @@ impl Machine {
         Ok(table)
     }
 
-    /// What is in the table for jobs of vCPU `cpu`: after a job, the checksum of each of its blocks. The vCPU must not be
-    /// at work.
+    /// Reads the table for jobs of vCPU `cpu`: after a job, the checksum of each of its blocks. The vCPU must not be at work.
     pub fn read_table(&self, cpu: u32, entries: u64) -> Result<Vec<u64>, VmmError> {
         let table = self.table(cpu, entries)?;
         let mut bytes = vec![0; entries as usize * 8];
@@ -139,7 +138,7 @@ impl Machine {
         Ok(bytes.as_chunks().0.iter().map(|entry| u64::from_ne_bytes(*entry)).collect())
     }
 
-    /// The pieces of RAM that the guest is shown.
+    /// The regions of RAM that the guest learns.
     pub fn ram(&self) -> &[RamRegion] {
         &self.config.ram
     }
@@ -175,13 +174,13 @@ impl Drop for Inner {
         let slot = kvm_userspace_memory_region { slot: PROGRAM_SLOT, ..Default::default() };
         // SAFETY: a size of 0 removes the slot.
         if let Err(error) = unsafe { self.vm.set_user_memory_region(slot) } {
-            // No vCPU runs any more (each holds this), so that nothing can look through the slot.
-            tracing::debug!(%error, "the program's memory slot stays");
+            // No vCPU runs any more (each holds a reference to this value), so no guest can access memory through the slot.
+            tracing::debug!(%error, "cannot remove the program's memory slot");
         }
     }
 }
 
-/// KVM gives up with `EINTR` when anything is pending for the thread, work of one of its rings included.
+/// Creates a VM. KVM fails with `EINTR` if anything is pending for the thread, for example work of one of its rings.
 fn create_vm(kvm: &Kvm) -> Result<VmFd, kvm_ioctls::Error> {
     loop {
         match kvm.create_vm() {
@@ -223,7 +222,7 @@ fn load_program(config: &MachineConfig) -> Result<GuestMemoryMmap, VmmError> {
     Ok(program)
 }
 
-/// Where KVM can, it does not take a vCPU out that executes PAUSE in a loop: that is what a polling guest does.
+/// Asks KVM, if it can, not to take out a vCPU that executes PAUSE in a loop, because a polling guest does that.
 fn let_spin(vm: &VmFd) {
     let can = vm.check_extension_raw(KVM_CAP_X86_DISABLE_EXITS.into());
     if can & KVM_X86_DISABLE_EXITS_PAUSE as i32 != 0 {
@@ -233,12 +232,12 @@ fn let_spin(vm: &VmFd) {
             ..Default::default()
         };
         if let Err(error) = vm.enable_cap(&cap) {
-            tracing::debug!(%error, "PAUSE goes on leaving the guest");
+            tracing::debug!(%error, "PAUSE loops still leave the guest");
         }
     }
 }
 
-/// One message per vCPU, as MSI-X would be: edge-triggered, straight to the local APIC.
+/// Routes one message for each vCPU, as with MSI-X: edge-triggered, directly to the local APIC.
 fn route_interrupts(vm: &VmFd, vcpus: u32) -> Result<(), VmmError> {
     let entries: Vec<_> = (0..vcpus)
         .map(|cpu| kvm_irq_routing_entry {

@@ -34,19 +34,19 @@ const APIC_SPURIOUS_ENABLED: u32 = 1 << 8;
 /// Divide by 128.
 const APIC_DIVIDE_128: u32 = 0b1010;
 
-/// Puts `vcpu`, number `cpu` of the machine, in front of the program's entry.
+/// Sets the registers of `vcpu`, number `cpu` of the machine, for the program's entry.
 pub(crate) fn set_up(vcpu: &VcpuFd, cpu: u32, features: &CpuId) -> Result<(), VmmError> {
     set_features(vcpu, cpu, features)?;
     set_system_registers(vcpu, cpu)?;
     set_local_apic(vcpu)?;
-    // All but the first would wait to be started by the first.
+    // Otherwise all vCPUs but the first would wait until the first starts them.
     vcpu.set_mp_state(kvm_mp_state { mp_state: KVM_MP_STATE_RUNNABLE }).map_err(VmmError::kvm("letting a vCPU run"))?;
     let [_magic, entry, ..] = header();
     let block = program_va(block_offset(cpu));
     let registers = kvm_regs {
         rip: entry,
         rflags: RFLAGS_FIXED | RFLAGS_IF,
-        // As behind a call: 8 below a multiple of 16.
+        // As after a call: 8 below a multiple of 16.
         rsp: block + block::STACK_TOP as u64 - 8,
         rdi: block,
         ..Default::default()
@@ -54,7 +54,7 @@ pub(crate) fn set_up(vcpu: &VcpuFd, cpu: u32, features: &CpuId) -> Result<(), Vm
     vcpu.set_regs(&registers).map_err(VmmError::kvm("setting a vCPU's registers"))
 }
 
-/// The host's processor with the vCPU's own APIC ID.
+/// Gives the vCPU the features of the host's processor, with its own APIC ID.
 fn set_features(vcpu: &VcpuFd, cpu: u32, features: &CpuId) -> Result<(), VmmError> {
     let mut features = features.clone();
     for entry in features.as_mut_slice() {
@@ -107,7 +107,7 @@ fn set_system_registers(vcpu: &VcpuFd, cpu: u32) -> Result<(), VmmError> {
     vcpu.set_sregs(&registers).map_err(VmmError::kvm("setting a vCPU's system registers"))
 }
 
-/// Accepts interrupts; the timer counts down once, in units of 128 ns.
+/// Sets up the local APIC: it accepts interrupts, and its timer counts down once, in units of 128 ns.
 fn set_local_apic(vcpu: &VcpuFd) -> Result<(), VmmError> {
     let mut apic = vcpu.get_lapic().map_err(VmmError::kvm("reading a vCPU's local APIC"))?;
     let registers = [

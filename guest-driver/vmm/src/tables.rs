@@ -1,4 +1,4 @@
-//! What the processor reads from memory: page tables, descriptor tables, task states.
+//! The tables that the processor reads from memory: page tables, descriptor tables, task states.
 
 use ringpass_bare_metal::map::{self, block, offset, vector};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
@@ -24,17 +24,17 @@ const PAGE_BYTES: u64 = 4096;
 const LARGE_PAGE_BYTES: u64 = 2 << 20;
 const GIB: u64 = 1 << 30;
 
-/// Present, writable, for CPL 3 too.
+/// Present, writable, accessible for CPL 3.
 const TABLE: u64 = 0b111;
-/// The same for a 2 MiB page; accessed and dirty already, so that the processor has nothing to note.
+/// The same for a 2 MiB page; already accessed and dirty, so that the processor does not need to set these bits.
 const LARGE_PAGE: u64 = TABLE | 1 << 5 | 1 << 6 | 1 << 7;
 
 /// Bytes of a task state segment without its I/O permission bitmap (Intel SDM vol. 3, 8.7).
 const TASK_STATE_BYTES: u16 = 104;
-/// The task state with the bitmap, and the byte of ones behind it that the processor wants.
+/// The task state with the bitmap, and the byte of ones that the processor requires after it.
 pub(crate) const TASK_STATE_LIMIT: u32 = (TASK_STATE_BYTES + map::PORTS / 8) as u32;
 
-/// Where the guest sees a part of the program region.
+/// The guest-virtual address of a part of the program region.
 pub(crate) fn program_va(offset_bytes: u64) -> u64 {
     map::PROGRAM_VA + offset_bytes
 }
@@ -107,7 +107,7 @@ fn write_descriptors(memory: &Memory<'_>, vcpus: u32) -> Result<(), VmmError> {
     }
     for (vector, handler, privilege) in [(vector::QUEUE, queue, 0), (vector::TIMER, timer, 0), (vector::IDLE, idle, 3)]
     {
-        // An interrupt gate: present, from which privilege level on, interrupts off.
+        // An interrupt gate: present, the minimum privilege level, interrupts off.
         let kind = 0x8e | privilege << 5;
         let low =
             handler & 0xffff | u64::from(selector::KERNEL_CODE) << 16 | kind << 40 | (handler >> 16 & 0xffff) << 48;
@@ -117,8 +117,8 @@ fn write_descriptors(memory: &Memory<'_>, vcpus: u32) -> Result<(), VmmError> {
     Ok(())
 }
 
-/// A vCPU's own address, and its task state: the stack for handlers, and the ports that CPL 3 may use (all that the
-/// bitmap covers, since a cleared bit allows).
+/// Writes a vCPU's own address and its task state: the stack for handlers, and the ports that CPL 3 may use (all ports of the
+/// bitmap, because a cleared bit permits a port).
 fn write_block(memory: &Memory<'_>, cpu: u32) -> Result<(), VmmError> {
     let start = block_offset(cpu);
     memory.write(start + block::OWN_ADDRESS as u64, program_va(start))?;
@@ -131,7 +131,7 @@ fn write_block(memory: &Memory<'_>, cpu: u32) -> Result<(), VmmError> {
     memory.write(task_state + u64::from(TASK_STATE_BYTES + map::PORTS / 8), 0xff)
 }
 
-/// The program at its place, and everything at its guest-physical address in the direct map.
+/// Builds the page tables: the program at its virtual address, and all guest-physical addresses in the direct map.
 fn write_page_tables(memory: &Memory<'_>, config: &MachineConfig, program_bytes: u64) -> Result<(), VmmError> {
     let mut tables = PageTables { memory, next: offset::PAGE_TABLES + PAGE_BYTES };
     for offset_bytes in (0..program_bytes).step_by(LARGE_PAGE_BYTES as usize) {
@@ -149,7 +149,7 @@ fn write_page_tables(memory: &Memory<'_>, config: &MachineConfig, program_bytes:
 
 struct PageTables<'a> {
     memory: &'a Memory<'a>,
-    /// The next table that is free.
+    /// The next free table.
     next: u64,
 }
 
@@ -169,7 +169,7 @@ impl PageTables<'_> {
         self.memory.write(level2 + index(21), gpa | LARGE_PAGE)
     }
 
-    /// The table that an entry points to; a new one if it points nowhere yet.
+    /// The table that an entry points to; a new table if the entry is empty.
     fn below(&mut self, entry: u64) -> Result<u64, VmmError> {
         let found = self.memory.read(entry)?;
         if found != 0 {
