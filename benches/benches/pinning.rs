@@ -1,4 +1,4 @@
-//! What it costs to make guest memory valid in SQEs: pinning it once, and growing it by a region while the rest stays.
+//! The cost of making guest memory valid in SQEs: pinning it once, and adding a region while the rest stays pinned.
 //!
 //! Needs RLIMIT_MEMLOCK of 512 MiB or CAP_IPC_LOCK.
 
@@ -11,7 +11,7 @@ use rustix::fs::MemfdFlags;
 
 const LEN_BYTES: u64 = 256 << 20;
 
-/// Guest RAM whose pages exist already.
+/// Guest RAM with allocated pages.
 fn region(gpa: u64) -> RegionConfig {
     let fd = rustix::fs::memfd_create("guest-ram", MemfdFlags::CLOEXEC).expect("a memfd");
     rustix::fs::fallocate(&fd, rustix::fs::FallocateFlags::empty(), 0, LEN_BYTES).expect("pages for the memfd");

@@ -1,4 +1,4 @@
-//! What checking an SQE costs, for the mediated mode: the aim is less than 20 ns.
+//! The cost of checking an SQE in mediated mode. The goal is less than 20 ns.
 
 use std::hint::black_box;
 
@@ -17,7 +17,7 @@ fn check(criterion: &mut Criterion) {
     ] {
         let checker = policy.checker(&KernelSupport::upstream(KERNEL));
         assert_eq!(checker.check(&read), Verdict::Allowed);
-        // From the words in the ring, as the mediated mode has them.
+        // From the words in the ring, as in mediated mode.
         let words = read.to_words();
         let mut memory = RingMemory::default();
         group.bench_function(format!("{name}: an SQE that is allowed"), |bencher| {

@@ -1,8 +1,8 @@
-//! What it costs to understand a virtio-blk request: a 4 KiB read, as Linux sends it, is taken from its queue, parsed and
-//! given back, without any I/O.
+//! The cost of parsing a virtio-blk request: the benchmark takes a 4 KiB read, as Linux sends it, from its queue, parses it and
+//! completes it, without any I/O.
 //!
-//! `take and give back` is the same without parsing, so the difference is the parser's, the walk along the descriptors
-//! included. Compare with the about 1.5 µs that such a request takes from end to end.
+//! `take and give back` does the same without parsing, so the difference is the cost of the parser, including the walk along the
+//! descriptors. For comparison: such a request takes about 1.5 µs from end to end.
 
 use std::hint::black_box;
 
@@ -15,7 +15,7 @@ use ringpass_broker::virtqueue::{DescriptorChain, QueueSetup, SplitQueue};
 use vm_memory::{Bytes, GuestAddress};
 
 const QUEUE_SIZE: u16 = 256;
-/// A power of two, so that the available ring can be filled once.
+/// The number of chains; a power of two, so that it can fill the available ring once.
 const CHAINS: u16 = 64;
 const READ_BYTES: u32 = 4096;
 
@@ -30,7 +30,7 @@ const NEXT: u16 = 1;
 const WRITE: u16 = 2;
 const INDIRECT_TABLE: u16 = 4;
 
-/// Memory in regions of this size, side by side, as a front-end with hotplugged memory has it.
+/// Memory in adjacent regions of equal size, as in a front-end with hotplugged memory.
 fn memory(regions: u64) -> DeviceMemory {
     let region_bytes = (64 << 20) / regions;
     let ranges: Vec<_> = (0..regions).map(|n| (GuestAddress(n * region_bytes), region_bytes as usize)).collect();
@@ -59,7 +59,7 @@ fn put_chains(memory: &DeviceMemory, table: impl Fn(u64) -> u64, first: impl Fn(
     }
 }
 
-/// A queue with [`CHAINS`] chains that can be made available again and again.
+/// A queue with [`CHAINS`] chains, which the driver can make available repeatedly.
 struct Driver {
     memory: DeviceMemory,
     queue: SplitQueue,

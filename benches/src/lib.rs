@@ -1,8 +1,8 @@
-//! Benchmarks of ringpass. They are in `benches/`: `cargo bench -p ringpass-benches`.
+//! Benchmarks of ringpass. They are in `benches/`; run them with `cargo bench -p ringpass-benches`.
 //!
-//! - `driver_ring`: what the driver's side of a ring costs per request, without any device.
-//! - `pinning`: what it costs to make guest memory valid in SQEs, and to share it with further queues.
-//! - `virtio_blk_parse`: what it costs to understand a request of the standard device.
+//! - `driver_ring`: the cost of the driver's side of a ring per request, without a device.
+//! - `pinning`: the cost of making guest memory valid in SQEs, and of sharing it with further queues.
+//! - `virtio_blk_parse`: the cost of parsing a request of the standard device.
 //! - `vhost_user_blk`: the standard device beside `qemu-storage-daemon`.
 //!
-//! How fast a guest's I/O is beside a host process's is measured by `ringpass demo`.
+//! `ringpass demo` compares the speed of a guest's I/O with that of a host process.

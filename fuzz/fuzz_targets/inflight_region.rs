@@ -1,4 +1,4 @@
-//! What an earlier process, or a hostile front-end, left in an in-flight region, and the queue that starts from it.
+//! An in-flight region as an earlier process or a hostile front-end left it, and the queue that starts from it.
 #![no_main]
 
 libfuzzer_sys::fuzz_target!(|bytes: &[u8]| ringpass_broker::virtqueue::fuzzing::inflight_region(bytes));

@@ -1,4 +1,4 @@
-//! What a hostile driver made available as a request: any descriptor chain.
+//! A request of a hostile driver: any descriptor chain.
 #![no_main]
 
 libfuzzer_sys::fuzz_target!(|bytes: &[u8]| ringpass_broker::virtio_blk::fuzzing::parse_chain(bytes));

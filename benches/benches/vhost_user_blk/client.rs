@@ -1,4 +1,4 @@
-//! The client: libblkio's vhost-user driver, spinning on the used ring.
+//! The client: libblkio's vhost-user driver, which spins on the used ring.
 
 use std::{
     collections::VecDeque,
@@ -15,9 +15,9 @@ use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use virtio_driver::{VhostUser, VirtioBlkQueue, VirtioBlkTransport, VirtioFeatureFlags};
 
 const BLOCK_BYTES: usize = 4096;
-/// Requests before the clock starts: caches and pollers are warm then.
+/// Number of requests before the clock starts, to warm up caches and pollers.
 const WARM_UP: Duration = Duration::from_millis(150);
-/// Features that a Linux guest negotiates with both servers. Without FLUSH each write would have to be stable at once.
+/// The features that a Linux guest negotiates with both servers. Without FLUSH each write would have to be stable at once.
 const FEATURES: u64 = VirtioFeatureFlags::VERSION_1
     .union(VirtioFeatureFlags::RING_EVENT_IDX)
     .union(VirtioFeatureFlags::RING_INDIRECT_DESC)
@@ -25,10 +25,10 @@ const FEATURES: u64 = VirtioFeatureFlags::VERSION_1
     | VIRTIO_BLK_F_FLUSH;
 /// VIRTIO 1.2, 5.2.3.
 const VIRTIO_BLK_F_FLUSH: u64 = 1 << 9;
-/// No request takes that long: the server hangs.
+/// Time-out for a request: after this time the server hangs.
 const TIME_OUT: Duration = Duration::from_secs(10);
 
-/// What is asked of the disk.
+/// The operation of the requests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub(crate) enum Operation {
     #[value(name = "randread")]
@@ -46,7 +46,7 @@ impl fmt::Display for Operation {
     }
 }
 
-/// What one measurement found.
+/// The results of a measurement.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Measurement {
     pub(crate) iops: f64,
@@ -65,12 +65,13 @@ pub(crate) fn measure(socket: &Path, operation: Operation, depth: u16, duration:
     let memory = memfd_create("bench-buffers", MemfdFlags::CLOEXEC)?;
     let memory_bytes = BLOCK_BYTES * usize::from(depth);
     ftruncate(&memory, memory_bytes as u64)?;
-    // SAFETY: the file is ours alone but for the server, which writes to it only what is read after its completion.
+    // SAFETY: only this process and the server use the file, and the server writes only to buffers that are read after their
+    // request has completed.
     let mut buffers = unsafe { MmapMut::map_mut(&memory) }?;
     buffers.fill(0x5a);
     transport.map_mem_region(buffers.as_ptr() as usize, memory_bytes, memory.as_raw_fd(), 0)?;
 
-    // The driver puts the three descriptors of a request into the table itself.
+    // The driver itself puts the three descriptors of a request into the table.
     let queue_size = (3 * depth).next_power_of_two().max(64);
     let mut queues = VirtioBlkQueue::setup_queues(transport.as_mut(), 1, queue_size).context("setting up the queue")?;
     let notifier = transport.get_submission_notifier(0);
@@ -127,7 +128,7 @@ pub(crate) fn measure(socket: &Path, operation: Operation, depth: u16, duration:
     }
 }
 
-/// The requests: which block, which buffer.
+/// The requests: their blocks and buffers.
 struct Load {
     operation: Operation,
     blocks: u64,

@@ -1,11 +1,11 @@
-//! ringpass as a vhost-user-blk back-end beside `qemu-storage-daemon`, which a user would pick instead.
+//! Compares ringpass as a vhost-user-blk back-end with `qemu-storage-daemon`, the usual alternative.
 //!
-//! The same client (libblkio's driver) does the same random 4 KiB reads and writes on the same file through both
-//! servers, in alternating rounds; medians over the rounds are compared. The client spins on the used ring on one
-//! core, the server is bound to another. The file is in the page cache: this measures the path, not a disk.
+//! The same client (libblkio's driver) does the same random 4 KiB reads and writes on the same file through both servers, in
+//! alternating rounds. The benchmark compares the medians over the rounds. The client spins on the used ring on one core, and the
+//! server is bound to another core. The file is in the page cache: this measures the path, not a disk.
 //!
-//! `qemu-storage-daemon` has its best configuration: before the rounds, each `aio` engine and several `poll-max-ns` of its
-//! iothread are tried, and the fastest one is measured, for each operation and depth on its own.
+//! `qemu-storage-daemon` runs with its best configuration: before the rounds the benchmark tries each `aio` engine and several
+//! values of `poll-max-ns` for its iothread, and measures the fastest configuration for each operation and depth.
 //!
 //! `cargo bench -p ringpass-benches --bench vhost_user_blk -- --help` shows the options. Needs two idle cores and, for the
 //! comparison, `qemu-storage-daemon` (Debian: qemu-utils or qemu-system-common).
@@ -23,38 +23,38 @@ use client::{Measurement, Operation};
 use report::{Report, Row};
 use servers::{QemuStorageDaemon, Ringpass, Server};
 
-/// Measures ringpass beside qemu-storage-daemon as vhost-user-blk back-ends.
+/// Compare ringpass with qemu-storage-daemon as vhost-user-blk back-ends.
 #[derive(Debug, Parser)]
 struct Args {
-    /// Where the image is made. Its file system should have a page cache (ext4, XFS); not tmpfs.
+    /// Directory for the image. Use a file system with a page cache (ext4, XFS), not tmpfs.
     #[arg(long, default_value = "/var/tmp")]
     dir: PathBuf,
     /// Size of the image.
     #[arg(long, default_value_t = 256)]
     size_mib: u64,
-    /// The image is written in pieces of this size. The page cache keeps large pieces as large folios, and ext4 then goes
-    /// through all blocks of a folio for each write: a good part of the time is its own, whoever asks for the write.
+    /// Size of the writes that create the image. The page cache keeps large writes as large folios, and ext4 then walks all blocks
+    /// of a folio for each write, which takes a good part of the time regardless of the server.
     #[arg(long, default_value_t = 1024)]
     piece_kib: usize,
-    /// How often each server is measured, in turn.
+    /// Number of alternating measurements of each server.
     #[arg(long, default_value_t = 7)]
     rounds: usize,
-    /// How long each measurement takes.
+    /// Duration of each measurement.
     #[arg(long, default_value_t = 500)]
     millis: u64,
-    /// Requests in flight.
+    /// Number of requests in flight.
     #[arg(long, value_delimiter = ',', default_values_t = [1, 4, 32])]
     depths: Vec<u16>,
-    /// What is asked of the disk.
+    /// The operations to measure.
     #[arg(long, value_delimiter = ',', default_values_t = [Operation::Read, Operation::Write])]
     operations: Vec<Operation>,
-    /// Exit with an error unless every row has at least this ratio of IOPS, and a p99 no worse.
+    /// Exit with an error unless every row has at least this ratio of IOPS and no worse p99.
     #[arg(long)]
     require_ratio: Option<f64>,
     /// Print JSON instead of the table.
     #[arg(long)]
     json: bool,
-    /// Given by cargo; means nothing.
+    /// Passed by cargo; ignored.
     #[arg(long, hide = true)]
     bench: bool,
 }
@@ -62,7 +62,7 @@ struct Args {
 fn main() -> Result<ExitCode> {
     let args = Args::parse();
     ensure!(args.rounds > 0 && args.millis > 0 && args.size_mib > 0, "rounds, millis and size must not be zero");
-    ensure!(args.piece_kib > 0 && args.piece_kib.is_multiple_of(4), "pieces are whole blocks of 4 KiB");
+    ensure!(args.piece_kib > 0 && args.piece_kib.is_multiple_of(4), "piece-kib must be a multiple of 4");
     let dir = tempfile::Builder::new().prefix("ringpass-bench-").tempdir_in(&args.dir).context("making a directory")?;
     let image = dir.path().join("image");
     fill(&image, args.size_mib, args.piece_kib)?;
@@ -128,7 +128,7 @@ impl Comparison<'_> {
     }
 }
 
-/// Every block with bytes of its own: no holes, nothing that compresses to one page.
+/// Creates the image. Every block has different bytes: no holes, and no content that compresses to one page.
 fn fill(image: &PathBuf, size_mib: u64, piece_kib: usize) -> Result<()> {
     let mut file = fs::File::create(image).with_context(|| format!("creating {image:?}"))?;
     let mut piece = vec![0; piece_kib << 10];
@@ -139,7 +139,7 @@ fn fill(image: &PathBuf, size_mib: u64, piece_kib: usize) -> Result<()> {
     file.sync_all().context("syncing the image")
 }
 
-/// One line on a terminal that says what is going on.
+/// Shows the progress in one line on a terminal.
 fn progress(what: &str) {
     use std::io::IsTerminal as _;
     let mut stderr = std::io::stderr();

@@ -1,4 +1,4 @@
-//! What was measured, as a table with bars and as JSON.
+//! The report, as a table with bars and as JSON.
 
 use std::{fmt, fs};
 
@@ -7,7 +7,7 @@ use serde::Serialize;
 
 use crate::client::{Measurement, Operation};
 
-/// All rows, and how they were measured.
+/// All rows, and the parameters of the measurement.
 #[derive(Debug, Serialize)]
 pub(crate) struct Report {
     kernel: String,
@@ -47,7 +47,7 @@ impl Medians {
 }
 
 impl Row {
-    /// `ours[i]` and `theirs[i]` are of the same round.
+    /// `ours[i]` and `theirs[i]` must be from the same round.
     pub(crate) fn new(
         operation: Operation,
         depth: u16,
@@ -79,7 +79,7 @@ impl Report {
         Ok(Self { kernel: kernel.trim().to_owned(), cpu, rounds, millis, rows })
     }
 
-    /// Whether each row has at least this ratio of IOPS, and a p99 no worse.
+    /// Whether each row has at least this ratio of IOPS and no worse p99.
     pub(crate) fn holds(&self, ratio: f64) -> bool {
         self.rows.iter().all(|row| row.holds(ratio))
     }

@@ -1,4 +1,4 @@
-//! The servers that are compared.
+//! The compared servers.
 
 use std::{
     env, fmt, fs, io,
@@ -15,7 +15,7 @@ use rustix::{
     thread::{CpuSet, sched_getaffinity, sched_setaffinity},
 };
 
-/// How long a server may take to start or to stop.
+/// Time-out for the start and the stop of a server.
 const PATIENCE: Duration = Duration::from_secs(2);
 
 /// A program that serves an image on a socket.
@@ -30,7 +30,7 @@ pub(crate) struct Ringpass {
 }
 
 impl Ringpass {
-    /// Builds the program as users run it.
+    /// Builds the program in the profile that users run.
     pub(crate) fn build() -> Result<Self> {
         let cargo = env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
         let manifest = concat!(env!("CARGO_MANIFEST_DIR"), "/../Cargo.toml");
@@ -74,7 +74,7 @@ pub(crate) struct QemuStorageDaemon {
 }
 
 impl QemuStorageDaemon {
-    /// What is worth trying: both engines for the page cache, and polls from QEMU's default up.
+    /// The configurations to try: both engines for the page cache, and poll times from QEMU's default upwards.
     pub(crate) fn configurations() -> impl Iterator<Item = Self> {
         [Aio::Threads, Aio::IoUring]
             .into_iter()
@@ -138,7 +138,7 @@ pub(crate) fn start(server: &dyn Server, image: &Path, socket: &Path) -> Result<
     unsafe { command.pre_exec(move || sched_setaffinity(None, &its).map_err(Into::into)) };
     let mut child = command.spawn().with_context(|| format!("starting {name} (is it installed?)"))?;
     let deadline = Instant::now() + PATIENCE;
-    // Not by connecting: some servers serve one connection only.
+    // Do not test by connecting: some servers serve only one connection.
     while !is_listening(socket) {
         if let Some(status) = child.try_wait()? {
             bail!("{name} ended: {status}");
@@ -153,8 +153,8 @@ pub(crate) fn start(server: &dyn Server, image: &Path, socket: &Path) -> Result<
 }
 
 impl Running {
-    /// Asks the server to end, and ends it if it does not: `qemu-storage-daemon` now and then hangs when it is told to
-    /// terminate just after its client went away.
+    /// Asks the server to end, and kills it if it does not: `qemu-storage-daemon` sometimes hangs when it is told to terminate just
+    /// after its client has disconnected.
     pub(crate) fn stop(mut self) -> Result<()> {
         kill_process(Pid::from_child(&self.child), Signal::TERM)?;
         let deadline = Instant::now() + PATIENCE;
@@ -170,7 +170,7 @@ impl Running {
     }
 }
 
-/// Whether somebody listens: the kernel lists the socket with the flag of a listener (`__SO_ACCEPTCON`).
+/// Whether a process listens on the socket: the kernel lists it with the flag of a listener (`__SO_ACCEPTCON`).
 fn is_listening(socket: &Path) -> bool {
     const ACCEPTS_CONNECTIONS: &str = "00010000";
     let Ok(sockets) = fs::read_to_string("/proc/net/unix") else {
@@ -184,9 +184,9 @@ fn is_listening(socket: &Path) -> bool {
     })
 }
 
-/// One core for the client, one for the server: the first two that this process was started with.
+/// One core for the client and one for the server: the first two cores of this process's initial affinity.
 fn two_cores() -> Result<[CpuSet; 2]> {
-    // The main thread of this process is bound to one of them later: ask only once.
+    // Ask only once, because the main thread of this process is bound to one of them later.
     static CORES: std::sync::OnceLock<Vec<usize>> = std::sync::OnceLock::new();
     let cores = CORES.get_or_init(|| {
         let allowed = sched_getaffinity(None).unwrap_or_else(|_| CpuSet::new());

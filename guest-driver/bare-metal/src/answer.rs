@@ -1,27 +1,27 @@
-//! What a vCPU replies.
+//! The answers of a vCPU.
 
 use ringpass_workload::Report;
 use ringpass_workload::hostile::{HostileReport, Violation};
 
 use crate::words::{Reader, Words, Writer};
 
-/// Bytes of text that can go with an answer.
+/// Maximum number of bytes of the text with an answer.
 pub const MESSAGE_BYTES: usize = 512;
 
-/// The reply to a [`Command`](crate::Command). The host reads it from memory that the guest writes: any words are one.
+/// The answer to a [`Command`](crate::Command). The host reads it from memory that the guest writes, so any words must be valid.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Answer {
-    /// Waits for its first command.
+    /// The vCPU waits for its first command.
     Ready,
-    /// Done; what came of it.
+    /// The command is done, with this report.
     Done(Report),
-    /// A hostile script has been run; what came of it.
+    /// The hostile script is done, with this report.
     Attacked(HostileReport),
-    /// Not possible; the text says why.
+    /// The command is not possible. The text states the reason.
     Refused,
-    /// The program has panicked; the text says where. The vCPU can do nothing more.
+    /// The program has panicked. The text states where. The vCPU cannot continue.
     Panicked,
-    /// Nothing that the program writes.
+    /// An answer that the program never writes.
     Unknown(u64),
 }
 
@@ -32,7 +32,7 @@ const PANICKED: u64 = 4;
 const ATTACKED: u64 = 5;
 
 impl Answer {
-    /// The answer as words.
+    /// Encodes the answer as words.
     pub fn to_words(&self) -> Words {
         let mut words = Writer::new();
         match self {
@@ -52,7 +52,7 @@ impl Answer {
         words.finish()
     }
 
-    /// The answer that `words` are.
+    /// Decodes an answer.
     pub fn from_words(words: &Words) -> Self {
         let mut words = Reader(words.iter());
         match words.take() {

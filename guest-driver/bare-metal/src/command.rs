@@ -1,4 +1,4 @@
-//! What the host asks a vCPU to do.
+//! The commands of the host to a vCPU.
 
 use core::fmt;
 
@@ -8,13 +8,13 @@ use ringpass_workload::{Job, Verify, Wait};
 
 use crate::words::{Reader, Words, Writer};
 
-/// Most pieces of RAM that a vCPU is told of.
+/// Maximum number of RAM regions that a vCPU learns.
 pub const RAM_REGIONS_MAX: usize = 8;
 
-/// One thing to do.
+/// A command for a vCPU.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Command {
-    /// Use this queue from now on. Its ring is new. Answered with an empty report.
+    /// Use this queue from now on. Its ring is new. The answer is an empty report.
     Attach(Attachment),
     /// [`ringpass_workload::prefill`].
     Prefill(Job, Table),
@@ -26,16 +26,16 @@ pub enum Command {
     Hostile(Attack),
 }
 
-/// What a hostile guest tries, as [`Target`] says, in fixed memory.
+/// The [`Target`] of a hostile guest, in fixed memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Attack {
-    /// [`Target::ram`]; entries of length 0 do not count.
+    /// [`Target::ram`]; entries of length 0 are ignored.
     pub ram: [RamRegion; RAM_REGIONS_MAX],
-    /// [`Target::filled_holes`]; entries of length 0 do not count.
+    /// [`Target::filled_holes`]; entries of length 0 are ignored.
     pub filled_holes: [RamRegion; ATTACK_EXTENTS_MAX],
-    /// [`Target::empty_holes`]; entries of length 0 do not count.
+    /// [`Target::empty_holes`]; entries of length 0 are ignored.
     pub empty_holes: [RamRegion; ATTACK_EXTENTS_MAX],
-    /// [`Target::host_addresses`]; zeroes do not count.
+    /// [`Target::host_addresses`]; zeroes are ignored.
     pub host_addresses: [u64; HOST_ADDRESSES_MAX],
     /// [`FixedAddressing::iova_base`].
     pub iova_base: u64,
@@ -51,17 +51,17 @@ pub struct Attack {
     pub read_only: bool,
     /// [`Target::zero_length`].
     pub zero_length: bool,
-    /// How long each step may take.
+    /// Time-out of each step.
     pub timeout_ns: u64,
 }
 
-/// Most holes of a kind in an [`Attack`].
+/// Maximum number of holes of each kind in an [`Attack`].
 pub const ATTACK_EXTENTS_MAX: usize = 4;
-/// Most host addresses in an [`Attack`].
+/// Maximum number of host addresses in an [`Attack`].
 pub const HOST_ADDRESSES_MAX: usize = 8;
 
 impl Attack {
-    /// Runs `with` on the target that this describes.
+    /// Runs `with` on the target that this value describes.
     pub fn with_target<R>(&self, with: impl FnOnce(&Target<'_>) -> R) -> R {
         let (ram, ram_count) = extents(&self.ram);
         let (filled_holes, filled_count) = extents(&self.filled_holes);
@@ -83,7 +83,7 @@ impl Attack {
     }
 }
 
-/// The regions that have bytes, in front, and how many they are.
+/// The regions, those with bytes first, and the number of those with bytes.
 fn extents<const N: usize>(regions: &[RamRegion; N]) -> ([Extent; N], usize) {
     let mut extents = [Extent { gpa: 0, len_bytes: 0 }; N];
     let mut count = 0;
@@ -94,37 +94,37 @@ fn extents<const N: usize>(regions: &[RamRegion; N]) -> ([Extent; N], usize) {
     (extents, count)
 }
 
-/// A queue, and what the guest needs to use it.
+/// A queue, with everything that the guest needs to use it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Attachment {
     /// Guest-physical address of the rings area.
     pub rings_gpa: u64,
     /// Guest-physical address of the SQE area.
     pub sqes_gpa: u64,
-    /// Where the parts of the ring are.
+    /// The layout of the ring.
     pub layout: RingLayout,
-    /// Added to guest-physical addresses in SQEs.
+    /// The number of bytes to add to guest-physical addresses in SQEs.
     pub iova_base: u64,
-    /// How the doorbell is rung.
+    /// How to ring the doorbell.
     pub bell: Bell,
-    /// The guest's RAM, for buffers. Entries of length 0 do not count.
+    /// The guest's RAM, for buffers. Entries of length 0 are ignored.
     pub ram: [RamRegion; RAM_REGIONS_MAX],
     /// The guest's clock.
     pub tick_rate: TickRate,
 }
 
-/// How a doorbell is rung.
+/// How to ring a doorbell.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Bell {
-    /// There is none.
+    /// There is no doorbell.
     None,
-    /// A byte written to a port.
+    /// Write a byte to a port.
     Port(u16),
-    /// A `u32` written to a guest-physical address.
+    /// Write a `u32` to a guest-physical address.
     Mmio(u64),
 }
 
-/// A piece of guest RAM.
+/// A region of guest RAM.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct RamRegion {
     /// Guest-physical address.
@@ -133,7 +133,7 @@ pub struct RamRegion {
     pub len_bytes: u64,
 }
 
-/// How long a tick of the time stamp counter is.
+/// The duration of a tick of the time stamp counter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TickRate {
     /// Nanoseconds per 2^32 ticks.
@@ -141,28 +141,28 @@ pub struct TickRate {
 }
 
 impl TickRate {
-    /// The rate of a counter that makes `khz` thousand ticks a second. None if it makes none: time would stand still.
+    /// The rate of a counter with `khz` thousand ticks per second. `None` for 0, because the clock would never advance.
     pub fn from_khz(khz: u32) -> Option<Self> {
         let ns_per_gigatick = (1_000_000u64 << 32).checked_div(khz.into())?;
         Some(Self { ns_per_gigatick })
     }
 
-    /// `ticks` in nanoseconds.
+    /// Converts `ticks` to nanoseconds.
     pub fn ns(self, ticks: u64) -> u64 {
         ((u128::from(ticks) * u128::from(self.ns_per_gigatick)) >> 32) as u64
     }
 }
 
-/// Where a job's table of expected contents lies: entries of eight bytes in the program region.
+/// The position of a job's table of expected contents: entries of eight bytes in the program region.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Table {
-    /// From the start of the program region.
+    /// Offset from the start of the program region.
     pub offset_bytes: u64,
     /// Number of entries.
     pub entries: u64,
 }
 
-/// The words are no command.
+/// The words are not a command.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MalformedCommand;
 
@@ -173,7 +173,7 @@ const VERIFY_ALL: u64 = 4;
 const HOSTILE: u64 = 5;
 
 impl Command {
-    /// The command as words.
+    /// Encodes the command as words.
     pub fn to_words(&self) -> Words {
         let mut words = Writer::new();
         match self {
@@ -192,7 +192,7 @@ impl Command {
         words.finish()
     }
 
-    /// The command that `words` are.
+    /// Decodes a command.
     pub fn from_words(words: &Words) -> Result<Self, MalformedCommand> {
         let mut words = Reader(words.iter());
         let kind = words.take();
@@ -411,7 +411,7 @@ fn take_job(words: &mut Reader<'_>) -> Option<(Job, Table)> {
 
 impl fmt::Display for MalformedCommand {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "the words in the mailbox are no command")
+        write!(f, "the words in the mailbox are not a command")
     }
 }
 

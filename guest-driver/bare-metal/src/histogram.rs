@@ -1,11 +1,11 @@
 //! Latencies in fixed memory, with a bounded relative error.
 
-/// Buckets per power of two, as a power of two: values are told apart to one part in 256.
+/// Buckets per power of two, as a power of two: the resolution is one part in 256.
 const PRECISION_BITS: u32 = 8;
-/// Longest latency that is told apart, as a power of two in nanoseconds: 34 s.
+/// The highest distinguished latency, as a power of two in nanoseconds: 34 s.
 const RANGE_BITS: u32 = 35;
 
-/// Buckets of a [`Histogram`].
+/// Number of buckets of a [`Histogram`].
 pub const BUCKETS: usize = ((RANGE_BITS - PRECISION_BITS + 1) << PRECISION_BITS) as usize;
 
 /// Log-linear counts of latencies: exact below 256 ns, then 256 buckets per power of two.
@@ -13,7 +13,7 @@ pub const BUCKETS: usize = ((RANGE_BITS - PRECISION_BITS + 1) << PRECISION_BITS)
 pub struct Histogram;
 
 impl Histogram {
-    /// The bucket that `latency_ns` belongs to.
+    /// The bucket of `latency_ns`.
     pub fn bucket(latency_ns: u64) -> usize {
         let latency_ns = latency_ns.min((1 << RANGE_BITS) - 1);
         let Some(shift) = latency_ns.checked_ilog2().and_then(|log| log.checked_sub(PRECISION_BITS)) else {

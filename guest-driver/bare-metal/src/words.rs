@@ -1,12 +1,12 @@
-//! Plain data as a sequence of words: what lies in shared memory is only ever integers.
+//! Plain data as a sequence of words: shared memory contains only integers.
 
-/// Words of a mailbox, in each direction.
+/// Number of words of a mailbox in each direction.
 pub const MAILBOX_WORDS: usize = 128;
 
-/// A mailbox's content.
+/// The content of a mailbox.
 pub type Words = [u64; MAILBOX_WORDS];
 
-/// Puts values into a mailbox, one word each.
+/// Writes values to a mailbox, one word each.
 pub(crate) struct Writer {
     words: Words,
     used: usize,
@@ -27,16 +27,16 @@ impl Writer {
     }
 }
 
-/// Takes them out again in the same order.
+/// Reads values from a mailbox in the same order.
 pub(crate) struct Reader<'a>(pub(crate) core::slice::Iter<'a, u64>);
 
 impl Reader<'_> {
-    /// The next word; 0 behind the end.
+    /// The next word; 0 after the end.
     pub(crate) fn take(&mut self) -> u64 {
         self.0.next().copied().unwrap_or(0)
     }
 
-    /// The next word as a truth value; None if it is none.
+    /// The next word as a `bool`; `None` if it is neither 0 nor 1.
     pub(crate) fn take_bool(&mut self) -> Option<bool> {
         match self.take() {
             0 => Some(false),
@@ -45,7 +45,7 @@ impl Reader<'_> {
         }
     }
 
-    /// The next word as a `u32`; None if it is none.
+    /// The next word as a `u32`; `None` if it is too large.
     pub(crate) fn take_u32(&mut self) -> Option<u32> {
         u32::try_from(self.take()).ok()
     }

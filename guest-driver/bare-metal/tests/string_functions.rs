@@ -1,4 +1,4 @@
-//! The guest program's own string functions against Rust's.
+//! Compares the guest program's own string functions with Rust's.
 #![cfg(target_arch = "x86_64")]
 
 #[path = "../src/program/strings.rs"]
@@ -15,7 +15,7 @@ unsafe extern "C" {
     fn guest_bcmp(left: *const u8, right: *const u8, len: usize) -> i32;
 }
 
-/// No byte is like its neighbours.
+/// Bytes that differ from their neighbours.
 fn pattern() -> [u8; 64] {
     std::array::from_fn(|index| (index * 37 + 11) as u8)
 }
@@ -36,7 +36,7 @@ fn memcmp_has_the_sign_of_the_first_bytes_that_differ() {
         // Bytes are unsigned.
         (b"\x7f", b"\x80"),
         (b"\xff", b"\x00"),
-        // What is behind the first difference does not count.
+        // Bytes after the first difference do not count.
         (b"abcz", b"abda"),
         (b"abda", b"abcz"),
     ] {

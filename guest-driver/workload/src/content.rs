@@ -1,11 +1,11 @@
-//! Block contents: made from a seed, told apart by a checksum.
+//! Block contents, generated from a seed and identified by a checksum.
 
 use xxhash_rust::xxh3::xxh3_64;
 
-/// Marks a block that a request in flight touches, in the expected table. Checksums never have this bit.
+/// The bit in the expected table that marks a block of a request in flight. Checksums never have this bit.
 pub(crate) const IN_FLIGHT: u64 = 1 << 63;
 
-/// The content of a block is not known.
+/// The entry of a block with unknown content.
 pub(crate) const UNKNOWN: u64 = 0;
 
 /// An odd constant with evenly spread bits (2^64 divided by the golden ratio).
@@ -13,7 +13,7 @@ const STEP: u64 = 0x9e37_79b9_7f4a_7c15;
 
 const SECTOR_BYTES: usize = 512;
 
-/// What the expected table holds for a block with this content: 63 bits of its XXH3, never 0.
+/// The entry of the expected table for a block with this content: 63 bits of its XXH3, never 0.
 pub fn checksum(content: &[u8]) -> u64 {
     (xxh3_64(content) & !IN_FLIGHT).max(1)
 }
@@ -37,7 +37,7 @@ impl Random {
         scale(self.next(), bound)
     }
 
-    /// True `percent` times in a hundred.
+    /// True with a probability of `percent` percent.
     pub(crate) fn chance(&mut self, percent: u32) -> bool {
         self.below(100) < percent
     }
@@ -54,11 +54,11 @@ fn mix(mut value: u64) -> u64 {
     value ^ (value >> 31)
 }
 
-/// Fills `buffer` with the content of write number `operation` to `block`, whose expectation was `previous`: since
-/// that is part of the key, a write never repeats what the block holds, even when a job is run twice.
+/// Fills `buffer` with the content of write number `operation` to `block`, whose expectation was `previous`. Because the
+/// expectation is part of the key, a write never repeats the content of the block, even if a job runs twice.
 ///
-/// The words are an arithmetic sequence from a random start: a compiler vectorises that, so that filling costs less
-/// than the checksum, and each word's position shows in its value.
+/// The words are an arithmetic sequence from a random start. Compilers vectorise this, so filling costs less than the checksum,
+/// and the value of each word depends on its position.
 pub(crate) fn fill(buffer: &mut [u8], seed: u64, block: u64, operation: u64, previous: u64) {
     let mut word = mix(mix(mix(seed ^ previous.rotate_left(17)).wrapping_add(block)).wrapping_add(operation));
     for chunk in buffer.chunks_exact_mut(size_of::<u64>()) {
@@ -67,8 +67,8 @@ pub(crate) fn fill(buffer: &mut [u8], seed: u64, block: u64, operation: u64, pre
     }
 }
 
-/// Changes the start of every sector of `buffer`, so that a sector which a read does not transfer cannot still hold
-/// the right content from an earlier request.
+/// Changes the start of every sector of `buffer`, so that a sector that a read does not transfer cannot still have the right
+/// content from an earlier request.
 pub(crate) fn spoil(buffer: &mut [u8]) {
     for sector in buffer.chunks_exact_mut(SECTOR_BYTES) {
         if let Some(first) = sector.first_chunk_mut::<8>() {

@@ -1,21 +1,21 @@
-//! Keeps requests in flight and looks at every completion.
+//! Keeps requests in flight and checks every completion.
 
 use crate::content::{IN_FLIGHT, Random, UNKNOWN, checksum, fill, spoil};
 use crate::slots::{Slot, Slots, State};
 use crate::{BlockQueue, Completion, Environment, Job, JobError, PushRefusal, Report, Request, Verify};
 use crate::{Wait, Wakeup};
 
-/// Completions taken before any of them is looked at: verifying one must not delay the next one's time stamp, but the
-/// device must not wait long for new requests either.
+/// Number of completions to take before checking them: verification must not delay the time stamp of the next completion, but
+/// the device must not wait long for new requests either.
 const REAP_MAX: usize = 16;
 
-/// Empty polls between two looks at the clock.
+/// Number of empty polls between two readings of the clock.
 const POLLS_PER_CLOCK: u32 = 64;
 
-/// Bits of `user_data` that name the slot; the others count requests, so that a doubled completion shows.
+/// Number of bits of `user_data` for the slot. The other bits count requests, so that a doubled completion is detected.
 const SLOT_BITS: u32 = 16;
 
-/// Which blocks, and what to do with them.
+/// The selection of blocks, and the operation on them.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Plan {
     Random,
@@ -31,23 +31,23 @@ pub(crate) struct Engine<'a, Q, E> {
     blocks: u32,
     slots: &'a mut Slots,
     random: Random,
-    /// For muting, so that the requests of a seed do not depend on timing.
+    /// The generator for muting, separate so that the requests of a seed do not depend on timing.
     mute_random: Random,
     muted: bool,
-    /// Requests prepared so far.
+    /// Number of requests prepared so far.
     issued: u64,
     issue_max: u64,
     end_ns: u64,
-    /// A request that waits for room in the queue. That can be so with nothing in flight: the kernel may post a
-    /// completion before it moves the head of the submission queue.
+    /// A request that waits for room in the queue. This can happen with nothing in flight: the kernel may post a completion
+    /// before it moves the head of the submission queue.
     prepared: Option<u16>,
-    /// Slots in [`State::InFlight`].
+    /// Number of slots in [`State::InFlight`].
     in_flight: u32,
-    /// Slots in [`State::Lost`].
+    /// Number of slots in [`State::Lost`].
     missing: u32,
-    /// When lost requests are no longer waited for. Set by the first one.
+    /// The end of the wait for lost requests. The first lost request sets it.
     give_up_ns: Option<u64>,
-    /// The clock as last read.
+    /// The last reading of the clock.
     now_ns: u64,
     next_lost_check_ns: u64,
     empty_polls: u32,
@@ -130,12 +130,12 @@ impl<'a, Q: BlockQueue, E: Environment> Engine<'a, Q, E> {
     fn start_waiting(&mut self) {
         match self.job.wait {
             Wait::Poll => self.queue.mute(),
-            // Nothing is in flight that a signal could be missed for.
+            // Nothing is in flight, so no signal can be missed.
             Wait::Interrupt | Wait::InterruptMuting => _ = self.queue.unmute(),
         }
     }
 
-    /// Whether new requests may be chosen.
+    /// Whether the run may choose new requests.
     fn goes_on(&self) -> bool {
         self.issued < self.issue_max && self.now_ns < self.end_ns
     }
@@ -181,7 +181,7 @@ impl<'a, Q: BlockQueue, E: Environment> Engine<'a, Q, E> {
         Ok(())
     }
 
-    /// Chooses the next request and makes its buffer ready. None: enough is in flight, or the run ends.
+    /// Chooses the next request and prepares its buffer. `None`: enough requests are in flight, or the run ends.
     fn prepare(&mut self) -> Option<u16> {
         if !self.goes_on() {
             return None;
@@ -210,7 +210,7 @@ impl<'a, Q: BlockQueue, E: Environment> Engine<'a, Q, E> {
                 }
             };
             let gpa = self.job.buffer_gpa(u32::from(index));
-            // `new` has seen that there is memory for every buffer; if not, the block becomes unknown.
+            // `new` has checked that there is memory for every buffer. If there is none, the block becomes unknown.
             self.env.with_buffer(gpa, self.job.block_bytes, make_content).unwrap_or(UNKNOWN)
         } else {
             UNKNOWN
@@ -229,8 +229,8 @@ impl<'a, Q: BlockQueue, E: Environment> Engine<'a, Q, E> {
         Some(index)
     }
 
-    /// A block that no request touches: a random one, or the next free one behind it. There is one, since a job has
-    /// at least as many blocks as requests.
+    /// Chooses a block that no request touches: a random block, or the next free block after it. There always is one, because a
+    /// job has at least as many blocks as requests.
     fn choose_block(&mut self) -> u32 {
         let mut block = self.random.below(self.blocks);
         while self.expected[block as usize] & IN_FLIGHT != 0 {
@@ -251,7 +251,7 @@ impl<'a, Q: BlockQueue, E: Environment> Engine<'a, Q, E> {
         }
     }
 
-    /// Takes some completions, then looks at each. False: there were none.
+    /// Takes some completions, then checks each. Returns false if there was none.
     fn reap(&mut self) -> bool {
         let Some(first) = self.queue.reap() else {
             return false;
@@ -315,7 +315,7 @@ impl<'a, Q: BlockQueue, E: Environment> Engine<'a, Q, E> {
         }
     }
 
-    /// Compares what a read brought with what the block must hold.
+    /// Compares the data of a read with the expected content of the block.
     fn compare(&mut self, index: u16, block: u32) {
         let gpa = self.job.buffer_gpa(u32::from(index));
         let got = self.env.with_buffer(gpa, self.job.block_bytes, |buffer| checksum(buffer)).unwrap_or(UNKNOWN);
@@ -331,9 +331,9 @@ impl<'a, Q: BlockQueue, E: Environment> Engine<'a, Q, E> {
         }
     }
 
-    /// There was nothing to reap.
+    /// Handles a poll without completions.
     fn wait(&mut self) {
-        // Nothing in flight: no interrupt will come, only room in the queue.
+        // Nothing is in flight: no interrupt will come, only room in the queue.
         if self.job.wait == Wait::Poll || (self.in_flight == 0 && self.missing == 0) {
             self.empty_polls = self.empty_polls.saturating_add(1);
             self.env.relax(self.empty_polls);
@@ -359,7 +359,7 @@ impl<'a, Q: BlockQueue, E: Environment> Engine<'a, Q, E> {
         self.now_ns = self.env.now_ns();
     }
 
-    /// Mutes or unmutes interrupts now and then. What completes unseen is found by the reap that always follows.
+    /// Mutes or unmutes interrupts at random. The reap that always follows finds completions without interrupts.
     fn mute_at_random(&mut self) {
         let choice = self.mute_random.below(4);
         if choice == 0 && !self.muted {
@@ -370,14 +370,14 @@ impl<'a, Q: BlockQueue, E: Environment> Engine<'a, Q, E> {
         }
     }
 
-    /// True: a completion is already there.
+    /// Returns true if a completion is already there.
     fn unmute(&mut self) -> bool {
         self.muted = false;
         self.report.unmutes += 1;
         self.queue.unmute()
     }
 
-    /// Looks for requests that are in flight for too long.
+    /// Finds requests that have been in flight for too long.
     fn find_lost(&mut self) {
         self.next_lost_check_ns = self.now_ns.saturating_add((self.job.timeout_ns / 8).max(1));
         for slot in self.slots.iter_mut() {
@@ -386,7 +386,7 @@ impl<'a, Q: BlockQueue, E: Environment> Engine<'a, Q, E> {
             }
             match slot.state {
                 State::Free | State::Lost => continue,
-                // Not ours in flight, and still no room in the queue.
+                // None of our requests is in flight, and still there is no room in the queue.
                 State::Prepared if self.in_flight == 0 && self.give_up_ns.is_none() => {}
                 State::Prepared => continue,
                 State::InFlight => {
@@ -400,7 +400,7 @@ impl<'a, Q: BlockQueue, E: Environment> Engine<'a, Q, E> {
         }
     }
 
-    /// Leaves no mark of a request in the expected table.
+    /// Removes the marks of requests from the expected table.
     fn settle(&mut self) {
         for slot in self.slots.iter() {
             if slot.state == State::Free {

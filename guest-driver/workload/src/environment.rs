@@ -1,31 +1,31 @@
-//! What the workload needs from the guest it runs in.
+//! The interface between the workload and the guest that it runs in.
 
-/// How a wait for an interrupt ended.
+/// The result of a wait for an interrupt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Wakeup {
-    /// At least one interrupt came since the last wait (signals coalesce).
+    /// At least one interrupt has come since the last wait (signals coalesce).
     Interrupt,
-    /// None came in the time given.
+    /// No interrupt came within the time-out.
     TimedOut,
 }
 
-/// One queue's surroundings: a process, a bare-metal virtual machine, or the host.
+/// The environment of a queue: a process, a bare-metal virtual machine, or the host.
 pub trait Environment {
-    /// A clock that never goes backwards, in nanoseconds since any fixed moment.
+    /// A monotonic clock, in nanoseconds since any fixed moment.
     fn now_ns(&self) -> u64;
 
-    /// Tells the device that requests wait.
+    /// Notifies the device of waiting requests.
     fn ring_doorbell(&mut self);
 
-    /// Called after each look at the queue that found nothing; `empty_polls` counts them since the last completion.
-    /// A spin hint; an environment that shares its processor yields when the number is large.
+    /// The hook after each empty poll of the queue. `empty_polls` is the number of empty polls since the last completion. It is a
+    /// spin hint; an environment that shares its processor yields when the number is large.
     fn relax(&mut self, empty_polls: u32);
 
-    /// Sleeps until an interrupt comes, at most `timeout_ns`. An interrupt that came before the call and after the
-    /// last one that was returned ends the wait at once: none may be lost between.
+    /// Sleeps until an interrupt comes, at most `timeout_ns`. An interrupt that came after the last returned interrupt and before
+    /// this call ends the wait at once: no interrupt may be lost between two calls.
     fn wait_for_interrupt(&mut self, timeout_ns: u64) -> Wakeup;
 
-    /// Does nothing for `duration_ns`.
+    /// Waits for `duration_ns`.
     fn pause(&mut self, duration_ns: u64) {
         let start_ns = self.now_ns();
         let mut polls = 0u32;
@@ -35,12 +35,12 @@ pub trait Environment {
         }
     }
 
-    /// Runs `access` on the `len_bytes` bytes of guest RAM at `gpa`. None, and `access` not run, where the guest has
-    /// no such memory for buffers.
+    /// Runs `access` on the `len_bytes` bytes of guest RAM at `gpa`. Returns `None` without running `access` if the guest has no
+    /// such memory for buffers.
     ///
-    /// Only for memory that no request in flight names.
+    /// Use it only for memory that no request in flight uses.
     fn with_buffer<R>(&mut self, gpa: u64, len_bytes: u32, access: impl FnOnce(&mut [u8]) -> R) -> Option<R>;
 
-    /// Notes how long one request took.
+    /// Records the latency of one request.
     fn record_latency(&mut self, latency_ns: u64);
 }

@@ -1,4 +1,4 @@
-//! What a workload is to do, as plain data.
+//! The job of a workload, as plain data.
 
 use core::fmt;
 
@@ -6,48 +6,48 @@ use ringpass_guest_abi::{AddressError, FixedAddressing};
 
 use crate::content::{IN_FLIGHT, UNKNOWN};
 
-/// Most requests a job keeps in flight.
+/// Maximum number of requests that a job keeps in flight.
 pub const DEPTH_MAX: u32 = 512;
 
 /// The smallest unit of a disk.
 const SECTOR_BYTES: u32 = 512;
 
-/// How the workload learns of completions.
+/// How the workload notices completions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize), serde(rename_all = "kebab-case"))]
 #[repr(u32)]
 pub enum Wait {
-    /// Interrupts are muted, the queue is looked at all the time.
+    /// Interrupts are muted, and the workload polls the queue.
     Poll = 0,
-    /// Interrupts are on; the workload sleeps when there is nothing to reap.
+    /// Interrupts are on, and the workload sleeps when there is nothing to reap.
     Interrupt = 1,
-    /// As `Interrupt`, and interrupts are muted and unmuted at random (seeded) moments. A completion that no
-    /// interrupt announced is found and counted ([`Report::missed_interrupts`](crate::Report)).
+    /// Like `Interrupt`, but the workload mutes and unmutes interrupts at random (seeded) moments. It finds and counts completions
+    /// that no interrupt announced ([`Report::missed_interrupts`](crate::Report)).
     InterruptMuting = 2,
 }
 
-/// Whether contents are made and compared.
+/// Whether the workload generates and compares contents.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize), serde(rename_all = "kebab-case"))]
 #[repr(u32)]
 pub enum Verify {
-    /// Buffers are left as they are, and what is written becomes unknown.
+    /// The workload does not touch buffers, and the content of written blocks becomes unknown.
     Off = 0,
-    /// Every byte written is made for this write, every byte read is compared.
+    /// The workload generates every written byte for its write, and compares every read byte.
     On = 1,
 }
 
 /// One queue's workload.
 ///
-/// Plain integers in C layout without padding, so that it can lie in a page shared with a virtual machine. Whoever
-/// reads it from there must know that a `Job` was written there: `wait` and `verify` have only the values named.
+/// The structure has plain integers in C layout without padding, so that it can be in a page shared with a virtual machine. A
+/// reader must know that a `Job` was written there: `wait` and `verify` have only the named values.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[repr(C)]
 pub struct Job {
-    /// First byte of the part of the disk that the job uses, a multiple of 512.
+    /// First byte of the job's area on the disk, a multiple of 512.
     pub area_offset_bytes: u64,
-    /// Length of that part: a multiple of `block_bytes`, at least `depth` and at most 2^32 - 1 blocks.
+    /// Length of the area: a multiple of `block_bytes`, at least `depth` and at most 2^32 - 1 blocks.
     pub area_bytes: u64,
     /// [`run`](crate::run()) ends after this many requests; 0: no such limit.
     pub operations: u64,
@@ -55,55 +55,55 @@ pub struct Job {
     pub duration_ns: u64,
     /// A request without a completion after this time is reported as lost, and the run ends. Not 0.
     pub timeout_ns: u64,
-    /// Nothing is done for this long whenever nothing is in flight, so that an SQ thread falls asleep; 0: no pause.
+    /// Pause whenever nothing is in flight, so that an SQ thread falls asleep; 0: no pause.
     pub pause_ns: u64,
-    /// All choices and contents follow from it.
+    /// The seed that determines all choices and contents.
     pub seed: u64,
-    /// The first of `depth` buffers, guest-physical, a multiple of 512.
+    /// Guest-physical address of the first of `depth` buffers, a multiple of 512.
     pub buffers_gpa: u64,
-    /// From one buffer to the next: at least `block_bytes`, a multiple of 512.
+    /// Distance of two buffers: at least `block_bytes`, a multiple of 512.
     pub buffer_stride_bytes: u64,
-    /// Bytes of each request: a multiple of 512, at most 1 GiB, and of the disk's logical block size (which a job does
-    /// not know: the disk answers -EINVAL).
+    /// Length of each request: a multiple of 512, at most 1 GiB, and a multiple of the disk's logical block size (which a job
+    /// does not know: otherwise the disk answers -EINVAL).
     pub block_bytes: u32,
-    /// Requests kept in flight, 1 to [`DEPTH_MAX`].
+    /// Number of requests to keep in flight, 1 to [`DEPTH_MAX`].
     pub depth: u32,
     /// Share of writes, 0 to 100.
     pub write_percent: u32,
     /// Share of the writes that are durable when they complete, 0 to 100.
     pub durable_percent: u32,
-    /// How completions are noticed.
+    /// How the workload notices completions.
     pub wait: Wait,
-    /// Whether contents are made and compared.
+    /// Whether the workload generates and compares contents.
     pub verify: Verify,
 }
 
-/// Why a job cannot be done.
+/// The reason why a job is not possible.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum JobError {
     /// A field has a value outside its range.
     Field {
-        /// Its name.
+        /// The field's name.
         field: &'static str,
-        /// Its value.
+        /// The field's value.
         value: u64,
-        /// What it must be.
+        /// The permitted values.
         must: &'static str,
     },
     /// Neither `operations` nor `duration_ns` ends the run.
     Endless,
-    /// The disk area has fewer blocks than requests in flight, or more than 2^32 - 1.
+    /// The disk area has fewer blocks than requests in flight, or more than 2^32 - 1 blocks.
     BlockCount {
         /// Blocks in the area.
         blocks: u64,
         /// [`Job::depth`].
         depth: u32,
     },
-    /// A buffer cannot be named in a request.
+    /// A request cannot use a buffer at that address.
     Buffer(AddressError),
     /// The guest has no memory for a buffer.
     NoMemory {
-        /// Where it should be, guest-physical.
+        /// Guest-physical address of the buffer.
         gpa: u64,
         /// [`Job::block_bytes`].
         len_bytes: u32,
@@ -112,10 +112,10 @@ pub enum JobError {
     ExpectedLength {
         /// Blocks in the area.
         blocks: u64,
-        /// Entries given.
+        /// Number of given entries.
         entries: u64,
     },
-    /// A block that may be read has unknown content: [`prefill`](crate::prefill) first.
+    /// A block that may be read has unknown content: run [`prefill`](crate::prefill) first.
     UnknownContent {
         /// The first such block.
         block: u64,
@@ -138,7 +138,7 @@ impl Job {
         self.buffers_gpa + u64::from(index) * self.buffer_stride_bytes
     }
 
-    /// Checks every field, and that all buffers can be named in requests.
+    /// Checks every field, and that requests can use all buffers.
     pub fn check(&self) -> Result<(), JobError> {
         let sector_bytes = u64::from(SECTOR_BYTES);
         let block_bytes = u64::from(self.block_bytes);
@@ -158,7 +158,7 @@ impl Job {
                 "area_offset_bytes",
                 self.area_offset_bytes,
                 in_sectors(self.area_offset_bytes) && self.area_offset_bytes.checked_add(self.area_bytes).is_some(),
-                "a multiple of 512 with room for the area behind it",
+                "a multiple of 512 with room for the area after it",
             ),
             (
                 "area_bytes",
@@ -189,7 +189,7 @@ impl Job {
         if blocks < u64::from(self.depth) || blocks > u64::from(u32::MAX) {
             return Err(JobError::BlockCount { blocks, depth: self.depth });
         }
-        // The base does not matter for whether an address can be named.
+        // The base does not affect whether a request can use an address.
         let addressing = FixedAddressing { iova_base: 0 };
         for index in 0..self.depth {
             addressing.resolve(self.buffer_gpa(index), self.block_bytes).map_err(JobError::Buffer)?;
@@ -202,7 +202,7 @@ impl Job {
         if self.operations == 0 && self.duration_ns == 0 { Err(JobError::Endless) } else { Ok(()) }
     }
 
-    /// Checks the table of what the blocks hold. `reads`: blocks will be read, and compared if the job verifies.
+    /// Checks the expected table. `reads`: the run reads blocks, and compares them if the job verifies.
     pub(crate) fn check_expected(&self, expected: &[u64], reads: bool) -> Result<(), JobError> {
         let (blocks, entries) = (self.blocks(), expected.len() as u64);
         if blocks != entries {
@@ -228,17 +228,17 @@ impl fmt::Display for JobError {
             Self::Field { field, value, must } => write!(f, "{field} is {value}: it must be {must}"),
             Self::Endless => write!(f, "operations and duration_ns are both 0: the run would never end"),
             Self::BlockCount { blocks, depth } => {
-                write!(f, "the disk area has {blocks} blocks: it must have at least the depth, {depth}, and below 2^32")
+                write!(f, "the disk area has {blocks} blocks: it must have at least as many as the depth, {depth}, and fewer than 2^32")
             }
             Self::Buffer(error) => write!(f, "a buffer cannot be used: {error}"),
             Self::NoMemory { gpa, len_bytes } => {
                 write!(f, "the guest has no memory for a buffer of {len_bytes} bytes at guest-physical {gpa:#x}")
             }
             Self::ExpectedLength { blocks, entries } => {
-                write!(f, "the expected table has {entries} entries, the disk area {blocks} blocks")
+                write!(f, "the expected table has {entries} entries, but the disk area has {blocks} blocks")
             }
             Self::UnknownContent { block } => {
-                write!(f, "the content of block {block} is unknown, so that reads cannot be verified: prefill first")
+                write!(f, "the content of block {block} is unknown, so reads cannot be verified: prefill first")
             }
             Self::NotAChecksum { block } => {
                 write!(f, "the expected table's entry for block {block} is not a checksum (its highest bit is set)")

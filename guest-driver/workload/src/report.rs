@@ -1,66 +1,66 @@
-//! What came of a job.
+//! The outcome of a job.
 
 use core::fmt;
 
-/// What one queue did, and everything that was wrong.
+/// The work of one queue, and all errors.
 ///
-/// Plain integers in C layout: any bytes are a valid `Report`, so that the host can take one from a page that an
+/// The structure has plain integers in C layout. Any bytes are a valid `Report`, so that the host can copy one from a page that an
 /// untrusted guest wrote.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[repr(C)]
 pub struct Report {
-    /// Reads that transferred all their bytes.
+    /// Number of reads that transferred all their bytes.
     pub reads: u64,
-    /// Writes that transferred all their bytes.
+    /// Number of writes that transferred all their bytes.
     pub writes: u64,
-    /// Bytes read and compared, whatever the outcome.
+    /// Number of bytes read and compared, regardless of the result.
     pub verified_bytes: u64,
-    /// Reads with other content than expected.
+    /// Number of reads with unexpected content.
     pub mismatches: u64,
     /// The block of the first mismatch, if there is one.
     pub first_mismatch_block: u64,
-    /// Its checksum as read.
+    /// The checksum of the data read from that block.
     pub first_mismatch_got: u64,
-    /// The checksum it should have.
+    /// The expected checksum of that block.
     pub first_mismatch_expected: u64,
-    /// Requests that failed or transferred fewer (or more) bytes than asked.
+    /// Number of requests that failed or transferred fewer (or more) bytes than requested.
     pub errors: u64,
-    /// The result of the first of them, if there is one: a negated errno, or the bytes transferred.
+    /// The result of the first such request: a negated errno, or the bytes transferred.
     pub first_error_result: i64,
-    /// Completions that belong to no request in flight: doubled, or made up.
+    /// Number of completions that belong to no request in flight: doubled or invented.
     pub unexpected: u64,
-    /// Requests without a completion within the job's `timeout_ns`. Their buffers may still be in use by the device.
+    /// Number of requests without a completion within the job's `timeout_ns`. The device may still use their buffers.
     pub lost: u64,
-    /// Lost requests that completed after all, before the run ended.
+    /// Number of lost requests that completed before the run ended.
     pub late: u64,
-    /// Completions that were there when a wait for an interrupt timed out.
+    /// Number of completions that were there when a wait for an interrupt timed out.
     pub missed_interrupts: u64,
-    /// From before the first submission to after the last completion.
+    /// Time from before the first submission until after the last completion.
     pub elapsed_ns: u64,
-    /// Times the doorbell was rung.
+    /// How often the workload rang the doorbell.
     pub doorbells: u64,
-    /// Waits that an interrupt ended.
+    /// Number of waits that an interrupt ended.
     pub interrupts: u64,
-    /// Waits for an interrupt.
+    /// Number of waits for an interrupt.
     pub sleeps: u64,
-    /// Times interrupts were muted and unmuted again.
+    /// How often the workload muted interrupts and unmuted them again.
     pub unmutes: u64,
 }
 
 impl Report {
-    /// Requests that transferred all their bytes.
+    /// Number of requests that transferred all their bytes.
     pub fn operations(&self) -> u64 {
         self.reads.saturating_add(self.writes)
     }
 
-    /// Whether nothing at all was wrong.
+    /// Whether there was no error.
     pub fn is_clean(&self) -> bool {
         [self.mismatches, self.errors, self.unexpected, self.lost, self.late, self.missed_interrupts] == [0; 6]
     }
 
-    /// Adds what another queue did at the same time: counts are summed, the longer time stays, and so do the first
-    /// mismatch and the first error.
+    /// Adds the report of another queue that ran at the same time: sums the counts, and keeps the longer time, the first mismatch
+    /// and the first error.
     pub fn merge(&mut self, other: &Self) {
         if self.mismatches == 0 {
             self.first_mismatch_block = other.first_mismatch_block;
@@ -87,7 +87,7 @@ impl Report {
             (&mut self.unmutes, other.unmutes),
         ];
         for (count, more) in counts {
-            // A report from an untrusted guest holds any numbers.
+            // A report from an untrusted guest may contain any numbers.
             *count = count.saturating_add(more);
         }
     }

@@ -1,24 +1,24 @@
-//! The three things that can be done with a job.
+//! The three ways to run a job.
 
 use crate::engine::{Engine, Plan};
 use crate::slots::Slots;
 use crate::{BlockQueue, Environment, Job, JobError, Report};
 
-/// Stack that a run needs, in bytes, without what the queue and the environment need.
+/// Stack size in bytes that a run needs, without the needs of the queue and the environment.
 pub const STACK_BYTES: usize = 64 << 10;
 
 const _: () = assert!(2 * size_of::<Slots>() <= STACK_BYTES);
 
-/// Random reads and writes over the job's area, until its number of operations or its duration is reached, and until
-/// everything in flight has completed.
+/// Random reads and writes over the job's area, until the job's number of operations or its duration is reached, and until all
+/// requests in flight have completed.
 ///
-/// `expected` has one entry per block: its [`checksum`](crate::checksum), or 0 where the content is unknown. While the job verifies and
-/// reads, no entry may be 0 at the start; a block that becomes unknown on the way (its write failed) is written rather
-/// than read when it is chosen again. The entry of a block whose write failed or was lost, or whose job does not
-/// verify, is 0 afterwards.
+/// `expected` has one entry for each block: its [`checksum`](crate::checksum), or 0 if the content is unknown. If the job verifies
+/// and reads, no entry may be 0 at the start. If a write fails during the run, its block becomes unknown, and the workload writes
+/// the block instead of reading it when it chooses the block again. Afterwards the entry of a block is 0 if its write failed or was
+/// lost, or if the job does not verify and has written the block.
 ///
-/// After a lost request nothing more is submitted; what is in flight gets the job's `timeout_ns` once more. The
-/// buffers of lost requests must not be used again: the device may still write to them.
+/// After a lost request the workload submits no more requests, and waits for those in flight for the job's `timeout_ns` once more.
+/// Do not reuse the buffers of lost requests: the device may still write to them.
 pub fn run<Q: BlockQueue, E: Environment>(
     job: &Job,
     queue: &mut Q,
@@ -31,7 +31,7 @@ pub fn run<Q: BlockQueue, E: Environment>(
     Engine::new(job, Plan::Random, queue, env, expected, &mut Slots::new(job.depth))?.drive()
 }
 
-/// Writes every block once, in order, at the job's depth. `operations`, `duration_ns` and `write_percent` do not count.
+/// Writes every block once, in order, at the job's depth. Ignores `operations`, `duration_ns` and `write_percent`.
 pub fn prefill<Q: BlockQueue, E: Environment>(
     job: &Job,
     queue: &mut Q,
@@ -43,8 +43,8 @@ pub fn prefill<Q: BlockQueue, E: Environment>(
     Engine::new(job, Plan::EveryBlock { write: true }, queue, env, expected, &mut Slots::new(job.depth))?.drive()
 }
 
-/// Reads every block once, in order, at the job's depth, and compares it if the job verifies: then no content may be
-/// unknown. `operations`, `duration_ns` and `write_percent` do not count.
+/// Reads every block once, in order, at the job's depth, and compares it if the job verifies (then no content may be unknown).
+/// Ignores `operations`, `duration_ns` and `write_percent`.
 pub fn verify_all<Q: BlockQueue, E: Environment>(
     job: &Job,
     queue: &mut Q,

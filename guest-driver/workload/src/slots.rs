@@ -6,7 +6,7 @@ use crate::content::UNKNOWN;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum State {
     Free,
-    /// Chosen and its buffer made ready, but the queue has not taken it yet.
+    /// Chosen, with its buffer prepared, but not yet in the queue.
     Prepared,
     InFlight,
     /// In flight for longer than the job allows.
@@ -16,9 +16,9 @@ pub(crate) enum State {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Slot {
     pub(crate) user_data: u64,
-    /// When the request was shown to the device; before that, when it was prepared.
+    /// The time when the request was published to the device; before that, the time when it was prepared.
     pub(crate) since_ns: u64,
-    /// What the block will hold when a write has succeeded.
+    /// The expected content of the block after a successful write.
     pub(crate) written: u64,
     pub(crate) block: u32,
     pub(crate) write: bool,
@@ -41,7 +41,7 @@ impl Slot {
 pub(crate) struct Slots {
     all: [Slot; DEPTH_MAX as usize],
     depth: usize,
-    /// A stack of the slots that are not in flight: the last one used comes first, while its buffer is in cache.
+    /// A stack of the slots that are not in flight. The last used slot comes first, while its buffer is in the cache.
     free: [u16; DEPTH_MAX as usize],
     free_count: usize,
     pushed: [u16; DEPTH_MAX as usize],
@@ -73,7 +73,7 @@ impl Slots {
         Some(self.free[count])
     }
 
-    /// The queue has taken the request of this slot; the device has not been shown it yet.
+    /// Records that the queue has taken the request of this slot, which is not yet published to the device.
     pub(crate) fn note_pushed(&mut self, index: u16) {
         self.pushed[self.pushed_count] = index;
         self.pushed_count += 1;
@@ -83,7 +83,7 @@ impl Slots {
         self.pushed_count != 0
     }
 
-    /// All pushed slots are in flight from now on. Returns how many.
+    /// Marks all pushed slots as in flight. Returns their number.
     pub(crate) fn start_pushed(&mut self, now_ns: u64) -> u32 {
         let count = core::mem::take(&mut self.pushed_count);
         for &index in &self.pushed[..count] {
@@ -94,7 +94,7 @@ impl Slots {
         count as u32
     }
 
-    /// Gives a slot back.
+    /// Returns a slot to the free slots.
     pub(crate) fn release(&mut self, index: u16) {
         self.all[usize::from(index)].state = State::Free;
         self.free[self.free_count] = index;
@@ -109,7 +109,7 @@ impl Slots {
         &mut self.all[usize::from(index)]
     }
 
-    /// The slot that `user_data` names, if there is such a number.
+    /// The slot of `user_data`, if that number exists.
     pub(crate) fn find(&self, index: u64) -> Option<(u16, Slot)> {
         let slot = self.all[..self.depth].get(usize::try_from(index).ok()?)?;
         Some((u16::try_from(index).ok()?, *slot))

@@ -1,4 +1,4 @@
-//! Commands and their words.
+//! Tests of commands and their encoding.
 
 use super::*;
 
@@ -103,7 +103,7 @@ fn words_that_are_no_command_are_refused() {
         Command::from_words(&words)
     };
     assert_eq!(with(0, 99), Err(MalformedCommand));
-    // Behind the kind: two words of the table, nine of 64 bits, four of 32 bits, wait, verify.
+    // After the kind: two words of the table, nine of 64 bits, four of 32 bits, wait, verify.
     assert_eq!(with(12, 1 << 32), Err(MalformedCommand));
     assert_eq!(with(16, 3), Err(MalformedCommand));
     assert_eq!(with(17, 2), Err(MalformedCommand));

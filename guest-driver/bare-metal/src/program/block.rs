@@ -1,4 +1,4 @@
-//! This vCPU's block: the memory through which it talks with the monitor and with its own interrupt handlers.
+//! The block of a vCPU: the memory for the communication with the monitor and with the vCPU's own interrupt handlers.
 
 use core::fmt;
 
@@ -17,29 +17,29 @@ impl Block {
     ///
     /// # Safety
     ///
-    /// It is this vCPU's block, mapped for ever.
+    /// The address is that of this vCPU's block, which stays mapped for ever.
     pub(crate) unsafe fn at(address: u64) -> Self {
         Self { base: address as *mut u8 }
     }
 
-    /// The block of the vCPU that this runs on.
+    /// The block of the vCPU that runs this code.
     pub(crate) fn of_this_cpu() -> Self {
         Self { base: cpu::own_block() as *mut u8 }
     }
 
-    /// What the host asks. Copied once.
+    /// The host's command, copied once.
     pub(crate) fn command(&self) -> Words {
         core::array::from_fn(|index| self.read(block::COMMAND + index * 8))
     }
 
-    /// Replies. The answer counts once the vCPU calls.
+    /// Writes an answer. The host reads it when the vCPU calls.
     pub(crate) fn answer(&self, answer: &Answer) {
         for (index, word) in answer.to_words().into_iter().enumerate() {
             self.write(block::ANSWER + index * 8, word);
         }
     }
 
-    /// The text that goes with the next answer, empty at first.
+    /// The text of the next answer, empty at first.
     pub(crate) fn message(&self) -> Message<'_> {
         for offset in 0..MESSAGE_BYTES {
             self.write(block::MESSAGE + offset, 0u8);
@@ -47,9 +47,9 @@ impl Block {
         Message { block: self, used: 0 }
     }
 
-    /// Takes the news that the queue's interrupt came.
+    /// Takes and clears the flag of the queue's interrupt.
     pub(crate) fn take_interrupt(&self) -> bool {
-        // An interrupt between the two sets it again and is not lost: completions are looked for afterwards.
+        // An interrupt between the two accesses is not lost: the caller looks for completions afterwards.
         let interrupted = self.read::<u8>(block::INTERRUPTED) != 0;
         if interrupted {
             self.write(block::INTERRUPTED, 0u8);

@@ -1,18 +1,17 @@
-//! The processor: what Rust has no words for. All assembly is here, and in `strings.rs`.
+//! Access to the processor that Rust cannot express. All assembly code is here and in `strings.rs`.
 
 use core::arch::{asm, global_asm};
 
 use ringpass_bare_metal::map::{CALL_PORT, IDLE_TICK_COUNT, block, header};
 
-// The header of the image, and everything that runs at CPL 0.
+// The header of the image, and all code that runs at CPL 0.
 //
-// The handlers keep their hands off everything but the registers they save: they interrupt Rust code at any point. The
-// stack is switched by the processor (TSS.RSP0), so the red zone below the interrupted stack stays as it is. GS points
-// to the vCPU's block in both rings. The local APIC is in x2APIC mode: MSR 0x80b is its end-of-interrupt register,
-// 0x838 its timer's initial count.
+// The handlers change only registers that they save, because they interrupt Rust code at any point. The processor switches the
+// stack (TSS.RSP0), so the red zone below the interrupted stack does not change. GS points to the vCPU's block at both privilege
+// levels. The local APIC is in x2APIC mode: MSR 0x80b is its end-of-interrupt register, 0x838 its timer's initial count.
 //
-// The idle call looks at the news with interrupts off (it goes through an interrupt gate), and STI takes effect behind
-// HLT's start: an interrupt that comes in between ends the HLT. A running timer is left running.
+// The idle call checks the interrupt flag with interrupts off (it goes through an interrupt gate), and STI takes effect only after
+// the start of HLT: an interrupt in between ends the HLT. The idle call does not restart a running timer.
 global_asm!(
     ".pushsection .header, \"a\", @progbits",
     ".quad {magic}, start, queue_interrupt, timer_interrupt, idle_call",
@@ -58,25 +57,25 @@ global_asm!(
 
 string_functions!("");
 
-/// Leaves the guest until the monitor lets it go on. Memory may have changed then.
+/// Leaves the guest until the monitor continues it. Memory may have changed afterwards.
 pub(crate) fn call() {
     write_port(CALL_PORT);
 }
 
 /// Writes a byte to a port.
 pub(crate) fn write_port(port: u16) {
-    // SAFETY: the I/O permission bitmap lets CPL 3 use it; it has no effect on this program's memory but through the
-    // monitor, which is why it counts as writing memory.
+    // SAFETY: the I/O permission bitmap permits the port for CPL 3. The write can change this program's memory only through the
+    // monitor; therefore the assembly block is declared as one that writes memory.
     unsafe { asm!("out dx, al", in("dx") port, in("al") 1u8, options(nostack, preserves_flags)) }
 }
 
-/// Sleeps until an interrupt comes, unless the queue's has come since it was last taken.
+/// Sleeps until an interrupt comes, unless the queue's interrupt has come since the flag was last taken.
 pub(crate) fn idle() {
     // SAFETY: the handler (`vector::IDLE`) changes these registers and nothing else.
     unsafe { asm!("int3", out("rax") _, out("rcx") _, out("rdx") _, options(nostack)) }
 }
 
-/// The time stamp counter, behind everything before it in program order.
+/// Reads the time stamp counter after all earlier instructions in program order.
 #[inline]
 pub(crate) fn ticks() -> u64 {
     // SAFETY: every x86-64 processor has it.

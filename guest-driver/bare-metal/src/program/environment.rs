@@ -1,4 +1,4 @@
-//! What the workload needs from this kind of guest.
+//! The workload's environment in this kind of guest.
 
 use core::hint::spin_loop;
 
@@ -8,7 +8,7 @@ use ringpass_workload::{Environment, Wakeup};
 use crate::block::Block;
 use crate::{cpu, direct_map};
 
-/// One queue's surroundings on a vCPU.
+/// The environment of a queue on a vCPU.
 pub(crate) struct Machine {
     block: Block,
     bell: Bell,
@@ -33,7 +33,7 @@ impl Environment for Machine {
         match self.bell {
             Bell::None => {}
             Bell::Port(port) => cpu::write_port(port),
-            // SAFETY: nothing but a doorbell is at this guest-physical address, by the monitor's word.
+            // SAFETY: the monitor guarantees that only a doorbell is at this guest-physical address.
             Bell::Mmio(gpa) => unsafe { direct_map(gpa).cast::<u32>().write_volatile(1) },
         }
     }
@@ -60,8 +60,8 @@ impl Environment for Machine {
     fn with_buffer<R>(&mut self, gpa: u64, len_bytes: u32, access: impl FnOnce(&mut [u8]) -> R) -> Option<R> {
         let end = gpa.checked_add(u64::from(len_bytes))?;
         self.ram.iter().find(|region| gpa >= region.gpa && end - region.gpa <= region.len_bytes)?;
-        // SAFETY: guest RAM is mapped in the direct map, and the workload only asks for memory that no request in flight
-        // names; any bytes are valid.
+        // SAFETY: guest RAM is mapped in the direct map, and the workload asks only for memory that no request in flight uses;
+        // any bytes are valid.
         Some(access(unsafe { core::slice::from_raw_parts_mut(direct_map(gpa).as_ptr(), len_bytes as usize) }))
     }
 

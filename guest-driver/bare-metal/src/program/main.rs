@@ -1,4 +1,4 @@
-//! The program of the bare-metal guest. One copy of it runs on each vCPU, each with a block of memory of its own.
+//! The program of the bare-metal guest. It runs on each vCPU, with a separate block of memory for each.
 
 #![no_std]
 #![no_main]
@@ -20,13 +20,13 @@ use ringpass_bare_metal::{Answer, Attachment, Command, Table, map};
 use ringpass_guest_abi::{DriverRing, FixedAddressing, LayoutError, MappedRing};
 use ringpass_workload::{Job, JobError, Report, RingQueue, hostile};
 
-/// A queue that commands work on.
+/// The queue for commands.
 struct Queue {
     ring: RingQueue<MappedRing>,
     machine: Machine,
 }
 
-/// Where the monitor enters a vCPU, on the vCPU's own stack.
+/// The entry point of a vCPU, on the vCPU's own stack.
 #[unsafe(no_mangle)]
 extern "C" fn start(block_address: u64) -> ! {
     // SAFETY: the monitor passes the address of this vCPU's block.
@@ -48,7 +48,7 @@ fn perform(block: &Block, queue: &mut Option<Queue>, command: &Command) -> Answe
         let Some(Queue { ring, machine }) = queue else {
             return refuse(block, "no queue is attached");
         };
-        // SAFETY: the monitor gives each vCPU a table of its own, inside the program region and behind the blocks.
+        // SAFETY: the monitor gives each vCPU its own table, inside the program region and after the blocks.
         let expected = unsafe { table_entries(table) };
         block.clear_histogram();
         match work(job, ring, machine, expected) {
@@ -83,7 +83,7 @@ type Work = fn(&Job, &mut RingQueue<MappedRing>, &mut Machine, &mut [u64]) -> Re
 
 fn attach(block: &Block, attachment: &Attachment) -> Result<Queue, LayoutError> {
     let layout = attachment.layout;
-    // SAFETY: the monitor has put the ring there, mapped for as long as the virtual machine lives, and nothing of this
+    // SAFETY: the monitor has placed the ring there, mapped for as long as the virtual machine lives, and no memory of this
     // program is there.
     let memory = unsafe {
         MappedRing::new(
@@ -98,7 +98,7 @@ fn attach(block: &Block, attachment: &Attachment) -> Result<Queue, LayoutError> 
     Ok(Queue { ring: RingQueue::new(ring, addressing), machine: Machine::new(block.clone(), attachment) })
 }
 
-/// Where this program sees a guest-physical address.
+/// The guest-virtual address of a guest-physical address.
 fn direct_map(gpa: u64) -> NonNull<u8> {
     NonNull::new((map::DIRECT_MAP_VA + gpa) as *mut u8).expect("the direct map is not at address 0")
 }
@@ -107,7 +107,7 @@ fn direct_map(gpa: u64) -> NonNull<u8> {
 ///
 /// # Safety
 ///
-/// They lie in the program region, and nothing else uses them for as long as the result.
+/// The entries are in the program region, and nothing else uses them while the result lives.
 unsafe fn table_entries<'a>(table: Table) -> &'a mut [u64] {
     let first = (map::PROGRAM_VA + table.offset_bytes) as *mut u64;
     // SAFETY: mapped memory of this vCPU alone, by the contract; any bits are a `u64`.
@@ -115,7 +115,7 @@ unsafe fn table_entries<'a>(table: Table) -> &'a mut [u64] {
 }
 
 fn refuse(block: &Block, why: impl core::fmt::Display) -> Answer {
-    // A text that is too long is cut.
+    // A text that is too long is truncated.
     _ = write!(block.message(), "{why}");
     Answer::Refused
 }

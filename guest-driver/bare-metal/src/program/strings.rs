@@ -1,9 +1,10 @@
-//! What the compiler calls by name and a C library would bring, as a macro: a test assembles it under other names.
+//! The functions that the compiler calls by name and that a C library would provide. They are a macro, so that a test can assemble
+//! them under other names.
 
-/// Assembles `memcpy`, `memmove`, `memset`, `memcmp` and `bcmp`, each name behind `prefix`.
+/// Assembles `memcpy`, `memmove`, `memset`, `memcmp` and `bcmp`, with `prefix` before each name.
 ///
-/// The string instructions are as fast as anything for block-sized lengths on processors with fast short REP MOVSB, and
-/// the workload's small copies are inlined.
+/// For lengths of a block the string instructions are as fast as any code on processors with fast short REP MOVSB, and the compiler
+/// inlines the workload's small copies.
 macro_rules! string_functions {
     ($prefix:literal) => {
         core::arch::global_asm!(
@@ -27,7 +28,7 @@ macro_rules! string_functions {
             "    jb 3f",
             "    rep movsb",
             "    ret",
-            // The destination starts inside the source: from the end.
+            // The destination starts inside the source: copy from the end.
             "3:  lea rsi, [rsi + rdx - 1]",
             "    lea rdi, [rdi + rdx - 1]",
             "    std",
@@ -47,7 +48,7 @@ macro_rules! string_functions {
             concat!($prefix, "bcmp:"),
             "    xor eax, eax",
             "    mov rcx, rdx",
-            // Equal if there is nothing to compare.
+            // Zero bytes are equal.
             "    cmp ecx, ecx",
             "    repe cmpsb",
             "    je 4f",

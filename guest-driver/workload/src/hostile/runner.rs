@@ -5,15 +5,15 @@ use ringpass_guest_abi::{DriverRing, RingMemory, Sqe};
 use super::{Step, Target, TargetError, script};
 use crate::Environment;
 
-/// Violations that a report names; the others are counted.
+/// Maximum number of violations that a report names; it only counts further ones.
 pub const VIOLATIONS_KEPT: usize = 8;
 
-/// After so many steps without an answer the rest is not tried.
+/// After this number of steps without an answer the runner stops.
 const LOST_MAX: u64 = 3;
 
-/// A step with an answer that is not allowed.
+/// A step with an answer that is not permitted.
 ///
-/// Plain integers, as [`Report`](crate::Report): its name is found through [`HostileReport::named`].
+/// The structure has plain integers, like [`Report`](crate::Report). [`HostileReport::named`] gives the name of the step.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct Violation {
@@ -28,31 +28,31 @@ impl Violation {
     pub const NO_ANSWER: i64 = i64::MIN;
 }
 
-/// What came of a script.
+/// The outcome of a script.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct HostileReport {
-    /// Steps that were tried.
+    /// Number of steps that were tried.
     pub steps: u64,
-    /// Those that ended with an error.
+    /// Number of steps that ended with an error.
     pub refused: u64,
-    /// Those with an answer that is not allowed, or with none.
+    /// Number of steps with an answer that is not permitted, or without an answer.
     pub violations: u64,
-    /// Those without a completion in the time given.
+    /// Number of steps without a completion within the time-out.
     pub lost: u64,
-    /// Completions that belong to no step, or to one that was given up.
+    /// Number of completions that belong to no step, or to a step that was given up.
     pub unexpected: u64,
     /// The first violations.
     pub first: [Violation; VIOLATIONS_KEPT],
 }
 
 impl HostileReport {
-    /// Whether at least one step was tried, and every answer was allowed.
+    /// Whether at least one step was tried, and every answer was permitted.
     pub fn is_clean(&self) -> bool {
         self.steps != 0 && self.violations == 0 && self.unexpected == 0
     }
 
-    /// The first violations with their steps, if the script was that for `target`.
+    /// The first violations with their steps, if the script was the one for `target`.
     pub fn named<'a>(
         &'a self,
         target: &'a Target<'a>,
@@ -73,9 +73,9 @@ impl HostileReport {
     }
 }
 
-/// Submits the steps one at a time, polling, and compares their results. A step has `timeout_ns` to complete.
+/// Submits the steps one at a time, polls for their completions, and compares the results. The time-out of a step is `timeout_ns`.
 ///
-/// Nothing else may be in flight on the ring. Interrupts stay muted.
+/// No other request may be in flight on the ring. Interrupts stay muted.
 pub fn run_hostile<M: RingMemory, E: Environment>(
     ring: &mut DriverRing<M>,
     env: &mut E,
@@ -105,7 +105,7 @@ pub fn run_hostile<M: RingMemory, E: Environment>(
     report
 }
 
-/// The result of one request. None: it did not come in time.
+/// The result of one request. `None`: no completion came in time.
 fn answer<M: RingMemory, E: Environment>(
     ring: &mut DriverRing<M>,
     env: &mut E,
@@ -117,7 +117,7 @@ fn answer<M: RingMemory, E: Environment>(
     let mut empty_polls = 0u32;
     let mut pushed = false;
     while env.now_ns().saturating_sub(start_ns) < timeout_ns {
-        // The head of the submission queue may move after the completion of the step before.
+        // The head of the submission queue may move after the completion of the previous step.
         if !pushed && ring.push(sqe).is_ok() {
             pushed = true;
             if ring.publish() {

@@ -1,4 +1,4 @@
-//! The steps.
+//! The steps of the script.
 
 use core::fmt;
 
@@ -12,27 +12,28 @@ const EFAULT: i32 = 14;
 const EINVAL: i32 = 22;
 const EOPNOTSUPP: i32 = 95;
 
-/// A disallowed operation or flag: refused by the restrictions, or before them as unknown or as out of place.
+/// The answers to a disallowed operation or flag: the restrictions refuse it, or the kernel refuses it before them as unknown or
+/// invalid.
 const DENIED: Expect = Expect::Refused(&[EACCES, EINVAL, EOPNOTSUPP]);
 
 const PAGE_BYTES: u32 = 4096;
 const RWF_APPEND: u32 = 0x10;
 
-/// What may come of a step.
+/// The permitted answers to a step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Expect {
-    /// An error, one of these errnos (any if there are none here).
+    /// An error with one of these errnos (with any errno if the list is empty).
     Refused(&'static [i32]),
     /// An error, or a transfer of at most this many bytes between the disk and the guest's own scratch memory.
     ScratchOnly(u32),
     /// An error, or a transfer of at most this many bytes between the disk and the guest's own RAM.
     AtMost(u32),
-    /// An honest request: all bytes.
+    /// Success with all bytes, for an honest request.
     Exactly(u32),
 }
 
 impl Expect {
-    /// Whether `res` of the CQE is an allowed answer.
+    /// Whether `res` of the CQE is a permitted answer.
     pub fn allows(&self, res: i32) -> bool {
         match *self {
             Self::Refused(errnos) => {
@@ -44,10 +45,10 @@ impl Expect {
     }
 }
 
-/// The name of a step: what it tries, and the two numbers that tell it from its neighbours.
+/// The name of a step: what it tries, and two numbers that distinguish it from similar steps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Name {
-    /// What is tried.
+    /// What the step tries.
     pub what: &'static str,
     /// The opcode of the request.
     pub opcode: u8,
@@ -64,16 +65,16 @@ impl fmt::Display for Name {
 /// One request to try.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Step {
-    /// What it is.
+    /// The name of the step.
     pub name: Name,
-    /// The request; its `user_data` is free for the runner.
+    /// The request. The runner chooses its `user_data`.
     pub sqe: Sqe,
-    /// What may come of it.
+    /// The permitted answers.
     pub expect: Expect,
 }
 
-/// All steps for `target`, in an order that is always the same. The first and the last are honest requests: a ring
-/// that answers nothing but errors does not pass.
+/// All steps for `target`, always in the same order. The first and the last step are honest requests, so that a ring that answers
+/// only errors does not pass.
 pub fn script<'a>(target: &'a Target<'a>) -> Result<impl Iterator<Item = Step> + use<'a>, TargetError> {
     target.check()?;
     let base = Base::new(target);
@@ -89,7 +90,7 @@ pub fn script<'a>(target: &'a Target<'a>) -> Result<impl Iterator<Item = Step> +
         .chain(honest(base)))
 }
 
-/// The honest requests that the others are made from.
+/// The honest requests from which the script derives the others.
 #[derive(Clone, Copy)]
 struct Base<'a> {
     target: &'a Target<'a>,
@@ -112,8 +113,7 @@ impl<'a> Base<'a> {
         }
     }
 
-    /// A step with the read and one with the write, changed by `change`. A write to a read-only disk is denied,
-    /// whatever else it is.
+    /// Two steps: the read and the write, changed by `change`. A write to a read-only disk must always be denied.
     fn both(
         self,
         what: &'static str,
@@ -135,7 +135,7 @@ fn honest<'a>(base: Base<'a>) -> impl Iterator<Item = Step> {
     })
 }
 
-/// Every address at the edges of what the guest has, and those of others.
+/// The addresses at the edges of the guest's memory, and addresses of the host.
 fn addresses<'a>(base: Base<'a>) -> impl Iterator<Item = Step> {
     let target = base.target;
     let iova_base = target.addressing.iova_base;
@@ -188,7 +188,7 @@ fn addresses<'a>(base: Base<'a>) -> impl Iterator<Item = Step> {
             let is_read = step.sqe.opcode == Opcode::ReadFixed as u8;
             match reach {
                 Reach::Nothing => true,
-                // What can succeed must stay small, and a read must not change RAM that may be in use.
+                // Requests that can succeed must stay small, and a read must not change RAM that may be in use.
                 Reach::Scratch => len_bytes <= PAGE_BYTES,
                 Reach::Ram => len_bytes <= PAGE_BYTES && !is_read,
             }
@@ -196,7 +196,7 @@ fn addresses<'a>(base: Base<'a>) -> impl Iterator<Item = Step> {
     })
 }
 
-/// Ranges at the edges of an extent. Addresses below zero wrap, and are refused like any others.
+/// Ranges at the edges of an extent. Addresses below zero wrap, and must be refused like all others.
 fn around(extent: Extent) -> [(&'static str, u64, u32); 11] {
     let (start, end) = (extent.gpa, extent.end());
     let page = u64::from(PAGE_BYTES);
@@ -216,7 +216,7 @@ fn around(extent: Extent) -> [(&'static str, u64, u32); 11] {
     ]
 }
 
-/// The guest's own address in buffers that are not at that address.
+/// The guest's own address, in buffers that are not at that address.
 fn buffer_indexes<'a>(base: Base<'a>) -> impl Iterator<Item = Step> {
     let own = base.buf_index;
     let flipped = (0..16).map(move |bit| own ^ (1 << bit));
@@ -245,7 +245,7 @@ fn files<'a>(base: Base<'a>) -> impl Iterator<Item = Step> {
 fn opcodes_with_flags<'a>(base: Base<'a>) -> impl Iterator<Item = Step> {
     let fixed_file = SqeFlags::FIXED_FILE.0;
     let flags = move || (1..8).map(|bit| 1u8 << bit).chain([0]).flat_map(move |flag| [flag, flag | fixed_file]);
-    // Should one of them be allowed, let it touch what others see.
+    // If one of them is allowed by mistake, it must touch memory that others see.
     let addr = base.target.host_addresses.first().copied().unwrap_or(base.read.addr);
     let allowed = move |opcode, flags| {
         let reads = opcode == Opcode::ReadFixed as u8;
@@ -268,14 +268,14 @@ fn all_flags<'a>(base: Base<'a>) -> impl Iterator<Item = Step> {
     others.flat_map(move |flags| base.both("flags", u64::from(flags), DENIED, move |sqe| Sqe { flags, ..sqe }))
 }
 
-/// Fields that the restrictions do not look at.
+/// Fields that the restrictions do not check.
 fn fields<'a>(base: Base<'a>) -> impl Iterator<Item = Step> {
     let inside = Expect::AtMost(base.read.len_bytes);
     let personalities = [1, 2, 3, 255, 0x7fff, u16::MAX].into_iter().flat_map(move |personality| {
         let expect = Expect::Refused(&[EINVAL]);
         base.both("personality", u64::from(personality), expect, move |sqe| Sqe { personality, ..sqe })
     });
-    // The class is in the three highest bits: none, real time, best effort, idle, and four that do not exist.
+    // The class is in the three highest bits: none, real time, best effort, idle, and four undefined classes.
     let priorities = (0..8u16).flat_map(|class| [0, 1, 7, 8, 0x1fff].map(|level| class << 13 | level));
     let priorities = priorities
         .flat_map(move |ioprio| base.both("I/O priority", u64::from(ioprio), inside, move |sqe| Sqe { ioprio, ..sqe }));
@@ -298,7 +298,7 @@ fn fields<'a>(base: Base<'a>) -> impl Iterator<Item = Step> {
     personalities.chain(priorities).chain(rw_flags).chain(words)
 }
 
-/// Places on the disk, and behind it.
+/// Positions on the disk, and after its end.
 fn offsets<'a>(base: Base<'a>) -> impl Iterator<Item = Step> {
     let disk_bytes = base.target.disk_bytes;
     let len_bytes = base.read.len_bytes;

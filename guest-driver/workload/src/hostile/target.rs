@@ -1,4 +1,4 @@
-//! The guest that the script is for, and which addresses it may reach.
+//! The guest that the script is for, and the addresses that it may reach.
 
 use core::fmt;
 
@@ -23,45 +23,45 @@ impl Extent {
     }
 }
 
-/// The guest, its disk, and what to try.
+/// The guest, its disk, and further addresses to try.
 #[derive(Clone, Copy, Debug)]
 pub struct Target<'a> {
     /// The guest's RAM.
     pub ram: &'a [Extent],
-    /// Holes between RAM regions of one 1 GiB slot, which the broker fills with scratch memory of this guest.
+    /// Holes between RAM regions in one 1 GiB slot. The broker fills them with scratch memory of this guest.
     pub filled_holes: &'a [Extent],
-    /// Some ranges where the guest has nothing.
+    /// Some ranges where the guest has no memory.
     pub empty_holes: &'a [Extent],
     /// How this device addresses guest memory.
     pub addressing: FixedAddressing,
-    /// Memory of the guest that reads may overwrite, in RAM, not across a 1 GiB boundary, a multiple of 4096.
+    /// Address of guest RAM that reads may overwrite, a multiple of 4096. The buffer must not cross a 1 GiB boundary.
     pub buffer_gpa: u64,
-    /// Its length, which is that of most requests: a multiple of 4096 and of the disk's logical block.
+    /// Length of the buffer and of most requests: a multiple of 4096 and of the disk's logical block.
     pub buffer_bytes: u32,
-    /// Size of the disk, at least `buffer_bytes` behind `disk_offset_bytes`.
+    /// Size of the disk, at least `disk_offset_bytes` plus `buffer_bytes`.
     pub disk_bytes: u64,
-    /// Where on the disk requests go that do not try another place; a multiple of the disk's logical block.
+    /// Position on the disk of all requests that do not try another position; a multiple of the disk's logical block.
     pub disk_offset_bytes: u64,
     /// Whether the disk is read-only.
     pub read_only: bool,
-    /// Virtual addresses of the host to try: of the ring's owner, or of anything else.
+    /// Virtual addresses of the host to try: addresses of the ring's owner, or any others.
     pub host_addresses: &'a [u64],
-    /// Also try transfers of no bytes. Linux before 6.18.22 and 6.19.12 has a hole there (CVE-2026-43006).
+    /// Also try transfers of zero bytes. Linux before 6.18.22 and 6.19.12 has a hole there (CVE-2026-43006).
     pub zero_length: bool,
 }
 
-/// What a range of addresses names.
+/// The memory in a range of addresses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Reach {
-    /// Not only the guest's: to be refused.
+    /// Memory that is not only the guest's: the request must be refused.
     Nothing,
-    /// Scratch memory of the guest only.
+    /// Only scratch memory of the guest.
     Scratch,
-    /// The guest's RAM, perhaps scratch memory too.
+    /// The guest's RAM, perhaps with scratch memory.
     Ram,
 }
 
-/// Why there is no script for a target.
+/// The reason why there is no script for a target.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum TargetError {
     /// A range has no bytes, or does not end inside the 64-bit address space.
@@ -73,7 +73,7 @@ pub enum TargetError {
         /// [`Target::buffer_bytes`].
         len_bytes: u32,
     },
-    /// The place on the disk is not inside it.
+    /// The position is not on the disk.
     DiskOffset {
         /// [`Target::disk_offset_bytes`].
         offset_bytes: u64,
@@ -102,7 +102,7 @@ impl Target<'_> {
         }
     }
 
-    /// What `len_bytes` bytes at `addr` of fixed buffer `buf_index` are.
+    /// Classifies the `len_bytes` bytes at `addr` of fixed buffer `buf_index`.
     pub fn reach(&self, buf_index: u16, addr: u64, len_bytes: u32) -> Reach {
         let Some(first) = addr.checked_sub(self.addressing.iova_base) else {
             return Reach::Nothing;
