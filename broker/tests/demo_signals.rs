@@ -94,7 +94,7 @@ impl Drop for Demo {
 }
 
 #[test]
-fn a_demo_that_is_interrupted_leaves_no_file_and_no_process() {
+fn an_interrupted_demo_leaves_no_file_and_no_process() {
     let signals =
         [libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGQUIT, libc::SIGUSR1, libc::SIGUSR2, libc::SIGALRM];
     for (index, signal) in signals.into_iter().enumerate() {
@@ -116,7 +116,7 @@ fn a_demo_that_is_interrupted_leaves_no_file_and_no_process() {
 }
 
 #[test]
-fn a_guest_process_dies_with_a_demo_that_is_killed() {
+fn the_kernel_kills_the_guest_process_of_a_killed_demo() {
     let mut demo = Demo::start();
     demo.wait_for(Moment::HasGuests);
     demo.signal(libc::SIGKILL);

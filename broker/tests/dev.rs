@@ -80,7 +80,7 @@ impl Place {
 }
 
 #[test]
-fn devices_are_listed_by_name_and_those_that_are_gone_are_marked() {
+fn list_shows_devices_by_name_and_marks_those_that_are_gone() {
     let place = Place::new();
     assert_eq!(place.text(&["list"]), "no devices\n");
     let (_one, _two) = (place.serve("one"), place.serve_as("two", "second", &["--name", "second"]));
@@ -108,7 +108,7 @@ fn devices_are_listed_by_name_and_those_that_are_gone_are_marked() {
 }
 
 #[test]
-fn a_device_says_who_executes_each_queue_and_counts() {
+fn show_and_stats_report_what_executes_each_queue_and_its_counters() {
     let place = Place::new();
     let _served = place.serve_as("vm", "vm", &["--mode", "direct"]);
     let status = place.json(&["show", "vm"]);
@@ -145,7 +145,7 @@ fn a_device_says_who_executes_each_queue_and_counts() {
 }
 
 #[test]
-fn queues_that_no_front_end_uses_are_counted_and_not_listed() {
+fn unused_queues_are_counted_but_not_listed() {
     let place = Place::new();
     let _served = place.serve("vm");
     let lines = |what: &str| place.text(&[what, "vm"]).lines().map(str::to_owned).collect::<Vec<_>>();
@@ -165,7 +165,7 @@ fn queues_that_no_front_end_uses_are_counted_and_not_listed() {
 }
 
 #[test]
-fn a_device_without_rings_says_why() {
+fn show_reports_why_a_device_offers_no_rings() {
     let place = Place::new();
     let _served = place.serve_as("plain", "plain", &["--read-only"]);
     let text = place.text(&["show", "plain"]);
@@ -173,7 +173,7 @@ fn a_device_without_rings_says_why() {
 }
 
 #[test]
-fn clients_that_misbehave_hold_up_neither_the_device_nor_others_for_long() {
+fn misbehaving_clients_block_neither_the_device_nor_other_clients() {
     let place = Place::new();
     let _served = place.serve("vm");
     let connect = || UnixStream::connect(place.path("run/vm.control")).unwrap();
@@ -204,7 +204,7 @@ fn silent_clients_do_not_delay_others() {
 }
 
 #[test]
-fn a_device_that_does_not_answer_is_not_taken_for_one_that_is_gone() {
+fn a_silent_device_is_not_reported_as_gone() {
     let place = Place::new();
     let _served = place.serve("vm");
     let other = UnixListener::bind(place.path("run/silent.control")).unwrap();
@@ -217,7 +217,7 @@ fn a_device_that_does_not_answer_is_not_taken_for_one_that_is_gone() {
 }
 
 #[test]
-fn watching_goes_on_when_a_server_is_restarted() {
+fn watch_continues_after_a_server_restarts() {
     let place = Place::new();
     let served = place.serve("vm");
     let mut child = place.command(&["dev", "stats", "vm", "--watch", "0.1", "--json"]);
@@ -239,7 +239,7 @@ fn watching_goes_on_when_a_server_is_restarted() {
 }
 
 #[test]
-fn two_devices_of_one_name_and_a_control_socket_that_cannot_be_are_told() {
+fn a_used_control_socket_is_an_error_if_explicit_and_a_warning_by_default() {
     let place = Place::new();
     let _served = place.serve("vm");
     File::create(place.path("other.img")).unwrap().set_len(1 << 20).unwrap();

@@ -46,7 +46,7 @@ fn has_cause(definition: &str) -> bool {
 }
 
 #[test]
-fn an_error_s_message_says_its_cause() {
+fn every_error_message_contains_its_cause() {
     let (mut seen, mut silent) = (0, Vec::new());
     for path in sources() {
         let text = fs::read_to_string(&path).unwrap();

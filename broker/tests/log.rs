@@ -80,7 +80,7 @@ fn connect(directory: &TempDir) -> UnixStream {
 }
 
 #[test]
-fn a_server_whose_log_nobody_reads_goes_on_and_says_later_how_many_lines_are_missing() {
+fn a_server_with_a_blocked_log_continues_and_reports_missing_lines_later() {
     const MESSAGES: usize = 20_000;
     let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     let (mut reader, stderr, filled_bytes) = full_pipe();
@@ -106,7 +106,7 @@ fn a_server_whose_log_nobody_reads_goes_on_and_says_later_how_many_lines_are_mis
 }
 
 #[test]
-fn a_program_whose_error_nobody_reads_ends_all_the_same() {
+fn a_program_ends_even_if_its_error_cannot_be_written() {
     let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     let (_reader, stderr, _) = full_pipe();
     let mut command = serve(&directory, "warn", stderr);
@@ -115,7 +115,7 @@ fn a_program_whose_error_nobody_reads_ends_all_the_same() {
 }
 
 #[test]
-fn a_server_that_is_told_to_end_does_so_although_nobody_reads_its_log() {
+fn sigterm_ends_a_server_with_a_blocked_log() {
     let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     let (_reader, stderr, _) = full_pipe();
     let mut server = Running(serve(&directory, "info", stderr).spawn().unwrap());

@@ -67,7 +67,7 @@ fn the_built_in_policies_pass_lint_for_any_kernel_and_for_this_one() {
 }
 
 #[test]
-fn lint_names_each_way_out_and_exits_with_1() {
+fn lint_names_each_way_to_escape_and_exits_with_1() {
     let files = Files::new().with("open.toml", OPEN);
     let (status, out, _) = files.policy(&["lint", "open.toml"]);
     assert_eq!(status, 1);
@@ -102,7 +102,7 @@ fn a_policy_that_a_kernel_cannot_enforce_is_an_error_for_that_kernel() {
 }
 
 #[test]
-fn nop_is_judged_by_the_kernel_it_is_for() {
+fn lint_judges_nop_by_the_target_kernel() {
     let files = Files::new().with("nop.toml", &OPEN.replace("OPENAT", "NOP").replace("[]", "[\"IOSQE_FIXED_FILE\"]"));
     for (kernel, severity) in [("6.18.38", "error"), ("6.18.39", "warning"), ("6.12.3", "warning")] {
         let (_, report) = files.json(&["lint", "nop.toml", "--kernel", kernel]);
@@ -113,7 +113,7 @@ fn nop_is_judged_by_the_kernel_it_is_for() {
 }
 
 #[test]
-fn show_says_in_plain_words_what_a_guest_can_do_and_gives_the_file() {
+fn show_describes_what_a_guest_can_do_and_prints_the_file() {
     let files = Files::new().with("open.toml", OPEN);
     let (status, out, _) = files.policy(&["show", "open.toml"]);
     assert_eq!(status, 0);
@@ -126,7 +126,7 @@ fn show_says_in_plain_words_what_a_guest_can_do_and_gives_the_file() {
 }
 
 #[test]
-fn diff_exits_with_1_where_there_is_a_difference() {
+fn diff_exits_with_1_if_the_policies_differ() {
     let files = Files::new().with("open.toml", OPEN);
     let (status, out, _) = files.policy(&["diff", "direct-read-only", "direct-read-write"]);
     assert_eq!((status, out.as_str()), (1, "+ SQEs may request IORING_OP_WRITE_FIXED\n"));
@@ -135,7 +135,7 @@ fn diff_exits_with_1_where_there_is_a_difference() {
 }
 
 #[test]
-fn what_is_wrong_with_a_file_is_said_with_its_place_and_exits_with_2() {
+fn a_bad_policy_file_exits_with_2_and_the_error_states_the_position() {
     let files = Files::new().with("bad.toml", &OPEN.replace("READ_FIXED", "READ_FIXD"));
     for arguments in [["lint", "bad.toml"].as_slice(), &["show", "bad.toml"], &["diff", "bad.toml", "direct-read-only"]]
     {
@@ -153,7 +153,7 @@ fn what_is_wrong_with_a_file_is_said_with_its_place_and_exits_with_2() {
 }
 
 #[test]
-fn the_demo_refuses_a_policy_with_lint_errors_until_it_is_told_to_take_it() {
+fn the_demo_refuses_a_policy_with_lint_errors_without_allow_unsafe_policy() {
     // Everything the demo needs, and a way out.
     let text = OPEN.replace("IORING_OP_OPENAT", "IORING_OP_WRITE_FIXED").replace(
         "\"IORING_REGISTER_EVENTFD\"",
@@ -176,7 +176,7 @@ fn the_demo_refuses_a_policy_with_lint_errors_until_it_is_told_to_take_it() {
 }
 
 #[test]
-fn text_of_a_policy_file_cannot_act_on_the_terminal_or_make_lines() {
+fn text_of_a_policy_file_cannot_control_the_terminal_or_add_lines() {
     let header = "name = \"evil\\u001b[2J\\nname\"\ndescription = \"\\u009b1mred\"\n";
     let files = Files::new().with("evil.toml", &format!("{header}{OPEN}"));
     let (status, out, err) = files.policy(&["show", "evil.toml"]);
@@ -190,7 +190,7 @@ fn text_of_a_policy_file_cannot_act_on_the_terminal_or_make_lines() {
 }
 
 #[test]
-fn a_policy_is_read_from_a_pipe_but_not_without_end() {
+fn a_policy_is_read_from_a_pipe_up_to_a_limit() {
     let files = Files::new().with("large.toml", &format!("# {}\n{OPEN}", "x".repeat(1 << 20)));
     for endless in ["/dev/zero", "large.toml"] {
         let (status, _, err) = files.policy(&["lint", endless]);

@@ -102,7 +102,7 @@ fn the_demo_verifies_every_way_for_an_ordinary_user_with_8_mib_of_memlock() {
 }
 
 #[test]
-fn a_file_that_exists_is_only_read_and_stays_as_it_was() {
+fn the_demo_does_not_change_an_existing_file() {
     let installed = Installed::new();
     let image = installed.path().join("mine.img");
     let content: Vec<u8> = (0..1_048_576u32).flat_map(|word| word.to_le_bytes()).collect();
@@ -115,7 +115,7 @@ fn a_file_that_exists_is_only_read_and_stays_as_it_was() {
 }
 
 #[test]
-fn a_file_that_the_demo_made_is_removed_again() {
+fn the_demo_removes_a_file_that_it_created() {
     let installed = Installed::new();
     let output = installed.run(&["demo", "--seconds", "0.1", "--blk-file", "new.img"]);
     assert!(output.status.success(), "{}", stderr(&output));
@@ -147,7 +147,7 @@ fn one_wrong_byte_makes_the_exit_status_non_zero() {
 }
 
 #[test]
-fn a_guest_that_cannot_be_pinned_is_skipped_with_what_to_do() {
+fn the_demo_skips_guests_that_cannot_be_pinned_and_states_the_remedy() {
     let installed = Installed::new();
     let output = installed.command(512, &["demo", "--seconds", "0.1", "--json"]).output().unwrap();
     assert_eq!(output.status.code(), Some(1), "a demo without any guest shows nothing: {}", stderr(&output));
@@ -165,7 +165,7 @@ fn a_guest_that_cannot_be_pinned_is_skipped_with_what_to_do() {
 }
 
 #[test]
-fn virtual_machines_are_shown_with_their_exits_or_skipped_with_the_reason() {
+fn the_demo_shows_exits_of_virtual_machines_or_why_it_skips_them() {
     let installed = Installed::new();
     // As the user who runs the tests, who may have a KVM.
     let output = Command::new(&installed.program)
@@ -195,7 +195,7 @@ fn virtual_machines_are_shown_with_their_exits_or_skipped_with_the_reason() {
 }
 
 #[test]
-fn bad_input_is_refused_with_the_reason_and_changes_nothing() {
+fn bad_input_is_refused_with_a_reason_and_changes_no_file() {
     let installed = Installed::new();
     fs::write(installed.path().join("small.img"), [1; 8192]).unwrap();
     fs::write(installed.path().join("ragged.img"), vec![1; 300_000]).unwrap();
@@ -217,7 +217,7 @@ fn bad_input_is_refused_with_the_reason_and_changes_nothing() {
 }
 
 #[test]
-fn each_program_says_its_own_name_and_version() {
+fn each_program_prints_its_own_name_and_version() {
     for (program, name) in [
         (env!("CARGO_BIN_EXE_ringpass"), "ringpass"),
         (env!("CARGO_BIN_EXE_vhost-user-ringpass"), "vhost-user-ringpass"),
@@ -228,7 +228,7 @@ fn each_program_says_its_own_name_and_version() {
 }
 
 #[test]
-fn a_command_that_does_not_exist_is_refused_without_naming_one_that_is_not_for_people() {
+fn the_error_for_an_unknown_command_does_not_suggest_the_internal_command() {
     for word in ["bogus", "demo-gues", "demo-guest2"] {
         let output = Command::new(env!("CARGO_BIN_EXE_ringpass")).arg(word).output().unwrap();
         assert_eq!(output.status.code(), Some(2));
@@ -238,7 +238,7 @@ fn a_command_that_does_not_exist_is_refused_without_naming_one_that_is_not_for_p
 }
 
 #[test]
-fn the_guest_program_alone_says_what_it_is_for() {
+fn the_guest_command_without_a_broker_explains_itself() {
     let output = Command::new(env!("CARGO_BIN_EXE_ringpass")).arg("demo-guest").stdin(Stdio::null()).output().unwrap();
     assert!(!output.status.success());
     assert!(stderr(&output).contains("started by `ringpass demo`"), "{}", stderr(&output));

@@ -66,7 +66,7 @@ fn assert_refusal(what: &str, program: &str, output: Output, parts: &[&str]) {
 }
 
 #[test]
-fn whatever_is_wrong_with_a_server_s_options_is_said_once_with_what_to_do() {
+fn errors_in_a_server_s_options_are_one_line_with_the_remedy() {
     let place = Place::new();
     let _used = UnixListener::bind(place.path("used.sock")).unwrap();
     let _locked = Disk::open(&DiskConfig::new(place.path("small.img"))).unwrap();
@@ -137,7 +137,7 @@ fn whatever_is_wrong_with_a_server_s_options_is_said_once_with_what_to_do() {
 }
 
 #[test]
-fn a_limit_of_open_files_that_is_too_low_is_named() {
+fn the_error_names_a_limit_of_open_files_that_is_too_low() {
     let place = Place::new();
     let mut command = place.command(RINGPASS, &["serve", "--socket-path", "s", "--blk-file", "disk.img"]);
     let limit = Rlimit { current: Some(10), maximum: Some(10) };
@@ -147,7 +147,7 @@ fn a_limit_of_open_files_that_is_too_low_is_named() {
 }
 
 #[test]
-fn a_disk_that_this_user_may_not_open_is_refused_with_advice_that_can_be_followed() {
+fn a_disk_without_permission_is_refused_with_useful_advice() {
     if !rustix::process::geteuid().is_root() {
         return eprintln!("not run: only root can start programs as another user");
     }
@@ -172,7 +172,7 @@ fn a_disk_that_this_user_may_not_open_is_refused_with_advice_that_can_be_followe
 }
 
 #[test]
-fn what_other_commands_cannot_do_is_said_once_as_well() {
+fn errors_of_other_commands_are_one_line_without_repetition() {
     let place = Place::new();
     let listener = UnixListener::bind(place.path("deaf.control")).unwrap();
     let hanging_up = std::thread::spawn(move || drop(listener.accept().unwrap()));

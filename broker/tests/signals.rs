@@ -143,7 +143,7 @@ fn front_end(place: &Place) -> UnixStream {
 }
 
 #[test]
-fn every_signal_but_sigkill_ends_a_server_without_a_trace_or_does_nothing() {
+fn every_signal_except_sigkill_ends_a_server_cleanly_or_has_no_effect() {
     for is_connected in [false, true] {
         let place = Place::new();
         let mut running = None;
@@ -170,7 +170,7 @@ fn every_signal_but_sigkill_ends_a_server_without_a_trace_or_does_nothing() {
 }
 
 #[test]
-fn sigbus_of_another_process_ends_a_server_and_is_not_taken_for_lost_memory() {
+fn a_sigbus_that_another_process_sends_is_not_reported_as_lost_memory() {
     let place = Place::new();
     let mut server = place.spawn();
     let mut log = BufReader::new(server.0.stderr.take().unwrap());
@@ -187,7 +187,7 @@ fn sigbus_of_another_process_ends_a_server_and_is_not_taken_for_lost_memory() {
 }
 
 #[test]
-fn a_signal_during_start_up_leaves_nothing_behind() {
+fn a_signal_during_start_up_leaves_no_socket() {
     for (signal, _) in signals() {
         let place = Place::new();
         // Somewhere between the start of the program and its service.
@@ -219,7 +219,7 @@ fn the_signals_of_timeout_end_a_server_in_order() {
 }
 
 #[test]
-fn what_sigkill_leaves_is_replaced_by_the_next_start() {
+fn the_next_start_replaces_sockets_left_by_sigkill() {
     let place = Place::new();
     let mut server = place.serve();
     server.signal(libc::SIGKILL);

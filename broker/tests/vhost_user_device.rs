@@ -163,7 +163,7 @@ fn content(block: u64, generation: u8) -> [u8; BLOCK_BYTES] {
 }
 
 #[test]
-fn what_a_front_end_writes_is_on_the_disk_and_the_next_front_end_reads_it() {
+fn data_of_one_front_end_reaches_the_disk_and_the_next_front_end() {
     let rig = Rig::start();
     // As many at once as the ring has room for with three descriptors each.
     let of_queue = |queue: u64| -> Vec<u64> { (0..20).map(|number| number * 7 + queue).collect() };
@@ -191,7 +191,7 @@ fn what_a_front_end_writes_is_on_the_disk_and_the_next_front_end_reads_it() {
 }
 
 #[test]
-fn a_front_end_that_goes_with_requests_under_way_leaves_a_device_that_serves_the_next_one() {
+fn the_device_serves_the_next_front_end_after_one_leaves_with_requests_under_way() {
     let rig = Rig::start();
     for round in 0..10 {
         let mut client = Client::connect(&rig.socket());

@@ -113,7 +113,7 @@ fn kernel_facts(program: &Path) -> BTreeMap<String, Vec<i64>> {
 }
 
 #[test]
-fn every_field_size_and_constant_is_the_kernels() {
+fn every_field_size_and_constant_matches_the_kernel() {
     assert_eq!(our_facts(), kernel_facts(&compile("facts")));
 }
 

@@ -61,7 +61,7 @@ fn assert_nobody_waits(place: &Place) {
 }
 
 #[test]
-fn the_destination_of_a_migration_takes_the_disk_when_its_guest_runs_and_the_source_has_let_go() {
+fn a_migration_destination_locks_the_disk_when_its_guest_runs_and_the_source_has_released_it() {
     let place = Place::new();
     let source = || Disk::open(&DiskConfig::new(place.path("disk.img"))).unwrap();
     let disk = source();
@@ -82,7 +82,7 @@ fn the_destination_of_a_migration_takes_the_disk_when_its_guest_runs_and_the_sou
 }
 
 #[test]
-fn a_destination_whose_front_end_is_gone_leaves_the_disk_to_the_source() {
+fn a_destination_without_a_front_end_leaves_the_disk_to_the_source() {
     let place = Place::new();
     let disk = Disk::open(&DiskConfig::new(place.path("disk.img"))).unwrap();
     let running = Running::start(&mut place.serve(&["--socket-path", "s", "--incoming"]));
@@ -111,7 +111,7 @@ fn limit_bytes(running: &Running, name: &str) -> u64 {
 }
 
 #[test]
-fn a_resized_image_has_its_new_size_after_sighup_and_cannot_grow_beyond_it() {
+fn after_sighup_the_new_size_of_an_image_is_its_limit() {
     let place = Place::new();
     let image = File::options().write(true).open(place.path("disk.img")).unwrap();
     let running = Running::start(&mut place.serve(&["--socket-path", "s"]));
@@ -151,7 +151,7 @@ fn front_end(place: &Place, features: VhostUserProtocolFeatures) -> Frontend {
 }
 
 #[test]
-fn a_front_end_that_waits_for_another_one_is_told_in_the_log_with_both_process_ids() {
+fn the_log_names_a_waiting_front_end_and_the_served_one() {
     let place = Place::new();
     let running = Running::start(&mut place.serve(&["--socket-path", "s"]));
     running.wait_for("waiting for a front-end");
@@ -203,7 +203,7 @@ fn costs_of_queues(queues: &str) -> (u64, usize) {
 }
 
 #[test]
-fn queues_that_no_front_end_uses_cost_next_to_nothing() {
+fn unused_queues_cost_next_to_nothing() {
     // As many threads for I/O in both.
     let cpus = std::thread::available_parallelism().unwrap().get().clamp(1, 128);
     let (few, many) = (costs_of_queues(&cpus.to_string()), costs_of_queues("256"));
@@ -214,7 +214,7 @@ fn queues_that_no_front_end_uses_cost_next_to_nothing() {
 }
 
 #[test]
-fn a_log_that_nobody_reads_any_more_ends_nothing() {
+fn a_closed_log_does_not_end_the_server() {
     let place = Place::new();
     let mut command = place.serve(&["--socket-path", "s"]);
     let mut child = command.stderr(Stdio::piped()).stdout(Stdio::null()).spawn().unwrap();
@@ -234,7 +234,7 @@ fn a_log_that_nobody_reads_any_more_ends_nothing() {
 }
 
 #[test]
-fn a_server_without_free_descriptors_accepts_as_soon_as_it_has_one() {
+fn a_server_accepts_front_ends_again_when_it_has_free_descriptors() {
     let place = Place::new();
     let running = Running::start(&mut place.serve(&["--socket-path", "s"]));
     // Until then it needs descriptors of its own.

@@ -14,7 +14,7 @@ use serde_json::Value;
 use super::program::*;
 
 #[test]
-fn capabilities_are_json_and_need_no_other_option() {
+fn print_capabilities_prints_json_without_other_options() {
     let place = Place::new();
     for program in PROGRAMS {
         let output = place.command(program, &["--print-capabilities"]).output().unwrap();
@@ -26,7 +26,7 @@ fn capabilities_are_json_and_need_no_other_option() {
 }
 
 #[test]
-fn the_descriptor_names_the_program_that_is_built() {
+fn the_qemu_descriptor_names_the_built_program() {
     let text = fs::read_to_string(
         Path::new(env!("CARGO_MANIFEST_DIR")).join("share/qemu/vhost-user/50-vhost-user-ringpass.json"),
     )
@@ -101,7 +101,7 @@ fn a_listening_socket_can_be_passed() {
 }
 
 #[test]
-fn a_policy_file_of_one_s_own_is_read_and_one_with_a_mistake_refused_before_the_disk_is_taken() {
+fn a_policy_file_is_checked_before_the_disk_is_locked() {
     let place = Place::new();
     let ringpass = |arguments: &[&str]| place.command((PROGRAMS[0].0, &[]), arguments).output().unwrap();
     let shown = ringpass(&["policy", "show", "direct-read-write", "--toml"]);
@@ -134,7 +134,7 @@ fn a_server_on_a_connected_socket_ends_with_its_front_end() {
 }
 
 #[test]
-fn a_socket_that_an_ended_server_left_is_replaced() {
+fn a_socket_file_of_an_ended_server_is_replaced() {
     let place = Place::new();
     drop(UnixListener::bind(place.path("s")).unwrap());
     let running = Running::start(&mut place.serve(&["--socket-path", "s"]));
@@ -143,7 +143,7 @@ fn a_socket_that_an_ended_server_left_is_replaced() {
 }
 
 #[test]
-fn a_start_that_fails_says_why_in_one_line() {
+fn a_failed_start_prints_one_line_with_the_reason() {
     let place = Place::new();
     let _used = UnixListener::bind(place.path("used")).unwrap();
     File::create(place.path("small.img")).unwrap().set_len(512).unwrap();
@@ -172,7 +172,7 @@ fn a_start_that_fails_says_why_in_one_line() {
 
 /// The disk is locked by another process, for which each server would wait.
 #[test]
-fn what_is_wrong_with_the_options_is_said_before_the_disk_is_locked_or_a_socket_made() {
+fn options_are_checked_before_the_disk_is_locked_and_sockets_are_created() {
     let place = Place::new();
     fs::write(place.path("text"), "x").unwrap();
     fs::write(place.path("bad.toml"), "version = 1\nsqe = 7\n").unwrap();
@@ -226,7 +226,7 @@ fn what_is_wrong_with_the_options_is_said_before_the_disk_is_locked_or_a_socket_
 }
 
 #[test]
-fn a_host_that_forbids_io_uring_is_explained_with_how_to_allow_it() {
+fn the_error_on_a_host_that_forbids_io_uring_explains_how_to_allow_it() {
     let place = Place::new();
     let mut command = place.serve(&["--socket-path", "s"]);
     // SAFETY: between fork and exec only system calls are made, on memory of the child's own stack.
@@ -240,7 +240,7 @@ fn a_host_that_forbids_io_uring_is_explained_with_how_to_allow_it() {
 }
 
 #[test]
-fn landlock_that_is_forbidden_is_not_taken_for_a_kernel_without_it() {
+fn forbidden_landlock_is_not_reported_as_missing() {
     let place = Place::new();
     let mut command = place.serve(&["--socket-path", "s"]);
     // SAFETY: between fork and exec only system calls are made, on memory of the child's own stack.
@@ -252,7 +252,7 @@ fn landlock_that_is_forbidden_is_not_taken_for_a_kernel_without_it() {
 }
 
 #[test]
-fn a_bad_option_is_named_with_the_values_that_are_possible() {
+fn the_error_for_a_bad_option_states_the_possible_values() {
     let place = Place::new();
     for program in PROGRAMS {
         let options = ["--socket-path", "s", "--blk-file", "disk.img", "--queue-size", "100"];
@@ -267,7 +267,7 @@ fn a_bad_option_is_named_with_the_values_that_are_possible() {
 }
 
 #[test]
-fn a_disk_that_a_living_process_has_is_refused_after_the_grace_and_the_process_named() {
+fn the_error_for_a_locked_disk_names_the_process() {
     let place = Place::new();
     let _disk = Disk::open(&DiskConfig::new(place.path("disk.img"))).unwrap();
     let text = place.refusal(&["--socket-path", "s", "--lock-wait-s", "0"]);
@@ -276,7 +276,7 @@ fn a_disk_that_a_living_process_has_is_refused_after_the_grace_and_the_process_n
 }
 
 #[test]
-fn a_server_that_waits_for_its_disk_ends_on_sigterm() {
+fn sigterm_ends_a_server_that_waits_for_its_disk() {
     let place = Place::new();
     let _disk = Disk::open(&DiskConfig::new(place.path("disk.img"))).unwrap();
     let mut running = Running::start(&mut place.serve(&["--socket-path", "s", "--lock-wait-s", "3600"]));

@@ -91,7 +91,7 @@ fn gpa() -> impl Strategy<Value = u64> {
 
 proptest! {
     #[test]
-    fn what_is_accepted_lies_apart_aligned_and_below_16_tib(gpas in [gpa(), gpa(), gpa(), gpa(), gpa()], shift in 0..4u32) {
+    fn accepted_ranges_are_disjoint_aligned_and_below_16_tib(gpas in [gpa(), gpa(), gpa(), gpa(), gpa()], shift in 0..4u32) {
         let [control_gpa, r0, s0, r1, s1] = gpas.map(Le64::new);
         let areas = [AreaAddress { rings_gpa: r0, sqes_gpa: s0 }, AreaAddress { rings_gpa: r1, sqes_gpa: s1 }];
         let entries = 64 << shift;

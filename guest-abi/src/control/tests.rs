@@ -14,7 +14,7 @@ fn the_two_sides_write_different_cache_lines() {
 }
 
 #[test]
-fn a_driver_reads_what_the_device_wrote_and_the_other_way_round() {
+fn each_side_reads_what_the_other_wrote() {
     let layout = kernel_like(8, 16, Doorbell::WhenAsleep);
     let memory = TestMemory::new(&layout);
     let control = DriverControl::new(memory.clone());
@@ -37,7 +37,7 @@ fn a_driver_reads_what_the_device_wrote_and_the_other_way_round() {
 }
 
 #[test]
-fn a_record_that_cannot_be_is_refused() {
+fn an_impossible_record_is_refused() {
     let layout = kernel_like(8, 16, Doorbell::WhenAsleep);
     let lengths = Lengths { control_bytes: 4096, rings_bytes: layout.rings_bytes, sqes_bytes: layout.sqes_bytes };
     let record = RingRecord::new(&layout, MODE_DIRECT);

@@ -55,7 +55,7 @@ fn a_stop_always_ends_when_the_rings_are_gone() {
 }
 
 #[test]
-fn numbers_go_round_and_keep_their_areas_in_turn() {
+fn epoch_numbers_wrap_around_and_alternate_between_the_areas() {
     let last = Epoch::new(u32::MAX);
     assert_eq!((last.number(), last.next().number(), last.next().previous()), ((1 << 30) - 1, 0, last));
     assert_ne!(last.area(), last.next().area());
@@ -63,7 +63,7 @@ fn numbers_go_round_and_keep_their_areas_in_turn() {
 
 proptest! {
     #[test]
-    fn a_word_with_a_phase_is_itself_again(word: u32) {
+    fn a_word_with_a_phase_is_encoded_back_unchanged(word: u32) {
         match Announcement::from_word(word) {
             Some(announcement) => prop_assert_eq!(announcement.to_word(), word),
             None => prop_assert_eq!(word & 3, 0),

@@ -113,7 +113,7 @@ proptest! {
     }
 
     #[test]
-    fn one_bad_offset_is_refused_by_its_name(
+    fn the_error_for_a_bad_offset_names_the_field(
         which in 0..7usize, offset in offset(), sq_shift in 0..16u32, cq_shift in 0..17u32,
     ) {
         let mut layout = kernel_like(1 << sq_shift, 1 << cq_shift, Doorbell::Always);
@@ -142,7 +142,7 @@ fn a_layout_of_the_kernel_is_accepted_in_every_size() {
 }
 
 #[test]
-fn cqes_beyond_what_a_32_bit_offset_reaches_are_refused() {
+fn cqes_beyond_32_bit_offsets_are_refused() {
     let mut layout = kernel_like(8, 16, Doorbell::Always);
     layout.rings_bytes = 1 << 40;
     layout.cqes_offset = u32::MAX - 255;

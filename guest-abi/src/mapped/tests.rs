@@ -63,7 +63,7 @@ fn is_refused<T>(access: impl FnOnce() -> T) -> bool {
 }
 
 #[test]
-fn words_lie_at_their_offsets() {
+fn words_are_accessed_at_their_offsets() {
     let fixture = Fixture::new();
     let ring = fixture.ring();
     ring.store_relaxed(0, 0x0102_0304);
@@ -88,7 +88,7 @@ fn an_sqe_fills_its_slot_and_no_other() {
 }
 
 #[test]
-fn a_cqe_is_read_from_its_place() {
+fn a_cqe_is_read_at_its_offset() {
     let fixture = Fixture::new();
     let ring = fixture.ring();
     let at = RINGS_BYTES as u32 - 16;

@@ -26,7 +26,7 @@ fn the_magic_is_the_name() {
 }
 
 #[test]
-fn a_driver_takes_what_both_know_and_keeps_what_was_offered() {
+fn a_driver_uses_common_features_and_keeps_the_offered_limits() {
     let device = good().check().expect("a good answer");
     assert_eq!((device.version, device.features, device.queue_count), (0, F_DSYNC, 4));
     assert_eq!(device.limits.features, F_DSYNC | 1 << 40);

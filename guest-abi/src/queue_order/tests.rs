@@ -26,7 +26,7 @@ fn a_queue_with_requests_in_flight_is_neither_armed_nor_attached() {
 }
 
 #[test]
-fn nothing_may_stand_behind_attach() {
+fn no_entry_may_follow_attach() {
     for behind in [None, ARM, ATTACH, Some(RequestType::Event)] {
         let verdicts = verdicts(1, [(ATTACH, 0), (behind, 0), (None, 0)]);
         assert_eq!(verdicts, [Verdict::Execute, Verdict::Break, Verdict::Break]);
@@ -45,7 +45,7 @@ fn a_queue_is_ordinary_again_after_attach_was_completed() {
 }
 
 #[test]
-fn queue_0_is_never_attached_and_has_the_other_requests_alone() {
+fn queue_0_is_never_attached_and_takes_only_the_other_requests() {
     let refused = Verdict::Refuse(ErrorCode::Queue);
     for request in RequestType::ALL {
         let is_for_others = matches!(request, RequestType::Arm | RequestType::Attach);

@@ -34,7 +34,7 @@ fn detach_names_a_queue_that_can_be_attached() {
 
 proptest! {
     #[test]
-    fn a_payload_is_its_known_part_with_zeroes_behind(known: [u8; 8], zeroes in 0..64usize, tail in 0..64usize, byte: u8) {
+    fn a_payload_is_its_known_part_followed_by_zeroes(known: [u8; 8], zeroes in 0..64usize, tail in 0..64usize, byte: u8) {
         let mut bytes = std::vec::Vec::from(known);
         bytes.resize(8 + zeroes, 0);
         prop_assert_eq!(payload::<8>(&bytes), Ok(known));

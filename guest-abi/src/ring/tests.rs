@@ -296,7 +296,7 @@ proptest! {
 }
 
 #[test]
-fn a_full_sq_and_a_full_cq_hand_the_request_back() {
+fn a_push_to_a_full_sq_or_cq_returns_the_request() {
     let (memory, mut ring) = used_ring(kernel_like(2, 4, Doorbell::Always), u32::MAX, u32::MAX);
     let refused = |sqe, reason| Err(PushError { sqe, reason });
     assert_eq!((ring.push(&request(0)), ring.push(&request(1))), (Ok(()), Ok(())));
@@ -321,7 +321,7 @@ fn an_sq_is_not_full_of_requests_whose_completions_were_reaped() {
 }
 
 #[test]
-fn nothing_new_needs_no_doorbell() {
+fn publish_without_new_sqes_needs_no_doorbell() {
     let (memory, mut ring) = used_ring(kernel_like(4, 8, Doorbell::WhenAsleep), 0, 0);
     memory.store_relaxed(ring.layout().sq_flags_offset, SQ_NEED_WAKEUP);
     assert!(!ring.publish());
@@ -338,7 +338,7 @@ fn a_ring_with_a_bad_layout_is_refused() {
 }
 
 #[test]
-fn held_back_completions_are_seen_among_other_flags() {
+fn the_overflow_flag_is_seen_among_other_flags() {
     let (memory, ring) = used_ring(kernel_like(4, 8, Doorbell::Always), 0, 0);
     assert!(!ring.has_overflowed());
     memory.store_relaxed(ring.layout().sq_flags_offset, SQ_NEED_WAKEUP);
@@ -348,7 +348,7 @@ fn held_back_completions_are_seen_among_other_flags() {
 }
 
 #[test]
-fn a_refused_push_says_what_is_full() {
+fn the_error_of_a_refused_push_states_what_is_full() {
     let message = |reason| std::format!("{}", PushError { sqe: Sqe::default(), reason });
     assert_eq!(message(PushErrorReason::SqFull), "the submission queue is full");
     assert_eq!(message(PushErrorReason::CqFull), "as many requests are outstanding as the completion queue has entries");

@@ -20,7 +20,7 @@ macro_rules! rows {
 }
 
 #[test]
-fn the_numbers_of_the_specification_are_those_of_the_crate() {
+fn the_numbers_in_the_specification_match_the_crate() {
     let document = std::fs::read_to_string(in_repository("docs/abi.md")).expect("docs/abi.md");
     let lines: Vec<&str> = document.lines().collect();
     let has_line = |start: &str| assert!(lines.iter().any(|line| line.starts_with(start)), "no line {start:?}");

@@ -241,7 +241,7 @@ fn replace(document: &str, mark: &str, table: &str) -> String {
 }
 
 #[test]
-fn the_tables_of_the_specification_are_those_of_the_machines() {
+fn the_tables_in_the_specification_match_the_machines() {
     let path = in_repository("docs/abi.md");
     let document = std::fs::read_to_string(&path).expect("docs/abi.md");
     let document = replace(&document, "device table", &device_table());

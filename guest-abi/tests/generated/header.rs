@@ -92,7 +92,7 @@ fn header() -> String {
 }
 
 #[test]
-fn the_header_is_the_one_of_the_crate() {
+fn the_committed_header_matches_the_crate() {
     compare(&in_repository("guest-abi/include/ringpass_abi.h"), &header());
 }
 

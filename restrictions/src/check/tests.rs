@@ -18,7 +18,7 @@ fn refused(refusal: Refusal) -> Verdict {
 }
 
 #[test]
-fn the_kernel_looks_at_number_flags_and_buffers_before_the_restrictions() {
+fn the_kernel_checks_number_flags_and_buffers_before_the_restrictions() {
     let rules = Policy::direct(Access::ReadWrite).compile(&linux(6, 18)).unwrap().kernel_rules(&linux(6, 18));
     for (operation, flags, expected, errno) in [
         (Operation::new(63), SqeFlags::from_bits_retain(0xff), Refusal::UnknownOperation, 22),
@@ -39,7 +39,7 @@ fn the_kernel_looks_at_number_flags_and_buffers_before_the_restrictions() {
 }
 
 #[test]
-fn an_sqe_that_is_refused_still_ends_draining_for_the_ring() {
+fn a_refused_sqe_still_disables_draining_for_the_ring() {
     let policy = Policy::direct(Access::ReadWrite).with_flags_allowed(SqeFlags::FIXED_FILE | SqeFlags::IO_DRAIN);
     let checker = policy.checker(&linux(6, 18));
     let drain = sqe(Operation::READ_FIXED, SqeFlags::FIXED_FILE | SqeFlags::IO_DRAIN);
@@ -52,7 +52,7 @@ fn an_sqe_that_is_refused_still_ends_draining_for_the_ring() {
 }
 
 #[test]
-fn a_class_without_a_rule_is_denied_before_linux_7_and_free_from_then_on() {
+fn a_class_without_a_rule_is_denied_before_linux_7_and_unrestricted_since() {
     let register_only = [Restriction::new(RestrictionKind::RegisterOperation(RegisterOperation::REGISTER_PROBE))];
     let any = sqe(Operation::OPENAT, SqeFlags::empty());
     assert_eq!(KernelRules::of_table(&register_only, &linux(6, 19)).check(&any), refused(Refusal::Operation));
@@ -65,7 +65,7 @@ fn a_class_without_a_rule_is_denied_before_linux_7_and_free_from_then_on() {
 }
 
 #[test]
-fn a_later_entry_for_flags_replaces_the_one_before() {
+fn a_later_entry_for_flags_replaces_the_earlier_one() {
     let table = [
         Restriction::new(RestrictionKind::Operation(Operation::NOP)),
         Restriction::new(RestrictionKind::FlagsAllowed(SqeFlags::ASYNC)),
@@ -109,7 +109,7 @@ fn strict() -> Policy {
 }
 
 #[test]
-fn each_rule_on_fields_refuses_what_lies_just_beyond_it() {
+fn each_field_rule_refuses_values_just_beyond_its_limit() {
     let policy = strict();
     let checker = policy.checker(&linux(6, 18));
     let check = |sqe: Sqe| {
@@ -159,7 +159,7 @@ fn each_rule_on_fields_refuses_what_lies_just_beyond_it() {
 }
 
 #[test]
-fn what_the_rules_on_fields_cannot_read_is_refused_as_soon_as_there_is_one() {
+fn operations_with_unknown_fields_are_refused_if_there_is_a_field_rule() {
     let bare = Policy::direct(Access::ReadOnly).allow(Operation::OPENAT);
     let open = sqe(Operation::OPENAT, SqeFlags::FIXED_FILE);
     assert_eq!(bare.check(&open), Verdict::Allowed);
@@ -168,7 +168,7 @@ fn what_the_rules_on_fields_cannot_read_is_refused_as_soon_as_there_is_one() {
 }
 
 #[test]
-fn a_range_is_allocated_inside_the_window_and_nothing_is_moved() {
+fn fallocate_is_allowed_inside_the_window_and_never_moves_data() {
     let policy = strict();
     let punch =
         Sqe { opcode: Operation::FALLOCATE.code(), flags: 1, fd: 3, off: 1 << 20, addr: 512, len: 3, ..Sqe::default() };

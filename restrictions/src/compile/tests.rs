@@ -39,7 +39,7 @@ fn an_optional_register_operation_is_left_out_where_the_kernel_lacks_it() {
 }
 
 #[test]
-fn all_unknown_operations_are_named_at_once_with_the_kernel_that_has_them() {
+fn the_error_names_all_unknown_operations_and_a_kernel_that_has_them() {
     let policy = Policy::direct(Access::ReadWrite)
         .allow(Operation::READV_FIXED)
         .allow(Operation::FTRUNCATE)

@@ -25,7 +25,7 @@ fn replaced(from: &str, to: &str) -> String {
 }
 
 #[test]
-fn a_small_file_is_the_policy_it_says() {
+fn a_small_file_parses_to_its_policy() {
     let policy = Policy::new()
         .allow(Operation::READ_FIXED)
         .with_flags_required(SqeFlags::FIXED_FILE)
@@ -101,7 +101,7 @@ fn an_error_states_the_line_and_the_column() {
 }
 
 #[test]
-fn an_operation_without_a_name_is_its_number() {
+fn an_operation_without_a_name_is_written_as_its_number() {
     let policy = Policy::direct(Access::ReadOnly).allow(Operation::new(200));
     let text = PolicyFile { name: None, description: None, policy }.to_toml();
     assert!(text.contains("200"), "{text}");

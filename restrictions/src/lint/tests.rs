@@ -28,7 +28,7 @@ fn the_built_in_policies_have_no_errors_in_the_mode_they_are_for() {
 }
 
 #[test]
-fn the_mediated_policies_are_refused_for_direct_mode_by_the_name_of_each_rule() {
+fn lint_names_each_field_rule_of_the_mediated_policies_in_direct_mode() {
     let policy = Policy::mediated(Access::ReadOnly);
     let rules: Vec<String> = policy.fields().rules().map(|rule| rule.to_string()).collect();
     let found: Vec<String> = errors(&policy)
@@ -43,7 +43,7 @@ fn the_mediated_policies_are_refused_for_direct_mode_by_the_name_of_each_rule() 
 
 /// Policies that are dangerous in practice, each with the one lint that names the danger.
 #[test]
-fn every_dangerous_policy_gets_its_lint_by_name() {
+fn every_dangerous_policy_triggers_its_lint() {
     let with = |operation| direct().allow(operation);
     for (policy, name, subject) in [
         (with(Operation::READ), "raw-addresses", "IORING_OP_READ"),
@@ -85,7 +85,7 @@ fn every_dangerous_policy_gets_its_lint_by_name() {
 }
 
 #[test]
-fn an_operation_gives_an_error_if_it_reaches_anything_and_none_if_it_does_not() {
+fn an_operation_is_an_error_exactly_if_it_has_a_reach() {
     for operation in Operation::named() {
         let policy = Policy::new()
             .allow(operation)
@@ -102,7 +102,7 @@ fn an_operation_gives_an_error_if_it_reaches_anything_and_none_if_it_does_not() 
 }
 
 #[test]
-fn nop_is_an_error_where_its_hole_is_open_or_nobody_looked() {
+fn nop_is_an_error_if_its_hole_is_open_or_unknown() {
     let policy = direct().allow(Operation::NOP);
     let severity = |nop| {
         let context = LintContext { nop, ..any_kernel(Mode::Direct) };
@@ -140,14 +140,14 @@ fn a_flush_is_no_error_in_mediated_mode_with_a_limit_on_requests() {
 }
 
 #[test]
-fn what_mediated_mode_would_always_refuse_is_said() {
+fn lint_warns_of_operations_that_mediated_mode_always_refuses() {
     let policy = Policy::mediated(Access::ReadWrite).allow(Operation::POLL_REMOVE);
     let findings = policy.lint(&any_kernel(Mode::Mediated));
     assert!(findings.iter().any(|finding| finding.lint == Lint::NeverAllowed), "{findings:?}");
 }
 
 #[test]
-fn a_rule_that_can_never_be_meant_is_a_contradiction() {
+fn an_impossible_rule_is_a_contradiction() {
     let policy = Policy::direct(Access::ReadOnly).with_offset_window(OffsetWindow { start_bytes: 0, len_bytes: 0 });
     let findings = policy.lint(&any_kernel(Mode::Mediated));
     assert!(
@@ -157,7 +157,7 @@ fn a_rule_that_can_never_be_meant_is_a_contradiction() {
 }
 
 #[test]
-fn the_worst_comes_first_and_a_finding_reads_as_a_line() {
+fn findings_are_sorted_by_severity_and_displayed_as_lines() {
     let findings = direct().allow(Operation::READ).lint(&any_kernel(Mode::Direct));
     assert!(findings.is_sorted_by_key(|finding| core::cmp::Reverse(finding.severity)));
     assert_eq!(
