@@ -1,4 +1,4 @@
-//! `ringpass demo` that is interrupted: it leaves no image, no socket and no guest process.
+//! An interrupted `ringpass demo` leaves no image, no socket and no guest process behind.
 
 use std::fs;
 use std::os::unix::process::ExitStatusExt;
@@ -9,21 +9,21 @@ use std::time::{Duration, Instant};
 use nix::libc;
 use tempfile::TempDir;
 
-/// Longer than anything takes on a machine with other work.
+/// A limit that even a busy machine keeps.
 const LIMIT: Duration = Duration::from_secs(60);
 
-/// How far the demo has come when it is interrupted.
+/// The moment at which the test interrupts the demo.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Moment {
-    /// Somewhere in its first instructions.
+    /// Directly after the start of the process.
     Started,
-    /// The image is there, and perhaps not yet filled.
+    /// The image exists, but may not be filled yet.
     HasImage,
     /// A guest process runs, and a server listens on its socket.
     HasGuests,
 }
 
-/// A demo in a directory of its own. Killed when dropped.
+/// A demo in its own directory. Dropping the value kills the process.
 struct Demo {
     child: Child,
     directory: TempDir,
@@ -31,7 +31,7 @@ struct Demo {
 
 impl Demo {
     fn start() -> Self {
-        // A shell without job control has programs in the background ignore them, and the demo would inherit that.
+        // A shell without job control lets background programs ignore these signals, and the demo would inherit that.
         for signal in [libc::SIGINT, libc::SIGQUIT, libc::SIGHUP] {
             // SAFETY: the default action has no handler that could be unsafe to call.
             assert_ne!(unsafe { libc::signal(signal, libc::SIG_DFL) }, libc::SIG_ERR);
@@ -70,7 +70,7 @@ impl Demo {
         entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect()
     }
 
-    /// Whether a process of the guest works in this directory.
+    /// Whether a guest process works in this directory.
     fn has_guests(&self) -> bool {
         let processes = fs::read_dir("/proc").unwrap().flatten();
         let is_guest = |process: &Path| {
@@ -81,7 +81,7 @@ impl Demo {
     }
 
     fn signal(&self, signal: libc::c_int) {
-        // SAFETY: two integers; the process has not been waited for, so that the number is its own.
+        // SAFETY: two integers; the process has not been waited for, so its number is not reused.
         assert_eq!(unsafe { libc::kill(self.child.id() as i32, signal) }, 0);
     }
 }
@@ -98,7 +98,7 @@ fn an_interrupted_demo_leaves_no_file_and_no_process() {
     let signals =
         [libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGQUIT, libc::SIGUSR1, libc::SIGUSR2, libc::SIGALRM];
     for (index, signal) in signals.into_iter().enumerate() {
-        // SIGINT and SIGTERM at every moment, the others at one each.
+        // SIGINT and SIGTERM at every moment, the other signals at one moment each.
         let moments = [Moment::HasGuests, Moment::HasImage, Moment::Started];
         let moments = if index < 2 { &moments[..] } else { &moments[index % 3..][..1] };
         for &moment in moments {
@@ -109,7 +109,7 @@ fn an_interrupted_demo_leaves_no_file_and_no_process() {
             let told = status.signal().or(status.code().map(|code| code - 128));
             assert_eq!(told, Some(signal), "{status} after signal {signal} at {moment:?}");
             demo.wait("a guest stays", |demo| !demo.has_guests());
-            // What a core dump of the kernel's would be called is not known.
+            // Any file counts, because the name of a core dump is not known.
             assert_eq!(demo.files(), Vec::<String>::new(), "signal {signal} at {moment:?}");
         }
     }

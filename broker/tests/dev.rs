@@ -1,4 +1,4 @@
-//! `ringpass dev` on served devices, as an operator meets it.
+//! `ringpass dev` on served devices, as an operator uses it.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
@@ -12,13 +12,13 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_ringpass");
-/// Longer than anything takes on a machine with other work.
+/// A limit that even a busy machine keeps.
 const LIMIT: Duration = Duration::from_secs(60);
 
 /// A directory with disks, sockets, and the control sockets of devices.
 struct Place(TempDir);
 
-/// A served device; ends with the test.
+/// A served device, which ends with the test.
 struct Served(Child);
 
 impl Drop for Served {
@@ -48,7 +48,7 @@ impl Place {
         self.serve_as(name, name, &[])
     }
 
-    /// A device whose files are called `name`, and that itself is called `device`.
+    /// Serves a device with the name `device`, whose files have the name `name`.
     fn serve_as(&self, name: &str, device: &str, options: &[&str]) -> Served {
         let (socket, image) = (format!("{name}.sock"), format!("{name}.img"));
         File::create(self.path(&image)).unwrap().set_len(1 << 20).unwrap();
@@ -196,7 +196,7 @@ fn silent_clients_do_not_delay_others() {
     let place = Place::new();
     let _served = place.serve("vm");
     let silent: Vec<UnixStream> = (0..40).map(|_| UnixStream::connect(place.path("run/vm.control")).unwrap()).collect();
-    // Each alone was waited for 2 s.
+    // One after the other, each client would take 2 s.
     let begin = Instant::now();
     place.json(&["show", "vm"]);
     assert!(begin.elapsed() < Duration::from_secs(10), "{:?}", begin.elapsed());
@@ -227,7 +227,7 @@ fn watch_continues_after_a_server_restarts() {
     let _watching = Served(child);
     let started = |line: &str| serde_json::from_str::<Value>(line).unwrap()["started_ms"].as_u64().unwrap();
     let before = started(&counts.next().unwrap());
-    // Killed, so that its socket stays; and then removed, as in an orderly end.
+    // Kill the server, so that its socket stays, and then remove the socket, as after an orderly end.
     drop(served);
     let line = said.next().unwrap();
     assert!(line.contains("the device is gone") && line.ends_with("; waiting for it"), "{line}");
@@ -250,7 +250,7 @@ fn a_used_control_socket_is_an_error_if_explicit_and_a_warning_by_default() {
     let error = String::from_utf8_lossy(&output.stderr).into_owned();
     assert!(error.contains("--control-socket") && error.contains("another process listens there"), "{error}");
 
-    // The default one is not worth a disk: the device goes on without.
+    // The default control socket is not worth a failed start: the device runs without it.
     let mut child = place.command(&serve).stderr(Stdio::piped()).spawn().unwrap();
     let lines = BufReader::new(child.stderr.take().unwrap()).lines().map_while(Result::ok);
     let said: Vec<String> = lines.take_while(|line| !line.contains("waiting for a front-end")).collect();

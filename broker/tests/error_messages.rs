@@ -1,11 +1,11 @@
-//! The rule for errors, in the sources of all crates: a message says its cause itself, so that whoever prints the error alone (a
-//! field of a log line, an answer to a guest) prints the cause as well. `printable::Chain` counts on it when it prints each part
-//! of a chain once.
+//! The rule for errors in the sources of all crates: a message contains its cause, so that code that prints only the error (a field
+//! of a log line, an answer to a guest) prints the cause as well. `printable::Chain` relies on this rule when it prints each part of
+//! a chain once.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// All Rust sources of the repository but the generated ones.
+/// All Rust sources of the repository, except generated ones.
 fn sources() -> Vec<PathBuf> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
     let (mut directories, mut sources) = (Vec::new(), Vec::new());
@@ -25,7 +25,7 @@ fn sources() -> Vec<PathBuf> {
     sources
 }
 
-/// The `#[error(...)]` attributes of a source, each with what it belongs to: everything up to the next one.
+/// The `#[error(...)]` attributes of a source, each with the text up to the next attribute.
 fn errors(text: &str) -> Vec<(&str, &str)> {
     let starts: Vec<usize> = text.match_indices("#[error(").map(|(start, _)| start).collect();
     let ends = starts.iter().skip(1).copied().chain([text.len()]);
@@ -33,7 +33,7 @@ fn errors(text: &str) -> Vec<(&str, &str)> {
     each.collect()
 }
 
-/// Whether the error has a cause, in one of the ways that `thiserror` knows, before its definition ends.
+/// Whether the definition of the error has a cause, in one of the forms that `thiserror` supports.
 fn has_cause(definition: &str) -> bool {
     let end = definition.find("\n}\n").unwrap_or(definition.len());
     let fields = definition[..end].lines().map(str::trim).filter(|line| !line.starts_with("//"));

@@ -1,4 +1,4 @@
-//! What a server does when nobody reads its log.
+//! The behaviour of a server whose log has no reader.
 
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, PipeReader, Read, Write};
@@ -10,12 +10,12 @@ use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 
-/// Longer than anything takes on a machine with other work.
+/// A limit that even a busy machine keeps.
 const LIMIT: Duration = Duration::from_secs(60);
-/// GET_FEATURES without flags but the version (vhost-user, "Header").
+/// GET_FEATURES with no flags except the version (vhost-user, "Header").
 const GET_FEATURES: [u8; 12] = [1, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0];
 
-/// A pipe with no room left, as standard error of a child; and what it holds already.
+/// A full pipe as standard error of a child, and the number of bytes in it.
 fn full_pipe() -> (PipeReader, Stdio, usize) {
     let (reader, mut writer) = io::pipe().unwrap();
     let flags = fcntl_getfl(&writer).unwrap();
@@ -32,7 +32,7 @@ fn full_pipe() -> (PipeReader, Stdio, usize) {
 struct Running(Child);
 
 impl Running {
-    /// Its exit status, which must come.
+    /// Waits for its exit status.
     fn end(&mut self) -> Option<i32> {
         let started = Instant::now();
         loop {
@@ -88,7 +88,7 @@ fn a_server_with_a_blocked_log_continues_and_reports_missing_lines_later() {
     let mut front_end = connect(&directory);
     front_end.set_read_timeout(Some(LIMIT)).unwrap();
     for _ in 0..MESSAGES {
-        // Each is a line of the log at this level.
+        // At this level each message is a line of the log.
         front_end.write_all(&GET_FEATURES).unwrap();
         front_end.read_exact(&mut [0; 20]).expect("the server goes on answering");
     }

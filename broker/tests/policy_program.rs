@@ -1,4 +1,4 @@
-//! `ringpass policy` as a user and as a user's CI meet it.
+//! `ringpass policy` as users and their CI use it.
 
 use std::{
     fs,
@@ -9,7 +9,7 @@ use std::{
 use serde_json::Value;
 use tempfile::TempDir;
 
-/// Policy files in a directory of their own.
+/// Policy files in their own directory.
 struct Files(TempDir);
 
 const OPEN: &str = "\
@@ -154,7 +154,7 @@ fn a_bad_policy_file_exits_with_2_and_the_error_states_the_position() {
 
 #[test]
 fn the_demo_refuses_a_policy_with_lint_errors_without_allow_unsafe_policy() {
-    // Everything the demo needs, and a way out.
+    // The policy allows everything that the demo needs, and a way to escape.
     let text = OPEN.replace("IORING_OP_OPENAT", "IORING_OP_WRITE_FIXED").replace(
         "\"IORING_REGISTER_EVENTFD\"",
         "\"IORING_REGISTER_EVENTFD\", \"IORING_UNREGISTER_EVENTFD\", \"IORING_REGISTER_BUFFERS_UPDATE\"",

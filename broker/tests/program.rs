@@ -1,4 +1,4 @@
-//! The `ringpass` program as a user meets it.
+//! The `ringpass` program as a user runs it.
 
 use std::fs::{self, OpenOptions};
 use std::os::unix::fs::{FileExt, PermissionsExt};
@@ -11,16 +11,16 @@ use std::time::Duration;
 use serde_json::Value;
 use tempfile::TempDir;
 
-/// What Debian gives an ordinary user.
+/// The default limit of an ordinary user on Debian.
 const MEMLOCK_KIB: u32 = 8192;
 
 static NEXT_USER: AtomicU32 = AtomicU32::new(0);
 
-/// The program at a place that every user can reach, and a directory on the same disk that every user can write.
+/// The program at a path that every user can access, and a directory on the same disk that every user can write to.
 struct Installed {
     directory: TempDir,
     program: PathBuf,
-    /// An ordinary user of this test's own: what a user pins counts for all of that user's processes.
+    /// A separate ordinary user for this test, because the memory that a user pins counts for all processes of the user.
     uid: u32,
 }
 
@@ -38,7 +38,7 @@ impl Installed {
         self.directory.path()
     }
 
-    /// The program with `arguments`, in the directory, with a memlock limit, as an ordinary user even under root.
+    /// The program with `arguments`, in the directory, with a memlock limit, as an ordinary user even if the tests run as root.
     fn command(&self, memlock_kib: u32, arguments: &[&str]) -> Command {
         let mut command = Command::new("sh");
         command
@@ -132,7 +132,7 @@ fn one_wrong_byte_makes_the_exit_status_non_zero() {
     let mut command =
         installed.command(MEMLOCK_KIB, &["demo", "--seconds", "1", "--json", "--blk-file", "changing.img"]);
     let mut demo = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
-    // Whenever the demo reads what the file holds, it holds something else soon after.
+    // Whenever the demo reads the content of the file, the content changes soon afterwards.
     let file = OpenOptions::new().write(true).open(&image).unwrap();
     for byte in [8, 7].into_iter().cycle() {
         file.write_all_at(&[byte], 4096 * 31 + 1234).unwrap();
@@ -167,7 +167,7 @@ fn the_demo_skips_guests_that_cannot_be_pinned_and_states_the_remedy() {
 #[test]
 fn the_demo_shows_exits_of_virtual_machines_or_why_it_skips_them() {
     let installed = Installed::new();
-    // As the user who runs the tests, who may have a KVM.
+    // As the user who runs the tests, who may have access to KVM.
     let output = Command::new(&installed.program)
         .args(["demo", "--seconds", "0.5", "--json"])
         .env("TMPDIR", installed.path())
@@ -190,7 +190,7 @@ fn the_demo_shows_exits_of_virtual_machines_or_why_it_skips_them() {
         way["exits_per_io"].as_f64().unwrap()
     };
     assert!(exits_per_io("kvm-kick") >= 1.0, "each doorbell is an exit");
-    // On a busy machine the host's own interrupts show.
+    // On a busy machine the exits include the host's own interrupts.
     assert!(exits_per_io("kvm-poll") < 0.5, "polling needs no exits");
 }
 

@@ -1,5 +1,4 @@
-//! What the programs say when they cannot do what they are asked for: one line, in which every part stands once, with the path
-//! or option that is meant and, where something can be done, what.
+//! The errors of the programs: one line without repetition, which names the path or option and, if there is a remedy, the remedy.
 
 use std::collections::HashSet;
 use std::fs::{self, File};
@@ -13,10 +12,10 @@ use rustix::fs::{CWD, Mode, mkfifoat};
 use rustix::process::{Resource, Rlimit, setrlimit};
 use tempfile::TempDir;
 
-/// Shorter parts of a line may come twice: `x.sock: x.sock is in use` does not, `a: b: a` does.
+/// Shorter parts of a line may occur twice: `x.sock: x.sock is in use` is forbidden, `a: b: a` is permitted.
 const REPEATED_CHARS: usize = 6;
 
-/// A directory with all that can be wrong.
+/// A directory with all kinds of unsuitable files.
 struct Place(TempDir);
 
 impl Place {
@@ -47,7 +46,7 @@ impl Place {
 const RINGPASS: &str = env!("CARGO_BIN_EXE_ringpass");
 const VHOST_USER_RINGPASS: &str = env!("CARGO_BIN_EXE_vhost-user-ringpass");
 
-/// Checks the form of a refusal, and that it has these parts.
+/// Checks the form of an error, and that it contains these parts.
 fn assert_refusal(what: &str, program: &str, output: Output, parts: &[&str]) {
     let text = String::from_utf8(output.stderr).unwrap();
     assert!(!output.status.success(), "{what} succeeds");

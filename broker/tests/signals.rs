@@ -1,4 +1,4 @@
-//! What each signal does to a server, and that none leaves a socket behind.
+//! The effect of each signal on a server. No signal leaves a socket behind.
 
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Read, Write};
@@ -12,10 +12,10 @@ use nix::libc;
 use tempfile::TempDir;
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_ringpass");
-/// Longer than anything takes on a machine with other work.
+/// A limit that even a busy machine keeps.
 const LIMIT: Duration = Duration::from_secs(60);
 
-/// What a server does about a signal.
+/// The reaction of a server to a signal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Effect {
     Ends(i32),
@@ -57,7 +57,7 @@ impl Place {
         self.0.path().join(name)
     }
 
-    /// Starts a server, and does not wait.
+    /// Starts a server without waiting for its start-up.
     fn spawn(&self) -> Server {
         let mut command = Command::new(PROGRAM);
         command.args(["serve", "--socket-path", "vm.sock", "--blk-file", "disk.img", "--num-queues", "2"]);
@@ -65,7 +65,7 @@ impl Place {
         Server(command.stdin(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap())
     }
 
-    /// Starts a server that has started.
+    /// Starts a server and waits until its start-up has ended.
     fn serve(&self) -> Server {
         let mut server = self.spawn();
         let mut lines = BufReader::new(server.0.stderr.take().unwrap()).lines();
@@ -89,12 +89,12 @@ impl Place {
     }
 }
 
-/// A server; killed when dropped.
+/// A server. Dropping the value kills it.
 struct Server(Child);
 
 impl Server {
     fn signal(&self, signal: libc::c_int) {
-        // SAFETY: two integers; the process has not been waited for, so that the number is its own.
+        // SAFETY: two integers; the process has not been waited for, so its number is not reused.
         assert_eq!(unsafe { libc::kill(self.0.id() as i32, signal) }, 0);
     }
 
@@ -190,12 +190,12 @@ fn a_sigbus_that_another_process_sends_is_not_reported_as_lost_memory() {
 fn a_signal_during_start_up_leaves_no_socket() {
     for (signal, _) in signals() {
         let place = Place::new();
-        // Somewhere between the start of the program and its service.
+        // Moments between the start of the program and the end of its start-up.
         for delay_us in [0, 1_000, 3_000, 6_000, 10_000, 15_000] {
             let mut server = place.spawn();
             std::thread::sleep(Duration::from_micros(delay_us));
             server.signal(signal);
-            // What has not ended by that is ended.
+            // End the server if that signal has not ended it.
             server.signal(libc::SIGTERM);
             server.wait();
             assert_eq!(place.sockets(), Vec::<String>::new(), "signal {signal} after {delay_us} µs");

@@ -1,4 +1,4 @@
-//! The whole device in one process: the server, the engine, a disk image, and a front-end and driver that others wrote.
+//! The whole device in one process: the server, the engine, a disk image, and a third-party front-end and driver.
 
 use std::error::Error;
 use std::io;
@@ -22,7 +22,7 @@ const BLOCK_BYTES: usize = 4096;
 const QUEUES: usize = 2;
 const QUEUE_SIZE: u16 = 64;
 
-/// A disk that is there from the beginning.
+/// A disk source that has the disk from the beginning.
 struct FixedDisk;
 
 impl DiskSource for FixedDisk {
@@ -80,7 +80,7 @@ impl Rig {
         self.directory.path().join("socket")
     }
 
-    /// Ends the server and gives what is in the image.
+    /// Ends the server and returns the content of the image.
     fn stop(self) -> Vec<u8> {
         self.handle.stop();
         self.thread.join().unwrap().unwrap();
@@ -107,18 +107,18 @@ impl Client {
             Box::new(VhostUser::new(socket.to_str().unwrap(), features).unwrap());
         assert_eq!(u64::from(transport.get_config().unwrap().capacity) * 512, DISK_BYTES);
         let mut queues = VirtioBlkQueue::setup_queues(&mut *transport, QUEUES, QUEUE_SIZE).unwrap();
-        // This driver begins without interrupts.
+        // This driver starts with interrupts off.
         queues.iter_mut().for_each(|queue| queue.set_used_notif_enabled(true));
         let file = rustix::fs::memfd_create("device-test-buffers", MemfdFlags::CLOEXEC).unwrap();
         rustix::fs::ftruncate(&file, (BLOCK_BYTES * usize::from(QUEUE_SIZE)) as u64).unwrap();
         // SAFETY: the file is ours, has this length for as long as it lives, and only the device writes to it, between
-        // the submission of a request and its completion, when nobody looks.
+        // the submission of a request and its completion, when no code of this process accesses the buffer.
         let buffers = unsafe { MmapMut::map_mut(&file) }.unwrap();
         transport.map_mem_region(buffers.as_ptr() as usize, buffers.len(), file.as_raw_fd(), 0).unwrap();
         Self { transport, queues, buffers }
     }
 
-    /// Has one request for each of these blocks under way on a queue at once, and waits for all.
+    /// Submits one request for each of these blocks on a queue at once, and waits for all.
     fn all(
         &mut self,
         queue: usize,
@@ -165,7 +165,7 @@ fn content(block: u64, generation: u8) -> [u8; BLOCK_BYTES] {
 #[test]
 fn data_of_one_front_end_reaches_the_disk_and_the_next_front_end() {
     let rig = Rig::start();
-    // As many at once as the ring has room for with three descriptors each.
+    // As many requests at once as the ring has room for, with three descriptors each.
     let of_queue = |queue: u64| -> Vec<u64> { (0..20).map(|number| number * 7 + queue).collect() };
 
     let mut first = Client::connect(&rig.socket());

@@ -14,7 +14,7 @@ use proptest::prelude::*;
 use proptest::test_runner::{RngSeed, TestCaseError, TestRunner};
 use ringpass_guest_abi::{CQ_EVENTFD_DISABLED, Cqe, Opcode, SQ_CQ_OVERFLOW, SQ_NEED_WAKEUP, Sqe, SqeFlags};
 
-/// The compiled `kernel_layout.c`, in a file of its own for each test, since tests run at the same time.
+/// Compiles `kernel_layout.c` into a separate file for each test, because tests run at the same time.
 fn compile(test: &str) -> PathBuf {
     let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/kernel_layout.c");
     let program = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("kernel_layout_{test}"));
@@ -78,7 +78,7 @@ fn cqe_fields() -> Fields {
     fields!(Cqe { user_data, res, flags })
 }
 
-/// What the crate says, in the form in which the C program says it.
+/// The layout of the crate, in the format of the C program's output.
 fn our_facts() -> BTreeMap<String, Vec<i64>> {
     let mut facts = BTreeMap::new();
     let mut add = |name: String, numbers: &[i64]| assert!(facts.insert(name, numbers.to_vec()).is_none());
@@ -128,7 +128,7 @@ fn the_fields_fill_their_entry_without_a_gap() {
     }
 }
 
-/// Runs `test` on random values. Prints the seed; with it in the environment a run chooses the same values again.
+/// Runs `test` on random values, and prints the seed. With that seed in the environment a run chooses the same values.
 fn for_random<S: Strategy>(strategy: S, test: impl Fn(S::Value) -> Result<(), TestCaseError>) {
     let mut config = ProptestConfig { cases: 64, failure_persistence: None, ..ProptestConfig::default() };
     if config.rng_seed == RngSeed::Random {

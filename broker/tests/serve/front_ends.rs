@@ -1,4 +1,4 @@
-//! What front-ends see of a server, and what they cost it.
+//! The behaviour of a server towards front-ends, and what front-ends cost it.
 
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Write};
@@ -21,7 +21,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::program::*;
 
-/// Starts the first vring, as a front-end does when its guest runs. It goes on until what this gives is dropped.
+/// Starts the first vring, as a front-end does when its guest runs. The vring runs until the returned eventfd is dropped.
 fn start_vring(front_end: &mut Frontend) -> EventFd {
     const RAM_BYTES: u64 = 1 << 20;
     const USER_ADDRESS: u64 = 1 << 32;
@@ -52,7 +52,7 @@ fn start_vring(front_end: &mut Frontend) -> EventFd {
     kick
 }
 
-/// Fails if somebody waits for the disk. That nobody comes can only be seen by giving them time.
+/// Fails if a process waits for the disk. Only time can show that no process takes it.
 fn assert_nobody_waits(place: &Place) {
     for _ in 0..10 {
         Disk::open(&DiskConfig::new(place.path("disk.img"))).expect("nobody else wants the disk");
@@ -69,7 +69,7 @@ fn a_migration_destination_locks_the_disk_when_its_guest_runs_and_the_source_has
     running.wait_for("waiting for a front-end");
     let mut front_end = front_end(&place, VhostUserProtocolFeatures::CONFIG);
     assert_eq!(capacity_sectors(&mut front_end), (1 << 20) / 512);
-    // The guest is reset while its memory is copied: the source gives the disk back and asks for it again.
+    // The guest is reset while its memory is copied: the source releases the disk and takes it again.
     drop(disk);
     assert_nobody_waits(&place);
     let disk = source();
@@ -93,7 +93,7 @@ fn a_destination_without_a_front_end_leaves_the_disk_to_the_source() {
     drop(front_end);
     running.wait_for("front-end disconnected");
     drop(disk);
-    // A look that had begun before may still have it for a moment.
+    // An attempt that had begun before may still have the disk for a moment.
     Disk::open(&DiskConfig { lock_wait: Some(LIMIT), ..DiskConfig::new(place.path("disk.img")) }).unwrap();
     assert_nobody_waits(&place);
 }
@@ -157,7 +157,7 @@ fn the_log_names_a_waiting_front_end_and_the_served_one() {
     running.wait_for("waiting for a front-end");
     let first = front_end(&place, VhostUserProtocolFeatures::CONFIG);
     let us = std::process::id();
-    // A second server asks whether somebody listens. It is no front-end.
+    // A second server checks whether a process listens. It is not a front-end.
     assert_has(&place.refusal(&["--socket-path", "s", "--incoming"]), &["another process listens there"]);
     let mut second = UnixStream::connect(place.path("s")).unwrap();
     second.write_all(&[0]).unwrap();
@@ -183,18 +183,18 @@ fn an_in_flight_region_may_be_larger_than_the_disk() {
     assert_eq!(limit_bytes(&running, "Max file size"), 64 << 10, "the disk cannot grow now as before");
 }
 
-/// Memory of its own that a server has, in KiB, and its descriptors, when it offers so many queues.
+/// The private memory of a server in KiB, and the number of its descriptors, if it offers `queues` queues.
 fn costs_of_queues(queues: &str) -> (u64, usize) {
     let place = Place::new();
     let running = Running::start(&mut place.serve(&["--socket-path", "s", "--num-queues", queues]));
     running.wait_for_all(&["waiting for a front-end", "the server executes requests from now on"]);
-    // Its workers have made their first turn.
+    // The workers have made their first poll iteration.
     assert!(is_answered(&UnixStream::connect(place.path("s")).unwrap()));
     let proc = PathBuf::from(format!("/proc/{}", running.child.id()));
     let status = fs::read_to_string(proc.join("status")).unwrap();
     let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:")).unwrap();
     let memory_kib = line.trim().trim_end_matches(" kB").parse().unwrap();
-    // The connection may be still there.
+    // The connection may still be open.
     let fds = fs::read_dir(proc.join("fd")).unwrap().filter_map(Result::ok);
     (
         memory_kib,
@@ -204,7 +204,7 @@ fn costs_of_queues(queues: &str) -> (u64, usize) {
 
 #[test]
 fn unused_queues_cost_next_to_nothing() {
-    // As many threads for I/O in both.
+    // The same number of I/O threads in both cases.
     let cpus = std::thread::available_parallelism().unwrap().get().clamp(1, 128);
     let (few, many) = (costs_of_queues(&cpus.to_string()), costs_of_queues("256"));
     let each_bytes = many.0.saturating_sub(few.0) * 1024 / (256 - cpus as u64);
@@ -237,7 +237,7 @@ fn a_closed_log_does_not_end_the_server() {
 fn a_server_accepts_front_ends_again_when_it_has_free_descriptors() {
     let place = Place::new();
     let running = Running::start(&mut place.serve(&["--socket-path", "s"]));
-    // Until then it needs descriptors of its own.
+    // Until then the server needs descriptors itself.
     running.wait_for_all(&["waiting for a front-end", "the server executes requests from now on"]);
     let pid = Some(Pid::from_child(&running.child));
     let limit = |current| Rlimit { current: Some(current), maximum: Some(1 << 10) };

@@ -13,7 +13,7 @@ use nix::libc;
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 
-/// Longer than anything takes on a machine with other work.
+/// A limit that even a busy machine keeps.
 pub(crate) const LIMIT: Duration = Duration::from_secs(60);
 
 /// Both programs, with the words that come before the options.
@@ -47,7 +47,7 @@ impl Place {
         self.command(PROGRAMS[0], &[&["--blk-file", "disk.img"], options].concat())
     }
 
-    /// The refusal: one line.
+    /// The error of a failed start: one line.
     pub(crate) fn refusal(&self, options: &[&str]) -> String {
         one_line_of_failure(self.serve(options).env("RUST_LOG", "off").output().unwrap())
     }
@@ -68,7 +68,7 @@ pub(crate) fn assert_has(text: &str, parts: &[&str]) {
     }
 }
 
-/// A running server; killed when dropped.
+/// A running server. Dropping the value kills it.
 pub(crate) struct Running {
     pub(crate) child: Child,
     pub(crate) lines: Receiver<String>,
@@ -132,7 +132,7 @@ impl Drop for Running {
     }
 }
 
-/// As a container's seccomp filter does by default with io_uring: the call fails with `EPERM` in this process from now on.
+/// Makes the system call fail with `EPERM` in this process from now on, as a container's default seccomp filter does for io_uring.
 pub(crate) fn forbid(call: libc::c_long) -> io::Result<()> {
     let statement = |code: u32, jt, jf, k| libc::sock_filter { code: code as u16, jt, jf, k };
     let mut filter = [

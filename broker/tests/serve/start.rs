@@ -170,7 +170,7 @@ fn a_failed_start_prints_one_line_with_the_reason() {
     assert_eq!(fs::read(place.path("text")).unwrap(), b"x");
 }
 
-/// The disk is locked by another process, for which each server would wait.
+/// Another process has locked the disk, so each server would wait for it.
 #[test]
 fn options_are_checked_before_the_disk_is_locked_and_sockets_are_created() {
     let place = Place::new();

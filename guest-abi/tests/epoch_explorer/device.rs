@@ -1,4 +1,4 @@
-//! The device process: the machine of the crate, and what executes its actions, one access to shared memory at a time.
+//! The device process: the machine of the crate, and the code that executes its actions, one access to shared memory at a time.
 
 use ringpass_guest_abi::epoch::device::{Action, AreaUse, Event, Machine, State};
 use ringpass_guest_abi::epoch::{Announcement, Area, Epoch, Phase};
@@ -17,7 +17,7 @@ pub(crate) struct Device {
     next_avail: u8,
     work: List<Work, 8>,
     awaits_release: bool,
-    /// An EVENT is due and none was there to complete.
+    /// The device has an event to report, but there is no EVENT to complete.
     owes_event: bool,
 }
 
@@ -231,7 +231,7 @@ impl System {
         }
     }
 
-    /// What operators, front-ends and fate do to a device, while there is a budget for it.
+    /// The actions of operators and front-ends, and faults, while there is a budget for them.
     pub(crate) fn fault_steps(&self, step: &mut impl FnMut(Label, &dyn Fn(&mut Self) -> Broken)) {
         let Some(device) = self.device else { return };
         if self.budget.crashes > 0 {

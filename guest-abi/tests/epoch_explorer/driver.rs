@@ -1,4 +1,4 @@
-//! The driver in the guest: an honest one with the machine of the crate, and one that lies.
+//! The driver in the guest: an honest driver with the machine of the crate, and a lying driver.
 
 use ringpass_guest_abi::epoch::driver::{Action, Event, Machine, State};
 use ringpass_guest_abi::epoch::{Announcement, Area, Epoch, Phase};
@@ -12,7 +12,7 @@ pub(crate) struct Driver {
     pub(crate) machine: Machine,
     pub(crate) requests: [Request; REQUESTS],
     work: List<Work, 8>,
-    /// The ring that is read, and how many of its CQEs were.
+    /// The ring that the driver reads, and the number of CQEs read.
     ring: Option<(Area, u8)>,
     has_queue_back: bool,
 }
@@ -114,7 +114,7 @@ impl System {
     /// Submitting and reaping: on other CPUs than the rest.
     fn request_steps(&self, step: &mut impl FnMut(Label, &dyn Fn(&mut Self) -> Broken)) {
         let driver = self.driver;
-        // Which of them waits makes no difference: they are all alike.
+        // It does not matter which of them waits: they are all alike.
         let waiting = driver.requests.iter().position(|request| *request == Request::Waiting);
         if let (Some(request), Some((area, _)), true) = (waiting, driver.ring, driver.machine.may_submit()) {
             step(("the driver submits request", request), &|system| {
@@ -191,8 +191,8 @@ impl System {
         Ok(())
     }
 
-    /// A driver that writes anything into what it shares, as long as its budget lasts. What matters is which word the
-    /// device finds: the right answer, or another.
+    /// A driver that writes any values into shared memory, while its budget lasts. Only the kind of word that the device finds
+    /// matters: the right answer, or another word.
     pub(crate) fn lie_steps(&self, step: &mut impl FnMut(Label, &dyn Fn(&mut Self) -> Broken)) {
         if self.budget.lies == 0 {
             return;

@@ -1,28 +1,28 @@
-//! Breadth-first search over every interleaving, and the search for states from which there is no way out.
+//! Breadth-first search over every interleaving, and the search for states without a way to the goal.
 
 use std::collections::{HashMap, VecDeque};
 use std::hash::{Hash, Hasher};
 
-/// What happened in a step: its name, and which of several it was.
+/// The label of a step: its name, and a number to distinguish steps of the same name.
 pub(crate) type Label = (&'static str, usize);
 
-/// One step that can be taken.
+/// A possible step.
 pub(crate) struct Step<S> {
     pub(crate) label: Label,
-    /// Not a step of the parties themselves: faults, and wishes of operators and users. Progress must not need them.
+    /// Whether the step is a fault, or a request of operators or users. Progress must not need such steps.
     pub(crate) is_fault: bool,
-    /// The state after it, or the rule that it broke.
+    /// The state after the step, or the rule that the step broke.
     pub(crate) result: Result<S, String>,
 }
 
 /// A system of several parties.
 pub(crate) trait Model: Clone + Hash {
     fn steps(&self, steps: &mut Vec<Step<Self>>);
-    /// Whether everything is done that the parties were there for.
+    /// Whether the parties have finished all their work.
     fn is_goal(&self) -> bool;
 }
 
-/// What a search found out when it found nothing wrong.
+/// The statistics of a search without an error.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Report {
     pub(crate) states: usize,
@@ -30,8 +30,8 @@ pub(crate) struct Report {
     pub(crate) goals: usize,
 }
 
-/// Looks at every state that can be reached from `first`. The error is the rule that was broken and the steps that lead
-/// there; by breadth first, as few as possible.
+/// Visits every state that is reachable from `first`. The error is the broken rule with the steps that lead there; because of the
+/// breadth-first order it has as few steps as possible.
 pub(crate) fn explore<M: Model>(first: M) -> Result<Report, String> {
     let mut search = Search::default();
     let mut frontier = VecDeque::new();
@@ -59,7 +59,7 @@ pub(crate) fn explore<M: Model>(first: M) -> Result<Report, String> {
     Ok(Report { states: search.is_goal.len(), transitions, goals })
 }
 
-/// 128 bits of a state, by which it is known.
+/// A 128-bit fingerprint of a state.
 #[derive(Default)]
 struct Fingerprint(u128);
 
@@ -72,7 +72,7 @@ impl Fingerprint {
     }
 
     fn mix(&mut self, value: u64) {
-        // An odd factor with bits in both halves, and then the high half, where all bits meet, into the low one.
+        // Multiply by an odd factor with bits in both halves, then fold the high half, which depends on all bits, into the low half.
         let product = (self.0 ^ u128::from(value)).wrapping_mul(0x9e37_79b9_7f4a_7c15_f39c_c060_5ced_c835);
         self.0 = product ^ product >> 67;
     }
@@ -107,10 +107,10 @@ impl Hasher for Fingerprint {
 #[derive(Default)]
 struct Search {
     ids: HashMap<u128, u32>,
-    /// Where each state was first come from.
+    /// The predecessor of each state.
     parents: Vec<(u32, Label)>,
     is_goal: Vec<bool>,
-    /// Steps that are no faults, backwards.
+    /// The steps that are not faults, backwards.
     edges: Vec<(u32, u32)>,
 }
 

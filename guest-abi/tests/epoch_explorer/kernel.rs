@@ -1,4 +1,4 @@
-//! The host kernel: rings, and the I/O that they do on the disk.
+//! The host kernel: rings, and their I/O on the disk.
 
 use ringpass_guest_abi::epoch::Area;
 
@@ -6,7 +6,7 @@ use crate::explore::Label;
 use crate::list::List;
 use crate::model::{Broken, REQUESTS, System};
 
-/// A ring, from its set-up until it touches nothing any more.
+/// A ring, from its set-up until it accesses no memory any more.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) struct Ring {
     pub(crate) area: Area,
@@ -19,17 +19,17 @@ pub(crate) struct Ring {
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) enum Life {
     Live,
-    /// Its process was killed, and the kernel has not yet come to closing it.
+    /// The ring's process was killed, and the kernel has not closed the ring yet.
     Orphan,
-    /// Closed: consumes nothing more, posts the CQEs of what is in flight.
+    /// Closed: the ring consumes no more requests and posts the CQEs of those in flight.
     Closing,
 }
 
-/// What is in the guest's memory for one ring. The queues never wrap here: a model of the indexes is elsewhere.
+/// The guest's memory for one ring. The queues never wrap here; another test models the indexes.
 #[derive(Clone, Copy, Hash)]
 pub(crate) struct AreaMemory {
     pub(crate) sq: List<u8, 8>,
-    /// Request, and whether it was executed (else -ECANCELED).
+    /// A request, and whether it was executed (otherwise -ECANCELED).
     pub(crate) cq: List<(u8, bool), 8>,
 }
 

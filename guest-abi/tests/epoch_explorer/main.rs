@@ -1,11 +1,11 @@
 //! The two machines of the epoch protocol against each other, over every interleaving of their accesses to what they
 //! share, with a kernel whose rings end late, devices that are killed at any step, and drivers that lie.
 //!
-//! Shown: never two rings on one area, never a ring built where the driver reads, never a request issued again before its
-//! older I/O has ended, never one executed twice or lost, and from every state a way to the end. And shown to be shown: a
-//! search finds each rule of the protocol when one side does not keep it.
+//! The searches show that there are never two rings on one area, that the device never builds a ring where the driver reads, that
+//! no request is issued again before its older I/O has ended, that no request is executed twice or lost, and that every state has
+//! a way to the end. For each rule of the protocol a further search shows that it finds an error if one side violates the rule.
 //!
-//! Not here: memory orderings and the wrap of the ring's indexes (`tests/loom_orderings`, `src/ring/tests.rs`).
+//! Other tests cover memory orderings and the wrap of the ring's indexes (`tests/loom_orderings`, `src/ring/tests.rs`).
 
 mod device;
 mod driver;
@@ -17,7 +17,7 @@ mod model;
 use explore::{Report, explore};
 use model::{Budget, Cheat, Notice, System};
 
-/// Searches, and prints how much there was.
+/// Searches, and prints the number of states.
 fn holds(name: &str, system: System) -> Report {
     let report = explore(system).unwrap_or_else(|story| panic!("{story}"));
     println!("{name}: {} states, {} transitions, {} ends", report.states, report.transitions, report.goals);
@@ -25,7 +25,7 @@ fn holds(name: &str, system: System) -> Report {
     report
 }
 
-/// The rule that a search finds broken. `expected` is how its message begins.
+/// Searches, and expects to find a broken rule whose message contains `expected`.
 fn breaks(system: System, expected: &str) {
     let story = explore(system).expect_err("the search should have found the broken rule");
     println!("{story}");

@@ -1,4 +1,4 @@
-//! All that there is: guest memory, the kernel's rings, the device, the driver, the disk.
+//! The whole system: guest memory, the kernel's rings, the device, the driver, the disk.
 
 use ringpass_guest_abi::epoch::device::State;
 
@@ -8,44 +8,44 @@ use crate::explore::{Label, Model, Step};
 use crate::kernel::{AreaMemory, Ring};
 use crate::list::List;
 
-/// Requests that the driver has. All that can go wrong goes wrong with two.
+/// Number of the driver's requests. Two are enough to show every error.
 pub(crate) const REQUESTS: usize = 2;
 
 /// The rule that a step broke.
 pub(crate) type Broken = Result<(), String>;
 
-/// A rule that one side does not keep.
+/// A rule that one side violates.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Cheat {
-    /// The device takes an area for free as soon as its ring is closed.
+    /// The device regards an area as free as soon as its ring is closed.
     ReuseEarly,
     /// The device announces the end before the older process's I/O has ended.
     EndBeforeLock,
-    /// The device opens the next epoch without the driver's word.
+    /// The device opens the next epoch without the driver's acknowledgement.
     OpenUnasked,
-    /// The device takes every ATTACH for the first one.
+    /// The device regards every ATTACH as the first one.
     AlwaysFirst,
-    /// The device does not look at the detach word.
+    /// The device ignores the detach word.
     ForgetDetach,
-    /// GET_VRING_BASE answers with the entry behind ATTACH.
+    /// GET_VRING_BASE answers with the entry after ATTACH.
     BaseBehindAttach,
-    /// The device signals nothing.
+    /// The device never signals.
     NoSignal,
     /// A device that starts does not signal.
     SilentStart,
-    /// The device forgets an EVENT that it could not complete, and the driver looks before it posts one.
+    /// The device forgets an EVENT that it could not complete, and the driver reads the control pages before it posts one.
     ForgetEvent,
-    /// The driver does not ring the doorbell after its word.
+    /// The driver does not ring the doorbell after its acknowledgement.
     NoKick,
     /// The driver does not wait until a drained ring is empty.
     AcknowledgeUndrained,
     /// The driver does not reap a ring that has ended.
     AcknowledgeUnreaped,
-    /// The driver takes -ECANCELED for the end of a request.
+    /// The driver regards -ECANCELED as the end of a request.
     CanceledIsDone,
 }
 
-/// How the driver hears of an announcement.
+/// How the driver learns of an announcement.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Notice {
     /// The queue's interrupt.
@@ -54,7 +54,7 @@ pub(crate) enum Notice {
     Event,
 }
 
-/// How often what may happen.
+/// The budgets: how often each event may happen.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub(crate) struct Budget {
     pub(crate) crashes: u8,
@@ -68,7 +68,7 @@ pub(crate) struct Budget {
 
 #[derive(Clone, Copy, Hash)]
 pub(crate) struct System {
-    // What is fixed.
+    // The fixed part.
     pub(crate) cheat: Option<Cheat>,
     pub(crate) notice: Notice,
     pub(crate) driver_lies: bool,
@@ -81,7 +81,7 @@ pub(crate) struct System {
     // The virtqueues: entry 0 is ARM, entry 1 ATTACH.
     pub(crate) available: u8,
     pub(crate) used: u8,
-    /// Where a device that starts begins.
+    /// The entry at which a starting device begins.
     pub(crate) base: u8,
     pub(crate) detach_sent: bool,
     pub(crate) event_posted: bool,
@@ -150,8 +150,8 @@ impl Model for System {
         self.lie_steps(&mut |label, change| step(is_fault, label, change));
     }
 
-    /// With an honest driver: every request is done, both sides agree, and nothing that was asked for is left. With one
-    /// that lies: the device waits for it or is rid of it.
+    /// With an honest driver: every request is done, both sides agree, and no demand is left. With a lying driver: the device
+    /// waits for the driver, or is no longer attached to it.
     fn is_goal(&self) -> bool {
         let Some(device) = self.device else { return false };
         let at_rest = device.is_at_rest();

@@ -1,4 +1,4 @@
-//! The tables of states and events in `docs/abi.md`, made by asking the machines.
+//! The tables of states and events in `docs/abi.md`, generated from the machines.
 
 use std::fmt::Write;
 

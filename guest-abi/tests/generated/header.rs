@@ -96,7 +96,7 @@ fn the_committed_header_matches_the_crate() {
     compare(&in_repository("guest-abi/include/ringpass_abi.h"), &header());
 }
 
-/// C expressions, each with what the crate says it is.
+/// C expressions, each with the value in the crate.
 fn facts() -> Vec<(String, u64)> {
     let mut facts = Vec::new();
     macro_rules! structure {

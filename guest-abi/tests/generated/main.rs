@@ -1,4 +1,4 @@
-//! What is made from the crate and committed: the C header, and the tables of `docs/abi.md`.
+//! The committed files that are generated from the crate: the C header, and the tables of `docs/abi.md`.
 //!
 //! With `RINGPASS_REGENERATE=1` these tests write the files instead of comparing them.
 
@@ -12,7 +12,7 @@ fn in_repository(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("..").join(path)
 }
 
-/// Compares the file with what it should be, or writes it.
+/// Compares the file with the generated text, or writes it.
 fn compare(path: &Path, expected: &str) {
     if std::env::var_os("RINGPASS_REGENERATE").is_some() {
         std::fs::write(path, expected).unwrap_or_else(|error| panic!("writing {}: {error}", path.display()));

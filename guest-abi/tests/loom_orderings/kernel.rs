@@ -1,4 +1,4 @@
-//! A model of the kernel's side, step for step as Linux 6.6 to 6.19 takes them (the functions are named).
+//! A model of the kernel's side, with the same steps as Linux 6.6 to 6.19 (comments name the functions).
 
 use std::sync::Arc;
 
@@ -41,7 +41,7 @@ impl Event {
 /// What [`Event::wait`] panics with.
 pub(crate) const SLEEPS_FOR_EVER: &str = "a thread sleeps and nobody is left to wake it";
 
-/// The kernel's side of the ring, with the indexes it keeps for itself.
+/// The kernel's side of the ring, with its private indexes.
 pub(crate) struct Kernel {
     shared: Arc<SharedRing>,
     cached_sq_head: u32,
@@ -65,15 +65,15 @@ impl Kernel {
         self.shared.sq_tail.load(Ordering::Acquire).wrapping_sub(self.cached_sq_head)
     }
 
-    /// `io_submit_sqes`: reads and issues each SQE, then `io_commit_sqring`. How many there were.
+    /// `io_submit_sqes`: reads and issues each SQE, then `io_commit_sqring`. Returns the number of SQEs.
     ///
-    /// What `issue` completes at once is posted before the head moves, as the kernel does it.
+    /// As in the kernel, completions of requests that `issue` completes at once are posted before the head moves.
     fn submit_sqes(&mut self, issue: &mut impl FnMut(&mut Self, Sqe)) -> u32 {
         let entries = self.sqring_entries();
         for _ in 0..entries {
             let slot = self.cached_sq_head as usize % self.shared.sqes.len();
             self.cached_sq_head = self.cached_sq_head.wrapping_add(1);
-            // SAFETY: loom has checked that no write is concurrent, and nobody keeps the pointer.
+            // SAFETY: loom has checked that no write is concurrent, and no code keeps the pointer.
             let sqe = self.shared.sqes[slot].with(|cell| unsafe { *cell });
             issue(self, sqe);
         }
@@ -114,7 +114,7 @@ impl Kernel {
     pub(crate) fn post_cqe(&mut self, cqe: Cqe, interrupt: &Event) {
         assert!(self.has_free_cqe(), "the CQ overflowed");
         let index = self.cached_cq_tail as usize % self.shared.cqes.len();
-        // SAFETY: loom has checked that no other access is concurrent, and nobody keeps the pointer.
+        // SAFETY: loom has checked that no other access is concurrent, and no code keeps the pointer.
         self.shared.cqes[index].with_mut(|cell| unsafe { *cell = cqe });
         self.cached_cq_tail = self.cached_cq_tail.wrapping_add(1);
         // `io_commit_cqring`

@@ -2,21 +2,21 @@
 //!
 //! loom runs [`DriverRing`] against a model of the kernel's side in every interleaving, with every value that each
 //! load may return under C11. A model fails when an SQE or CQE is accessed without being ordered (a data race), when
-//! a thread sleeps for ever (a lost doorbell or interrupt), or when a request or completion arrives wrong. Each of the
-//! six orderings of the table in `src/ring.rs` is then taken away alone, and loom must find the failure: so the models
-//! are known to be able to fail.
+//! a thread sleeps for ever (a lost doorbell or interrupt), or when a request or completion arrives wrong. Further tests remove
+//! each of the six orderings of the table in `src/ring.rs` alone, and loom must find the failure. This shows that the models can
+//! fail.
 //!
-//! What this cannot show:
+//! Limits of these tests:
 //! - The kernel orders its load of `cq.head` before its stores to a freed CQE by a control dependency, which C11 does
 //!   not have. The model has an acquire there.
 //! - loom executes the accesses of a thread in program order and lets loads return old values. It never moves a load
 //!   behind a later store (load buffering), so what it finds for `cq.head` is the missing happens-before, as a race.
 //! - loom's fences are C11's. Linux's `smp_mb` is at least as strong.
 //! - The model of the whole ring is explored up to four preemptions, all others without a bound.
-//! - A `DriverRing` never has more requests outstanding than the CQ holds. A request is pushed into the last free place
-//!   only after a CQE was reaped, so the release of `sq.tail` also covers the CQE that was read, and no failure can be
-//!   shown without the release of `cq.head` in a whole ring. The models of the CQ alone have a kernel that posts without
-//!   being asked to; there it is needed, and Linux documents it as part of the protocol.
+//! - A `DriverRing` never has more requests outstanding than the CQ holds. The driver pushes a request into the last free slot
+//!   only after it has reaped a CQE, so the release of `sq.tail` also covers the CQE that was read, and a whole ring shows no
+//!   failure without the release of `cq.head`. In the models of the CQ alone the kernel posts completions without requests; there
+//!   this release is needed, and Linux documents it as part of the protocol.
 
 mod kernel;
 mod memory;
@@ -30,7 +30,7 @@ use loom::thread;
 use memory::{DriverMemory, SharedRing, Weakened};
 use ringpass_guest_abi::{Cqe, Doorbell, DriverRing, FixedAddress, PushErrorReason, Sqe};
 
-/// Requests or completions that go through a ring: one more than the smallest ring holds, so that a slot is reused.
+/// Number of requests or completions that go through a ring: one more than the smallest ring holds, so that a slot is reused.
 const ROUNDS: u32 = 2;
 
 fn driver(shared: &Arc<SharedRing>, weakened: Option<Weakened>) -> DriverRing<DriverMemory> {
@@ -75,7 +75,7 @@ fn submissions(sq_entries: u32, weakened: Option<Weakened>) {
     sq_thread.join().expect("the SQ thread ends");
 }
 
-/// The kernel posts through a one-entry CQ as soon as it is free, without being asked to; the driver polls.
+/// The kernel posts completions without requests through a one-entry CQ as soon as it is free; the driver polls.
 fn completions(weakened: Option<Weakened>) {
     let shared = SharedRing::new(1, 1);
     let interrupt = Event::new();
@@ -169,7 +169,7 @@ fn check_four_preemptions(model: impl Fn() + Send + Sync + 'static) {
     builder.check(model);
 }
 
-/// What loom found wrong with `model`.
+/// The failure that loom finds in `model`.
 fn failure(model: impl Fn() + Send + Sync + 'static) -> String {
     let panic = catch_unwind(AssertUnwindSafe(|| check(model))).expect_err("loom found no failure in this model");
     match panic.downcast::<String>() {

@@ -16,7 +16,7 @@ const CQ_TAIL: u32 = 16;
 const CQ_FLAGS: u32 = 20;
 const CQES: u32 = 24;
 
-/// What the driver and the kernel share.
+/// The memory that the driver and the kernel share.
 pub(crate) struct SharedRing {
     pub(crate) sq_head: AtomicU32,
     pub(crate) sq_tail: AtomicU32,
@@ -77,7 +77,7 @@ impl SharedRing {
     }
 }
 
-/// One of the driver's six orderings, taken away.
+/// One of the driver's six orderings, which a test removes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Weakened {
     /// The store of `sq.tail` is relaxed.
@@ -98,7 +98,7 @@ pub(crate) enum Weakened {
 pub(crate) struct DriverMemory {
     shared: Arc<SharedRing>,
     weakened: Option<Weakened>,
-    /// Where the driver last stored: tells the two fences apart.
+    /// The offset of the driver's last store, to distinguish the two fences.
     last_stored: Cell<Option<u32>>,
 }
 
@@ -152,13 +152,13 @@ impl RingMemory for DriverMemory {
     }
 
     fn write_sqe(&self, slot: u32, sqe: &Sqe) {
-        // SAFETY: loom has checked that no other access is concurrent, and nobody keeps the pointer.
+        // SAFETY: loom has checked that no other access is concurrent, and no code keeps the pointer.
         self.shared.sqes[slot as usize].with_mut(|cell| unsafe { *cell = *sqe });
     }
 
     fn read_cqe(&self, offset_bytes: u32) -> Cqe {
         let index = (offset_bytes - CQES) as usize / size_of::<Cqe>();
-        // SAFETY: loom has checked that no write is concurrent, and nobody keeps the pointer.
+        // SAFETY: loom has checked that no write is concurrent, and no code keeps the pointer.
         self.shared.cqes[index].with(|cell| unsafe { *cell })
     }
 }
