@@ -158,7 +158,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_answer_comes_back_from_its_words() {
+    fn every_answer_is_decoded_from_its_words() {
         let report = Report {
             reads: 1,
             writes: 2,

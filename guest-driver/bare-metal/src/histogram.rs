@@ -36,7 +36,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_latency_is_found_again_within_one_part_in_512() {
+    fn every_latency_is_accurate_to_one_part_in_512() {
         let mut latency_ns = 0u64;
         while latency_ns < 1 << RANGE_BITS {
             let found = Histogram::latency_ns(Histogram::bucket(latency_ns));
@@ -59,7 +59,7 @@ mod tests {
     }
 
     #[test]
-    fn a_latency_beyond_the_range_counts_as_the_longest() {
+    fn a_latency_beyond_the_range_counts_as_the_maximum() {
         assert_eq!(Histogram::bucket(u64::MAX), BUCKETS - 1);
     }
 }

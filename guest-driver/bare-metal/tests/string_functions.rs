@@ -45,7 +45,7 @@ fn memcmp_has_the_sign_of_the_first_bytes_that_differ() {
 }
 
 #[test]
-fn memcmp_and_bcmp_look_at_every_byte_of_the_length_and_none_behind() {
+fn memcmp_and_bcmp_compare_exactly_the_given_length() {
     let left = pattern();
     for len in 0..left.len() {
         for changed in 0..left.len() {
@@ -82,7 +82,7 @@ fn memmove_moves_overlapping_bytes_in_both_directions() {
 }
 
 #[test]
-fn memcpy_and_memset_write_their_bytes_and_no_others() {
+fn memcpy_and_memset_write_exactly_their_bytes() {
     let source = pattern();
     for len in 0..source.len() {
         let (mut copied, mut filled) = ([0xee; 64], [0xee; 64]);

@@ -1,4 +1,4 @@
-//! The handover across a socket pair.
+//! The handover over a socket pair.
 
 mod support;
 
@@ -51,7 +51,7 @@ fn hand_over(setup: &Setup, memory: &[&File], events: &[QueueEvents]) -> (UnixSt
     (guest, received)
 }
 
-/// Sends bytes and descriptors as they are.
+/// Sends bytes and descriptors without any check.
 fn send_raw(line: &[u8], fds: &[BorrowedFd<'_>]) -> Result<Handover, HandoverError> {
     let (broker, guest) = UnixStream::pair().unwrap();
     guest.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
@@ -75,7 +75,7 @@ fn send_raw(line: &[u8], fds: &[BorrowedFd<'_>]) -> Result<Handover, HandoverErr
 }
 
 #[test]
-fn a_guest_gets_what_the_broker_sent() {
+fn a_guest_receives_what_the_broker_sent() {
     let (low, high) = (memfd(MIB), memfd(2 * MIB));
     let sent_events = events();
     let (_, received) = hand_over(&setup(), &[&low, &high], &sent_events);
@@ -91,7 +91,7 @@ fn a_guest_gets_what_the_broker_sent() {
         sent.completion.write(number + 10).unwrap();
         assert_eq!(got.completion.read().unwrap(), number + 10);
     }
-    // The regions as handed over can be mapped, and are the broker's files.
+    // The received regions can be mapped, and their files are the broker's.
     let ram = map(&received.regions()).unwrap();
     let mut area = ram.allocator().unwrap().reserve(4 << 30, 4096).unwrap();
     area.write(0, b"guest");
@@ -101,7 +101,7 @@ fn a_guest_gets_what_the_broker_sent() {
 }
 
 #[test]
-fn received_descriptors_do_not_leak_into_programs_that_are_started() {
+fn received_descriptors_do_not_leak_into_started_programs() {
     let memory = memfd(2 * MIB);
     let (_, received) = hand_over(&setup(), &[&memory, &memory], &events());
     let received = received.unwrap();
@@ -118,7 +118,7 @@ fn received_descriptors_do_not_leak_into_programs_that_are_started() {
 }
 
 #[test]
-fn what_follows_the_setup_stays_in_the_socket() {
+fn bytes_after_the_setup_stay_in_the_socket() {
     let (broker, mut guest) = UnixStream::pair().unwrap();
     let memory = memfd(2 * MIB);
     send(&broker, &setup(), &[memory.as_fd(), memory.as_fd()], &events()).unwrap();
@@ -131,7 +131,7 @@ fn what_follows_the_setup_stays_in_the_socket() {
 }
 
 #[test]
-fn a_setup_that_makes_no_sense_is_neither_sent_nor_accepted() {
+fn an_invalid_setup_is_neither_sent_nor_accepted() {
     let memory = memfd(2 * MIB);
     let with_queue = |queue: QueueSetup| Setup { queues: vec![queue; 2], ..setup() };
     let queue = setup().queues[0];
@@ -179,7 +179,7 @@ fn missing_or_surplus_descriptors_are_refused() {
 }
 
 #[test]
-fn a_line_that_is_no_setup_is_refused() {
+fn a_line_that_is_not_a_setup_is_refused() {
     let too_long = vec![b' '; LINE_BYTES_MAX + 1];
     let unknown_field =
         serde_json::to_string(&setup()).unwrap().replace("\"version\"", "\"extra\":1,\"version\"") + "\n";
@@ -201,7 +201,7 @@ fn a_line_that_is_no_setup_is_refused() {
 }
 
 #[test]
-fn a_broker_that_says_nothing_ends_in_the_time_out_of_the_socket() {
+fn a_silent_broker_leads_to_the_time_out_of_the_socket() {
     let (_broker, guest) = UnixStream::pair().unwrap();
     guest.set_read_timeout(Some(Duration::from_millis(20))).unwrap();
     let error = receive(&guest).unwrap_err().to_string();
@@ -209,7 +209,7 @@ fn a_broker_that_says_nothing_ends_in_the_time_out_of_the_socket() {
 }
 
 #[test]
-fn a_guest_that_has_gone_is_an_error() {
+fn sending_to_a_guest_that_is_gone_is_an_error() {
     let (broker, guest) = UnixStream::pair().unwrap();
     drop(guest);
     let memory = memfd(2 * MIB);

@@ -277,7 +277,7 @@ mod tests {
     }
 
     #[test]
-    fn ram_in_the_way_of_the_program_is_refused_and_beside_it_is_not() {
+    fn ram_that_overlaps_the_program_is_refused() {
         for (gpa, len_bytes) in [(0, map::PROGRAM_GPA + 1), (map::RESERVED_END_GPA - 1, 1)] {
             assert!(matches!(check_ram(gpa, len_bytes), Err(VmmError::RamInTheWay { .. })));
         }

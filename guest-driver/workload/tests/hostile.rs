@@ -1,4 +1,4 @@
-//! The hostile script against a model of the kernel: a correct one passes, and each way of letting a guest out shows.
+//! The hostile script on a model of the kernel: a correct kernel passes, and the script detects each flaw that lets a guest escape.
 
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
@@ -12,7 +12,7 @@ const IOVA_BASE: u64 = 1 << 40;
 const DISK_BYTES: u64 = 1 << 20;
 const HOST_ADDRESS: u64 = 0x7f12_3456_7000;
 
-/// As a PC: low memory, the VGA hole, memory up to 3 GiB, and some above 4 GiB.
+/// Memory like that of a PC: low memory, the VGA hole, memory up to 3 GiB, and some above 4 GiB.
 const RAM: [Extent; 3] = [
     Extent { gpa: 0, len_bytes: 0xa_0000 },
     Extent { gpa: 0x10_0000, len_bytes: (3 << 30) - 0x10_0000 },
@@ -38,7 +38,7 @@ fn target() -> Target<'static> {
     }
 }
 
-/// What is wrong with a kernel.
+/// A flaw of a kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Flaw {
     None,
@@ -266,7 +266,7 @@ fn try_all(target: &Target, flaw: Flaw) -> HostileReport {
     run_hostile(&mut ring, &mut env, script(target).unwrap(), 10_000)
 }
 
-/// The names of all steps that the flaw shows in.
+/// The names of all steps that detect the flaw.
 fn all_names(target: &Target, flaw: Flaw) -> Vec<String> {
     let alone = |step: &Step| {
         let (mut ring, mut env) = ring(target, flaw);
@@ -281,7 +281,7 @@ fn names(report: &HostileReport, target: &Target) -> Vec<String> {
 }
 
 #[test]
-fn a_kernel_that_keeps_the_guest_inside_passes() {
+fn a_correct_kernel_passes() {
     for read_only in [false, true] {
         let target = Target { read_only, ..target() };
         let report = try_all(&target, Flaw::None);
@@ -292,7 +292,7 @@ fn a_kernel_that_keeps_the_guest_inside_passes() {
 }
 
 #[test]
-fn every_flaw_shows_by_name() {
+fn the_report_names_a_step_for_every_flaw() {
     let any_opcode =
         (0..64).filter(|opcode| ![4, 5].contains(opcode)).map(|opcode| (Flaw::Allows { opcode }, "operation"));
     let any_flag = (1..8).map(|bit| (Flaw::Ignores { flag: 1 << bit }, "flags"));
@@ -323,21 +323,21 @@ fn every_flaw_shows_by_name() {
 }
 
 #[test]
-fn a_write_to_a_read_only_disk_shows() {
+fn a_write_to_a_read_only_disk_is_reported() {
     let target = Target { read_only: true, ..target() };
     let report = try_all(&target, Flaw::WritesToReadOnly);
     assert!(names(&report, &target)[0].starts_with("honest request of bytes 0x1000 (opcode 5): 4096"), "{report:?}");
 }
 
 #[test]
-fn a_doubled_answer_shows() {
+fn a_doubled_answer_is_reported() {
     let report = try_all(&target(), Flaw::AnswersTwice { opcode: 0 });
     assert!(!report.is_clean());
     assert_eq!((report.unexpected, report.violations), (16, 0));
 }
 
 #[test]
-fn a_ring_that_answers_nothing_is_given_up_soon() {
+fn the_runner_gives_up_a_ring_without_answers_soon() {
     let report = try_all(&target(), Flaw::NeverAnswers { opcode: 4 });
     assert_eq!((report.lost, report.violations), (3, 3));
     assert_eq!(report.first[0], Violation { step: 0, res: Violation::NO_ANSWER });
@@ -346,14 +346,14 @@ fn a_ring_that_answers_nothing_is_given_up_soon() {
 
 #[test]
 fn a_scratch_hole_may_also_be_refused() {
-    // Whether a hole is filled is the broker's business; only what is reached counts.
+    // The broker decides whether a hole is filled; only the reached memory counts.
     let report = try_all(&target(), Flaw::ForgetsTheScratchHole);
     let others = names(&report, &target());
     assert!(others.iter().all(|name| name.contains("honest request")), "{others:?}");
 }
 
 #[test]
-fn the_script_holds_what_it_promises() {
+fn the_script_has_the_documented_steps() {
     let target = target();
     let steps: Vec<_> = script(&target).unwrap().collect();
     let has = |what: &dyn Fn(&Sqe) -> bool| steps.iter().any(|step| what(&step.sqe));
@@ -408,7 +408,7 @@ fn reach_follows_regions_holes_and_slots() {
 }
 
 #[test]
-fn a_target_that_makes_no_sense_is_refused() {
+fn an_invalid_target_is_refused() {
     let refusal = |target: Target| script(&target).err().map(|error| error.to_string());
     let cases = [
         (Target { buffer_gpa: 0xa_0000, ..target() }, "whole 4 KiB pages of RAM"),

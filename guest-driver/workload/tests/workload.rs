@@ -1,4 +1,4 @@
-//! The workload on a device in memory: it does what the job says, and every fault of the device shows in the report.
+//! The workload on a device in memory: it does what the job demands, and reports every fault of the device.
 
 mod support;
 
@@ -59,21 +59,21 @@ fn the_wrong_block_is_a_mismatch() {
 }
 
 #[test]
-fn data_that_did_not_arrive_is_a_mismatch_even_if_the_buffer_held_it_before() {
-    // One block and one buffer: the buffer always holds the right content from the read before.
+fn missing_data_is_a_mismatch_even_if_the_buffer_held_the_same_data_before() {
+    // One block and one buffer: the buffer always holds the right content from the previous read.
     let job = Job { area_bytes: 4096, depth: 1, ..reads_only() };
     assert_eq!(report_with(&job, Fault::MissingSector).mismatches, 1);
 }
 
 #[test]
-fn a_write_that_did_not_reach_the_disk_is_a_mismatch_later() {
+fn a_write_that_did_not_reach_the_disk_leads_to_a_mismatch() {
     let job = Job { operations: 501, write_percent: 100, ..job() };
     let device = Device::new(disk_bytes(&job));
     let (mut queue, mut env) = device.handles();
     let mut expected = vec![0; 64];
     device.inject(500, Fault::LostWrite);
     assert!(run(&job, &mut queue, &mut env, &mut expected).unwrap().is_clean());
-    // The blocks that the run happened not to write.
+    // The blocks that the run did not write.
     for (block, entry) in expected.iter_mut().enumerate().filter(|(_, entry)| **entry == 0) {
         *entry = checksum(&device.disk_block(&job, block));
     }
@@ -93,7 +93,7 @@ fn a_second_prefill_with_the_same_seed_writes_other_content() {
 }
 
 #[test]
-fn damage_on_the_disk_is_found_by_the_pass_over_all_blocks() {
+fn verify_all_finds_damage_on_the_disk() {
     let (device, mut expected, report) = run_after_prefill(&job(), |_| ());
     assert!(report.is_clean());
     device.flip_disk_byte(8192 + 17 * 4096 + 4095);
@@ -111,14 +111,14 @@ fn a_short_transfer_is_an_error_with_its_length() {
 }
 
 #[test]
-fn a_failed_request_is_an_error_with_its_errno_and_the_run_goes_on() {
+fn a_failed_request_is_an_error_with_its_errno_and_the_run_continues() {
     let report = report_with(&reads_only(), Fault::Error { res: -5 });
     assert_eq!((report.errors, report.first_error_result, report.reads), (1, -5, 999));
     assert!(report.to_string().contains("first result -5"), "{report}");
 }
 
 #[test]
-fn a_failed_write_leads_to_no_mismatch_later() {
+fn a_failed_write_does_not_lead_to_a_mismatch() {
     for at in 0..20 {
         let fault = Fault::Error { res: -5 };
         let (_, _, report) = run_after_prefill(&job(), |device| device.inject(at, fault));
@@ -127,7 +127,7 @@ fn a_failed_write_leads_to_no_mismatch_later() {
 }
 
 #[test]
-fn only_requests_that_went_well_count_for_latency() {
+fn only_successful_requests_count_for_latency() {
     for fault in [Fault::Short, Fault::Error { res: -5 }, Fault::Late { after_ns: 1_500_000 }] {
         let device = Device::new(disk_bytes(&job()));
         let (mut queue, mut env) = device.handles();
@@ -140,7 +140,7 @@ fn only_requests_that_went_well_count_for_latency() {
 }
 
 #[test]
-fn a_block_whose_write_failed_is_unknown_and_written_before_it_is_read() {
+fn after_a_failed_write_a_block_is_unknown_and_written_before_it_is_read() {
     let job = Job { write_percent: 100, operations: 501, ..job() };
     let (device, mut expected, report) = run_after_prefill(&job, |device| device.inject(500, Fault::Error { res: -5 }));
     assert_eq!((report.errors, expected.iter().filter(|&&entry| entry == 0).count()), (1, 1));
@@ -181,7 +181,7 @@ fn a_completion_after_its_time_is_lost_and_late() {
 }
 
 #[test]
-fn a_completion_within_its_time_is_neither() {
+fn a_completion_within_its_time_is_neither_lost_nor_late() {
     let report = report_with(&job(), Fault::Late { after_ns: 500_000 });
     assert!(report.is_clean(), "{report}");
     assert_eq!(report.operations(), 1000);
@@ -210,7 +210,7 @@ fn a_completion_without_its_interrupt_is_counted() {
 }
 
 #[test]
-fn muting_at_random_loses_nothing() {
+fn random_muting_loses_no_completion() {
     let job = Job { wait: Wait::InterruptMuting, operations: 50_000, ..job() };
     let (_, _, report) = run_after_prefill(&job, |_| ());
     assert!(report.is_clean(), "{report}");
@@ -219,7 +219,7 @@ fn muting_at_random_loses_nothing() {
 }
 
 #[test]
-fn a_sleeping_device_hears_the_doorbell() {
+fn the_doorbell_wakes_up_a_sleeping_device() {
     let job = Job { depth: 1, pause_ns: 10_000, ..job() };
     let (_, _, report) = run_after_prefill(&job, Device::set_doorbell_needed);
     assert!(report.is_clean(), "{report}");
@@ -228,7 +228,7 @@ fn a_sleeping_device_hears_the_doorbell() {
 }
 
 #[test]
-fn a_queue_smaller_than_the_depth_is_waited_for() {
+fn the_workload_waits_for_room_in_a_queue_smaller_than_the_depth() {
     for wait in [Wait::Poll, Wait::Interrupt] {
         let job = Job { depth: 32, buffer_stride_bytes: 4096, wait, ..job() };
         let (device, _, report) = run_after_prefill(&job, |device| device.set_queue_entries(4));
@@ -239,7 +239,7 @@ fn a_queue_smaller_than_the_depth_is_waited_for() {
 }
 
 #[test]
-fn room_that_comes_after_the_last_completion_is_not_waited_for_by_interrupt() {
+fn the_workload_does_not_sleep_for_room_without_requests_in_flight() {
     let job = Job { depth: 1, wait: Wait::Interrupt, ..job() };
     let (_, _, report) = run_after_prefill(&job, Device::set_late_room);
     assert!(report.is_clean(), "{report}");
@@ -255,7 +255,7 @@ fn a_queue_that_never_has_room_is_reported() {
 }
 
 #[test]
-fn the_share_of_durable_writes_is_as_asked() {
+fn the_share_of_durable_writes_matches_the_job() {
     let (device, _, report) = run_after_prefill(&Job { durable_percent: 100, ..job() }, |_| ());
     assert_eq!(device.durable_writes(), report.writes + 64);
     let (device, _, _) = run_after_prefill(&job(), |_| ());
@@ -291,15 +291,15 @@ fn without_verification_contents_become_unknown_and_nothing_is_compared() {
 }
 
 #[test]
-fn a_run_fits_into_the_stack_it_names() {
+fn a_run_fits_into_stack_bytes() {
     let work = || run_after_prefill(&job(), |_| ()).2.is_clean();
-    // The test's own frames, and the device's, take some more.
+    // The stack frames of the test and of the device need some more.
     let thread = std::thread::Builder::new().stack_size(STACK_BYTES + (16 << 10)).spawn(work).unwrap();
     assert!(thread.join().unwrap());
 }
 
 #[test]
-fn a_job_with_a_field_out_of_range_is_refused_by_name() {
+fn the_error_names_a_field_of_a_job_that_is_out_of_range() {
     let good = job();
     let cases = [
         (Job { block_bytes: 0, ..good }, "block_bytes is 0"),
@@ -332,7 +332,7 @@ fn a_job_with_a_field_out_of_range_is_refused_by_name() {
 }
 
 #[test]
-fn a_table_that_does_not_fit_is_refused() {
+fn a_table_of_another_length_is_refused() {
     let device = Device::new(disk_bytes(&job()));
     let (mut queue, mut env) = device.handles();
     let mut try_with = |mut table: Vec<u64>| run(&job(), &mut queue, &mut env, &mut table).unwrap_err();
@@ -379,7 +379,7 @@ proptest! {
     })]
 
     #[test]
-    fn an_honest_device_is_never_accused(job in any_job(), entries in 1usize..128) {
+    fn a_correct_device_leads_to_a_clean_report(job in any_job(), entries in 1usize..128) {
         let (device, expected, report) = run_after_prefill(&job, |device| device.set_queue_entries(entries));
         prop_assert!(report.is_clean(), "{report}");
         prop_assert_eq!(report.operations(), 1000);
@@ -402,7 +402,7 @@ proptest! {
             Fault::Doubled,
             Fault::MadeUp { user_data: byte as u64 },
         ][choice];
-        // Faults of contents show in reads.
+        // Reads detect faults of contents.
         let job = if choice < 3 { Job { write_percent: 0, ..job } } else { job };
         let report = report_at(&job, at, fault);
         prop_assert!(!report.is_clean(), "{fault:?}: {report}");

@@ -65,7 +65,7 @@ fn attack() -> Attack {
 }
 
 #[test]
-fn an_attack_leaves_out_what_is_empty() {
+fn an_attack_ignores_empty_entries() {
     let mut attack = attack();
     attack.filled_holes = [RamRegion::default(); ATTACK_EXTENTS_MAX];
     attack.empty_holes[1].len_bytes = 0;
@@ -79,7 +79,7 @@ fn an_attack_leaves_out_what_is_empty() {
 }
 
 #[test]
-fn every_command_comes_back_from_its_words() {
+fn every_command_is_decoded_from_its_words() {
     let table = Table { offset_bytes: 77, entries: 78 };
     let commands = [
         Command::Attach(attachment()),
@@ -96,7 +96,7 @@ fn every_command_comes_back_from_its_words() {
 }
 
 #[test]
-fn words_that_are_no_command_are_refused() {
+fn words_that_are_not_a_command_are_refused() {
     let with = |index: usize, value| {
         let mut words = Command::Run(job(), Table::default()).to_words();
         words[index] = value;
@@ -119,7 +119,7 @@ fn ticks_become_nanoseconds_without_drift_over_a_day() {
 }
 
 #[test]
-fn a_counter_that_stands_still_is_no_clock() {
+fn a_counter_without_ticks_is_refused() {
     assert_eq!(TickRate::from_khz(0), None);
     assert!(TickRate::from_khz(1).is_some());
 }

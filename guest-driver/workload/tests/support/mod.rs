@@ -9,30 +9,30 @@ use ringpass_workload::{BlockQueue, Completion, Environment, Job, PushRefusal, R
 pub(crate) const BUFFERS_GPA: u64 = 0x10_0000;
 const RAM_BYTES: usize = 1 << 20;
 
-/// What goes wrong, at request number `at` (counted from 0, in the order of execution).
+/// A fault at request number `at` (counted from 0, in the order of execution).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Fault {
-    /// One bit of what a read brings is wrong.
+    /// One bit of the data of a read is wrong.
     FlippedBit { byte: usize },
-    /// A read brings the block behind the right one.
+    /// A read returns the block after the right one.
     WrongBlock,
-    /// A read says that it succeeded, and its last sector does not arrive.
+    /// A read reports success, but its last sector does not arrive.
     MissingSector,
-    /// A write says that it succeeded, and the disk keeps what it had.
+    /// A write reports success, but the disk keeps its old content.
     LostWrite,
-    /// The result is half of what was asked.
+    /// The result is half of the requested length.
     Short,
     /// The result is this negative number.
     Error { res: i32 },
-    /// No completion.
+    /// There is no completion.
     Lost,
-    /// A completion after this time.
+    /// The completion comes after this time.
     Late { after_ns: u64 },
     /// The completion comes twice.
     Doubled,
-    /// A completion of a request that never was.
+    /// There is a completion for a request that does not exist.
     MadeUp { user_data: u64 },
-    /// The completion comes, and the interrupt for it does not.
+    /// The completion comes without its interrupt.
     NoInterrupt,
 }
 
@@ -44,10 +44,10 @@ struct Machine {
     completions: VecDeque<Completion>,
     late: Vec<(u64, Completion)>,
     queue_entries: usize,
-    /// The queue gets its room back only some pushes after a completion.
+    /// The queue has room again only some pushes after a completion.
     late_room: bool,
     pushes_to_refuse: u32,
-    /// The device executes the newest request first now and then.
+    /// The device sometimes executes the newest request first.
     reorder: bool,
     executed: u64,
     fault: Option<(u64, Fault)>,
@@ -62,7 +62,7 @@ struct Machine {
     durable_writes: u64,
 }
 
-/// One device; the queue and the environment are two handles of it.
+/// A device. The queue and the environment are two handles to it.
 pub(crate) struct Device {
     machine: Rc<RefCell<Machine>>,
     clock_ns: Rc<Cell<u64>>,
@@ -112,7 +112,7 @@ impl Device {
         (MockQueue(self.machine.clone()), env)
     }
 
-    /// The fault happens at the `at`th request from now.
+    /// Injects the fault at the `at`th request from now.
     pub(crate) fn inject(&self, at: u64, fault: Fault) {
         let mut machine = self.machine.borrow_mut();
         machine.fault = Some((machine.executed + at, fault));
@@ -126,7 +126,7 @@ impl Device {
         self.machine.borrow_mut().late_room = true;
     }
 
-    /// The device sleeps when it has nothing to do, and needs the doorbell.
+    /// Makes the device sleep when it is idle, so that it needs the doorbell.
     pub(crate) fn set_doorbell_needed(&self) {
         let mut machine = self.machine.borrow_mut();
         machine.doorbell_needed = true;
@@ -329,7 +329,7 @@ pub(crate) fn job() -> Job {
     }
 }
 
-/// Disk bytes that `job` needs, and some behind them.
+/// The size in bytes of a disk for `job`, with some bytes after its area.
 pub(crate) fn disk_bytes(job: &Job) -> usize {
     (job.area_offset_bytes + job.area_bytes) as usize + (job.block_bytes as usize) * 2
 }
