@@ -73,7 +73,7 @@ fn connect(directory: &TempDir) -> UnixStream {
     loop {
         match UnixStream::connect(&path) {
             Ok(stream) => return stream,
-            Err(error) => assert!(started.elapsed() < LIMIT, "nobody listens: {error}"),
+            Err(error) => assert!(started.elapsed() < LIMIT, "no process listens: {error}"),
         }
         std::thread::sleep(Duration::from_millis(5));
     }
@@ -90,7 +90,7 @@ fn a_server_with_a_blocked_log_continues_and_reports_missing_lines_later() {
     for _ in 0..MESSAGES {
         // At this level each message is a line of the log.
         front_end.write_all(&GET_FEATURES).unwrap();
-        front_end.read_exact(&mut [0; 20]).expect("the server goes on answering");
+        front_end.read_exact(&mut [0; 20]).expect("the server continues to answer");
     }
     reader.read_exact(&mut vec![0; filled_bytes]).unwrap();
     let mut lines = BufReader::new(reader).lines().map(Result::unwrap);
@@ -101,7 +101,7 @@ fn a_server_with_a_blocked_log_continues_and_reports_missing_lines_later() {
     assert!((1..MESSAGES * 2).contains(&missing), "{told}");
 
     kill_process(Pid::from_child(&server.0), Signal::TERM).unwrap();
-    assert!(lines.any(|line| line.contains("stopping")), "the log goes on when it is read");
+    assert!(lines.any(|line| line.contains("stopping")), "the log continues when it is read");
     assert_eq!(server.end(), Some(0));
 }
 

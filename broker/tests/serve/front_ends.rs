@@ -53,9 +53,9 @@ fn start_vring(front_end: &mut Frontend) -> EventFd {
 }
 
 /// Fails if a process waits for the disk. Only time can show that no process takes it.
-fn assert_nobody_waits(place: &Place) {
+fn assert_no_process_waits(place: &Place) {
     for _ in 0..10 {
-        Disk::open(&DiskConfig::new(place.path("disk.img"))).expect("nobody else wants the disk");
+        Disk::open(&DiskConfig::new(place.path("disk.img"))).expect("no other process wants the disk");
         std::thread::sleep(Duration::from_millis(30));
     }
 }
@@ -71,7 +71,7 @@ fn a_migration_destination_locks_the_disk_when_its_guest_runs_and_the_source_has
     assert_eq!(capacity_sectors(&mut front_end), (1 << 20) / 512);
     // The guest is reset while its memory is copied: the source releases the disk and takes it again.
     drop(disk);
-    assert_nobody_waits(&place);
+    assert_no_process_waits(&place);
     let disk = source();
     let _vring = start_vring(&mut front_end);
     running.wait_for("waiting for the disk");
@@ -95,7 +95,7 @@ fn a_destination_without_a_front_end_leaves_the_disk_to_the_source() {
     drop(disk);
     // An attempt that had begun before may still have the disk for a moment.
     Disk::open(&DiskConfig { lock_wait: Some(LIMIT), ..DiskConfig::new(place.path("disk.img")) }).unwrap();
-    assert_nobody_waits(&place);
+    assert_no_process_waits(&place);
 }
 
 /// The capacity in sectors, as a front-end reads it (VIRTIO 1.2, 5.2.4).

@@ -97,7 +97,7 @@ fn a_listening_socket_can_be_passed() {
     }
     running.signal(Signal::TERM);
     assert_eq!(running.end().code(), Some(0));
-    assert!(place.path("s").exists(), "whoever made the socket removes it");
+    assert!(place.path("s").exists(), "the server does not remove a socket that it did not create");
 }
 
 #[test]

@@ -72,7 +72,7 @@ impl Fingerprint {
     }
 
     fn mix(&mut self, value: u64) {
-        // Multiply by an odd factor with bits in both halves, then fold the high half, which depends on all bits, into the low half.
+        // Multiply by an odd factor with bits in both halves, then fold the high half, which depends on all bits, into the low.
         let product = (self.0 ^ u128::from(value)).wrapping_mul(0x9e37_79b9_7f4a_7c15_f39c_c060_5ced_c835);
         self.0 = product ^ product >> 67;
     }

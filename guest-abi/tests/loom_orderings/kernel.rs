@@ -39,7 +39,7 @@ impl Event {
 }
 
 /// What [`Event::wait`] panics with.
-pub(crate) const SLEEPS_FOR_EVER: &str = "a thread sleeps and nobody is left to wake it";
+pub(crate) const SLEEPS_FOR_EVER: &str = "a thread sleeps and no thread is left to wake it";
 
 /// The kernel's side of the ring, with its private indexes.
 pub(crate) struct Kernel {

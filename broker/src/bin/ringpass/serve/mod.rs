@@ -144,7 +144,7 @@ fn lease(located: Arc<LocatedDisk>, connections: Arc<Connections>) -> anyhow::Re
     DiskLease::new(located.clone(), move |disk| {
         // The previous holder of the disk may have resized it.
         if let Err(error) = disk_source::cap_growth(&located, disk.size_bytes()) {
-            tracing::warn!(%error, "cannot set RLIMIT_FSIZE to the size of the disk: writes to the end of the disk will fail");
+            tracing::warn!(%error, "cannot set RLIMIT_FSIZE: writes to the end of the disk will fail");
         }
         let has_other_size = connections.engine.get().is_some_and(|engine| engine.set_disk(&disk));
         tracing::info!("disk ready: the server executes requests from now on");

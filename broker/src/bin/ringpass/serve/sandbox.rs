@@ -61,7 +61,7 @@ impl SandboxArgs {
         };
         let restricted = unprivileged.restrict_paths(&paths)?;
         if let Some(why) = restricted.why_no_landlock() {
-            tracing::warn!("file access not confined: {why}. Only the rights of the server's user limit its access to files");
+            tracing::warn!("file access not confined: {why}. Only the rights of the server's user keep it from files");
         }
         Ok(Sandbox(Some(restricted)))
     }
