@@ -104,7 +104,7 @@ fn write_report(out: &mut impl Write, report: &Report, marks: &Marks) -> io::Res
     }
     let not_tried = titles(report, |check| check.status == Status::NotTried);
     if !not_tried.is_empty() {
-        paragraph(out, &format!("  {} ", marks.not_tried), &format!("not tried because of this: {not_tried}"))?;
+        paragraph(out, &format!("  {} ", marks.not_tried), &format!("not tried because a check above failed: {not_tried}"))?;
     }
     writeln!(out, "\nModes")?;
     for mode in &report.modes {
@@ -240,7 +240,7 @@ mod tests {
         let out = String::from_utf8(out).unwrap();
         assert!(out.contains("  ✗ io_uring: "), "{out}");
         assert!(out.contains("\n      why:    because\n      change: this\n      change: or that\n"), "{out}");
-        assert!(out.contains("  ? not tried because of this: operations of the direct policy\n"), "{out}");
+        assert!(out.contains("  ? not tried because a check above failed: operations of the direct policy\n"), "{out}");
         assert!(out.contains("      why:    missing (see above): io_uring\n"), "{out}");
         assert!(out.contains("  ✗ mediated: not available\n      why:    this version"), "{out}");
     }
