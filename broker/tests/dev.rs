@@ -230,7 +230,7 @@ fn watch_continues_after_a_server_restarts() {
     // Kill the server, so that its socket stays, and then remove the socket, as after an orderly end.
     drop(served);
     let line = said.next().unwrap();
-    assert!(line.contains("the device is gone") && line.ends_with("; waiting for it"), "{line}");
+    assert!(line.contains("the device is gone") && line.ends_with("; waiting for the device"), "{line}");
     std::fs::remove_file(place.path("run/vm.control")).unwrap();
     std::fs::remove_file(place.path("vm.sock")).unwrap();
     let _served = place.serve("vm");

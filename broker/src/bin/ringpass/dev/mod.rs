@@ -124,7 +124,7 @@ fn watch(command: &DevCommand, devices: &Devices, device: &str, seconds: f64) ->
             Ok(now) => now,
             Err(error) => {
                 if !std::mem::replace(&mut is_missing, true) {
-                    note(&format!("{}; waiting for it", Chain(error.as_ref())));
+                    note(&format!("{}; waiting for the device", Chain(error.as_ref())));
                 }
                 continue;
             }
