@@ -1,5 +1,5 @@
-//! The cost of the driver's side of a ring per request: push, publish and reap over plain memory, with a device that answers at
-//! once. For comparison: a 4 KiB read from the page cache takes about 1 µs.
+//! The cost of the driver's side of a ring per request: push, publish and reap over plain memory, with a device that
+//! answers at once. For comparison: a 4 KiB read from the page cache takes about 1 µs.
 
 use std::cell::UnsafeCell;
 use std::hint::black_box;

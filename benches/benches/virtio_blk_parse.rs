@@ -1,8 +1,8 @@
-//! The cost of parsing a virtio-blk request: the benchmark takes a 4 KiB read, as Linux sends it, from its queue, parses it and
-//! completes it, without any I/O.
+//! The cost of parsing a virtio-blk request: the benchmark takes a 4 KiB read, as Linux sends it, from its queue,
+//! parses it and completes it, without any I/O.
 //!
-//! `take and give back` does the same without parsing, so the difference is the cost of the parser, including the walk along the
-//! descriptors. For comparison: such a request takes about 1.5 µs from end to end.
+//! `take and give back` does the same without parsing, so the difference is the cost of the parser, including the walk
+//! along the descriptors. For comparison: such a request takes about 1.5 µs from end to end.
 
 use std::hint::black_box;
 

@@ -1,6 +1,6 @@
-//! The rule for errors in the sources of all crates: a message contains its cause, so that code that prints only the error (a
-//! field of a log line, an answer to a guest) prints the cause as well. `printable::Chain` relies on this rule when it prints each
-//! part of a chain once.
+//! The rule for errors in the sources of all crates: a message contains its cause, so that code that prints only the
+//! error (a field of a log line, an answer to a guest) prints the cause as well. `printable::Chain` relies on this rule
+//! when it prints each part of a chain once.
 
 use std::fs;
 use std::path::{Path, PathBuf};

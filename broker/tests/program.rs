@@ -20,7 +20,8 @@ static NEXT_USER: AtomicU32 = AtomicU32::new(0);
 struct Installed {
     directory: TempDir,
     program: PathBuf,
-    /// A separate ordinary user for this test, because the memory that a user pins counts for all processes of the user.
+    /// A separate ordinary user for this test, because the memory that a user pins counts for all processes of the
+    /// user.
     uid: u32,
 }
 
@@ -38,7 +39,8 @@ impl Installed {
         self.directory.path()
     }
 
-    /// The program with `arguments`, in the directory, with a memlock limit, as an ordinary user even if the tests run as root.
+    /// The program with `arguments`, in the directory, with a memlock limit, as an ordinary user even if the tests run
+    /// as root.
     fn command(&self, memlock_kib: u32, arguments: &[&str]) -> Command {
         let mut command = Command::new("sh");
         command

@@ -1,4 +1,5 @@
-//! The errors of the programs: one line without repetition, which names the path or option and, if there is a remedy, the remedy.
+//! The errors of the programs: one line without repetition, which names the path or option and, if there is a remedy,
+//! the remedy.
 
 use std::collections::HashSet;
 use std::fs::{self, File};

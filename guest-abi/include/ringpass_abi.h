@@ -16,8 +16,8 @@
 #define RINGPASS_T_PROBE 1919942656
 
 /**
- * ARM, on the queue to be attached, which must be empty. Completes at once. The driver does not reap it while the queue is
- * attached. The answer is an [`Outcome`].
+ * ARM, on the queue to be attached, which must be empty. Completes at once. The driver does not reap it while the
+ * queue is attached. The answer is an [`Outcome`].
  */
 #define RINGPASS_T_ARM 1919942658
 
@@ -33,8 +33,8 @@
 #define RINGPASS_T_EVENT 1919942662
 
 /**
- * DETACH, queue 0: the driver has set the detach word of a queue's control page. The payload is a [`DetachPayload`], the
- * answer is an [`Outcome`].
+ * DETACH, queue 0: the driver has set the detach word of a queue's control page. The payload is a [`DetachPayload`],
+ * the answer is an [`Outcome`].
  */
 #define RINGPASS_T_DETACH 1919942665
 
@@ -214,7 +214,8 @@ struct ringpass_probe_answer {
    */
   __le64 magic;
   /**
-   * Length in bytes of the answer that the device knows, including this field and the magic. Fields beyond it are zero.
+   * Length in bytes of the answer that the device knows, including this field and the magic. Fields beyond it are
+   * zero.
    */
   __le32 answer_bytes;
   /**
@@ -247,8 +248,8 @@ struct ringpass_probe_answer {
    */
   __le32 page_bytes;
   /**
-   * Required alignment of each data segment's address and length in bytes: a power of two, at most 4096. In addition, the
-   * position on the disk and the total length must be multiples of the logical block size.
+   * Required alignment of each data segment's address and length in bytes: a power of two, at most 4096. In
+   * addition, the position on the disk and the total length must be multiples of the logical block size.
    */
   __le32 segment_align_bytes;
   /**
@@ -362,8 +363,8 @@ struct ringpass_detach_payload {
 /**
  * The positions of a ring's parts: offsets in bytes into the rings part of its area.
  *
- * The device writes the record before it announces `Open`, and keeps it until the driver has acknowledged the end of that
- * epoch.
+ * The device writes the record before it announces `Open`, and keeps it until the driver has acknowledged the end of
+ * that epoch.
  */
 struct ringpass_ring_record {
   /**

@@ -2,8 +2,8 @@
 //!
 //! The broker registers guest RAM as io_uring *fixed buffers*, one per 1 GiB of guest-physical address space, at the
 //! virtual address `iova_base + gpa`. The kernel stores the address at which a buffer was registered and checks each
-//! `READ_FIXED`/`WRITE_FIXED` against it. So the pair computed here is exact, needs no table, and reaches only this guest's
-//! RAM.
+//! `READ_FIXED`/`WRITE_FIXED` against it. So the pair computed here is exact, needs no table, and reaches only this
+//! guest's RAM.
 
 use core::fmt;
 
@@ -53,8 +53,8 @@ pub enum AddressError {
 impl FixedAddressing {
     /// The fixed buffer and the address for `len_bytes` bytes at `gpa`.
     ///
-    /// The kernel checks that there is RAM at `gpa`: a request with an address outside the registered buffer completes with
-    /// -EFAULT.
+    /// The kernel checks that there is RAM at `gpa`: a request with an address outside the registered buffer completes
+    /// with -EFAULT.
     pub fn resolve(&self, gpa: u64, len_bytes: u32) -> Result<FixedAddress, AddressError> {
         let Some(span_bytes) = u64::from(len_bytes).checked_sub(1) else {
             return Err(AddressError::Empty);

@@ -1,4 +1,5 @@
-//! The payload of ATTACH: the driver's addresses of the control page and the two areas, and the checks of these addresses.
+//! The payload of ATTACH: the driver's addresses of the control page and the two areas, and the checks of these
+//! addresses.
 
 use core::fmt;
 use core::mem::offset_of;
@@ -83,7 +84,8 @@ impl GpaRange {
     }
 }
 
-/// A checked ATTACH: its fields are consistent and within the limits. The device still has to check that its ranges are RAM.
+/// A checked ATTACH: its fields are consistent and within the limits. The device still has to check that its ranges are
+/// RAM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Geometry {
     features: u64,

@@ -1,8 +1,9 @@
 //! The control page: the words by which the device and the driver of an attached queue communicate.
 //!
-//! The page has 4096 bytes in guest memory and is little-endian. The driver fills it with zeroes before ATTACH. From ATTACH
-//! until its completion each word has one writer. Words of the two sides are on different cache lines (no machine has lines
-//! of more than 256 bytes). All words are 32 bits wide and aligned, and both sides read and write them whole.
+//! The page has 4096 bytes in guest memory and is little-endian. The driver fills it with zeroes before ATTACH. From
+//! ATTACH until its completion each word has one writer. Words of the two sides are on different cache lines (no
+//! machine has lines of more than 256 bytes). All words are 32 bits wide and aligned, and both sides read and write
+//! them whole.
 
 use core::fmt;
 use core::mem::offset_of;
@@ -24,8 +25,8 @@ pub const MODE_MEDIATED: u32 = 2;
 
 /// The positions of a ring's parts: offsets in bytes into the rings part of its area.
 ///
-/// The device writes the record before it announces `Open`, and keeps it until the driver has acknowledged the end of that
-/// epoch.
+/// The device writes the record before it announces `Open`, and keeps it until the driver has acknowledged the end of
+/// that epoch.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct RingRecord {
@@ -178,8 +179,8 @@ impl<M: RingMemory> DriverControl<M> {
         }
     }
 
-    /// Reads the device's word, for [`epoch::driver::Event::Announced`](crate::epoch::driver::Event::Announced). Everything
-    /// that the device wrote before the word is visible afterwards.
+    /// Reads the device's word, for [`epoch::driver::Event::Announced`](crate::epoch::driver::Event::Announced).
+    /// Everything that the device wrote before the word is visible afterwards.
     pub fn announced(&self) -> u32 {
         u32::from_le(self.memory.load_acquire(ANNOUNCED_OFFSET_BYTES))
     }
@@ -198,8 +199,8 @@ impl<M: RingMemory> DriverControl<M> {
         RingRecord::from_bytes(&bytes)
     }
 
-    /// Acknowledges an announcement. The driver's earlier reads and writes are done when the device sees the acknowledgement.
-    /// Ring the doorbell afterwards.
+    /// Acknowledges an announcement. The driver's earlier reads and writes are done when the device sees the
+    /// acknowledgement. Ring the doorbell afterwards.
     pub fn acknowledge(&self, announcement: Announcement) {
         self.memory.store_release(ACKNOWLEDGED_OFFSET_BYTES, announcement.to_word().to_le());
     }

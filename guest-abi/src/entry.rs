@@ -48,8 +48,8 @@ pub struct Sqe {
     pub buf_index: u16,
     /// Registered credentials; always 0 (the kernel answers -EINVAL otherwise).
     pub personality: u16,
-    /// `splice_fd_in`, `file_index` and others: 0 for reads and writes. From Linux 6.16 the first byte is `write_stream` for
-    /// writes.
+    /// `splice_fd_in`, `file_index` and others: 0 for reads and writes. From Linux 6.16 the first byte is
+    /// `write_stream` for writes.
     pub file_index: u32,
     /// `addr3`, from Linux 6.14 also `attr_ptr`: 0.
     pub addr3: u64,

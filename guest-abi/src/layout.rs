@@ -7,8 +7,8 @@ use crate::{Cqe, Sqe};
 
 /// `IORING_SQ_NEED_WAKEUP` in the SQ flags: the kernel's SQ thread sleeps, so the driver must ring the doorbell.
 pub const SQ_NEED_WAKEUP: u32 = 1 << 0;
-/// `IORING_SQ_CQ_OVERFLOW` in the SQ flags: completions wait in the kernel because the CQ was full. A correct driver never
-/// sees this flag.
+/// `IORING_SQ_CQ_OVERFLOW` in the SQ flags: completions wait in the kernel because the CQ was full. A correct driver
+/// never sees this flag.
 pub const SQ_CQ_OVERFLOW: u32 = 1 << 1;
 /// `IORING_CQ_EVENTFD_DISABLED` in the CQ flags: the driver has muted interrupts.
 pub const CQ_EVENTFD_DISABLED: u32 = 1 << 0;
@@ -26,8 +26,8 @@ const PAGE_BYTES: u64 = 4096;
 
 /// The length in bytes of the rings area of a ring with `cq_entries` completion queue entries, in whole 4 KiB pages.
 ///
-/// The area holds up to 1024 bytes of indexes and flags, and `cq_entries` CQEs of 16 bytes. The broker refuses a kernel whose
-/// rings need more.
+/// The area holds up to 1024 bytes of indexes and flags, and `cq_entries` CQEs of 16 bytes. The broker refuses a kernel
+/// whose rings need more.
 pub fn rings_area_bytes(cq_entries: u32) -> u64 {
     (RINGS_HEADER_BYTES + u64::from(cq_entries) * size_of::<Cqe>() as u64).next_multiple_of(PAGE_BYTES)
 }
@@ -49,8 +49,8 @@ pub enum Doorbell {
 /// The positions of the parts of one ring, as the device told the driver: byte offsets into the rings area.
 ///
 /// All fields come from the kernel (`struct io_sqring_offsets`, `struct io_cqring_offsets`) through the broker, and may
-/// differ between kernel versions. There is no SQ array (`IORING_SETUP_NO_SQARRAY`, Linux 6.6): entry `i` of the SQ is SQE
-/// slot `i`.
+/// differ between kernel versions. There is no SQ array (`IORING_SETUP_NO_SQARRAY`, Linux 6.6): entry `i` of the SQ is
+/// SQE slot `i`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RingLayout {
     /// Submission queue entries, a power of two, 1 to 32768.
@@ -106,8 +106,8 @@ pub enum LayoutError {
 }
 
 impl RingLayout {
-    /// Checks that every part lies inside its area, so that accesses to a [`RingMemory`](crate::RingMemory) of these areas
-    /// never leave them. Overlapping parts are allowed: they harm only the ring itself.
+    /// Checks that every part lies inside its area, so that accesses to a [`RingMemory`](crate::RingMemory) of these
+    /// areas never leave them. Overlapping parts are allowed: they harm only the ring itself.
     pub fn validate(&self) -> Result<(), LayoutError> {
         let entries =
             [("sq_entries", self.sq_entries, SQ_ENTRIES_MAX), ("cq_entries", self.cq_entries, CQ_ENTRIES_MAX)];

@@ -1,10 +1,10 @@
 //! The interface between a guest and the ringpass broker.
 //!
-//! The broker creates an io_uring whose submission queue (SQ) and completion queue (CQ) are in memory that the guest can
-//! access. The broker restricts and enables the ring. From then on the guest is the only producer of submission queue
-//! entries (SQEs) and the only consumer of completion queue entries (CQEs), and the host kernel is the other side. This
-//! crate implements the guest's half of that contract, for any guest: a kernel, a bare-metal program, or a process that is
-//! its own guest.
+//! The broker creates an io_uring whose submission queue (SQ) and completion queue (CQ) are in memory that the guest
+//! can access. The broker restricts and enables the ring. From then on the guest is the only producer of submission
+//! queue entries (SQEs) and the only consumer of completion queue entries (CQEs), and the host kernel is the other
+//! side. This crate implements the guest's half of that contract, for any guest: a kernel, a bare-metal program, or a
+//! process that is its own guest.
 //!
 //! - [`Sqe`] and [`Cqe`]: the entries, with the layout of `<linux/io_uring.h>`.
 //! - [`RingLayout`]: the offsets of a ring's parts. The device *gives* them at run time; a driver never assumes them.
@@ -13,8 +13,8 @@
 //! - [`DriverRing`]: the driver's side of a ring over such memory, with its memory orderings.
 //! - [`MappedRing`]: [`RingMemory`] over two plain mappings, for guests that access them by pointer.
 //!
-//! The other modules turn a queue of a virtio-blk device into such a ring: version 0 of an interface that `docs/abi.md` of
-//! the repository specifies.
+//! The other modules turn a queue of a virtio-blk device into such a ring: version 0 of an interface that `docs/abi.md`
+//! of the repository specifies.
 //!
 //! - [`request`], [`probe`], [`attach`]: the requests that a driver sends on ordinary virtqueues.
 //! - [`queue_order`]: the permitted order of these requests on a queue.

@@ -22,12 +22,13 @@ pub struct MappedRing {
 unsafe impl Send for MappedRing {}
 
 impl MappedRing {
-    /// A ring whose rings area is the `rings_bytes` bytes at `rings`, and whose SQE area is the `sqes_bytes` bytes at `sqes`.
+    /// A ring whose rings area is the `rings_bytes` bytes at `rings`, and whose SQE area is the `sqes_bytes` bytes at
+    /// `sqes`.
     ///
     /// # Safety
     ///
-    /// Both areas must be mapped readable and writable for as long as the value lives. `rings` must be aligned to 8 bytes and
-    /// `sqes` to 64 bytes. No Rust reference to the areas may exist.
+    /// Both areas must be mapped readable and writable for as long as the value lives. `rings` must be aligned to 8
+    /// bytes and `sqes` to 64 bytes. No Rust reference to the areas may exist.
     pub unsafe fn new(rings: NonNull<u8>, rings_bytes: u64, sqes: NonNull<u8>, sqes_bytes: u64) -> Self {
         Self { rings, rings_bytes, sqes, sqes_bytes }
     }

@@ -31,10 +31,11 @@ pub trait RingMemory {
     /// Orders every earlier access before every later access, including a store before a load (`smp_mb`).
     fn full_fence(&self);
 
-    /// Writes the SQE in `slot` of the SQE area, with no ordering: the slot belongs to the driver until the tail covers it.
+    /// Writes the SQE in `slot` of the SQE area, with no ordering: the slot belongs to the driver until the tail covers
+    /// it.
     fn write_sqe(&self, slot: u32, sqe: &Sqe);
 
-    /// Copies the CQE at `offset_bytes` of the rings area, with no ordering: the CQE belongs to the driver when the tail
-    /// covers it.
+    /// Copies the CQE at `offset_bytes` of the rings area, with no ordering: the CQE belongs to the driver when the
+    /// tail covers it.
     fn read_cqe(&self, offset_bytes: u32) -> Cqe;
 }

@@ -25,7 +25,8 @@ pub const FEATURES_KNOWN: u64 = F_DSYNC;
 pub struct ProbeAnswer {
     /// [`MAGIC`].
     pub magic: Le64,
-    /// Length in bytes of the answer that the device knows, including this field and the magic. Fields beyond it are zero.
+    /// Length in bytes of the answer that the device knows, including this field and the magic. Fields beyond it are
+    /// zero.
     pub answer_bytes: Le32,
     /// Lowest version that the device supports.
     pub version_min: Le16,
@@ -42,8 +43,8 @@ pub struct ProbeAnswer {
     /// Alignment of the control page and of the areas, and the unit of their lengths, in bytes: a power of two, 4096 to
     /// 65536.
     pub page_bytes: Le32,
-    /// Required alignment of each data segment's address and length in bytes: a power of two, at most 4096. In addition, the
-    /// position on the disk and the total length must be multiples of the logical block size.
+    /// Required alignment of each data segment's address and length in bytes: a power of two, at most 4096. In
+    /// addition, the position on the disk and the total length must be multiples of the logical block size.
     pub segment_align_bytes: Le32,
     /// Maximum number of bytes of one SQE; a multiple of `segment_align_bytes`.
     pub segment_bytes_max: Le32,

@@ -1,8 +1,8 @@
 //! The order of entries on a queue that can be attached.
 //!
-//! A restarted device knows only the virtqueue. It continues after the used index, as every virtio device does. The rules make
-//! it find a pending ATTACH again exactly once, and no other request: the driver sends ARM on an empty queue, ATTACH directly
-//! after it, and nothing after ATTACH; the device records neither in the in-flight region.
+//! A restarted device knows only the virtqueue. It continues after the used index, as every virtio device does. The
+//! rules make it find a pending ATTACH again exactly once, and no other request: the driver sends ARM on an empty
+//! queue, ATTACH directly after it, and nothing after ATTACH; the device records neither in the in-flight region.
 
 use crate::request::{ErrorCode, RequestType};
 
@@ -47,8 +47,8 @@ impl QueueOrder {
         self.last == Last::Attach
     }
 
-    /// Decides about the next entry: a request of this interface, or an ordinary request (`None`). `in_flight` is the number
-    /// of other entries of this queue that are not completed yet, including those found in the in-flight region.
+    /// Decides about the next entry: a request of this interface, or an ordinary request (`None`). `in_flight` is the
+    /// number of other entries of this queue that are not completed yet, including those found in the in-flight region.
     ///
     /// The device must not record ARM and ATTACH in the in-flight region, regardless of the verdict.
     pub fn take(&mut self, entry: Option<RequestType>, in_flight: u16) -> Verdict {

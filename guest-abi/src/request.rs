@@ -9,23 +9,23 @@
 //! | answer | device | [`ProbeAnswer`](crate::probe::ProbeAnswer), [`EventAnswer`] or [`Outcome`] |
 //! | status | device | 1 |
 //!
-//! The parts can be split over descriptors in any way (VIRTIO 1.2, 2.7.4). The status is the last device-writable byte. A
-//! device that does not know the type writes `VIRTIO_BLK_S_UNSUPP` there, as VIRTIO demands, and writes nothing else.
+//! The parts can be split over descriptors in any way (VIRTIO 1.2, 2.7.4). The status is the last device-writable byte.
+//! A device that does not know the type writes `VIRTIO_BLK_S_UNSUPP` there, as VIRTIO demands, and writes nothing else.
 
 use crate::little_endian::{Le16, Le32, Le64, wire};
 
 /// PROBE, queue 0: asks what the device supports. The answer is a [`ProbeAnswer`](crate::probe::ProbeAnswer).
 pub const T_PROBE: u32 = 0x7270_0000;
-/// ARM, on the queue to be attached, which must be empty. Completes at once. The driver does not reap it while the queue is
-/// attached. The answer is an [`Outcome`].
+/// ARM, on the queue to be attached, which must be empty. Completes at once. The driver does not reap it while the
+/// queue is attached. The answer is an [`Outcome`].
 pub const T_ARM: u32 = 0x7270_0002;
 /// ATTACH, directly after ARM, and the last entry of its queue. Pending while the queue is attached. The payload is an
 /// [`AttachPayload`](crate::attach::AttachPayload), the answer is an [`Outcome`].
 pub const T_ATTACH: u32 = 0x7270_0005;
 /// EVENT, queue 0: completes when the driver should read its control pages. The answer is an [`EventAnswer`].
 pub const T_EVENT: u32 = 0x7270_0006;
-/// DETACH, queue 0: the driver has set the detach word of a queue's control page. The payload is a [`DetachPayload`], the
-/// answer is an [`Outcome`].
+/// DETACH, queue 0: the driver has set the detach word of a queue's control page. The payload is a [`DetachPayload`],
+/// the answer is an [`Outcome`].
 pub const T_DETACH: u32 = 0x7270_0009;
 
 /// [`EventAnswer::events`]: the device made an announcement on some queue, or completed an ATTACH.
@@ -57,8 +57,8 @@ impl RequestType {
 
     /// The number in the virtio-blk header.
     ///
-    /// As in all of virtio-blk, bit 0 states whether there is a device-readable payload. No two numbers differ only in bit 0
-    /// or only in bit 31, because some devices ignore these bits.
+    /// As in all of virtio-blk, bit 0 states whether there is a device-readable payload. No two numbers differ only in
+    /// bit 0 or only in bit 31, because some devices ignore these bits.
     pub fn number(self) -> u32 {
         match self {
             Self::Probe => T_PROBE,
@@ -222,8 +222,8 @@ impl DetachPayload {
 
 /// Copies the `bytes` of a payload into the fixed size that this version knows.
 ///
-/// Further bytes must be zero: a device refuses a driver of a later version that needs more than the device knows, instead of
-/// processing only a part of the payload.
+/// Further bytes must be zero: a device refuses a driver of a later version that needs more than the device knows,
+/// instead of processing only a part of the payload.
 pub fn payload<const N: usize>(bytes: &[u8]) -> Result<[u8; N], ErrorCode> {
     if bytes.len() > PAYLOAD_BYTES_MAX as usize {
         return Err(ErrorCode::Length);

@@ -16,17 +16,18 @@
 //! The last two are store-then-load on both sides (Dekker): without the fence both sides may miss each other, and a
 //! submission would sleep or a completion never interrupt.
 //!
-//! The names are those of Linux 6.12 to 6.19, in `io_uring/`. The order of steps is the same since 6.6 (older kernels have no
-//! `IORING_SETUP_NO_SQARRAY`). The last row does not hold for a ring with `IORING_SETUP_DEFER_TASKRUN`, nor for a ring with
-//! `IORING_SETUP_IOPOLL` and without SQPOLL: there the kernel wakes no waiters and executes no fence, so the driver can miss a
-//! completion when it unmutes interrupts. A device must not offer such a ring.
+//! The names are those of Linux 6.12 to 6.19, in `io_uring/`. The order of steps is the same since 6.6 (older kernels
+//! have no `IORING_SETUP_NO_SQARRAY`). The last row does not hold for a ring with `IORING_SETUP_DEFER_TASKRUN`, nor for
+//! a ring with `IORING_SETUP_IOPOLL` and without SQPOLL: there the kernel wakes no waiters and executes no fence, so
+//! the driver can miss a completion when it unmutes interrupts. A device must not offer such a ring.
 //!
-//! `tests/loom_orderings` checks all six orderings against a model of the kernel's side, and shows for each that loom finds a
-//! failure without it. To show that for the release of `cq.head`, the model posts completions without requests: in a complete
-//! ring the next release of `sq.tail` also covers this case, because a slot of a full CQ is reused only after a CQE was reaped.
+//! `tests/loom_orderings` checks all six orderings against a model of the kernel's side, and shows for each that loom
+//! finds a failure without it. To show that for the release of `cq.head`, the model posts completions without requests:
+//! in a complete ring the next release of `sq.tail` also covers this case, because a slot of a full CQ is reused only
+//! after a CQE was reaped.
 //!
-//! The doorbell must not overtake the tail. System calls, hypercalls and Linux's `writel` ensure this themselves; a bare-metal
-//! guest on a weakly ordered machine needs a store barrier before its MMIO store.
+//! The doorbell must not overtake the tail. System calls, hypercalls and Linux's `writel` ensure this themselves; a
+//! bare-metal guest on a weakly ordered machine needs a store barrier before its MMIO store.
 
 use core::fmt;
 
@@ -39,8 +40,8 @@ use crate::{
 /// The driver keeps its own copies of the indexes that it owns and never reads them back. It never has more requests
 /// outstanding than the CQ holds, so the kernel never drops or holds back a completion.
 ///
-/// The driver does not trust the other side's indexes: whatever they contain, the driver accesses only what its layout covers
-/// and has at most `cq_entries` requests outstanding. With wrong indexes it may wait for ever or reap nonsense.
+/// The driver does not trust the other side's indexes: whatever they contain, the driver accesses only what its layout
+/// covers and has at most `cq_entries` requests outstanding. With wrong indexes it may wait for ever or reap nonsense.
 #[derive(Debug)]
 pub struct DriverRing<M> {
     memory: M,
@@ -66,8 +67,8 @@ pub struct PushError {
 /// Why a push was refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PushErrorReason {
-    /// The SQ is full: publish, and wait until the kernel has consumed SQEs. At least as many requests are outstanding as the
-    /// SQ has entries, so a driver may sleep until the interrupt of the next completion.
+    /// The SQ is full: publish, and wait until the kernel has consumed SQEs. At least as many requests are outstanding
+    /// as the SQ has entries, so a driver may sleep until the interrupt of the next completion.
     SqFull,
     /// As many requests are outstanding as the CQ has entries: reap first.
     CqFull,
@@ -101,11 +102,11 @@ impl<M: RingMemory> DriverRing<M> {
         if self.outstanding >= self.layout.cq_entries {
             return refused(PushErrorReason::CqFull);
         }
-        // If fewer requests are outstanding than the SQ has entries, there is room regardless of the head: the kernel takes
-        // SQEs in order and has read every SQE whose completion was reaped. So the driver reads the head, in a cache line
-        // that the kernel writes, only when needed. The head alone would not suffice: the kernel moves it only at the end of
-        // a batch (`io_submit_sqes`), when the driver may have reaped completions of the batch already, so that the SQ could
-        // look full for ever with nothing outstanding.
+        // If fewer requests are outstanding than the SQ has entries, there is room regardless of the head: the kernel
+        // takes SQEs in order and has read every SQE whose completion was reaped. So the driver reads the head, in a
+        // cache line that the kernel writes, only when needed. The head alone would not suffice: the kernel moves it
+        // only at the end of a batch (`io_submit_sqes`), when the driver may have reaped completions of the batch
+        // already, so that the SQ could look full for ever with nothing outstanding.
         if self.outstanding >= self.layout.sq_entries {
             // Acquire: the kernel read the SQE in the slot before it moved the head past the slot.
             let sq_head = self.memory.load_acquire(self.layout.sq_head_offset);
@@ -119,8 +120,8 @@ impl<M: RingMemory> DriverRing<M> {
         Ok(())
     }
 
-    /// Makes every pushed SQE visible to the kernel. Returns true if the driver must ring the doorbell now; otherwise the kernel
-    /// may never look at the SQEs. Returns false if no SQE was pushed since the last call.
+    /// Makes every pushed SQE visible to the kernel. Returns true if the driver must ring the doorbell now; otherwise
+    /// the kernel may never look at the SQEs. Returns false if no SQE was pushed since the last call.
     #[must_use = "a sleeping SQ thread does not see the SQEs until the doorbell is rung"]
     pub fn publish(&mut self) -> bool {
         if self.sq_tail == self.sq_tail_published {
@@ -132,8 +133,8 @@ impl<M: RingMemory> DriverRing<M> {
         match self.layout.doorbell {
             Doorbell::Always => true,
             Doorbell::WhenAsleep => {
-                // The SQ thread sets NEED_WAKEUP and then reads the tail again; the driver writes the tail and then reads
-                // NEED_WAKEUP. With a full fence between on both sides, at least one side sees the other's write.
+                // The SQ thread sets NEED_WAKEUP and then reads the tail again; the driver writes the tail and then
+                // reads NEED_WAKEUP. With a full fence between on both sides, at least one side sees the other's write.
                 self.memory.full_fence();
                 self.memory.load_relaxed(self.layout.sq_flags_offset) & SQ_NEED_WAKEUP != 0
             }
@@ -163,23 +164,25 @@ impl<M: RingMemory> DriverRing<M> {
         self.memory.load_acquire(self.layout.cq_tail_offset) != self.cq_head
     }
 
-    /// Asks the kernel not to signal completions while the driver polls. A signal that is already under way may still arrive.
+    /// Asks the kernel not to signal completions while the driver polls. A signal that is already under way may still
+    /// arrive.
     pub fn mute_interrupts(&mut self) {
         self.memory.store_relaxed(self.layout.cq_flags_offset, CQ_EVENTFD_DISABLED);
     }
 
-    /// Asks the kernel to signal again. Returns true if a completion is already there: reap it first, because no signal may
-    /// arrive for it.
+    /// Asks the kernel to signal again. Returns true if a completion is already there: reap it first, because no signal
+    /// may arrive for it.
     #[must_use = "a completion that arrived before interrupts were unmuted is not signalled"]
     pub fn unmute_interrupts(&mut self) -> bool {
         self.memory.store_relaxed(self.layout.cq_flags_offset, 0);
-        // The kernel writes the tail and then reads the flag; the driver writes the flag and then reads the tail. With a full
-        // fence between on both sides, at least one side sees the other's write.
+        // The kernel writes the tail and then reads the flag; the driver writes the flag and then reads the tail. With
+        // a full fence between on both sides, at least one side sees the other's write.
         self.memory.full_fence();
         self.has_completion()
     }
 
-    /// Whether the kernel holds back completions because the CQ was full. Never true for a driver that uses only this type.
+    /// Whether the kernel holds back completions because the CQ was full. Never true for a driver that uses only this
+    /// type.
     pub fn has_overflowed(&self) -> bool {
         self.memory.load_relaxed(self.layout.sq_flags_offset) & SQ_CQ_OVERFLOW != 0
     }

@@ -1,7 +1,8 @@
 //! Builds the bare-metal guest program, which the crate embeds.
 //!
-//! A separate cargo builds the program, because it needs another panic strategy and other linker arguments than the rest of the
-//! workspace. This cargo has its own target directory, because the outer cargo holds the lock of the usual one.
+//! A separate cargo builds the program, because it needs another panic strategy and other linker arguments than the
+//! rest of the workspace. This cargo has its own target directory, because the outer cargo holds the lock of the usual
+//! one.
 
 use std::env;
 use std::path::{Path, PathBuf};
@@ -59,8 +60,8 @@ fn main() {
     println!("cargo::rustc-env=RINGPASS_BARE_METAL_IMAGE={}", image.display());
 }
 
-/// Removes the settings for programs of this machine (coverage, sanitizers, clippy, another processor) that the outer cargo has
-/// from the environment or from a configuration file.
+/// Removes the settings for programs of this machine (coverage, sanitizers, clippy, another processor) that the outer
+/// cargo has from the environment or from a configuration file.
 fn forget_the_host(cargo: &mut Command) {
     for (name, _) in env::vars_os() {
         let foreign = ["CARGO_BUILD_", "CARGO_PROFILE_", "CARGO_TARGET_"];

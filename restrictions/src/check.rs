@@ -71,7 +71,8 @@ impl Refusal {
         }
     }
 
-    /// Whether the restriction table is the reason. The kernel applies the reasons before it whatever the table contains.
+    /// Whether the restriction table is the reason. The kernel applies the reasons before it whatever the table
+    /// contains.
     #[must_use]
     pub const fn is_of_restrictions(self) -> bool {
         matches!(self, Self::Operation | Self::MissingFlag | Self::ForbiddenFlag)
@@ -104,10 +105,11 @@ pub struct RingMemory {
     drain_disabled: bool,
 }
 
-/// The decision of a kernel about the SQEs of one restricted ring, by opcode and flags alone. Exact for Linux 5.17 and later.
+/// The decision of a kernel about the SQEs of one restricted ring, by opcode and flags alone. Exact for Linux 5.17 and
+/// later.
 ///
-/// (See `io_init_req` and `io_check_restriction` in io_uring/io_uring.c. Up to 5.16 the kernel checks the restrictions before
-/// `IOSQE_BUFFER_SELECT`.)
+/// (See `io_init_req` and `io_check_restriction` in io_uring/io_uring.c. Up to 5.16 the kernel checks the restrictions
+/// before `IOSQE_BUFFER_SELECT`.)
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct KernelRules {
     numbered: OperationSet,
@@ -120,7 +122,8 @@ pub struct KernelRules {
 
 impl KernelRules {
     /// Reads a table as the kernel does (`io_parse_restrictions`): operations of one class add up, each entry for flags
-    /// replaces the previous entry of its kind, and the meaning of a table without any SQE rule depends on the semantics.
+    /// replaces the previous entry of its kind, and the meaning of a table without any SQE rule depends on the
+    /// semantics.
     #[must_use]
     pub fn of_table(entries: &[Restriction], kernel: &KernelSupport) -> Self {
         Self::of_kinds(entries.iter().map(Restriction::kind), kernel)
@@ -284,10 +287,11 @@ fn fields_verdict(fields: &FieldRules, sqe: &Sqe) -> Verdict {
 }
 
 impl Policy {
-    /// Decides about an SQE under this policy, on a ring that has seen no `IOSQE_CQE_SKIP_SUCCESS`, for the newest kernel
-    /// that this crate knows (Linux 7.0).
+    /// Decides about an SQE under this policy, on a ring that has seen no `IOSQE_CQE_SKIP_SUCCESS`, for the newest
+    /// kernel that this crate knows (Linux 7.0).
     ///
-    /// A policy that allows nothing refuses every SQE. [`checker`](Self::checker) decides for one given kernel, and faster.
+    /// A policy that allows nothing refuses every SQE. [`checker`](Self::checker) decides for one given kernel, and
+    /// faster.
     #[must_use]
     pub fn check(&self, sqe: &Sqe) -> Verdict {
         let rules = KernelRules::of_policy(self, reach::NUMBERED, reach::BUFFER_SELECT);

@@ -92,8 +92,8 @@ pub enum CompileError {
 ///
 /// Its table has at least one SQE operation, at least one register operation, exactly one `SQE_FLAGS_ALLOWED` and one
 /// `SQE_FLAGS_REQUIRED` entry, no duplicate entry, and no operation that the kernel does not know. The same policy and
-/// kernel always give the same table: SQE operations by number, the allowed and the required flags, register operations by
-/// number.
+/// kernel always give the same table: SQE operations by number, the allowed and the required flags, register operations
+/// by number.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CompiledPolicy {
     entries: Vec<Restriction>,
@@ -109,8 +109,9 @@ impl Policy {
     ///
     /// # Errors
     ///
-    /// [`CompileError`]: the kernel lacks operations that the policy needs (the error names all of them), a class would be
-    /// empty, the flags contradict each other, or the policy is for other kernels or has rules that no kernel enforces.
+    /// [`CompileError`]: the kernel lacks operations that the policy needs (the error names all of them), a class would
+    /// be empty, the flags contradict each other, or the policy is for other kernels or has rules that no kernel
+    /// enforces.
     pub fn compile(&self, kernel: &KernelSupport) -> Result<CompiledPolicy, CompileError> {
         self.check_flags()?;
         if !self.fields.is_empty() {

@@ -80,11 +80,11 @@ pub struct LengthRange {
     pub max: u32,
 }
 
-/// Rules on the fields of an SQE. The kernel cannot enforce them, so a policy with such a rule is for mediated mode only.
-/// If all fields are `None`, there are no rules.
+/// Rules on the fields of an SQE. The kernel cannot enforce them, so a policy with such a rule is for mediated mode
+/// only. If all fields are `None`, there are no rules.
 ///
-/// The rules apply to the operations whose fields this crate reads: `READ_FIXED`, `WRITE_FIXED`, `READ`, `WRITE`, `FSYNC`,
-/// `FALLOCATE` and `NOP`. If a policy has any rule, it refuses every other operation.
+/// The rules apply to the operations whose fields this crate reads: `READ_FIXED`, `WRITE_FIXED`, `READ`, `WRITE`,
+/// `FSYNC`, `FALLOCATE` and `NOP`. If a policy has any rule, it refuses every other operation.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct FieldRules {
     /// The slots of the file table that an SQE may use.
@@ -208,7 +208,8 @@ impl FieldRules {
         )
     }
 
-    /// Whether the rules can judge SQEs of this operation. If they cannot and there is any rule, all such SQEs are refused.
+    /// Whether the rules can judge SQEs of this operation. If they cannot and there is any rule, all such SQEs are
+    /// refused.
     #[must_use]
     pub const fn judge(operation: Operation) -> bool {
         shape(operation).is_some()
@@ -353,8 +354,8 @@ impl Slots {
 }
 
 impl OffsetWindow {
-    /// Whether all of `len_bytes` bytes from `offset` lie in the window. An empty range lies in the window if its offset does,
-    /// or if its offset is the end of the window.
+    /// Whether all of `len_bytes` bytes from `offset` lie in the window. An empty range lies in the window if its
+    /// offset does, or if its offset is the end of the window.
     #[must_use]
     pub const fn contains(self, offset: u64, len_bytes: u64) -> bool {
         let (Some(end), Some(window_end)) =

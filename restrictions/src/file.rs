@@ -76,8 +76,8 @@ impl PolicyFile {
     ///
     /// # Errors
     ///
-    /// The first mistake, with its position: invalid TOML, an unknown key, an unknown name, a value that cannot be intended,
-    /// or a version of the format that this crate does not know.
+    /// The first mistake, with its position: invalid TOML, an unknown key, an unknown name, a value that cannot be
+    /// intended, or a version of the format that this crate does not know.
     pub fn parse(text: &str) -> Result<Self, FileError> {
         let document: Document = toml::from_str(text).map_err(|error| {
             let (line, column) = place(text, error.span().map_or(0, |span| span.start));
@@ -90,8 +90,8 @@ impl PolicyFile {
     ///
     /// # Panics
     ///
-    /// Never for a policy without a [fault](FieldRules::fault) in its fields and with a window below 2^63 bytes, the limit of
-    /// numbers in a file. Every policy that was read from a file meets both conditions.
+    /// Never for a policy without a [fault](FieldRules::fault) in its fields and with a window below 2^63 bytes, the
+    /// limit of numbers in a file. Every policy that was read from a file meets both conditions.
     #[must_use]
     pub fn to_toml(&self) -> String {
         toml::to_string(&Document::from(self)).expect("names, numbers below 2^63 and lists of them")

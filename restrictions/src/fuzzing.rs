@@ -38,8 +38,8 @@ fn parse(bytes: &[u8]) -> bool {
     }
 }
 
-/// Creates a policy, a kernel and SQEs from the bytes. Compares the decisions of the checker, of the rules of the compiled
-/// table, and of a second, simple model.
+/// Creates a policy, a kernel and SQEs from the bytes. Compares the decisions of the checker, of the rules of the
+/// compiled table, and of a second, simple model.
 ///
 /// # Panics
 ///

@@ -8,23 +8,23 @@
 //!
 //! The kernel's interface has traps. A policy that would fall into a trap does not compile:
 //!
-//! - If the table has one opcode that the kernel does not know, the kernel refuses the whole table with `EINVAL` and does
-//!   not tell which opcode is unknown. The [`CompileError`] names every unknown operation.
-//! - Repeated `SQE_FLAGS_*` entries overwrite each other; they do not add up. A compiled policy has exactly one entry of
-//!   each kind.
+//! - If the table has one opcode that the kernel does not know, the kernel refuses the whole table with `EINVAL` and
+//!   does not tell which opcode is unknown. The [`CompileError`] names every unknown operation.
+//! - Repeated `SQE_FLAGS_*` entries overwrite each other; they do not add up. A compiled policy has exactly one entry
+//!   of each kind.
 //! - From Linux 7.0 a table without any SQE rule leaves all SQEs unrestricted, and a table without any register rule
-//!   leaves all register operations unrestricted; before 7.0 either table denies everything. A compiled policy always has
-//!   at least one operation of each class, so it means the same on both kinds of kernels.
+//!   leaves all register operations unrestricted; before 7.0 either table denies everything. A compiled policy always
+//!   has at least one operation of each class, so it means the same on both kinds of kernels.
 //!
 //! The kernel's restrictions cover only the opcode and the flags of an SQE. They do not cover addresses, lengths,
-//! offsets, file slots, priorities or read/write flags. A policy can have rules on these fields, too ([`FieldRules`]). Such
-//! a policy is for rings whose SQEs a checker in user space sees before they are executed: the [`Checker`] first decides
-//! as the kernel would, and then applies the rules on fields.
+//! offsets, file slots, priorities or read/write flags. A policy can have rules on these fields, too ([`FieldRules`]).
+//! Such a policy is for rings whose SQEs a checker in user space sees before they are executed: the [`Checker`] first
+//! decides as the kernel would, and then applies the rules on fields.
 //!
-//! A table of all operations ([`Operation::facts`]) states what each operation can reach. [`Policy::lint`] reports each way
-//! in which a guest could escape, [`Policy::describe`] describes in words what a guest can do, and [`Policy::differences`]
-//! compares two policies. With the feature `files` the crate reads and writes policies as TOML ([`PolicyFile`]).
-//! [`BuiltIn`] lists the policies that the crate ships.
+//! A table of all operations ([`Operation::facts`]) states what each operation can reach. [`Policy::lint`] reports each
+//! way in which a guest could escape, [`Policy::describe`] describes in words what a guest can do, and
+//! [`Policy::differences`] compares two policies. With the feature `files` the crate reads and writes policies as TOML
+//! ([`PolicyFile`]). [`BuiltIn`] lists the policies that the crate ships.
 //!
 //! ```
 //! use ringpass_restrictions::{Access, KernelSupport, LinuxVersion, Operation, Policy};

@@ -179,8 +179,8 @@ impl Findings<'_> {
         }
     }
 
-    /// The severity of a lint, which is lower if a field rule bounds the effect: in mediated mode a limit on requests bounds
-    /// the work that accumulates.
+    /// The severity of a lint, which is lower if a field rule bounds the effect: in mediated mode a limit on requests
+    /// bounds the work that accumulates.
     fn severity_of(&self, lint: Lint) -> Severity {
         let is_bounded = self.context.mode == Mode::Mediated && self.policy.fields.max_outstanding.is_some();
         match lint {

@@ -1,8 +1,8 @@
 //! The operations of io_uring, by number and by the kernel's name.
 //!
 //! The numbers are those of `enum io_uring_op` and `enum io_uring_register_op` in `<linux/io_uring.h>`, Linux 7.0. The
-//! versions are those of io_uring_enter(2) and io_uring_register(2); if the page gives no version or a wrong one, the first
-//! release whose header has the operation.
+//! versions are those of io_uring_enter(2) and io_uring_register(2); if the page gives no version or a wrong one, the
+//! first release whose header has the operation.
 
 use core::fmt;
 

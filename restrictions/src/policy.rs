@@ -72,8 +72,8 @@ pub enum TargetSemantics {
 
 /// The permitted uses of a ring.
 ///
-/// A policy is a plain value and may contain anything, including rules that no kernel accepts: [`compile`](Self::compile)
-/// checks it. `Display` states in words what the policy allows.
+/// A policy is a plain value and may contain anything, including rules that no kernel accepts:
+/// [`compile`](Self::compile) checks it. `Display` states in words what the policy allows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Policy {
     pub(crate) operations: OperationSet,
@@ -112,11 +112,11 @@ impl Policy {
 
     /// The built-in policy of a ring that a hostile guest writes to.
     ///
-    /// The guest may read (and write) with registered buffers on registered files: `READ_FIXED`, `WRITE_FIXED`, and exactly
-    /// the flag `FIXED_FILE`. The policy contains no flush, discard or write-zeroes, because an unbounded number of them
-    /// would go to io-wq and exhaust the host's memory. The ring's owner keeps the register operations that it needs while
-    /// the ring runs: to exchange the completion eventfd, to empty a buffer slot when memory is unplugged, and, if the
-    /// kernel supports it (Linux 6.12), to take over newly plugged memory from a spare ring.
+    /// The guest may read (and write) with registered buffers on registered files: `READ_FIXED`, `WRITE_FIXED`, and
+    /// exactly the flag `FIXED_FILE`. The policy contains no flush, discard or write-zeroes, because an unbounded
+    /// number of them would go to io-wq and exhaust the host's memory. The ring's owner keeps the register operations
+    /// that it needs while the ring runs: to exchange the completion eventfd, to empty a buffer slot when memory is
+    /// unplugged, and, if the kernel supports it (Linux 6.12), to take over newly plugged memory from a spare ring.
     #[must_use]
     pub fn direct(access: Access) -> Self {
         let policy = Self::new()
@@ -135,9 +135,10 @@ impl Policy {
 
     /// The built-in policy of a ring whose SQEs the broker executes one by one for a guest.
     ///
-    /// The policy allows a subset of [`direct`](Self::direct): the file in slot 0, whole blocks of 512 bytes up to 1 GiB, no
-    /// attributes, only those `RWF_*` flags that are useful for a disk, no realtime priority, and at most 65536 requests at
-    /// once, the size of the largest CQ. Set the window to the disk's with [`with_offset_window`](Self::with_offset_window).
+    /// The policy allows a subset of [`direct`](Self::direct): the file in slot 0, whole blocks of 512 bytes up to 1
+    /// GiB, no attributes, only those `RWF_*` flags that are useful for a disk, no realtime priority, and at most 65536
+    /// requests at once, the size of the largest CQ. Set the window to the disk's with
+    /// [`with_offset_window`](Self::with_offset_window).
     #[must_use]
     pub fn mediated(access: Access) -> Self {
         Self::direct(access).with_fields(FieldRules {

@@ -1,8 +1,8 @@
 //! What each io_uring operation can reach, with the sources.
 //!
 //! "The owner" is the process that created the ring: operations use its address space, descriptors and credentials,
-//! regardless of who writes the SQEs. The sources are functions in files of the kernel's tree (Linux 7.0), and man pages.
-//! The tests of this project show the "testable" rows on a real ring.
+//! regardless of who writes the SQEs. The sources are functions in files of the kernel's tree (Linux 7.0), and man
+//! pages. The tests of this project show the "testable" rows on a real ring.
 
 mod table;
 
@@ -20,12 +20,13 @@ bitflags! {
     /// What an operation can reach in addition to registered buffers and the files of the ring's table.
     #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
     pub struct Reach: u16 {
-        /// Reads memory of the owner at an address in the SQE. (At least the errno shows whether the address is mapped.)
+        /// Reads memory of the owner at an address in the SQE. (At least the errno shows whether the address is
+        /// mapped.)
         const READS_MEMORY = 1 << 0;
         /// Writes or discards memory of the owner at an address in the SQE.
         const WRITES_MEMORY = 1 << 1;
-        /// Files outside the ring's table, even with `IOSQE_FIXED_FILE`: by path or descriptor, or by opening, closing and
-        /// exchanging descriptors and table slots.
+        /// Files outside the ring's table, even with `IOSQE_FIXED_FILE`: by path or descriptor, or by opening, closing
+        /// and exchanging descriptors and table slots.
         const OTHER_FILES = 1 << 2;
         /// Sockets.
         const NETWORK = 1 << 3;

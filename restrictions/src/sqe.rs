@@ -2,7 +2,8 @@
 
 /// The 64 bytes of `struct io_uring_sqe`, with the field names of reads and writes.
 ///
-/// The value is a plain copy. If a guest can still write to an entry, copy the entry once, check the copy, and use the copy.
+/// The value is a plain copy. If a guest can still write to an entry, copy the entry once, check the copy, and use the
+/// copy.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Sqe {
     /// `IORING_OP_*`.

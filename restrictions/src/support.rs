@@ -10,8 +10,8 @@ use crate::{
 
 /// The operations that one kernel supports, among those that a policy can name.
 ///
-/// This crate makes no system calls: the owner of the ring asks the kernel (with `IORING_REGISTER_PROBE`, and with trials of
-/// restriction tables of one entry).
+/// This crate makes no system calls: the owner of the ring asks the kernel (with `IORING_REGISTER_PROBE`, and with
+/// trials of restriction tables of one entry).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct KernelSupport {
     /// The SQE operations that the kernel executes.

@@ -1,5 +1,5 @@
-//! Runs the fuzz targets in `fuzz/` with cargo-fuzz on a nightly toolchain. Without a nightly toolchain the targets count as
-//! skipped; their bodies are also property tests.
+//! Runs the fuzz targets in `fuzz/` with cargo-fuzz on a nightly toolchain. Without a nightly toolchain the targets
+//! count as skipped; their bodies are also property tests.
 
 use std::{
     collections::BTreeSet,

@@ -11,8 +11,8 @@ use clap::{Parser, Subcommand};
 
 mod fuzz;
 
-// The reader of the kernel log, shared with the tests by its path: a dependency on the crate of the tests would build the whole
-// workspace before the first check could report that it does not build.
+// The reader of the kernel log, shared with the tests by its path: a dependency on the crate of the tests would build
+// the whole workspace before the first check could report that it does not build.
 #[path = "../../tests/src/kernel_log.rs"]
 #[allow(unreachable_pub, reason = "public in the crate it belongs to")]
 mod kernel_log;

@@ -62,8 +62,8 @@ fn is_installed(package: &str) -> Result<bool> {
     Ok(says_installed(output.status.success(), &output.stdout))
 }
 
-/// Whether dpkg-query reports the package as installed. It fails for a package that dpkg does not know, and succeeds for a removed
-/// package, which is not installed.
+/// Whether dpkg-query reports the package as installed. It fails for a package that dpkg does not know, and succeeds
+/// for a removed package, which is not installed.
 fn says_installed(succeeded: bool, status: &[u8]) -> bool {
     succeeded && status == b"installed"
 }

@@ -1,6 +1,7 @@
 //! `cargo xtask repeat`: all tests several times in a row, on a machine that is idle or busy.
 //!
-//! A test that fails once in twenty runs has a bug, or shows one. This task finds such tests before they block an unrelated change.
+//! A test that fails once in twenty runs has a bug, or shows one. This task finds such tests before they block an
+//! unrelated change.
 
 use std::{
     sync::atomic::{AtomicBool, Ordering},

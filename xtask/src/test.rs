@@ -42,9 +42,11 @@ fn run_steps(steps: &mut Steps) -> Result<()> {
     steps.run("lint", || {
         steps::run(&mut cargo(&["clippy", "--workspace", "--all-targets", "--keep-going", "--", "-D", "warnings"]))
     })?;
-    // A build script builds the bare-metal program, because it is for no operating system; the workspace's features omit it.
+    // A build script builds the bare-metal program, because it is for no operating system; the workspace's features
+    // omit it.
     steps.run("lint of the bare-metal program", || steps::run(&mut lint_bare_metal()))?;
-    // Twice, because with private items rustdoc accepts links from public to private items, which are dead in the published pages.
+    // Twice, because with private items rustdoc accepts links from public to private items, which are dead in the
+    // published pages.
     steps.run("documentation", || document(&[]))?;
     steps.run("documentation of private items", || document(&["--document-private-items"]))?;
 
@@ -84,7 +86,8 @@ fn nextest() -> Command {
     cargo(&["nextest", "run", "--workspace"])
 }
 
-/// All tests with `cargo test`, except the benchmarks (which `--all-targets` would run) and the examples in the documentation.
+/// All tests with `cargo test`, except the benchmarks (which `--all-targets` would run) and the examples in the
+/// documentation.
 fn plain() -> Command {
     let mut command = Command::new("timeout");
     let cargo = cargo(&["test", "--workspace", "--no-fail-fast", "--lib", "--bins", "--tests", "--examples"]);
@@ -108,7 +111,8 @@ impl TestRun {
         Ok(Self { directory, kernel_log: KernelLog::now() })
     }
 
-    /// Runs a command whose tests append skipped tests to the file in `RINGPASS_SKIP_LOG` (see the crate `ringpass-tests`).
+    /// Runs a command whose tests append skipped tests to the file in `RINGPASS_SKIP_LOG` (see the crate
+    /// `ringpass-tests`).
     pub(crate) fn run(&self, mut command: Command) -> Result<()> {
         let command = command.env("RINGPASS_SKIP_LOG", self.skip_log()).env("RINGPASS_FUZZ_SEEDS", self.fuzz_seeds());
         steps::run(command)
@@ -128,7 +132,8 @@ impl TestRun {
         self.directory.path().join("fuzz-seeds")
     }
 
-    /// Checks the kernel log for late messages and for those of tests without the harness, which checks it around each test.
+    /// Checks the kernel log for late messages and for those of tests without the harness, which checks it around each
+    /// test.
     pub(crate) fn check_kernel_log(&mut self) -> Result<()> {
         let lines = match &mut self.kernel_log {
             Ok(log) => log.trouble().context("cannot read the kernel log")?,

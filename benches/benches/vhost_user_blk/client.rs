@@ -17,7 +17,8 @@ use virtio_driver::{VhostUser, VirtioBlkQueue, VirtioBlkTransport, VirtioFeature
 const BLOCK_BYTES: usize = 4096;
 /// Number of requests before the clock starts, to warm up caches and pollers.
 const WARM_UP: Duration = Duration::from_millis(150);
-/// The features that a Linux guest negotiates with both servers. Without FLUSH each write would have to be stable at once.
+/// The features that a Linux guest negotiates with both servers. Without FLUSH each write would have to be stable at
+/// once.
 const FEATURES: u64 = VirtioFeatureFlags::VERSION_1
     .union(VirtioFeatureFlags::RING_EVENT_IDX)
     .union(VirtioFeatureFlags::RING_INDIRECT_DESC)
@@ -65,8 +66,8 @@ pub(crate) fn measure(socket: &Path, operation: Operation, depth: u16, duration:
     let memory = memfd_create("bench-buffers", MemfdFlags::CLOEXEC)?;
     let memory_bytes = BLOCK_BYTES * usize::from(depth);
     ftruncate(&memory, memory_bytes as u64)?;
-    // SAFETY: only this process and the server use the file, and the server writes only to buffers that are read after their
-    // request has completed.
+    // SAFETY: only this process and the server use the file, and the server writes only to buffers that are read after
+    // their request has completed.
     let mut buffers = unsafe { MmapMut::map_mut(&memory) }?;
     buffers.fill(0x5a);
     transport.map_mem_region(buffers.as_ptr() as usize, memory_bytes, memory.as_raw_fd(), 0)?;

@@ -1,11 +1,13 @@
 //! Compares ringpass as a vhost-user-blk back-end with `qemu-storage-daemon`, the usual alternative.
 //!
-//! The same client (libblkio's driver) does the same random 4 KiB reads and writes on the same file through both servers, in
-//! alternating rounds. The benchmark compares the medians over the rounds. The client spins on the used ring on one core, and the
-//! server is bound to another core. The file is in the page cache: this measures the path, not a disk.
+//! The same client (libblkio's driver) does the same random 4 KiB reads and writes on the same file through both
+//! servers, in alternating rounds. The benchmark compares the medians over the rounds. The client spins on the used
+//! ring on one core, and the server is bound to another core. The file is in the page cache: this measures the path,
+//! not a disk.
 //!
-//! `qemu-storage-daemon` runs with its best configuration: before the rounds the benchmark tries each `aio` engine and several
-//! values of `poll-max-ns` for its iothread, and measures the fastest configuration for each operation and depth.
+//! `qemu-storage-daemon` runs with its best configuration: before the rounds the benchmark tries each `aio` engine and
+//! several values of `poll-max-ns` for its iothread, and measures the fastest configuration for each operation and
+//! depth.
 //!
 //! `cargo bench -p ringpass-benches --bench vhost_user_blk -- --help` shows the options. Needs two idle cores and, for the
 //! comparison, `qemu-storage-daemon` (Debian: qemu-utils or qemu-system-common).
@@ -32,8 +34,8 @@ struct Args {
     /// Size of the image.
     #[arg(long, default_value_t = 256)]
     size_mib: u64,
-    /// Size of the writes that create the image. The page cache keeps large writes as large folios, and ext4 then walks all blocks
-    /// of a folio for each write, which takes a good part of the time regardless of the server.
+    /// Size of the writes that create the image. The page cache keeps large writes as large folios, and ext4 then walks
+    /// all blocks of a folio for each write, which takes a good part of the time regardless of the server.
     #[arg(long, default_value_t = 1024)]
     piece_kib: usize,
     /// Number of alternating measurements of each server.

@@ -153,8 +153,8 @@ pub(crate) fn start(server: &dyn Server, image: &Path, socket: &Path) -> Result<
 }
 
 impl Running {
-    /// Asks the server to end, and kills it if it does not: `qemu-storage-daemon` sometimes hangs when it is told to terminate just
-    /// after its client has disconnected.
+    /// Asks the server to end, and kills it if it does not: `qemu-storage-daemon` sometimes hangs when it is told to
+    /// terminate just after its client has disconnected.
     pub(crate) fn stop(mut self) -> Result<()> {
         kill_process(Pid::from_child(&self.child), Signal::TERM)?;
         let deadline = Instant::now() + PATIENCE;

@@ -21,7 +21,8 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::program::*;
 
-/// Starts the first vring, as a front-end does when its guest runs. The vring runs until the returned eventfd is dropped.
+/// Starts the first vring, as a front-end does when its guest runs. The vring runs until the returned eventfd is
+/// dropped.
 fn start_vring(front_end: &mut Frontend) -> EventFd {
     const RAM_BYTES: u64 = 1 << 20;
     const USER_ADDRESS: u64 = 1 << 32;

@@ -132,7 +132,8 @@ impl Drop for Running {
     }
 }
 
-/// Makes the system call fail with `EPERM` in this process from now on, as a container's default seccomp filter does for io_uring.
+/// Makes the system call fail with `EPERM` in this process from now on, as a container's default seccomp filter does
+/// for io_uring.
 pub(crate) fn forbid(call: libc::c_long) -> io::Result<()> {
     let statement = |code: u32, jt, jf, k| libc::sock_filter { code: code as u16, jt, jf, k };
     let mut filter = [

@@ -14,9 +14,9 @@ pub enum Event {
         /// Whether the detach word is set.
         detach: bool,
     },
-    /// Everything older than this attachment is gone: every ring that ever used the areas, including those of other processes
-    /// (their lock on the disk is free, and this process has it). The device reports only the result of the wait that
-    /// [`Action::AwaitRelease`] began for this attachment, not of a wait for an earlier attachment.
+    /// Everything older than this attachment is gone: every ring that ever used the areas, including those of other
+    /// processes (their lock on the disk is free, and this process has it). The device reports only the result of the
+    /// wait that [`Action::AwaitRelease`] began for this attachment, not of a wait for an earlier attachment.
     Released,
     /// The new ring runs.
     Built,
@@ -32,8 +32,8 @@ pub enum Event {
     End,
     /// The ring must end at once, and no other follows: after DETACH, or because the device offers no rings any more.
     Finish(ErrorCode),
-    /// The queue stops (GET_VRING_BASE, reset, the front-end is gone). ATTACH stays pending, and the device takes it again if
-    /// the queue starts again.
+    /// The queue stops (GET_VRING_BASE, reset, the front-end is gone). ATTACH stays pending, and the device takes it
+    /// again if the queue starts again.
     Stop,
 }
 
@@ -49,8 +49,8 @@ pub enum Action {
     Build(Epoch),
     /// Close the ring of this area, and begin to wait for [`Event::Gone`].
     Close(Area),
-    /// Write the answer and the status of ATTACH, put it into the used ring, signal unconditionally, and complete EVENT. From
-    /// here on the control page and the areas belong to the driver alone.
+    /// Write the answer and the status of ATTACH, put it into the used ring, signal unconditionally, and complete
+    /// EVENT. From here on the control page and the areas belong to the driver alone.
     CompleteAttach(ErrorCode),
     /// The queue has stopped: this attachment does not access guest memory any more.
     Stopped,
@@ -145,8 +145,8 @@ impl Machine {
 
     /// Processes an event. An event without a meaning in the current state came late and changes nothing.
     ///
-    /// The machine does not trust the driver: the driver's words can make an epoch start early, which harms only the driver's
-    /// own data.
+    /// The machine does not trust the driver: the driver's words can make an epoch start early, which harms only the
+    /// driver's own data.
     pub fn step(&mut self, event: Event) -> Actions<Action> {
         let mut actions = Actions::none();
         self.note_area(event);

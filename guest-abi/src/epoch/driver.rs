@@ -25,15 +25,15 @@ pub enum Action {
     Start(Epoch),
     /// Submit no more requests, reap until none is outstanding, and then report [`Event::Drained`]; at once if none is.
     Drain,
-    /// Submit no more requests. Reap the CQ of this area, set aside every request without a completion or with a completion
-    /// of -ECANCELED, and then report [`Event::Reaped`].
+    /// Submit no more requests. Reap the CQ of this area, set aside every request without a completion or with a
+    /// completion of -ECANCELED, and then report [`Event::Reaped`].
     Reap(Area),
     /// Store the word with release, then ring the queue's doorbell.
     Acknowledge(Announcement),
     /// Set the detach word, then send DETACH on queue 0.
     RequestDetach,
-    /// Reap ARM and ATTACH. The control page, the areas and the queue belong to the driver again. Submit the requests that
-    /// were set aside to the queue as ordinary requests.
+    /// Reap ARM and ATTACH. The control page, the areas and the queue belong to the driver again. Submit the requests
+    /// that were set aside to the queue as ordinary requests.
     Release,
     /// The device violated the protocol. Submit no more requests, and reset the device.
     Reset,

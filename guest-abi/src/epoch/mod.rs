@@ -1,26 +1,28 @@
 //! Epochs: how a queue changes the consumer of its ring without losing or repeating a request.
 //!
 //! An *epoch* is the lifetime of one ring of one queue. Epochs are numbered. Epochs with an even number use the first
-//! [`Area`], epochs with an odd number the second. The device announces the current epoch and its phase in one word of the
-//! control page ([`Announcement`]). The driver acknowledges by writing the same word back to another place. The two sides
-//! agree on nothing else.
+//! [`Area`], epochs with an odd number the second. The device announces the current epoch and its phase in one word of
+//! the control page ([`Announcement`]). The driver acknowledges by writing the same word back to another place. The two
+//! sides agree on nothing else.
 //!
 //! - `Open`: the ring of this epoch runs. The driver may submit to it.
-//! - `Drain`: the driver must submit no more requests, wait for the outstanding ones, and acknowledge. The ring keeps running
-//!   until the driver acknowledges.
-//! - `Ended`: the rings of this epoch and of all older epochs are gone, and all their I/O has ended. Each request that the
-//!   kernel consumed has its CQE in the area. The driver reaps these CQEs, acknowledges, and submits all other requests again
-//!   in the next epoch. A request with a CQE of -ECANCELED was not executed, so the driver submits it again, too.
+//! - `Drain`: the driver must submit no more requests, wait for the outstanding ones, and acknowledge. The ring keeps
+//!   running until the driver acknowledges.
+//! - `Ended`: the rings of this epoch and of all older epochs are gone, and all their I/O has ended. Each request that
+//!   the kernel consumed has its CQE in the area. The driver reaps these CQEs, acknowledges, and submits all other
+//!   requests again in the next epoch. A request with a CQE of -ECANCELED was not executed, so the driver submits it
+//!   again, too.
 //!
-//! The next epoch opens only after the driver has acknowledged the end of the current epoch. So the driver never reads an area
-//! that the device prepares. The device, even if it is another process by now, needs only the two words: *every* start with a
-//! word that is not zero is a recovery, and every recovery announces `Ended` for the epoch in the word.
+//! The next epoch opens only after the driver has acknowledged the end of the current epoch. So the driver never reads
+//! an area that the device prepares. The device, even if it is another process by now, needs only the two
+//! words: *every* start with a word that is not zero is a recovery, and every recovery announces `Ended` for the epoch
+//! in the word.
 //!
-//! The second area exists for drains. A closed ring still writes to its area (the ring's flags) for 20 to 75 ms (Linux 6.18).
-//! The next epoch need not wait for that; the epoch after it waits.
+//! The second area exists for drains. A closed ring still writes to its area (the ring's flags) for 20 to 75 ms (Linux
+//! 6.18). The next epoch need not wait for that; the epoch after it waits.
 //!
-//! [`device::Machine`] and [`driver::Machine`] are the two sides as state machines: events in, actions out, no memory access.
-//! The tables of `docs/abi.md` are generated from them.
+//! [`device::Machine`] and [`driver::Machine`] are the two sides as state machines: events in, actions out, no memory
+//! access. The tables of `docs/abi.md` are generated from them.
 
 use core::fmt;
 
@@ -152,7 +154,8 @@ impl<T: Copy> Actions<T> {
     }
 
     fn push(&mut self, action: T) {
-        // No step has more than four actions, as `every_step_has_room_for_its_actions` shows. A fifth would be left out.
+        // No step has more than four actions, as `every_step_has_room_for_its_actions` shows. A fifth would be left
+        // out.
         if let Some(item) = self.items.get_mut(self.length) {
             *item = Some(action);
             self.length += 1;

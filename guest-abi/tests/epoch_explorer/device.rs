@@ -1,4 +1,5 @@
-//! The device process: the machine of the crate, and the code that executes its actions, one access to shared memory at a time.
+//! The device process: the machine of the crate, and the code that executes its actions, one access to shared memory at
+//! a time.
 
 use ringpass_guest_abi::epoch::device::{Action, AreaUse, Event, Machine, State};
 use ringpass_guest_abi::epoch::{Announcement, Area, Epoch, Phase};

@@ -191,8 +191,8 @@ impl System {
         Ok(())
     }
 
-    /// A driver that writes any values into shared memory, while its budget lasts. Only the kind of word that the device finds
-    /// matters: the right answer, or another word.
+    /// A driver that writes any values into shared memory, while its budget lasts. Only the kind of word that the
+    /// device finds matters: the right answer, or another word.
     pub(crate) fn lie_steps(&self, step: &mut impl FnMut(Label, &dyn Fn(&mut Self) -> Broken)) {
         if self.budget.lies == 0 {
             return;

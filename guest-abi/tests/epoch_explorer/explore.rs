@@ -30,8 +30,8 @@ pub(crate) struct Report {
     pub(crate) goals: usize,
 }
 
-/// Visits every state that is reachable from `first`. The error is the broken rule with the steps that lead there; because of the
-/// breadth-first order it has as few steps as possible.
+/// Visits every state that is reachable from `first`. The error is the broken rule with the steps that lead there;
+/// because of the breadth-first order it has as few steps as possible.
 pub(crate) fn explore<M: Model>(first: M) -> Result<Report, String> {
     let mut search = Search::default();
     let mut frontier = VecDeque::new();
@@ -72,7 +72,8 @@ impl Fingerprint {
     }
 
     fn mix(&mut self, value: u64) {
-        // Multiply by an odd factor with bits in both halves, then fold the high half, which depends on all bits, into the low.
+        // Multiply by an odd factor with bits in both halves, then fold the high half, which depends on all bits, into
+        // the low.
         let product = (self.0 ^ u128::from(value)).wrapping_mul(0x9e37_79b9_7f4a_7c15_f39c_c060_5ced_c835);
         self.0 = product ^ product >> 67;
     }

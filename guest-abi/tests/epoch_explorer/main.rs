@@ -1,9 +1,10 @@
 //! The two machines of the epoch protocol against each other, over every interleaving of their accesses to what they
 //! share, with a kernel whose rings end late, devices that are killed at any step, and drivers that lie.
 //!
-//! The searches show that there are never two rings on one area, that the device never builds a ring where the driver reads, that
-//! no request is issued again before its older I/O has ended, that no request is executed twice or lost, and that every state has
-//! a way to the end. For each rule of the protocol a further search shows that it finds an error if one side violates the rule.
+//! The searches show that there are never two rings on one area, that the device never builds a ring where the driver
+//! reads, that no request is issued again before its older I/O has ended, that no request is executed twice or lost,
+//! and that every state has a way to the end. For each rule of the protocol a further search shows that it finds an
+//! error if one side violates the rule.
 //!
 //! Other tests cover memory orderings and the wrap of the ring's indexes (`tests/loom_orderings`, `src/ring/tests.rs`).
 

@@ -33,7 +33,8 @@ pub(crate) enum Cheat {
     NoSignal,
     /// A device that starts does not signal.
     SilentStart,
-    /// The device forgets an EVENT that it could not complete, and the driver reads the control pages before it posts one.
+    /// The device forgets an EVENT that it could not complete, and the driver reads the control pages before it posts
+    /// one.
     ForgetEvent,
     /// The driver does not ring the doorbell after its acknowledgement.
     NoKick,
@@ -150,8 +151,8 @@ impl Model for System {
         self.lie_steps(&mut |label, change| step(is_fault, label, change));
     }
 
-    /// With an honest driver: every request is done, both sides agree, and no demand is left. With a lying driver: the device
-    /// waits for the driver, or is no longer attached to it.
+    /// With an honest driver: every request is done, both sides agree, and no demand is left. With a lying driver: the
+    /// device waits for the driver, or is no longer attached to it.
     fn is_goal(&self) -> bool {
         let Some(device) = self.device else { return false };
         let at_rest = device.is_at_rest();

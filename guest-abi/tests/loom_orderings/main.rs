@@ -2,9 +2,9 @@
 //!
 //! loom runs [`DriverRing`] against a model of the kernel's side in every interleaving, with every value that each
 //! load may return under C11. A model fails when an SQE or CQE is accessed without being ordered (a data race), when
-//! a thread sleeps for ever (a lost doorbell or interrupt), or when a request or completion arrives wrong. Further tests remove
-//! each of the six orderings of the table in `src/ring.rs` alone, and loom must find the failure. This shows that the models can
-//! fail.
+//! a thread sleeps for ever (a lost doorbell or interrupt), or when a request or completion arrives wrong. Further
+//! tests remove each of the six orderings of the table in `src/ring.rs` alone, and loom must find the failure. This
+//! shows that the models can fail.
 //!
 //! Limits of these tests:
 //! - The kernel orders its load of `cq.head` before its stores to a freed CQE by a control dependency, which C11 does
@@ -13,10 +13,10 @@
 //!   behind a later store (load buffering), so what it finds for `cq.head` is the missing happens-before, as a race.
 //! - loom's fences are C11's. Linux's `smp_mb` is at least as strong.
 //! - The model of the whole ring is explored up to four preemptions, all others without a bound.
-//! - A `DriverRing` never has more requests outstanding than the CQ holds. The driver pushes a request into the last free slot
-//!   only after it has reaped a CQE, so the release of `sq.tail` also covers the CQE that was read, and a whole ring shows no
-//!   failure without the release of `cq.head`. In the models of the CQ alone the kernel posts completions without requests; there
-//!   this release is needed, and Linux documents it as part of the protocol.
+//! - A `DriverRing` never has more requests outstanding than the CQ holds. The driver pushes a request into the last
+//!   free slot only after it has reaped a CQE, so the release of `sq.tail` also covers the CQE that was read, and a
+//!   whole ring shows no failure without the release of `cq.head`. In the models of the CQ alone the kernel posts
+//!   completions without requests; there this release is needed, and Linux documents it as part of the protocol.
 
 mod kernel;
 mod memory;
@@ -30,7 +30,8 @@ use loom::thread;
 use memory::{DriverMemory, SharedRing, Weakened};
 use ringpass_guest_abi::{Cqe, Doorbell, DriverRing, FixedAddress, PushErrorReason, Sqe};
 
-/// Number of requests or completions that go through a ring: one more than the smallest ring holds, so that a slot is reused.
+/// Number of requests or completions that go through a ring: one more than the smallest ring holds, so that a slot is
+/// reused.
 const ROUNDS: u32 = 2;
 
 fn driver(shared: &Arc<SharedRing>, weakened: Option<Weakened>) -> DriverRing<DriverMemory> {

@@ -8,7 +8,8 @@ use crate::words::{Reader, Words, Writer};
 /// Maximum number of bytes of the text with an answer.
 pub const MESSAGE_BYTES: usize = 512;
 
-/// The answer to a [`Command`](crate::Command). The host reads it from memory that the guest writes, so any words must be valid.
+/// The answer to a [`Command`](crate::Command). The host reads it from memory that the guest writes, so any words must
+/// be valid.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Answer {
     /// The vCPU waits for its first command.

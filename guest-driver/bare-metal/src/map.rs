@@ -1,7 +1,7 @@
 //! The memory map of the virtual machine.
 //!
-//! The host chooses the guest's RAM. The program is in a region of its own beside the RAM, which is never registered for I/O, where
-//! a PC has its hole for devices:
+//! The host chooses the guest's RAM. The program is in a region of its own beside the RAM, which is never registered
+//! for I/O, where a PC has its hole for devices:
 //!
 //! | guest-physical | content |
 //! | --- | --- |
@@ -21,7 +21,8 @@ pub const DIRECT_MAP_VA: u64 = 0x4000_0000_0000;
 pub const DIRECT_MAP_BYTES: u64 = (1 << 47) - DIRECT_MAP_VA;
 /// Guest-physical address of the first window.
 pub const WINDOW_GPA: u64 = 0xe000_0000;
-/// Distance of two windows: the rings area is at the start, the SQE area in the middle. The largest ring of io_uring fits.
+/// Distance of two windows: the rings area is at the start, the SQE area in the middle. The largest ring of io_uring
+/// fits.
 pub const WINDOW_STRIDE_BYTES: u64 = 8 << 20;
 /// Guest-physical address of the first MMIO doorbell.
 pub const DOORBELL_GPA: u64 = 0xf800_0000;
@@ -87,8 +88,8 @@ pub mod vector {
     pub const QUEUE: u8 = 0x40;
     /// The local APIC's timer.
     pub const TIMER: u8 = 0x41;
-    /// The idle call: `int3` from CPL 3. A breakpoint is the only software interrupt that a KVM which runs the guest's CPL 0 in
-    /// software can deliver (`int n` becomes a general protection fault there).
+    /// The idle call: `int3` from CPL 3. A breakpoint is the only software interrupt that a KVM which runs the guest's
+    /// CPL 0 in software can deliver (`int n` becomes a general protection fault there).
     pub const IDLE: u8 = 3;
 }
 

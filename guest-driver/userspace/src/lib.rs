@@ -6,7 +6,8 @@
 //! - [`GuestRam`]: the RAM, mapped; [`RamAllocator`] hands out [`RamArea`]s of it.
 //! - [`RamRing`]: an io_uring ring whose memory is in such areas, for `ringpass_guest_abi::DriverRing`.
 //! - [`ProcessEnv`]: clock, doorbell, interrupts and latencies, for `ringpass_workload`.
-//! - [`vhost_user`]: a disk of `ringpass serve`, or of any other vhost-user-blk device, with rings if the device offers them.
+//! - [`vhost_user`]: a disk of `ringpass serve`, or of any other vhost-user-blk device, with rings if the device offers
+//!   them.
 //! - [`handover`]: the message by which a broker process passes a device to a guest process over a UNIX socket.
 
 #![deny(unsafe_code)]

@@ -19,8 +19,8 @@ use crate::machine::Inner;
 use crate::tables::block_offset;
 use crate::{Machine, VmmError};
 
-/// Interval of the signals to a vCPU that must stop: a signal between its check of the flag and its entry into the guest has no
-/// effect.
+/// Interval of the signals to a vCPU that must stop: a signal between its check of the flag and its entry into the
+/// guest has no effect.
 const KICK: Duration = Duration::from_millis(1);
 /// Time-out for a vCPU to stop: it reacts to the first or second signal, but the machine may be busy.
 const STOPPED: Duration = Duration::from_secs(10);
@@ -29,8 +29,8 @@ const READY: Duration = Duration::from_secs(10);
 
 /// A vCPU that runs the program. Dropping the value stops the vCPU, whatever it does at that moment.
 ///
-/// The signal `SIGRTMIN` stops the vCPU: the start of the first vCPU replaces the handler of this signal in this process for good.
-/// Nothing else in the process may use the signal.
+/// The signal `SIGRTMIN` stops the vCPU: the start of the first vCPU replaces the handler of this signal in this
+/// process for good. Nothing else in the process may use the signal.
 #[derive(Debug)]
 pub struct GuestCpu {
     cpu: u32,
@@ -57,8 +57,8 @@ impl GuestCpu {
     ///
     /// # Errors
     ///
-    /// [`VmmError::Kick`] if the vCPU could not be stopped again. Otherwise an error of KVM, or the reason why the program does
-    /// not become ready.
+    /// [`VmmError::Kick`] if the vCPU could not be stopped again. Otherwise an error of KVM, or the reason why the
+    /// program does not become ready.
     pub fn start(machine: &Machine, cpu: u32, vcpu: VcpuFd) -> Result<Self, VmmError> {
         install_kick()?;
         let khz = vcpu.get_tsc_khz().map_err(VmmError::kvm("asking for the time stamp counter's frequency"))?;
@@ -152,8 +152,8 @@ impl GuestCpu {
                 tracing::error!(cpu = self.cpu, waited = ?STOPPED, "a vCPU does not stop: its thread stays behind");
                 return;
             }
-            // The error of pthread_kill is ignored: it can only mean that the thread has ended. Then the loop ends, too, as it
-            // does if the signal does not arrive.
+            // The error of pthread_kill is ignored: it can only mean that the thread has ended. Then the loop ends,
+            // too, as it does if the signal does not arrive.
             _ = thread.kill(SIGRTMIN());
             thread::sleep(KICK);
         }
@@ -291,7 +291,8 @@ impl Runner {
     }
 }
 
-/// Installs a handler for the kick: an ignored signal would not interrupt KVM_RUN, and the default action ends the process.
+/// Installs a handler for the kick: an ignored signal would not interrupt KVM_RUN, and the default action ends the
+/// process.
 fn install_kick() -> Result<(), VmmError> {
     static INSTALLED: Mutex<bool> = Mutex::new(false);
     extern "C" fn nothing(_: i32, _: *mut nix::libc::siginfo_t, _: *mut nix::libc::c_void) {}

@@ -117,7 +117,8 @@ pub enum VmmError {
         /// How long the caller has waited.
         waited: Duration,
     },
-    /// The process cannot receive the signal that takes a vCPU out of the guest, so a running vCPU could not be stopped.
+    /// The process cannot receive the signal that takes a vCPU out of the guest, so a running vCPU could not be
+    /// stopped.
     #[error("cannot use SIGRTMIN, without which a running vCPU could not be stopped: {source}")]
     Kick {
         /// The system's answer.

@@ -1,9 +1,9 @@
 //! A small virtual machine monitor on KVM for the bare-metal ringpass guest.
 //!
-//! The monitor has only what such a guest needs: memory slots, an in-kernel interrupt controller, page and descriptor tables,
-//! and a thread for each vCPU. It does not know the broker: the program that combines the two adds memory slots of guest RAM,
-//! irqfds, ioeventfds and windows through [`Machine::vm`] (`ringpass_broker::kvm` provides all of them). Other monitors would
-//! work in the same way; read [`Machine`] as an example.
+//! The monitor has only what such a guest needs: memory slots, an in-kernel interrupt controller, page and descriptor
+//! tables, and a thread for each vCPU. It does not know the broker: the program that combines the two adds memory slots
+//! of guest RAM, irqfds, ioeventfds and windows through [`Machine::vm`] (`ringpass_broker::kvm` provides all of them).
+//! Other monitors would work in the same way; read [`Machine`] as an example.
 //!
 //! | type | purpose |
 //! | --- | --- |

@@ -26,7 +26,8 @@ const MESSAGE_ADDRESS: u32 = 0xfee0_0000;
 pub struct MachineConfig {
     /// Number of vCPUs, 1 to 4. Each drives one queue.
     pub vcpus: u32,
-    /// The guest's RAM, as the guest learns it. It must leave 3 GiB to 4 GiB free. The machine does not create its memory slots.
+    /// The guest's RAM, as the guest learns it. It must leave 3 GiB to 4 GiB free. The machine does not create its
+    /// memory slots.
     pub ram: Vec<RamRegion>,
     /// Maximum number of blocks of a vCPU's job. Each block takes 8 bytes of the program's memory.
     pub blocks_max: u64,
@@ -127,7 +128,8 @@ impl Machine {
         Ok(table)
     }
 
-    /// Reads the table for jobs of vCPU `cpu`: after a job, the checksum of each of its blocks. The vCPU must not be at work.
+    /// Reads the table for jobs of vCPU `cpu`: after a job, the checksum of each of its blocks. The vCPU must not be at
+    /// work.
     pub fn read_table(&self, cpu: u32, entries: u64) -> Result<Vec<u64>, VmmError> {
         let table = self.table(cpu, entries)?;
         let mut bytes = vec![0; entries as usize * 8];
@@ -174,7 +176,8 @@ impl Drop for Inner {
         let slot = kvm_userspace_memory_region { slot: PROGRAM_SLOT, ..Default::default() };
         // SAFETY: a size of 0 removes the slot.
         if let Err(error) = unsafe { self.vm.set_user_memory_region(slot) } {
-            // No vCPU runs any more (each holds a reference to this value), so no guest can access memory through the slot.
+            // No vCPU runs any more (each holds a reference to this value), so no guest can access memory through the
+            // slot.
             tracing::debug!(%error, "cannot remove the program's memory slot");
         }
     }

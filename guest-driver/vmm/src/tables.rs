@@ -117,8 +117,8 @@ fn write_descriptors(memory: &Memory<'_>, vcpus: u32) -> Result<(), VmmError> {
     Ok(())
 }
 
-/// Writes a vCPU's own address and its task state: the stack for handlers, and the ports that CPL 3 may use (all ports of the
-/// bitmap, because a cleared bit permits a port).
+/// Writes a vCPU's own address and its task state: the stack for handlers, and the ports that CPL 3 may use (all ports
+/// of the bitmap, because a cleared bit permits a port).
 fn write_block(memory: &Memory<'_>, cpu: u32) -> Result<(), VmmError> {
     let start = block_offset(cpu);
     memory.write(start + block::OWN_ADDRESS as u64, program_va(start))?;

@@ -54,11 +54,11 @@ fn mix(mut value: u64) -> u64 {
     value ^ (value >> 31)
 }
 
-/// Fills `buffer` with the content of write number `operation` to `block`, whose expectation was `previous`. Because the
-/// expectation is part of the key, a write never repeats the content of the block, even if a job runs twice.
+/// Fills `buffer` with the content of write number `operation` to `block`, whose expectation was `previous`. Because
+/// the expectation is part of the key, a write never repeats the content of the block, even if a job runs twice.
 ///
-/// The words are an arithmetic sequence from a random start. Compilers vectorise this, so filling costs less than the checksum,
-/// and the value of each word depends on its position.
+/// The words are an arithmetic sequence from a random start. Compilers vectorise this, so filling costs less than the
+/// checksum, and the value of each word depends on its position.
 pub(crate) fn fill(buffer: &mut [u8], seed: u64, block: u64, operation: u64, previous: u64) {
     let mut word = mix(mix(mix(seed ^ previous.rotate_left(17)).wrapping_add(block)).wrapping_add(operation));
     for chunk in buffer.chunks_exact_mut(size_of::<u64>()) {
@@ -67,8 +67,8 @@ pub(crate) fn fill(buffer: &mut [u8], seed: u64, block: u64, operation: u64, pre
     }
 }
 
-/// Changes the start of every sector of `buffer`, so that a sector that a read does not transfer cannot still have the right
-/// content from an earlier request.
+/// Changes the start of every sector of `buffer`, so that a sector that a read does not transfer cannot still have the
+/// right content from an earlier request.
 pub(crate) fn spoil(buffer: &mut [u8]) {
     for sector in buffer.chunks_exact_mut(SECTOR_BYTES) {
         if let Some(first) = sector.first_chunk_mut::<8>() {

@@ -5,8 +5,8 @@ use crate::slots::{Slot, Slots, State};
 use crate::{BlockQueue, Completion, Environment, Job, JobError, PushRefusal, Report, Request, Verify};
 use crate::{Wait, Wakeup};
 
-/// Number of completions to take before checking them: verification must not delay the time stamp of the next completion, but
-/// the device must not wait long for new requests either.
+/// Number of completions to take before checking them: verification must not delay the time stamp of the next
+/// completion, but the device must not wait long for new requests either.
 const REAP_MAX: usize = 16;
 
 /// Number of empty polls between two readings of the clock.
@@ -38,8 +38,8 @@ pub(crate) struct Engine<'a, Q, E> {
     issued: u64,
     issue_max: u64,
     end_ns: u64,
-    /// A request that waits for room in the queue. This can happen with nothing in flight: the kernel may post a completion
-    /// before it moves the head of the submission queue.
+    /// A request that waits for room in the queue. This can happen with nothing in flight: the kernel may post a
+    /// completion before it moves the head of the submission queue.
     prepared: Option<u16>,
     /// Number of slots in [`State::InFlight`].
     in_flight: u32,
@@ -229,8 +229,8 @@ impl<'a, Q: BlockQueue, E: Environment> Engine<'a, Q, E> {
         Some(index)
     }
 
-    /// Chooses a block that no request touches: a random block, or the next free block after it. There always is one, because a
-    /// job has at least as many blocks as requests.
+    /// Chooses a block that no request touches: a random block, or the next free block after it. There always is one,
+    /// because a job has at least as many blocks as requests.
     fn choose_block(&mut self) -> u32 {
         let mut block = self.random.below(self.blocks);
         while self.expected[block as usize] & IN_FLIGHT != 0 {

@@ -17,12 +17,12 @@ pub trait Environment {
     /// Notifies the device of waiting requests.
     fn ring_doorbell(&mut self);
 
-    /// The hook after each empty poll of the queue. `empty_polls` is the number of empty polls since the last completion. It is a
-    /// spin hint; an environment that shares its processor yields when the number is large.
+    /// The hook after each empty poll of the queue. `empty_polls` is the number of empty polls since the last
+    /// completion. It is a spin hint; an environment that shares its processor yields when the number is large.
     fn relax(&mut self, empty_polls: u32);
 
-    /// Sleeps until an interrupt comes, at most `timeout_ns`. An interrupt that came after the last returned interrupt and before
-    /// this call ends the wait at once: no interrupt may be lost between two calls.
+    /// Sleeps until an interrupt comes, at most `timeout_ns`. An interrupt that came after the last returned interrupt
+    /// and before this call ends the wait at once: no interrupt may be lost between two calls.
     fn wait_for_interrupt(&mut self, timeout_ns: u64) -> Wakeup;
 
     /// Waits for `duration_ns`.
@@ -35,8 +35,8 @@ pub trait Environment {
         }
     }
 
-    /// Runs `access` on the `len_bytes` bytes of guest RAM at `gpa`. Returns `None` without running `access` if the guest has no
-    /// such memory for buffers.
+    /// Runs `access` on the `len_bytes` bytes of guest RAM at `gpa`. Returns `None` without running `access` if the
+    /// guest has no such memory for buffers.
     ///
     /// Use it only for memory that no request in flight uses.
     fn with_buffer<R>(&mut self, gpa: u64, len_bytes: u32, access: impl FnOnce(&mut [u8]) -> R) -> Option<R>;

@@ -21,8 +21,8 @@ pub enum Wait {
     Poll = 0,
     /// Interrupts are on, and the workload sleeps when there is nothing to reap.
     Interrupt = 1,
-    /// Like `Interrupt`, but the workload mutes and unmutes interrupts at random (seeded) moments. It finds and counts completions
-    /// that no interrupt announced ([`Report::missed_interrupts`](crate::Report)).
+    /// Like `Interrupt`, but the workload mutes and unmutes interrupts at random (seeded) moments. It finds and counts
+    /// completions that no interrupt announced ([`Report::missed_interrupts`](crate::Report)).
     InterruptMuting = 2,
 }
 
@@ -39,8 +39,8 @@ pub enum Verify {
 
 /// One queue's workload.
 ///
-/// The structure has plain integers in C layout without padding, so that it can be in a page shared with a virtual machine. A
-/// reader must know that a `Job` was written there: `wait` and `verify` have only the named values.
+/// The structure has plain integers in C layout without padding, so that it can be in a page shared with a virtual
+/// machine. A reader must know that a `Job` was written there: `wait` and `verify` have only the named values.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[repr(C)]
@@ -63,8 +63,8 @@ pub struct Job {
     pub buffers_gpa: u64,
     /// Distance of two buffers: at least `block_bytes`, a multiple of 512.
     pub buffer_stride_bytes: u64,
-    /// Length of each request: a multiple of 512, at most 1 GiB, and a multiple of the disk's logical block size (which a job
-    /// does not know: otherwise the disk answers -EINVAL).
+    /// Length of each request: a multiple of 512, at most 1 GiB, and a multiple of the disk's logical block size (which
+    /// a job does not know: otherwise the disk answers -EINVAL).
     pub block_bytes: u32,
     /// Number of requests to keep in flight, 1 to [`DEPTH_MAX`].
     pub depth: u32,

@@ -4,8 +4,8 @@ use core::fmt;
 
 /// The work of one queue, and all errors.
 ///
-/// The structure has plain integers in C layout. Any bytes are a valid `Report`, so that the host can copy one from a page that an
-/// untrusted guest wrote.
+/// The structure has plain integers in C layout. Any bytes are a valid `Report`, so that the host can copy one from a
+/// page that an untrusted guest wrote.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[repr(C)]
@@ -59,8 +59,8 @@ impl Report {
         [self.mismatches, self.errors, self.unexpected, self.lost, self.late, self.missed_interrupts] == [0; 6]
     }
 
-    /// Adds the report of another queue that ran at the same time: sums the counts, and keeps the longer time, the first mismatch
-    /// and the first error.
+    /// Adds the report of another queue that ran at the same time: sums the counts, and keeps the longer time, the
+    /// first mismatch and the first error.
     pub fn merge(&mut self, other: &Self) {
         if self.mismatches == 0 {
             self.first_mismatch_block = other.first_mismatch_block;

@@ -1,4 +1,5 @@
-//! The hostile script on a model of the kernel: a correct kernel passes, and the script detects each flaw that lets a guest escape.
+//! The hostile script on a model of the kernel: a correct kernel passes, and the script detects each flaw that lets a
+//! guest escape.
 
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;

@@ -184,7 +184,8 @@ proptest! {
         }
     }
 
-    /// A small fuzz test of the parser: a built-in file with some changed bytes is a policy, or an error with a position in it.
+    /// A small fuzz test of the parser: a built-in file with some changed bytes is a policy, or an error with a
+    /// position in it.
     #[test]
     fn a_damaged_file_is_another_policy_or_an_error_with_a_position_in_the_file(
         which in 0..BuiltIn::ALL.len(),

@@ -5,8 +5,8 @@ use crate::{
     SqeFlags,
 };
 
-/// The kernel's part: `io_init_req` and `io_check_restriction` of Linux 5.17 and later. `has_skipped` states whether the ring
-/// has seen `IOSQE_CQE_SKIP_SUCCESS`.
+/// The kernel's part: `io_init_req` and `io_check_restriction` of Linux 5.17 and later. `has_skipped` states whether
+/// the ring has seen `IOSQE_CQE_SKIP_SUCCESS`.
 pub(super) fn kernel(
     policy: &Policy,
     kernel: &KernelSupport,
@@ -72,7 +72,8 @@ pub(super) fn fields(rules: &FieldRules, sqe: &Sqe) -> Result<(), Refusal> {
     if let (true, Some(range)) = (is_transfer, rules.length_bytes) {
         refuse_unless(sqe.len >= range.min && sqe.len <= range.max, FieldRule::LengthBytes)?;
     }
-    // Allocate, zero (0x10) and punch (0x2) without growing the file (0x1); allocate and zero also with growing the file.
+    // Allocate, zero (0x10) and punch (0x2) without growing the file (0x1); allocate and zero also with growing the
+    // file.
     if is_allocation && ![0, 1, 2 | 1, 0x10, 0x10 | 1].contains(&sqe.len) {
         return Err(Refusal::FallocateMode);
     }

@@ -8,8 +8,8 @@ use crate::BuiltIn;
 /// Enough bytes for a policy with all rules and some dozens of SQEs.
 const CHOICES_MAX: usize = 300;
 
-/// Saves an input as a seed for a fuzzer in the directory that `cargo xtask` sets in `RINGPASS_FUZZ_SEEDS`. Does nothing
-/// without that variable.
+/// Saves an input as a seed for a fuzzer in the directory that `cargo xtask` sets in `RINGPASS_FUZZ_SEEDS`. Does
+/// nothing without that variable.
 fn save_seed(target: &str, name: &str, bytes: &[u8]) {
     let Some(directory) = std::env::var_os("RINGPASS_FUZZ_SEEDS") else { return };
     let directory = std::path::Path::new(&directory).join(target);

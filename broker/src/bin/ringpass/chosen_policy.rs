@@ -14,8 +14,8 @@ const FILE_BYTES_MAX: u64 = 256 << 10;
 /// Options that choose the policy of a program's rings.
 #[derive(Clone, Debug, Args)]
 pub(crate) struct PolicyArgs {
-    /// Restriction policy of the guests' rings: a file, or the name of a built-in policy. Default: direct-read-write, or
-    /// direct-read-only for a disk that is opened read-only.
+    /// Restriction policy of the guests' rings: a file, or the name of a built-in policy. Default: direct-read-write,
+    /// or direct-read-only for a disk that is opened read-only.
     #[arg(long, value_name = "POLICY")]
     policy: Option<String>,
     /// Accept a policy whose lint has errors. Guests can then escape, or exhaust the host.

@@ -109,7 +109,8 @@ impl From<ModeName> for Mode {
 ///
 /// # Errors
 ///
-/// The output cannot be written. (If a policy cannot be read, this function prints the error and returns its exit status.)
+/// The output cannot be written. (If a policy cannot be read, this function prints the error and returns its exit
+/// status.)
 pub(crate) fn run(command: &PolicyCommand) -> anyhow::Result<ExitCode> {
     let mut out = Vec::new();
     let status = match &command.action {

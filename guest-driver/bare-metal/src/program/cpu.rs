@@ -6,12 +6,13 @@ use ringpass_bare_metal::map::{CALL_PORT, IDLE_TICK_COUNT, block, header};
 
 // The header of the image, and all code that runs at CPL 0.
 //
-// The handlers change only registers that they save, because they interrupt Rust code at any point. The processor switches the
-// stack (TSS.RSP0), so the red zone below the interrupted stack does not change. GS points to the vCPU's block at both privilege
-// levels. The local APIC is in x2APIC mode: MSR 0x80b is its end-of-interrupt register, 0x838 its timer's initial count.
+// The handlers change only registers that they save, because they interrupt Rust code at any point. The processor
+// switches the stack (TSS.RSP0), so the red zone below the interrupted stack does not change. GS points to the vCPU's
+// block at both privilege levels. The local APIC is in x2APIC mode: MSR 0x80b is its end-of-interrupt register, 0x838
+// its timer's initial count.
 //
-// The idle call checks the interrupt flag with interrupts off (it goes through an interrupt gate), and STI takes effect only after
-// the start of HLT: an interrupt in between ends the HLT. The idle call does not restart a running timer.
+// The idle call checks the interrupt flag with interrupts off (it goes through an interrupt gate), and STI takes effect
+// only after the start of HLT: an interrupt in between ends the HLT. The idle call does not restart a running timer.
 global_asm!(
     ".pushsection .header, \"a\", @progbits",
     ".quad {magic}, start, queue_interrupt, timer_interrupt, idle_call",
@@ -64,8 +65,8 @@ pub(crate) fn call() {
 
 /// Writes a byte to a port.
 pub(crate) fn write_port(port: u16) {
-    // SAFETY: the I/O permission bitmap permits the port for CPL 3. The write can change this program's memory only through the
-    // monitor; therefore the assembly block is declared as one that writes memory.
+    // SAFETY: the I/O permission bitmap permits the port for CPL 3. The write can change this program's memory only
+    // through the monitor; therefore the assembly block is declared as one that writes memory.
     unsafe { asm!("out dx, al", in("dx") port, in("al") 1u8, options(nostack, preserves_flags)) }
 }
 

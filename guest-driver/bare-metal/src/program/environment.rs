@@ -60,8 +60,8 @@ impl Environment for Machine {
     fn with_buffer<R>(&mut self, gpa: u64, len_bytes: u32, access: impl FnOnce(&mut [u8]) -> R) -> Option<R> {
         let end = gpa.checked_add(u64::from(len_bytes))?;
         self.ram.iter().find(|region| gpa >= region.gpa && end - region.gpa <= region.len_bytes)?;
-        // SAFETY: guest RAM is mapped in the direct map, and the workload asks only for memory that no request in flight uses;
-        // any bytes are valid.
+        // SAFETY: guest RAM is mapped in the direct map, and the workload asks only for memory that no request in
+        // flight uses; any bytes are valid.
         Some(access(unsafe { core::slice::from_raw_parts_mut(direct_map(gpa).as_ptr(), len_bytes as usize) }))
     }
 

@@ -83,8 +83,8 @@ type Work = fn(&Job, &mut RingQueue<MappedRing>, &mut Machine, &mut [u64]) -> Re
 
 fn attach(block: &Block, attachment: &Attachment) -> Result<Queue, LayoutError> {
     let layout = attachment.layout;
-    // SAFETY: the monitor has placed the ring there, mapped for as long as the virtual machine lives, and no memory of this
-    // program is there.
+    // SAFETY: the monitor has placed the ring there, mapped for as long as the virtual machine lives, and no memory of
+    // this program is there.
     let memory = unsafe {
         MappedRing::new(
             direct_map(attachment.rings_gpa),

@@ -1,10 +1,10 @@
-//! The functions that the compiler calls by name and that a C library would provide. They are a macro, so that a test can assemble
-//! them under other names.
+//! The functions that the compiler calls by name and that a C library would provide. They are a macro, so that a test
+//! can assemble them under other names.
 
 /// Assembles `memcpy`, `memmove`, `memset`, `memcmp` and `bcmp`, with `prefix` before each name.
 ///
-/// For lengths of a block the string instructions are as fast as any code on processors with fast short REP MOVSB, and the compiler
-/// inlines the workload's small copies.
+/// For lengths of a block the string instructions are as fast as any code on processors with fast short REP MOVSB, and
+/// the compiler inlines the workload's small copies.
 macro_rules! string_functions {
     ($prefix:literal) => {
         core::arch::global_asm!(

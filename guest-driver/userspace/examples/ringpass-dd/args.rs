@@ -47,8 +47,8 @@ pub(crate) struct Arguments {
     #[arg(long, value_enum, value_name = "HOW", default_value_t = WaitArg::Interrupt, global = true)]
     pub(crate) wait: WaitArg,
 
-    /// How long to wait for a server that does not answer before the program fails, in seconds. The server may not have started
-    /// yet, may be restarting, or may have another front-end.
+    /// How long to wait for a server that does not answer before the program fails, in seconds. The server may not have
+    /// started yet, may be restarting, or may have another front-end.
     #[arg(long, value_name = "N", default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..=86_400), global = true)]
     pub(crate) patience_s: u64,
 
@@ -64,7 +64,8 @@ pub(crate) struct Arguments {
 pub(crate) enum Command {
     /// Read the disk.
     Read {
-        /// File or block device, or `-` for standard output. The program refuses a file that is in use, such as the disk itself.
+        /// File or block device, or `-` for standard output. The program refuses a file that is in use, such as the
+        /// disk itself.
         #[arg(long, value_name = "FILE")]
         output: PathBuf,
         /// Leave holes in the file where the disk has zeroes.
@@ -79,7 +80,8 @@ pub(crate) enum Command {
         /// Read the written data back and compare it.
         #[arg(long)]
         verify: bool,
-        /// Where the input has zeroes, ask the disk to free the space instead of writing zeroes, if the disk supports that.
+        /// Where the input has zeroes, ask the disk to free the space instead of writing zeroes, if the disk supports
+        /// that.
         #[arg(long)]
         sparse: bool,
     },

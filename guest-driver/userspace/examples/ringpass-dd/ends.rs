@@ -125,7 +125,8 @@ impl Output {
         written.with_context(|| format!("cannot write {}", self.name))
     }
 
-    /// Prepares the output before the first byte. By now the server has executed a read, so it holds its lock on the disk.
+    /// Prepares the output before the first byte. By now the server has executed a read, so it holds its lock on the
+    /// disk.
     fn begin(&mut self) -> Result<()> {
         if std::mem::replace(&mut self.is_begun, true) {
             return Ok(());
@@ -226,8 +227,8 @@ impl<'i> Comparison<'i> {
         Ok(())
     }
 
-    /// Returns the difference in the `len_bytes` of the disk that were read, and a remark about an input of unknown length that is
-    /// shorter.
+    /// Returns the difference in the `len_bytes` of the disk that were read, and a remark about an input of unknown
+    /// length that is shorter.
     ///
     /// # Errors
     ///

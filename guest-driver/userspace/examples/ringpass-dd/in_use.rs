@@ -1,12 +1,12 @@
 //! Checks whether a file is the served disk, or in use otherwise.
 //!
-//! The server does not tell which file it serves, and may see other paths. But it holds a lock on the disk while it executes
-//! requests (a lock of the open file, `F_OFD_SETLK`), like other programs that use disk images, and the kernel reports locks by
-//! file, regardless of the path. A loop device and its backing file, and a partition and its device, are the same disk with
-//! different locks: this module checks all of them.
+//! The server does not tell which file it serves, and may see other paths. But it holds a lock on the disk while it
+//! executes requests (a lock of the open file, `F_OFD_SETLK`), like other programs that use disk images, and the kernel
+//! reports locks by file, regardless of the path. A loop device and its backing file, and a partition and its device,
+//! are the same disk with different locks: this module checks all of them.
 //!
-//! The check does not find a disk behind several layers (device mapper on a file), on a file system without locks, or locked on
-//! another machine.
+//! The check does not find a disk behind several layers (device mapper on a file), on a file system without locks, or
+//! locked on another machine.
 
 use std::collections::BTreeSet;
 use std::fs::{self, File, OpenOptions};

@@ -1,5 +1,5 @@
-//! Ctrl-C: the program lets the requests under way end, and reports how far it came. It ends in any case: a dedicated thread takes
-//! the signals and waits only a short time for the rest of the program.
+//! Ctrl-C: the program lets the requests under way end, and reports how far it came. It ends in any case: a dedicated
+//! thread takes the signals and waits only a short time for the rest of the program.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
@@ -8,15 +8,15 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use nix::sys::signal::{SigSet, Signal};
 
-/// How long the program may take to end by itself after the first signal. It may be waiting for a server or a pipe that never
-/// answers.
+/// How long the program may take to end by itself after the first signal. It may be waiting for a server or a pipe that
+/// never answers.
 const GRACE: Duration = Duration::from_secs(2);
 
 static IS_INTERRUPTED: AtomicBool = AtomicBool::new(false);
 static MOVED_BYTES: AtomicU64 = AtomicU64::new(0);
 
-/// From now on [`check`] reports SIGINT and SIGTERM, and these signals end the program if it does not end by itself. A second
-/// signal ends it at once. Call this while the process has one thread.
+/// From now on [`check`] reports SIGINT and SIGTERM, and these signals end the program if it does not end by itself. A
+/// second signal ends it at once. Call this while the process has one thread.
 pub(crate) fn watch() -> Result<()> {
     let signals: SigSet = [Signal::SIGINT, Signal::SIGTERM].into_iter().collect();
     signals.thread_block().context("cannot block signals")?;

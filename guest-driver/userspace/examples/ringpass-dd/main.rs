@@ -1,4 +1,5 @@
-//! Copies to and from a disk that `ringpass serve` serves, through rings of the host's io_uring, without a virtual machine.
+//! Copies to and from a disk that `ringpass serve` serves, through rings of the host's io_uring, without a virtual
+//! machine.
 //!
 //! ```console
 //! $ ringpass-dd --socket /run/vm1.sock read  --output backup.img
@@ -6,8 +7,8 @@
 //! $ ringpass-dd --socket /run/vm1.sock verify --input backup.img
 //! ```
 //!
-//! The program is also an example of how to use `ringpass_guest::vhost_user`: `transfer.rs` keeps several queues busy with
-//! buffers of the driver, and continues when the server restarts.
+//! The program is also an example of how to use `ringpass_guest::vhost_user`: `transfer.rs` keeps several queues busy
+//! with buffers of the driver, and continues when the server restarts.
 
 mod args;
 mod ends;

@@ -1,8 +1,8 @@
 //! The message by which a broker process passes a device to a guest *process*.
 //!
-//! The broker sends one message over a connected UNIX stream socket: a line of JSON, the [`Setup`]. The first byte carries the
-//! file descriptors (`SCM_RIGHTS`): one for each memory region, then a doorbell and a completion eventfd for each queue. The
-//! receiver consumes nothing after the line, so the connection can carry further messages.
+//! The broker sends one message over a connected UNIX stream socket: a line of JSON, the [`Setup`]. The first byte
+//! carries the file descriptors (`SCM_RIGHTS`): one for each memory region, then a doorbell and a completion eventfd
+//! for each queue. The receiver consumes nothing after the line, so the connection can carry further messages.
 
 mod setup;
 mod socket;

@@ -146,7 +146,8 @@ fn receive_descriptors(stream: &UnixStream) -> Result<(u8, Vec<OwnedFd>), Handov
     Ok((first[0], fds))
 }
 
-/// Receives the rest of the line that starts with `first`. Peeks before reading, so that it consumes nothing after the line.
+/// Receives the rest of the line that starts with `first`. Peeks before reading, so that it consumes nothing after the
+/// line.
 fn receive_line(stream: &UnixStream, first: u8) -> Result<Vec<u8>, HandoverError> {
     let failed = |source| HandoverError::Socket { what: "receive the setup", source };
     let mut line = vec![first];

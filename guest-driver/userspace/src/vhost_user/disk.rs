@@ -28,12 +28,12 @@ const RAM_GPA: u64 = 1 << 20;
 
 /// A disk behind a vhost-user socket, for a process that is its own guest.
 ///
-/// If the device is gone, the driver tries to reconnect until the device is back; requests stay in their queues and continue then.
-/// All other calls fail when the device is silent for longer than [`Options::patience`].
+/// If the device is gone, the driver tries to reconnect until the device is back; requests stay in their queues and
+/// continue then. All other calls fail when the device is silent for longer than [`Options::patience`].
 ///
-/// [`close`](Self::close) and the drop stop the queues, and wait for the end of their I/O for the same time. If the device does not
-/// confirm the end, it keeps the files of the driver's RAM, so that it cannot overwrite other memory of this process later. This
-/// does not protect [added memory](Self::add_foreign_memory).
+/// [`close`](Self::close) and the drop stop the queues, and wait for the end of their I/O for the same time. If the
+/// device does not confirm the end, it keeps the files of the driver's RAM, so that it cannot overwrite other memory of
+/// this process later. This does not protect [added memory](Self::add_foreign_memory).
 #[derive(Debug)]
 pub struct Disk {
     // The drop order: first the thread for events ends, then the device releases the memory.
@@ -183,13 +183,15 @@ impl Disk {
         self.connection.add_region(|memory| memory.add(gpa, len_bytes))
     }
 
-    /// Adds the first `len_bytes` bytes of a file that others use, too (the RAM of a virtual machine, a buffer pool): a memfd, or a
-    /// file on tmpfs or hugetlbfs, open for reading and writing. The driver allocates nothing from it; requests name it by address.
-    /// While there are rings, the device pins it like the other regions, and no process may discard pages of it.
+    /// Adds the first `len_bytes` bytes of a file that others use, too (the RAM of a virtual machine, a buffer pool): a
+    /// memfd, or a file on tmpfs or hugetlbfs, open for reading and writing. The driver allocates nothing from it;
+    /// requests name it by address. While there are rings, the device pins it like the other regions, and no process
+    /// may discard pages of it.
     ///
     /// # Errors
     ///
-    /// The region does not consist of whole pages, is longer than the file or overlaps another region, or the device refuses it.
+    /// The region does not consist of whole pages, is longer than the file or overlaps another region, or the device
+    /// refuses it.
     pub fn add_foreign_memory(&self, gpa: u64, file: File, len_bytes: u64) -> Result<(), Error> {
         self.connection.add_region(|memory| memory.add_foreign(gpa, file, len_bytes))
     }
@@ -268,8 +270,8 @@ impl Disk {
         Ok(self.shared.ask(&Question::GetId)?.serial())
     }
 
-    /// Replaces the eventfd for the interrupts of queue `index`, as machines do when they move interrupts. A thread that waits for
-    /// an interrupt does not notice.
+    /// Replaces the eventfd for the interrupts of queue `index`, as machines do when they move interrupts. A thread
+    /// that waits for an interrupt does not notice.
     ///
     /// # Errors
     ///
@@ -281,8 +283,8 @@ impl Disk {
         self.connection.renew_call(index.into())
     }
 
-    /// Reconnects. Call this if you know that another process serves the disk now: a device that was killed while its I/O hangs
-    /// does not close its connection before the I/O has ended.
+    /// Reconnects. Call this if you know that another process serves the disk now: a device that was killed while its
+    /// I/O hangs does not close its connection before the I/O has ended.
     pub fn reconnect(&self) {
         self.connection.renew();
     }

@@ -1,18 +1,20 @@
 //! A disk behind a vhost-user socket, for a process that is its own guest.
 //!
-//! The process is front-end and driver at the same time: it provides its own RAM, sets up the queues of the device, requests rings
-//! in band (`docs/abi.md`), and reads and writes. Nothing is then between its memory and the host kernel.
+//! The process is front-end and driver at the same time: it provides its own RAM, sets up the queues of the device,
+//! requests rings in band (`docs/abi.md`), and reads and writes. Nothing is then between its memory and the host
+//! kernel.
 //!
 //! - [`Disk`]: the connection, the RAM, and queue 0 with flush, discard and write zeroes.
 //! - [`Queue`]: reads and writes, by polling or by interrupt; one queue for each thread.
 //!
-//! Every wait is limited: if the device is silent for longer than [`Options::patience`], the call fails with [`Error::Silent`].
-//! Requests on a [`Queue`] are the exception: they stay in the queue until the device is back, and the caller of
-//! [`Queue::wait`] chooses how long to wait.
+//! Every wait is limited: if the device is silent for longer than [`Options::patience`], the call fails with
+//! [`Error::Silent`]. Requests on a [`Queue`] are the exception: they stay in the queue until the device is back, and
+//! the caller of [`Queue::wait`] chooses how long to wait.
 //!
-//! The private modules: `connection` keeps the device set up, even when the device restarts; `watchdog` ends waits; `virtqueue` and
-//! `requests` implement virtio-blk; `attachment` is the ring of a queue with its epochs; `driver` decides which way each request of
-//! a queue goes; `first_queue` is queue 0, which all queues share; `events` is the thread that listens to queue 0.
+//! The private modules: `connection` keeps the device set up, even when the device restarts; `watchdog` ends waits;
+//! `virtqueue` and `requests` implement virtio-blk; `attachment` is the ring of a queue with its epochs; `driver`
+//! decides which way each request of a queue goes; `first_queue` is queue 0, which all queues share; `events` is the
+//! thread that listens to queue 0.
 //!
 //! ```no_run
 //! use std::time::Duration;

@@ -19,22 +19,24 @@ pub enum Way {
 /// The options of the driver.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Options {
-    /// Size of the RAM that the driver creates and offers to the device, in bytes. The device pins all of it while there are rings.
+    /// Size of the RAM that the driver creates and offers to the device, in bytes. The device pins all of it while
+    /// there are rings.
     pub memory_bytes: u64,
     /// Number of queues in addition to queue 0; fewer if the device has fewer.
     pub queues: u16,
-    /// Number of descriptors of each virtqueue: a power of two, 16 to 32768. A third of that number of requests can be outstanding.
+    /// Number of descriptors of each virtqueue: a power of two, 16 to 32768. A third of that number of requests can be
+    /// outstanding.
     pub queue_size: u16,
     /// Sizes of the rings.
     pub ring: RingSize,
     /// How the device executes queues.
     pub way: Way,
-    /// Keep an in-flight region, in which the device records the requests that it has taken. Without it, requests on virtqueues can
-    /// be lost or executed twice when the device is killed; requests on rings cannot.
+    /// Keep an in-flight region, in which the device records the requests that it has taken. Without it, requests on
+    /// virtqueues can be lost or executed twice when the device is killed; requests on rings cannot.
     pub inflight: bool,
-    /// How long the device may take to answer before a call fails: while connecting (the device may have another front-end), until
-    /// a queue is a ring (pinning takes half a second for each GiB of memory), for flush and similar requests, for changes of
-    /// memory, and when the disk is dropped. Requests on queues have no such limit.
+    /// How long the device may take to answer before a call fails: while connecting (the device may have another
+    /// front-end), until a queue is a ring (pinning takes half a second for each GiB of memory), for flush and similar
+    /// requests, for changes of memory, and when the disk is dropped. Requests on queues have no such limit.
     pub patience: Duration,
 }
 

@@ -1,7 +1,7 @@
 //! Ends waits for a device that does not answer.
 //!
-//! The `vhost` crate waits for replies without limit, and ignores a time-out of the socket. Therefore a thread shuts down the
-//! socket when the time is up, which ends the wait with an error.
+//! The `vhost` crate waits for replies without limit, and ignores a time-out of the socket. Therefore a thread shuts
+//! down the socket when the time is up, which ends the wait with an error.
 
 use std::collections::BTreeMap;
 use std::io;

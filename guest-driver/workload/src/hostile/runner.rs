@@ -13,7 +13,8 @@ const LOST_MAX: u64 = 3;
 
 /// A step with an answer that is not permitted.
 ///
-/// The structure has plain integers, like [`Report`](crate::Report). [`HostileReport::named`] gives the name of the step.
+/// The structure has plain integers, like [`Report`](crate::Report). [`HostileReport::named`] gives the name of the
+/// step.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct Violation {
@@ -73,7 +74,8 @@ impl HostileReport {
     }
 }
 
-/// Submits the steps one at a time, polls for their completions, and compares the results. The time-out of a step is `timeout_ns`.
+/// Submits the steps one at a time, polls for their completions, and compares the results. The time-out of a step is
+/// `timeout_ns`.
 ///
 /// No other request may be in flight on the ring. Interrupts stay muted.
 pub fn run_hostile<M: RingMemory, E: Environment>(

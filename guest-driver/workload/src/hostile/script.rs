@@ -12,8 +12,8 @@ const EFAULT: i32 = 14;
 const EINVAL: i32 = 22;
 const EOPNOTSUPP: i32 = 95;
 
-/// The answers to a disallowed operation or flag: the restrictions refuse it, or the kernel refuses it before them as unknown or
-/// invalid.
+/// The answers to a disallowed operation or flag: the restrictions refuse it, or the kernel refuses it before them as
+/// unknown or invalid.
 const DENIED: Expect = Expect::Refused(&[EACCES, EINVAL, EOPNOTSUPP]);
 
 const PAGE_BYTES: u32 = 4096;
@@ -73,8 +73,8 @@ pub struct Step {
     pub expect: Expect,
 }
 
-/// All steps for `target`, always in the same order. The first and the last step are honest requests, so that a ring that answers
-/// only errors does not pass.
+/// All steps for `target`, always in the same order. The first and the last step are honest requests, so that a ring
+/// that answers only errors does not pass.
 pub fn script<'a>(target: &'a Target<'a>) -> Result<impl Iterator<Item = Step> + use<'a>, TargetError> {
     target.check()?;
     let base = Base::new(target);

@@ -1,7 +1,7 @@
 //! A process as a guest: the guest's side.
 //!
-//! The guest process has its RAM, a doorbell, an eventfd for interrupts, and a socket on standard input, over which the broker
-//! sends tasks. It has neither the disk nor an io_uring that it created itself.
+//! The guest process has its RAM, a doorbell, an eventfd for interrupts, and a socket on standard input, over which the
+//! broker sends tasks. It has neither the disk nor an io_uring that it created itself.
 
 use std::io::{BufRead, BufReader, Write};
 use std::os::fd::AsFd;
@@ -27,7 +27,8 @@ pub(crate) fn is_wanted() -> bool {
 
 /// Runs the broker's tasks until the broker closes the socket.
 pub(crate) fn run() -> anyhow::Result<()> {
-    // The socket closes when the broker is killed, but a guest in the middle of a task would wait half a minute for its requests.
+    // The socket closes when the broker is killed, but a guest in the middle of a task would wait half a minute for its
+    // requests.
     set_parent_process_death_signal(Some(Signal::KILL)).context("asking to be killed with the broker")?;
     let socket = std::io::stdin().as_fd().try_clone_to_owned().context("standard input is not the broker's socket")?;
     let stream = UnixStream::from(socket);
@@ -36,8 +37,8 @@ pub(crate) fn run() -> anyhow::Result<()> {
         anyhow::bail!("a checked setup has a queue");
     };
 
-    // SAFETY: the broker shares this RAM only with this process and the kernel. The kernel touches it only for requests of this
-    // process, and the broker does not touch it.
+    // SAFETY: the broker shares this RAM only with this process and the kernel. The kernel touches it only for requests
+    // of this process, and the broker does not touch it.
     let ram = Arc::new(unsafe { GuestRam::map(&handover.regions()) }?);
     let mut allocator = ram.allocator()?;
     let ring: RamRing = allocator.ring(setup.rings_gpa, &setup.layout, setup.sqes_gpa)?;

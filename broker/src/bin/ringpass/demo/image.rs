@@ -106,8 +106,8 @@ impl Image {
         (offset_bytes, self.area_bytes)
     }
 
-    /// The checksums of an area's blocks, which the host reads through a descriptor of its own. They are 0 (unknown) for an
-    /// image that the ways fill themselves.
+    /// The checksums of an area's blocks, which the host reads through a descriptor of its own. They are 0 (unknown)
+    /// for an image that the ways fill themselves.
     pub(crate) fn expected(&self) -> anyhow::Result<Vec<u64>> {
         let blocks = (self.area_bytes / BLOCK_BYTES) as usize;
         if !self.preserved {

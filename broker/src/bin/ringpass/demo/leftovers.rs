@@ -1,8 +1,8 @@
 //! Files that the demo creates and removes at its end, even if a signal ends it. Only SIGKILL leaves the files behind.
 //!
-//! A global list contains these files. The demo creates a file and adds it to the list under one lock. The signal thread holds the
-//! same lock while it removes all files and ends the process, so no file can appear in between. (Guest processes need no list: they
-//! ask the kernel to kill them with their parent.)
+//! A global list contains these files. The demo creates a file and adds it to the list under one lock. The signal
+//! thread holds the same lock while it removes all files and ends the process, so no file can appear in between. (Guest
+//! processes need no list: they ask the kernel to kill them with their parent.)
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -45,8 +45,8 @@ pub(crate) struct Leftover {
     path: PathBuf,
 }
 
-/// Starts the signal thread: from now on a signal that ends the process first removes the listed files. Call this while the
-/// process has one thread.
+/// Starts the signal thread: from now on a signal that ends the process first removes the listed files. Call this while
+/// the process has one thread.
 pub(crate) fn remove_at_signals() -> anyhow::Result<()> {
     let signals: SigSet = ENDING.into_iter().collect();
     signals.thread_block().context("blocking signals")?;

@@ -1,8 +1,9 @@
 //! `ringpass demo`: compares the I/O of guests that have their own rings with the I/O of a plain host process.
 //!
-//! A *way* is one method to do I/O. In each round every way runs the same workload on the same disk in turn, so that changes of
-//! the machine's speed affect all ways alike. Each way has its own part of a temporary image, fills it through its own ring,
-//! rewrites random blocks before each round, and then reads and compares every block that it reads.
+//! A *way* is one method to do I/O. In each round every way runs the same workload on the same disk in turn, so that
+//! changes of the machine's speed affect all ways alike. Each way has its own part of a temporary image, fills it
+//! through its own ring, rewrites random blocks before each round, and then reads and compares every block that it
+//! reads.
 
 pub(crate) mod guest;
 mod host;
@@ -49,8 +50,8 @@ const BUFFERS_BYTES: u64 = DEPTHS[1] as u64 * BLOCK_BYTES;
 const ROUNDS: u32 = 7;
 /// Blocks that a way rewrites before each round, so that its reads check them.
 const REWRITES: u64 = 256;
-/// How long an idle SQ thread polls before it sleeps. The pause between two ways is a few times longer, so that the SQ thread of
-/// one way does not take a core from the next way.
+/// How long an idle SQ thread polls before it sleeps. The pause between two ways is a few times longer, so that the SQ
+/// thread of one way does not take a core from the next way.
 const SQ_THREAD_IDLE: Duration = Duration::from_millis(10);
 /// Number of files that the ways have open at the same time, with a reserve.
 const FILES: u64 = 96;
@@ -60,8 +61,8 @@ const TIMEOUT: Duration = Duration::from_secs(30);
 /// Arguments of `ringpass demo`.
 #[derive(Debug, Args)]
 pub(crate) struct DemoArgs {
-    /// Disk image or block device to use. The demo opens an existing file read-only and does not change it; it creates a missing
-    /// file and removes it at the end. Default: a temporary image on a disk.
+    /// Disk image or block device to use. The demo opens an existing file read-only and does not change it; it creates
+    /// a missing file and removes it at the end. Default: a temporary image on a disk.
     #[arg(long, value_name = "F")]
     blk_file: Option<PathBuf>,
     /// How long each way of doing I/O runs at each depth, in seconds.

@@ -1,7 +1,7 @@
 //! A guest that requests its ring over the vhost-user socket of a served disk.
 //!
-//! Server and guest are threads of this process, because this process holds the lock of the image. They are connected by the
-//! socket, and later only by guest RAM.
+//! Server and guest are threads of this process, because this process holds the lock of the image. They are connected
+//! by the socket, and later only by guest RAM.
 
 use std::error::Error;
 use std::io;

@@ -27,7 +27,8 @@ pub(crate) struct DevCommand {
     /// Print indented JSON.
     #[arg(short, long, global = true)]
     pretty: bool,
-    /// Directory of the control sockets [default: $RUNTIME_DIRECTORY, /run/ringpass for root, $XDG_RUNTIME_DIR/ringpass].
+    /// Directory of the control sockets [default: $RUNTIME_DIRECTORY, /run/ringpass for root,
+    /// $XDG_RUNTIME_DIR/ringpass].
     #[arg(long, global = true, value_name = "DIR")]
     runtime_dir: Option<PathBuf>,
 }
@@ -45,7 +46,8 @@ enum Action {
     Stats {
         /// Name of the device, or path of its control socket.
         device: String,
-        /// Read the counters at this interval, and show the rates per second. If the device is gone, wait until it is back.
+        /// Read the counters at this interval, and show the rates per second. If the device is gone, wait until it is
+        /// back.
         #[arg(long, value_name = "SECONDS", num_args = 0..=1, default_missing_value = "1", value_parser = seconds)]
         watch: Option<f64>,
     },

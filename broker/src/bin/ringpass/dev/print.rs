@@ -224,7 +224,8 @@ mod tests {
 
     #[test]
     fn rates_of_a_restarted_server_count_from_its_start() {
-        // The counters are higher than before, too: only the start time shows the new process. Its age is half a second.
+        // The counters are higher than before, too: only the start time shows the new process. Its age is half a
+        // second.
         let row = last_row(&counted(100, 1000, Some(7)), &counted(300, 5000, Some(8)));
         assert_eq!(row, ["1", "600", "600.0", "0", "0.0", "0", "0", "0", "0", "0", "10000"]);
         // A server that does not state when it started.

@@ -1,12 +1,13 @@
 //! A bounded queue of log lines for standard error.
 //!
-//! A reader that does not read (a full pipe, a terminal stopped with ^S) can block `write(2)` for any time. Therefore the threads
-//! of a server only append lines to a bounded queue, and a dedicated thread writes them. The queue counts the lines that find no
-//! room, and writes the count in their place.
+//! A reader that does not read (a full pipe, a terminal stopped with ^S) can block `write(2)` for any time. Therefore
+//! the threads of a server only append lines to a bounded queue, and a dedicated thread writes them. The queue counts
+//! the lines that find no room, and writes the count in their place.
 //!
-//! `tracing-appender`'s non-blocking writer does not fit: its thread starts before the first line, but a process can drop its
-//! privileges only while it has one thread; and the writer does not report how many lines it lost. Here each thread writes its
-//! own lines until [`Lines::write_in_background`], as far as standard error accepts them without waiting.
+//! `tracing-appender`'s non-blocking writer does not fit: its thread starts before the first line, but a process can
+//! drop its privileges only while it has one thread; and the writer does not report how many lines it lost. Here each
+//! thread writes its own lines until [`Lines::write_in_background`], as far as standard error accepts them without
+//! waiting.
 
 use std::collections::VecDeque;
 use std::io;
@@ -235,8 +236,8 @@ fn wait_until_writable(output: BorrowedFd<'_>, end: Option<Instant>) -> Result<(
     }
 }
 
-/// Another thread of the program waits for signals. SIGSYS must stay unblocked: its handler reports system calls that the sandbox
-/// refuses.
+/// Another thread of the program waits for signals. SIGSYS must stay unblocked: its handler reports system calls that
+/// the sandbox refuses.
 fn leave_signals_to_others() {
     let mut signals = SigSet::all();
     signals.remove(nix::sys::signal::Signal::SIGSYS);
@@ -253,7 +254,8 @@ mod tests {
 
     const LIMIT: Duration = Duration::from_secs(60);
 
-    /// Lines for a full pipe, the pipe's reader, and the number of bytes in the pipe. Lines live as long as their writer thread.
+    /// Lines for a full pipe, the pipe's reader, and the number of bytes in the pipe. Lines live as long as their
+    /// writer thread.
     fn full_pipe() -> (&'static Lines, io::PipeReader, usize) {
         let (reader, mut writer) = io::pipe().unwrap();
         let flags = rustix::fs::fcntl_getfl(&writer).unwrap();

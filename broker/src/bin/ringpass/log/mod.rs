@@ -24,8 +24,8 @@ static LINES: Lines = Lines::new();
 
 /// Starts logging with the filter of `RUST_LOG`, or else with `level`.
 ///
-/// A log that cannot be written (its reader is gone or does not read, or its file is full) neither ends nor delays the program:
-/// the lines are lost, and the log states their number when there is room again.
+/// A log that cannot be written (its reader is gone or does not read, or its file is full) neither ends nor delays the
+/// program: the lines are lost, and the log states their number when there is room again.
 pub(crate) fn start(level: &str) {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(level));
     let colours = stderr().is_terminal();
@@ -39,7 +39,8 @@ pub(crate) fn start(level: &str) {
     before_process_end(flush);
 }
 
-/// Waits a limited time for lines that are not written yet. Call this before the process ends other than through [`exit_code`].
+/// Waits a limited time for lines that are not written yet. Call this before the process ends other than through
+/// [`exit_code`].
 pub(crate) fn flush() {
     LINES.flush(LAST_WAIT);
 }
@@ -96,8 +97,8 @@ impl Write for Event {
     }
 }
 
-/// Formats an event as a single line. `tracing-subscriber` has escaped escape characters in foreign text, but not line breaks and
-/// other control characters; its own colour codes stay.
+/// Formats an event as a single line. `tracing-subscriber` has escaped escape characters in foreign text, but not line
+/// breaks and other control characters; its own colour codes stay.
 fn one_line(event: &[u8]) -> Vec<u8> {
     let text = String::from_utf8_lossy(event);
     let parts: Vec<String> =

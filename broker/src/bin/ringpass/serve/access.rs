@@ -13,9 +13,9 @@ const MODE_MAX: u32 = 0o777;
 /// Options for the access rights to sockets.
 #[derive(Debug, Args)]
 pub(super) struct AccessArgs {
-    /// Mode of the socket, in octal. A process needs write permission for the socket, and access to its directory, to connect
-    /// [default: 0777 without the bits of the umask, which usually leaves write permission to the owner only; 0660 with
-    /// --socket-group].
+    /// Mode of the socket, in octal. A process needs write permission for the socket, and access to its directory, to
+    /// connect [default: 0777 without the bits of the umask, which usually leaves write permission to the owner only;
+    /// 0660 with --socket-group].
     #[arg(long, value_name = "MODE", value_parser = mode, requires = "socket_path")]
     socket_mode: Option<u32>,
 

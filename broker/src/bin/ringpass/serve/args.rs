@@ -17,8 +17,8 @@ use super::control::ControlArgs;
 use super::rings::{ModeArg, RingArgs};
 use super::sandbox::SandboxArgs;
 
-/// vhost-user numbers queues with a byte. The default offers all of them: the number must not depend on the host, because a guest
-/// keeps its queues when it migrates.
+/// vhost-user numbers queues with a byte. The default offers all of them: the number must not depend on the host,
+/// because a guest keeps its queues when it migrates.
 const QUEUES_MAX: u16 = 256;
 /// The size that most front-ends ask for.
 const QUEUE_SIZE_DEFAULT: u16 = 256;
@@ -63,18 +63,19 @@ pub(crate) struct ServeArgs {
     #[arg(long)]
     read_only: bool,
 
-    /// Maximum number of queues that a front-end can use. VMMs give each vCPU a queue and refuse a device with fewer queues.
-    /// Unused queues cost next to nothing.
+    /// Maximum number of queues that a front-end can use. VMMs give each vCPU a queue and refuse a device with fewer
+    /// queues. Unused queues cost next to nothing.
     #[arg(long, value_name = "N", default_value_t = QUEUES_MAX, value_parser = clap::value_parser!(u16).range(1..=i64::from(QUEUES_MAX)))]
     num_queues: u16,
 
-    /// Maximum number of requests of a queue that the server executes at a time: a power of two. Front-ends may use longer
-    /// queues; further requests then wait in the queue.
+    /// Maximum number of requests of a queue that the server executes at a time: a power of two. Front-ends may use
+    /// longer queues; further requests then wait in the queue.
     #[arg(long, value_name = "N", default_value_t = QUEUE_SIZE_DEFAULT, value_parser = queue_size)]
     queue_size: u16,
 
-    /// Logical block size that the guest sees, in bytes: a power of two. Use the block size with which the data on the disk was
-    /// written [default: 512 for a file; for a block device the device's own block size, which is also the minimum].
+    /// Logical block size that the guest sees, in bytes: a power of two. Use the block size with which the data on the
+    /// disk was written [default: 512 for a file; for a block device the device's own block size, which is also the
+    /// minimum].
     #[arg(long, value_name = "BYTES", value_parser = logical_block)]
     logical_block_size: Option<u32>,
 
@@ -90,18 +91,19 @@ pub(crate) struct ServeArgs {
     #[arg(long, value_name = "N", default_value_t = 32, value_parser = clap::value_parser!(u64).range(..=POLL_MAX_US))]
     poll_us: u64,
 
-    /// CPUs for the I/O threads, for example 2,4-6: one thread for each CPU. Without this option the number of threads is the
-    /// number of CPUs or the number of queues, whichever is smaller.
+    /// CPUs for the I/O threads, for example 2,4-6: one thread for each CPU. Without this option the number of threads
+    /// is the number of CPUs or the number of queues, whichever is smaller.
     #[arg(long, value_name = "LIST", value_parser = cpu_list)]
     cpus: Option<CpuList>,
 
-    /// For the destination of a live migration: start even if another process has locked the disk, and lock the disk when the
-    /// guest runs here and the other process has released it.
+    /// For the destination of a live migration: start even if another process has locked the disk, and lock the disk
+    /// when the guest runs here and the other process has released it.
     #[arg(long, conflicts_with = "lock_wait_s")]
     incoming: bool,
 
-    /// How long to wait for another process that has locked the disk before the start fails, in seconds. For the remaining I/O
-    /// of a killed server there is no limit: the server answers the front-end meanwhile and executes no requests.
+    /// How long to wait for another process that has locked the disk before the start fails, in seconds. For the
+    /// remaining I/O of a killed server there is no limit: the server answers the front-end meanwhile and executes no
+    /// requests.
     #[arg(long, value_name = "N", default_value_t = 10, value_parser = clap::value_parser!(u64).range(..=86_400))]
     lock_wait_s: u64,
 
@@ -139,7 +141,8 @@ pub(super) enum Socket<'a> {
     Inherited(RawFd),
 }
 
-/// A [`Socket`] that is created or checked. The server does not answer yet, and a new socket accepts no connections yet.
+/// A [`Socket`] that is created or checked. The server does not answer yet, and a new socket accepts no connections
+/// yet.
 pub(super) enum PreparedSocket {
     Bound(BoundSocket),
     Inherited(Server),

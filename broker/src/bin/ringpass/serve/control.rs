@@ -26,13 +26,13 @@ const NONE: &str = "none";
 /// Options for the control socket.
 #[derive(Debug, Args)]
 pub(super) struct ControlArgs {
-    /// Name of the device for `ringpass dev`: letters, digits, `-`, `_` and `.` [default: the file name of the socket (with --fd:
-    /// of the disk) without its extension].
+    /// Name of the device for `ringpass dev`: letters, digits, `-`, `_` and `.` [default: the file name of the socket
+    /// (with --fd: of the disk) without its extension].
     #[arg(long, value_name = "NAME", value_parser = device_name)]
     name: Option<String>,
 
-    /// Control socket for `ringpass dev`, or `none` [default: NAME.control in $RUNTIME_DIRECTORY, in /run/ringpass for root, or in
-    /// $XDG_RUNTIME_DIR/ringpass].
+    /// Control socket for `ringpass dev`, or `none` [default: NAME.control in $RUNTIME_DIRECTORY, in /run/ringpass for
+    /// root, or in $XDG_RUNTIME_DIR/ringpass].
     #[arg(long, value_name = "PATH")]
     control_socket: Option<PathBuf>,
 }
@@ -60,8 +60,8 @@ impl ControlArgs {
         self.control_socket.as_deref().filter(|path| path.as_os_str() != NONE)
     }
 
-    /// The path of the control socket; creates the default directory. `None`: the device gets no control socket. A default path
-    /// that is not possible is no error: the device runs without a control socket.
+    /// The path of the control socket; creates the default directory. `None`: the device gets no control socket. A
+    /// default path that is not possible is no error: the device runs without a control socket.
     pub(super) fn path(&self, name: &str) -> Option<PathBuf> {
         if let Some(path) = &self.control_socket {
             return Some(path.clone()).filter(|path| path.as_os_str() != NONE);

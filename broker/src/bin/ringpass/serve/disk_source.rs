@@ -42,8 +42,8 @@ impl DiskSource for LeasedDisk {
     }
 }
 
-/// Limits the size to which this process can grow files (RLIMIT_FSIZE), so that the kernel, too, checks what the engine checks
-/// for each request.
+/// Limits the size to which this process can grow files (RLIMIT_FSIZE), so that the kernel, too, checks what the engine
+/// checks for each request.
 pub(super) fn cap_growth(disk: &LocatedDisk, size_bytes: u64) -> Result<(), LimitError> {
     // A read-only disk cannot grow, and the limit would apply to the whole process.
     if disk.is_read_only() { Ok(()) } else { cap_file_growth_at(disk.kind(), size_bytes) }

@@ -80,7 +80,8 @@ pub(crate) fn run(args: &ServeArgs) -> anyhow::Result<ExitCode> {
     let control_socket = args.control().bind(control_path.as_deref(), access.control)?;
     // Before the first ring, because a ring keeps the credentials of its creator.
     let sandbox = args.sandbox().enter(&located, args.socket_path(), control_path.as_deref())?;
-    // This is the first additional thread. Privileges are dropped by now, and no later thread has to wait for the log's reader.
+    // This is the first additional thread. Privileges are dropped by now, and no later thread has to wait for the log's
+    // reader.
     log::write_in_background().context("cannot start the thread that writes the log")?;
     finer_blocks::warn(&located);
 
@@ -155,7 +156,8 @@ fn lease(located: Arc<LocatedDisk>, connections: Arc<Connections>) -> anyhow::Re
     .context("cannot start the thread that waits for the disk's lock")
 }
 
-/// Runs `wait` with SIGTERM, SIGINT and SIGQUIT unblocked: they end the process at once. At this point nothing has to be undone.
+/// Runs `wait` with SIGTERM, SIGINT and SIGQUIT unblocked: they end the process at once. At this point nothing has to
+/// be undone.
 fn interruptible<T>(wait: impl FnOnce() -> anyhow::Result<T>) -> anyhow::Result<T> {
     let ending: SigSet = [Signal::SIGTERM, Signal::SIGINT, Signal::SIGQUIT].into_iter().collect();
     ending.thread_unblock().context("cannot unblock signals")?;

@@ -31,8 +31,8 @@ pub(super) fn check(args: &ServeArgs, disk: &LocatedDisk) -> anyhow::Result<()> 
     check_options(args)
 }
 
-/// Refuses the same path for both sockets: the server would take the first socket for a leftover of a killed server when it
-/// creates the second.
+/// Refuses the same path for both sockets: the server would take the first socket for a leftover of a killed server
+/// when it creates the second.
 ///
 /// # Errors
 ///

@@ -26,8 +26,8 @@ const IO_WORKERS_MAX: u32 = 4096;
 /// Options for rings.
 #[derive(Debug, Args)]
 pub(super) struct RingArgs {
-    /// Whether guests with a ringpass driver can use rings of the host's io_uring. The server then pins the guest's memory:
-    /// suitable for guests without balloon, free page reporting, virtio-mem and postcopy.
+    /// Whether guests with a ringpass driver can use rings of the host's io_uring. The server then pins the guest's
+    /// memory: suitable for guests without balloon, free page reporting, virtio-mem and postcopy.
     #[arg(long, value_enum, value_name = "MODE", default_value_t = ModeArg::Auto)]
     mode: ModeArg,
 
@@ -120,8 +120,8 @@ impl RingArgs {
         self.mode
     }
 
-    /// Reads the policy of the rings, even if the device offers none: the operator must learn of a mistake now, not when the
-    /// policy is first used.
+    /// Reads the policy of the rings, even if the device offers none: the operator must learn of a mistake now, not
+    /// when the policy is first used.
     ///
     /// # Errors
     ///

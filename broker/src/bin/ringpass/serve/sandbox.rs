@@ -10,8 +10,8 @@ use ringpass_broker::sandbox::{Paths, Restricted, drop_privileges};
 /// The option for confinement.
 #[derive(Debug, Args)]
 pub(super) struct SandboxArgs {
-    /// Whether the server drops all privileges and blocks all files and system calls that it does not need. Use `off` for
-    /// debugging only.
+    /// Whether the server drops all privileges and blocks all files and system calls that it does not need. Use `off`
+    /// for debugging only.
     #[arg(long, value_enum, value_name = "WHEN", default_value_t = SandboxArg::On)]
     sandbox: SandboxArg,
 }
@@ -32,8 +32,8 @@ impl SandboxArgs {
         self.sandbox == SandboxArg::On
     }
 
-    /// Drops privileges and access to files, for this thread and all threads that it starts. Call this while the process has one
-    /// thread, and before the first ring.
+    /// Drops privileges and access to files, for this thread and all threads that it starts. Call this while the
+    /// process has one thread, and before the first ring.
     ///
     /// # Errors
     ///

@@ -54,8 +54,8 @@ impl std::fmt::Debug for Link {
 }
 
 impl Link {
-    /// Connects. While the accept queue of the socket is full (its server is stopped, and others wait as well), it tries again, as
-    /// long as `pause` returns true.
+    /// Connects. While the accept queue of the socket is full (its server is stopped, and others wait as well), it
+    /// tries again, as long as `pause` returns true.
     pub(super) fn open(path: &Path, patience: Duration, pause: impl Fn(Duration) -> bool) -> Result<Self, Error> {
         let failed = |source| Error::Connect { path: path.to_owned(), source };
         let begin = Instant::now();

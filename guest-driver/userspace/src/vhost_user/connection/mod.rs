@@ -1,8 +1,8 @@
 //! The front-end's side of vhost-user: sets up the device, and sets it up again when it comes back.
 //!
-//! Everything that a device needs to continue is in memory that outlives the device: the rings, the requests in them, the pending
-//! ATTACH, and the in-flight region if there is one. So the connection waits without limit for a device that is gone, sets it up
-//! in the same way again, and the device continues at the used index.
+//! Everything that a device needs to continue is in memory that outlives the device: the rings, the requests in them,
+//! the pending ATTACH, and the in-flight region if there is one. So the connection waits without limit for a device
+//! that is gone, sets it up in the same way again, and the device continues at the used index.
 
 mod link;
 mod offer;
@@ -49,8 +49,9 @@ struct Shared {
     memory: Arc<Memory>,
     queues: Vec<Arc<Setup>>,
     inflight: Option<Inflight>,
-    /// Held while the set-up changes and the device is told of the change, and while a device that came back is set up. Otherwise a
-    /// change could be lost: the set-up has read the old state already, and there is no connection yet to announce the change.
+    /// Held while the set-up changes and the device is told of the change, and while a device that came back is set up.
+    /// Otherwise a change could be lost: the set-up has read the old state already, and there is no connection yet to
+    /// announce the change.
     changes: Mutex<()>,
     /// The connection, if there is one at present.
     link: Mutex<Option<Link>>,
@@ -73,7 +74,8 @@ impl Connection {
         told.inspect_err(|_| drop(self.shared.memory.remove(region.gpa)))
     }
 
-    /// Removes the region at `gpa`, also from the device. When this returns, the device does not access the region any more.
+    /// Removes the region at `gpa`, also from the device. When this returns, the device does not access the region any
+    /// more.
     pub(super) fn remove_region(&self, gpa: u64) -> Result<(), Error> {
         let _changes = self.shared.changes();
         let region = self.shared.memory.remove(gpa).ok_or(Error::NoMemory)?;
@@ -109,7 +111,8 @@ impl Connection {
         })
     }
 
-    /// Stops all queues: a queue does not access memory after its last request has ended. The time-out is that of all waits.
+    /// Stops all queues: a queue does not access memory after its last request has ended. The time-out is that of all
+    /// waits.
     ///
     /// # Errors
     ///
@@ -158,7 +161,8 @@ impl Shared {
         let mut link = self.link();
         let Some(link) = link.as_mut() else { return Ok(()) };
         self.waits.talk(link, message).or_else(|error| match error {
-            // The device is there but did not answer. The connection is cut, because a late answer would be taken for the next one.
+            // The device is there but did not answer. The connection is cut, because a late answer would be taken for
+            // the next one.
             Error::Silent { .. } => Err(error),
             _ if link.is_gone() => Ok(()),
             _ => Err(error),
