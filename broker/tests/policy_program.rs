@@ -93,7 +93,10 @@ fn a_policy_that_a_kernel_cannot_enforce_is_an_error_for_that_kernel() {
     let (status, report) = files.json(&["lint", "new.toml", "--kernel", "6.12"]);
     assert_eq!(status, 1);
     assert!(
-        report["compile_error"].as_str().unwrap().starts_with("this kernel does not know IORING_OP_PIPE: use Linux 6.16 or")
+        report["compile_error"]
+            .as_str()
+            .unwrap()
+            .starts_with("this kernel does not know IORING_OP_PIPE: use Linux 6.16 or")
     );
     let (status, report) = files.json(&["lint", "mediated-read-only", "--mode", "direct", "--kernel", "6.18"]);
     assert_eq!(status, 1);

@@ -192,7 +192,9 @@ impl fmt::Display for PushError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.reason {
             PushErrorReason::SqFull => write!(f, "the submission queue is full"),
-            PushErrorReason::CqFull => write!(f, "as many requests are outstanding as the completion queue has entries"),
+            PushErrorReason::CqFull => {
+                write!(f, "as many requests are outstanding as the completion queue has entries")
+            }
         }
     }
 }

@@ -83,7 +83,9 @@ impl fmt::Display for Refusal {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::UnknownOperation => f.write_str("the kernel has no such operation"),
-            Self::WideOperation => f.write_str("the operation takes SQEs of 128 bytes, but this ring's SQEs are smaller"),
+            Self::WideOperation => {
+                f.write_str("the operation takes SQEs of 128 bytes, but this ring's SQEs are smaller")
+            }
             Self::UndefinedFlag => f.write_str("io_uring does not define one of the flags"),
             Self::NoBufferSelect => f.write_str("the operation takes no provided buffer (IOSQE_BUFFER_SELECT)"),
             Self::DrainAfterSkip => f.write_str("IOSQE_IO_DRAIN after IOSQE_CQE_SKIP_SUCCESS"),

@@ -70,10 +70,7 @@ pub enum CompileError {
         flags: SqeFlags,
     },
     /// The policy has rules that no kernel enforces.
-    #[error(
-        "the kernel cannot enforce {}: this policy is for mediated mode, not for direct mode",
-        RuleNames(fields)
-    )]
+    #[error("the kernel cannot enforce {}: this policy is for mediated mode, not for direct mode", RuleNames(fields))]
     NeedsMediation {
         /// The rules on fields; [`FieldRules::rules`] names those that are set.
         fields: FieldRules,

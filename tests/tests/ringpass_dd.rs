@@ -77,8 +77,10 @@ fn flipped_byte() -> Result<()> {
     let input = place.file("in", &content)?;
     let output = place.run(&["verify", "--input", &input, "--queues", "3"])?;
     status_is(&output, 1)?;
-    let expected =
-        format!("in 2 bytes; the first is at byte 12345678 of the disk: the disk has {:#04x}", content[12_345_678] ^ 0x10);
+    let expected = format!(
+        "in 2 bytes; the first is at byte 12345678 of the disk: the disk has {:#04x}",
+        content[12_345_678] ^ 0x10
+    );
     ensure!(text(&output).contains(&expected), "{}", text(&output));
     Ok(())
 }
@@ -139,7 +141,10 @@ fn refusals() -> Result<()> {
         (&["write", "--input", &odd, "--length-bytes", "2048"], "has 1000 bytes, fewer than --length-bytes 2048"),
         (&["write", "--input", "-", "--verify"], "--verify reads the input twice"),
         (&["write", "--input", "nowhere"], "cannot open nowhere"),
-        (&["write", "--input", &input, "--block-bytes", "1000"], "must be a multiple of the disk's block size, 512 bytes"),
+        (
+            &["write", "--input", &input, "--block-bytes", "1000"],
+            "must be a multiple of the disk's block size, 512 bytes",
+        ),
         (&["write", "--input", &input, "--block-bytes", "1GiB"], "at most 4 MiB"),
         (&["read", "--output", &output, "--offset-bytes", "48MiB"], "is not before the end of the disk"),
         (&["read", "--output", "-", "--sparse"], "--sparse leaves holes, but only a file can have holes"),

@@ -82,7 +82,8 @@ fn make_available() -> Result<(), String> {
     }
     if !steps::is_available("rustup", &["run", "nightly", "cargo", "fuzz", "--version"]) {
         let mut install = cargo(&["install", "cargo-fuzz", "--version", CARGO_FUZZ_VERSION, "--locked"]);
-        steps::run(&mut install).map_err(|error| format!("needs cargo-fuzz, but its installation failed: {error:#}"))?;
+        steps::run(&mut install)
+            .map_err(|error| format!("needs cargo-fuzz, but its installation failed: {error:#}"))?;
     }
     Ok(())
 }

@@ -61,8 +61,11 @@ fn run() -> Result<()> {
     // Resolve the paths before the directory changes.
     let task = match task {
         Task::KernelSupport { kernel } => {
-            let kernel =
-                kernel.iter().map(std::path::absolute).collect::<Result<_, _>>().context("cannot resolve the path of a kernel")?;
+            let kernel = kernel
+                .iter()
+                .map(std::path::absolute)
+                .collect::<Result<_, _>>()
+                .context("cannot resolve the path of a kernel")?;
             Task::KernelSupport { kernel }
         }
         task => task,

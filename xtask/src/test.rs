@@ -107,7 +107,8 @@ pub(crate) struct TestRun {
 
 impl TestRun {
     pub(crate) fn begin() -> Result<Self> {
-        let directory = TempDir::with_prefix("ringpass-test-run-").context("cannot create a directory for the skip log")?;
+        let directory =
+            TempDir::with_prefix("ringpass-test-run-").context("cannot create a directory for the skip log")?;
         Ok(Self { directory, kernel_log: KernelLog::now() })
     }
 
@@ -124,7 +125,8 @@ impl TestRun {
         let log = fs::OpenOptions::new().create(true).append(true).open(&path);
         // One line for each test, although a reason may have several.
         let line = format!("skipped\t{name}\t{}\n", reason.replace(['\n', '\t'], " "));
-        log.and_then(|mut log| log.write_all(line.as_bytes())).with_context(|| format!("cannot write {}", path.display()))
+        log.and_then(|mut log| log.write_all(line.as_bytes()))
+            .with_context(|| format!("cannot write {}", path.display()))
     }
 
     /// The directory in which the tests save inputs for fuzz targets.

@@ -351,5 +351,8 @@ fn the_overflow_flag_is_seen_among_other_flags() {
 fn the_error_of_a_refused_push_states_what_is_full() {
     let message = |reason| std::format!("{}", PushError { sqe: Sqe::default(), reason });
     assert_eq!(message(PushErrorReason::SqFull), "the submission queue is full");
-    assert_eq!(message(PushErrorReason::CqFull), "as many requests are outstanding as the completion queue has entries");
+    assert_eq!(
+        message(PushErrorReason::CqFull),
+        "as many requests are outstanding as the completion queue has entries"
+    );
 }

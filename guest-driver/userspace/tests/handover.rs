@@ -167,14 +167,17 @@ fn missing_or_surplus_descriptors_are_refused() {
     let memory = memfd(2 * MIB);
     let (broker, _guest) = UnixStream::pair().unwrap();
     let error = send(&broker, &setup(), &[memory.as_fd()], &events()).unwrap_err().to_string();
-    assert!(error.contains("needs 6 file descriptors (2 for memory, 2 times 2 for events), but there are 5"), "{error}");
+    assert!(
+        error.contains("needs 6 file descriptors (2 for memory, 2 times 2 for events), but there are 5"),
+        "{error}"
+    );
     let mut line = serde_json::to_vec(&setup()).unwrap();
     line.push(b'\n');
     for given in [0, 5, 7] {
         let error = send_raw(&line, &vec![memory.as_fd(); given]).unwrap_err().to_string();
-        assert!(
-            error.contains(&format!("needs 6 file descriptors (2 for memory, 2 times 2 for events), but there are {given}"))
-        );
+        assert!(error.contains(&format!(
+            "needs 6 file descriptors (2 for memory, 2 times 2 for events), but there are {given}"
+        )));
     }
 }
 

@@ -272,8 +272,12 @@ impl Runner {
                 // The doorbell of a queue that is gone.
                 Ok(VcpuExit::IoOut(..)) => continue,
                 Ok(VcpuExit::MmioWrite(DOORBELL_GPA..RESERVED_END_GPA, _)) => continue,
-                Ok(VcpuExit::MmioRead(gpa, _)) => format!("it reads from an address without memory or device, {gpa:#x}"),
-                Ok(VcpuExit::MmioWrite(gpa, _)) => format!("it writes to an address without memory or device, {gpa:#x}"),
+                Ok(VcpuExit::MmioRead(gpa, _)) => {
+                    format!("it reads from an address without memory or device, {gpa:#x}")
+                }
+                Ok(VcpuExit::MmioWrite(gpa, _)) => {
+                    format!("it writes to an address without memory or device, {gpa:#x}")
+                }
                 Ok(exit) => format!("{exit:?}"),
                 // The kick (see `stop`), or another signal.
                 Err(error) if matches!(error.errno(), EINTR | EAGAIN) => continue,

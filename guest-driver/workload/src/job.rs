@@ -228,7 +228,10 @@ impl fmt::Display for JobError {
             Self::Field { field, value, must } => write!(f, "{field} is {value}: it must be {must}"),
             Self::Endless => write!(f, "operations and duration_ns are both 0: the run would never end"),
             Self::BlockCount { blocks, depth } => {
-                write!(f, "the disk area has {blocks} blocks: it must have at least the depth, {depth}, and fewer than 2^32")
+                write!(
+                    f,
+                    "the disk area has {blocks} blocks: it must have at least the depth, {depth}, and fewer than 2^32"
+                )
             }
             Self::Buffer(error) => write!(f, "a buffer cannot be used: {error}"),
             Self::NoMemory { gpa, len_bytes } => {

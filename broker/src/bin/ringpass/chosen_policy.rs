@@ -71,6 +71,10 @@ pub(crate) fn read(name: &str) -> anyhow::Result<PolicyFile> {
 fn read_text(path: &Path) -> anyhow::Result<String> {
     let mut text = Vec::new();
     File::open(path)?.take(FILE_BYTES_MAX + 1).read_to_end(&mut text)?;
-    ensure!(text.len() as u64 <= FILE_BYTES_MAX, "it has more than {} KiB; no policy is that long", FILE_BYTES_MAX >> 10);
+    ensure!(
+        text.len() as u64 <= FILE_BYTES_MAX,
+        "it has more than {} KiB; no policy is that long",
+        FILE_BYTES_MAX >> 10
+    );
     String::from_utf8(text).map_err(|error| anyhow!("it is not UTF-8 text: {}", error.utf8_error()))
 }

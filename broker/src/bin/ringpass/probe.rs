@@ -104,7 +104,11 @@ fn write_report(out: &mut impl Write, report: &Report, marks: &Marks) -> io::Res
     }
     let not_tried = titles(report, |check| check.status == Status::NotTried);
     if !not_tried.is_empty() {
-        paragraph(out, &format!("  {} ", marks.not_tried), &format!("not tried because a check above failed: {not_tried}"))?;
+        paragraph(
+            out,
+            &format!("  {} ", marks.not_tried),
+            &format!("not tried because a check above failed: {not_tried}"),
+        )?;
     }
     writeln!(out, "\nModes")?;
     for mode in &report.modes {

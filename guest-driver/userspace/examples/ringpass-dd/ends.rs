@@ -42,7 +42,8 @@ impl Input {
         let found = file.metadata().with_context(|| format!("cannot examine {name}"))?;
         ensure!(!found.is_dir(), "{name} is a directory: give a file");
         ensure!(found.is_file() || !is_read_twice, "--verify reads the input twice, but {name} is not a regular file");
-        let again = if found.is_file() { Some(file.try_clone().context("cannot duplicate a descriptor")?) } else { None };
+        let again =
+            if found.is_file() { Some(file.try_clone().context("cannot duplicate a descriptor")?) } else { None };
         let len_bytes = match found.file_type() {
             kind if kind.is_file() => Some(found.len()),
             kind if kind.is_block_device() => {

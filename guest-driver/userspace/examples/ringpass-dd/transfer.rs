@@ -135,7 +135,10 @@ impl<'d> Transfer<'d> {
     /// The disk has only its first queue, or the options demand rings and the disk offers none.
     pub(crate) fn new(disk: &'d Disk, arguments: &Arguments, block_bytes: u64) -> Result<Self> {
         let count = disk.queue_count().saturating_sub(1).min(arguments.queues);
-        ensure!(count > 0, "the disk has only queue 0, which the driver uses itself: serve it with --num-queues 2 or more");
+        ensure!(
+            count > 0,
+            "the disk has only queue 0, which the driver uses itself: serve it with --num-queues 2 or more"
+        );
         let queues = (1..=count).map(|index| disk.queue(index)).collect::<Result<Vec<_>, _>>()?;
         let depth = usize::from(arguments.depth);
         let buffers = (0..queues.len() * depth).map(|_| disk.allocate(arguments.block_bytes_wanted()));
@@ -348,7 +351,10 @@ fn note(done: Done, course: &mut Course, range: Range, block_bytes: u64) -> Resu
     let place = range.offset_bytes + tag * block_bytes;
     let moved_bytes = result.with_context(|| format!("I/O error of the disk at byte {place}"))?;
     let wanted_bytes = usize::try_from(tag - course.oldest).ok().and_then(|index| course.lengths.get(index));
-    ensure!(wanted_bytes == Some(&moved_bytes), "the disk transferred {moved_bytes} of {wanted_bytes:?} bytes at byte {place}");
+    ensure!(
+        wanted_bytes == Some(&moved_bytes),
+        "the disk transferred {moved_bytes} of {wanted_bytes:?} bytes at byte {place}"
+    );
     course.early.insert(tag, (buffer, moved_bytes));
     Ok(())
 }

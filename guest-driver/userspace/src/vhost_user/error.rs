@@ -53,7 +53,9 @@ pub enum Error {
         what: &'static str,
     },
     /// The device does not have that queue, or the queue is already taken.
-    #[error("queue {index} cannot be taken: it is taken already, or not one of the {count} queues (0 is the driver's own)")]
+    #[error(
+        "queue {index} cannot be taken: it is taken already, or not one of the {count} queues (0 is the driver's own)"
+    )]
     NoQueue {
         /// The queue.
         index: u16,

@@ -135,7 +135,10 @@ impl Way for ProcessWay {
     fn perform(&mut self, task: Task) -> anyhow::Result<Outcome> {
         self.send(&task)?;
         let patience = Duration::from_nanos(task.job.duration_ns) + TIMEOUT * 2;
-        self.stream()?.get_ref().set_read_timeout(Some(patience)).context("cannot set a time-out for the guest process")?;
+        self.stream()?
+            .get_ref()
+            .set_read_timeout(Some(patience))
+            .context("cannot set a time-out for the guest process")?;
         let mut line = String::new();
         self.stream()?.read_line(&mut line).context("no answer from the guest process")?;
         if line.is_empty() {

@@ -153,7 +153,9 @@ impl DevCommand {
         };
         match std::io::stdout().write_all(text.as_bytes()) {
             // The reader has closed the pipe, which also ends `--watch`.
-            Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => bail!("the reader of standard output is gone"),
+            Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => {
+                bail!("the reader of standard output is gone")
+            }
             written => written.context("cannot write the result"),
         }
     }
