@@ -1,7 +1,7 @@
 //! A ring for a guest of one's own, in the fewest steps: here the guest is this very process.
 //!
-//! `cargo run --example own_guest -- disk.img` prints the beginning of the disk, read through a ring that the guest
-//! drives and the kernel executes.
+//! `cargo run -p ringpass-broker --example own_guest -- disk.img` prints the beginning of the disk, read through a ring that
+//! the guest drives and the kernel executes.
 
 use std::error::Error;
 use std::fs::File;

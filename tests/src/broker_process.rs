@@ -18,7 +18,7 @@ use crate::{needs::Need, stuck_disk};
 /// The program, beside the directory of the test programs.
 const PROGRAM: &str = "ringpass";
 /// How to build it.
-const HOW_TO_BUILD: &str = "`cargo build -p ringpass-broker` builds it, and so does `cargo xtask test`";
+const HOW_TO_BUILD: &str = "`cargo build` builds it, and so does `cargo xtask test`";
 /// How long the program may take until it serves, and until it has ended: much longer than on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(60);
 /// How much of the program's log an error shows.

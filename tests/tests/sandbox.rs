@@ -129,7 +129,7 @@ fn ordinary_user() -> Result<()> {
 
 /// What it does with them is not tried: it would have to be the first process.
 fn systemd_unit() -> Result<()> {
-    let unit = Path::new(env!("CARGO_MANIFEST_DIR")).join("../broker/share/systemd/ringpass@.service");
+    let unit = Path::new(env!("CARGO_MANIFEST_DIR")).join("../ringpass/share/systemd/ringpass@.service");
     let unit = fs::read_to_string(&unit).with_context(|| unit.display().to_string())?;
     // The program is not installed.
     let unit = unit.replace("/usr/bin/ringpass", "/bin/true");

@@ -17,7 +17,7 @@ const EXITS_PER_IO_MAX: f64 = 0.01;
 /// Runs the demo, each way for `seconds` at each depth, and checks its report.
 pub(crate) fn run(seconds: Option<u64>) -> Result<()> {
     let seconds = seconds.unwrap_or(5).to_string();
-    let mut demo = cargo(&["run", "--release", "--quiet", "--package", "ringpass-broker", "--bin", "ringpass", "--"]);
+    let mut demo = cargo(&["run", "--release", "--quiet", "--package", "ringpass", "--bin", "ringpass", "--"]);
     demo.args(["demo", "--json", "--seconds", &seconds]).stderr(Stdio::inherit());
     let output = demo.output().context("cannot start the demo")?;
     let text = String::from_utf8_lossy(&output.stdout);

@@ -35,7 +35,7 @@ impl Ringpass {
         let cargo = env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
         let manifest = concat!(env!("CARGO_MANIFEST_DIR"), "/../Cargo.toml");
         let mut build = Command::new(cargo);
-        build.args(["build", "--quiet", "--release", "--package", "ringpass-broker", "--bin", "ringpass"]);
+        build.args(["build", "--quiet", "--release", "--package", "ringpass", "--bin", "ringpass"]);
         let status = build.args(["--manifest-path", manifest]).status().context("starting cargo")?;
         ensure!(status.success(), "ringpass does not build");
         // This benchmark is TARGET/release/deps/NAME.

@@ -4,15 +4,15 @@
 //! docs/interop/vhost-user.rst, "Backend program conventions"): it has no subcommand and knows `--print-capabilities`.
 //! `share/qemu/vhost-user/50-vhost-user-ringpass.json` describes the program to management software.
 
-#[path = "ringpass/chosen_policy.rs"]
+#[path = "../chosen_policy.rs"]
 mod chosen_policy;
-#[path = "ringpass/log/mod.rs"]
+#[path = "../log/mod.rs"]
 mod log;
-#[path = "ringpass/refusal.rs"]
+#[path = "../refusal.rs"]
 mod refusal;
-#[path = "ringpass/runtime_dir.rs"]
+#[path = "../runtime_dir.rs"]
 mod runtime_dir;
-#[path = "ringpass/serve/mod.rs"]
+#[path = "../serve/mod.rs"]
 mod serve;
 
 use std::process::ExitCode;
