@@ -17,7 +17,7 @@
 //! of the repository specifies.
 //!
 //! - [`request`], [`probe`], [`attach`]: the requests that a driver sends on ordinary virtqueues.
-//! - [`queue_order`]: the permitted order of these requests on a queue.
+//! - [`attach_sequence`]: the permitted order of these requests on a queue.
 //! - [`control`]: the page of words that device and driver share while a queue is attached.
 //! - [`epoch`]: the protocol by which one ring replaces another, as two state machines.
 //!
@@ -97,6 +97,7 @@ extern crate std;
 
 mod address;
 pub mod attach;
+pub mod attach_sequence;
 pub mod control;
 mod entry;
 pub mod epoch;
@@ -105,7 +106,6 @@ pub mod little_endian;
 mod mapped;
 mod memory;
 pub mod probe;
-pub mod queue_order;
 pub mod request;
 mod ring;
 #[cfg(test)]

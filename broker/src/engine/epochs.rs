@@ -5,9 +5,9 @@
 use std::collections::VecDeque;
 use std::fmt::Display;
 
+use ringpass_guest_abi::attach_sequence::AttachSequence;
 use ringpass_guest_abi::epoch::device::{Action, Event};
 use ringpass_guest_abi::epoch::{Announcement, Area, Epoch, Phase};
-use ringpass_guest_abi::queue_order::QueueOrder;
 use ringpass_guest_abi::request::{ErrorCode, Outcome};
 
 use super::attach::{Attachment, AttachmentId, BuildOrder, Built, LiveRing, Order, PendingRing, Ticket};
@@ -199,7 +199,7 @@ impl Worker<'_> {
 
     fn complete_attach(&mut self, number: usize, code: ErrorCode) {
         let vring = &mut self.vrings[number];
-        let order = QueueOrder::new(vring.index);
+        let order = AttachSequence::new(vring.index);
         if let Some(active) = vring.active_mut().filter(|active| active.is_held) {
             // The used ring is in memory that has left. ATTACH is seen again when the queue has its rings again.
             active.order = order;

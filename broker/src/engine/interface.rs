@@ -3,8 +3,8 @@
 use std::rc::Rc;
 
 use ringpass_guest_abi::attach::{AttachError, AttachPayload, Geometry};
+use ringpass_guest_abi::attach_sequence::Verdict;
 use ringpass_guest_abi::epoch::device::Event;
-use ringpass_guest_abi::queue_order::Verdict;
 use ringpass_guest_abi::request::{
     DetachPayload, EVENT_QUEUES, ErrorCode, EventAnswer, NO_FIELD, Outcome, RequestType, payload,
 };

@@ -5,8 +5,8 @@ use std::os::fd::AsFd;
 use std::rc::Rc;
 use std::sync::Arc;
 
+use ringpass_guest_abi::attach_sequence::AttachSequence;
 use ringpass_guest_abi::epoch::device::Event;
-use ringpass_guest_abi::queue_order::QueueOrder;
 use ringpass_guest_abi::request::ErrorCode;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -400,7 +400,7 @@ impl Worker<'_> {
             return self.break_down_for(number, "it was started before the front-end gave the guest's memory");
         };
         let vring = &mut self.vrings[number];
-        let order = QueueOrder::new(vring.index);
+        let order = AttachSequence::new(vring.index);
         let State::Waiting(start) = &mut vring.state else { return };
         match SplitQueue::new(start.setup.clone(), &memory) {
             Ok(queue) => {

@@ -3,7 +3,7 @@
 use std::rc::Rc;
 use std::sync::Arc;
 
-use ringpass_guest_abi::queue_order::QueueOrder;
+use ringpass_guest_abi::attach_sequence::AttachSequence;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::attach::{Attachment, Reply as InterfaceReply};
@@ -61,7 +61,7 @@ pub(super) struct Active {
     /// Chains were given back that the driver does not see yet.
     pub(super) has_unpublished: bool,
     /// What was taken from it since it started, as far as rings go.
-    pub(super) order: QueueOrder,
+    pub(super) order: AttachSequence,
     /// It is attached: nothing is taken from it.
     pub(super) attachment: Option<Box<Attachment>>,
     /// Queue 0: the EVENT that waits for something to tell. It is recorded in the in-flight region.

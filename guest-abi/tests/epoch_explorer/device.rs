@@ -1,9 +1,9 @@
 //! The device process: the machine of the crate, and the code that executes its actions, one access to shared memory at
 //! a time.
 
+use ringpass_guest_abi::attach_sequence::{AttachSequence, Verdict};
 use ringpass_guest_abi::epoch::device::{Action, AreaUse, Event, Machine, State};
 use ringpass_guest_abi::epoch::{Announcement, Area, Epoch, Phase};
-use ringpass_guest_abi::queue_order::{QueueOrder, Verdict};
 use ringpass_guest_abi::request::{ErrorCode, RequestType};
 
 use crate::explore::Label;
@@ -14,7 +14,7 @@ use crate::model::{Broken, Cheat, Notice, System};
 #[derive(Clone, Copy, Hash)]
 pub(crate) struct Device {
     pub(crate) machine: Machine,
-    order: QueueOrder,
+    sequence: AttachSequence,
     next_avail: u8,
     work: List<Work, 8>,
     awaits_release: bool,
@@ -43,7 +43,7 @@ impl Device {
         }
         Self {
             machine: Machine::new(),
-            order: QueueOrder::new(1),
+            sequence: AttachSequence::new(1),
             next_avail: base,
             work,
             awaits_release: false,
@@ -92,7 +92,7 @@ impl System {
             });
             return;
         }
-        if device.next_avail < self.available && !device.order.is_attached() {
+        if device.next_avail < self.available && !device.sequence.is_attached() {
             step(("the device takes entry", device.next_avail.into()), &Self::take_entry);
         }
         let is_released = self.rings.is_empty() || self.cheat == Some(Cheat::EndBeforeLock) && self.announced != 0;
@@ -149,7 +149,7 @@ impl System {
         let device = self.device.as_mut().expect("a step of a device that runs");
         let (entry, is_attach) =
             if device.next_avail == 0 { (RequestType::Arm, false) } else { (RequestType::Attach, true) };
-        if device.order.take(Some(entry), 0) != Verdict::Execute {
+        if device.sequence.take(Some(entry), 0) != Verdict::Execute {
             return Err(format!("{entry:?} was refused"));
         }
         device.next_avail += 1;
@@ -190,7 +190,7 @@ impl System {
                 if !self.rings.is_empty() {
                     return Err("ATTACH was completed before every ring was gone".into());
                 }
-                self.device_mut().order.attach_completed();
+                self.device_mut().sequence.attach_completed();
                 self.used = 2;
             }
             Work::Stopped => {

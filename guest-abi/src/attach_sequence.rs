@@ -1,4 +1,4 @@
-//! The order of entries on a queue that can be attached.
+//! The attach sequence: the permitted order of entries on a queue that can be attached.
 //!
 //! A restarted device knows only the virtqueue. It continues after the used index, as every virtio device does. The
 //! rules make it find a pending ATTACH again exactly once, and no other request: the driver sends ARM on an empty
@@ -19,7 +19,7 @@ pub enum Verdict {
 
 /// The state of the rules for one queue, from its start to its stop.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct QueueOrder {
+pub struct AttachSequence {
     queue: u16,
     last: Last,
 }
@@ -36,7 +36,7 @@ enum Last {
     Other,
 }
 
-impl QueueOrder {
+impl AttachSequence {
     /// A queue that starts.
     pub fn new(queue: u16) -> Self {
         Self { queue, last: Last::Nothing }

@@ -5,8 +5,8 @@ const ATTACH: Option<RequestType> = Some(RequestType::Attach);
 
 /// The verdicts for entries that come one after another.
 fn verdicts<const N: usize>(queue: u16, entries: [(Option<RequestType>, u16); N]) -> [Verdict; N] {
-    let mut order = QueueOrder::new(queue);
-    entries.map(|(entry, in_flight)| order.take(entry, in_flight))
+    let mut sequence = AttachSequence::new(queue);
+    entries.map(|(entry, in_flight)| sequence.take(entry, in_flight))
 }
 
 #[test]
@@ -35,13 +35,16 @@ fn no_entry_may_follow_attach() {
 
 #[test]
 fn a_queue_is_ordinary_again_after_attach_was_completed() {
-    let mut order = QueueOrder::new(1);
-    order.take(ARM, 0);
-    order.take(ATTACH, 0);
-    assert!(order.is_attached());
-    order.attach_completed();
-    assert!(!order.is_attached());
-    assert_eq!([(None, 0), (ARM, 0), (ATTACH, 0)].map(|(entry, busy)| order.take(entry, busy)), [Verdict::Execute; 3]);
+    let mut sequence = AttachSequence::new(1);
+    sequence.take(ARM, 0);
+    sequence.take(ATTACH, 0);
+    assert!(sequence.is_attached());
+    sequence.attach_completed();
+    assert!(!sequence.is_attached());
+    assert_eq!(
+        [(None, 0), (ARM, 0), (ATTACH, 0)].map(|(entry, busy)| sequence.take(entry, busy)),
+        [Verdict::Execute; 3]
+    );
 }
 
 #[test]
