@@ -105,8 +105,7 @@ impl Driver {
     fn round(&mut self, mut serve: impl FnMut(DescriptorChain<'_>) -> u32) {
         self.avail_idx = self.avail_idx.wrapping_add(CHAINS);
         put(&self.memory, AVAIL_RING + 2, &self.avail_idx.to_le_bytes());
-        while let Some(chain) = self.queue.pop(&self.memory).expect("the ring is in order") {
-            let head = chain.head();
+        while let Some((head, chain)) = self.queue.pop_recorded(&self.memory).expect("the ring is in order") {
             let written_bytes = serve(chain);
             self.queue.complete(head, written_bytes, None).expect("the ring is in order");
         }

@@ -1,5 +1,7 @@
 //! Common parts of the broker's own threads.
 
+use std::thread;
+
 use nix::sys::signal::{SigSet, Signal};
 
 /// Blocks the signals that the program's own threads handle: here they would only interrupt.
@@ -13,4 +15,15 @@ pub(crate) fn leave_signals_to_others() {
     }
     // If the mask cannot be set, the thread still does its work, with interruptions.
     let _ = signals.thread_block();
+}
+
+/// Ends the process if the thread panics: for threads that others wait for.
+pub(crate) struct AbortOnPanic;
+
+impl Drop for AbortOnPanic {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            std::process::abort();
+        }
+    }
 }

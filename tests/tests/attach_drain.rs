@@ -155,7 +155,7 @@ fn not_pinned() -> Result<()> {
         file.set_len(1 << 20)?;
         let other = RamRegion::of_file(Arc::new(file), 0, 8 << 30, 1 << 20)?;
         guest.front_end.connection().add_mem_reg(&other.message(), other.file())?;
-        guest.slow.broker.wait_for_log("rings end, because the guest's memory changed")
+        guest.slow.broker.wait_for_log("rings end: the guest's memory changed")
     })
 }
 

@@ -1,11 +1,13 @@
-//! A worker's part in [`block_locks`](super::block_locks): requests that take their blocks, wait for them, and let them go.
+//! A worker's part in [`block_locks`](super::block_locks): requests that take their blocks, wait for them, and let them
+//! go.
 
 use std::ops::Range;
 
+use super::alignment::Alignment;
 use super::block_locks::{Access, Claim, Owner};
 use super::command::Command;
 use super::slot::Step;
-use super::worker::{Alignment, Worker};
+use super::worker::Worker;
 use crate::virtio_blk::{ByteRange, Operation, Request};
 
 impl Worker<'_> {
@@ -27,8 +29,8 @@ impl Worker<'_> {
         is_granted
     }
 
-    /// Lets them go when the request has ended. Requests of this worker that have waited for them begin in this turn or the
-    /// next, those of others when these workers hear of it.
+    /// Lets them go when the request has ended. Requests of this worker that have waited for them begin in this turn or
+    /// the next, those of others when these workers hear of it.
     #[cold]
     pub(super) fn let_go_of_blocks(&mut self, number: u32, access: Access) {
         for owner in self.shared.block_locks.release(Owner { worker: self.number, slot: number }, access) {

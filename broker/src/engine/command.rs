@@ -2,25 +2,18 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender, TryRecvError, channel, sync_channel};
-use std::time::Duration;
+use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
 
-use ringpass_guest_abi::epoch::Area;
 use ringpass_guest_abi::request::ErrorCode;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::EngineError;
-use super::attach::{AttachmentId, Built};
+use super::attach::{AttachEvent, AttachmentId, Workers};
+use super::reply::Reply;
 use crate::disk::Disk;
 use crate::vhost_user::{DeviceMemory, QueueEventfds, RingFault};
 use crate::virtio_blk::RequestLimits;
 use crate::virtqueue::{DirtyLog, QueueSetup};
-
-/// How often is asked whether an answer is still wanted. Most come long before.
-const LOOK: Duration = Duration::from_millis(50);
-
-/// One answer to a command: sent when the command is in force.
-pub(super) type Reply<T> = SyncSender<T>;
 
 /// A command, and the worker's own numbers of queues in it.
 #[derive(Debug)]
@@ -112,17 +105,6 @@ pub(super) enum Command {
     },
 }
 
-/// What has come about.
-#[derive(Debug)]
-pub(super) enum AttachEvent {
-    /// A ring was made.
-    Built(Box<Built>),
-    /// It was not.
-    BuildFailed(ErrorCode),
-    /// The ring of this area, which was closed, is gone.
-    Gone(Area),
-}
-
 /// What a worker says of the disk that it is to let go.
 #[derive(Debug)]
 pub(super) enum LetGo {
@@ -138,38 +120,6 @@ pub(super) enum WhichEventfd {
     Kick,
     Call,
     Err,
-}
-
-/// Made when a command is sent, fulfilled when it is in force.
-pub(super) struct Pending<T>(Receiver<T>);
-
-impl<T> Pending<T> {
-    /// A place for the answer, and who waits for it.
-    pub(super) fn new() -> (Reply<T>, Self) {
-        // Room for the two answers that one of the commands has, so that no worker waits.
-        let (reply, pending) = sync_channel(2);
-        (reply, Self(pending))
-    }
-
-    /// Waits for the answer. `None`: the worker was shut down.
-    pub(super) fn wait(self) -> Option<T> {
-        self.0.recv().ok()
-    }
-
-    /// The same for as long as it is wanted, which is asked now and then. `None`: it was not.
-    pub(super) fn wait_while(self, is_wanted: impl Fn() -> bool) -> Option<T> {
-        self.next_while(is_wanted)
-    }
-
-    /// The same for a command that may have another answer.
-    pub(super) fn next_while(&self, is_wanted: impl Fn() -> bool) -> Option<T> {
-        loop {
-            match self.0.recv_timeout(LOOK) {
-                Err(RecvTimeoutError::Timeout) if is_wanted() => {}
-                answer => return answer.ok(),
-            }
-        }
-    }
 }
 
 /// The sender's end of a worker's commands.
@@ -211,6 +161,50 @@ impl CommandSender {
         self.bell.rung.store(true, Ordering::Release);
         // Cannot fail but for a full counter, and then the worker is woken as well.
         let _ = self.bell.eventfd.write(1);
+    }
+}
+
+/// Reaches all workers of a device. A worker ends because it is told to, and not because no sender is left: it must
+/// receive the ends of its rings also when the engine is gone.
+#[derive(Clone, Debug)]
+pub(super) struct WorkerSenders(Arc<[CommandSender]>);
+
+impl WorkerSenders {
+    pub(super) fn new(workers: &Arc<[CommandSender]>) -> Self {
+        Self(Arc::clone(workers))
+    }
+
+    /// Sends a command about one queue to its worker.
+    fn send(&self, index: u16, command: impl FnOnce(usize) -> Command) {
+        let (index, count) = (usize::from(index), self.0.len());
+        self.0[index % count].send(command(index / count));
+    }
+
+    /// Sends a command to all workers.
+    fn send_to_all(&self, command: impl Fn() -> Command) {
+        self.0.iter().for_each(|worker| worker.send(command()));
+    }
+}
+
+impl Workers for WorkerSenders {
+    fn attach_event(&self, queue: u16, attachment: AttachmentId, event: AttachEvent) {
+        self.send(queue, |queue| Command::Attachment { queue, attachment, event });
+    }
+
+    fn detach(&self, queue: u16) {
+        self.send(queue, |queue| Command::Detach { queue });
+    }
+
+    fn tell_driver(&self) {
+        self.send(0, |_| Command::TellDriver);
+    }
+
+    fn end_rings(&self, reason: ErrorCode) {
+        self.send_to_all(|| Command::EndRings { reason });
+    }
+
+    fn finish_rings(&self, reason: ErrorCode) {
+        self.send_to_all(|| Command::FinishRings { reason, done: None });
     }
 }
 

@@ -6,10 +6,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 
 use super::Shared;
-use super::attach::{Attach, GateStatus, Order};
-use super::command::{Command, CommandSender, Pending, Reply};
+use super::attach::{Attach, BuilderCommand, RingsStatus};
+use super::command::{Command, CommandSender};
 use super::counters::QueueCounters;
 use super::orders::end_process;
+use super::reply::{Pending, Reply};
 use crate::disk::Disk;
 use crate::virtio_blk::{BlkConfigError, GuestErrors};
 
@@ -53,23 +54,23 @@ impl EngineControl {
         });
         forgo_access_times(disk);
         // Before a worker can ask for a ring.
-        self.order_builder(|done| Order::SetDisk { disk: Some(disk.clone()), done });
+        self.command_builder(|done| BuilderCommand::SetDisk { disk: Some(disk.clone()), done });
         self.order_all(|reply| Command::SetDisk { disk: disk.clone(), reply });
         has_changed
     }
 
-    /// Sends an order to who makes rings, if somebody does, and waits until it is carried out.
-    pub(super) fn order_builder(&self, order: impl FnOnce(Reply<()>) -> Order) {
+    /// Sends a command to the builder, if the device offers rings, and waits until the builder has carried it out.
+    pub(super) fn command_builder(&self, command: impl FnOnce(Reply<()>) -> BuilderCommand) {
         if let Some(attach) = &self.attach {
             let (done, pending) = Pending::new();
-            attach.order(order(done));
+            attach.command(command(done));
             pending.wait();
         }
     }
 
-    /// What each queue's ring does, if the device offers rings.
-    pub fn rings(&self) -> Option<GateStatus> {
-        self.attach.as_ref().map(|attach| attach.gate.status())
+    /// Whether the device gives out rings, and what each queue's ring does. `None`: the device does not offer rings.
+    pub fn rings(&self) -> Option<RingsStatus> {
+        self.attach.as_ref().map(|attach| attach.rings.status())
     }
 
     /// True: the capacity is another one now.

@@ -1,17 +1,22 @@
 //! Carries out the steps of a queue's epochs (`docs/abi.md`, section 6).
 //!
-//! The machine decides and touches nothing; here is what it decides about: the control page, the rings, the pending ATTACH.
+//! The machine decides and touches nothing; here is what it decides about: the control page, the rings, the pending
+//! ATTACH.
 
 use std::collections::VecDeque;
 use std::fmt::Display;
+use std::sync::Arc;
 
 use ringpass_guest_abi::attach_sequence::AttachSequence;
 use ringpass_guest_abi::epoch::device::{Action, Event};
 use ringpass_guest_abi::epoch::{Announcement, Area, Epoch, Phase};
 use ringpass_guest_abi::request::{ErrorCode, Outcome};
 
-use super::attach::{Attachment, AttachmentId, BuildOrder, Built, LiveRing, Order, PendingRing, Ticket};
-use super::command::{AttachEvent, Command, Reply};
+use super::attach::{
+    AttachEvent, Attachment, AttachmentId, BuildRequest, BuilderCommand, Built, CancellationToken, LiveRing,
+    PendingRing,
+};
+use super::reply::Reply;
 use super::worker::Worker;
 use crate::log_limit::Cause;
 
@@ -24,7 +29,7 @@ impl Worker<'_> {
             let index = vring.index;
             let Some(attachment) = vring.attachment_mut() else { return };
             let before = attachment.machine.state();
-            if matches!(event, Event::Stop | Event::End | Event::Finish(_)) && attachment.forgo_ring() {
+            if matches!(event, Event::Stop | Event::End | Event::Finish(_)) && attachment.cancel_pending_ring() {
                 // It was not begun.
                 events.push_back(Event::BuildFailed(ErrorCode::Mode));
             }
@@ -35,7 +40,7 @@ impl Worker<'_> {
             if before != after {
                 tracing::debug!(queue = index, ?event, ?after, "epoch");
                 if let Some(attach) = &self.attach {
-                    attach.gate.note_state(index, after);
+                    attach.rings.metrics.set_state(index, Some(after));
                 }
             }
             for action in actions {
@@ -47,8 +52,8 @@ impl Worker<'_> {
     /// Carries out one action. Gives what follows from it at once.
     fn act(&mut self, number: usize, action: Action) -> Option<Event> {
         match action {
-            // The worker has the disk, or it would not have taken the ATTACH: no other process has I/O under way. Rings of
-            // this one are gone before their attachment is.
+            // The worker has the disk, or it would not have taken the ATTACH: no other process has I/O under way. Rings
+            // of this one are gone before their attachment is.
             Action::AwaitRelease => return Some(Event::Released),
             Action::Announce(announcement) => return self.announce(number, announcement),
             Action::Build(epoch) => self.order_ring(number, epoch),
@@ -91,17 +96,17 @@ impl Worker<'_> {
         let call = active.eventfds.call.as_ref().map(|call| call.eventfd().try_clone()).transpose();
         match call {
             Ok(call) => {
-                let ticket = Ticket::default();
-                ours.pending = Some(PendingRing::Ordered(ticket.clone()));
-                let order = BuildOrder { queue, attachment, geometry, epoch, call, call_generation, ticket };
-                attach.order(Order::Build(order));
+                let token = CancellationToken::default();
+                ours.pending = Some(PendingRing::Requested(token.clone()));
+                let request = BuildRequest { queue, attachment, geometry, epoch, call, call_generation, token };
+                attach.command(BuilderCommand::Build(request));
             }
             Err(error) => {
                 if let Some(total) = self.shared.mode_changes.count(Cause::new("duplicating the call eventfd")) {
                     tracing::warn!(queue, total, %error, "no ring for the queue: its call eventfd cannot be duplicated");
                 }
                 let event = AttachEvent::BuildFailed(ErrorCode::Resources);
-                attach.send(queue, |queue| Command::Attachment { queue, attachment, event });
+                attach.workers().attach_event(queue, attachment, event);
             }
         }
     }
@@ -154,7 +159,7 @@ impl Worker<'_> {
         attachment.describe_ring(&layout, active.log.as_deref());
         if let Some(attach) = &self.attach {
             let rings_gpa = attachment.geometry.rings(ring.epoch.area()).gpa();
-            attach.gate.ring_opens(index, (*active.memory).clone(), rings_gpa, layout);
+            attach.rings.metrics.ring_opened(index, (*active.memory).clone(), rings_gpa, layout);
         }
         let has_call = call_generation == attachment.call_generation;
         let area = ring.epoch.area();
@@ -164,8 +169,8 @@ impl Worker<'_> {
         }
     }
 
-    /// Has the completions of a queue's ring signal the queue's call eventfd, which is another one now. The caller signals
-    /// it once.
+    /// Has the completions of a queue's ring signal the queue's call eventfd, which is another one now. The caller
+    /// signals it once.
     pub(super) fn give_call_to_ring(&mut self, number: usize) {
         let vring = &mut self.vrings[number];
         let index = vring.index;
@@ -189,26 +194,23 @@ impl Worker<'_> {
         let (Some(attach), Some(attachment)) = (self.attach.clone(), vring.attachment_mut()) else { return };
         let Some(LiveRing { queue, .. }) = attachment.take_ring(area) else { return };
         let attachment = attachment.id;
-        attach.gate.ring_closes(index);
-        let workers = attach.sender();
-        queue.close().on_end(move || {
-            let event = AttachEvent::Gone(area);
-            workers.send(index, |queue| Command::Attachment { queue, attachment, event });
-        });
+        attach.rings.metrics.ring_closed(index);
+        let workers = Arc::clone(attach.workers());
+        queue.close().on_end(move || workers.attach_event(index, attachment, AttachEvent::Gone(area)));
     }
 
     fn complete_attach(&mut self, number: usize, code: ErrorCode) {
         let vring = &mut self.vrings[number];
-        let order = AttachSequence::new(vring.index);
+        let sequence = AttachSequence::new(vring.index);
         if let Some(active) = vring.active_mut().filter(|active| active.is_held) {
             // The used ring is in memory that has left. ATTACH is seen again when the queue has its rings again.
-            active.order = order;
+            active.sequence = sequence;
             return self.leave_attach(number);
         }
         let Some(attachment) = self.take_attachment(number) else { return };
         let vring = &mut self.vrings[number];
         if let Some(active) = vring.active_mut() {
-            active.order.attach_completed();
+            active.sequence.attach_completed();
         }
         self.give_outcome(number, &attachment.attach, &Outcome::of(code));
         let vring = &mut self.vrings[number];
@@ -219,8 +221,8 @@ impl Worker<'_> {
         self.have_driver_told();
     }
 
-    /// Logs who executes a queue now, unless it logged a change for the same cause a short while ago: guests can change it
-    /// at will.
+    /// Logs who executes a queue now, unless it logged a change for the same cause a short while ago: guests can change
+    /// it at will.
     fn report_mode(&self, number: usize, cause: Cause, what: &dyn Display) {
         let queue = self.vrings[number].index;
         match self.shared.mode_changes.count(cause) {
@@ -233,17 +235,16 @@ impl Worker<'_> {
     fn leave_attach(&mut self, number: usize) {
         let Some(attachment) = self.take_attachment(number) else { return };
         if let Some(active) = self.vrings[number].active_mut() {
-            active.queue.untake(attachment.attach.head);
+            attachment.attach.undo(&mut active.queue);
         }
     }
 
     fn take_attachment(&mut self, number: usize) -> Option<Box<Attachment>> {
         let vring = &mut self.vrings[number];
         let attachment = vring.active_mut()?.attachment.take()?;
-        if let Some(attach) = &self.attach
-            && attach.gate.leave(vring.index)
-        {
-            attach.order(Order::Unpin);
+        match &self.attach {
+            Some(attach) if attach.rings.leave(vring.index) => attach.command(BuilderCommand::Unpin),
+            _ => {}
         }
         self.is_unsettled = true;
         Some(attachment)
@@ -278,7 +279,7 @@ impl Worker<'_> {
     /// Has the worker of queue 0 complete EVENT.
     fn have_driver_told(&self) {
         if let Some(attach) = &self.attach {
-            attach.send(0, |_| Command::TellDriver);
+            attach.workers().tell_driver();
         }
     }
 }

@@ -1,7 +1,7 @@
 //! Carrying out requests: from a checked request to the used ring.
 //!
-//! Each request is in a slot and goes through one or more steps; each step is one entry of the ring. A read or write that
-//! the kernel did in part goes on where it stopped.
+//! Each request is in a slot and goes through one or more steps; each step is one entry of the ring. A read or write
+//! that the kernel did in part goes on where it stopped.
 
 use std::fmt::Display;
 use std::mem::discriminant;
@@ -9,20 +9,21 @@ use std::os::fd::AsFd;
 use std::rc::Rc;
 
 use io_uring::{opcode, squeue};
-use nix::libc::{self, iovec};
+use nix::libc;
 use rustix::io::Errno;
 use vm_memory::{Bytes, GuestMemoryError};
 
+use super::alignment::Alignment;
 use super::bounce::BouncePool;
 use super::piece::{Piece, Stage};
 use super::ring::{DISK, PAGE_CACHE};
 use super::slot::{Slot, Step};
 use super::token::Token;
 use super::vring::State;
-use super::worker::{Alignment, Worker};
+use super::worker::Worker;
 use crate::log_limit::Cause;
 use crate::vhost_user::DeviceMemory;
-use crate::virtio_blk::{Answer, ByteRange, GuestError, Operation, Request, SegmentList, Status};
+use crate::virtio_blk::{Answer, ByteRange, GuestError, Operation, Request, Status};
 
 /// Attempts without progress after which a request fails: the kernel says "try again", but does not mean it.
 pub(super) const RETRIES_MAX: u8 = 100;
@@ -53,7 +54,8 @@ impl Worker<'_> {
                 }
                 Step::Transfer
             }
-            // There is nothing that it could make stable, and not all read-only file systems have fsync(2): squashfs does not.
+            // There is nothing that it could make stable, and not all read-only file systems have fsync(2): squashfs
+            // does not.
             Operation::Flush if self.limits.read_only() => return self.finish(number, Status::Ok),
             Operation::Flush => Step::Sync,
             Operation::Discard(_) | Operation::WriteZeroes { .. } => Step::Range,
@@ -78,8 +80,8 @@ impl Worker<'_> {
             && !slot.is_write_through
         {
             let offset_bytes = offset_bytes + slot.progress_bytes;
-            // SAFETY: as below; the iovecs stay in place until the slot is released, as their lists are on the heap. The
-            // disk stays open, because the worker lets go of it only when no request is under way.
+            // SAFETY: as below; the iovecs stay in place until the slot is released, as their lists are on the heap.
+            // The disk stays open, because the worker lets go of it only when no request is under way.
             return unsafe { writer.send(number, disk.disk.as_fd(), slot.remaining(), offset_bytes) };
         }
         let entry = entry(slot, &request, &self.bounce);
@@ -249,7 +251,7 @@ impl Worker<'_> {
         if let Some(log) = log {
             log.mark(answer.status_gpa.0, 1);
         }
-        match active.queue.put_used(head, used_bytes, log) {
+        match active.queue.add_used(head, used_bytes, log) {
             Ok(()) => active.has_unpublished = true,
             Err(error) => self.break_down(queue, error.cause(), &error),
         }
@@ -275,25 +277,6 @@ impl Worker<'_> {
             Operation::WriteZeroes { .. } => counters.write_zeroes.add(1),
             Operation::GetId => {}
         }
-    }
-}
-
-impl Alignment {
-    /// The unit of offsets and lengths.
-    #[inline]
-    pub(super) fn block_bytes(&self, operation: &Operation) -> u32 {
-        match operation {
-            Operation::Write { .. } => self.write_block_bytes,
-            _ => self.read_block_bytes,
-        }
-    }
-
-    /// Whether the kernel takes a read or write as the guest has sent it.
-    #[inline]
-    fn takes(&self, request: &Request, offset_bytes: u64, segments: &SegmentList) -> bool {
-        let block_mask = self.block_bytes(&request.operation) as usize - 1;
-        let bad_bits = |iovec: &iovec| iovec.iov_base.addr() & self.address_mask | iovec.iov_len & block_mask;
-        offset_bytes as usize & block_mask == 0 && segments.iovecs().iter().all(|iovec| bad_bits(iovec) == 0)
     }
 }
 

@@ -11,12 +11,13 @@ use ringpass_guest_abi::request::ErrorCode;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::attach::{Attach, AttachConfig, Gate, Order, WorkerSender, builder};
+use super::attach::{Attach, AttachConfig, BuilderCommand, SharedRings, Workers, builder};
 use super::bounce::BouncePool;
-use super::command::{Command, CommandSender, Pending, Reply, WhichEventfd, command_channel};
+use super::command::{Command, CommandSender, WhichEventfd, WorkerSenders, command_channel};
 use super::control::{EngineControl, StartedQueues};
 use super::counters::QueueCounters;
 use super::poll::PollPolicy;
+use super::reply::{Pending, Reply};
 use super::shape::EngineShape;
 use super::slot::Slots;
 use super::source::DiskSource;
@@ -128,13 +129,14 @@ impl Engine {
         self.control.clone()
     }
 
-    /// Takes nothing more, waits until all I/O has ended, and lets go of the disk: others can have it when this returns.
+    /// Takes nothing more, waits until all I/O has ended, and lets go of the disk: others can have it when this
+    /// returns.
     pub fn shutdown(mut self) {
         self.source.release(&|| true);
         self.control.send_to_all(|| Command::Shutdown);
         // A worker that panics ends the process.
         let disks = self.threads.drain(..).filter_map(|thread| thread.join().ok().flatten()).collect();
-        self.control.order_builder(|done| Order::SetDisk { disk: None, done });
+        self.control.command_builder(|done| BuilderCommand::SetDisk { disk: None, done });
         let_go::close(disks);
     }
 
@@ -187,10 +189,10 @@ impl Engine {
 
 /// Starts what makes rings.
 fn start_attach(config: AttachConfig, queue_count: u16, workers: &Arc<[CommandSender]>) -> Result<Attach, EngineError> {
-    let (config, gate) = (Arc::new(config), Arc::new(Gate::new(queue_count)));
-    let workers = WorkerSender::new(workers);
-    let orders = builder::start(config.clone(), gate.clone(), workers.clone())?;
-    Ok(Attach::new(config, queue_count, gate, orders, workers))
+    let (config, rings) = (Arc::new(config), Arc::new(SharedRings::new(queue_count)));
+    let workers: Arc<dyn Workers> = Arc::new(WorkerSenders::new(workers));
+    let commands = builder::start(config.clone(), rings.clone(), workers.clone())?;
+    Ok(Attach::new(config, queue_count, rings, commands, workers))
 }
 
 /// Whether all regions of `before` are in `memory`, and are the same memory.
@@ -210,8 +212,8 @@ impl Device for Engine {
         self.device().num_queues()
     }
 
-    /// Front-ends set their rings up as their own configuration says. What the device is prepared for goes by the size in
-    /// its configuration, and a longer ring waits.
+    /// Front-ends set their rings up as their own configuration says. What the device is prepared for goes by the size
+    /// in its configuration, and a longer ring waits.
     fn max_queue_size(&self) -> u16 {
         QUEUE_SIZE_MAX
     }
@@ -264,12 +266,13 @@ impl Device for Engine {
         // The builder first: no worker that knows this table has a ring made in the one before.
         let rings = self.control.attach.as_ref().map(|attach| {
             let (done, pending) = Pending::new();
-            attach.order(Order::SetMemory { memory: memory.clone(), loses_some, done });
+            attach.command(BuilderCommand::SetMemory { memory: memory.clone(), loses_some, done });
             pending
         });
         self.order_all(|reply| Command::SetMemory { memory: memory.clone(), reply });
-        // Whoever takes memory away may give it to somebody else: nothing may land there any more. Memory that is new is not
-        // waited for: it takes long to pin, and until then a driver's requests in it go the other way (docs/abi.md, section 7).
+        // Whoever takes memory away may give it to somebody else: nothing may land there any more. Memory that is new
+        // is not waited for: it takes long to pin, and until then a driver's requests in it go the other way
+        // (docs/abi.md, section 7).
         if loses_some {
             self.order_all(|reply| Command::LeaveFormerMemory { reply });
             rings.map(|pending| self.wait(pending));
@@ -280,13 +283,13 @@ impl Device for Engine {
     fn set_dirty_log(&mut self, log: Option<Arc<DirtyLog>>) {
         self.is_logging = log.is_some();
         if let Some(attach) = &self.control.attach {
-            let may_ask_again = attach.gate.set_logging(self.is_logging);
+            let available_again = attach.rings.availability.set_logging(self.is_logging);
             if self.is_logging {
                 // The kernel logs nothing of what a ring writes. The guest need not be asked, nor could it answer: the
                 // front-end waits for this with its locks held.
                 self.order_all(|done| Command::FinishRings { reason: ErrorCode::Mode, done: Some(done) });
-            } else if may_ask_again {
-                attach.send(0, |_| Command::TellDriver);
+            } else if !available_again.is_empty() {
+                attach.workers().tell_driver();
             }
         }
         self.order_all(|reply| Command::SetDirtyLog { log: log.clone(), reply });
@@ -323,7 +326,7 @@ impl Device for Engine {
         let all_stopped = self.started.iter().all(Option::is_none);
         if let (true, Some(attach)) = (all_stopped, &self.control.attach) {
             // A device reset, as far as a back-end can see one.
-            attach.gate.begin_again();
+            attach.rings.availability.clear_discard();
         }
         if self.is_logging && all_stopped {
             // The guest is being migrated: who goes on with it needs the disk.
@@ -358,7 +361,7 @@ impl Device for Engine {
         self.control.send_to_all(|| Command::Abandon);
         if let Some(attach) = &self.control.attach {
             // The next front-end may have another guest. If it is the same one, its discards show again.
-            attach.gate.begin_again();
+            attach.rings.availability.clear_discard();
         }
         self.source.stop_waiting();
     }

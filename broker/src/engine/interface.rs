@@ -5,12 +5,9 @@ use std::rc::Rc;
 use ringpass_guest_abi::attach::{AttachError, AttachPayload, Geometry};
 use ringpass_guest_abi::attach_sequence::Verdict;
 use ringpass_guest_abi::epoch::device::Event;
-use ringpass_guest_abi::request::{
-    DetachPayload, EVENT_QUEUES, ErrorCode, EventAnswer, NO_FIELD, Outcome, RequestType, payload,
-};
+use ringpass_guest_abi::request::{DetachPayload, EVENT_QUEUES, ErrorCode, EventAnswer, Outcome, RequestType, payload};
 
-use super::attach::{Attach, Attachment, AttachmentId, Refused, Reply, host_address};
-use super::command::Command;
+use super::attach::{Attach, AttachRefusal, AttachRequest, Attachment, AttachmentId, Refused, RingKind, host_address};
 use super::vring::{State, Vring};
 use super::worker::Worker;
 use crate::vhost_user::DeviceMemory;
@@ -18,49 +15,55 @@ use crate::virtio_blk::{Answer, Refusal, Status};
 
 impl Worker<'_> {
     /// Takes a request of the interface from a queue.
-    pub(super) fn take_interface(&mut self, number: usize, request_type: RequestType, reply: Reply, payload: &[u8]) {
-        let Some(attach) = self.attach.clone() else { return self.answer_unknown(number, request_type, &reply) };
+    pub(super) fn take_interface(
+        &mut self,
+        number: usize,
+        request_type: RequestType,
+        mut request: AttachRequest,
+        payload: &[u8],
+    ) {
+        let Some(attach) = self.attach.clone() else { return self.answer_unknown(number, request_type, request) };
         let Some(active) = self.vrings[number].active_mut() else { return };
         if !matches!(request_type, RequestType::Arm | RequestType::Attach) {
-            active.queue.record();
+            request.record(&mut active.queue);
         }
         let others = active.queue.in_flight().saturating_sub(1);
-        match active.order.take(Some(request_type), others) {
+        match active.sequence.take(Some(request_type), others) {
             Verdict::Break => self.break_down_for(number, "the driver made something available behind ATTACH"),
-            Verdict::Refuse(code) => self.give_outcome(number, &reply, &Outcome::of(code)),
+            Verdict::Refuse(code) => self.give_outcome(number, &request, &Outcome::of(code)),
             Verdict::Execute => match request_type {
                 RequestType::Probe => {
                     let alignment = self.disk.as_ref().and_then(|disk| disk.alignment);
-                    self.give_reply(number, &reply, &attach.probe_answer(alignment).to_bytes(), Status::Ok);
+                    self.give_reply(number, &request, &attach.probe_answer(alignment).to_bytes(), Status::Ok);
                 }
-                RequestType::Arm => self.give_outcome(number, &reply, &Outcome::of(ErrorCode::None)),
-                RequestType::Attach => self.attach(number, &attach, reply, payload),
-                RequestType::Event => self.take_event(number, reply),
-                RequestType::Detach => self.detach(number, &attach, &reply, payload),
+                RequestType::Arm => self.give_outcome(number, &request, &Outcome::of(ErrorCode::None)),
+                RequestType::Attach => self.attach(number, &attach, request, payload),
+                RequestType::Event => self.take_event(number, request),
+                RequestType::Detach => self.detach(number, &attach, &request, payload),
             },
         }
     }
 
     /// The device does not offer rings: nothing but the status is written.
-    fn answer_unknown(&mut self, number: usize, request_type: RequestType, reply: &Reply) {
+    fn answer_unknown(&mut self, number: usize, request_type: RequestType, mut request: AttachRequest) {
         let Some(active) = self.vrings[number].active_mut() else { return };
-        active.queue.record();
+        request.record(&mut active.queue);
         let refusal = Refusal::UnknownType { request_type: request_type.number() };
-        let Reply { head, status_gpa, answer_bytes: writable_bytes, .. } = *reply;
+        let AttachRequest { head, status_gpa, answer_bytes: writable_bytes, .. } = request;
         let status = refusal.status();
         let answer = Answer { status, status_gpa, writable_bytes, written_bytes: 0, refusal: Some(refusal) };
-        self.answer(number, head, &reply.memory, &answer);
+        self.answer(number, head, &request.memory, &answer);
     }
 
-    fn attach(&mut self, number: usize, attach: &Attach, reply: Reply, payload: &[u8]) {
+    fn attach(&mut self, number: usize, attach: &Attach, request: AttachRequest, payload: &[u8]) {
         let vring = &mut self.vrings[number];
         let index = vring.index;
-        match admit(vring, attach, &reply.memory, payload) {
+        match admit(vring, attach, &request.memory, payload) {
             Ok(geometry) => {
                 self.attachments += 1;
-                let memory = Rc::clone(&reply.memory);
-                let attachment = Attachment::new(AttachmentId(self.attachments), geometry, reply, memory);
-                let (found, detach) = attachment.found();
+                let memory = Rc::clone(&request.memory);
+                let attachment = Attachment::new(AttachmentId(self.attachments), geometry, request, memory);
+                let (found, detach) = attachment.initial_words();
                 tracing::debug!(queue = index, found, detach, "a driver asks for a ring");
                 if let Some(active) = vring.active_mut() {
                     active.attachment = Some(Box::new(attachment));
@@ -69,14 +72,13 @@ impl Worker<'_> {
                 // The driver may not have kept to the rule already.
                 self.check_behind_attach(number);
             }
-            Err(error) => {
-                let refused = Refused { code: error.code, why: error.to_string() };
-                tracing::debug!(queue = index, %error, "ATTACH is refused");
-                attach.gate.note_refusal(index, refused);
+            Err(AttachRefusal { error, why }) => {
+                tracing::debug!(queue = index, code = ?error.code, "ATTACH is refused: {why}");
+                attach.rings.metrics.set_refused(index, Refused { code: error.code, why });
                 if let Some(active) = vring.active_mut() {
-                    active.order.attach_completed();
+                    active.sequence.attach_completed();
                 }
-                self.give_outcome(number, &reply, &error.into());
+                self.give_outcome(number, &request, &error.into());
             }
         }
     }
@@ -89,25 +91,25 @@ impl Worker<'_> {
         }
     }
 
-    fn detach(&mut self, number: usize, attach: &Attach, reply: &Reply, bytes: &[u8]) {
+    fn detach(&mut self, number: usize, attach: &Attach, request: &AttachRequest, bytes: &[u8]) {
         let wanted = payload(bytes).map(|bytes| DetachPayload::from_bytes(&bytes));
         let code = match wanted.and_then(|payload| payload.check(attach.queue_count())) {
             Ok(queue) => {
-                if attach.gate.tell_detach(queue) {
-                    attach.send(queue, |queue| Command::Detach { queue });
+                if attach.rings.detaches.begin(queue) {
+                    attach.workers().detach(queue);
                 }
                 ErrorCode::None
             }
             Err(code) => code,
         };
-        self.give_outcome(number, reply, &Outcome::of(code));
+        self.give_outcome(number, request, &Outcome::of(code));
     }
 
-    fn take_event(&mut self, number: usize, reply: Reply) {
+    fn take_event(&mut self, number: usize, request: AttachRequest) {
         let vring = &mut self.vrings[number];
         let is_stopping = !matches!(vring.state, State::Running(_));
         let Some(active) = vring.active_mut() else { return };
-        let earlier = active.event.replace(reply);
+        let earlier = active.event.replace(request);
         if let Some(earlier) = earlier {
             // One is enough; a driver that sends more gets them back.
             self.give_event(number, &earlier, 0);
@@ -127,7 +129,7 @@ impl Worker<'_> {
             _ => None,
         };
         match event {
-            Some(reply) => self.give_event(0, &reply, EVENT_QUEUES),
+            Some(request) => self.give_event(0, &request, EVENT_QUEUES),
             None => self.has_news = true,
         }
     }
@@ -140,46 +142,48 @@ impl Worker<'_> {
             // The used ring is in memory that has left. EVENT is recorded: whoever goes on finds it there.
             return;
         }
-        if let Some(reply) = active.event.take() {
-            self.give_event(number, &reply, 0);
+        if let Some(request) = active.event.take() {
+            self.give_event(number, &request, 0);
             // The queue may have stopped before the turn ends.
             self.vrings[number].publish();
         }
     }
 
-    fn give_event(&mut self, number: usize, reply: &Reply, events: u32) {
+    fn give_event(&mut self, number: usize, request: &AttachRequest, events: u32) {
         let answer = EventAnswer { events: events.into(), reserved: 0.into() };
-        self.give_reply(number, reply, &answer.to_bytes(), Status::Ok);
+        self.give_reply(number, request, &answer.to_bytes(), Status::Ok);
     }
 
-    pub(super) fn give_outcome(&mut self, number: usize, reply: &Reply, outcome: &Outcome) {
+    pub(super) fn give_outcome(&mut self, number: usize, request: &AttachRequest, outcome: &Outcome) {
         let is_ok = ErrorCode::from_number(outcome.error.get()).is_some_and(ErrorCode::is_ok);
-        self.give_reply(number, reply, &outcome.to_bytes(), if is_ok { Status::Ok } else { Status::IoError });
+        self.give_reply(number, request, &outcome.to_bytes(), if is_ok { Status::Ok } else { Status::IoError });
     }
 
-    fn give_reply(&mut self, number: usize, reply: &Reply, bytes: &[u8], status: Status) {
+    fn give_reply(&mut self, number: usize, request: &AttachRequest, bytes: &[u8], status: Status) {
         let log = self.vrings[number].active_mut().and_then(|active| active.log.as_deref());
-        let written_bytes = reply.write(bytes, log);
-        let Reply { head, status_gpa, answer_bytes: writable_bytes, .. } = *reply;
+        let written_bytes = request.write_answer(bytes, log);
+        let AttachRequest { head, status_gpa, answer_bytes: writable_bytes, .. } = *request;
         let answer = Answer { status, status_gpa, writable_bytes, written_bytes, refusal: None };
-        self.give_back(number, head, &reply.memory, &answer);
+        self.give_back(number, head, &request.memory, &answer);
     }
 }
 
 /// Checks an ATTACH completely, and gives the queue its ranges.
-fn admit(vring: &mut Vring, attach: &Attach, memory: &DeviceMemory, payload: &[u8]) -> Result<Geometry, AttachError> {
+fn admit(vring: &mut Vring, attach: &Attach, memory: &DeviceMemory, payload: &[u8]) -> Result<Geometry, AttachRefusal> {
     let index = vring.index;
     let has_doorbell = vring.eventfds_mut().is_some_and(|eventfds| eventfds.kick.is_some());
     if !has_doorbell {
-        // Nobody would hear that the driver has acknowledged something, or that an SQ thread is to wake up.
-        return Err(AttachError { code: ErrorCode::Mode, field_offset_bytes: NO_FIELD, value: 0 });
+        // Without kicks the worker would not notice the driver's acknowledgements, nor could it wake the SQ thread.
+        let why =
+            "the queue has no kick eventfd, so the driver could not wake the device: use a front-end that gives one";
+        return Err(Refused { code: ErrorCode::Mode, why: why.into() }.into());
     }
     let geometry = AttachPayload::parse(payload)?.check(&attach.limits())?;
     for (field_offset_bytes, range) in geometry.ranges() {
         if host_address(memory, &range).is_none() {
-            return Err(AttachError { code: ErrorCode::Memory, field_offset_bytes, value: range.gpa() });
+            return Err(AttachError { code: ErrorCode::Memory, field_offset_bytes, value: range.gpa() }.into());
         }
     }
-    attach.gate.enter(index, &geometry)?;
+    attach.rings.enter(index, RingKind::Direct, &geometry)?;
     Ok(geometry)
 }

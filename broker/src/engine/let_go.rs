@@ -1,33 +1,36 @@
 //! Letting go of the disk, so that others can have it.
 //!
-//! The lock and the claim belong to the disk's open file description, and go with the last reference to it. The kernel has one for
-//! each ring that has the disk as its fixed file. A request that has completed can keep that reference for some milliseconds after
-//! the file was unregistered. So a worker answers when the kernel has said that the reference is gone, and its answer
-//! carries the worker's own reference: whoever collects the answers of all workers closes the disk ([`Disk::close`]).
+//! The lock and the claim belong to the disk's open file description, and go with the last reference to it. The kernel
+//! has one for each ring that has the disk as its fixed file. A request that has completed can keep that reference for
+//! some milliseconds after the file was unregistered. So a worker answers when the kernel has said that the reference
+//! is gone, and its answer carries the worker's own reference: whoever collects the answers of all workers closes the
+//! disk ([`Disk::close`]).
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::attach::Order;
-use super::command::{Command, LetGo, Pending, Reply};
+use super::attach::BuilderCommand;
+use super::command::{Command, LetGo};
 use super::control::EngineControl;
 use super::orders::end_process;
+use super::reply::{Pending, Reply};
 use super::ring::Release;
 use super::worker::Worker;
 use crate::disk::Disk;
 
-/// How long a front-end that gives the disk up waits for I/O that a former one has left behind: longer than an ordinary request
-/// takes. That I/O may hang, and then whoever wants the disk waits for its lock.
+/// How long a front-end that gives the disk up waits for I/O that a former one has left behind: longer than an ordinary
+/// request takes. That I/O may hang, and then whoever wants the disk waits for its lock.
 const FORMER_IO_PATIENCE: Duration = Duration::from_secs(1);
 
 impl EngineControl {
-    /// Has the workers and the builder let go of the disk, and closes it; no queue may run. When this returns, others can have the
-    /// disk, with two exceptions: the answer is not wanted any more, or I/O hangs that a former front-end has left behind.
+    /// Has the workers and the builder let go of the disk, and closes it; no queue may run. When this returns, others
+    /// can have the disk, with two exceptions: the answer is not wanted any more, or I/O hangs that a former front-end
+    /// has left behind.
     pub(super) fn give_disk_up(&self, is_wanted: impl Fn() -> bool) {
         let workers = self.begin_order(|reply| Command::GiveUpDisk { reply });
         let builder = self.attach.as_ref().map(|attach| {
             let (done, pending) = Pending::new();
-            attach.order(Order::SetDisk { disk: None, done });
+            attach.command(BuilderCommand::SetDisk { disk: None, done });
             pending
         });
         // Held until everybody has answered, so that the last reference is dropped here.

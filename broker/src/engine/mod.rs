@@ -1,22 +1,27 @@
 //! The engine: executes the queues of a virtio-blk device on io_uring.
 //!
-//! [`Engine`] is the [`Device`](crate::vhost_user::Device) that a vhost-user session drives. Its queues are divided among worker threads, each
-//! with an io_uring of its own; between two workers nothing is shared on the way of a request.
+//! [`Engine`] is the [`Device`](crate::vhost_user::Device) that a vhost-user session drives. Its queues are divided
+//! among worker threads, each with an io_uring of its own; between two workers nothing is shared on the way of a
+//! request.
 //!
-//! - `worker`: the loop of a thread. `poll`: when it polls and when it sleeps. `kicks`: what wakes it. `ring`: its io_uring.
-//! - `vring`: the state of a queue. `slot`, `execute`: requests under way. `bounced`, `piece`, `bounce`: those that direct
-//!   I/O does not take as they are. `blocks`, `block_locks`: those that change parts of its blocks.
+//! - `worker`: the loop of a thread. `poll`: when it polls and when it sleeps. `kicks`: what wakes it. `ring`: its
+//!   io_uring.
+//! - `vring`: the state of a queue. `slot`, `execute`: requests under way. `bounced`, `piece`, `bounce`: those that
+//!   direct I/O does not take as they are. `blocks`, `block_locks`: those that change parts of its blocks.
 //! - `shape`: what it takes of the machine.
 //! - `handle`: the engine as the session sees it. `control`: as other threads see it.
-//! - `command`, `orders`: what they ask of the workers, and what these do then. `let_go`: how the disk becomes free for others.
+//! - `command`, `orders`: what they ask of the workers, and what these do then. `let_go`: how the disk becomes free for
+//!   others.
 //! - `attach`, `interface`, `epochs`: queues that become rings, if the device offers that ([`AttachConfig`]).
+//! - `reply`: answers to commands. `alignment`: what direct I/O demands.
 //!
-//! The guest's memory is never registered with the kernel: nothing is pinned but for the time of a request. Each request
-//! holds the memory table that it was taken with, so a front-end may change the table at any time.
+//! The guest's memory is never registered with the kernel: nothing is pinned but for the time of a request. Each
+//! request holds the memory table that it was taken with, so a front-end may change the table at any time.
 //!
 //! A worker that panics ends the process. A front-end notices that and can connect to a new process, which takes the
 //! requests up again; a device that hangs would help nobody. So does a disk that turns out to be of no use.
 
+mod alignment;
 mod attach;
 mod block_locks;
 mod blocks;
@@ -37,6 +42,7 @@ mod let_go;
 mod orders;
 mod piece;
 mod poll;
+mod reply;
 mod ring;
 mod shape;
 mod slot;
@@ -47,7 +53,7 @@ mod vring;
 mod worker;
 mod writer;
 
-pub use attach::{AttachConfig, GateStatus, Refused, RingCounts, RingStatus};
+pub use attach::{AttachConfig, KindStatus, OperatorMode, Refused, RingCounts, RingKind, RingStatus, RingsStatus};
 pub use control::EngineControl;
 pub use counters::{Counter, QueueCounters};
 pub use error::EngineError;

@@ -10,11 +10,13 @@ use ringpass_guest_abi::epoch::device::Event;
 use ringpass_guest_abi::request::ErrorCode;
 use vmm_sys_util::eventfd::EventFd;
 
+use super::alignment::Alignment;
 use super::attach::{Attachment, Ranges};
-use super::command::{Command, Reply, WhichEventfd};
+use super::command::{Command, WhichEventfd};
 use super::eventfd::Signal;
+use super::reply::{Reply, done};
 use super::vring::{Active, Broken, Start, State, Vring};
-use super::worker::{Alignment, DiskInUse, Worker};
+use super::worker::{DiskInUse, Worker};
 use super::writer::Writer;
 use crate::disk::{Disk, DiskKind};
 use crate::log_limit::Cause;
@@ -40,7 +42,8 @@ impl Worker<'_> {
             }
             self.carry_out(command);
         }
-        // A request that goes on changes no queue's state, and settling would look at all queues that the device offers.
+        // A request that goes on changes no queue's state, and settling would look at all queues that the device
+        // offers.
         self.is_unsettled |= has_others || !has_granted;
     }
 
@@ -112,7 +115,7 @@ impl Worker<'_> {
             Command::Attachment { queue, attachment, event } => self.attachment_event(queue, attachment, event),
             Command::Detach { queue } => {
                 if let Some(attach) = &self.attach {
-                    attach.gate.hear_detach(self.vrings[queue].index);
+                    attach.rings.detaches.received(self.vrings[queue].index);
                 }
                 self.epoch_event(queue, Event::Finish(ErrorCode::Detached));
             }
@@ -135,8 +138,8 @@ impl Worker<'_> {
             let State::Running(active) = &mut self.vrings[number].state else { continue };
             let ranges = active.attachment.as_mut().map(|attachment| attachment.move_to(memory));
             active.memory = Rc::clone(memory);
-            // What is pending for as long as the queue is attached is answered where the guest has its memory by then, and
-            // holds no region that has left.
+            // What is pending for as long as the queue is attached is answered where the guest has its memory by then,
+            // and holds no region that has left.
             let attach = active.attachment.as_mut().map(|attachment| &mut attachment.attach);
             attach.into_iter().chain(&mut active.event).for_each(|reply| reply.memory = Rc::clone(memory));
             match active.queue.set_memory(memory) {
@@ -152,7 +155,9 @@ impl Worker<'_> {
                 }
             }
             match (ranges, &self.attach) {
-                (Some(Ranges::Stayed), Some(attach)) => attach.gate.ring_moves(self.vrings[number].index, memory),
+                (Some(Ranges::Stayed), Some(attach)) => {
+                    attach.rings.metrics.ring_moved(self.vrings[number].index, memory)
+                }
                 (Some(Ranges::Moved), _) => self.end_ring(number, ErrorCode::Memory, Event::End),
                 // The driver could not say that it has heard of the end, nor would the device have a place to ask in.
                 (Some(Ranges::Left), _) => self.end_ring(number, ErrorCode::Memory, Event::Finish(ErrorCode::Memory)),
@@ -295,8 +300,8 @@ impl Worker<'_> {
             write_block_bytes: direct.write_block_bytes,
             is_coarser_than_guest: direct.write_block_bytes > self.limits.logical_block_bytes(),
         });
-        // The kernel does the writes to a file one after the other anyway. Those to a block device it does side by side,
-        // and one that waits for the device must not hold up the others.
+        // The kernel does the writes to a file one after the other anyway. Those to a block device it does side by
+        // side, and one that waits for the device must not hold up the others.
         let is_written = disk.kind() == DiskKind::RegularFile && alignment.is_none() && !disk.is_read_only();
         if is_written && self.writer.is_none() {
             // Now and not with the first write, which would wait for it.
@@ -400,7 +405,7 @@ impl Worker<'_> {
             return self.break_down_for(number, "it was started before the front-end gave the guest's memory");
         };
         let vring = &mut self.vrings[number];
-        let order = AttachSequence::new(vring.index);
+        let sequence = AttachSequence::new(vring.index);
         let State::Waiting(start) = &mut vring.state else { return };
         match SplitQueue::new(start.setup.clone(), &memory) {
             Ok(queue) => {
@@ -418,7 +423,7 @@ impl Worker<'_> {
                     log: self.log.clone(),
                     // Somebody else may have given chains back before this and not have said so.
                     has_unpublished: true,
-                    order,
+                    sequence,
                     attachment: None,
                     event: None,
                 };
@@ -435,14 +440,9 @@ impl Worker<'_> {
     }
 }
 
-/// Ends the process, because nobody would notice otherwise that the guest's requests wait for ever. The front-end notices
-/// this, and can connect to a new process.
+/// Ends the process, because nobody would notice otherwise that the guest's requests wait for ever. The front-end
+/// notices this, and can connect to a new process.
 pub(super) fn end_process(why: &dyn Display) -> ! {
     tracing::error!("{why}; the program ends here, so that the front-end can connect to a new one");
     process_end::end_process(1)
-}
-
-fn done(reply: &Reply<()>) {
-    // Nobody waits any more: then nobody has to know.
-    let _ = reply.send(());
 }

@@ -12,7 +12,7 @@ use super::EngineError;
 use super::ring::{self, Ring};
 use super::worker::{Worker, WorkerParts};
 use crate::disk::Disk;
-use crate::threads::leave_signals_to_others;
+use crate::threads::{AbortOnPanic, leave_signals_to_others};
 
 /// Where a worker's thread is to run.
 #[derive(Clone, Copy, Debug)]
@@ -100,15 +100,4 @@ fn pin(cpu: usize) -> Result<(), EngineError> {
     let mut cpus = CpuSet::new();
     cpus.set(cpu);
     sched_setaffinity(None, &cpus).map_err(|errno| EngineError::Affinity { cpu, error: errno.into() })
-}
-
-/// Ends the process if the thread panics.
-pub(super) struct AbortOnPanic;
-
-impl Drop for AbortOnPanic {
-    fn drop(&mut self) {
-        if thread::panicking() {
-            std::process::abort();
-        }
-    }
 }

@@ -6,10 +6,11 @@ use std::sync::Arc;
 use ringpass_guest_abi::attach_sequence::AttachSequence;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::attach::{Attachment, Reply as InterfaceReply};
-use super::command::{Reply, WhichEventfd};
+use super::attach::{AttachRequest, Attachment};
+use super::command::WhichEventfd;
 use super::counters::QueueCounters;
 use super::eventfd::{Eventfds, Kick, Signal};
+use super::reply::Reply;
 use crate::vhost_user::DeviceMemory;
 use crate::virtio_blk::RequestTypes;
 use crate::virtqueue::{DirtyLog, QueueSetup, SplitQueue};
@@ -61,11 +62,11 @@ pub(super) struct Active {
     /// Chains were given back that the driver does not see yet.
     pub(super) has_unpublished: bool,
     /// What was taken from it since it started, as far as rings go.
-    pub(super) order: AttachSequence,
+    pub(super) sequence: AttachSequence,
     /// It is attached: nothing is taken from it.
     pub(super) attachment: Option<Box<Attachment>>,
     /// Queue 0: the EVENT that waits for something to tell. It is recorded in the in-flight region.
-    pub(super) event: Option<InterfaceReply>,
+    pub(super) event: Option<AttachRequest>,
 }
 
 impl Active {

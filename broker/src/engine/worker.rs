@@ -10,11 +10,13 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::Shared;
-use super::attach::{Attach, Reply as InterfaceReply};
+use super::alignment::Alignment;
+use super::attach::{Attach, AttachRequest};
 use super::bounce::BouncePool;
-use super::command::{CommandReceiver, CommandSender, LetGo, Reply};
+use super::command::{CommandReceiver, CommandSender, LetGo};
 use super::let_go::FormerDisk;
 use super::poll::{Idle, PollPolicy};
+use super::reply::Reply;
 use super::ring::Ring;
 use super::slot::Slots;
 use super::token::Token;
@@ -28,8 +30,8 @@ use crate::virtqueue::DirtyLog;
 /// The most chains that a turn takes from one queue.
 ///
 /// What is taken together completes together, and the driver can go on only then: a turn must be short against the
-/// queue, or driver and worker wait for one another in turn. And it must be long against a system call, of which there is
-/// one for each turn. It also bounds how long one queue holds up others.
+/// queue, or driver and worker wait for one another in turn. And it must be long against a system call, of which there
+/// is one for each turn. It also bounds how long one queue holds up others.
 const CHAINS_PER_TURN: usize = 8;
 
 /// A worker, in its own thread.
@@ -39,8 +41,8 @@ pub(super) struct Worker<'r> {
     /// The ring is to tell of commands.
     pub(super) is_bell_armed: bool,
     pub(super) vrings: Vec<Vring>,
-    /// No queue from this number on is started. A turn looks only at the queues below it, so that queues which are offered and not
-    /// used cost nothing.
+    /// No queue from this number on is started. A turn looks only at the queues below it, so that queues which are
+    /// offered and not used cost nothing.
     pub(super) vrings_in_use: usize,
     /// The queue that the last turn began with.
     first_queue: usize,
@@ -106,18 +108,6 @@ pub(super) struct DiskInUse {
     pub(super) alignment: Option<Alignment>,
 }
 
-/// What `O_DIRECT` demands.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Alignment {
-    /// Bits that must be zero in the address of each piece of a buffer.
-    pub(super) address_mask: usize,
-    /// The unit of offsets, and of lengths of each piece of a buffer.
-    pub(super) read_block_bytes: u32,
-    pub(super) write_block_bytes: u32,
-    /// The guest can write parts of blocks: see [`super::block_locks`].
-    pub(super) is_coarser_than_guest: bool,
-}
-
 /// What a worker is made with.
 pub(super) struct WorkerParts {
     pub(super) number: usize,
@@ -164,8 +154,8 @@ impl<'r> Worker<'r> {
         }
     }
 
-    /// Works until it was told to end and the last request has ended. Gives the disk that it had; the kernel holds it no more for
-    /// the worker's ring.
+    /// Works until it was told to end and the last request has ended. Gives the disk that it had; the kernel holds it
+    /// no more for the worker's ring.
     pub(super) fn run(&mut self) -> Option<Arc<Disk>> {
         while !self.has_ended() {
             if self.turn() {
@@ -242,11 +232,11 @@ impl<'r> Worker<'r> {
             let Some((active, takes)) = vring.taking_or_replaying_mut() else { return taken > 0 };
             let (memory, request_types) = (Rc::clone(&active.memory), active.request_types);
             let popped = match takes {
-                Takes::Everything => active.queue.pop_unrecorded(&memory),
-                Takes::Replay => Ok(active.queue.pop_replay(&memory)),
+                Takes::Everything => active.queue.pop(),
+                Takes::Replay => Ok(active.queue.pop_replay()),
             };
-            let chain = match popped {
-                Ok(Some(chain)) => chain,
+            let popped = match popped {
+                Ok(Some(popped)) => popped,
                 Ok(None) => return taken > 0,
                 Err(error) => {
                     let cause = error.cause();
@@ -257,16 +247,16 @@ impl<'r> Worker<'r> {
             };
             // The queue has stopped when the last of them has ended, which may be in this turn.
             self.is_unsettled |= takes == Takes::Replay;
-            let head = chain.head();
             let slot = self.slots.get(slot_number);
-            let parsed = parse(chain, &self.limits, request_types, &mut slot.segments);
-            if let Parsed::Interface(request) = &parsed {
-                let (reply, payload) = InterfaceReply::new(head, request, memory, &slot.segments);
-                self.take_interface(number, request.request_type, reply, &payload);
+            let parsed = parse(popped.chain(&memory), &self.limits, request_types, &mut slot.segments);
+            if let Parsed::Interface(parsed) = &parsed {
+                let chain = popped.leave_unrecorded();
+                let (request, payload) = AttachRequest::new(chain, parsed, memory, &slot.segments);
+                self.take_interface(number, parsed.request_type, request, &payload);
                 continue;
             }
-            active.queue.record();
-            active.order.take(None, 0);
+            let head = popped.record();
+            active.sequence.take(None, 0);
             match parsed {
                 Parsed::Interface(_) => {}
                 Parsed::Request(request) => {

@@ -1,8 +1,8 @@
 //! Writes that the kernel cannot take without blocking, carried out by a thread beside the worker.
 //!
-//! Most file systems do not write into the page cache without blocking (`RWF_NOWAIT`, which ext4 refuses). io_uring hands
-//! such writes to a thread of the kernel, one after the other for each file, and the hand-over there and back costs
-//! several times what the write costs. This thread takes them from a ring in memory and gives their results back
+//! Most file systems do not write into the page cache without blocking (`RWF_NOWAIT`, which ext4 refuses). io_uring
+//! hands such writes to a thread of the kernel, one after the other for each file, and the hand-over there and back
+//! costs several times what the write costs. This thread takes them from a ring in memory and gives their results back
 //! through another: while both sides poll, the write is the only system call.
 //!
 //! The rings are atomic words. What a job names (a file, memory) its sender keeps until it has taken the result.
@@ -19,7 +19,7 @@ use nix::libc::{self, iovec};
 use super::cache_line::CacheLine;
 use super::command::Waker;
 use super::poll::{Idle, PollPolicy};
-use super::thread::AbortOnPanic;
+use crate::threads::AbortOnPanic;
 
 /// Of the thread, which calls next to nothing.
 const STACK_BYTES: usize = 128 << 10;
@@ -159,7 +159,8 @@ impl Writer {
         if !self.is_busy() {
             return true;
         }
-        // Sequentially consistent, as is the other side: either it sees that the worker sleeps, or the worker the result.
+        // Sequentially consistent, as is the other side: either it sees that the worker sleeps, or the worker the
+        // result.
         self.channel.is_worker_asleep.0.store(true, Ordering::SeqCst);
         self.channel.done.0.load(Ordering::SeqCst) == self.taken
     }

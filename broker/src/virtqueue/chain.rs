@@ -73,7 +73,6 @@ pub enum ChainError {
 #[derive(Debug)]
 pub struct DescriptorChain<'m> {
     memory: &'m GuestMemoryMmap,
-    head: u16,
     table: Table<'m>,
     /// The next descriptor.
     next: Option<u16>,
@@ -137,7 +136,6 @@ impl<'m> DescriptorChain<'m> {
     fn in_table(memory: &'m GuestMemoryMmap, table: Table<'m>, head: u16) -> Self {
         Self {
             memory,
-            head,
             table,
             next: Some(head),
             entries_left: table.entries,
@@ -145,11 +143,6 @@ impl<'m> DescriptorChain<'m> {
             is_indirect: false,
             bytes: 0,
         }
-    }
-
-    /// Index of the first descriptor, by which the chain is completed.
-    pub fn head(&self) -> u16 {
-        self.head
     }
 
     /// The memory that the chain's addresses refer to.
@@ -190,7 +183,7 @@ impl<'m> DescriptorChain<'m> {
         let len_bytes = descriptor.len();
         let entries_max = self.indirect_entries_max;
         let entries = len_bytes / DESCRIPTOR_BYTES as u32;
-        if entries == 0 || entries > entries_max || !len_bytes.is_multiple_of(DESCRIPTOR_BYTES as u32) {
+        if entries == 0 || entries > entries_max || entries * DESCRIPTOR_BYTES as u32 != len_bytes {
             return Err(ChainError::IndirectLength { len_bytes, entries_max });
         }
         self.is_indirect = true;

@@ -31,4 +31,4 @@ pub use error::QueueError;
 pub use inflight::{InflightError, InflightFile, InflightQueue, InflightRegion};
 pub use rings::QUEUE_SIZE_MAX;
 pub use shared_memory::SharedMemoryError;
-pub use split_queue::{QueueSetup, SplitQueue};
+pub use split_queue::{PoppedChain, QueueSetup, SplitQueue, UnrecordedChain};

@@ -1,5 +1,8 @@
 //! The device's side of a split virtqueue.
 
+mod popped;
+mod tracker;
+
 use std::collections::VecDeque;
 use std::sync::atomic::{Ordering, fence};
 
@@ -8,6 +11,8 @@ use virtio_bindings::bindings::virtio_ring::{
 };
 use vm_memory::{GuestAddress, GuestMemoryMmap};
 
+pub use self::popped::{PoppedChain, UnrecordedChain};
+use self::tracker::Tracker;
 use super::chain::DescriptorChain;
 use super::dirty_log::DirtyLog;
 use super::error::QueueError;
@@ -74,8 +79,6 @@ pub struct SplitQueue {
     /// The heads in the used ring that its stored index does not cover yet. Never longer than the queue.
     batch: Vec<u16>,
     tracker: Option<Tracker>,
-    /// Taken last, and not recorded in the in-flight region yet.
-    unrecorded: Option<u16>,
     used_log_gpa: Option<u64>,
     event_idx: bool,
     /// `next_used` at the last call of `needs_signal`. `None`: there was none, and the driver may have missed any
@@ -119,8 +122,7 @@ impl SplitQueue {
             replay: replay.into(),
             heads,
             batch: Vec::with_capacity(usize::from(size)),
-            tracker: inflight.map(|region| Tracker { region, next_counter, last_batch_head }),
-            unrecorded: None,
+            tracker: inflight.map(|region| Tracker::new(region, next_counter, last_batch_head)),
             used_log_gpa,
             event_idx,
             signal_asked_at: None,
@@ -138,68 +140,42 @@ impl SplitQueue {
         Ok(())
     }
 
-    /// Takes the next chain, if there is one. It is recorded as in flight before this returns. `memory` is what the
-    /// addresses of its descriptors are looked up in.
+    /// Takes the next chain, if there is one. The caller decides what becomes of it.
     ///
     /// # Errors
     ///
     /// The available index is further away than the queue is long, or the head is not in the table or is in flight
     /// already; the entry stays where it is. The chain's descriptors are not looked at yet.
     #[inline]
-    pub fn pop<'m>(&'m mut self, memory: &'m GuestMemoryMmap) -> Result<Option<DescriptorChain<'m>>, QueueError> {
-        let Some(head) = self.take()? else { return Ok(None) };
-        self.record();
-        Ok(Some(DescriptorChain::in_queue(memory, &self.rings, head)))
+    pub fn pop(&mut self) -> Result<Option<PoppedChain<'_>>, QueueError> {
+        if let Some(head) = self.replay.pop_front() {
+            return Ok(Some(PoppedChain::replayed(self, head)));
+        }
+        let head = self.take_available()?;
+        Ok(head.map(|head| PoppedChain::available(self, head)))
     }
 
-    /// The same without the record, for who must look at the chain to know whether it belongs into the region.
-    /// [`record`](Self::record) comes before the chain is executed; a chain that is never recorded is, for a later
-    /// process, one that was never taken.
+    /// Takes the next chain, if there is one, and records it as in flight at once. Gives the chain's head, by which it
+    /// is completed, and its descriptors, whose addresses are looked up in `memory`.
+    ///
+    /// # Errors
+    ///
+    /// As [`pop`](Self::pop).
     #[inline]
-    pub fn pop_unrecorded<'m>(
+    pub fn pop_recorded<'m>(
         &'m mut self,
         memory: &'m GuestMemoryMmap,
-    ) -> Result<Option<DescriptorChain<'m>>, QueueError> {
-        let head = self.take()?;
-        Ok(head.map(|head| DescriptorChain::in_queue(memory, &self.rings, head)))
+    ) -> Result<Option<(u16, DescriptorChain<'m>)>, QueueError> {
+        let Some(popped) = self.pop()? else { return Ok(None) };
+        let head = popped.record();
+        Ok(Some((head, DescriptorChain::in_queue(memory, &self.rings, head))))
     }
 
-    /// Records the chain that was taken last as in flight, unless it is already.
-    #[inline]
-    pub fn record(&mut self) {
-        if let (Some(head), Some(tracker)) = (self.unrecorded.take(), &mut self.tracker) {
-            tracker.taken(head);
-        }
-    }
-
-    /// Puts the chain that was taken last back, as if it had not been taken: the next [`pop`](Self::pop) of this queue or of
-    /// one that continues it gives it again. False, and nothing changes, if `head` is not that chain, or was recorded.
-    pub fn untake(&mut self, head: u16) -> bool {
-        let is_last = self.unrecorded == Some(head);
-        if is_last {
-            self.unrecorded = None;
-            self.heads[usize::from(head)] = Head::Free;
-            self.in_flight -= 1;
-            self.next_avail = self.next_avail.wrapping_sub(1);
-        }
-        is_last
-    }
-
-    #[inline]
-    fn take(&mut self) -> Result<Option<u16>, QueueError> {
-        self.unrecorded = None;
-        match self.replay.pop_front() {
-            Some(head) => Ok(Some(head)),
-            None => self.take_available(),
-        }
-    }
-
-    /// Takes the next of the chains that an earlier process took and did not return, and no new chain. `None`: none of
-    /// them is left.
-    pub fn pop_replay<'m>(&'m mut self, memory: &'m GuestMemoryMmap) -> Option<DescriptorChain<'m>> {
+    /// Takes the next of the chains that an earlier process had taken and not completed, and none that is new. `None`:
+    /// none of them is left.
+    pub fn pop_replay(&mut self) -> Option<PoppedChain<'_>> {
         let head = self.replay.pop_front()?;
-        self.unrecorded = None;
-        Some(DescriptorChain::in_queue(memory, &self.rings, head))
+        Some(PoppedChain::replayed(self, head))
     }
 
     /// Whether some of the chains to be replayed are left.
@@ -228,18 +204,36 @@ impl SplitQueue {
         }
         self.in_flight += 1;
         self.next_avail = self.next_avail.wrapping_add(1);
-        self.unrecorded = Some(head);
         Ok(Some(head))
     }
 
-    /// Gives a chain back to the driver, which sees it at the next [`publish`](Self::publish): `written_bytes` bytes of
-    /// its device-writable part were written.
+    /// Records a chain that was taken as in flight.
+    #[inline]
+    fn note_taken(&mut self, head: u16) {
+        if let Some(tracker) = &mut self.tracker {
+            tracker.taken(head);
+        }
+    }
+
+    fn is_taken(&self, head: u16) -> bool {
+        self.heads.get(usize::from(head)) == Some(&Head::Taken)
+    }
+
+    /// Puts the chain that was taken last from the available ring back.
+    fn put_back(&mut self, head: u16) {
+        self.heads[usize::from(head)] = Head::Free;
+        self.in_flight -= 1;
+        self.next_avail = self.next_avail.wrapping_sub(1);
+    }
+
+    /// Adds a chain to the used ring; the driver sees it at the next [`publish`](Self::publish). The device wrote
+    /// `written_bytes` bytes of the chain's device-writable part.
     ///
     /// # Errors
     ///
-    /// The chain is not in flight: nothing was given back.
+    /// The chain is not in flight, and nothing was added.
     #[inline]
-    pub fn put_used(&mut self, head: u16, written_bytes: u32, log: Option<&DirtyLog>) -> Result<(), QueueError> {
+    pub fn add_used(&mut self, head: u16, written_bytes: u32, log: Option<&DirtyLog>) -> Result<(), QueueError> {
         match self.heads.get_mut(usize::from(head)) {
             Some(state @ Head::Taken) => *state = Head::Used,
             Some(Head::Free | Head::Used) | None => return Err(QueueError::NotInFlight { head }),
@@ -251,7 +245,7 @@ impl SplitQueue {
         }
         let entry = self.rings.set_used_entry(self.next_used, head, written_bytes);
         self.next_used = self.next_used.wrapping_add(1);
-        // Written first, then marked: the front-end clears marks and then reads.
+        // Write first, then mark: the front-end clears marks and then reads.
         self.mark_used(log, entry);
         Ok(())
     }
@@ -278,14 +272,14 @@ impl SplitQueue {
         }
     }
 
-    /// Gives one chain back so that the driver sees it at once.
+    /// Completes one chain so that the driver sees it at once.
     ///
     /// # Errors
     ///
-    /// As [`put_used`](Self::put_used).
+    /// As [`add_used`](Self::add_used).
     #[inline]
     pub fn complete(&mut self, head: u16, written_bytes: u32, log: Option<&DirtyLog>) -> Result<(), QueueError> {
-        self.put_used(head, written_bytes, log)?;
+        self.add_used(head, written_bytes, log)?;
         self.publish(log);
         Ok(())
     }
@@ -368,38 +362,5 @@ impl SplitQueue {
         if let (Some(log), Some(gpa)) = (log, self.used_log_gpa) {
             log.mark(gpa.saturating_add(bytes.offset as u64), bytes.len as u64);
         }
-    }
-}
-
-/// Writes this queue's part of the in-flight region.
-#[derive(Debug)]
-struct Tracker {
-    region: InflightQueue,
-    next_counter: u64,
-    last_batch_head: u16,
-}
-
-impl Tracker {
-    /// Records a taken chain. If the process dies before the last store, the chain is simply still available.
-    fn taken(&mut self, head: u16) {
-        self.region.set_counter(head, self.next_counter);
-        self.next_counter = self.next_counter.wrapping_add(1);
-        self.region.set_in_flight(head, true);
-    }
-
-    /// Links a chain that the queue is about to put into the used ring. This has no effect until the ring's index
-    /// moves.
-    fn about_to_use(&mut self, head: u16) {
-        self.region.set_next(head, self.last_batch_head);
-        self.region.set_last_batch_head(head);
-        self.last_batch_head = head;
-    }
-
-    /// The batch is in the used ring, whose index is now `used_idx`.
-    fn used(&self, batch: &[u16], used_idx: u16) {
-        for &head in batch {
-            self.region.set_in_flight(head, false);
-        }
-        self.region.set_used_idx(used_idx);
     }
 }

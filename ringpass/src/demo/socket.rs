@@ -86,7 +86,7 @@ impl SocketWay {
         let guest = GuestDisk::connect(server.socket(), options)?;
         let queue = guest.queue(1).map_err(|error| {
             // The device tells the guest only an error number; the server knows the reason.
-            let why = server.engine.rings().and_then(|gate| gate.queues.get(1)?.refused.clone());
+            let why = server.engine.rings().and_then(|rings| rings.queues.get(1)?.refused.clone());
             why.map_or_else(|| error.into(), |refused| anyhow::anyhow!("{}", refused.why))
         })?;
         let buffers = guest.allocate(BUFFERS_BYTES)?;

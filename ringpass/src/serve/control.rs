@@ -11,7 +11,7 @@ use ringpass_broker::control::{
     QueueStats, QueueStatus, RingsOffer, StatusSource,
 };
 use ringpass_broker::disk::LocatedDisk;
-use ringpass_broker::engine::{EngineControl, QueueCounters, RingStatus};
+use ringpass_broker::engine::{EngineControl, QueueCounters, RingKind, RingStatus};
 use ringpass_broker::printable::Chain;
 use ringpass_broker::vhost_user::SocketAccess;
 use ringpass_guest_abi::epoch::device::State;
@@ -133,8 +133,9 @@ pub(super) fn serve(socket: Option<ControlSocket>, source: Source) -> anyhow::Re
 
 impl StatusSource for Source {
     fn status(&self) -> DeviceStatus {
-        let gate = self.engine.rings();
-        let rings = |index: usize| gate.as_ref().and_then(|gate| gate.queues.get(index));
+        let rings = self.engine.rings();
+        let ring = |index: usize| rings.as_ref().and_then(|rings| rings.queues.get(index));
+        let closed = rings.as_ref().and_then(|rings| rings.closed(RingKind::Direct));
         let (why_not, limits) = match &self.offer {
             Offer::No(why_not) => (why_not.clone(), None),
             Offer::Rings(config) => {
@@ -162,18 +163,18 @@ impl StatusSource for Source {
             rings: RingsOffer {
                 offered: limits.is_some(),
                 why_not,
-                closed: gate.as_ref().and_then(|gate| gate.closed.as_ref()).map(|refused| refused.why.clone()),
+                closed: closed.map(|refused| refused.why.clone()),
                 limits,
                 wants: "guests without balloon, free page reporting, virtio-mem and postcopy".into(),
             },
-            queues: (0..self.engine.counters().len()).map(|index| queue(index, &self.engine, rings(index))).collect(),
+            queues: (0..self.engine.counters().len()).map(|index| queue(index, &self.engine, ring(index))).collect(),
         }
     }
 
     fn stats(&self) -> DeviceStats {
-        let gate = self.engine.rings();
+        let rings = self.engine.rings();
         let by_guest = |index: usize| {
-            let counts = gate.as_ref()?.queues.get(index)?.counts;
+            let counts = rings.as_ref()?.queues.get(index)?.counts;
             (counts.submitted > 0).then_some(ByGuest { submitted: counts.submitted, completed: counts.completed })
         };
         let queues = self.engine.counters().iter().enumerate();

@@ -1,4 +1,4 @@
-//! A queue with a pending ATTACH.
+//! A queue whose ATTACH is pending.
 
 use std::rc::Rc;
 use std::sync::atomic::Ordering;
@@ -15,44 +15,46 @@ use ringpass_guest_abi::request::ErrorCode;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::{Reply, Ticket};
+use super::cancellation::CancellationToken;
+use super::request::AttachRequest;
 use crate::direct::DirectQueue;
 use crate::vhost_user::DeviceMemory;
 use crate::virtqueue::DirtyLog;
 
-/// Tells one attachment of a queue from the next: what was ordered for an earlier one may come late.
+/// Tells one attachment of a queue from the next: a ring that was requested for an earlier one may come late.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(in crate::engine) struct AttachmentId(pub(in crate::engine) u64);
 
-/// A queue with a pending ATTACH.
+/// A queue whose ATTACH is pending.
 #[derive(Debug)]
 pub(in crate::engine) struct Attachment {
     pub(in crate::engine) id: AttachmentId,
     pub(in crate::engine) machine: Machine,
     pub(in crate::engine) geometry: Geometry,
     /// ATTACH itself.
-    pub(in crate::engine) attach: Reply,
-    /// Rings that run, by their area.
+    pub(in crate::engine) attach: AttachRequest,
+    /// The rings that run, by their area.
     pub(in crate::engine) rings: [Option<LiveRing>; 2],
-    /// Why the next end comes.
+    /// Why the next epoch ends.
     pub(in crate::engine) end_reason: ErrorCode,
-    /// A ring that is to be made and can still be forgone at once.
+    /// A ring that is to be made.
     pub(in crate::engine) pending: Option<PendingRing>,
-    /// Counts call eventfds: a ring may be built for one that has been replaced.
+    /// Counts call eventfds: the builder may make a ring with one that has been replaced.
     pub(in crate::engine) call_generation: u32,
-    /// Where the control page is.
+    /// Has the control page.
     memory: Rc<DeviceMemory>,
-    /// Where it was, while a ring is there still: the kernel writes to its areas until it is gone.
+    /// Had the control page before, and is kept while a ring may be in it: the kernel writes to the ring's areas until
+    /// the ring is gone.
     former_memory: Vec<Rc<DeviceMemory>>,
 }
 
 /// A ring that is to be made.
 #[derive(Debug)]
 pub(in crate::engine) enum PendingRing {
-    /// Once the queue is enabled.
+    /// The worker requests the ring when the queue is enabled.
     Deferred(Epoch),
-    /// By the builder, who may have begun.
-    Ordered(Ticket),
+    /// The worker has requested the ring of the builder, which may have claimed the request.
+    Requested(CancellationToken),
 }
 
 /// A ring that runs.
@@ -60,18 +62,18 @@ pub(in crate::engine) enum PendingRing {
 pub(in crate::engine) struct LiveRing {
     pub(in crate::engine) epoch: Epoch,
     pub(in crate::engine) queue: DirectQueue,
-    /// Has the doorbell thread look at the ring.
+    /// Makes the doorbell thread look at the ring.
     pub(in crate::engine) doorbell: EventFd,
 }
 
-/// What became of the ranges of an attachment when guest memory changed.
+/// What happened to the ranges of an attachment when guest memory changed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(in crate::engine) enum Ranges {
-    /// They are the memory that they were.
+    /// They are the same memory as before.
     Stayed,
-    /// They are in other memory: a ring in the old one is of no use.
+    /// They are in other memory: a ring in the memory before is of no use.
     Moved,
-    /// Some are nowhere.
+    /// Some of them are not in guest memory any more.
     Left,
 }
 
@@ -80,7 +82,7 @@ impl Attachment {
     pub(in crate::engine) fn new(
         id: AttachmentId,
         geometry: Geometry,
-        attach: Reply,
+        attach: AttachRequest,
         memory: Rc<DeviceMemory>,
     ) -> Self {
         Self {
@@ -97,34 +99,34 @@ impl Attachment {
         }
     }
 
-    /// Whether no ring exists, nor one that is closed and still under way, nor one that is being made.
+    /// Whether no ring can touch guest memory: none runs, none that was closed is still ending, and none is being made.
     pub(in crate::engine) fn is_quiet(&self) -> bool {
         Area::ALL.into_iter().all(|area| match self.machine.area(area) {
             AreaUse::Free => true,
-            AreaUse::Building => !matches!(self.pending, Some(PendingRing::Ordered(_))),
+            AreaUse::Building => !matches!(self.pending, Some(PendingRing::Requested(_))),
             AreaUse::Live | AreaUse::Dying => false,
         })
     }
 
-    /// Forgoes the ring that is to be made. False: there is none, or it is being made and the outcome will be told.
-    pub(in crate::engine) fn forgo_ring(&mut self) -> bool {
-        let is_forgone = match &self.pending {
+    /// Cancels the ring that is to be made. False: there is none, or the builder makes it and will tell the outcome.
+    pub(in crate::engine) fn cancel_pending_ring(&mut self) -> bool {
+        let is_cancelled = match &self.pending {
             Some(PendingRing::Deferred(_)) => true,
-            Some(PendingRing::Ordered(ticket)) => ticket.withdraw(),
+            Some(PendingRing::Requested(token)) => token.cancel(),
             None => false,
         };
-        if is_forgone {
+        if is_cancelled {
             self.pending = None;
         }
-        is_forgone
+        is_cancelled
     }
 
-    /// The epoch of the ring that waits for the queue to be enabled. It does not wait any more.
+    /// Takes out the epoch of the ring that waits for the queue to be enabled.
     pub(in crate::engine) fn take_deferred(&mut self) -> Option<Epoch> {
         let deferred = self.pending.take_if(|pending| matches!(pending, PendingRing::Deferred(_)));
         match deferred {
             Some(PendingRing::Deferred(epoch)) => Some(epoch),
-            Some(PendingRing::Ordered(_)) | None => None,
+            Some(PendingRing::Requested(_)) | None => None,
         }
     }
 
@@ -133,8 +135,9 @@ impl Attachment {
         self.rings.iter().flatten().next()
     }
 
-    /// Guest memory is another one now, and the control page is where the guest has it. If a range is nowhere any more, it
-    /// stays where it was until ATTACH completes, for which nothing is said or asked in the control page.
+    /// The front-end gave other guest memory, and the control page is from now on where the guest has it. If a range is
+    /// in guest memory no more, the control page stays where it was until ATTACH completes; completing ATTACH neither
+    /// reads nor writes it.
     pub(in crate::engine) fn move_to(&mut self, memory: &Rc<DeviceMemory>) -> Ranges {
         let ranges = self.geometry.ranges();
         let addresses = |memory: &DeviceMemory| ranges.map(|(_, range)| host_address(memory, &range));
@@ -151,7 +154,8 @@ impl Attachment {
         Ranges::Moved
     }
 
-    /// To be called when a ring may be gone, before the next one is ordered. True: something was let go.
+    /// Lets former memory go if no ring can be in it. The worker calls this when a ring may be gone, before it requests
+    /// the next one. True: memory was let go.
     pub(in crate::engine) fn forget_former_memory(&mut self) -> bool {
         let forgets = self.is_quiet() && !self.former_memory.is_empty();
         if forgets {
@@ -160,17 +164,18 @@ impl Attachment {
         forgets
     }
 
-    /// The two words that an ATTACH begins with.
-    pub(in crate::engine) fn found(&self) -> (u32, bool) {
+    /// The two words with which an attachment begins: the announcement word as found, and whether the driver has set
+    /// the detach word.
+    pub(in crate::engine) fn initial_words(&self) -> (u32, bool) {
         (self.load(ANNOUNCED_OFFSET_BYTES), self.load(DETACH_OFFSET_BYTES) != 0)
     }
 
-    /// The driver's word.
+    /// The driver's acknowledgement word.
     pub(in crate::engine) fn acknowledged(&self) -> u32 {
         self.load(ACKNOWLEDGED_OFFSET_BYTES)
     }
 
-    /// Tells the driver where the parts of its next ring are, before that is announced.
+    /// Tells the driver where the parts of its next ring are. The worker does this before it announces the ring.
     pub(in crate::engine) fn describe_ring(&self, layout: &RingLayout, log: Option<&DirtyLog>) {
         let record = RingRecord::new(layout, MODE_DIRECT).to_bytes();
         for (offset_bytes, word) in (RING_OFFSET_BYTES..).step_by(4).zip(record.chunks_exact(4)) {
@@ -179,13 +184,13 @@ impl Attachment {
         }
     }
 
-    /// Announces.
+    /// Stores the announcement for the driver.
     pub(in crate::engine) fn announce(&self, announcement: Announcement, log: Option<&DirtyLog>) {
         self.store(END_REASON_OFFSET_BYTES, self.end_reason as u32, Ordering::Relaxed, log);
         self.store(ANNOUNCED_OFFSET_BYTES, announcement.to_word(), Ordering::Release, log);
     }
 
-    /// A word of the control page. That it is there was checked.
+    /// Reads a word of the control page, which is in guest memory: ATTACH was checked.
     fn load(&self, offset_bytes: u32) -> u32 {
         let word = self.memory.load::<u32>(self.word_gpa(offset_bytes), Ordering::Acquire);
         word.map(u32::from_le).unwrap_or_default()
@@ -203,7 +208,7 @@ impl Attachment {
         GuestAddress(self.geometry.control().gpa() + u64::from(offset_bytes))
     }
 
-    /// Takes the ring of an area out.
+    /// Takes out the ring of an area.
     pub(in crate::engine) fn take_ring(&mut self, area: Area) -> Option<LiveRing> {
         self.rings[area.index()].take()
     }

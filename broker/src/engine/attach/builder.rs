@@ -1,11 +1,10 @@
-//! The thread that pins the guest's memory and makes rings.
+//! The builder: the thread that pins the guest's memory and makes rings.
 //!
-//! Pinning takes half a second for each GiB, and making a ring a system call that waits for other rings: neither is for a
-//! worker, which executes other queues, nor for the protocol thread, for which the front-end waits. Here one thing happens
-//! after the other, so that nothing has to be said about the order of two changes of memory.
+//! Pinning takes half a second for each GiB, and making a ring is a system call that waits for other rings. A worker
+//! cannot do this, because it executes other queues; nor can the protocol thread, because the front-end waits for it.
+//! The builder carries out one command after the other, so that changes of memory have one order.
 
 use std::collections::BTreeMap;
-use std::mem::ManuallyDrop;
 use std::sync::Arc;
 use std::sync::mpsc::RecvTimeoutError;
 use std::thread;
@@ -13,58 +12,53 @@ use std::time::Duration;
 
 use ringpass_guest_abi::request::ErrorCode;
 
+use super::availability::RingKind;
+use super::builder_command::{BuildRequest, BuilderCommand, BuilderReceiver, BuilderSender, Built, builder_channel};
+use super::cancellation::CancellationToken;
+use super::config::AttachConfig;
+use super::countdown::Countdown;
 use super::discards::Discarded;
-use super::order::{BuildOrder, Built, Order, OrderReceiver, OrderSender, order_channel};
 use super::pinned::{Pinned, refused, regions};
-use super::{AttachConfig, Gate, Refused, Ticket, WorkerSender};
+use super::shared::SharedRings;
+use super::status::Refused;
+use super::workers::{AttachEvent, Workers};
 use crate::disk::Disk;
 use crate::engine::EngineError;
-use crate::engine::command::{AttachEvent, Command, Reply};
-use crate::engine::thread::AbortOnPanic;
+use crate::engine::reply::{self, Reply};
 use crate::log_limit::{Cause, LogLimit, LogLimits};
 use crate::memory::{MemoryError, RegionConfig};
 use crate::ring::{RingEnd, RingError};
-use crate::threads::leave_signals_to_others;
+use crate::threads::{AbortOnPanic, leave_signals_to_others};
 use crate::vhost_user::DeviceMemory;
 
-/// How often memory is looked at while it is pinned, and the words of rings that count.
+/// The time between two looks at pinned memory, and between two samples of the words of rings.
 const LOOK: Duration = Duration::from_millis(50);
 
-/// Tells who waits, when it is dropped.
-struct Answer(Reply<()>);
-
-impl Drop for Answer {
-    fn drop(&mut self) {
-        // Nobody waits any more: then nobody has to know.
-        let _ = self.0.send(());
-    }
-}
-
 struct Builder {
-    orders: OrderReceiver,
+    commands: BuilderReceiver,
     config: Arc<AttachConfig>,
-    gate: Arc<Gate>,
-    workers: WorkerSender,
+    rings: Arc<SharedRings>,
+    workers: Arc<dyn Workers>,
     memory: Option<Arc<DeviceMemory>>,
     disk: Option<Arc<Disk>>,
     pinned: Option<Pinned>,
-    /// Rings that are to be made in memory of which an order tells that is to come, by their queue.
-    postponed: BTreeMap<u16, BuildOrder>,
-    /// Rings over memory that was let go of, which may not have ended.
+    /// Rings to be made, by their queue, when the guest's memory that a command will bring is there.
+    postponed: BTreeMap<u16, BuildRequest>,
+    /// Rings over memory that the builder has released. They may not have ended.
     ending: Vec<RingEnd>,
-    /// What a guest can bring about as often as it likes.
+    /// Limits for the log lines that a guest can cause as often as it likes.
     refusals: LogLimits,
     pinnings: LogLimit,
     discards: LogLimit,
 }
 
-/// Starts the thread. It ends when nobody can order anything any more.
+/// Starts the builder. It ends when no sender of commands is left.
 pub(in crate::engine) fn start(
     config: Arc<AttachConfig>,
-    gate: Arc<Gate>,
-    workers: WorkerSender,
-) -> Result<OrderSender, EngineError> {
-    let (sender, orders) = order_channel();
+    rings: Arc<SharedRings>,
+    workers: Arc<dyn Workers>,
+) -> Result<BuilderSender, EngineError> {
+    let (sender, commands) = builder_channel();
     thread::Builder::new()
         .name("ring-builder".into())
         .spawn(move || {
@@ -72,9 +66,9 @@ pub(in crate::engine) fn start(
             // Queues and the front-end wait for what this thread does.
             let _guard = AbortOnPanic;
             Builder {
-                orders,
+                commands,
                 config,
-                gate,
+                rings,
                 workers,
                 memory: None,
                 disk: None,
@@ -94,93 +88,93 @@ pub(in crate::engine) fn start(
 impl Builder {
     fn run(&mut self) {
         loop {
-            match self.orders.next(self.pinned.is_some().then_some(LOOK)) {
-                Ok(order) => self.carry_out(order),
+            match self.commands.next(self.pinned.is_some().then_some(LOOK)) {
+                Ok(command) => self.carry_out(command),
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => return,
             }
-            if !self.orders.changes().are_coming() {
-                std::mem::take(&mut self.postponed).into_values().for_each(|order| self.build(order));
+            if !self.commands.changes().are_coming() {
+                std::mem::take(&mut self.postponed).into_values().for_each(|request| self.build(request));
             }
-            self.gate.sample();
+            self.rings.metrics.sample();
             self.look_for_discards();
         }
     }
 
-    fn carry_out(&mut self, order: Order) {
-        match order {
-            Order::Build(order) => self.build(order),
-            Order::SetMemory { memory, loses_some, done } => self.set_memory(memory, loses_some, Answer(done)),
-            Order::SetDisk { disk, done } => {
-                let _done = Answer(done);
+    fn carry_out(&mut self, command: BuilderCommand) {
+        match command {
+            BuilderCommand::Build(request) => self.build(request),
+            BuilderCommand::SetMemory { memory, loses_some, done } => self.set_memory(memory, loses_some, done),
+            BuilderCommand::SetDisk { disk, done } => {
                 self.unpin();
                 self.disk = disk;
+                reply::done(&done);
             }
-            // Another queue has come meanwhile, and may have its ring.
-            Order::Unpin if self.gate.is_in_use() => {}
-            Order::Unpin => self.unpin(),
+            // Another queue was attached since the command was sent, and may have its ring.
+            BuilderCommand::Unpin if self.rings.ranges.is_in_use() => {}
+            BuilderCommand::Unpin => self.unpin(),
         }
     }
 
-    fn build(&mut self, order: BuildOrder) {
-        if !order.ticket.is_wanted() {
+    fn build(&mut self, request: BuildRequest) {
+        if request.token.is_cancelled() {
             return;
         }
-        if self.orders.changes().are_coming() {
-            // What is pinned may lack what the guest has by now.
-            return self.postpone(order);
+        if self.commands.changes().are_coming() {
+            // The memory that is pinned may lack a part of the guest's memory.
+            return self.postpone(request);
         }
-        let prepared = self.prepare(&order.ticket);
-        if prepared.is_err() && self.orders.changes().are_coming() {
-            // Given up for that: whoever tells of the change may be waiting.
-            return self.postpone(order);
+        let prepared = self.prepare(&request.token);
+        if prepared.is_err() && self.commands.changes().are_coming() {
+            // The builder stopped pinning for this change, because the front-end may be waiting for it.
+            return self.postpone(request);
         }
-        if !order.ticket.begin() {
+        if !request.token.claim() {
             return;
         }
-        let (queue, attachment) = (order.queue, order.attachment);
-        let event = match prepared.and_then(|()| self.make_ring(order)) {
+        let (queue, attachment) = (request.queue, request.attachment);
+        let event = match prepared.and_then(|()| self.make_ring(request)) {
             Ok(built) => AttachEvent::Built(Box::new(built)),
             Err(refused) => {
                 if let Some(total) = self.refusals.count(Cause::new(refused.code)) {
                     tracing::warn!(queue, total, "no ring for the queue: {} ({total} so far)", refused.why);
                 }
                 let code = refused.code;
-                self.gate.note_refusal(queue, refused);
+                self.rings.metrics.set_refused(queue, refused);
                 AttachEvent::BuildFailed(code)
             }
         };
-        self.workers.send(queue, |queue| Command::Attachment { queue, attachment, event });
+        self.workers.attach_event(queue, attachment, event);
     }
 
-    fn postpone(&mut self, order: BuildOrder) {
-        // What the queue ordered before it has taken back.
-        self.postponed.insert(order.queue, order);
+    fn postpone(&mut self, request: BuildRequest) {
+        // The queue has cancelled its earlier request.
+        self.postponed.insert(request.queue, request);
     }
 
-    /// The guest's memory is pinned for the first ring.
-    fn prepare(&mut self, ticket: &Ticket) -> Result<(), Refused> {
-        if let Some(refused) = self.gate.status().closed {
+    /// Pins the guest's memory for the first ring.
+    fn prepare(&mut self, token: &CancellationToken) -> Result<(), Refused> {
+        if let Some(refused) = self.rings.availability.closed(RingKind::Direct) {
             return Err(refused);
         }
         if self.pinned.is_none() {
-            self.pinned = Some(self.pin(ticket)?);
+            self.pinned = Some(self.pin(token)?);
         }
         Ok(())
     }
 
-    fn make_ring(&mut self, order: BuildOrder) -> Result<Built, Refused> {
+    fn make_ring(&mut self, request: BuildRequest) -> Result<Built, Refused> {
         let pinned = self.pinned.as_mut().ok_or_else(|| refused(&MemoryError::NoRegions.into()))?;
-        pinned.make_ring(order)
+        pinned.make_ring(request)
     }
 
-    fn pin(&self, ticket: &Ticket) -> Result<Pinned, Refused> {
+    fn pin(&self, token: &CancellationToken) -> Result<Pinned, Refused> {
         let (Some(memory), Some(disk)) = (&self.memory, &self.disk) else {
-            let why = "the device has neither memory nor a disk any more: its front-end is going".into();
+            let why = "the device has neither memory nor a disk any more: its front-end is leaving".into();
             return Err(Refused { code: ErrorCode::Mode, why });
         };
-        let changes = self.orders.changes();
-        let is_wanted = || ticket.is_wanted() && !changes.are_coming();
+        let changes = self.commands.changes();
+        let is_wanted = || !token.is_cancelled() && !changes.are_coming();
         let pinned = Pinned::new(&self.config, disk, memory, &is_wanted)?;
         if let Some(total) = self.pinnings.count() {
             let bytes = pinned.len_bytes();
@@ -189,62 +183,69 @@ impl Builder {
         Ok(pinned)
     }
 
-    /// Rings that run get the new memory, if they can be changed; otherwise they end, and are made anew over it. If it `loses_some`,
-    /// `done` is told before memory that is new is pinned.
-    fn set_memory(&mut self, memory: Arc<DeviceMemory>, loses_some: bool, done: Answer) {
+    /// Gives the rings that run the new memory. Rings that cannot change their memory end, and new rings over the new
+    /// memory follow. If the guest `loses_some`, `done` is answered before the new memory is pinned.
+    fn set_memory(&mut self, memory: Arc<DeviceMemory>, loses_some: bool, done: Reply<()>) {
         let regions = regions(&memory);
-        // An empty table: of a front-end that is gone, which is not answered, and the next one does not wait for its rings; or of one
-        // that begins again (SET_OWNER), with no queue started.
+        // An empty table comes from a front-end that is gone: it gets no answer, and the next front-end does not wait
+        // for its rings. Or it comes from a front-end that begins again (SET_OWNER), with no queue started.
         let is_gone = regions.is_empty();
         self.memory = Some(memory);
         if self.pinned.as_ref().is_some_and(|pinned| !pinned.has_open_rings()) {
-            // Nothing runs: what is pinned is only in the way.
+            // No ring runs: new rings get the new memory, so the pinned memory is only in the way.
             self.unpin();
         }
-        // What leaves is not looked at any more.
+        // The last look at memory that leaves.
         self.look_for_discards();
         if loses_some || is_gone {
-            self.lose(&regions);
+            self.take_all_but(&regions);
         }
         if loses_some {
-            // Not here: I/O that hangs would hold up whoever comes next.
-            let done = Arc::new(done);
-            for end in self.ending.drain(..) {
-                // An end that nobody waits for any more never comes, and is not told.
-                let done = ManuallyDrop::new(done.clone());
-                end.on_end(move || drop(ManuallyDrop::into_inner(done)));
-            }
-        } else if is_gone {
+            self.answer_after_ends(done);
+            self.give(&regions);
+            return;
+        }
+        if is_gone {
             self.ending.clear();
         }
-        self.gain(&regions);
+        self.give(&regions);
+        reply::done(&done);
     }
 
-    /// No ring that runs has what is not among `regions`.
-    fn lose(&mut self, regions: &[RegionConfig]) {
+    /// Answers when the rings that are ending are gone. The builder does not wait itself, because I/O that hangs would
+    /// hold up the next command.
+    fn answer_after_ends(&mut self, done: Reply<()>) {
+        let counts = Countdown::split(done, self.ending.len());
+        for (end, count) in self.ending.drain(..).zip(counts) {
+            end.on_end(move || count.done());
+        }
+    }
+
+    /// Takes all memory but `regions` from the rings that run.
+    fn take_all_but(&mut self, regions: &[RegionConfig]) {
         let Some(mut pinned) = self.pinned.take() else { return };
-        if pinned.has_lost_all_but(regions) {
+        if pinned.keep_only(regions) {
             self.pinned = Some(pinned);
         } else {
             self.end_rings(pinned);
         }
     }
 
-    /// Rings that run have `regions`, unless the guest has others by then: pinning takes long, and whoever tells of that may be
-    /// waiting.
-    fn gain(&mut self, regions: &[RegionConfig]) {
+    /// Gives the rings that run these regions. Gives up if the guest gets other memory meanwhile: pinning takes long,
+    /// and the front-end may be waiting.
+    fn give(&mut self, regions: &[RegionConfig]) {
         let Some(mut pinned) = self.pinned.take() else { return };
-        let (gate, changes) = (&self.gate, self.orders.changes());
-        match pinned.follow(regions, &|| gate.is_in_use() && !changes.are_coming()) {
+        let (rings, changes) = (&self.rings, self.commands.changes());
+        match pinned.follow(regions, &|| rings.ranges.is_in_use() && !changes.are_coming()) {
             Ok(()) => self.pinned = Some(pinned),
-            // What is to come goes on from what is pinned.
+            // The next change goes on from the memory that is pinned.
             Err(RingError::Memory(MemoryError::NotWanted)) if changes.are_coming() => self.pinned = Some(pinned),
-            // No queue was attached any more. One that is by now has its memory pinned anew.
-            Err(RingError::Memory(MemoryError::NotWanted)) => self.let_go(pinned),
+            // No queue was attached any more. For a queue that is attached by now the builder pins memory anew.
+            Err(RingError::Memory(MemoryError::NotWanted)) => self.release(pinned),
             Err(error) => {
-                if self.gate.is_in_use() {
+                if self.rings.ranges.is_in_use() {
                     tracing::warn!(
-                        "rings end, because the guest's memory changed in a way that they cannot follow: {error}"
+                        "rings end: the guest's memory changed in a way that they cannot follow: {error} (new rings follow)"
                     );
                 }
                 self.end_rings(pinned);
@@ -253,35 +254,35 @@ impl Builder {
     }
 
     fn end_rings(&mut self, pinned: Pinned) {
-        self.workers.send_to_all(|| Command::EndRings { reason: ErrorCode::Memory });
-        self.let_go(pinned);
+        self.workers.end_rings(ErrorCode::Memory);
+        self.release(pinned);
     }
 
-    /// Nothing stays pinned. A discard that is noticed only now is told; there is no ring to be taken away.
+    /// Releases all pinned memory. A discard that is noticed only now is logged; there is no ring to end.
     fn unpin(&mut self) {
         let Some(mut pinned) = self.pinned.take() else { return };
         if let Some(discarded) = pinned.look_for_discards() {
-            self.tell(&discarded);
+            self.log_discard(&discarded);
         }
-        self.let_go(pinned);
+        self.release(pinned);
     }
 
-    /// A ring that still runs keeps its memory until it ends.
-    fn let_go(&mut self, pinned: Pinned) {
+    /// Releases pinned memory. A ring that still runs keeps its memory until it ends.
+    fn release(&mut self, pinned: Pinned) {
         self.ending.retain(|end| !end.has_ended());
         self.ending.extend(pinned.ends());
     }
 
     fn look_for_discards(&mut self) {
-        let Some(discarded) = self.pinned.as_mut().and_then(|pinned| pinned.look_for_discards()) else { return };
-        // First, so that no ring is asked for in between.
-        self.gate.note_discard();
-        self.tell(&discarded);
-        self.workers.send_to_all(|| Command::FinishRings { reason: ErrorCode::Discarded, done: None });
+        let Some(discarded) = self.pinned.as_mut().and_then(Pinned::look_for_discards) else { return };
+        // First, so that no queue is attached in between.
+        self.rings.availability.note_discard();
+        self.log_discard(&discarded);
+        self.workers.finish_rings(ErrorCode::Discarded);
         self.unpin();
     }
 
-    fn tell(&self, discarded: &Discarded) {
+    fn log_discard(&self, discarded: &Discarded) {
         // A guest with a balloon can reset its device as often as it likes.
         if let Some(total) = self.discards.count() {
             tracing::error!(

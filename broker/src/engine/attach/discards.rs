@@ -1,23 +1,25 @@
 //! Noticing that the front-end discards memory while it is pinned.
 //!
-//! A balloon, free page reporting, virtio-mem and postcopy punch holes into the file of guest memory. The guest then has
-//! new pages where a ring still uses the old ones, and neither of the two fails. The kernel tells nobody; what can be seen is
-//! that the file has fewer blocks (`st_blocks`). All pages are there when they are pinned, so there is a number below which a
-//! file cannot be; and the pins themselves never take one away, so a number that falls means a discard.
+//! A balloon, free page reporting, virtio-mem and postcopy punch holes into the file of guest memory. The guest then
+//! has new pages where a ring still uses the old ones, and neither of the two fails. The kernel tells nothing of this,
+//! but the file has fewer blocks (`st_blocks`) afterwards. All pages exist when they are pinned, so there is a number
+//! below which a file cannot be. Pins themselves never take a block away, so a number that falls means a discard.
 //!
-//! What takes pages away without anybody's doing does not touch these: pinned pages are neither swapped out nor dropped. (A page
-//! of tmpfs in swap counts on. One that was never written can be dropped, and then counts no more.) A hole in a part of a huge
-//! page is filled with zeroes in place, and nothing is taken away, neither from the guest nor from a ring.
+//! Pages that the kernel takes away by itself do not count: pinned pages are neither swapped out nor dropped. (A page
+//! of tmpfs in swap still counts as a block. The kernel can drop a page that was never written, and that page then
+//! counts no more.) A hole in a part of a huge page is filled with zeroes in place, and nothing is taken away, neither
+//! from the guest nor from a ring.
 //!
-//! The blocks of a file are one number. What happens in parts of it that are not memory of this guest (any more) counts as well:
-//! the alarm may be false.
+//! The blocks of a file are one number. What happens in parts of the file that are not, or no longer, memory of this
+//! guest counts as well: the alarm may be false.
 //!
-//! What is not seen:
+//! Two discards are not noticed:
 //! - a page that is discarded and comes back between two looks;
-//! - pages for which as many come between two looks, if the file has parts that are not memory of this guest, and those are
-//!   filled: QEMU's hole below 1 MiB, a file for several guests.
+//! - pages that are discarded while as many others come between two looks. This can happen if the file has parts that
+//!   are not memory of this guest and that are being filled: QEMU's hole below 1 MiB, a file for several guests.
 //!
-//! Neither lasts. Whoever discards goes on, and leaves memory discarded, since that is what it is for.
+//! Neither lasts. A front-end that discards goes on, and leaves memory discarded, since that is the purpose of
+//! discarding.
 
 use std::fs::File;
 use std::io;
@@ -30,7 +32,7 @@ use crate::memory::RegionConfig;
 /// The unit of `st_blocks`.
 const BLOCK_BYTES: u64 = 512;
 
-/// The files of pinned memory, and how many blocks they had.
+/// The files of pinned memory, and the number of blocks that each had.
 #[derive(Debug, Default)]
 pub(super) struct DiscardWatch {
     files: Vec<Watched>,
@@ -39,30 +41,30 @@ pub(super) struct DiscardWatch {
 #[derive(Debug)]
 struct Watched {
     file: Arc<File>,
-    /// The file behind the descriptor: device and inode. A front-end gives a descriptor of its own for each region.
+    /// The file behind the descriptor: device and inode. A front-end gives a separate descriptor for each region.
     identity: (u64, u64),
-    /// How many there were last, in 512 bytes, or must be.
+    /// The number of blocks of 512 bytes at the last look, or the number that must exist.
     blocks: u64,
-    /// How many the memory of the guest has.
+    /// The number of blocks of the guest's memory in this file.
     memory_blocks: u64,
 }
 
 /// Memory that was discarded.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Discarded {
-    /// How much at least, in bytes.
+    /// The least number of bytes that this can be.
     pub(super) bytes: u64,
 }
 
 impl DiscardWatch {
-    /// Watches the files of memory that is about to be pinned, or was.
+    /// Watches the files of memory that is pinned, or is about to be.
     pub(super) fn new(regions: &[RegionConfig]) -> io::Result<Self> {
         let mut watch = Self::default();
         watch.set_regions(regions)?;
         Ok(watch)
     }
 
-    /// Watches other files from now on; those that stay keep what was seen of them.
+    /// Watches the files of these regions from now on. Files that were watched before keep their number of blocks.
     pub(super) fn set_regions(&mut self, regions: &[RegionConfig]) -> io::Result<()> {
         let mut files: Vec<Watched> = Vec::new();
         let mut ranges: Vec<Vec<(u64, u64)>> = Vec::new();
@@ -86,18 +88,18 @@ impl DiscardWatch {
         Ok(())
     }
 
-    /// All memory is pinned now: what is not there of it was discarded, even if nobody has looked before.
+    /// All memory is pinned now: a page that does not exist was discarded, even if this is the first look.
     pub(super) fn expect_all(&mut self) {
         for watched in &mut self.files {
             watched.blocks = watched.blocks.max(watched.memory_blocks);
         }
     }
 
-    /// Looks at all files. `None`: nothing was discarded since the last time.
+    /// Looks at all files. `None`: nothing was discarded since the last look.
     pub(super) fn look(&mut self) -> Option<Discarded> {
         let mut lost_blocks = 0;
         for watched in &mut self.files {
-            // A file that cannot be looked at is as it was: fstat(2) of an open file does not fail.
+            // fstat(2) of an open file does not fail. If it does, the file counts as unchanged.
             let Ok(stat) = stat(&watched.file) else { continue };
             let now = blocks(&stat);
             lost_blocks += watched.blocks.saturating_sub(now);
@@ -119,7 +121,7 @@ fn blocks(stat: &Stat) -> u64 {
     u64::try_from(stat.st_blocks).unwrap_or_default()
 }
 
-/// How many bytes are in at least one of the ranges.
+/// The number of bytes that are in at least one of the ranges.
 fn covered_bytes(mut ranges: Vec<(u64, u64)>) -> u64 {
     ranges.sort_unstable();
     let (mut covered_bytes, mut reached) = (0, 0);
@@ -138,14 +140,14 @@ mod tests {
 
     const PAGES: u64 = 16;
 
-    /// Memory of which no page is there.
+    /// Memory of which no page exists.
     fn sparse() -> RegionConfig {
         let file = File::from(memfd_create("ringpass-test", MemfdFlags::CLOEXEC).unwrap());
         file.set_len(PAGES * 4096).unwrap();
         RegionConfig { gpa: 0, len_bytes: PAGES * 4096, file: Arc::new(file), file_offset_bytes: 0 }
     }
 
-    /// Memory of which all pages are there.
+    /// Memory of which all pages exist.
     fn memory() -> RegionConfig {
         let region = sparse();
         fill(&region, 0, PAGES);
@@ -161,7 +163,7 @@ mod tests {
         fallocate(&*region.file, flags, page * 4096, 4096).unwrap();
     }
 
-    /// A part of a region, with a descriptor of its own.
+    /// A part of a region, with a separate descriptor.
     fn part(region: &RegionConfig, page: u64, pages: u64) -> RegionConfig {
         let file = Arc::new(region.file.try_clone().unwrap());
         RegionConfig { gpa: page * 4096, len_bytes: pages * 4096, file, file_offset_bytes: page * 4096 }
@@ -178,7 +180,7 @@ mod tests {
     }
 
     #[test]
-    fn pages_that_come_are_no_matter() {
+    fn new_pages_are_not_taken_for_a_discard() {
         let region = sparse();
         let mut watch = DiscardWatch::new(std::slice::from_ref(&region)).unwrap();
         assert_eq!(watch.look(), None);
@@ -188,10 +190,10 @@ mod tests {
     }
 
     #[test]
-    fn a_page_that_is_discarded_before_anybody_looks_is_noticed() {
+    fn a_page_that_is_discarded_before_the_first_look_is_noticed() {
         let region = sparse();
         let mut watch = DiscardWatch::new(std::slice::from_ref(&region)).unwrap();
-        // Pinned, and at once discarded.
+        // The page is pinned, and discarded at once.
         fill(&region, 0, PAGES);
         punch(&region, 3);
         watch.expect_all();
@@ -199,22 +201,22 @@ mod tests {
     }
 
     #[test]
-    fn a_file_with_several_regions_is_one() {
+    fn several_regions_of_one_file_are_watched_as_one_file() {
         let region = memory();
         let parts = [part(&region, 0, 6), part(&region, 6, 10), part(&region, 2, 4)];
         let mut watch = DiscardWatch::new(&parts).unwrap();
         watch.expect_all();
-        assert_eq!(watch.look(), None, "what two regions share is there once");
+        assert_eq!(watch.look(), None, "pages that two regions share count once");
         punch(&region, 3);
         assert_eq!(watch.look(), Some(Discarded { bytes: 4096 }));
     }
 
     #[test]
-    fn memory_that_comes_does_not_hide_a_discard() {
+    fn new_memory_does_not_hide_a_discard() {
         let region = sparse();
         fill(&region, 0, 8);
         let mut watch = DiscardWatch::new(&[part(&region, 0, 8)]).unwrap();
-        // The other half comes and is pinned, while the guest discards in the first.
+        // The other half is new and is pinned, while the guest discards a page of the first half.
         fill(&region, 8, 8);
         punch(&region, 3);
         watch.set_regions(&[part(&region, 0, 8), part(&region, 8, 8)]).unwrap();
@@ -229,7 +231,7 @@ mod tests {
         punch(&regions[0], 0);
         watch.set_regions(&regions).unwrap();
         assert_eq!(watch.look(), Some(Discarded { bytes: 4096 }));
-        // Also if the region has left and come back meanwhile, with another descriptor.
+        // A discard is noticed even if the region left meanwhile and came back with another descriptor.
         punch(&regions[1], 0);
         watch.set_regions(&[part(&regions[1], 0, PAGES)]).unwrap();
         assert_eq!(watch.look(), Some(Discarded { bytes: 4096 }));

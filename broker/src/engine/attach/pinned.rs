@@ -8,9 +8,11 @@ use ringpass_guest_abi::request::ErrorCode;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+use super::attachment::LiveRing;
+use super::builder_command::{BuildRequest, Built};
+use super::config::AttachConfig;
 use super::discards::{DiscardWatch, Discarded};
-use super::order::{BuildOrder, Built};
-use super::{AttachConfig, LiveRing, Refused};
+use super::status::Refused;
 use crate::direct::{DirectDevice, QueueConfig, QueuePlacement};
 use crate::disk::Disk;
 use crate::limits::Memlock;
@@ -18,14 +20,15 @@ use crate::memory::{GuestMemory, MemoryError, RegionConfig};
 use crate::ring::{RingConfig, RingEnd, RingError, StillRunning};
 use crate::vhost_user::DeviceMemory;
 
-/// How often is looked whether memory that leaves is pinned still, and how long.
+/// The time between two looks at whether leaving memory is still pinned.
 const DRAIN_LOOK: Duration = Duration::from_micros(200);
-/// Longer than an ordinary request takes; one that takes longer is waited for with its ring.
+/// The longest wait until leaving memory is pinned no more. An ordinary request takes less; for a longer one the
+/// builder ends the ring, and waits for the end of the ring.
 const DRAIN_PATIENCE: Duration = Duration::from_secs(1);
-/// How long what is pinned may take to go before the guest's memory is pinned: the kernel takes rings apart later. With I/O that
-/// hangs it does not go, and is pinned beside the other.
+/// The longest wait for earlier pins to go before the guest's memory is pinned: the kernel takes rings apart some time
+/// after their close. Pins of I/O that hangs do not go, and the guest's memory is pinned beside them.
 const SETTLE: Duration = Duration::from_millis(500);
-/// How long is waited for the end of a ring at a time.
+/// The longest wait for the end of a ring at a time.
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// The guest's memory, pinned, and the rings over it.
@@ -36,15 +39,15 @@ pub(super) struct Pinned {
 }
 
 impl Pinned {
-    /// Pins `memory` for rings on `disk`, for as long as that is wanted.
+    /// Pins `memory` for rings on `disk`. Gives up when `is_wanted` says no.
     pub(super) fn new(
         config: &AttachConfig,
         disk: &Arc<Disk>,
         memory: &DeviceMemory,
         is_wanted: &(dyn Fn() -> bool + Sync),
     ) -> Result<Self, Refused> {
-        // What is pinned is measured, and what ended a moment ago must not end meanwhile. Nor may the guest's memory count twice
-        // against RLIMIT_MEMLOCK.
+        // Pinning measures what the process has pinned, so an earlier pin must not go meanwhile. Nor may the guest's
+        // memory count twice against RLIMIT_MEMLOCK.
         let end = Instant::now() + SETTLE;
         let is_pinned = || Memlock::pinned_by_this_process().is_ok_and(|bytes| bytes > 0);
         while is_pinned() && is_wanted() && Instant::now() < end {
@@ -61,12 +64,12 @@ impl Pinned {
         Ok(Self { device, watch })
     }
 
-    /// How much is pinned, in bytes.
+    /// The length of the pinned memory in bytes.
     pub(super) fn len_bytes(&self) -> u64 {
         self.device.memory().len_bytes()
     }
 
-    /// Whether a ring is there that was not closed.
+    /// Whether a ring exists that was not closed.
     pub(super) fn has_open_rings(&self) -> bool {
         let is_open = |end: &RingEnd| matches!(end.wait(Duration::ZERO), Err(StillRunning::Open));
         self.device.ends().iter().any(is_open)
@@ -77,14 +80,14 @@ impl Pinned {
         self.device.ends()
     }
 
-    /// What the front-end has discarded.
+    /// Looks whether the front-end has discarded memory.
     pub(super) fn look_for_discards(&mut self) -> Option<Discarded> {
         self.watch.look()
     }
 
     /// Makes a ring.
-    pub(super) fn make_ring(&mut self, order: BuildOrder) -> Result<Built, Refused> {
-        let BuildOrder { geometry, epoch, call, call_generation, .. } = order;
+    pub(super) fn make_ring(&mut self, request: BuildRequest) -> Result<Built, Refused> {
+        let BuildRequest { geometry, epoch, call, call_generation, .. } = request;
         let doorbell = eventfd().map_err(|error| refused(&error))?;
         let config = QueueConfig {
             ring: RingConfig { sq_entries: geometry.sq_entries(), cq_entries: geometry.cq_entries() },
@@ -98,12 +101,13 @@ impl Pinned {
         let others = self.device.ends();
         match self.device.attach(config) {
             Ok(queue) => {
-                // Pinned by now, whether for all rings or for this one.
+                // The memory is pinned by now, whether for all rings or for this one.
                 self.watch.expect_all();
                 Ok(Built { ring: LiveRing { epoch, queue, doorbell }, call_generation })
             }
             Err(error) => {
-                // The driver gets its areas back with the refusal. A ring that failed half-way has no I/O, so it ends soon.
+                // The refusal gives the driver its areas back. A ring that was made in part has no I/O, so it ends
+                // soon.
                 let ends = self.device.ends();
                 ends.iter().filter(|end| !others.iter().any(|other| other.is_same(end))).for_each(await_end);
                 Err(refused(&error))
@@ -111,25 +115,27 @@ impl Pinned {
         }
     }
 
-    /// Takes from the rings that run what is not among `regions`. False: they must end, for it may still be in use.
-    pub(super) fn has_lost_all_but(&mut self, regions: &[RegionConfig]) -> bool {
+    /// Takes all memory but `regions` from the rings that run. False: the rings must end, because they may still use
+    /// other memory.
+    pub(super) fn keep_only(&mut self, regions: &[RegionConfig]) -> bool {
         let had = self.device.memory();
         let left: Vec<_> = regions.iter().filter(|region| had.has_region(region)).cloned().collect();
         if left.is_empty() {
-            // Nor is there a ring that has its areas.
+            // The areas of every ring have left, too.
             return false;
         }
         match self.follow(&left, &|| true) {
             Ok(()) if self.await_drain() => return true,
             Ok(()) => tracing::warn!(
-                "rings end, because their I/O keeps memory for longer than {DRAIN_PATIENCE:?} that the front-end takes away"
+                "rings end: their I/O uses memory that the front-end takes away, for longer than {DRAIN_PATIENCE:?} (new rings \
+                 follow without it)"
             ),
-            Err(error) => tracing::warn!("rings end, because memory cannot be taken from them: {error}"),
+            Err(error) => tracing::warn!("rings end: memory that leaves cannot be taken from them: {error}"),
         }
         false
     }
 
-    /// Gives the rings that run these regions for what they had, if it is wanted until that is pinned.
+    /// Gives the rings that run these regions in place of their former ones. Gives up pinning when `is_wanted` says no.
     pub(super) fn follow(
         &mut self,
         regions: &[RegionConfig],
@@ -142,8 +148,8 @@ impl Pinned {
         Ok(())
     }
 
-    /// Waits until requests that were under way have ended and with them what they kept pinned. False: they take long, or
-    /// that cannot be told.
+    /// Waits until the requests that were under way have ended, and with them their pins. False: the requests take
+    /// long, or the kernel does not tell.
     fn await_drain(&self) -> bool {
         let end = Instant::now() + DRAIN_PATIENCE;
         loop {
@@ -152,7 +158,7 @@ impl Pinned {
                 Ok(false) if Instant::now() < end => thread::sleep(DRAIN_LOOK),
                 Ok(false) => return false,
                 Err(error) => {
-                    tracing::warn!(%error, "cannot tell whether I/O in memory that leaves has ended");
+                    tracing::warn!(%error, "cannot tell whether I/O in leaving memory has ended");
                     return false;
                 }
             }
@@ -163,7 +169,7 @@ impl Pinned {
 /// The regions of a table, for pinning.
 pub(super) fn regions(memory: &DeviceMemory) -> Vec<RegionConfig> {
     let region = |region: &vm_memory::GuestRegionMmap<()>| {
-        // The session makes them of files only.
+        // The session maps regions of files only.
         let file = region.file_offset()?;
         Some(RegionConfig {
             gpa: region.start_addr().0,
@@ -176,11 +182,11 @@ pub(super) fn regions(memory: &DeviceMemory) -> Vec<RegionConfig> {
 }
 
 fn await_end(end: &RingEnd) {
-    // The thread that waits for it tells of one that takes long.
+    // The ring closer logs an end that takes long.
     while end.wait(PATIENCE).is_err() {}
 }
 
-/// What a driver is told of an error.
+/// What the driver gets for an error.
 pub(super) fn refused(error: &RingError) -> Refused {
     let code = match error {
         RingError::AreaInUse { .. } | RingError::Memory(MemoryError::NotWanted) => ErrorCode::Busy,

@@ -1,4 +1,4 @@
-//! The thread that makes rings, told by the test in what order things come to it.
+//! The builder, which gets its commands from the test in the order that the test wants.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -10,15 +10,19 @@ use super::attach::{attach_config, without};
 use super::driver::{PATIENCE, wait_until};
 use super::rig::{Options, Rig};
 use crate::alone::alone;
-use crate::engine::attach::{AttachmentId, BuildOrder, Built, Gate, Order, OrderSender, Ticket, WorkerSender, builder};
-use crate::engine::command::{AttachEvent, Command, CommandReceiver, Pending, Reply, command_channel};
+use crate::engine::attach::{
+    AttachEvent, AttachmentId, BuildRequest, BuilderCommand, BuilderSender, Built, CancellationToken, RingKind,
+    SharedRings, builder,
+};
+use crate::engine::command::{Command, CommandReceiver, WorkerSenders, command_channel};
+use crate::engine::reply::{Pending, Reply};
 use crate::limits::Memlock;
 use crate::vhost_user::DeviceMemory;
 
-/// The builder, and the worker that hears of it.
+/// The builder, and the worker that it answers.
 struct Bench {
-    gate: Arc<Gate>,
-    orders: OrderSender,
+    rings: Arc<SharedRings>,
+    commands: BuilderSender,
     worker: CommandReceiver,
     rig: Rig,
 }
@@ -27,41 +31,42 @@ impl Bench {
     fn new() -> Self {
         // An engine that offers no rings pins nothing.
         let rig = Rig::without_disk(Options::default());
-        let (gate, (sender, worker)) = (Arc::new(Gate::new(4)), command_channel().unwrap());
-        let workers = WorkerSender::new(&Arc::from([sender]));
-        let orders = builder::start(Arc::new(attach_config()), gate.clone(), workers).unwrap();
-        let bench = Self { gate, orders, worker, rig };
+        let (rings, (sender, worker)) = (Arc::new(SharedRings::new(4)), command_channel().unwrap());
+        let workers = Arc::new(WorkerSenders::new(&Arc::from([sender])));
+        let commands = builder::start(Arc::new(attach_config()), rings.clone(), workers).unwrap();
+        let bench = Self { rings, commands, worker, rig };
         let disk = Some(bench.rig.open_disk());
-        bench.carried_out(|done| Order::SetDisk { disk, done });
+        bench.carry_out(|done| BuilderCommand::SetDisk { disk, done });
         let memory = bench.rig.ram.device_memory();
         bench.set_memory(memory, false);
         bench
     }
 
     fn set_memory(&self, memory: Arc<DeviceMemory>, loses_some: bool) {
-        self.carried_out(|done| Order::SetMemory { memory, loses_some, done });
+        self.carry_out(|done| BuilderCommand::SetMemory { memory, loses_some, done });
     }
 
-    fn carried_out(&self, order: impl FnOnce(Reply<()>) -> Order) {
+    /// Sends a command, and waits until the builder has carried it out.
+    fn carry_out(&self, command: impl FnOnce(Reply<()>) -> BuilderCommand) {
         let (done, pending) = Pending::new();
-        self.orders.send(order(done));
+        self.commands.send(command(done));
         pending.wait().unwrap();
     }
 
-    /// Has a ring made for a queue that has come.
-    fn order(&self, queue: u16, ticket: Ticket) {
+    /// Attaches a queue, and requests its first ring.
+    fn request(&self, queue: u16, token: CancellationToken) {
         let geometry = geometry(queue);
-        self.gate.enter(queue, &geometry).unwrap();
-        let order = BuildOrder {
+        self.rings.enter(queue, RingKind::Direct, &geometry).unwrap();
+        let request = BuildRequest {
             queue,
             attachment: AttachmentId(queue.into()),
             geometry,
             epoch: Epoch::NONE.next(),
             call: None,
             call_generation: 0,
-            ticket,
+            token,
         };
-        self.orders.send(Order::Build(order));
+        self.commands.send(BuilderCommand::Build(request));
     }
 
     /// The ring that is made next, and its queue.
@@ -102,22 +107,23 @@ fn pinned_bytes() -> u64 {
 fn memory_stays_pinned_for_a_queue_that_comes_while_the_last_one_leaves() {
     alone("engine::tests::builder::memory_stays_pinned_for_a_queue_that_comes_while_the_last_one_leaves", || {
         let bench = Bench::new();
-        bench.order(0, Ticket::default());
+        bench.request(0, CancellationToken::default());
         let (_, first) = bench.built();
         let (before_bytes, _) = (pinned_bytes(), drop(first));
-        // The worker of queue 0 has found that it is the last one, that of queue 1 is quicker with its order.
-        assert!(bench.gate.leave(0));
-        bench.order(1, Ticket::default());
-        bench.orders.send(Order::Unpin);
+        // The worker of queue 0 has found that its queue is the last one. The worker of queue 1 sends its command
+        // first.
+        assert!(bench.rings.leave(0));
+        bench.request(1, CancellationToken::default());
+        bench.commands.send(BuilderCommand::Unpin);
         let (_, second) = bench.built();
-        // Made of what is pinned: there is no second pinning beside it.
-        bench.order(2, Ticket::default());
+        // The rings use the memory that is pinned: no second pinning is beside it.
+        bench.request(2, CancellationToken::default());
         let (_, third) = bench.built();
         assert_eq!(pinned_bytes(), before_bytes);
         drop((second, third));
-        bench.gate.leave(1);
-        bench.gate.leave(2);
-        bench.orders.send(Order::Unpin);
+        bench.rings.leave(1);
+        bench.rings.leave(2);
+        bench.commands.send(BuilderCommand::Unpin);
         wait_until("nothing is pinned", || pinned_bytes() == 0);
     });
 }
@@ -128,14 +134,15 @@ fn memory_that_comes_while_no_queue_is_attached_is_there_for_the_next_one() {
         let bench = Bench::new();
         let whole_memory = bench.rig.ram.device_memory();
         bench.set_memory(without(&whole_memory, 1), true);
-        bench.order(0, Ticket::default());
+        bench.request(0, CancellationToken::default());
         let (_, first) = bench.built();
         let former_bytes = pinned_bytes();
-        // The last queue leaves, and its ring is about to end. Another one comes before what is pinned was let go.
-        assert!(bench.gate.leave(0));
+        // The last queue leaves, and its ring is about to end. Another queue comes before the builder has released the
+        // memory.
+        assert!(bench.rings.leave(0));
         bench.set_memory(whole_memory, false);
-        bench.order(1, Ticket::default());
-        bench.orders.send(Order::Unpin);
+        bench.request(1, CancellationToken::default());
+        bench.commands.send(BuilderCommand::Unpin);
         let (_, second) = bench.built();
         drop(first);
         wait_until("only the second ring's memory is pinned", || pinned_bytes() < 3 * former_bytes);
@@ -145,11 +152,11 @@ fn memory_that_comes_while_no_queue_is_attached_is_there_for_the_next_one() {
 }
 
 #[test]
-fn an_order_that_was_taken_back_makes_no_ring_and_is_not_answered() {
+fn a_request_that_was_cancelled_makes_no_ring_and_is_not_answered() {
     let bench = Bench::new();
-    let ticket = Ticket::default();
-    assert!(ticket.withdraw());
-    bench.order(0, ticket);
-    bench.order(1, Ticket::default());
+    let token = CancellationToken::default();
+    assert!(token.cancel());
+    bench.request(0, token);
+    bench.request(1, CancellationToken::default());
     assert_eq!(bench.built().0, 1);
 }

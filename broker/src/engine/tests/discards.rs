@@ -12,7 +12,7 @@ use super::attach::{attach_config, attached, first_queue, rig, verify};
 use super::driver::wait_until;
 use super::rig::{Options, Rig};
 use super::ring_driver::{RingDriver, whole};
-use crate::engine::attach::Order;
+use crate::engine::attach::{BuilderCommand, RingKind};
 use crate::memory::Sharing;
 use crate::vhost_user::{Device, DeviceMemory};
 
@@ -32,7 +32,7 @@ fn discard(rig: &Rig, driver: &mut RingDriver) {
 }
 
 fn closed(rig: &Rig) -> Option<ErrorCode> {
-    rig.engine.control().rings().unwrap().closed.map(|refused| refused.code)
+    rig.engine.control().rings().unwrap().closed(RingKind::Direct).map(|refused| refused.code)
 }
 
 #[test]
@@ -88,8 +88,8 @@ fn memory_stays_watched_while_a_queue_is_attached() {
     let mut rig = rig(2, 1);
     let _first = first_queue(&mut rig);
     let mut driver = attached(&mut rig, 1);
-    // Of another queue that was the last one to leave just before this one was attached: what was said then comes late.
-    rig.engine.control().attach.unwrap().order(Order::Unpin);
+    // Another queue was the last one to leave just before this one was attached, and its command comes late.
+    rig.engine.control().attach.unwrap().command(BuilderCommand::Unpin);
     verify(&rig, &mut driver, 1);
     discard(&rig, &mut driver);
 }

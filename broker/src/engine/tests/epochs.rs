@@ -1,5 +1,5 @@
-//! The worker's part in the epochs of an attached queue. The worker is run by hand and the test is the builder, so that a ring can
-//! be ordered, taken back and begun at any moment.
+//! The worker's part in the epochs of an attached queue. The test runs the worker by hand and is the builder itself, so
+//! that a ring can be requested, cancelled and claimed at any moment.
 
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, sync_channel};
@@ -11,8 +11,11 @@ use super::attach::{attach_config, driver_queue};
 use super::rig::{Options, Rig};
 use super::ring_driver::RingDriver;
 use super::turns::{nobody, with_worker};
-use crate::engine::attach::{Attach, BuildOrder, Gate, Order, OrderReceiver, WorkerSender, order_channel};
-use crate::engine::command::{AttachEvent, Command, CommandSender, Reply, command_channel};
+use crate::engine::attach::{
+    Attach, AttachEvent, BuildRequest, BuilderCommand, BuilderReceiver, SharedRings, builder_channel,
+};
+use crate::engine::command::{Command, CommandSender, WorkerSenders, command_channel};
+use crate::engine::reply::Reply;
 use crate::engine::worker::Worker;
 
 /// The queue that is attached.
@@ -20,20 +23,21 @@ const QUEUE: u16 = 1;
 /// After so many the worker has done what it can.
 const TURNS: usize = 10;
 
-/// A queue with a pending ATTACH, its worker, and who is asked for its rings.
+/// A queue whose ATTACH is pending, its worker, and the builder's end of the commands.
 struct Bench<'a, 'ring> {
     rig: &'a mut Rig,
     worker: &'a mut Worker<'ring>,
     commands: &'a CommandSender,
-    orders: &'a OrderReceiver,
+    requests: &'a BuilderReceiver,
     driver: RingDriver,
 }
 
 fn with_attached(act: impl FnOnce(Bench<'_, '_>)) {
     let (commands, obeyed) = command_channel().unwrap();
-    let (sender, orders) = order_channel();
-    let workers = WorkerSender::new(&Arc::from([commands.clone()]));
-    let attach = Attach::new(Arc::new(attach_config()), QUEUE + 1, Arc::new(Gate::new(QUEUE + 1)), sender, workers);
+    let (sender, requests) = builder_channel();
+    let workers = Arc::new(WorkerSenders::new(&Arc::from([commands.clone()])));
+    let rings = Arc::new(SharedRings::new(QUEUE + 1));
+    let attach = Attach::new(Arc::new(attach_config()), QUEUE + 1, rings, sender, workers);
     let options = Options { queues: QUEUE + 1, ..Options::default() };
     with_worker(obeyed, options, 8, Some(attach), |rig, worker| {
         let memory = rig.ram.device_memory();
@@ -41,7 +45,7 @@ fn with_attached(act: impl FnOnce(Bench<'_, '_>)) {
         commands.send(Command::SetDisk { disk: rig.open_disk(), reply: nobody() });
         let queue = driver_queue(rig, QUEUE);
         let driver = RingDriver::new(&rig.ram, QUEUE, queue);
-        let mut bench = Bench { rig, worker, commands: &commands, orders: &orders, driver };
+        let mut bench = Bench { rig, worker, commands: &commands, requests: &requests, driver };
         bench.start();
         bench.turns();
         bench.driver.attach();
@@ -63,25 +67,25 @@ impl Bench<'_, '_> {
         }
     }
 
-    /// The order for a ring that the worker gives in its next turns.
-    fn ordered(&mut self) -> BuildOrder {
+    /// The request for a ring that the worker sends in its next turns.
+    fn requested(&mut self) -> BuildRequest {
         self.turns();
-        match self.orders.next(Some(Duration::ZERO)) {
-            Ok(Order::Build(order)) => order,
-            other => panic!("no ring was ordered: {other:?}"),
+        match self.requests.next(Some(Duration::ZERO)) {
+            Ok(BuilderCommand::Build(request)) => request,
+            other => panic!("no ring was requested: {other:?}"),
         }
     }
 
-    /// The same, and by now it is being made.
-    fn begun(&mut self) -> BuildOrder {
-        let order = self.ordered();
-        assert!(order.ticket.begin());
-        order
+    /// The same, and the builder makes the ring by now.
+    fn claimed(&mut self) -> BuildRequest {
+        let request = self.requested();
+        assert!(request.token.claim());
+        request
     }
 
-    /// What was begun has come to nothing.
-    fn fail(&self, order: &BuildOrder) {
-        let BuildOrder { queue, attachment, .. } = *order;
+    /// The builder could not make a ring that it claimed.
+    fn fail(&self, request: &BuildRequest) {
+        let BuildRequest { queue, attachment, .. } = *request;
         let event = AttachEvent::BuildFailed(ErrorCode::Memory);
         self.commands.send(Command::Attachment { queue: queue.into(), attachment, event });
     }
@@ -101,16 +105,16 @@ impl Bench<'_, '_> {
 }
 
 #[test]
-fn memory_of_a_ring_that_was_not_begun_is_left_at_once_and_the_next_ring_is_in_the_other() {
+fn memory_of_a_ring_that_was_not_claimed_is_left_at_once_and_the_next_ring_is_in_the_new_memory() {
     with_attached(|mut bench| {
-        let first = bench.ordered();
+        let first = bench.requested();
         bench.change_mapping();
         let left = bench.send(|reply| Command::LeaveFormerMemory { reply });
         assert_eq!(left.try_recv(), Ok(()));
-        assert!(!first.ticket.begin(), "it was taken back");
+        assert!(!first.token.claim(), "the worker has cancelled it");
         // The driver acknowledges the end of an epoch that never began.
         bench.driver.look();
-        let second = bench.begun();
+        let second = bench.claimed();
         assert_eq!(second.attachment, first.attachment);
     });
 }
@@ -118,30 +122,30 @@ fn memory_of_a_ring_that_was_not_begun_is_left_at_once_and_the_next_ring_is_in_t
 #[test]
 fn memory_of_a_ring_that_is_being_made_is_left_when_that_has_ended() {
     with_attached(|mut bench| {
-        let order = bench.begun();
+        let request = bench.claimed();
         bench.change_mapping();
         let left = bench.send(|reply| Command::LeaveFormerMemory { reply });
         assert!(left.try_recv().is_err(), "its areas are in use");
-        bench.fail(&order);
+        bench.fail(&request);
         bench.turns();
         assert_eq!(left.try_recv(), Ok(()));
     });
 }
 
 #[test]
-fn who_disables_a_queue_waits_for_its_ring_and_not_for_one_of_a_front_end_that_is_gone() {
+fn disabling_a_queue_waits_for_its_ring_and_not_for_a_ring_of_a_front_end_that_is_gone() {
     with_attached(|mut bench| {
         let disable = |reply| Command::SetEnabled { queue: QUEUE.into(), enabled: false, reply };
-        let order = bench.begun();
+        let request = bench.claimed();
         let disabled = bench.send(disable);
         assert!(disabled.try_recv().is_err(), "its ring is being made");
-        bench.fail(&order);
+        bench.fail(&request);
         bench.turns();
         assert_eq!(disabled.try_recv(), Ok(()));
     });
     with_attached(|mut bench| {
         let disable = |reply| Command::SetEnabled { queue: QUEUE.into(), enabled: false, reply };
-        let _order = bench.begun();
+        let _request = bench.claimed();
         bench.commands.send(Command::Abandon);
         bench.commands.send(Command::SetMemory { memory: bench.rig.ram.device_memory(), reply: nobody() });
         bench.start();

@@ -265,7 +265,7 @@ fn a_stop_is_answered_when_what_an_earlier_process_had_taken_is_executed() {
         }
         let memory = rig.ram.device_memory();
         let mut killed = SplitQueue::new(driver.queue.setup(0, region(&file).queue(0)), &memory).unwrap();
-        while killed.pop(&memory).unwrap().is_some() {}
+        while killed.pop_recorded(&memory).unwrap().is_some() {}
         drop(killed);
         // What nobody has taken yet.
         driver.add_write(24, &contents(1, 24, 8));

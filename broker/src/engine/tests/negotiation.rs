@@ -70,7 +70,7 @@ fn region(file: &InflightFile) -> Option<InflightQueue> {
 fn take_and_die(rig: &Rig, queue: &DriverQueue, file: &InflightFile) {
     let memory = rig.ram.device_memory();
     let mut taken = SplitQueue::new(queue.setup(0, region(file)), &memory).unwrap();
-    assert!(taken.pop(&memory).unwrap().is_some());
+    assert!(taken.pop_recorded(&memory).unwrap().is_some());
 }
 
 #[test]

@@ -92,7 +92,8 @@ impl Scene {
 
     /// Takes the available chain.
     pub(in super::super) fn take(&mut self) -> DescriptorChain<'_> {
-        self.queue.pop(&self.memory).expect("a valid ring").expect("an available chain")
+        let popped = self.queue.pop_recorded(&self.memory).expect("a valid ring");
+        popped.expect("an available chain").1
     }
 
     /// The host address of a byte of guest memory, found by a search that shares no code with the parser's.

@@ -52,7 +52,7 @@ fn device_record(bytes: &[u8]) {
     let file = InflightRegion::create(1, 1).expect("a memfd");
     let (queue_bytes, head_bytes) = (64, 16);
     // Behind the magic, or over it.
-    let at = queue_bytes + if bytes.len().is_multiple_of(2) { head_bytes } else { 0 };
+    let at = queue_bytes + if bytes.len() & 1 == 0 { head_bytes } else { 0 };
     let bytes = &bytes[..bytes.len().min(file.size_bytes as usize - at)];
     let mapped = || {
         let fd = file.fd.try_clone().expect("a file descriptor");
@@ -91,7 +91,7 @@ fn run(bytes: &[u8]) -> Outcome {
                     return outcome;
                 }
             },
-            6 => device.put_used(&world, &mut choices),
+            6 => device.add_used(&world, &mut choices),
             7 => outcome.completed |= device.publish(&world),
             8 => device.notifications(&mut choices),
             9 => world.write_ring(&mut choices),
@@ -289,14 +289,32 @@ impl Device {
         Some(Self { queue, in_flight: replay.clone(), replay, taken: Vec::new(), unpublished: Vec::new() })
     }
 
+    /// Takes a chain and puts it back: nothing changes.
+    fn pop_and_undo(&mut self, world: &World) -> Result<(), QueueError> {
+        let (next_avail, in_flight) = (self.queue.next_avail(), self.queue.in_flight());
+        let region = Contents::of(&world.region);
+        match self.queue.pop()? {
+            // A replayed chain can be put back at once only.
+            Some(popped) if self.replay.is_empty() => {
+                let chain = popped.leave_unrecorded();
+                assert!(self.queue.undo_pop(chain), "it was taken last");
+            }
+            Some(popped) => popped.undo(),
+            None => {}
+        }
+        assert_eq!((self.queue.next_avail(), self.queue.in_flight()), (next_avail, in_flight));
+        assert_eq!(Contents::of(&world.region), region, "nothing was recorded");
+        Ok(())
+    }
+
     fn pop(&mut self, world: &World) -> Result<(), QueueError> {
+        self.pop_and_undo(world)?;
         let before = self.queue.next_avail();
-        let Some(mut chain) = self.queue.pop(&world.memory)? else {
+        let Some((head, mut chain)) = self.queue.pop_recorded(&world.memory)? else {
             assert!(self.replay.is_empty());
             assert!(!self.queue.has_work());
             return Ok(());
         };
-        let head = chain.head();
         assert!(head < world.size);
         assert!(!self.taken.contains(&head) && !self.unpublished.contains(&head), "taken twice");
         assert!(chain.by_ref().count() <= 2 * 1024, "a chain ends");
@@ -314,15 +332,15 @@ impl Device {
     }
 
     /// Returns one of the taken chains. Nothing outside the device sees that yet.
-    fn put_used(&mut self, world: &World, choices: &mut Choices<'_>) {
+    fn add_used(&mut self, world: &World, choices: &mut Choices<'_>) {
         if self.taken.is_empty() {
             return;
         }
         let head = self.taken.remove(choices.below(self.taken.len()));
         let used_idx = world.load(USED_RING + 2);
         let was_in_flight = world.region.is_in_flight(head);
-        self.queue.put_used(head, 7, None).expect("it is in flight");
-        self.queue.put_used(head, 7, None).expect_err("it is not in flight any more");
+        self.queue.add_used(head, 7, None).expect("it is in flight");
+        self.queue.add_used(head, 7, None).expect_err("it is not in flight any more");
         assert_eq!(world.load(USED_RING + 2), used_idx);
         assert_eq!(world.region.is_in_flight(head), was_in_flight);
         self.unpublished.push(head);

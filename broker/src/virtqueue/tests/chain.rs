@@ -42,7 +42,6 @@ fn a_descriptor_is_read_unchanged() {
     let driver = Driver::new(8);
     driver.descriptor(DESC_TABLE, 3, 0x0123_4567_89ab_cdef, 0x7654_3210, 0xfff8 | WRITE, 0xfedc);
     let mut chain = DescriptorChain::new(&driver.memory, GuestAddress(DESC_TABLE), 8, 3);
-    assert_eq!(chain.head(), 3);
     let descriptor = chain.next().expect("one").expect("in memory");
     assert_eq!(descriptor.addr(), GuestAddress(0x0123_4567_89ab_cdef));
     assert_eq!((descriptor.len(), descriptor.flags(), descriptor.next()), (0x7654_3210, 0xfff8 | WRITE, 0xfedc));

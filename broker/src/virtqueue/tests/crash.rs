@@ -24,7 +24,7 @@ enum Step {
     /// The device returns the given one of its chains, and publishes all returned chains.
     Complete(usize),
     /// The device returns one of its chains without publishing it.
-    PutUsed(usize),
+    AddUsed(usize),
 }
 
 fn any_step() -> impl Strategy<Value = Step> {
@@ -33,7 +33,7 @@ fn any_step() -> impl Strategy<Value = Step> {
         1 => Just(Step::Reap),
         3 => Just(Step::Pop),
         2 => (0..usize::from(SIZE)).prop_map(Step::Complete),
-        2 => (0..usize::from(SIZE)).prop_map(Step::PutUsed),
+        2 => (0..usize::from(SIZE)).prop_map(Step::AddUsed),
     ]
 }
 
@@ -108,22 +108,21 @@ impl Device {
     }
 
     fn pop(&mut self, world: &World) -> Option<u64> {
-        let mut chain = self.queue.pop(&world.driver.memory).expect("an honest driver")?;
-        let head = chain.head();
+        let (head, mut chain) = self.queue.pop_recorded(&world.driver.memory).expect("an honest driver")?;
         let number = chain.next().expect("one descriptor").expect("in the table").addr().0;
         self.taken.push((head, number));
         Some(number)
     }
 
-    fn put_used(&mut self, which: usize) {
+    fn add_used(&mut self, which: usize) {
         if !self.taken.is_empty() {
             let (head, number) = self.taken.remove(which % self.taken.len());
-            self.queue.put_used(head, number as u32, None).expect("in flight");
+            self.queue.add_used(head, number as u32, None).expect("in flight");
         }
     }
 
     fn complete(&mut self, which: usize) {
-        self.put_used(which);
+        self.add_used(which);
         self.queue.publish(None);
     }
 
@@ -133,7 +132,7 @@ impl Device {
             Step::Reap => world.reap(),
             Step::Pop => drop(self.pop(world)),
             Step::Complete(which) => self.complete(which),
-            Step::PutUsed(which) => self.put_used(which),
+            Step::AddUsed(which) => self.add_used(which),
         }
     }
 }

@@ -143,7 +143,7 @@ proptest! {
         let before = used_ring(&driver.memory, 1024);
         for head in 0..rounds {
             driver.submit(head, 0);
-            queue.pop(&driver.memory).expect("honest").expect("one");
+            queue.pop_recorded(&driver.memory).expect("honest").expect("one");
             queue.complete(head, 0x0101_0101, Some(&log)).expect("in flight");
             queue.enable_kicks(Some(&log));
             queue.disable_kicks(Some(&log));
@@ -172,7 +172,7 @@ fn a_front_end_that_copies_between_any_two_stores_misses_no_write() {
             let setup = QueueSetup { driver_features, used_log_gpa: Some(USED_RING), ..driver.setup() };
             let mut queue = SplitQueue::new(setup, &driver.memory).expect("a good set-up");
             driver.submit(3, 0);
-            queue.pop(&driver.memory).expect("honest").expect("one");
+            queue.pop_recorded(&driver.memory).expect("honest").expect("one");
 
             let copy = Arc::new(Mutex::new(used_ring(&driver.memory, 8)));
             let (memory, log_file, copied) = (driver.memory.clone(), another(&file), Arc::clone(&copy));
@@ -204,7 +204,7 @@ fn nothing_is_logged_without_a_log_address() {
     let mut queue = SplitQueue::new(driver.setup(), &driver.memory).expect("a good set-up");
     for head in 0..2 {
         driver.submit(head, 0);
-        queue.pop(&driver.memory).expect("honest").expect("one");
+        queue.pop_recorded(&driver.memory).expect("honest").expect("one");
         queue.complete(head, 0, Some(&log)).expect("in flight");
         queue.enable_kicks(Some(&log));
         if head == 0 {

@@ -20,7 +20,7 @@ fn refusal(driver: &Driver, change: impl FnOnce(&mut QueueSetup)) -> String {
 
 /// The id of the next chain.
 fn pop(queue: &mut SplitQueue, driver: &Driver) -> Option<u64> {
-    let chain = queue.pop(&driver.memory).expect("an honest driver")?;
+    let (_, chain) = queue.pop_recorded(&driver.memory).expect("an honest driver")?;
     let ids: Vec<u64> = chain.map(|descriptor| descriptor.expect("in the table").addr().0).collect();
     assert_eq!(ids.len(), 1);
     Some(ids[0])
@@ -74,12 +74,15 @@ fn an_available_index_beyond_the_queue_size_is_an_error() {
     let mut queue = queue(&driver);
     assert_eq!(pop(&mut queue, &driver), Some(1));
     driver.store(AVAIL_RING + 2, 10);
-    let error = queue.pop(&driver.memory).expect_err("9 entries in a ring of 8");
+    let error = queue.pop_recorded(&driver.memory).expect_err("9 entries in a ring of 8");
     assert_eq!(error, QueueError::AvailIndex { avail_idx: 10, next_avail: 1, size: 8 });
     assert_eq!(error.to_string(), "the driver's available index went from 1 to 10, which is more than the 8 entries");
     // Backwards is far forwards.
     driver.store(AVAIL_RING + 2, 0);
-    assert!(matches!(queue.pop(&driver.memory), Err(QueueError::AvailIndex { avail_idx: 0, next_avail: 1, size: 8 })));
+    assert!(matches!(
+        queue.pop_recorded(&driver.memory),
+        Err(QueueError::AvailIndex { avail_idx: 0, next_avail: 1, size: 8 })
+    ));
 }
 
 #[test]
@@ -88,7 +91,7 @@ fn a_head_outside_the_table_is_an_error_and_is_not_taken() {
     let mut queue = queue(&driver);
     driver.make_available(8);
     for _ in 0..2 {
-        let error = queue.pop(&driver.memory).expect_err("descriptor 8 of 8");
+        let error = queue.pop_recorded(&driver.memory).expect_err("descriptor 8 of 8");
         assert_eq!(error.to_string(), "the driver made descriptor 8 available, but the queue has only 8");
     }
     assert_eq!((queue.next_avail(), queue.in_flight()), (0, 0));
@@ -101,7 +104,7 @@ fn a_head_that_is_made_available_twice_is_an_error() {
     driver.submit(3, 1);
     driver.submit(3, 2);
     assert!(pop(&mut queue, &driver).is_some());
-    let error = queue.pop(&driver.memory).expect_err("3 is in flight");
+    let error = queue.pop_recorded(&driver.memory).expect_err("3 is in flight");
     assert_eq!(error.to_string(), "the driver made descriptor 3 available again while it is in flight");
     queue.complete(3, 0, None).expect("in flight");
     assert_eq!(pop(&mut queue, &driver), Some(2));
@@ -131,12 +134,12 @@ fn neither_side_may_use_a_batch_before_it_is_published() {
     for head in [3, 5] {
         driver.submit(head, 0);
         assert!(pop(&mut queue, &driver).is_some());
-        queue.put_used(head, u32::from(head), None).expect("in flight");
+        queue.add_used(head, u32::from(head), None).expect("in flight");
     }
     assert_eq!((driver.reap(), queue.in_flight()), (None, 0));
-    assert_eq!(queue.put_used(3, 0, None), Err(QueueError::NotInFlight { head: 3 }));
+    assert_eq!(queue.add_used(3, 0, None), Err(QueueError::NotInFlight { head: 3 }));
     driver.submit(5, 1);
-    assert!(matches!(queue.pop(&driver.memory), Err(QueueError::HeadInFlight { head: 5 })));
+    assert!(matches!(queue.pop_recorded(&driver.memory), Err(QueueError::HeadInFlight { head: 5 })));
     assert!(region.is_in_flight(3) && region.is_in_flight(5));
 
     queue.publish(None);
