@@ -2,7 +2,6 @@
 
 use std::{
     io,
-    os::fd::{AsFd, FromRawFd, IntoRawFd, OwnedFd},
     os::unix::net::UnixStream,
     process::ExitCode,
     sync::{Arc, mpsc::channel},
@@ -20,7 +19,6 @@ use ringpass_broker::{
 use ringpass_tests::{
     front_end::{
         blk::{BlkDriver, NO_STATUS, SECTOR_BYTES},
-        event::Event,
         event::Eventfds,
         ram::{Ram, RamRegion},
         shared,
@@ -32,7 +30,6 @@ use ringpass_tests::{
 use vhost::vhost_user::message::VhostUserInflight;
 use virtio_bindings::{virtio_blk::VIRTIO_BLK_T_OUT, virtio_ring::VIRTIO_RING_F_EVENT_IDX};
 use vm_memory::GuestAddress;
-use vmm_sys_util::eventfd::EventFd;
 
 const SIZE_BYTES: u64 = 4 << 20;
 const QUEUE_SIZE: u16 = 64;
@@ -159,8 +156,11 @@ impl Machine {
             inflight: Some(inflight),
         };
         let eventfds = vring.eventfds();
-        let eventfds =
-            QueueEventfds { kick: Some(eventfd(&eventfds.kick())?), call: Some(eventfd(&eventfds.call())?), err: None };
+        let eventfds = QueueEventfds {
+            kick: Some(eventfds.kick().to_eventfd()?),
+            call: Some(eventfds.call().to_eventfd()?),
+            err: None,
+        };
         self.engine.start_queue(index, setup, eventfds);
         self.engine.set_enabled(index, true);
         Ok(())
@@ -202,12 +202,6 @@ impl Machine {
         ensure!(driver.status()? == 0, "status {}", driver.status()?);
         Ok(())
     }
-}
-
-fn eventfd(event: &Event) -> Result<EventFd> {
-    let fd: OwnedFd = event.as_fd().try_clone_to_owned()?;
-    // SAFETY: the descriptor is a new one of an eventfd, and nobody else's.
-    Ok(unsafe { EventFd::from_raw_fd(fd.into_raw_fd()) })
 }
 
 fn reads_go_on_beside_hanging_writes() -> Result<()> {

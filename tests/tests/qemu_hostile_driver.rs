@@ -12,7 +12,7 @@ use ringpass_tests::{
     disks::DiskKind,
     front_end::{
         blk::header,
-        descriptor::{Descriptor, F_NEXT},
+        descriptor::{Descriptor, linked_table},
         rig::Rig,
     },
     harness::{self, test},
@@ -87,13 +87,7 @@ fn read_first_block(qemu: &mut BareQemu) -> Result<()> {
     qemu.write_ram(STATUS, &[0xff])?;
     qemu.write_ram(HEADER, &header(VIRTIO_BLK_T_IN, 0))?;
     let chain = [Descriptor::readable(HEADER, 16), Descriptor::writable(DATA, 512), Descriptor::writable(STATUS, 1)];
-    for (index, mut descriptor) in (0_u16..).zip(chain) {
-        if index < 2 {
-            descriptor.flags |= F_NEXT;
-            descriptor.next = index + 1;
-        }
-        qemu.write_ram(RIGHT.desc + 16 * u64::from(index), &descriptor.to_bytes())?;
-    }
+    qemu.write_ram(RIGHT.desc, &linked_table(&chain)?)?;
     qemu.set_up(RIGHT)?;
     // Flags 0, one entry, which is descriptor 0.
     qemu.write_ram(RIGHT.avail, &[0, 0, 1, 0, 0, 0])?;

@@ -1,14 +1,9 @@
 //! Brokers and front-ends that vanish under load, and come back: nothing is lost, done twice, or torn.
 
-use std::{
-    path::Path,
-    process::ExitCode,
-    sync::Arc,
-    thread,
-    time::{Duration, Instant},
-};
+use std::{path::Path, process::ExitCode, sync::Arc, thread, time::Duration};
 
 use anyhow::{Result, ensure};
+use ringpass_test_utils::wait_until;
 use ringpass_tests::{
     broker_process::{self, BrokerProcess},
     disks::DiskKind,
@@ -299,14 +294,5 @@ fn both_are_executed(vring: &mut DriverVring) -> Result<()> {
         ensure!(vring.take_used()?.is_some());
     }
     ensure!(vring.take_used()?.is_none(), "something was executed twice");
-    Ok(())
-}
-
-fn wait_until(what: &str, mut holds: impl FnMut() -> Result<bool>) -> Result<()> {
-    let end = Instant::now() + Duration::from_secs(20);
-    while !holds()? {
-        ensure!(Instant::now() < end, "it does not happen that {what}");
-        thread::sleep(Duration::from_millis(1));
-    }
     Ok(())
 }

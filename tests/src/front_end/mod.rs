@@ -1,15 +1,12 @@
-//! A small vhost-user front-end and virtio-blk driver of our own, which a test can make do anything: any message with any
-//! file descriptors, any descriptor chain, at any moment.
+//! The front-end and the driver of `ringpass-test-utils` on a broker's process: what end-to-end tests begin with, and the load that
+//! verifies every byte.
 
 pub mod attach;
-pub mod blk;
-pub mod connection;
-pub mod descriptor;
-pub mod event;
 pub mod load;
-pub mod ram;
 pub mod rig;
-pub mod session;
-pub mod shared;
-pub mod vring;
-pub mod wire;
+
+pub use ringpass_test_utils::{
+    blk, descriptor, event,
+    front_end::{connection, session, shared, wire},
+    ram, vring,
+};

@@ -3,7 +3,7 @@
 //! It has its own half of the disk and its own region of RAM, and keeps to them where nobody could stop it: the honest queue
 //! beside it belongs to the same guest. So none of its values names memory or sectors of that queue.
 
-use std::{ops::Range, sync::Arc};
+use std::ops::Range;
 
 use anyhow::Result;
 use ringpass_guest_abi::{
@@ -12,15 +12,15 @@ use ringpass_guest_abi::{
     control::{ACKNOWLEDGED_OFFSET_BYTES, CONTROL_PAGE_BYTES, DETACH_OFFSET_BYTES, RING_OFFSET_BYTES},
     epoch::{Announcement, Epoch, Phase},
     request::{T_ARM, T_ATTACH, T_DETACH, T_EVENT, T_PROBE},
-    rings_area_bytes, sqes_area_bytes,
+    rings_area_bytes,
 };
 use ringpass_tests::front_end::{
-    attach::{CQ_ENTRIES, SQ_ENTRIES, bench::QUEUE_SIZE},
+    attach::{Attachment, CQ_ENTRIES, SQ_ENTRIES, bench::QUEUE_SIZE},
     blk::{HEADER_BYTES, header},
-    descriptor::{DESCRIPTOR_BYTES, Descriptor, F_NEXT, F_WRITE},
+    descriptor::{DESCRIPTOR_BYTES, Descriptor},
     event::Eventfds,
     ram::{Arena, Ram},
-    vring::VringLayout,
+    vring::{DriverVring, VringLayout},
 };
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN};
 use vm_memory::{Bytes, GuestAddress};
@@ -40,12 +40,9 @@ pub(crate) struct HostileQueue {
     /// Its index in the device.
     pub(crate) index: u16,
     /// Its virtqueue.
-    pub(crate) layout: VringLayout,
-    /// Its eventfds.
-    pub(crate) eventfds: Arc<Eventfds>,
+    pub(crate) vring: DriverVring,
     /// What an honest driver would ask for.
     pub(crate) payload: AttachPayload,
-    avail_idx: u16,
 }
 
 /// The hostile guest.
@@ -80,18 +77,8 @@ impl HostileGuest {
     /// A queue of it.
     pub(crate) fn queue(&self, index: u16, arena: &mut Arena) -> Result<HostileQueue> {
         let layout = VringLayout::take(arena, QUEUE_SIZE)?;
-        let mut page = |len_bytes: u64| arena.take(len_bytes.next_multiple_of(PAGE_BYTES), PAGE_BYTES);
-        let mut payload = AttachPayload {
-            sq_entries: SQ_ENTRIES.into(),
-            cq_entries: CQ_ENTRIES.into(),
-            control_gpa: page(CONTROL_PAGE_BYTES.into())?.into(),
-            ..AttachPayload::default()
-        };
-        for area in &mut payload.areas {
-            area.rings_gpa = page(rings_area_bytes(CQ_ENTRIES))?.into();
-            area.sqes_gpa = page(sqes_area_bytes(SQ_ENTRIES))?.into();
-        }
-        Ok(HostileQueue { index, layout, eventfds: Eventfds::new()?, payload, avail_idx: 0 })
+        let payload = Attachment::take_payload(arena)?;
+        Ok(HostileQueue { index, vring: DriverVring::new(&self.ram, layout, false, Eventfds::new()?)?, payload })
     }
 
     /// The choices that are not its own.
@@ -101,13 +88,9 @@ impl HostileGuest {
 
     /// Empties a queue, as for a new start, and its control page.
     pub(crate) fn clear(&self, queue: &mut HostileQueue) -> Result<()> {
-        let VringLayout { desc_gpa, used_gpa, size, .. } = queue.layout;
-        let end_gpa = used_gpa + VringLayout::used_bytes(size);
-        self.ram.memory().write_slice(&vec![0; usize::try_from(end_gpa - desc_gpa)?], GuestAddress(desc_gpa))?;
+        queue.vring.reset()?;
         let control = GuestAddress(queue.payload.control_gpa.get());
-        self.ram.memory().write_slice(&[0; CONTROL_PAGE_BYTES as usize], control)?;
-        queue.avail_idx = 0;
-        Ok(())
+        Ok(self.ram.memory().write_slice(&[0; CONTROL_PAGE_BYTES as usize], control)?)
     }
 
     /// Whether a ring of a queue is announced, that of its first epoch.
@@ -118,7 +101,7 @@ impl HostileGuest {
 
     /// The index that a front-end would start the queue at, or any.
     pub(crate) fn base(&mut self, queue: &mut HostileQueue) -> Result<u16> {
-        let base = if self.rng.u8(..8) == 0 { self.rng.u16(..) } else { queue.layout.used_idx(&self.ram)? };
+        let base = if self.rng.u8(..8) == 0 { self.rng.u16(..) } else { queue.vring.used_idx()? };
         Ok(base)
     }
 
@@ -133,7 +116,7 @@ impl HostileGuest {
             12 => {
                 // Not more than an eventfd takes before it blocks.
                 for _ in 0..self.rng.usize(..500) {
-                    queue.eventfds.kick().signal()?;
+                    queue.vring.kick()?;
                 }
                 Ok(())
             }
@@ -191,7 +174,7 @@ impl HostileGuest {
                     let word = if self.rng.bool() { word } else { self.rng.u32(..40) };
                     let at = GuestAddress(control_gpa + u64::from(ACKNOWLEDGED_OFFSET_BYTES));
                     self.ram.memory().write_obj(word, at)?;
-                    queue.eventfds.kick().signal()?;
+                    queue.vring.kick()?;
                 }
                 1 => {
                     let at = GuestAddress(control_gpa + u64::from(DETACH_OFFSET_BYTES));
@@ -219,15 +202,15 @@ impl HostileGuest {
     }
 
     fn scribble_on_virtqueue(&mut self, queue: &mut HostileQueue) -> Result<()> {
-        let VringLayout { desc_gpa, avail_gpa, used_gpa, size } = queue.layout;
+        let VringLayout { desc_gpa, avail_gpa, used_gpa, size } = queue.vring.layout();
         for _ in 0..self.rng.usize(1..8) {
             match self.rng.u8(..4) {
                 0 => self.scribble(desc_gpa..desc_gpa + DESCRIPTOR_BYTES * u64::from(size))?,
                 1 => self.scribble(avail_gpa..avail_gpa + 6 + 2 * u64::from(size))?,
                 2 => self.scribble(used_gpa..used_gpa + VringLayout::used_bytes(size))?,
                 _ => {
-                    queue.avail_idx = queue.avail_idx.wrapping_add(self.rng.u16(..4));
-                    self.publish(queue)?;
+                    queue.vring.write_avail_idx(queue.vring.next_avail().wrapping_add(self.rng.u16(..4)))?;
+                    queue.vring.kick()?;
                 }
             }
         }
@@ -238,7 +221,7 @@ impl HostileGuest {
         for _ in 0..self.rng.usize(1..40) {
             self.scribble(self.region.clone())?;
         }
-        queue.eventfds.kick().signal()
+        queue.vring.kick()
     }
 
     /// Puts SQEs into the ring and lets the kernel see some of them, or more than there are. Nothing is ever reaped.
@@ -255,7 +238,7 @@ impl HostileGuest {
         for _ in 0..self.rng.usize(1..10) {
             let word: u32 = self.ram.memory().read_obj(tail)?;
             self.ram.memory().write_obj(word.wrapping_add(self.rng.u32(..2 * SQ_ENTRIES)), tail)?;
-            queue.eventfds.kick().signal()?;
+            queue.vring.kick()?;
         }
         Ok(())
     }
@@ -346,26 +329,19 @@ impl HostileGuest {
         memory.write_slice(&header(kind, 0), GuestAddress(page))?;
         memory.write_slice(payload, GuestAddress(page + u64::from(HEADER_BYTES)))?;
         let readable = HEADER_BYTES + u32::try_from(payload.len())?;
-        let size = queue.layout.size;
+        let size = queue.vring.layout().size;
         let first = self.rng.u16(..size);
         let next = |step: u16| (first + step) % size;
         let chain = [
-            Descriptor { gpa: page, len_bytes: readable, flags: F_NEXT, next: next(1) },
-            Descriptor { gpa: page + 0x1000, len_bytes: 512, flags: F_NEXT | F_WRITE, next: next(2) },
-            Descriptor { gpa: page + 0x1800, len_bytes: 1, flags: F_WRITE, next: 0 },
+            Descriptor::readable(page, readable).linked_to(next(1)),
+            Descriptor::writable(page + 0x1000, 512).linked_to(next(2)),
+            Descriptor::writable(page + 0x1800, 1),
         ];
         for (step, descriptor) in (0..).zip(chain) {
-            let at = queue.layout.desc_gpa + DESCRIPTOR_BYTES * u64::from(next(step));
-            memory.write_slice(&descriptor.to_bytes(), GuestAddress(at))?;
+            queue.vring.write_descriptor(next(step), descriptor)?;
         }
-        let entry = queue.layout.avail_gpa + 4 + 2 * u64::from(queue.avail_idx % size);
-        memory.write_obj(first, GuestAddress(entry))?;
-        queue.avail_idx = queue.avail_idx.wrapping_add(1);
-        self.publish(queue)
-    }
-
-    fn publish(&self, queue: &HostileQueue) -> Result<()> {
-        self.ram.memory().write_obj(queue.avail_idx, GuestAddress(queue.layout.avail_gpa + 2))?;
-        queue.eventfds.kick().signal()
+        queue.vring.add_head(first)?;
+        queue.vring.publish_quietly()?;
+        queue.vring.kick()
     }
 }

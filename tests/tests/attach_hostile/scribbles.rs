@@ -188,15 +188,15 @@ impl Stage {
     }
 
     fn start(&mut self, number: usize, base: u16) -> Result<()> {
-        let HostileQueue { index, layout, ref eventfds, .. } = self.queues[number];
-        let eventfds = eventfds.clone();
+        let HostileQueue { index, ref vring, .. } = self.queues[number];
+        let (layout, eventfds) = (vring.layout(), vring.eventfds().clone());
         self.timed("starting a queue", |front_end| front_end.start_vring(index, &layout, &eventfds, base))
     }
 
     /// What front-ends do.
     fn change_something(&mut self, number: usize) -> Result<()> {
         let index = self.queues[number].index;
-        let eventfds = self.queues[number].eventfds.clone();
+        let eventfds = self.queues[number].vring.eventfds().clone();
         match self.guest.rng().u8(..9) {
             0 => {
                 self.timed("stopping a queue", |front_end| front_end.stop_vring(index))?;

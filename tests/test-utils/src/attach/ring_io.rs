@@ -6,27 +6,31 @@ use std::{
 };
 
 use anyhow::{Result, ensure};
-use nix::libc::{EAGAIN, ECANCELED};
 use ringpass_guest_abi::{Cqe, DriverRing, Sqe};
+use rustix::io::Errno;
 use vm_memory::{Bytes, GuestAddress};
 
-use super::{PATIENCE, RingDriver};
+use super::RingDriver;
+use crate::PATIENCE;
+
+/// The results of requests that were not executed (`docs/abi.md`).
+const NOT_EXECUTED: [i32; 2] = [-Errno::CANCELED.raw_os_error(), -Errno::AGAIN.raw_os_error()];
 
 impl RingDriver {
-    /// An SQE that reads into, or writes from, one of the buffers.
+    /// An SQE that reads into, or writes from, a buffer.
     ///
     /// # Errors
     ///
-    /// The length is none.
+    /// A request cannot have this length.
     pub fn sqe(&self, is_write: bool, buffer: u64, len_bytes: u32, offset_bytes: u64, user_data: u64) -> Result<Sqe> {
-        self.sqe_at(is_write, self.buffers.at(buffer), len_bytes, offset_bytes, user_data)
+        self.sqe_at(is_write, self.buffers().at(buffer), len_bytes, offset_bytes, user_data)
     }
 
     /// An SQE for any memory.
     ///
     /// # Errors
     ///
-    /// The memory has no address.
+    /// The memory has no address for rings.
     pub fn sqe_at(&self, is_write: bool, gpa: u64, len_bytes: u32, offset_bytes: u64, user_data: u64) -> Result<Sqe> {
         let address = self.addressing.resolve(gpa, len_bytes).map_err(|error| anyhow::anyhow!("{error}"))?;
         let make = if is_write { Sqe::write_fixed } else { Sqe::read_fixed };
@@ -49,17 +53,17 @@ impl RingDriver {
         Ok(())
     }
 
-    /// Takes completions. What was not executed stays outstanding, and goes to the next ring.
+    /// Takes completions. Requests that were not executed stay outstanding, and go to the next ring.
     pub fn reap(&mut self) {
         while let Some(cqe) = self.ring.as_mut().and_then(DriverRing::reap) {
-            if ![-ECANCELED, -EAGAIN].contains(&cqe.res) {
+            if !NOT_EXECUTED.contains(&cqe.res) {
                 self.outstanding.retain(|sqe| sqe.user_data != cqe.user_data);
                 self.completions.push(cqe);
             }
         }
     }
 
-    /// A completion that was reaped, if it is there.
+    /// The completion of this request, if [`reap`](Self::reap) has taken it.
     pub fn take_completion(&mut self, user_data: u64) -> Option<i32> {
         let found = self.completions.iter().position(|cqe| cqe.user_data == user_data)?;
         Some(self.completions.swap_remove(found).res)
@@ -70,11 +74,11 @@ impl RingDriver {
         self.completions.pop()
     }
 
-    /// Waits for the completion of a request by looking at the ring, over whatever epochs come.
+    /// Waits for the completion of a request. Looks at the ring all the time, over any number of epochs.
     ///
     /// # Errors
     ///
-    /// It does not come, or the queue is not attached any more.
+    /// The completion does not come, or ATTACH ends.
     pub fn wait(&mut self, user_data: u64) -> Result<i32> {
         let end = Instant::now() + PATIENCE;
         loop {
@@ -89,7 +93,7 @@ impl RingDriver {
         }
     }
 
-    /// Waits for an interrupt, for so long.
+    /// Whether an interrupt comes within this time.
     ///
     /// # Errors
     ///
@@ -101,47 +105,57 @@ impl RingDriver {
         Ok(came)
     }
 
-    /// Does one request, whatever comes of it.
+    /// Submits a request and waits for its completion. Any result is good.
     ///
     /// # Errors
     ///
-    /// It does not end.
+    /// The request does not end.
     pub fn perform(&mut self, sqe: Sqe) -> Result<i32> {
         self.submit(sqe)?;
         self.wait(sqe.user_data)
     }
 
-    /// Reads from the disk.
+    /// Reads from the disk, into the first buffer.
     ///
     /// # Errors
     ///
-    /// It does not succeed.
+    /// The request fails, or does not end.
     pub fn read(&mut self, offset_bytes: u64, len_bytes: u32) -> Result<Vec<u8>> {
         let res = self.perform(self.sqe(false, 0, len_bytes, offset_bytes, 1)?)?;
         ensure!(i64::from(res) == i64::from(len_bytes), "reading {len_bytes} at {offset_bytes}: {res}");
         self.buffer(0, len_bytes)
     }
 
-    /// What is in a buffer.
+    /// The content of a buffer.
     ///
     /// # Errors
     ///
-    /// It is not in RAM.
+    /// The buffer is not in RAM.
     pub fn buffer(&self, buffer: u64, len_bytes: u32) -> Result<Vec<u8>> {
         let mut data = vec![0; len_bytes as usize];
-        self.vring.ram().memory().read_slice(&mut data, GuestAddress(self.buffers.at(buffer)))?;
+        self.vring.ram().memory().read_slice(&mut data, GuestAddress(self.buffers().at(buffer)))?;
         Ok(data)
     }
 
-    /// Writes to the disk.
+    /// Writes to the disk, from the first buffer.
     ///
     /// # Errors
     ///
-    /// It does not succeed.
+    /// The request fails, or does not end.
     pub fn write(&mut self, offset_bytes: u64, data: &[u8]) -> Result<()> {
-        self.vring.ram().memory().write_slice(data, GuestAddress(self.buffers.at(0)))?;
-        let res = self.perform(self.sqe(true, 0, u32::try_from(data.len())?, offset_bytes, 2)?)?;
+        self.submit_write(offset_bytes, data, 2)?;
+        let res = self.wait(2)?;
         ensure!(usize::try_from(res) == Ok(data.len()), "writing {} at {offset_bytes}: {res}", data.len());
         Ok(())
+    }
+
+    /// Submits a write from the first buffer.
+    ///
+    /// # Errors
+    ///
+    /// The ring is full.
+    pub fn submit_write(&mut self, offset_bytes: u64, data: &[u8], user_data: u64) -> Result<()> {
+        self.vring.ram().memory().write_slice(data, GuestAddress(self.buffers().at(0)))?;
+        self.submit(self.sqe(true, 0, u32::try_from(data.len())?, offset_bytes, user_data)?)
     }
 }

@@ -1,4 +1,4 @@
-//! The driver of queue 0, as far as rings go.
+//! The driver of queue 0, with its attach requests.
 
 use anyhow::{Context, Result, ensure};
 use ringpass_guest_abi::{
@@ -7,8 +7,12 @@ use ringpass_guest_abi::{
     request::{DetachPayload, EventAnswer, T_DETACH, T_EVENT, T_PROBE},
 };
 
-use super::{Found, Interface, PATIENCE};
-use crate::front_end::{ram::Arena, vring::DriverVring};
+use super::{Found, Interface};
+use crate::{
+    PATIENCE,
+    ram::Arena,
+    vring::{DriverVring, Used},
+};
 
 const EVENT_PLACE: u64 = 0;
 const OTHER_PLACE: u64 = 1;
@@ -27,7 +31,7 @@ impl FirstQueue {
     ///
     /// # Errors
     ///
-    /// Not enough RAM is left.
+    /// The arena has less left.
     pub fn new(vring: DriverVring, arena: &mut Arena) -> Result<Self> {
         Ok(Self { vring, interface: Interface::take(arena, 2)?, event: None, has_event: false })
     }
@@ -41,23 +45,42 @@ impl FirstQueue {
     ///
     /// # Errors
     ///
-    /// It is not in RAM.
+    /// The queue is not in RAM.
     pub fn restart(&mut self) -> Result<()> {
         (self.event, self.has_event) = (None, false);
         self.vring.reset()
     }
 
-    /// Sends PROBE; gives how SQEs name memory.
+    /// Sends PROBE. Gives how SQEs name memory.
     ///
     /// # Errors
     ///
     /// The device offers no rings.
     pub fn probe(&mut self) -> Result<FixedAddressing> {
+        let (answer, status) = self.probe_answer()?;
+        ensure!(status == 0, "PROBE has status {status}");
+        let device = answer.check().map_err(|error| anyhow::anyhow!("{error:?}"))?;
+        Ok(device.addressing)
+    }
+
+    /// Sends PROBE. Gives the answer and the status.
+    ///
+    /// # Errors
+    ///
+    /// PROBE does not end.
+    pub fn probe_answer(&mut self) -> Result<(ProbeAnswer, u8)> {
         self.request(T_PROBE, &[])?;
         let (answer, status) = self.interface.answer(&self.vring, OTHER_PLACE)?;
-        ensure!(status == 0, "PROBE has status {status}");
-        let device = ProbeAnswer::from_prefix(&answer).check().map_err(|error| anyhow::anyhow!("{error:?}"))?;
-        Ok(device.addressing)
+        Ok((ProbeAnswer::from_prefix(&answer), status))
+    }
+
+    /// Sends a request. Gives its head.
+    ///
+    /// # Errors
+    ///
+    /// The queue is full.
+    pub fn send(&mut self, kind: u32, payload: &[u8]) -> Result<u16> {
+        self.interface.send(&mut self.vring, OTHER_PLACE, kind, payload)
     }
 
     /// Sends a request and waits for its end.
@@ -66,12 +89,12 @@ impl FirstQueue {
     ///
     /// It does not end.
     pub fn request(&mut self, kind: u32, payload: &[u8]) -> Result<()> {
-        let head = self.interface.send(&mut self.vring, OTHER_PLACE, kind, payload)?;
-        while self.next_used()? != head {}
+        let head = self.send(kind, payload)?;
+        while self.next_used()?.head != head {}
         Ok(())
     }
 
-    /// The same for one that is answered with an outcome.
+    /// Sends a request that has an outcome, and waits for the outcome.
     ///
     /// # Errors
     ///
@@ -81,7 +104,7 @@ impl FirstQueue {
         self.interface.outcome(&self.vring, OTHER_PLACE)
     }
 
-    /// Sends DETACH.
+    /// Sends DETACH, and waits for the outcome.
     ///
     /// # Errors
     ///
@@ -91,7 +114,7 @@ impl FirstQueue {
         self.outcome_of(T_DETACH, &payload.to_bytes())
     }
 
-    /// Makes an EVENT pending.
+    /// Sends EVENT, which ends when the device has news.
     ///
     /// # Errors
     ///
@@ -101,7 +124,12 @@ impl FirstQueue {
         Ok(())
     }
 
-    /// Whether EVENT has ended. PROBE is sent to find out: requests of a queue are taken in their order.
+    /// The head of the EVENT that the driver sent last and has not taken back.
+    pub fn pending_event(&self) -> Option<u16> {
+        self.event
+    }
+
+    /// Whether EVENT has ended. Sends PROBE to find out: the device takes the requests of a queue in their order.
     ///
     /// # Errors
     ///
@@ -111,7 +139,7 @@ impl FirstQueue {
         Ok(self.has_event)
     }
 
-    /// Waits until EVENT ends; gives its bits.
+    /// Waits until EVENT ends. Gives its bits.
     ///
     /// # Errors
     ///
@@ -129,12 +157,16 @@ impl FirstQueue {
         Ok(EventAnswer::from_bytes(&bytes).events.get())
     }
 
-    fn next_used(&mut self) -> Result<u16> {
-        self.vring.spin_for_used(PATIENCE).context("on queue 0")?;
-        let used = self.vring.take_used()?.context("nothing is used")?;
+    /// Waits for the next request that ends.
+    ///
+    /// # Errors
+    ///
+    /// None ends.
+    pub fn next_used(&mut self) -> Result<Used> {
+        let used = self.vring.next_used_by_spinning(PATIENCE).context("on queue 0")?;
         if self.event == Some(used.head) {
             (self.event, self.has_event) = (None, true);
         }
-        Ok(used.head)
+        Ok(used)
     }
 }

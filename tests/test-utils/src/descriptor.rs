@@ -1,5 +1,7 @@
 //! Descriptors of a split virtqueue (VIRTIO 1.2, 2.7.5).
 
+use anyhow::Result;
+
 /// Descriptor flag: the next descriptor belongs to this chain.
 pub const F_NEXT: u16 = 1;
 /// Descriptor flag: the device writes this buffer.
@@ -12,7 +14,7 @@ pub const F_INDIRECT: u16 = 4;
 pub struct Descriptor {
     /// Guest-physical address of the buffer.
     pub gpa: u64,
-    /// Its length in bytes.
+    /// Length of the buffer in bytes.
     pub len_bytes: u32,
     /// `F_NEXT`, `F_WRITE`, `F_INDIRECT`.
     pub flags: u16,
@@ -39,7 +41,12 @@ impl Descriptor {
         Self { gpa, len_bytes, flags: F_INDIRECT, next: 0 }
     }
 
-    /// As it is in memory.
+    /// The same descriptor with `next` behind it in its chain.
+    pub fn linked_to(self, next: u16) -> Self {
+        Self { flags: self.flags | F_NEXT, next, ..self }
+    }
+
+    /// The bytes of the descriptor in memory.
     pub fn to_bytes(self) -> [u8; DESCRIPTOR_BYTES as usize] {
         let mut bytes = [0; DESCRIPTOR_BYTES as usize];
         bytes[..8].copy_from_slice(&self.gpa.to_le_bytes());
@@ -48,4 +55,19 @@ impl Descriptor {
         bytes[14..].copy_from_slice(&self.next.to_le_bytes());
         bytes
     }
+}
+
+/// The bytes of a table that holds this chain from its first entry on, each descriptor linked to the next.
+///
+/// # Errors
+///
+/// The chain has more descriptors than a table can number.
+pub fn linked_table(chain: &[Descriptor]) -> Result<Vec<u8>> {
+    let mut bytes = Vec::with_capacity(chain.len() * DESCRIPTOR_BYTES as usize);
+    for (index, &descriptor) in chain.iter().enumerate() {
+        let is_last = index + 1 == chain.len();
+        let linked = if is_last { descriptor } else { descriptor.linked_to(u16::try_from(index + 1)?) };
+        bytes.extend_from_slice(&linked.to_bytes());
+    }
+    Ok(bytes)
 }

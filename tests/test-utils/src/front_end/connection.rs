@@ -1,6 +1,6 @@
 //! The front-end's side of the vhost-user protocol, one method for each message.
 //!
-//! Source: QEMU's `docs/interop/vhost-user.rst`. Nothing here keeps an order: that is what the tests do.
+//! Source: QEMU's `docs/interop/vhost-user.rst`. Nothing here keeps the messages in an order: the tests do.
 
 use std::{
     fs::File,
@@ -19,17 +19,17 @@ use vm_memory::ByteValued;
 
 use super::wire::{Cut, FLAG_NEED_REPLY, FLAG_REPLY, FLAG_VERSION, Message, Wire};
 
-/// How long an answer is waited for: much longer than any takes on a busy machine.
+/// How long the front-end waits for an answer: much longer than it takes on a busy machine.
 pub const ANSWER_TIMEOUT: Duration = Duration::from_secs(20);
 
-/// Bit of `SET_VRING_KICK`, `SET_VRING_CALL` and `SET_VRING_ERR`: no descriptor comes along.
+/// Bit of `SET_VRING_KICK`, `SET_VRING_CALL` and `SET_VRING_ERR`: the message has no descriptor.
 pub const NO_FD: u64 = 1 << 8;
 
 /// A connection to a back-end.
 #[derive(Debug)]
 pub struct Connection {
     wire: Wire,
-    /// Whether `VHOST_USER_PROTOCOL_F_REPLY_ACK` is negotiated: then every message is acknowledged.
+    /// Whether `VHOST_USER_PROTOCOL_F_REPLY_ACK` is negotiated: then the back-end acknowledges every message.
     reply_ack: bool,
 }
 
@@ -38,7 +38,7 @@ impl Connection {
     ///
     /// # Errors
     ///
-    /// Nobody listens at `path`.
+    /// No process listens at `path`.
     pub fn open(path: &Path) -> Result<Self> {
         Self::open_until(path, None)
     }
@@ -47,7 +47,7 @@ impl Connection {
     ///
     /// # Errors
     ///
-    /// Nobody listens at `path`.
+    /// No process listens at `path`.
     pub fn open_until(path: &Path, cut: Option<Cut>) -> Result<Self> {
         Ok(Self { wire: Wire::connect(path, ANSWER_TIMEOUT)?.cut_at(cut), reply_ack: false })
     }
@@ -57,27 +57,27 @@ impl Connection {
         &self.wire
     }
 
-    /// Whether messages without an answer of their own are acknowledged, as [`set_protocol_features`] negotiated.
+    /// Whether the back-end acknowledges messages that have no answer of their own, as [`set_protocol_features`] negotiated.
     ///
     /// [`set_protocol_features`]: Self::set_protocol_features
     pub fn has_reply_ack(&self) -> bool {
         self.reply_ack
     }
 
-    /// Sends a message that has an answer of its own, and gives that.
+    /// Sends a message that has an answer of its own, and gives the answer.
     ///
     /// # Errors
     ///
-    /// No answer, or one to something else.
+    /// The back-end does not answer, or answers another request.
     pub fn ask(&self, request: FrontendReq, body: &[u8], fds: &[BorrowedFd<'_>]) -> Result<Message> {
         self.exchange(request, FLAG_VERSION, body, fds).with_context(|| format!("{request:?}"))
     }
 
-    /// Sends a message that has no answer of its own; with REPLY_ACK its success is waited for.
+    /// Sends a message that has no answer of its own. With REPLY_ACK it waits for the acknowledgement.
     ///
     /// # Errors
     ///
-    /// It is refused, or not answered.
+    /// The back-end refuses the message, or does not answer.
     pub fn tell(&self, request: FrontendReq, body: &[u8], fds: &[BorrowedFd<'_>]) -> Result<()> {
         match self.try_tell(request, body, fds)? {
             0 => Ok(()),
@@ -85,11 +85,11 @@ impl Connection {
         }
     }
 
-    /// As [`tell`](Self::tell), and gives the code of a refusal; 0 is success.
+    /// As [`tell`](Self::tell), and gives the code of a refusal. 0 is success.
     ///
     /// # Errors
     ///
-    /// It is not answered.
+    /// The back-end does not answer.
     pub fn try_tell(&self, request: FrontendReq, body: &[u8], fds: &[BorrowedFd<'_>]) -> Result<u64> {
         if !self.reply_ack {
             self.wire.send(request as u32, FLAG_VERSION, body, fds).with_context(|| format!("{request:?}"))?;
@@ -113,12 +113,12 @@ impl Connection {
     ///
     /// # Errors
     ///
-    /// No answer, or one that is not 8 bytes.
+    /// The back-end does not answer with 8 bytes.
     pub fn ask_u64(&self, request: FrontendReq) -> Result<u64> {
         u64_of(&self.ask(request, &[], &[])?).with_context(|| format!("the answer to {request:?}"))
     }
 
-    /// Tells a number.
+    /// Sends a number.
     ///
     /// # Errors
     ///
@@ -155,7 +155,7 @@ impl Connection {
         VhostUserProtocolFeatures::from_bits(bits).with_context(|| format!("unknown protocol features in {bits:#x}"))
     }
 
-    /// `SET_PROTOCOL_FEATURES`. From here on messages are acknowledged if REPLY_ACK is among them.
+    /// `SET_PROTOCOL_FEATURES`. The back-end acknowledges messages from now on if REPLY_ACK is among the features.
     ///
     /// # Errors
     ///
@@ -179,7 +179,7 @@ impl Connection {
     ///
     /// # Errors
     ///
-    /// No answer, or one of another size: the specification's way to refuse is an empty one.
+    /// The back-end does not answer, or answers with another size: an empty answer is a refusal.
     pub fn config(&self, size_bytes: u32) -> Result<Vec<u8>> {
         let header = VhostUserConfig::new(0, size_bytes, VhostUserConfigFlags::empty());
         let body = [header.as_slice(), &vec![0; size_bytes as usize]].concat();
@@ -222,7 +222,7 @@ impl Connection {
         self.tell(FrontendReq::ADD_MEM_REG, single(region).as_slice(), &[file.as_fd()])
     }
 
-    /// `REM_MEM_REG`: one region less. QEMU sends a descriptor along, which the back-end closes unused.
+    /// `REM_MEM_REG`: one region less. QEMU sends a descriptor with it, which the back-end closes without using it.
     ///
     /// # Errors
     ///
@@ -254,7 +254,7 @@ impl Connection {
     ///
     /// # Errors
     ///
-    /// No answer, or one for another vring.
+    /// The back-end does not answer, or answers for another vring.
     pub fn vring_base(&self, index: u16) -> Result<u16> {
         let body = VhostUserVringState::new(index.into(), 0);
         let answer = self.ask(FrontendReq::GET_VRING_BASE, body.as_slice(), &[])?;
@@ -280,7 +280,7 @@ impl Connection {
     ///
     /// # Errors
     ///
-    /// No answer, or none with one descriptor.
+    /// The back-end does not answer with one descriptor.
     pub fn inflight_fd(&self, queues: u16, queue_size: u16) -> Result<(VhostUserInflight, OwnedFd)> {
         let body = VhostUserInflight::new(0, 0, queues, queue_size);
         let mut answer = self.ask(FrontendReq::GET_INFLIGHT_FD, body.as_slice(), &[])?;
@@ -290,7 +290,7 @@ impl Connection {
         Ok((region, fd))
     }
 
-    /// `SET_INFLIGHT_FD`: gives the region back.
+    /// `SET_INFLIGHT_FD`: returns the region.
     ///
     /// # Errors
     ///
@@ -299,11 +299,11 @@ impl Connection {
         self.tell(FrontendReq::SET_INFLIGHT_FD, region.as_slice(), &[fd])
     }
 
-    /// `SET_LOG_BASE`: where pages that are written are marked. Has an answer of its own, with `LOG_SHMFD`.
+    /// `SET_LOG_BASE`: where the back-end marks pages that it writes. Has an answer of its own, with `LOG_SHMFD`.
     ///
     /// # Errors
     ///
-    /// No answer.
+    /// The back-end does not answer.
     pub fn set_log_base(&self, log: &VhostUserLog, file: &File) -> Result<()> {
         self.ask(FrontendReq::SET_LOG_BASE, log.as_slice(), &[file.as_fd()]).map(drop)
     }
@@ -322,7 +322,7 @@ fn single(region: &VhostUserMemoryRegion) -> VhostUserSingleMemoryRegion {
     VhostUserSingleMemoryRegion::new(region.guest_phys_addr, region.memory_size, region.user_addr, region.mmap_offset)
 }
 
-/// A number that is the whole body of a message.
+/// The number that is the whole body of a message.
 ///
 /// # Errors
 ///

@@ -12,24 +12,24 @@ use anyhow::{Context, Result, ensure};
 use rustix::fs::{MemfdFlags, memfd_create};
 use vhost::vhost_user::message::{VhostUserInflight, VhostUserLog};
 
-use super::ram::Ram;
+use crate::ram::Ram;
 
 /// Size of a page in the log (vhost-user, "Migration": `VHOST_LOG_PAGE`).
 pub const LOG_PAGE_BYTES: u64 = 4096;
 
 /// Length of a queue's header and of each entry in the in-flight region (vhost-user, "Inflight I/O tracking").
 const INFLIGHT_ENTRY_BYTES: u64 = 16;
-/// At multiples of this the parts of the queues begin, in all back-ends.
+/// The parts of the queues begin at multiples of this, in all back-ends.
 const INFLIGHT_QUEUE_ALIGNMENT_BYTES: u64 = 64;
 
-/// The region in which the back-end keeps which requests are in flight, as the front-end holds it across connections.
+/// The region in which the back-end records the requests in flight. The front-end keeps it across connections.
 pub struct InflightRegion {
     description: VhostUserInflight,
     file: File,
 }
 
 impl InflightRegion {
-    /// What `GET_INFLIGHT_FD` gave.
+    /// The region that `GET_INFLIGHT_FD` gave.
     pub fn new(description: VhostUserInflight, fd: OwnedFd) -> Self {
         Self { description, file: fd.into() }
     }

@@ -5,57 +5,30 @@ use std::{thread, time::Instant};
 use anyhow::{Context, Result, bail, ensure};
 use ringpass_guest_abi::{
     Cqe, DriverRing, FixedAddressing, RingLayout, Sqe,
-    attach::{AreaAddress, AttachPayload, Lengths},
-    control::{CONTROL_PAGE_BYTES, DriverControl},
+    attach::{AttachPayload, Lengths},
+    control::DriverControl,
     epoch::driver::{Action, Event, Machine, State},
     request::{ErrorCode, T_ARM, T_ATTACH},
-    rings_area_bytes, sqes_area_bytes,
 };
 
-use super::{Found, Interface, PATIENCE, Words, wait_until};
-use crate::front_end::{descriptor::Descriptor, ram::Arena, vring::DriverVring};
-
-/// Entries of the SQ.
-pub const SQ_ENTRIES: u32 = 32;
-/// Entries of the CQ.
-pub const CQ_ENTRIES: u32 = 64;
-const PAGE_BYTES: u32 = 4096;
+use super::{Attachment, Buffers, CQ_ENTRIES, Found, Interface, SQ_ENTRIES, Words, attachment::PAGE_BYTES};
+use crate::{PATIENCE, descriptor::Descriptor, ram::Arena, vring::DriverVring, wait_until};
 
 const ARM_PLACE: u64 = 0;
 const ATTACH_PLACE: u64 = 1;
 /// For requests that are neither.
 const OTHER_PLACE: u64 = 2;
 
-/// A driver's buffers: so many, each of so many bytes, one behind the other.
-#[derive(Debug, Clone, Copy)]
-pub struct Buffers {
-    /// Where the first is.
-    pub gpa: u64,
-    /// How many there are.
-    pub count: u64,
-    /// Length of each.
-    pub each_bytes: u32,
-}
-
-impl Buffers {
-    /// Where a buffer is.
-    pub fn at(&self, index: u64) -> u64 {
-        self.gpa + index % self.count * u64::from(self.each_bytes)
-    }
-}
-
 /// The driver of a queue that is attached.
 #[derive(Debug)]
 pub struct RingDriver {
     pub(super) vring: DriverVring,
-    interface: Interface,
     pub(super) addressing: FixedAddressing,
-    payload: AttachPayload,
-    pub(super) buffers: Buffers,
+    pub(super) memory: Attachment,
     control: DriverControl<Words>,
     pub(super) machine: Machine,
     pub(super) ring: Option<DriverRing<Words>>,
-    /// Requests without a completion, in their order: of which nothing is known if the ring ends.
+    /// Requests without a completion, in their order: if the ring ends, the driver does not know whether they were executed.
     pub(super) outstanding: Vec<Sqe>,
     pub(super) completions: Vec<Cqe>,
     attach_head: Option<u16>,
@@ -63,53 +36,39 @@ pub struct RingDriver {
 }
 
 impl RingDriver {
-    /// The driver of an empty queue; its pages are taken from `arena`.
+    /// The driver of an empty queue. It takes its pages from `arena`.
     ///
     /// # Errors
     ///
-    /// Not enough RAM is left.
+    /// The arena has less left.
     pub fn new(vring: DriverVring, arena: &mut Arena, addressing: FixedAddressing) -> Result<Self> {
-        let interface = Interface::take(arena, Self::PLACES)?;
-        Self::with_requests(vring, arena, interface, addressing)
+        Ok(Self::with_memory(vring, Attachment::take(arena)?, addressing))
     }
 
     /// How many places its requests take.
-    pub const PLACES: u64 = 3;
+    pub const PLACES: u64 = Attachment::PLACES;
 
     /// The same with its requests in other memory.
     ///
     /// # Errors
     ///
-    /// Not enough RAM is left.
+    /// The arena has less left.
     pub fn with_requests(
         vring: DriverVring,
         arena: &mut Arena,
         interface: Interface,
         addressing: FixedAddressing,
     ) -> Result<Self> {
-        let page = u64::from(PAGE_BYTES);
-        let control_gpa = arena.take(CONTROL_PAGE_BYTES.into(), page)?;
-        let mut area = || -> Result<AreaAddress> {
-            let rings_gpa = arena.take(rings_area_bytes(CQ_ENTRIES).next_multiple_of(page), page)?.into();
-            let sqes_gpa = arena.take(sqes_area_bytes(SQ_ENTRIES).next_multiple_of(page), page)?.into();
-            Ok(AreaAddress { rings_gpa, sqes_gpa })
-        };
-        let payload = AttachPayload {
-            sq_entries: SQ_ENTRIES.into(),
-            cq_entries: CQ_ENTRIES.into(),
-            control_gpa: control_gpa.into(),
-            areas: [area()?, area()?],
-            ..AttachPayload::default()
-        };
-        let count = CQ_ENTRIES.into();
-        let buffers = Buffers { gpa: arena.take(count * page, page)?, count, each_bytes: PAGE_BYTES };
-        let control = DriverControl::new(Words::new(vring.ram(), control_gpa, 0));
-        Ok(Self {
+        Ok(Self::with_memory(vring, Attachment::with_requests(arena, interface)?, addressing))
+    }
+
+    /// The driver of an empty queue, with this memory.
+    pub fn with_memory(vring: DriverVring, memory: Attachment, addressing: FixedAddressing) -> Self {
+        let control = DriverControl::new(Words::new(vring.ram(), memory.payload.control_gpa.get(), 0));
+        Self {
             vring,
-            interface,
             addressing,
-            payload,
-            buffers,
+            memory,
             control,
             machine: Machine::new(),
             ring: None,
@@ -117,7 +76,7 @@ impl RingDriver {
             completions: Vec::new(),
             attach_head: None,
             is_device_broken: false,
-        })
+        }
     }
 
     /// The queue.
@@ -125,14 +84,19 @@ impl RingDriver {
         &mut self.vring
     }
 
+    /// The queue, for a driver that goes on without rings.
+    pub fn into_vring(self) -> DriverVring {
+        self.vring
+    }
+
     /// The payload of its ATTACH.
     pub fn payload(&self) -> AttachPayload {
-        self.payload
+        self.memory.payload
     }
 
     /// Its buffers.
     pub fn buffers(&self) -> Buffers {
-        self.buffers
+        self.memory.buffers
     }
 
     /// Requests without a completion.
@@ -140,11 +104,11 @@ impl RingDriver {
         &self.outstanding
     }
 
-    /// Begins anew on an empty queue, as after a reset of the device. Outstanding requests are forgotten.
+    /// Begins anew on an empty queue, as after a reset of the device, and forgets outstanding requests.
     ///
     /// # Errors
     ///
-    /// It is not in RAM.
+    /// The queue is not in RAM.
     pub fn restart(&mut self) -> Result<()> {
         self.forget();
         self.outstanding.clear();
@@ -163,9 +127,9 @@ impl RingDriver {
     ///
     /// # Errors
     ///
-    /// It does not open.
+    /// The ring does not open.
     pub fn attach(&mut self) -> Result<()> {
-        self.send_both(&self.payload.to_bytes())?;
+        self.send_both(&self.payload().to_bytes())?;
         self.wait_open()
     }
 
@@ -206,10 +170,10 @@ impl RingDriver {
     ///
     /// The queue is full.
     pub fn send_block(&mut self, kind: u32, sector: u64, data: Descriptor) -> Result<u16> {
-        self.interface.send_block(&mut self.vring, OTHER_PLACE, kind, sector, data)
+        self.memory.requests.send_block(&mut self.vring, OTHER_PLACE, kind, sector, data)
     }
 
-    /// Sends any request of the interface, in a place of its own.
+    /// Sends any attach request, in a place of its own. Gives its head.
     ///
     /// # Errors
     ///
@@ -219,29 +183,29 @@ impl RingDriver {
     }
 
     fn send_at(&mut self, place: u64, kind: u32, payload: &[u8]) -> Result<u16> {
-        self.interface.send(&mut self.vring, place, kind, payload)
+        self.memory.requests.send(&mut self.vring, place, kind, payload)
     }
 
-    /// Waits for the end of ATTACH, and takes it and ARM back.
+    /// Waits for the end of ATTACH, and takes ATTACH and ARM back.
     ///
     /// # Errors
     ///
-    /// It does not end.
+    /// ATTACH does not end.
     pub fn wait_attach(&mut self) -> Result<Found> {
         let attach = self.attach_head.take().context("ATTACH was not sent")?;
         loop {
-            self.vring.spin_for_used(PATIENCE).context("waiting for the end of ATTACH")?;
-            if self.vring.take_used()?.is_some_and(|used| used.head == attach) {
+            let used = self.vring.next_used_by_spinning(PATIENCE).context("waiting for the end of ATTACH")?;
+            if used.head == attach {
                 break;
             }
         }
         self.reap();
         self.ring = None;
         self.machine = Machine::new();
-        self.interface.outcome(&self.vring, ATTACH_PLACE)
+        self.memory.requests.outcome(&self.vring, ATTACH_PLACE)
     }
 
-    /// Whether ATTACH has ended. ARM is not taken.
+    /// Whether ATTACH has ended. Does not take ARM.
     ///
     /// # Errors
     ///
@@ -260,12 +224,17 @@ impl RingDriver {
         self.control.end_reason()
     }
 
-    /// Says that the driver wants its queue back. DETACH on queue 0 follows.
+    /// Says in the control page that the driver wants its queue back. DETACH on queue 0 follows.
     pub fn set_detach(&self) {
         self.control.set_detach();
     }
 
-    /// The number of the epoch whose ring it uses.
+    /// The state of the driver's epoch machine.
+    pub fn state(&self) -> State {
+        self.machine.state()
+    }
+
+    /// The number of the epoch whose ring the driver uses.
     pub fn epoch(&self) -> Option<u32> {
         match self.machine.state() {
             State::Running { epoch } => Some(epoch.number()),
@@ -273,30 +242,39 @@ impl RingDriver {
         }
     }
 
-    /// Where the parts of the ring are that it uses.
+    /// Where the parts of the ring are that the driver uses.
     pub fn ring_layout(&self) -> Option<&RingLayout> {
         self.ring.as_ref().map(DriverRing::layout)
     }
 
-    /// The outcome of the request that was sent with [`send_other`](Self::send_other).
+    /// Whether the device has written nothing to the answer and the status of ATTACH.
     ///
     /// # Errors
     ///
-    /// It is not in RAM.
+    /// The request is not in RAM.
+    pub fn is_attach_answer_untouched(&self) -> Result<bool> {
+        self.memory.requests.is_untouched(&self.vring, ATTACH_PLACE)
+    }
+
+    /// The outcome of the request that [`send_other`](Self::send_other) sent.
+    ///
+    /// # Errors
+    ///
+    /// The request is not in RAM.
     pub fn other_outcome(&self) -> Result<Found> {
-        self.interface.outcome(&self.vring, OTHER_PLACE)
+        self.memory.requests.outcome(&self.vring, OTHER_PLACE)
     }
 
-    /// The status of the request that was sent with [`send_block`](Self::send_block).
+    /// The status of the request that [`send_block`](Self::send_block) sent.
     ///
     /// # Errors
     ///
-    /// It is not in RAM.
+    /// The request is not in RAM.
     pub fn block_status(&self) -> Result<u8> {
-        Ok(self.interface.answer(&self.vring, OTHER_PLACE)?.1)
+        Ok(self.memory.requests.answer(&self.vring, OTHER_PLACE)?.1)
     }
 
-    /// Looks at the device's word and does what it says.
+    /// Reads the device's word and does what it says.
     ///
     /// # Errors
     ///
@@ -314,7 +292,7 @@ impl RingDriver {
                     let lengths = Lengths::of(SQ_ENTRIES, CQ_ENTRIES, PAGE_BYTES);
                     let layout = self.control.ring().layout(SQ_ENTRIES, CQ_ENTRIES, &lengths);
                     let layout = layout.map_err(|error| anyhow::anyhow!("the ring's record: {error:?}"))?;
-                    let area = self.payload.areas[epoch.area().index()];
+                    let area = self.payload().areas[epoch.area().index()];
                     let words = Words::new(self.vring.ram(), area.rings_gpa.get(), area.sqes_gpa.get());
                     self.ring = Some(DriverRing::new(words, layout).context("the ring's layout")?);
                     for sqe in std::mem::take(&mut self.outstanding) {
@@ -325,7 +303,7 @@ impl RingDriver {
                     let end = Instant::now() + PATIENCE;
                     while !self.outstanding.is_empty() {
                         self.reap();
-                        ensure!(Instant::now() < end, "what is outstanding does not end");
+                        ensure!(Instant::now() < end, "outstanding requests do not end");
                         thread::yield_now();
                     }
                     self.step(Event::Drained)?;
@@ -347,26 +325,26 @@ impl RingDriver {
         Ok(())
     }
 
-    /// Waits until requests may be submitted.
+    /// Waits until the driver may submit requests.
     ///
     /// # Errors
     ///
     /// The ring does not open, or ATTACH ends.
     pub fn wait_open(&mut self) -> Result<()> {
-        wait_until("a ring that is open", || {
+        wait_until("an open ring", || {
             self.look()?;
             self.ensure_attached()?;
             Ok(self.machine.may_submit())
         })
     }
 
-    /// Waits until a certain epoch is open.
+    /// Waits until this epoch is open.
     ///
     /// # Errors
     ///
-    /// It does not open, another is, or ATTACH ends.
+    /// It does not open, a later one is open, or ATTACH ends.
     pub fn wait_epoch(&mut self, number: u32) -> Result<()> {
-        wait_until("the epoch that is to come", || {
+        wait_until("the next epoch", || {
             self.look()?;
             self.ensure_attached()?;
             ensure!(self.epoch().is_none_or(|epoch| epoch <= number), "epoch {:?}, not {number}", self.epoch());

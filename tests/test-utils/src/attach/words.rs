@@ -5,9 +5,9 @@ use std::sync::atomic::{Ordering, fence};
 use ringpass_guest_abi::{Cqe, RingMemory, Sqe};
 use vm_memory::{Bytes, GuestAddress};
 
-use crate::front_end::ram::Ram;
+use crate::ram::Ram;
 
-/// The words at a place in RAM, and the SQEs of the ring that they belong to. The place is in RAM: whoever makes one says so.
+/// The words of a ring or a control page, and the SQEs of the ring. All of them must be in RAM.
 #[derive(Debug, Clone)]
 pub struct Words {
     ram: Ram,
@@ -16,7 +16,7 @@ pub struct Words {
 }
 
 impl Words {
-    /// Words from `gpa` on, and SQEs from `sqes_gpa` on.
+    /// The words from `gpa` on, and the SQEs from `sqes_gpa` on.
     pub fn new(ram: &Ram, gpa: u64, sqes_gpa: u64) -> Self {
         Self { ram: ram.clone(), gpa, sqes_gpa }
     }
@@ -53,8 +53,8 @@ impl RingMemory for Words {
 
     fn write_sqe(&self, index: u32, sqe: &Sqe) {
         let at = GuestAddress(self.sqes_gpa + u64::from(index) * size_of::<Sqe>() as u64);
-        let bytes: Vec<u8> = sqe.to_words().into_iter().flat_map(u64::to_ne_bytes).collect();
-        self.ram.memory().write_slice(&bytes, at).expect("an SQE in RAM");
+        let words = sqe.to_words().map(u64::to_ne_bytes);
+        self.ram.memory().write_slice(words.as_flattened(), at).expect("an SQE in RAM");
     }
 
     fn read_cqe(&self, offset: u32) -> Cqe {

@@ -1,68 +1,31 @@
-//! The driver's side of a split virtqueue (VIRTIO 1.2, 2.7), which can also put anything into it.
+//! The driver of one split virtqueue (VIRTIO 1.2, 2.7).
+
+mod layout;
+mod rule_breaking;
+#[cfg(test)]
+mod tests;
 
 use std::{
     sync::{
         Arc,
         atomic::{Ordering, fence},
     },
+    thread,
     time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result, bail, ensure};
 use vm_memory::{Bytes, GuestAddress};
 
-use super::{
-    descriptor::{DESCRIPTOR_BYTES, Descriptor, F_NEXT},
+pub use self::layout::VringLayout;
+use crate::{
+    descriptor::{DESCRIPTOR_BYTES, Descriptor, linked_table},
     event::Eventfds,
-    ram::{Arena, Ram},
+    ram::Ram,
 };
 
-/// Flag in the available ring: no interrupts wanted. In the used ring: no kicks wanted.
+/// Flag in the available ring: the driver wants no interrupts. In the used ring: the device wants no kicks.
 const NO_NOTIFICATION: u16 = 1;
-
-/// Where a vring is in guest RAM.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct VringLayout {
-    /// Number of entries.
-    pub size: u16,
-    /// Descriptor table.
-    pub desc_gpa: u64,
-    /// Available ring.
-    pub avail_gpa: u64,
-    /// Used ring.
-    pub used_gpa: u64,
-}
-
-impl VringLayout {
-    /// Takes the memory of a vring from an arena.
-    ///
-    /// # Errors
-    ///
-    /// Not so much is left.
-    pub fn take(arena: &mut Arena, size: u16) -> Result<Self> {
-        let entries = u64::from(size);
-        Ok(Self {
-            size,
-            desc_gpa: arena.take(DESCRIPTOR_BYTES * entries, 16)?,
-            avail_gpa: arena.take(6 + 2 * entries, 2)?,
-            used_gpa: arena.take(Self::used_bytes(size), 4096)?,
-        })
-    }
-
-    /// The used index: what a front-end takes as base after the back-end has died.
-    ///
-    /// # Errors
-    ///
-    /// The vring is not in RAM.
-    pub fn used_idx(&self, ram: &Ram) -> Result<u16> {
-        Ok(ram.memory().load(GuestAddress(self.used_gpa + 2), Ordering::Acquire)?)
-    }
-
-    /// Length of the used ring in bytes, with the event index.
-    pub fn used_bytes(size: u16) -> u64 {
-        6 + 8 * u64::from(size)
-    }
-}
 
 /// A used element.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -81,8 +44,12 @@ pub struct DriverVring {
     event_idx: bool,
     eventfds: Arc<Eventfds>,
     free: Vec<u16>,
-    /// Descriptors of the chain with this head.
+    /// By head: the descriptors of the chain.
     chains: Vec<Vec<u16>>,
+    /// By head: how often it is available and not used.
+    available: Vec<u16>,
+    /// Whether `available` is all that the device can have taken.
+    knows_available: bool,
     next_avail: u16,
     published: u16,
     next_used: u16,
@@ -95,25 +62,30 @@ impl DriverVring {
     ///
     /// The vring is not in RAM.
     pub fn new(ram: &Ram, layout: VringLayout, event_idx: bool, eventfds: Arc<Eventfds>) -> Result<Self> {
-        let entries = usize::from(layout.size);
-        for (gpa, len_bytes) in [(layout.desc_gpa, 16 * entries), (layout.avail_gpa, 6 + 2 * entries)] {
-            ram.memory().write_slice(&vec![0; len_bytes], GuestAddress(gpa))?;
+        let size = layout.size;
+        for (gpa, len_bytes) in [
+            (layout.desc_gpa, VringLayout::table_bytes(size)),
+            (layout.avail_gpa, VringLayout::avail_bytes(size)),
+            (layout.used_gpa, VringLayout::used_bytes(size)),
+        ] {
+            ram.memory().write_slice(&vec![0; usize::try_from(len_bytes)?], GuestAddress(gpa))?;
         }
-        ram.memory().write_slice(&vec![0; 6 + 8 * entries], GuestAddress(layout.used_gpa))?;
         Ok(Self {
             ram: ram.clone(),
             layout,
             event_idx,
             eventfds,
-            free: (0..layout.size).rev().collect(),
-            chains: vec![Vec::new(); entries],
+            free: (0..size).rev().collect(),
+            chains: vec![Vec::new(); size.into()],
+            available: vec![0; size.into()],
+            knows_available: true,
             next_avail: 0,
             published: 0,
             next_used: 0,
         })
     }
 
-    /// Empties the vring, as a driver does with one that it starts anew.
+    /// Empties the vring, as a driver does that resets its device.
     ///
     /// # Errors
     ///
@@ -128,19 +100,29 @@ impl DriverVring {
         self.layout
     }
 
-    /// Its eventfds.
+    /// The eventfds of the vring.
     pub fn eventfds(&self) -> &Arc<Eventfds> {
         &self.eventfds
     }
 
-    /// The RAM that it is in.
+    /// The RAM of the vring.
     pub fn ram(&self) -> &Ram {
         &self.ram
     }
 
-    /// From here on the buffers are in other RAM, in which the vring is at the same place.
+    /// The driver uses other RAM from now on, in which the vring is at the same place.
     pub fn set_ram(&mut self, ram: &Ram) {
         self.ram = ram.clone();
+    }
+
+    /// Whether driver and device suppress kicks and interrupts by index (`VIRTIO_RING_F_EVENT_IDX`).
+    pub fn has_event_idx(&self) -> bool {
+        self.event_idx
+    }
+
+    /// Chooses how kicks and interrupts are suppressed. Only before the device starts the vring.
+    pub fn set_event_idx(&mut self, event_idx: bool) {
+        self.event_idx = event_idx;
     }
 
     /// How many used elements the driver has taken: what a front-end reads from the used ring after the back-end died.
@@ -148,9 +130,9 @@ impl DriverVring {
         self.next_used
     }
 
-    /// Where the used element is that was taken last.
+    /// Where the used element is that the driver took last.
     pub fn last_used_gpa(&self) -> u64 {
-        self.layout.used_gpa + 4 + 8 * u64::from(self.next_used.wrapping_sub(1) % self.layout.size)
+        self.layout.used_element_gpa(self.next_used.wrapping_sub(1))
     }
 
     /// The index of the next entry that becomes available.
@@ -158,7 +140,7 @@ impl DriverVring {
         self.next_avail
     }
 
-    /// The used index in memory.
+    /// The used index in RAM.
     ///
     /// # Errors
     ///
@@ -167,40 +149,22 @@ impl DriverVring {
         self.layout.used_idx(&self.ram)
     }
 
-    /// Writes one descriptor of the table, whatever it says.
-    ///
-    /// # Errors
-    ///
-    /// The vring is not in RAM.
-    pub fn write_descriptor(&self, index: u16, descriptor: Descriptor) -> Result<()> {
-        let gpa = self.layout.desc_gpa + DESCRIPTOR_BYTES * u64::from(index);
-        Ok(self.ram.memory().write_slice(&descriptor.to_bytes(), GuestAddress(gpa))?)
-    }
-
-    /// Writes a table of chained descriptors into RAM and gives the descriptor that names it.
+    /// Writes a table of chained descriptors into RAM. Gives the descriptor that names the table.
     ///
     /// # Errors
     ///
     /// The table is not in RAM.
     pub fn write_indirect_table(&self, table_gpa: u64, chain: &[Descriptor]) -> Result<Descriptor> {
-        for (index, &descriptor) in chain.iter().enumerate() {
-            let mut descriptor = descriptor;
-            if index + 1 < chain.len() {
-                descriptor.flags |= F_NEXT;
-                descriptor.next = u16::try_from(index + 1)?;
-            }
-            let gpa = table_gpa + DESCRIPTOR_BYTES * index as u64;
-            self.ram.memory().write_slice(&descriptor.to_bytes(), GuestAddress(gpa))?;
-        }
+        self.ram.memory().write_slice(&linked_table(chain)?, GuestAddress(table_gpa))?;
         Ok(Descriptor::indirect(table_gpa, u32::try_from(DESCRIPTOR_BYTES)? * u32::try_from(chain.len())?))
     }
 
-    /// Whether a chain of so many descriptors has room.
+    /// Whether the descriptor table has room for this many descriptors.
     pub fn has_room(&self, descriptors: usize) -> bool {
         self.free.len() >= descriptors
     }
 
-    /// Adds a chain, linked in the order given; it becomes available with [`publish`](Self::publish). Gives its head.
+    /// Adds a chain, linked in the order given. [`publish`](Self::publish) makes it available. Gives the head.
     ///
     /// # Errors
     ///
@@ -209,29 +173,14 @@ impl DriverVring {
         ensure!(self.has_room(chain.len()) && !chain.is_empty(), "no room for {} descriptors", chain.len());
         let indexes: Vec<u16> = self.free.split_off(self.free.len() - chain.len());
         for (position, &descriptor) in chain.iter().enumerate() {
-            let mut descriptor = descriptor;
-            if let Some(&next) = indexes.get(position + 1) {
-                descriptor.flags |= F_NEXT;
-                descriptor.next = next;
-            }
-            self.write_descriptor(indexes[position], descriptor)?;
+            let next = indexes.get(position + 1);
+            let linked = next.map_or(descriptor, |&next| descriptor.linked_to(next));
+            self.write_descriptor(indexes[position], linked)?;
         }
         let head = indexes[0];
         self.add_head(head)?;
         self.chains[usize::from(head)] = indexes;
         Ok(head)
-    }
-
-    /// Adds an entry with any head to the available ring: the chain is what the table holds there.
-    ///
-    /// # Errors
-    ///
-    /// The vring is not in RAM.
-    pub fn add_head(&mut self, head: u16) -> Result<()> {
-        let slot = u64::from(self.next_avail % self.layout.size);
-        self.ram.memory().write_obj(head, GuestAddress(self.layout.avail_gpa + 4 + 2 * slot))?;
-        self.next_avail = self.next_avail.wrapping_add(1);
-        Ok(())
     }
 
     /// Makes everything added available, and kicks if the device wants that. Gives whether it kicked.
@@ -242,11 +191,7 @@ impl DriverVring {
     pub fn publish(&mut self) -> Result<bool> {
         let old = self.published;
         self.publish_quietly()?;
-        if !self.device_wants_kick(old)? {
-            return Ok(false);
-        }
-        self.kick()?;
-        Ok(true)
+        self.kick_if_wanted(old)
     }
 
     /// Makes everything added available, without a kick.
@@ -260,35 +205,36 @@ impl DriverVring {
         Ok(())
     }
 
-    /// Writes any available index.
+    /// Kicks if the device has asked for a kick since the available index was `old`. Gives whether it kicked.
     ///
     /// # Errors
     ///
-    /// The vring is not in RAM.
-    pub fn write_avail_idx(&mut self, index: u16) -> Result<()> {
-        (self.next_avail, self.published) = (index, index);
-        self.store(self.layout.avail_gpa + 2, index, Ordering::Release)
+    /// The vring is not in RAM, or the eventfd cannot be written.
+    pub fn kick_if_wanted(&self, old: u16) -> Result<bool> {
+        let wants_kick = self.device_wants_kick(old)?;
+        if wants_kick {
+            self.kick()?;
+        }
+        Ok(wants_kick)
     }
 
     /// Signals the kick eventfd.
     ///
     /// # Errors
     ///
-    /// It cannot be written.
+    /// The eventfd cannot be written.
     pub fn kick(&self) -> Result<()> {
         self.eventfds.kick().signal()
     }
 
     /// VIRTIO 1.2, 2.7.13.3 and 2.7.7.2 for the other direction.
     fn device_wants_kick(&self, old: u16) -> Result<bool> {
-        // The index must be seen before the device's wish is read (VIRTIO 1.2, 2.7.13.3.1).
+        // The device must see the index before the driver reads what the device wants (VIRTIO 1.2, 2.7.13.3.1).
         fence(Ordering::SeqCst);
         if !self.event_idx {
-            let flags: u16 = self.load(self.layout.used_gpa, Ordering::Relaxed)?;
-            return Ok(flags & NO_NOTIFICATION == 0);
+            return Ok(self.load(self.layout.used_gpa)? & NO_NOTIFICATION == 0);
         }
-        let event_gpa = self.layout.used_gpa + 4 + 8 * u64::from(self.layout.size);
-        let event: u16 = self.load(event_gpa, Ordering::Relaxed)?;
+        let event = self.load(self.layout.avail_event_gpa())?;
         let new = self.published;
         Ok(new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old))
     }
@@ -302,19 +248,19 @@ impl DriverVring {
         let flags = if wanted || self.event_idx { 0 } else { NO_NOTIFICATION };
         self.store(self.layout.avail_gpa, flags, Ordering::Relaxed)?;
         if self.event_idx {
-            // An index that is reached late enough is "none".
+            // The device reaches the index before this one after all others.
             let event = if wanted { self.next_used } else { self.next_used.wrapping_sub(1) };
-            self.store(self.layout.avail_gpa + 4 + 2 * u64::from(self.layout.size), event, Ordering::Relaxed)?;
+            self.store(self.layout.used_event_gpa(), event, Ordering::Relaxed)?;
         }
         fence(Ordering::SeqCst);
         Ok(())
     }
 
-    /// The next used element, if there is one. Its descriptors are free again.
+    /// The next used element, if there is one. The descriptors of its chain are free again.
     ///
     /// # Errors
     ///
-    /// The device used a chain that is not outstanding, or more than are.
+    /// The device used a chain that is not outstanding, or more chains than are.
     pub fn take_used(&mut self) -> Result<Option<Used>> {
         let used_idx = self.used_idx()?;
         let ready = used_idx.wrapping_sub(self.next_used);
@@ -323,22 +269,44 @@ impl DriverVring {
         }
         let outstanding = self.published.wrapping_sub(self.next_used);
         ensure!(ready <= outstanding, "{ready} used elements, and only {outstanding} chains are outstanding");
-        let slot = u64::from(self.next_used % self.layout.size);
-        let gpa = GuestAddress(self.layout.used_gpa + 4 + 8 * slot);
-        let element: u64 = self.ram.memory().read_obj(gpa)?;
+        let gpa = GuestAddress(self.layout.used_element_gpa(self.next_used));
+        let element: u64 = u64::from_le(self.ram.memory().read_obj(gpa)?);
         let (id, len_bytes) = (element as u32, (element >> 32) as u32);
         let head = u16::try_from(id).ok().filter(|&head| head < self.layout.size);
         let head = head.with_context(|| format!("a used element for chain {id}"))?;
+        let available = &mut self.available[usize::from(head)];
+        ensure!(*available > 0 || !self.knows_available, "a used element for chain {head}, which is not outstanding");
+        *available = available.saturating_sub(1);
         self.next_used = self.next_used.wrapping_add(1);
         self.free.append(&mut self.chains[usize::from(head)]);
         Ok(Some(Used { head, len_bytes }))
     }
 
-    /// Waits until something is used: for the call eventfd, and for nothing else.
+    /// Waits for the next used element. Waits for the call eventfd, and for nothing else.
     ///
     /// # Errors
     ///
-    /// Nothing is used in time, or something is and there was no interrupt.
+    /// As [`wait_for_call`](Self::wait_for_call) and [`take_used`](Self::take_used).
+    pub fn next_used_by_call(&mut self, timeout: Duration) -> Result<Used> {
+        self.wait_for_call(timeout)?;
+        self.take_used()?.context("nothing is used")
+    }
+
+    /// Waits for the next used element. Looks at the ring all the time.
+    ///
+    /// # Errors
+    ///
+    /// As [`spin_for_used`](Self::spin_for_used) and [`take_used`](Self::take_used).
+    pub fn next_used_by_spinning(&mut self, timeout: Duration) -> Result<Used> {
+        self.spin_for_used(timeout)?;
+        self.take_used()?.context("nothing is used")
+    }
+
+    /// Waits until something is used. Waits for the call eventfd, and for nothing else.
+    ///
+    /// # Errors
+    ///
+    /// Nothing is used in time, or something is used and no interrupt comes.
     pub fn wait_for_call(&mut self, timeout: Duration) -> Result<()> {
         let end = Instant::now() + timeout;
         loop {
@@ -355,7 +323,7 @@ impl DriverVring {
         }
     }
 
-    /// Waits until something is used, by looking at the ring.
+    /// Waits until something is used. Looks at the ring all the time.
     ///
     /// # Errors
     ///
@@ -364,16 +332,16 @@ impl DriverVring {
         let end = Instant::now() + timeout;
         while self.used_idx()? == self.next_used {
             ensure!(Instant::now() < end, "nothing is used within {timeout:?}");
-            std::thread::yield_now();
+            thread::yield_now();
         }
         Ok(())
     }
 
-    fn load(&self, gpa: u64, ordering: Ordering) -> Result<u16> {
-        Ok(self.ram.memory().load(GuestAddress(gpa), ordering)?)
+    fn load(&self, gpa: u64) -> Result<u16> {
+        Ok(u16::from_le(self.ram.memory().load(GuestAddress(gpa), Ordering::Relaxed)?))
     }
 
     fn store(&self, gpa: u64, value: u16, ordering: Ordering) -> Result<()> {
-        Ok(self.ram.memory().store(value, GuestAddress(gpa), ordering)?)
+        Ok(self.ram.memory().store(value.to_le(), GuestAddress(gpa), ordering)?)
     }
 }

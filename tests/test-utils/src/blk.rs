@@ -2,14 +2,14 @@
 
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_ID_BYTES, VIRTIO_BLK_S_OK, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID,
     VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES, VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
 };
 use vm_memory::{Bytes, GuestAddress};
 
-use super::{
+use crate::{
     descriptor::Descriptor,
     ram::Arena,
     vring::{DriverVring, Used},
@@ -19,9 +19,9 @@ use super::{
 pub const HEADER_BYTES: u32 = 16;
 /// Length of a sector, in which requests count.
 pub const SECTOR_BYTES: u64 = 512;
-/// What a status byte holds before the device writes it: no status that there is.
+/// The value of a status byte before the device writes it. No status has this value.
 pub const NO_STATUS: u8 = 0xee;
-/// How long one request may take: much longer than any does on a busy machine.
+/// How long one request may take: much longer than it takes on a busy machine.
 pub const REQUEST_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// A request's header (VIRTIO 1.2, 5.2.6).
@@ -41,7 +41,7 @@ pub fn range(sector: u64, sectors: u32, flags: u32) -> [u8; 16] {
     bytes
 }
 
-/// What came back for a request.
+/// The device's answer to a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Answer {
     /// The status byte.
@@ -50,7 +50,7 @@ pub struct Answer {
     pub len_bytes: u32,
 }
 
-/// A driver with room for one request.
+/// A driver with buffers for one request.
 #[derive(Debug)]
 pub struct BlkDriver {
     vring: DriverVring,
@@ -61,11 +61,11 @@ pub struct BlkDriver {
 }
 
 impl BlkDriver {
-    /// A driver whose requests have up to `data_bytes` of data; the buffers are taken from `arena`.
+    /// A driver whose requests have up to `data_bytes` of data. It takes its buffers from `arena`.
     ///
     /// # Errors
     ///
-    /// The arena has not so much left.
+    /// The arena has less left.
     pub fn new(vring: DriverVring, arena: &mut Arena, data_bytes: u32) -> Result<Self> {
         Ok(Self {
             vring,
@@ -100,7 +100,7 @@ impl BlkDriver {
     ///
     /// # Errors
     ///
-    /// It is not in RAM.
+    /// The driver's buffers are not in RAM.
     pub fn put_header(&self, kind: u32, sector: u64) -> Result<Descriptor> {
         self.vring.ram().memory().write_slice(&header(kind, sector), GuestAddress(self.header_gpa))?;
         Ok(Descriptor::readable(self.header_gpa, HEADER_BYTES))
@@ -110,38 +110,37 @@ impl BlkDriver {
     ///
     /// # Errors
     ///
-    /// It is not in RAM.
+    /// The driver's buffers are not in RAM.
     pub fn put_status(&self) -> Result<Descriptor> {
         self.vring.ram().memory().write_obj(NO_STATUS, GuestAddress(self.status_gpa))?;
         Ok(Descriptor::writable(self.status_gpa, 1))
     }
 
-    /// The status byte as it is.
+    /// The status byte as it is in RAM.
     ///
     /// # Errors
     ///
-    /// It is not in RAM.
+    /// The driver's buffers are not in RAM.
     pub fn status(&self) -> Result<u8> {
         Ok(self.vring.ram().memory().read_obj(GuestAddress(self.status_gpa))?)
     }
 
-    /// Sends any chain, as it is, and waits until it is used.
+    /// Sends any chain unchanged, and waits until the device has used it.
     ///
     /// # Errors
     ///
-    /// It is not used in time.
+    /// The device does not use it in time.
     pub fn send(&mut self, chain: &[Descriptor]) -> Result<Used> {
         self.vring.add(chain)?;
         self.vring.publish()?;
-        self.vring.wait_for_call(REQUEST_TIMEOUT)?;
-        self.vring.take_used()?.context("nothing is used")
+        self.vring.next_used_by_call(REQUEST_TIMEOUT)
     }
 
-    /// Does a request with these data descriptors between its header and its status.
+    /// Sends a request with these data descriptors between its header and its status, and waits for the answer.
     ///
     /// # Errors
     ///
-    /// It is not answered in time.
+    /// The device does not answer in time.
     pub fn request(&mut self, kind: u32, sector: u64, data: &[Descriptor]) -> Result<Answer> {
         let mut chain = vec![self.put_header(kind, sector)?];
         chain.extend_from_slice(data);
@@ -150,11 +149,11 @@ impl BlkDriver {
         Ok(Answer { status: self.status()?, len_bytes: used.len_bytes })
     }
 
-    /// Reads `len_bytes` from `sector` on, whatever comes of it.
+    /// Reads `len_bytes` from `sector` on. Any answer is a result.
     ///
     /// # Errors
     ///
-    /// It is not answered in time.
+    /// The device does not answer in time.
     pub fn try_read(&mut self, sector: u64, len_bytes: u32) -> Result<Answer> {
         ensure!(len_bytes <= self.data_bytes, "the driver's buffer has {} bytes", self.data_bytes);
         self.request(VIRTIO_BLK_T_IN, sector, &[Descriptor::writable(self.data_gpa, len_bytes)])
@@ -171,22 +170,22 @@ impl BlkDriver {
         self.data(len_bytes)
     }
 
-    /// What is in the buffer.
+    /// The content of the buffer.
     ///
     /// # Errors
     ///
-    /// It is not in RAM.
+    /// The driver's buffers are not in RAM.
     pub fn data(&self, len_bytes: u32) -> Result<Vec<u8>> {
         let mut data = vec![0; len_bytes as usize];
         self.vring.ram().memory().read_slice(&mut data, GuestAddress(self.data_gpa))?;
         Ok(data)
     }
 
-    /// Writes data from `sector` on, whatever comes of it.
+    /// Writes data from `sector` on. Any answer is a result.
     ///
     /// # Errors
     ///
-    /// It is not answered in time.
+    /// The device does not answer in time.
     pub fn try_write(&mut self, sector: u64, data: &[u8]) -> Result<Answer> {
         let descriptor = self.put_data(data)?;
         self.request(VIRTIO_BLK_T_OUT, sector, &[descriptor])
@@ -203,7 +202,7 @@ impl BlkDriver {
         Ok(())
     }
 
-    /// Writes what is in the buffer from `sector` on.
+    /// Writes the content of the buffer from `sector` on.
     ///
     /// # Errors
     ///
@@ -217,7 +216,7 @@ impl BlkDriver {
     ///
     /// # Errors
     ///
-    /// It is too long.
+    /// The data is longer than the buffer.
     pub fn put_data(&self, data: &[u8]) -> Result<Descriptor> {
         let len_bytes = u32::try_from(data.len())?;
         ensure!(len_bytes <= self.data_bytes, "the driver's buffer has {} bytes", self.data_bytes);

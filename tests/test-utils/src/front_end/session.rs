@@ -1,4 +1,4 @@
-//! A front-end that does what a VMM does: negotiates, tells its memory, starts and stops vrings, and comes back.
+//! A front-end that does what a VMM does: it negotiates, shares its memory, starts and stops vrings, and connects again.
 
 use std::{
     os::{fd::AsFd, unix::net::UnixStream},
@@ -15,28 +15,27 @@ use virtio_bindings::{
     virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC},
 };
 
-use super::{
-    connection::Connection, event::Eventfds, ram::Ram, shared::InflightRegion, vring::VringLayout, wire::Wire,
-};
+use super::{connection::Connection, shared::InflightRegion, wire::Wire};
+use crate::{event::Eventfds, ram::Ram, vring::VringLayout};
 
 /// How a front-end sets a device up.
 #[derive(Debug, Clone, Copy)]
 pub struct Options {
-    /// Virtio features that are accepted where the back-end offers them. Those of the connection itself come on top.
+    /// Virtio features that the front-end accepts if the back-end offers them. It always accepts those that the connection needs.
     pub features: u64,
-    /// Protocol features that are accepted where the back-end offers them.
+    /// Protocol features that the front-end accepts if the back-end offers them.
     pub protocol_features: VhostUserProtocolFeatures,
-    /// Whether the memory is told with one `SET_MEM_TABLE` rather than with `ADD_MEM_REG` for each region.
+    /// Whether the front-end shares its memory with one `SET_MEM_TABLE` rather than with `ADD_MEM_REG` for each region.
     pub mem_table: bool,
 }
 
-/// A bit of a feature as the headers number them.
+/// The bit of a feature that the headers number.
 pub const fn bit(number: u32) -> u64 {
     1 << number
 }
 
 impl Default for Options {
-    /// All that the back-end has, with memory slots.
+    /// Everything that the back-end offers, with memory slots.
     fn default() -> Self {
         Self { features: u64::MAX, protocol_features: VhostUserProtocolFeatures::all(), mem_table: false }
     }
@@ -68,20 +67,20 @@ pub struct FrontEnd {
 }
 
 impl FrontEnd {
-    /// Connects to the back-end at `path`, negotiates, and tells it the memory. No vring is started.
+    /// Connects to the back-end at `path`, negotiates, and shares the memory. Starts no vring.
     ///
     /// # Errors
     ///
-    /// A message is refused, or not answered.
+    /// The back-end refuses a message, or does not answer.
     pub fn connect(path: &Path, ram: &Ram, options: Options) -> Result<Self> {
         Self::negotiate(Connection::open(path)?, ram, options)
     }
 
-    /// The same on a connection on which nothing was sent.
+    /// The same on a connection on which the front-end has sent nothing.
     ///
     /// # Errors
     ///
-    /// A message is refused, or not answered.
+    /// The back-end refuses a message, or does not answer.
     pub fn negotiate(mut connection: Connection, ram: &Ram, options: Options) -> Result<Self> {
         let offered = connection.features()?;
         let needed = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() | bit(VIRTIO_F_VERSION_1);
@@ -129,7 +128,7 @@ impl FrontEnd {
         self.backend.as_ref()
     }
 
-    /// The RAM that the back-end was told.
+    /// The RAM that the back-end has.
     pub fn ram(&self) -> &Ram {
         &self.ram
     }
@@ -149,21 +148,21 @@ impl FrontEnd {
         self.queues
     }
 
-    /// Whether kicks and calls are suppressed by index.
+    /// Whether driver and device suppress kicks and calls by index.
     pub fn has_event_idx(&self) -> bool {
         self.features & bit(VIRTIO_RING_F_EVENT_IDX) != 0
     }
 
-    /// Whether tables of descriptors may be used.
+    /// Whether the driver may use tables of descriptors.
     pub fn has_indirect(&self) -> bool {
         self.features & bit(VIRTIO_RING_F_INDIRECT_DESC) != 0
     }
 
-    /// Gets a region for requests in flight and gives it back at once, as QEMU does.
+    /// Gets a region for requests in flight and returns it at once, as QEMU does.
     ///
     /// # Errors
     ///
-    /// A message is refused.
+    /// The back-end refuses a message.
     pub fn new_inflight_region(&self, queues: u16, queue_size: u16) -> Result<InflightRegion> {
         let (description, fd) = self.connection.inflight_fd(queues, queue_size)?;
         let region = InflightRegion::new(description, fd);
@@ -175,12 +174,12 @@ impl FrontEnd {
     ///
     /// # Errors
     ///
-    /// The message is refused.
+    /// The back-end refuses the message.
     pub fn set_inflight_region(&self, region: &InflightRegion) -> Result<()> {
         self.connection.set_inflight_fd(region.description(), region.fd())
     }
 
-    /// The addresses of a vring as a message; `log` says whether writes to the used ring are logged.
+    /// The addresses of a vring as a message. `log`: the back-end logs its writes to the used ring.
     ///
     /// # Errors
     ///
@@ -196,7 +195,7 @@ impl FrontEnd {
     ///
     /// # Errors
     ///
-    /// A message is refused.
+    /// The back-end refuses a message.
     pub fn start_vring(&self, index: u16, layout: &VringLayout, eventfds: &Eventfds, base: u16) -> Result<()> {
         let connection = &self.connection;
         connection.set_vring(FrontendReq::SET_VRING_NUM, index, layout.size.into())?;
@@ -211,7 +210,7 @@ impl FrontEnd {
     ///
     /// # Errors
     ///
-    /// It is not answered.
+    /// The back-end does not answer.
     pub fn stop_vring(&self, index: u16) -> Result<u16> {
         self.connection.vring_base(index)
     }
@@ -220,7 +219,7 @@ impl FrontEnd {
     ///
     /// # Errors
     ///
-    /// The message is refused.
+    /// The back-end refuses the message.
     pub fn set_logging(&self, on: bool) -> Result<()> {
         let logging = VhostUserVirtioFeatures::LOG_ALL.bits();
         self.connection.set_features(if on { self.features | logging } else { self.features })

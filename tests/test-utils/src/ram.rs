@@ -1,14 +1,16 @@
-//! Guest RAM of the test front-end: regions of memfds at guest-physical addresses.
+//! Guest RAM: regions of memfds at guest-physical addresses.
 
 use std::{fs::File, sync::Arc};
 
 use anyhow::{Context, Result};
 use rustix::fs::{MemfdFlags, memfd_create};
 use vhost::vhost_user::message::VhostUserMemoryRegion;
-use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionCollection, GuestRegionMmap, MmapRegion};
+use vm_memory::{
+    FileOffset, GuestAddress, GuestMemoryMmap, GuestMemoryRegion, GuestRegionCollection, GuestRegionMmap, MmapRegion,
+};
 
 /// Where the front-end says that guest address 0 is in its own address space. Any number will do: the back-end only
-/// calculates with it. It differs from the guest-physical addresses, so that neither is taken for the other.
+/// calculates with it. It differs from the guest-physical addresses, so that a back-end that confuses them fails.
 const USER_BASE: u64 = 0x5100_0000_0000;
 
 /// A region of guest RAM.
@@ -27,50 +29,48 @@ impl RamRegion {
     ///
     /// # Errors
     ///
-    /// No memory.
+    /// The machine has no memory left.
     pub fn new(gpa: u64, len_bytes: u64) -> Result<Self> {
-        let file = File::from(memfd_create("ringpass-test-ram", MemfdFlags::CLOEXEC)?);
-        file.set_len(len_bytes)?;
-        Self::of_file(Arc::new(file), 0, gpa, len_bytes)
+        Self::of_file(new_file(len_bytes)?, 0, gpa, len_bytes)
     }
 
     /// The part of a file from `offset_bytes` on.
     ///
     /// # Errors
     ///
-    /// It cannot be mapped.
+    /// The file cannot be mapped.
     pub fn of_file(file: Arc<File>, offset_bytes: u64, gpa: u64, len_bytes: u64) -> Result<Self> {
         let part = FileOffset::from_arc(file.clone(), offset_bytes);
         let mapping = MmapRegion::from_file(part, usize::try_from(len_bytes)?).context("mapping guest RAM")?;
         let mapped = GuestRegionMmap::new(mapping, GuestAddress(gpa)).context("a region past the last address")?;
-        // Regions that are neighbours for the guest are not for the front-end.
+        // Regions that adjoin for the guest do not adjoin for the front-end.
         let user_addr = USER_BASE + 2 * gpa;
         Ok(Self { gpa, len_bytes, offset_bytes, user_addr, file, mapped: Arc::new(mapped) })
     }
 
-    /// Where the guest has it.
+    /// Guest-physical address of the region.
     pub fn gpa(&self) -> u64 {
         self.gpa
     }
 
-    /// How long it is.
+    /// Length of the region.
     pub fn len_bytes(&self) -> u64 {
         self.len_bytes
     }
 
-    /// The file.
+    /// The file that the region is a part of.
     pub fn file(&self) -> &File {
         &self.file
     }
 
-    /// How the region is told to the back-end.
+    /// The region in the messages of vhost-user.
     pub fn message(&self) -> VhostUserMemoryRegion {
         VhostUserMemoryRegion::new(self.gpa, self.len_bytes, self.user_addr, self.offset_bytes)
     }
 
-    /// All of it, to be given away in parts.
+    /// An arena of the whole region.
     pub fn arena(&self) -> Arena {
-        Arena { next: self.gpa, end: self.gpa + self.len_bytes }
+        Arena::new(self.gpa, self.len_bytes)
     }
 }
 
@@ -82,7 +82,7 @@ pub struct Ram {
 }
 
 impl Ram {
-    /// These regions, in the order in which they are told to the back-end.
+    /// These regions, in the order in which the front-end tells them to the back-end.
     ///
     /// # Errors
     ///
@@ -90,7 +90,7 @@ impl Ram {
     pub fn new(regions: impl IntoIterator<Item = RamRegion>) -> Result<Self> {
         let regions: Vec<RamRegion> = regions.into_iter().collect();
         let mut sorted: Vec<Arc<GuestRegionMmap>> = regions.iter().map(|region| region.mapped.clone()).collect();
-        sorted.sort_by_key(|region| vm_memory::GuestMemoryRegion::start_addr(region.as_ref()));
+        sorted.sort_by_key(|region| region.start_addr());
         let memory = GuestRegionCollection::from_arc_regions(sorted).context("making guest RAM")?;
         Ok(Self { regions, memory })
     }
@@ -99,9 +99,32 @@ impl Ram {
     ///
     /// # Errors
     ///
-    /// No memory.
+    /// The machine has no memory left.
     pub fn single(len_bytes: u64) -> Result<Self> {
         Self::new([RamRegion::new(0, len_bytes)?])
+    }
+
+    /// One memfd of `len_bytes` in two regions from guest address 0 on, which adjoin for the guest and are two mappings.
+    ///
+    /// # Errors
+    ///
+    /// The machine has no memory left.
+    pub fn in_two_regions(len_bytes: u64) -> Result<Self> {
+        let (file, half_bytes) = (new_file(len_bytes)?, len_bytes / 2);
+        let half = |number: u64| RamRegion::of_file(file.clone(), number * half_bytes, number * half_bytes, half_bytes);
+        Self::new([half(0)?, half(1)?])
+    }
+
+    /// The same RAM in other mappings, as the device has it.
+    ///
+    /// # Errors
+    ///
+    /// A file cannot be mapped.
+    pub fn map_again(&self) -> Result<Self> {
+        let again = |region: &RamRegion| {
+            RamRegion::of_file(region.file.clone(), region.offset_bytes, region.gpa, region.len_bytes)
+        };
+        Self::new(self.regions.iter().map(again).collect::<Result<Vec<_>>>()?)
     }
 
     /// The regions.
@@ -114,7 +137,7 @@ impl Ram {
         &self.memory
     }
 
-    /// Where the front-end says that it has a guest address, for `SET_VRING_ADDR`.
+    /// The front-end's address of a guest address, for `SET_VRING_ADDR`.
     ///
     /// # Errors
     ///
@@ -126,6 +149,12 @@ impl Ram {
     }
 }
 
+fn new_file(len_bytes: u64) -> Result<Arc<File>> {
+    let file = File::from(memfd_create("ringpass-test-ram", MemfdFlags::CLOEXEC)?);
+    file.set_len(len_bytes)?;
+    Ok(Arc::new(file))
+}
+
 /// Guest RAM that is given away from front to back.
 #[derive(Debug, Clone)]
 pub struct Arena {
@@ -134,11 +163,16 @@ pub struct Arena {
 }
 
 impl Arena {
-    /// `len_bytes` at a multiple of `align_bytes`.
+    /// The RAM from `gpa` on.
+    pub fn new(gpa: u64, len_bytes: u64) -> Self {
+        Self { next: gpa, end: gpa + len_bytes }
+    }
+
+    /// Gives away `len_bytes` at a multiple of `align_bytes`.
     ///
     /// # Errors
     ///
-    /// Not so much is left.
+    /// The arena has less left.
     pub fn take(&mut self, len_bytes: u64, align_bytes: u64) -> Result<u64> {
         let gpa = self.next.next_multiple_of(align_bytes);
         let left = self.end.saturating_sub(gpa);

@@ -1,5 +1,5 @@
-//! Messages as bytes on a Unix socket, with the file descriptors that come along: nothing is checked on the way out, so
-//! that a test can send anything.
+//! Messages as bytes on a Unix socket, with their file descriptors. Sending checks nothing, so that a test can send
+//! anything.
 
 use std::{
     io::{self, IoSlice, IoSliceMut},
@@ -25,24 +25,24 @@ pub const HEADER_BYTES: usize = 12;
 pub const FLAG_VERSION: u32 = 1;
 /// Flag of an answer.
 pub const FLAG_REPLY: u32 = 1 << 2;
-/// Flag of a request that wants an answer even if it would have none (`VHOST_USER_PROTOCOL_F_REPLY_ACK`).
+/// Flag of a request that has no answer of its own and wants an acknowledgement (`VHOST_USER_PROTOCOL_F_REPLY_ACK`).
 pub const FLAG_NEED_REPLY: u32 = 1 << 3;
 
 /// The most descriptors that Linux passes with one message (`SCM_MAX_FD`, unix(7)).
 pub const MAX_FDS: usize = 253;
-/// Far more than any message has: a longer one is a fault of the peer.
+/// Far more than any message has: a longer message is a fault of the peer.
 const MAX_BODY_BYTES: usize = 1 << 16;
 
-/// A message as it came.
+/// A received message.
 #[derive(Debug)]
 pub struct Message {
-    /// Number of the request, also in an answer.
+    /// Number of the request, in an answer too.
     pub request: u32,
     /// The header's flags.
     pub flags: u32,
     /// What follows the header.
     pub body: Vec<u8>,
-    /// The descriptors that came along.
+    /// The descriptors that came with the message.
     pub fds: Vec<OwnedFd>,
 }
 
@@ -57,21 +57,21 @@ pub fn encode(request: u32, flags: u32, body: &[u8]) -> Vec<u8> {
     bytes
 }
 
-/// Where a connection is to be cut by its own side.
+/// Where this side cuts the connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Cut {
-    /// Which message, from 0 on.
+    /// The message, from 0 on.
     pub message: usize,
-    /// Where in it.
+    /// The place in the message.
     pub at: CutAt,
 }
 
-/// Where in a message.
+/// A place in a message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum CutAt {
-    /// Half of it is sent, and all its descriptors.
+    /// Half of the message is sent, and all its descriptors.
     Within,
-    /// All of it is sent, and no answer is read.
+    /// The whole message is sent, and no answer is read.
     Behind,
 }
 
@@ -88,13 +88,13 @@ impl Wire {
     ///
     /// # Errors
     ///
-    /// Nobody listens there.
+    /// No process listens there.
     pub fn connect(path: &Path, timeout: Duration) -> Result<Self> {
         let socket = UnixStream::connect(path).with_context(|| format!("connecting to {}", path.display()))?;
         Self::new(socket, timeout)
     }
 
-    /// Takes a connected socket. An answer is waited for as long as `timeout`, and so is room for a message.
+    /// Takes a connected socket. `timeout` limits the wait for an answer, and the wait for room for a message.
     ///
     /// # Errors
     ///
@@ -105,26 +105,26 @@ impl Wire {
         Ok(Self { socket, cut: None, sent: AtomicUsize::new(0) })
     }
 
-    /// The same with an end: sending that message fails, and [`is_cut`] knows the error.
+    /// The same wire, which cuts the connection there: sending that message fails, and [`is_cut`] recognizes the error.
     pub fn cut_at(self, cut: Option<Cut>) -> Self {
         Self { cut, ..self }
     }
 
-    /// How many messages were sent.
+    /// How many messages this side has sent.
     pub fn sent(&self) -> usize {
         self.sent.load(Ordering::Relaxed)
     }
 
-    /// Changes how long an answer is waited for.
+    /// Changes the limit of the wait for an answer.
     ///
     /// # Errors
     ///
-    /// It cannot be set.
+    /// The socket does not take the limit.
     pub fn set_timeout(&self, timeout: Duration) -> io::Result<()> {
         self.socket.set_read_timeout(Some(timeout))
     }
 
-    /// Sends these bytes, with these descriptors along with the first of them.
+    /// Sends these bytes, with these descriptors at the first byte.
     ///
     /// # Errors
     ///
@@ -165,7 +165,7 @@ impl Wire {
     ///
     /// # Errors
     ///
-    /// Nothing comes within the time-out, the peer closes within a message, or its size makes no sense.
+    /// Nothing comes within the time-out, the peer closes within a message, or the size in the header is too large.
     pub fn receive(&self) -> Result<Option<Message>> {
         let mut header = [0; HEADER_BYTES];
         let mut fds = Vec::new();
@@ -183,7 +183,7 @@ impl Wire {
         Ok(Some(Message { request, flags, body, fds }))
     }
 
-    /// Sends nothing any more: the peer sees the end of the connection behind what was sent.
+    /// Closes the connection for sending: the peer sees its end behind what was sent.
     ///
     /// # Errors
     ///
@@ -201,24 +201,24 @@ impl Wire {
         self.socket.shutdown(Shutdown::Both)
     }
 
-    /// Whether the peer closes the connection without sending anything more than complete messages before.
+    /// Reads complete messages until the peer closes the connection.
     ///
     /// # Errors
     ///
-    /// It does neither within the time-out.
+    /// The peer sends anything else, or nothing comes within the time-out.
     pub fn drain_until_closed(&self) -> Result<()> {
         loop {
             match self.receive() {
                 Ok(Some(_)) => {}
                 Ok(None) => return Ok(()),
-                // Bytes of ours that the peer had not read when it closed.
+                // The peer had not read all of our bytes when it closed.
                 Err(error) if is_reset(&error) => return Ok(()),
                 Err(error) => return Err(error),
             }
         }
     }
 
-    /// Fills `buffer` unless the peer closes before; gives the number of bytes.
+    /// Fills `buffer` unless the peer closes before. Gives the number of bytes.
     fn receive_exactly(&self, buffer: &mut [u8], fds: &mut Vec<OwnedFd>) -> Result<usize> {
         let mut filled = 0;
         while filled < buffer.len() {
@@ -245,7 +245,7 @@ impl Wire {
     }
 }
 
-/// Whether the error says that the connection was cut as it was to be.
+/// Whether the error says that this side cut the connection, as [`Wire::cut_at`] chose.
 pub fn is_cut(error: &anyhow::Error) -> bool {
     let causes = error.chain().filter_map(|cause| cause.downcast_ref::<io::Error>());
     causes.into_iter().any(|error| error.kind() == io::ErrorKind::ConnectionAborted)
