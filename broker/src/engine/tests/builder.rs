@@ -37,7 +37,7 @@ impl Bench {
         let bench = Self { rings, commands, worker, rig };
         let disk = Some(bench.rig.open_disk());
         bench.carry_out(|done| BuilderCommand::SetDisk { disk, done });
-        let memory = bench.rig.ram.device_memory();
+        let memory = bench.rig.device_memory();
         bench.set_memory(memory, false);
         bench
     }
@@ -132,7 +132,7 @@ fn memory_stays_pinned_for_a_queue_that_comes_while_the_last_one_leaves() {
 fn memory_that_comes_while_no_queue_is_attached_is_there_for_the_next_one() {
     alone("engine::tests::builder::memory_that_comes_while_no_queue_is_attached_is_there_for_the_next_one", || {
         let bench = Bench::new();
-        let whole_memory = bench.rig.ram.device_memory();
+        let whole_memory = bench.rig.device_memory();
         bench.set_memory(without(&whole_memory, 1), true);
         bench.request(0, CancellationToken::default());
         let (_, first) = bench.built();

@@ -11,7 +11,7 @@ use vm_memory::{FileOffset, GuestAddress, GuestRegionMmap, MmapRegion};
 use super::attach::{attach_config, attached, first_queue, rig, verify};
 use super::driver::wait_until;
 use super::rig::{Options, Rig};
-use super::ring_driver::{RingDriver, whole};
+use super::ring_driver::{RingDriver, refused, whole};
 use crate::engine::attach::{BuilderCommand, RingKind};
 use crate::memory::Sharing;
 use crate::vhost_user::{Device, DeviceMemory};
@@ -26,9 +26,9 @@ fn punch(file: &File, offset_bytes: u64) {
 
 /// Discards a page of RAM, and waits for the end of the ring.
 fn discard(rig: &Rig, driver: &mut RingDriver) {
-    punch(rig.ram.file(), 20 << 20);
-    wait_until("the end of the ring", || driver.is_attach_complete());
-    assert_eq!(driver.wait_attach(), whole(ErrorCode::Discarded));
+    punch(rig.ram.regions()[0].file(), 20 << 20);
+    wait_until("the end of the ring", || driver.has_attach_ended().unwrap());
+    assert_eq!(driver.wait_attach().unwrap(), whole(ErrorCode::Discarded));
 }
 
 fn closed(rig: &Rig) -> Option<ErrorCode> {
@@ -42,7 +42,8 @@ fn discarded_memory_ends_rings_until_all_queues_have_stopped() {
     let mut driver = attached(&mut rig, 1);
     verify(&rig, &mut driver, 1);
     discard(&rig, &mut driver);
-    assert_eq!(driver.refused(&driver.payload().to_bytes()), whole(ErrorCode::Discarded));
+    let payload = driver.payload().to_bytes();
+    assert_eq!(refused(&mut driver, &payload), whole(ErrorCode::Discarded));
     assert_eq!(closed(&rig), Some(ErrorCode::Discarded));
     rig.engine.stop_queue(1);
     rig.engine.stop_queue(0);
@@ -59,7 +60,7 @@ fn what_a_front_end_discarded_is_no_matter_to_the_next() {
     // It vanishes: nothing is stopped.
     rig.engine.abandon();
     rig.engine.set_memory(Arc::new(DeviceMemory::new()));
-    rig.engine.set_memory(rig.ram.device_memory());
+    rig.engine.set_memory(rig.device_memory());
     assert_eq!(closed(&rig), None);
     let mut driver = attached(&mut rig, 1);
     verify(&rig, &mut driver, 1);
@@ -73,7 +74,7 @@ fn memory_that_leaves_was_not_discarded_unseen() {
     ftruncate(&small, 1 << 20).unwrap();
     let mapped = MmapRegion::from_file(FileOffset::new(small.try_clone().unwrap(), 0), 1 << 20).unwrap();
     let region = Arc::new(GuestRegionMmap::new(mapped, GuestAddress(1 << 32)).unwrap());
-    let without = rig.ram.device_memory();
+    let without = rig.device_memory();
     rig.engine.set_memory(Arc::new(without.insert_region(region).unwrap()));
     let mut driver = attached(&mut rig, 1);
     verify(&rig, &mut driver, 1);

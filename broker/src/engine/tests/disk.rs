@@ -2,7 +2,7 @@
 
 use std::sync::atomic::Ordering;
 
-use super::driver::{PATIENCE, wait_readable};
+use super::driver::PATIENCE;
 use super::rig::{DISK_BYTES, Options, Rig, SECTOR, content, contents};
 use crate::disk::{Disk, DiskConfig, DiskError};
 use crate::vhost_user::Device;
@@ -14,7 +14,7 @@ fn nothing_is_executed_before_the_disk_is_there_and_everything_after() {
     assert_eq!(rig.calls.requests.load(Ordering::SeqCst), 1, "the start asks for the disk");
     driver.add_write(0, &contents(1, 0, 8));
     driver.add_read(100, 8);
-    driver.queue.kick.write(1).unwrap();
+    driver.vring.kick().unwrap();
     // The answer comes from the worker, after it has had every chance to look at the queue.
     rig.engine.set_enabled(0, true);
     rig.engine.set_enabled(0, true);
@@ -31,7 +31,7 @@ fn nothing_is_executed_before_the_disk_is_there_and_everything_after() {
 fn a_queue_that_never_got_the_disk_stops_at_once_with_the_index_it_was_started_with() {
     let mut rig = Rig::without_disk(Options::default());
     let driver = rig.driver(0);
-    rig.engine.start_queue(0, driver.queue.setup(77, None), driver.queue.eventfds());
+    rig.engine.start_queue(0, driver.setup(77, None), driver.eventfds());
     rig.engine.set_enabled(0, true);
     assert_eq!(rig.engine.stop_queue(0), Some(77));
 }
@@ -55,7 +55,7 @@ fn the_last_queue_that_stops_while_a_log_is_kept_frees_the_disk_for_others() {
 
     // The migration failed, and the guest goes on here.
     let requests = rig.calls.requests.load(Ordering::SeqCst);
-    rig.engine.start_queue(0, one.queue.setup(1, None), one.queue.eventfds());
+    rig.engine.start_queue(0, one.setup(1, None), one.eventfds());
     rig.engine.set_enabled(0, true);
     assert_eq!(rig.calls.requests.load(Ordering::SeqCst), requests + 1);
     one.add_read(8, 8);
@@ -109,7 +109,7 @@ fn pages_that_requests_write_are_marked_and_others_are_not() {
     assert_eq!(driver.read(0, 1).status, 0);
     let log = rig.dirty_log();
     rig.engine.set_dirty_log(Some(log));
-    let used_ring_page = driver.queue.used_ring() / 4096;
+    let used_ring_page = driver.vring.layout().used_gpa / 4096;
     assert_eq!(rig.marked_pages(), [used_ring_page], "what was written to the used ring before");
 
     driver.misalignment_bytes = 0x800;
@@ -142,7 +142,7 @@ fn shutdown_ends_what_is_under_way_and_frees_the_disk() {
         assert_eq!(outcome.status, 0);
         ended += 1;
     }
-    assert!(ended == 0 || wait_readable(&driver.queue.call, PATIENCE), "the driver is told");
+    assert!(ended == 0 || driver.vring.eventfds().call().wait(PATIENCE).unwrap(), "the driver is told");
     Disk::open(&DiskConfig::new(image.path())).expect("nobody has the disk any more");
 }
 

@@ -8,8 +8,9 @@ use std::time::Duration;
 use ringpass_guest_abi::request::ErrorCode;
 
 use super::attach::{attach_config, driver_queue};
+use super::driver::{eventfds, setup};
 use super::rig::{Options, Rig};
-use super::ring_driver::RingDriver;
+use super::ring_driver::{RingDriver, ring_queue_driver};
 use super::turns::{nobody, with_worker};
 use crate::engine::attach::{
     Attach, AttachEvent, BuildRequest, BuilderCommand, BuilderReceiver, SharedRings, builder_channel,
@@ -40,23 +41,23 @@ fn with_attached(act: impl FnOnce(Bench<'_, '_>)) {
     let attach = Attach::new(Arc::new(attach_config()), QUEUE + 1, rings, sender, workers);
     let options = Options { queues: QUEUE + 1, ..Options::default() };
     with_worker(obeyed, options, 8, Some(attach), |rig, worker| {
-        let memory = rig.ram.device_memory();
+        let memory = rig.device_memory();
         commands.send(Command::SetMemory { memory, reply: nobody() });
         commands.send(Command::SetDisk { disk: rig.open_disk(), reply: nobody() });
-        let queue = driver_queue(rig, QUEUE);
-        let driver = RingDriver::new(&rig.ram, QUEUE, queue);
+        let driver = ring_queue_driver(driver_queue(rig, QUEUE), QUEUE);
         let mut bench = Bench { rig, worker, commands: &commands, requests: &requests, driver };
         bench.start();
         bench.turns();
-        bench.driver.attach();
+        let payload = bench.driver.payload().to_bytes();
+        bench.driver.send_both(&payload).unwrap();
         act(bench);
     });
 }
 
 impl Bench<'_, '_> {
-    fn start(&self) {
-        let (queue, number) = (&self.driver.queue, usize::from(QUEUE));
-        let (setup, eventfds) = (queue.setup(queue.used_idx(), None), queue.eventfds());
+    fn start(&mut self) {
+        let (vring, number) = (self.driver.vring(), usize::from(QUEUE));
+        let (setup, eventfds) = (setup(vring, vring.used_idx().unwrap(), None), eventfds(vring));
         self.commands.send(Command::Start { queue: number, setup, eventfds });
         self.commands.send(Command::SetEnabled { queue: number, enabled: true, reply: nobody() });
     }
@@ -100,7 +101,7 @@ impl Bench<'_, '_> {
 
     /// The guest's memory is another mapping of it.
     fn change_mapping(&self) {
-        self.commands.send(Command::SetMemory { memory: self.rig.ram.device_memory(), reply: nobody() });
+        self.commands.send(Command::SetMemory { memory: self.rig.device_memory(), reply: nobody() });
     }
 }
 
@@ -113,7 +114,7 @@ fn memory_of_a_ring_that_was_not_claimed_is_left_at_once_and_the_next_ring_is_in
         assert_eq!(left.try_recv(), Ok(()));
         assert!(!first.token.claim(), "the worker has cancelled it");
         // The driver acknowledges the end of an epoch that never began.
-        bench.driver.look();
+        bench.driver.look().unwrap();
         let second = bench.claimed();
         assert_eq!(second.attachment, first.attachment);
     });
@@ -147,7 +148,7 @@ fn disabling_a_queue_waits_for_its_ring_and_not_for_a_ring_of_a_front_end_that_i
         let disable = |reply| Command::SetEnabled { queue: QUEUE.into(), enabled: false, reply };
         let _request = bench.claimed();
         bench.commands.send(Command::Abandon);
-        bench.commands.send(Command::SetMemory { memory: bench.rig.ram.device_memory(), reply: nobody() });
+        bench.commands.send(Command::SetMemory { memory: bench.rig.device_memory(), reply: nobody() });
         bench.start();
         bench.turns();
         assert_eq!(bench.send(disable).try_recv(), Ok(()));

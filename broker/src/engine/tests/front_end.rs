@@ -5,9 +5,13 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::mpsc::{TryRecvError, sync_channel};
 use std::time::Duration;
 
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EFD_SEMAPHORE, EventFd};
+use ringpass_test_utils::descriptor::Descriptor;
+use ringpass_test_utils::event::Event;
+use ringpass_test_utils::ram::Ram;
+use rustix::event::EventfdFlags;
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::driver::{Buffer, PATIENCE, Ram, wait_readable, wait_until};
+use super::driver::{PATIENCE, device_memory, wait_readable, wait_until};
 use super::rig::{BlockDriver, Options, RAM_BYTES, Rig, SPARE_GPA, content, contents};
 use crate::engine::command::Command;
 use crate::vhost_user::Device;
@@ -39,7 +43,7 @@ fn under_load(options: Options, by_interrupt: bool, rounds: u32, mut act: impl F
     let mut rig = Rig::new(options);
     let mut driver = rig.driver(0);
     driver.by_interrupt = by_interrupt;
-    driver.queue.event_idx = true;
+    driver.vring.set_event_idx(true);
     rig.start(&driver);
     let end = AtomicBool::new(false);
     let ended = AtomicU32::new(0);
@@ -61,7 +65,7 @@ fn under_load(options: Options, by_interrupt: bool, rounds: u32, mut act: impl F
 fn memory_tables_can_be_exchanged_under_load() {
     under_load(Options::default(), false, 500, |rig, _| {
         // The same memory, mapped anew: the old mapping goes as soon as nothing under way needs it.
-        rig.engine.set_memory(rig.ram.device_memory());
+        rig.engine.set_memory(rig.device_memory());
     });
 }
 
@@ -82,7 +86,7 @@ fn a_disabled_queue_takes_nothing() {
     let mut driver = rig.running(0);
     rig.engine.set_enabled(0, false);
     driver.add_read(0, 8);
-    driver.queue.kick.write(1).unwrap();
+    driver.vring.kick().unwrap();
     rig.engine.set_enabled(0, false);
     assert_eq!(driver.poll(), None);
     rig.engine.set_enabled(0, true);
@@ -98,10 +102,10 @@ fn the_call_eventfd_can_change_under_load_and_no_interrupt_is_lost() {
     for round in 0..200 {
         driver.add_read(round * 8, 8);
         driver.kick();
-        let call = EventFd::new(EFD_NONBLOCK).unwrap();
-        rig.engine.set_call(0, Some(call.try_clone().unwrap()));
+        let call = Event::new().unwrap();
+        rig.engine.set_call(0, Some(call.to_eventfd().unwrap()));
         // From now on the driver listens to the new one only.
-        driver.queue.call = call;
+        driver.vring.eventfds().set_call(call);
         assert_eq!(driver.wait().data, contents(0, round * 8, 8));
     }
 }
@@ -111,9 +115,9 @@ fn the_kick_eventfd_can_change_and_no_kick_is_lost() {
     let mut rig = Rig::new(Options { poll_time: Duration::ZERO, ..Options::default() });
     let mut driver = rig.running(0);
     for round in 0..200 {
-        let kick = EventFd::new(EFD_NONBLOCK).unwrap();
-        rig.engine.set_kick(0, Some(kick.try_clone().unwrap()));
-        driver.queue.kick = kick;
+        let kick = Event::new().unwrap();
+        rig.engine.set_kick(0, Some(kick.to_eventfd().unwrap()));
+        driver.vring.eventfds().set_kick(kick);
         assert_eq!(driver.read(round * 8, 8).data, contents(0, round * 8, 8));
     }
 }
@@ -124,7 +128,7 @@ fn kicks_with_nothing_available_are_harmless() {
     let mut driver = rig.running(0);
     let counters = rig.engine.control().counters()[0].clone();
     for round in 0..100 {
-        driver.queue.kick.write(1).unwrap();
+        driver.vring.kick().unwrap();
         wait_until("the kick", || counters.kicks.get() > round);
     }
     assert_eq!(driver.read(0, 8).data, contents(0, 0, 8));
@@ -135,8 +139,9 @@ fn kicks_with_nothing_available_are_harmless() {
 fn a_semaphore_with_a_huge_count_as_kick_does_not_keep_the_worker_busy() {
     let mut rig = Rig::new(Options { poll_time: Duration::ZERO, ..Options::default() });
     let mut driver = rig.driver(0);
-    driver.queue.kick = EventFd::new(EFD_NONBLOCK | EFD_SEMAPHORE).unwrap();
-    driver.queue.kick.write(1 << 40).unwrap();
+    let kick = Event::with_flags(EventfdFlags::NONBLOCK | EventfdFlags::SEMAPHORE).unwrap();
+    kick.add(1 << 40).unwrap();
+    driver.vring.eventfds().set_kick(kick);
     rig.start(&driver);
     let counters = rig.engine.control().counters()[0].clone();
     for round in 0..300 {
@@ -156,12 +161,12 @@ fn a_semaphore_with_a_huge_count_as_kick_does_not_keep_the_worker_busy() {
 fn a_queue_without_call_and_kick_eventfds_is_polled() {
     let mut rig = Rig::new(Options { poll_time: Duration::ZERO, ..Options::default() });
     let mut driver = rig.driver(0);
-    rig.engine.start_queue(0, driver.queue.setup(0, None), Default::default());
+    rig.engine.start_queue(0, driver.setup(0, None), Default::default());
     rig.engine.set_enabled(0, true);
     for sector in 0..100 {
         driver.add_read(sector, 1);
         // No kick.
-        assert_eq!(driver.queue.wait_by_polling().len_bytes, 513);
+        assert_eq!(driver.vring.next_used_by_spinning(PATIENCE).unwrap().len_bytes, 513);
     }
     assert_eq!(rig.engine.stop_queue(0), Some(100));
 }
@@ -170,23 +175,27 @@ fn a_queue_without_call_and_kick_eventfds_is_polled() {
 fn a_broken_queue_stops_alone_and_says_so() {
     type Break = fn(&mut BlockDriver);
     let breaks: [(&str, Break); 3] = [
-        ("an available index beyond the ring", |driver| driver.queue.set_avail_idx(5000)),
-        ("a head outside of the table", |driver| driver.queue.add_head(0x4000)),
+        ("an available index beyond the ring", |driver| driver.vring.write_avail_idx(5000).unwrap()),
+        ("a head outside of the table", |driver| {
+            driver.vring.add_head(0x4000).unwrap();
+            driver.vring.publish_quietly().unwrap();
+        }),
         ("a chain without a byte for the status", |driver| {
-            driver.queue.add(&[Buffer { gpa: SPARE_GPA, len_bytes: 16, writable: false }]);
+            driver.vring.add(&[Descriptor::readable(SPARE_GPA, 16)]).unwrap();
+            driver.vring.publish_quietly().unwrap();
         }),
     ];
     for (what, break_queue) in breaks {
         let mut rig = Rig::new(Options { queues: 2, poll_time: Duration::ZERO, ..Options::default() });
         let (mut bad, mut good) = (rig.driver(0), rig.running(1));
         let err = EventFd::new(EFD_NONBLOCK).unwrap();
-        let mut eventfds = bad.queue.eventfds();
+        let mut eventfds = bad.eventfds();
         eventfds.err = Some(err.try_clone().unwrap());
-        rig.engine.start_queue(0, bad.queue.setup(0, None), eventfds);
+        rig.engine.start_queue(0, bad.setup(0, None), eventfds);
         rig.engine.set_enabled(0, true);
         assert_eq!(bad.read(0, 1).data, content(0, 0));
         break_queue(&mut bad);
-        bad.queue.kick.write(1).unwrap();
+        bad.vring.kick().unwrap();
         assert!(wait_readable(&err, PATIENCE), "{what}: the error eventfd is signalled");
         assert_eq!(good.read(8, 8).data, contents(0, 8, 8), "{what}: the other queue goes on");
         let control = rig.engine.control();
@@ -204,10 +213,10 @@ fn a_broken_queue_stops_alone_and_says_so() {
 fn rings_outside_of_memory_signal_the_error_eventfd() {
     let mut rig = Rig::new(Options::default());
     let driver = rig.driver(0);
-    let mut setup = driver.queue.setup(5, None);
+    let mut setup = driver.setup(5, None);
     setup.avail_ring = vm_memory::GuestAddress(RAM_BYTES);
     let err = EventFd::new(EFD_NONBLOCK).unwrap();
-    let mut eventfds = driver.queue.eventfds();
+    let mut eventfds = driver.eventfds();
     eventfds.err = Some(err.try_clone().unwrap());
     rig.engine.start_queue(0, setup, eventfds);
     assert!(wait_readable(&err, PATIENCE));
@@ -220,15 +229,15 @@ fn a_queue_whose_rings_are_not_in_memory_for_a_while_goes_on_when_they_come_back
     let (mut one, mut two) = (rig.running(0), rig.running(1));
     assert_eq!(two.read(0, 1).data, content(0, 0));
     // The rings of the second queue are not in what is left.
-    let small = Ram::new(RAM_BYTES / 64);
-    rig.engine.set_memory(small.device_memory());
+    let small = Ram::in_two_regions(RAM_BYTES / 64).unwrap();
+    rig.engine.set_memory(device_memory(&small));
     two.add_read(8, 8);
-    two.queue.kick.write(1).unwrap();
+    two.vring.kick().unwrap();
     // Answered by the worker, after it has had every chance to look at the queue.
     rig.engine.set_enabled(1, true);
     rig.engine.set_enabled(1, true);
     assert_eq!(two.poll(), None);
-    rig.engine.set_memory(rig.ram.device_memory());
+    rig.engine.set_memory(rig.device_memory());
     assert_eq!(two.wait().data, contents(0, 8, 8));
     assert_eq!(one.read(0, 1).data, content(0, 0));
     let control = rig.engine.control();
@@ -240,8 +249,8 @@ fn a_queue_whose_rings_are_not_in_memory_can_be_stopped() {
     let mut rig = Rig::new(Options { queues: 2, ..Options::default() });
     let mut two = rig.running(1);
     assert_eq!(two.read(0, 1).data, content(0, 0));
-    let small = Ram::new(RAM_BYTES / 64);
-    rig.engine.set_memory(small.device_memory());
+    let small = Ram::in_two_regions(RAM_BYTES / 64).unwrap();
+    rig.engine.set_memory(device_memory(&small));
     assert_eq!(rig.engine.stop_queue(1), Some(1));
 }
 
@@ -263,15 +272,15 @@ fn a_stop_is_answered_when_what_an_earlier_process_had_taken_is_executed() {
         for sector in [0, 8, 16] {
             driver.add_write(sector, &contents(1, sector, 8));
         }
-        let memory = rig.ram.device_memory();
-        let mut killed = SplitQueue::new(driver.queue.setup(0, region(&file).queue(0)), &memory).unwrap();
+        let memory = rig.device_memory();
+        let mut killed = SplitQueue::new(driver.setup(0, region(&file).queue(0)), &memory).unwrap();
         while killed.pop_recorded(&memory).unwrap().is_some() {}
         drop(killed);
         // What nobody has taken yet.
         driver.add_write(24, &contents(1, 24, 8));
 
         // It is not even enabled: a front-end disables a queue before it stops it.
-        rig.engine.start_queue(0, driver.queue.setup(0, region(&file).queue(0)), driver.queue.eventfds());
+        rig.engine.start_queue(0, driver.setup(0, region(&file).queue(0)), driver.eventfds());
         if is_set_up {
             rig.engine.set_enabled(0, false);
             rig.engine.set_enabled(0, false);
@@ -302,11 +311,11 @@ fn a_front_end_that_vanishes_under_load_and_comes_back_loses_nothing() {
     let mut sectors = HashMap::new();
     let mut next = 0;
     for round in 0..50 {
-        let (ram, inflight) = (rig.ram.device_memory(), region(&file).queue(0));
+        let (ram, inflight) = (rig.device_memory(), region(&file).queue(0));
         rig.engine.set_memory(ram);
         // The index is what a front-end guesses that knows nothing: the in-flight region knows better.
-        let guess = driver.queue.used_idx();
-        rig.engine.start_queue(0, driver.queue.setup(guess, inflight), driver.queue.eventfds());
+        let guess = driver.vring.used_idx().unwrap();
+        rig.engine.start_queue(0, driver.setup(guess, inflight), driver.eventfds());
         rig.engine.set_enabled(0, true);
         for _ in 0..40 {
             while driver.depth() < 16 {
@@ -322,8 +331,8 @@ fn a_front_end_that_vanishes_under_load_and_comes_back_loses_nothing() {
         rig.engine.abandon();
     }
     let inflight = region(&file).queue(0);
-    rig.engine.set_memory(rig.ram.device_memory());
-    rig.engine.start_queue(0, driver.queue.setup(0, inflight), driver.queue.eventfds());
+    rig.engine.set_memory(rig.device_memory());
+    rig.engine.start_queue(0, driver.setup(0, inflight), driver.eventfds());
     rig.engine.set_enabled(0, true);
     while driver.depth() > 0 {
         let outcome = driver.wait();
@@ -345,7 +354,7 @@ fn reset_stops_all_queues_and_forgets_what_the_driver_chose() {
     assert_eq!(one.write_data(0, &[1; 512]).status, 0);
     rig.engine.reset();
     one.add_read(0, 1);
-    one.queue.kick.write(1).unwrap();
+    one.vring.kick().unwrap();
     rig.engine.set_enabled(0, true);
     assert_eq!(one.poll(), None, "the queue has stopped");
     assert_eq!(rig.engine.config_space()[32], 1, "write-back");
@@ -358,8 +367,9 @@ fn reset_stops_all_queues_and_forgets_what_the_driver_chose() {
 fn eventfds_that_block_do_not_block_the_engine() {
     let mut rig = Rig::new(Options { poll_time: Duration::ZERO, ..Options::default() });
     let mut driver = rig.driver(0);
-    let blocking = || EventFd::new(EFD_CLOEXEC).unwrap();
-    (driver.queue.kick, driver.queue.call) = (blocking(), blocking());
+    let blocking = || Event::with_flags(EventfdFlags::empty()).unwrap();
+    driver.vring.eventfds().set_kick(blocking());
+    driver.vring.eventfds().set_call(blocking());
     rig.start(&driver);
     driver.by_interrupt = true;
     for sector in 0..50 {
@@ -367,10 +377,10 @@ fn eventfds_that_block_do_not_block_the_engine() {
     }
     // A counter that takes no more: nobody reads this eventfd.
     let full = blocking();
-    full.write(u64::MAX - 1).unwrap();
-    rig.engine.set_call(0, Some(full.try_clone().unwrap()));
+    full.add(u64::MAX - 1).unwrap();
+    rig.engine.set_call(0, Some(full.to_eventfd().unwrap()));
     driver.by_interrupt = false;
-    driver.queue.want_interrupts(true);
+    driver.vring.want_interrupts(true).unwrap();
     for sector in 0..50 {
         assert_eq!(driver.read(sector, 1).data, content(0, sector));
     }

@@ -5,6 +5,7 @@ use ringpass_guest_abi::request::{EventAnswer, Outcome, T_DETACH, T_EVENT, T_PRO
 
 use super::attach::{first_queue, rig};
 use super::rig::{DISK_BYTES, Options, Outcome as BlkOutcome, Rig, SECTOR, contents};
+use super::ring_driver::FirstQueue;
 use crate::disk::DirectIo;
 use crate::vhost_user::Device;
 
@@ -15,6 +16,12 @@ const UNSUPP: u8 = 2;
 #[track_caller]
 fn ensure(outcome: &BlkOutcome, status: u8, used_bytes: u32) {
     assert_eq!((outcome.status, outcome.used_bytes), (status, used_bytes));
+}
+
+/// Sends a request, and waits for the next one that ends. Gives the length of that one in the used ring.
+fn used_bytes(queue: &mut FirstQueue, kind: u32, payload: &[u8]) -> u32 {
+    queue.send(kind, payload).unwrap();
+    queue.next_used().unwrap().len_bytes
 }
 
 #[test]
@@ -69,14 +76,14 @@ fn a_request_of_the_interface_has_written_its_answer() {
     // The buffer for an answer has 256 bytes, all of them before the status.
     let mut rig = rig(2, 1);
     let mut queue = first_queue(&mut rig);
-    assert_eq!(queue.used_bytes(T_PROBE, &[]), ProbeAnswer::BYTES as u32);
-    assert_eq!(queue.used_bytes(T_DETACH, &[]), Outcome::BYTES as u32, "a refusal has its outcome");
-    queue.post_event();
+    assert_eq!(used_bytes(&mut queue, T_PROBE, &[]), ProbeAnswer::BYTES as u32);
+    assert_eq!(used_bytes(&mut queue, T_DETACH, &[]), Outcome::BYTES as u32, "a refusal has its outcome");
+    queue.post_event().unwrap();
     // A second one brings the first one back.
-    assert_eq!(queue.used_bytes(T_EVENT, &[]), EventAnswer::BYTES as u32);
+    assert_eq!(used_bytes(&mut queue, T_EVENT, &[]), EventAnswer::BYTES as u32);
 
     let mut without_rings = Rig::new(Options::default());
     let mut queue = first_queue(&mut without_rings);
-    assert_eq!(queue.used_bytes(T_PROBE, &[]), 0, "an unknown type writes its status only");
+    assert_eq!(used_bytes(&mut queue, T_PROBE, &[]), 0, "an unknown type writes its status only");
     without_rings.engine.stop_queue(0);
 }

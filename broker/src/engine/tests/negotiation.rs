@@ -1,9 +1,8 @@
 //! Requests that belong to features: only what the queue's driver negotiated is executed.
 
-use super::driver::DriverQueue;
 use super::rig::{Options, Rig, SECTOR, contents};
 use crate::vhost_user::Device;
-use crate::virtqueue::{InflightFile, InflightQueue, InflightRegion, SplitQueue};
+use crate::virtqueue::{InflightFile, InflightQueue, InflightRegion, QueueSetup, SplitQueue};
 
 const OK: u8 = 0;
 const UNSUPP: u8 = 2;
@@ -23,7 +22,7 @@ fn what_the_driver_did_not_negotiate_is_unsupported_and_changes_nothing() {
     ] {
         let mut rig = Rig::new(Options::default());
         let mut driver = rig.driver(0);
-        driver.queue.blk_features = features;
+        driver.blk_features = features;
         rig.start(&driver);
         let requests =
             [driver.discard(0, 8), driver.write_zeroes(8, 8, true), driver.write_zeroes(16, 8, false), driver.flush()];
@@ -42,7 +41,7 @@ fn the_features_that_count_are_those_with_which_the_queue_was_started_last() {
     let mut rig = Rig::new(Options::default());
     for (features, status) in [(DISCARD, OK), (0, UNSUPP), (DISCARD, OK)] {
         let mut driver = rig.driver(0);
-        driver.queue.blk_features = features;
+        driver.blk_features = features;
         rig.start(&driver);
         assert_eq!(driver.discard(0, 8).status, status);
         rig.engine.stop_queue(0);
@@ -54,8 +53,8 @@ fn the_features_that_count_are_those_with_which_the_queue_was_started_last() {
 fn indirect_tables_and_queues_beyond_the_first_are_served_without_their_features() {
     let mut rig = Rig::new(Options { queues: 2, ..Options::default() });
     let mut driver = rig.driver(1);
-    driver.queue.blk_features = 0;
-    driver.queue.indirect = true;
+    driver.blk_features = 0;
+    driver.indirect = true;
     rig.start(&driver);
     assert_eq!(driver.write_data(8, &contents(1, 8, 8)).status, OK);
     assert_eq!(driver.read(8, 8).data, contents(1, 8, 8));
@@ -67,9 +66,9 @@ fn region(file: &InflightFile) -> Option<InflightQueue> {
 }
 
 /// Takes what is available as a process does that is killed then.
-fn take_and_die(rig: &Rig, queue: &DriverQueue, file: &InflightFile) {
-    let memory = rig.ram.device_memory();
-    let mut taken = SplitQueue::new(queue.setup(0, region(file)), &memory).unwrap();
+fn take_and_die(rig: &Rig, setup: QueueSetup) {
+    let memory = rig.device_memory();
+    let mut taken = SplitQueue::new(setup, &memory).unwrap();
     assert!(taken.pop_recorded(&memory).unwrap().is_some());
 }
 
@@ -80,9 +79,9 @@ fn what_an_earlier_process_had_taken_is_executed_by_the_features_that_the_front_
         let file = InflightRegion::create(1, 256).unwrap();
         let mut driver = rig.driver(0);
         driver.add_discard(0, 8);
-        take_and_die(&rig, &driver.queue, &file);
-        driver.queue.blk_features = features;
-        rig.engine.start_queue(0, driver.queue.setup(0, region(&file)), driver.queue.eventfds());
+        take_and_die(&rig, driver.setup(0, region(&file)));
+        driver.blk_features = features;
+        rig.engine.start_queue(0, driver.setup(0, region(&file)), driver.eventfds());
         rig.engine.set_enabled(0, true);
         assert_eq!(driver.wait().status, status);
     }

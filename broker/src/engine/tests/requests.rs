@@ -144,8 +144,8 @@ fn every_depth_every_kind_of_ring_and_every_way_to_wait_returns_the_right_data()
         for (round, depth) in [1, 2, 7, 32, 128].into_iter().enumerate() {
             for kind in 0..8 {
                 let mut driver = rig.driver(0);
-                driver.queue.event_idx = kind & 1 != 0;
-                driver.queue.indirect = kind & 2 != 0;
+                driver.vring.set_event_idx(kind & 1 != 0);
+                driver.indirect = kind & 2 != 0;
                 driver.by_interrupt = kind & 4 != 0;
                 driver.segment_bytes = [u32::MAX, 512, 1000][round % 3];
                 rig.start(&driver);

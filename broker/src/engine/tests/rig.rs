@@ -7,6 +7,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
+use ringpass_test_utils::PATIENCE;
+use ringpass_test_utils::blk::{HEADER_BYTES, NO_STATUS, SECTOR_BYTES, header, range};
+use ringpass_test_utils::descriptor::{DESCRIPTOR_BYTES, Descriptor};
+use ringpass_test_utils::ram::Ram;
+use ringpass_test_utils::vring::{DriverVring, Used};
 use tempfile::NamedTempFile;
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
@@ -14,14 +19,14 @@ use virtio_bindings::virtio_blk::{
 };
 use vm_memory::{Bytes, GuestAddress};
 
-use super::driver::{Buffer, DriverQueue, QUEUE_RAM_BYTES, Ram, Used};
+use super::driver::{device_memory, eventfds, features, indirect_tables_gpa, setup, vring};
 use crate::disk::{DirectIo, Disk, DiskConfig};
 use crate::engine::{AttachConfig, DiskSource, Engine, EngineConfig, EngineControl};
-use crate::vhost_user::Device;
+use crate::vhost_user::{Device, DeviceMemory, QueueEventfds};
 use crate::virtio_blk::{BlkConfig, BlkParameters, DiscardLimits, WriteZeroesLimits};
-use crate::virtqueue::DirtyLog;
+use crate::virtqueue::{DirtyLog, InflightQueue, QueueSetup};
 
-pub(super) const SECTOR: u64 = 512;
+pub(super) const SECTOR: u64 = SECTOR_BYTES;
 /// Requests of one queue that can be outstanding.
 pub(super) const DEPTH_MAX: u16 = 128;
 pub(super) const RAM_BYTES: u64 = 32 << 20;
@@ -35,6 +40,8 @@ const PLACES_GPA: u64 = 8 << 20;
 const PLACE_BYTES: u64 = 0x6000;
 const STATUS_OFFSET: u64 = 0x800;
 const DATA_OFFSET: u64 = 0x1000;
+/// Room for an indirect table.
+const TABLE_BYTES: u64 = 128 * DESCRIPTOR_BYTES;
 
 /// What a test wants.
 #[derive(Clone)]
@@ -116,8 +123,8 @@ impl Rig {
             Ok(Box::new(source))
         })
         .unwrap();
-        let ram = Ram::new(RAM_BYTES);
-        engine.set_memory(ram.device_memory());
+        let ram = Ram::in_two_regions(RAM_BYTES).unwrap();
+        engine.set_memory(device_memory(&ram));
         Self { engine, image, ram, calls, options, log_file: NamedTempFile::new().unwrap() }
     }
 
@@ -128,11 +135,16 @@ impl Rig {
         rig
     }
 
+    /// A mapping of the guest's RAM for the device.
+    pub(super) fn device_memory(&self) -> Arc<DeviceMemory> {
+        device_memory(&self.ram)
+    }
+
     pub(super) fn open_disk(&self) -> Arc<Disk> {
         let mut config = DiskConfig::new(self.image.path());
         config.direct_io = self.options.direct_io;
         config.read_only = self.options.read_only;
-        config.lock_wait = Some(super::driver::PATIENCE);
+        config.lock_wait = Some(PATIENCE);
         let disk = Disk::open(&config).unwrap();
         Arc::new(match self.options.direct_block_bytes {
             Some(block_bytes) => disk.with_direct_block(block_bytes),
@@ -142,13 +154,12 @@ impl Rig {
 
     /// A driver for a queue, which is not started yet.
     pub(super) fn driver(&self, index: u16) -> BlockDriver {
-        let queue = DriverQueue::new(&self.ram, u64::from(index) * QUEUE_RAM_BYTES, self.options.queue_size);
-        BlockDriver::new(index, self.ram.clone(), queue)
+        BlockDriver::new(index, vring(&self.ram, index, self.options.queue_size))
     }
 
     /// Starts and enables a queue.
     pub(super) fn start(&mut self, driver: &BlockDriver) {
-        self.engine.start_queue(driver.index, driver.queue.setup(0, None), driver.queue.eventfds());
+        self.engine.start_queue(driver.index, driver.setup(0, None), driver.eventfds());
         self.engine.set_enabled(driver.index, true);
     }
 
@@ -236,10 +247,14 @@ pub(super) struct Outcome {
 /// A virtio-blk driver on one queue.
 pub(super) struct BlockDriver {
     pub(super) index: u16,
-    pub(super) ram: Ram,
-    pub(super) queue: DriverQueue,
+    pub(super) vring: DriverVring,
+    /// Numbers of the free places.
     places: Vec<u64>,
-    /// By head: the place, and how much is read.
+    /// The features that it accepted of the device.
+    pub(super) blk_features: u64,
+    /// Its chains are in indirect tables.
+    pub(super) indirect: bool,
+    /// By head: the number of the place, and how much is read.
     outstanding: HashMap<u16, (u64, u32)>,
     /// The data is cut into buffers of this length.
     pub(super) segment_bytes: u32,
@@ -254,13 +269,13 @@ pub(super) struct BlockDriver {
 }
 
 impl BlockDriver {
-    pub(super) fn new(index: u16, ram: Ram, queue: DriverQueue) -> Self {
-        let first = PLACES_GPA + u64::from(index) * u64::from(DEPTH_MAX) * PLACE_BYTES;
+    pub(super) fn new(index: u16, vring: DriverVring) -> Self {
         Self {
             index,
-            ram,
-            queue,
-            places: (0..DEPTH_MAX).rev().map(|number| first + u64::from(number) * PLACE_BYTES).collect(),
+            vring,
+            places: (0..DEPTH_MAX.into()).rev().collect(),
+            blk_features: u64::MAX,
+            indirect: false,
             outstanding: HashMap::new(),
             segment_bytes: u32::MAX,
             misalignment_bytes: 0,
@@ -270,9 +285,20 @@ impl BlockDriver {
         }
     }
 
+    /// The set-up of its queue.
+    pub(super) fn setup(&self, next_avail: u16, inflight: Option<InflightQueue>) -> QueueSetup {
+        let driver_features = features(&self.vring, self.blk_features);
+        QueueSetup { driver_features, ..setup(&self.vring, next_avail, inflight) }
+    }
+
+    /// The eventfds of its queue.
+    pub(super) fn eventfds(&self) -> QueueEventfds {
+        eventfds(&self.vring)
+    }
+
     /// The first page of the place that the next request gets, and the last one got if none is outstanding.
     pub(super) fn place_pages(&self) -> u64 {
-        self.places.last().expect("a free place") / 4096
+        self.place_gpa(*self.places.last().expect("a free place")) / 4096
     }
 
     /// How many requests are outstanding.
@@ -283,38 +309,45 @@ impl BlockDriver {
     /// Whether one more request of this length fits.
     pub(super) fn has_room(&self, len_bytes: u32) -> bool {
         let buffers = 2 + len_bytes.div_ceil(self.segment_bytes.min(len_bytes).max(1)) as usize;
-        !self.places.is_empty() && self.queue.has_room(buffers)
+        !self.places.is_empty() && self.vring.has_room(if self.indirect { 1 } else { buffers })
     }
 
     fn write(&self, gpa: u64, bytes: &[u8]) {
-        self.ram.memory.write_slice(bytes, GuestAddress(gpa)).unwrap();
+        self.vring.ram().memory().write_slice(bytes, GuestAddress(gpa)).unwrap();
+    }
+
+    fn place_gpa(&self, place: u64) -> u64 {
+        PLACES_GPA + (u64::from(self.index) * u64::from(DEPTH_MAX) + place) * PLACE_BYTES
     }
 
     fn data_at(&self, place: u64) -> u64 {
-        self.data_gpa.unwrap_or(place + DATA_OFFSET) + self.misalignment_bytes
+        self.data_gpa.unwrap_or(self.place_gpa(place) + DATA_OFFSET) + self.misalignment_bytes
     }
 
     /// Makes a request available, without a kick.
     fn add(&mut self, kind: u32, sector: u64, out: &[u8], in_bytes: u32) -> u16 {
         let place = self.places.pop().expect("a free place");
-        let mut header = [0; 16];
-        header[..4].copy_from_slice(&kind.to_le_bytes());
-        header[8..].copy_from_slice(&sector.to_le_bytes());
-        self.write(place, &header);
-        self.write(place + STATUS_OFFSET, &[0xff]);
-        let data = self.data_at(place);
+        let (header_gpa, data) = (self.place_gpa(place), self.data_at(place));
+        let status_gpa = header_gpa + STATUS_OFFSET;
+        self.write(header_gpa, &header(kind, sector));
+        self.write(status_gpa, &[NO_STATUS]);
         self.write(data, out);
-        let mut buffers = vec![Buffer { gpa: place, len_bytes: 16, writable: false }];
-        let len_bytes = if out.is_empty() { in_bytes } else { out.len() as u32 };
+        let mut chain = vec![Descriptor::readable(header_gpa, HEADER_BYTES)];
+        let (len_bytes, buffer): (u32, fn(u64, u32) -> Descriptor) =
+            if out.is_empty() { (in_bytes, Descriptor::writable) } else { (out.len() as u32, Descriptor::readable) };
         let mut offset = 0;
         while offset < len_bytes {
             let part_bytes = self.segment_bytes.min(len_bytes - offset);
-            let gpa = data + u64::from(offset);
-            buffers.push(Buffer { gpa, len_bytes: part_bytes, writable: out.is_empty() });
+            chain.push(buffer(data + u64::from(offset), part_bytes));
             offset += part_bytes;
         }
-        buffers.push(Buffer { gpa: place + STATUS_OFFSET, len_bytes: 1, writable: true });
-        let head = self.queue.add(&buffers);
+        chain.push(Descriptor::writable(status_gpa, 1));
+        if self.indirect {
+            let table_gpa = indirect_tables_gpa(&self.vring) + place * TABLE_BYTES;
+            chain = vec![self.vring.write_indirect_table(table_gpa, &chain).unwrap()];
+        }
+        let head = self.vring.add(&chain).unwrap();
+        self.vring.publish_quietly().unwrap();
         self.outstanding.insert(head, (place, in_bytes));
         self.added += 1;
         head
@@ -340,28 +373,31 @@ impl BlockDriver {
     pub(super) fn kick(&mut self) {
         let added = std::mem::take(&mut self.added);
         if added > 0 {
-            self.queue.kick_if_wanted(added);
+            self.vring.kick_if_wanted(self.vring.next_avail().wrapping_sub(added)).unwrap();
         }
     }
 
     /// Waits for the next request that ends.
     pub(super) fn wait(&mut self) -> Outcome {
         self.kick();
-        let used = if self.by_interrupt { self.queue.wait_by_interrupt() } else { self.queue.wait_by_polling() };
+        let next_used =
+            if self.by_interrupt { DriverVring::next_used_by_call } else { DriverVring::next_used_by_spinning };
+        let used = next_used(&mut self.vring, PATIENCE).unwrap();
         self.outcome(used)
     }
 
     /// A request that has ended.
     pub(super) fn poll(&mut self) -> Option<Outcome> {
-        let used = self.queue.reap()?;
+        let used = self.vring.take_used().unwrap()?;
         Some(self.outcome(used))
     }
 
     fn outcome(&mut self, used: Used) -> Outcome {
         let (place, in_bytes) = self.outstanding.remove(&used.head).expect("an outstanding request");
         let mut data = vec![0; in_bytes as usize];
-        self.ram.memory.read_slice(&mut data, GuestAddress(self.data_at(place))).unwrap();
-        let status = self.ram.memory.read_obj(GuestAddress(place + STATUS_OFFSET)).unwrap();
+        let memory = self.vring.ram().memory();
+        memory.read_slice(&mut data, GuestAddress(self.data_at(place))).unwrap();
+        let status = memory.read_obj(GuestAddress(self.place_gpa(place) + STATUS_OFFSET)).unwrap();
         self.places.push(place);
         Outcome { head: used.head, status, data, used_bytes: used.len_bytes }
     }
@@ -411,12 +447,4 @@ impl BlockDriver {
     pub(super) fn nonsense(&mut self) -> Outcome {
         self.request(0xdead, 0, &[], 0)
     }
-}
-
-fn range(sector: u64, sectors: u32, flags: u32) -> [u8; 16] {
-    let mut bytes = [0; 16];
-    bytes[..8].copy_from_slice(&sector.to_le_bytes());
-    bytes[8..12].copy_from_slice(&sectors.to_le_bytes());
-    bytes[12..].copy_from_slice(&flags.to_le_bytes());
-    bytes
 }

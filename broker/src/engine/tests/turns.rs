@@ -68,9 +68,9 @@ fn running(rig: &Rig, sender: &CommandSender) -> BlockDriver {
 /// The same, with its rings where the guest has those of queue `place`.
 fn running_at(rig: &Rig, sender: &CommandSender, place: u16) -> BlockDriver {
     let driver = rig.driver(place);
-    sender.send(Command::SetMemory { memory: rig.ram.device_memory(), reply: nobody() });
+    sender.send(Command::SetMemory { memory: rig.device_memory(), reply: nobody() });
     sender.send(Command::SetDisk { disk: rig.open_disk(), reply: nobody() });
-    sender.send(Command::Start { queue: 0, setup: driver.queue.setup(0, None), eventfds: driver.queue.eventfds() });
+    sender.send(Command::Start { queue: 0, setup: driver.setup(0, None), eventfds: driver.eventfds() });
     sender.send(Command::SetEnabled { queue: 0, enabled: true, reply: nobody() });
     driver
 }
@@ -114,7 +114,7 @@ fn a_turn_looks_at_no_queue_behind_the_last_that_is_started() {
             driver.poll().is_some()
         });
         let last = rig.driver(1);
-        sender.send(Command::Start { queue: 255, setup: last.queue.setup(0, None), eventfds: last.queue.eventfds() });
+        sender.send(Command::Start { queue: 255, setup: last.setup(0, None), eventfds: last.eventfds() });
         worker.turn();
         assert_eq!(worker.vrings_in_use, 256);
         sender.send(Command::Stop { queue: 255, reply: nobody() });
@@ -162,7 +162,7 @@ fn what_is_under_way_is_logged_where_it_began_also_when_the_next_front_end_keeps
             worker.slots.occupied() == 0
         });
         assert_eq!(driver.poll().expect("the flush has ended").status, 0);
-        assert_eq!(rig.marked_pages(), [driver.queue.used_ring() / 4096, place]);
+        assert_eq!(rig.marked_pages(), [driver.vring.layout().used_gpa / 4096, place]);
     });
 }
 
