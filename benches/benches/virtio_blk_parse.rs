@@ -12,6 +12,9 @@ use ringpass_broker::virtio_blk::{
     BlkConfig, BlkParameters, Parsed, RequestLimits, RequestTypes, SegmentList, Serial, parse,
 };
 use ringpass_broker::virtqueue::{DescriptorChain, QueueSetup, SplitQueue};
+use ringpass_test_utils::blk::{HEADER_BYTES, header};
+use ringpass_test_utils::descriptor::Descriptor;
+use virtio_bindings::virtio_blk::VIRTIO_BLK_T_IN;
 use vm_memory::{Bytes, GuestAddress};
 
 const QUEUE_SIZE: u16 = 256;
@@ -26,10 +29,6 @@ const FRAMES: u64 = 0x4000;
 const INDIRECT: u64 = 0x8000;
 const DATA: u64 = 1 << 20;
 
-const NEXT: u16 = 1;
-const WRITE: u16 = 2;
-const INDIRECT_TABLE: u16 = 4;
-
 /// Memory in adjacent regions of equal size, as in a front-end with hotplugged memory.
 fn memory(regions: u64) -> DeviceMemory {
     let region_bytes = (64 << 20) / regions;
@@ -41,21 +40,18 @@ fn put(memory: &DeviceMemory, gpa: u64, bytes: &[u8]) {
     memory.write_slice(bytes, GuestAddress(gpa)).expect("the layout is inside memory");
 }
 
-fn put_descriptor(memory: &DeviceMemory, gpa: u64, buffer: u64, len_bytes: u32, flags: u16, next: u16) {
-    let fields = [&buffer.to_le_bytes()[..], &len_bytes.to_le_bytes(), &flags.to_le_bytes(), &next.to_le_bytes()];
-    put(memory, gpa, &fields.concat());
-}
-
 /// Header, data and status of each chain at `table(chain)`, which is entry `first(chain)` of a descriptor table.
 fn put_chains(memory: &DeviceMemory, table: impl Fn(u64) -> u64, first: impl Fn(u64) -> u16) {
     for chain in 0..u64::from(CHAINS) {
-        let header = FRAMES + 32 * chain;
-        let sector = 8 * chain;
-        put(memory, header, &[&[0; 8], &sector.to_le_bytes()[..]].concat());
-        let (table, first) = (table(chain), first(chain));
-        put_descriptor(memory, table, header, 16, NEXT, first + 1);
-        put_descriptor(memory, table + 16, DATA + 8192 * chain, READ_BYTES, NEXT | WRITE, first + 2);
-        put_descriptor(memory, table + 32, header + 16, 1, WRITE, 0);
+        let header_gpa = FRAMES + 32 * chain;
+        put(memory, header_gpa, &header(VIRTIO_BLK_T_IN, 8 * chain));
+        let first = first(chain);
+        let descriptors = [
+            Descriptor::readable(header_gpa, HEADER_BYTES).linked_to(first + 1),
+            Descriptor::writable(DATA + 8192 * chain, READ_BYTES).linked_to(first + 2),
+            Descriptor::writable(header_gpa + u64::from(HEADER_BYTES), 1),
+        ];
+        put(memory, table(chain), descriptors.map(Descriptor::to_bytes).as_flattened());
     }
 }
 
@@ -77,7 +73,8 @@ impl Driver {
         let driver = Self::new(regions, |chain| chain);
         put_chains(&driver.memory, |chain| INDIRECT + 48 * chain, |_| 0);
         for chain in 0..u64::from(CHAINS) {
-            put_descriptor(&driver.memory, DESC_TABLE + 16 * chain, INDIRECT + 48 * chain, 48, INDIRECT_TABLE, 0);
+            let table = Descriptor::indirect(INDIRECT + 48 * chain, 48);
+            put(&driver.memory, DESC_TABLE + 16 * chain, &table.to_bytes());
         }
         driver
     }
