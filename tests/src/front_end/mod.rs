@@ -1,5 +1,5 @@
-//! The front-end and the driver of `ringpass-test-utils` on a broker's process: what end-to-end tests begin with, and the load that
-//! verifies every byte.
+//! The front-end and the driver of `ringpass-test-utils` on a broker's process: what end-to-end tests begin with, and
+//! the load that verifies every byte.
 
 pub mod attach;
 pub mod load;

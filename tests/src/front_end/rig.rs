@@ -1,4 +1,4 @@
-//! A broker with a disk, and the vrings of a front-end on it: what most tests begin with.
+//! A broker with a disk, and the vrings of a front-end on it: most tests begin with them.
 
 use std::{
     fs::File,
@@ -47,7 +47,7 @@ impl Rig {
     ///
     /// # Errors
     ///
-    /// It cannot be opened.
+    /// The disk cannot be opened.
     pub fn disk_file(&self) -> Result<File> {
         File::open(self.disk.path()).context("opening the disk beside the broker")
     }
@@ -66,7 +66,7 @@ impl Rig {
     ///
     /// # Errors
     ///
-    /// It does not listen.
+    /// The broker does not listen.
     pub fn broker(&self, arguments: &[&str]) -> Result<BrokerProcess> {
         let direct_io = if self.disk.kind() == DiskKind::Ext4PageCache { "off" } else { "on" };
         let arguments = [&["--direct-io", direct_io], arguments].concat();
@@ -88,7 +88,7 @@ impl TestRam {
     ///
     /// # Errors
     ///
-    /// No memory.
+    /// The machine has no memory left.
     pub fn new(regions: u64, region_bytes: u64) -> Result<Self> {
         let distance = region_bytes + (1 << 20);
         let regions = (0..regions).map(|index| RamRegion::new(index * distance, region_bytes));
@@ -101,7 +101,7 @@ impl TestRam {
     ///
     /// # Errors
     ///
-    /// Not so much RAM is left.
+    /// The arena has less left.
     pub fn vring(&mut self, front_end: &FrontEnd, size: u16) -> Result<DriverVring> {
         let layout = VringLayout::take(&mut self.arenas[0], size)?;
         DriverVring::new(&self.ram, layout, front_end.has_event_idx(), Eventfds::new()?)
@@ -111,7 +111,7 @@ impl TestRam {
     ///
     /// # Errors
     ///
-    /// A message is refused.
+    /// The back-end refuses a message.
     pub fn driver(&mut self, front_end: &FrontEnd, index: u16, data_bytes: u32) -> Result<BlkDriver> {
         let vring = self.vring(front_end, 128)?;
         front_end.start_vring(index, &vring.layout(), vring.eventfds(), 0)?;
@@ -122,7 +122,7 @@ impl TestRam {
     ///
     /// # Errors
     ///
-    /// A message is refused.
+    /// The back-end refuses a message.
     pub fn load(&mut self, front_end: &FrontEnd, index: u16, size: u16, options: LoadOptions) -> Result<Load> {
         let vring = self.vring(front_end, size)?;
         front_end.start_vring(index, &vring.layout(), vring.eventfds(), 0)?;

@@ -131,12 +131,14 @@ impl Eventfds {
         kick
     }
 
-    /// The driver waits for `call` from now on. A driver that waits already goes on waiting for the old eventfd, which is the result.
+    /// The driver waits for `call` from now on. A driver that waits already goes on waiting for the old eventfd, which
+    /// is the result.
     pub fn set_call(&self, call: Event) -> Arc<Event> {
         std::mem::replace(&mut *locked(&self.call), Arc::new(call))
     }
 
-    /// The driver signals `kick` from now on, and once at once, because the last signal may have gone to the old eventfd.
+    /// The driver signals `kick` from now on, and once at once, because the last signal may have gone to the old
+    /// eventfd.
     ///
     /// # Errors
     ///
@@ -145,7 +147,8 @@ impl Eventfds {
         self.set_kick(kick).signal()
     }
 
-    /// The driver waits for `call` from now on. It looks at the ring once, because the last signal may have come by the old eventfd.
+    /// The driver waits for `call` from now on. It looks at the ring once, because the last signal may have come by the
+    /// old eventfd.
     ///
     /// # Errors
     ///

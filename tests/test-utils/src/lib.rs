@@ -1,30 +1,31 @@
 //! The guest's and the front-end's side of a vhost-user block device, for tests.
 //!
-//! A test is the driver, and often the front-end too. What is here does the right thing by default and one step at a time, so
-//! that a test can stop anywhere, look, and write anything beside it.
+//! A test is the driver, and often the front-end too. What is here does the right thing by default and one step at a
+//! time, so that a test can stop anywhere, look, and write anything beside it.
 //!
 //! | module | concept |
 //! | --- | --- |
 //! | [`ram`] | guest RAM: regions of memfds, and arenas that give it away |
 //! | [`event`] | the eventfds of a vring: kick and call |
 //! | [`descriptor`] | descriptors, and tables of linked descriptors |
-//! | [`vring`] | the driver of one split virtqueue: its layout, its honest steps, and the ways in which it can break the rules |
+//! | [`vring`] | the driver of one split virtqueue: its layout, its honest steps, and ways to break the rules |
 //! | [`blk`] | virtio-blk requests, one at a time |
 //! | [`attach`] | the driver of queues that become rings: attach requests, control page, epochs, requests on the ring |
 //! | [`front_end`] | the front-end: messages as bytes, messages as methods, and a session as a VMM has it |
 //!
-//! The unit tests of the broker's engine, the end-to-end tests and the benchmarks use this crate. It does not know the broker.
+//! The unit tests of the broker's engine, the end-to-end tests and the benchmarks use this crate. It does not know the
+//! broker.
 //!
 //! # Drivers that are not here
 //!
 //! * `ringpass_guest::vhost_user` is the driver that applications use. A test of it must not share its faults.
-//! * The models of the fuzz targets (`broker/src/virtqueue/fuzzing`, `broker/src/virtio_blk/fuzzing`) are compiled into the
-//!   broker's library for the fuzzers, and write rings and chains cell by cell from arbitrary bytes: a driver that keeps the rules
-//!   would take these inputs away.
-//! * The unit tests of the broker's `virtqueue` write single cells of rings at fixed addresses, because such a cell is what each of
-//!   them is about.
-//! * `broker/tests` and the benchmark `vhost_user_blk` use the front-end of the crate `vhost` and the driver of the crate
-//!   `virtio-driver`, because others wrote them.
+//! * The models of the fuzz targets (`broker/src/virtqueue/fuzzing`, `broker/src/virtio_blk/fuzzing`) are compiled into
+//!   the broker's library for the fuzzers, and write rings and chains cell by cell from arbitrary bytes: a driver that
+//!   keeps the rules would take these inputs away.
+//! * The unit tests of the broker's `virtqueue` write single cells of rings at fixed addresses, because such a cell is
+//!   what each of them is about.
+//! * `broker/tests` and the benchmark `vhost_user_blk` use the front-end of the crate `vhost` and the driver of the
+//!   crate `virtio-driver`, because others wrote them.
 //! * `ringpass_guest`'s test device is the other side: it takes chains and announces epochs.
 //! * The workload's test device executes requests without any queue in memory.
 

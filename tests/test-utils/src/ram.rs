@@ -104,7 +104,8 @@ impl Ram {
         Self::new([RamRegion::new(0, len_bytes)?])
     }
 
-    /// One memfd of `len_bytes` in two regions from guest address 0 on, which adjoin for the guest and are two mappings.
+    /// One memfd of `len_bytes` in two regions from guest address 0 on, which adjoin for the guest and are two
+    /// mappings.
     ///
     /// # Errors
     ///

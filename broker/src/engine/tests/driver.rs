@@ -1,4 +1,5 @@
-//! The driver of `ringpass-test-utils` on an engine: where its queues are, and set-ups and eventfds in the engine's types.
+//! The driver of `ringpass-test-utils` on an engine: where its queues are, and set-ups and eventfds in the engine's
+//! types.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};

@@ -1,4 +1,4 @@
-//! A broker that gives out rings, and a front-end on it whose first queue is started: what tests of rings begin with.
+//! A broker that offers rings, and a front-end that has started queue 0: most tests of rings begin with them.
 
 use anyhow::Result;
 use ringpass_guest_abi::FixedAddressing;
@@ -33,7 +33,7 @@ pub fn start_first(front_end: &FrontEnd, ram: &mut TestRam) -> Result<(FirstQueu
 ///
 /// # Errors
 ///
-/// A message is refused.
+/// The back-end refuses a message.
 pub fn start_ring(
     front_end: &FrontEnd,
     ram: &mut TestRam,
@@ -44,11 +44,11 @@ pub fn start_ring(
     RingDriver::new(vring, &mut ram.arenas[0], addressing)
 }
 
-/// Starts a queue from its used index on: all that a front-end knows of one that somebody else has left.
+/// Starts a queue at its used index. A front-end knows no more of a queue that another front-end has left.
 ///
 /// # Errors
 ///
-/// A message is refused.
+/// The back-end refuses a message.
 pub fn start_again(front_end: &FrontEnd, vring: &DriverVring, index: u16) -> Result<()> {
     front_end.start_vring(index, &vring.layout(), vring.eventfds(), vring.used_idx()?)
 }
@@ -93,20 +93,20 @@ impl Bench {
         Ok(Self { rig, broker, ram, front_end, first, addressing })
     }
 
-    /// A queue that is started and not attached.
+    /// The driver of a queue that is started and not attached.
     ///
     /// # Errors
     ///
-    /// A message is refused.
+    /// The back-end refuses a message.
     pub fn started(&mut self, index: u16) -> Result<RingDriver> {
         self.broker.explain(start_ring(&self.front_end, &mut self.ram, index, self.addressing))
     }
 
-    /// A queue whose ring is open.
+    /// The driver of a queue whose ring is open.
     ///
     /// # Errors
     ///
-    /// It does not open.
+    /// The ring does not open.
     pub fn attached(&mut self, index: u16) -> Result<RingDriver> {
         let mut driver = self.started(index)?;
         self.broker.explain(driver.attach())?;

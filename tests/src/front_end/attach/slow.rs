@@ -1,4 +1,4 @@
-//! A guest on a disk whose writes can be made to hang.
+//! A guest on a disk whose writes a test can make hang.
 
 use std::path::PathBuf;
 
@@ -17,7 +17,7 @@ use crate::{
 
 const ARGUMENTS: [&str; 6] = ["--direct-io", "on", "--mode", "direct", "--num-queues", "3"];
 
-/// A guest on a disk whose writes can be made to hang.
+/// A guest on a disk whose writes a test can make hang.
 #[derive(Debug)]
 pub struct SlowGuest {
     /// Serves the disk, with rings.
@@ -25,21 +25,21 @@ pub struct SlowGuest {
     directory: TempDir,
     /// The guest's RAM.
     pub ram: TestRam,
-    /// The last to go: it waits for whoever has it open.
+    /// The last field: its drop waits until no process has the disk open.
     pub disk: StuckDisk,
 }
 
 impl SlowGuest {
     /// The `user_data` of a write that hangs.
     pub const HANGING: u64 = 77;
-    /// Where on the disk it goes.
+    /// The place of that write on the disk.
     pub const HANGING_OFFSET_BYTES: u64 = 8192;
 
     /// A disk of 4 MiB and a broker on it.
     ///
     /// # Errors
     ///
-    /// A program that is needed fails.
+    /// A program that the disk or the broker needs fails.
     pub fn new(kind: StuckKind) -> Result<Self> {
         let disk = StuckDisk::new(kind, 4 << 20)?;
         let directory = TempDir::new()?;
@@ -51,34 +51,34 @@ impl SlowGuest {
     ///
     /// # Errors
     ///
-    /// A message is refused.
+    /// The back-end refuses a message.
     pub fn connect(&self) -> Result<FrontEnd> {
         FrontEnd::connect(&socket_in(&self.directory), &self.ram.ram, Options::default())
     }
 
-    /// Another broker, while the first one's I/O has not ended.
+    /// Starts another broker while the I/O of the first broker has not ended.
     ///
     /// # Errors
     ///
-    /// It does not start.
+    /// The broker does not start.
     pub fn start_beside(&self) -> Result<BrokerProcess> {
         BrokerProcess::start(&socket_in(&self.directory), self.disk.path(), &ARGUMENTS)
     }
 
-    /// Submits a write of 4096 bytes of the driver's first buffer, which hangs.
+    /// Submits a write of 4096 bytes from the driver's first buffer, and waits until it hangs.
     ///
     /// # Errors
     ///
-    /// It does not hang.
+    /// The write does not hang.
     pub fn hang(&self, driver: &mut RingDriver) -> Result<()> {
         self.hang_from(driver, driver.buffers().at(0))
     }
 
-    /// The same with data from anywhere.
+    /// The same with data at any guest-physical address.
     ///
     /// # Errors
     ///
-    /// It does not hang.
+    /// The write does not hang.
     pub fn hang_from(&self, driver: &mut RingDriver, gpa: u64) -> Result<()> {
         self.disk.freeze()?;
         driver.submit(driver.sqe_at(true, gpa, 4096, Self::HANGING_OFFSET_BYTES, Self::HANGING)?)?;

@@ -1,7 +1,7 @@
 //! I/O with many requests at once, in which every byte is verified.
 //!
-//! Whatever a test does to the back-end meanwhile, a load finds what is lost, done twice, torn, or completed twice: each
-//! write has its own content, and a block belongs to one request at a time.
+//! A load finds requests that are lost, executed twice, torn or completed twice, while the test does anything to the
+//! back-end: each write has its own content, and a block belongs to one request at a time.
 
 mod model;
 mod running;
@@ -35,7 +35,7 @@ use crate::seed::Seed;
 
 /// The most data descriptors of one request.
 const MAX_SEGMENTS: usize = 4;
-/// Room behind a buffer, for those that begin at an odd address.
+/// Room behind a buffer, for buffers that begin at an odd address.
 const SLACK_BYTES: u64 = 512;
 
 /// What a load does.
@@ -59,11 +59,11 @@ pub struct LoadOptions {
     pub indirect: bool,
     /// Whether every other buffer begins at an odd address.
     pub unaligned: bool,
-    /// Whether completions are waited for by looking at the ring rather than for the call eventfd.
+    /// Whether the load waits for completions by looking at the ring rather than for the call eventfd.
     pub spin: bool,
-    /// How long nothing may complete.
+    /// The load fails if nothing completes for this long.
     pub patience: Duration,
-    /// Where all choices and contents come from.
+    /// The source of all choices and contents.
     pub seed: Seed,
 }
 
@@ -116,7 +116,7 @@ struct Request {
     first: usize,
     count: usize,
     data_gpa: u64,
-    /// When it was submitted, if what the device writes is noted.
+    /// The period of its submission, while the load notes which pages the device writes.
     period: Option<Period>,
 }
 
@@ -151,11 +151,11 @@ pub struct Load {
 }
 
 impl Load {
-    /// A load on a vring. Buffers are taken from the arenas in turn.
+    /// A load on a vring. It takes its buffers from the arenas in turn.
     ///
     /// # Errors
     ///
-    /// The arenas have not so much left.
+    /// The arenas have less left.
     pub fn new(vring: DriverVring, arenas: &mut [Arena], options: LoadOptions) -> Result<Self> {
         ensure!(!arenas.is_empty() && options.depth > 0 && options.max_blocks > 0);
         let count = arenas.len();
@@ -182,7 +182,7 @@ impl Load {
         &self.model
     }
 
-    /// The pages that the device wrote for this load, when that is noted.
+    /// The pages that the device wrote for this load, while the load notes them.
     pub fn written(&self) -> &Arc<WrittenPages> {
         &self.written
     }
@@ -196,7 +196,7 @@ impl Load {
     ///
     /// # Errors
     ///
-    /// Something is wrong with one, or nothing completes in time.
+    /// A request fails or has the wrong data, or nothing completes in time.
     pub fn run(&mut self, requests: u64) -> Result<()> {
         let end = self.completed + requests;
         self.run_while(|completed| completed < end)
@@ -250,7 +250,7 @@ impl Load {
         Ok(())
     }
 
-    /// Adds one request, unless there is no room or its blocks are taken.
+    /// Adds one request, unless the vring is full or another request has the blocks.
     fn submit(&mut self, index: usize) -> Result<bool> {
         if !self.vring.has_room(MAX_SEGMENTS + 2) {
             return Ok(false);
@@ -312,7 +312,7 @@ impl Load {
         let mut chain = vec![Descriptor::readable(slot.control_gpa, HEADER_BYTES)];
         match operation {
             Operation::Read => {
-                // What must not be there afterwards.
+                // Bytes that the read must overwrite.
                 memory.write_slice(&vec![0xdd; len_bytes as usize], GuestAddress(data_gpa))?;
                 chain.extend(segments(&mut self.rng, Descriptor::writable(data_gpa, len_bytes)));
             }
@@ -385,11 +385,11 @@ impl Load {
         Ok(())
     }
 
-    /// Compares all of the load's area with the file or device behind the disk. Nothing may be outstanding.
+    /// Compares all of the load's area with the file or device behind the disk. No request may be outstanding.
     ///
     /// # Errors
     ///
-    /// It holds something else.
+    /// The file or device has other content.
     pub fn check_disk(&self, file: &File) -> Result<()> {
         ensure!(self.outstanding == 0, "{} requests are outstanding", self.outstanding);
         self.model.check_file(file)

@@ -1,4 +1,4 @@
-//! What a disk must hold: each block has a version, and each version its own content.
+//! The content that a disk must have: each block has a version, and each version has its own content.
 
 use std::{fs::File, hash::Hash, os::unix::fs::FileExt};
 
@@ -12,13 +12,13 @@ pub const BLOCK_BYTES: u64 = 4096;
 /// A version: 0 is a block of zeroes.
 type Version = u32;
 
-/// What the blocks of an area of the disk hold after all that was completed.
+/// The content of an area of the disk after all completed requests.
 #[derive(Debug, Clone)]
 pub struct Model {
     first_block: u64,
     seed: Seed,
     versions: Vec<Version>,
-    /// Blocks of requests under way: nothing else may touch them.
+    /// Blocks of requests under way, which no other request may touch.
     busy: Vec<bool>,
     next_version: Version,
 }
@@ -40,7 +40,7 @@ impl Model {
         (self.first_block + block as u64) * BLOCK_BYTES
     }
 
-    /// Takes some free blocks that follow one another, if the first try finds any.
+    /// Takes some adjacent free blocks, if the first try finds any.
     pub fn try_take(&mut self, rng: &mut fastrand::Rng, most_blocks: usize) -> Option<(usize, usize)> {
         let count = rng.usize(1..=most_blocks.min(self.blocks()));
         let first = rng.usize(0..=self.blocks() - count);
@@ -57,7 +57,7 @@ impl Model {
         self.next_version - 1
     }
 
-    /// The request for these blocks is over. With a version, that is what they hold now.
+    /// The request for these blocks has ended. With a version, the blocks have the content of that version now.
     pub fn give_back(&mut self, first: usize, count: usize, written: Option<Version>) {
         self.busy[first..first + count].fill(false);
         if let Some(version) = written {
@@ -72,11 +72,11 @@ impl Model {
         }
     }
 
-    /// Compares what was read with what must be there.
+    /// Compares data that was read with the content that the blocks must have.
     ///
     /// # Errors
     ///
-    /// It is something else: which block, and what it looks like.
+    /// The data differs. The error names the block and describes the data.
     pub fn check(&self, first: usize, found: &[u8]) -> Result<()> {
         let mut expected = vec![0; BLOCK_BYTES as usize];
         for (block, found) in (first..).zip(found.chunks_exact(BLOCK_BYTES as usize)) {
@@ -100,7 +100,7 @@ impl Model {
     ///
     /// # Errors
     ///
-    /// As [`check`](Self::check), or it cannot be read.
+    /// As [`check`](Self::check), or the file or device cannot be read.
     pub fn check_file(&self, file: &File) -> Result<()> {
         let mut found = vec![0; BLOCK_BYTES as usize];
         for block in 0..self.blocks() {
@@ -110,7 +110,7 @@ impl Model {
         Ok(())
     }
 
-    /// Which older content this is, for the message of a mismatch.
+    /// The older version with this content, for the message of a mismatch.
     fn looks_like(&self, block: usize, found: &[u8]) -> String {
         let mut candidate = vec![0; BLOCK_BYTES as usize];
         for version in 0..self.next_version {

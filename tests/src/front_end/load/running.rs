@@ -22,7 +22,7 @@ pub struct RunningLoad {
 }
 
 impl RunningLoad {
-    /// Starts it.
+    /// Starts the load on a new thread.
     pub fn start(mut load: Load) -> Self {
         let (stop, completed) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(load.completed())));
         let (told, shown) = (stop.clone(), completed.clone());
@@ -41,7 +41,8 @@ impl RunningLoad {
         self.completed.load(Ordering::Relaxed)
     }
 
-    /// Waits until so many requests more have completed, or the load has failed, which [`finish`](Self::finish) tells.
+    /// Waits until so many requests more have completed, or the load has failed. [`finish`](Self::finish) gives the
+    /// error.
     pub fn wait_for_progress(&self, requests: u64) {
         let end = self.completed() + requests;
         while self.completed() < end && !self.thread.is_finished() {
@@ -49,16 +50,16 @@ impl RunningLoad {
         }
     }
 
-    /// Whether it has ended by itself, which is a failure.
+    /// Whether the load has ended by itself, which is a failure.
     pub fn has_failed(&self) -> bool {
         self.thread.is_finished()
     }
 
-    /// Lets what is outstanding end, and gives the load back.
+    /// Waits for the outstanding requests, and gives the load back.
     ///
     /// # Errors
     ///
-    /// Something was wrong.
+    /// The load has failed.
     pub fn finish(self) -> Result<Load> {
         self.stop.store(true, Ordering::Relaxed);
         self.thread.join().map_err(|_| anyhow::anyhow!("the load panicked"))?

@@ -1,4 +1,4 @@
-//! Which pages the device wrote, as the driver knows: to compare with the device's own log.
+//! The pages that the device wrote, as the driver knows them, to compare with the device's own log.
 
 use std::{
     collections::BTreeSet,
@@ -31,7 +31,7 @@ impl WrittenPages {
         state.pages.clear();
     }
 
-    /// Ends it, and gives its pages.
+    /// Ends the period, and gives its pages.
     pub fn end(&self) -> BTreeSet<u64> {
         let mut state = self.lock();
         state.is_open = false;

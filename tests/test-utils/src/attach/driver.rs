@@ -28,7 +28,8 @@ pub struct RingDriver {
     control: DriverControl<Words>,
     pub(super) machine: Machine,
     pub(super) ring: Option<DriverRing<Words>>,
-    /// Requests without a completion, in their order: if the ring ends, the driver does not know whether they were executed.
+    /// Requests without a completion, in their order: if the ring ends, the driver does not know whether they were
+    /// executed.
     pub(super) outstanding: Vec<Sqe>,
     pub(super) completions: Vec<Cqe>,
     attach_head: Option<u16>,

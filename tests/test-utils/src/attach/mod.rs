@@ -1,5 +1,5 @@
-//! The driver of queues that become rings (`docs/abi.md`), one step at a time. It keeps the rules as long as the test does nothing
-//! beside it.
+//! The driver of queues that become rings (`docs/abi.md`), one step at a time. It keeps the rules as long as the test
+//! does nothing beside it.
 
 mod attachment;
 mod driver;

@@ -57,7 +57,8 @@ impl Connection {
         &self.wire
     }
 
-    /// Whether the back-end acknowledges messages that have no answer of their own, as [`set_protocol_features`] negotiated.
+    /// Whether the back-end acknowledges messages that have no answer of their own, as [`set_protocol_features`]
+    /// negotiated.
     ///
     /// [`set_protocol_features`]: Self::set_protocol_features
     pub fn has_reply_ack(&self) -> bool {

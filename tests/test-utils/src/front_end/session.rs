@@ -1,4 +1,5 @@
-//! A front-end that does what a VMM does: it negotiates, shares its memory, starts and stops vrings, and connects again.
+//! A front-end that does what a VMM does: it negotiates, shares its memory, starts and stops vrings, and connects
+//! again.
 
 use std::{
     os::{fd::AsFd, unix::net::UnixStream},
@@ -21,7 +22,8 @@ use crate::{event::Eventfds, ram::Ram, vring::VringLayout};
 /// How a front-end sets a device up.
 #[derive(Debug, Clone, Copy)]
 pub struct Options {
-    /// Virtio features that the front-end accepts if the back-end offers them. It always accepts those that the connection needs.
+    /// Virtio features that the front-end accepts if the back-end offers them. It always accepts those that the
+    /// connection needs.
     pub features: u64,
     /// Protocol features that the front-end accepts if the back-end offers them.
     pub protocol_features: VhostUserProtocolFeatures,

@@ -34,8 +34,8 @@ impl DriverVring {
         Ok(())
     }
 
-    /// Writes any available index. From then on the driver does not know which chains the device may use, and does not check heads
-    /// of used elements.
+    /// Writes any available index. From then on the driver does not know which chains the device may use, and does not
+    /// check heads of used elements.
     ///
     /// # Errors
     ///
