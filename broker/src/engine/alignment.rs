@@ -2,7 +2,7 @@
 
 use nix::libc::iovec;
 
-use crate::virtio_blk::{Operation, Request, SegmentList};
+use crate::virtio_blk::{Operation, SegmentList};
 
 /// What `O_DIRECT` demands.
 #[derive(Clone, Copy, Debug)]
@@ -13,7 +13,7 @@ pub(super) struct Alignment {
     pub(super) read_block_bytes: u32,
     /// The same of a write.
     pub(super) write_block_bytes: u32,
-    /// The guest can write parts of blocks: see [`super::block_locks`].
+    /// The guest can write parts of blocks: see [`super::execution::block_locks`].
     pub(super) is_coarser_than_guest: bool,
 }
 
@@ -29,8 +29,8 @@ impl Alignment {
 
     /// Whether the kernel takes a read or write as the guest has sent it.
     #[inline]
-    pub(super) fn takes(&self, request: &Request, offset_bytes: u64, segments: &SegmentList) -> bool {
-        let block_mask = self.block_bytes(&request.operation) as usize - 1;
+    pub(super) fn takes(&self, operation: &Operation, offset_bytes: u64, segments: &SegmentList) -> bool {
+        let block_mask = self.block_bytes(operation) as usize - 1;
         let bad_bits = |iovec: &iovec| iovec.iov_base.addr() & self.address_mask | iovec.iov_len & block_mask;
         offset_bytes as usize & block_mask == 0 && segments.iovecs().iter().all(|iovec| bad_bits(iovec) == 0)
     }

@@ -1,8 +1,9 @@
-//! What the engine's handle asks of its workers, and the way there.
+//! What the engine's handle and the ring builder ask of the workers, and the way there.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
+use std::time::Instant;
 
 use ringpass_guest_abi::request::ErrorCode;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
@@ -15,14 +16,14 @@ use crate::vhost_user::{DeviceMemory, QueueEventfds, RingFault};
 use crate::virtio_blk::RequestLimits;
 use crate::virtqueue::{DirtyLog, QueueSetup};
 
-/// A command, and the worker's own numbers of queues in it.
+/// A command, with the worker's own numbers of queues.
 #[derive(Debug)]
 pub(super) enum Command {
     SetMemory {
         memory: Arc<DeviceMemory>,
         reply: Reply<()>,
     },
-    /// Nothing: in force once no request that is under way uses a table that is not the present one any more.
+    /// In force once no request under way uses a table that is not the present one any more.
     LeaveFormerMemory {
         reply: Reply<()>,
     },
@@ -43,9 +44,9 @@ pub(super) enum Command {
         disk: Arc<Disk>,
         reply: Reply<()>,
     },
-    /// The disk is to go; no queue of the front-end runs.
-    GiveUpDisk {
-        reply: Reply<LetGo>,
+    /// The worker is to let go of the disk; no queue of the front-end runs.
+    ReleaseDisk {
+        reply: Reply<DiskRelease>,
     },
     Start {
         queue: usize,
@@ -64,7 +65,7 @@ pub(super) enum Command {
     },
     SetEnabled {
         queue: usize,
-        enabled: bool,
+        is_enabled: bool,
         reply: Reply<()>,
     },
     SetEventfd {
@@ -78,7 +79,7 @@ pub(super) enum Command {
         reply: Reply<()>,
     },
     Shutdown,
-    /// Something that was ordered for an attachment of the queue has come about.
+    /// Something that the worker ordered for an attachment of the queue has happened.
     Attachment {
         queue: usize,
         attachment: AttachmentId,
@@ -92,10 +93,16 @@ pub(super) enum Command {
     EndRings {
         reason: ErrorCode,
     },
-    /// Rings end and none follows. `done` is told when they are gone.
+    /// Rings end and none follows. The worker answers `done` when they are gone.
     FinishRings {
         reason: ErrorCode,
         done: Option<Reply<()>>,
+    },
+    /// The drivers are asked to leave their rings, and none follows. The worker answers when no queue is attached any more, and
+    /// at the deadline.
+    DrainRings {
+        deadline: Instant,
+        reply: Reply<UndrainedQueues>,
     },
     /// Queue 0: the driver is to look at its other queues.
     TellDriver,
@@ -105,12 +112,15 @@ pub(super) enum Command {
     },
 }
 
+/// Indexes of queues that are still attached: their drivers have not left the ring, or have not answered.
+pub(super) type UndrainedQueues = Vec<u16>;
+
 /// What a worker says of the disk that it is to let go.
 #[derive(Debug)]
-pub(super) enum LetGo {
-    /// It does so when I/O has ended that a former front-end has left behind.
+pub(super) enum DiskRelease {
+    /// It lets go when I/O has ended that a former front-end has left behind.
     AfterFormerIo,
-    /// The disk that it had. No I/O of the worker is under way, and the kernel holds nothing any more for its ring.
+    /// The disk that it had. No I/O of the worker is under way, and the kernel holds nothing any more for its io_uring.
     Now(Option<Arc<Disk>>),
 }
 
@@ -126,20 +136,20 @@ pub(super) enum WhichEventfd {
 #[derive(Clone, Debug)]
 pub(super) struct CommandSender {
     commands: Sender<Command>,
-    bell: Arc<Bell>,
+    wake_up: Arc<WakeUp>,
 }
 
 /// The worker's end.
 #[derive(Debug)]
 pub(super) struct CommandReceiver {
     commands: Receiver<Command>,
-    bell: Arc<Bell>,
+    wake_up: Arc<WakeUp>,
 }
 
-/// Tells a worker that there are commands: cheap to look at for one that polls, and a wake-up for one that sleeps.
+/// Tells a worker that there are commands: cheap to look at for a worker that polls, and a wake-up for a worker that sleeps.
 #[derive(Debug)]
-struct Bell {
-    rung: AtomicBool,
+struct WakeUp {
+    has_commands: AtomicBool,
     eventfd: EventFd,
 }
 
@@ -147,8 +157,8 @@ struct Bell {
 pub(super) fn command_channel() -> Result<(CommandSender, CommandReceiver), EngineError> {
     let (sender, receiver) = channel();
     let eventfd = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK).map_err(EngineError::Eventfd)?;
-    let bell = Arc::new(Bell { rung: AtomicBool::new(false), eventfd });
-    Ok((CommandSender { commands: sender, bell: bell.clone() }, CommandReceiver { commands: receiver, bell }))
+    let wake_up = Arc::new(WakeUp { has_commands: AtomicBool::new(false), eventfd });
+    Ok((CommandSender { commands: sender, wake_up: wake_up.clone() }, CommandReceiver { commands: receiver, wake_up }))
 }
 
 impl CommandSender {
@@ -157,15 +167,83 @@ impl CommandSender {
         if self.commands.send(command).is_err() {
             return;
         }
-        // After the command: a worker that sees the bell finds it.
-        self.bell.rung.store(true, Ordering::Release);
-        // Cannot fail but for a full counter, and then the worker is woken as well.
-        let _ = self.bell.eventfd.write(1);
+        // After the command: a worker that sees the flag finds the command.
+        self.wake_up.has_commands.store(true, Ordering::Release);
+        // The write fails only if the counter is full, and then the worker is woken as well.
+        let _ = self.wake_up.eventfd.write(1);
     }
 }
 
-/// Reaches all workers of a device. A worker ends because it is told to, and not because no sender is left: it must
-/// receive the ends of its rings also when the engine is gone.
+/// Wakes a worker without a command for it.
+#[derive(Debug)]
+pub(super) struct Waker(Arc<WakeUp>);
+
+impl Waker {
+    /// Wakes the worker, if it sleeps or is about to.
+    pub(super) fn wake(&self) {
+        // As for a command.
+        let _ = self.0.eventfd.write(1);
+    }
+}
+
+#[cfg(test)]
+impl CommandSender {
+    /// What wakes the worker.
+    pub(super) fn eventfd(&self) -> &EventFd {
+        &self.wake_up.eventfd
+    }
+}
+
+#[cfg(test)]
+impl CommandReceiver {
+    /// How many can wake the worker or be woken.
+    pub(super) fn wake_up_users(&self) -> usize {
+        Arc::strong_count(&self.wake_up)
+    }
+}
+
+impl CommandReceiver {
+    /// Whether commands may have come. One load.
+    #[inline]
+    pub(super) fn has_commands(&self) -> bool {
+        self.wake_up.has_commands.load(Ordering::Relaxed)
+    }
+
+    /// Becomes readable when a command comes.
+    pub(super) fn eventfd(&self) -> &EventFd {
+        &self.wake_up.eventfd
+    }
+
+    /// Takes what woke the worker, so that it does not do so again. The flag says whether commands have come: the wake-up may
+    /// belong to a command that the worker obeyed before its sender came to the eventfd.
+    pub(super) fn take_wake_up(&self) {
+        // It does not matter if there is nothing to read.
+        let _ = self.wake_up.eventfd.read();
+    }
+
+    /// Forgets what was signalled so far. A command that comes after that signals again.
+    pub(super) fn clear(&self) {
+        self.take_wake_up();
+        self.wake_up.has_commands.swap(false, Ordering::Acquire);
+    }
+
+    /// Wakes the worker.
+    pub(super) fn waker(&self) -> Waker {
+        Waker(Arc::clone(&self.wake_up))
+    }
+
+    /// The next command.
+    pub(super) fn next(&self) -> Option<Command> {
+        match self.commands.try_recv() {
+            Ok(command) => Some(command),
+            Err(TryRecvError::Empty) => None,
+            // All senders are gone: as if the handle had shut the worker down.
+            Err(TryRecvError::Disconnected) => Some(Command::Shutdown),
+        }
+    }
+}
+
+/// The way to all workers of a device, for the ring builder and for rings that end.
 #[derive(Clone, Debug)]
 pub(super) struct WorkerSenders(Arc<[CommandSender]>);
 
@@ -175,17 +253,24 @@ impl WorkerSenders {
     }
 
     /// Sends a command about one queue to its worker.
-    fn send(&self, index: u16, command: impl FnOnce(usize) -> Command) {
+    pub(super) fn send(&self, index: u16, command: impl FnOnce(usize) -> Command) {
         let (index, count) = (usize::from(index), self.0.len());
         self.0[index % count].send(command(index / count));
     }
 
     /// Sends a command to all workers.
-    fn send_to_all(&self, command: impl Fn() -> Command) {
+    pub(super) fn send_to_all(&self, command: impl Fn() -> Command) {
         self.0.iter().for_each(|worker| worker.send(command()));
+    }
+
+    /// Sends a command to one worker.
+    pub(super) fn send_to(&self, worker: usize, command: Command) {
+        self.0[worker].send(command);
     }
 }
 
+/// Workers do not end for want of a sender, but because the engine shuts them down: they must hear of the end of their rings also when
+/// the engine is gone.
 impl Workers for WorkerSenders {
     fn attach_event(&self, queue: u16, attachment: AttachmentId, event: AttachEvent) {
         self.send(queue, |queue| Command::Attachment { queue, attachment, event });
@@ -205,74 +290,5 @@ impl Workers for WorkerSenders {
 
     fn finish_rings(&self, reason: ErrorCode) {
         self.send_to_all(|| Command::FinishRings { reason, done: None });
-    }
-}
-
-/// Wakes a worker without a command for it.
-#[derive(Debug)]
-pub(super) struct Waker(Arc<Bell>);
-
-impl Waker {
-    /// Wakes the worker, if it sleeps or is about to.
-    pub(super) fn wake(&self) {
-        // As for a command.
-        let _ = self.0.eventfd.write(1);
-    }
-}
-
-#[cfg(test)]
-impl CommandSender {
-    /// What wakes the worker.
-    pub(super) fn eventfd(&self) -> &EventFd {
-        &self.bell.eventfd
-    }
-}
-
-#[cfg(test)]
-impl CommandReceiver {
-    /// How many can ring the bell or hear it.
-    pub(super) fn bell_users(&self) -> usize {
-        Arc::strong_count(&self.bell)
-    }
-}
-
-impl CommandReceiver {
-    /// Whether commands may have come. One load.
-    #[inline]
-    pub(super) fn is_rung(&self) -> bool {
-        self.bell.rung.load(Ordering::Relaxed)
-    }
-
-    /// Becomes readable when a command comes.
-    pub(super) fn eventfd(&self) -> &EventFd {
-        &self.bell.eventfd
-    }
-
-    /// Takes what woke the worker, so that it does not do so again. Whether commands have come, the bell says: this may
-    /// belong to one that was obeyed before the sender came to its eventfd.
-    pub(super) fn take_wake_up(&self) {
-        // Nothing to read is as good.
-        let _ = self.bell.eventfd.read();
-    }
-
-    /// Silences the bell. What comes after that rings it again.
-    pub(super) fn silence(&self) {
-        self.take_wake_up();
-        self.bell.rung.swap(false, Ordering::Acquire);
-    }
-
-    /// Wakes the worker.
-    pub(super) fn waker(&self) -> Waker {
-        Waker(Arc::clone(&self.bell))
-    }
-
-    /// The next command.
-    pub(super) fn next(&self) -> Option<Command> {
-        match self.commands.try_recv() {
-            Ok(command) => Some(command),
-            Err(TryRecvError::Empty) => None,
-            // The handle is gone without a word: as if it had said so.
-            Err(TryRecvError::Disconnected) => Some(Command::Shutdown),
-        }
     }
 }

@@ -9,12 +9,12 @@ use super::Shared;
 use super::attach::{Attach, BuilderCommand, RingsStatus};
 use super::command::{Command, CommandSender};
 use super::counters::QueueCounters;
-use super::orders::end_process;
+use super::fatal::end_process;
 use super::reply::{Pending, Reply};
 use crate::disk::Disk;
 use crate::virtio_blk::{BlkConfigError, GuestErrors};
 
-/// Which queues the front-end has started, for people who look.
+/// Which queues the front-end has started, for operators.
 #[derive(Clone, Debug)]
 pub(super) struct StartedQueues(Arc<[AtomicBool]>);
 
@@ -48,7 +48,7 @@ impl EngineControl {
     /// True: the disk has another size than the driver was told of. If that size is of no use at all, the process ends.
     pub fn set_disk(&self, disk: &Arc<Disk>) -> bool {
         let has_changed = self.set_size_bytes(disk.size_bytes()).unwrap_or_else(|error| {
-            // Somebody else has had it since the guest was told of its size. With a capacity beyond its end, writes
+            // Another process has had the disk since the guest learned its size. With a capacity beyond the disk's end, writes
             // would make it grow.
             end_process(&format_args!("the disk's new size is of no use: {error}"))
         });
@@ -59,7 +59,7 @@ impl EngineControl {
         has_changed
     }
 
-    /// Sends a command to the builder, if the device offers rings, and waits until the builder has carried it out.
+    /// Sends a command to the ring builder, if the device has one, and waits until it is carried out.
     pub(super) fn command_builder(&self, command: impl FnOnce(Reply<()>) -> BuilderCommand) {
         if let Some(attach) = &self.attach {
             let (done, pending) = Pending::new();
@@ -68,14 +68,14 @@ impl EngineControl {
         }
     }
 
-    /// Whether the device gives out rings, and what each queue's ring does. `None`: the device does not offer rings.
+    /// What each queue's ring does, if the device offers rings.
     pub fn rings(&self) -> Option<RingsStatus> {
         self.attach.as_ref().map(|attach| attach.rings.status())
     }
 
     /// True: the capacity is another one now.
     pub(super) fn set_size_bytes(&self, size_bytes: u64) -> Result<bool, BlkConfigError> {
-        // Held until the workers know, so that they hear of two changes in their order.
+        // Held until the workers know, so that they learn of two changes in their order.
         let mut device = self.shared.device();
         let has_changed = device.set_size_bytes(size_bytes)?;
         if has_changed {
@@ -120,7 +120,7 @@ impl EngineControl {
         }
     }
 
-    /// Sends a command to all workers, each of which tells when it is in force.
+    /// Sends a command to all workers. Each of them answers when it is in force.
     pub(super) fn begin_order<T>(&self, command: impl Fn(Reply<T>) -> Command) -> Vec<Pending<T>> {
         let workers = self.workers.iter();
         let begun = workers.map(|worker| {
@@ -132,7 +132,7 @@ impl EngineControl {
     }
 }
 
-/// Saves the kernel a look at the inode in each read: nobody wants to know when a guest read last.
+/// Saves the kernel a look at the inode in each read: the time of a guest's last read is of no use.
 fn forgo_access_times(disk: &Disk) {
     // Only the owner of a file may do that (open(2), `O_NOATIME`); it works as well without.
     let _ = fcntl_getfl(disk).and_then(|flags| fcntl_setfl(disk, flags | OFlags::NOATIME));

@@ -1,53 +1,48 @@
 //! The engine: executes the queues of a virtio-blk device on io_uring.
 //!
-//! [`Engine`] is the [`Device`](crate::vhost_user::Device) that a vhost-user session drives. Its queues are divided
-//! among worker threads, each with an io_uring of its own; between two workers nothing is shared on the way of a
-//! request.
+//! [`Engine`] is the [`Device`](crate::vhost_user::Device) that a vhost-user session drives. Worker threads share its queues, each
+//! with an io_uring of its own; two workers share nothing on the way of a request.
 //!
-//! - `worker`: the loop of a thread. `poll`: when it polls and when it sleeps. `kicks`: what wakes it. `ring`: its
-//!   io_uring.
-//! - `vring`: the state of a queue. `slot`, `execute`: requests under way. `bounced`, `piece`, `bounce`: those that
-//!   direct I/O does not take as they are. `blocks`, `block_locks`: those that change parts of its blocks.
-//! - `shape`: what it takes of the machine.
-//! - `handle`: the engine as the session sees it. `control`: as other threads see it.
-//! - `command`, `orders`: what they ask of the workers, and what these do then. `let_go`: how the disk becomes free for
-//!   others.
-//! - `attach`, `interface`, `epochs`: queues that become rings, if the device offers that ([`AttachConfig`]).
-//! - `reply`: answers to commands. `alignment`: what direct I/O demands.
+//! From the outside to the inside, each importing only what stands below it:
 //!
-//! The guest's memory is never registered with the kernel: nothing is pinned but for the time of a request. Each
-//! request holds the memory table that it was taken with, so a front-end may change the table at any time.
+//! - [`handle`], `device`: the engine, and as the session drives it. [`control`], `disk_release`, `mode`: as other threads use it.
+//! - `thread`, `worker`: a worker's thread and its poll iteration; `worker/` has what it does with its parts.
+//! - `queues`, `vring`, `queue_life`: the worker's queues, and the life of each. `deferred`: answers that it owes.
+//! - `execution`: operations under way, whatever they came from.
+//! - `command`: what the workers are asked for. `attach`: queues that become rings, if the device offers that ([`AttachConfig`]).
+//! - `ring`, `writer`, `poll`, `timer`, `token`, `eventfd`, `counters`, `reply`, `alignment`: leaves. `shape`: what the engine takes
+//!   of the machine.
 //!
-//! A worker that panics ends the process. A front-end notices that and can connect to a new process, which takes the
-//! requests up again; a device that hangs would help nobody. So does a disk that turns out to be of no use.
+//! The engine never registers the guest's memory with the kernel for virtqueues: nothing is pinned except for the time of a request.
+//! Each request holds the memory table that it was taken with, so a front-end may change the table at any time.
+//!
+//! A worker that panics ends the process, and so does a disk that turns out to be of no use. A front-end notices that and can connect
+//! to a new process, which takes the requests up again; a device that hangs would help no one.
 
 mod alignment;
 mod attach;
-mod block_locks;
-mod blocks;
-mod bounce;
-mod bounced;
 mod cache_line;
 mod command;
 mod control;
 mod counters;
-mod epochs;
+mod deferred;
+mod device;
+mod disk_release;
 mod error;
 mod eventfd;
-mod execute;
+mod execution;
+mod fatal;
 mod handle;
-mod interface;
-mod kicks;
-mod let_go;
-mod orders;
-mod piece;
+mod mode;
 mod poll;
+mod queue_life;
+mod queues;
 mod reply;
 mod ring;
 mod shape;
-mod slot;
 mod source;
 mod thread;
+mod timer;
 mod token;
 mod vring;
 mod worker;
@@ -58,6 +53,7 @@ pub use control::EngineControl;
 pub use counters::{Counter, QueueCounters};
 pub use error::EngineError;
 pub use handle::{Engine, EngineConfig};
+pub use mode::ModeError;
 pub use shape::EngineShape;
 pub use source::DiskSource;
 pub use thread::check_cpus;
@@ -65,7 +61,7 @@ pub use thread::check_cpus;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use block_locks::BlockLocks;
+use execution::block_locks::BlockLocks;
 
 use crate::log_limit::LogLimits;
 use crate::virtio_blk::{BlkConfig, CacheMode, GuestErrors, Serial};
@@ -80,12 +76,12 @@ struct Shared {
     disk_errors: LogLimits,
     /// Queues that became rings or virtqueues.
     mode_changes: LogLimits,
-    /// Queues that stopped, or were held, without having been told to.
+    /// Queues that stopped, or were held, without a command of the front-end.
     stopped_queues: LogLimits,
     serial: Serial,
     /// Which requests may change which blocks of the disk, where the guest's blocks are finer than those of direct I/O.
     block_locks: BlockLocks,
-    /// Not for the way of a request: workers have their own copy of what they need.
+    /// Not used on the way of a request: workers have their own copy of what they need.
     device: Mutex<BlkConfig>,
 }
 
@@ -105,12 +101,12 @@ impl Shared {
 
     #[inline]
     fn is_write_through(&self) -> bool {
-        // Whoever changes it answers the driver afterwards, and the driver sends what depends on it after that.
+        // The thread that changes it answers the driver afterwards, and the driver sends what depends on it after that.
         self.write_through.load(Ordering::Acquire)
     }
 
     fn device(&self) -> MutexGuard<'_, BlkConfig> {
-        // Whoever panicked while holding it left a whole configuration: each change of it is one assignment.
+        // A thread that panicked while it held this left a whole configuration: each change is one assignment.
         self.device.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

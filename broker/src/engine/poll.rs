@@ -20,8 +20,8 @@ pub(super) enum Idle {
     Sleep,
 }
 
-/// Turns without work between two looks at the clock: a look costs about as much as a turn.
-const TURNS_PER_LOOK: u32 = 16;
+/// Poll iterations without work between two looks at the clock, a power of two: a look costs about as much as an iteration.
+const ITERATIONS_PER_LOOK: u32 = 16;
 
 /// Which of the last gaps count.
 const REMEMBERED_GAPS: u8 = 0b1111;
@@ -32,9 +32,9 @@ pub(super) struct PollPolicy {
     poll_time: Duration,
     /// For gaps without and with requests under way: one bit for each gap, the last one lowest; set if it was short.
     short_gaps: [u8; 2],
-    /// Turns without work in this gap.
-    turns: u32,
-    /// When this gap began, or a few turns later. `None`: not looked at the clock yet.
+    /// Poll iterations without work in this gap.
+    iterations: u32,
+    /// When this gap began, or a few iterations later. `None`: not looked at the clock yet.
     gap_began: Option<Instant>,
     /// Whether requests were under way when this gap began.
     requests_under_way: bool,
@@ -48,7 +48,7 @@ impl PollPolicy {
             poll_time,
             // A new queue is worth polling.
             short_gaps: [REMEMBERED_GAPS; 2],
-            turns: 0,
+            iterations: 0,
             gap_began: None,
             requests_under_way: false,
             slept: false,
@@ -60,18 +60,18 @@ impl PollPolicy {
         Self::new(self.poll_time)
     }
 
-    /// A turn found nothing to do.
+    /// A poll iteration found nothing to do.
     #[inline]
     pub(super) fn idle(&mut self, requests_under_way: bool, now: impl FnOnce() -> Instant) -> Idle {
-        if self.turns == 0 {
+        if self.iterations == 0 {
             self.requests_under_way = requests_under_way;
         }
-        self.turns = self.turns.wrapping_add(1).max(1);
+        self.iterations = self.iterations.wrapping_add(1).max(1);
         if !self.polls() {
             self.begin_sleep(now);
             return Idle::Sleep;
         }
-        if !self.turns.is_multiple_of(TURNS_PER_LOOK) {
+        if self.iterations & (ITERATIONS_PER_LOOK - 1) != 0 {
             return Idle::Poll;
         }
         let now = now();
@@ -83,10 +83,10 @@ impl PollPolicy {
         Idle::Sleep
     }
 
-    /// A turn found something to do: a gap, if there was one, has ended.
+    /// A poll iteration found something to do: a gap, if there was one, has ended.
     #[inline]
     pub(super) fn busy(&mut self, now: impl FnOnce() -> Instant) {
-        if self.turns == 0 {
+        if self.iterations == 0 {
             return;
         }
         let short = match self.gap_began {
@@ -97,7 +97,7 @@ impl PollPolicy {
         };
         let gaps = &mut self.short_gaps[usize::from(self.requests_under_way)];
         *gaps = *gaps << 1 | u8::from(short);
-        self.turns = 0;
+        self.iterations = 0;
         self.gap_began = None;
         self.slept = false;
     }
@@ -121,7 +121,7 @@ mod tests {
 
     const POLL_TIME: Duration = Duration::from_micros(32);
 
-    /// A worker's turns, each of which takes one microsecond.
+    /// A worker's poll iterations, each of which takes one microsecond.
     struct Clock {
         now: Instant,
         policy: PollPolicy,
@@ -132,7 +132,7 @@ mod tests {
             Self { now: Instant::now(), policy: PollPolicy::new(poll_time) }
         }
 
-        /// A gap of this length, then work. Returns for how many turns the worker polled.
+        /// A gap of this length, then work. Returns for how many iterations the worker polled.
         fn gap(&mut self, length: Duration, requests_under_way: bool) -> u32 {
             let end = self.now + length;
             let mut polled = 0;
@@ -161,7 +161,7 @@ mod tests {
     #[test]
     fn polling_ends_after_the_poll_time() {
         let polled = Clock::new(POLL_TIME).gap(Duration::from_millis(100), false);
-        assert!((32..=32 + 2 * TURNS_PER_LOOK).contains(&polled), "polled for {polled} us of 32");
+        assert!((32..=32 + 2 * ITERATIONS_PER_LOOK).contains(&polled), "polled for {polled} us of 32");
     }
 
     #[test]

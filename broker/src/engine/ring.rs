@@ -225,7 +225,7 @@ impl<'r> Ring<'r> {
         }
     }
 
-    /// Wants to know when `eventfd` becomes readable: one completion with `user_data`, at once if it is already.
+    /// Asks to be told when `eventfd` becomes readable: one completion with `user_data`, at once if it is already.
     pub(super) fn push_poll(&mut self, eventfd: &EventFd, user_data: u64) {
         let entry =
             opcode::PollAdd::new(types::Fd(eventfd.as_raw_fd()), libc::POLLIN as u32).build().user_data(user_data);
@@ -233,7 +233,7 @@ impl<'r> Ring<'r> {
         unsafe { self.push(&entry) };
     }
 
-    /// Wants to know of each write to `eventfd` that follows, and once at the beginning if it is readable: completions with
+    /// Asks to be told of each write to `eventfd` that follows, and once at the beginning if it is readable: completions with
     /// `user_data` and IORING_CQE_F_MORE until it is taken back (Linux 5.13; older kernels refuse it at once).
     pub(super) fn push_poll_writes(&mut self, eventfd: &EventFd, user_data: u64) {
         let poll = opcode::PollAdd::new(types::Fd(eventfd.as_raw_fd()), libc::POLLIN as u32).multi(true);
@@ -245,6 +245,13 @@ impl<'r> Ring<'r> {
     /// Takes a poll back. It completes, and so does this, with `user_data`.
     pub(super) fn push_poll_remove(&mut self, poll: u64, user_data: u64) {
         let entry = opcode::PollRemove::new(poll).build().user_data(user_data);
+        // SAFETY: the entry names no memory.
+        unsafe { self.push(&entry) };
+    }
+
+    /// Takes a timeout back. It completes, and so does this, with `user_data`.
+    pub(super) fn push_timeout_remove(&mut self, timeout: u64, user_data: u64) {
+        let entry = opcode::TimeoutRemove::new(timeout).build().user_data(user_data);
         // SAFETY: the entry names no memory.
         unsafe { self.push(&entry) };
     }

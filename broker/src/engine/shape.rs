@@ -1,8 +1,10 @@
-//! What an engine takes of the machine, known before it is started.
+//! What an engine takes of the machine. It is known before the engine starts.
 
 use std::thread;
 
-use super::{EngineConfig, EngineError, ring};
+#[cfg(doc)]
+use super::EngineConfig;
+use super::{EngineError, ring};
 
 /// The most requests that a worker has under way. More wait in their queues.
 const SLOTS_PER_WORKER_MAX: usize = 4096;
@@ -21,11 +23,6 @@ pub struct EngineShape {
 }
 
 impl EngineShape {
-    pub(super) fn of(config: &EngineConfig) -> Self {
-        let device = &config.device;
-        Self { queues: device.num_queues(), queue_size: device.queue_size(), workers: config.workers }
-    }
-
     /// How many workers there are.
     pub fn workers(&self) -> usize {
         let available = || thread::available_parallelism().map_or(1, usize::from);
@@ -39,8 +36,8 @@ impl EngineShape {
 
     /// The largest number of completions that can be outstanding on the ring of such a worker.
     pub(super) fn completions_max(&self, queues: usize) -> u32 {
-        // Each queue's kicks, taken back and new; the commands.
-        (self.slots_max(queues) + 3 * queues + 1) as u32
+        // Each queue's kicks, taken back and new; the commands; the timer, likewise.
+        (self.slots_max(queues) + 3 * queues + 1 + 3) as u32
     }
 
     /// For each worker, the completions that can be outstanding on its ring.
@@ -76,7 +73,7 @@ mod tests {
     #[test]
     fn queues_are_divided_among_workers() {
         let shape = EngineShape { queues: 5, queue_size: 256, workers: Some(2) };
-        assert_eq!(shape.rings().collect::<Vec<_>>(), [3 * 256 + 3 * 3 + 1, 2 * 256 + 2 * 3 + 1]);
+        assert_eq!(shape.rings().collect::<Vec<_>>(), [3 * 256 + 3 * 3 + 4, 2 * 256 + 2 * 3 + 4]);
         assert_eq!(EngineShape { workers: Some(9), ..shape }.workers(), 5);
         assert_eq!(EngineShape { queues: 1, ..shape }.workers(), 1);
         shape.try_rings().unwrap();

@@ -19,7 +19,7 @@ use crate::threads::{AbortOnPanic, leave_signals_to_others};
 pub(super) struct Place {
     /// Number of the worker.
     pub(super) number: usize,
-    /// Its CPU. `None`: wherever the kernel puts it.
+    /// Its CPU. `None`: the kernel chooses.
     pub(super) cpu: Option<usize>,
     /// The largest number of completions that can be outstanding.
     pub(super) completions_max: u32,
@@ -49,9 +49,7 @@ fn live(
 ) -> Option<Arc<Disk>> {
     leave_signals_to_others();
     let tell = |result| ready.send(result).is_ok();
-    if let Some(cpu) = place.cpu
-        && let Err(error) = pin(cpu)
-    {
+    if let Some(Err(error)) = place.cpu.map(pin) {
         tell(Err(error));
         return None;
     }

@@ -16,7 +16,9 @@ pub(super) enum Token {
     Commands,
     /// The kernel has let go of the disk that the ring had as its fixed file.
     DiskReleased,
-    /// Nobody waits for it.
+    /// The worker's timer.
+    Timer,
+    /// The worker does not wait for it.
     Nothing,
 }
 
@@ -26,6 +28,7 @@ const KICK: u64 = 1;
 const COMMANDS: u64 = 2;
 const NOTHING: u64 = 3;
 const DISK_RELEASED: u64 = 4;
+const TIMER: u64 = 5;
 
 impl Token {
     /// As the ring takes it.
@@ -36,6 +39,7 @@ impl Token {
             Self::Kick { queue, generation } => KICK << KIND_SHIFT | u64::from(generation) << 16 | u64::from(queue),
             Self::Commands => COMMANDS << KIND_SHIFT,
             Self::DiskReleased => DISK_RELEASED << KIND_SHIFT,
+            Self::Timer => TIMER << KIND_SHIFT,
             Self::Nothing => NOTHING << KIND_SHIFT,
         }
     }
@@ -48,6 +52,7 @@ impl Token {
             KICK => Self::Kick { queue: user_data as u16, generation: (user_data >> 16) as u32 },
             COMMANDS => Self::Commands,
             DISK_RELEASED => Self::DiskReleased,
+            TIMER => Self::Timer,
             _ => Self::Nothing,
         }
     }
@@ -68,6 +73,7 @@ mod tests {
             kick(3, u32::MAX),
             Token::Commands,
             Token::DiskReleased,
+            Token::Timer,
             Token::Nothing,
         ] {
             assert_eq!(Token::from_user_data(token.to_user_data()), token);

@@ -17,7 +17,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::cancellation::CancellationToken;
 use super::request::AttachRequest;
-use crate::direct::DirectQueue;
+use super::ring_executor::RingExecutor;
 use crate::vhost_user::DeviceMemory;
 use crate::virtqueue::DirtyLog;
 
@@ -61,7 +61,7 @@ pub(in crate::engine) enum PendingRing {
 #[derive(Debug)]
 pub(in crate::engine) struct LiveRing {
     pub(in crate::engine) epoch: Epoch,
-    pub(in crate::engine) queue: DirectQueue,
+    pub(in crate::engine) executor: RingExecutor,
     /// Makes the doorbell thread look at the ring.
     pub(in crate::engine) doorbell: EventFd,
 }

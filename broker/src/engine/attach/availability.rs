@@ -110,7 +110,6 @@ impl RingAvailability {
 
     /// The operator chooses a mode. Returns the kinds that are available again. The caller drains the rings that live
     /// of each kind for which [`wants_drained`](Self::wants_drained) says so.
-    #[cfg_attr(not(test), expect(dead_code, reason = "no command of the operator changes the mode yet"))]
     pub(in crate::engine) fn set_operator_mode(&self, mode: OperatorMode) -> Vec<RingKind> {
         self.change(|causes| causes.operator_mode = mode)
     }
@@ -122,7 +121,6 @@ impl RingAvailability {
 
     /// Whether rings of this kind that live should go with the driver's help, because the operator wants another mode.
     /// Rings that cannot live on for another cause end at once instead.
-    #[cfg_attr(not(test), expect(dead_code, reason = "no command of the operator changes the mode yet"))]
     pub(in crate::engine) fn wants_drained(&self, kind: RingKind) -> bool {
         !self.causes().operator_mode.allows(kind)
     }

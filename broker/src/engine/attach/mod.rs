@@ -31,6 +31,7 @@ mod pending_detaches;
 mod pinned;
 mod range_registry;
 mod request;
+mod ring_executor;
 mod ring_metrics;
 mod shared;
 mod status;

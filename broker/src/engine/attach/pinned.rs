@@ -12,6 +12,7 @@ use super::attachment::LiveRing;
 use super::builder_command::{BuildRequest, Built};
 use super::config::AttachConfig;
 use super::discards::{DiscardWatch, Discarded};
+use super::ring_executor::RingExecutor;
 use super::status::Refused;
 use crate::direct::{DirectDevice, QueueConfig, QueuePlacement};
 use crate::disk::Disk;
@@ -103,7 +104,7 @@ impl Pinned {
             Ok(queue) => {
                 // The memory is pinned by now, whether for all rings or for this one.
                 self.watch.expect_all();
-                Ok(Built { ring: LiveRing { epoch, queue, doorbell }, call_generation })
+                Ok(Built { ring: LiveRing { epoch, executor: RingExecutor::Kernel(queue), doorbell }, call_generation })
             }
             Err(error) => {
                 // The refusal gives the driver its areas back. A ring that was made in part has no I/O, so it ends

@@ -3,15 +3,15 @@
 
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, sync_channel};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use ringpass_guest_abi::request::ErrorCode;
 
 use super::attach::{attach_config, driver_queue};
 use super::driver::{eventfds, setup};
+use super::poll_iterations::{nobody, with_worker};
 use super::rig::{Options, Rig};
 use super::ring_driver::{RingDriver, ring_queue_driver};
-use super::turns::{nobody, with_worker};
 use crate::engine::attach::{
     Attach, AttachEvent, BuildRequest, BuilderCommand, BuilderReceiver, SharedRings, builder_channel,
 };
@@ -22,7 +22,7 @@ use crate::engine::worker::Worker;
 /// The queue that is attached.
 const QUEUE: u16 = 1;
 /// After so many the worker has done what it can.
-const TURNS: usize = 10;
+const ITERATIONS: usize = 10;
 
 /// A queue whose ATTACH is pending, its worker, and the builder's end of the commands.
 struct Bench<'a, 'ring> {
@@ -47,7 +47,7 @@ fn with_attached(act: impl FnOnce(Bench<'_, '_>)) {
         let driver = ring_queue_driver(driver_queue(rig, QUEUE), QUEUE);
         let mut bench = Bench { rig, worker, commands: &commands, requests: &requests, driver };
         bench.start();
-        bench.turns();
+        bench.poll();
         let payload = bench.driver.payload().to_bytes();
         bench.driver.send_both(&payload).unwrap();
         act(bench);
@@ -59,18 +59,18 @@ impl Bench<'_, '_> {
         let (vring, number) = (self.driver.vring(), usize::from(QUEUE));
         let (setup, eventfds) = (setup(vring, vring.used_idx().unwrap(), None), eventfds(vring));
         self.commands.send(Command::Start { queue: number, setup, eventfds });
-        self.commands.send(Command::SetEnabled { queue: number, enabled: true, reply: nobody() });
+        self.commands.send(Command::SetEnabled { queue: number, is_enabled: true, reply: nobody() });
     }
 
-    fn turns(&mut self) {
-        for _ in 0..TURNS {
-            self.worker.turn();
+    fn poll(&mut self) {
+        for _ in 0..ITERATIONS {
+            self.worker.poll_once();
         }
     }
 
-    /// The request for a ring that the worker sends in its next turns.
+    /// The request for a ring that the worker sends in its next poll iterations.
     fn requested(&mut self) -> BuildRequest {
-        self.turns();
+        self.poll();
         match self.requests.next(Some(Duration::ZERO)) {
             Ok(BuilderCommand::Build(request)) => request,
             other => panic!("no ring was requested: {other:?}"),
@@ -95,7 +95,7 @@ impl Bench<'_, '_> {
     fn send(&mut self, command: impl FnOnce(Reply<()>) -> Command) -> Receiver<()> {
         let (reply, answer) = sync_channel(1);
         self.commands.send(command(reply));
-        self.turns();
+        self.poll();
         answer
     }
 
@@ -128,7 +128,7 @@ fn memory_of_a_ring_that_is_being_made_is_left_when_that_has_ended() {
         let left = bench.send(|reply| Command::LeaveFormerMemory { reply });
         assert!(left.try_recv().is_err(), "its areas are in use");
         bench.fail(&request);
-        bench.turns();
+        bench.poll();
         assert_eq!(left.try_recv(), Ok(()));
     });
 }
@@ -136,21 +136,57 @@ fn memory_of_a_ring_that_is_being_made_is_left_when_that_has_ended() {
 #[test]
 fn disabling_a_queue_waits_for_its_ring_and_not_for_a_ring_of_a_front_end_that_is_gone() {
     with_attached(|mut bench| {
-        let disable = |reply| Command::SetEnabled { queue: QUEUE.into(), enabled: false, reply };
+        let disable = |reply| Command::SetEnabled { queue: QUEUE.into(), is_enabled: false, reply };
         let request = bench.claimed();
         let disabled = bench.send(disable);
         assert!(disabled.try_recv().is_err(), "its ring is being made");
         bench.fail(&request);
-        bench.turns();
+        bench.poll();
         assert_eq!(disabled.try_recv(), Ok(()));
     });
     with_attached(|mut bench| {
-        let disable = |reply| Command::SetEnabled { queue: QUEUE.into(), enabled: false, reply };
+        let disable = |reply| Command::SetEnabled { queue: QUEUE.into(), is_enabled: false, reply };
         let _request = bench.claimed();
         bench.commands.send(Command::Abandon);
         bench.commands.send(Command::SetMemory { memory: bench.rig.device_memory(), reply: nobody() });
         bench.start();
-        bench.turns();
+        bench.poll();
         assert_eq!(bench.send(disable).try_recv(), Ok(()));
+    });
+}
+
+#[test]
+fn a_worker_that_sleeps_reports_at_the_deadline_which_queues_have_not_left_their_rings() {
+    with_attached(|mut bench| {
+        let _request = bench.claimed();
+        let (reply, drained) = sync_channel(1);
+        let deadline = Instant::now() + Duration::from_millis(50);
+        bench.commands.send(Command::DrainRings { deadline, reply });
+        bench.poll();
+        assert!(drained.try_recv().is_err(), "the deadline has not come");
+        // Nothing but the timer ends this.
+        let undrained = loop {
+            bench.worker.sleep();
+            bench.poll();
+            if let Ok(queues) = drained.try_recv() {
+                break queues;
+            }
+        };
+        assert!(Instant::now() >= deadline);
+        assert_eq!(undrained, [QUEUE]);
+    });
+}
+
+#[test]
+fn a_drain_without_attached_queues_is_answered_at_once() {
+    with_attached(|mut bench| {
+        let request = bench.claimed();
+        bench.fail(&request);
+        bench.poll();
+        let (reply, drained) = sync_channel(1);
+        let deadline = Instant::now() + Duration::from_secs(3600);
+        bench.commands.send(Command::DrainRings { deadline, reply });
+        bench.poll();
+        assert_eq!(drained.try_recv(), Ok(vec![]));
     });
 }

@@ -22,7 +22,7 @@ const EXT4_SUPER_MAGIC: u64 = 0xef53;
 
 struct Rig {
     writer: Writer,
-    /// The sender is there for the bell.
+    /// The sender is there for the wake-up.
     worker: (CommandSender, CommandReceiver),
     file: File,
 }
@@ -197,7 +197,7 @@ fn the_thread_ends_with_its_writer() {
     let bytes = [1; JOB_BYTES];
     let iovecs = [data(&bytes)];
     rig.send(0, &iovecs, 0);
-    // Waits for the job and for the thread, which has the other reference to the bell.
+    // Waits for the job and for the thread, which has the other reference to the wake-up.
     drop(rig.writer);
-    assert_eq!(rig.worker.1.bell_users(), 2, "the sender and the receiver of commands");
+    assert_eq!(rig.worker.1.wake_up_users(), 2, "the sender and the receiver of commands");
 }

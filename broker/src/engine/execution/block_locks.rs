@@ -8,7 +8,7 @@
 //! A request claims all its blocks at once and before it takes anything else that is scarce, so claims cannot wait for
 //! one another in a circle. Claims that overlap are granted in the order in which they came.
 //!
-//! Shared claims are the rule. Each worker notes its own in a table of its own, and looks further only while somebody has
+//! Shared claims are the rule. Each worker notes its own in a table of its own, and looks further only while a request has
 //! blocks alone, or waits for them.
 
 use std::collections::VecDeque;
@@ -16,22 +16,22 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use super::cache_line::CacheLine;
+use crate::engine::cache_line::CacheLine;
 
 /// How a request has its blocks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Access {
     /// Together with others that change whole blocks.
     Shared,
-    /// Nobody else changes them.
+    /// No other request changes them.
     Alone,
 }
 
 /// A request: its worker, and its slot there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Owner {
-    pub(super) worker: usize,
-    pub(super) slot: u32,
+pub(in crate::engine) struct Owner {
+    pub(in crate::engine) worker: usize,
+    pub(in crate::engine) slot: u32,
 }
 
 /// What a request wants.
@@ -48,7 +48,7 @@ type Table = CacheLine<Mutex<Vec<Range<u64>>>>;
 
 /// The claims of all workers.
 #[derive(Debug)]
-pub(super) struct BlockLocks {
+pub(in crate::engine) struct BlockLocks {
     /// Claims in `queue`. Raised before the tables are scanned: a worker that holds its table's lock and sees zero is ahead of
     /// the scan, and the scan finds its entry.
     contenders: CacheLine<AtomicUsize>,
@@ -66,7 +66,7 @@ struct Queue {
 }
 
 impl BlockLocks {
-    pub(super) fn new(workers: usize) -> Self {
+    pub(in crate::engine) fn new(workers: usize) -> Self {
         Self {
             contenders: CacheLine::default(),
             shared: (0..workers).map(|_| CacheLine::default()).collect(),

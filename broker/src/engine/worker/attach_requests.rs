@@ -1,4 +1,4 @@
-//! The requests by which a driver asks for rings (`docs/abi.md`, sections 2 to 4).
+//! The requests of the attach protocol, by which a driver asks for rings (`docs/abi.md`, sections 2 to 4).
 
 use std::rc::Rc;
 
@@ -7,46 +7,51 @@ use ringpass_guest_abi::attach_sequence::Verdict;
 use ringpass_guest_abi::epoch::device::Event;
 use ringpass_guest_abi::request::{DetachPayload, EVENT_QUEUES, ErrorCode, EventAnswer, Outcome, RequestType, payload};
 
-use super::attach::{Attach, AttachRefusal, AttachRequest, Attachment, AttachmentId, Refused, RingKind, host_address};
-use super::vring::{State, Vring};
-use super::worker::Worker;
+use super::Worker;
+use crate::engine::attach::{
+    Attach, AttachRefusal, AttachRequest, Attachment, AttachmentId, Refused, RingKind, host_address,
+};
+use crate::engine::queue_life::LiveQueue;
+use crate::engine::vring::{Executor, Vring};
+use crate::log_limit::Cause;
 use crate::vhost_user::DeviceMemory;
 use crate::virtio_blk::{Answer, Refusal, Status};
 
 impl Worker<'_> {
-    /// Takes a request of the interface from a queue.
-    pub(super) fn take_interface(
+    /// Takes a request of the attach protocol from a queue.
+    pub(super) fn take_attach_request(
         &mut self,
         number: usize,
         request_type: RequestType,
         mut request: AttachRequest,
         payload: &[u8],
     ) {
-        let Some(attach) = self.attach.clone() else { return self.answer_unknown(number, request_type, request) };
-        let Some(active) = self.vrings[number].active_mut() else { return };
+        let Some(attach) = self.attach().cloned() else { return self.answer_unknown(number, request_type, request) };
+        let Some(active) = self.queues.get_mut(number).active_mut() else { return };
         if !matches!(request_type, RequestType::Arm | RequestType::Attach) {
             request.record(&mut active.queue);
         }
         let others = active.queue.in_flight().saturating_sub(1);
         match active.sequence.take(Some(request_type), others) {
-            Verdict::Break => self.break_down_for(number, "the driver made something available behind ATTACH"),
+            Verdict::Break => self.break_for_what_is_behind_attach(number),
             Verdict::Refuse(code) => self.give_outcome(number, &request, &Outcome::of(code)),
             Verdict::Execute => match request_type {
                 RequestType::Probe => {
-                    let alignment = self.disk.as_ref().and_then(|disk| disk.alignment);
-                    self.give_reply(number, &request, &attach.probe_answer(alignment).to_bytes(), Status::Ok);
+                    let answer = attach.probe_answer(self.execution.alignment());
+                    self.give_answer(number, &request, &answer.to_bytes(), Status::Ok);
                 }
                 RequestType::Arm => self.give_outcome(number, &request, &Outcome::of(ErrorCode::None)),
-                RequestType::Attach => self.attach(number, &attach, request, payload),
+                RequestType::Attach => self.attach_queue(number, &attach, request, payload),
                 RequestType::Event => self.take_event(number, request),
-                RequestType::Detach => self.detach(number, &attach, &request, payload),
+                RequestType::Detach => self.ask_for_detach(number, &attach, &request, payload),
             },
         }
+        self.step_epochs();
     }
 
-    /// The device does not offer rings: nothing but the status is written.
+    /// The device does not offer rings: it writes nothing but the status.
     fn answer_unknown(&mut self, number: usize, request_type: RequestType, mut request: AttachRequest) {
-        let Some(active) = self.vrings[number].active_mut() else { return };
+        let Some(active) = self.queues.get_mut(number).active_mut() else { return };
         request.record(&mut active.queue);
         let refusal = Refusal::UnknownType { request_type: request_type.number() };
         let AttachRequest { head, status_gpa, answer_bytes: writable_bytes, .. } = request;
@@ -55,21 +60,21 @@ impl Worker<'_> {
         self.answer(number, head, &request.memory, &answer);
     }
 
-    fn attach(&mut self, number: usize, attach: &Attach, request: AttachRequest, payload: &[u8]) {
-        let vring = &mut self.vrings[number];
+    fn attach_queue(&mut self, number: usize, attach: &Attach, request: AttachRequest, payload: &[u8]) {
+        let vring = self.queues.get_mut(number);
         let index = vring.index;
         match admit(vring, attach, &request.memory, payload) {
             Ok(geometry) => {
-                self.attachments += 1;
+                let id = self.next_attachment();
                 let memory = Rc::clone(&request.memory);
-                let attachment = Attachment::new(AttachmentId(self.attachments), geometry, request, memory);
+                let attachment = Attachment::new(id, geometry, request, memory);
                 let (found, detach) = attachment.initial_words();
                 tracing::debug!(queue = index, found, detach, "a driver asks for a ring");
-                if let Some(active) = vring.active_mut() {
-                    active.attachment = Some(Box::new(attachment));
+                if let Some(active) = self.queues.get_mut(number).active_mut() {
+                    active.executor = Executor::Rings(Box::new(attachment));
                 }
-                self.epoch_event(number, Event::Attach { found, detach });
-                // The driver may not have kept to the rule already.
+                self.note_epoch_event(number, Event::Attach { found, detach });
+                // The driver may have broken the rule already.
                 self.check_behind_attach(number);
             }
             Err(AttachRefusal { error, why }) => {
@@ -83,15 +88,26 @@ impl Worker<'_> {
         }
     }
 
+    fn next_attachment(&mut self) -> AttachmentId {
+        let Some(rings) = &mut self.rings else { return AttachmentId(0) };
+        rings.attachments += 1;
+        AttachmentId(rings.attachments)
+    }
+
     /// A queue must have nothing behind its ATTACH: what stands there would be lost at a restart.
     pub(super) fn check_behind_attach(&mut self, number: usize) {
-        if self.vrings[number].active_mut().is_some_and(|active| active.attachment.is_some() && active.queue.has_work())
-        {
-            self.break_down_for(number, "the driver made something available behind ATTACH");
+        let active = self.queues.get_mut(number).active_mut();
+        if active.is_some_and(|active| !active.is_executed_by_worker() && active.queue.has_work()) {
+            self.break_for_what_is_behind_attach(number);
         }
     }
 
-    fn detach(&mut self, number: usize, attach: &Attach, request: &AttachRequest, bytes: &[u8]) {
+    fn break_for_what_is_behind_attach(&mut self, number: usize) {
+        let why = "the driver made something available behind ATTACH";
+        self.break_down(number, Cause::new(why), &why);
+    }
+
+    fn ask_for_detach(&mut self, number: usize, attach: &Attach, request: &AttachRequest, bytes: &[u8]) {
         let wanted = payload(bytes).map(|bytes| DetachPayload::from_bytes(&bytes));
         let code = match wanted.and_then(|payload| payload.check(attach.queue_count())) {
             Ok(queue) => {
@@ -105,66 +121,85 @@ impl Worker<'_> {
         self.give_outcome(number, request, &Outcome::of(code));
     }
 
+    /// The driver of this queue has asked for it back, on queue 0.
+    pub(super) fn detach_queue(&mut self, number: usize) {
+        if let Some(attach) = self.attach() {
+            attach.rings.detaches.received(self.queues.get(number).index);
+        }
+        self.note_epoch_event(number, Event::Finish(ErrorCode::Detached));
+    }
+
     fn take_event(&mut self, number: usize, request: AttachRequest) {
-        let vring = &mut self.vrings[number];
-        let is_stopping = !matches!(vring.state, State::Running(_));
+        let vring = self.queues.get_mut(number);
+        let is_stopping = !vring.is_running();
         let Some(active) = vring.active_mut() else { return };
         let earlier = active.event.replace(request);
         if let Some(earlier) = earlier {
-            // One is enough; a driver that sends more gets them back.
+            // One is enough; a driver that sends more gets the earlier ones back.
             self.give_event(number, &earlier, 0);
         }
         if is_stopping {
             self.answer_event_of_stopping(number);
-        } else if std::mem::take(&mut self.has_news) {
-            self.tell_driver();
+        } else {
+            self.tell_news();
         }
     }
 
     /// Completes the EVENT that is pending, or remembers that there is something to tell.
     pub(super) fn tell_driver(&mut self) {
         // Queue 0 is the first queue of the first worker.
-        let event = match &mut self.vrings[0].state {
-            State::Running(active) if !active.is_held => active.event.take(),
-            _ => None,
-        };
-        match event {
+        let running = self.queues.get_mut(0).running_mut().filter(|active| !active.is_held);
+        match running.and_then(|active| active.event.take()) {
             Some(request) => self.give_event(0, &request, EVENT_QUEUES),
-            None => self.has_news = true,
+            None => {
+                self.set_news(true);
+            }
         }
     }
 
-    /// Completes the EVENT of a queue that stops: nothing of it is in flight then.
+    /// Tells the driver what there was to tell, if there was something.
+    pub(super) fn tell_news(&mut self) {
+        if self.set_news(false) {
+            self.tell_driver();
+        }
+    }
+
+    /// Gives what it was before.
+    fn set_news(&mut self, has_news: bool) -> bool {
+        self.rings.as_mut().is_some_and(|rings| std::mem::replace(&mut rings.has_news, has_news))
+    }
+
+    /// Completes the EVENT of a queue that stops: nothing of the queue is in flight then.
     pub(super) fn answer_event_of_stopping(&mut self, number: usize) {
-        let vring = &mut self.vrings[number];
-        let State::Stopping { active, .. } = &mut vring.state else { return };
+        let Some(active) = self.queues.get_mut(number).stopping_mut() else { return };
         if active.is_held {
-            // The used ring is in memory that has left. EVENT is recorded: whoever goes on finds it there.
+            // The used ring is in memory that has left. EVENT is recorded: the next device process finds it there.
             return;
         }
         if let Some(request) = active.event.take() {
             self.give_event(number, &request, 0);
-            // The queue may have stopped before the turn ends.
-            self.vrings[number].publish();
+            // The queue may have stopped before the poll iteration ends.
+            self.queues.get_mut(number).publish();
         }
     }
 
     fn give_event(&mut self, number: usize, request: &AttachRequest, events: u32) {
         let answer = EventAnswer { events: events.into(), reserved: 0.into() };
-        self.give_reply(number, request, &answer.to_bytes(), Status::Ok);
+        self.give_answer(number, request, &answer.to_bytes(), Status::Ok);
     }
 
     pub(super) fn give_outcome(&mut self, number: usize, request: &AttachRequest, outcome: &Outcome) {
         let is_ok = ErrorCode::from_number(outcome.error.get()).is_some_and(ErrorCode::is_ok);
-        self.give_reply(number, request, &outcome.to_bytes(), if is_ok { Status::Ok } else { Status::IoError });
+        let status = if is_ok { Status::Ok } else { Status::IoError };
+        self.give_answer(number, request, &outcome.to_bytes(), status);
     }
 
-    fn give_reply(&mut self, number: usize, request: &AttachRequest, bytes: &[u8], status: Status) {
-        let log = self.vrings[number].active_mut().and_then(|active| active.log.as_deref());
+    fn give_answer(&mut self, number: usize, request: &AttachRequest, bytes: &[u8], status: Status) {
+        let log = self.queues.get_mut(number).active_mut().and_then(|active| active.log.as_deref());
         let written_bytes = request.write_answer(bytes, log);
         let AttachRequest { head, status_gpa, answer_bytes: writable_bytes, .. } = *request;
         let answer = Answer { status, status_gpa, writable_bytes, written_bytes, refusal: None };
-        self.give_back(number, head, &request.memory, &answer);
+        self.complete(number, head, &request.memory, &answer);
     }
 }
 

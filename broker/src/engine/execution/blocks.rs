@@ -1,27 +1,23 @@
-//! A worker's part in [`block_locks`](super::block_locks): requests that take their blocks, wait for them, and let them
-//! go.
+//! Requests that take their blocks of the disk, wait for them, and let go of them: see [`block_locks`](super::block_locks).
 
 use std::ops::Range;
 
-use super::alignment::Alignment;
+use super::Execution;
 use super::block_locks::{Access, Claim, Owner};
-use super::command::Command;
 use super::slot::Step;
-use super::worker::Worker;
-use crate::virtio_blk::{ByteRange, Operation, Request};
+use crate::engine::alignment::Alignment;
+use crate::virtio_blk::{ByteRange, Operation};
 
-impl Worker<'_> {
+impl Execution<'_> {
     /// Takes the blocks that the request in a slot changes, if it changes any. False: it waits for them.
     pub(super) fn take_blocks(&mut self, number: u32, alignment: Alignment) -> bool {
-        let slot = self.slots.get(number);
-        let Some(request) = &slot.request else { return true };
         let size_bytes = self.disk.as_ref().map_or(0, |in_use| in_use.disk.size_bytes());
-        let Some((range, access)) = claimed(request, alignment.write_block_bytes, size_bytes) else { return true };
+        let slot = self.slots.get_mut(number);
+        let claim = claimed(&slot.operation, slot.data_bytes, alignment.write_block_bytes, size_bytes);
+        let Some((range, access)) = claim else { return true };
         slot.blocks = Some(access);
-        if access == Access::Alone {
-            self.vrings[slot.queue].counters.partial_writes.add(1);
-        }
-        let owner = Owner { worker: self.number, slot: number };
+        slot.is_partial_write = access == Access::Alone;
+        let owner = Owner { worker: self.worker, slot: number };
         let is_granted = self.shared.block_locks.acquire(Claim { owner, range, access });
         if !is_granted {
             slot.step = Step::WaitForBlocks;
@@ -29,24 +25,35 @@ impl Worker<'_> {
         is_granted
     }
 
-    /// Lets them go when the request has ended. Requests of this worker that have waited for them begin in this turn or
-    /// the next, those of others when these workers hear of it.
+    /// Lets go of the blocks of a request that has ended. Requests of this worker that have waited for them begin in this poll
+    /// iteration or the next, those of others when their workers hear of it.
     #[cold]
     pub(super) fn let_go_of_blocks(&mut self, number: u32, access: Access) {
-        for owner in self.shared.block_locks.release(Owner { worker: self.number, slot: number }, access) {
-            if owner.worker == self.number {
+        for owner in self.shared.block_locks.release(Owner { worker: self.worker, slot: number }, access) {
+            if owner.worker == self.worker {
                 self.granted.push(owner.slot);
             } else {
-                self.workers[owner.worker].send(Command::BeginGranted { slot: owner.slot });
+                self.granted_elsewhere.push(owner);
             }
         }
     }
 
+    /// Takes a request of another worker that has its blocks now: that worker is to be told.
+    #[inline]
+    pub(in crate::engine) fn take_granted_elsewhere(&mut self) -> Option<Owner> {
+        self.granted_elsewhere.pop()
+    }
+
+    /// A request that waited has its blocks.
+    pub(in crate::engine) fn grant(&mut self, number: u32) {
+        self.granted.push(number);
+    }
+
     /// Begins requests that have their blocks now. False: there are none.
     #[inline]
-    pub(super) fn begin_granted(&mut self) -> bool {
+    pub(in crate::engine) fn begin_granted(&mut self) -> bool {
         let mut busy = false;
-        // One that fails at once lets go of its blocks, which another one may have waited for.
+        // A request that fails at once lets go of its blocks, which another one may have waited for.
         while let Some(number) = self.granted.pop() {
             self.begin_with_blocks(number);
             busy = true;
@@ -56,15 +63,15 @@ impl Worker<'_> {
 }
 
 /// The blocks that a request changes, and how it wants them. `None`: it changes nothing.
-fn claimed(request: &Request, block_bytes: u32, size_bytes: u64) -> Option<(Range<u64>, Access)> {
+fn claimed(operation: &Operation, data_bytes: u32, block_bytes: u32, size_bytes: u64) -> Option<(Range<u64>, Access)> {
     let block = u64::from(block_bytes);
-    let (range, access) = match request.operation {
+    let (range, access) = match *operation {
         Operation::Read { .. } | Operation::Flush | Operation::GetId => return None,
         // The kernel zeroes parts of blocks by itself.
         Operation::Discard(range) | Operation::WriteZeroes { range, .. } => (range, Access::Shared),
         Operation::Write { offset_bytes } => {
-            let range = ByteRange { offset_bytes, len_bytes: request.data_bytes.into() };
-            let is_whole = (range.offset_bytes | range.len_bytes).is_multiple_of(block);
+            let range = ByteRange { offset_bytes, len_bytes: data_bytes.into() };
+            let is_whole = (range.offset_bytes | range.len_bytes) & (block - 1) == 0;
             (range, if is_whole { Access::Shared } else { Access::Alone })
         }
     };
@@ -78,15 +85,12 @@ fn claimed(request: &Request, block_bytes: u32, size_bytes: u64) -> Option<(Rang
 
 #[cfg(test)]
 mod tests {
-    use vm_memory::GuestAddress;
-
     use super::*;
 
     const SIZE: u64 = 1 << 20;
 
     fn of(operation: Operation, data_bytes: u32, size_bytes: u64) -> Option<(Range<u64>, Access)> {
-        let request = Request { operation, data_bytes, status_gpa: GuestAddress(0), writable_bytes: 1 };
-        claimed(&request, 4096, size_bytes)
+        claimed(&operation, data_bytes, 4096, size_bytes)
     }
 
     fn write(offset_bytes: u64, len_bytes: u32) -> Option<(Range<u64>, Access)> {

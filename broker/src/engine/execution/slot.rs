@@ -6,37 +6,47 @@ use nix::libc::iovec;
 
 use super::block_locks::Access;
 use super::bounce::Chunk;
+use super::origin::Origin;
 use super::piece::Piece;
 use crate::vhost_user::DeviceMemory;
-use crate::virtio_blk::{Request, SegmentList};
+use crate::virtio_blk::{Operation, SegmentList, Status};
 
-/// One request under way, or the room for one. The room is used again and again.
+/// One request under way, or the room for one. The worker uses the room again and again.
 #[derive(Debug)]
-pub(super) struct Slot {
-    /// The worker's number of the queue that it came from.
-    pub(super) queue: usize,
-    /// Its chain.
-    pub(super) head: u16,
-    /// `None`: the slot is free.
-    pub(super) request: Option<Request>,
+pub(in crate::engine) struct Slot {
+    /// Where it came from. `None`: the slot is free.
+    pub(in crate::engine) origin: Option<Origin>,
+    /// What it does.
+    pub(in crate::engine) operation: Operation,
+    /// Length of its data.
+    pub(in crate::engine) data_bytes: u32,
     /// Keeps the data's memory mapped.
-    pub(super) memory: Option<Rc<DeviceMemory>>,
+    pub(in crate::engine) memory: Option<Rc<DeviceMemory>>,
     /// Its data.
-    pub(super) segments: SegmentList,
+    pub(in crate::engine) segments: SegmentList,
+    /// How it ended.
+    pub(in crate::engine) status: Status,
+    /// How much of a read or write is done.
+    pub(in crate::engine) progress_bytes: u64,
+    /// It went through a bounce buffer.
+    pub(in crate::engine) is_bounced: bool,
     /// What the kernel works on.
     pub(super) step: Step,
     /// How it has its blocks of the disk, or waits for them. `None`: it needs none.
     pub(super) blocks: Option<Access>,
-    /// What it writes is to be stable when it completes, as its driver wanted when it was taken: the next front-end's driver may want
-    /// something else.
+    /// It changed a part of a block.
+    pub(in crate::engine) is_partial_write: bool,
+    /// What it writes is to be stable when it completes, as its driver wanted when the worker took it: the next front-end's driver may
+    /// want something else.
     pub(super) is_write_through: bool,
-    /// How much of a read or write is done.
-    pub(super) progress_bytes: u64,
     /// Attempts since there was progress last.
     pub(super) retries: u8,
     /// Where a read or write goes on that was done in part.
     pub(super) rest: Vec<iovec>,
 }
+
+/// The operation of a slot that is free.
+const NO_OPERATION: Operation = Operation::Flush;
 
 /// What the kernel does for a request.
 #[derive(Debug, PartialEq, Eq)]
@@ -64,7 +74,7 @@ pub(super) enum Step {
 
 /// The room for the requests of one worker.
 #[derive(Debug)]
-pub(super) struct Slots {
+pub(in crate::engine) struct Slots {
     slots: Vec<Slot>,
     /// The last one freed is used first: its memory is in the cache.
     free: Vec<u32>,
@@ -74,7 +84,7 @@ pub(super) struct Slots {
 
 impl Slots {
     /// Room for `slots_max` requests of `segments_max` segments each. Memory is taken as it is needed first.
-    pub(super) fn new(slots_max: usize, segments_max: usize) -> Self {
+    pub(in crate::engine) fn new(slots_max: usize, segments_max: usize) -> Self {
         Self { slots: Vec::with_capacity(slots_max), free: Vec::with_capacity(slots_max), slots_max, segments_max }
     }
 
@@ -89,15 +99,18 @@ impl Slots {
         }
         let number = self.slots.len() as u32;
         self.slots.push(Slot {
-            queue: 0,
-            head: 0,
-            request: None,
+            origin: None,
+            operation: NO_OPERATION,
+            data_bytes: 0,
             memory: None,
             segments: SegmentList::with_capacity(self.segments_max),
+            status: Status::Ok,
+            progress_bytes: 0,
+            is_bounced: false,
             step: Step::Transfer,
             blocks: None,
+            is_partial_write: false,
             is_write_through: false,
-            progress_bytes: 0,
             retries: 0,
             rest: Vec::new(),
         });
@@ -126,15 +139,21 @@ impl Slots {
     /// Makes a slot free again.
     #[inline]
     pub(super) fn release(&mut self, number: u32) {
-        let slot = self.get(number);
-        slot.request = None;
+        let slot = self.get_mut(number);
+        slot.origin = None;
         slot.memory = None;
         self.free.push(number);
     }
 
     /// A slot by its number.
     #[inline]
-    pub(super) fn get(&mut self, number: u32) -> &mut Slot {
+    pub(super) fn get(&self, number: u32) -> &Slot {
+        &self.slots[number as usize]
+    }
+
+    /// The same, to change it.
+    #[inline]
+    pub(super) fn get_mut(&mut self, number: u32) -> &mut Slot {
         &mut self.slots[number as usize]
     }
 

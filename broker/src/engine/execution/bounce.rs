@@ -5,7 +5,7 @@
 
 use vm_memory::{GuestMemory, MmapRegion, Permissions, VolatileMemory, VolatileSlice};
 
-use super::EngineError;
+use crate::engine::EngineError;
 use crate::vhost_user::DeviceMemory;
 use crate::virtio_blk::SegmentList;
 
@@ -21,7 +21,7 @@ pub(super) struct Chunk(u16);
 
 /// The chunks of one worker.
 #[derive(Debug)]
-pub(super) struct BouncePool {
+pub(in crate::engine) struct BouncePool {
     memory: MmapRegion,
     free: Vec<Chunk>,
 }
@@ -31,7 +31,7 @@ pub(super) struct BouncePool {
 pub(super) struct Gone;
 
 impl BouncePool {
-    pub(super) fn new() -> Result<Self, EngineError> {
+    pub(in crate::engine) fn new() -> Result<Self, EngineError> {
         let memory = MmapRegion::new(usize::from(CHUNKS) * CHUNK_BYTES).map_err(EngineError::BounceBuffers)?;
         Ok(Self { memory, free: (0..CHUNKS).map(Chunk).collect() })
     }

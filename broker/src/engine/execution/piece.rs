@@ -25,7 +25,7 @@ pub(super) struct Piece {
     pub(super) skip_bytes: usize,
     /// How much of it is the request's data.
     pub(super) data_bytes: usize,
-    /// The unit of direct I/O; 1 through the page cache.
+    /// The unit of direct I/O, a power of two; 1 through the page cache.
     block_bytes: usize,
     /// What the kernel does next.
     pub(super) stage: Stage,
@@ -91,7 +91,7 @@ impl Piece {
 
     /// What comes after a stage of a write; `None` before the first.
     pub(super) fn next_stage(&self, after: Option<Stage>) -> Stage {
-        let has_part_of_last = !(self.skip_bytes + self.data_bytes).is_multiple_of(self.block_bytes);
+        let has_part_of_last = (self.skip_bytes + self.data_bytes) & (self.block_bytes - 1) != 0;
         let has_one_block = self.len_bytes == self.block_bytes;
         match after {
             None if self.skip_bytes > 0 || has_part_of_last && has_one_block => Stage::ReadFirst,
@@ -222,8 +222,8 @@ mod tests {
                     prop_assert!(transfer.at_bytes + transfer.len_bytes <= CHUNK_BYTES);
                     if !piece.is_through_page_cache() {
                         let block = u64::from(block);
-                        prop_assert!(transfer.offset_bytes.is_multiple_of(block));
-                        prop_assert!((transfer.len_bytes as u64).is_multiple_of(block));
+                        prop_assert_eq!(transfer.offset_bytes % block, 0);
+                        prop_assert_eq!(transfer.len_bytes as u64 % block, 0);
                         prop_assert!(!is_write || transfer.offset_bytes + transfer.len_bytes as u64 <= size);
                     }
                 }
