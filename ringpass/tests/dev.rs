@@ -257,3 +257,31 @@ fn a_used_control_socket_is_an_error_if_explicit_and_a_warning_by_default() {
     let _served = Served(child);
     assert!(said.iter().any(|line| line.contains("will not see this device")), "{said:?}");
 }
+
+#[test]
+fn the_mode_of_a_device_without_rings_cannot_change() {
+    let place = Place::new();
+    let _served = place.serve_as("vm", "vm", &["--mode", "virtqueue"]);
+    for mode in ["virtqueue", "auto"] {
+        let output = place.dev(&["set", "vm", "mode", mode]);
+        let error = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(!output.status.success() && error.contains("the device offers no rings"), "{error}");
+    }
+    let output = place.dev(&["set", "vm", "mode", "direct"]);
+    let error = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(!output.status.success() && error.contains("[possible values: auto, virtqueue]"), "{error}");
+}
+
+#[test]
+fn the_mode_of_a_device_with_rings_changes_and_shows() {
+    let place = Place::new();
+    let _served = place.serve_as("vm", "vm", &["--mode", "direct"]);
+    let text = place.text(&["set", "vm", "mode", "virtqueue"]);
+    assert!(text.starts_with("vm: mode virtqueue: all queues are virtqueues (after "), "{text}");
+    let status = place.json(&["show", "vm"]);
+    assert_eq!(status["mode"], "virtqueue");
+    assert_eq!(status["rings"]["closed"], "the operator set mode virtqueue");
+    assert_eq!(place.json(&["set", "vm", "mode", "auto"])["mode"], "auto");
+    let status = place.json(&["show", "vm"]);
+    assert_eq!((&status["mode"], &status["rings"]["closed"]), (&Value::from("direct"), &Value::Null));
+}

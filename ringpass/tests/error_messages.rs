@@ -9,9 +9,16 @@ use std::path::{Path, PathBuf};
 fn sources() -> Vec<PathBuf> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
     let (mut directories, mut sources) = (Vec::new(), Vec::new());
-    for part in
-        ["broker/src", "ringpass/src", "restrictions/src", "guest-abi/src", "guest-driver", "benches", "tests", "xtask/src"]
-    {
+    for part in [
+        "broker/src",
+        "ringpass/src",
+        "restrictions/src",
+        "guest-abi/src",
+        "guest-driver",
+        "benches",
+        "tests",
+        "xtask/src",
+    ] {
         directories.push(root.join(part));
     }
     while let Some(directory) = directories.pop() {

@@ -27,6 +27,7 @@ fn main() -> ExitCode {
     harness::run(vec![
         test("members_of_the_socket_s_group_may_connect_and_others_may_not", needs(), members_may_connect),
         test("a_mode_is_what_was_asked_for_whatever_the_umask_is", needs(), modes_are_exact),
+        test("a_user_who_may_look_at_a_device_may_not_change_its_mode", needs(), only_owners_change),
         test("a_group_or_mode_that_cannot_be_is_refused_before_anything_is_made", needs(), bad_ones_are_refused),
     ])
 }
@@ -89,6 +90,28 @@ fn modes_are_exact() -> Result<()> {
         server.terminate()?;
     }
     Ok(())
+}
+
+fn only_owners_change() -> Result<()> {
+    let place = place()?;
+    let (socket, disk) = (place.path().join("vm.sock"), place.path().join("disk.img"));
+    let program = place.path().join("ringpass");
+    fs::copy(broker_process::program()?, &program)?;
+    let server = BrokerProcess::start(&socket, &disk, &["--mode", "direct", "--control-socket-mode", "0666"])?;
+    let dev = |user: u32, arguments: &[&str]| {
+        let mut command = Command::new(&program);
+        command.arg("dev").args(arguments).env("RUNTIME_DIRECTORY", place.path()).uid(user).gid(user);
+        command.output()
+    };
+    server.explain((|| {
+        ensure!(dev(USER, &["show", "vm"])?.status.success(), "another user may look");
+        let output = dev(USER, &["set", "vm", "mode", "virtqueue"])?;
+        let text = String::from_utf8_lossy(&output.stderr).into_owned();
+        ensure!(!output.status.success() && text.contains("only root and the user that serves the device"), "{text}");
+        let output = dev(0, &["set", "vm", "mode", "virtqueue"])?;
+        ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        Ok(())
+    })())
 }
 
 fn bad_ones_are_refused() -> Result<()> {

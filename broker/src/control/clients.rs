@@ -3,9 +3,10 @@
 use std::io::{self, ErrorKind, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
+use std::sync::mpsc::{Receiver, TryRecvError};
 use std::time::{Duration, Instant};
 
-use rustix::event::PollFlags;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 /// The longest request line.
 const LINE_BYTES_MAX: usize = 4096;
@@ -25,9 +26,27 @@ pub(super) struct Clients {
 struct Client {
     stream: UnixStream,
     line: Vec<u8>,
-    /// The rest of the answer to send. None: the request is not complete.
-    answer: Option<Vec<u8>>,
+    state: State,
+    /// When the server disconnects the client, unless the client waits for the answer.
     end: Instant,
+}
+
+#[derive(Debug)]
+enum State {
+    /// The request is not complete.
+    Asking,
+    /// The answer takes time.
+    Waiting(Receiver<String>),
+    /// The rest of the answer.
+    Answered(Vec<u8>),
+}
+
+/// The answer to a request line.
+#[derive(Debug)]
+pub(super) enum Answer {
+    Now(String),
+    /// It comes through this channel; the sender wakes the thread of the clients.
+    Later(Receiver<String>),
 }
 
 /// What to do with a client next.
@@ -51,7 +70,7 @@ impl Clients {
             self.clients.remove(0);
             tracing::debug!("control client disconnected: a new client takes its place");
         }
-        self.clients.push(Client { stream, line: Vec::new(), answer: None, end: Instant::now() + PATIENCE });
+        self.clients.push(Client { stream, line: Vec::new(), state: State::Asking, end: Instant::now() + PATIENCE });
         Ok(())
     }
 
@@ -62,15 +81,15 @@ impl Clients {
 
     /// When the first client runs out of time. `None`: there is no client.
     pub(super) fn next_end(&self) -> Option<Instant> {
-        self.clients.iter().map(|client| client.end).min()
+        self.clients.iter().filter(|client| !client.is_waiting()).map(|client| client.end).min()
     }
 
     /// Advances all clients as far as possible without waiting, and disconnects those that have their answer, are gone
     /// or are too slow. `reply` returns the answer to a line.
-    pub(super) fn advance(&mut self, reply: impl Fn(&[u8]) -> String) {
+    pub(super) fn advance(&mut self, reply: impl Fn(&[u8], &UnixStream) -> Answer) {
         let now = Instant::now();
         self.clients.retain_mut(|client| match client.advance(&reply) {
-            Ok(Next::Wait) => now < client.end,
+            Ok(Next::Wait) => client.is_waiting() || now < client.end,
             Ok(Next::HangUp) => false,
             Err(error) => {
                 tracing::debug!(%error, "control client disconnected: its socket failed");
@@ -81,20 +100,48 @@ impl Clients {
 }
 
 impl Client {
-    fn awaits(&self) -> PollFlags {
-        if self.answer.is_none() { PollFlags::IN } else { PollFlags::OUT }
+    fn is_waiting(&self) -> bool {
+        matches!(self.state, State::Waiting(_))
     }
 
-    fn advance(&mut self, reply: &impl Fn(&[u8]) -> String) -> io::Result<Next> {
-        if self.answer.is_none() && self.read_line()? {
-            let mut answer = reply(&self.line).into_bytes();
-            answer.push(b'\n');
-            self.answer = Some(answer);
+    fn awaits(&self) -> PollFlags {
+        match self.state {
+            State::Asking => PollFlags::IN,
+            // A client that hangs up is noticed; what it began goes on.
+            State::Waiting(_) => PollFlags::empty(),
+            State::Answered(_) => PollFlags::OUT,
         }
-        match &mut self.answer {
-            None => Ok(Next::Wait),
-            Some(answer) => send(&self.stream, answer),
+    }
+
+    fn advance(&mut self, reply: &impl Fn(&[u8], &UnixStream) -> Answer) -> io::Result<Next> {
+        if matches!(self.state, State::Asking) && self.read_line()? {
+            self.state = match reply(&self.line, &self.stream) {
+                Answer::Now(answer) => State::answered(answer),
+                Answer::Later(answer) => State::Waiting(answer),
+            };
         }
+        if let State::Waiting(answer) = &self.state {
+            match answer.try_recv() {
+                Ok(answer) => {
+                    self.end = Instant::now() + PATIENCE;
+                    self.state = State::answered(answer);
+                }
+                Err(TryRecvError::Empty) => return self.while_waiting(),
+                Err(TryRecvError::Disconnected) => return Ok(Next::HangUp),
+            }
+        }
+        match &mut self.state {
+            State::Asking | State::Waiting(_) => Ok(Next::Wait),
+            State::Answered(rest) => send(&self.stream, rest),
+        }
+    }
+
+    /// Finds out whether a client that waits for its answer has hung up.
+    fn while_waiting(&self) -> io::Result<Next> {
+        let fd = &mut [PollFd::new(&self.stream, PollFlags::empty())];
+        poll(fd, Some(&Timespec { tv_sec: 0, tv_nsec: 0 }))?;
+        let has_hung_up = fd[0].revents().intersects(PollFlags::HUP | PollFlags::ERR);
+        Ok(if has_hung_up { Next::HangUp } else { Next::Wait })
     }
 
     /// Reads up to the end of a line, of the stream, or of the longest request. False: more will come.
@@ -110,6 +157,14 @@ impl Client {
             }
         }
         Ok(true)
+    }
+}
+
+impl State {
+    fn answered(answer: String) -> Self {
+        let mut line = answer.into_bytes();
+        line.push(b'\n');
+        Self::Answered(line)
     }
 }
 
@@ -129,8 +184,8 @@ fn send(mut stream: &UnixStream, rest: &mut Vec<u8>) -> io::Result<Next> {
 mod tests {
     use super::*;
 
-    fn reply(line: &[u8]) -> String {
-        format!("{} bytes", line.len())
+    fn reply(line: &[u8], _: &UnixStream) -> Answer {
+        Answer::Now(format!("{} bytes", line.len()))
     }
 
     fn pair(clients: &mut Clients) -> UnixStream {
@@ -170,12 +225,41 @@ mod tests {
         let client = pair(&mut clients);
         (&client).write_all(b"\n").unwrap();
         let long = "x".repeat(1 << 20);
-        clients.advance(|_| long.clone());
+        clients.advance(|_, _| Answer::Now(long.clone()));
         assert_eq!(clients.to_poll().next().unwrap().1, PollFlags::OUT);
         let reading = std::thread::spawn(move || io::read_to_string(client).unwrap());
         while clients.next_end().is_some() {
-            clients.advance(|_| unreachable!("it is answered once"));
+            clients.advance(|_, _| unreachable!("it is answered once"));
         }
         assert_eq!(reading.join().unwrap().len(), long.len() + 1);
+    }
+
+    #[test]
+    fn a_client_waits_for_an_answer_that_takes_time_beyond_the_limit_of_others() {
+        let mut clients = Clients::default();
+        let client = pair(&mut clients);
+        (&client).write_all(b"\n").unwrap();
+        let (answer, later) = std::sync::mpsc::channel();
+        let later = std::cell::Cell::new(Some(later));
+        clients.advance(|_, _| Answer::Later(later.take().expect("it is asked once")));
+        clients.clients[0].end = Instant::now();
+        clients.advance(reply);
+        assert_eq!((clients.to_poll().count(), clients.next_end()), (1, None), "no limit while it waits");
+        answer.send("done".into()).unwrap();
+        clients.advance(reply);
+        assert_eq!(io::read_to_string(client).unwrap(), "done\n");
+    }
+
+    #[test]
+    fn a_client_that_hangs_up_while_it_waits_gives_up_its_place() {
+        let mut clients = Clients::default();
+        let client = pair(&mut clients);
+        (&client).write_all(b"\n").unwrap();
+        let (_answer, later) = std::sync::mpsc::channel();
+        let later = std::cell::Cell::new(Some(later));
+        clients.advance(|_, _| Answer::Later(later.take().expect("it is asked once")));
+        drop(client);
+        clients.advance(reply);
+        assert_eq!(clients.to_poll().count(), 0);
     }
 }

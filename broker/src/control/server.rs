@@ -2,6 +2,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -13,7 +14,8 @@ use serde::Deserialize;
 use thiserror::Error;
 
 use super::StatusSource;
-use super::clients::{CLIENTS_MAX, Clients};
+use super::clients::{Answer, CLIENTS_MAX, Clients};
+use super::mode_change::{ModeChanges, OperatorSetting};
 use crate::threads::leave_signals_to_others;
 use crate::vhost_user::listener::{ListenError, Listener, SocketAccess};
 
@@ -48,7 +50,8 @@ pub struct ControlSocket {
 /// Answers requests on a thread of its own, until it is dropped.
 #[derive(Debug)]
 pub struct ControlServer {
-    stop: Arc<OwnedFd>,
+    /// Wakes the thread.
+    wake: Arc<OwnedFd>,
     is_stopping: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
 }
@@ -59,6 +62,8 @@ pub struct ControlServer {
 enum Request {
     Show,
     Stats,
+    /// Changes the operator's mode.
+    SetMode(OperatorSetting),
 }
 
 impl ControlSocket {
@@ -102,20 +107,23 @@ impl ControlSocket {
     pub fn serve(self, source: Arc<dyn StatusSource>) -> Result<ControlServer, ControlError> {
         let Self { mut listener, path } = self;
         let flags = EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC;
-        let stop = rustix::event::eventfd(0, flags).map_err(failed(&path, "making an eventfd"))?;
-        let (stop, is_stopping) = (Arc::new(stop), Arc::new(AtomicBool::new(false)));
-        let (theirs, must_stop) = (stop.clone(), is_stopping.clone());
+        let wake = rustix::event::eventfd(0, flags).map_err(failed(&path, "making an eventfd"))?;
+        let (wake, is_stopping) = (Arc::new(wake), Arc::new(AtomicBool::new(false)));
+        let (theirs, must_stop) = (wake.clone(), is_stopping.clone());
         let thread = thread::Builder::new()
             .name("control".into())
             .spawn(move || {
                 leave_signals_to_others();
                 let mut clients = Clients::default();
+                let changes = ModeChanges::new(source.clone(), theirs.clone());
                 while !must_stop.load(Ordering::Acquire) {
-                    serve_once(&mut listener, &mut clients, &theirs, &*source);
+                    serve_once(&mut listener, &mut clients, &theirs, &|line, client| {
+                        reply(line, client, &*source, &changes)
+                    });
                 }
             })
             .map_err(failed(&path, "starting the thread that answers"))?;
-        Ok(ControlServer { stop, is_stopping, thread: Some(thread) })
+        Ok(ControlServer { wake, is_stopping, thread: Some(thread) })
     }
 }
 
@@ -125,7 +133,14 @@ fn failed<E: Into<io::Error>>(path: &Path, what: &'static str) -> impl FnOnce(E)
 }
 
 /// Accepts waiting clients, advances all clients, and waits for the next event.
-fn serve_once(listener: &mut Listener, clients: &mut Clients, stop: &OwnedFd, source: &dyn StatusSource) {
+fn serve_once(
+    listener: &mut Listener,
+    clients: &mut Clients,
+    wake: &OwnedFd,
+    reply: &dyn Fn(&[u8], &UnixStream) -> Answer,
+) {
+    // Before the clients: what is written from now on wakes the thread again.
+    let _ = rustix::io::read(wake, &mut [0; 8]);
     let is_paused = match take_clients(listener, clients) {
         Ok(()) => false,
         // A lack of descriptors is temporary.
@@ -134,10 +149,10 @@ fn serve_once(listener: &mut Listener, clients: &mut Clients, stop: &OwnedFd, so
             true
         }
     };
-    clients.advance(|line| reply(line, source));
+    clients.advance(reply);
     // While no client can be accepted, the socket stays readable, so it is not polled.
     let socket = listener.to_poll().filter(|_| !is_paused);
-    let awaited = [Some(stop.as_fd()), socket].into_iter().flatten().map(|fd| (fd, PollFlags::IN));
+    let awaited = [Some(wake.as_fd()), socket].into_iter().flatten().map(|fd| (fd, PollFlags::IN));
     let mut fds: Vec<PollFd<'_>> =
         awaited.chain(clients.to_poll()).map(|(fd, flags)| PollFd::from_borrowed_fd(fd, flags)).collect();
     let end = clients.next_end().map(|end| end.saturating_duration_since(Instant::now()));
@@ -157,24 +172,26 @@ fn take_clients(listener: &mut Listener, clients: &mut Clients) -> io::Result<()
 }
 
 /// The answer to a line.
-fn reply(line: &[u8], source: &dyn StatusSource) -> String {
+fn reply(line: &[u8], client: &UnixStream, source: &dyn StatusSource, changes: &ModeChanges) -> Answer {
     let json = match serde_json::from_slice(line) {
         Ok(Request::Show) => serde_json::to_value(source.status()),
         Ok(Request::Stats) => serde_json::to_value(source.stats()),
+        Ok(Request::SetMode(setting)) => return changes.begin(setting, client),
         Err(error) => {
             let error = format!(
-                "not understood: {error}; send one line, {{\"request\":\"show\"}} or {{\"request\":\"stats\"}}"
+                "not understood: {error}; send one line: {{\"request\":\"show\"}}, {{\"request\":\"stats\"}} or \
+                 {{\"request\":\"set-mode\",\"mode\":\"virtqueue\",\"timeout_ms\":10000}}"
             );
             Ok(serde_json::json!({ "error": error }))
         }
     };
-    json.unwrap_or_else(|error| serde_json::json!({ "error": error.to_string() })).to_string()
+    Answer::Now(json.unwrap_or_else(|error| serde_json::json!({ "error": error.to_string() })).to_string())
 }
 
 impl Drop for ControlServer {
     fn drop(&mut self) {
         self.is_stopping.store(true, Ordering::Release);
-        let _ = rustix::io::write(&*self.stop, &1_u64.to_ne_bytes());
+        let _ = rustix::io::write(&*self.wake, &1_u64.to_ne_bytes());
         if let Some(thread) = self.thread.take() {
             // The thread does not panic; if it did, nothing would be left to do.
             let _ = thread.join();
@@ -192,7 +209,7 @@ mod tests {
     use rustix::fs::inotify;
 
     use super::*;
-    use crate::control::{DeviceStats, DeviceStatus, DiskStatus, RingsOffer};
+    use crate::control::{DeviceStats, DeviceStatus, DiskStatus, RingsOffer, SettableMode};
 
     struct Fixed;
 
@@ -213,6 +230,13 @@ mod tests {
 
         fn stats(&self) -> DeviceStats {
             DeviceStats { name: "vm1".into(), started_ms: None, age_ms: None, queues: vec![] }
+        }
+
+        fn set_mode(&self, mode: SettableMode, timeout: Duration) -> Result<(), String> {
+            match mode {
+                SettableMode::Auto => Ok(()),
+                SettableMode::Virtqueue => Err(format!("not within {timeout:?}")),
+            }
         }
     }
 
@@ -239,6 +263,20 @@ mod tests {
         for line in [&b"{\"request\":\"stop\"}\n"[..], b"\n", b"garbage\n", &[b'x'; 8192]] {
             let error = ask(&path, line)["error"].as_str().unwrap().to_owned();
             assert!(error.contains(r#"{"request":"show"}"#), "{error}");
+        }
+    }
+
+    #[test]
+    fn the_operator_sets_the_mode_and_gets_the_reason_if_it_stays() {
+        let (_directory, path, _server) = served();
+        let set = |mode: &str| {
+            ask(&path, format!("{{\"request\":\"set-mode\",\"mode\":\"{mode}\",\"timeout_ms\":7}}\n").as_bytes())
+        };
+        assert_eq!(set("auto")["mode"], "auto");
+        assert_eq!(set("virtqueue")["error"], "not within 7ms");
+        for bad in ["direct", ""] {
+            let error = set(bad)["error"].as_str().unwrap().to_owned();
+            assert!(error.contains("not understood") && error.contains("set-mode"), "{error}");
         }
     }
 

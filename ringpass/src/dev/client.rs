@@ -11,6 +11,7 @@ use ringpass_broker::control::{DeviceStatus, remove_if_stale};
 use ringpass_broker::printable::Chain;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use serde_json::Value;
 
 use crate::runtime_dir::{self, SUFFIX};
 
@@ -61,7 +62,7 @@ impl Devices {
         for name in self.names()? {
             let socket = self.socket(&name);
             let mut device = Found { name, pid: None, disk: None, socket, error: None };
-            match ask::<DeviceStatus>(&device.socket, "show") {
+            match ask::<DeviceStatus>(&device.socket, &serde_json::json!({ "request": "show" }), PATIENCE) {
                 Ok(status) => (device.pid, device.disk) = (Some(status.pid), Some(status.disk.path)),
                 Err(error) if error.is::<Gone>() => remove(&device.socket),
                 Err(error) => device.error = Some(Chain(error.as_ref()).to_string()),
@@ -73,15 +74,31 @@ impl Devices {
 
     /// Sends a request to a device, given by name or by the path of its control socket.
     pub(super) fn ask<T: DeserializeOwned>(&self, device: &str, request: &str) -> anyhow::Result<T> {
+        self.send(device, &serde_json::json!({ "request": request }), PATIENCE)
+    }
+
+    /// Changes the mode of a device. Drivers have this long to leave their rings.
+    pub(super) fn set_mode<T: DeserializeOwned>(
+        &self,
+        device: &str,
+        mode: &str,
+        timeout: Duration,
+    ) -> anyhow::Result<T> {
+        let timeout_ms = u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX);
+        let request = serde_json::json!({ "request": "set-mode", "mode": mode, "timeout_ms": timeout_ms });
+        self.send(device, &request, timeout + PATIENCE)
+    }
+
+    fn send<T: DeserializeOwned>(&self, device: &str, request: &Value, patience: Duration) -> anyhow::Result<T> {
         if device.contains('/') {
-            return ask(Path::new(device), request);
+            return ask(Path::new(device), request, patience);
         }
         let names = self.names()?;
         if !names.iter().any(|name| name == device) {
             let others = if names.is_empty() { "none".to_owned() } else { names.join(", ") };
             bail!("no device {device} in {}; devices there are: {others}", self.directory.display());
         }
-        ask(&self.socket(device), request)
+        ask(&self.socket(device), request, patience)
     }
 
     fn socket(&self, name: &str) -> PathBuf {
@@ -110,7 +127,7 @@ fn remove(socket: &Path) {
     }
 }
 
-fn ask<T: DeserializeOwned>(socket: &Path, request: &str) -> anyhow::Result<T> {
+fn ask<T: DeserializeOwned>(socket: &Path, request: &Value, patience: Duration) -> anyhow::Result<T> {
     let talking = || format!("asking the device at {}", socket.display());
     let stream = match UnixStream::connect(socket) {
         Err(source) if matches!(source.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused) => {
@@ -118,16 +135,15 @@ fn ask<T: DeserializeOwned>(socket: &Path, request: &str) -> anyhow::Result<T> {
         }
         other => other.with_context(talking)?,
     };
-    stream.set_read_timeout(Some(PATIENCE)).with_context(talking)?;
-    let question = serde_json::json!({ "request": request });
+    stream.set_read_timeout(Some(patience)).with_context(talking)?;
     let mut line = String::new();
-    let asked = (&stream).write_all(format!("{question}\n").as_bytes());
+    let asked = (&stream).write_all(format!("{request}\n").as_bytes());
     match asked
         .and_then(|()| BufReader::new(stream.take(ANSWER_BYTES_MAX)).read_line(&mut line))
         .map_err(|error| (error.kind(), error))
     {
         Err((ErrorKind::WouldBlock, _)) => {
-            bail!("the device at {} does not answer within {PATIENCE:?}", socket.display())
+            bail!("the device at {} does not answer within {patience:?}", socket.display())
         }
         Ok(0) | Err((ErrorKind::BrokenPipe | ErrorKind::ConnectionReset, _)) => {
             bail!("the device at {} has hung up without an answer; it may be ending, try again", socket.display())
@@ -135,8 +151,8 @@ fn ask<T: DeserializeOwned>(socket: &Path, request: &str) -> anyhow::Result<T> {
         Ok(_) => {}
         Err((_, error)) => return Err(error).with_context(talking),
     }
-    let answer: serde_json::Value = serde_json::from_str(&line).with_context(talking)?;
-    if let Some(error) = answer.get("error").and_then(serde_json::Value::as_str) {
+    let answer: Value = serde_json::from_str(&line).with_context(talking)?;
+    if let Some(error) = answer.get("error").and_then(Value::as_str) {
         bail!("the device at {}: {error}", socket.display());
     }
     serde_json::from_value(answer).with_context(talking)

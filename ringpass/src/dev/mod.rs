@@ -9,14 +9,14 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
-use clap::{Args, Subcommand};
-use ringpass_broker::control::{DeviceStats, DeviceStatus};
+use clap::{Args, Subcommand, ValueEnum};
+use ringpass_broker::control::{DeviceStats, DeviceStatus, ModeReport};
 use ringpass_broker::printable::{Chain, printable};
 use serde::Serialize;
 
 use client::{Devices, Found, Gone};
 
-/// Inspect the devices that `ringpass serve` serves.
+/// Inspect the devices that `ringpass serve` serves, and change their mode.
 #[derive(Debug, Args)]
 pub(crate) struct DevCommand {
     #[command(subcommand)]
@@ -51,6 +51,42 @@ enum Action {
         #[arg(long, value_name = "SECONDS", num_args = 0..=1, default_missing_value = "1", value_parser = seconds)]
         watch: Option<f64>,
     },
+    /// Change a setting of a device that runs.
+    Set {
+        /// Name of the device, or path of its control socket.
+        device: String,
+        #[command(subcommand)]
+        setting: Setting,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+enum Setting {
+    /// Decide whether queues whose drivers ask for rings have them. The mode lasts until the server ends.
+    Mode {
+        #[arg(value_enum)]
+        mode: ModeArg,
+        /// How long the guest's driver may take to leave its rings. If it takes longer, the mode stays as it was.
+        #[arg(long, value_name = "SECONDS", default_value = "10", value_parser = seconds)]
+        timeout: f64,
+    },
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum ModeArg {
+    /// Drivers may ask for rings.
+    Auto,
+    /// All queues are virtqueues: drivers are asked to leave their rings, and no request is lost.
+    Virtqueue,
+}
+
+impl ModeArg {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::Virtqueue => "virtqueue",
+        }
+    }
 }
 
 fn seconds(text: &str) -> Result<f64, String> {
@@ -82,6 +118,10 @@ pub(crate) fn run(command: &DevCommand) -> anyhow::Result<ExitCode> {
             command.print(&stats, || print::stats(&stats))?;
         }
         Action::Stats { device, watch: Some(seconds) } => watch(command, &devices, device, *seconds)?,
+        Action::Set { device, setting: Setting::Mode { mode, timeout } } => {
+            let report: ModeReport = devices.set_mode(device, mode.name(), Duration::from_secs_f64(*timeout))?;
+            command.print(&report, || print::mode(device, &report))?;
+        }
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -2,7 +2,9 @@
 
 use std::time::Duration;
 
-use ringpass_broker::control::{ByDevice, ByGuest, DeviceStats, DeviceStatus, ExecutedBy, QueueStats, QueueStatus};
+use ringpass_broker::control::{
+    ByDevice, ByGuest, DeviceStats, DeviceStatus, ExecutedBy, ModeReport, QueueStats, QueueStatus, SettableMode,
+};
 
 use ringpass_broker::printable::printable;
 
@@ -23,6 +25,16 @@ pub(super) fn list(found: &[Found]) -> String {
         rows.push([printable(name).to_string(), state, printable(what).to_string()]);
     }
     table(&rows)
+}
+
+pub(super) fn mode(device: &str, report: &ModeReport) -> String {
+    let what = match report.mode {
+        SettableMode::Virtqueue => "all queues are virtqueues",
+        // `SettableMode` may have more cases in a later version of the library.
+        _ => "drivers may ask for rings",
+    };
+    let took_ms = report.took_us as f64 / 1000.0;
+    format!("{}: mode {}: {what} (after {took_ms:.1} ms)\n", printable(device), report.mode.name())
 }
 
 pub(super) fn show(status: &DeviceStatus) -> String {

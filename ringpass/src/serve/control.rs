@@ -8,10 +8,10 @@ use anyhow::{Context, ensure};
 use clap::Args;
 use ringpass_broker::control::{
     ByDevice, ByGuest, ControlServer, ControlSocket, DeviceStats, DeviceStatus, DiskStatus, ExecutedBy, LimitStatus,
-    QueueStats, QueueStatus, RingsOffer, StatusSource,
+    QueueStats, QueueStatus, RingsOffer, SettableMode, StatusSource,
 };
 use ringpass_broker::disk::LocatedDisk;
-use ringpass_broker::engine::{EngineControl, QueueCounters, RingKind, RingStatus};
+use ringpass_broker::engine::{EngineControl, OperatorMode, QueueCounters, RingKind, RingStatus, RingsStatus};
 use ringpass_broker::printable::Chain;
 use ringpass_broker::vhost_user::SocketAccess;
 use ringpass_guest_abi::epoch::device::State;
@@ -131,6 +131,16 @@ pub(super) fn serve(socket: Option<ControlSocket>, source: Source) -> anyhow::Re
     Ok(socket.map(|socket| socket.serve(source)).transpose()?)
 }
 
+impl Source {
+    /// The mode of `--mode`, unless the operator chose virtqueues since.
+    fn mode_now(&self) -> &'static str {
+        match self.engine.rings() {
+            Some(RingsStatus { operator_mode: OperatorMode::Virtqueue, .. }) => ModeArg::Virtqueue.name(),
+            _ => self.mode.name(),
+        }
+    }
+}
+
 impl StatusSource for Source {
     fn status(&self) -> DeviceStatus {
         let rings = self.engine.rings();
@@ -159,7 +169,7 @@ impl StatusSource for Source {
                 read_only: self.disk.is_read_only(),
                 direct_io: self.disk.is_direct_io(),
             },
-            mode: self.mode.name().into(),
+            mode: self.mode_now().into(),
             rings: RingsOffer {
                 offered: limits.is_some(),
                 why_not,
@@ -169,6 +179,20 @@ impl StatusSource for Source {
             },
             queues: (0..self.engine.counters().len()).map(|index| queue(index, &self.engine, ring(index))).collect(),
         }
+    }
+
+    fn set_mode(&self, mode: SettableMode, timeout: Duration) -> Result<(), String> {
+        let mode = match mode {
+            SettableMode::Auto => OperatorMode::Auto,
+            SettableMode::Virtqueue => OperatorMode::Virtqueue,
+            _ => return Err("this server does not have that mode".into()),
+        };
+        let changed = self.engine.set_operator_mode(mode, timeout).map_err(|error| error.to_string());
+        match &changed {
+            Ok(()) => tracing::info!(?mode, "the operator changed the mode"),
+            Err(why) => tracing::warn!(?mode, "the mode stays as it was: {why}"),
+        }
+        changed
     }
 
     fn stats(&self) -> DeviceStats {
