@@ -6,6 +6,7 @@ pub mod bare_qemu;
 pub mod broker_process;
 pub mod content;
 pub mod dd;
+pub mod debian;
 pub mod disks;
 pub mod forgetful_proxy;
 pub mod front_end;

@@ -4,7 +4,7 @@ use std::{fs, path::Path, process::Command, thread};
 
 use anyhow::{Context, Result};
 
-use super::apt::{Apt, run};
+use crate::debian::apt::{Apt, run};
 
 /// Everything that would need a library of its own, and code for this very CPU, which the guest's may not have.
 const OPTIONS: [&str; 15] = [

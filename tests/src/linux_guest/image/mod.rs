@@ -5,8 +5,6 @@
 //! their libraries. The initramfs is all that the guest has: a program that were loaded from a disk under test would
 //! make two things fail at once.
 
-mod apt;
-mod cache;
 mod cpio;
 mod fio;
 mod modules;
@@ -22,11 +20,13 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
-use apt::Apt;
-use cache::Cache;
 use cpio::Archive;
 use modules::ModuleTree;
 
+use crate::debian::{
+    apt::{self, Apt},
+    cache::Cache,
+};
 use crate::needs::{Need, find_program};
 
 /// The modules that a guest can load. The first two are loaded when it comes up.

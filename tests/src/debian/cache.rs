@@ -7,13 +7,14 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
+use rustix::fs::FlockOperation;
 
 /// The directory of cached files: `$XDG_CACHE_HOME/ringpass-tests`, or the same in `~/.cache`.
 ///
 /// An entry is a directory that appears by a rename, and so is complete when it is there. Its name has the versions of
 /// what it was made from; it is never changed. Removing the whole directory is always allowed while no test runs.
 #[derive(Debug)]
-pub(super) struct Cache {
+pub(crate) struct Cache {
     root: PathBuf,
 }
 
@@ -23,7 +24,7 @@ impl Cache {
     /// # Errors
     ///
     /// Neither `XDG_CACHE_HOME` nor `HOME` is set, or the directory cannot be made.
-    pub(super) fn open() -> Result<Self> {
+    pub(crate) fn open() -> Result<Self> {
         let absolute = |variable| env::var_os(variable).map(PathBuf::from).filter(|path| path.is_absolute());
         let parent = absolute("XDG_CACHE_HOME")
             .or_else(|| absolute("HOME").map(|home| home.join(".cache")))
@@ -42,15 +43,16 @@ impl Cache {
     /// # Errors
     ///
     /// The lock's file cannot be opened or locked.
-    pub(super) fn lock(&self) -> Result<File> {
+    pub(crate) fn lock(&self) -> Result<File> {
         let path = self.root.join("lock");
         let file = File::create(&path).with_context(|| format!("opening {}", path.display()))?;
-        file.lock().with_context(|| format!("locking {}", path.display()))?;
+        rustix::fs::flock(&file, FlockOperation::LockExclusive)
+            .with_context(|| format!("locking {}", path.display()))?;
         Ok(file)
     }
 
     /// The entry `name`, if it is there.
-    pub(super) fn find(&self, name: &str) -> Option<PathBuf> {
+    pub(crate) fn find(&self, name: &str) -> Option<PathBuf> {
         Some(self.root.join(name)).filter(|path| path.is_dir())
     }
 
@@ -59,7 +61,7 @@ impl Cache {
     /// # Errors
     ///
     /// `make` fails (nothing is left of it then), or the file system.
-    pub(super) fn entry(&self, name: &str, make: impl FnOnce(&Path) -> Result<()>) -> Result<PathBuf> {
+    pub(crate) fn entry(&self, name: &str, make: impl FnOnce(&Path) -> Result<()>) -> Result<PathBuf> {
         ensure!(!name.is_empty() && !name.contains('/'), "{name:?} is not a name for a cache entry");
         if let Some(found) = self.find(name) {
             return Ok(found);
@@ -73,7 +75,7 @@ impl Cache {
     }
 
     /// What was remembered under `key`.
-    pub(super) fn recall(&self, key: &str) -> Option<String> {
+    pub(crate) fn recall(&self, key: &str) -> Option<String> {
         fs::read_to_string(self.root.join(key)).ok().map(|text| text.trim().to_owned())
     }
 
@@ -82,7 +84,7 @@ impl Cache {
     /// # Errors
     ///
     /// The file cannot be written.
-    pub(super) fn remember(&self, key: &str, line: &str) -> Result<()> {
+    pub(crate) fn remember(&self, key: &str, line: &str) -> Result<()> {
         let file = tempfile::NamedTempFile::new_in(&self.root).context("remembering")?;
         fs::write(file.path(), format!("{line}\n")).context("remembering")?;
         file.persist(self.root.join(key)).context("remembering")?;

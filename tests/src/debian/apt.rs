@@ -3,6 +3,7 @@
 use std::{
     ffi::OsStr,
     fs,
+    os::unix::ffi::OsStrExt,
     path::{Path, PathBuf},
     process::Command,
 };
@@ -14,30 +15,59 @@ const SYSTEM_SOURCES: &str = "/etc/apt";
 
 /// An apt that uses the machine's repositories, proxy and keys, and changes nothing of the machine.
 #[derive(Debug)]
-pub(super) struct Apt {
+pub(crate) struct Apt {
     configuration: PathBuf,
+    /// Where packages go that are downloaded with all that they depend on.
+    downloads: PathBuf,
     /// What the update said: the cause, if a package is missing later.
     update: String,
 }
 
 impl Apt {
-    /// Makes an apt whose files are in `directory`, and gets the lists of packages.
+    /// Makes an apt whose files are in `directory`, and gets the lists of packages of the machine's repositories, source
+    /// packages included.
     ///
     /// # Errors
     ///
-    /// The files cannot be written, or there is no apt. That a repository cannot be reached is no error yet: others
+    /// The files cannot be written, or there is no apt. A repository that cannot be reached is not an error yet: others
     /// may have what is needed.
-    pub(super) fn new(directory: &Path) -> Result<Self> {
+    pub(crate) fn new(directory: &Path) -> Result<Self> {
+        let sources = system_sources()?;
+        Self::with_sources(
+            directory,
+            sources.iter().map(|(name, text)| (name.as_str(), with_source_packages(text))),
+            "",
+        )
+    }
+
+    /// The same for another release of Debian, by way of the mirror that this machine uses, and as if no package were installed.
+    ///
+    /// # Errors
+    ///
+    /// As [`new`](Self::new); or the machine uses no repository of Debian.
+    pub(crate) fn of_release(directory: &Path, suite: &str) -> Result<Self> {
+        let repository = debian_repository(&system_sources()?).context("/etc/apt names no repository of Debian")?;
+        fs::write(directory.join("status"), "").context("writing an empty list of installed packages")?;
+        let status = format!("Dir::State::status \"{}/status\";\n", directory.display());
+        Self::with_sources(directory, [("debian.sources", repository.of_suite(suite))], &status)
+    }
+
+    fn with_sources<'a>(
+        directory: &Path,
+        lists: impl IntoIterator<Item = (&'a str, String)>,
+        further_configuration: &str,
+    ) -> Result<Self> {
         let sources = directory.join("sources.list.d");
         for made in [&sources, &directory.join("lists/partial"), &directory.join("cache/archives/partial")] {
             fs::create_dir_all(made).with_context(|| format!("making {}", made.display()))?;
         }
-        for (name, text) in system_sources()? {
-            fs::write(sources.join(name), with_source_packages(&text)).context("writing the list of repositories")?;
+        for (name, text) in lists {
+            fs::write(sources.join(name), text).context("writing the list of repositories")?;
         }
         let configuration = directory.join("apt.conf");
-        fs::write(&configuration, configuration_text(directory)).context("writing apt's configuration")?;
-        let mut apt = Self { configuration, update: String::new() };
+        let text = configuration_text(directory) + further_configuration;
+        fs::write(&configuration, text).context("writing apt's configuration")?;
+        let mut apt = Self { configuration, downloads: directory.join("cache/archives"), update: String::new() };
         let output = apt.command("apt-get").arg("update").output().context("starting apt-get")?;
         apt.update = String::from_utf8_lossy(&output.stderr).trim().to_owned();
         Ok(apt)
@@ -48,7 +78,7 @@ impl Apt {
     /// # Errors
     ///
     /// There is none.
-    pub(super) fn newest_named(&self, prefix: &str, suffix: &str) -> Result<String> {
+    pub(crate) fn newest_named(&self, prefix: &str, suffix: &str) -> Result<String> {
         let names = self.run("apt-cache", ["pkgnames", prefix])?;
         newest_named(names.lines(), prefix, suffix)
             .with_context(|| format!("the machine's repositories have no package {prefix}*{suffix}. {}", self.update))
@@ -59,7 +89,7 @@ impl Apt {
     /// # Errors
     ///
     /// There is no such package.
-    pub(super) fn version(&self, package: &str) -> Result<String> {
+    pub(crate) fn version(&self, package: &str) -> Result<String> {
         let fields = self.run("apt-cache", ["show", "--no-all-versions", package])?;
         let version = fields.lines().find_map(|line| line.strip_prefix("Version: "));
         version.map(str::to_owned).with_context(|| format!("{package} has no version"))
@@ -70,11 +100,31 @@ impl Apt {
     /// # Errors
     ///
     /// It cannot be downloaded or unpacked.
-    pub(super) fn unpack(&self, package: &str, directory: &Path) -> Result<()> {
+    pub(crate) fn unpack(&self, package: &str, directory: &Path) -> Result<()> {
         let downloads = tempfile::tempdir_in(directory).context("making a directory for a download")?;
         self.run_in(downloads.path(), "apt-get", ["download", package])?;
         let archive = only_file(downloads.path(), ".deb")?;
         run(Command::new("dpkg").arg("--extract").arg(archive).arg(directory)).map(drop)
+    }
+
+    /// Downloads packages with everything that they depend on and that is not installed, and unpacks the files of all of them
+    /// into `directory`, an empty one. Nothing is installed, so no script of a package runs.
+    ///
+    /// # Errors
+    ///
+    /// One of them cannot be downloaded or unpacked.
+    pub(crate) fn unpack_with_dependencies(&self, packages: &[&str], directory: &Path) -> Result<()> {
+        let install = ["install", "--yes", "--download-only", "--no-install-recommends"];
+        self.run("apt-get", install.into_iter().chain(packages.iter().copied()))?;
+        // The symbolic links between /bin and /usr/bin are the first to be there.
+        let base_first =
+            |path: &PathBuf| !path.file_name().is_some_and(|name| name.as_bytes().starts_with(b"base-files_"));
+        let mut archives = files(&self.downloads, ".deb")?;
+        archives.sort_by_key(base_first);
+        for archive in archives {
+            run(Command::new("dpkg").arg("--extract").arg(archive).arg(directory))?;
+        }
+        Ok(())
     }
 
     /// Downloads a source package and unpacks the original sources (without Debian's changes) into `directory`.
@@ -82,7 +132,7 @@ impl Apt {
     /// # Errors
     ///
     /// It cannot be downloaded or unpacked.
-    pub(super) fn unpack_source(&self, package: &str, directory: &Path) -> Result<()> {
+    pub(crate) fn unpack_source(&self, package: &str, directory: &Path) -> Result<()> {
         let downloads = tempfile::tempdir_in(directory).context("making a directory for a download")?;
         self.run_in(downloads.path(), "apt-get", ["source", "--download-only", package])?;
         let archive = only_file(downloads.path(), ".orig.tar.gz")
@@ -116,8 +166,8 @@ impl Apt {
 }
 
 /// Runs a program to its end and gives what it wrote.
-pub(super) fn run(command: &mut Command) -> Result<String> {
-    let output = command.output().with_context(|| format!("starting {}", command.get_program().display()))?;
+pub(crate) fn run(command: &mut Command) -> Result<String> {
+    let output = command.output().with_context(|| format!("starting {}", command.get_program().to_string_lossy()))?;
     let said = String::from_utf8_lossy(&output.stderr);
     ensure!(output.status.success(), "{command:?}: {}: {}", output.status, tail(&said));
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
@@ -178,6 +228,40 @@ fn with_source_packages(text: &str) -> String {
     result
 }
 
+/// A repository of Debian.
+#[derive(Debug, PartialEq, Eq)]
+struct DebianRepository {
+    uri: String,
+    /// A file of keys, if the machine's list names one.
+    signed_by: Option<String>,
+}
+
+impl DebianRepository {
+    /// A list of repositories (deb822 format) with the main section of one suite.
+    fn of_suite(&self, suite: &str) -> String {
+        let signed_by = self.signed_by.as_ref().map(|keys| format!("Signed-By: {keys}\n")).unwrap_or_default();
+        format!("Types: deb\nURIs: {}\nSuites: {suite}\nComponents: main\n{signed_by}", self.uri)
+    }
+}
+
+/// The first repository of Debian in the machine's lists, in both formats of sources.list(5). By convention its URI ends with
+/// `/debian`.
+fn debian_repository(sources: &[(String, String)]) -> Option<DebianRepository> {
+    let is_debian = |uri: &&str| uri.trim_end_matches('/').ends_with("/debian");
+    sources.iter().flat_map(|(_, text)| text.split("\n\n")).find_map(|stanza| {
+        let field = |name: &str| stanza.lines().find_map(|line| line.strip_prefix(name)).map(str::trim);
+        if let Some(uri) = field("URIs:").and_then(|uris| uris.split_whitespace().find(is_debian)) {
+            return Some(DebianRepository { uri: uri.into(), signed_by: field("Signed-By:").map(str::to_owned) });
+        }
+        stanza.lines().find_map(|line| {
+            let words = line.strip_prefix("deb ")?;
+            let uri = words.split_whitespace().find(is_debian)?;
+            let signed_by = words.split_once("signed-by=").and_then(|(_, keys)| keys.split([' ', ']']).next());
+            Some(DebianRepository { uri: uri.into(), signed_by: signed_by.map(str::to_owned) })
+        })
+    })
+}
+
 fn newest_named<'a>(names: impl Iterator<Item = &'a str>, prefix: &str, suffix: &str) -> Option<String> {
     let version = |name: &'a str| name.strip_prefix(prefix)?.strip_suffix(suffix);
     // All numbers in the version, in their order: 6.12.117+deb12 is 6, 12, 117, 12.
@@ -188,12 +272,16 @@ fn newest_named<'a>(names: impl Iterator<Item = &'a str>, prefix: &str, suffix: 
 }
 
 fn only_file(directory: &Path, suffix: &str) -> Result<PathBuf> {
-    let mut found = fs::read_dir(directory)?
-        .filter_map(|entry| Some(entry.ok()?.path()))
-        .filter(|path| path.to_str().is_some_and(|path| path.ends_with(suffix)));
-    let file = found.next().with_context(|| format!("no file *{suffix} was downloaded"))?;
-    ensure!(found.next().is_none(), "several files *{suffix} were downloaded");
+    let mut found = files(directory, suffix)?;
+    let file = found.pop().with_context(|| format!("no file *{suffix} was downloaded"))?;
+    ensure!(found.is_empty(), "several files *{suffix} were downloaded");
     Ok(file)
+}
+
+fn files(directory: &Path, suffix: &str) -> Result<Vec<PathBuf>> {
+    let entries = fs::read_dir(directory).with_context(|| format!("reading {}", directory.display()))?;
+    let files = entries.filter_map(|entry| Some(entry.ok()?.path()));
+    Ok(files.filter(|path| path.as_os_str().as_bytes().ends_with(suffix.as_bytes())).collect())
 }
 
 #[cfg(test)]
@@ -215,6 +303,26 @@ mod tests {
         assert_eq!(newest("6.12").as_deref(), Some("linux-image-6.12.117+deb12-cloud-amd64-unsigned"));
         assert_eq!(newest("6.1").as_deref(), Some("linux-image-6.1.0-48-cloud-amd64-unsigned"));
         assert_eq!(newest("6.6"), None);
+    }
+
+    #[test]
+    fn the_repository_of_debian_is_found_in_both_formats() {
+        let found = |text: &str| debian_repository(&[(String::new(), text.to_owned())]);
+        let repository = |signed_by: Option<&str>| {
+            Some(DebianRepository { uri: "http://mirror/debian".into(), signed_by: signed_by.map(str::to_owned) })
+        };
+        let stanzas = "# other\nTypes: deb\nURIs: http://mirror/other\nSuites: a\n\n\
+                       Types: deb\nURIs: http://mirror/debian\nSuites: bookworm bookworm-updates\nSigned-By: /keys\n";
+        assert_eq!(found(stanzas), repository(Some("/keys")));
+        let lines = "deb http://mirror/debian-security bookworm-security main\n\
+                     deb [arch=amd64 signed-by=/keys] http://mirror/debian bookworm main\n";
+        assert_eq!(found(lines), repository(Some("/keys")));
+        assert_eq!(found("deb http://mirror/debian bookworm main\n"), repository(None));
+        assert_eq!(found("deb http://mirror/ubuntu noble main\n"), None);
+        assert_eq!(
+            repository(Some("/keys")).map(|repository| repository.of_suite("trixie")).as_deref(),
+            Some("Types: deb\nURIs: http://mirror/debian\nSuites: trixie\nComponents: main\nSigned-By: /keys\n")
+        );
     }
 
     #[test]
