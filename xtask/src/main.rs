@@ -17,6 +17,7 @@ mod fuzz;
 #[allow(unreachable_pub, reason = "public in the crate it belongs to")]
 mod kernel_log;
 mod packages;
+mod publish;
 mod quiet;
 mod repeat;
 mod soak;

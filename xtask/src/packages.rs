@@ -1,6 +1,7 @@
 //! The Debian packages that the tests need, with the reasons, and their installation.
 
 use std::{
+    env,
     io::{IsTerminal, stdin},
     process::{Command, Stdio},
 };
@@ -30,6 +31,13 @@ const PACKAGES: &[Package] = &[
     Package { name: "make", reason: "builds fio for the Linux guests, from Debian's sources" },
 ];
 
+/// What only Debian's own Cargo needs: toolchains of rustup come with these commands.
+const OF_CARGO: &[Package] = &[
+    Package { name: "rustfmt", reason: "cargo fmt, which checks the format" },
+    Package { name: "rust-clippy", reason: "cargo clippy, which lints" },
+];
+const DEBIANS_CARGO: &str = "/usr/bin/cargo";
+
 /// Installs the missing packages. If none is missing, it changes nothing and needs no privileges.
 pub(crate) fn install_missing() -> Result<()> {
     if !steps::is_available("dpkg-query", &["--version"]) {
@@ -39,15 +47,17 @@ pub(crate) fn install_missing() -> Result<()> {
         }
         return Ok(());
     }
+    let is_debians_cargo = env::var_os("CARGO").is_some_and(|cargo| cargo == DEBIANS_CARGO);
+    let of_cargo: &[Package] = if is_debians_cargo { OF_CARGO } else { &[] };
     let mut missing = Vec::new();
-    for package in PACKAGES {
+    for package in PACKAGES.iter().chain(of_cargo) {
         if !is_installed(package.name)? {
             println!("missing: {} ({})", package.name, package.reason);
             missing.push(package.name);
         }
     }
     if missing.is_empty() {
-        println!("all {} packages are installed", PACKAGES.len());
+        println!("all packages are installed");
         return Ok(());
     }
     install(&missing)

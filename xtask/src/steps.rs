@@ -54,6 +54,17 @@ pub(crate) fn run(command: &mut Command) -> Result<()> {
     Ok(())
 }
 
+/// Runs a command to its end. Its output is shown only if it fails.
+pub(crate) fn run_quietly(command: &mut Command) -> Result<()> {
+    let line = command_line(command);
+    println!("$ {line}");
+    let output = command.stdin(Stdio::null()).output().with_context(|| format!("cannot start `{line}`"))?;
+    if !output.status.success() {
+        bail!("`{line}`: {}\n{}", output.status, String::from_utf8_lossy(&output.stderr));
+    }
+    Ok(())
+}
+
 /// Whether a program exists and runs with these arguments. Its output is not shown.
 pub(crate) fn is_available(program: &str, arguments: &[&str]) -> bool {
     is_success(Command::new(program).args(arguments))

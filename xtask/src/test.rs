@@ -14,7 +14,7 @@ use tempfile::TempDir;
 use crate::{
     fuzz,
     kernel_log::KernelLog,
-    packages,
+    packages, publish,
     steps::{self, Steps, cargo},
 };
 
@@ -49,8 +49,16 @@ fn run_steps(steps: &mut Steps) -> Result<()> {
     // published pages.
     steps.run("documentation", || document(&[]))?;
     steps.run("documentation of private items", || document(&["--document-private-items"]))?;
+    steps.run("crates by themselves", publish::check_alone)?;
+    steps.run("packaging", publish::package)?;
 
     let mut tests = TestRun::begin()?;
+    steps.run("public interfaces", || {
+        publish::check_semver(|reason| {
+            println!("skipped: {reason}");
+            tests.skip("public interfaces", reason)
+        })
+    })?;
     let result = steps
         .run("tests", || tests.run(all_tests()))
         .and_then(|()| steps.run("examples in the documentation", || tests.run(doctests())))
