@@ -1,4 +1,6 @@
 //! The cost of making guest memory valid in SQEs: pinning it once, and adding a region while the rest stays pinned.
+
+#![allow(missing_docs, reason = "criterion_group! makes a public function")]
 //!
 //! Needs RLIMIT_MEMLOCK of 512 MiB or CAP_IPC_LOCK.
 

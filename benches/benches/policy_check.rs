@@ -1,5 +1,7 @@
 //! The cost of checking an SQE in mediated mode. The goal is less than 20 ns.
 
+#![allow(missing_docs, reason = "criterion_group! makes a public function")]
+
 use std::hint::black_box;
 
 use criterion::{Criterion, criterion_group, criterion_main};

@@ -1,4 +1,6 @@
 //! The cost of parsing a virtio-blk request: the benchmark takes a 4 KiB read, as Linux sends it, from its queue,
+
+#![allow(missing_docs, reason = "criterion_group! makes a public function")]
 //! parses it and completes it, without any I/O.
 //!
 //! `take and give back` does the same without parsing, so the difference is the cost of the parser, including the walk
@@ -8,9 +10,7 @@ use std::hint::black_box;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use ringpass_broker::vhost_user::DeviceMemory;
-use ringpass_broker::virtio_blk::{
-    BlkConfig, BlkParameters, Parsed, RequestLimits, RequestTypes, SegmentList, Serial, parse,
-};
+use ringpass_broker::virtio_blk::{BlkConfig, BlkParameters, Parsed, RequestLimits, RequestTypes, SegmentList, parse};
 use ringpass_broker::virtqueue::{DescriptorChain, QueueSetup, SplitQueue};
 use ringpass_test_utils::blk::{HEADER_BYTES, header};
 use ringpass_test_utils::descriptor::Descriptor;
@@ -110,17 +110,7 @@ impl Driver {
 }
 
 fn limits() -> RequestLimits {
-    let parameters = BlkParameters {
-        size_bytes: 1 << 30,
-        logical_block_bytes: 512,
-        physical_block_bytes: 4096,
-        read_only: false,
-        num_queues: 1,
-        queue_size: QUEUE_SIZE,
-        serial: Serial::default(),
-        discard: None,
-        write_zeroes: None,
-    };
+    let parameters = BlkParameters::new(1 << 30).physical_block_bytes(4096).queue_size(QUEUE_SIZE);
     BlkConfig::new(parameters).expect("the parameters are in their ranges").request_limits()
 }
 

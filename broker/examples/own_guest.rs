@@ -14,7 +14,7 @@ use ringpass_broker::direct::{DirectConfig, DirectDevice, QueueConfig, QueuePlac
 use ringpass_broker::disk::{DirectIo, Disk, DiskConfig};
 use ringpass_broker::kernel;
 use ringpass_broker::memory::{GuestMemory, IOVA_BASE, RegionConfig, Sharing};
-use ringpass_broker::ring::{IoWorkers, RingConfig, SqThreadConfig};
+use ringpass_broker::ring::{RingConfig, SqThreadConfig};
 use ringpass_guest::{GuestRam, RamRegion};
 use ringpass_guest_abi::{DriverRing, FixedAddressing, Sqe};
 use ringpass_restrictions::{Access, Policy};
@@ -42,27 +42,25 @@ fn run() -> Result<(), Box<dyn Error>> {
     let ram = Arc::new(File::from(ram));
 
     // The broker. Guest RAM comes as memfd, tmpfs or hugetlbfs files at guest-physical addresses.
-    let disk = DiskConfig { read_only: true, direct_io: DirectIo::Off, ..DiskConfig::new(path) };
+    let disk = DiskConfig::new(path).read_only(true).direct_io(DirectIo::Off);
     let disk = Arc::new(Disk::open(&disk)?);
     let region = RegionConfig { gpa: 0, len_bytes: RAM_BYTES, file: ram.clone(), file_offset_bytes: 0 };
     let memory = GuestMemory::new([region])?;
     let policy = Policy::direct(Access::ReadOnly).compile(&kernel::support()?)?;
-    let config = DirectConfig {
-        submission: SubmissionConfig::SqThread(SqThreadConfig::default()),
-        workers: IoWorkers::default(),
-        sharing: Sharing::Clone,
-    };
+    let config = DirectConfig::new(SubmissionConfig::SqThread(SqThreadConfig::default()), Sharing::Clone);
     let device = DirectDevice::new(disk, &memory, policy, config)?;
 
     // A ring in the guest's RAM, at addresses that its driver chose.
     let doorbell = EventFd::new(EFD_CLOEXEC)?;
     let interrupt = EventFd::new(EFD_CLOEXEC)?;
-    let queue = device.attach(QueueConfig {
-        ring: RingConfig { sq_entries: 64, cq_entries: 128 },
-        placement: QueuePlacement::GuestRam { rings_gpa: RINGS_GPA, sqes_gpa: SQES_GPA },
-        doorbell: Some(doorbell.try_clone()?),
-        completion: Some(interrupt.try_clone()?),
-    })?;
+    let queue = device.attach(
+        QueueConfig::new(
+            RingConfig { sq_entries: 64, cq_entries: 128 },
+            QueuePlacement::GuestRam { rings_gpa: RINGS_GPA, sqes_gpa: SQES_GPA },
+        )
+        .doorbell(doorbell.try_clone()?)
+        .completion(interrupt.try_clone()?),
+    )?;
 
     // The guest. It is told the layout, where the ring is, and the IOVA base.
     let regions = [RamRegion { gpa: 0, len_bytes: RAM_BYTES, file: ram.as_fd(), offset_bytes: 0 }];

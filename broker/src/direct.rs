@@ -23,6 +23,7 @@ use crate::ring::{
 
 /// How a device executes its queues.
 #[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
 pub struct DirectConfig {
     /// What consumes the SQs.
     pub submission: SubmissionConfig,
@@ -32,8 +33,22 @@ pub struct DirectConfig {
     pub sharing: Sharing,
 }
 
+impl DirectConfig {
+    /// With the limits of [`IoWorkers::default`].
+    pub fn new(submission: SubmissionConfig, sharing: Sharing) -> Self {
+        Self { submission, workers: IoWorkers::default(), sharing }
+    }
+
+    /// Sets the limits of the kernel threads behind the rings.
+    #[must_use]
+    pub fn workers(self, workers: IoWorkers) -> Self {
+        Self { workers, ..self }
+    }
+}
+
 /// What consumes the SQs of a device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum SubmissionConfig {
     /// One kernel thread, which polls.
     SqThread(SqThreadConfig),
@@ -43,6 +58,7 @@ pub enum SubmissionConfig {
 
 /// The configuration of a queue.
 #[derive(Debug)]
+#[non_exhaustive]
 pub struct QueueConfig {
     /// Size of the ring.
     pub ring: RingConfig,
@@ -56,8 +72,28 @@ pub struct QueueConfig {
     pub completion: Option<EventFd>,
 }
 
+impl QueueConfig {
+    /// A queue without eventfds: its guest polls, and its SQ thread never sleeps.
+    pub fn new(ring: RingConfig, placement: QueuePlacement) -> Self {
+        Self { ring, placement, doorbell: None, completion: None }
+    }
+
+    /// Sets [`doorbell`](Self#structfield.doorbell).
+    #[must_use]
+    pub fn doorbell(self, doorbell: impl Into<Option<EventFd>>) -> Self {
+        Self { doorbell: doorbell.into(), ..self }
+    }
+
+    /// Sets [`completion`](Self#structfield.completion).
+    #[must_use]
+    pub fn completion(self, completion: impl Into<Option<EventFd>>) -> Self {
+        Self { completion: completion.into(), ..self }
+    }
+}
+
 /// The place of a queue's ring.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum QueuePlacement {
     /// In guest RAM, at the driver's addresses ([`Placement::GuestRam`]).
     GuestRam {

@@ -7,7 +7,6 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
-use std::time::Duration;
 
 use memmap2::MmapMut;
 use ringpass_broker::disk::{Disk, DiskConfig};
@@ -48,20 +47,15 @@ impl Rig {
         let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
         let image = directory.path().join("disk.img");
         std::fs::File::create(&image).unwrap().set_len(DISK_BYTES).unwrap();
-        let device = BlkConfig::new(BlkParameters {
-            size_bytes: DISK_BYTES,
-            logical_block_bytes: 512,
-            physical_block_bytes: 4096,
-            read_only: false,
-            num_queues: QUEUES as u16,
-            queue_size: QUEUE_SIZE,
-            serial: "device-test".parse().unwrap(),
-            discard: None,
-            write_zeroes: None,
-        })
+        let device = BlkConfig::new(
+            BlkParameters::new(DISK_BYTES)
+                .physical_block_bytes(4096)
+                .num_queues(QUEUES as u16)
+                .queue_size(QUEUE_SIZE)
+                .serial("device-test".parse().unwrap()),
+        )
         .unwrap();
-        let config =
-            EngineConfig { device, poll_time: Duration::ZERO, workers: Some(QUEUES), cpus: Vec::new(), attach: None };
+        let config = EngineConfig::new(device).workers(QUEUES);
         let source = |_: EngineControl| -> io::Result<Box<dyn DiskSource>> { Ok(Box::new(FixedDisk)) };
         let mut engine = Engine::new(config, source).unwrap();
         engine.control().set_disk(&Arc::new(Disk::open(&DiskConfig::new(&image)).unwrap()));

@@ -32,6 +32,7 @@ pub struct FixedAddress {
 
 /// The reason why a guest-physical segment does not fit into one SQE.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum AddressError {
     /// The segment has no bytes.
     Empty,

@@ -246,7 +246,7 @@ impl Lengths {
 }
 
 fn check_range(gpa: u64, len_bytes: u64, page_bytes: u32) -> Result<GpaRange, ErrorCode> {
-    if !gpa.is_multiple_of(page_bytes.into()) {
+    if gpa.checked_rem(u64::from(page_bytes)) != Some(0) {
         return Err(ErrorCode::Alignment);
     }
     match gpa.checked_add(len_bytes) {

@@ -102,6 +102,7 @@ pub const DETACH_OFFSET_BYTES: u32 = offset_of!(ControlPage, detach) as u32;
 
 /// The reason why a driver cannot use a ring's record.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum RecordError {
     /// The record's layout is not possible.
     Layout(LayoutError),

@@ -81,6 +81,7 @@ pub struct RingLayout {
 
 /// The reason why a layout cannot be used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum LayoutError {
     /// A number of entries is zero, not a power of two, or above the kernel's limit.
     Entries {
@@ -128,7 +129,7 @@ impl RingLayout {
         ];
         for (field, offset_bytes, len_bytes, align_bytes) in parts {
             let end_bytes = u64::from(offset_bytes) + len_bytes;
-            if !offset_bytes.is_multiple_of(align_bytes) || end_bytes > self.rings_bytes.min(OFFSETS_END_BYTES) {
+            if offset_bytes % align_bytes != 0 || end_bytes > self.rings_bytes.min(OFFSETS_END_BYTES) {
                 return Err(LayoutError::Misplaced { field, offset_bytes });
             }
         }

@@ -34,7 +34,7 @@ impl MappedRing {
     }
 
     fn word(&self, offset_bytes: u32) -> &AtomicU32 {
-        assert!(offset_bytes.is_multiple_of(4) && u64::from(offset_bytes) + 4 <= self.rings_bytes);
+        assert!(offset_bytes % 4 == 0 && u64::from(offset_bytes) + 4 <= self.rings_bytes);
         // SAFETY: inside the area by the assertion, which `new`'s contract says is mapped for as long as `self`.
         let word = unsafe { self.rings.add(offset_bytes as usize) };
         // SAFETY: aligned to 4 bytes by the assertion and the alignment of `rings`; the memory is only ever accessed
@@ -78,7 +78,7 @@ impl RingMemory for MappedRing {
     }
 
     fn read_cqe(&self, offset_bytes: u32) -> Cqe {
-        assert!(offset_bytes.is_multiple_of(8));
+        assert!(offset_bytes % 8 == 0);
         assert!(u64::from(offset_bytes) + size_of::<Cqe>() as u64 <= self.rings_bytes);
         // SAFETY: inside the area by the assertion, which `new`'s contract says is mapped for as long as `self`.
         let first = unsafe { self.rings.add(offset_bytes as usize) }.cast::<u64>();

@@ -90,6 +90,7 @@ pub struct Device {
 
 /// The reason why a driver uses a device as an ordinary virtio-blk device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum ProbeError {
     /// The answer has no magic: another device that answers OK to any request.
     NotRingpass,
@@ -136,7 +137,7 @@ impl ProbeAnswer {
         let entries_fit = |entries: u32, limit: u32| entries.is_power_of_two() && entries <= limit;
         let checks = [
             ("answer_bytes", u64::from(answer_bytes), answer_bytes as usize >= Self::BYTES),
-            ("iova_base", iova_base, iova_base != 0 && iova_base.is_multiple_of(SLOT_BYTES)),
+            ("iova_base", iova_base, iova_base != 0 && iova_base % SLOT_BYTES == 0),
             ("sq_entries_max", entries[0].into(), entries_fit(entries[0], crate::layout::SQ_ENTRIES_MAX)),
             ("cq_entries_max", entries[1].into(), entries_fit(entries[1], crate::layout::CQ_ENTRIES_MAX)),
             ("page_bytes", page_bytes.into(), page_bytes.is_power_of_two() && (4096..=65536).contains(&page_bytes)),

@@ -37,7 +37,7 @@ impl TestMemory {
     }
 
     fn check(&self, offset_bytes: u32, len_bytes: u64, align_bytes: u32) {
-        assert!(offset_bytes.is_multiple_of(align_bytes), "access at {offset_bytes} is not aligned to {align_bytes}");
+        assert!(offset_bytes % align_bytes == 0, "access at {offset_bytes} is not aligned to {align_bytes}");
         let end_bytes = u64::from(offset_bytes) + len_bytes;
         assert!(end_bytes <= self.0.rings_bytes, "access up to {end_bytes} in an area of {}", self.0.rings_bytes);
     }

@@ -4,6 +4,7 @@ use crate::policy::{Access, Policy};
 
 /// A policy that ships with this crate, as a value and as a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub enum BuiltIn {
     /// [`Policy::direct`].
     Direct(Access),

@@ -25,6 +25,7 @@ pub enum Verdict {
 
 /// Why an SQE is refused. The first reasons are the kernel's, in the order of the kernel's checks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub enum Refusal {
     /// The kernel has no operation of this number.
     UnknownOperation,

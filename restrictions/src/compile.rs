@@ -33,6 +33,7 @@ impl fmt::Display for Class {
 
 /// Why a policy does not compile for a kernel.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum CompileError {
     /// The policy needs operations that the kernel does not have.
     #[error(
@@ -114,10 +115,11 @@ impl Policy {
         if !self.fields.is_empty() {
             return Err(CompileError::NeedsMediation { fields: self.fields });
         }
-        if let TargetSemantics::Only(policy) = self.target
-            && policy != kernel.semantics
-        {
-            return Err(CompileError::OtherSemantics { policy, kernel: kernel.semantics });
+        match self.target {
+            TargetSemantics::Only(policy) if policy != kernel.semantics => {
+                return Err(CompileError::OtherSemantics { policy, kernel: kernel.semantics });
+            }
+            _ => {}
         }
         let operations = self.operations.difference(&kernel.operations);
         let register_operations = self.register_operations.difference(&kernel.register_operations);

@@ -9,6 +9,7 @@ use crate::{
 
 /// A difference between two policies, from the view of the first.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Difference {
     /// The second policy allows more.
     Widens(String),

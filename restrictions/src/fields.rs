@@ -86,6 +86,7 @@ pub struct LengthRange {
 /// The rules apply to the operations whose fields this crate reads: `READ_FIXED`, `WRITE_FIXED`, `READ`, `WRITE`,
 /// `FSYNC`, `FALLOCATE` and `NOP`. If a policy has any rule, it refuses every other operation.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub struct FieldRules {
     /// The slots of the file table that an SQE may use.
     pub file_slots: Option<Slots>,
@@ -110,6 +111,7 @@ pub struct FieldRules {
 
 /// A rule on a field, identified by its key in policy files.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub enum FieldRule {
     /// [`FieldRules::file_slots`].
     FileSlots,

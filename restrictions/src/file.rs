@@ -62,6 +62,7 @@ pub struct PolicyFile {
 /// A mistake in a policy file, with its position.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("line {line}, column {column}: {message}")]
+#[non_exhaustive]
 pub struct FileError {
     /// The line, from 1.
     pub line: usize,

@@ -115,7 +115,7 @@ impl Choices<'_> {
         match self.below(4) {
             0 => self.byte().into(),
             1 => 512 * u64::from(self.byte()),
-            2 => (1u64 << self.below(64)).wrapping_add_signed(i64::from(self.byte().cast_signed())),
+            2 => (1u64 << self.below(64)).wrapping_add_signed(i64::from(self.byte() as i8)),
             _ => u64::from_le_bytes(std::array::from_fn(|_| self.byte())),
         }
     }
@@ -188,7 +188,7 @@ fn arbitrary_sqe(choices: &mut Choices<'_>, policy: &Policy) -> Sqe {
     let mut sqe = Sqe {
         opcode: operations.iter().nth(nth).map_or(0, Operation::code),
         flags: policy.flags_required().bits(),
-        fd: fields.file_slots.map_or(0, |slots| slots.first.cast_signed()),
+        fd: fields.file_slots.map_or(0, |slots| slots.first as i32),
         off: fields.offset_window.map_or(0, |window| window.start_bytes),
         len: fields.length_bytes.map_or(0, |range| range.min),
         buf_index: fields.buffer_slots.map_or(0, |slots| slots.first as u16),
@@ -200,7 +200,7 @@ fn arbitrary_sqe(choices: &mut Choices<'_>, policy: &Policy) -> Sqe {
             1 => sqe.flags ^= 1 << choices.below(8),
             2 => sqe.flags = choices.byte(),
             3 => sqe.ioprio = choices.small() as u16 ^ (u16::from(choices.byte()) << 13),
-            4 => sqe.fd = sqe.fd.wrapping_add(i32::from(choices.byte().cast_signed())),
+            4 => sqe.fd = sqe.fd.wrapping_add(i32::from(choices.byte() as i8)),
             5 => sqe.off = sqe.off.wrapping_add(choices.number()),
             6 => sqe.addr = choices.number(),
             7 => sqe.len = sqe.len.wrapping_add(choices.small()),

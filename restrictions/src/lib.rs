@@ -26,6 +26,8 @@
 //! [`Policy::differences`] compares two policies. With the feature `files` the crate reads and writes policies as TOML
 //! ([`PolicyFile`]). [`BuiltIn`] lists the policies that the crate ships.
 //!
+//! # Compile a policy for a kernel
+//!
 //! ```
 //! use ringpass_restrictions::{Access, KernelSupport, LinuxVersion, Operation, Policy};
 //!
@@ -35,6 +37,28 @@
 //! assert!(table.operations().contains(Operation::READ_FIXED));
 //! assert!(!table.operations().contains(Operation::WRITE_FIXED));
 //! # Ok::<(), ringpass_restrictions::CompileError>(())
+//! ```
+//!
+//! # Check SQEs
+//!
+//! ```
+//! use ringpass_restrictions::{Access, KernelSupport, LinuxVersion, OffsetWindow, Policy, Sqe, Verdict};
+//!
+//! // The guest may use the first mebibyte of the file in slot 0.
+//! let window = OffsetWindow { start_bytes: 0, len_bytes: 1 << 20 };
+//! let policy = Policy::mediated(Access::ReadWrite).with_offset_window(window);
+//! let checker = policy.checker(&KernelSupport::upstream(LinuxVersion { major: 6, minor: 18 }));
+//!
+//! // IORING_OP_READ_FIXED with IOSQE_FIXED_FILE. A checker gets SQEs as the 64 bytes in the guest's ring: copy them once,
+//! // check the copy, and submit the copy.
+//! let sqe = Sqe { opcode: 4, flags: 1, off: 1 << 20, len: 4096, ..Sqe::default() };
+//! match checker.check(&Sqe::from_words(sqe.to_words())) {
+//!     Verdict::Allowed => panic!("the read begins behind the window"),
+//!     Verdict::Refused(reason) => {
+//!         assert_eq!(reason.to_string(), "fields.offset_window does not allow it");
+//!         assert_eq!(reason.errno(), 22);
+//!     }
+//! }
 //! ```
 
 #![forbid(unsafe_code)]

@@ -36,6 +36,7 @@ pub enum NopHole {
 
 /// The context that lint checks a policy for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct LintContext {
     /// What executes the SQEs.
     pub mode: Mode,
@@ -52,10 +53,23 @@ impl LintContext {
         let mode = if policy.fields.is_empty() { Mode::Direct } else { Mode::Mediated };
         Self { mode, semantics: None, nop: NopHole::Unknown }
     }
+
+    /// For kernels that read restrictions this way; `None` for all kernels.
+    #[must_use]
+    pub const fn new(mode: Mode, semantics: Option<RestrictionSemantics>) -> Self {
+        Self { mode, semantics, nop: NopHole::Unknown }
+    }
+
+    /// Sets [`nop`](Self#structfield.nop).
+    #[must_use]
+    pub const fn nop(self, nop: NopHole) -> Self {
+        Self { nop, ..self }
+    }
 }
 
 /// A finding of lint about a policy.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Finding {
     /// The kind of the finding.
     pub lint: Lint,

@@ -79,6 +79,7 @@ impl fmt::Display for Reach {
 
 /// The facts about an operation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct OperationFacts {
     /// The operation.
     pub operation: Operation,

@@ -106,7 +106,7 @@ mod tests {
             opcode: 0,
             flags: 1,
             ioprio: u16_at(2),
-            fd: u32_at(4).cast_signed(),
+            fd: u32_at(4) as i32,
             off: u64_at(8),
             addr: u64_at(16),
             len: u32_at(24),

@@ -13,6 +13,7 @@ use crate::{
 /// This crate makes no system calls: the owner of the ring asks the kernel (with `IORING_REGISTER_PROBE`, and with
 /// trials of restriction tables of one entry).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct KernelSupport {
     /// The SQE operations that the kernel executes.
     pub operations: OperationSet,

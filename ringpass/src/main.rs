@@ -1,4 +1,16 @@
 //! `ringpass`: the broker as a command-line program.
+//!
+//! `cargo doc --open` begins here. The crates of the workspace are:
+//!
+//! | crate | what it is for |
+//! | --- | --- |
+//! | [`ringpass_broker`] | gives guests rings, and serves disks over vhost-user |
+//! | [`ringpass_guest_abi`] | what a guest and the broker agree on, and the driver's side of a ring |
+//! | [`ringpass_guest`] | a driver for a process that is its own guest |
+//! | [`ringpass_restrictions`] | policies for rings with untrusted submitters |
+//! | [`ringpass_vmm`] | the monitor of the demo's virtual machine |
+//! | [`ringpass_bare_metal`] | the guest in that machine |
+//! | [`ringpass_workload`] | what the guests of the demo and of the tests do |
 
 mod chosen_policy;
 mod demo;

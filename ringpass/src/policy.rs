@@ -157,10 +157,10 @@ fn lint(args: &LintArgs, out: &mut Vec<u8>) -> anyhow::Result<u8> {
     let policy = read(&args.policy)?.policy;
     let kernel = args.kernel.as_deref().map(kernel_named).transpose()?;
     let any = LintContext::for_any_kernel(&policy);
-    let context = LintContext {
-        mode: args.mode.map_or(any.mode, Mode::from),
-        semantics: kernel.as_ref().map(|kernel| kernel.semantics),
-        nop: kernel.as_ref().map_or(any.nop, |kernel| kernel.nop),
+    let mode = args.mode.map_or(any.mode, Mode::from);
+    let context = match &kernel {
+        Some(kernel) => LintContext::new(mode, Some(kernel.semantics)).nop(kernel.nop),
+        None => LintContext::new(mode, None),
     };
     let findings = policy.lint(&context);
     let refusal = match (&kernel, context.mode) {

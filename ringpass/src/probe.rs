@@ -128,7 +128,7 @@ fn write_holes(out: &mut impl Write, report: &Report, marks: &Marks) -> io::Resu
     }
     let perhaps = kernel.backports_of.as_ref().map(|vendor| format!(", unless {vendor} has fixed them"));
     writeln!(out, "  known holes, judged by version{}:", perhaps.unwrap_or_default())?;
-    for HoleReport { cve, what, reached_through, reached_by_default, fixed_in } in &kernel.holes {
+    for HoleReport { cve, what, reached_through, reached_by_default, fixed_in, .. } in &kernel.holes {
         let mark = if *reached_by_default { marks.missing } else { marks.information };
         paragraph(out, &format!("  {mark} "), &format!("{cve}: {what}"))?;
         paragraph(out, "      ", &format!("reached through {reached_through}; fixed in {}", fixed_in.join(", ")))?;

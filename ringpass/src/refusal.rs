@@ -26,8 +26,12 @@ pub(crate) fn advise(error: DiskError) -> anyhow::Error {
 
 /// The reason, and every remedy.
 pub(crate) fn one_line(mode: &Mode) -> String {
-    let mut line = mode.why.clone().unwrap_or_else(|| "it is not available".to_owned());
-    for (index, change) in mode.change.iter().enumerate() {
+    line(mode.why.as_deref(), &mode.change)
+}
+
+fn line(why: Option<&str>, changes: &[String]) -> String {
+    let mut line = why.unwrap_or("it is not available").to_owned();
+    for (index, change) in changes.iter().enumerate() {
         line.push_str(if index == 0 { ". Remedy: " } else { "; " });
         line.push_str(change.trim_end_matches(':'));
     }
@@ -40,13 +44,7 @@ mod tests {
 
     #[test]
     fn the_line_has_the_reason_and_every_remedy() {
-        let mode = Mode {
-            name: ModeName::Virtqueue,
-            available: false,
-            why: Some("the kernel refuses".to_owned()),
-            change: vec!["set this".to_owned(), "or that:".to_owned()],
-            notes: vec![],
-        };
-        assert_eq!(one_line(&mode), "the kernel refuses. Remedy: set this; or that");
+        let change = ["set this".to_owned(), "or that:".to_owned()];
+        assert_eq!(line(Some("the kernel refuses"), &change), "the kernel refuses. Remedy: set this; or that");
     }
 }

@@ -116,7 +116,7 @@ fn show_and_stats_report_what_executes_each_queue_and_its_counters() {
     assert!(status["rings"]["wants"].as_str().unwrap().contains("virtio-mem"));
     assert_eq!(status["queues"][1]["executed_by"], "virtqueue");
 
-    let options = Options { memory_bytes: 2 << 20, way: Way::Ring, ..Options::default() };
+    let options = Options::default().memory_bytes(2 << 20).way(Way::Ring);
     let disk = Disk::connect(place.path("vm.sock"), options).unwrap();
     let mut queue = disk.queue(1).unwrap();
     let mut buffer = disk.allocate(4096).unwrap();
@@ -153,7 +153,7 @@ fn unused_queues_are_counted_but_not_listed() {
     assert!(show.len() < 6 && show.last().unwrap() == "  256 of 256 queues are not used", "{show:?}");
     assert_eq!(lines("stats").len(), 1, "the heading");
 
-    let disk = Disk::connect(place.path("vm.sock"), Options { memory_bytes: 2 << 20, ..Options::default() }).unwrap();
+    let disk = Disk::connect(place.path("vm.sock"), Options::default().memory_bytes(2 << 20)).unwrap();
     disk.flush().unwrap();
     let show = lines("show");
     assert_eq!(show.last().unwrap(), "  254 of 256 queues are not used");
@@ -181,7 +181,7 @@ fn misbehaving_clients_block_neither_the_device_nor_other_clients() {
     (&connect()).write_all(&vec![b'x'; 1 << 16]).unwrap_or_default();
     let garbage = connect();
     (&garbage).write_all(b"\xff\xfe\n").unwrap();
-    let disk = Disk::connect(place.path("vm.sock"), Options { memory_bytes: 2 << 20, ..Options::default() }).unwrap();
+    let disk = Disk::connect(place.path("vm.sock"), Options::default().memory_bytes(2 << 20)).unwrap();
     assert_eq!(disk.geometry().size_bytes, 1 << 20);
     let asking = connect();
     (&asking).write_all(b"{\"request\":\"show\"}\n").unwrap();

@@ -1,12 +1,13 @@
 //! The behaviour of a server whose log has no reader.
 
 use std::fs::File;
-use std::io::{self, BufRead, BufReader, PipeReader, Read, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
+use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 
@@ -16,8 +17,9 @@ const LIMIT: Duration = Duration::from_secs(60);
 const GET_FEATURES: [u8; 12] = [1, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0];
 
 /// A full pipe as standard error of a child, and the number of bytes in it.
-fn full_pipe() -> (PipeReader, Stdio, usize) {
-    let (reader, mut writer) = io::pipe().unwrap();
+fn full_pipe() -> (File, Stdio, usize) {
+    let (reader, writer) = pipe_with(PipeFlags::CLOEXEC).unwrap();
+    let mut writer = File::from(writer);
     let flags = fcntl_getfl(&writer).unwrap();
     fcntl_setfl(&writer, flags | OFlags::NONBLOCK).unwrap();
     let mut filled_bytes = 0;
@@ -25,7 +27,7 @@ fn full_pipe() -> (PipeReader, Stdio, usize) {
         filled_bytes += count;
     }
     fcntl_setfl(&writer, flags).unwrap();
-    (reader, writer.into(), filled_bytes)
+    (reader.into(), writer.into(), filled_bytes)
 }
 
 /// Killed when dropped.

@@ -334,10 +334,10 @@ impl BrokerProcess {
 
 impl Drop for BrokerProcess {
     fn drop(&mut self) {
-        if matches!(self.child.try_wait(), Ok(None))
-            && let Err(error) = self.kill()
-        {
-            eprintln!("the broker {} stays behind: {error:#}", self.pid());
+        if matches!(self.child.try_wait(), Ok(None)) {
+            if let Err(error) = self.kill() {
+                eprintln!("the broker {} stays behind: {error:#}", self.pid());
+            }
         }
         // Nothing that a test does is beyond what serving may do.
         let is_refused = self.has_logged("the sandbox refused");

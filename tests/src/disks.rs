@@ -165,7 +165,7 @@ impl TestDisk {
     pub fn config(&self) -> DiskConfig {
         let direct_io = if self.kind == DiskKind::Ext4PageCache { DirectIo::Off } else { DirectIo::On };
         let lock_wait = Some(Duration::from_secs(10));
-        DiskConfig { direct_io, logical_block: LogicalBlock::DirectIo, lock_wait, ..DiskConfig::new(&self.path) }
+        DiskConfig::new(&self.path).direct_io(direct_io).logical_block(LogicalBlock::DirectIo).lock_wait(lock_wait)
     }
 }
 

@@ -62,7 +62,7 @@ impl KernelLog {
 
     fn at_end_of(path: &Path) -> io::Result<Self> {
         let mut file =
-            OpenOptions::new().read(true).custom_flags(rustix::fs::OFlags::NONBLOCK.bits().cast_signed()).open(path)?;
+            OpenOptions::new().read(true).custom_flags(rustix::fs::OFlags::NONBLOCK.bits() as i32).open(path)?;
         file.seek(SeekFrom::End(0))?;
         Ok(Self { file })
     }

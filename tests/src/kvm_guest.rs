@@ -14,7 +14,7 @@ use ringpass_broker::disk::{Disk, DiskConfig, LogicalBlock};
 use ringpass_broker::kernel;
 use ringpass_broker::kvm::{ExitCounters, KvmPlacement, KvmQueue, KvmQueueConfig, RamSlots};
 use ringpass_broker::memory::{GuestMemory, IOVA_BASE, RegionConfig, Sharing};
-use ringpass_broker::ring::{IoWorkers, RingConfig, RingEnd, SqThreadConfig};
+use ringpass_broker::ring::{RingConfig, RingEnd, SqThreadConfig};
 use ringpass_guest_abi::{RingLayout, rings_area_bytes, sqes_area_bytes};
 use ringpass_restrictions::{Access, Policy};
 use ringpass_vmm::{GuestCpu, Machine, MachineConfig, Outcome, PROGRAM_SLOT};
@@ -90,7 +90,7 @@ impl KvmGuestConfig {
 
 /// An SQ thread that sleeps after `idle_ms`.
 pub fn sq_thread(idle_ms: u64) -> SubmissionConfig {
-    SubmissionConfig::SqThread(SqThreadConfig { idle: Duration::from_millis(idle_ms), cpu: None })
+    SubmissionConfig::SqThread(SqThreadConfig::new(Duration::from_millis(idle_ms)))
 }
 
 /// A running virtual machine with attached queues. Stopped and detached when dropped.
@@ -123,7 +123,7 @@ impl KvmGuest {
             Some(config)
         }))?;
         drop(file);
-        let disk = DiskConfig { logical_block: LogicalBlock::DirectIo, ..config.disk.clone() };
+        let disk = config.disk.clone().logical_block(LogicalBlock::DirectIo);
         let disk = Arc::new(Disk::open(&disk)?);
         let access = if config.disk.read_only { Access::ReadOnly } else { Access::ReadWrite };
         let policy = match config.policy {
@@ -131,12 +131,7 @@ impl KvmGuest {
             Some(policy) => policy.compile(&kernel::support()?)?.accept_unsafe(),
             None => Policy::direct(access).compile(&kernel::support()?)?,
         };
-        let device = DirectDevice::new(
-            disk,
-            &memory,
-            policy,
-            DirectConfig { submission: config.submission, workers: IoWorkers::default(), sharing: Sharing::Clone },
-        )?;
+        let device = DirectDevice::new(disk, &memory, policy, DirectConfig::new(config.submission, Sharing::Clone))?;
         let machine = Machine::new(
             &Kvm::new().context("opening /dev/kvm")?,
             MachineConfig { vcpus: config.queues, ram: regions, blocks_max: config.blocks_max },
@@ -191,12 +186,9 @@ impl KvmGuest {
         let queue = KvmQueue::attach(
             self.machine.vm(),
             &self.device,
-            KvmQueueConfig {
-                ring: self.config.ring,
-                placement,
-                doorbell: Some(doorbell),
-                interrupt_gsi: self.config.interrupts.then(|| self.machine.queue_gsi(cpu)),
-            },
+            KvmQueueConfig::new(self.config.ring, placement)
+                .doorbell(doorbell)
+                .interrupt_gsi(self.config.interrupts.then(|| self.machine.queue_gsi(cpu))),
         )?;
         self.tell(cpu, rings_gpa, sqes_gpa, *queue.layout(), bell)?;
         self.queues.push(queue);

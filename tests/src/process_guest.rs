@@ -14,7 +14,7 @@ use ringpass_broker::{
     direct::{DirectConfig, DirectDevice, DirectQueue, QueueConfig, QueuePlacement, SubmissionConfig},
     disk::Disk,
     memory::{GuestMemory, IOVA_BASE, RegionConfig, Sharing},
-    ring::{IoWorkers, RingConfig, RingWindow},
+    ring::{RingConfig, RingWindow},
 };
 use ringpass_guest::{GuestRam, ProcessEnv, RamAllocator, RamArea, RamRegion, RamRing};
 use ringpass_guest_abi::{
@@ -184,7 +184,7 @@ impl ProcessGuest {
         policy: CompiledPolicy,
     ) -> Result<Self> {
         let memory = GuestMemory::new(ram.for_broker())?;
-        let config = DirectConfig { submission, workers: IoWorkers::default(), sharing: Sharing::Clone };
+        let config = DirectConfig::new(submission, Sharing::Clone);
         let device = DirectDevice::new(disk.clone(), &memory, policy, config)?;
         let allocator = ram.map()?.allocator()?;
         Ok(Self { device, ram, allocator })
@@ -223,12 +223,9 @@ impl ProcessGuest {
             None => QueuePlacement::Window,
             Some((rings, sqes)) => QueuePlacement::GuestRam { rings_gpa: rings.gpa(), sqes_gpa: sqes.gpa() },
         };
-        let queue = self.device.attach(QueueConfig {
-            ring,
-            placement,
-            doorbell: Some(doorbell.try_clone()?),
-            completion: Some(interrupts.try_clone()?),
-        })?;
+        let queue = self.device.attach(
+            QueueConfig::new(ring, placement).doorbell(doorbell.try_clone()?).completion(interrupts.try_clone()?),
+        )?;
         let layout = *queue.layout();
         let extent = |area: &RamArea| Extent { gpa: area.gpa(), len_bytes: area.len_bytes() };
         let extents = areas.iter().flat_map(|(rings, sqes)| [extent(rings), extent(sqes)]).collect();

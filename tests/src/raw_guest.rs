@@ -17,7 +17,7 @@ use ringpass_broker::{
     direct::{DirectConfig, DirectDevice, DirectQueue, QueueConfig, QueuePlacement, SubmissionConfig},
     disk::{Disk, DiskConfig, LogicalBlock},
     memory::{GuestMemory, RegionConfig, Sharing},
-    ring::{IoWorkers, RingConfig, SqThreadConfig},
+    ring::{RingConfig, SqThreadConfig},
 };
 use ringpass_guest::{GuestRam, RamRegion};
 use ringpass_guest_abi::{Cqe, DriverRing, RingLayout, Sqe};
@@ -39,10 +39,8 @@ const RING_STRIDE_BYTES: u64 = 16 << 10;
 const SQES_OFFSET_BYTES: u64 = 8 << 10;
 
 /// Both ways of submission; the SQ thread sleeps soon.
-pub const SUBMISSIONS: [SubmissionConfig; 2] = [
-    SubmissionConfig::SqThread(SqThreadConfig { idle: Duration::from_millis(1), cpu: None }),
-    SubmissionConfig::Doorbell,
-];
+pub const SUBMISSIONS: [SubmissionConfig; 2] =
+    [SubmissionConfig::SqThread(SqThreadConfig::new(Duration::from_millis(1))), SubmissionConfig::Doorbell];
 
 /// A guest's RAM: a memfd, which the test can look at when every mapping of it is gone.
 #[derive(Debug)]
@@ -184,10 +182,10 @@ pub fn rings_gpa(index: u64) -> u64 {
 ///
 /// The disk cannot be opened, or the kernel refuses.
 pub fn device(disk: &DiskConfig, memory: &GuestMemory, submission: SubmissionConfig) -> Result<DirectDevice> {
-    let disk = Disk::open(&DiskConfig { logical_block: LogicalBlock::DirectIo, ..disk.clone() })?;
+    let disk = Disk::open(&disk.clone().logical_block(LogicalBlock::DirectIo))?;
     let access = if disk.is_read_only() { Access::ReadOnly } else { Access::ReadWrite };
     let policy = Policy::direct(access).compile(&ringpass_broker::kernel::support()?)?;
-    let config = DirectConfig { submission, workers: IoWorkers::default(), sharing: Sharing::Clone };
+    let config = DirectConfig::new(submission, Sharing::Clone);
     Ok(DirectDevice::new(Arc::new(disk), memory, policy, config)?)
 }
 
@@ -234,12 +232,9 @@ fn attach_as(
 ) -> Result<(DirectQueue, Driver)> {
     let doorbell = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?;
     let completion = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?;
-    let queue = device.attach(QueueConfig {
-        ring,
-        placement,
-        doorbell: Some(doorbell.try_clone()?),
-        completion: Some(completion.try_clone()?),
-    })?;
+    let queue = device.attach(
+        QueueConfig::new(ring, placement).doorbell(doorbell.try_clone()?).completion(completion.try_clone()?),
+    )?;
     let ring = DriverRing::new(memory(&queue)?, *queue.layout()).context("the layout")?;
     Ok((queue, Driver { ring, doorbell, completion }))
 }

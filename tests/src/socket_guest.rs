@@ -26,7 +26,8 @@ pub struct Load {
 
 /// Options for a guest of this many queues and this much RAM.
 pub fn options(queues: u16, memory_bytes: u64, way: Way) -> Options {
-    Options { queues, memory_bytes, way, ring: RingSize { sq_entries: 64, cq_entries: 128 }, ..Options::default() }
+    let ring = RingSize { sq_entries: 64, cq_entries: 128 };
+    Options::default().queues(queues).memory_bytes(memory_bytes).way(way).ring(ring)
 }
 
 /// A queue with a workload's buffers and what is known of its area.
@@ -156,6 +157,7 @@ pub fn await_ring(queue: &mut Queue) -> Result<u32> {
             ExecutedBy::Ring { epoch } => return Ok(epoch),
             ExecutedBy::Virtqueue { refused } => anyhow::bail!("the queue is a virtqueue: {refused:?}"),
             ExecutedBy::Nobody => ensure!(std::time::Instant::now() < end, "no ring within 30 s"),
+            other => anyhow::bail!("the queue is executed in another way: {other:?}"),
         }
         ensure!(queue.poll().is_none(), "something has ended that was not submitted");
         std::thread::sleep(std::time::Duration::from_micros(200));

@@ -154,12 +154,12 @@ impl StuckDisk {
 
     /// How a broker opens it: read-write, with direct I/O, without waiting for the lock.
     pub fn config(&self) -> DiskConfig {
-        DiskConfig { direct_io: DirectIo::On, logical_block: LogicalBlock::DirectIo, ..DiskConfig::new(&self.path) }
+        DiskConfig::new(&self.path).direct_io(DirectIo::On).logical_block(LogicalBlock::DirectIo)
     }
 
     /// The same, waiting for the lock long enough for a ring whose I/O has ended.
     pub fn config_waiting(&self) -> DiskConfig {
-        DiskConfig { lock_wait: Some(Duration::from_secs(60)), ..self.config() }
+        self.config().lock_wait(Duration::from_secs(60))
     }
 
     /// From here on writes hang, until [`thaw`](Self::thaw) or the drop; a minute at most.

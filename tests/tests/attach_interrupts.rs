@@ -130,7 +130,7 @@ fn load_by_interrupts(driver: &mut RingDriver, interrupt: &Interrupt, progress: 
     loop {
         driver.reap();
         while let Some(cqe) = driver.pop_completion() {
-            ensure!(cqe.res == BLOCK_BYTES.cast_signed(), "a read: {}", cqe.res);
+            ensure!(cqe.res == BLOCK_BYTES as i32, "a read: {}", cqe.res);
             progress.completed.fetch_add(1, Ordering::Relaxed);
         }
         if progress.is_over.load(Ordering::Relaxed) {

@@ -151,7 +151,7 @@ fn one_region(
         }
         let reached_after = begin.elapsed();
         for place in [gpa, last_gpa] {
-            ensure!(reads(other, place)? == BLOCK_BYTES.cast_signed());
+            ensure!(reads(other, place)? == BLOCK_BYTES as i32);
             let mut found = vec![0; BLOCK_BYTES as usize];
             ram.memory().read_slice(&mut found, GuestAddress(place))?;
             ensure!(found == pattern, "another content at {place:#x}");
@@ -394,7 +394,7 @@ fn latencies_while<T>(driver: &mut RingDriver, meanwhile: impl FnOnce() -> Resul
                 let begin = Instant::now();
                 let res = perform_by_interrupt(driver, sqe)?;
                 taken.push(begin.elapsed());
-                ensure!(res == BLOCK_BYTES.cast_signed(), "a read: {res}");
+                ensure!(res == BLOCK_BYTES as i32, "a read: {res}");
             }
             Ok(())
         });

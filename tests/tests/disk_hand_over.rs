@@ -3,7 +3,7 @@
 use std::{process::ExitCode, sync::Arc, thread, time::Duration};
 
 use anyhow::{Context, Result, ensure};
-use ringpass_broker::disk::{Disk, DiskConfig, DiskLease, StartUp};
+use ringpass_broker::disk::{Disk, DiskLease, StartUp};
 use ringpass_tests::{
     broker_process::{self, BrokerProcess},
     disks::{DiskKind, TestDisk},
@@ -115,7 +115,7 @@ fn migrate_from_rings_once(rig: &Rig) -> Result<()> {
 fn share(kind: DiskKind) -> Result<()> {
     let rig = Rig::new(kind, DISK_BYTES)?;
     let broker = rig.broker(&["--num-queues", "1", "--read-only"])?;
-    let other = DiskConfig { read_only: true, ..rig.disk().config() };
+    let other = rig.disk().config().read_only(true);
     let mut ram = TestRam::new(1, 4 << 20)?;
     let front_end = FrontEnd::connect(&rig.socket(), &ram.ram, Options::default())?;
     let mut driver = ram.driver(&front_end, 0, 4096)?;

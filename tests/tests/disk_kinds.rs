@@ -113,7 +113,7 @@ fn a_mounted_device() -> Result<()> {
     let message = refusal(&DiskConfig::new(made.path()))?;
     ensure_has(&message, &["is in use: ", " is mounted on ", mount_point.to_str().context("a plain path")?])?;
     // Reading it can do no harm.
-    Disk::open(&DiskConfig { read_only: true, ..DiskConfig::new(made.path()) })?;
+    Disk::open(&DiskConfig::new(made.path()).read_only(true))?;
     Ok(())
 }
 
@@ -122,7 +122,7 @@ fn write_protected() -> Result<()> {
     run("blockdev", &["--setro".as_ref(), made.path()])?;
     let message = refusal(&DiskConfig::new(made.path()))?;
     ensure_has(&message, &["is write-protected: open it read-only", "`blockdev --setrw /dev/loop"])?;
-    Disk::open(&DiskConfig { read_only: true, ..DiskConfig::new(made.path()) })?;
+    Disk::open(&DiskConfig::new(made.path()).read_only(true))?;
     run("blockdev", &["--setrw".as_ref(), made.path()])?;
     Disk::open(&made.config())?;
     Ok(())

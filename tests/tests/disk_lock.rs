@@ -115,13 +115,13 @@ fn ensure_has(error: &DiskError, parts: &[&str]) -> Result<()> {
 
 fn another_process(kind: DiskKind) -> Result<()> {
     let made = TestDisk::new(kind, SIZE_BYTES)?;
-    let config = DiskConfig { lock_wait: None, ..made.config() };
+    let config = made.config().lock_wait(None);
     let holder = Holder::start("disk", made.path())?;
     let error = refusal(&config)?;
     // A device is refused by its claim, before the lock.
     let how = if kind == DiskKind::Loop { "is in use: " } else { "is locked: by " };
     ensure_has(&error, &[made.path().to_str().context("a plain path")?, how, &holder.name()?])?;
-    let error = refusal(&DiskConfig { read_only: true, ..config.clone() })?;
+    let error = refusal(&config.clone().read_only(true))?;
     ensure_has(&error, &["is locked for writing: by ", &holder.name()?])?;
     holder.end()?;
     Disk::open(&config)?;
@@ -131,14 +131,14 @@ fn another_process(kind: DiskKind) -> Result<()> {
 fn a_posix_lock() -> Result<()> {
     let made = TestDisk::new(DiskKind::Ext4PageCache, SIZE_BYTES)?;
     let holder = Holder::start("posix", made.path())?;
-    let error = refusal(&DiskConfig { lock_wait: None, ..made.config() })?;
+    let error = refusal(&made.config().lock_wait(None))?;
     ensure_has(&error, &["is locked: by ", &holder.name()?])
 }
 
 fn a_killed_process() -> Result<()> {
     let made = TestDisk::new(DiskKind::Ext4PageCache, SIZE_BYTES)?;
     let holder = Holder::start("disk", made.path())?;
-    refusal(&DiskConfig { lock_wait: None, ..made.config() })?;
+    refusal(&made.config().lock_wait(None))?;
     drop(holder);
     Disk::open(&made.config())?;
     Ok(())
@@ -161,9 +161,9 @@ fn a_second_node() -> Result<()> {
 fn waiting_for_a_device() -> Result<()> {
     let made = TestDisk::new(DiskKind::Loop, SIZE_BYTES)?;
     let holder = Holder::start("disk", made.path())?;
-    let error = refusal(&DiskConfig { lock_wait: Some(Duration::from_millis(100)), ..made.config() })?;
+    let error = refusal(&made.config().lock_wait(Duration::from_millis(100)))?;
     ensure_has(&error, &["is in use (still so after waiting 0."])?;
-    let config = DiskConfig { lock_wait: Some(Duration::from_secs(60)), ..made.config() };
+    let config = made.config().lock_wait(Duration::from_secs(60));
     let waiting = std::thread::spawn(move || Disk::open(&config).map(|_| ()));
     std::thread::sleep(Duration::from_millis(50));
     ensure!(!waiting.is_finished());
@@ -174,8 +174,8 @@ fn waiting_for_a_device() -> Result<()> {
 
 fn read_only_devices() -> Result<()> {
     let made = TestDisk::new(DiskKind::Loop, SIZE_BYTES)?;
-    let config = DiskConfig { lock_wait: None, ..made.config() };
-    let read_only = DiskConfig { read_only: true, ..config.clone() };
+    let config = made.config().lock_wait(None);
+    let read_only = config.clone().read_only(true);
     let _first = Disk::open(&read_only)?;
     let _second = Disk::open(&read_only)?;
     ensure_has(&refusal(&config)?, &["is locked: by ", &format!("[{}]", std::process::id())])

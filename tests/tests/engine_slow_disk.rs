@@ -13,7 +13,7 @@ use ringpass_broker::{
     disk::Disk,
     engine::{DiskSource, Engine, EngineConfig},
     vhost_user::{Device, PeerWatch, QueueEventfds},
-    virtio_blk::{BlkConfig, BlkParameters, Serial},
+    virtio_blk::{BlkConfig, BlkParameters},
     virtqueue::{DirtyLog, InflightFile, InflightQueue, InflightRegion, QueueSetup},
 };
 use ringpass_tests::{
@@ -103,19 +103,14 @@ impl Machine {
     fn new(kind: StuckKind) -> Result<Self> {
         let disk = StuckDisk::new(kind, SIZE_BYTES)?;
         let opened = Arc::new(Disk::open(&disk.config_waiting())?);
-        let device = BlkConfig::new(BlkParameters {
-            size_bytes: opened.size_bytes(),
-            logical_block_bytes: opened.logical_block_bytes(),
-            physical_block_bytes: opened.physical_block_bytes(),
-            read_only: false,
-            num_queues: 2,
-            queue_size: QUEUE_SIZE,
-            serial: Serial::default(),
-            discard: None,
-            write_zeroes: None,
-        })?;
-        let config =
-            EngineConfig { device, poll_time: Duration::ZERO, workers: Some(1), cpus: Vec::new(), attach: None };
+        let device = BlkConfig::new(
+            BlkParameters::new(opened.size_bytes())
+                .logical_block_bytes(opened.logical_block_bytes())
+                .physical_block_bytes(opened.physical_block_bytes())
+                .num_queues(2)
+                .queue_size(QUEUE_SIZE),
+        )?;
+        let config = EngineConfig::new(device).workers(1);
         let mut engine = Engine::new(config, |_| -> io::Result<Box<dyn DiskSource>> { Ok(Box::new(NoSource)) })?;
         engine.control().set_disk(&opened);
         let ram = Ram::single(RAM_BYTES)?;

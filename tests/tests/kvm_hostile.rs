@@ -210,7 +210,7 @@ fn child() -> Result<()> {
             place: if how.in_window { Place::Window } else { Place::GuestRam },
             submission: if how.doorbell { SubmissionConfig::Doorbell } else { sq_thread(5) },
             hole: true,
-            ..KvmGuestConfig::new(DiskConfig { direct_io, ..DiskConfig::new(path) })
+            ..KvmGuestConfig::new(DiskConfig::new(path).direct_io(direct_io))
         }
     };
     let mut hostile = config(path, how.direct_io);

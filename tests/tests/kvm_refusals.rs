@@ -40,11 +40,10 @@ fn queues() -> Result<()> {
     let (_disk, guest) = guest()?;
     let window = |rings_gpa, sqes_gpa, first_slot| KvmPlacement::Window { rings_gpa, sqes_gpa, first_slot };
     let (rings_gpa, sqes_gpa) = map::window(1);
-    let good = || KvmQueueConfig {
-        ring: RingConfig { sq_entries: 8, cq_entries: 16 },
-        placement: window(rings_gpa, sqes_gpa, FREE_SLOT),
-        doorbell: Some(IoEventAddress::Pio(0x250)),
-        interrupt_gsi: Some(guest.machine().queue_gsi(0)),
+    let good = || {
+        KvmQueueConfig::new(RingConfig { sq_entries: 8, cq_entries: 16 }, window(rings_gpa, sqes_gpa, FREE_SLOT))
+            .doorbell(IoEventAddress::Pio(0x250))
+            .interrupt_gsi(guest.machine().queue_gsi(0))
     };
     let attach = |config| KvmQueue::attach(guest.machine().vm(), guest.device(), config);
     let refused = |config, beginning: &str, end: &str| -> Result<()> {
@@ -55,12 +54,12 @@ fn queues() -> Result<()> {
         Ok(())
     };
     let unaligned = "the window for the rings area at guest-physical 0xe0800001 is not aligned to 4096 bytes";
-    refused(KvmQueueConfig { placement: window(rings_gpa + 1, sqes_gpa, FREE_SLOT), ..good() }, unaligned, "")?;
+    refused(good().placement(window(rings_gpa + 1, sqes_gpa, FREE_SLOT)), unaligned, "")?;
     let unaligned = "the window for the SQE area at guest-physical 0xe0c00008 is not aligned to 4096 bytes";
-    refused(KvmQueueConfig { placement: window(rings_gpa, sqes_gpa + 8, FREE_SLOT), ..good() }, unaligned, "")?;
+    refused(good().placement(window(rings_gpa, sqes_gpa + 8, FREE_SLOT)), unaligned, "")?;
     // The guest's own queue has this port.
     refused(
-        KvmQueueConfig { doorbell: Some(IoEventAddress::Pio(map::DOORBELL_PORT.into())), ..good() },
+        good().doorbell(IoEventAddress::Pio(map::DOORBELL_PORT.into())),
         "KVM refuses an ioeventfd at port 0x200: File exists",
         "another ioeventfd is there: each queue needs a doorbell of its own",
     )?;
@@ -71,15 +70,11 @@ fn queues() -> Result<()> {
     ensure!(beginning && message.ends_with("the VM needs an interrupt controller in the kernel"), "{message}");
     // The guest's RAM begins at 0.
     refused(
-        KvmQueueConfig { placement: window(rings_gpa, 0, FREE_SLOT), ..good() },
+        good().placement(window(rings_gpa, 0, FREE_SLOT)),
         "KVM refuses memory slot 21 (4096 bytes at guest-physical 0x0): File exists",
         "it overlaps another memory slot of the VM",
     )?;
-    refused(
-        KvmQueueConfig { ring: RingConfig { sq_entries: 7, cq_entries: 16 }, ..good() },
-        "sq_entries is 7: it must be a power of two",
-        "",
-    )
+    refused(good().ring(RingConfig { sq_entries: 7, cq_entries: 16 }), "sq_entries is 7: it must be a power of two", "")
 }
 
 fn slots() -> Result<()> {

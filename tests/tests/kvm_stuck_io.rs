@@ -165,7 +165,7 @@ fn check_quiet(ram: &Ram, ram_bytes: u64, disk: &Path) -> Result<()> {
 fn monitor(how: &str) -> Result<()> {
     let submission = if how == "doorbell" { SubmissionConfig::Doorbell } else { sq_thread(1) };
     let path = env::args().nth(1).context("the disk's path")?;
-    let disk = DiskConfig { direct_io: DirectIo::On, ..DiskConfig::new(path) };
+    let disk = DiskConfig::new(path).direct_io(DirectIo::On);
     let mut guest = guest(disk, Place::GuestRam, submission)?;
     let mut job = guest.job(0, BLOCK_BYTES, DEPTH, BLOCKS);
     (job.duration_ns, job.timeout_ns, job.verify) = (600_000_000_000, 600_000_000_000, Verify::Off);
@@ -263,7 +263,7 @@ fn killed() -> Result<()> {
             let mut monitor = Monitor::start(disk.path(), how)?;
             thread::sleep(moment);
             monitor.process.kill()?;
-            let opened = Disk::open(&DiskConfig { lock_wait: Some(LIMIT), ..disk.config() })?;
+            let opened = Disk::open(&disk.config().lock_wait(LIMIT))?;
             let consumed = monitor.ram.word(monitor.head_gpa)?;
             check_quiet(&monitor.ram, monitor.ram_bytes, disk.path())?;
             drop(opened);

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use ringpass_bare_metal::Command;
 use ringpass_broker::direct::SubmissionConfig;
-use ringpass_broker::disk::{Disk, DiskConfig};
+use ringpass_broker::disk::Disk;
 use ringpass_broker::ring::RingEnd;
 use ringpass_tests::disks::{DiskKind, TestDisk};
 use ringpass_tests::harness::{self, test};
@@ -106,7 +106,7 @@ fn end_once(config: &KvmGuestConfig, end: End, wait: Wait, moment: Duration) -> 
         ensure!(Instant::now() < deadline, "the rings do not end");
         thread::sleep(Duration::from_micros(500));
     }
-    Disk::open(&DiskConfig { lock_wait: Some(Duration::from_millis(10)), ..config.disk.clone() })
+    Disk::open(&config.disk.clone().lock_wait(Duration::from_millis(10)))
         .context("the guest's memory was let go while a ring still held the disk")?;
     ends.iter().try_for_each(|end: &RingEnd| end.wait(Duration::from_secs(60)).map(|_| ()))?;
 

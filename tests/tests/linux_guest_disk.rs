@@ -258,7 +258,7 @@ fn balloon(guest: &mut LinuxGuest) -> Result<()> {
 fn resize(guest: &mut LinuxGuest, served: &Served) -> Result<()> {
     for mib in [160, 144] {
         File::options().write(true).open(served.disk.path())?.set_len(mib * MIB)?;
-        let pid = rustix::process::Pid::from_raw(served.broker.pid().cast_signed()).context("the broker's pid")?;
+        let pid = rustix::process::Pid::from_raw(served.broker.pid() as i32).context("the broker's pid")?;
         rustix::process::kill_process(pid, Signal::HUP)?;
         let sectors = mib * MIB / 512;
         guest.run(&format!("until [ $(cat /sys/block/vda/size) = {sectors} ]; do usleep 20000; done"))?;

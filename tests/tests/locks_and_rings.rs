@@ -72,7 +72,7 @@ fn child(read_only: bool) -> Result<()> {
     let submission = SUBMISSIONS[argument(2)?.parse::<usize>()?];
     let ram = Ram::new()?;
     let (memory, _) = ram.for_broker()?;
-    let device = device(&DiskConfig { read_only, ..DiskConfig::new(argument(1)?) }, &memory, submission)?;
+    let device = device(&DiskConfig::new(argument(1)?).read_only(read_only), &memory, submission)?;
     let (_queue, mut driver) = attach(&device, &ram, 0, false)?;
     let result = driver.run(false, BUFFERS_GPA, BLOCK_BYTES, 0)?;
     println!("read {result}");
@@ -111,7 +111,7 @@ impl Drop for Broker {
 }
 
 fn now(config: &DiskConfig) -> DiskConfig {
-    DiskConfig { lock_wait: None, ..config.clone() }
+    config.clone().lock_wait(None)
 }
 
 fn refusal(config: &DiskConfig) -> Result<String> {
@@ -173,7 +173,7 @@ fn killed(kind: DiskKind, submission: SubmissionConfig) -> Result<()> {
     ensure!(text.contains(&format!("[{}]", broker.0.id())), "{text}");
     drop(broker);
     let start = Instant::now();
-    Disk::open(&DiskConfig { lock_wait: Some(LIMIT), ..made.config() })?;
+    Disk::open(&made.config().lock_wait(LIMIT))?;
     let took = start.elapsed();
     ensure!(took < Duration::from_secs(2), "it took {took:?}");
     Ok(())
@@ -181,7 +181,7 @@ fn killed(kind: DiskKind, submission: SubmissionConfig) -> Result<()> {
 
 fn read_only(kind: DiskKind, submission: SubmissionConfig) -> Result<()> {
     let made = TestDisk::new(kind, DISK_BYTES)?;
-    let config = DiskConfig { read_only: true, ..made.config() };
+    let config = made.config().read_only(true);
     let rams = [Ram::new()?, Ram::new()?];
     let mut brokers = Vec::new();
     for ram in &rams {
@@ -206,7 +206,7 @@ fn read_only(kind: DiskKind, submission: SubmissionConfig) -> Result<()> {
         ensure!(text.contains(&format!("[{}]", elsewhere.0.id())), "{text}");
     }
     drop(elsewhere);
-    Disk::open(&DiskConfig { lock_wait: Some(LIMIT), ..made.config() })?;
+    Disk::open(&made.config().lock_wait(LIMIT))?;
     Ok(())
 }
 
@@ -224,7 +224,7 @@ fn waiting(submission: SubmissionConfig) -> Result<()> {
     drop(device);
     let end = queue.close();
 
-    let config = DiskConfig { lock_wait: Some(Duration::from_millis(100)), ..disk.config() };
+    let config = disk.config().lock_wait(Duration::from_millis(100));
     let text = Disk::open(&config).err().context("the disk was not refused")?.to_string();
     ensure!(text.contains("(still so after waiting 0.1 s)"), "{text}");
     let config = disk.config_waiting();

@@ -46,7 +46,7 @@ const fn extent(gpa: u64, len_bytes: u64) -> Extent {
 }
 
 fn sq_thread() -> SubmissionConfig {
-    SubmissionConfig::SqThread(SqThreadConfig { idle: Duration::from_millis(2), cpu: None })
+    SubmissionConfig::SqThread(SqThreadConfig::new(Duration::from_millis(2)))
 }
 
 /// A request that waits for a processor takes long too. But a stall by the plugging itself would be there each time.

@@ -74,7 +74,7 @@ const fn extent(gpa: u64, len_bytes: u64) -> Extent {
 }
 
 fn sq_thread() -> SubmissionConfig {
-    SubmissionConfig::SqThread(SqThreadConfig { idle: Duration::from_millis(2), cpu: None })
+    SubmissionConfig::SqThread(SqThreadConfig::new(Duration::from_millis(2)))
 }
 
 fn lack_of_huge_pages() -> Result<()> {
@@ -119,7 +119,7 @@ fn child(task: &str) -> Result<()> {
 fn own_disk() -> Result<(tempfile::NamedTempFile, Arc<Disk>)> {
     let image = tempfile::NamedTempFile::new()?;
     image.as_file().set_len(DISK_BYTES)?;
-    let disk = Disk::open(&DiskConfig { direct_io: DirectIo::Off, ..DiskConfig::new(image.path()) })?;
+    let disk = Disk::open(&DiskConfig::new(image.path()).direct_io(DirectIo::Off))?;
     Ok((image, Arc::new(disk)))
 }
 

@@ -60,7 +60,7 @@ const fn extent(gpa: u64, len_bytes: u64) -> Extent {
 }
 
 fn sq_thread() -> SubmissionConfig {
-    SubmissionConfig::SqThread(SqThreadConfig { idle: Duration::from_millis(2), cpu: None })
+    SubmissionConfig::SqThread(SqThreadConfig::new(Duration::from_millis(2)))
 }
 
 /// Verified I/O at both ends of every piece of RAM, with both ways of submission.

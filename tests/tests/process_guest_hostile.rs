@@ -182,7 +182,7 @@ impl Run {
 
     fn submission(self) -> SubmissionConfig {
         if self.sq_thread {
-            SubmissionConfig::SqThread(SqThreadConfig { idle: Duration::from_millis(5), cpu: None })
+            SubmissionConfig::SqThread(SqThreadConfig::new(Duration::from_millis(5)))
         } else {
             SubmissionConfig::Doorbell
         }
@@ -290,14 +290,12 @@ fn child() -> Result<()> {
     let (paths, how) = arguments.split_at_checked(3).context("three paths")?;
     let how = Run::parse(how)?;
     let canaries = Canaries::new()?;
-    let disk_config = DiskConfig {
-        read_only: how.access == Access::ReadOnly,
-        direct_io: if how.direct_io { DirectIo::On } else { DirectIo::Off },
-        logical_block: LogicalBlock::DirectIo,
-        ..DiskConfig::new(&paths[0])
-    };
+    let disk_config = DiskConfig::new(&paths[0])
+        .read_only(how.access == Access::ReadOnly)
+        .direct_io(if how.direct_io { DirectIo::On } else { DirectIo::Off })
+        .logical_block(LogicalBlock::DirectIo);
     let disk = Arc::new(Disk::open(&disk_config)?);
-    let other_disk = Arc::new(Disk::open(&DiskConfig { direct_io: DirectIo::Off, ..DiskConfig::new(&paths[1]) })?);
+    let other_disk = Arc::new(Disk::open(&DiskConfig::new(&paths[1]).direct_io(DirectIo::Off))?);
     let policy = how.policy().compile(&kernel::support()?)?;
     let policy = if how.rules == Rules::BuiltIn { policy } else { policy.accept_unsafe() };
     let hostile_guest = ProcessGuest::with_policy(&disk, filled_ram(10)?, how.submission(), policy)?;

@@ -79,7 +79,7 @@ impl Submission {
     fn config(self) -> SubmissionConfig {
         match self {
             // Sleeps between the parts of a row.
-            Self::SqThread => SubmissionConfig::SqThread(SqThreadConfig { idle: Duration::from_millis(2), cpu: None }),
+            Self::SqThread => SubmissionConfig::SqThread(SqThreadConfig::new(Duration::from_millis(2))),
             Self::Kick => SubmissionConfig::Doorbell,
         }
     }

@@ -233,8 +233,8 @@ fn silent_device() -> Result<()> {
     const PATIENCE: Duration = Duration::from_millis(400);
     let rig = rig()?;
     let mut broker = rig.broker(&BROKER_ARGUMENTS)?;
-    let options = Options { memory_bytes: 4 << 20, way: Way::Virtqueue, patience: PATIENCE, ..Options::default() };
-    let patient = Options { patience: LIMIT, ..options };
+    let options = Options::default().memory_bytes(4 << 20).way(Way::Virtqueue).patience(PATIENCE);
+    let patient = options.patience(LIMIT);
     fn is_silent<T>(what: &str, result: Result<T, Error>) -> Result<()> {
         ensure!(matches!(result, Err(Error::Silent { .. })), "{what}: {:?}", result.err());
         Ok(())
@@ -248,7 +248,7 @@ fn silent_device() -> Result<()> {
     let disk = Disk::connect(rig.socket(), patient)?;
     disk.close()?;
     for way in [Way::Virtqueue, Way::Auto] {
-        let disk = Disk::connect(rig.socket(), Options { way, ..options }).context("a server that goes on")?;
+        let disk = Disk::connect(rig.socket(), options.way(way)).context("a server that goes on")?;
         let mut queue = disk.queue(1)?;
         let buffer = disk.allocate(4096)?;
         queue.submit(Operation::DurableWrite, buffer, 0, 4096, 1).expect("an empty queue has room");

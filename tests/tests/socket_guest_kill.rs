@@ -149,7 +149,7 @@ fn slow_io(kind: StuckKind) -> Result<()> {
     let socket = directory.path().join("vhost.sock");
     let arguments = ["--direct-io", "on", "--mode", "direct", "--num-queues", "2", "--sq-idle-ms", "2"];
     let mut old = BrokerProcess::start(&socket, disk.path(), &arguments)?;
-    let guest = connect(&socket, Options { queues: 1, memory_bytes: 4 << 20, way: Way::Ring, ..Options::default() })?;
+    let guest = connect(&socket, Options::default().queues(1).memory_bytes(4 << 20).way(Way::Ring))?;
     let mut queue = guest.queue(1)?;
     ensure!(await_ring(&mut queue)? == 1);
     let mut buffer = guest.allocate(4096)?;

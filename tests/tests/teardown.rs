@@ -69,6 +69,7 @@ fn name(submission: SubmissionConfig) -> &'static str {
     match submission {
         SubmissionConfig::SqThread(_) => "sq_thread",
         SubmissionConfig::Doorbell => "doorbell",
+        other => unreachable!("{other:?} has no tests"),
     }
 }
 

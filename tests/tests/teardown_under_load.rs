@@ -47,6 +47,7 @@ fn main() -> ExitCode {
         let how = match submission {
             SubmissionConfig::SqThread(_) => "sq_thread",
             SubmissionConfig::Doorbell => "doorbell",
+            other => unreachable!("{other:?} has no tests"),
         };
         tests.push(test(format!("a_drained_queue_ends_soon_{how}"), needs(), move || drained(submission)));
         tests.push(test(format!("queues_that_come_and_go_under_load_leave_nothing_{how}"), needs(), move || {
@@ -162,7 +163,7 @@ fn drained(submission: SubmissionConfig) -> Result<()> {
         drop(device);
         end.wait(LIMIT)?;
         // Nothing else has the disk: no waiting for the lock.
-        let config = DiskConfig { lock_wait: None, ..disk.config() };
+        let config = disk.config().lock_wait(None);
         drop(Disk::open(&config).context("the lock after the end")?);
     }
     Ok(())

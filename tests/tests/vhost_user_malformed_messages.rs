@@ -30,7 +30,10 @@ use ringpass_tests::{
     harness::{self, test},
     seed::Seed,
 };
-use rustix::fs::{MemfdFlags, memfd_create};
+use rustix::{
+    fs::{MemfdFlags, memfd_create},
+    pipe::{PipeFlags, pipe_with},
+};
 use vhost::vhost_user::message::{
     FrontendReq, VhostUserConfig, VhostUserConfigFlags, VhostUserInflight, VhostUserLog, VhostUserMemory,
     VhostUserMemoryRegion, VhostUserSingleMemoryRegion, VhostUserVringAddr, VhostUserVringAddrFlags,
@@ -135,7 +138,7 @@ impl Hostile {
         let other_ram = memfd(3 * RAM_BYTES)?;
         other_ram.write_all_at(&part_of_ram(0), RAM_BYTES)?;
         let ram = RamRegion::of_file(ram_file.clone(), RAM_BYTES, RAM_GPA, RAM_BYTES)?;
-        let (pipe_end, other_pipe_end) = std::io::pipe()?;
+        let (pipe_end, other_pipe_end) = pipe_with(PipeFlags::CLOEXEC)?;
         let (socket, _) = UnixStream::pair()?;
         let mut short = memfd(100)?;
         short.write_all(&[CANARY; 100])?;
@@ -149,8 +152,8 @@ impl Hostile {
             File::open("/dev/null")?.into(),
             File::open("/")?.into(),
             File::open("/proc/self/status")?.into(),
-            pipe_end.into(),
-            other_pipe_end.into(),
+            pipe_end,
+            other_pipe_end,
             socket.into(),
         ];
         Ok(Self { ram_file, ram, files })

@@ -116,7 +116,7 @@ type Attached = (GuestQueue, ProcessEnv, u64);
 
 fn guest(disk: &Arc<Disk>, queues: u64) -> Result<(ProcessGuest, Vec<Attached>)> {
     let ram = RamFile::new(&[Extent { gpa: 0, len_bytes: MIB }], PageSize::Small)?;
-    let submission = SubmissionConfig::SqThread(SqThreadConfig { idle: IDLE, cpu: None });
+    let submission = SubmissionConfig::SqThread(SqThreadConfig::new(IDLE));
     let mut guest = ProcessGuest::new(disk, ram, submission)?;
     let mut attached = Vec::new();
     for _ in 0..queues {

@@ -64,7 +64,7 @@ struct Args {
 fn main() -> Result<ExitCode> {
     let args = Args::parse();
     ensure!(args.rounds > 0 && args.millis > 0 && args.size_mib > 0, "rounds, millis and size must not be zero");
-    ensure!(args.piece_kib > 0 && args.piece_kib.is_multiple_of(4), "piece-kib must be a multiple of 4");
+    ensure!(args.piece_kib > 0 && args.piece_kib % 4 == 0, "piece-kib must be a multiple of 4");
     let dir = tempfile::Builder::new().prefix("ringpass-bench-").tempdir_in(&args.dir).context("making a directory")?;
     let image = dir.path().join("image");
     fill(&image, args.size_mib, args.piece_kib)?;

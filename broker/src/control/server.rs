@@ -24,6 +24,7 @@ const PAUSE: Duration = Duration::from_millis(200);
 
 /// Why the control socket cannot be served.
 #[derive(Debug, Error)]
+#[non_exhaustive]
 pub enum ControlError {
     /// The socket.
     #[error(transparent)]

@@ -65,6 +65,7 @@ pub struct LimitStatus {
 /// The executor of a queue.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
 pub enum ExecutedBy {
     /// The device's process executes the virtqueue.
     Virtqueue,

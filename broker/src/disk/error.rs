@@ -269,7 +269,7 @@ fn tail_hint(path: &Path, size_bytes: u64, logical_block_bytes: u32, is_block_de
         return format!("A file cannot be longer, so cut off its end: `truncate -s {less_bytes} {}`", shell_word(path));
     }
     let mut hint = format!("Extend it with `truncate -s {whole_bytes} {}`", shell_word(path));
-    if logical_block_bytes > 512 && size_bytes.is_multiple_of(512) {
+    if logical_block_bytes > 512 && size_bytes % 512 == 0 {
         hint.push_str(", or leave out --logical-block-size, which makes its blocks 512 bytes");
     }
     hint

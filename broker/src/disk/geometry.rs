@@ -100,7 +100,7 @@ impl Geometry {
         if self.size_bytes == 0 {
             return Err(DiskError::Empty { path: path.to_owned(), is_block_device });
         }
-        if !self.size_bytes.is_multiple_of(self.logical_block_bytes.into()) {
+        if self.size_bytes % u64::from(self.logical_block_bytes) != 0 {
             return Err(DiskError::PartialBlock {
                 path: path.to_owned(),
                 size_bytes: self.size_bytes,

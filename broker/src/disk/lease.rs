@@ -30,6 +30,7 @@ pub struct DiskLease {
 
 /// The state of a lease.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub enum LeaseState {
     /// Not acquired, and not waiting.
     Released,

@@ -52,6 +52,7 @@ use open::{Anchor, Found};
 
 /// Whether I/O bypasses the host's page cache (`O_DIRECT`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+#[non_exhaustive]
 pub enum DirectIo {
     /// `O_DIRECT` if the file system has it, otherwise the page cache.
     #[default]
@@ -67,6 +68,7 @@ pub enum DirectIo {
 /// written for, and must stay the same on any storage. The demands of direct I/O ([`DirectAlignment`]) are a separate
 /// matter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+#[non_exhaustive]
 pub enum LogicalBlock {
     /// 512 bytes for a file; the device's own block (`BLKSSZGET`) for a block device.
     #[default]
@@ -79,6 +81,7 @@ pub enum LogicalBlock {
 
 /// Which disk to open, and how.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct DiskConfig {
     /// The file or the device node. Symbolic links (`/dev/disk/by-id/...`) are followed.
     pub path: PathBuf,
@@ -103,10 +106,35 @@ impl DiskConfig {
             lock_wait: None,
         }
     }
+
+    /// Sets [`read_only`](Self#structfield.read_only).
+    #[must_use]
+    pub fn read_only(self, read_only: bool) -> Self {
+        Self { read_only, ..self }
+    }
+
+    /// Sets [`direct_io`](Self#structfield.direct_io).
+    #[must_use]
+    pub fn direct_io(self, direct_io: DirectIo) -> Self {
+        Self { direct_io, ..self }
+    }
+
+    /// Sets [`logical_block`](Self#structfield.logical_block).
+    #[must_use]
+    pub fn logical_block(self, logical_block: LogicalBlock) -> Self {
+        Self { logical_block, ..self }
+    }
+
+    /// Sets [`lock_wait`](Self#structfield.lock_wait).
+    #[must_use]
+    pub fn lock_wait(self, lock_wait: impl Into<Option<Duration>>) -> Self {
+        Self { lock_wait: lock_wait.into(), ..self }
+    }
 }
 
 /// What a disk is on the host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum DiskKind {
     /// A file of a file system. Guests could make it grow: see [`crate::limits::cap_file_growth`].
     RegularFile,

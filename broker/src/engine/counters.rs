@@ -22,6 +22,7 @@ impl Counter {
 /// What a queue has done since the engine began. On a cache line of its own: its worker writes it at each request.
 #[derive(Debug, Default)]
 #[repr(align(128))]
+#[non_exhaustive]
 pub struct QueueCounters {
     /// Read requests that succeeded.
     pub reads: Counter,

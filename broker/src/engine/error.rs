@@ -7,6 +7,7 @@ use vm_memory::mmap::MmapRegionError;
 
 /// Why an engine cannot start.
 #[derive(Debug, Error)]
+#[non_exhaustive]
 pub enum EngineError {
     /// The kernel gives no io_uring.
     #[error(

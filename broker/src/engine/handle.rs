@@ -27,6 +27,7 @@ use crate::virtio_blk::{BlkConfig, CacheMode};
 
 /// What an engine is to be.
 #[derive(Debug)]
+#[non_exhaustive]
 pub struct EngineConfig {
     /// The device as its driver sees it.
     pub device: BlkConfig,
@@ -40,6 +41,37 @@ pub struct EngineConfig {
     pub cpus: Vec<usize>,
     /// How queues become rings of their drivers. `None`: the device does not offer that.
     pub attach: Option<AttachConfig>,
+}
+
+impl EngineConfig {
+    /// Workers that do not poll, one for each queue but at most one for each CPU, anywhere; no rings.
+    pub fn new(device: BlkConfig) -> Self {
+        Self { device, poll_time: Duration::ZERO, workers: None, cpus: Vec::new(), attach: None }
+    }
+
+    /// Sets [`poll_time`](Self#structfield.poll_time).
+    #[must_use]
+    pub fn poll_time(self, poll_time: Duration) -> Self {
+        Self { poll_time, ..self }
+    }
+
+    /// Sets [`workers`](Self#structfield.workers).
+    #[must_use]
+    pub fn workers(self, workers: impl Into<Option<usize>>) -> Self {
+        Self { workers: workers.into(), ..self }
+    }
+
+    /// Sets [`cpus`](Self#structfield.cpus).
+    #[must_use]
+    pub fn cpus(self, cpus: Vec<usize>) -> Self {
+        Self { cpus, ..self }
+    }
+
+    /// Sets [`attach`](Self#structfield.attach).
+    #[must_use]
+    pub fn attach(self, attach: impl Into<Option<AttachConfig>>) -> Self {
+        Self { attach: attach.into(), ..self }
+    }
 }
 
 /// Executes the queues of a device.

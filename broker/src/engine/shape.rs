@@ -13,6 +13,7 @@ const FILES_PER_WORKER: u64 = 2;
 
 /// How many workers an engine has, and how large their rings are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct EngineShape {
     /// Queues of the device.
     pub queues: u16,
@@ -63,6 +64,11 @@ impl EngineShape {
     /// [`EngineError::Ring`], [`EngineError::Eventfd`]: an engine of this shape would not start.
     pub fn try_rings(&self) -> Result<(), EngineError> {
         self.rings().map(ring::open).collect::<Result<Vec<_>, _>>().map(drop)
+    }
+
+    /// The shape of an engine with these queues; `workers` as in [`EngineConfig::workers`].
+    pub fn new(queues: u16, queue_size: u16, workers: Option<usize>) -> Self {
+        Self { queues, queue_size, workers }
     }
 }
 

@@ -6,6 +6,7 @@ use super::{release::KernelRelease, version::KernelVersion};
 
 /// A known hole.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Hole {
     /// Its CVE number.
     pub cve: &'static str,
@@ -23,6 +24,7 @@ pub struct Hole {
 
 /// What a ring must have or use for a hole to be reachable.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Reach {
     /// Fixed buffers: every direct ring.
     FixedBuffers,

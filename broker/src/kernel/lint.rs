@@ -7,7 +7,7 @@ use super::{KernelRelease, Reach, affected};
 /// The lint context for a ring of the running kernel.
 pub fn lint_context(mode: Mode, semantics: RestrictionSemantics) -> LintContext {
     let nop = KernelRelease::running().map_or(NopHole::Unknown, |release| nop_hole(&release));
-    LintContext { mode, semantics: Some(semantics), nop }
+    LintContext::new(mode, Some(semantics)).nop(nop)
 }
 
 /// Whether a kernel has the hole of `NOP`, by its version. Unknown for a distributor that backports fixes from later

@@ -14,6 +14,7 @@ pub struct KernelRelease {
 
 /// The kernel's release has an unknown format.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum ReleaseError {
     /// The release does not begin with a version.
     #[error("the kernel calls itself {release:?}, which does not begin with a version number like 6.18.44")]
@@ -72,9 +73,8 @@ impl KernelRelease {
             let signed = signature.and_then(|signature| signature.split_whitespace().nth(2)).and_then(of_branch);
             return Ok(Self { release, upstream: signed.unwrap_or(own), backports: Some("Ubuntu") });
         }
-        if let Some((_, package)) = version.split_once("Debian ")
-            && let Some(upstream) = of_branch(package)
-        {
+        let debian = version.split_once("Debian ").and_then(|(_, package)| of_branch(package));
+        if let Some(upstream) = debian {
             return Ok(Self { release, upstream, backports: None });
         }
         let marked = BACKPORTING.iter().find(|(mark, _)| rest.contains(mark)).map(|&(_, vendor)| vendor);

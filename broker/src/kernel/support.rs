@@ -23,13 +23,12 @@ use super::KernelRelease;
 /// The error of `io_uring_setup(2)` or `io_uring_register(2)`, e.g. `EPERM` where io_uring is forbidden, `EINVAL` where
 /// the kernel has no restrictions (before Linux 5.10).
 pub fn support() -> io::Result<KernelSupport> {
-    Ok(KernelSupport {
-        operations: operations()?,
-        register_operations: register_operations()?,
-        numbered: numbered()?,
-        buffer_select: buffer_select()?,
-        semantics: semantics()?,
-    })
+    let mut support = KernelSupport::upstream(version()?);
+    support.operations = operations()?;
+    support.register_operations = register_operations()?;
+    support.numbered = numbered()?;
+    support.semantics = semantics()?;
+    Ok(support)
 }
 
 fn disabled_ring() -> io::Result<IoUring> {
@@ -69,11 +68,10 @@ fn numbered() -> io::Result<OperationSet> {
     Err(io::Error::from_raw_os_error(EINVAL))
 }
 
-fn buffer_select() -> io::Result<OperationSet> {
+fn version() -> io::Result<LinuxVersion> {
     let release = KernelRelease::running().map_err(io::Error::other)?.upstream();
     let part = |number: u16| u8::try_from(number).unwrap_or(u8::MAX);
-    let version = LinuxVersion { major: part(release.major), minor: part(release.minor) };
-    Ok(KernelSupport::upstream(version).buffer_select)
+    Ok(LinuxVersion { major: part(release.major), minor: part(release.minor) })
 }
 
 fn semantics() -> io::Result<RestrictionSemantics> {

@@ -12,6 +12,7 @@ use super::KvmError;
 
 /// Counts of a vCPU since its creation. The difference of two readings is the count in between.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Exits {
     /// All exits, including those for the host's own interrupts.
     pub all: u64,

@@ -13,6 +13,7 @@ use crate::ring::{RingConfig, RingEnd};
 
 /// The configuration of a queue of a VM.
 #[derive(Debug)]
+#[non_exhaustive]
 pub struct KvmQueueConfig {
     /// Size of the ring.
     pub ring: RingConfig,
@@ -26,8 +27,40 @@ pub struct KvmQueueConfig {
     pub interrupt_gsi: Option<u32>,
 }
 
+impl KvmQueueConfig {
+    /// A queue without doorbell and interrupt.
+    pub fn new(ring: RingConfig, placement: KvmPlacement) -> Self {
+        Self { ring, placement, doorbell: None, interrupt_gsi: None }
+    }
+
+    /// Sets [`ring`](Self#structfield.ring).
+    #[must_use]
+    pub fn ring(self, ring: RingConfig) -> Self {
+        Self { ring, ..self }
+    }
+
+    /// Sets [`placement`](Self#structfield.placement).
+    #[must_use]
+    pub fn placement(self, placement: KvmPlacement) -> Self {
+        Self { placement, ..self }
+    }
+
+    /// Sets [`doorbell`](Self#structfield.doorbell).
+    #[must_use]
+    pub fn doorbell(self, doorbell: impl Into<Option<IoEventAddress>>) -> Self {
+        Self { doorbell: doorbell.into(), ..self }
+    }
+
+    /// Sets [`interrupt_gsi`](Self#structfield.interrupt_gsi).
+    #[must_use]
+    pub fn interrupt_gsi(self, interrupt_gsi: impl Into<Option<u32>>) -> Self {
+        Self { interrupt_gsi: interrupt_gsi.into(), ..self }
+    }
+}
+
 /// Where the guest finds a ring.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum KvmPlacement {
     /// In its RAM, where its driver has allocated the ring.
     GuestRam {
@@ -153,7 +186,7 @@ fn check(placement: KvmPlacement) -> Result<(), KvmError> {
     if let KvmPlacement::Window { rings_gpa, sqes_gpa, first_slot } = placement {
         slots::numbers(first_slot, 2)?;
         for (area, gpa) in [("rings", rings_gpa), ("SQE", sqes_gpa)] {
-            if !gpa.is_multiple_of(4096) {
+            if gpa % 4096 != 0 {
                 return Err(KvmError::UnalignedWindow { area, gpa });
             }
         }

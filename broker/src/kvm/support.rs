@@ -16,6 +16,7 @@ use crate::memory::{GuestMemory, RegionConfig};
 
 /// The parts of KVM that work for this process.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct KvmSupport {
     /// A completion can interrupt a guest inside the kernel.
     pub irqfd: bool,

@@ -17,6 +17,7 @@ pub struct OpenFiles {
 /// The limit leaves too few files.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{}: {}", self.why(), self.change())]
+#[non_exhaustive]
 pub struct TooFewOpenFiles {
     /// The hard limit.
     pub limit: u64,

@@ -6,6 +6,7 @@ use crate::limits::MemlockError;
 
 /// Why a region, a set of regions, or their pinning was refused. Nothing has changed when this is returned.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum MemoryError {
     /// There is no region at all.
     #[error("the guest has no memory regions")]

@@ -37,6 +37,7 @@ pub struct RegionConfig {
 
 /// The kind of file that holds a region's pages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Backing {
     /// A memfd or tmpfs file with ordinary pages.
     Shmem,
@@ -228,7 +229,7 @@ fn check(config: RegionConfig) -> Result<Region, MemoryError> {
     let backing = backing_of(gpa, file)?;
     let page_bytes = backing.page_bytes();
     for (what, value) in [("address", gpa), ("length", len_bytes), ("file offset", file_offset_bytes)] {
-        if !value.is_multiple_of(page_bytes) {
+        if value % page_bytes != 0 {
             return Err(MemoryError::Unaligned { gpa, what, value, page_bytes, file: file_name(file) });
         }
     }

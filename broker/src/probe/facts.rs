@@ -57,6 +57,7 @@ pub struct Facts {
 
 /// The outcome of trying something.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Outcome {
     /// It works.
     Works,
@@ -73,6 +74,7 @@ pub enum Outcome {
 
 /// The settings `kernel.io_uring_disabled` and `kernel.io_uring_group` (Linux 6.6).
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Sysctl {
     /// 0: all users may make rings; 1: the group and `CAP_SYS_ADMIN`; 2: no user. `None`: there is no such setting.
     pub io_uring_disabled: Option<u32>,
@@ -95,6 +97,7 @@ pub struct HugePagePool {
 
 /// The machine could not be observed.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum FactsError {
     /// The kernel's release cannot be read.
     #[error(transparent)]

@@ -2,6 +2,7 @@
 
 /// An ability of the kernel's io_uring that the probe tries.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[non_exhaustive]
 pub enum Feature {
     /// A ring that starts disabled accepts the direct policy and enforces it once enabled.
     Restrictions,

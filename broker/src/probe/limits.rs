@@ -114,7 +114,7 @@ pub(super) fn note(facts: &Facts) -> Option<String> {
 /// The size in the largest unit that keeps the number whole, or in MiB with one decimal.
 pub(super) fn bytes(bytes: u64) -> String {
     let units = [(1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")];
-    match units.iter().find(|&&(unit, _)| bytes >= unit && bytes.is_multiple_of(unit)) {
+    match units.iter().find(|&&(unit, _)| bytes >= unit && bytes % unit == 0) {
         Some((unit, name)) if bytes / unit < 10_000 => format!("{} {name}", bytes / unit),
         _ if bytes >= 1 << 20 => format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20)),
         _ => format!("{bytes} bytes"),

@@ -23,6 +23,7 @@ pub use crate::processes::{NoProc, require_proc};
 
 /// The server for which a machine is judged: an ability is available if that server can use it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Server {
     /// The server gives up its privileges before it makes a ring, as
     /// [`without_privileges`](crate::privileges::without_privileges) does.
@@ -31,6 +32,25 @@ pub struct Server {
     pub engine: EngineShape,
     /// Whether the server may offer rings to guests. If not, abilities that only these rings need are not tried.
     pub may_offer_rings: bool,
+}
+
+impl Server {
+    /// A server that gives up its privileges and may offer rings.
+    pub fn new(engine: EngineShape) -> Self {
+        Self { is_confined: true, engine, may_offer_rings: true }
+    }
+
+    /// Sets [`is_confined`](Self#structfield.is_confined).
+    #[must_use]
+    pub fn is_confined(self, is_confined: bool) -> Self {
+        Self { is_confined, ..self }
+    }
+
+    /// Sets [`may_offer_rings`](Self#structfield.may_offer_rings).
+    #[must_use]
+    pub fn may_offer_rings(self, may_offer_rings: bool) -> Self {
+        Self { may_offer_rings, ..self }
+    }
 }
 
 /// Observes this machine as that server will find it, and judges the observations.

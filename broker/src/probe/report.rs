@@ -9,6 +9,7 @@ use crate::kernel::{Verdict, affected};
 ///
 /// Serialized, this is the output of `ringpass probe --json`: later versions only add fields.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
 pub struct Report {
     /// The kernel and its known holes.
     pub kernel: KernelReport,
@@ -22,6 +23,7 @@ pub struct Report {
 
 /// The kernel and its known holes.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
 pub struct KernelReport {
     /// `uname -r`.
     pub release: String,
@@ -45,6 +47,7 @@ pub struct KernelReport {
 
 /// A known hole of the running kernel.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
 pub struct HoleReport {
     /// Its CVE number.
     pub cve: &'static str,
@@ -60,6 +63,7 @@ pub struct HoleReport {
 
 /// One check.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
 pub struct Check {
     /// Stable name.
     pub name: &'static str,
@@ -94,6 +98,7 @@ pub enum Status {
 /// One way of executing a guest's requests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
 pub enum ModeName {
     /// The guest's own ring, executed by the kernel; its memory is guest RAM.
     DirectGuestRam,
@@ -107,6 +112,7 @@ pub enum ModeName {
 
 /// Whether a mode can be used here.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
 pub struct Mode {
     /// The name of the mode.
     pub name: ModeName,

@@ -1,7 +1,7 @@
 //! Reports from made-up facts: every refusal, by its words.
 
 use nix::libc::{EACCES, EINVAL, ENOMEM, ENOSYS, EPERM};
-use ringpass_restrictions::{KernelSupport, Operation, OperationSet, RegisterOperation, RestrictionSemantics};
+use ringpass_restrictions::{KernelSupport, LinuxVersion, Operation, OperationSet, RegisterOperation};
 
 use super::*;
 use crate::{
@@ -27,13 +27,7 @@ fn good() -> Facts {
         setup: Outcome::Works,
         engine: Outcome::Works,
         end_token: Ok(()),
-        support: Ok(KernelSupport {
-            operations: (0..=Operation::PIPE.code()).map(Operation::new).collect(),
-            register_operations: (0..=RegisterOperation::REGISTER_QUERY.code()).map(RegisterOperation::new).collect(),
-            numbered: (0..=Operation::PIPE.code()).map(Operation::new).collect(),
-            buffer_select: OperationSet::new(),
-            semantics: RestrictionSemantics::BeforeLinux7,
-        }),
+        support: Ok(support()),
         features: Feature::ALL.map(|feature| (feature, Outcome::Works)).to_vec(),
         memlock: Memlock { soft_bytes: Some(8 * MIB), hard_bytes: Some(8 * MIB), exempt: false, pinned_by: vec![] },
         open_files: Some(OpenFiles { open: 4, limit: 1024 }),
@@ -41,6 +35,15 @@ fn good() -> Facts {
         #[cfg(feature = "kvm")]
         kvm: Ok(machines::kvm()),
     }
+}
+
+fn support() -> KernelSupport {
+    let mut support = KernelSupport::upstream(LinuxVersion { major: 6, minor: 18 });
+    support.operations = (0..=Operation::PIPE.code()).map(Operation::new).collect();
+    support.register_operations = (0..=RegisterOperation::REGISTER_QUERY.code()).map(RegisterOperation::new).collect();
+    support.numbered = support.operations;
+    support.buffer_select = OperationSet::new();
+    support
 }
 
 /// The same machine, where io_uring_setup fails.

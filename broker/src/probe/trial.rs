@@ -214,7 +214,7 @@ fn shared_submission_thread() -> Trial {
 
 /// The thread id of a ring's SQ thread, if `/proc` shows it.
 fn sq_thread(ring: &RingFd) -> Option<u32> {
-    let us = rustix::thread::gettid().as_raw_nonzero().get().cast_unsigned();
+    let us = rustix::thread::gettid().as_raw_nonzero().get() as u32;
     let end = Instant::now() + SQ_THREAD_START;
     loop {
         let text = fs::read_to_string(format!("/proc/self/fdinfo/{}", ring.raw())).ok()?;
@@ -317,7 +317,7 @@ mod tests {
                     }
                 });
             }
-            let us = rustix::thread::gettid().as_raw_nonzero().get().cast_unsigned();
+            let us = rustix::thread::gettid().as_raw_nonzero().get() as u32;
             let named: Vec<_> = (0..20).map(|_| sq_thread(&ring(IoringSetupFlags::SQPOLL).ok().unwrap())).collect();
             is_over.store(true, Ordering::Relaxed);
             assert!(!named.contains(&Some(us)), "{us} made the rings: {named:?}");

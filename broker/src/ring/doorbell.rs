@@ -114,10 +114,11 @@ impl DoorbellThread {
     /// Rings a doorbell in the guest's place, for signals that came before there was a ring.
     pub(crate) fn ring(&self, id: &DoorbellId) {
         let Some(doorbell) = self.shared.doorbells().by_id.get(&id.0).cloned() else { return };
-        if let Err(error) = doorbell.eventfd.write(1)
-            && error.kind() != io::ErrorKind::WouldBlock
-        {
-            tracing::error!(%error, "cannot ring a doorbell");
+        match doorbell.eventfd.write(1) {
+            Err(error) if error.kind() != io::ErrorKind::WouldBlock => {
+                tracing::error!(%error, "cannot ring a doorbell");
+            }
+            _ => {}
         }
     }
 
@@ -140,9 +141,7 @@ impl Drop for DoorbellThread {
             tracing::error!(%error, "cannot stop the doorbell thread");
             return;
         }
-        if let Some(thread) = self.thread.take()
-            && thread.join().is_err()
-        {
+        if self.thread.take().is_some_and(|thread| thread.join().is_err()) {
             tracing::error!("the doorbell thread panicked");
         }
     }
@@ -188,10 +187,11 @@ impl Shared {
 impl Doorbell {
     /// Takes the signal first, then acts: a doorbell that rings in between is not lost.
     fn answer(&self) {
-        if let Err(error) = self.eventfd.read()
-            && error.kind() != io::ErrorKind::WouldBlock
-        {
-            tracing::error!(%error, "cannot read a doorbell");
+        match self.eventfd.read() {
+            Err(error) if error.kind() != io::ErrorKind::WouldBlock => {
+                tracing::error!(%error, "cannot read a doorbell");
+            }
+            _ => {}
         }
         self.ring();
     }

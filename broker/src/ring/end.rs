@@ -170,6 +170,7 @@ enum Phase {
 
 /// A ring, or its I/O, has not ended within the time given.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum StillRunning {
     /// The ring has not even been closed.
     #[error("the ring has not been closed")]

@@ -12,6 +12,7 @@ use crate::memory::MemoryError;
 
 /// Why a ring could not be created or changed.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum RingError {
     /// The number of entries is impossible for io_uring.
     #[error("{field} is {entries}: it must be a power of two from {min} to {max}{hint}")]

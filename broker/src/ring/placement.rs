@@ -19,6 +19,7 @@ const HEADER_BYTES_MAX: u32 = 1024;
 
 /// The place of a ring's memory.
 #[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
 pub enum Placement<'a> {
     /// In guest RAM, at addresses that the driver chose (`IORING_SETUP_NO_MMAP`, Linux 6.5; more than one page that is
     /// not physically contiguous: Linux 6.10). Both areas are overwritten with zeroes first.
@@ -139,7 +140,7 @@ impl Areas {
         let rings_bytes = rings_area_bytes(config.cq_entries);
         let sqes_bytes = sqes_area_bytes(config.sq_entries);
         for (area, gpa) in [("rings", rings_gpa), ("SQE", sqes_gpa)] {
-            if !gpa.is_multiple_of(PAGE_BYTES) {
+            if gpa % PAGE_BYTES != 0 {
                 return Err(RingError::Unaligned { area, gpa });
             }
         }

@@ -11,6 +11,7 @@ use super::sys::RingFd;
 
 /// The configuration of an SQ thread.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct SqThreadConfig {
     /// How long the thread polls in vain before it sleeps; whole milliseconds, at least 1. Waking it then
     /// takes a doorbell and some microseconds (and up to a timer tick on an idle core).
@@ -18,6 +19,25 @@ pub struct SqThreadConfig {
     /// The CPU to which the thread is bound. It needs a core to itself: anything else that runs there makes I/O ten to
     /// a hundred times slower.
     pub cpu: Option<u32>,
+}
+
+impl SqThreadConfig {
+    /// A thread that sleeps when it has found nothing for `idle`, on any CPU.
+    pub const fn new(idle: Duration) -> Self {
+        Self { idle, cpu: None }
+    }
+
+    /// Sets [`idle`](Self#structfield.idle).
+    #[must_use]
+    pub fn idle(self, idle: Duration) -> Self {
+        Self { idle, ..self }
+    }
+
+    /// Sets [`cpu`](Self#structfield.cpu).
+    #[must_use]
+    pub fn cpu(self, cpu: impl Into<Option<u32>>) -> Self {
+        Self { cpu: cpu.into(), ..self }
+    }
 }
 
 impl Default for SqThreadConfig {

@@ -19,6 +19,7 @@ const NEWEST: ABI = ABI::V6;
 
 /// The paths that serving opens after the start.
 #[derive(Debug)]
+#[non_exhaustive]
 pub struct Paths<'a> {
     /// The disk, which is opened again each time that this process acquires it.
     pub disk: BorrowedFd<'a>,
@@ -28,6 +29,25 @@ pub struct Paths<'a> {
     pub socket_directories: Vec<&'a Path>,
     /// Directories in which each ring briefly makes a directory ([`crate::ring::token_places`]).
     pub token_places: Vec<&'a Path>,
+}
+
+impl<'a> Paths<'a> {
+    /// The disk alone.
+    pub fn new(disk: BorrowedFd<'a>, is_written: bool) -> Self {
+        Self { disk, is_written, socket_directories: Vec::new(), token_places: Vec::new() }
+    }
+
+    /// Sets [`socket_directories`](Self#structfield.socket_directories).
+    #[must_use]
+    pub fn socket_directories(self, directories: impl IntoIterator<Item = &'a Path>) -> Self {
+        Self { socket_directories: directories.into_iter().collect(), ..self }
+    }
+
+    /// Sets [`token_places`](Self#structfield.token_places).
+    #[must_use]
+    pub fn token_places(self, places: impl IntoIterator<Item = &'a Path>) -> Self {
+        Self { token_places: places.into_iter().collect(), ..self }
+    }
 }
 
 /// A process that can open almost no files.

@@ -37,6 +37,7 @@ pub struct QueueEventfds {
 
 /// Why the device refused the driver's write to the configuration space. A refused write changes nothing.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
+#[non_exhaustive]
 pub enum ConfigWriteError {
     /// Some of the bytes are outside the fields that the driver may write with the features that it accepted.
     #[error(

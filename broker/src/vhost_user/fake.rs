@@ -208,7 +208,7 @@ impl Device for FakeDevice {
     fn start_queue(&mut self, index: u16, setup: QueueSetup, eventfds: QueueEventfds) {
         assert!(setup.size.is_power_of_two() && setup.size <= MAX_QUEUE_SIZE, "a checked size");
         let addresses = [(setup.desc_table, 16), (setup.avail_ring, 2), (setup.used_ring, 4)];
-        assert!(addresses.iter().all(|(gpa, alignment)| gpa.0.is_multiple_of(*alignment)), "aligned addresses");
+        assert!(addresses.iter().all(|(gpa, alignment)| gpa.0 % *alignment == 0), "aligned addresses");
         self.calls.push(Call::Start(Started {
             index,
             size: setup.size,

@@ -14,6 +14,7 @@ use crate::log_limit::Cause;
 /// the disk until its machine restarts, and QEMU drops the device when the back-end answers SET_VRING_ADDR with an
 /// error. Instead the ring breaks, and a new set-up revives it.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
+#[non_exhaustive]
 pub enum RingFault {
     /// The size is not a power of two (VIRTIO 1.2, 2.7), or larger than the device offers.
     #[error("a ring of {size} descriptors: the driver must give a power of two of at most {max}")]

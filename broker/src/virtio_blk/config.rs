@@ -39,6 +39,7 @@ const MAX_RANGES: u32 = 1;
 
 /// The parameters of a device; [`BlkConfig::new`] checks them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct BlkParameters {
     /// Size of the disk.
     pub size_bytes: u64,
@@ -59,6 +60,72 @@ pub struct BlkParameters {
     pub discard: Option<DiscardLimits>,
     /// How the disk writes zeroes. `None`: it cannot, so the guest must send zeroes as data.
     pub write_zeroes: Option<WriteZeroesLimits>,
+}
+
+impl BlkParameters {
+    /// A disk that can be written, with blocks of 512 bytes, one queue of 256 entries, no serial number, no discard and no
+    /// write zeroes.
+    pub fn new(size_bytes: u64) -> Self {
+        Self {
+            size_bytes,
+            logical_block_bytes: SECTOR_BYTES,
+            physical_block_bytes: SECTOR_BYTES,
+            read_only: false,
+            num_queues: 1,
+            queue_size: 256,
+            serial: Serial::default(),
+            discard: None,
+            write_zeroes: None,
+        }
+    }
+
+    /// Sets [`logical_block_bytes`](Self#structfield.logical_block_bytes).
+    #[must_use]
+    pub fn logical_block_bytes(self, logical_block_bytes: u32) -> Self {
+        Self { logical_block_bytes, ..self }
+    }
+
+    /// Sets [`physical_block_bytes`](Self#structfield.physical_block_bytes).
+    #[must_use]
+    pub fn physical_block_bytes(self, physical_block_bytes: u32) -> Self {
+        Self { physical_block_bytes, ..self }
+    }
+
+    /// Sets [`read_only`](Self#structfield.read_only).
+    #[must_use]
+    pub fn read_only(self, read_only: bool) -> Self {
+        Self { read_only, ..self }
+    }
+
+    /// Sets [`num_queues`](Self#structfield.num_queues).
+    #[must_use]
+    pub fn num_queues(self, num_queues: u16) -> Self {
+        Self { num_queues, ..self }
+    }
+
+    /// Sets [`queue_size`](Self#structfield.queue_size).
+    #[must_use]
+    pub fn queue_size(self, queue_size: u16) -> Self {
+        Self { queue_size, ..self }
+    }
+
+    /// Sets [`serial`](Self#structfield.serial).
+    #[must_use]
+    pub fn serial(self, serial: Serial) -> Self {
+        Self { serial, ..self }
+    }
+
+    /// Sets [`discard`](Self#structfield.discard).
+    #[must_use]
+    pub fn discard(self, discard: impl Into<Option<DiscardLimits>>) -> Self {
+        Self { discard: discard.into(), ..self }
+    }
+
+    /// Sets [`write_zeroes`](Self#structfield.write_zeroes).
+    #[must_use]
+    pub fn write_zeroes(self, write_zeroes: impl Into<Option<WriteZeroesLimits>>) -> Self {
+        Self { write_zeroes: write_zeroes.into(), ..self }
+    }
 }
 
 /// A virtio-blk device as its driver sees it (VIRTIO 1.2, 5.2.3 and 5.2.4).
@@ -112,7 +179,7 @@ impl BlkConfig {
         if blocks == 0 {
             return Err(BlkConfigError::TooSmall { size_bytes, logical_block_bytes });
         }
-        if !size_bytes.is_multiple_of(logical_block_bytes.into()) {
+        if size_bytes % u64::from(logical_block_bytes) != 0 {
             return Err(BlkConfigError::PartialBlock { size_bytes, logical_block_bytes });
         }
         let before_sectors = self.capacity_sectors;
@@ -260,6 +327,7 @@ impl BlkConfig {
 
 /// Why the parameters make no valid device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum BlkConfigError {
     /// The logical block size is unusable for guests.
     #[error(

@@ -8,6 +8,7 @@ use crate::log_limit::{Cause, LogLimits};
 
 /// A kind of error that a guest can cause at will.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum GuestError {
     /// The device answered a request with an error, because it was malformed or out of range.
     Refused,

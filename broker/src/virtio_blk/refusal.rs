@@ -11,6 +11,7 @@ use crate::virtqueue::ChainError;
 
 /// Why a descriptor chain has no place for a status byte. The device cannot answer it, so the queue must stop.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum Unanswerable {
     /// The descriptors do not form a chain.
     #[error(transparent)]
@@ -38,6 +39,7 @@ impl Unanswerable {
 
 /// Why the device answers a request with an error instead of executing it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum Refusal {
     /// The device-readable part is shorter than the header.
     #[error("the request header has {len_bytes} of 16 bytes")]

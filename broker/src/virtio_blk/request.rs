@@ -17,6 +17,7 @@ const RANGE_BYTES: usize = 16;
 
 /// What the device must do with a descriptor chain.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Parsed {
     /// Execute the request; its data is in the segment list.
     Request(Request),
@@ -59,6 +60,7 @@ pub struct InterfaceRequest {
 
 /// The operation that a request asks for. Its range is within the capacity, aligned to logical blocks and allowed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Operation {
     /// Read from this offset into the segments.
     Read {
@@ -265,7 +267,7 @@ impl Range {
         memory: &GuestMemoryMmap<()>,
         segments: &SegmentList,
     ) -> Result<Self, Refusal> {
-        if len_bytes == 0 || !len_bytes.is_multiple_of(RANGE_BYTES as u32) {
+        if len_bytes == 0 || len_bytes % (RANGE_BYTES as u32) != 0 {
             return Err(Refusal::DataLength { request_type, len_bytes });
         }
         if len_bytes > RANGE_BYTES as u32 {
@@ -300,7 +302,7 @@ impl RequestLimits {
     /// The extent of a read or write on the disk. `None` if the request has no data.
     #[inline]
     fn data_extent(&self, header: &Header, len_bytes: u32) -> Result<Option<ByteRange>, Refusal> {
-        if !len_bytes.is_multiple_of(SECTOR_BYTES) {
+        if len_bytes % SECTOR_BYTES != 0 {
             return Err(Refusal::DataLength { request_type: header.request_type, len_bytes });
         }
         self.extent(header.sector, (len_bytes / SECTOR_BYTES).into())

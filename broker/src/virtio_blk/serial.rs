@@ -35,6 +35,7 @@ impl FromStr for Serial {
 
 /// Why a text cannot be a serial number.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum SerialError {
     /// The text has more than 20 characters.
     #[error("the serial number {serial:?} has {characters} characters; virtio-blk has room for {ID_BYTES}")]

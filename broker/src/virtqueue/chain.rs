@@ -23,6 +23,7 @@ const CHAIN_BYTES_MAX: u64 = 1 << 32;
 /// What is wrong with a chain. The descriptors that the iterator returned before the error are those that the driver
 /// wrote.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
+#[non_exhaustive]
 pub enum ChainError {
     /// A descriptor names a next descriptor outside its table.
     #[error("the chain names descriptor {index}, but its table has {table_entries}")]

@@ -8,6 +8,7 @@ use crate::log_limit::Cause;
 
 /// Why a queue cannot start or go on. The error concerns this queue only.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
+#[non_exhaustive]
 pub enum QueueError {
     /// The number of descriptors breaks VIRTIO 1.2, 2.7.
     #[error("a queue of {size} descriptors: the size must be a power of two of at most 32768")]

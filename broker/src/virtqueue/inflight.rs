@@ -39,6 +39,7 @@ const REGION_ALIGNMENT_BYTES: usize = 64;
 
 /// Why an in-flight region cannot be made or used.
 #[derive(Debug, Error)]
+#[non_exhaustive]
 pub enum InflightError {
     /// The region is for no queues, or for queues of an invalid size.
     #[error("an in-flight region for {queues} queues of {queue_size} descriptors: it must be for 1 to 32768 of each")]

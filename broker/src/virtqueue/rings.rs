@@ -68,7 +68,7 @@ impl Rings {
         let entries = usize::from(size);
         let locate = |ring, gpa: GuestAddress, alignment_bytes: usize, len: usize| {
             let misaligned = || QueueError::Misaligned { ring, gpa: gpa.0, alignment_bytes: alignment_bytes as u64 };
-            if !gpa.0.is_multiple_of(alignment_bytes as u64) {
+            if gpa.0 % (alignment_bytes as u64) != 0 {
                 return Err(misaligned());
             }
             let area = SharedMemory::in_guest(memory, gpa, len).ok_or(QueueError::OutsideMemory {

@@ -14,6 +14,7 @@ use crate::lost_memory::{Purpose, Watched};
 
 /// Why the back-end cannot map a file of the front-end.
 #[derive(Debug, Error)]
+#[non_exhaustive]
 pub enum SharedMemoryError {
     /// The area is empty.
     #[error("a shared area of 0 bytes: it must not be empty")]
@@ -79,7 +80,7 @@ impl SharedMemory {
             return Err(SharedMemoryError::Empty);
         }
         let page_bytes = rustix::param::page_size() as u64;
-        if !offset_bytes.is_multiple_of(page_bytes) {
+        if offset_bytes % page_bytes != 0 {
             return Err(SharedMemoryError::OffsetUnaligned { offset_bytes, page_bytes });
         }
         let file = File::from(fd);
@@ -123,7 +124,7 @@ impl SharedMemory {
 
     /// Whether its first byte is at a multiple of `alignment_bytes` in this process.
     pub(super) fn is_aligned(&self, alignment_bytes: usize) -> bool {
-        (self.mapping.as_ptr() as usize + self.start).is_multiple_of(alignment_bytes)
+        (self.mapping.as_ptr() as usize + self.start) % alignment_bytes == 0
     }
 
     /// The whole piece, for copying out.

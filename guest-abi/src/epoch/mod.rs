@@ -105,7 +105,7 @@ impl Epoch {
 
     /// The area of the epoch's ring.
     pub fn area(self) -> Area {
-        if self.0.is_multiple_of(2) { Area::Even } else { Area::Odd }
+        if self.0 % 2 == 0 { Area::Even } else { Area::Odd }
     }
 }
 

@@ -62,7 +62,7 @@ prop_compose! {
 fn is_usable(layout: &RingLayout) -> bool {
     let fits = |offset: u32, len_bytes: u128, align: u32| {
         let end = u128::from(offset) + len_bytes;
-        offset.is_multiple_of(align) && end <= u128::from(layout.rings_bytes) && end <= 1 << 32
+        offset % align == 0 && end <= u128::from(layout.rings_bytes) && end <= 1 << 32
     };
     let words = [
         layout.sq_head_offset,

@@ -132,9 +132,11 @@ impl System {
                 system.execute(request)
             });
         }
-        if let Some((area, reaped)) = driver.ring
-            && let Some((request, executed)) = self.areas[area.index()].cq.get(reaped.into())
-        {
+        let completion = driver.ring.and_then(|(area, reaped)| {
+            let (request, executed) = self.areas[area.index()].cq.get(reaped.into())?;
+            Some((area, reaped, request, executed))
+        });
+        if let Some((area, reaped, request, executed)) = completion {
             let request = usize::from(request);
             step(("the driver reaps request", request), &|system| {
                 system.driver.ring = Some((area, reaped + 1));

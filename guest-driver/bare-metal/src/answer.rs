@@ -97,7 +97,7 @@ fn put_report(words: &mut Writer, report: &Report) {
         first_mismatch_got,
         first_mismatch_expected,
         errors,
-        first_error_result.cast_unsigned(),
+        first_error_result as u64,
         unexpected,
         lost,
         late,
@@ -121,7 +121,7 @@ fn take_report(words: &mut Reader<'_>) -> Report {
         first_mismatch_got: words.take(),
         first_mismatch_expected: words.take(),
         errors: words.take(),
-        first_error_result: words.take().cast_signed(),
+        first_error_result: words.take() as i64,
         unexpected: words.take(),
         lost: words.take(),
         late: words.take(),
@@ -139,7 +139,7 @@ fn put_hostile_report(words: &mut Writer, report: &HostileReport) {
     [steps, refused, violations, lost, unexpected].into_iter().for_each(|value| words.put(value));
     for Violation { step, res } in first {
         words.put(step);
-        words.put(res.cast_unsigned());
+        words.put(res as u64);
     }
 }
 
@@ -150,7 +150,7 @@ fn take_hostile_report(words: &mut Reader<'_>) -> HostileReport {
         violations: words.take(),
         lost: words.take(),
         unexpected: words.take(),
-        first: core::array::from_fn(|_| Violation { step: words.take(), res: words.take().cast_signed() }),
+        first: core::array::from_fn(|_| Violation { step: words.take(), res: words.take() as i64 }),
     }
 }
 

@@ -18,6 +18,7 @@ pub struct RamAllocator {
 
 /// Why there is no such area.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum AllocateError {
     /// An area has at least one byte.
     #[error("an area must have at least one byte")]
@@ -88,7 +89,7 @@ impl RamAllocator {
         let len_bytes = len_bytes.checked_next_multiple_of(PAGE_BYTES).ok_or(not_free)?;
         let end = gpa.checked_add(len_bytes).ok_or(not_free)?;
         let holds = |&(start, len_bytes): &(u64, u64)| start <= gpa && end <= start + len_bytes;
-        let index = self.free.iter().position(holds).filter(|_| gpa.is_multiple_of(PAGE_BYTES)).ok_or(not_free)?;
+        let index = self.free.iter().position(holds).filter(|_| gpa % PAGE_BYTES == 0).ok_or(not_free)?;
         let (start, piece_bytes) = self.free[index];
         let rest = [(start, gpa - start), (end, start + piece_bytes - end)];
         self.free.splice(index..=index, rest.into_iter().filter(|&(_, len_bytes)| len_bytes != 0));

@@ -35,6 +35,7 @@ pub struct ProcessEnv {
 
 /// What broke while a workload ran. The workload itself sees it as an interrupt or a completion that does not come.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum EnvError {
     /// The doorbell could not be rung.
     #[error("cannot ring the doorbell (write to the queue's eventfd): {0}")]

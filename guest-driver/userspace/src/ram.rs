@@ -32,6 +32,7 @@ pub struct RamRegion<'a> {
 
 /// The reason why regions cannot be the RAM of a guest.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum RamError {
     /// There is no region.
     #[error("a guest needs at least one region of RAM")]
@@ -176,7 +177,7 @@ impl Region {
 
 fn check(region: &RamRegion<'_>) -> Result<(), RamError> {
     let &RamRegion { gpa, len_bytes, offset_bytes, .. } = region;
-    if len_bytes == 0 || [gpa, len_bytes, offset_bytes].iter().any(|bytes| !bytes.is_multiple_of(PAGE_BYTES)) {
+    if len_bytes == 0 || [gpa, len_bytes, offset_bytes].iter().any(|bytes| bytes % PAGE_BYTES != 0) {
         return Err(RamError::NotPages { gpa, len_bytes, offset_bytes });
     }
     match gpa.checked_add(len_bytes) {

@@ -16,6 +16,7 @@ pub struct RamRing {
 
 /// Why areas cannot be used for a ring.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum RingError {
     /// The ring's own layout makes no sense.
     #[error("the device describes a ring that makes no sense: {0}")]

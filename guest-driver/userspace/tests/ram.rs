@@ -183,7 +183,7 @@ fn a_ring_in_ram_is_seen_by_who_has_the_file() {
     assert_eq!(u32::from_ne_bytes(tail), 1);
     let mut entry = [0; 64];
     file.read_exact_at(&mut entry, 0x2_0000).unwrap();
-    let words = entry.as_chunks::<8>().0.iter().map(|word| u64::from_ne_bytes(*word));
+    let words = entry.chunks_exact(8).map(|word| u64::from_ne_bytes(word.try_into().unwrap()));
     assert!(words.eq(sqe.to_words()));
 
     assert_eq!(driver.reap(), None);

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use nix::libc::{EAGAIN, EINTR};
 use ringpass_bare_metal::map::{CALL_PORT, DOORBELL_GPA, PROGRAM_GPA, RESERVED_END_GPA, block};
-use ringpass_bare_metal::{Answer, Attack, BUCKETS, Command, Histogram, MESSAGE_BYTES, TickRate};
+use ringpass_bare_metal::{Answer, Attack, BUCKETS, Command, Histogram, MAILBOX_WORDS, MESSAGE_BYTES, TickRate};
 use ringpass_workload::Report;
 use ringpass_workload::hostile::HostileReport;
 use vm_memory::{Bytes, GuestAddress};
@@ -178,7 +178,7 @@ impl GuestCpu {
         self.busy = false;
         call?;
         // Copy once, then check the copy: the guest may continue to write.
-        let mut words = [0; _];
+        let mut words = [0; MAILBOX_WORDS];
         for (index, word) in words.iter_mut().enumerate() {
             *word = self.read(block::ANSWER + index * 8)?;
         }

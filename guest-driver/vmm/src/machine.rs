@@ -132,12 +132,12 @@ impl Machine {
     /// work.
     pub fn read_table(&self, cpu: u32, entries: u64) -> Result<Vec<u64>, VmmError> {
         let table = self.table(cpu, entries)?;
-        let mut bytes = vec![0; entries as usize * 8];
+        let mut bytes = vec![[0; 8]; entries as usize];
         self.inner
             .program
-            .read_slice(&mut bytes, GuestAddress(map::PROGRAM_GPA + table.offset_bytes))
+            .read_slice(bytes.as_flattened_mut(), GuestAddress(map::PROGRAM_GPA + table.offset_bytes))
             .map_err(VmmError::memory("reading a job's table"))?;
-        Ok(bytes.as_chunks().0.iter().map(|entry| u64::from_ne_bytes(*entry)).collect())
+        Ok(bytes.into_iter().map(u64::from_ne_bytes).collect())
     }
 
     /// The regions of RAM that the guest learns.

@@ -116,7 +116,7 @@ fn set_local_apic(vcpu: &VcpuFd) -> Result<(), VmmError> {
         (APIC_TIMER_DIVIDE, APIC_DIVIDE_128),
     ];
     for (register, value) in registers {
-        let bytes = value.to_le_bytes().map(u8::cast_signed);
+        let bytes = value.to_le_bytes().map(|byte| byte as i8);
         apic.regs[register..register + 4].copy_from_slice(&bytes);
     }
     vcpu.set_lapic(&apic).map_err(VmmError::kvm("setting a vCPU's local APIC"))

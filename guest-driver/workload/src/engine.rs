@@ -258,9 +258,8 @@ impl<'a, Q: BlockQueue, E: Environment> Engine<'a, Q, E> {
         };
         let mut batch = [first; REAP_MAX];
         let mut count = 1;
-        while count < REAP_MAX
-            && let Some(completion) = self.queue.reap()
-        {
+        while count < REAP_MAX {
+            let Some(completion) = self.queue.reap() else { break };
             batch[count] = completion;
             count += 1;
         }
@@ -337,7 +336,7 @@ impl<'a, Q: BlockQueue, E: Environment> Engine<'a, Q, E> {
         if self.job.wait == Wait::Poll || (self.in_flight == 0 && self.missing == 0) {
             self.empty_polls = self.empty_polls.saturating_add(1);
             self.env.relax(self.empty_polls);
-            if self.empty_polls.is_multiple_of(POLLS_PER_CLOCK) {
+            if self.empty_polls % POLLS_PER_CLOCK == 0 {
                 self.now_ns = self.env.now_ns();
             }
             return;

@@ -142,7 +142,7 @@ impl Job {
     pub fn check(&self) -> Result<(), JobError> {
         let sector_bytes = u64::from(SECTOR_BYTES);
         let block_bytes = u64::from(self.block_bytes);
-        let in_sectors = |value: u64| value.is_multiple_of(sector_bytes);
+        let in_sectors = |value: u64| value % sector_bytes == 0;
         let fields = [
             (
                 "block_bytes",

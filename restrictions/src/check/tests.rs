@@ -216,7 +216,7 @@ proptest! {
         if sqe.opcode == 4 || sqe.opcode == 5 {
             let end = sqe.off.checked_add(sqe.len.into());
             prop_assert!(sqe.off >= 1 << 20 && end.is_some_and(|end| end <= 2 << 20));
-            prop_assert!(sqe.buf_index == 7 && sqe.len.is_multiple_of(512) && sqe.off.is_multiple_of(512));
+            prop_assert!(sqe.buf_index == 7 && sqe.len % 512 == 0 && sqe.off % 512 == 0);
             prop_assert!(sqe.rw_flags & !2 == 0 && sqe.ioprio >> 13 == 2 && sqe.attr_type_mask == 0);
         }
     }

@@ -106,10 +106,7 @@ fn range(rules: &FieldRules, offset: u128, len_bytes: u128) -> Result<(), Refusa
         refuse_unless(offset >= start_bytes.into() && offset + len_bytes <= window_end, FieldRule::OffsetWindow)?;
     }
     if let Some(alignment) = rules.alignment_bytes.map(u128::from) {
-        refuse_unless(
-            offset.is_multiple_of(alignment) && len_bytes.is_multiple_of(alignment),
-            FieldRule::AlignmentBytes,
-        )?;
+        refuse_unless(offset % alignment == 0 && len_bytes % alignment == 0, FieldRule::AlignmentBytes)?;
     }
     Ok(())
 }

@@ -36,6 +36,7 @@ macro_rules! lints {
     ($( $(#[$doc:meta])* $Lint:ident = $name:literal: $why:literal, )+) => {
         /// A kind of finding.
         #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+        #[non_exhaustive]
         pub enum Lint {
             $( $(#[$doc])* $Lint, )+
         }

@@ -66,15 +66,15 @@ impl Image {
         for _ in 0..AREAS * AREA_BYTES / zeroes.len() as u64 {
             file.write_all(&zeroes).with_context(|| format!("writing {name}"))?;
         }
-        let disk =
-            Disk::open(&DiskConfig { direct_io, logical_block: LogicalBlock::DirectIo, ..DiskConfig::new(path) })?;
+        let disk = Disk::open(&DiskConfig::new(path).direct_io(direct_io).logical_block(LogicalBlock::DirectIo))?;
         Ok(Self { disk: Arc::new(disk), name, area_bytes: AREA_BYTES, preserved: false, _made: made })
     }
 
     fn preserved(path: &Path, direct_io: DirectIo) -> anyhow::Result<Self> {
         // The demo's guests read whole blocks and do not interpret the content, so any block size suits.
         let logical_block = LogicalBlock::DirectIo;
-        let disk = Disk::open(&DiskConfig { direct_io, logical_block, read_only: true, ..DiskConfig::new(path) })?;
+        let disk =
+            Disk::open(&DiskConfig::new(path).direct_io(direct_io).logical_block(logical_block).read_only(true))?;
         let blocks = (disk.size_bytes() / BLOCK_BYTES).min(AREA_BYTES / BLOCK_BYTES);
         if blocks < 64 {
             bail!(
@@ -84,7 +84,7 @@ impl Image {
                 64 * BLOCK_BYTES
             );
         }
-        if !BLOCK_BYTES.is_multiple_of(disk.logical_block_bytes().into()) {
+        if BLOCK_BYTES % u64::from(disk.logical_block_bytes()) != 0 {
             bail!(
                 "{} has blocks of {} bytes, but the demo reads blocks of {BLOCK_BYTES}: give another --blk-file",
                 path.display(),

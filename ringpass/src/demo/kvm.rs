@@ -12,7 +12,7 @@ use ringpass_broker::disk::Disk;
 use ringpass_broker::kernel;
 use ringpass_broker::kvm::{ExitCounters, KvmPlacement, KvmQueue, KvmQueueConfig, RamSlots};
 use ringpass_broker::memory::{GuestMemory, IOVA_BASE, RegionConfig, Sharing};
-use ringpass_broker::ring::{IoWorkers, RingConfig, SqThreadConfig};
+use ringpass_broker::ring::{RingConfig, SqThreadConfig};
 use ringpass_guest_abi::{rings_area_bytes, sqes_area_bytes};
 use ringpass_restrictions::{Access, RegisterOperation};
 use ringpass_vmm::{GuestCpu, Machine, MachineConfig, PROGRAM_SLOT};
@@ -93,12 +93,9 @@ impl KvmWay {
         let queue = KvmQueue::attach(
             machine.vm(),
             &device,
-            KvmQueueConfig {
-                ring: RING,
-                placement: KvmPlacement::GuestRam { rings_gpa, sqes_gpa },
-                doorbell: Some(IoEventAddress::Pio(port.into())),
-                interrupt_gsi: Some(machine.queue_gsi(CPU)),
-            },
+            KvmQueueConfig::new(RING, KvmPlacement::GuestRam { rings_gpa, sqes_gpa })
+                .doorbell(IoEventAddress::Pio(port.into()))
+                .interrupt_gsi(machine.queue_gsi(CPU)),
         )?;
         let mut regions = [RamRegion::default(); RAM_REGIONS_MAX];
         regions[0] = ram;
@@ -147,9 +144,7 @@ impl Way for KvmWay {
 impl Drop for KvmWay {
     fn drop(&mut self) {
         drop(self.cpu.take());
-        if let Some(end) = self.queue.take().map(KvmQueue::detach)
-            && let Err(error) = end.wait(END)
-        {
+        if let Some(Err(error)) = self.queue.take().map(|queue| KvmQueue::detach(queue).wait(END)) {
             tracing::warn!("{error}");
         }
     }
@@ -171,16 +166,12 @@ fn device(
     let support = kernel::support().context("asking the kernel what its io_uring can do")?;
     let access = if disk.is_read_only() { Access::ReadOnly } else { Access::ReadWrite };
     let can_clone = support.register_operations.contains(RegisterOperation::REGISTER_CLONE_BUFFERS);
-    let config = DirectConfig {
-        submission: match signal {
-            Signal::Poll | Signal::Interrupt => {
-                SubmissionConfig::SqThread(SqThreadConfig { idle: SQ_THREAD_IDLE, cpu: None })
-            }
-            Signal::Kick => SubmissionConfig::Doorbell,
-        },
-        workers: IoWorkers::default(),
-        sharing: if can_clone { Sharing::Clone } else { Sharing::PinAgain },
+    let submission = match signal {
+        Signal::Poll | Signal::Interrupt => SubmissionConfig::SqThread(SqThreadConfig::new(SQ_THREAD_IDLE)),
+        Signal::Kick => SubmissionConfig::Doorbell,
     };
+    let sharing = if can_clone { Sharing::Clone } else { Sharing::PinAgain };
+    let config = DirectConfig::new(submission, sharing);
     let policy = policy.compile(access, &support)?;
     Ok(DirectDevice::new(disk.clone(), memory, policy, config)?)
 }

@@ -176,8 +176,8 @@ pub(crate) fn run(args: &DemoArgs) -> anyhow::Result<ExitCode> {
 fn check_environment() -> anyhow::Result<()> {
     probe::require_proc()?;
     // The demo is not confined and stays so.
-    let engine = EngineShape { queues: 2, queue_size: 128, workers: Some(1) };
-    let report = probe::run(&probe::Server { is_confined: false, engine, may_offer_rings: false });
+    let engine = EngineShape::new(2, 128, Some(1));
+    let report = probe::run(&probe::Server::new(engine).is_confined(false).may_offer_rings(false));
     refusal::unless_available(&report.context("cannot probe this machine")?, ModeName::Virtqueue)?;
     if let Err(error) = limits::raise_open_files() {
         tracing::warn!(%error, "cannot raise RLIMIT_NOFILE: the demo may skip some guests");

@@ -13,7 +13,7 @@ use ringpass_broker::direct::{DirectConfig, DirectDevice, DirectQueue, QueueConf
 use ringpass_broker::disk::Disk;
 use ringpass_broker::kernel;
 use ringpass_broker::memory::{GuestMemory, IOVA_BASE, RegionConfig, Sharing};
-use ringpass_broker::ring::{IoWorkers, RingConfig, SqThreadConfig};
+use ringpass_broker::ring::{RingConfig, SqThreadConfig};
 use ringpass_guest::handover::{self, QueueEvents, QueueSetup, RegionSetup, Setup};
 use ringpass_guest_abi::{rings_area_bytes, sqes_area_bytes};
 use ringpass_restrictions::Access;
@@ -73,26 +73,21 @@ impl ProcessWay {
         let support = kernel::support().context("asking the kernel what its io_uring can do")?;
         let access = if disk.is_read_only() { Access::ReadOnly } else { Access::ReadWrite };
 
-        let config = DirectConfig {
-            submission: match submission {
-                Submission::SqThread => SubmissionConfig::SqThread(SqThreadConfig { idle: SQ_THREAD_IDLE, cpu: None }),
-                Submission::Kick => SubmissionConfig::Doorbell,
-            },
-            workers: IoWorkers::default(),
-            sharing: Sharing::for_kernel(&support),
+        let submission_config = match submission {
+            Submission::SqThread => SubmissionConfig::SqThread(SqThreadConfig::new(SQ_THREAD_IDLE)),
+            Submission::Kick => SubmissionConfig::Doorbell,
         };
+        let config = DirectConfig::new(submission_config, Sharing::for_kernel(&support));
         let policy = policy.compile(access, &support)?;
         let device = DirectDevice::new(disk.clone(), &memory, policy, config)?;
 
         let (rings_gpa, sqes_gpa) = (0, rings_area_bytes(RING.cq_entries));
         assert!(sqes_gpa + sqes_area_bytes(RING.sq_entries) <= RAM_BYTES / 2, "half of the RAM is for buffers");
         let events = QueueEvents { doorbell: eventfd()?, completion: eventfd()? };
-        let queue = device.attach(QueueConfig {
-            ring: RING,
-            placement: QueuePlacement::GuestRam { rings_gpa, sqes_gpa },
-            doorbell: Some(events.doorbell.try_clone().context("sharing the doorbell")?),
-            completion: Some(events.completion.try_clone().context("sharing the completion eventfd")?),
-        })?;
+        let config = QueueConfig::new(RING, QueuePlacement::GuestRam { rings_gpa, sqes_gpa })
+            .doorbell(events.doorbell.try_clone().context("sharing the doorbell")?)
+            .completion(events.completion.try_clone().context("sharing the completion eventfd")?);
+        let queue = device.attach(config)?;
 
         let setup = Setup {
             version: Setup::VERSION,
@@ -159,9 +154,7 @@ impl Drop for ProcessWay {
         if let Err(error) = self.guest.kill().and_then(|()| self.guest.wait()) {
             tracing::warn!(%error, "cannot end the guest process");
         }
-        if let Some(end) = self.queue.take().map(DirectQueue::close)
-            && let Err(error) = end.wait(END)
-        {
+        if let Some(Err(error)) = self.queue.take().map(|queue| DirectQueue::close(queue).wait(END)) {
             tracing::warn!("{error}");
         }
     }

@@ -7,7 +7,6 @@ use std::error::Error;
 use std::io;
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
-use std::time::Duration;
 
 use anyhow::{Context, bail};
 use ringpass_broker::direct::{DirectConfig, SubmissionConfig};
@@ -15,7 +14,7 @@ use ringpass_broker::disk::Disk;
 use ringpass_broker::engine::{AttachConfig, DiskSource, Engine, EngineConfig, EngineControl};
 use ringpass_broker::kernel;
 use ringpass_broker::memory::Sharing;
-use ringpass_broker::ring::{IoWorkers, SqThreadConfig};
+use ringpass_broker::ring::SqThreadConfig;
 use ringpass_broker::vhost_user::{Server, ServerHandle};
 use ringpass_broker::virtio_blk::{BlkConfig, BlkParameters};
 use ringpass_guest::ProcessEnv;
@@ -74,15 +73,12 @@ impl SocketWay {
     /// Serves `disk`, and gets a ring for the guest. `expected` are the checksums of the blocks of its area.
     pub(crate) fn start(disk: &Arc<Disk>, policy: ChosenPolicy, expected: &[u64]) -> anyhow::Result<Self> {
         let server = ServerThread::start(disk, policy)?;
-        let options = Options {
-            memory_bytes: RAM_BYTES,
-            queues: 1,
-            queue_size: QUEUE_SIZE,
-            ring: RingSize { sq_entries: 64, cq_entries: 128 },
-            way: GuestWay::Ring,
-            inflight: true,
-            ..Options::default()
-        };
+        let options = Options::default()
+            .memory_bytes(RAM_BYTES)
+            .queues(1)
+            .queue_size(QUEUE_SIZE)
+            .ring(RingSize { sq_entries: 64, cq_entries: 128 })
+            .way(GuestWay::Ring);
         let guest = GuestDisk::connect(server.socket(), options)?;
         let queue = guest.queue(1).map_err(|error| {
             // The device tells the guest only an error number; the server knows the reason.
@@ -119,27 +115,22 @@ impl Way for SocketWay {
 impl ServerThread {
     fn start(disk: &Arc<Disk>, policy: ChosenPolicy) -> anyhow::Result<Self> {
         let directory = leftovers::directory("ringpass-demo-")?;
-        let device = BlkConfig::new(BlkParameters {
-            size_bytes: disk.size_bytes(),
-            logical_block_bytes: disk.logical_block_bytes(),
-            physical_block_bytes: disk.physical_block_bytes(),
-            read_only: disk.is_read_only(),
-            num_queues: 2,
-            queue_size: QUEUE_SIZE,
-            serial: "".parse().context("an empty serial number")?,
-            discard: None,
-            write_zeroes: None,
-        })?;
+        let device = BlkConfig::new(
+            BlkParameters::new(disk.size_bytes())
+                .logical_block_bytes(disk.logical_block_bytes())
+                .physical_block_bytes(disk.physical_block_bytes())
+                .read_only(disk.is_read_only())
+                .num_queues(2)
+                .queue_size(QUEUE_SIZE),
+        )?;
         let support = kernel::support().context("asking the kernel what its io_uring can do")?;
         let access = if disk.is_read_only() { Access::ReadOnly } else { Access::ReadWrite };
-        let direct = DirectConfig {
-            submission: SubmissionConfig::SqThread(SqThreadConfig { idle: SQ_THREAD_IDLE, cpu: None }),
-            workers: IoWorkers::default(),
-            sharing: Sharing::for_kernel(&support),
-        };
+        let direct = DirectConfig::new(
+            SubmissionConfig::SqThread(SqThreadConfig::new(SQ_THREAD_IDLE)),
+            Sharing::for_kernel(&support),
+        );
         let attach = AttachConfig::new(direct, policy.compile(access, &support)?)?;
-        let poll_time = Duration::ZERO;
-        let config = EngineConfig { device, poll_time, workers: Some(1), cpus: Vec::new(), attach: Some(attach) };
+        let config = EngineConfig::new(device).workers(1).attach(attach);
         let source = OwnDisk(disk.clone());
         let mut engine = Engine::new(config, |_| -> io::Result<Box<dyn DiskSource>> { Ok(Box::new(source)) })?;
         let control = engine.control();

@@ -93,6 +93,7 @@ fn executed_by(who: ExecutedBy) -> &'static str {
         ExecutedBy::Virtqueue => "virtqueue",
         ExecutedBy::Ring => "ring",
         ExecutedBy::Nobody => "between two rings",
+        _ => "unknown",
     }
 }
 

@@ -247,8 +247,11 @@ fn leave_signals_to_others() {
 
 #[cfg(test)]
 mod tests {
+    use std::fs::File;
     use std::io::{BufRead, BufReader, Read, Write};
     use std::os::fd::OwnedFd;
+
+    use rustix::pipe::{PipeFlags, pipe_with};
 
     use super::*;
 
@@ -256,8 +259,9 @@ mod tests {
 
     /// Lines for a full pipe, the pipe's reader, and the number of bytes in the pipe. Lines live as long as their
     /// writer thread.
-    fn full_pipe() -> (&'static Lines, io::PipeReader, usize) {
-        let (reader, mut writer) = io::pipe().unwrap();
+    fn full_pipe() -> (&'static Lines, File, usize) {
+        let (reader, writer) = pipe_with(PipeFlags::CLOEXEC).unwrap();
+        let mut writer = File::from(writer);
         let flags = rustix::fs::fcntl_getfl(&writer).unwrap();
         rustix::fs::fcntl_setfl(&writer, flags | rustix::fs::OFlags::NONBLOCK).unwrap();
         let mut filled_bytes = 0;
@@ -266,7 +270,7 @@ mod tests {
         }
         rustix::fs::fcntl_setfl(&writer, flags).unwrap();
         let output = Some(OwnedFd::from(writer));
-        (Box::leak(Box::new(Lines { output, ..Lines::new() })), reader, filled_bytes)
+        (Box::leak(Box::new(Lines { output, ..Lines::new() })), reader.into(), filled_bytes)
     }
 
     fn lost_in(line: &str) -> Option<usize> {

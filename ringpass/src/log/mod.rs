@@ -113,7 +113,9 @@ fn tell_panic(info: &panic::PanicHookInfo<'_>) {
     if let Some(place) = info.location() {
         text += &format!(" at {place}");
     }
-    if let Some(message) = info.payload_as_str() {
+    let payload = info.payload();
+    let message = payload.downcast_ref::<&str>().copied();
+    if let Some(message) = message.or_else(|| payload.downcast_ref::<String>().map(String::as_str)) {
         text += &format!(": {message}");
     }
     let mut text = format!("{}\n", printable(&text));

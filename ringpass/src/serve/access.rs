@@ -48,14 +48,12 @@ impl AccessArgs {
             Some(mode.unwrap_or(if group.is_some() { MODE_WITH_GROUP } else { default }))
         };
         Access {
-            front_end: SocketAccess {
-                mode: mode(self.socket_mode, self.socket_group, left_by_umask),
-                group: self.socket_group,
-            },
-            control: SocketAccess {
-                mode: mode(self.control_socket_mode, self.control_socket_group, 0o600),
-                group: self.control_socket_group,
-            },
+            front_end: SocketAccess::default()
+                .mode(mode(self.socket_mode, self.socket_group, left_by_umask))
+                .group(self.socket_group),
+            control: SocketAccess::default()
+                .mode(mode(self.control_socket_mode, self.control_socket_group, 0o600))
+                .group(self.control_socket_group),
         }
     }
 }

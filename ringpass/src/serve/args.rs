@@ -184,7 +184,7 @@ impl ServeArgs {
             DirectIoArg::Auto => DirectIo::Auto,
         };
         let logical_block = self.logical_block_size.map_or(LogicalBlock::Own, LogicalBlock::Bytes);
-        Ok(DiskConfig { read_only: self.read_only, direct_io, logical_block, ..DiskConfig::new(path) })
+        Ok(DiskConfig::new(path).read_only(self.read_only).direct_io(direct_io).logical_block(logical_block))
     }
 
     pub(super) fn start_up(&self) -> StartUp {
@@ -217,9 +217,9 @@ impl ServeArgs {
 
     /// This server as the probe judges it.
     pub(crate) fn probed(&self) -> probe::Server {
-        let engine = EngineShape { queues: self.num_queues(), queue_size: self.queue_size, workers: self.workers() };
+        let engine = EngineShape::new(self.num_queues(), self.queue_size, self.workers());
         let may_offer_rings = self.rings.mode() != ModeArg::Virtqueue && !self.read_only;
-        probe::Server { is_confined: self.sandbox.is_on(), engine, may_offer_rings }
+        probe::Server::new(engine).is_confined(self.sandbox.is_on()).may_offer_rings(may_offer_rings)
     }
 
     pub(super) fn queue_size(&self) -> u16 {
@@ -323,7 +323,7 @@ mod tests {
         .unwrap();
         assert_eq!(args.socket().unwrap(), Socket::Inherited(7));
         let logical_block = LogicalBlock::Bytes(4096);
-        let disk = DiskConfig { read_only: true, direct_io: DirectIo::On, logical_block, ..DiskConfig::new("f") };
+        let disk = DiskConfig::new("f").read_only(true).direct_io(DirectIo::On).logical_block(logical_block);
         assert_eq!(args.disk_config().unwrap(), disk);
         assert_eq!((args.num_queues(), args.queue_size()), (2, 1024));
         assert!(args.serial().as_bytes().starts_with(b"abc\0"));

@@ -87,13 +87,11 @@ pub(crate) fn run(args: &ServeArgs) -> anyhow::Result<ExitCode> {
 
     let connections = Arc::new(Connections::default());
     let lease = Arc::new(lease(located.clone(), connections.clone())?);
-    let config = EngineConfig {
-        device,
-        poll_time: args.poll_time(),
-        workers: args.workers(),
-        cpus: args.cpus().to_vec(),
-        attach: offer.config(),
-    };
+    let config = EngineConfig::new(device)
+        .poll_time(args.poll_time())
+        .workers(args.workers())
+        .cpus(args.cpus().to_vec())
+        .attach(offer.config());
     let mut engine = Engine::new(config, |control| {
         // Only this call sets the cell.
         let _ = connections.engine.set(control);
@@ -169,26 +167,26 @@ fn interruptible<T>(wait: impl FnOnce() -> anyhow::Result<T>) -> anyhow::Result<
 /// The parameters of the device that the guest sees.
 fn parameters(args: &ServeArgs, disk: &LocatedDisk) -> anyhow::Result<BlkParameters> {
     let Capabilities { punch_hole, zero_range } = disk.capabilities();
-    Ok(BlkParameters {
-        size_bytes: disk.size_bytes(),
-        logical_block_bytes: disk.logical_block_bytes(),
-        physical_block_bytes: disk.physical_block_bytes(),
-        read_only: disk.is_read_only(),
-        num_queues: args.num_queues(),
-        queue_size: args.queue_size(),
-        serial: args.serial(),
-        discard: punch_hole.map(|limits| DiscardLimits {
-            max_sectors: sectors(limits.max_bytes),
-            alignment_sectors: sectors(limits.alignment_bytes.into()),
-        }),
-        write_zeroes: zero_range.map(|zero_range| {
-            let max_bytes = [Some(zero_range), punch_hole].into_iter().flatten().map(|limits| limits.max_bytes).min();
-            WriteZeroesLimits {
-                max_sectors: sectors(max_bytes.unwrap_or(zero_range.max_bytes)),
-                may_unmap: punch_hole.is_some(),
-            }
-        }),
-    })
+    let discard = punch_hole.map(|limits| DiscardLimits {
+        max_sectors: sectors(limits.max_bytes),
+        alignment_sectors: sectors(limits.alignment_bytes.into()),
+    });
+    let write_zeroes = zero_range.map(|zero_range| {
+        let max_bytes = [Some(zero_range), punch_hole].into_iter().flatten().map(|limits| limits.max_bytes).min();
+        WriteZeroesLimits {
+            max_sectors: sectors(max_bytes.unwrap_or(zero_range.max_bytes)),
+            may_unmap: punch_hole.is_some(),
+        }
+    });
+    Ok(BlkParameters::new(disk.size_bytes())
+        .logical_block_bytes(disk.logical_block_bytes())
+        .physical_block_bytes(disk.physical_block_bytes())
+        .read_only(disk.is_read_only())
+        .num_queues(args.num_queues())
+        .queue_size(args.queue_size())
+        .serial(args.serial())
+        .discard(discard)
+        .write_zeroes(write_zeroes))
 }
 
 fn sectors(bytes: u64) -> u32 {

@@ -111,7 +111,7 @@ impl RingArgs {
     /// The CPU does not exist, or this process may not use it.
     pub(super) fn check_sq_cpu(&self) -> anyhow::Result<()> {
         if self.sq_cpu.is_some() {
-            SqThread::new(SqThreadConfig { cpu: self.sq_cpu, ..SqThreadConfig::default() }).context("--sq-cpu")?;
+            SqThread::new(SqThreadConfig::default().cpu(self.sq_cpu)).context("--sq-cpu")?;
         }
         Ok(())
     }
@@ -150,14 +150,13 @@ impl RingArgs {
         let support = kernel::support().context("asking the kernel what its io_uring can do")?;
         let policy = policy.compile(Access::ReadWrite, &support).context("the policy of the guests' rings")?;
         let submission = match self.submission {
-            SubmissionArg::SqThread => SubmissionConfig::SqThread(SqThreadConfig {
-                idle: Duration::from_millis(self.sq_idle_ms),
-                cpu: self.sq_cpu,
-            }),
+            SubmissionArg::SqThread => {
+                SubmissionConfig::SqThread(SqThreadConfig::new(Duration::from_millis(self.sq_idle_ms)).cpu(self.sq_cpu))
+            }
             SubmissionArg::Doorbell => SubmissionConfig::Doorbell,
         };
         let workers = IoWorkers { bounded: self.io_workers, ..IoWorkers::default() };
-        let direct = DirectConfig { submission, workers, sharing: Sharing::for_kernel(&support) };
+        let direct = DirectConfig::new(submission, Sharing::for_kernel(&support)).workers(workers);
         Ok(Offer::Rings(Box::new(AttachConfig::new(direct, policy)?)))
     }
 

@@ -53,12 +53,9 @@ impl SandboxArgs {
         }
         let unprivileged = drop_privileges()?;
         let places: Vec<PathBuf> = token_places();
-        let paths = Paths {
-            disk: disk.anchor(),
-            is_written: !disk.is_read_only(),
-            socket_directories: socket.into_iter().chain(control_socket).map(directory_of).collect(),
-            token_places: places.iter().map(PathBuf::as_path).collect(),
-        };
+        let paths = Paths::new(disk.anchor(), !disk.is_read_only())
+            .socket_directories(socket.into_iter().chain(control_socket).map(directory_of))
+            .token_places(places.iter().map(PathBuf::as_path));
         let restricted = unprivileged.restrict_paths(&paths)?;
         if let Some(why) = restricted.why_no_landlock() {
             tracing::warn!("file access not confined: {why}. Only the rights of the server's user keep it from files");

@@ -95,7 +95,7 @@ fn a_destination_without_a_front_end_leaves_the_disk_to_the_source() {
     running.wait_for("front-end disconnected");
     drop(disk);
     // An attempt that had begun before may still have the disk for a moment.
-    Disk::open(&DiskConfig { lock_wait: Some(LIMIT), ..DiskConfig::new(place.path("disk.img")) }).unwrap();
+    Disk::open(&DiskConfig::new(place.path("disk.img")).lock_wait(LIMIT)).unwrap();
     assert_no_process_waits(&place);
 }
 

@@ -83,7 +83,7 @@ fn both_programs_answer_and_end_on_a_signal_without_leaving_a_socket() {
         assert_eq!(running.end().code(), Some(0));
         assert!(!place.path("s").exists());
         // The disk is free again.
-        Disk::open(&DiskConfig { lock_wait: Some(LIMIT), ..DiskConfig::new(place.path("disk.img")) }).unwrap();
+        Disk::open(&DiskConfig::new(place.path("disk.img")).lock_wait(LIMIT)).unwrap();
     }
 }
 

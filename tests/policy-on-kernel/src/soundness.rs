@@ -195,7 +195,7 @@ pub fn built_in(kernel: &KernelSupport) -> Result<Vec<CompiledPolicy>> {
 ///
 /// The kernel lacks an operation.
 pub fn any_without_errors(rng: &mut fastrand::Rng, kernel: &KernelSupport, nop: NopHole) -> Result<CompiledPolicy> {
-    let context = LintContext { mode: Mode::Direct, semantics: Some(kernel.semantics), nop };
+    let context = LintContext::new(Mode::Direct, Some(kernel.semantics)).nop(nop);
     let is_clean = |policy: &Policy| policy.lint(&context).iter().all(|finding| finding.severity < Severity::Error);
     let register = RegisterOperation::REGISTER_EVENTFD;
     let base = Policy::new()

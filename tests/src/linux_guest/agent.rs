@@ -161,10 +161,10 @@ impl Agent {
                 progress.text.push_str(text);
                 progress.text.push('\n');
             }
-        } else if let Some((number, status)) = numbered(line, '=')
-            && let Some(progress) = self.jobs.get_mut(&number)
-        {
-            progress.status = status.parse().ok();
+        } else if let Some((number, status)) = numbered(line, '=') {
+            if let Some(progress) = self.jobs.get_mut(&number) {
+                progress.status = status.parse().ok();
+            }
         }
     }
 }

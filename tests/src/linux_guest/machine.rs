@@ -48,11 +48,12 @@ impl Machine {
         let places = Places(directory.path());
         let program = find_program(PROGRAM).with_context(|| format!("there is no {PROGRAM}"))?;
         let arguments = arguments(config, start, accelerator, version(&program)?, &places);
-        if let Start::Kernel(image) | Start::Incoming(image) = start
-            && !config.programs.is_empty()
-        {
-            let initramfs = image.initramfs_with(&config.programs)?;
-            fs::write(places.initramfs(), initramfs).context("writing the initramfs")?;
+        match start {
+            Start::Kernel(image) | Start::Incoming(image) if !config.programs.is_empty() => {
+                let initramfs = image.initramfs_with(&config.programs)?;
+                fs::write(places.initramfs(), initramfs).context("writing the initramfs")?;
+            }
+            _ => {}
         }
         let stderr = File::create(places.stderr()).context("making a file for QEMU's messages")?;
         let child = Command::new(program)

@@ -78,11 +78,11 @@ fn each_forbidden(driver: &mut RingDriver) -> Result<()> {
     for addr in [0, 4096, driver_gpa(&good), ram_end, ram_end - 1, u64::MAX - 4095, stack, 1 << 47] {
         check(&format!("address {addr:#x}"), with(&|sqe| sqe.addr = addr), &[EFAULT])?;
     }
-    for len_bytes in [17 << 20, 1 << 30, i32::MAX.cast_unsigned(), u32::MAX] {
+    for len_bytes in [17 << 20, 1 << 30, i32::MAX as u32, u32::MAX] {
         check(&format!("length {len_bytes}"), with(&|sqe| sqe.len_bytes = len_bytes), &[EFAULT, EINVAL])?;
     }
     check("other credentials", with(&|sqe| sqe.personality = 7), &[EINVAL])?;
-    for off_bytes in [DISK_BYTES, 1 << 40, i64::MAX.cast_unsigned() - 8191] {
+    for off_bytes in [DISK_BYTES, 1 << 40, i64::MAX as u64 - 8191] {
         let sqe = with(&|sqe| (sqe.opcode, sqe.off_bytes) = (WRITE_FIXED, off_bytes));
         check(&format!("a write at {off_bytes:#x}"), sqe, &[EFBIG, EINVAL])?;
     }

@@ -142,11 +142,12 @@ impl Stage {
         self.honest.step()?;
         self.stop_hostile()?;
         self.surroundings.check()?;
-        if let Some(Baseline { fds, .. }) = baseline
-            && round.is_multiple_of(8)
-        {
-            self.honest.step()?;
-            self.broker.wait_for_fds(fds)?;
+        match baseline {
+            Some(Baseline { fds, .. }) if round % 8 == 0 => {
+                self.honest.step()?;
+                self.broker.wait_for_fds(fds)?;
+            }
+            _ => {}
         }
         (0..HOSTILE.len()).try_for_each(|number| self.start_clean(number))
     }

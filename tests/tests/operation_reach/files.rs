@@ -6,7 +6,7 @@ impl Lab {
     pub(super) fn descriptors(&mut self, operation: Operation) -> Result<Reach> {
         let (_, path) = self.path("new")?;
         let path = path.as_ptr().addr() as u64;
-        let create = (nix::libc::O_CREAT | nix::libc::O_RDWR).cast_unsigned();
+        let create = (nix::libc::O_CREAT | nix::libc::O_RDWR) as u32;
         match operation {
             Operation::OPENAT => {
                 let open = Sqe { fd: AT_FDCWD, len: 0o600, rw_flags: create, ..self.sqe() };
@@ -111,15 +111,15 @@ impl Lab {
 
     /// Data of a descriptor that is in no table, although the SQE has `IOSQE_FIXED_FILE`.
     pub(super) fn splice(&mut self, operation: Operation) -> Result<Reach> {
-        let (mut out_reader, out_writer) = std::io::pipe()?;
-        let (in_reader, mut in_writer) = std::io::pipe()?;
+        let (mut out_reader, out_writer) = pipe()?;
+        let (in_reader, mut in_writer) = pipe()?;
         in_writer.write_all(SECRET)?;
         let from = in_reader.as_raw_fd();
         // `fd` stays a descriptor here: the ring's table was filled before. What matters is the other one.
         let nowhere = if operation == Operation::SPLICE { u64::MAX } else { 0 };
         let request = Sqe {
             fd: out_writer.as_raw_fd(),
-            file_index: from.cast_unsigned(),
+            file_index: from as u32,
             off: nowhere,
             addr: nowhere,
             len: 16,

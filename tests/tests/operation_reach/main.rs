@@ -37,7 +37,7 @@ use tempfile::TempDir;
 
 const EFAULT: i32 = 14;
 const AT_FDCWD: i32 = -100;
-const AT_FDCWD_WORD: u32 = AT_FDCWD.cast_unsigned();
+const AT_FDCWD_WORD: u32 = AT_FDCWD as u32;
 /// Nothing is ever mapped there: the first page.
 const UNMAPPED: u64 = 8;
 /// Requests that wait, of which there could as well be a million.
@@ -97,6 +97,12 @@ fn show(operation: Operation) -> Result<()> {
     let unsaid = shown.difference(claimed | by_chance);
     ensure!(unsaid.is_empty(), "the table does not say: {unsaid}");
     Ok(())
+}
+
+/// The end to read from, and the end to write to.
+fn pipe() -> Result<(File, File)> {
+    let (reader, writer) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)?;
+    Ok((reader.into(), writer.into()))
 }
 
 fn is_transfer(operation: Operation) -> bool {

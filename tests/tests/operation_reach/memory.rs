@@ -67,7 +67,7 @@ impl Lab {
             ..Sqe::default()
         };
         self.succeed(provide)?;
-        let (reader, mut writer) = std::io::pipe()?;
+        let (reader, mut writer) = pipe()?;
         writer.write_all(SECRET)?;
         let flags = SqeFlags::BUFFER_SELECT.bits();
         let read = match operation {
@@ -84,7 +84,7 @@ impl Lab {
         ensure!(self.succeed(read)? == 16);
         ensure!(&std::hint::black_box(memory) == SECRET, "the memory is {memory:?}");
         if operation == Operation::READ_MULTISHOT {
-            let (empty, _writer) = std::io::pipe()?;
+            let (empty, _writer) = pipe()?;
             self.succeed(provide)?;
             return Ok(Reach::WRITES_MEMORY | self.waits(Sqe { fd: empty.as_raw_fd(), ..read })?);
         }

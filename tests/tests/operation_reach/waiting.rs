@@ -15,7 +15,7 @@ impl Lab {
             // IORING_TIMEOUT_UPDATE.
             Operation::TIMEOUT_REMOVE => self.reads(hour, |sqe, off| Sqe { addr: 1, off, rw_flags: 2, ..sqe }),
             _ => {
-                let (reader, _writer) = std::io::pipe()?;
+                let (reader, _writer) = pipe()?;
                 self.waits(Sqe { fd: reader.as_raw_fd(), rw_flags: 1, ..self.sqe() })
             }
         }
@@ -23,7 +23,7 @@ impl Lab {
 
     pub(super) fn epoll(&mut self, operation: Operation) -> Result<Reach> {
         let epoll = rustix::event::epoll::create(rustix::event::epoll::CreateFlags::CLOEXEC)?;
-        let (reader, mut writer) = std::io::pipe()?;
+        let (reader, mut writer) = pipe()?;
         // struct epoll_event is packed: events, data.
         let mut events = [1u32, 5, 0];
         let at = events.as_mut_ptr().addr() as u64;
@@ -71,13 +71,13 @@ impl Lab {
                 let mut child = Sleeper::start()?;
                 let mut about = [0u8; 128];
                 // P_PID, WEXITED.
-                let wait = Sqe { fd: child.0.id().cast_signed(), len: 1, file_index: 4, ..self.sqe() };
-                let waits = self.waits(Sqe { fd: child.0.id().cast_signed(), ..wait })?;
+                let wait = Sqe { fd: child.0.id() as i32, len: 1, file_index: 4, ..self.sqe() };
+                let waits = self.waits(Sqe { fd: child.0.id() as i32, ..wait })?;
                 child.0.kill()?;
                 // Those that waited are served first; another ring shows the rest.
                 let mut other = Self::new(operation)?;
                 let mut ended = Command::new("true").stdin(Stdio::null()).spawn()?;
-                let pid = ended.id().cast_signed();
+                let pid = ended.id() as i32;
                 other.succeed(Sqe { fd: pid, off: about.as_mut_ptr().addr() as u64, ..wait })?;
                 ensure!(std::hint::black_box(about).iter().any(|&byte| byte != 0), "nothing was written");
                 ensure!(ended.wait().is_err(), "the child was still there for its parent");

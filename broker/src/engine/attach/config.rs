@@ -13,6 +13,7 @@ pub(super) const SEGMENT_BYTES_MAX: u32 = 4 << 20;
 
 /// What a device offers to drivers that can have rings.
 #[derive(Debug, Clone)]
+#[non_exhaustive]
 pub struct AttachConfig {
     /// How rings are executed.
     pub direct: DirectConfig,

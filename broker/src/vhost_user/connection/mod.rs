@@ -49,6 +49,7 @@ pub enum Received {
 
 /// Why the connection cannot go on.
 #[derive(Debug, Error)]
+#[non_exhaustive]
 pub enum ConnectionError {
     /// The header is invalid.
     #[error(transparent)]

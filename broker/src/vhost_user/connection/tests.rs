@@ -2,6 +2,7 @@ use std::io::{Read, Write};
 use std::thread;
 
 use rustix::event::EventfdFlags;
+use rustix::pipe::{PipeFlags, pipe_with};
 
 use super::*;
 
@@ -55,23 +56,23 @@ fn a_message_that_comes_byte_by_byte_is_whole() {
 #[test]
 fn messages_that_arrive_together_are_separated_with_their_descriptors() {
     let (mut connection, mut theirs, wake) = pair();
-    let (mut reader, writer) = std::io::pipe().unwrap();
-    send_with_fds(&theirs, &bytes(1, &[]), &[writer.into()]);
+    let (reader, writer) = pipe_with(PipeFlags::CLOEXEC).unwrap();
+    send_with_fds(&theirs, &bytes(1, &[]), &[writer]);
     theirs.write_all(&[bytes(2, &[9; 8]), bytes(3, &[])].concat()).unwrap();
     let messages: Vec<_> = (0..3).map(|_| expect_message(&mut connection, &wake)).collect();
     let summary: Vec<_> = messages.iter().map(|one| (one.header.request, one.body.len(), one.fds.len())).collect();
     assert_eq!(summary, [(1, 0, 1), (2, 8, 0), (3, 0, 0)]);
     // Dropping a message closes its descriptors.
     drop(messages);
-    assert_eq!(reader.read(&mut [0]).unwrap(), 0);
+    assert_eq!(rustix::io::read(&reader, &mut [0; 1]).unwrap(), 0);
 }
 
 #[test]
 fn descriptors_are_kept_until_the_body_of_their_message_arrives() {
     let (mut connection, mut theirs, wake) = pair();
     let whole = bytes(SET_VRING_NUM, &[7; 8]);
-    let (reader, _writer) = std::io::pipe().unwrap();
-    send_with_fds(&theirs, &whole[..5], &[reader.into()]);
+    let (reader, _writer) = pipe_with(PipeFlags::CLOEXEC).unwrap();
+    send_with_fds(&theirs, &whole[..5], &[reader]);
     rustix::io::write(&wake, &1_u64.to_ne_bytes()).unwrap();
     assert!(matches!(connection.receive(wake.as_fd()).unwrap(), Received::Woken));
     rustix::io::read(&wake, &mut [0; 8]).unwrap();
@@ -96,8 +97,8 @@ fn the_maximum_number_of_descriptors_arrives_close_on_exec() {
 #[test]
 fn too_many_descriptors_end_the_connection_and_are_closed() {
     let (mut connection, theirs, wake) = pair();
-    let (mut reader, writer) = std::io::pipe().unwrap();
-    let writers: Vec<OwnedFd> = (0..200).map(|_| writer.try_clone().unwrap().into()).collect();
+    let (reader, writer) = pipe_with(PipeFlags::CLOEXEC).unwrap();
+    let writers: Vec<OwnedFd> = (0..200).map(|_| writer.try_clone().unwrap()).collect();
     drop(writer);
     let whole = bytes(SET_VRING_NUM, &[7; 8]);
     send_with_fds(&theirs, &whole[..4], &writers);
@@ -106,7 +107,7 @@ fn too_many_descriptors_end_the_connection_and_are_closed() {
     let error = connection.receive(wake.as_fd()).unwrap_err();
     assert!(matches!(error, ConnectionError::FdsLost), "{error}");
     drop(connection);
-    assert_eq!(reader.read(&mut [0]).unwrap(), 0);
+    assert_eq!(rustix::io::read(&reader, &mut [0; 1]).unwrap(), 0);
 }
 
 #[test]

@@ -23,6 +23,7 @@ use crate::processes::Process;
 
 /// Why the server cannot wait for front-ends.
 #[derive(Debug, Error)]
+#[non_exhaustive]
 pub enum ListenError {
     /// Another process serves this socket.
     #[error("{}: another process listens there; stop it, or give another path", .path.display())]
@@ -117,6 +118,7 @@ const BACKLOG: i32 = 128;
 
 /// Who may connect to a socket file: users who may write to it (unix(7)) and search the directories above it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct SocketAccess {
     /// The file's mode, from which the umask takes its bits. None: the umask alone decides.
     pub mode: Option<u32>,
@@ -127,6 +129,18 @@ pub struct SocketAccess {
 impl SocketAccess {
     /// Only the owner of the file.
     pub const OWNER: Self = Self { mode: Some(0o600), group: None };
+
+    /// Sets [`mode`](Self#structfield.mode).
+    #[must_use]
+    pub fn mode(self, mode: impl Into<Option<u32>>) -> Self {
+        Self { mode: mode.into(), ..self }
+    }
+
+    /// Sets [`group`](Self#structfield.group).
+    #[must_use]
+    pub fn group(self, group: impl Into<Option<u32>>) -> Self {
+        Self { group: group.into(), ..self }
+    }
 }
 
 /// A source of connections.

@@ -95,7 +95,7 @@ fn an_inherited_socket_may_listen_or_be_connected() {
 
 #[test]
 fn an_inherited_descriptor_of_another_kind_is_refused() {
-    let (pipe, _) = std::io::pipe().unwrap();
+    let (pipe, _) = rustix::pipe::pipe().unwrap();
     let datagram = std::os::unix::net::UnixDatagram::unbound().unwrap();
     let tcp = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     for fd in [pipe.as_raw_fd(), datagram.as_raw_fd(), tcp.as_raw_fd()] {
@@ -194,7 +194,7 @@ fn a_server_starts_although_another_process_keeps_the_directory_lock() {
     let (directory, path) = socket_path();
     drop(UnixListener::bind(&path).unwrap());
     let other = std::fs::File::open(directory.path()).unwrap();
-    other.lock().unwrap();
+    rustix::fs::flock(&other, rustix::fs::FlockOperation::LockExclusive).unwrap();
     assert!(!remove_if_stale(&path).unwrap(), "the holder of the lock decides about the socket");
     assert!(path.exists());
     Listener::bind(&path, SocketAccess::default()).unwrap();

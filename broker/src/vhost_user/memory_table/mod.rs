@@ -26,6 +26,7 @@ const HUGETLBFS_MAGIC: u64 = 0x9584_58f6;
 
 /// Why a region or a table is refused. The table in force stays unchanged.
 #[derive(Debug, Error)]
+#[non_exhaustive]
 pub enum MemoryTableError {
     /// The region has no bytes.
     #[error("the memory region at guest address {gpa:#x} is empty")]
@@ -267,7 +268,7 @@ impl CheckedFile {
         let file_system = rustix::fs::fstatfs(&file).map_err(system("fstatfs of its file"))?;
         let is_huge = file_system.f_type as u64 == HUGETLBFS_MAGIC;
         let page_bytes = if is_huge { file_system.f_bsize as u64 } else { rustix::param::page_size() as u64 };
-        let aligned = |field, value: u64| match value.is_multiple_of(page_bytes) {
+        let aligned = |field, value: u64| match value % page_bytes == 0 {
             true => Ok(()),
             false => Err(MemoryTableError::Unaligned { gpa, field, value, page_bytes }),
         };

@@ -144,9 +144,9 @@ fn an_unaligned_file_offset_is_refused() {
 
 #[test]
 fn only_regular_files_hold_memory() {
-    let (pipe, _) = std::io::pipe().unwrap();
+    let (pipe, _) = rustix::pipe::pipe().unwrap();
     let zero = rustix::fs::open("/dev/zero", OFlags::RDWR, Mode::empty()).unwrap();
-    for fd in [OwnedFd::from(pipe), zero] {
+    for fd in [pipe, zero] {
         let text = refusal(MemoryTable::default().with(region(0, PAGE, 0), fd));
         assert!(text.starts_with("the memory region at guest address 0x0 is not in a regular file"), "{text}");
     }

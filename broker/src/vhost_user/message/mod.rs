@@ -37,6 +37,7 @@ const FLAG_NEED_REPLY: u32 = 0b1000;
 /// Why bytes are not a valid request. After most of these errors the back-end cannot trust the stream;
 /// [`is_request`](Self::is_request) names the exceptions.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
+#[non_exhaustive]
 pub enum MessageError {
     /// Bits 0 and 1 of the flags are wrong.
     #[error("message {request}: version {version} of vhost-user; only version {VERSION} exists")]

@@ -96,6 +96,7 @@ impl InflightDescription {
 /// A well-formed request of the front-end. Names are those of the specification without `VHOST_USER_`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[expect(missing_docs, reason = "the fields are those of the specification, with their units")]
+#[non_exhaustive]
 pub enum Request {
     GetFeatures,
     SetFeatures { features: u64 },

@@ -135,9 +135,8 @@ impl Lobby {
     /// Disconnects the front-end that has been silent for longest.
     fn remove_silent(&mut self) {
         let index = self.waiting.iter().position(|front_end| front_end.first_message() != FirstMessage::Begun);
-        if let Some(silent) = index.and_then(|index| self.waiting.remove(index))
-            && let Some(total) = self.log.count(Cause::new("replaced"))
-        {
+        let Some(silent) = index.and_then(|index| self.waiting.remove(index)) else { return };
+        if let Some(total) = self.log.count(Cause::new("replaced")) {
             info!(pid = silent.pid, total, "silent front-end disconnected: too many are connected");
         }
     }

@@ -27,6 +27,7 @@ const ACCEPT_PAUSE: Timespec = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
 
 /// Why the server ends although its owner has not stopped it.
 #[derive(Debug, Error)]
+#[non_exhaustive]
 pub enum ServerError {
     /// The socket cannot be used.
     #[error(transparent)]
@@ -274,10 +275,10 @@ impl Server {
             }
             match connection.receive(FrontEndWaiter { lobby: &mut *lobby, served_pid, wake })? {
                 Received::Closed => {
-                    if let Some(hint) = session.departure_hint()
-                        && let Some(total) = lobby.log.count(Cause::new("departure"))
-                    {
-                        warn!(pid = served_pid, total, "front-end left: {hint}");
+                    if let Some(hint) = session.departure_hint() {
+                        if let Some(total) = lobby.log.count(Cause::new("departure")) {
+                            warn!(pid = served_pid, total, "front-end left: {hint}");
+                        }
                     }
                     return Ok(End::Closed);
                 }

@@ -20,6 +20,7 @@ use crate::virtqueue::{InflightError, SharedMemoryError};
 /// Faults that a guest can cause through a correct front-end are not among these errors: see
 /// [`RingFault`](crate::vhost_user::RingFault) and [`ConfigWriteError`](crate::vhost_user::ConfigWriteError).
 #[derive(Debug, Error)]
+#[non_exhaustive]
 pub enum RequestError {
     /// The message is malformed.
     #[error(transparent)]

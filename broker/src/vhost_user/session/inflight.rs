@@ -22,10 +22,8 @@ impl Session<'_> {
     /// accepted features in this session and the front-end has been told of changes: until then the record of an
     /// earlier process counts.
     pub(super) fn keep_record(&self) {
-        if let Some(region) = &self.inflight
-            && self.negotiation.has_driver_features()
-            && !self.is_announcement_due
-        {
+        let Some(region) = &self.inflight else { return };
+        if self.negotiation.has_driver_features() && !self.is_announcement_due {
             region.set_device_record(&self.device.record());
         }
     }

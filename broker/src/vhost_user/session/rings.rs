@@ -187,7 +187,7 @@ impl Session<'_> {
     fn locate(&self, part: &RingPart, user_address: u64, size_bytes: u64) -> Result<GuestAddress, RingFault> {
         let &RingPart { name: part, alignment_bytes, .. } = part;
         match self.memory.translate(user_address, size_bytes) {
-            Some(GuestAddress(gpa)) if !gpa.is_multiple_of(alignment_bytes) => {
+            Some(GuestAddress(gpa)) if gpa % alignment_bytes != 0 => {
                 Err(RingFault::Misaligned { part, gpa, alignment_bytes })
             }
             Some(gpa) => Ok(gpa),
@@ -254,10 +254,10 @@ impl Session<'_> {
     pub(super) fn begin_inflight_again(&mut self) {
         let Some(region) = &self.inflight else { return };
         for (index, vring) in self.vrings.iter_mut().enumerate() {
-            if std::mem::take(&mut vring.is_tracked)
-                && let Some(queue) = region.queue(index as u16)
-            {
-                queue.begin_again();
+            if std::mem::take(&mut vring.is_tracked) {
+                if let Some(queue) = region.queue(index as u16) {
+                    queue.begin_again();
+                }
             }
         }
     }

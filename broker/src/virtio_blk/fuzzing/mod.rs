@@ -198,9 +198,9 @@ impl Choices<'_> {
         // NEXT is likely, WRITE is set half the time, INDIRECT is rare, and a bit without a meaning is rarer.
         let kind = self.byte();
         let flags = u16::from(kind & 2)
-            | u16::from(!kind.is_multiple_of(3))
-            | (u16::from(kind.is_multiple_of(13)) << 2)
-            | (u16::from(kind.is_multiple_of(37)) << 9);
+            | u16::from(kind % 3 != 0)
+            | (u16::from(kind % 13 == 0) << 2)
+            | (u16::from(kind % 37 == 0) << 9);
         let next = if self.below(16) == 0 { u16::from(self.byte()) } else { (index + 1) % TABLE_ENTRIES };
         Descriptor::new(gpa, len_bytes, flags, next)
     }

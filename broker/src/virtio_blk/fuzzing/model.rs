@@ -197,7 +197,7 @@ fn range_operation(
         limits.write_zeroes.map(|limits| limits.max_sectors)
     };
     let max_sectors = u64::from(max_sectors.ok_or(Status::Unsupported)?);
-    if range.is_empty() || !range.len().is_multiple_of(16) {
+    if range.is_empty() || range.len() % 16 != 0 {
         return Err(Status::IoError);
     }
     let Ok::<[u8; 16], _>(range) = range.try_into() else { return Err(Status::Unsupported) };

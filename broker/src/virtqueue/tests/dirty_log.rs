@@ -84,8 +84,8 @@ fn bad_logs_are_refused() {
     assert_eq!(refusal(4096, 4097), outside("4097 bytes at offset 4096 of a file of 8192 bytes"));
     let expected = outside("4096 bytes at offset 18446744073709547520 of a file of 8192 bytes");
     assert_eq!(refusal(u64::MAX - 4095, 4096), expected);
-    let pipe = std::io::pipe().expect("a pipe").0;
-    let refusal = DirtyLog::from_fd(pipe.into(), 0, 1).expect_err("not a file").to_string();
+    let pipe = rustix::pipe::pipe().expect("a pipe").0;
+    let refusal = DirtyLog::from_fd(pipe, 0, 1).expect_err("not a file").to_string();
     assert_eq!(refusal, outside("1 bytes at offset 0 of a file of 0 bytes"));
 }
 

@@ -145,7 +145,7 @@ impl Arguments {
     pub(crate) fn block_bytes(&self, logical_block_bytes: u32) -> Result<u64> {
         ensure!(
             (1..=BLOCK_BYTES_MAX).contains(&self.block_bytes)
-                && self.block_bytes.is_multiple_of(logical_block_bytes.into()),
+                && self.block_bytes.checked_rem(u64::from(logical_block_bytes)) == Some(0),
             "--block-bytes {} must be a multiple of the disk's block size, {logical_block_bytes} bytes, and at most 4 MiB",
             self.block_bytes
         );

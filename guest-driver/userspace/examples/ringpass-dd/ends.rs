@@ -254,6 +254,6 @@ impl<'i> Comparison<'i> {
 /// Whether all bytes are zero.
 pub(crate) fn is_zero(bytes: &[u8]) -> bool {
     // Safe and fast: a word at a time, then the rest.
-    let (words, rest) = bytes.as_chunks::<8>();
-    words.iter().all(|&word| u64::from_ne_bytes(word) == 0) && rest.iter().all(|&byte| byte == 0)
+    let mut words = bytes.chunks_exact(8);
+    words.by_ref().all(|word| word == [0; 8]) && words.remainder().iter().all(|&byte| byte == 0)
 }

@@ -146,13 +146,11 @@ fn compare(arguments: &Arguments, transfer: &mut Transfer<'_>, range: Range, inp
 fn options(arguments: &Arguments) -> Options {
     let entries = u32::from(arguments.depth).next_power_of_two().max(16);
     let buffers_bytes = u64::from(arguments.queues) * u64::from(arguments.depth) * arguments.block_bytes_wanted();
-    Options {
+    Options::default()
         // In addition to the buffers: virtqueues and rings.
-        memory_bytes: buffers_bytes + u64::from(arguments.queues) * (1 << 20) + (4 << 20),
-        queues: arguments.queues,
-        ring: RingSize { sq_entries: entries, cq_entries: entries },
-        way: arguments.way.into(),
-        patience: Duration::from_secs(arguments.patience_s),
-        ..Options::default()
-    }
+        .memory_bytes(buffers_bytes + u64::from(arguments.queues) * (1 << 20) + (4 << 20))
+        .queues(arguments.queues)
+        .ring(RingSize { sq_entries: entries, cq_entries: entries })
+        .way(arguments.way.into())
+        .patience(Duration::from_secs(arguments.patience_s))
 }

@@ -61,7 +61,7 @@ impl Range {
         };
         for (what, bytes) in [("--offset-bytes", offset_bytes), (what, len_bytes.unwrap_or(0))] {
             ensure!(
-                bytes.is_multiple_of(block_bytes),
+                bytes.checked_rem(block_bytes) == Some(0),
                 "{what}: {bytes} bytes are no multiple of {block_bytes}, the block size of the disk"
             );
         }
@@ -71,10 +71,11 @@ impl Range {
                 disk.size_bytes
             );
         }
-        if let (None, Some(name), Some(bytes)) = (length_bytes, input.map(Input::name), len_bytes)
-            && bytes < left_bytes
-        {
-            tell_of_rest(&arguments.command, name, bytes, left_bytes);
+        match (length_bytes, input.map(Input::name), len_bytes) {
+            (None, Some(name), Some(bytes)) if bytes < left_bytes => {
+                tell_of_rest(&arguments.command, name, bytes, left_bytes);
+            }
+            _ => {}
         }
         Ok(Self { offset_bytes, len_bytes })
     }
@@ -174,6 +175,7 @@ impl<'d> Transfer<'d> {
             ExecutedBy::Virtqueue { refused: Some(why) } => format!("a virtqueue ({why:?})"),
             ExecutedBy::Virtqueue { refused: None } => "a virtqueue".into(),
             ExecutedBy::Nobody => "between two rings".into(),
+            other => format!("{other:?}"),
         });
         let ways: Vec<String> = ways.zip(1..).map(|(way, index)| format!("queue {index} is {way}")).collect();
         let again: u64 = self.queues.iter().map(|queue| queue.counters().resubmitted).sum();
@@ -288,7 +290,7 @@ impl<'d> Transfer<'d> {
         }
         let block_bytes = u64::from(self.disk.geometry().logical_block_bytes);
         ensure!(
-            filled_bytes.is_multiple_of(block_bytes),
+            filled_bytes.checked_rem(block_bytes) == Some(0),
             "the input ended after {total_bytes} bytes, which is no multiple of {block_bytes}, the block size of the disk: its \
              last bytes are not written"
         );
@@ -347,7 +349,7 @@ impl Course {
 
 /// Records a request that has ended, perhaps before earlier requests.
 fn note(done: Done, course: &mut Course, range: Range, block_bytes: u64) -> Result<()> {
-    let Done { tag, result, buffer } = done;
+    let Done { tag, result, buffer, .. } = done;
     let place = range.offset_bytes + tag * block_bytes;
     let moved_bytes = result.with_context(|| format!("I/O error of the disk at byte {place}"))?;
     let wanted_bytes = usize::try_from(tag - course.oldest).ok().and_then(|index| course.lengths.get(index));

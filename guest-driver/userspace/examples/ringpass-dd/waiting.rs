@@ -34,7 +34,7 @@ pub(crate) fn connect(socket: &Path, options: Options) -> Result<Disk> {
             socket.display()
         ));
         // The wait here counts, too: the device gets the rest of the patience.
-        let connected = Disk::connect(socket, Options { patience: left, ..options });
+        let connected = Disk::connect(socket, options.patience(left));
         drop(notice);
         match connected {
             Err(Error::Connect { source, .. })

@@ -84,6 +84,7 @@ enum DoorbellNames {
 
 /// The reason why a setup is invalid.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum SetupError {
     /// This crate does not know the version of the setup.
     #[error("the setup has version {version}, but this program knows version {VERSION}: use programs of one release")]
@@ -169,7 +170,7 @@ impl Setup {
             (
                 "iova_base",
                 self.iova_base,
-                self.iova_base != 0 && self.iova_base.is_multiple_of(SLOT_BYTES),
+                self.iova_base != 0 && self.iova_base % SLOT_BYTES == 0,
                 "a multiple of 1 GiB, not 0",
             ),
             (
@@ -181,7 +182,7 @@ impl Setup {
             (
                 "disk_bytes",
                 self.disk_bytes,
-                self.disk_bytes.is_multiple_of(u64::from(block_bytes)),
+                self.disk_bytes.checked_rem(u64::from(block_bytes)) == Some(0),
                 "a multiple of logical_block_bytes",
             ),
         ];
@@ -206,7 +207,7 @@ impl Setup {
                     (Some(end), Some(region_end)) => region.gpa <= gpa && end <= region_end,
                     _ => false,
                 };
-            if !gpa.is_multiple_of(PAGE_BYTES) || !self.regions.iter().any(inside) {
+            if gpa % PAGE_BYTES != 0 || !self.regions.iter().any(inside) {
                 return Err(SetupError::Area { queue: index, what, gpa, len_bytes });
             }
         }

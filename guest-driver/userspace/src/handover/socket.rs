@@ -20,6 +20,7 @@ pub const LINE_BYTES_MAX: usize = 64 << 10;
 
 /// The reason why a handover failed.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum HandoverError {
     /// The socket failed, or its time-out passed.
     #[error("cannot {what} over the socket: {source}")]

@@ -19,6 +19,7 @@ pub(super) const FEATURES: u64 = 1 << VIRTIO_BLK_F_BLK_SIZE
 
 /// A disk, as its device describes it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Geometry {
     /// Size in bytes.
     pub size_bytes: u64,

@@ -6,6 +6,7 @@ use super::RingSize;
 
 /// How the device executes queues.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+#[non_exhaustive]
 pub enum Way {
     /// As rings of the host's io_uring if the device offers them, otherwise as virtqueues.
     #[default]
@@ -18,6 +19,7 @@ pub enum Way {
 
 /// The options of the driver.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Options {
     /// Size of the RAM that the driver creates and offers to the device, in bytes. The device pins all of it while
     /// there are rings.
@@ -38,6 +40,50 @@ pub struct Options {
     /// front-end), until a queue is a ring (pinning takes half a second for each GiB of memory), for flush and similar
     /// requests, for changes of memory, and when the disk is dropped. Requests on queues have no such limit.
     pub patience: Duration,
+}
+
+impl Options {
+    /// Sets [`memory_bytes`](Self#structfield.memory_bytes).
+    #[must_use]
+    pub fn memory_bytes(self, memory_bytes: u64) -> Self {
+        Self { memory_bytes, ..self }
+    }
+
+    /// Sets [`queues`](Self#structfield.queues).
+    #[must_use]
+    pub fn queues(self, queues: u16) -> Self {
+        Self { queues, ..self }
+    }
+
+    /// Sets [`queue_size`](Self#structfield.queue_size).
+    #[must_use]
+    pub fn queue_size(self, queue_size: u16) -> Self {
+        Self { queue_size, ..self }
+    }
+
+    /// Sets [`ring`](Self#structfield.ring).
+    #[must_use]
+    pub fn ring(self, ring: RingSize) -> Self {
+        Self { ring, ..self }
+    }
+
+    /// Sets [`way`](Self#structfield.way).
+    #[must_use]
+    pub fn way(self, way: Way) -> Self {
+        Self { way, ..self }
+    }
+
+    /// Sets [`inflight`](Self#structfield.inflight).
+    #[must_use]
+    pub fn inflight(self, inflight: bool) -> Self {
+        Self { inflight, ..self }
+    }
+
+    /// Sets [`patience`](Self#structfield.patience).
+    #[must_use]
+    pub fn patience(self, patience: Duration) -> Self {
+        Self { patience, ..self }
+    }
 }
 
 impl Default for Options {

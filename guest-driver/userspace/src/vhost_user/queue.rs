@@ -15,6 +15,7 @@ use crate::{RamArea, raw};
 
 /// The operation of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Operation {
     /// Read from the disk into the buffer.
     Read,
@@ -26,6 +27,7 @@ pub enum Operation {
 
 /// What executes a queue.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum ExecutedBy {
     /// The host kernel, as a ring of this epoch.
     Ring {
@@ -43,6 +45,7 @@ pub enum ExecutedBy {
 
 /// A request that has ended, with its buffer.
 #[derive(Debug)]
+#[non_exhaustive]
 pub struct Done {
     /// What the request was given.
     pub tag: u64,

@@ -141,12 +141,13 @@ impl DeviceQueue {
     fn chain(&self, index: u16) -> Vec<u16> {
         let slot = u64::from(index % self.setup.size);
         let mut chain = vec![self.read16(self.setup.avail_gpa + 4 + 2 * slot)];
-        while let at = self.descriptor(chain[chain.len() - 1])
-            && self.read16(at + 12) & 1 != 0
-        {
+        loop {
+            let at = self.descriptor(chain[chain.len() - 1]);
+            if self.read16(at + 12) & 1 == 0 {
+                return chain;
+            }
             chain.push(self.read16(at + 14));
         }
-        chain
     }
 
     fn descriptor(&self, number: u16) -> u64 {

@@ -89,7 +89,7 @@ impl Target<'_> {
             return Err(TargetError::Extent(*extent));
         }
         let (gpa, len_bytes) = (self.buffer_gpa, self.buffer_bytes);
-        let in_pages = len_bytes != 0 && len_bytes.is_multiple_of(4096) && gpa.is_multiple_of(4096);
+        let in_pages = len_bytes != 0 && len_bytes % 4096 == 0 && gpa % 4096 == 0;
         let own = self.addressing.resolve(gpa, len_bytes);
         let is_ram = own.is_ok_and(|own| self.reach(own.buf_index, own.addr, len_bytes) == Reach::Ram);
         if !in_pages || !is_ram {

@@ -177,7 +177,7 @@ impl Machine {
         if self.asleep {
             return;
         }
-        let newest_first = self.reorder && self.executed.is_multiple_of(3);
+        let newest_first = self.reorder && self.executed % 3 == 0;
         let next = if newest_first { self.published.pop_back() } else { self.published.pop_front() };
         let Some(request) = next else {
             self.asleep = self.doorbell_needed;

@@ -35,6 +35,7 @@ const LOOKS_MAX: u32 = 16;
 
 /// What one queue has done.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Counters {
     /// Rings that were begun.
     pub epochs: u64,
@@ -196,7 +197,7 @@ impl Driver {
     #[inline]
     fn is_polled(&mut self) -> bool {
         self.looks = self.looks.wrapping_add(1);
-        !self.looks.is_multiple_of(LOOKS_MAX)
+        self.looks % LOOKS_MAX != 0
             && self.is_muted
             && self.waiting.is_empty()
             && self.errands.are_done()
