@@ -17,7 +17,7 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::disk::Disk;
 use crate::memory::{ChangedSlots, GuestMemory, MemoryError, PinnedMemory, RegionConfig, Sharing};
 use crate::ring::{
-    DoorbellId, DoorbellThread, Enabled, IoWorkers, KernelRing, Placement, Reaper, RingConfig, RingEnd, RingError,
+    DoorbellId, DoorbellThread, Enabled, IoWorkers, KernelRing, Placement, RingCloser, RingConfig, RingEnd, RingError,
     RingWindow, SqThread, SqThreadConfig, Submission, check_eventfd, refuse_unsafe,
 };
 
@@ -114,7 +114,7 @@ pub struct DirectDevice {
     workers: IoWorkers,
     submission: Submission,
     doorbells: Arc<DoorbellThread>,
-    reaper: Reaper,
+    closer: RingCloser,
     state: Mutex<DeviceState>,
     /// Held while memory is being plugged, which takes too long to hold `state`.
     plugging: Mutex<()>,
@@ -204,7 +204,7 @@ impl DirectDevice {
             workers: config.workers,
             submission,
             doorbells: Arc::new(DoorbellThread::start()?),
-            reaper: Reaper::start()?,
+            closer: RingCloser::start()?,
             state: Mutex::new(DeviceState { pinned: Arc::new(pinned), rings: Vec::new() }),
             plugging: Mutex::new(()),
         })
@@ -246,7 +246,7 @@ impl DirectDevice {
             }
             QueuePlacement::Window => Placement::Window,
         };
-        let ring = KernelRing::create(config.ring, self.submission.clone(), &placement, &self.disk, &self.reaper)?;
+        let ring = KernelRing::create(config.ring, self.submission.clone(), &placement, &self.disk, &self.closer)?;
         // From here on the areas are in use, even if a later step fails.
         let running = Arc::new(Mutex::new(None));
         let end = ring.end();

@@ -15,7 +15,7 @@ use ringpass_broker::{
     direct::SubmissionConfig,
     disk::{Disk, DiskConfig},
     memory::{PinnedMemory, Sharing},
-    ring::{IoWorkers, KernelRing, Placement, Reaper, SqThread, SqThreadConfig, Submission},
+    ring::{IoWorkers, KernelRing, Placement, RingCloser, SqThread, SqThreadConfig, Submission},
 };
 use ringpass_restrictions::{Access, Policy};
 use ringpass_tests::{
@@ -129,9 +129,9 @@ fn dropped_disk(kind: DiskKind, sq_thread: bool) -> Result<()> {
         true => Submission::SqThread(Arc::new(SqThread::new(SqThreadConfig::default())?)),
         false => Submission::Doorbell,
     };
-    let reaper = Reaper::start()?;
+    let closer = RingCloser::start()?;
     let disk = Disk::open(&made.config())?;
-    let ring = KernelRing::create(RING, submission, &Placement::Window, &disk, &reaper)?
+    let ring = KernelRing::create(RING, submission, &Placement::Window, &disk, &closer)?
         .attach_memory(&pinned)?
         .limit_workers(IoWorkers::default())?
         .restrict(&policy)?

@@ -297,7 +297,7 @@ fn a_killed_broker(submission: SubmissionConfig) -> Result<()> {
 fn the_doorbell_thread() -> Result<()> {
     let bell_threads = || -> Result<usize> {
         let names = fs::read_dir("/proc/self/task")?.map(|task| fs::read_to_string(task?.path().join("comm")));
-        Ok(names.filter(|name| name.as_ref().is_ok_and(|name| name.trim_end() == "ringpass-bell")).count())
+        Ok(names.filter(|name| name.as_ref().is_ok_and(|name| name.trim_end() == "ring-doorbell")).count())
     };
     let disk = StuckDisk::new(StuckKind::LoopDevice, DISK_BYTES)?;
     let ram = Ram::new()?;

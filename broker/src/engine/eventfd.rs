@@ -1,7 +1,7 @@
 //! The front-end's eventfds, used so that it cannot block a worker.
 //!
-//! The front-end goes on using them. Some block, and that stays so: the flag belongs to both sides. A kick that somebody
-//! else has taken would block who reads it; a counter that is full, who signals it.
+//! The front-end goes on using them. Some block, and that stays so: the flag belongs to both sides. A kick that another
+//! reader has taken would block the worker that reads; a full counter would block the worker that signals.
 
 use std::io;
 
@@ -35,9 +35,9 @@ const READS_MAX: u32 = 1024;
 
 /// An eventfd that the front-end or the driver signals.
 ///
-/// Reading takes all kicks at once, but for an eventfd with EFD_SEMAPHORE, which gives one at a time. Its count can be so high that
-/// it never ends, and the worker would be woken for each. Then it is not read any more: the worker is woken when somebody
-/// writes to it, and not because it is readable.
+/// A read takes all kicks at once. An eventfd with EFD_SEMAPHORE gives one at a time, and its count can be so high that reading never
+/// ends and each kick wakes the worker. The worker then stops reading it: a write wakes the worker, and not the fact that the eventfd
+/// is readable.
 #[derive(Debug)]
 pub(super) struct Kick {
     eventfd: EventFd,
@@ -84,7 +84,7 @@ impl Kick {
             self.is_endless = (0..READS_MAX).all(|_| self.read() == Taken::Single);
             if self.is_endless {
                 tracing::warn!(
-                    "a kick eventfd of the front-end gives kicks one by one (EFD_SEMAPHORE) and has more than anybody can read; \
+                    "a kick eventfd of the front-end gives kicks one by one (EFD_SEMAPHORE) and has more kicks than the worker can read; \
                      it is not read any more"
                 );
             }
@@ -121,7 +121,7 @@ impl Signal {
         Self { eventfd, may_block: !flags.is_ok_and(|flags| flags.contains(OFlags::NONBLOCK)) }
     }
 
-    /// Signals it. If its counter is full, whoever waits for it wakes up without us.
+    /// Signals it. If its counter is full, its reader wakes up without this signal.
     pub(super) fn send(&self, queue_index: u16) {
         if self.may_block && !self.has_room() {
             return;
@@ -133,7 +133,7 @@ impl Signal {
         }
     }
 
-    /// The eventfd, for somebody else who signals it too.
+    /// The eventfd, for another signaller.
     pub(super) fn eventfd(&self) -> &EventFd {
         &self.eventfd
     }

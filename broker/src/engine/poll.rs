@@ -55,7 +55,7 @@ impl PollPolicy {
         }
     }
 
-    /// Another one that polls for as long, for another thread.
+    /// A policy with the same poll time, for another thread.
     pub(super) fn renewed(&self) -> Self {
         Self::new(self.poll_time)
     }

@@ -18,7 +18,7 @@ pub(super) const DISK: types::Fixed = types::Fixed(0);
 /// The place of the same file through the page cache, if there is that. Nothing else is in the table.
 pub(super) const PAGE_CACHE: types::Fixed = types::Fixed(1);
 
-/// Entries of the SQ. A turn of the worker that has more to submit enters the kernel more than once.
+/// Entries of the SQ. A poll iteration that has more to submit enters the kernel more than once.
 const SQ_ENTRIES: u32 = 256;
 
 /// Kernel threads for requests that would block (`IORING_REGISTER_IOWQ_MAX_WORKERS`): for files and block devices.
@@ -41,8 +41,8 @@ enum TaskRun {
     Interrupting,
 }
 
-/// Creates the ring of the calling thread, which must be the only one that uses it, and makes sure that it works: with each
-/// system call that a worker makes later.
+/// Creates the io_uring of the calling thread and tries it out with each system call that a worker makes later. No other thread may use
+/// it.
 ///
 /// `completions_max` is the largest number of completions that can be outstanding.
 pub(super) fn open(completions_max: u32) -> Result<IoUring, EngineError> {
@@ -212,7 +212,7 @@ impl<'r> Ring<'r> {
     /// # Safety
     ///
     /// The kernel may read and write the memory that the entry names until its completion was reaped: it must be mapped
-    /// for so long, and nobody may rely on a reference into it. Arrays of iovecs are read when the entry is submitted,
+    /// for so long, and no code may rely on a reference into it. Arrays of iovecs are read when the entry is submitted,
     /// and must stay in place until then.
     pub(super) unsafe fn push(&mut self, entry: &squeue::Entry) {
         loop {
@@ -275,7 +275,7 @@ impl<'r> Ring<'r> {
         match self.submitter.submit_and_wait(want) {
             Ok(_) => {}
             // A signal; or the kernel is short of memory or wants the CQ emptied first. What was not taken stays in the
-            // SQ, and the next turn hands it over again.
+            // SQ, and the next poll iteration hands it over again.
             Err(error) if matches!(error.raw_os_error(), Some(libc::EINTR | libc::EAGAIN | libc::EBUSY)) => {}
             // Anything else is about the ring, which only this code uses.
             Err(error) => panic!("entering a worker's io_uring: {error}"),

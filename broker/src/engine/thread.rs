@@ -53,7 +53,7 @@ fn live(
         tell(Err(error));
         return None;
     }
-    // The thread that creates a ring is the one that may use it.
+    // Only the thread that creates an io_uring may use it.
     let mut ring = match ring::open(place.completions_max) {
         Ok(ring) => ring,
         Err(error) => {
@@ -82,7 +82,7 @@ fn live(
 ///
 /// # Errors
 ///
-/// [`EngineError::Affinity`] names one that is not there, or that this process may not use.
+/// [`EngineError::Affinity`] names a CPU that does not exist, or that this process may not use.
 pub fn check_cpus(cpus: &[usize]) -> Result<(), EngineError> {
     thread::scope(|scope| {
         // A thread of its own, since the place of this one must not change.

@@ -84,7 +84,7 @@ impl DoorbellThread {
             .map_err(RingError::system("watching an eventfd"))?;
         let theirs = shared.clone();
         let thread = thread::Builder::new()
-            .name("ringpass-bell".into())
+            .name("ring-doorbell".into())
             .spawn(move || theirs.run())
             .map_err(RingError::system("starting the doorbell thread"))?;
         Ok(Self { shared, thread: Some(thread) })

@@ -26,7 +26,7 @@ use super::RingError;
 /// A value that must stay alive until a ring has really ended.
 pub type Keepalive = Box<dyn Any + Send>;
 
-/// How often the reaper polls at first.
+/// How often the ring closer polls at first.
 const POLL_MIN: Duration = Duration::from_micros(500);
 /// How often it polls when the end takes long.
 const POLL_MAX: Duration = Duration::from_millis(20);
@@ -135,7 +135,7 @@ impl EndWatch {
 
 /// Reports when a ring and all of its I/O have ended.
 ///
-/// Dropping this stops the watching, not the waiting: the [`Reaper`] holds all that the I/O needs until the real end.
+/// Dropping this stops the watching, not the waiting: the [`RingCloser`] holds all that the I/O needs until the real end.
 #[derive(Clone, Debug, Default)]
 pub struct RingEnd {
     progress: Arc<Progress>,
@@ -225,7 +225,7 @@ impl RingEnd {
         Arc::ptr_eq(&self.progress, &other.progress)
     }
 
-    /// Calls `callback` at the end, on the reaper's thread, which has other rings to wait for: `callback` must be
+    /// Calls `callback` at the end, on the ring closer's thread, which has other rings to wait for: `callback` must be
     /// quick. If the ring has ended already, calls it at once.
     pub fn on_end(&self, callback: impl FnOnce() + Send + 'static) {
         // Locked before the check, so that an end that comes now either finds `callback` in the list or is seen by the
@@ -263,7 +263,7 @@ impl RingEnd {
 /// before it is needed, because a guest that makes the kernel start workers must not be able to prevent the closing of
 /// a ring. It ends after the last ring, once no other thread can send it a ring.
 #[derive(Clone, Debug)]
-pub struct Reaper {
+pub struct RingCloser {
     closed: Sender<Closed>,
 }
 
@@ -276,12 +276,12 @@ struct Closed {
     at: Instant,
 }
 
-impl Reaper {
+impl RingCloser {
     /// Starts the thread.
     pub fn start() -> Result<Self, RingError> {
         let (closed, receiver) = channel();
         thread::Builder::new()
-            .name("ringpass-reaper".into())
+            .name("ring-closer".into())
             .spawn(move || reap(&receiver))
             .map_err(RingError::system("starting the thread that waits for the ends of rings"))?;
         Ok(Self { closed })
@@ -293,7 +293,9 @@ impl Reaper {
         end.set(Phase::Closed(at));
         if let Err(lost) = self.closed.send(Closed { ring, watch, keepalive, end: end.clone(), at }) {
             // The thread has panicked. Reporting no end is safe, reporting an end is not.
-            tracing::error!("the reaper thread is gone: the guest memory of a closed ring stays in use for ever");
+            tracing::error!(
+                "the ring closer's thread is gone: the guest memory of a closed ring stays in use for ever"
+            );
             std::mem::forget(lost);
         }
     }

@@ -37,7 +37,7 @@ use vmm_sys_util::eventfd::EventFd;
 pub use config::{IoWorkers, RingConfig};
 pub use doorbell::DoorbellThread;
 pub(crate) use doorbell::{DoorbellId, borrow as borrow_eventfd, check_eventfd};
-pub use end::{Keepalive, Reaper, RingEnd, StillRunning, token_places, try_end_token};
+pub use end::{Keepalive, RingCloser, RingEnd, StillRunning, token_places, try_end_token};
 pub use error::RingError;
 pub use placement::{Placement, RingWindow};
 pub(crate) use policy::refuse_unsafe;
@@ -87,13 +87,13 @@ struct Parts {
     submission: Submission,
     window: Option<Arc<RingWindow>>,
     token: EndToken,
-    reaper: Reaper,
+    closer: RingCloser,
     end: RingEnd,
 }
 
 impl KernelRing<Disabled> {
     /// Creates the ring, disabled, in the given place. Its fixed file 0 is the disk, and fixed file 1 the token by
-    /// which `reaper` detects the ring's real end.
+    /// which `closer` detects the ring's real end.
     ///
     /// The calling thread becomes one of the ring's tasks: system calls in which it waits may return EINTR when the
     /// ring ends, and without an SQ thread its own io-wq workers get the ring's limits. [`DirectDevice`] uses a
@@ -110,7 +110,7 @@ impl KernelRing<Disabled> {
         submission: Submission,
         placement: &Placement<'_>,
         disk: &Disk,
-        reaper: &Reaper,
+        closer: &RingCloser,
     ) -> Result<Self, RingError> {
         config.check()?;
         let token = EndToken::new().map_err(RingError::system("making the token for the ring's end"))?;
@@ -122,7 +122,7 @@ impl KernelRing<Disabled> {
                 submission,
                 window: created.window.map(Arc::new),
                 token,
-                reaper: reaper.clone(),
+                closer: closer.clone(),
                 end: RingEnd::default(),
             }),
             state: PhantomData,
@@ -228,7 +228,7 @@ impl KernelRing<Enabled> {
     /// keeps it running.
     pub fn close(mut self, keepalive: Keepalive) -> RingEnd {
         let end = self.end();
-        self.hand_to_reaper(keepalive);
+        self.hand_to_closer(keepalive);
         end
     }
 }
@@ -261,16 +261,16 @@ impl<S> KernelRing<S> {
         KernelRing { parts: self.parts.take(), state: PhantomData }
     }
 
-    /// Makes the reaper close the ring, if the ring has not been handed on.
-    fn hand_to_reaper(&mut self, keepalive: Keepalive) {
-        let Some(Parts { fd, layout: _, submission, window, token, reaper, end }) = self.parts.take() else { return };
-        reaper.close(Box::new((fd, window)), token.released_to_ring(), Box::new((keepalive, submission)), &end);
+    /// Makes the ring closer close the ring, if the ring has not been handed on.
+    fn hand_to_closer(&mut self, keepalive: Keepalive) {
+        let Some(Parts { fd, layout: _, submission, window, token, closer, end }) = self.parts.take() else { return };
+        closer.close(Box::new((fd, window)), token.released_to_ring(), Box::new((keepalive, submission)), &end);
     }
 }
 
 impl<S> Drop for KernelRing<S> {
     fn drop(&mut self) {
-        self.hand_to_reaper(Box::new(()));
+        self.hand_to_closer(Box::new(()));
     }
 }
 

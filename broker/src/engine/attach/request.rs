@@ -63,7 +63,7 @@ impl AttachRequest {
         }
     }
 
-    /// Leaves the request to the next process, or to a later turn of this one, as if it had not been taken. False, and
+    /// Leaves the request to the next process, or to a later poll iteration of this one, as if it had not been taken. False, and
     /// nothing changes: the in-flight region has the request, so that a later process takes it again anyway.
     pub(in crate::engine) fn undo(self, queue: &mut SplitQueue) -> bool {
         self.unrecorded.is_some_and(|chain| queue.undo_pop(chain))

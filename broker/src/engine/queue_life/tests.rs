@@ -277,7 +277,7 @@ impl Bench {
         let Effects { answer, is_broken } = effects;
         if let Some((reply, next_avail)) = answer {
             reply.send(next_avail).unwrap();
-            let pending = self.pending.take().expect("a stop that nobody waits for was answered");
+            let pending = self.pending.take().expect("a stop was answered for which the front-end does not wait");
             assert_eq!(pending.wait(), Some(next_avail), "another stop was answered");
             assert_eq!(Some(next_avail), self.started.take(), "the index of another start");
         }

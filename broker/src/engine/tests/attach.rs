@@ -131,7 +131,7 @@ fn completions_interrupt_the_driver_also_through_another_eventfd() {
 }
 
 #[test]
-fn a_stopped_queue_is_attached_again_by_whoever_goes_on_with_it() {
+fn a_stopped_queue_is_attached_again_by_the_next_device_process() {
     let mut rig = rig(2, 2);
     let mut driver = attached(&mut rig, 1);
     for round in 1..6 {
@@ -491,7 +491,7 @@ fn what_was_said_with_a_kick_eventfd_that_is_replaced_is_heard() {
         assert_eq!(driver.wait(9).unwrap(), 4096);
     }
     rig.engine.set_kick(1, None);
-    wait_until("the end of a ring that nobody would hear of", || driver.has_attach_ended().unwrap());
+    wait_until("the end of a ring of which no eventfd tells", || driver.has_attach_ended().unwrap());
     assert_eq!(driver.wait_attach().unwrap(), whole(ErrorCode::Mode));
 }
 

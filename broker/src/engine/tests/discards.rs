@@ -78,7 +78,7 @@ fn memory_that_leaves_was_not_discarded_unseen() {
     rig.engine.set_memory(Arc::new(without.insert_region(region).unwrap()));
     let mut driver = attached(&mut rig, 1);
     verify(&rig, &mut driver, 1);
-    // As a machine does it that takes memory away: nobody has looked in between.
+    // As a machine does it that takes memory away: no look comes in between.
     punch(&small, 0);
     rig.engine.set_memory(without);
     wait_until("the end of rings", || closed(&rig) == Some(ErrorCode::Discarded));

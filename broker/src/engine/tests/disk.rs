@@ -143,7 +143,7 @@ fn shutdown_ends_what_is_under_way_and_frees_the_disk() {
         ended += 1;
     }
     assert!(ended == 0 || driver.vring.eventfds().call().wait(PATIENCE).unwrap(), "the driver is told");
-    Disk::open(&DiskConfig::new(image.path())).expect("nobody has the disk any more");
+    Disk::open(&DiskConfig::new(image.path())).expect("no process has the disk any more");
 }
 
 #[test]

@@ -9,7 +9,7 @@ use ringpass_guest_abi::request::ErrorCode;
 
 use super::attach::{attach_config, driver_queue};
 use super::driver::{eventfds, setup};
-use super::poll_iterations::{nobody, with_worker};
+use super::poll_iterations::{unread, with_worker};
 use super::rig::{Options, Rig};
 use super::ring_driver::{RingDriver, ring_queue_driver};
 use crate::engine::attach::{
@@ -42,8 +42,8 @@ fn with_attached(act: impl FnOnce(Bench<'_, '_>)) {
     let options = Options { queues: QUEUE + 1, ..Options::default() };
     with_worker(obeyed, options, 8, Some(attach), |rig, worker| {
         let memory = rig.device_memory();
-        commands.send(Command::SetMemory { memory, reply: nobody() });
-        commands.send(Command::SetDisk { disk: rig.open_disk(), reply: nobody() });
+        commands.send(Command::SetMemory { memory, reply: unread() });
+        commands.send(Command::SetDisk { disk: rig.open_disk(), reply: unread() });
         let driver = ring_queue_driver(driver_queue(rig, QUEUE), QUEUE);
         let mut bench = Bench { rig, worker, commands: &commands, requests: &requests, driver };
         bench.start();
@@ -59,7 +59,7 @@ impl Bench<'_, '_> {
         let (vring, number) = (self.driver.vring(), usize::from(QUEUE));
         let (setup, eventfds) = (setup(vring, vring.used_idx().unwrap(), None), eventfds(vring));
         self.commands.send(Command::Start { queue: number, setup, eventfds });
-        self.commands.send(Command::SetEnabled { queue: number, is_enabled: true, reply: nobody() });
+        self.commands.send(Command::SetEnabled { queue: number, is_enabled: true, reply: unread() });
     }
 
     fn poll(&mut self) {
@@ -101,7 +101,7 @@ impl Bench<'_, '_> {
 
     /// The guest's memory is another mapping of it.
     fn change_mapping(&self) {
-        self.commands.send(Command::SetMemory { memory: self.rig.device_memory(), reply: nobody() });
+        self.commands.send(Command::SetMemory { memory: self.rig.device_memory(), reply: unread() });
     }
 }
 
@@ -148,7 +148,7 @@ fn disabling_a_queue_waits_for_its_ring_and_not_for_a_ring_of_a_front_end_that_i
         let disable = |reply| Command::SetEnabled { queue: QUEUE.into(), is_enabled: false, reply };
         let _request = bench.claimed();
         bench.commands.send(Command::Abandon);
-        bench.commands.send(Command::SetMemory { memory: bench.rig.device_memory(), reply: nobody() });
+        bench.commands.send(Command::SetMemory { memory: bench.rig.device_memory(), reply: unread() });
         bench.start();
         bench.poll();
         assert_eq!(bench.send(disable).try_recv(), Ok(()));

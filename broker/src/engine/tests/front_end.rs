@@ -276,7 +276,7 @@ fn a_stop_is_answered_when_what_an_earlier_process_had_taken_is_executed() {
         let mut killed = SplitQueue::new(driver.setup(0, region(&file).queue(0)), &memory).unwrap();
         while killed.pop_recorded(&memory).unwrap().is_some() {}
         drop(killed);
-        // What nobody has taken yet.
+        // What no process has taken yet.
         driver.add_write(24, &contents(1, 24, 8));
 
         // It is not even enabled: a front-end disables a queue before it stops it.
@@ -375,7 +375,7 @@ fn eventfds_that_block_do_not_block_the_engine() {
     for sector in 0..50 {
         assert_eq!(driver.read(sector, 1).data, content(0, sector));
     }
-    // A counter that takes no more: nobody reads this eventfd.
+    // A counter that takes no more: nothing reads this eventfd.
     let full = blocking();
     full.add(u64::MAX - 1).unwrap();
     rig.engine.set_call(0, Some(full.to_eventfd().unwrap()));

@@ -55,8 +55,8 @@ pub(super) fn with_worker(
     act(&mut rig, &mut worker);
 }
 
-/// For a command whose answer nobody waits for.
-pub(super) fn nobody<T>() -> Reply<T> {
+/// For a command whose answer the test does not read.
+pub(super) fn unread<T>() -> Reply<T> {
     sync_channel(1).0
 }
 
@@ -68,10 +68,10 @@ fn running(rig: &Rig, sender: &CommandSender) -> BlockDriver {
 /// The same, with its rings where the guest has those of queue `place`.
 fn running_at(rig: &Rig, sender: &CommandSender, place: u16) -> BlockDriver {
     let driver = rig.driver(place);
-    sender.send(Command::SetMemory { memory: rig.device_memory(), reply: nobody() });
-    sender.send(Command::SetDisk { disk: rig.open_disk(), reply: nobody() });
+    sender.send(Command::SetMemory { memory: rig.device_memory(), reply: unread() });
+    sender.send(Command::SetDisk { disk: rig.open_disk(), reply: unread() });
     sender.send(Command::Start { queue: 0, setup: driver.setup(0, None), eventfds: driver.eventfds() });
-    sender.send(Command::SetEnabled { queue: 0, is_enabled: true, reply: nobody() });
+    sender.send(Command::SetEnabled { queue: 0, is_enabled: true, reply: unread() });
     driver
 }
 
@@ -117,7 +117,7 @@ fn a_turn_looks_at_no_queue_behind_the_last_that_is_started() {
         sender.send(Command::Start { queue: 255, setup: last.setup(0, None), eventfds: last.eventfds() });
         worker.poll_once();
         assert_eq!(worker.queues.in_use(), 256);
-        sender.send(Command::Stop { queue: 255, reply: nobody() });
+        sender.send(Command::Stop { queue: 255, reply: unread() });
         worker.poll_once();
         assert_eq!(worker.queues.in_use(), 1);
     });
@@ -147,7 +147,7 @@ fn a_worker_that_waits_for_the_end_of_a_queue_has_nothing_to_do() {
 fn what_is_under_way_is_logged_where_it_began_also_when_the_next_front_end_keeps_no_log() {
     by_hand(8, |rig, worker, sender| {
         let log = rig.dirty_log();
-        sender.send(Command::SetDirtyLog { log: Some(log), reply: nobody() });
+        sender.send(Command::SetDirtyLog { log: Some(log), reply: unread() });
         let mut driver = running(rig, sender);
         worker.poll_once();
         rig.clear_log();
@@ -156,7 +156,7 @@ fn what_is_under_way_is_logged_where_it_began_also_when_the_next_front_end_keeps
         driver.add_flush();
         worker.poll_once();
         sender.send(Command::Abandon);
-        sender.send(Command::SetDirtyLog { log: None, reply: nobody() });
+        sender.send(Command::SetDirtyLog { log: None, reply: unread() });
         wait_until("the end of the flush", || {
             worker.poll_once();
             worker.execution.under_way() == 0

@@ -105,7 +105,7 @@ proptest! {
         while !granted.0.is_empty() {
             release(&mut granted, &mut waiting, 0);
         }
-        prop_assert!(waiting.is_empty(), "{waiting:?} wait for nobody");
+        prop_assert!(waiting.is_empty(), "{waiting:?} wait although all blocks are free");
         prop_assert_eq!(locks.contenders.0.load(Ordering::SeqCst), 0);
     }
 }
@@ -120,7 +120,7 @@ fn no_two_threads_have_a_block_when_one_of_them_has_it_alone() {
     const BLOCKS: u64 = 4;
     const CLAIMS: u32 = 20_000;
     let locks = BlockLocks::new(THREADS);
-    // Who has each block: shared ones count 1, one that is alone counts a lot.
+    // The holders of each block: a shared hold counts 1, a hold alone counts a lot.
     let users: Vec<AtomicU64> = (0..BLOCKS).map(|_| AtomicU64::new(0)).collect();
     let (senders, receivers): (Vec<Sender<u32>>, Vec<_>) = (0..THREADS).map(|_| channel()).unzip();
     std::thread::scope(|scope| {
