@@ -129,10 +129,10 @@ impl Writer {
     /// Wakes the thread if jobs were sent and it sleeps: no system call otherwise.
     #[inline]
     pub(super) fn wake(&mut self) {
-        if std::mem::take(&mut self.has_new_jobs)
-            && let Some(thread) = &self.thread
-        {
-            thread.thread().unpark();
+        if std::mem::take(&mut self.has_new_jobs) {
+            if let Some(thread) = &self.thread {
+                thread.thread().unpark();
+            }
         }
     }
 

@@ -125,7 +125,7 @@ impl Worker<'_> {
     fn set_memory(&mut self, memory: &Rc<DeviceMemory>) {
         for (number, MemoryChange { held, ranges }) in self.queues.set_memory(memory) {
             if let Some(error) = held {
-                let why = format_args!("{error}; it waits for memory that has its rings");
+                let why = format!("{error}; it waits for memory that has its rings");
                 self.report_stop(number, error.cause(), &why);
             }
             match ranges {

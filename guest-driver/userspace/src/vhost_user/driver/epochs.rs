@@ -90,9 +90,8 @@ impl Driver {
     /// Looks at what the device says of rings, until it says no more: an interrupt may stand for several things, and one may follow
     /// from another.
     pub(super) fn look(&mut self) {
-        while self.fault.is_none()
-            && let Some(event) = self.next_event()
-        {
+        while self.fault.is_none() {
+            let Some(event) = self.next_event() else { break };
             self.step(event);
         }
     }

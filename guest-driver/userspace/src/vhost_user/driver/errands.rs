@@ -45,10 +45,10 @@ impl Driver {
     }
 
     pub(super) fn run_errand(&mut self, errand: Errand) {
-        if let Errand::Transfer { id } | Errand::Flush { id } = errand
-            && let Some(pending) = &mut self.slots[id]
-        {
-            pending.place = Place::FirstQueue;
+        if let Errand::Transfer { id } | Errand::Flush { id } = errand {
+            if let Some(pending) = &mut self.slots[id] {
+                pending.place = Place::FirstQueue;
+            }
         }
         self.errands.waiting.push_back(errand);
     }
@@ -74,9 +74,8 @@ impl Driver {
                 None => index += 1,
             }
         }
-        while self.fault.is_none()
-            && let Some(&errand) = self.errands.waiting.front()
-        {
+        while self.fault.is_none() {
+            let Some(&errand) = self.errands.waiting.front() else { break };
             let question = match errand {
                 Errand::Transfer { id } => self.slots[id].as_ref().map(|pending| {
                     let Request { write, offset_bytes, gpa, len_bytes, .. } = pending.rest();
