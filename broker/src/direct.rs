@@ -3,6 +3,9 @@
 //! [`DirectDevice::attach`] has the order of set-up in one place. [`DirectQueue::close`] undoes its steps in the
 //! opposite order, and everything that I/O may still touch stays until the ring's real end.
 
+mod config;
+mod queue;
+
 use std::ops::Range;
 use std::panic::resume_unwind;
 use std::path::Path;
@@ -10,101 +13,19 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread;
 use std::time::Duration;
 
-use ringpass_guest_abi::{RingLayout, rings_area_bytes, sqes_area_bytes};
 use ringpass_restrictions::CompiledPolicy;
-use vmm_sys_util::eventfd::EventFd;
+
+pub use config::{DirectConfig, QueueConfig, QueuePlacement, SubmissionConfig};
+pub use queue::DirectQueue;
+
+use queue::{Running, lock};
 
 use crate::disk::Disk;
-use crate::memory::{ChangedSlots, GuestMemory, MemoryError, PinnedMemory, RegionConfig, Sharing};
+use crate::memory::{ChangedSlots, GuestMemory, MemoryError, PinnedMemory, RegionConfig};
 use crate::ring::{
-    DoorbellId, DoorbellThread, Enabled, IoWorkers, KernelRing, Placement, RingCloser, RingConfig, RingEnd, RingError,
-    RingWindow, SqThread, SqThreadConfig, Submission, check_eventfd, refuse_unsafe,
+    DoorbellThread, IoWorkers, KernelRing, Placement, RingCloser, RingEnd, RingError, SqThread, Submission,
+    check_eventfd, refuse_unsafe,
 };
-
-/// How a device executes its queues.
-#[derive(Clone, Copy, Debug)]
-#[non_exhaustive]
-pub struct DirectConfig {
-    /// What consumes the SQs.
-    pub submission: SubmissionConfig,
-    /// Limits of the kernel threads behind the rings.
-    pub workers: IoWorkers,
-    /// How queues share the pinned memory, usually [`Sharing::for_kernel`].
-    pub sharing: Sharing,
-}
-
-impl DirectConfig {
-    /// With the limits of [`IoWorkers::default`].
-    pub fn new(submission: SubmissionConfig, sharing: Sharing) -> Self {
-        Self { submission, workers: IoWorkers::default(), sharing }
-    }
-
-    /// Sets the limits of the kernel threads behind the rings.
-    #[must_use]
-    pub fn workers(self, workers: IoWorkers) -> Self {
-        Self { workers, ..self }
-    }
-}
-
-/// What consumes the SQs of a device.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum SubmissionConfig {
-    /// One kernel thread, which polls.
-    SqThread(SqThreadConfig),
-    /// A thread of the broker, at each doorbell.
-    Doorbell,
-}
-
-/// The configuration of a queue.
-#[derive(Debug)]
-#[non_exhaustive]
-pub struct QueueConfig {
-    /// Size of the ring.
-    pub ring: RingConfig,
-    /// The place of the ring's memory.
-    pub placement: QueuePlacement,
-    /// The guest signals this eventfd when the ring's doorbell rule says so. Each queue needs its own: two queues with
-    /// one doorbell would miss each other's signals. The eventfd becomes non-blocking for all its holders. None: no
-    /// thread answers a doorbell; only for guests of an SQ thread that never sleeps before they end.
-    pub doorbell: Option<EventFd>,
-    /// The kernel signals this eventfd at completions that the guest has not muted. None: the guest only polls.
-    pub completion: Option<EventFd>,
-}
-
-impl QueueConfig {
-    /// A queue without eventfds: its guest polls, and its SQ thread never sleeps.
-    pub fn new(ring: RingConfig, placement: QueuePlacement) -> Self {
-        Self { ring, placement, doorbell: None, completion: None }
-    }
-
-    /// Sets [`doorbell`](Self#structfield.doorbell).
-    #[must_use]
-    pub fn doorbell(self, doorbell: impl Into<Option<EventFd>>) -> Self {
-        Self { doorbell: doorbell.into(), ..self }
-    }
-
-    /// Sets [`completion`](Self#structfield.completion).
-    #[must_use]
-    pub fn completion(self, completion: impl Into<Option<EventFd>>) -> Self {
-        Self { completion: completion.into(), ..self }
-    }
-}
-
-/// The place of a queue's ring.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum QueuePlacement {
-    /// In guest RAM, at the driver's addresses ([`Placement::GuestRam`]).
-    GuestRam {
-        /// Guest-physical address of the rings area.
-        rings_gpa: u64,
-        /// Guest-physical address of the SQE area.
-        sqes_gpa: u64,
-    },
-    /// In pages of the kernel ([`Placement::Window`]).
-    Window,
-}
 
 /// One guest's device in direct mode.
 #[derive(Debug)]
@@ -134,24 +55,6 @@ struct Ring {
     areas: Option<[Range<u64>; 2]>,
     end: RingEnd,
     queue: Weak<Mutex<Option<Running>>>,
-}
-
-/// A queue of a device: a ring that the guest drives. Closed when dropped; [`DirectDevice::ends`] then has its end.
-#[derive(Debug)]
-pub struct DirectQueue {
-    layout: RingLayout,
-    running: Arc<Mutex<Option<Running>>>,
-    end: RingEnd,
-    doorbells: Arc<DoorbellThread>,
-}
-
-#[derive(Debug)]
-struct Running {
-    ring: KernelRing<Enabled>,
-    doorbell: Option<DoorbellId>,
-    /// The memory of the ring, which its I/O may use.
-    pinned: Arc<PinnedMemory>,
-    disk: Arc<Disk>,
 }
 
 impl DirectDevice {
@@ -368,18 +271,6 @@ impl DirectDevice {
     }
 }
 
-impl QueueConfig {
-    /// The guest-physical areas of the ring. Saturating: an area at the very top is refused later as outside RAM.
-    fn areas(&self) -> Option<[Range<u64>; 2]> {
-        let QueuePlacement::GuestRam { rings_gpa, sqes_gpa } = self.placement else { return None };
-        let area = |gpa: u64, len_bytes| gpa..gpa.saturating_add(len_bytes);
-        Some([
-            area(rings_gpa, rings_area_bytes(self.ring.cq_entries)),
-            area(sqes_gpa, sqes_area_bytes(self.ring.sq_entries)),
-        ])
-    }
-}
-
 impl DeviceState {
     fn forget_ended(&mut self) {
         self.rings.retain(|ring| !ring.end.has_ended());
@@ -455,54 +346,6 @@ fn on_own_thread<T: Send>(work: impl FnOnce() -> T + Send) -> T {
         Ok(result) => result,
         Err(panic) => resume_unwind(panic),
     })
-}
-
-impl DirectQueue {
-    /// The layout of the ring, for the guest.
-    pub fn layout(&self) -> &RingLayout {
-        &self.layout
-    }
-
-    /// The ring's pages, if the kernel allocated them. While the window is held, the ring keeps running, even after it
-    /// is closed.
-    pub fn window(&self) -> Option<Arc<RingWindow>> {
-        lock(&self.running).as_ref().and_then(|running| running.ring.window().cloned())
-    }
-
-    /// Replaces the eventfd that completions signal; the new eventfd is signalled once.
-    pub fn replace_completion(&self, completion: Option<&EventFd>) -> Result<(), RingError> {
-        match lock(&self.running).as_ref() {
-            Some(running) => running.ring.replace_completion(completion),
-            None => Ok(()),
-        }
-    }
-
-    /// The same for a file that is known to be an eventfd, and which the caller signals. Creates no ring on the calling
-    /// thread.
-    pub(crate) fn set_completion(&self, completion: Option<&EventFd>) -> Result<(), RingError> {
-        match lock(&self.running).as_ref() {
-            Some(running) => running.ring.set_completion(completion),
-            None => Ok(()),
-        }
-    }
-
-    /// Ends the queue. Returns at once; [`RingEnd`] tells when its I/O has ended too.
-    pub fn close(self) -> RingEnd {
-        self.end.clone()
-    }
-}
-
-impl Drop for DirectQueue {
-    fn drop(&mut self) {
-        let Some(Running { ring, doorbell, pinned, disk }) = lock(&self.running).take() else { return };
-        doorbell.iter().for_each(|doorbell| self.doorbells.remove(doorbell));
-        // Dropped in this order, so that others can open the disk once the memory is released.
-        ring.close(Box::new((disk, pinned, self.doorbells.clone())));
-    }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]

@@ -10,11 +10,12 @@ use std::time::{Duration, Instant};
 use ringpass_guest_abi::{Cqe, DriverRing, FixedAddressing, MappedRing, Sqe, rings_area_bytes};
 use ringpass_restrictions::{Access, Operation, Policy, RegisterOperation, SqeFlags};
 use rustix::fs::MemfdFlags;
-use vmm_sys_util::eventfd::EFD_CLOEXEC;
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
 
 use super::*;
 use crate::disk::{DirectIo, DiskConfig};
-use crate::memory::IOVA_BASE;
+use crate::memory::{IOVA_BASE, Sharing};
+use crate::ring::{RingConfig, SqThreadConfig};
 
 /// Longer than any step takes on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(60);

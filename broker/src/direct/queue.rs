@@ -1,0 +1,77 @@
+//! A queue of a direct device.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use ringpass_guest_abi::RingLayout;
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::disk::Disk;
+use crate::memory::PinnedMemory;
+use crate::ring::{DoorbellId, DoorbellThread, Enabled, KernelRing, RingEnd, RingError, RingWindow};
+
+/// A queue of a device: a ring that the guest drives. Closed when dropped; [`DirectDevice::ends`](super::DirectDevice::ends) then has its end.
+#[derive(Debug)]
+pub struct DirectQueue {
+    pub(super) layout: RingLayout,
+    pub(super) running: Arc<Mutex<Option<Running>>>,
+    pub(super) end: RingEnd,
+    pub(super) doorbells: Arc<DoorbellThread>,
+}
+
+/// What a queue has until it is closed.
+#[derive(Debug)]
+pub(super) struct Running {
+    pub(super) ring: KernelRing<Enabled>,
+    pub(super) doorbell: Option<DoorbellId>,
+    /// The memory of the ring, which its I/O may use.
+    pub(super) pinned: Arc<PinnedMemory>,
+    pub(super) disk: Arc<Disk>,
+}
+
+impl DirectQueue {
+    /// The layout of the ring, for the guest.
+    pub fn layout(&self) -> &RingLayout {
+        &self.layout
+    }
+
+    /// The ring's pages, if the kernel allocated them. While the window is held, the ring keeps running, even after it
+    /// is closed.
+    pub fn window(&self) -> Option<Arc<RingWindow>> {
+        lock(&self.running).as_ref().and_then(|running| running.ring.window().cloned())
+    }
+
+    /// Replaces the eventfd that completions signal; the new eventfd is signalled once.
+    pub fn replace_completion(&self, completion: Option<&EventFd>) -> Result<(), RingError> {
+        match lock(&self.running).as_ref() {
+            Some(running) => running.ring.replace_completion(completion),
+            None => Ok(()),
+        }
+    }
+
+    /// The same for a file that is known to be an eventfd, and which the caller signals. Creates no ring on the calling
+    /// thread.
+    pub(crate) fn set_completion(&self, completion: Option<&EventFd>) -> Result<(), RingError> {
+        match lock(&self.running).as_ref() {
+            Some(running) => running.ring.set_completion(completion),
+            None => Ok(()),
+        }
+    }
+
+    /// Ends the queue. Returns at once; [`RingEnd`] tells when its I/O has ended too.
+    pub fn close(self) -> RingEnd {
+        self.end.clone()
+    }
+}
+
+impl Drop for DirectQueue {
+    fn drop(&mut self) {
+        let Some(Running { ring, doorbell, pinned, disk }) = lock(&self.running).take() else { return };
+        doorbell.iter().for_each(|doorbell| self.doorbells.remove(doorbell));
+        // Dropped in this order, so that others can open the disk once the memory is released.
+        ring.close(Box::new((disk, pinned, self.doorbells.clone())));
+    }
+}
+
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
