@@ -7,8 +7,8 @@ use core::mem::offset_of;
 use crate::control::ControlPage;
 use crate::epoch::Area;
 use crate::little_endian::{Le16, Le32, Le64, wire};
-use crate::probe::VERSION;
 use crate::request::{self, ErrorCode, Outcome};
+use crate::version::VERSION;
 use crate::{SLOT_BYTES, SLOT_COUNT_MAX, rings_area_bytes, sqes_area_bytes};
 
 /// The addresses of one of the two areas, as the driver wrote them.

@@ -110,6 +110,7 @@ pub mod request;
 mod ring;
 #[cfg(test)]
 mod test_memory;
+mod version;
 
 pub use address::{AddressError, FixedAddress, FixedAddressing, SLOT_BYTES, SLOT_COUNT_MAX};
 pub use entry::{Cqe, Opcode, Sqe, SqeFlags};

@@ -4,13 +4,11 @@ use core::fmt;
 
 use crate::attach::AttachLimits;
 use crate::little_endian::{Le16, Le32, Le64, wire};
+pub use crate::version::VERSION;
 use crate::{FixedAddressing, SLOT_BYTES};
 
 /// [`ProbeAnswer::magic`]: the bytes `ringpass`.
 pub const MAGIC: u64 = 0x7373_6170_676e_6972;
-
-/// The version that this crate implements. Version 0 is not frozen: both sides must implement the same state of it.
-pub const VERSION: u16 = 0;
 
 /// [`ProbeAnswer::features`]: a write with `RWF_DSYNC` is durable when it completes (force unit access). Without this
 /// feature a driver does not attach while the write cache is off, and sends a flush after a write with FUA.
