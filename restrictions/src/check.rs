@@ -6,10 +6,10 @@ use crate::{
     compile::CompiledPolicy,
     fields::{BrokenField, FieldRule, FieldRules},
     operation::Operation,
-    policy::{Policy, SqeFlags},
+    policy::Policy,
     reach,
     set::OperationSet,
-    sqe::Sqe,
+    sqe::{Sqe, SqeFlags},
     support::{KernelSupport, RestrictionSemantics},
     table::{Restriction, RestrictionKind},
 };

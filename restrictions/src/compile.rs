@@ -7,8 +7,9 @@ use thiserror::Error;
 use crate::{
     fields::FieldRules,
     operation::{LinuxVersion, Operation, RegisterOperation},
-    policy::{Policy, SqeFlags, TargetSemantics},
+    policy::{Policy, TargetSemantics},
     set::{OperationSet, RegisterOperationSet},
+    sqe::SqeFlags,
     support::{KernelSupport, RestrictionSemantics},
     table::{Restriction, RestrictionKind},
 };

@@ -5,8 +5,9 @@ use core::fmt::{self, Write as _};
 use crate::{
     fields::{FieldRules, IoPrioClasses},
     operation::Operation,
-    policy::{Policy, SqeFlags, TargetSemantics},
+    policy::{Policy, TargetSemantics},
     reach::Reach,
+    sqe::SqeFlags,
 };
 
 impl Policy {

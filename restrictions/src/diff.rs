@@ -4,7 +4,8 @@ use core::fmt;
 
 use crate::{
     fields::{FieldRule, FieldRules},
-    policy::{Policy, SqeFlags, TargetSemantics},
+    policy::{Policy, TargetSemantics},
+    sqe::SqeFlags,
 };
 
 /// A difference between two policies, from the view of the first.

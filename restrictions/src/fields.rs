@@ -4,7 +4,10 @@ use core::fmt;
 
 use bitflags::bitflags;
 
-use crate::{operation::Operation, policy::SqeFlags, sqe::Sqe};
+use crate::{
+    operation::Operation,
+    sqe::{Sqe, SqeFlags},
+};
 
 bitflags! {
     /// `RWF_*` flags of a read or write (preadv2(2), io_uring_enter(2)).

@@ -39,8 +39,9 @@ use crate::{
         OffsetWindow, RwFlags, SLOTS_REVERSED, Slots, WINDOW_EMPTY,
     },
     operation::{Operation, RegisterOperation},
-    policy::{Policy, SqeFlags, TargetSemantics},
+    policy::{Policy, TargetSemantics},
     set::{OperationSet, RegisterOperationSet},
+    sqe::SqeFlags,
     support::RestrictionSemantics,
 };
 use names::{Names, all_flags, each_flag};

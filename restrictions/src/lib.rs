@@ -93,9 +93,9 @@ pub use fields::{
 pub use file::{FileError, PolicyFile};
 pub use lint::{Finding, Lint, LintContext, Mode, NopHole, Severity};
 pub use operation::{LinuxVersion, Operation, RegisterOperation};
-pub use policy::{Access, Policy, SqeFlags, TargetSemantics};
+pub use policy::{Access, Policy, TargetSemantics};
 pub use reach::{OperationFacts, Reach};
 pub use set::{OperationSet, RegisterOperationSet};
-pub use sqe::Sqe;
+pub use sqe::{Sqe, SqeFlags};
 pub use support::{KernelSupport, RestrictionSemantics};
 pub use table::{Restriction, RestrictionKind};

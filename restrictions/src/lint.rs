@@ -7,8 +7,9 @@ use core::fmt;
 use crate::{
     fields::FieldRules,
     operation::{Operation, RegisterOperation},
-    policy::{Policy, SqeFlags},
+    policy::Policy,
     reach::{OperationFacts, Reach},
+    sqe::SqeFlags,
     support::RestrictionSemantics,
 };
 pub use kinds::{Lint, Severity};

@@ -2,54 +2,13 @@
 
 use core::fmt;
 
-use bitflags::bitflags;
-
 use crate::{
     fields::{Attributes, FieldRules, IoPrioClasses, LengthRange, OffsetWindow, RwFlags, Slots},
     operation::{Operation, RegisterOperation},
     set::{OperationSet, RegisterOperationSet},
+    sqe::SqeFlags,
     support::RestrictionSemantics,
 };
-
-bitflags! {
-    /// The `IOSQE_*` flags of an SQE (io_uring_enter(2)).
-    #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-    pub struct SqeFlags: u8 {
-        /// `IOSQE_FIXED_FILE`: `fd` is a slot of the ring's file table.
-        const FIXED_FILE = 1 << 0;
-        /// `IOSQE_IO_DRAIN`: the request starts only after all earlier requests have ended.
-        const IO_DRAIN = 1 << 1;
-        /// `IOSQE_IO_LINK`: the next SQE starts after this one, if this one succeeds.
-        const IO_LINK = 1 << 2;
-        /// `IOSQE_IO_HARDLINK`: the next SQE starts after this one, regardless of the result.
-        const IO_HARDLINK = 1 << 3;
-        /// `IOSQE_ASYNC`: the request goes to an io-wq worker at once.
-        const ASYNC = 1 << 4;
-        /// `IOSQE_BUFFER_SELECT`: the kernel chooses a provided buffer.
-        const BUFFER_SELECT = 1 << 5;
-        /// `IOSQE_CQE_SKIP_SUCCESS`: the request posts no CQE if it succeeds (Linux 5.17).
-        const CQE_SKIP_SUCCESS = 1 << 6;
-    }
-}
-
-/// The kernel's names with " + " between them; "none" for no flag; undefined bits in hex.
-impl fmt::Display for SqeFlags {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if self.is_empty() {
-            return f.write_str("none");
-        }
-        let mut separator = "";
-        for (name, _) in self.iter_names() {
-            write!(f, "{separator}IOSQE_{name}")?;
-            separator = " + ";
-        }
-        let undefined = self.bits() & !Self::all().bits();
-        if undefined != 0 {
-            write!(f, "{separator}undefined {undefined:#04x}")?;
-        }
-        Ok(())
-    }
-}
 
 /// What a guest may do with its disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

@@ -2,7 +2,7 @@
 
 use crate::{
     operation::{Operation, RegisterOperation},
-    policy::SqeFlags,
+    sqe::SqeFlags,
 };
 
 /// The kernel's `struct io_uring_restriction`: 16 bytes, an array of which is the argument of

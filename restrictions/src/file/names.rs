@@ -11,7 +11,7 @@ use serde::{
 use crate::{
     fields::{Attributes, IoPrioClasses, RwFlags},
     operation::{Operation, RegisterOperation},
-    policy::SqeFlags,
+    sqe::SqeFlags,
 };
 
 /// An item that policy files write by name.
