@@ -14,15 +14,17 @@
 //!
 //! The program runs at CPL 3 and polls memory. On the data path it never leaves the guest.
 
+mod config;
 mod cpu;
 mod error;
 mod machine;
 mod state;
 mod tables;
 
+pub use config::MachineConfig;
 pub use cpu::{GuestCpu, Outcome};
 pub use error::VmmError;
-pub use machine::{Machine, MachineConfig, PROGRAM_SLOT};
+pub use machine::{Machine, PROGRAM_SLOT};
 
 /// The program: `ringpass-bare-metal`, built by the build script.
 pub(crate) static IMAGE: &[u8] = include_bytes!(env!("RINGPASS_BARE_METAL_IMAGE"));
