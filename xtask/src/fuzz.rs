@@ -12,7 +12,7 @@ use anyhow::{Context, Result};
 
 use crate::{
     steps::{self, cargo},
-    test::TestRun,
+    test_run::TestRun,
 };
 
 /// The version of cargo-fuzz to install if it is missing. It must match the crate `libfuzzer-sys` in `fuzz/Cargo.toml`.

@@ -23,6 +23,7 @@ mod repeat;
 mod soak;
 mod steps;
 mod test;
+mod test_run;
 
 #[derive(Parser)]
 #[command(name = "cargo xtask", about = "Tasks of the ringpass repository")]

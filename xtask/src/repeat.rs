@@ -11,10 +11,7 @@ use std::{
 use anyhow::{Context, Result, bail};
 use clap::Args;
 
-use crate::{
-    steps::Steps,
-    test::{self, TestRun},
-};
+use crate::{steps::Steps, test, test_run::TestRun};
 
 /// The options for the rounds.
 #[derive(Args)]

@@ -8,7 +8,7 @@ use clap::Args;
 use crate::{
     fuzz, quiet,
     steps::{self, Steps, cargo},
-    test::TestRun,
+    test_run::TestRun,
 };
 
 /// The options of a soak.
