@@ -26,6 +26,7 @@ mod segments;
 mod serial;
 mod status;
 mod told;
+mod type_rules;
 
 pub use cache_mode::CacheMode;
 pub use config::{BlkConfig, BlkConfigError, BlkParameters, CONFIG_SPACE_BYTES};

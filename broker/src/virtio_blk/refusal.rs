@@ -5,7 +5,7 @@ use std::mem::discriminant;
 use vm_memory::GuestAddress;
 
 use super::Status;
-use super::request_types::known_type;
+use super::type_rules::known_type;
 use crate::log_limit::Cause;
 use crate::virtqueue::ChainError;
 
