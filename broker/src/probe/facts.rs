@@ -5,7 +5,7 @@ use std::{fs, io, path::Path};
 use ringpass_restrictions::KernelSupport;
 use rustix::thread::{CapabilitySet, capabilities};
 
-use super::{Feature, Server, trial};
+use super::{Feature, Outcome, Server, trial};
 #[cfg(feature = "kvm")]
 use crate::kvm::{KvmRefusal, KvmSupport};
 use crate::{
@@ -53,23 +53,6 @@ pub struct Facts {
     /// The abilities of KVM, or why it cannot be used.
     #[cfg(feature = "kvm")]
     pub kvm: Result<KvmSupport, KvmRefusal>,
-}
-
-/// The outcome of trying something.
-#[derive(Clone, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum Outcome {
-    /// It works.
-    Works,
-    /// A step failed.
-    Failed {
-        /// The step that failed.
-        step: &'static str,
-        /// The error number; `None` if the kernel did something wrong without an error.
-        errno: Option<i32>,
-    },
-    /// It was not tried, because it builds on something that does not work.
-    NotTried,
 }
 
 /// The settings `kernel.io_uring_disabled` and `kernel.io_uring_group` (Linux 6.6).

@@ -5,18 +5,25 @@
 //! made-up facts.
 
 mod access;
+mod check;
 mod facts;
 mod feature;
 mod limits;
 #[cfg(feature = "kvm")]
 mod machines;
+mod mode_name;
 mod modes;
+mod outcome;
 mod report;
 mod trial;
 
-pub use facts::{Facts, FactsError, HugePagePool, Outcome, Sysctl};
+pub use check::{Check, Status};
+pub use facts::{Facts, FactsError, HugePagePool, Sysctl};
 pub use feature::Feature;
-pub use report::{Check, HoleReport, KernelReport, Mode, ModeName, Report, Status};
+pub use mode_name::ModeName;
+pub use modes::Mode;
+pub use outcome::Outcome;
+pub use report::{HoleReport, KernelReport, Report};
 
 use crate::engine::EngineShape;
 pub use crate::processes::{NoProc, require_proc};

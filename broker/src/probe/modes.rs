@@ -1,7 +1,25 @@
 //! The modes that ringpass can offer a guest here.
 
-use super::{Check, Facts, Mode, ModeName, Status, limits};
+use serde::Serialize;
+
+use super::{Check, Facts, ModeName, Status, limits};
 use crate::kernel::Verdict;
+
+/// Whether a mode can be used here.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
+pub struct Mode {
+    /// The name of the mode.
+    pub name: ModeName,
+    /// Whether the mode can be used.
+    pub available: bool,
+    /// If not, why.
+    pub why: Option<String>,
+    /// If not, what to change; each line is an alternative.
+    pub change: Vec<String>,
+    /// If so, what to know about it.
+    pub notes: Vec<String>,
+}
 
 /// All modes, the fastest first.
 pub(super) fn modes(facts: &Facts, checks: &[Check]) -> Vec<Mode> {

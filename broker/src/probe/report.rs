@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 
-use super::{Facts, access, limits, modes};
+use super::{Check, Facts, Mode, ModeName, access, limits, modes};
 use crate::kernel::{Verdict, affected};
 
 /// What this kernel and these limits allow.
@@ -59,71 +59,6 @@ pub struct HoleReport {
     pub reached_by_default: bool,
     /// The versions that have the fix, stable branches first.
     pub fixed_in: Vec<String>,
-}
-
-/// One check.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-#[non_exhaustive]
-pub struct Check {
-    /// Stable name.
-    pub name: &'static str,
-    /// Title, for people.
-    pub title: String,
-    /// The result.
-    pub status: Status,
-    /// The observation.
-    pub detail: String,
-    /// Why the ability is missing.
-    pub why: Option<String>,
-    /// What to change; each line is an alternative.
-    pub change: Vec<String>,
-    /// The modes that need the ability.
-    pub needed_for: Vec<ModeName>,
-}
-
-/// The result of a check.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Status {
-    /// The ability is available.
-    Ok,
-    /// The ability is missing.
-    Missing,
-    /// The ability could not be tried, because it builds on something that is missing.
-    NotTried,
-    /// For information only; no mode depends on it.
-    Information,
-}
-
-/// One way of executing a guest's requests.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
-#[serde(rename_all = "kebab-case")]
-#[non_exhaustive]
-pub enum ModeName {
-    /// The guest's own ring, executed by the kernel; its memory is guest RAM.
-    DirectGuestRam,
-    /// The guest's own ring, executed by the kernel; its memory is a window that the embedder shows to the guest.
-    DirectWindow,
-    /// The guest's own ring, executed by the broker.
-    Mediated,
-    /// A standard virtio-blk queue, executed by the broker.
-    Virtqueue,
-}
-
-/// Whether a mode can be used here.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-#[non_exhaustive]
-pub struct Mode {
-    /// The name of the mode.
-    pub name: ModeName,
-    /// Whether the mode can be used.
-    pub available: bool,
-    /// If not, why.
-    pub why: Option<String>,
-    /// If not, what to change; each line is an alternative.
-    pub change: Vec<String>,
-    /// If so, what to know about it.
-    pub notes: Vec<String>,
 }
 
 impl Report {
@@ -185,59 +120,6 @@ impl KernelReport {
                 Verdict::CannotTell { .. } => "cannot-tell",
             },
             advice: verdict.advice(),
-        }
-    }
-}
-
-impl Check {
-    /// A check of an available ability.
-    pub(super) fn ok(name: &'static str, title: impl Into<String>, detail: impl Into<String>) -> Self {
-        Self {
-            name,
-            title: title.into(),
-            status: Status::Ok,
-            detail: detail.into(),
-            why: None,
-            change: Vec::new(),
-            needed_for: Vec::new(),
-        }
-    }
-
-    /// Marks the ability as missing.
-    pub(super) fn missing(mut self, why: impl Into<String>, change: Vec<String>) -> Self {
-        self.status = Status::Missing;
-        self.why = Some(why.into());
-        self.change = change;
-        self
-    }
-
-    /// Sets the result.
-    pub(super) fn with_status(mut self, status: Status) -> Self {
-        self.status = status;
-        self
-    }
-
-    /// Sets the modes that need the ability.
-    pub(super) fn needed_for(mut self, modes: &[ModeName]) -> Self {
-        self.needed_for = modes.to_vec();
-        self
-    }
-}
-
-impl ModeName {
-    /// Both placements of direct mode.
-    pub(super) const DIRECT: [Self; 2] = [Self::DirectGuestRam, Self::DirectWindow];
-
-    /// All modes in which io_uring does the I/O, which are all modes that are built.
-    pub(super) const KERNEL_EXECUTED: [Self; 3] = [Self::DirectGuestRam, Self::DirectWindow, Self::Virtqueue];
-
-    /// Title, for people.
-    pub const fn title(self) -> &'static str {
-        match self {
-            Self::DirectGuestRam => "direct, rings in guest RAM",
-            Self::DirectWindow => "direct, rings in a window",
-            Self::Mediated => "mediated",
-            Self::Virtqueue => "virtqueue",
         }
     }
 }
