@@ -4,7 +4,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use ringpass_guest_abi::request::ErrorCode;
 
-use super::status::Refused;
+use super::refusal::Refused;
 
 /// What consumes the SQ of a ring.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]

@@ -30,6 +30,7 @@ mod mailbox;
 mod pending_detaches;
 mod pinned;
 mod range_registry;
+mod refusal;
 mod request;
 mod ring_executor;
 mod ring_metrics;
@@ -49,10 +50,11 @@ pub(super) use builder_command::{BuildRequest, BuilderCommand, BuilderSender, Bu
 pub(super) use builder_command::{BuilderReceiver, builder_channel};
 pub(super) use cancellation::CancellationToken;
 pub use config::AttachConfig;
+pub(super) use refusal::AttachRefusal;
+pub use refusal::Refused;
 pub(super) use request::AttachRequest;
 pub(super) use shared::SharedRings;
-pub(super) use status::AttachRefusal;
-pub use status::{KindStatus, Refused, RingCounts, RingStatus, RingsStatus};
+pub use status::{KindStatus, RingCounts, RingStatus, RingsStatus};
 pub(super) use workers::{AttachEvent, Workers};
 
 use self::config::SEGMENT_BYTES_MAX;

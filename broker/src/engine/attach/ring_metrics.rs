@@ -7,7 +7,8 @@ use ringpass_guest_abi::RingLayout;
 use ringpass_guest_abi::epoch::device::State;
 use vm_memory::{Bytes, GuestAddress};
 
-use super::status::{Refused, RingCounts, RingStatus};
+use super::refusal::Refused;
+use super::status::{RingCounts, RingStatus};
 use crate::vhost_user::DeviceMemory;
 
 /// What the rings of each queue do, for operators. Nothing decides anything by these values.

@@ -5,8 +5,9 @@ use ringpass_guest_abi::attach::Geometry;
 use super::availability::{RingAvailability, RingKind};
 use super::pending_detaches::PendingDetaches;
 use super::range_registry::RangeRegistry;
+use super::refusal::AttachRefusal;
 use super::ring_metrics::RingMetrics;
-use super::status::{AttachRefusal, KindStatus, RingsStatus};
+use super::status::{KindStatus, RingsStatus};
 
 /// What the workers and the builder of a device share about rings. Each part has its own lock, and no thread holds two
 /// of them.
