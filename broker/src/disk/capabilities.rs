@@ -11,7 +11,8 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{FallocateFlags, Mode, OFlags, fallocate, fstat, fstatfs, open as sys_open};
 
-use super::geometry::{Geometry, TMPFS_MAGIC};
+use super::TMPFS_MAGIC;
+use super::geometry::Geometry;
 use super::open::Found;
 use super::{DiskConfig, DiskKind};
 

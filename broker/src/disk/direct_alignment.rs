@@ -8,9 +8,9 @@ use std::path::Path;
 
 use rustix::fs::{AtFlags, Statx, StatxFlags, fstatfs, statx};
 
-use super::DiskError;
-use super::geometry::{SECTOR_BYTES, TMPFS_MAGIC};
-use super::open::{Found, query_error};
+use super::error::query_error;
+use super::open::Found;
+use super::{DiskError, SECTOR_BYTES, TMPFS_MAGIC};
 
 /// `STATX_DIO_READ_ALIGN` (Linux 6.14): `stx_dio_read_offset_align` is valid, or the file system has nothing to add.
 const DIO_READ_ALIGN: StatxFlags = StatxFlags::from_bits_retain(0x2_0000);

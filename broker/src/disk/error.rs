@@ -315,6 +315,11 @@ fn shell_word(path: &Path) -> String {
     }
 }
 
+/// The error of a query on the disk at `path`.
+pub(super) fn query_error(path: &Path, what: &'static str, error: impl Into<io::Error>) -> DiskError {
+    DiskError::Query { path: path.to_owned(), what, error: error.into() }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

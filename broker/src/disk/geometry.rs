@@ -6,15 +6,12 @@ use std::path::Path;
 use rustix::fs::{OFlags, SeekFrom, fcntl_getfl, fcntl_setfl, fstat, ioctl_blkpbszget, ioctl_blksszget, seek};
 
 use super::direct_alignment::DirectAlignment;
-use super::open::{Found, query_error};
-use super::{DirectIo, DiskConfig, DiskError, DiskKind, LogicalBlock};
+use super::error::query_error;
+use super::open::Found;
+use super::{DirectIo, DiskConfig, DiskError, DiskKind, LogicalBlock, SECTOR_BYTES};
 
-/// Linux's sector: the unit of sizes in the block layer and in virtio-blk, and therefore the smallest block of a disk.
-pub(super) const SECTOR_BYTES: u32 = 512;
 /// Network file systems report 1 MiB and more as `st_blksize`: their preferred transfer size, not a unit of writes.
 const PHYSICAL_BLOCK_MAX_BYTES: u32 = 64 << 10;
-/// `f_type` of tmpfs (`TMPFS_MAGIC`, `statfs(2)`).
-pub(super) const TMPFS_MAGIC: i64 = 0x0102_1994;
 
 /// What a guest must know of the disk to use it, and what the disk demands of the code that executes the requests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -28,6 +28,7 @@ mod integrity;
 mod lease;
 mod locate;
 mod lock;
+mod looks;
 mod open;
 mod place;
 mod start_up;
@@ -49,6 +50,11 @@ pub use start_up::{Start, StartUp};
 use acquire::Acquisition;
 use geometry::Geometry;
 use open::{Anchor, Found};
+
+/// Linux's sector: the unit of sizes in the block layer and in virtio-blk, and therefore the smallest block of a disk.
+const SECTOR_BYTES: u32 = 512;
+/// `f_type` of tmpfs (`TMPFS_MAGIC`, `statfs(2)`).
+const TMPFS_MAGIC: i64 = 0x0102_1994;
 
 /// Whether I/O bypasses the host's page cache (`O_DIRECT`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
@@ -277,7 +283,7 @@ impl Disk {
     /// [`DiskError::Query`]: sysfs does not know the device.
     pub fn integrity_profile(&self) -> Result<Option<String>, DiskError> {
         integrity::profile(&self.file, self.kind)
-            .map_err(|error| open::query_error(&self.path, "the integrity profile (in /sys/dev/block)", error))
+            .map_err(|error| error::query_error(&self.path, "the integrity profile (in /sys/dev/block)", error))
     }
 
     /// The path by which the disk was opened.

@@ -1,12 +1,12 @@
 //! Opening a path as a disk, whether it leads to a file or to a device.
 
-use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{Access, AtFlags, CWD, FileType, Mode, OFlags, accessat, fstat, open as sys_open};
 use rustix::io::Errno;
 
+use super::error::query_error;
 use super::holders::DeviceNumber;
 use super::{DirectIo, DiskConfig, DiskError, DiskKind, place};
 
@@ -136,8 +136,4 @@ fn is_write_protected(file: &OwnedFd, path: &Path) -> Result<bool, DiskError> {
 
 fn open_error(config: &DiskConfig, errno: Errno) -> DiskError {
     DiskError::Open { path: config.path.clone(), read_only: config.read_only, error: errno.into() }
-}
-
-pub(super) fn query_error(path: &Path, what: &'static str, error: impl Into<io::Error>) -> DiskError {
-    DiskError::Query { path: path.to_owned(), what, error: error.into() }
 }

@@ -7,8 +7,8 @@ use std::os::unix::fs::MetadataExt;
 
 use rustix::fs::{SealFlags, fcntl_get_seals, fstat, fstatfs};
 
+use super::error::query_error;
 use super::holders::swaps;
-use super::open::query_error;
 use super::{DiskConfig, DiskError};
 
 /// `f_type` of file systems whose files the kernel generates (`<linux/magic.h>`).

@@ -4,7 +4,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use super::acquire::{Attempt, BackOff};
-use super::lease::Looks;
+use super::looks::Looks;
 use super::{Disk, DiskError, LocatedDisk};
 
 /// What [`LocatedDisk::start_up`] does when another process has the disk.
