@@ -137,9 +137,11 @@ pub mod probe;
 mod process_end;
 mod processes;
 pub mod ring;
+mod ring_fd;
 #[cfg(feature = "sandbox")]
 pub mod sandbox;
 mod signal_line;
+mod socket_file;
 mod threads;
 pub mod vhost_user;
 pub mod virtio_blk;

@@ -3,7 +3,7 @@
 
 use std::sync::OnceLock;
 
-use crate::vhost_user::listener::remove_socket_files;
+use crate::socket_file::remove_socket_files;
 
 static LAST_WORK: OnceLock<fn()> = OnceLock::new();
 

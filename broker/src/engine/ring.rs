@@ -10,7 +10,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
 use super::EngineError;
 use super::token::Token;
 use crate::limits::while_memory_is_freed;
-use crate::ring::sys::{UNTAGGED, register_tagged_files};
+use crate::ring_fd::{UNTAGGED, register_tagged_files};
 
 /// The disk's place in the table of fixed files.
 pub(super) const DISK: types::Fixed = types::Fixed(0);

@@ -11,7 +11,7 @@ use super::layout::Slot;
 use super::region::GuestMemory;
 use super::{MemoryError, Piece, Source};
 use crate::limits::Memlock;
-use crate::ring::sys::RingFd;
+use crate::ring_fd::RingFd;
 
 /// How further rings use memory that is pinned already.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

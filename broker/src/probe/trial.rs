@@ -24,7 +24,7 @@ use rustix::{
 use super::{Feature, Outcome};
 use crate::kernel;
 use crate::limits::while_memory_is_freed;
-use crate::ring::sys::{RingFd, RingPages};
+use crate::ring_fd::{RingFd, RingPages};
 
 /// The kernel's page size on every architecture that ringpass supports.
 const PAGE_BYTES: usize = 4096;

@@ -16,7 +16,7 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::RingError;
-use super::sys::RingFd;
+use crate::ring_fd::RingFd;
 
 /// epoll's user data for the request to stop.
 const STOP: u64 = u64::MAX;

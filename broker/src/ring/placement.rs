@@ -8,9 +8,9 @@ use memmap2::{MmapOptions, MmapRaw};
 use ringpass_guest_abi::{Doorbell, RingLayout, rings_area_bytes, sqes_area_bytes};
 use rustix::io_uring::{IORING_OFF_SQ_RING, IORING_OFF_SQES, IoringSetupFlags, io_uring_params};
 
-use super::sys::{RingFd, RingPages};
 use super::{RingConfig, RingError, Submission};
 use crate::memory::GuestMemory;
+use crate::ring_fd::{RingFd, RingPages};
 
 /// Page size of ring memory.
 const PAGE_BYTES: u64 = 4096;

@@ -7,7 +7,7 @@ use rustix::io_uring::{IoringSetupFlags, io_uring_params};
 
 use super::RingError;
 use super::placement::Created;
-use super::sys::RingFd;
+use crate::ring_fd::RingFd;
 
 /// The configuration of an SQ thread.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -6,11 +6,9 @@ mod tests;
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use rustix::fs::{Access, AtFlags, CWD, FileType, Gid, Mode, OFlags, accessat, chownat, fchmod, fstat, openat};
 use rustix::io::Errno;
@@ -20,6 +18,7 @@ use thiserror::Error;
 use self::directory::Directory;
 use super::connection::pid_of_peer;
 use crate::processes::Process;
+use crate::socket_file::SocketFile;
 
 /// Why the server cannot wait for front-ends.
 #[derive(Debug, Error)]
@@ -333,69 +332,6 @@ fn give_to_group(path: &Path, group: u32) -> Result<(), Errno> {
 fn new_socket() -> Result<OwnedFd, Errno> {
     let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
     rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)
-}
-
-/// A socket file that this process made. Dropping it removes the file, unless another process has put a different file
-/// there.
-#[derive(Debug)]
-struct SocketFile(Arc<Made>);
-
-#[derive(Debug)]
-struct Made {
-    path: PathBuf,
-    identity: (u64, u64),
-    is_removed: AtomicBool,
-}
-
-/// The socket files of this process, for an end of the process that runs no destructors.
-static MADE: Mutex<Vec<Weak<Made>>> = Mutex::new(Vec::new());
-
-/// Removes all socket files of this process, which is about to end.
-pub(crate) fn remove_socket_files() {
-    let made = MADE.lock().unwrap_or_else(PoisonError::into_inner);
-    made.iter().filter_map(Weak::upgrade).for_each(|file| file.remove());
-}
-
-impl SocketFile {
-    fn of(path: &Path) -> io::Result<Self> {
-        let made = Made { path: path.to_owned(), identity: identity(path)?, is_removed: AtomicBool::new(false) };
-        let made = Arc::new(made);
-        let mut all = MADE.lock().unwrap_or_else(PoisonError::into_inner);
-        all.retain(|file| file.strong_count() > 0);
-        all.push(Arc::downgrade(&made));
-        Ok(Self(made))
-    }
-
-    fn path(&self) -> &Path {
-        &self.0.path
-    }
-
-    fn is_there(&self) -> bool {
-        self.0.is_there()
-    }
-}
-
-impl Drop for SocketFile {
-    fn drop(&mut self) {
-        self.0.remove();
-    }
-}
-
-impl Made {
-    fn is_there(&self) -> bool {
-        identity(&self.path).is_ok_and(|found| found == self.identity)
-    }
-
-    /// Removes the file once only: a later file at the same path may have the same inode number.
-    fn remove(&self) {
-        if !self.is_removed.swap(true, Ordering::AcqRel) && self.is_there() {
-            let _ = std::fs::remove_file(&self.path);
-        }
-    }
-}
-
-fn identity(path: &Path) -> io::Result<(u64, u64)> {
-    std::fs::symlink_metadata(path).map(|metadata| (metadata.dev(), metadata.ino()))
 }
 
 /// Removes the socket at `path` if no process listens on it. True: the socket is gone. False: another process is making

@@ -1,5 +1,6 @@
 use std::mem::MaybeUninit;
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::MetadataExt;
 
 use rustix::fs::inotify;
 
@@ -198,20 +199,6 @@ fn a_server_starts_although_another_process_keeps_the_directory_lock() {
     assert!(!remove_if_stale(&path).unwrap(), "the holder of the lock decides about the socket");
     assert!(path.exists());
     Listener::bind(&path, SocketAccess::default()).unwrap();
-}
-
-#[test]
-fn a_socket_file_that_was_removed_early_is_not_removed_again() {
-    let (_directory, path) = socket_path();
-    let listener = Listener::bind(&path, SocketAccess::default()).unwrap();
-    let made = listener._file.as_ref().unwrap().0.clone();
-    made.remove();
-    assert!(!path.exists());
-    // The other socket may have the same inode number.
-    let _other = UnixListener::bind(&path).unwrap();
-    made.remove();
-    drop(listener);
-    assert!(path.exists());
 }
 
 #[test]
