@@ -11,6 +11,7 @@
 //! - [`FixedAddressing`]: converts a guest-physical address to `(buf_index, sqe.addr)`, with the 1 GiB rule.
 //! - [`RingMemory`]: the few memory accesses that a driver needs. Each kind of guest implements them.
 //! - [`DriverRing`]: the driver's side of a ring over such memory, with its memory orderings.
+//! - [`block_queue`]: a queue of a block device as an interface, and the one that is such a ring.
 //! - [`MappedRing`]: [`RingMemory`] over two plain mappings, for guests that access them by pointer.
 //!
 //! The other modules turn a queue of a virtio-blk device into such a ring: version 0 of an interface that `docs/abi.md`
@@ -98,6 +99,7 @@ extern crate std;
 mod address;
 pub mod attach;
 pub mod attach_sequence;
+pub mod block_queue;
 pub mod control;
 mod entry;
 pub mod epoch;

@@ -16,12 +16,12 @@ use ringpass_broker::{
     memory::{GuestMemory, IOVA_BASE, RegionConfig, Sharing},
     ring::{RingConfig, RingWindow},
 };
-use ringpass_guest::{GuestRam, ProcessEnv, RamAllocator, RamArea, RamRegion, RamRing};
+use ringpass_guest::{GuestRam, RamAllocator, RamArea, RamRegion, RamRing};
 use ringpass_guest_abi::{
     Cqe, DriverRing, FixedAddressing, MappedRing, RingMemory, Sqe, rings_area_bytes, sqes_area_bytes,
 };
 use ringpass_restrictions::{Access, CompiledPolicy, Policy};
-use ringpass_workload::{RingQueue, hostile::Extent};
+use ringpass_workload::{ProcessEnv, RingQueue, hostile::Extent};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 

@@ -8,9 +8,9 @@ use std::{
 };
 
 use anyhow::{Result, bail, ensure};
-use ringpass_guest::{ProcessEnv, RamArea};
+use ringpass_guest::RamArea;
 use ringpass_guest_abi::SLOT_BYTES;
-use ringpass_workload::{Job, Verify, Wait, checksum, hostile::Extent, prefill, run, verify_all};
+use ringpass_workload::{Job, ProcessEnv, Verify, Wait, checksum, hostile::Extent, prefill, run, verify_all};
 
 use crate::{
     process_guest::{GuestQueue, RamFile},

@@ -4,10 +4,10 @@ use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 use ringpass_guest::{
-    ProcessEnv, RamArea,
+    RamArea,
     vhost_user::{ByAddress, Disk, ExecutedBy, Options, Queue, RingSize, Way},
 };
-use ringpass_workload::{Job, Report, Verify, Wait, prefill, run, verify_all};
+use ringpass_workload::{Job, ProcessEnv, Report, Verify, Wait, prefill, run, verify_all};
 
 use crate::seed::Seed;
 

@@ -19,7 +19,6 @@ use ringpass_broker::{
     disk::Disk,
     ring::RingConfig,
 };
-use ringpass_guest::ProcessEnv;
 use ringpass_tests::{
     disks::{DiskKind, TestDisk},
     harness::{self, budget, test},
@@ -29,8 +28,8 @@ use ringpass_tests::{
     seed::Seed,
 };
 use ringpass_workload::{
-    BlockQueue, Completion, Environment, Job, PushRefusal, Report, Request, Verify, Wait, Wakeup, hostile::Extent,
-    prefill, run,
+    BlockQueue, Completion, Environment, Job, ProcessEnv, PushRefusal, Report, Request, Verify, Wait, Wakeup,
+    hostile::Extent, prefill, run,
 };
 use vmm_sys_util::{
     epoll::{ControlOperation, Epoll, EpollEvent, EventSet},

@@ -23,7 +23,7 @@ use ringpass_broker::{
     limits::cap_file_growth,
     ring::{RingConfig, SqThreadConfig},
 };
-use ringpass_guest::{ProcessEnv, RamArea};
+use ringpass_guest::RamArea;
 use ringpass_guest_abi::Sqe;
 use ringpass_restrictions::{Access, Operation, Policy, SqeFlags};
 use ringpass_tests::{
@@ -33,6 +33,7 @@ use ringpass_tests::{
     needs::Need,
     process_guest::{ADDRESSING, GuestQueue, PageSize, Place, ProcessGuest, RamFile},
 };
+use ringpass_workload::ProcessEnv;
 use ringpass_workload::hostile::{Expect, Extent, HostileReport, Name, Step, Target, Violation, run_hostile, script};
 
 const KIB: u64 = 1 << 10;

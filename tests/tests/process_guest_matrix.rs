@@ -17,7 +17,6 @@ use ringpass_broker::{
     disk::Disk,
     ring::{RingConfig, SqThreadConfig},
 };
-use ringpass_guest::ProcessEnv;
 use ringpass_guest_abi::{rings_area_bytes, sqes_area_bytes};
 use ringpass_tests::{
     content::check_content,
@@ -28,7 +27,7 @@ use ringpass_tests::{
     process_guest::{GuestQueue, PageSize, Place, ProcessGuest, RamFile},
     seed::Seed,
 };
-use ringpass_workload::{Job, Report, Verify, Wait, hostile::Extent, prefill, run, verify_all};
+use ringpass_workload::{Job, ProcessEnv, Report, Verify, Wait, hostile::Extent, prefill, run, verify_all};
 
 const MIB: u64 = 1 << 20;
 const GIB: u64 = 1 << 30;

@@ -13,7 +13,6 @@ use ringpass_broker::{
     disk::Disk,
     ring::{RingConfig, SqThreadConfig},
 };
-use ringpass_guest::ProcessEnv;
 use ringpass_tests::{
     disks::{DiskKind, TestDisk},
     harness::{self, budget, test},
@@ -22,8 +21,8 @@ use ringpass_tests::{
     seed::Seed,
 };
 use ringpass_workload::{
-    BlockQueue, Completion, Environment, Job, PushRefusal, Report, Request, Verify, Wait, Wakeup, hostile::Extent,
-    prefill, run,
+    BlockQueue, Completion, Environment, Job, ProcessEnv, PushRefusal, Report, Request, Verify, Wait, Wakeup,
+    hostile::Extent, prefill, run,
 };
 
 const MIB: u64 = 1 << 20;

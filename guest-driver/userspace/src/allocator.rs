@@ -1,19 +1,22 @@
-//! Hands out a guest's RAM.
+//! Hands out a guest's RAM and takes it back.
 
+use std::ops::Range;
 use std::sync::Arc;
 
+use rangemap::RangeSet;
 use ringpass_guest_abi::SLOT_BYTES;
 
 use crate::ram::PAGE_BYTES;
 use crate::{GuestRam, RamArea};
 
-/// Hands out areas of a guest's RAM that do not overlap, each in one region and one 1 GiB slot, so that a request can
-/// name all of it ([`ringpass_guest_abi::FixedAddressing`]). Areas are not taken back: a driver sets up once.
+/// Hands out areas of a guest's RAM that do not overlap, each in one region and one 1 GiB slot, so that one request can
+/// name a whole area ([`ringpass_guest_abi::FixedAddressing`]).
+///
+/// An area returns to the allocator when it is dropped. Its bytes stay as they are: a new area holds what an earlier owner
+/// left there.
 #[derive(Debug)]
 pub struct RamAllocator {
     ram: Arc<GuestRam>,
-    /// What is left: (guest-physical address, length), by ascending address, none across a slot boundary.
-    free: Vec<(u64, u64)>,
 }
 
 /// Why there is no such area.
@@ -23,14 +26,27 @@ pub enum AllocateError {
     /// An area has at least one byte.
     #[error("an area must have at least one byte")]
     Empty,
+    /// Areas start at multiples of a power of two that is at least a page.
+    #[error(
+        "an area cannot start at a multiple of {align_bytes} bytes: the alignment must be a power of two from 4096 on"
+    )]
+    Alignment {
+        /// The alignment asked for.
+        align_bytes: u64,
+    },
     /// No free piece of RAM is long enough.
     #[error(
-        "there is no free piece of {len_bytes} bytes of guest RAM, the longest has {longest_bytes} (a piece ends at a \
-         hole and at each multiple of 1 GiB): give the guest more RAM, or use fewer or smaller buffers"
+        "no free piece of guest RAM holds {len_bytes} bytes at a multiple of {align_bytes}: {free_bytes} bytes are free, the \
+         longest piece has {longest_bytes} (a piece ends at a hole and at each multiple of 1 GiB); drop buffers, use fewer \
+         or smaller ones, or give the guest more RAM"
     )]
     NoRoom {
         /// Bytes asked for.
         len_bytes: u64,
+        /// What the start must be a multiple of.
+        align_bytes: u64,
+        /// Free bytes in all.
+        free_bytes: u64,
         /// Length of the longest free piece.
         longest_bytes: u64,
     },
@@ -47,19 +63,28 @@ pub enum AllocateError {
     },
 }
 
+impl AllocateError {
+    /// The refusal of two regions that were asked one after the other.
+    pub(crate) fn and(self, other: Self) -> Self {
+        match (self, other) {
+            (
+                Self::NoRoom { len_bytes, align_bytes, free_bytes, longest_bytes },
+                Self::NoRoom { free_bytes: more_bytes, longest_bytes: other_bytes, .. },
+            ) => Self::NoRoom {
+                len_bytes,
+                align_bytes,
+                free_bytes: free_bytes + more_bytes,
+                longest_bytes: longest_bytes.max(other_bytes),
+            },
+            (_, other) => other,
+        }
+    }
+}
+
 impl RamAllocator {
     /// The caller ensures that there is only one allocator for this RAM.
     pub(crate) fn new(ram: Arc<GuestRam>) -> Self {
-        let mut free = Vec::new();
-        for (mut gpa, mut left_bytes) in ram.regions() {
-            while left_bytes != 0 {
-                let len_bytes = left_bytes.min(SLOT_BYTES - gpa % SLOT_BYTES);
-                free.push((gpa, len_bytes));
-                gpa += len_bytes;
-                left_bytes -= len_bytes;
-            }
-        }
-        Self { ram, free }
+        Self { ram }
     }
 
     /// The RAM that is handed out.
@@ -67,32 +92,132 @@ impl RamAllocator {
         &self.ram
     }
 
+    /// Free bytes, which need not lie in one piece.
+    pub fn free_bytes(&self) -> u64 {
+        self.ram.free().free_bytes()
+    }
+
     /// The first free area of at least `len_bytes` bytes, in whole pages.
+    ///
+    /// # Errors
+    ///
+    /// `len_bytes` is 0, or no free piece is long enough.
     pub fn allocate(&mut self, len_bytes: u64) -> Result<RamArea, AllocateError> {
+        self.allocate_aligned(len_bytes, PAGE_BYTES)
+    }
+
+    /// The first free area of at least `len_bytes` bytes, in whole pages, that starts at a multiple of `align_bytes`.
+    ///
+    /// # Errors
+    ///
+    /// `len_bytes` is 0, `align_bytes` is not a power of two from 4096 on, or no free piece is long enough.
+    pub fn allocate_aligned(&mut self, len_bytes: u64, align_bytes: u64) -> Result<RamArea, AllocateError> {
         if len_bytes == 0 {
             return Err(AllocateError::Empty);
         }
-        let longest_bytes = self.free.iter().map(|&(_, len_bytes)| len_bytes).max().unwrap_or(0);
-        let no_room = AllocateError::NoRoom { len_bytes, longest_bytes };
-        let len_bytes = len_bytes.checked_next_multiple_of(PAGE_BYTES).ok_or(no_room)?;
-        let piece = self.free.iter().find(|piece| piece.1 >= len_bytes);
-        let &(gpa, _) = piece.ok_or(no_room)?;
-        self.reserve(gpa, len_bytes)
+        if !align_bytes.is_power_of_two() || align_bytes < PAGE_BYTES {
+            return Err(AllocateError::Alignment { align_bytes });
+        }
+        let mut free = self.ram.free();
+        let page_bytes = len_bytes.checked_next_multiple_of(PAGE_BYTES);
+        let found = page_bytes.and_then(|page_bytes| Some((free.take_first(page_bytes, align_bytes)?, page_bytes)));
+        let Some((gpa, page_bytes)) = found else {
+            let (free_bytes, longest_bytes) = (free.free_bytes(), free.longest_bytes());
+            return Err(AllocateError::NoRoom { len_bytes, align_bytes, free_bytes, longest_bytes });
+        };
+        drop(free);
+        Ok(RamArea::new(self.ram.clone(), gpa, page_bytes))
     }
 
-    /// The area of `len_bytes` bytes (rounded up to whole pages) at `gpa`, where somebody else chose the place.
+    /// The area of `len_bytes` bytes (rounded up to whole pages) at `gpa`, for a place that the device or the caller chose.
+    ///
+    /// # Errors
+    ///
+    /// `len_bytes` is 0, or the range is not page-aligned, not RAM, in two 1 GiB slots, or in use.
     pub fn reserve(&mut self, gpa: u64, len_bytes: u64) -> Result<RamArea, AllocateError> {
         if len_bytes == 0 {
             return Err(AllocateError::Empty);
         }
         let not_free = AllocateError::NotFree { gpa, len_bytes };
-        let len_bytes = len_bytes.checked_next_multiple_of(PAGE_BYTES).ok_or(not_free)?;
-        let end = gpa.checked_add(len_bytes).ok_or(not_free)?;
-        let holds = |&(start, len_bytes): &(u64, u64)| start <= gpa && end <= start + len_bytes;
-        let index = self.free.iter().position(holds).filter(|_| gpa % PAGE_BYTES == 0).ok_or(not_free)?;
-        let (start, piece_bytes) = self.free[index];
-        let rest = [(start, gpa - start), (end, start + piece_bytes - end)];
-        self.free.splice(index..=index, rest.into_iter().filter(|&(_, len_bytes)| len_bytes != 0));
-        Ok(RamArea::new(self.ram.clone(), gpa, len_bytes))
+        let page_bytes = len_bytes.checked_next_multiple_of(PAGE_BYTES).ok_or(not_free)?;
+        if gpa % PAGE_BYTES != 0 || !self.ram.free().take_at(gpa, page_bytes) {
+            return Err(not_free);
+        }
+        Ok(RamArea::new(self.ram.clone(), gpa, page_bytes))
     }
 }
+
+/// The free RAM of a guest.
+#[derive(Debug)]
+pub(crate) struct FreeRam {
+    /// By ascending address.
+    pieces: Vec<Piece>,
+}
+
+/// The part of one region that lies in one slot. No area crosses its ends, so free ranges of two pieces are never merged.
+#[derive(Debug)]
+struct Piece {
+    whole: Range<u64>,
+    free: RangeSet<u64>,
+}
+
+impl FreeRam {
+    /// All of these regions, each with its guest-physical address and its length, is free.
+    pub(crate) fn new(regions: impl Iterator<Item = (u64, u64)>) -> Self {
+        let mut pieces = Vec::new();
+        for (mut gpa, len_bytes) in regions {
+            let end = gpa + len_bytes;
+            while gpa < end {
+                let whole = gpa..end.min((gpa / SLOT_BYTES + 1) * SLOT_BYTES);
+                gpa = whole.end;
+                pieces.push(Piece { free: RangeSet::from_iter([whole.clone()]), whole });
+            }
+        }
+        Self { pieces }
+    }
+
+    fn ranges(&self) -> impl Iterator<Item = &Range<u64>> {
+        self.pieces.iter().flat_map(|piece| piece.free.iter())
+    }
+
+    pub(crate) fn free_bytes(&self) -> u64 {
+        self.ranges().map(|range| range.end - range.start).sum()
+    }
+
+    pub(crate) fn longest_bytes(&self) -> u64 {
+        self.ranges().map(|range| range.end - range.start).max().unwrap_or(0)
+    }
+
+    /// Takes the lowest free range of this length that starts at a multiple of `align_bytes`.
+    fn take_first(&mut self, len_bytes: u64, align_bytes: u64) -> Option<u64> {
+        let fit = |range: &Range<u64>| {
+            let gpa = range.start.checked_next_multiple_of(align_bytes)?;
+            (gpa.checked_add(len_bytes)? <= range.end).then_some(gpa)
+        };
+        let (piece, gpa) =
+            self.pieces.iter_mut().find_map(|piece| piece.free.iter().find_map(fit).map(|gpa| (piece, gpa)))?;
+        piece.free.remove(gpa..gpa + len_bytes);
+        Some(gpa)
+    }
+
+    /// Takes a range. False, and nothing is taken, if it is not free.
+    fn take_at(&mut self, gpa: u64, len_bytes: u64) -> bool {
+        let Some(end) = gpa.checked_add(len_bytes) else { return false };
+        let Some(piece) = self.pieces.iter_mut().find(|piece| piece.whole.contains(&gpa)) else { return false };
+        let is_free = piece.free.get(&gpa).is_some_and(|range| end <= range.end);
+        if is_free {
+            piece.free.remove(gpa..end);
+        }
+        is_free
+    }
+
+    /// Takes back what was taken.
+    pub(crate) fn give_back(&mut self, gpa: u64, len_bytes: u64) {
+        if let Some(piece) = self.pieces.iter_mut().find(|piece| piece.whole.contains(&gpa)) {
+            piece.free.insert(gpa..gpa + len_bytes);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

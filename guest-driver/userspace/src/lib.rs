@@ -5,7 +5,7 @@
 //!
 //! - [`GuestRam`]: the RAM, mapped; [`RamAllocator`] hands out [`RamArea`]s of it.
 //! - [`RamRing`]: an io_uring ring whose memory is in such areas, for `ringpass_guest_abi::DriverRing`.
-//! - [`ProcessEnv`]: clock, doorbell, interrupts and latencies, for `ringpass_workload`.
+//! - [`wait_for_interrupt`]: sleeps until a device signals an eventfd.
 //! - [`vhost_user`]: a disk of `ringpass serve`, or of any other vhost-user-blk device, with rings if the device offers
 //!   them.
 //! - [`handover`]: the message by which a broker process passes a device to a guest process over a UNIX socket.
@@ -13,14 +13,14 @@
 #![deny(unsafe_code)]
 
 mod allocator;
-mod environment;
 pub mod handover;
+mod interrupt;
 mod ram;
 mod raw;
 mod ring;
 pub mod vhost_user;
 
 pub use allocator::{AllocateError, RamAllocator};
-pub use environment::{EnvError, ProcessEnv};
+pub use interrupt::wait_for_interrupt;
 pub use ram::{GuestRam, RamArea, RamError, RamRegion};
 pub use ring::{RamRing, RingError};

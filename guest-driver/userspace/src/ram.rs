@@ -3,13 +3,14 @@
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::ptr::NonNull;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use memmap2::{MmapOptions, MmapRaw};
 use ringpass_guest_abi::{SLOT_BYTES, SLOT_COUNT_MAX};
 use rustix::fs::fstat;
 
+use crate::allocator::FreeRam;
 use crate::{RamAllocator, raw};
 
 /// The unit of regions and areas.
@@ -101,6 +102,7 @@ pub struct GuestRam {
     /// By ascending address.
     regions: Vec<Region>,
     allocator_taken: AtomicBool,
+    free: Mutex<FreeRam>,
 }
 
 #[derive(Debug)]
@@ -131,8 +133,9 @@ impl GuestRam {
                 });
             }
         }
+        let free = FreeRam::new(regions.iter().map(|region| (region.gpa, region.len_bytes)));
         let regions = regions.iter().map(Region::map).collect::<Result<_, _>>()?;
-        Ok(Self { regions, allocator_taken: AtomicBool::new(false) })
+        Ok(Self { regions, allocator_taken: AtomicBool::new(false), free: Mutex::new(free) })
     }
 
     /// The regions as (guest-physical address, length in bytes), by ascending address.
@@ -150,6 +153,12 @@ impl GuestRam {
             return Err(RamError::AllocatorTaken);
         }
         Ok(RamAllocator::new(self.clone()))
+    }
+
+    /// The free ranges: those that no area covers.
+    pub(crate) fn free(&self) -> MutexGuard<'_, FreeRam> {
+        // Each change is one call of the collection, which does not panic half-way.
+        self.free.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Where the `len_bytes` bytes at `gpa` are in this process. None if they do not all lie in one region.
@@ -188,17 +197,48 @@ fn check(region: &RamRegion<'_>) -> Result<(), RamError> {
 
 /// A piece of a guest's RAM that has one owner. It lies in one region and one 1 GiB slot, in whole pages, and keeps the
 /// RAM mapped.
+///
+/// When an area is dropped, its allocator can hand out its bytes again. This must not happen while a device may still write
+/// to the area. The driver in [`vhost_user`](crate::vhost_user) keeps the buffers of its requests until the requests have
+/// ended. A program that names an area to a device in another way keeps the area as long, or [leaks](Self::leak) it.
 #[derive(Debug)]
 pub struct RamArea {
     ram: Arc<GuestRam>,
     gpa: u64,
     len_bytes: u64,
+    /// A device may use the bytes: a drop does not return them.
+    is_lent: bool,
+}
+
+impl Drop for RamArea {
+    fn drop(&mut self) {
+        if !self.is_lent {
+            self.ram.free().give_back(self.gpa, self.len_bytes);
+        }
+    }
 }
 
 impl RamArea {
     /// The caller has taken these bytes out of what can be handed out.
     pub(crate) fn new(ram: Arc<GuestRam>, gpa: u64, len_bytes: u64) -> Self {
-        Self { ram, gpa, len_bytes }
+        Self { ram, gpa, len_bytes, is_lent: false }
+    }
+
+    /// From now on a device may use the bytes: they are not handed out again if the area is dropped before
+    /// [`take_back`](Self::take_back).
+    pub(crate) fn lend(&mut self) {
+        self.is_lent = true;
+    }
+
+    /// No device uses the bytes any more.
+    pub(crate) fn take_back(&mut self) {
+        self.is_lent = false;
+    }
+
+    /// Gives the area up without returning its bytes to the allocator: a device may use them, and nothing in this process
+    /// waits for the end of that. The bytes are lost to the allocator for as long as the RAM lives.
+    pub fn leak(mut self) {
+        self.lend();
     }
 
     /// First byte, guest-physical; a multiple of 4096.

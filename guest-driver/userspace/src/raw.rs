@@ -1,5 +1,5 @@
-//! Everything of this crate that the compiler cannot check: memory that others see too, and file descriptors in types
-//! that do not know ownership.
+//! The code of this crate that the compiler cannot check: memory that others access too, and file descriptors in types
+//! without ownership.
 
 #![allow(unsafe_code)]
 
@@ -20,17 +20,19 @@ impl GuestRam {
     ///
     /// # Errors
     ///
-    /// Refused are: no regions; a region that is empty, not aligned to 4096 bytes, ends above 16 TiB, overlaps another,
-    /// or lies behind the end of its file; and what the kernel refuses to map.
+    /// There is no region; a region is empty, is not aligned to 4096 bytes, ends above 16 TiB, overlaps another, or ends
+    /// behind the end of its file; or the kernel refuses to map it.
     ///
     /// # Safety
     ///
     /// For as long as the value, and the areas and rings made from it, live:
     ///
     /// - no file becomes shorter (an access behind its end raises SIGBUS);
-    /// - while bytes are borrowed through [`RamArea::bytes_mut`], nobody else accesses them: no other process that has
-    ///   the files, no other mapping of them in this one, and no device on behalf of a request in flight. Apart from
-    ///   that others may change the memory at any time.
+    /// - an [area](RamArea) that a device uses is not dropped before the device has ended, because its bytes are handed out
+    ///   again: its owner keeps it, or [leaks](RamArea::leak) it;
+    /// - while bytes are borrowed through [`RamArea::bytes_mut`], no other access to them happens: by another process that
+    ///   has the files, through another mapping in this process, or by a device for a request in flight. At all other
+    ///   times others may change the memory.
     pub unsafe fn map(regions: &[RamRegion<'_>]) -> Result<Self, RamError> {
         Self::map_checked(regions)
     }
@@ -39,7 +41,7 @@ impl GuestRam {
 impl RamArea {
     /// The `len_bytes` bytes from `offset_bytes` of the area. None where the area is shorter.
     ///
-    /// Only while no request in flight names any of them: see the contract of [`GuestRam::map`].
+    /// Call this only while no request in flight names any of the bytes: see the contract of [`GuestRam::map`].
     pub fn bytes_mut(&mut self, offset_bytes: u64, len_bytes: u64) -> Option<&mut [u8]> {
         let (first, len) = self.range(offset_bytes, len_bytes)?;
         // SAFETY: `first` and the `len` bytes behind it are mapped for as long as `self`, which keeps the mapping (the
@@ -102,16 +104,18 @@ impl Queue {
     ///
     /// # Safety
     ///
-    /// Nobody borrows the bytes of an area ([`RamArea::bytes_mut`]) while a request that names them has not ended.
+    /// As long as a request that names bytes of an area has not ended, nothing borrows these bytes
+    /// ([`RamArea::bytes_mut`]), and the area is not dropped (but may be [leaked](RamArea::leak)).
     pub unsafe fn by_address(&mut self) -> ByAddress<'_> {
         self.addressed()
     }
 }
 
-/// RAM of this process's own, which nobody can make shorter.
+/// Maps RAM of this process in files whose length is sealed.
 pub(crate) fn map_own(regions: &[RamRegion<'_>]) -> Result<GuestRam, RamError> {
     // SAFETY: the caller has sealed the files against shrinking. Bytes are borrowed only by owners of areas that no request
-    // names: a queue owns the buffers of its requests until they have ended.
+    // names: the driver owns the buffers of its requests until they have ended, and areas that it lends to the device are
+    // not handed out again when they are dropped.
     unsafe { GuestRam::map(regions) }
 }
 

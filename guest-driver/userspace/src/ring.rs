@@ -6,7 +6,8 @@ use crate::{AllocateError, RamAllocator, RamArea, raw};
 
 /// The two areas of one ring, in RAM that this keeps mapped.
 ///
-/// Drop it, or use its areas again, only when the ring has really ended: until then the kernel writes to them.
+/// Call [`into_areas`](Self::into_areas) when the ring has ended, to use its areas again. If a `RamRing` is dropped instead, the
+/// allocator does not hand out the bytes of the areas again, because the kernel may still write to them.
 #[derive(Debug)]
 pub struct RamRing {
     ring: MappedRing,
@@ -43,7 +44,7 @@ pub enum RingError {
 
 impl RamRing {
     /// The ring with this layout in these areas.
-    pub fn new(rings: RamArea, sqes: RamArea, layout: &RingLayout) -> Result<Self, RingError> {
+    pub fn new(mut rings: RamArea, mut sqes: RamArea, layout: &RingLayout) -> Result<Self, RingError> {
         layout.validate().map_err(RingError::Layout)?;
         let areas = [("rings", &rings, layout.rings_bytes), ("SQE", &sqes, layout.sqes_bytes)];
         for (what, area, needed_bytes) in areas {
@@ -51,6 +52,8 @@ impl RamRing {
                 return Err(RingError::TooShort { what, area_bytes: area.len_bytes(), needed_bytes });
             }
         }
+        rings.lend();
+        sqes.lend();
         let ring = raw::ring_in(&rings, &sqes, layout).expect("both areas are as long as the layout says");
         Ok(Self { ring, rings, sqes })
     }
@@ -65,8 +68,11 @@ impl RamRing {
         &self.sqes
     }
 
-    /// Gives the rings area and the SQE area back, for another ring.
-    pub fn into_areas(self) -> (RamArea, RamArea) {
+    /// Returns the rings area and the SQE area, which are ordinary areas from now on. The ring must have ended: its kernel side has
+    /// confirmed its end, or never existed.
+    pub fn into_areas(mut self) -> (RamArea, RamArea) {
+        self.rings.take_back();
+        self.sqes.take_back();
         (self.rings, self.sqes)
     }
 }

@@ -103,10 +103,39 @@ fn an_area_never_crosses_a_slot_or_a_hole() {
     let second = allocator.allocate(GIB - MIB).unwrap();
     assert_eq!((first.gpa(), second.gpa()), (2 * MIB, GIB));
     let error = allocator.allocate(3 * MIB).unwrap_err();
-    assert_eq!(error, AllocateError::NoRoom { len_bytes: 3 * MIB, longest_bytes: 2 * MIB });
-    assert!(error.to_string().contains("the longest has 2097152"), "{error}");
+    let (len_bytes, free_bytes) = (3 * MIB, MIB + 2 * MIB + MIB);
+    let expected = AllocateError::NoRoom { len_bytes, align_bytes: 4096, free_bytes, longest_bytes: 2 * MIB };
+    assert_eq!(error, expected);
+    assert!(error.to_string().contains("4194304 bytes are free, the longest piece has 2097152"), "{error}");
     assert!(allocator.reserve(2 * GIB - 4096, 8192).is_err());
     assert_eq!(allocator.allocate(2 * MIB).unwrap().gpa(), 2 * GIB);
+    drop((first, second));
+    assert_eq!(allocator.allocate(GIB - 2 * MIB).unwrap().gpa(), 2 * MIB, "what was dropped is handed out again");
+}
+
+#[test]
+fn an_area_starts_where_it_is_wanted_to() {
+    let (_file, mut allocator) = ram(MIB);
+    let first = allocator.allocate(4096).unwrap();
+    let aligned = allocator.allocate_aligned(4096, 65536).unwrap();
+    assert_eq!((first.gpa(), aligned.gpa()), (0, 65536));
+    for align_bytes in [0, 2048, 12288] {
+        let error = allocator.allocate_aligned(4096, align_bytes).unwrap_err();
+        assert_eq!(error, AllocateError::Alignment { align_bytes });
+    }
+    let error = allocator.allocate_aligned(4096, 4 * MIB).unwrap_err();
+    assert!(error.to_string().contains("holds 4096 bytes at a multiple of 4194304: 1040384 bytes are free"), "{error}");
+}
+
+#[test]
+fn the_areas_of_a_ring_come_back_only_when_it_has_ended() {
+    let (_file, mut allocator) = ram(MIB);
+    drop(allocator.ring(0, &layout(), 4096).unwrap());
+    assert_eq!(allocator.free_bytes(), MIB - 8192, "the kernel may still write to them");
+    let (rings, sqes) = allocator.ring(8192, &layout(), 12288).unwrap().into_areas();
+    assert_eq!((rings.gpa(), sqes.gpa(), allocator.free_bytes()), (8192, 12288, MIB - 16384));
+    drop((rings, sqes));
+    assert_eq!(allocator.free_bytes(), MIB - 8192);
 }
 
 #[test]

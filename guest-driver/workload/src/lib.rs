@@ -2,11 +2,12 @@
 //! itself as the reference.
 //!
 //! - [`Job`]: what to do, as plain data. [`prefill`], [`run()`] and [`verify_all`] do it and return a [`Report`].
-//! - [`BlockQueue`]: where requests go. [`RingQueue`] is a ring of the host's io_uring in guest memory.
+//! - [`BlockQueue`] (of `ringpass_guest_abi`): where requests go. [`RingQueue`] is a ring of the host's io_uring in guest memory.
 //! - [`Environment`]: what the workload needs from the kind of guest it runs in: a clock, interrupts, memory.
+//!   With the feature `process`, `ProcessEnv` is that of a process that is its own guest (`ringpass_guest`).
 //! - [`hostile`]: everything a guest must not be able to do with its ring, as a script with the expected answers.
 //!
-//! The crate needs neither `std` nor an allocator. A run takes about [`STACK_BYTES`] of stack.
+//! Without the feature `process` the crate needs neither `std` nor an allocator. A run takes about [`STACK_BYTES`] of stack.
 //!
 //! # What is verified
 //!
@@ -19,12 +20,16 @@
 #![no_std]
 #![forbid(unsafe_code)]
 
+#[cfg(feature = "process")]
+extern crate std;
+
 mod content;
 mod engine;
 mod environment;
 pub mod hostile;
 mod job;
-mod queue;
+#[cfg(feature = "process")]
+mod process;
 mod report;
 mod run;
 mod slots;
@@ -32,6 +37,8 @@ mod slots;
 pub use content::checksum;
 pub use environment::{Environment, Wakeup};
 pub use job::{DEPTH_MAX, Job, JobError, Verify, Wait};
-pub use queue::{BlockQueue, Completion, PushRefusal, Request, RingQueue};
+#[cfg(feature = "process")]
+pub use process::{EnvError, ProcessEnv};
 pub use report::Report;
+pub use ringpass_guest_abi::block_queue::{BlockQueue, Completion, PushRefusal, Request, RingQueue};
 pub use run::{STACK_BYTES, prefill, run, verify_all};

@@ -9,9 +9,9 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
 use anyhow::Context;
-use ringpass_guest::{GuestRam, ProcessEnv, RamRing, handover};
+use ringpass_guest::{GuestRam, RamRing, handover};
 use ringpass_guest_abi::{DriverRing, FixedAddressing};
-use ringpass_workload::{Job, RingQueue};
+use ringpass_workload::{Job, ProcessEnv, RingQueue};
 use rustix::process::{Signal, set_parent_process_death_signal};
 
 use super::{BUFFERS_BYTES, Outcome, Task, perform};

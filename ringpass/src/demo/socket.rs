@@ -17,10 +17,9 @@ use ringpass_broker::memory::Sharing;
 use ringpass_broker::ring::SqThreadConfig;
 use ringpass_broker::vhost_user::{Server, ServerHandle};
 use ringpass_broker::virtio_blk::{BlkConfig, BlkParameters};
-use ringpass_guest::ProcessEnv;
 use ringpass_guest::vhost_user::{Disk as GuestDisk, ExecutedBy, Options, Queue, RingSize, Way as GuestWay};
 use ringpass_restrictions::Access;
-use ringpass_workload::Job;
+use ringpass_workload::{Job, ProcessEnv};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
 
 use super::leftovers::{self, Leftover};

@@ -1,4 +1,4 @@
-//! A queue that is, or is about to be, a ring: the driver's side of the epochs over guest RAM.
+//! A queue that is a ring or is about to become one: the driver's side of the epochs, over guest RAM.
 
 use std::sync::atomic::{Ordering, fence};
 
@@ -62,7 +62,7 @@ pub struct RingSize {
     pub cq_entries: u32,
 }
 
-/// Memory for the rings of one queue, and where its epochs are.
+/// The memory for the rings of one queue, and the state of its epochs.
 #[derive(Debug)]
 pub(super) struct Attachment {
     device: Device,
@@ -70,7 +70,7 @@ pub(super) struct Attachment {
     lengths: Lengths,
     control: DriverControl<Page>,
     payload: AttachPayload,
-    /// The areas of even and odd epochs; one of them is lent to the ring that runs.
+    /// The areas of even and odd epochs; the ring that runs has one of them.
     areas: [Option<(RamArea, RamArea)>; 2],
     machine: Machine,
     ring: Option<(Epoch, DriverRing<RamRing>)>,
@@ -79,11 +79,12 @@ pub(super) struct Attachment {
 }
 
 impl Attachment {
-    /// Takes memory for rings of this size, which is within the limits of `device`.
+    /// Allocates memory for rings of this size, which is within the limits of `device`.
     pub(super) fn new(memory: &Memory, device: Device, size: RingSize) -> Result<Self, Error> {
         let lengths = Lengths::of(size.sq_entries, size.cq_entries, device.limits.page_bytes);
-        let aligned = |len_bytes| allocate_aligned(memory, len_bytes, device.limits.page_bytes.into());
-        let control = aligned(lengths.control_bytes.max(CONTROL_PAGE_BYTES.into()))?;
+        // The device may have larger pages than this process.
+        let aligned = |len_bytes| memory.allocate_aligned(len_bytes, device.limits.page_bytes.into());
+        let mut control = aligned(lengths.control_bytes.max(CONTROL_PAGE_BYTES.into()))?;
         let mut areas = Vec::new();
         for _ in 0..2 {
             areas.push((aligned(lengths.rings_bytes)?, aligned(lengths.sqes_bytes)?));
@@ -99,6 +100,9 @@ impl Attachment {
             areas: [address(&areas[0]), address(&areas[1])],
             ..AttachPayload::default()
         };
+        // From ATTACH on the device may use all of them.
+        control.lend();
+        areas.iter_mut().for_each(lend);
         let mut areas = areas.into_iter();
         Ok(Self {
             device,
@@ -114,7 +118,7 @@ impl Attachment {
         })
     }
 
-    /// Begins anew, before ATTACH is sent. Gives its payload.
+    /// Starts over, before the driver sends ATTACH. Returns the payload of ATTACH.
     pub(super) fn begin(&mut self) -> [u8; AttachPayload::BYTES] {
         self.take_ring_back();
         self.control.clear();
@@ -145,7 +149,7 @@ impl Attachment {
         self.control.announced()
     }
 
-    /// A step of the machine. The caller does what is to be done.
+    /// Steps the machine. The caller carries out the actions.
     pub(super) fn step(&mut self, event: Event) -> impl Iterator<Item = Action> + use<> {
         self.machine.step(event).into_iter()
     }
@@ -168,10 +172,12 @@ impl Attachment {
         Ok(())
     }
 
-    /// The ring that ended is read no more.
+    /// The driver does not read the ring any more, which has ended.
     pub(super) fn take_ring_back(&mut self) {
         if let Some((epoch, ring)) = self.ring.take() {
-            self.areas[epoch.area().index()] = Some(ring.into_memory().into_areas());
+            let mut areas = ring.into_memory().into_areas();
+            lend(&mut areas);
+            self.areas[epoch.area().index()] = Some(areas);
         }
     }
 
@@ -183,7 +189,7 @@ impl Attachment {
         self.control.set_detach();
     }
 
-    /// Whether completions are to interrupt. True: there is one already.
+    /// Turns interrupts for completions off or on. True: a completion is there already.
     pub(super) fn set_muted(&mut self, muted: bool) -> bool {
         self.is_muted = muted;
         match &mut self.ring {
@@ -197,15 +203,8 @@ impl Attachment {
     }
 }
 
-/// An area at a multiple of `align_bytes`, which is a power of two and at least a page.
-fn allocate_aligned(memory: &Memory, len_bytes: u64, align_bytes: u64) -> Result<RamArea, Error> {
-    loop {
-        let area = memory.allocate(len_bytes)?;
-        let beyond_bytes = area.gpa() % align_bytes;
-        if beyond_bytes == 0 {
-            return Ok(area);
-        }
-        // Given up, and what is before the next multiple: only where the device has larger pages than this process.
-        memory.allocate(align_bytes - beyond_bytes)?;
-    }
+/// The device keeps the areas between two rings.
+fn lend((rings, sqes): &mut (RamArea, RamArea)) {
+    rings.lend();
+    sqes.lend();
 }

@@ -2,7 +2,7 @@
 
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO,
-    VIRTIO_BLK_F_SIZE_MAX, VIRTIO_BLK_F_WRITE_ZEROES,
+    VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_SIZE_MAX, VIRTIO_BLK_F_WRITE_ZEROES,
 };
 
 /// The space up to `write_zeroes_may_unmap` and its padding.
@@ -14,6 +14,7 @@ pub(super) const FEATURES: u64 = 1 << VIRTIO_BLK_F_BLK_SIZE
     | 1 << VIRTIO_BLK_F_FLUSH
     | 1 << VIRTIO_BLK_F_MQ
     | 1 << VIRTIO_BLK_F_RO
+    | 1 << VIRTIO_BLK_F_SEG_MAX
     | 1 << VIRTIO_BLK_F_SIZE_MAX
     | 1 << VIRTIO_BLK_F_WRITE_ZEROES;
 
@@ -33,8 +34,10 @@ pub struct Geometry {
     pub discard_bytes_max: u64,
     /// Most bytes of zeroes in one request. 0: the device does not write zeroes.
     pub write_zeroes_bytes_max: u64,
-    /// Most bytes of one buffer on a virtqueue.
+    /// Most bytes of one segment of data on a virtqueue.
     pub(super) segment_bytes_max: u32,
+    /// Most segments of data in one request. A device that does not say takes one, as in Linux's driver.
+    pub(super) segments_max: u32,
 }
 
 impl Geometry {
@@ -57,6 +60,7 @@ impl Geometry {
             discard_bytes_max: bytes(VIRTIO_BLK_F_DISCARD, 36),
             write_zeroes_bytes_max: bytes(VIRTIO_BLK_F_WRITE_ZEROES, 48),
             segment_bytes_max: if_has(VIRTIO_BLK_F_SIZE_MAX, 8, u32::MAX),
+            segments_max: if_has(VIRTIO_BLK_F_SEG_MAX, 12, 1),
         }
     }
 }
@@ -69,6 +73,8 @@ mod tests {
     fn fields_count_only_with_their_features() {
         let mut space = [0; BYTES];
         space[..8].copy_from_slice(&2048_u64.to_le_bytes());
+        space[8..12].copy_from_slice(&65536_u32.to_le_bytes());
+        space[12..16].copy_from_slice(&126_u32.to_le_bytes());
         space[20..24].copy_from_slice(&4096_u32.to_le_bytes());
         space[36..40].copy_from_slice(&16_u32.to_le_bytes());
         space[48..52].copy_from_slice(&32_u32.to_le_bytes());
@@ -81,8 +87,11 @@ mod tests {
             discard_bytes_max: 8192,
             write_zeroes_bytes_max: 16384,
             segment_bytes_max: u32::MAX,
+            segments_max: 126,
         };
         assert_eq!(all, expected);
+        let with_size_max = Geometry::read(&space, 1 << VIRTIO_BLK_F_SIZE_MAX);
+        assert_eq!((with_size_max.segment_bytes_max, with_size_max.segments_max), (65536, 1));
         let none = Geometry::read(&space, 0);
         assert_eq!((none.logical_block_bytes, none.discard_bytes_max, none.is_read_only), (512, 0, false));
         assert_eq!(Geometry::read(&[], u64::MAX).size_bytes, 0);

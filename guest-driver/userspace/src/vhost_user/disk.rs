@@ -2,8 +2,8 @@
 
 use std::fs::File;
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
-use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -13,6 +13,7 @@ use super::attachment::{Attachment, RingSize};
 use super::config::{FEATURES, Geometry};
 use super::connection::{Connection, Offer};
 use super::driver::Driver;
+use super::drivers::Drivers;
 use super::events::Events;
 use super::first_queue::{FirstQueue, Question};
 use super::memory::Memory;
@@ -44,7 +45,7 @@ pub struct Disk {
     geometry: Geometry,
     probed: Option<Device>,
     options: Options,
-    drivers: Mutex<Vec<Option<Driver>>>,
+    drivers: Arc<Drivers>,
     queue_count: u16,
 }
 
@@ -60,12 +61,12 @@ impl Disk {
         let memory = Arc::new(Memory::new());
         memory.add(RAM_GPA, options.memory_bytes.next_multiple_of(4096))?;
         let news = Arc::new(AtomicU64::new(0));
-        let mut first = FirstQueue::new(&memory, 16.max(options.queue_size.min(64)), news.clone())?;
+        let mut first = FirstQueue::new(&memory, 16.max(options.queue_size.min(64)), &geometry, news.clone())?;
         let others = options.queues.min(offer.queue_count.saturating_sub(1));
         let mut queues = Vec::new();
         for _ in 0..others {
             let queue = Virtqueue::new(&memory, options.queue_size)?;
-            let requests = Requests::new(&memory, &queue)?;
+            let requests = Requests::new(&memory, &queue, &geometry)?;
             queues.push((queue, requests));
         }
         let setups: Vec<_> = queues.iter().map(|(queue, _)| queue.setup().clone()).collect();
@@ -81,20 +82,20 @@ impl Disk {
         let drivers = queues.into_iter().zip(1..);
         let drivers =
             drivers.map(|((queue, requests), index)| Driver::new(index, shared.clone(), queue, requests, depth));
-        let drivers = drivers.map(Some).collect();
+        let drivers = Drivers::new(drivers);
         let losses = {
             let connection = connection.clone();
             move || connection.reconnects()
         };
         Ok(Self {
-            _events: Events::start(shared.clone(), losses, options.inflight)?,
+            _events: Events::start(shared.clone(), drivers.clone(), losses, options.inflight)?,
             connection,
             shared,
             memory,
             geometry,
             probed,
             options,
-            drivers: Mutex::new(drivers),
+            drivers,
             queue_count: others + 1,
         })
     }
@@ -119,17 +120,15 @@ impl Disk {
         self.connection.reconnects()
     }
 
-    /// Takes a queue, 1 and up. What it is executed as, the options say.
+    /// Takes queue `index`, from 1 on. [`Options::way`] says how it is executed. The queue can be taken again when the [`Queue`] was
+    /// dropped, and when this call has failed.
     ///
     /// # Errors
     ///
-    /// There is no such queue, or somebody has it; a ring is insisted on and cannot be had.
+    /// There is no such queue, or another [`Queue`] for it exists; the options insist on a ring and the device gives none, or there
+    /// is no memory for it.
     pub fn queue(&self, index: u16) -> Result<Queue, Error> {
-        let mut drivers = self.drivers.lock().unwrap_or_else(PoisonError::into_inner);
-        let place = usize::from(index).checked_sub(1).and_then(|at| drivers.get_mut(at));
-        let no_queue = Error::NoQueue { index, count: self.queue_count };
-        let mut driver = place.and_then(Option::take).ok_or(no_queue)?;
-        drop(drivers);
+        let mut driver = self.drivers.take(index).ok_or(Error::NoQueue { index, count: self.queue_count })?;
         match self.options.way {
             Way::Virtqueue => {}
             Way::Auto => self.attach(&mut driver)?,
@@ -151,26 +150,40 @@ impl Disk {
             sq_entries: sq_entries.min(device.limits.sq_entries_max),
             cq_entries: cq_entries.min(device.limits.cq_entries_max),
         };
-        driver.want_ring(Attachment::new(&self.memory, device, size)?);
-        Ok(())
+        driver.want_ring(|| Attachment::new(&self.memory, device, size))
     }
 
-    /// Takes a piece of the driver's RAM, for good.
+    /// Allocates a buffer in the driver's RAM: at least `len_bytes` bytes, in whole pages, with whatever an earlier buffer left
+    /// there. The buffer returns to the RAM when it is dropped. A buffer that was [submitted](Queue::submit) belongs to its queue
+    /// until its request has ended, even if the queue is dropped before.
     ///
     /// # Errors
     ///
-    /// There is no such piece.
+    /// No piece of the RAM is free that is long enough: the error says how much is free.
     pub fn allocate(&self, len_bytes: u64) -> Result<RamArea, Error> {
-        self.memory.allocate(len_bytes)
+        self.or_after_progress(|| self.memory.allocate(len_bytes))
     }
 
-    /// The same in the region at `gpa`.
+    /// Allocates a buffer in the region at `gpa`.
     ///
     /// # Errors
     ///
-    /// There is no such region or no such piece.
+    /// There is no such region, or no piece of it is free that is long enough.
     pub fn allocate_in(&self, gpa: u64, len_bytes: u64) -> Result<RamArea, Error> {
-        self.memory.allocate_in(gpa, len_bytes)
+        self.or_after_progress(|| self.memory.allocate_in(gpa, len_bytes))
+    }
+
+    /// Queues that were dropped may hold buffers whose requests have ended meanwhile.
+    fn or_after_progress(&self, allocate: impl Fn() -> Result<RamArea, Error>) -> Result<RamArea, Error> {
+        allocate().or_else(|_| {
+            self.drivers.progress();
+            allocate()
+        })
+    }
+
+    /// Free bytes of the driver's RAM, which need not lie in one piece.
+    pub fn free_bytes(&self) -> u64 {
+        self.memory.free_bytes()
     }
 
     /// Adds a region of RAM while the queues run. Requests may name it when this returns; rings reach it a little later, and
@@ -178,7 +191,7 @@ impl Disk {
     ///
     /// # Errors
     ///
-    /// It overlaps another, or the device refuses it.
+    /// It overlaps another or one that was removed and has buffers in use, or the device refuses it.
     pub fn add_memory(&self, gpa: u64, len_bytes: u64) -> Result<(), Error> {
         self.connection.add_region(|memory| memory.add(gpa, len_bytes))
     }

@@ -81,6 +81,19 @@ pub enum Error {
         /// Address of the existing region.
         other_gpa: u64,
     },
+    /// Areas of a removed region are in use, and a new region would have their addresses.
+    #[error(
+        "a region of {len_bytes:#x} bytes at {gpa:#x} would have addresses of the region at {other_gpa:#x}, which was removed while \
+         buffers in it are in use: drop these buffers first"
+    )]
+    RegionInUse {
+        /// Where it was to be.
+        gpa: u64,
+        /// Its length.
+        len_bytes: u64,
+        /// The region that was removed.
+        other_gpa: u64,
+    },
     /// The device executed a request with an error.
     #[error("the device failed a {what} request (status {status}: {})", status_name(*status))]
     Status {

@@ -9,13 +9,15 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::Error;
+use super::drivers::Drivers;
 use super::shared::Shared;
 use crate::raw;
 
-/// How often queue 0 is looked at without an interrupt, for one that was lost with a device.
+/// How often the thread looks at queue 0 without an interrupt, because an interrupt can be lost with a device; and how often it looks
+/// at the queues that the application has not taken.
 const LOOK: Duration = Duration::from_millis(250);
 
-/// The thread that takes what the device tells of on queue 0 while nobody else uses that.
+/// The thread that takes the device's events and answers from queue 0 while no other thread uses queue 0.
 #[derive(Debug)]
 pub(super) struct Events {
     stop: Arc<EventFd>,
@@ -24,17 +26,19 @@ pub(super) struct Events {
 }
 
 impl Events {
-    /// Listens. `losses` tells how often the device was lost; `has_inflight`, whether it then still knows of the EVENT.
+    /// Starts the thread. `losses` returns how often the device was lost; with `has_inflight` the device then still knows the EVENT.
     pub(super) fn start(
         shared: Arc<Shared>,
+        drivers: Arc<Drivers>,
         losses: impl Fn() -> u64 + Send + 'static,
         has_inflight: bool,
     ) -> Result<Self, Error> {
-        Self::start_with(shared, losses, has_inflight, LOOK)
+        Self::start_with(shared, drivers, losses, has_inflight, LOOK)
     }
 
     fn start_with(
         shared: Arc<Shared>,
+        drivers: Arc<Drivers>,
         losses: impl Fn() -> u64 + Send + 'static,
         has_inflight: bool,
         look: Duration,
@@ -54,7 +58,8 @@ impl Events {
                         [&*call, &*theirs].map(|event| PollFd::from_borrowed_fd(raw::borrow(event), PollFlags::IN));
                     let _ = poll(&mut fds, timeout.as_ref());
                     let _ = call.read();
-                    // The interrupt is taken: a user that has queue 0 now may have looked at it before the device wrote.
+                    // The thread has taken the interrupt, and a user that holds queue 0 now may have looked before the device wrote:
+                    // so the thread has to look.
                     let mut first = shared.first();
                     let now = losses();
                     if now != std::mem::replace(&mut seen, now) && !has_inflight {
@@ -62,10 +67,13 @@ impl Events {
                     }
                     if let Err(error) = first.service() {
                         tracing::error!("{error}");
-                        // They find the same, and wait for nothing more.
+                        // The other users find the same fault, and stop waiting.
                         first.wake_others();
                         return;
                     }
+                    // Their drivers lock queue 0 themselves.
+                    drop(first);
+                    drivers.progress();
                 }
             })
             .map_err(Error::system("starting the thread for events"))?;
@@ -106,23 +114,24 @@ mod tests {
         let (driver, _) = guest.driver();
         let user = driver.setup().clone();
         let mut device = guest.device_queue(guest.shared.first().setup().clone());
-        let _events = Events::start_with(guest.shared.clone(), || 0, true, Duration::from_secs(3600)).unwrap();
+        let _events =
+            Events::start_with(guest.shared.clone(), Drivers::new([]), || 0, true, Duration::from_secs(3600)).unwrap();
         {
             let mut first = guest.shared.first();
             assert!(first.ask(&Question::Flush, Some(&user)).is_some());
             device.complete(0, &[], 0);
             let call = device.setup().call();
             call.write(1).unwrap();
-            // The thread takes the interrupt, and the user has looked at the queue already.
+            // The thread takes the interrupt after the user has looked at the queue.
             let begin = Instant::now();
             while is_signalled(&call, Duration::ZERO) {
                 assert!(begin.elapsed() < LIMIT, "the thread does not take the interrupt");
                 yield_now();
             }
-            // Time for it to try.
+            // Time for the thread to try.
             thread::sleep(Duration::from_millis(20));
         }
-        assert!(is_signalled(&user.call(), LIMIT), "nobody looked at queue 0 again");
+        assert!(is_signalled(&user.call(), LIMIT), "no thread looked at queue 0 again");
     }
 
     #[test]
@@ -133,7 +142,8 @@ mod tests {
         guest.shared.first().set_others(vec![user.clone()]);
         let device = guest.device_queue(guest.shared.first().setup().clone());
         device.say_used(9);
-        let _events = Events::start_with(guest.shared.clone(), || 0, true, Duration::from_secs(3600)).unwrap();
+        let _events =
+            Events::start_with(guest.shared.clone(), Drivers::new([]), || 0, true, Duration::from_secs(3600)).unwrap();
         device.setup().call().write(1).unwrap();
         assert!(is_signalled(&user.call(), LIMIT));
     }

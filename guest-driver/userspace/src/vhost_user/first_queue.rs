@@ -1,4 +1,4 @@
-//! Queue 0, which always is a virtqueue: what is rare and slow, and the requests about other queues.
+//! Queue 0, which is always a virtqueue: for rare and slow requests, and for the requests about other queues.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -14,31 +14,32 @@ use virtio_bindings::virtio_blk::{
 };
 
 use super::Error;
+use super::config::Geometry;
 use super::memory::Memory;
 use super::requests::{ANSWER_BYTES, Body, Requests};
 use super::virtqueue::{Setup, Virtqueue};
 
-/// How long a device may take to say what it is. After that it is an ordinary disk.
+/// How long a device may take to answer PROBE. After that the driver takes it for an ordinary disk.
 const PROBE_TIMEOUT: Duration = Duration::from_secs(5);
-/// How long to spin for an answer, and then to sleep at most between two looks.
+/// How long to spin for an answer, and the longest sleep between two looks after that.
 const SPIN: Duration = Duration::from_micros(50);
 const SLEEP_MAX: Duration = Duration::from_millis(1);
 const ID_BYTES: usize = 20;
 
-/// The driver of queue 0. An EVENT is always pending; beside it are requests of all queues.
+/// The driver of queue 0. One EVENT is always pending; requests of all queues come beside it.
 #[derive(Debug)]
 pub(super) struct FirstQueue {
     queue: Virtqueue,
     requests: Requests,
     event: Option<u16>,
-    /// By head: requests whose answers are wanted, and the queue whose user is to be woken up then.
+    /// By head: requests whose answers are wanted, and the queue whose user the answer wakes.
     awaited: BTreeMap<u16, (Ticket, Option<Arc<Setup>>)>,
-    /// Answers that nobody has taken yet. Their heads may have other requests already.
+    /// Answers that were not taken yet. Their heads may belong to other requests already.
     answered: BTreeMap<Ticket, Answer>,
     next_ticket: u64,
     /// A question of another queue found no room.
     lacks_room: bool,
-    /// Counts what the device told of.
+    /// Counts the events that the device reported.
     news: Arc<AtomicU64>,
     /// The other queues, whose users may be waiting for interrupts.
     others: Vec<Arc<Setup>>,
@@ -48,14 +49,14 @@ pub(super) struct FirstQueue {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Ticket(u64);
 
-/// What the device made of a request. (The place of the request may have another one since.)
+/// The device's answer to a request, copied: the place of the request may belong to another one by now.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Answer {
     status: u8,
     bytes: [u8; ANSWER_BYTES as usize],
 }
 
-/// What can be asked on queue 0, besides what it does by itself.
+/// The requests that other parts of the driver can send on queue 0.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Question {
     Flush,
@@ -72,7 +73,7 @@ pub(super) enum Question {
     Detach {
         queue: u16,
     },
-    /// A read or write that cannot go another way.
+    /// A read or write that cannot go another way, of at most [`FirstQueue::transfer_bytes_max`].
     Transfer {
         offset_bytes: u64,
         gpa: u64,
@@ -111,9 +112,9 @@ impl Question {
 }
 
 impl FirstQueue {
-    pub(super) fn new(memory: &Memory, size: u16, news: Arc<AtomicU64>) -> Result<Self, Error> {
+    pub(super) fn new(memory: &Memory, size: u16, geometry: &Geometry, news: Arc<AtomicU64>) -> Result<Self, Error> {
         let queue = Virtqueue::new(memory, size)?;
-        let requests = Requests::new(memory, &queue)?;
+        let requests = Requests::new(memory, &queue, geometry)?;
         let (awaited, answered) = (BTreeMap::new(), BTreeMap::new());
         Ok(Self {
             queue,
@@ -128,12 +129,12 @@ impl FirstQueue {
         })
     }
 
-    /// Has the users of these queues woken up when the device tells of something.
+    /// From now on, each event of the device wakes the users of these queues.
     pub(super) fn set_others(&mut self, others: Vec<Arc<Setup>>) {
         self.others = others;
     }
 
-    /// A device that came back without an in-flight region may not know of the EVENT any more.
+    /// Sends a new EVENT: a device that came back without an in-flight region may not know the old one.
     pub(super) fn renew_event(&mut self) {
         self.event = None;
         self.post_event();
@@ -165,14 +166,14 @@ impl FirstQueue {
         Ok(answer.check().inspect_err(|error| tracing::info!("no rings: {error}")).ok())
     }
 
-    /// Has the device tell of what concerns queues that nobody looks at.
+    /// Posts an EVENT, by which the device reports what concerns queues that no thread looks at.
     pub(super) fn post_event(&mut self) {
         if self.event.is_none() {
             self.event = self.send(T_EVENT, 0, &Body::Payload(&[]));
         }
     }
 
-    /// Sends a question. Its answer can be taken later, by the ticket. `user` is woken up then. `None`: there is no room for now.
+    /// Sends a question. The caller can take the answer later, by the ticket; the answer wakes `user`. `None`: there is no room now.
     pub(super) fn ask(&mut self, question: &Question, user: Option<&Arc<Setup>>) -> Option<Ticket> {
         let Some(head) = self.send_question(question) else {
             self.lacks_room |= user.is_some();
@@ -204,11 +205,17 @@ impl FirstQueue {
                 self.send(T_DETACH, 0, &Body::Payload(&payload))
             }
             Question::Transfer { offset_bytes, gpa, len_bytes, is_write } => {
-                let head = self.requests.transfer(&mut self.queue, offset_bytes, gpa, len_bytes, is_write);
+                let sent = self.requests.transfer(&mut self.queue, offset_bytes, gpa, len_bytes, is_write)?;
+                debug_assert_eq!(sent.len_bytes, len_bytes, "a longer transfer is asked for in pieces");
                 self.kick();
-                head
+                Some(sent.head)
             }
         }
+    }
+
+    /// Most bytes of one read or write on this queue.
+    pub(super) fn transfer_bytes_max(&self) -> u32 {
+        self.requests.transfer_bytes_max()
     }
 
     /// The answer to a question, if it is there.
@@ -216,13 +223,13 @@ impl FirstQueue {
         self.answered.remove(&ticket)
     }
 
-    /// Nobody waits for the answer any more. Its place stays taken until it comes.
+    /// Gives an answer up. Its place stays taken until the answer comes.
     pub(super) fn abandon(&mut self, ticket: Ticket) {
         self.awaited.retain(|_, (awaited, _)| *awaited != ticket);
         self.answered.remove(&ticket);
     }
 
-    /// Takes what came back.
+    /// Takes the chains that came back.
     pub(super) fn service(&mut self) -> Result<(), Error> {
         while let Some(head) = self.queue.reap()? {
             if self.event == Some(head) {
@@ -244,7 +251,7 @@ impl FirstQueue {
 
     fn take_event(&mut self, head: u16) {
         let answer = self.requests.answer(head);
-        // The next one first, then the look: nothing that comes in between is missed.
+        // First the next EVENT, then the look at this one: so nothing that comes in between is missed.
         self.post_event();
         if EventAnswer::from_bytes(answer[..EventAnswer::BYTES].try_into().expect("8 bytes")).events.get() != 0 {
             self.news.fetch_add(1, Ordering::Release);
@@ -279,7 +286,7 @@ fn range(offset_bytes: u64, len_bytes: u64, flags: u32) -> [u8; 16] {
     range
 }
 
-/// The pauses between looks at something that comes soon, mostly, and is waited for only so long.
+/// The pauses between looks at an answer that usually comes soon, up to a time limit.
 #[derive(Debug)]
 pub(super) struct Pauses {
     begin: Instant,
@@ -292,7 +299,7 @@ impl Pauses {
         Self { begin: Instant::now(), limit, next: SPIN }
     }
 
-    /// A pause. False: the time is up.
+    /// Pauses. False: the time is up.
     pub(super) fn pause(&mut self) -> bool {
         let waited = self.begin.elapsed();
         if waited >= self.limit {

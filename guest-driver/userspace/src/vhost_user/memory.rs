@@ -1,14 +1,15 @@
-//! The RAM of a guest that brings its own: memfds, given to the device region by region.
+//! The RAM of a guest that provides its own: memfds, which the device gets region by region.
 
 use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use rustix::fs::{MemfdFlags, SealFlags};
 
 use super::Error;
-use crate::{GuestRam, RamAllocator, RamArea, RamRegion, raw};
+use crate::ram::PAGE_BYTES;
+use crate::{AllocateError, GuestRam, RamAllocator, RamArea, RamRegion, raw};
 
 /// A piece of RAM at a guest-physical address.
 #[derive(Clone, Debug)]
@@ -20,21 +21,37 @@ pub(super) struct Region {
 }
 
 impl Region {
-    /// Where it is in this process, for messages: the device calculates with it only.
+    /// Its address in this process, for messages. The device only calculates with it.
     pub(super) fn user_address(&self) -> u64 {
         self.ram.pointer(self.gpa, self.len_bytes).map_or(0, |pointer| pointer.as_ptr().addr() as u64)
     }
 }
 
-/// The RAM of a guest. It is given away in [`RamArea`]s and does not come back. RAM that is somebody else's has no allocator.
+/// The RAM of a guest, handed out in [`RamArea`]s, which return to it when they are dropped. RAM that others own as well has no
+/// allocator.
 #[derive(Debug)]
 pub(super) struct Memory {
-    regions: Mutex<Vec<(Region, Option<RamAllocator>)>>,
+    regions: Mutex<Regions>,
+}
+
+#[derive(Debug, Default)]
+struct Regions {
+    present: Vec<(Region, Option<RamAllocator>)>,
+    removed: Vec<Removed>,
+}
+
+/// A region that was removed. As long as an area of it exists, a request that names its addresses may be under way, and the driver
+/// may send it again. No other memory may come to these addresses before.
+#[derive(Debug)]
+struct Removed {
+    gpa: u64,
+    len_bytes: u64,
+    ram: Weak<GuestRam>,
 }
 
 impl Memory {
     pub(super) fn new() -> Self {
-        Self { regions: Mutex::new(Vec::new()) }
+        Self { regions: Mutex::default() }
     }
 
     /// Makes a region, of whole pages, at an address where there is none.
@@ -46,10 +63,10 @@ impl Memory {
         self.insert(Region { gpa, len_bytes, file: Arc::new(file), ram }, Some(allocator))
     }
 
-    /// Takes in RAM that is somebody else's: it is offered to the device, and nothing of it is given away.
+    /// Adds RAM that others use, too: the device gets it, and the allocator hands out nothing of it.
     pub(super) fn add_foreign(&self, gpa: u64, file: File, len_bytes: u64) -> Result<Region, Error> {
         let region = RamRegion { gpa, len_bytes, file: file.as_fd(), offset_bytes: 0 };
-        // Mapped for its address only. Nobody gets at the bytes without an area, so nothing has to be promised about them.
+        // Mapped for its address only. No code accesses the bytes without an area, so the contract of `GuestRam::map` does not apply.
         let ram = Arc::new(GuestRam::map_checked(&[region])?);
         self.insert(Region { gpa, len_bytes, file: Arc::new(file), ram }, None)
     }
@@ -57,52 +74,69 @@ impl Memory {
     fn insert(&self, region: Region, allocator: Option<RamAllocator>) -> Result<Region, Error> {
         let Region { gpa, len_bytes, .. } = region;
         let mut regions = self.lock();
-        let overlaps = |other: &Region| gpa < other.gpa + other.len_bytes && other.gpa < gpa + len_bytes;
-        if let Some((other, _)) = regions.iter().find(|(other, _)| overlaps(other)) {
+        let overlaps = |other_gpa: u64, other_bytes: u64| gpa < other_gpa + other_bytes && other_gpa < gpa + len_bytes;
+        if let Some((other, _)) = regions.present.iter().find(|(other, _)| overlaps(other.gpa, other.len_bytes)) {
             return Err(Error::RegionsOverlap { gpa, len_bytes, other_gpa: other.gpa });
         }
-        regions.push((region.clone(), allocator));
+        regions.removed.retain(|removed| removed.ram.strong_count() > 0);
+        if let Some(removed) = regions.removed.iter().find(|removed| overlaps(removed.gpa, removed.len_bytes)) {
+            return Err(Error::RegionInUse { gpa, len_bytes, other_gpa: removed.gpa });
+        }
+        regions.present.push((region.clone(), allocator));
         Ok(region)
     }
 
-    /// Takes a region out. What was given away of it stays mapped here, and is unknown to the device.
+    /// Removes a region. Its areas that are in use stay mapped in this process, and the device does not know them any more.
     pub(super) fn remove(&self, gpa: u64) -> Option<Region> {
         let mut regions = self.lock();
-        let index = regions.iter().position(|(region, _)| region.gpa == gpa)?;
-        Some(regions.remove(index).0)
+        let index = regions.present.iter().position(|(region, _)| region.gpa == gpa)?;
+        let (region, _) = regions.present.remove(index);
+        let (len_bytes, ram) = (region.len_bytes, Arc::downgrade(&region.ram));
+        regions.removed.push(Removed { gpa, len_bytes, ram });
+        Some(region)
     }
 
     pub(super) fn regions(&self) -> Vec<Region> {
-        self.lock().iter().map(|(region, _)| region.clone()).collect()
+        self.lock().present.iter().map(|(region, _)| region.clone()).collect()
     }
 
     /// The first free area of this length.
     pub(super) fn allocate(&self, len_bytes: u64) -> Result<RamArea, Error> {
+        self.allocate_aligned(len_bytes, PAGE_BYTES)
+    }
+
+    /// The first free area of this length that starts at a multiple of `align_bytes`, a power of two from 4096 on.
+    pub(super) fn allocate_aligned(&self, len_bytes: u64, align_bytes: u64) -> Result<RamArea, Error> {
         let mut regions = self.lock();
-        let mut refusal = None;
-        for allocator in regions.iter_mut().filter_map(|(_, allocator)| allocator.as_mut()) {
-            match allocator.allocate(len_bytes) {
+        let mut refusal: Option<AllocateError> = None;
+        for allocator in regions.present.iter_mut().filter_map(|(_, allocator)| allocator.as_mut()) {
+            match allocator.allocate_aligned(len_bytes, align_bytes) {
                 Ok(area) => return Ok(area),
-                Err(error) => refusal = Some(error),
+                Err(error) => refusal = Some(refusal.map_or(error, |before| before.and(error))),
             }
         }
         Err(refusal.map_or(Error::NoMemory, Error::Allocate))
     }
 
+    /// Free bytes of all regions.
+    pub(super) fn free_bytes(&self) -> u64 {
+        self.lock().present.iter().filter_map(|(_, allocator)| allocator.as_ref()).map(RamAllocator::free_bytes).sum()
+    }
+
     /// The first free area in the region at `gpa`.
     pub(super) fn allocate_in(&self, gpa: u64, len_bytes: u64) -> Result<RamArea, Error> {
         let mut regions = self.lock();
-        let found = regions.iter_mut().find(|(region, _)| region.gpa == gpa);
+        let found = regions.present.iter_mut().find(|(region, _)| region.gpa == gpa);
         let allocator = found.and_then(|(_, allocator)| allocator.as_mut()).ok_or(Error::NoMemory)?;
         Ok(allocator.allocate(len_bytes)?)
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, Vec<(Region, Option<RamAllocator>)>> {
+    fn lock(&self) -> MutexGuard<'_, Regions> {
         self.regions.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// A memfd that nobody can make shorter or longer.
+/// A memfd whose length is sealed.
 fn memfd(len_bytes: u64) -> io::Result<File> {
     let file = rustix::fs::memfd_create("guest-ram", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
     rustix::fs::ftruncate(&file, len_bytes)?;
@@ -115,15 +149,60 @@ mod tests {
     use super::*;
 
     #[test]
-    fn nothing_is_given_away_of_memory_that_is_somebody_else_s() {
+    fn the_allocator_hands_out_nothing_of_memory_that_others_use() {
         let memory = Memory::new();
         memory.add_foreign(0x10_0000, memfd(8192).unwrap(), 8192).unwrap();
         assert!(matches!(memory.allocate(4096), Err(Error::NoMemory)));
         assert!(matches!(memory.allocate_in(0x10_0000, 4096), Err(Error::NoMemory)));
         memory.add(0x20_0000, 4096).unwrap();
-        assert_eq!(memory.allocate(4096).unwrap().gpa(), 0x20_0000);
-        assert_eq!(memory.regions().len(), 2);
+        let area = memory.allocate(4096).unwrap();
+        assert_eq!((area.gpa(), memory.free_bytes(), memory.regions().len()), (0x20_0000, 0, 2));
         let longer = memory.add_foreign(0x30_0000, memfd(4096).unwrap(), 8192);
         assert!(matches!(longer, Err(Error::Ram(_))), "{longer:?}");
+    }
+
+    #[test]
+    fn a_refusal_says_how_much_was_asked_and_how_much_all_regions_have() {
+        let memory = Memory::new();
+        memory.add(0x10_0000, 3 * 4096).unwrap();
+        memory.add(0x20_0000, 2 * 4096).unwrap();
+        let first = memory.allocate(4096).unwrap();
+        let message = memory.allocate(3 * 4096).unwrap_err().to_string();
+        let said = "no free piece of guest RAM holds 12288 bytes at a multiple of 4096: 16384 bytes are free, the longest piece has 8192";
+        assert!(message.starts_with(said), "{message}");
+        drop(first);
+        assert_eq!(memory.allocate(3 * 4096).unwrap().gpa(), 0x10_0000, "what was dropped can be had again");
+        assert_eq!(memory.allocate_aligned(4096, 0x20_0000).unwrap().gpa(), 0x20_0000);
+    }
+
+    #[test]
+    fn an_area_that_was_lent_or_leaked_is_not_handed_out_again() {
+        let memory = Memory::new();
+        memory.add(0x10_0000, 3 * 4096).unwrap();
+        let mut lent = memory.allocate(4096).unwrap();
+        lent.lend();
+        drop(lent);
+        memory.allocate(4096).unwrap().leak();
+        assert_eq!(memory.free_bytes(), 4096);
+        let mut returned = memory.allocate(4096).unwrap();
+        assert_eq!(returned.gpa(), 0x10_2000);
+        returned.lend();
+        returned.take_back();
+        drop(returned);
+        assert_eq!(memory.free_bytes(), 4096);
+    }
+
+    #[test]
+    fn no_memory_comes_to_addresses_that_an_area_still_has() {
+        let memory = Memory::new();
+        memory.add(0x10_0000, 0x2000).unwrap();
+        let area = memory.allocate(4096).unwrap();
+        memory.remove(0x10_0000).unwrap();
+        let error = memory.add(0x10_1000, 0x2000).unwrap_err();
+        assert!(matches!(error, Error::RegionInUse { other_gpa: 0x10_0000, .. }), "{error}");
+        memory.add(0x10_2000, 0x1000).unwrap();
+        drop(area);
+        memory.add(0x10_0000, 0x2000).unwrap();
+        assert_eq!(memory.free_bytes(), 0x3000);
     }
 }

@@ -11,10 +11,15 @@
 //! [`Error::Silent`]. Requests on a [`Queue`] are the exception: they stay in the queue until the device is back, and
 //! the caller of [`Queue::wait`] chooses how long to wait.
 //!
-//! The private modules: `connection` keeps the device set up, even when the device restarts; `watchdog` ends waits;
-//! `virtqueue` and `requests` implement virtio-blk; `attachment` is the ring of a queue with its epochs; `driver`
-//! decides which way each request of a queue goes; `first_queue` is queue 0, which all queues share; `events` is the
-//! thread that listens to queue 0.
+//! Buffers are [`RamArea`](crate::RamArea)s of the disk's RAM. [`Disk::allocate`] hands them out, and they return when they are
+//! dropped. A queue owns the buffer of a request until the request has ended, and then returns the buffer in [`Done`]. The disk never
+//! hands out a buffer to which a device may still write: not when the buffer's queue is dropped, not when the device breaks the
+//! protocol, and not when the device does not confirm the end of its I/O.
+//!
+//! The private modules: `connection` keeps the device set up, even when the device restarts; `watchdog` ends waits; `virtqueue`,
+//! `requests` and `segments` implement virtio-blk; `attachment` is the ring of a queue with its epochs; `driver` decides which way
+//! each request of a queue goes; `drivers` holds the drivers of the queues that the application has not taken; `first_queue` is
+//! queue 0, which all queues share; `events` is the thread that listens to queue 0.
 //!
 //! ```no_run
 //! use std::time::Duration;
@@ -35,6 +40,7 @@ mod config;
 mod connection;
 mod disk;
 mod driver;
+mod drivers;
 mod error;
 mod events;
 mod first_queue;
@@ -42,6 +48,7 @@ mod memory;
 mod options;
 mod queue;
 mod requests;
+mod segments;
 mod shared;
 #[cfg(test)]
 mod test_device;

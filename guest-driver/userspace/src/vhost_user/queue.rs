@@ -4,14 +4,14 @@ use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use ringpass_guest_abi::block_queue::{BlockQueue, Completion, PushRefusal, Request};
 use ringpass_guest_abi::request::ErrorCode;
-use ringpass_workload::{BlockQueue, Completion, PushRefusal, Request};
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::Error;
-use super::driver::{Counters, Driver};
-use crate::{RamArea, raw};
+use super::driver::{Counters, Driver, Ended};
+use super::drivers::Taken;
+use crate::{RamArea, wait_for_interrupt};
 
 /// The operation of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -56,17 +56,17 @@ pub struct Done {
 }
 
 /// One queue of a disk. It belongs to one thread at a time.
+///
+/// When a queue is dropped, [`Disk::queue`](super::Disk::queue) can take it again. Requests that were not sent by then are never
+/// executed. The disk keeps the buffers of the others until these requests have ended: a device may still write to them.
 #[derive(Debug)]
 pub struct Queue {
-    driver: Driver,
-    /// Buffers of requests under way, by the number that the driver knows them by.
-    lent: Vec<Option<(u64, RamArea)>>,
-    free: Vec<usize>,
+    driver: Taken,
 }
 
 impl Queue {
-    pub(super) fn new(driver: Driver) -> Self {
-        Self { driver, lent: Vec::new(), free: Vec::new() }
+    pub(super) fn new(driver: Taken) -> Self {
+        Self { driver }
     }
 
     /// Puts a request into the queue: the first `len_bytes` bytes of `buffer`, which the queue keeps until they have been
@@ -86,24 +86,15 @@ impl Queue {
         if u64::from(len_bytes) > buffer.len_bytes() || len_bytes == 0 {
             return Err(buffer);
         }
-        let number = self.free.pop().unwrap_or_else(|| {
-            self.lent.push(None);
-            self.lent.len() - 1
-        });
         let request = Request {
             write: operation != Operation::Read,
             offset_bytes,
             gpa: buffer.gpa(),
             len_bytes,
             durable: operation == Operation::DurableWrite,
-            user_data: number as u64,
+            user_data: tag,
         };
-        if !self.driver.push(&request) {
-            self.free.push(number);
-            return Err(buffer);
-        }
-        self.lent[number] = Some((tag, buffer));
-        Ok(())
+        self.driver.push(&request, Some(buffer)).map_err(|buffer| buffer.expect("the buffer that was pushed"))
     }
 
     /// Sends what was submitted, as far as there is room.
@@ -114,11 +105,10 @@ impl Queue {
     /// The next request that has ended, if there is one. Also sends what was submitted.
     pub fn poll(&mut self) -> Option<Done> {
         loop {
-            let completion = self.driver.reap()?;
-            let number = usize::try_from(completion.user_data).unwrap_or(usize::MAX);
-            let Some((tag, buffer)) = self.lent.get_mut(number).and_then(Option::take) else { continue };
-            self.free.push(number);
-            let result = u32::try_from(completion.res).map_err(|_| io::Error::from_raw_os_error(-completion.res));
+            let Ended { completion: Completion { user_data: tag, res }, buffer } = self.driver.reap()?;
+            // A request by address has no buffer, and is not reported here.
+            let Some(buffer) = buffer else { continue };
+            let result = u32::try_from(res).map_err(|_| io::Error::from_raw_os_error(-res));
             return Some(Done { tag, result, buffer });
         }
     }
@@ -132,7 +122,7 @@ impl Queue {
                 return Some(done);
             }
             let left = timeout.saturating_sub(begin.elapsed());
-            if left.is_zero() || !wait_for(&self.interrupt(), left) {
+            if left.is_zero() || !wait_for_interrupt(&self.interrupt(), left).unwrap_or(false) {
                 return self.poll();
             }
         }
@@ -194,7 +184,7 @@ impl Queue {
     }
 }
 
-/// A queue that takes requests by guest-physical address.
+/// A queue that takes requests by guest-physical address. Their buffers are not the queue's.
 #[derive(Debug)]
 pub struct ByAddress<'q> {
     driver: &'q mut Driver,
@@ -202,7 +192,7 @@ pub struct ByAddress<'q> {
 
 impl BlockQueue for ByAddress<'_> {
     fn push(&mut self, request: &Request) -> Result<(), PushRefusal> {
-        if self.driver.push(request) { Ok(()) } else { Err(PushRefusal::Full) }
+        self.driver.push(request, None).map_err(|_| PushRefusal::Full)
     }
 
     fn publish(&mut self) -> bool {
@@ -212,7 +202,7 @@ impl BlockQueue for ByAddress<'_> {
     }
 
     fn reap(&mut self) -> Option<Completion> {
-        self.driver.reap()
+        self.driver.reap().map(|ended| ended.completion)
     }
 
     fn mute(&mut self) {
@@ -224,17 +214,9 @@ impl BlockQueue for ByAddress<'_> {
     }
 }
 
-/// Waits for an interrupt and takes it. False: none came in this time.
-fn wait_for(interrupt: &EventFd, timeout: Duration) -> bool {
-    let timeout = Timespec::try_from(timeout).unwrap_or(Timespec { tv_sec: i64::MAX, tv_nsec: 0 });
-    let mut fds = [PollFd::from_borrowed_fd(raw::borrow(interrupt), PollFlags::IN)];
-    let came = poll(&mut fds, Some(&timeout));
-    let _ = interrupt.read();
-    came != Ok(0)
-}
-
 #[cfg(test)]
 mod tests {
+    use super::super::drivers::Drivers;
     use super::super::test_device::Guest;
     use super::*;
 
@@ -242,7 +224,7 @@ mod tests {
     fn a_wait_without_end_ends_with_the_request() {
         let guest = Guest::new();
         let (driver, mut device) = guest.driver();
-        let mut queue = Queue::new(driver);
+        let mut queue = Queue::new(Drivers::new([driver]).take(1).unwrap());
         let buffer = guest.memory.allocate(4096).unwrap();
         queue.submit(Operation::Read, buffer, 0, 4096, 7).unwrap();
         queue.send();

@@ -3,7 +3,9 @@
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT};
 
 use super::Error;
+use super::config::Geometry;
 use super::memory::Memory;
+use super::segments::Segments;
 use super::virtqueue::{Buffer, Virtqueue};
 use crate::RamArea;
 
@@ -16,14 +18,12 @@ const HEADER_BYTES: usize = 16;
 /// What no device writes.
 const NO_STATUS: u8 = 0xff;
 
-/// Whatever a request has besides its header.
+/// The part of a request after its header.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Body<'a> {
-    /// A buffer of the guest, read or written by the device.
-    Data { gpa: u64, len_bytes: u32, is_write: bool },
     /// At most 240 bytes for the device, and room for its answer.
     Payload(&'a [u8]),
-    /// A range of the disk: for the device, and without an answer.
+    /// A range of the disk for the device; no answer but the status.
     Range(&'a [u8; 16]),
     /// Nothing.
     Nothing,
@@ -33,35 +33,36 @@ pub(super) enum Body<'a> {
 #[derive(Debug)]
 pub(super) struct Requests {
     area: RamArea,
+    segments: Segments,
+}
+
+/// A read or write that was made available.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Sent {
+    pub(super) head: u16,
+    /// The bytes of its data: at most as many as the device takes in one request.
+    pub(super) len_bytes: u32,
 }
 
 impl Requests {
-    pub(super) fn new(memory: &Memory, queue: &Virtqueue) -> Result<Self, Error> {
-        Ok(Self { area: memory.allocate(SLOT_BYTES * u64::from(queue.setup().size))? })
+    pub(super) fn new(memory: &Memory, queue: &Virtqueue, geometry: &Geometry) -> Result<Self, Error> {
+        let size = queue.setup().size;
+        let segments = Segments::new(geometry, size)?;
+        let mut area = memory.allocate(SLOT_BYTES * u64::from(size))?;
+        // The device uses it for as long as the connection lasts.
+        area.lend();
+        Ok(Self { area, segments })
     }
 
-    /// Makes a request available. `None`: there is no room.
+    /// Makes a request other than a read or write available. `None`: there is no room.
     pub(super) fn send(&mut self, queue: &mut Virtqueue, kind: u32, offset_bytes: u64, body: &Body<'_>) -> Option<u16> {
-        // The head is known only when the chain is made, and the chain names the place: each place belongs to the head that
-        // will be taken next.
         let buffers = match body {
-            Body::Data { .. } | Body::Payload(_) => 3,
+            Body::Payload(_) => 3,
             Body::Range(_) | Body::Nothing => 2,
         };
-        let head = queue.next_head(buffers)?;
-        let at = u64::from(head) * SLOT_BYTES;
+        let (at, status) = self.begin(queue, buffers, kind, offset_bytes)?;
         let gpa = self.area.gpa() + at;
-        let mut header = [0; HEADER_BYTES];
-        header[..4].copy_from_slice(&kind.to_le_bytes());
-        header[8..].copy_from_slice(&(offset_bytes / 512).to_le_bytes());
-        self.area.write(at, &header);
-        self.area.write(at + STATUS_OFFSET, &[NO_STATUS]);
-        let status = Buffer::writable(gpa + STATUS_OFFSET, 1);
         match *body {
-            Body::Data { gpa: data_gpa, len_bytes, is_write } => {
-                let data = Buffer { gpa: data_gpa, len_bytes, is_writable: !is_write };
-                queue.add(&[Buffer::readable(gpa, HEADER_BYTES as u32), data, status])
-            }
             Body::Payload(payload) => {
                 debug_assert!(payload.len() as u64 <= ANSWER_OFFSET - HEADER_BYTES as u64);
                 self.area.write(at + HEADER_BYTES as u64, payload);
@@ -77,7 +78,26 @@ impl Requests {
         }
     }
 
-    /// A read or write.
+    /// Writes the header of a request that will have this many buffers. Returns the place of the request in the area, and the
+    /// buffer of its status.
+    fn begin(&mut self, queue: &Virtqueue, buffers: usize, kind: u32, offset_bytes: u64) -> Option<(u64, Buffer)> {
+        // The chain names the place, but the queue chooses the head only when it makes the chain. So each place belongs to the
+        // head that the queue takes next.
+        let at = u64::from(queue.next_head(buffers)?) * SLOT_BYTES;
+        let mut header = [0; HEADER_BYTES];
+        header[..4].copy_from_slice(&kind.to_le_bytes());
+        header[8..].copy_from_slice(&(offset_bytes / 512).to_le_bytes());
+        self.area.write(at, &header);
+        self.area.write(at + STATUS_OFFSET, &[NO_STATUS]);
+        Some((at, Buffer::writable(self.area.gpa() + at + STATUS_OFFSET, 1)))
+    }
+
+    /// Most bytes of one read or write.
+    pub(super) fn transfer_bytes_max(&self) -> u32 {
+        self.segments.request_bytes_max()
+    }
+
+    /// Makes a read or write available, or as much of it as the device takes in one request. `None`: there is no room.
     pub(super) fn transfer(
         &mut self,
         queue: &mut Virtqueue,
@@ -85,9 +105,20 @@ impl Requests {
         gpa: u64,
         len_bytes: u32,
         is_write: bool,
-    ) -> Option<u16> {
+    ) -> Option<Sent> {
         let kind = if is_write { VIRTIO_BLK_T_OUT } else { VIRTIO_BLK_T_IN };
-        self.send(queue, kind, offset_bytes, &Body::Data { gpa, len_bytes, is_write })
+        let len_bytes = len_bytes.min(self.transfer_bytes_max());
+        let count = self.segments.count(len_bytes);
+        let (at, status) = self.begin(queue, count + 2, kind, offset_bytes)?;
+        let header = Buffer::readable(self.area.gpa() + at, HEADER_BYTES as u32);
+        let head = if count == 1 {
+            // The usual case.
+            queue.add(&[header, Buffer { gpa, len_bytes, is_writable: !is_write }, status])
+        } else {
+            let data = self.segments.of(gpa, len_bytes, is_write);
+            queue.add(&std::iter::once(header).chain(data).chain([status]).collect::<Vec<_>>())
+        };
+        head.map(|head| Sent { head, len_bytes })
     }
 
     /// The status of a request that came back.

@@ -16,6 +16,7 @@ use ringpass_guest_abi::{Doorbell, FixedAddressing, RingLayout, SLOT_BYTES};
 
 use super::RingSize;
 use super::attachment::Attachment;
+use super::config::Geometry;
 use super::driver::Driver;
 use super::first_queue::FirstQueue;
 use super::memory::Memory;
@@ -33,6 +34,7 @@ pub(super) struct Guest {
     pub(super) memory: Memory,
     pub(super) news: Arc<AtomicU64>,
     pub(super) shared: Arc<Shared>,
+    geometry: Geometry,
     ram: Arc<File>,
 }
 
@@ -45,18 +47,23 @@ pub(super) struct DeviceQueue {
 
 impl Guest {
     pub(super) fn new() -> Self {
+        Self::with(Geometry::read(&[], 0))
+    }
+
+    /// A guest of a device with this configuration space.
+    pub(super) fn with(geometry: Geometry) -> Self {
         let memory = Memory::new();
         let ram = memory.add(RAM_GPA, RAM_BYTES).unwrap().file;
         let news = Arc::new(AtomicU64::new(0));
-        let first = FirstQueue::new(&memory, 16, news.clone()).unwrap();
+        let first = FirstQueue::new(&memory, 16, &geometry, news.clone()).unwrap();
         let shared = Arc::new(Shared::new(first, news.clone(), Duration::from_secs(60)));
-        Self { memory, news, shared, ram }
+        Self { memory, news, shared, geometry, ram }
     }
 
     /// The driver of queue 1 and the device's side of it.
     pub(super) fn driver(&self) -> (Driver, DeviceQueue) {
         let queue = Virtqueue::new(&self.memory, 64).unwrap();
-        let requests = Requests::new(&self.memory, &queue).unwrap();
+        let requests = Requests::new(&self.memory, &queue, &self.geometry).unwrap();
         let device = self.device_queue(queue.setup().clone());
         (Driver::new(1, self.shared.clone(), queue, requests, 16), device)
     }
@@ -148,6 +155,20 @@ impl DeviceQueue {
             }
             chain.push(self.read16(at + 14));
         }
+    }
+
+    /// The position on the disk and the segments of data (address and length) of the read or write that was made available as the
+    /// `index`th.
+    pub(super) fn transfer(&self, index: u16) -> (u64, Vec<(u64, u32)>) {
+        let chain = self.chain(index);
+        let mut sector = [0; 8];
+        self.read(self.gpa_of(chain[0]) + 8, &mut sector);
+        let segment = |&descriptor: &u16| {
+            let mut len_bytes = [0; 4];
+            self.read(self.descriptor(descriptor) + 8, &mut len_bytes);
+            (self.gpa_of(descriptor), u32::from_le_bytes(len_bytes))
+        };
+        (u64::from_le_bytes(sector) * 512, chain[1..chain.len() - 1].iter().map(segment).collect())
     }
 
     fn descriptor(&self, number: u16) -> u64 {

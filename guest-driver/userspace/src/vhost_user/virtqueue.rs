@@ -33,8 +33,7 @@ impl Buffer {
     }
 }
 
-/// Where the three parts of a queue are, and how it is signalled: what whoever sets it up must know. It outlives the
-/// connection.
+/// The addresses of a queue's three parts, and its eventfds: what the set-up of the queue needs. It outlives the connection.
 #[derive(Debug)]
 pub(super) struct Setup {
     pub(super) size: u16,
@@ -42,27 +41,27 @@ pub(super) struct Setup {
     pub(super) avail_gpa: u64,
     pub(super) used_gpa: u64,
     pub(super) kick: EventFd,
-    /// Changes at run time, as it does in machines when interrupts are moved.
+    /// Changes at run time, as in machines that move interrupts.
     call: Mutex<Arc<EventFd>>,
     used: RamArea,
 }
 
 impl Setup {
-    /// What the device signals.
+    /// The eventfd that the device signals.
     pub(super) fn call(&self) -> Arc<EventFd> {
         self.call.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Makes another eventfd to be signalled. The device has to be told.
+    /// Makes another eventfd for interrupts. The caller tells the device.
     pub(super) fn renew_call(&self) -> Result<Arc<EventFd>, Error> {
         let call = Arc::new(eventfd()?);
         let before = std::mem::replace(&mut *self.call.lock().unwrap_or_else(PoisonError::into_inner), call.clone());
-        // Whoever waits for the old one looks at the new one.
+        // Wakes a thread that waits for the old one; then it waits for the new one.
         let _ = before.write(1);
         Ok(call)
     }
 
-    /// The used index as the device has it: where a queue goes on that was not stopped in order.
+    /// The used index as the device has it: where a queue continues that was not stopped in order.
     pub(super) fn used_idx(&self) -> u16 {
         self.used.word16(2).map_or(0, |word| u16::from_le(word.load(Ordering::Acquire)))
     }
@@ -85,10 +84,15 @@ impl Virtqueue {
     /// A queue of `size` descriptors, a power of two.
     pub(super) fn new(memory: &Memory, size: u16) -> Result<Self, Error> {
         let entries = u64::from(size);
-        // Each begins at a page, which is more than VIRTIO asks for. New RAM is zero.
-        let desc = memory.allocate(DESCRIPTOR_BYTES * entries)?;
-        let avail = memory.allocate(6 + 2 * entries)?;
-        let used = memory.allocate(6 + 8 * entries)?;
+        // Each begins at a page, which is more than VIRTIO requires.
+        let mut desc = memory.allocate(DESCRIPTOR_BYTES * entries)?;
+        let mut avail = memory.allocate(6 + 2 * entries)?;
+        let mut used = memory.allocate(6 + 8 * entries)?;
+        for area in [&mut desc, &mut avail, &mut used] {
+            area.write(0, &vec![0; area.len_bytes() as usize]);
+            // The device uses them for as long as the connection lasts.
+            area.lend();
+        }
         let setup = Setup {
             size,
             desc_gpa: desc.gpa(),
@@ -113,7 +117,7 @@ impl Virtqueue {
         &self.setup
     }
 
-    /// Whether a chain of this many buffers has room.
+    /// Whether there is room for a chain of this many buffers.
     pub(super) fn has_room(&self, buffers: usize) -> bool {
         self.free.len() >= buffers
     }
@@ -151,24 +155,24 @@ impl Virtqueue {
         let slot = u64::from(self.next_avail % self.setup.size);
         store(&self.avail, 4 + 2 * slot, head, Ordering::Relaxed);
         self.next_avail = self.next_avail.wrapping_add(1);
-        // The chain is written before the index covers it.
+        // The chain must be written before the index covers it.
         store(&self.avail, 2, self.next_avail, Ordering::Release);
         Some(head)
     }
 
-    /// Whether the device wants to be kicked for what was made available.
+    /// Whether the device wants a kick for the chains that were made available.
     pub(super) fn wants_kick(&self) -> bool {
-        // The index must be seen before the device's wish is read (VIRTIO 1.2, 2.7.13.3.1).
+        // The device must be able to see the index before the driver reads the device's wish (VIRTIO 1.2, 2.7.13.3.1).
         fence(Ordering::SeqCst);
         load(&self.setup.used, 0, Ordering::Relaxed) & NO_NOTIFICATION == 0
     }
 
-    /// Rings the doorbell. A counter that is full rings as well.
+    /// Rings the doorbell. A full counter wakes the device as well.
     pub(super) fn kick(&self) {
         let _ = self.setup.kick.write(1);
     }
 
-    /// How many chains came back and were not taken.
+    /// How many chains came back that the driver has not taken.
     pub(super) fn ready(&self) -> u16 {
         self.setup.used_idx().wrapping_sub(self.next_used)
     }
@@ -195,7 +199,7 @@ impl Virtqueue {
         Ok(Some(id as u16))
     }
 
-    /// Whether interrupts are wanted. True: there is something already, for which none may come.
+    /// Turns interrupts on or off. True: a chain has come back already, for which no interrupt may come.
     pub(super) fn want_interrupts(&self, wanted: bool) -> bool {
         store(&self.avail, 0, if wanted { 0 } else { NO_NOTIFICATION }, Ordering::Relaxed);
         fence(Ordering::SeqCst);

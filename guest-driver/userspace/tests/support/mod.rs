@@ -3,13 +3,12 @@
 #![allow(dead_code, unsafe_code, reason = "each test program uses its own part; the RAM is mapped here only")]
 
 use std::fs::File;
-use std::os::fd::{AsFd, FromRawFd, IntoRawFd};
+use std::os::fd::AsFd;
 use std::sync::Arc;
 
 use ringpass_guest::{GuestRam, RamAllocator, RamError, RamRegion};
 use ringpass_guest_abi::{Doorbell, RingLayout};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
-use vmm_sys_util::eventfd::EventFd;
 
 /// A memfd of this length. Untouched pages take no memory.
 pub(crate) fn memfd(len_bytes: u64) -> File {
@@ -33,12 +32,6 @@ pub(crate) fn ram(len_bytes: u64) -> (File, RamAllocator) {
     let file = memfd(len_bytes);
     let allocator = map(&[region(0, len_bytes, &file, 0)]).unwrap().allocator().unwrap();
     (file, allocator)
-}
-
-/// Any file in the place of an eventfd.
-pub(crate) fn not_an_eventfd(file: File) -> EventFd {
-    // SAFETY: the descriptor was owned by `file`, which gave it up.
-    unsafe { EventFd::from_raw_fd(file.into_raw_fd()) }
 }
 
 /// A ring of 8 and 16 entries.

@@ -1,4 +1,4 @@
-//! Moves a queue between ring and virtqueue: ATTACH, the epochs of its rings, and the end of the last one.
+//! Moves a queue between ring and virtqueue: ATTACH, the epochs of its rings, and the end of the last ring.
 
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
@@ -13,47 +13,57 @@ use super::errands::Errand;
 use super::pending::Place;
 use super::{Driver, Mode, Wish};
 
-/// How long to wait before a ring is asked for again, when nothing tells that it can be had now.
+/// How long to wait before the driver asks for a ring again, if no event says that the device can give one.
 const PAUSE: Duration = Duration::from_secs(1);
 
-/// A device that gives no ring for now.
+/// The device gives no ring for now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Refusal {
     code: ErrorCode,
-    /// The news that had come before the ring was asked for. What came between may have been after the device's decision.
+    /// The number of events before the driver asked. A later event may have come after the device's decision.
     news: u64,
     since: Instant,
 }
 
 impl Refusal {
-    /// A refusal for a reason that passes.
+    /// The refusal, if its reason can pass.
     fn new(code: Option<ErrorCode>, news: u64) -> Option<Self> {
         let code = code.filter(|code| matches!(code, ErrorCode::Mode | ErrorCode::Busy | ErrorCode::Resources))?;
         Some(Self { code, news, since: Instant::now() })
     }
 
-    /// Whether the reason may have passed, when so much news has come and so much time.
+    /// Whether the reason may have passed by now.
     fn may_have_passed(&self, news: u64, waited: Duration) -> bool {
         match self.code {
-            // An EVENT tells.
+            // An EVENT reports it.
             ErrorCode::Mode => news != self.news,
             ErrorCode::Busy => news != self.news || waited >= PAUSE,
-            // Nothing tells. The end of the ATTACH is news by itself, and asking again at once would go on without end.
+            // No event reports it. The end of the ATTACH is an event itself, and would let the driver ask without end.
             _ => waited >= PAUSE,
         }
     }
 }
 
 impl Driver {
-    /// Has the queue become a ring.
-    pub(in super::super) fn want_ring(&mut self, attachment: Attachment) {
-        self.attachment = Some(attachment);
+    /// Asks for a ring. If the queue has no memory for rings yet, `make` allocates it.
+    ///
+    /// # Errors
+    ///
+    /// `make` fails.
+    pub(in super::super) fn want_ring(
+        &mut self,
+        make: impl FnOnce() -> Result<Attachment, Error>,
+    ) -> Result<(), Error> {
+        if self.attachment.is_none() {
+            self.attachment = Some(make()?);
+        }
         self.wish = Wish::Ring;
         self.refused = None;
         self.progress();
+        Ok(())
     }
 
-    /// Has the queue become a virtqueue.
+    /// Gives the ring up for a virtqueue.
     pub(in super::super) fn give_ring_up(&mut self) {
         self.wish = Wish::Virtqueue;
         if self.mode != Mode::Virtqueue {
@@ -61,7 +71,7 @@ impl Driver {
         }
     }
 
-    /// Whether a ring is wanted and may be asked for now.
+    /// Whether the user wants a ring and the driver may ask for it now.
     pub(super) fn may_ask(&self) -> bool {
         match self.wish {
             Wish::Virtqueue => false,
@@ -87,8 +97,8 @@ impl Driver {
         self.queue.kick();
     }
 
-    /// Looks at what the device says of rings, until it says no more: an interrupt may stand for several things, and one may follow
-    /// from another.
+    /// Handles events of the ring until there are no more: one interrupt may stand for several events, and one event may cause
+    /// another.
     pub(super) fn look(&mut self) {
         while self.fault.is_none() {
             let Some(event) = self.next_event() else { break };
@@ -98,7 +108,7 @@ impl Driver {
 
     fn next_event(&mut self) -> Option<Event> {
         let Mode::Attached { heard, is_draining, .. } = &mut self.mode else { return None };
-        // ARM is there and stays; what comes behind it is ATTACH.
+        // The device completes ARM and leaves it in the used ring; the next chain is ATTACH.
         if self.queue.ready() >= 2 {
             return Some(Event::AttachCompleted);
         }
@@ -156,7 +166,7 @@ impl Driver {
         }
     }
 
-    /// What was on a ring that has ended is to be sent again, before everything else and in its order.
+    /// The driver sends the requests of a ring that has ended again, before all others and in their order.
     fn put_ring_aside(&mut self) {
         for id in 0..self.slots.len() {
             if self.slots[id].as_ref().is_some_and(|pending| pending.place == Place::Ring) {
@@ -170,7 +180,7 @@ impl Driver {
         }
     }
 
-    /// No ring is left: ARM and ATTACH come back.
+    /// No ring is left: takes ARM and ATTACH back.
     fn release(&mut self) -> Result<(), Error> {
         let Mode::Attached { attach, news, .. } = self.mode else { return Ok(()) };
         while self.queue.reap()?.is_some() {}

@@ -1,8 +1,8 @@
-//! The way over queue 0: for requests that cannot go another way, for flushes behind durable writes, and for DETACH.
+//! Requests over queue 0: those that the queue's own ring or virtqueue cannot execute, flushes after durable writes, and DETACH.
 
 use std::collections::VecDeque;
 
-use ringpass_workload::Request;
+use ringpass_guest_abi::block_queue::Request;
 
 use super::super::Error;
 use super::super::first_queue::{Answer, Question, Ticket};
@@ -16,17 +16,17 @@ pub(super) enum Errand {
     Transfer {
         id: usize,
     },
-    /// A write that is done, and is to be stable.
+    /// A flush that makes a finished write stable.
     Flush {
         id: usize,
     },
     Detach,
 }
 
-/// Nobody waits for queue 0: the user of this queue may do other things meanwhile.
+/// The requests of one queue over queue 0. The driver does not wait for their answers, so that the user can do other work.
 #[derive(Debug, Default)]
 pub(super) struct Errands {
-    /// Not sent yet: there was no room.
+    /// Not sent yet, because queue 0 had no room.
     pub(super) waiting: VecDeque<Errand>,
     pub(super) sent: Vec<(Ticket, Errand)>,
 }
@@ -38,7 +38,7 @@ impl Errands {
 }
 
 impl Driver {
-    /// Does a request over queue 0.
+    /// Executes a request over queue 0.
     pub(super) fn detour(&mut self, id: usize) {
         self.counters.detoured += 1;
         self.run_errand(Errand::Transfer { id });
@@ -53,7 +53,7 @@ impl Driver {
         self.errands.waiting.push_back(errand);
     }
 
-    /// Takes the answers of queue 0, and sends what waits for it.
+    /// Takes the answers of queue 0, and sends the requests that wait for it.
     pub(super) fn run_errands(&mut self) {
         if let Err(error) = self.try_errands() {
             self.break_down(error);
@@ -77,8 +77,11 @@ impl Driver {
         while self.fault.is_none() {
             let Some(&errand) = self.errands.waiting.front() else { break };
             let question = match errand {
-                Errand::Transfer { id } => self.slots[id].as_ref().map(|pending| {
+                Errand::Transfer { id } => self.slots[id].as_mut().map(|pending| {
                     let Request { write, offset_bytes, gpa, len_bytes, .. } = pending.rest();
+                    // The device takes no more in one request: the rest follows when this part is done.
+                    let len_bytes = len_bytes.min(first.transfer_bytes_max());
+                    pending.sent_bytes = len_bytes;
                     Question::Transfer { offset_bytes, gpa, len_bytes, is_write: write }
                 }),
                 Errand::Flush { .. } => Some(Question::Flush),
@@ -101,14 +104,14 @@ impl Driver {
             Errand::Transfer { id } => (id, false),
             Errand::Flush { id } => (id, true),
         };
-        let Some(Request { len_bytes, durable, write, .. }) = self.slots[id].as_ref().map(|pending| pending.request)
-        else {
-            return Ok(());
-        };
+        let Some(pending) = self.slots[id].as_mut() else { return Ok(()) };
+        let Request { len_bytes, durable, write, .. } = pending.request;
         match answer.check("request") {
-            Ok(()) if durable && write && !is_durable => self.run_errand(Errand::Flush { id }),
-            Ok(()) => self.complete(id, len_bytes as i32),
             Err(_) => self.complete(id, EIO),
+            Ok(()) if is_durable => self.complete(id, len_bytes as i32),
+            Ok(()) if !pending.note_sent_done() => self.run_errand(Errand::Transfer { id }),
+            Ok(()) if durable && write => self.run_errand(Errand::Flush { id }),
+            Ok(()) => self.complete(id, len_bytes as i32),
         }
         Ok(())
     }

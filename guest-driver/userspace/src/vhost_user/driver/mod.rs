@@ -1,8 +1,8 @@
 //! The driver of one queue: requests go to its ring while there is one, and otherwise to its virtqueue.
 //!
-//! A request stays a request until it is known what became of it. A ring that has ended gives back what it completed; the
-//! rest is sent again, to the next ring or to the virtqueue, and never before the older ring's I/O has ended: that is what
-//! the device's word says.
+//! The driver keeps a request until it knows the result. When a ring has ended, the driver takes the completions that the ring still
+//! has. It sends the other requests again, to the next ring or to the virtqueue, and never before the I/O of the old ring has ended:
+//! the device announces that.
 
 mod epochs;
 mod errands;
@@ -15,11 +15,12 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
 
+use ringpass_guest_abi::block_queue::Request;
 use ringpass_guest_abi::request::ErrorCode;
-use ringpass_workload::{Completion, Request};
 
 use self::epochs::Refusal;
 use self::errands::Errands;
+pub(super) use self::pending::Ended;
 use self::pending::Pending;
 use self::transfers::Placed;
 use super::Error;
@@ -27,10 +28,11 @@ use super::attachment::Attachment;
 use super::requests::Requests;
 use super::shared::Shared;
 use super::virtqueue::Virtqueue;
+use crate::RamArea;
 
 const EIO: i32 = -5;
 
-/// How often somebody who polls looks for a completion before the driver looks at everything else.
+/// While the user polls a ring, the driver looks for more than completions only once in so many calls.
 const LOOKS_MAX: u32 = 16;
 
 /// What one queue has done.
@@ -49,18 +51,18 @@ pub struct Counters {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Mode {
     Virtqueue,
-    /// ARM and ATTACH are on the virtqueue, which is not touched.
+    /// ARM and ATTACH are on the virtqueue, which the driver does not touch.
     Attached {
         attach: u16,
-        /// The news that had come before ATTACH was sent.
+        /// The number of events before the driver sent ATTACH.
         news: u64,
-        /// The device's word as it was looked at last; 0 before the first.
+        /// The device's announcement at the last look; 0 before the first.
         heard: u32,
         is_draining: bool,
     },
 }
 
-/// Who is to execute the queue.
+/// How the user wants the queue to be executed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Wish {
     Virtqueue,
@@ -80,19 +82,19 @@ pub(super) struct Driver {
     attachment: Option<Attachment>,
     mode: Mode,
     wish: Wish,
-    /// What the device said when it completed ATTACH.
+    /// The error code with which the device completed ATTACH.
     refused: Option<ErrorCode>,
     is_muted: bool,
-    /// Looks for a completion that found none.
+    /// Calls that found no completion.
     looks: u32,
     slots: Vec<Option<Pending>>,
     free: Vec<usize>,
     waiting: VecDeque<usize>,
-    /// By head of the virtqueue.
+    /// The request of each chain on the virtqueue, by the chain's head.
     by_head: Vec<usize>,
-    /// What goes over queue 0 for this queue.
+    /// The requests that queue 0 executes for this queue.
     errands: Errands,
-    done: VecDeque<Completion>,
+    done: VecDeque<Ended>,
     sequence: u64,
     counters: Counters,
     fault: Option<Error>,
@@ -112,7 +114,7 @@ impl Driver {
             refused: None,
             is_muted: false,
             looks: 0,
-            slots: vec![None; depth_max],
+            slots: (0..depth_max).map(|_| None).collect(),
             free: (0..depth_max).rev().collect(),
             waiting: VecDeque::with_capacity(depth_max),
             by_head: vec![usize::MAX; size],
@@ -153,7 +155,7 @@ impl Driver {
         self.fault.as_ref()
     }
 
-    /// The device broke a rule: nothing more is sent to it.
+    /// The device broke a rule: the driver sends nothing more to it.
     fn break_down(&mut self, error: Error) {
         self.fault.get_or_insert(error);
     }
@@ -163,26 +165,30 @@ impl Driver {
         self.slots.len() - self.free.len()
     }
 
-    /// Takes a request. False: as many are outstanding as can be.
-    pub(super) fn push(&mut self, request: &Request) -> bool {
-        let Some(id) = self.free.pop() else { return false };
+    /// Takes a request, and keeps its buffer until the request has ended.
+    ///
+    /// # Errors
+    ///
+    /// The queue is full: the buffer comes back.
+    pub(super) fn push(&mut self, request: &Request, buffer: Option<RamArea>) -> Result<(), Option<RamArea>> {
+        let Some(id) = self.free.pop() else { return Err(buffer) };
         self.sequence += 1;
-        self.slots[id] = Some(Pending::new(*request, self.sequence));
-        // The usual case: there is a ring, and nobody waits.
+        self.slots[id] = Some(Pending::new(*request, buffer, self.sequence));
+        // The usual case: there is a ring, and no request waits.
         if !(self.waiting.is_empty() && self.is_ring() && self.place_on_ring(id) == Placed::OnRing) {
             self.waiting.push_back(id);
         }
-        true
+        Ok(())
     }
 
-    /// Takes the next completion.
-    pub(super) fn reap(&mut self) -> Option<Completion> {
-        if let Some(completion) = self.done.pop_front() {
-            return Some(completion);
+    /// Takes the next request that has ended.
+    pub(super) fn reap(&mut self) -> Option<Ended> {
+        if let Some(ended) = self.done.pop_front() {
+            return Some(ended);
         }
-        // The usual case; what the device announces is looked at when there is none.
-        if let Some(completion) = self.reap_one_of_ring() {
-            return Some(completion);
+        // The usual case. The driver looks at the device's announcements when there is no completion.
+        if let Some(ended) = self.reap_one_of_ring() {
+            return Some(ended);
         }
         if self.is_polled() {
             self.publish();
@@ -192,8 +198,8 @@ impl Driver {
         self.done.pop_front()
     }
 
-    /// Whether somebody polls a ring with nothing to be sent to it, and comes again: most such looks are for a completion only. Each
-    /// is a part of a request's latency.
+    /// Whether the user polls a ring and nothing is to be sent. Most such calls look for a completion only, because each of them is a
+    /// part of a request's latency.
     #[inline]
     fn is_polled(&mut self) -> bool {
         self.looks = self.looks.wrapping_add(1);
@@ -209,7 +215,7 @@ impl Driver {
         self.shared.patience()
     }
 
-    /// Whether completions are to interrupt. True: there is one already.
+    /// Turns interrupts for completions off or on. Returns true if a completion is there already.
     pub(super) fn set_muted(&mut self, muted: bool) -> bool {
         let was_muted = std::mem::replace(&mut self.is_muted, muted);
         let has_more = match self.mode {
@@ -219,13 +225,13 @@ impl Driver {
             }
         };
         if was_muted && !muted {
-            // The interrupt for what the device announced may have been taken while those who poll looked for completions only.
+            // The user may have taken the interrupt of an announcement while it polled for completions only.
             self.progress();
         }
         has_more || !self.done.is_empty()
     }
 
-    /// Looks at everything once, and sends what can be sent.
+    /// Looks at everything once, and sends the requests that can be sent.
     pub(super) fn progress(&mut self) {
         match self.mode {
             Mode::Virtqueue => self.reap_virtqueue(),
@@ -245,7 +251,7 @@ impl Driver {
         }
     }
 
-    /// Sends what waits, as far as there is room. To a broken device nothing is sent.
+    /// Sends the waiting requests, as far as there is room. The driver sends nothing to a broken device.
     pub(super) fn send(&mut self) {
         if self.fault.is_some() {
             return;
@@ -260,7 +266,7 @@ impl Driver {
         match self.mode {
             Mode::Attached { .. } => self.send_to_ring(),
             Mode::Virtqueue if self.may_ask() => {
-                // The queue must be empty for ARM; what is new waits for the ring.
+                // The queue must be empty for ARM; new requests wait for the ring.
                 if self.queue.is_empty() {
                     self.attach();
                 }

@@ -1,6 +1,8 @@
 //! A request that has not ended, and where it is.
 
-use ringpass_workload::Request;
+use ringpass_guest_abi::block_queue::{Completion, Request};
+
+use crate::RamArea;
 
 /// Where a request is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -12,19 +14,45 @@ pub(super) enum Place {
     FirstQueue,
 }
 
-#[derive(Clone, Debug)]
+/// A request that has not ended.
+#[derive(Debug)]
 pub(super) struct Pending {
     pub(super) request: Request,
-    /// Requests keep this order when they are sent again.
+    /// The request's buffer, if the driver was given it: the driver keeps it until the request has ended.
+    buffer: Option<RamArea>,
+    /// The driver keeps this order when it sends requests again.
     pub(super) sequence: u64,
     pub(super) done_bytes: u32,
+    /// The length of the part that was last sent on a virtqueue.
+    pub(super) sent_bytes: u32,
     pub(super) retries: u32,
     pub(super) place: Place,
+    /// The user of the queue has left: the driver does not report the end of the request.
+    pub(super) is_abandoned: bool,
+}
+
+/// A request that has ended, with its buffer if the driver was given it.
+#[derive(Debug)]
+pub(in super::super) struct Ended {
+    pub(in super::super) completion: Completion,
+    pub(in super::super) buffer: Option<RamArea>,
 }
 
 impl Pending {
-    pub(super) fn new(request: Request, sequence: u64) -> Self {
-        Self { request, sequence, done_bytes: 0, retries: 0, place: Place::Waiting }
+    pub(super) fn new(request: Request, mut buffer: Option<RamArea>, sequence: u64) -> Self {
+        if let Some(buffer) = &mut buffer {
+            buffer.lend();
+        }
+        Self {
+            request,
+            buffer,
+            sequence,
+            done_bytes: 0,
+            sent_bytes: 0,
+            retries: 0,
+            place: Place::Waiting,
+            is_abandoned: false,
+        }
     }
 
     /// What is left of the request.
@@ -37,5 +65,21 @@ impl Pending {
             len_bytes: self.request.len_bytes - done_bytes,
             ..self.request
         }
+    }
+
+    /// The device has done the part that was last sent on a virtqueue. True: nothing is left.
+    pub(super) fn note_sent_done(&mut self) -> bool {
+        self.done_bytes += std::mem::take(&mut self.sent_bytes);
+        self.done_bytes == self.request.len_bytes
+    }
+
+    /// The request has ended: no device uses its buffer any more.
+    #[inline]
+    pub(super) fn end(self, res: i32) -> Ended {
+        let mut buffer = self.buffer;
+        if let Some(buffer) = &mut buffer {
+            buffer.take_back();
+        }
+        Ended { completion: Completion { user_data: self.request.user_data, res }, buffer }
     }
 }

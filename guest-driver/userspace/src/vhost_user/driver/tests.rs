@@ -3,6 +3,7 @@ use std::sync::atomic::Ordering;
 use ringpass_guest_abi::epoch::{Announcement, Epoch, Phase};
 use ringpass_guest_abi::request::ErrorCode;
 
+use super::super::config::Geometry;
 use super::super::test_device::{DeviceQueue, Guest};
 use super::*;
 
@@ -14,10 +15,15 @@ fn read(gpa: u64, user_data: u64) -> Request {
     Request { write: false, offset_bytes: 0, gpa, len_bytes: 4096, durable: false, user_data }
 }
 
+/// The next request that has ended: its number and result.
+fn ended(driver: &mut Driver) -> Option<(u64, i32)> {
+    driver.reap().map(|ended| (ended.completion.user_data, ended.completion.res))
+}
+
 /// A driver whose ring of epoch 1 runs.
 fn running(guest: &Guest) -> (Driver, DeviceQueue) {
     let (mut driver, device) = guest.driver();
-    driver.want_ring(guest.attachment());
+    driver.want_ring(|| Ok(guest.attachment())).unwrap();
     device.announce(ATTACH, 1, Phase::Open);
     driver.progress();
     assert!(driver.is_ring());
@@ -50,14 +56,14 @@ fn requests_that_a_broken_device_has_keep_their_buffers_and_others_fail() {
     let guest = Guest::new();
     let (mut driver, device) = guest.driver();
     let buffer = guest.memory.allocate(4096).unwrap();
-    assert!(driver.push(&read(buffer.gpa(), 7)));
+    driver.push(&read(buffer.gpa(), 7), None).unwrap();
     driver.send();
     device.say_used(9);
-    assert_eq!(driver.reap(), None);
+    assert_eq!(ended(&mut driver), None);
     assert!(matches!(driver.fault(), Some(Error::BrokenDevice(_))), "{:?}", driver.fault());
-    assert!(driver.push(&read(buffer.gpa(), 8)));
-    assert_eq!(driver.reap(), Some(Completion { user_data: 8, res: EIO }));
-    assert_eq!((driver.reap(), driver.outstanding()), (None, 1));
+    driver.push(&read(buffer.gpa(), 8), None).unwrap();
+    assert_eq!(ended(&mut driver), Some((8, EIO)));
+    assert_eq!((ended(&mut driver), driver.outstanding()), (None, 1));
 }
 
 #[test]
@@ -65,23 +71,23 @@ fn requests_on_a_ring_that_runs_keep_their_buffers_when_the_device_breaks_a_rule
     let guest = Guest::new();
     let (mut driver, device) = running(&guest);
     let buffer = guest.memory.allocate(4096).unwrap();
-    assert!(driver.push(&read(buffer.gpa(), 7)));
+    driver.push(&read(buffer.gpa(), 7), None).unwrap();
     driver.send();
     // Out of turn.
     device.announce(ATTACH, 5, Phase::Open);
-    assert_eq!(driver.reap(), None);
+    assert_eq!(ended(&mut driver), None);
     assert!(matches!(driver.fault(), Some(Error::BrokenDevice(_))), "{:?}", driver.fault());
     assert!(!driver.is_ring());
-    assert!(driver.push(&read(buffer.gpa(), 8)));
-    assert_eq!(driver.reap(), Some(Completion { user_data: 8, res: EIO }));
-    assert_eq!((driver.reap(), driver.outstanding()), (None, 1));
+    driver.push(&read(buffer.gpa(), 8), None).unwrap();
+    assert_eq!(ended(&mut driver), Some((8, EIO)));
+    assert_eq!((ended(&mut driver), driver.outstanding()), (None, 1));
 }
 
 #[test]
 fn news_that_came_before_the_driver_saw_a_refusal_let_it_ask_again() {
     let guest = Guest::new();
     let (mut driver, mut device) = guest.driver();
-    driver.want_ring(guest.attachment());
+    driver.want_ring(|| Ok(guest.attachment())).unwrap();
     device.complete_attach(0, ErrorCode::Mode);
     guest.news.fetch_add(1, Ordering::Release);
     driver.progress();
@@ -92,7 +98,85 @@ fn news_that_came_before_the_driver_saw_a_refusal_let_it_ask_again() {
     driver.progress();
     assert_eq!(device.available(), 4);
     let buffer = guest.memory.allocate(4096).unwrap();
-    assert!(driver.push(&read(buffer.gpa(), 7)));
+    driver.push(&read(buffer.gpa(), 7), None).unwrap();
     driver.send();
     assert_eq!(device.available(), 5, "requests go over the virtqueue meanwhile");
+}
+
+/// A guest of a device whose requests have at most so many segments of so many bytes.
+fn guest_of(segments_max: u32, segment_bytes_max: u32) -> Guest {
+    Guest::with(Geometry { segments_max, segment_bytes_max, ..Geometry::read(&[], 0) })
+}
+
+#[test]
+fn a_request_longer_than_a_segment_has_as_many_segments_as_it_needs() {
+    let guest = guest_of(8, 4096);
+    let (mut driver, mut device) = guest.driver();
+    let buffer = guest.memory.allocate(16384).unwrap();
+    let gpa = buffer.gpa();
+    driver.push(&Request { offset_bytes: 8192, len_bytes: 10240, ..read(gpa, 7) }, Some(buffer)).unwrap();
+    driver.send();
+    assert_eq!(device.transfer(0), (8192, vec![(gpa, 4096), (gpa + 4096, 4096), (gpa + 8192, 2048)]));
+    device.complete(0, &[], 0);
+    assert_eq!(ended(&mut driver), Some((7, 10240)));
+    assert_eq!(device.available(), 1);
+}
+
+#[test]
+fn a_request_longer_than_all_segments_is_sent_in_parts_one_after_the_other() {
+    let guest = guest_of(2, 4096);
+    let (mut driver, mut device) = guest.driver();
+    let buffer = guest.memory.allocate(20480).unwrap();
+    let gpa = buffer.gpa();
+    let request = Request { write: true, durable: true, len_bytes: 20480, ..read(gpa, 7) };
+    driver.push(&request, Some(buffer)).unwrap();
+    driver.send();
+    for (part, segments) in [
+        (0, vec![(gpa, 4096), (gpa + 4096, 4096)]),
+        (1, vec![(gpa + 8192, 4096), (gpa + 12288, 4096)]),
+        (2, vec![(gpa + 16384, 4096)]),
+    ] {
+        assert_eq!(device.available(), part + 1);
+        assert_eq!(device.transfer(part), (u64::from(part) * 8192, segments));
+        device.complete(part, &[], 0);
+        assert_eq!(ended(&mut driver), None, "the rest, or the flush, is to come");
+    }
+    // One flush, behind the last part.
+    let mut first = guest.device_queue(guest.shared.first().setup().clone());
+    assert_eq!((device.available(), first.available()), (3, 1));
+    first.complete(0, &[], 0);
+    driver.progress();
+    assert_eq!(ended(&mut driver), Some((7, 20480)));
+}
+
+#[test]
+fn a_request_whose_second_part_fails_fails() {
+    let guest = guest_of(1, 4096);
+    let (mut driver, mut device) = guest.driver();
+    let buffer = guest.memory.allocate(8192).unwrap();
+    driver.push(&Request { len_bytes: 8192, ..read(buffer.gpa(), 7) }, Some(buffer)).unwrap();
+    driver.send();
+    device.complete(0, &[], 0);
+    assert_eq!(ended(&mut driver), None);
+    device.complete(1, &[], 1);
+    assert_eq!(ended(&mut driver), Some((7, EIO)));
+}
+
+#[test]
+fn a_request_that_goes_over_queue_0_obeys_the_devices_limits_too() {
+    let guest = guest_of(2, 4096);
+    let (mut driver, _device) = running(&guest);
+    // No ring takes a buffer across the boundary of two slots.
+    let gpa = (1 << 30) - 4096;
+    driver.push(&Request { len_bytes: 12288, ..read(gpa, 7) }, None).unwrap();
+    driver.send();
+    let mut first = guest.device_queue(guest.shared.first().setup().clone());
+    assert_eq!(first.transfer(0), (0, vec![(gpa, 4096), (gpa + 4096, 4096)]));
+    first.complete(0, &[], 0);
+    driver.progress();
+    assert_eq!((first.available(), first.transfer(1)), (2, (8192, vec![(gpa + 8192, 4096)])));
+    assert_eq!(ended(&mut driver), None);
+    first.complete(1, &[], 0);
+    driver.progress();
+    assert_eq!(ended(&mut driver), Some((7, 12288)));
 }

@@ -1,15 +1,15 @@
-//! Requests on their way to the ring or the virtqueue, and back.
+//! Sends requests to the ring or the virtqueue, and takes their completions.
 
 use ringpass_guest_abi::Sqe;
-use ringpass_workload::{Completion, Request};
+use ringpass_guest_abi::block_queue::Request;
 use virtio_bindings::virtio_blk::VIRTIO_BLK_S_OK;
 
 use super::super::attachment::Attachment;
 use super::errands::Errand;
 use super::pending::Place;
-use super::{Driver, EIO};
+use super::{Driver, EIO, Ended};
 
-/// Times that the kernel may say "try again" for one request.
+/// How often the kernel may answer "try again" to one request.
 const RETRIES_MAX: u32 = 1000;
 const EAGAIN: i32 = -11;
 const EINTR: i32 = -4;
@@ -46,7 +46,7 @@ impl Driver {
         self.publish();
     }
 
-    /// Puts a request onto the ring, which the kernel does not see yet.
+    /// Puts a request onto the ring. The kernel sees it only after [`publish`](Self::publish).
     #[inline]
     pub(super) fn place_on_ring(&mut self, id: usize) -> Placed {
         let Some(pending) = self.slots[id].as_mut() else { return Placed::No };
@@ -55,7 +55,7 @@ impl Driver {
         let Request { write, offset_bytes, gpa, len_bytes, durable, .. } = pending.rest();
         let len_bytes = len_bytes.min(device.segment_bytes_max);
         let is_aligned = (gpa | u64::from(len_bytes)) & (u64::from(device.segment_align_bytes) - 1) == 0;
-        // What rings cannot name, queue 0 can; and if there is anything wrong with it, it says so.
+        // Queue 0 can name memory that rings cannot, and reports what is wrong with a request.
         let Some(address) = device.addressing.resolve(gpa, len_bytes).ok().filter(|_| is_aligned) else {
             return Placed::Never;
         };
@@ -71,7 +71,7 @@ impl Driver {
         }
     }
 
-    /// Shows the kernel what is on the ring.
+    /// Shows the kernel the requests on the ring.
     #[inline]
     pub(super) fn publish(&mut self) {
         if self.attachment.as_mut().and_then(Attachment::ring).is_some_and(|ring| ring.publish()) {
@@ -80,18 +80,18 @@ impl Driver {
     }
 
     pub(super) fn reap_ring(&mut self) {
-        while let Some(completion) = self.reap_one_of_ring() {
-            self.done.push_back(completion);
+        while let Some(ended) = self.reap_one_of_ring() {
+            self.done.push_back(ended);
         }
     }
 
-    /// The next completion on the ring that ends a request.
+    /// The next request that a completion on the ring ends.
     #[inline]
-    pub(super) fn reap_one_of_ring(&mut self) -> Option<Completion> {
+    pub(super) fn reap_one_of_ring(&mut self) -> Option<Ended> {
         loop {
             let cqe = self.attachment.as_mut().and_then(Attachment::ring)?.reap()?;
             let id = usize::try_from(cqe.user_data).unwrap_or(usize::MAX);
-            // A device that makes completions up reaches nothing that is not on the ring.
+            // An invented completion must not end a request that is not on the ring.
             let Some(Some(pending)) = self.slots.get_mut(id) else { continue };
             if pending.place != Place::Ring {
                 continue;
@@ -99,13 +99,16 @@ impl Driver {
             let left_bytes = pending.request.len_bytes - pending.done_bytes;
             if cqe.res > 0 && cqe.res as u32 >= left_bytes {
                 let res = pending.request.len_bytes as i32;
-                return self.end(id, res);
+                match self.end(id, res) {
+                    Some(ended) => return Some(ended),
+                    None => continue,
+                }
             }
             self.unfinished(id, cqe.res);
         }
     }
 
-    /// A request whose completion is not its end.
+    /// Handles a completion that does not end its request.
     #[cold]
     fn unfinished(&mut self, id: usize, res: i32) {
         let Some(Some(pending)) = self.slots.get_mut(id) else { return };
@@ -118,8 +121,8 @@ impl Driver {
                 pending.done_bytes += res as u32;
                 self.put_aside(id);
             }
-            // Not the last word: rings may not reach that memory (yet), or whose ring it is was killed while it worked on
-            // the request. The answer of queue 0 counts.
+            // The error is not final: the ring may not reach that memory yet, or the broker was killed while the kernel executed
+            // the request. The answer of queue 0 is final.
             _ => self.detour(id),
         }
     }
@@ -129,11 +132,12 @@ impl Driver {
         while let Some(&id) = self.waiting.front() {
             let Some(pending) = self.slots[id].as_mut() else { break };
             let Request { write, offset_bytes, gpa, len_bytes, .. } = pending.rest();
-            let Some(head) = self.requests.transfer(&mut self.queue, offset_bytes, gpa, len_bytes, write) else {
+            let Some(sent) = self.requests.transfer(&mut self.queue, offset_bytes, gpa, len_bytes, write) else {
                 break;
             };
             pending.place = Place::Virtqueue;
-            self.by_head[usize::from(head)] = id;
+            pending.sent_bytes = sent.len_bytes;
+            self.by_head[usize::from(sent.head)] = id;
             self.waiting.pop_front();
             has_sent = true;
         }
@@ -151,13 +155,18 @@ impl Driver {
             };
             let id = std::mem::replace(&mut self.by_head[usize::from(head)], usize::MAX);
             let status = self.requests.status(head);
-            let Some(Some(pending)) = self.slots.get(id) else { continue };
+            let Some(Some(pending)) = self.slots.get_mut(id) else { continue };
             let Request { len_bytes, durable, write, .. } = pending.request;
-            let is_ok = u32::from(status) == VIRTIO_BLK_S_OK;
-            if is_ok && durable && write {
+            if u32::from(status) != VIRTIO_BLK_S_OK {
+                self.complete(id, EIO);
+            } else if !pending.note_sent_done() {
+                // The device takes no more in one request. The driver sends the rest before all waiting requests.
+                pending.place = Place::Waiting;
+                self.waiting.push_front(id);
+            } else if durable && write {
                 self.run_errand(Errand::Flush { id });
             } else {
-                self.complete(id, if is_ok { len_bytes as i32 } else { EIO });
+                self.complete(id, len_bytes as i32);
             }
         }
     }
@@ -171,20 +180,40 @@ impl Driver {
     }
 
     pub(super) fn complete(&mut self, id: usize, res: i32) {
-        let completion = self.end(id, res);
-        self.done.extend(completion);
+        let ended = self.end(id, res);
+        self.done.extend(ended);
     }
 
-    /// A request has ended.
+    /// Ends a request. `None`: the user that sent it has left; the buffer is free again.
     #[inline]
-    fn end(&mut self, id: usize, res: i32) -> Option<Completion> {
+    fn end(&mut self, id: usize, res: i32) -> Option<Ended> {
         let pending = self.slots[id].take()?;
         self.free.push(id);
-        Some(Completion { user_data: pending.request.user_data, res })
+        let is_abandoned = pending.is_abandoned;
+        Some(pending.end(res)).filter(|_| !is_abandoned)
     }
 
-    /// The device is broken: it gets nothing more. What it has, it may still execute: such a request keeps its buffer, and ends only
-    /// with its completion, if that comes.
+    /// The user of the queue leaves. The driver drops the requests that it has not sent. It keeps the buffers of the others until
+    /// these requests have ended, and then returns them to the allocator.
+    pub(in super::super) fn abandon(&mut self) {
+        for pending in self.slots.iter_mut().flatten() {
+            pending.is_abandoned = true;
+        }
+        self.done.clear();
+        while let Some(id) = self.waiting.pop_front() {
+            self.complete(id, EIO);
+        }
+        for errand in std::mem::take(&mut self.errands.waiting) {
+            match errand {
+                Errand::Transfer { id } | Errand::Flush { id } => self.complete(id, EIO),
+                // The user gave the ring up before it left.
+                Errand::Detach => self.errands.waiting.push_back(errand),
+            }
+        }
+    }
+
+    /// Fails the requests that the device does not have. The device is broken, but it may still execute the others: such a request
+    /// keeps its buffer, and ends only with its completion, if that comes.
     pub(super) fn fail_unsent(&mut self) {
         while let Some(id) = self.waiting.pop_front() {
             self.complete(id, EIO);

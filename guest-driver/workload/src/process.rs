@@ -1,4 +1,4 @@
-//! What a workload needs, as a process has it.
+//! The environment of a workload that runs in a process which is its own guest.
 
 use std::hint::spin_loop;
 use std::io;
@@ -6,12 +6,10 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use hdrhistogram::Histogram;
-use ringpass_workload::{Environment, Wakeup};
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::io::Errno;
+use ringpass_guest::{RamArea, wait_for_interrupt};
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::{RamArea, raw};
+use crate::{Environment, Wakeup};
 
 /// Empty polls after which the processor is offered to others: about 50 µs, much longer than a fast request takes.
 /// With fewer processors than busy threads, the SQ thread could otherwise wait a whole time slice for its turn.
@@ -22,7 +20,7 @@ const LATENCY_MAX_NS: u64 = 100_000_000_000;
 /// Significant decimal digits of the latencies kept.
 const LATENCY_DIGITS: u8 = 3;
 
-/// One queue of a process that is its own guest: its buffers, its doorbell and its interrupts.
+/// The environment of one queue of a process that is its own guest: buffers, doorbell, interrupts, clock, latencies.
 #[derive(Debug)]
 pub struct ProcessEnv {
     buffers: RamArea,
@@ -33,7 +31,7 @@ pub struct ProcessEnv {
     fault: Option<EnvError>,
 }
 
-/// What broke while a workload ran. The workload itself sees it as an interrupt or a completion that does not come.
+/// What broke while a workload ran. The workload itself sees an interrupt or a completion that does not come.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum EnvError {
@@ -46,8 +44,8 @@ pub enum EnvError {
 }
 
 impl ProcessEnv {
-    /// The surroundings of a queue whose buffers are all in `buffers`, whose doorbell is rung by writing to `doorbell`,
-    /// and whose completions are signalled through `interrupts`.
+    /// The environment of a queue whose buffers are all in `buffers`. A write to `doorbell` rings its doorbell; the device
+    /// signals completions through `interrupts`, which must not block.
     pub fn new(buffers: RamArea, doorbell: EventFd, interrupts: EventFd) -> Self {
         let latencies_ns = Histogram::new_with_bounds(1, LATENCY_MAX_NS, LATENCY_DIGITS).expect("the bounds are valid");
         Self { buffers, doorbell, interrupts, start: Instant::now(), latencies_ns, fault: None }
@@ -58,35 +56,16 @@ impl ProcessEnv {
         &mut self.buffers
     }
 
-    /// Hands out the latencies noted since the last call, in nanoseconds, with 3 significant digits; longer ones than
-    /// 100 s count as 100 s. An error if something broke in this time.
+    /// Returns the latencies recorded since the last call, in nanoseconds with 3 significant digits; a latency above 100 s
+    /// counts as 100 s.
+    ///
+    /// # Errors
+    ///
+    /// An eventfd of the queue broke since the last call.
     pub fn take_latencies_ns(&mut self) -> Result<Histogram<u64>, EnvError> {
         let taken = self.latencies_ns.clone();
         self.latencies_ns.reset();
         self.fault.take().map_or(Ok(taken), Err)
-    }
-
-    /// Waits until the eventfd is signalled, and takes the signals. False: not in this time.
-    fn take_interrupts(&self, timeout: Duration) -> io::Result<bool> {
-        let start = Instant::now();
-        loop {
-            let left = timeout.saturating_sub(start.elapsed());
-            // What does not fit is longer than anybody waits.
-            let left = Timespec::try_from(left).unwrap_or(Timespec { tv_sec: i64::MAX, tv_nsec: 0 });
-            let mut fds = [PollFd::from_borrowed_fd(raw::borrow(&self.interrupts), PollFlags::IN)];
-            match poll(&mut fds, Some(&left)) {
-                Ok(0) => return Ok(false),
-                Ok(_) => {}
-                Err(Errno::INTR) => continue,
-                Err(error) => return Err(error.into()),
-            }
-            match self.interrupts.read() {
-                Ok(_) => return Ok(true),
-                // Somebody else took the signals (or, for EINTR, nobody did): wait on.
-                Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
-                Err(error) => return Err(error),
-            }
-        }
     }
 }
 
@@ -117,7 +96,7 @@ impl Environment for ProcessEnv {
     }
 
     fn wait_for_interrupt(&mut self, timeout_ns: u64) -> Wakeup {
-        match self.take_interrupts(Duration::from_nanos(timeout_ns)) {
+        match wait_for_interrupt(&self.interrupts, Duration::from_nanos(timeout_ns)) {
             Ok(true) => Wakeup::Interrupt,
             Ok(false) => Wakeup::TimedOut,
             Err(error) => {

@@ -3,10 +3,10 @@
 use std::cell::RefCell;
 use std::rc::Rc;
 
+use ringpass_guest_abi::block_queue::{BlockQueue, Completion, PushRefusal, Request, RingQueue};
 use ringpass_guest_abi::{
     AddressError, CQ_EVENTFD_DISABLED, Cqe, Doorbell, DriverRing, FixedAddressing, RingLayout, RingMemory, Sqe,
 };
-use ringpass_workload::{BlockQueue, Completion, PushRefusal, Request, RingQueue};
 
 #[derive(Default)]
 struct Areas {

@@ -1,23 +1,54 @@
 //! A process as its own guest: the workload on a ring in its RAM, against a thread that stands for the host kernel and
 //! sees that RAM through the file only.
 
-mod support;
-
 use std::fs::File;
+use std::os::fd::{AsFd, FromRawFd, IntoRawFd};
 use std::os::unix::fs::FileExt;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use ringpass_guest::ProcessEnv;
-use ringpass_guest_abi::{CQ_EVENTFD_DISABLED, DriverRing, FixedAddressing, RingLayout};
-use ringpass_workload::{Environment, Job, RingQueue, Verify, Wait, Wakeup, prefill, run, verify_all};
-use support::{layout, memfd, not_an_eventfd, ram};
+use ringpass_guest::{GuestRam, RamAllocator, RamRegion};
+use ringpass_guest_abi::{CQ_EVENTFD_DISABLED, Doorbell, DriverRing, FixedAddressing, RingLayout};
+use ringpass_workload::{Environment, Job, ProcessEnv, RingQueue, Verify, Wait, Wakeup, prefill, run, verify_all};
+use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 const MIB: u64 = 1 << 20;
 const IOVA_BASE: u64 = 1 << 40;
 const RINGS_GPA: u64 = 0;
 const SQES_GPA: u64 = 4096;
+const LAYOUT: RingLayout = RingLayout {
+    sq_entries: 8,
+    cq_entries: 16,
+    sq_head_offset: 0,
+    sq_tail_offset: 4,
+    sq_flags_offset: 8,
+    cq_head_offset: 64,
+    cq_tail_offset: 68,
+    cq_flags_offset: 72,
+    cqes_offset: 128,
+    rings_bytes: 4096,
+    sqes_bytes: 4096,
+    doorbell: Doorbell::Always,
+};
+
+/// RAM of `len_bytes` at address 0 and its allocator, on a new memfd.
+fn ram(len_bytes: u64) -> (File, RamAllocator) {
+    let file = File::from(memfd_create("guest-ram", MemfdFlags::CLOEXEC).unwrap());
+    ftruncate(&file, len_bytes).unwrap();
+    let region = RamRegion { gpa: 0, len_bytes, file: file.as_fd(), offset_bytes: 0 };
+    // SAFETY: the file keeps its length, and what stands for the device touches a buffer only while a request in flight
+    // names it.
+    let ram = unsafe { GuestRam::map(&[region]) }.unwrap();
+    (file, Arc::new(ram).allocator().unwrap())
+}
+
+/// Any file in the place of an eventfd.
+fn not_an_eventfd(file: File) -> EventFd {
+    // SAFETY: the descriptor was owned by `file`, which gave it up.
+    unsafe { EventFd::from_raw_fd(file.into_raw_fd()) }
+}
 
 fn env() -> (ProcessEnv, EventFd, EventFd) {
     let (_file, mut allocator) = ram(MIB);
@@ -152,12 +183,11 @@ impl Host<'_> {
 
 #[test]
 fn a_process_guest_does_verified_io_polling_and_with_interrupts() {
-    let ram_file = memfd(4 * MIB);
-    let mut allocator = support::map(&[support::region(0, 4 * MIB, &ram_file, 0)]).unwrap().allocator().unwrap();
+    let (ram_file, mut allocator) = ram(4 * MIB);
     let disk = tempfile::tempfile().unwrap();
     disk.set_len(MIB).unwrap();
-    let ring = allocator.ring(RINGS_GPA, &layout(), SQES_GPA).unwrap();
-    let mut queue = RingQueue::new(DriverRing::new(ring, layout()).unwrap(), FixedAddressing { iova_base: IOVA_BASE });
+    let ring = allocator.ring(RINGS_GPA, &LAYOUT, SQES_GPA).unwrap();
+    let mut queue = RingQueue::new(DriverRing::new(ring, LAYOUT).unwrap(), FixedAddressing { iova_base: IOVA_BASE });
     // More in flight than the SQ has entries.
     let depth = 12;
     let buffers = allocator.allocate(u64::from(depth) * 4096).unwrap();
@@ -171,7 +201,7 @@ fn a_process_guest_does_verified_io_polling_and_with_interrupts() {
             let mut host = Host { ram: &ram_file, disk: &disk, interrupts: &interrupts, sq_head: 0, cq_tail: 0 };
             while !stop.load(Ordering::Relaxed) {
                 doorbell.read().unwrap();
-                host.serve(&layout());
+                host.serve(&LAYOUT);
             }
         });
         let mut expected = vec![0; 256];

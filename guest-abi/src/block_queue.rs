@@ -1,8 +1,11 @@
-//! Where requests go.
+//! A queue of a block device, as a driver uses it: reads and writes go in, completions come out.
+//!
+//! [`BlockQueue`] is the queue, whatever executes it. [`RingQueue`] is the one that the host kernel executes: a
+//! [`DriverRing`] with the addressing of its device.
 
 use core::fmt;
 
-use ringpass_guest_abi::{AddressError, DriverRing, FixedAddressing, PushErrorReason, RingMemory, Sqe};
+use crate::{AddressError, DriverRing, FixedAddressing, PushErrorReason, RingMemory, Sqe};
 
 /// One read or write.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -21,7 +24,7 @@ pub struct Request {
     pub user_data: u64,
 }
 
-/// The end of one request.
+/// What became of one request.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Completion {
     /// [`Request::user_data`].
