@@ -5,7 +5,17 @@
 //! costs several times what the write costs. This thread takes them from a ring in memory and gives their results back
 //! through another: while both sides poll, the write is the only system call.
 //!
-//! The rings are atomic words. What a job names (a file, memory) its sender keeps until it has taken the result.
+//! `channel` has the rings, which are atomic words, and the handshake of sleepers; `model` checks both with loom. The sender of a
+//! job keeps what the job names (a file, memory) until it has taken the result.
+
+mod channel;
+#[cfg(test)]
+mod model;
+
+/// The atomics of `channel`. In its model they are those of loom.
+mod atomics {
+    pub(super) use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering, fence};
+}
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
@@ -16,7 +26,7 @@ use std::time::Instant;
 
 use nix::libc::{self, iovec};
 
-use super::cache_line::CacheLine;
+use self::channel::{Thread, WorkerEnd, channel};
 use super::command::Waker;
 use super::poll::{Idle, PollPolicy};
 use crate::threads::AbortOnPanic;
@@ -24,33 +34,16 @@ use crate::threads::AbortOnPanic;
 /// Of the thread, which calls next to nothing.
 const STACK_BYTES: usize = 128 << 10;
 
-/// The worker's end: it sends jobs and takes their results.
+/// The thread as the worker sees it: the worker sends jobs and takes their results.
 #[derive(Debug)]
 pub(super) struct Writer {
-    channel: Arc<Channel>,
-    thread: Option<JoinHandle<()>>,
-    /// Jobs sent, and results taken. Both wrap.
-    sent: u32,
-    taken: u32,
-    /// Jobs were sent since the thread was woken last.
-    has_new_jobs: bool,
-}
-
-/// What both threads have. Each ring has room for all jobs that can be outstanding.
-#[derive(Debug)]
-struct Channel {
-    jobs: Box<[Job]>,
-    results: Box<[AtomicU64]>,
-    sent: CacheLine<AtomicU32>,
-    done: CacheLine<AtomicU32>,
-    /// The worker sleeps and wants to be woken by the next result.
-    is_worker_asleep: CacheLine<AtomicBool>,
+    end: WorkerEnd<Job>,
     /// The file takes writes without blocking: an io_uring is quicker.
-    is_unneeded: AtomicBool,
-    is_ended: AtomicBool,
+    is_unneeded: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
 }
 
-/// A write. `Channel::sent` and `Channel::done` say which of the threads may touch it.
+/// A write. The counters of the channel say which of the threads may touch it.
 #[derive(Debug, Default)]
 struct Job {
     number: AtomicU32,
@@ -68,36 +61,28 @@ impl Writer {
     ///
     /// The thread cannot be started.
     pub(super) fn start(jobs_max: usize, poll: PollPolicy, worker: Waker) -> io::Result<Self> {
-        let room = jobs_max.next_power_of_two();
-        let channel = Arc::new(Channel {
-            jobs: (0..room).map(|_| Job::default()).collect(),
-            results: (0..room).map(|_| AtomicU64::default()).collect(),
-            sent: CacheLine::default(),
-            done: CacheLine::default(),
-            is_worker_asleep: CacheLine::default(),
-            is_unneeded: AtomicBool::default(),
-            is_ended: AtomicBool::default(),
-        });
+        let (end, thread_end) = channel(jobs_max);
+        let is_unneeded = Arc::new(AtomicBool::new(false));
         let name = thread::current().name().unwrap_or("worker").replace("worker", "writer");
-        let its_channel = Arc::clone(&channel);
+        let mut writes = Writes { poll, worker, is_unneeded: is_unneeded.clone(), flags: libc::RWF_NOWAIT };
         let thread = thread::Builder::new().name(name).stack_size(STACK_BYTES).spawn(move || {
             // A job that is never answered would be waited for ever.
             let _guard = AbortOnPanic;
-            its_channel.work(poll, &worker);
+            thread_end.work(&mut writes);
         })?;
-        Ok(Self { channel, thread: Some(thread), sent: 0, taken: 0, has_new_jobs: false })
+        Ok(Self { end, is_unneeded, thread: Some(thread) })
     }
 
     /// Whether writes go this way. Not if the first one has shown that the kernel takes them without blocking.
     #[inline]
     pub(super) fn is_needed(&self) -> bool {
-        !self.channel.is_unneeded.load(Ordering::Relaxed)
+        !self.is_unneeded.load(Ordering::Relaxed)
     }
 
     /// Whether results are still to come.
     #[inline]
     pub(super) fn is_busy(&self) -> bool {
-        self.sent != self.taken
+        self.end.is_busy()
     }
 
     /// Sends a write; `number` comes back with its result. The thread may begin at once, and does so at the latest
@@ -109,120 +94,99 @@ impl Writer {
     /// nobody relies on a reference into it to which a write of somebody else would matter.
     #[inline]
     pub(super) unsafe fn send(&mut self, number: u32, file: BorrowedFd<'_>, iovecs: &[iovec], offset_bytes: u64) {
-        let channel = &*self.channel;
-        debug_assert!(
-            (self.sent.wrapping_sub(self.taken) as usize) < channel.jobs.len(),
-            "more jobs than there can be"
-        );
-        let job = &channel.jobs[self.sent as usize & (channel.jobs.len() - 1)];
-        job.number.store(number, Ordering::Relaxed);
-        job.file.store(file.as_raw_fd(), Ordering::Relaxed);
-        job.iovecs.store(iovecs.as_ptr().cast_mut(), Ordering::Relaxed);
-        job.iovec_count.store(iovecs.len() as u32, Ordering::Relaxed);
-        job.offset_bytes.store(offset_bytes, Ordering::Relaxed);
-        self.sent = self.sent.wrapping_add(1);
-        // After the job: whoever sees the number sees the job.
-        channel.sent.0.store(self.sent, Ordering::Release);
-        self.has_new_jobs = true;
+        self.end.send(|job| {
+            job.number.store(number, Ordering::Relaxed);
+            job.file.store(file.as_raw_fd(), Ordering::Relaxed);
+            job.iovecs.store(iovecs.as_ptr().cast_mut(), Ordering::Relaxed);
+            job.iovec_count.store(iovecs.len() as u32, Ordering::Relaxed);
+            job.offset_bytes.store(offset_bytes, Ordering::Relaxed);
+        });
     }
 
     /// Wakes the thread if jobs were sent and it sleeps: no system call otherwise.
     #[inline]
     pub(super) fn wake(&mut self) {
-        if std::mem::take(&mut self.has_new_jobs) {
-            if let Some(thread) = &self.thread {
-                thread.thread().unpark();
-            }
+        if self.end.has_to_wake_thread() {
+            self.unpark();
         }
     }
 
-    /// Whether a result has come. Nothing that the two threads share is looked at while none can come.
-    #[inline]
+    fn unpark(&self) {
+        if let Some(thread) = &self.thread {
+            thread.thread().unpark();
+        }
+    }
+
+    /// Whether a result has come.
+    #[cfg(test)]
     pub(super) fn has_result(&self) -> bool {
-        self.is_busy() && self.channel.done.0.load(Ordering::Acquire) != self.taken
+        self.end.has_result()
     }
 
     /// The next result: the job's number and what the kernel said, as io_uring gives it.
     #[inline]
     pub(super) fn take(&mut self) -> Option<(u32, i32)> {
-        if !self.has_result() {
-            return None;
-        }
-        let results = &self.channel.results;
-        let result = results[self.taken as usize & (results.len() - 1)].load(Ordering::Relaxed);
-        self.taken = self.taken.wrapping_add(1);
-        Some(((result >> 32) as u32, result as u32 as i32))
+        self.end.take().map(|result| ((result >> 32) as u32, result as u32 as i32))
     }
 
     /// Has the thread wake the worker with its next result. False: there is a result already.
     pub(super) fn announce_sleep(&self) -> bool {
-        if !self.is_busy() {
-            return true;
-        }
-        // Sequentially consistent, as is the other side: either it sees that the worker sleeps, or the worker the
-        // result.
-        self.channel.is_worker_asleep.0.store(true, Ordering::SeqCst);
-        self.channel.done.0.load(Ordering::SeqCst) == self.taken
+        self.end.announce_sleep()
     }
 
     /// The worker is awake.
     pub(super) fn announce_waking(&self) {
-        self.channel.is_worker_asleep.0.store(false, Ordering::Relaxed);
+        self.end.announce_waking();
     }
 }
 
 impl Drop for Writer {
     fn drop(&mut self) {
-        self.channel.is_ended.store(true, Ordering::Release);
+        self.end.end();
+        self.unpark();
         if let Some(thread) = self.thread.take() {
-            thread.thread().unpark();
             // It aborts the process if it panics.
             let _ = thread.join();
         }
     }
 }
 
-impl Channel {
-    /// Carries jobs out until it is told to end.
-    fn work(&self, mut poll: PollPolicy, worker: &Waker) {
-        let mut done = 0u32;
-        let mut flags = libc::RWF_NOWAIT;
-        loop {
-            if self.sent.0.load(Ordering::Acquire) != done {
-                poll.busy(Instant::now);
-                let job = &self.jobs[done as usize & (self.jobs.len() - 1)];
-                let mut result = job.carry_out(flags);
-                if flags != 0 {
-                    // The first job asks as well whether the kernel takes it without blocking: nothing is tried that
-                    // the guest did not want.
-                    flags = 0;
-                    if result == -libc::EOPNOTSUPP {
-                        result = job.carry_out(flags);
-                    } else {
-                        self.is_unneeded.store(true, Ordering::Relaxed);
-                    }
-                }
-                let number = job.number.load(Ordering::Relaxed);
-                let word = u64::from(number) << 32 | u64::from(result as u32);
-                self.results[done as usize & (self.results.len() - 1)].store(word, Ordering::Relaxed);
-                done = done.wrapping_add(1);
-                // After the result, and before the look at whether the worker sleeps.
-                self.done.0.store(done, Ordering::SeqCst);
-                if self.is_worker_asleep.0.load(Ordering::SeqCst)
-                    && self.is_worker_asleep.0.swap(false, Ordering::SeqCst)
-                {
-                    worker.wake();
-                }
-                continue;
+/// What the thread does with jobs, and without.
+#[derive(Debug)]
+struct Writes {
+    poll: PollPolicy,
+    worker: Waker,
+    is_unneeded: Arc<AtomicBool>,
+    /// Of the next write.
+    flags: i32,
+}
+
+impl Thread<Job> for Writes {
+    fn carry_out(&mut self, job: &Job) -> u64 {
+        self.poll.busy(Instant::now);
+        let mut result = job.carry_out(self.flags);
+        if std::mem::take(&mut self.flags) != 0 {
+            // The first job asks as well whether the kernel takes it without blocking: nothing is tried that the guest did
+            // not want.
+            if result == -libc::EOPNOTSUPP {
+                result = job.carry_out(0);
+            } else {
+                self.is_unneeded.store(true, Ordering::Relaxed);
             }
-            if self.is_ended.load(Ordering::Acquire) {
-                return;
-            }
-            match poll.idle(false, Instant::now) {
-                // The worker may be bound to the same CPU.
-                Idle::Poll => thread::yield_now(),
-                Idle::Sleep => thread::park(),
-            }
+        }
+        let number = job.number.load(Ordering::Relaxed);
+        u64::from(number) << 32 | u64::from(result as u32)
+    }
+
+    fn wake_worker(&mut self) {
+        self.worker.wake();
+    }
+
+    fn pause(&mut self) {
+        match self.poll.idle(false, Instant::now) {
+            // The worker may be bound to the same CPU.
+            Idle::Poll => thread::yield_now(),
+            Idle::Sleep => thread::park(),
         }
     }
 }
