@@ -141,6 +141,8 @@ mod ring_fd;
 #[cfg(feature = "sandbox")]
 pub mod sandbox;
 mod signal_line;
+#[cfg(test)]
+mod skipped;
 mod socket_file;
 mod threads;
 pub mod vhost_user;

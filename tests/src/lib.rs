@@ -26,5 +26,6 @@ pub mod ram_piece;
 pub mod raw_guest;
 pub mod socket_guest;
 pub mod stuck_disk;
+pub mod waits;
 
 pub use ringpass_policy_on_kernel::{canaries, differential, restricted_ring, seed, soundness};

@@ -73,6 +73,7 @@ mod tests {
 
     use super::*;
     use crate::disk::Disk;
+    use crate::skipped::skipped;
 
     fn refusal(path: impl Into<PathBuf>, read_only: bool) -> String {
         Disk::locate(&DiskConfig { read_only, ..DiskConfig::new(path) }).unwrap_err().to_string()
@@ -102,8 +103,10 @@ mod tests {
     #[test]
     fn files_on_huge_pages_are_refused_for_writing_only() {
         let Ok(file) = memfd_create("huge", MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB) else {
-            eprintln!("skipped: this kernel has no huge pages");
-            return;
+            return skipped(
+                "disk::place::tests::files_on_huge_pages_are_refused_for_writing_only",
+                "this kernel has no huge pages",
+            );
         };
         // As long as any huge page, without allocating one.
         ftruncate(&file, 1 << 30).unwrap();

@@ -299,14 +299,17 @@ impl<'r> Ring<'r> {
 mod tests {
     use super::*;
     use crate::engine::tests::driver::wait_until;
+    use crate::skipped::skipped;
 
     #[test]
     fn a_file_that_was_unregistered_is_released_when_the_last_request_that_names_it_is_gone() {
         let mut ring = create(8).unwrap();
         let mut ring = Ring::new(&mut ring).unwrap();
         if !ring.tells_of_release {
-            eprintln!("skipped: this kernel waits for such requests when a file is unregistered");
-            return;
+            return skipped(
+                "engine::ring::tests::a_file_that_was_unregistered_is_released_when_the_last_request_that_names_it_is_gone",
+                "this kernel waits for such requests when a file is unregistered",
+            );
         }
         let event = EventFd::new(0).unwrap();
         // SAFETY: the eventfd is open, and outlives what is borrowed here.

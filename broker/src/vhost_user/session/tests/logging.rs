@@ -1,5 +1,8 @@
 //! The dirty log.
 
+use std::io::Read;
+use std::os::unix::net::UnixStream;
+
 use super::*;
 
 const LOG_BYTES: u64 = 0x3_0000;
@@ -127,6 +130,17 @@ fn a_log_beyond_the_end_of_its_file_is_refused() {
 }
 
 #[test]
-fn an_eventfd_for_the_log_is_accepted() {
-    with_session(|rig| rig.ok(Code::SET_LOG_FD, [], [eventfd()]));
+fn an_eventfd_for_the_log_is_accepted_and_closed_unused() {
+    with_session(|rig| {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        ours.set_nonblocking(true).unwrap();
+        rig.ok(Code::SET_LOG_FD, [], [theirs.into()]);
+        // The session has written nothing and has closed the descriptor: the other end sees its end.
+        assert_eq!((&ours).read(&mut [0; 8]).unwrap(), 0);
+        // Logging works without it.
+        rig.run(0);
+        rig.set_log_base();
+        rig.set_log_all(true);
+        assert_eq!(rig.calls.take(), [Call::SetDirtyLog(true)]);
+    });
 }
