@@ -16,6 +16,7 @@ mod fuzz;
 #[path = "../../tests/src/kernel_log.rs"]
 #[allow(unreachable_pub, reason = "public in the crate it belongs to")]
 mod kernel_log;
+mod module_circles;
 mod packages;
 mod publish;
 mod quiet;

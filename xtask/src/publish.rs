@@ -71,7 +71,8 @@ struct Package {
     unpublished: HashSet<String>,
 }
 
-fn metadata() -> Result<Value> {
+/// What cargo knows of the crates of the workspace.
+pub(crate) fn metadata() -> Result<Value> {
     let mut command = cargo(&["metadata", "--format-version=1", "--no-deps", "--offline"]);
     let output = command.output().context("starting cargo metadata")?;
     ensure!(output.status.success(), "cargo metadata: {}", String::from_utf8_lossy(&output.stderr));

@@ -5,7 +5,7 @@ use std::process::Command;
 use anyhow::Result;
 
 use crate::{
-    fuzz, packages, publish,
+    fuzz, module_circles, packages, publish,
     steps::{self, Steps, cargo},
     test_run::TestRun,
 };
@@ -31,6 +31,7 @@ fn run_steps(steps: &mut Steps) -> Result<()> {
     steps.run("format of the fuzz targets", || {
         steps::run(&mut cargo(&["fmt", "--manifest-path", "fuzz/Cargo.toml", "--check"]))
     })?;
+    steps.run("circles of modules", module_circles::run)?;
     steps.run("lint", || {
         steps::run(&mut cargo(&["clippy", "--workspace", "--all-targets", "--keep-going", "--", "-D", "warnings"]))
     })?;
