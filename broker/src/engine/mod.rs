@@ -5,7 +5,7 @@
 //!
 //! From the outside to the inside, each importing only what stands below it:
 //!
-//! - [`handle`], `device`: the engine, and as the session drives it. [`control`], `disk_release`, `mode`: as other threads use it.
+//! - `handle`, `device`: the engine, and as the session drives it. `control`, `disk_release`, `mode`: as other threads use it.
 //! - `thread`, `worker`: a worker's thread and its poll iteration; `worker/` has what it does with its parts.
 //! - `queues`, `vring`, `queue_life`: the worker's queues, and the life of each. `deferred`: answers that it owes.
 //! - `execution`: operations under way, whatever they came from.
