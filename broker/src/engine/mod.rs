@@ -1,23 +1,26 @@
 //! The engine: executes the queues of a virtio-blk device on io_uring.
 //!
-//! [`Engine`] is the [`Device`](crate::vhost_user::Device) that a vhost-user session drives. Worker threads share its queues, each
-//! with an io_uring of its own; two workers share nothing on the way of a request.
+//! [`Engine`] is the [`Device`](crate::vhost_user::Device) that a vhost-user session drives. Worker threads share its
+//! queues, each with an io_uring of its own; two workers share nothing on the way of a request.
 //!
 //! From the outside to the inside, each importing only what stands below it:
 //!
-//! - `handle`, `device`: the engine, and as the session drives it. `control`, `disk_release`, `mode`: as other threads use it.
+//! - `handle`, `device`: the engine, and as the session drives it. `control`, `disk_release`, `mode`: as other threads
+//!   use it.
 //! - `thread`, `worker`: a worker's thread and its poll iteration; `worker/` has what it does with its parts.
 //! - `queues`, `vring`, `queue_life`: the worker's queues, and the life of each. `deferred`: answers that it owes.
 //! - `execution`: operations under way, whatever they came from.
-//! - `command`: what the workers are asked for. `attach`: queues that become rings, if the device offers that ([`AttachConfig`]).
-//! - `ring`, `writer`, `poll`, `timer`, `token`, `eventfd`, `counters`, `reply`, `alignment`: leaves. `shape`: what the engine takes
-//!   of the machine.
+//! - `command`: what the workers are asked for. `attach`: queues that become rings, if the device offers that
+//!   ([`AttachConfig`]).
+//! - `ring`, `writer`, `poll`, `timer`, `token`, `eventfd`, `counters`, `reply`, `alignment`: leaves. `shape`: what
+//!   the engine takes of the machine.
 //!
-//! The engine never registers the guest's memory with the kernel for virtqueues: nothing is pinned except for the time of a request.
-//! Each request holds the memory table that it was taken with, so a front-end may change the table at any time.
+//! The engine never registers the guest's memory with the kernel for virtqueues: nothing is pinned except for the time
+//! of a request. Each request holds the memory table that it was taken with, so a front-end may change the table at
+//! any time.
 //!
-//! A worker that panics ends the process, and so does a disk that turns out to be of no use. A front-end notices that and can connect
-//! to a new process, which takes the requests up again; a device that hangs would help no one.
+//! A worker that panics ends the process, and so does a disk that turns out to be of no use. A front-end notices that
+//! and can connect to a new process, which takes the requests up again; a device that hangs would help no one.
 
 mod alignment;
 mod attach;
