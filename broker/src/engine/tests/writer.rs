@@ -136,11 +136,13 @@ fn an_engine_leaves_writes_that_would_block_to_the_thread_and_no_others() {
             let mut rig = super::rig::Rig::new(super::rig::Options { poll_time, ..Default::default() });
             let is_left_to_thread = refuses_not_to_block(rig.image.as_file());
             let mut driver = rig.running(0);
-            let before = write_calls_of_writers();
+            // The worker starts its writer when it takes the disk, and the thread names itself.
+            wait_until("the writer's start", || !writers().is_empty());
+            let before = write_calls_of_writer();
             for number in 0..WRITES {
                 assert_eq!(driver.write_data(number * 8, &[number as u8; 4096]).status, 0);
             }
-            let calls = write_calls_of_writers() - before;
+            let calls = write_calls_of_writer() - before;
             if is_left_to_thread {
                 assert!(calls >= WRITES, "the thread has made {calls} calls for {WRITES} writes");
             } else {
@@ -164,19 +166,23 @@ fn refuses_not_to_block(file: &File) -> bool {
     pwritev2(file, &[IoSlice::new(&first)], 0, flags) == Err(Errno::OPNOTSUPP)
 }
 
-/// How often threads of this name have called write(2) or its kin (proc_pid_io(5)).
-fn write_calls_of_writers() -> u64 {
+/// The threads of this name.
+fn writers() -> Vec<PathBuf> {
     let threads = fs::read_dir("/proc/self/task").unwrap().map(|thread| thread.unwrap().path());
-    let is_writer =
-        |thread: &PathBuf| fs::read_to_string(thread.join("comm")).is_ok_and(|name| name.starts_with("writer-"));
-    let writers: Vec<PathBuf> = threads.filter(is_writer).collect();
-    assert_eq!(writers.len(), 1, "one engine with one worker runs: {writers:?}");
-    let calls = writers.iter().map(|thread| {
-        let io = fs::read_to_string(thread.join("io")).unwrap();
-        let calls = io.lines().find_map(|line| line.strip_prefix("syscw: "));
-        calls.unwrap_or_else(|| panic!("no syscw in {io}")).parse::<u64>().unwrap()
-    });
-    calls.sum()
+    let is_writer = |thread: &PathBuf| {
+        // A thread that ends meanwhile has no name.
+        fs::read_to_string(thread.join("comm")).is_ok_and(|name| name.starts_with("writer-"))
+    };
+    threads.filter(is_writer).collect()
+}
+
+/// How often the one writer has called write(2) or its kin (proc_pid_io(5)).
+fn write_calls_of_writer() -> u64 {
+    let writers = writers();
+    let [writer] = &*writers else { panic!("one engine with one worker runs: {writers:?}") };
+    let io = fs::read_to_string(writer.join("io")).unwrap();
+    let calls = io.lines().find_map(|line| line.strip_prefix("syscw: "));
+    calls.unwrap_or_else(|| panic!("no syscw in {io}")).parse().unwrap()
 }
 
 #[test]
