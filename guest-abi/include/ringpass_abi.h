@@ -54,14 +54,14 @@
 #define RINGPASS_NO_FIELD 4294967295
 
 /**
- * [`ProbeAnswer::magic`]: the bytes `ringpass`.
- */
-#define RINGPASS_MAGIC 8319100072082958706
-
-/**
  * The version that this crate implements. Version 0 is not frozen: both sides must implement the same state of it.
  */
 #define RINGPASS_VERSION 0
+
+/**
+ * [`ProbeAnswer::magic`]: the bytes `ringpass`.
+ */
+#define RINGPASS_MAGIC 8319100072082958706
 
 /**
  * [`ProbeAnswer::features`]: a write with `RWF_DSYNC` is durable when it completes (force unit access). Without this

@@ -76,7 +76,7 @@ fn errors_in_a_server_s_options_are_one_line_with_the_remedy() {
     let cases: &[(&[&str], [&str; 2], &[&str])] = &[
         // The socket.
         (&disk, ["--socket-path", "no/dir/s"], &["no/dir/s: ", "No such file", "Make its directory first"]),
-        (&disk, ["--socket-path", "text/s"], &["text/s: ", "Not a directory", "no directory"]),
+        (&disk, ["--socket-path", "text/s"], &["text/s: ", "Not a directory", "not a directory"]),
         (&disk, ["--socket-path", "/proc/s"], &["/proc"]),
         (&disk, ["--socket-path", &long], &[&long, "at most 107 bytes", "give a shorter one"]),
         (&disk, ["--socket-path", "used.sock"], &["used.sock: ", "another process listens there; stop it"]),

@@ -14,7 +14,8 @@ use ringpass_guest_abi::request::{DetachPayload, ErrorCode, EventAnswer, Outcome
 
 use crate::{compare, in_repository};
 
-const SOURCES: [&str; 5] = ["src/request.rs", "src/probe.rs", "src/attach.rs", "src/control.rs", "src/epoch/mod.rs"];
+const SOURCES: [&str; 6] =
+    ["src/request.rs", "src/version.rs", "src/probe.rs", "src/attach.rs", "src/control.rs", "src/epoch/mod.rs"];
 
 /// Structures and their names in C.
 const STRUCTURES: [(&str, &str); 8] = [

@@ -313,7 +313,7 @@ fn the_error_names_a_field_of_a_job_that_is_out_of_range() {
         (Job { area_offset_bytes: !511, ..good }, "area_offset_bytes"),
         (Job { area_bytes: 4097, ..good }, "area_bytes is 4097"),
         (Job { area_bytes: 7 * 4096, ..good }, "has 7 blocks"),
-        (Job { area_bytes: 1 << 45, ..good }, "below 2^32"),
+        (Job { area_bytes: 1 << 45, ..good }, "fewer than 2^32"),
         (Job { buffers_gpa: 8, ..good }, "buffers_gpa is 8"),
         (Job { buffer_stride_bytes: 512, ..good }, "buffer_stride_bytes is 512"),
         (Job { buffer_stride_bytes: !511, ..good }, "buffer_stride_bytes"),
