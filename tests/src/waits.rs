@@ -6,6 +6,8 @@ use anyhow::{Result, bail, ensure};
 
 /// So many attempts are made at least: what holds requests up only now and then is seen, too.
 const ATTEMPTS_MIN: u32 = 3;
+/// So many at least, after an attempt in which a request waited for the work: a machine without a free processor can do that once.
+const ATTEMPTS_AFTER_A_WAIT_MIN: u32 = 6;
 /// And so many at most.
 const ATTEMPTS_MAX: u32 = 10;
 
@@ -26,7 +28,7 @@ impl Waits {
         self.worst_during < limit.max(2 * self.worst_without)
     }
 
-    /// A request waited for the work: not even a busy machine makes it that long.
+    /// A request waited for the work: even a busy machine hardly makes it that long.
     fn is_held_up(&self, limit: Duration) -> bool {
         !self.is_undisturbed(limit) && self.worst_during > self.work / 2
     }
@@ -39,7 +41,7 @@ impl fmt::Display for Waits {
     }
 }
 
-/// Makes attempts, each of which does the work while requests run. In no attempt may a request wait for the work. In one attempt, no
+/// Makes attempts, each of which does the work while requests run. In at most one attempt may a request wait for the work. In one attempt, no
 /// request may take longer than `limit` (or twice as long as without the work); not in all, because a request that waits for a
 /// processor takes long, too.
 ///
@@ -47,13 +49,15 @@ impl fmt::Display for Waits {
 ///
 /// An attempt fails, or requests take longer.
 pub fn hardly_wait(limit: Duration, mut attempt: impl FnMut() -> Result<Waits>) -> Result<()> {
-    let (mut is_undisturbed, mut seen) = (false, Vec::new());
+    let (mut is_undisturbed, mut held_up, mut seen) = (false, 0, Vec::new());
     for number in 1..=ATTEMPTS_MAX {
         let waits = attempt()?;
         eprintln!("attempt {number}: {waits}");
-        ensure!(!waits.is_held_up(limit), "attempt {number}: a request waited for the work: {waits}");
+        held_up += u32::from(waits.is_held_up(limit));
+        ensure!(held_up <= 1, "attempt {number}: a request waited for the work, again: {waits}");
         is_undisturbed |= waits.is_undisturbed(limit);
-        if number >= ATTEMPTS_MIN && is_undisturbed {
+        let attempts_min = if held_up == 0 { ATTEMPTS_MIN } else { ATTEMPTS_AFTER_A_WAIT_MIN };
+        if number >= attempts_min && is_undisturbed {
             return Ok(());
         }
         seen.push(waits.to_string());
@@ -80,11 +84,12 @@ mod tests {
     }
 
     #[test]
-    fn a_busy_machine_is_tried_again_and_a_request_that_waits_for_the_work_is_not() {
+    fn a_busy_machine_is_tried_again_and_requests_that_wait_for_the_work_are_found() {
         assert_eq!(run(&[3]).unwrap(), 3);
         assert_eq!(run(&[20, 20, 20, 20, 3]).unwrap(), 5);
         assert!(run(&[20]).unwrap_err().to_string().starts_with("requests take 10ms and longer in each attempt"));
-        let error = run(&[3, 3, 90]).unwrap_err().to_string();
-        assert!(error.contains("attempt 3: a request waited for the work: longest request 90ms"), "{error}");
+        assert_eq!(run(&[3, 90, 3, 3, 3, 3]).unwrap(), 6);
+        let error = run(&[3, 90]).unwrap_err().to_string();
+        assert!(error.contains("attempt 4: a request waited for the work, again: longest request 90ms"), "{error}");
     }
 }
