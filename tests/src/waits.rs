@@ -41,9 +41,9 @@ impl fmt::Display for Waits {
     }
 }
 
-/// Makes attempts, each of which does the work while requests run. In at most one attempt may a request wait for the work. In one attempt, no
-/// request may take longer than `limit` (or twice as long as without the work); not in all, because a request that waits for a
-/// processor takes long, too.
+/// Makes attempts, each of which does the work while requests run. A request may wait for the work in at most one attempt.
+/// In one attempt, no request may take longer than `limit` (or twice as long as without the work); not in all, because a
+/// request that waits for a processor takes long, too.
 ///
 /// # Errors
 ///
