@@ -88,7 +88,7 @@ fn confined() -> Result<()> {
 fn not_confined() -> Result<()> {
     let rig = Rig::new(DiskKind::Ext4PageCache, DISK_BYTES)?;
     let broker = rig.broker(&["--sandbox", "off"])?;
-    broker.wait_for_log("WARN ringpass::serve::sandbox: --sandbox off")?;
+    broker.wait_for_log("WARN ringpass::serve::sandbox: server not confined (--sandbox off)")?;
     let status = fs::read_to_string(format!("/proc/{}/status", broker.pid()))?;
     ensure!(field(&status, "Seccomp")? == "0" && field(&status, "NoNewPrivs")? == "0");
     let own = fs::read_to_string("/proc/self/status")?;
