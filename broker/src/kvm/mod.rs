@@ -31,7 +31,7 @@
 //! use ringpass_broker::kvm::{KvmPlacement, KvmQueue, KvmQueueConfig, RamSlots};
 //! use ringpass_broker::limits;
 //! use ringpass_broker::memory::{GuestMemory, IOVA_BASE, RegionConfig, Sharing};
-//! use ringpass_broker::ring::{IoWorkers, RingConfig, SqThreadConfig};
+//! use ringpass_broker::ring::{RingConfig, SqThreadConfig};
 //! use ringpass_restrictions::{Access, Policy};
 //!
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -63,23 +63,19 @@
 //!     disk,
 //!     &memory,
 //!     Policy::direct(Access::ReadWrite).compile(&kernel::support()?)?,
-//!     DirectConfig {
-//!         submission: SubmissionConfig::SqThread(SqThreadConfig::default()),
-//!         workers: IoWorkers::default(),
-//!         sharing: Sharing::Clone,
-//!     },
+//!     DirectConfig::new(SubmissionConfig::SqThread(SqThreadConfig::default()), Sharing::Clone),
 //! )?;
 //!
 //! // When the guest's driver has allocated a ring and said where:
 //! let queue = KvmQueue::attach(
 //!     &vm,
 //!     &device,
-//!     KvmQueueConfig {
-//!         ring: RingConfig { sq_entries: 64, cq_entries: 128 },
-//!         placement: KvmPlacement::GuestRam { rings_gpa: 0x10_0000, sqes_gpa: 0x20_0000 },
-//!         doorbell: Some(IoEventAddress::Mmio(0xfe00_0000)),
-//!         interrupt_gsi: Some(gsi),
-//!     },
+//!     KvmQueueConfig::new(
+//!         RingConfig { sq_entries: 64, cq_entries: 128 },
+//!         KvmPlacement::GuestRam { rings_gpa: 0x10_0000, sqes_gpa: 0x20_0000 },
+//!     )
+//!     .doorbell(IoEventAddress::Mmio(0xfe00_0000))
+//!     .interrupt_gsi(gsi),
 //! )?;
 //! println!("tell the driver: {:?}, addresses are guest-physical + {IOVA_BASE:#x}", queue.layout());
 //!
