@@ -78,7 +78,8 @@ impl<'a> Acquisition<'a> {
     }
 }
 
-/// The pause between two tries: grows from a time that a person does not notice to one that costs no CPU time.
+/// The pause between two tries. The first is too short for a person to notice; the last is so long that trying costs no CPU
+/// time.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct BackOff {
     pauses: u32,

@@ -24,8 +24,8 @@ pub(super) struct Geometry {
 }
 
 impl Geometry {
-    /// Reads the geometry and refuses one that no guest could use. Turns `O_DIRECT` off where the file does not have
-    /// it.
+    /// Reads the geometry, and refuses a geometry that no guest could use. Turns `O_DIRECT` off where the file does not
+    /// support it.
     pub(super) fn read(found: &Found, config: &DiskConfig) -> Result<Self, DiskError> {
         let geometry = match found.kind {
             DiskKind::RegularFile => Self::of_file(found, config)?,

@@ -25,7 +25,7 @@ fn holds_lock(process: &Process, wanted: &Statx) -> bool {
 }
 
 /// Whether a `/proc/PID/fdinfo/FD` shows an OFD lock on an inode of that number. On some file systems (btrfs) the
-/// device number in that line differs from the one that `stat` returns, so the caller compares the files.
+/// device number in that line differs from the number that `stat` returns, so the caller compares the files.
 fn has_ofd_lock(info: &str, inode: u64) -> bool {
     // lock:\t1: OFDLCK ADVISORY  WRITE -1 fe:00:655367 0 EOF
     info.lines().filter_map(|line| line.strip_prefix("lock:")).any(|lock| {

@@ -35,8 +35,8 @@ fn profile_in(device: &Path) -> io::Result<Option<String>> {
     let disk = if is_partition { device.canonicalize()?.join("..") } else { device.canonicalize()? };
     match fs::read_to_string(disk.join("integrity/format")) {
         Ok(format) => Ok(Some(format.trim().to_owned()).filter(|format| format != "none")),
-        // The kernel was built without integrity support, or is an old one that shows profiles only where there are
-        // some.
+        // The kernel was built without integrity support. An old kernel also has no such file on devices without a
+        // profile.
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(error) => Err(error),
     }

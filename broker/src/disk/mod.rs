@@ -70,8 +70,8 @@ pub enum DirectIo {
 }
 
 /// The logical block of a disk: the unit in which a guest reads and writes the disk, and in which the data on the disk
-/// counts offsets (a partition table names blocks, not bytes). So the logical block is the one that the data was
-/// written for, and must stay the same on any storage. The demands of direct I/O ([`DirectAlignment`]) are a separate
+/// counts offsets (a partition table names blocks, not bytes). So the writer of the data has chosen the
+/// logical block, which must stay the same on any storage. The demands of direct I/O ([`DirectAlignment`]) are a separate
 /// matter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 #[non_exhaustive]
