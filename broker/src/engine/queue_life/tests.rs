@@ -16,6 +16,16 @@ struct TestQueue {
     is_attached: bool,
     /// How many queues there are now.
     _alive: Rc<()>,
+    /// A queue was dropped while it was busy: its requests would end into memory that the worker has let go.
+    is_dropped_busy: Rc<Cell<bool>>,
+}
+
+impl Drop for TestQueue {
+    fn drop(&mut self) {
+        if self.busy.get() {
+            self.is_dropped_busy.set(true);
+        }
+    }
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -68,7 +78,15 @@ type TestLife = Life<TestQueue, TestStart>;
 
 fn queue(busy: bool, replay: bool, is_held: bool) -> TestQueue {
     let cell = |value| Rc::new(Cell::new(value));
-    TestQueue { id: 7, busy: cell(busy), replay: cell(replay), is_held, is_attached: false, _alive: Rc::new(()) }
+    TestQueue {
+        id: 7,
+        busy: cell(busy),
+        replay: cell(replay),
+        is_held,
+        is_attached: false,
+        _alive: Rc::new(()),
+        is_dropped_busy: Rc::default(),
+    }
 }
 
 fn start(has_record: bool) -> TestStart {
@@ -252,6 +270,7 @@ struct Bench {
     replay: Rc<Cell<bool>>,
     /// One clone for each queue that exists.
     alive: Rc<()>,
+    is_dropped_busy: Rc<Cell<bool>>,
     /// The stop that may still be answered.
     pending: Option<Pending<u16>>,
     /// The start that counts, if the front-end has one.
@@ -266,6 +285,7 @@ impl Bench {
             busy: Rc::default(),
             replay: Rc::default(),
             alive: Rc::new(()),
+            is_dropped_busy: Rc::default(),
             pending: None,
             started: None,
         }
@@ -332,7 +352,8 @@ impl Bench {
                 self.busy.set(false);
                 self.replay.set(has_replay && next.start.has_record);
                 let (busy, replay, alive) = (self.busy.clone(), self.replay.clone(), self.alive.clone());
-                let queue = TestQueue { id, busy, replay, is_held, is_attached: false, _alive: alive };
+                let is_dropped_busy = self.is_dropped_busy.clone();
+                let queue = TestQueue { id, busy, replay, is_held, is_attached: false, _alive: alive, is_dropped_busy };
                 self.step(LifeEvent::SetUp(queue));
             }
             Step::BecomesBusy => {
@@ -360,6 +381,7 @@ proptest! {
         for step in sequence {
             bench.take(step);
             prop_assert!(Rc::strong_count(&bench.alive) <= 2);
+            prop_assert!(!bench.is_dropped_busy.get(), "a queue was dropped while it was busy, at {step:?}");
             prop_assert!(bench.life.taking_mut(false).is_none(), "a disabled queue is taken from");
             if bench.is_draining() {
                 prop_assert!(bench.life.present_mut().is_none() && bench.life.taking_mut(true).is_none());
