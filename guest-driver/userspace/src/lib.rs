@@ -12,15 +12,13 @@
 
 #![deny(unsafe_code)]
 
-mod allocator;
+mod eventfd;
 pub mod handover;
 mod interrupt;
 mod ram;
-mod raw;
 mod ring;
 pub mod vhost_user;
 
-pub use allocator::{AllocateError, RamAllocator};
 pub use interrupt::wait_for_interrupt;
-pub use ram::{GuestRam, RamArea, RamError, RamRegion};
+pub use ram::{AllocateError, GuestRam, RamAllocator, RamArea, RamError, RamRegion};
 pub use ring::{RamRing, RingError};

@@ -2,7 +2,7 @@
 
 use ringpass_guest_abi::{Cqe, LayoutError, MappedRing, RingLayout, RingMemory, Sqe};
 
-use crate::{AllocateError, RamAllocator, RamArea, raw};
+use crate::ram::{AllocateError, RamAllocator, RamArea, mapped_ring};
 
 /// The two areas of one ring, in RAM that this keeps mapped.
 ///
@@ -54,7 +54,7 @@ impl RamRing {
         }
         rings.lend();
         sqes.lend();
-        let ring = raw::ring_in(&rings, &sqes, layout).expect("both areas are as long as the layout says");
+        let ring = mapped_ring(&rings, &sqes, layout).expect("both areas are as long as the layout says");
         Ok(Self { ring, rings, sqes })
     }
 

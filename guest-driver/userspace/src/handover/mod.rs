@@ -14,7 +14,7 @@ use vmm_sys_util::eventfd::EventFd;
 pub use setup::{QueueSetup, RegionSetup, Setup, SetupError};
 pub use socket::{HandoverError, LINE_BYTES_MAX, receive, send};
 
-use crate::RamRegion;
+use crate::ram::RamRegion;
 
 /// The eventfds of one queue.
 #[derive(Debug)]

@@ -13,7 +13,7 @@ use rustix::net::{
 
 use super::setup::FDS_MAX;
 use super::{Handover, QueueEvents, Setup, SetupError};
-use crate::raw;
+use crate::eventfd;
 
 /// Maximum length of a line in bytes, including its end.
 pub const LINE_BYTES_MAX: usize = 64 << 10;
@@ -76,7 +76,7 @@ pub fn send(
 ) -> Result<(), HandoverError> {
     setup.check().map_err(HandoverError::Setup)?;
     let mut fds = memory.to_vec();
-    fds.extend(events.iter().flat_map(|queue| [raw::borrow(&queue.doorbell), raw::borrow(&queue.completion)]));
+    fds.extend(events.iter().flat_map(|queue| [eventfd::borrow(&queue.doorbell), eventfd::borrow(&queue.completion)]));
     if memory.len() != setup.regions.len() || events.len() != setup.queues.len() {
         return Err(missing(setup, fds.len()));
     }
@@ -110,7 +110,7 @@ pub fn receive(stream: &UnixStream) -> Result<Handover, HandoverError> {
     let memory = fds.by_ref().take(setup.regions.len()).collect();
     let mut events = Vec::with_capacity(setup.queues.len());
     while let (Some(doorbell), Some(completion)) = (fds.next(), fds.next()) {
-        events.push(QueueEvents { doorbell: raw::into_event(doorbell), completion: raw::into_event(completion) });
+        events.push(QueueEvents { doorbell: eventfd::from_fd(doorbell), completion: eventfd::from_fd(completion) });
     }
     Ok(Handover { setup, memory, events })
 }

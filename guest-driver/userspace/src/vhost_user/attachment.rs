@@ -11,7 +11,8 @@ use ringpass_guest_abi::{Cqe, DriverRing, RingMemory, Sqe};
 
 use super::Error;
 use super::memory::Memory;
-use crate::{RamArea, RamRing};
+use crate::ram::RamArea;
+use crate::ring::RamRing;
 
 /// The control page as memory of words.
 #[derive(Debug)]

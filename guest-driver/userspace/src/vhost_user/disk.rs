@@ -22,7 +22,7 @@ use super::requests::Requests;
 use super::shared::Shared;
 use super::virtqueue::Virtqueue;
 use super::{Error, Options, Way};
-use crate::RamArea;
+use crate::ram::RamArea;
 
 /// Address of the first region of RAM. It is not 0, so that no address can be mistaken for a missing one.
 const RAM_GPA: u64 = 1 << 20;

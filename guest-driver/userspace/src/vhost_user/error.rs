@@ -4,7 +4,7 @@ use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use crate::{AllocateError, RamError};
+use crate::ram::{AllocateError, RamError};
 
 /// The reason why a call failed.
 #[derive(Debug, thiserror::Error)]

@@ -11,7 +11,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use super::Error;
 use super::drivers::Drivers;
 use super::shared::Shared;
-use crate::raw;
+use crate::eventfd;
 
 /// How often the thread looks at queue 0 without an interrupt, because an interrupt can be lost with a device; and how often it looks
 /// at the queues that the application has not taken.
@@ -55,7 +55,7 @@ impl Events {
                     let call = setup.call();
                     let timeout = Timespec::try_from(look).ok();
                     let mut fds =
-                        [&*call, &*theirs].map(|event| PollFd::from_borrowed_fd(raw::borrow(event), PollFlags::IN));
+                        [&*call, &*theirs].map(|event| PollFd::from_borrowed_fd(eventfd::borrow(event), PollFlags::IN));
                     let _ = poll(&mut fds, timeout.as_ref());
                     let _ = call.read();
                     // The thread has taken the interrupt, and a user that holds queue 0 now may have looked before the device wrote:
@@ -104,7 +104,7 @@ mod tests {
     const LIMIT: Duration = Duration::from_secs(20);
 
     fn is_signalled(event: &EventFd, timeout: Duration) -> bool {
-        let mut fds = [PollFd::from_borrowed_fd(raw::borrow(event), PollFlags::IN)];
+        let mut fds = [PollFd::from_borrowed_fd(eventfd::borrow(event), PollFlags::IN)];
         poll(&mut fds, Timespec::try_from(timeout).ok().as_ref()).unwrap() > 0
     }
 

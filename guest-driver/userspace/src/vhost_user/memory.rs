@@ -8,8 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use rustix::fs::{MemfdFlags, SealFlags};
 
 use super::Error;
-use crate::ram::PAGE_BYTES;
-use crate::{AllocateError, GuestRam, RamAllocator, RamArea, RamRegion, raw};
+use crate::ram::{AllocateError, GuestRam, PAGE_BYTES, RamAllocator, RamArea, RamRegion, map_sealed};
 
 /// A piece of RAM at a guest-physical address.
 #[derive(Clone, Debug)]
@@ -58,7 +57,7 @@ impl Memory {
     pub(super) fn add(&self, gpa: u64, len_bytes: u64) -> Result<Region, Error> {
         let file = memfd(len_bytes).map_err(Error::system("making guest RAM"))?;
         let region = RamRegion { gpa, len_bytes, file: file.as_fd(), offset_bytes: 0 };
-        let ram = Arc::new(raw::map_own(&[region])?);
+        let ram = Arc::new(map_sealed(&[region])?);
         let allocator = ram.allocator()?;
         self.insert(Region { gpa, len_bytes, file: Arc::new(file), ram }, Some(allocator))
     }
@@ -112,7 +111,7 @@ impl Memory {
         for allocator in regions.present.iter_mut().filter_map(|(_, allocator)| allocator.as_mut()) {
             match allocator.allocate_aligned(len_bytes, align_bytes) {
                 Ok(area) => return Ok(area),
-                Err(error) => refusal = Some(refusal.map_or(error, |before| before.and(error))),
+                Err(error) => refusal = Some(refusal.map_or(error, |before| before.combined_with(error))),
             }
         }
         Err(refusal.map_or(Error::NoMemory, Error::Allocate))

@@ -36,6 +36,7 @@
 //! ```
 
 mod attachment;
+mod by_address;
 mod config;
 mod connection;
 mod disk;
@@ -56,9 +57,10 @@ mod virtqueue;
 mod watchdog;
 
 pub use attachment::RingSize;
+pub use by_address::ByAddress;
 pub use config::Geometry;
 pub use disk::Disk;
 pub use driver::Counters;
 pub use error::Error;
 pub use options::{Options, Way};
-pub use queue::{ByAddress, Done, ExecutedBy, Operation, Queue};
+pub use queue::{Done, ExecutedBy, Operation, Queue};

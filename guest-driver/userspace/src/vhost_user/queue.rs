@@ -4,14 +4,15 @@ use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use ringpass_guest_abi::block_queue::{BlockQueue, Completion, PushRefusal, Request};
+use ringpass_guest_abi::block_queue::{Completion, Request};
 use ringpass_guest_abi::request::ErrorCode;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::Error;
 use super::driver::{Counters, Driver, Ended};
 use super::drivers::Taken;
-use crate::{RamArea, wait_for_interrupt};
+use crate::interrupt::wait_for_interrupt;
+use crate::ram::RamArea;
 
 /// The operation of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -179,38 +180,8 @@ impl Queue {
         self.driver.fault()
     }
 
-    pub(crate) fn addressed(&mut self) -> ByAddress<'_> {
-        ByAddress { driver: &mut self.driver }
-    }
-}
-
-/// A queue that takes requests by guest-physical address. Their buffers are not the queue's.
-#[derive(Debug)]
-pub struct ByAddress<'q> {
-    driver: &'q mut Driver,
-}
-
-impl BlockQueue for ByAddress<'_> {
-    fn push(&mut self, request: &Request) -> Result<(), PushRefusal> {
-        self.driver.push(request, None).map_err(|_| PushRefusal::Full)
-    }
-
-    fn publish(&mut self) -> bool {
-        // It rings by itself: the doorbell may be another one the next moment.
-        self.driver.send();
-        false
-    }
-
-    fn reap(&mut self) -> Option<Completion> {
-        self.driver.reap().map(|ended| ended.completion)
-    }
-
-    fn mute(&mut self) {
-        self.driver.set_muted(true);
-    }
-
-    fn unmute(&mut self) -> bool {
-        self.driver.set_muted(false)
+    pub(super) fn driver_mut(&mut self) -> &mut Driver {
+        &mut self.driver
     }
 }
 

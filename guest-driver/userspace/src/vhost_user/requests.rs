@@ -7,7 +7,7 @@ use super::config::Geometry;
 use super::memory::Memory;
 use super::segments::Segments;
 use super::virtqueue::{Buffer, Virtqueue};
-use crate::RamArea;
+use crate::ram::RamArea;
 
 /// Room for the header and payload of one request, its answer, and its status.
 const SLOT_BYTES: u64 = 512;

@@ -7,7 +7,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::Error;
 use super::memory::Memory;
-use crate::RamArea;
+use crate::ram::RamArea;
 
 const F_NEXT: u16 = 1;
 const F_WRITE: u16 = 2;

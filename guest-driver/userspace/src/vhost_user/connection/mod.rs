@@ -28,7 +28,7 @@ use self::set_up::{Inflight, add_region, describe};
 use super::Error;
 use super::memory::{Memory, Region};
 use super::virtqueue::Setup;
-use crate::raw;
+use crate::eventfd;
 
 /// First pause between two attempts to connect.
 const RETRY_MIN: Duration = Duration::from_millis(5);
@@ -196,7 +196,7 @@ impl Shared {
     /// Waits until the other side has closed `socket`, or for `timeout`. Returns false if this side must stop.
     fn wait(&self, socket: Option<BorrowedFd<'_>>, timeout: Option<Duration>) -> bool {
         let timeout = timeout.and_then(|timeout| rustix::event::Timespec::try_from(timeout).ok());
-        let mut fds = vec![PollFd::from_borrowed_fd(raw::borrow(&self.stop), PollFlags::IN)];
+        let mut fds = vec![PollFd::from_borrowed_fd(eventfd::borrow(&self.stop), PollFlags::IN)];
         // The device sends only replies, so a hang-up is the only other event.
         fds.extend(socket.map(|socket| PollFd::from_borrowed_fd(socket, PollFlags::RDHUP)));
         while poll(&mut fds, timeout.as_ref()) == Err(rustix::io::Errno::INTR) {}

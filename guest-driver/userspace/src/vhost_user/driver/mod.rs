@@ -28,7 +28,7 @@ use super::attachment::Attachment;
 use super::requests::Requests;
 use super::shared::Shared;
 use super::virtqueue::Virtqueue;
-use crate::RamArea;
+use crate::ram::RamArea;
 
 const EIO: i32 = -5;
 

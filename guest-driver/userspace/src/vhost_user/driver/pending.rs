@@ -2,7 +2,7 @@
 
 use ringpass_guest_abi::block_queue::{Completion, Request};
 
-use crate::RamArea;
+use crate::ram::RamArea;
 
 /// Where a request is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

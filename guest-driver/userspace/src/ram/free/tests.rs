@@ -2,6 +2,7 @@
 
 use proptest::prelude::*;
 
+use super::super::PAGE_BYTES;
 use super::*;
 
 const MIB: u64 = 1 << 20;

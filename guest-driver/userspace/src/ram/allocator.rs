@@ -1,13 +1,10 @@
-//! Hands out a guest's RAM and takes it back.
+//! Hands out a guest's RAM.
 
-use std::ops::Range;
 use std::sync::Arc;
 
-use rangemap::RangeSet;
-use ringpass_guest_abi::SLOT_BYTES;
-
-use crate::ram::PAGE_BYTES;
-use crate::{GuestRam, RamArea};
+use super::PAGE_BYTES;
+use super::area::RamArea;
+use super::guest_ram::{GuestRam, RamError};
 
 /// Hands out areas of a guest's RAM that do not overlap, each in one region and one 1 GiB slot, so that one request can
 /// name a whole area ([`ringpass_guest_abi::FixedAddressing`]).
@@ -19,7 +16,7 @@ pub struct RamAllocator {
     ram: Arc<GuestRam>,
 }
 
-/// Why there is no such area.
+/// The reason why an area cannot be allocated.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum AllocateError {
@@ -64,8 +61,8 @@ pub enum AllocateError {
 }
 
 impl AllocateError {
-    /// The refusal of two regions that were asked one after the other.
-    pub(crate) fn and(self, other: Self) -> Self {
+    /// The error for two regions, neither of which has room.
+    pub(crate) fn combined_with(self, other: Self) -> Self {
         match (self, other) {
             (
                 Self::NoRoom { len_bytes, align_bytes, free_bytes, longest_bytes },
@@ -81,12 +78,19 @@ impl AllocateError {
     }
 }
 
-impl RamAllocator {
-    /// The caller ensures that there is only one allocator for this RAM.
-    pub(crate) fn new(ram: Arc<GuestRam>) -> Self {
-        Self { ram }
+impl GuestRam {
+    /// The only allocator of this RAM.
+    ///
+    /// # Errors
+    ///
+    /// [`RamError::AllocatorTaken`] at the second call.
+    pub fn allocator(self: &Arc<Self>) -> Result<RamAllocator, RamError> {
+        self.take_allocator()?;
+        Ok(RamAllocator { ram: self.clone() })
     }
+}
 
+impl RamAllocator {
     /// The RAM that is handed out.
     pub fn ram(&self) -> &Arc<GuestRam> {
         &self.ram
@@ -146,78 +150,3 @@ impl RamAllocator {
         Ok(RamArea::new(self.ram.clone(), gpa, page_bytes))
     }
 }
-
-/// The free RAM of a guest.
-#[derive(Debug)]
-pub(crate) struct FreeRam {
-    /// By ascending address.
-    pieces: Vec<Piece>,
-}
-
-/// The part of one region that lies in one slot. No area crosses its ends, so free ranges of two pieces are never merged.
-#[derive(Debug)]
-struct Piece {
-    whole: Range<u64>,
-    free: RangeSet<u64>,
-}
-
-impl FreeRam {
-    /// All of these regions, each with its guest-physical address and its length, is free.
-    pub(crate) fn new(regions: impl Iterator<Item = (u64, u64)>) -> Self {
-        let mut pieces = Vec::new();
-        for (mut gpa, len_bytes) in regions {
-            let end = gpa + len_bytes;
-            while gpa < end {
-                let whole = gpa..end.min((gpa / SLOT_BYTES + 1) * SLOT_BYTES);
-                gpa = whole.end;
-                pieces.push(Piece { free: RangeSet::from_iter([whole.clone()]), whole });
-            }
-        }
-        Self { pieces }
-    }
-
-    fn ranges(&self) -> impl Iterator<Item = &Range<u64>> {
-        self.pieces.iter().flat_map(|piece| piece.free.iter())
-    }
-
-    pub(crate) fn free_bytes(&self) -> u64 {
-        self.ranges().map(|range| range.end - range.start).sum()
-    }
-
-    pub(crate) fn longest_bytes(&self) -> u64 {
-        self.ranges().map(|range| range.end - range.start).max().unwrap_or(0)
-    }
-
-    /// Takes the lowest free range of this length that starts at a multiple of `align_bytes`.
-    fn take_first(&mut self, len_bytes: u64, align_bytes: u64) -> Option<u64> {
-        let fit = |range: &Range<u64>| {
-            let gpa = range.start.checked_next_multiple_of(align_bytes)?;
-            (gpa.checked_add(len_bytes)? <= range.end).then_some(gpa)
-        };
-        let (piece, gpa) =
-            self.pieces.iter_mut().find_map(|piece| piece.free.iter().find_map(fit).map(|gpa| (piece, gpa)))?;
-        piece.free.remove(gpa..gpa + len_bytes);
-        Some(gpa)
-    }
-
-    /// Takes a range. False, and nothing is taken, if it is not free.
-    fn take_at(&mut self, gpa: u64, len_bytes: u64) -> bool {
-        let Some(end) = gpa.checked_add(len_bytes) else { return false };
-        let Some(piece) = self.pieces.iter_mut().find(|piece| piece.whole.contains(&gpa)) else { return false };
-        let is_free = piece.free.get(&gpa).is_some_and(|range| end <= range.end);
-        if is_free {
-            piece.free.remove(gpa..end);
-        }
-        is_free
-    }
-
-    /// Takes back what was taken.
-    pub(crate) fn give_back(&mut self, gpa: u64, len_bytes: u64) {
-        if let Some(piece) = self.pieces.iter_mut().find(|piece| piece.whole.contains(&gpa)) {
-            piece.free.insert(gpa..gpa + len_bytes);
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests;

@@ -1,21 +1,19 @@
-//! The RAM of a process that is its own guest.
+//! The RAM of a guest, mapped in this process region by region.
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use memmap2::{MmapOptions, MmapRaw};
 use ringpass_guest_abi::{SLOT_BYTES, SLOT_COUNT_MAX};
 use rustix::fs::fstat;
 
-use crate::allocator::FreeRam;
-use crate::{RamAllocator, raw};
+use super::PAGE_BYTES;
+use super::free::FreeRam;
 
-/// The unit of regions and areas.
-pub(crate) const PAGE_BYTES: u64 = 4096;
-
+/// Guest-physical addresses end here: 16 TiB.
 const GPA_LIMIT: u64 = SLOT_BYTES * SLOT_COUNT_MAX as u64;
 
 /// A range of guest-physical addresses and the file that holds its bytes.
@@ -56,7 +54,7 @@ pub enum RamError {
     TooHigh {
         /// Start of the region.
         gpa: u64,
-        /// Its length.
+        /// Length of the region.
         len_bytes: u64,
     },
     /// Two regions share addresses.
@@ -91,8 +89,8 @@ pub enum RamError {
         /// The kernel's reason.
         source: io::Error,
     },
-    /// There is one allocator for a guest's RAM, and somebody has it.
-    #[error("the allocator of this RAM has already been taken: two would hand out the same bytes")]
+    /// The only allocator of this RAM has been taken.
+    #[error("the allocator of this RAM has already been taken: two allocators would hand out the same bytes")]
     AllocatorTaken,
 }
 
@@ -101,7 +99,7 @@ pub enum RamError {
 pub struct GuestRam {
     /// By ascending address.
     regions: Vec<Region>,
-    allocator_taken: AtomicBool,
+    is_allocator_taken: AtomicBool,
     free: Mutex<FreeRam>,
 }
 
@@ -113,7 +111,7 @@ struct Region {
 }
 
 impl GuestRam {
-    /// [`GuestRam::map`] without its promise.
+    /// [`GuestRam::map`] without its contract: the caller accesses no bytes, or keeps the contract.
     pub(crate) fn map_checked(regions: &[RamRegion<'_>]) -> Result<Self, RamError> {
         if regions.is_empty() {
             return Err(RamError::NoRegions);
@@ -135,7 +133,7 @@ impl GuestRam {
         }
         let free = FreeRam::new(regions.iter().map(|region| (region.gpa, region.len_bytes)));
         let regions = regions.iter().map(Region::map).collect::<Result<_, _>>()?;
-        Ok(Self { regions, allocator_taken: AtomicBool::new(false), free: Mutex::new(free) })
+        Ok(Self { regions, is_allocator_taken: AtomicBool::new(false), free: Mutex::new(free) })
     }
 
     /// The regions as (guest-physical address, length in bytes), by ascending address.
@@ -143,29 +141,29 @@ impl GuestRam {
         self.regions.iter().map(|region| (region.gpa, region.len_bytes))
     }
 
-    /// The one allocator of this RAM.
+    /// Notes that the allocator is taken.
     ///
     /// # Errors
     ///
     /// [`RamError::AllocatorTaken`] at the second call.
-    pub fn allocator(self: &Arc<Self>) -> Result<RamAllocator, RamError> {
-        if self.allocator_taken.swap(true, Ordering::Relaxed) {
-            return Err(RamError::AllocatorTaken);
+    pub(super) fn take_allocator(&self) -> Result<(), RamError> {
+        match self.is_allocator_taken.swap(true, Ordering::Relaxed) {
+            true => Err(RamError::AllocatorTaken),
+            false => Ok(()),
         }
-        Ok(RamAllocator::new(self.clone()))
     }
 
-    /// The free ranges: those that no area covers.
-    pub(crate) fn free(&self) -> MutexGuard<'_, FreeRam> {
-        // Each change is one call of the collection, which does not panic half-way.
+    /// The ranges that no area covers.
+    pub(super) fn free(&self) -> MutexGuard<'_, FreeRam> {
+        // A change of the free ranges does not panic half-way, so the state is valid also after a panic.
         self.free.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Where the `len_bytes` bytes at `gpa` are in this process. None if they do not all lie in one region.
+    /// The address in this process of the `len_bytes` bytes at `gpa`. `None` if they do not all lie in one region.
     pub fn pointer(&self, gpa: u64, len_bytes: u64) -> Option<NonNull<u8>> {
         let end = gpa.checked_add(len_bytes.max(1))?;
         let region = self.regions.iter().find(|region| region.gpa <= gpa && end <= region.gpa + region.len_bytes)?;
-        Some(raw::byte_of(&region.mapping, usize::try_from(gpa - region.gpa).ok()?))
+        region.byte(usize::try_from(gpa - region.gpa).ok()?)
     }
 }
 
@@ -182,6 +180,14 @@ impl Region {
         let mapping = MmapOptions::new().offset(offset_bytes).len(len).map_raw(file.as_raw_fd()).map_err(failed)?;
         Ok(Self { gpa, len_bytes, mapping })
     }
+
+    /// The address of one byte of the mapping. `None` behind its end.
+    fn byte(&self, offset: usize) -> Option<NonNull<u8>> {
+        if offset >= self.mapping.len() {
+            return None;
+        }
+        NonNull::new(self.mapping.as_mut_ptr().wrapping_add(offset))
+    }
 }
 
 fn check(region: &RamRegion<'_>) -> Result<(), RamError> {
@@ -192,72 +198,5 @@ fn check(region: &RamRegion<'_>) -> Result<(), RamError> {
     match gpa.checked_add(len_bytes) {
         Some(end) if end <= GPA_LIMIT => Ok(()),
         _ => Err(RamError::TooHigh { gpa, len_bytes }),
-    }
-}
-
-/// A piece of a guest's RAM that has one owner. It lies in one region and one 1 GiB slot, in whole pages, and keeps the
-/// RAM mapped.
-///
-/// When an area is dropped, its allocator can hand out its bytes again. This must not happen while a device may still write
-/// to the area. The driver in [`vhost_user`](crate::vhost_user) keeps the buffers of its requests until the requests have
-/// ended. A program that names an area to a device in another way keeps the area as long, or [leaks](Self::leak) it.
-#[derive(Debug)]
-pub struct RamArea {
-    ram: Arc<GuestRam>,
-    gpa: u64,
-    len_bytes: u64,
-    /// A device may use the bytes: a drop does not return them.
-    is_lent: bool,
-}
-
-impl Drop for RamArea {
-    fn drop(&mut self) {
-        if !self.is_lent {
-            self.ram.free().give_back(self.gpa, self.len_bytes);
-        }
-    }
-}
-
-impl RamArea {
-    /// The caller has taken these bytes out of what can be handed out.
-    pub(crate) fn new(ram: Arc<GuestRam>, gpa: u64, len_bytes: u64) -> Self {
-        Self { ram, gpa, len_bytes, is_lent: false }
-    }
-
-    /// From now on a device may use the bytes: they are not handed out again if the area is dropped before
-    /// [`take_back`](Self::take_back).
-    pub(crate) fn lend(&mut self) {
-        self.is_lent = true;
-    }
-
-    /// No device uses the bytes any more.
-    pub(crate) fn take_back(&mut self) {
-        self.is_lent = false;
-    }
-
-    /// Gives the area up without returning its bytes to the allocator: a device may use them, and nothing in this process
-    /// waits for the end of that. The bytes are lost to the allocator for as long as the RAM lives.
-    pub fn leak(mut self) {
-        self.lend();
-    }
-
-    /// First byte, guest-physical; a multiple of 4096.
-    pub fn gpa(&self) -> u64 {
-        self.gpa
-    }
-
-    /// Length in bytes; a multiple of 4096.
-    pub fn len_bytes(&self) -> u64 {
-        self.len_bytes
-    }
-
-    /// The address and length of a part of the area in this process.
-    pub(crate) fn range(&self, offset_bytes: u64, len_bytes: u64) -> Option<(NonNull<u8>, usize)> {
-        if offset_bytes.checked_add(len_bytes)? > self.len_bytes {
-            return None;
-        }
-        // An empty range at the very end has no address of its own.
-        let gpa = if len_bytes == 0 { self.gpa } else { self.gpa + offset_bytes };
-        Some((self.ram.pointer(gpa, len_bytes)?, usize::try_from(len_bytes).ok()?))
     }
 }

@@ -1,0 +1,81 @@
+//! Which parts of a guest's RAM are free.
+
+use std::ops::Range;
+
+use rangemap::RangeSet;
+use ringpass_guest_abi::SLOT_BYTES;
+
+/// The free RAM of a guest.
+#[derive(Debug)]
+pub(super) struct FreeRam {
+    /// By ascending address.
+    pieces: Vec<Piece>,
+}
+
+/// The part of one region that lies in one slot. No area crosses its ends, so free ranges of two pieces are never merged.
+#[derive(Debug)]
+struct Piece {
+    whole: Range<u64>,
+    free: RangeSet<u64>,
+}
+
+impl FreeRam {
+    /// All of these regions, each with its guest-physical address and its length, is free.
+    pub(super) fn new(regions: impl Iterator<Item = (u64, u64)>) -> Self {
+        let mut pieces = Vec::new();
+        for (mut gpa, len_bytes) in regions {
+            let end = gpa + len_bytes;
+            while gpa < end {
+                let whole = gpa..end.min((gpa / SLOT_BYTES + 1) * SLOT_BYTES);
+                gpa = whole.end;
+                pieces.push(Piece { free: RangeSet::from_iter([whole.clone()]), whole });
+            }
+        }
+        Self { pieces }
+    }
+
+    fn ranges(&self) -> impl Iterator<Item = &Range<u64>> {
+        self.pieces.iter().flat_map(|piece| piece.free.iter())
+    }
+
+    pub(super) fn free_bytes(&self) -> u64 {
+        self.ranges().map(|range| range.end - range.start).sum()
+    }
+
+    pub(super) fn longest_bytes(&self) -> u64 {
+        self.ranges().map(|range| range.end - range.start).max().unwrap_or(0)
+    }
+
+    /// Takes the lowest free range of this length that starts at a multiple of `align_bytes`.
+    pub(super) fn take_first(&mut self, len_bytes: u64, align_bytes: u64) -> Option<u64> {
+        let fit = |range: &Range<u64>| {
+            let gpa = range.start.checked_next_multiple_of(align_bytes)?;
+            (gpa.checked_add(len_bytes)? <= range.end).then_some(gpa)
+        };
+        let (piece, gpa) =
+            self.pieces.iter_mut().find_map(|piece| piece.free.iter().find_map(fit).map(|gpa| (piece, gpa)))?;
+        piece.free.remove(gpa..gpa + len_bytes);
+        Some(gpa)
+    }
+
+    /// Takes a range. False, and nothing is taken, if it is not free.
+    pub(super) fn take_at(&mut self, gpa: u64, len_bytes: u64) -> bool {
+        let Some(end) = gpa.checked_add(len_bytes) else { return false };
+        let Some(piece) = self.pieces.iter_mut().find(|piece| piece.whole.contains(&gpa)) else { return false };
+        let is_free = piece.free.get(&gpa).is_some_and(|range| end <= range.end);
+        if is_free {
+            piece.free.remove(gpa..end);
+        }
+        is_free
+    }
+
+    /// Takes back what was taken.
+    pub(super) fn give_back(&mut self, gpa: u64, len_bytes: u64) {
+        if let Some(piece) = self.pieces.iter_mut().find(|piece| piece.whole.contains(&gpa)) {
+            piece.free.insert(gpa..gpa + len_bytes);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;
