@@ -266,9 +266,9 @@ fn memory() -> Result<()> {
             let mut buffer = disk.allocate_in(gpa, 4096)?;
             let end = Instant::now() + Duration::from_secs(20);
             loop {
-                let detours = queue.queue.counters().detoured;
+                let fallbacks = queue.queue.counters().fallbacks;
                 buffer = transfer(&mut queue, buffer)?;
-                if queue.queue.counters().detoured == detours {
+                if queue.queue.counters().fallbacks == fallbacks {
                     break;
                 }
                 ensure!(Instant::now() < end, "rings do not reach the new memory");

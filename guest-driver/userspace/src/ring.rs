@@ -6,8 +6,8 @@ use crate::ram::{AllocateError, RamAllocator, RamArea, mapped_ring};
 
 /// The two areas of one ring, in RAM that this keeps mapped.
 ///
-/// Call [`into_areas`](Self::into_areas) when the ring has ended, to use its areas again. If a `RamRing` is dropped instead, the
-/// allocator does not hand out the bytes of the areas again, because the kernel may still write to them.
+/// Call [`into_areas`](Self::into_areas) when the ring has ended, to use its areas again. If a `RamRing` is dropped
+/// instead, the allocator does not hand out the bytes of the areas again, because the kernel may still write to them.
 #[derive(Debug)]
 pub struct RamRing {
     ring: MappedRing,
@@ -68,8 +68,8 @@ impl RamRing {
         &self.sqes
     }
 
-    /// Returns the rings area and the SQE area, which are ordinary areas from now on. The ring must have ended: its kernel side has
-    /// confirmed its end, or never existed.
+    /// Returns the rings area and the SQE area, which are ordinary areas from now on. The ring must have ended: its
+    /// kernel side has confirmed its end, or never existed.
     pub fn into_areas(mut self) -> (RamArea, RamArea) {
         self.rings.take_back();
         self.sqes.take_back();

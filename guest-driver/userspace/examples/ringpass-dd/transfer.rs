@@ -100,7 +100,8 @@ pub(crate) enum Direction<'d> {
     },
 }
 
-/// Queues of a disk, with buffers. Both return to the disk when this is dropped: the disk can be used for other transfers then.
+/// Queues of a disk, with buffers. Both return to the disk when this is dropped: the disk can be used for other
+/// transfers then.
 pub(crate) struct Transfer<'d> {
     disk: &'d Disk,
     queues: Vec<Queue>,

@@ -9,8 +9,8 @@ use super::guest_ram::{GuestRam, RamError};
 /// Hands out areas of a guest's RAM that do not overlap, each in one region and one 1 GiB slot, so that one request can
 /// name a whole area ([`ringpass_guest_abi::FixedAddressing`]).
 ///
-/// An area returns to the allocator when it is dropped. Its bytes stay as they are: a new area holds what an earlier owner
-/// left there.
+/// An area returns to the allocator when it is dropped. Its bytes stay as they are: a new area holds what an earlier
+/// owner left there.
 #[derive(Debug)]
 pub struct RamAllocator {
     ram: Arc<GuestRam>,
@@ -133,7 +133,8 @@ impl RamAllocator {
         Ok(RamArea::new(self.ram.clone(), gpa, page_bytes))
     }
 
-    /// The area of `len_bytes` bytes (rounded up to whole pages) at `gpa`, for a place that the device or the caller chose.
+    /// The area of `len_bytes` bytes (rounded up to whole pages) at `gpa`, for a place that the device or the caller
+    /// chose.
     ///
     /// # Errors
     ///

@@ -8,9 +8,10 @@ use super::guest_ram::GuestRam;
 /// A piece of a guest's RAM that has one owner. It lies in one region and one 1 GiB slot, in whole pages, and keeps the
 /// RAM mapped.
 ///
-/// When an area is dropped, its allocator can hand out its bytes again. This must not happen while a device may still write
-/// to the area. The driver in [`vhost_user`](crate::vhost_user) keeps the buffers of its requests until the requests have
-/// ended. A program that names an area to a device in another way keeps the area as long, or [leaks](Self::leak) it.
+/// When an area is dropped, its allocator can hand out its bytes again. This must not happen while a device may still
+/// write to the area. The driver in [`vhost_user`](crate::vhost_user) keeps the buffers of its requests until the
+/// requests have ended. A program that names an area to a device in another way keeps the area as long, or
+/// [leaks](Self::leak) it.
 #[derive(Debug)]
 pub struct RamArea {
     ram: Arc<GuestRam>,
@@ -45,8 +46,8 @@ impl RamArea {
         self.is_lent = false;
     }
 
-    /// Gives the area up without returning its bytes to the allocator: a device may use them, and nothing in this process
-    /// waits for the end of that. The bytes are lost to the allocator for as long as the RAM lives.
+    /// Gives the area up without returning its bytes to the allocator: a device may use them, and nothing in this
+    /// process waits for the end of that. The bytes are lost to the allocator for as long as the RAM lives.
     pub fn leak(mut self) {
         self.lend();
     }

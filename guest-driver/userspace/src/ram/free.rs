@@ -12,7 +12,8 @@ pub(super) struct FreeRam {
     pieces: Vec<Piece>,
 }
 
-/// The part of one region that lies in one slot. No area crosses its ends, so free ranges of two pieces are never merged.
+/// The part of one region that lies in one slot. No area crosses its ends, so free ranges of two pieces are never
+/// merged.
 #[derive(Debug)]
 struct Piece {
     whole: Range<u64>,

@@ -1,4 +1,4 @@
-//! A queue that is a ring or is about to become one: the driver's side of the epochs, over guest RAM.
+//! The attachment of a queue, which is a ring or is about to become one: the driver's side of the epochs, in guest RAM.
 
 use std::sync::atomic::{Ordering, fence};
 
@@ -14,7 +14,7 @@ use super::memory::Memory;
 use crate::ram::RamArea;
 use crate::ring::RamRing;
 
-/// The control page as memory of words.
+/// The control page, as memory of 32-bit words.
 #[derive(Debug)]
 struct Page(RamArea);
 
@@ -59,7 +59,7 @@ impl RingMemory for Page {
 pub struct RingSize {
     /// SQ entries: a power of two.
     pub sq_entries: u32,
-    /// CQ entries: a power of two, at least as many. The most requests that are outstanding.
+    /// CQ entries: a power of two, at least as many as SQ entries. At most this many requests are outstanding.
     pub cq_entries: u32,
 }
 
@@ -71,16 +71,17 @@ pub(super) struct Attachment {
     lengths: Lengths,
     control: DriverControl<Page>,
     payload: AttachPayload,
-    /// The areas of even and odd epochs; the ring that runs has one of them.
+    /// The areas of even and odd epochs. `None`: the ring of the present epoch has the area.
     areas: [Option<(RamArea, RamArea)>; 2],
     machine: Machine,
     ring: Option<(Epoch, DriverRing<RamRing>)>,
     is_muted: bool,
+    /// Number of rings that the queue has had.
     pub(super) epochs: u64,
 }
 
 impl Attachment {
-    /// Allocates memory for rings of this size, which is within the limits of `device`.
+    /// Allocates memory for rings of this size. The caller keeps to the limits of `device`.
     pub(super) fn new(memory: &Memory, device: Device, size: RingSize) -> Result<Self, Error> {
         let lengths = Lengths::of(size.sq_entries, size.cq_entries, device.limits.page_bytes);
         // The device may have larger pages than this process.
@@ -101,7 +102,7 @@ impl Attachment {
             areas: [address(&areas[0]), address(&areas[1])],
             ..AttachPayload::default()
         };
-        // From ATTACH on the device may use all of them.
+        // From ATTACH on the device may use the areas.
         control.lend();
         areas.iter_mut().for_each(lend);
         let mut areas = areas.into_iter();
@@ -119,9 +120,9 @@ impl Attachment {
         })
     }
 
-    /// Starts over, before the driver sends ATTACH. Returns the payload of ATTACH.
-    pub(super) fn begin(&mut self) -> [u8; AttachPayload::BYTES] {
-        self.take_ring_back();
+    /// Returns to the state before the first epoch. Returns the payload for a new ATTACH.
+    pub(super) fn reset(&mut self) -> [u8; AttachPayload::BYTES] {
+        self.end_ring();
         self.control.clear();
         self.machine = Machine::new();
         self.payload.to_bytes()
@@ -135,7 +136,7 @@ impl Attachment {
         self.machine.may_submit()
     }
 
-    /// The ring that runs, or that ended and may still have completions.
+    /// The ring that runs, or that has ended and may still have completions.
     pub(super) fn ring(&mut self) -> Option<&mut DriverRing<RamRing>> {
         self.ring.as_mut().map(|(_, ring)| ring)
     }
@@ -145,24 +146,25 @@ impl Attachment {
         self.ring.as_ref().map(|(epoch, _)| epoch.number())
     }
 
-    /// What the device announces now.
+    /// The word that the device announces now.
     pub(super) fn announced(&self) -> u32 {
         self.control.announced()
     }
 
-    /// Steps the machine. The caller carries out the actions.
+    /// Steps the machine of the epochs. The caller performs the actions.
     pub(super) fn step(&mut self, event: Event) -> impl Iterator<Item = Action> + use<> {
         self.machine.step(event).into_iter()
     }
 
-    /// Begins the ring of an epoch that has opened.
+    /// Starts the ring of an epoch that the device has opened.
     pub(super) fn start(&mut self, epoch: Epoch) -> Result<(), Error> {
-        self.take_ring_back();
+        self.end_ring();
         let broken = |error: &dyn std::fmt::Display| Error::BrokenDevice(error.to_string());
         let RingSize { sq_entries, cq_entries } = self.size;
         let layout =
             self.control.ring().layout(sq_entries, cq_entries, &self.lengths).map_err(|error| broken(&error))?;
-        let (rings, sqes) = self.areas[epoch.area().index()].take().expect("areas come back before the next epoch");
+        let (rings, sqes) =
+            self.areas[epoch.area().index()].take().expect("a ring returns its area before the next epoch");
         let ring = RamRing::new(rings, sqes, &layout).map_err(|error| broken(&error))?;
         let mut ring = DriverRing::new(ring, layout).map_err(|error| broken(&error))?;
         if self.is_muted {
@@ -173,8 +175,8 @@ impl Attachment {
         Ok(())
     }
 
-    /// The driver does not read the ring any more, which has ended.
-    pub(super) fn take_ring_back(&mut self) {
+    /// The ring has ended, and the driver does not read it any more: its area is free for a later epoch.
+    pub(super) fn end_ring(&mut self) {
         if let Some((epoch, ring)) = self.ring.take() {
             let mut areas = ring.into_memory().into_areas();
             lend(&mut areas);
@@ -190,7 +192,7 @@ impl Attachment {
         self.control.set_detach();
     }
 
-    /// Turns interrupts for completions off or on. True: a completion is there already.
+    /// Turns interrupts for completions off or on. Returns true if there is a completion already.
     pub(super) fn set_muted(&mut self, muted: bool) -> bool {
         self.is_muted = muted;
         match &mut self.ring {
@@ -204,7 +206,7 @@ impl Attachment {
     }
 }
 
-/// The device keeps the areas between two rings.
+/// The device may use the areas between two rings, too.
 fn lend((rings, sqes): &mut (RamArea, RamArea)) {
     rings.lend();
     sqes.lend();

@@ -14,12 +14,11 @@ use super::config::{FEATURES, Geometry};
 use super::connection::{Connection, Offer};
 use super::driver::Driver;
 use super::drivers::Drivers;
-use super::events::Events;
-use super::first_queue::{FirstQueue, Question};
+use super::event_thread::EventThread;
 use super::memory::Memory;
 use super::queue::Queue;
+use super::queue_zero::{QueueZero, QueueZeroRequest, SharedQueueZero};
 use super::requests::Requests;
-use super::shared::Shared;
 use super::virtqueue::Virtqueue;
 use super::{Error, Options, Way};
 use crate::ram::RamArea;
@@ -37,13 +36,14 @@ const RAM_GPA: u64 = 1 << 20;
 /// this process later. This does not protect [added memory](Self::add_foreign_memory).
 #[derive(Debug)]
 pub struct Disk {
-    // The drop order: first the thread for events ends, then the device releases the memory.
-    _events: Events,
+    // The drop order: first the event thread ends, then the connection stops the queues, then the memory is freed.
+    event_thread: EventThread,
     connection: Arc<Connection>,
-    shared: Arc<Shared>,
+    queue_zero: Arc<SharedQueueZero>,
     memory: Arc<Memory>,
     geometry: Geometry,
-    probed: Option<Device>,
+    /// The device's description of its rings.
+    rings: Option<Device>,
     options: Options,
     drivers: Arc<Drivers>,
     queue_count: u16,
@@ -60,8 +60,9 @@ impl Disk {
         let geometry = Geometry::read(&offer.config, offer.features());
         let memory = Arc::new(Memory::new());
         memory.add(RAM_GPA, options.memory_bytes.next_multiple_of(4096))?;
-        let news = Arc::new(AtomicU64::new(0));
-        let mut first = FirstQueue::new(&memory, 16.max(options.queue_size.min(64)), &geometry, news.clone())?;
+        let event_count = Arc::new(AtomicU64::new(0));
+        let size = 16.max(options.queue_size.min(64));
+        let mut queue_zero = QueueZero::new(&memory, size, &geometry, event_count.clone())?;
         let others = options.queues.min(offer.queue_count.saturating_sub(1));
         let mut queues = Vec::new();
         for _ in 0..others {
@@ -69,31 +70,31 @@ impl Disk {
             let requests = Requests::new(&memory, &queue, &geometry)?;
             queues.push((queue, requests));
         }
-        let setups: Vec<_> = queues.iter().map(|(queue, _)| queue.setup().clone()).collect();
-        first.set_others(setups.clone());
-        let all = std::iter::once(first.setup().clone()).chain(setups).collect();
-        let connection = Arc::new(offer.start(memory.clone(), all)?);
-        let probed = if options.way == Way::Virtqueue { None } else { first.probe(options.patience)? };
-        if probed.is_some() {
-            first.post_event();
+        let vrings: Vec<_> = queues.iter().map(|(queue, _)| queue.vring().clone()).collect();
+        queue_zero.set_other_queues(vrings.clone());
+        let all_vrings = std::iter::once(queue_zero.vring().clone()).chain(vrings).collect();
+        let connection = Arc::new(offer.start(memory.clone(), all_vrings)?);
+        let rings = if options.way == Way::Virtqueue { None } else { queue_zero.probe(options.patience)? };
+        if rings.is_some() {
+            queue_zero.post_event();
         }
-        let shared = Arc::new(Shared::new(first, news, options.patience));
+        let queue_zero = Arc::new(SharedQueueZero::new(queue_zero, event_count, options.patience));
         let depth = usize::from(options.queue_size / 3).min(options.ring.cq_entries as usize).max(1);
         let drivers = queues.into_iter().zip(1..);
         let drivers =
-            drivers.map(|((queue, requests), index)| Driver::new(index, shared.clone(), queue, requests, depth));
+            drivers.map(|((queue, requests), index)| Driver::new(index, queue_zero.clone(), queue, requests, depth));
         let drivers = Drivers::new(drivers);
-        let losses = {
+        let reconnects = {
             let connection = connection.clone();
             move || connection.reconnects()
         };
         Ok(Self {
-            _events: Events::start(shared.clone(), drivers.clone(), losses, options.inflight)?,
+            event_thread: EventThread::start(queue_zero.clone(), drivers.clone(), reconnects, options.inflight)?,
             connection,
-            shared,
+            queue_zero,
             memory,
             geometry,
-            probed,
+            rings,
             options,
             drivers,
             queue_count: others + 1,
@@ -107,7 +108,7 @@ impl Disk {
 
     /// The device's description of its rings. `None`: an ordinary disk without rings.
     pub fn offers_rings(&self) -> Option<&Device> {
-        self.probed.as_ref()
+        self.rings.as_ref()
     }
 
     /// Number of queues in use, including queue 0.
@@ -120,31 +121,31 @@ impl Disk {
         self.connection.reconnects()
     }
 
-    /// Takes queue `index`, from 1 on. [`Options::way`] says how it is executed. The queue can be taken again when the [`Queue`] was
-    /// dropped, and when this call has failed.
+    /// Takes queue `index`, from 1 on. [`Options::way`] says how it is executed. The queue can be taken again when the
+    /// [`Queue`] was dropped, and when this call has failed.
     ///
     /// # Errors
     ///
-    /// There is no such queue, or another [`Queue`] for it exists; the options insist on a ring and the device gives none, or there
-    /// is no memory for it.
+    /// There is no such queue, or another [`Queue`] for it exists; the options insist on a ring and the device gives
+    /// none, or there is no memory for it.
     pub fn queue(&self, index: u16) -> Result<Queue, Error> {
         let mut driver = self.drivers.take(index).ok_or(Error::NoQueue { index, count: self.queue_count })?;
         match self.options.way {
             Way::Virtqueue => {}
             Way::Auto => self.attach(&mut driver)?,
             Way::Ring => {
-                if self.probed.is_none() {
+                if self.rings.is_none() {
                     return Err(Error::Lacks { what: "rings (`ringpass serve` says why when it starts)" });
                 }
                 self.attach(&mut driver)?;
-                await_ring(&mut driver, self.options.patience)?;
+                wait_for_ring(&mut driver, self.options.patience)?;
             }
         }
         Ok(Queue::new(driver))
     }
 
     fn attach(&self, driver: &mut Driver) -> Result<(), Error> {
-        let Some(device) = self.probed else { return Ok(()) };
+        let Some(device) = self.rings else { return Ok(()) };
         let RingSize { sq_entries, cq_entries } = self.options.ring;
         let size = RingSize {
             sq_entries: sq_entries.min(device.limits.sq_entries_max),
@@ -153,9 +154,10 @@ impl Disk {
         driver.want_ring(|| Attachment::new(&self.memory, device, size))
     }
 
-    /// Allocates a buffer in the driver's RAM: at least `len_bytes` bytes, in whole pages, with whatever an earlier buffer left
-    /// there. The buffer returns to the RAM when it is dropped. A buffer that was [submitted](Queue::submit) belongs to its queue
-    /// until its request has ended, even if the queue is dropped before.
+    /// Allocates a buffer in the driver's RAM: at least `len_bytes` bytes, in whole pages, with whatever an earlier
+    /// buffer left there. The buffer returns to the RAM when it is dropped. A buffer that was
+    /// [submitted](Queue::submit) belongs to its queue until its request has ended, even if the queue is dropped
+    /// before.
     ///
     /// # Errors
     ///
@@ -186,8 +188,8 @@ impl Disk {
         self.memory.free_bytes()
     }
 
-    /// Adds a region of RAM while the queues run. Requests may name it when this returns; rings reach it a little later, and
-    /// until then such requests go over queue 0.
+    /// Adds a region of RAM while the queues run. Requests may name it when this returns; rings reach it a little
+    /// later, and until then such requests go over queue 0.
     ///
     /// # Errors
     ///
@@ -224,7 +226,7 @@ impl Disk {
     ///
     /// The disk failed, or the device is silent.
     pub fn flush(&self) -> Result<(), Error> {
-        if self.geometry.has_write_cache { self.shared.ask(&Question::Flush).map(drop) } else { Ok(()) }
+        if self.geometry.has_write_cache { self.queue_zero.execute(&QueueZeroRequest::Flush).map(drop) } else { Ok(()) }
     }
 
     /// Discards the content of the range.
@@ -238,7 +240,7 @@ impl Disk {
             self.geometry.discard_bytes_max,
             offset_bytes,
             len_bytes,
-            |offset_bytes, len_bytes| Question::Discard { offset_bytes, len_bytes },
+            |offset_bytes, len_bytes| QueueZeroRequest::Discard { offset_bytes, len_bytes },
         )
     }
 
@@ -250,7 +252,7 @@ impl Disk {
     pub fn write_zeroes(&self, offset_bytes: u64, len_bytes: u64, unmap: bool) -> Result<(), Error> {
         let max_bytes = self.geometry.write_zeroes_bytes_max;
         self.in_pieces("writing zeroes", max_bytes, offset_bytes, len_bytes, |offset_bytes, len_bytes| {
-            Question::WriteZeroes { offset_bytes, len_bytes, unmap }
+            QueueZeroRequest::WriteZeroes { offset_bytes, len_bytes, unmap }
         })
     }
 
@@ -260,7 +262,7 @@ impl Disk {
         max_bytes: u64,
         offset_bytes: u64,
         len_bytes: u64,
-        piece: impl Fn(u64, u64) -> Question,
+        piece: impl Fn(u64, u64) -> QueueZeroRequest,
     ) -> Result<(), Error> {
         if max_bytes == 0 {
             return Err(Error::Lacks { what });
@@ -268,7 +270,7 @@ impl Disk {
         let mut done_bytes = 0;
         while done_bytes < len_bytes {
             let now_bytes = (len_bytes - done_bytes).min(max_bytes);
-            self.shared.ask(&piece(offset_bytes + done_bytes, now_bytes))?;
+            self.queue_zero.execute(&piece(offset_bytes + done_bytes, now_bytes))?;
             done_bytes += now_bytes;
         }
         Ok(())
@@ -280,7 +282,7 @@ impl Disk {
     ///
     /// The device does not tell it.
     pub fn serial(&self) -> Result<String, Error> {
-        Ok(self.shared.ask(&Question::GetId)?.serial())
+        Ok(self.queue_zero.execute(&QueueZeroRequest::GetId)?.serial())
     }
 
     /// Replaces the eventfd for the interrupts of queue `index`, as machines do when they move interrupts. A thread
@@ -299,7 +301,7 @@ impl Disk {
     /// Reconnects. Call this if you know that another process serves the disk now: a device that was killed while its
     /// I/O hangs does not close its connection before the I/O has ended.
     pub fn reconnect(&self) {
-        self.connection.renew();
+        self.connection.cut();
     }
 
     /// Stops all queues and disconnects from the device. Requests that were not sent yet are never executed.
@@ -309,9 +311,9 @@ impl Disk {
     /// The device does not confirm within [`Options::patience`] that all I/O has ended: it may still use
     /// [added memory](Self::add_foreign_memory).
     pub fn close(self) -> Result<(), Error> {
-        let Self { _events: events, connection, .. } = self;
-        drop(events);
-        // Only the thread for events shared it.
+        let Self { event_thread, connection, .. } = self;
+        drop(event_thread);
+        // Only the event thread shared the connection.
         Arc::into_inner(connection).map_or(Ok(()), |mut connection| connection.end())
     }
 
@@ -321,12 +323,12 @@ impl Disk {
     ///
     /// The device refuses to stop or to start a queue.
     pub fn pause_and_resume(&self) -> Result<(), Error> {
-        self.connection.stop_and_go_on()
+        self.connection.restart_queues()
     }
 }
 
 /// Waits until the queue is a ring.
-fn await_ring(driver: &mut Driver, patience: Duration) -> Result<(), Error> {
+fn wait_for_ring(driver: &mut Driver, patience: Duration) -> Result<(), Error> {
     let begin = Instant::now();
     while !driver.is_ring() {
         driver.progress();

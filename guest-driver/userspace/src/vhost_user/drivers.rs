@@ -6,15 +6,16 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::driver::Driver;
 
-/// The drivers of all queues but queue 0. A driver lives as long as its disk: the device uses memory of the queue for as long.
+/// The drivers of all queues but queue 0. A driver lives as long as its disk, because the device uses the memory of the
+/// queue for as long.
 #[derive(Debug)]
 pub(super) struct Drivers {
     /// By the queue's index, from queue 1 on. `None`: the application has taken the queue.
     idle: Mutex<Vec<Option<Driver>>>,
 }
 
-/// A driver that the application has taken. After its drop the queue can be taken again.
-pub(super) struct Taken {
+/// A driver that the application has taken. Its drop returns it, so that the application can take the queue again.
+pub(super) struct TakenDriver {
     /// `None` only during the drop.
     driver: Option<Driver>,
     drivers: Arc<Drivers>,
@@ -26,15 +27,15 @@ impl Drivers {
         Arc::new(Self { idle: Mutex::new(drivers.into_iter().map(Some).collect()) })
     }
 
-    /// Takes the driver of a queue. `None`: there is no such queue, or it is taken.
-    pub(super) fn take(self: &Arc<Self>, index: u16) -> Option<Taken> {
+    /// Takes the driver of a queue. `None`: there is no such queue, or the application has already taken it.
+    pub(super) fn take(self: &Arc<Self>, index: u16) -> Option<TakenDriver> {
         let mut idle = self.idle();
-        let driver = place(&mut idle, index)?.take()?;
-        Some(Taken { driver: Some(driver), drivers: self.clone() })
+        let driver = driver_of(&mut idle, index)?.take()?;
+        Some(TakenDriver { driver: Some(driver), drivers: self.clone() })
     }
 
-    /// Looks at the queues that are not taken, as their users would: takes completions, which frees the buffers of the requests, and
-    /// answers what the device announces about rings.
+    /// Does for the queues that the application has not taken what a poll does for the others: takes completions, which
+    /// frees the buffers of the requests, and acknowledges what the device announces about rings.
     pub(super) fn progress(&self) {
         self.idle().iter_mut().flatten().for_each(Driver::progress);
     }
@@ -44,11 +45,11 @@ impl Drivers {
     }
 }
 
-fn place(idle: &mut [Option<Driver>], index: u16) -> Option<&mut Option<Driver>> {
+fn driver_of(idle: &mut [Option<Driver>], index: u16) -> Option<&mut Option<Driver>> {
     usize::from(index).checked_sub(1).and_then(|at| idle.get_mut(at))
 }
 
-impl Deref for Taken {
+impl Deref for TakenDriver {
     type Target = Driver;
 
     #[inline]
@@ -57,26 +58,26 @@ impl Deref for Taken {
     }
 }
 
-impl DerefMut for Taken {
+impl DerefMut for TakenDriver {
     #[inline]
     fn deref_mut(&mut self) -> &mut Driver {
         self.driver.as_mut().expect("the driver is there until the drop")
     }
 }
 
-impl fmt::Debug for Taken {
+impl fmt::Debug for TakenDriver {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.driver.fmt(f)
     }
 }
 
-impl Drop for Taken {
+impl Drop for TakenDriver {
     fn drop(&mut self) {
         let Some(mut driver) = self.driver.take() else { return };
         driver.abandon();
         let mut idle = self.drivers.idle();
-        if let Some(place) = place(&mut idle, driver.index) {
-            *place = Some(driver);
+        if let Some(idle_driver) = driver_of(&mut idle, driver.index) {
+            *idle_driver = Some(driver);
         }
     }
 }
@@ -93,7 +94,7 @@ mod tests {
     }
 
     #[test]
-    fn a_queue_has_one_user_at_a_time_and_can_be_taken_again() {
+    fn a_queue_can_be_taken_once_at_a_time_and_again_after_its_drop() {
         let guest = Guest::new();
         let drivers = Drivers::new([guest.driver().0]);
         let taken = drivers.take(1).unwrap();
@@ -103,7 +104,7 @@ mod tests {
     }
 
     #[test]
-    fn buffers_of_a_user_that_leaves_are_free_when_their_requests_have_ended_and_not_before() {
+    fn buffers_of_a_dropped_queue_are_free_when_their_requests_have_ended_and_not_before() {
         let guest = Guest::new();
         let (driver, mut device) = guest.driver();
         let drivers = Drivers::new([driver]);
@@ -120,9 +121,9 @@ mod tests {
         drop(taken);
         drivers.progress();
         assert_eq!(guest.memory.free_bytes(), free_bytes - 4096, "the device has one buffer");
-        assert_eq!(device.available(), 2, "what was not sent is never sent");
+        assert_eq!(device.available(), 2, "the driver never sends the third request");
 
-        // The next user sees nothing of them.
+        // The driver does not report the ends of these requests to the next user.
         let mut taken = drivers.take(1).unwrap();
         let buffer = guest.memory.allocate(4096).unwrap();
         taken.push(&read(buffer.gpa()), Some(buffer)).unwrap();
@@ -138,7 +139,7 @@ mod tests {
     }
 
     #[test]
-    fn a_driver_that_goes_while_the_device_has_a_buffer_does_not_free_it() {
+    fn the_drop_of_a_driver_does_not_free_a_buffer_that_the_device_has() {
         let guest = Guest::new();
         let (mut driver, device) = guest.driver();
         let buffer = guest.memory.allocate(4096).unwrap();

@@ -1,4 +1,4 @@
-//! The RAM of a guest that provides its own: memfds, which the device gets region by region.
+//! The RAM of the driver: memfds, and files of others, which the device gets region by region.
 
 use std::fs::File;
 use std::io;
@@ -20,14 +20,14 @@ pub(super) struct Region {
 }
 
 impl Region {
-    /// Its address in this process, for messages. The device only calculates with it.
+    /// The address of the region in this process, for vhost-user messages. The device only calculates with it.
     pub(super) fn user_address(&self) -> u64 {
         self.ram.pointer(self.gpa, self.len_bytes).map_or(0, |pointer| pointer.as_ptr().addr() as u64)
     }
 }
 
-/// The RAM of a guest, handed out in [`RamArea`]s, which return to it when they are dropped. RAM that others own as well has no
-/// allocator.
+/// The RAM of the driver, which it hands out in [`RamArea`]s. Their drop returns them. A region that others own as well
+/// has no allocator.
 #[derive(Debug)]
 pub(super) struct Memory {
     regions: Mutex<Regions>,
@@ -39,8 +39,8 @@ struct Regions {
     removed: Vec<Removed>,
 }
 
-/// A region that was removed. As long as an area of it exists, a request that names its addresses may be under way, and the driver
-/// may send it again. No other memory may come to these addresses before.
+/// A region that was removed. As long as an area of it exists, a request that names its addresses may be under way, and
+/// the driver may send the request again. Until then, no other region may have these addresses.
 #[derive(Debug)]
 struct Removed {
     gpa: u64,
@@ -53,7 +53,7 @@ impl Memory {
         Self { regions: Mutex::default() }
     }
 
-    /// Makes a region, of whole pages, at an address where there is none.
+    /// Makes a region of whole pages at an address that no region has.
     pub(super) fn add(&self, gpa: u64, len_bytes: u64) -> Result<Region, Error> {
         let file = memfd(len_bytes).map_err(Error::system("making guest RAM"))?;
         let region = RamRegion { gpa, len_bytes, file: file.as_fd(), offset_bytes: 0 };
@@ -62,10 +62,11 @@ impl Memory {
         self.insert(Region { gpa, len_bytes, file: Arc::new(file), ram }, Some(allocator))
     }
 
-    /// Adds RAM that others use, too: the device gets it, and the allocator hands out nothing of it.
+    /// Adds RAM that others use, too. The device gets it, and the driver hands out nothing of it.
     pub(super) fn add_foreign(&self, gpa: u64, file: File, len_bytes: u64) -> Result<Region, Error> {
         let region = RamRegion { gpa, len_bytes, file: file.as_fd(), offset_bytes: 0 };
-        // Mapped for its address only. No code accesses the bytes without an area, so the contract of `GuestRam::map` does not apply.
+        // The driver needs only the address of the mapping. It accesses no bytes without an area, so it need not keep
+        // the contract of `GuestRam::map`.
         let ram = Arc::new(GuestRam::map_checked(&[region])?);
         self.insert(Region { gpa, len_bytes, file: Arc::new(file), ram }, None)
     }
@@ -85,7 +86,7 @@ impl Memory {
         Ok(region)
     }
 
-    /// Removes a region. Its areas that are in use stay mapped in this process, and the device does not know them any more.
+    /// Removes a region. Areas that are in use stay mapped in this process.
     pub(super) fn remove(&self, gpa: u64) -> Option<Region> {
         let mut regions = self.lock();
         let index = regions.present.iter().position(|(region, _)| region.gpa == gpa)?;
@@ -148,7 +149,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_allocator_hands_out_nothing_of_memory_that_others_use() {
+    fn the_driver_hands_out_nothing_of_memory_that_others_use() {
         let memory = Memory::new();
         memory.add_foreign(0x10_0000, memfd(8192).unwrap(), 8192).unwrap();
         assert!(matches!(memory.allocate(4096), Err(Error::NoMemory)));
@@ -161,21 +162,21 @@ mod tests {
     }
 
     #[test]
-    fn a_refusal_says_how_much_was_asked_and_how_much_all_regions_have() {
+    fn a_refusal_says_how_many_bytes_were_wanted_and_how_many_all_regions_have() {
         let memory = Memory::new();
         memory.add(0x10_0000, 3 * 4096).unwrap();
         memory.add(0x20_0000, 2 * 4096).unwrap();
         let first = memory.allocate(4096).unwrap();
         let message = memory.allocate(3 * 4096).unwrap_err().to_string();
-        let said = "no free piece of guest RAM holds 12288 bytes at a multiple of 4096: 16384 bytes are free, the longest piece has 8192";
-        assert!(message.starts_with(said), "{message}");
+        let expected = "no free piece of guest RAM holds 12288 bytes at a multiple of 4096: 16384 bytes are free, the longest piece has 8192";
+        assert!(message.starts_with(expected), "{message}");
         drop(first);
-        assert_eq!(memory.allocate(3 * 4096).unwrap().gpa(), 0x10_0000, "what was dropped can be had again");
+        assert_eq!(memory.allocate(3 * 4096).unwrap().gpa(), 0x10_0000, "the dropped area is free again");
         assert_eq!(memory.allocate_aligned(4096, 0x20_0000).unwrap().gpa(), 0x20_0000);
     }
 
     #[test]
-    fn an_area_that_was_lent_or_leaked_is_not_handed_out_again() {
+    fn a_lent_or_leaked_area_is_not_handed_out_again() {
         let memory = Memory::new();
         memory.add(0x10_0000, 3 * 4096).unwrap();
         let mut lent = memory.allocate(4096).unwrap();
@@ -192,7 +193,7 @@ mod tests {
     }
 
     #[test]
-    fn no_memory_comes_to_addresses_that_an_area_still_has() {
+    fn no_region_comes_to_addresses_that_an_area_of_a_removed_region_has() {
         let memory = Memory::new();
         memory.add(0x10_0000, 0x2000).unwrap();
         let area = memory.allocate(4096).unwrap();

@@ -11,15 +11,16 @@
 //! [`Error::Silent`]. Requests on a [`Queue`] are the exception: they stay in the queue until the device is back, and
 //! the caller of [`Queue::wait`] chooses how long to wait.
 //!
-//! Buffers are [`RamArea`](crate::RamArea)s of the disk's RAM. [`Disk::allocate`] hands them out, and they return when they are
-//! dropped. A queue owns the buffer of a request until the request has ended, and then returns the buffer in [`Done`]. The disk never
-//! hands out a buffer to which a device may still write: not when the buffer's queue is dropped, not when the device breaks the
-//! protocol, and not when the device does not confirm the end of its I/O.
+//! Buffers are [`RamArea`](crate::RamArea)s of the disk's RAM. [`Disk::allocate`] hands them out, and they return when
+//! they are dropped. A queue owns the buffer of a request until the request has ended, and then returns the buffer in
+//! [`Done`]. The disk never hands out a buffer to which a device may still write: not when the buffer's queue is
+//! dropped, not when the device breaks the protocol, and not when the device does not confirm the end of its I/O.
 //!
-//! The private modules: `connection` keeps the device set up, even when the device restarts; `watchdog` ends waits; `virtqueue`,
-//! `requests` and `segments` implement virtio-blk; `attachment` is the ring of a queue with its epochs; `driver` decides which way
-//! each request of a queue goes; `drivers` holds the drivers of the queues that the application has not taken; `first_queue` is
-//! queue 0, which all queues share; `events` is the thread that listens to queue 0.
+//! The private modules: `connection` keeps the device set up, even when the device restarts; `watchdog` ends waits;
+//! `virtqueue`, `requests` and `segments` implement virtio-blk; `attachment` is the ring of a queue with its epochs;
+//! `driver` decides which way each request of a queue goes; `drivers` holds the drivers of the queues that the
+//! application has not taken; `first_queue` is queue 0, which all queues share; `events` is the thread that listens to
+//! queue 0.
 //!
 //! ```no_run
 //! use std::time::Duration;
@@ -36,6 +37,7 @@
 //! ```
 
 mod attachment;
+mod backoff;
 mod by_address;
 mod config;
 mod connection;
@@ -43,14 +45,13 @@ mod disk;
 mod driver;
 mod drivers;
 mod error;
-mod events;
-mod first_queue;
+mod event_thread;
 mod memory;
 mod options;
 mod queue;
+mod queue_zero;
 mod requests;
 mod segments;
-mod shared;
 #[cfg(test)]
 mod test_device;
 mod virtqueue;

@@ -1,4 +1,4 @@
-//! The queue as applications use it.
+//! A queue, as applications use it.
 
 use std::io;
 use std::sync::Arc;
@@ -10,7 +10,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::Error;
 use super::driver::{Counters, Driver, Ended};
-use super::drivers::Taken;
+use super::drivers::TakenDriver;
 use crate::interrupt::wait_for_interrupt;
 use crate::ram::RamArea;
 
@@ -40,7 +40,7 @@ pub enum ExecutedBy {
         /// The reason, if the device refused a ring.
         refused: Option<ErrorCode>,
     },
-    /// Nothing at the moment: a ring has ended or ATTACH was sent, and the next ring does not exist yet.
+    /// Nothing at the moment: a ring has ended or the driver has sent ATTACH, and the next ring does not exist yet.
     Nobody,
 }
 
@@ -48,9 +48,9 @@ pub enum ExecutedBy {
 #[derive(Debug)]
 #[non_exhaustive]
 pub struct Done {
-    /// What the request was given.
+    /// The tag that [`Queue::submit`] got.
     pub tag: u64,
-    /// Bytes that were transferred: all of them.
+    /// Number of transferred bytes, which is the length of the request, or the error.
     pub result: io::Result<u32>,
     /// The request's buffer.
     pub buffer: RamArea,
@@ -58,24 +58,26 @@ pub struct Done {
 
 /// One queue of a disk. It belongs to one thread at a time.
 ///
-/// When a queue is dropped, [`Disk::queue`](super::Disk::queue) can take it again. Requests that were not sent by then are never
-/// executed. The disk keeps the buffers of the others until these requests have ended: a device may still write to them.
+/// After the drop of a queue, [`Disk::queue`](super::Disk::queue) can take it again. Requests that the queue had not
+/// sent are never executed. The disk keeps the buffers of the others until these requests have ended, because a device
+/// may still write to them.
 #[derive(Debug)]
 pub struct Queue {
-    driver: Taken,
+    driver: TakenDriver,
 }
 
 impl Queue {
-    pub(super) fn new(driver: Taken) -> Self {
+    pub(super) fn new(driver: TakenDriver) -> Self {
         Self { driver }
     }
 
-    /// Puts a request into the queue: the first `len_bytes` bytes of `buffer`, which the queue keeps until they have been
-    /// transferred. It is sent by [`send`](Self::send), [`poll`](Self::poll) or [`wait`](Self::wait).
+    /// Puts a request into the queue: it transfers the first `len_bytes` bytes of `buffer` from or to the bytes of the
+    /// disk at `offset_bytes`, and [`Done::tag`] is `tag` at its end. The queue keeps the buffer until the request has
+    /// ended. [`send`](Self::send), [`poll`](Self::poll) or [`wait`](Self::wait) sends the request.
     ///
     /// # Errors
     ///
-    /// The buffer comes back: as many requests are outstanding as can be, or it is shorter than that.
+    /// Returns the buffer: the queue is full, `len_bytes` is 0, or the buffer is shorter than `len_bytes`.
     pub fn submit(
         &mut self,
         operation: Operation,
@@ -98,23 +100,23 @@ impl Queue {
         self.driver.push(&request, Some(buffer)).map_err(|buffer| buffer.expect("the buffer that was pushed"))
     }
 
-    /// Sends what was submitted, as far as there is room.
+    /// Sends the submitted requests for which there is room.
     pub fn send(&mut self) {
         self.driver.send();
     }
 
-    /// The next request that has ended, if there is one. Also sends what was submitted.
+    /// The next request that has ended, if there is one. Also sends the submitted requests for which there is room.
     pub fn poll(&mut self) -> Option<Done> {
         loop {
             let Ended { completion: Completion { user_data: tag, res }, buffer } = self.driver.reap()?;
-            // A request by address has no buffer, and is not reported here.
+            // A request by address has no buffer: only `ByAddress` reports its end.
             let Some(buffer) = buffer else { continue };
             let result = u32::try_from(res).map_err(|_| io::Error::from_raw_os_error(-res));
             return Some(Done { tag, result, buffer });
         }
     }
 
-    /// The next request that ends, by interrupt; `None` if none does in this time.
+    /// Waits for an interrupt, and returns the next request that has ended. `None`: no request ends within `timeout`.
     pub fn wait(&mut self, timeout: Duration) -> Option<Done> {
         let begin = Instant::now();
         loop {
@@ -129,17 +131,18 @@ impl Queue {
         }
     }
 
-    /// Signalled when there is something to [`poll`](Self::poll) for, unless that is muted.
+    /// The eventfd that the device signals when [`poll`](Self::poll) may find a request that has ended, unless
+    /// interrupts are muted. It can [change](super::Disk::move_interrupt).
     pub fn interrupt(&self) -> Arc<EventFd> {
-        self.driver.setup().call()
+        self.driver.vring().call()
     }
 
-    /// Requests that have not ended.
+    /// Number of requests that have not ended.
     pub fn outstanding(&self) -> usize {
         self.driver.outstanding()
     }
 
-    /// Who executes the queue now.
+    /// What executes the queue now.
     pub fn executed_by(&self) -> ExecutedBy {
         match self.driver.epoch() {
             Some(epoch) if self.driver.is_ring() => ExecutedBy::Ring { epoch },
@@ -148,34 +151,34 @@ impl Queue {
         }
     }
 
-    /// Has the queue become a virtqueue, and waits for that.
+    /// Turns the queue into a virtqueue, and waits until it is one.
     ///
     /// # Errors
     ///
-    /// The device violated the protocol, or is silent for longer than [`Options::patience`](super::Options::patience).
+    /// The device violates the protocol, or is silent for longer than [`Options::patience`](super::Options::patience).
     pub fn detach(&mut self) -> Result<(), Error> {
         let (begin, patience) = (Instant::now(), self.driver.patience());
-        self.driver.give_ring_up();
+        self.driver.detach();
         while !self.driver.is_virtqueue() {
             self.driver.progress();
             if let Some(fault) = self.driver.fault() {
                 return Err(Error::BrokenDevice(fault.to_string()));
             }
             if begin.elapsed() >= patience {
-                return Err(Error::Silent { what: "giving the ring up", patience });
+                return Err(Error::Silent { what: "detaching the queue from its ring", patience });
             }
             std::thread::yield_now();
         }
         Ok(())
     }
 
-    /// What the queue has done.
+    /// Counters of the queue since the connection.
     pub fn counters(&self) -> Counters {
         self.driver.counters()
     }
 
-    /// What the device did against the rules. Requests that it does not have fail then. Those that it has do not come back unless
-    /// it completes them: it may still use their buffers.
+    /// How the device has violated the protocol. From then on, requests that the device does not have fail. A request
+    /// that the device has ends only if the device completes it, because the device may still use its buffer.
     pub fn fault(&self) -> Option<&Error> {
         self.driver.fault()
     }
@@ -192,7 +195,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_wait_without_end_ends_with_the_request() {
+    fn a_wait_without_a_limit_ends_with_the_request() {
         let guest = Guest::new();
         let (driver, mut device) = guest.driver();
         let mut queue = Queue::new(Drivers::new([driver]).take(1).unwrap());

@@ -9,58 +9,58 @@ use super::segments::Segments;
 use super::virtqueue::{Buffer, Virtqueue};
 use crate::ram::RamArea;
 
-/// Room for the header and payload of one request, its answer, and its status.
+/// The bytes of one request's place: header and payload, answer, and status.
 const SLOT_BYTES: u64 = 512;
 const ANSWER_OFFSET: u64 = 256;
 pub(super) const ANSWER_BYTES: u32 = 128;
 const STATUS_OFFSET: u64 = 511;
 const HEADER_BYTES: usize = 16;
-/// What no device writes.
+/// The status before the device writes one.
 const NO_STATUS: u8 = 0xff;
 
 /// The part of a request after its header.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Body<'a> {
-    /// At most 240 bytes for the device, and room for its answer.
+    /// At most 240 bytes, with room for an answer.
     Payload(&'a [u8]),
-    /// A range of the disk for the device; no answer but the status.
+    /// A range of the disk, without an answer.
     Range(&'a [u8; 16]),
-    /// Nothing.
-    Nothing,
+    /// Nothing, without an answer.
+    Empty,
 }
 
-/// The places of a queue's requests: one for each that can be outstanding, by the head of its chain.
+/// The memory for headers, answers and statuses of a queue's requests: one place for each head.
 #[derive(Debug)]
 pub(super) struct Requests {
     area: RamArea,
     segments: Segments,
 }
 
-/// A read or write that was made available.
+/// A read or write that the device has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Sent {
     pub(super) head: u16,
-    /// The bytes of its data: at most as many as the device takes in one request.
+    /// The length of its data: at most as many bytes as the device takes in one request.
     pub(super) len_bytes: u32,
 }
 
 impl Requests {
     pub(super) fn new(memory: &Memory, queue: &Virtqueue, geometry: &Geometry) -> Result<Self, Error> {
-        let size = queue.setup().size;
+        let size = queue.vring().size;
         let segments = Segments::new(geometry, size)?;
         let mut area = memory.allocate(SLOT_BYTES * u64::from(size))?;
-        // The device uses it for as long as the connection lasts.
+        // The device uses the area for as long as the connection lasts.
         area.lend();
         Ok(Self { area, segments })
     }
 
-    /// Makes a request other than a read or write available. `None`: there is no room.
-    pub(super) fn send(&mut self, queue: &mut Virtqueue, kind: u32, offset_bytes: u64, body: &Body<'_>) -> Option<u16> {
+    /// Makes a request other than a read or write available, and returns its head. `None`: there is no room.
+    pub(super) fn send(&mut self, queue: &mut Virtqueue, kind: u32, body: &Body<'_>) -> Option<u16> {
         let buffers = match body {
             Body::Payload(_) => 3,
-            Body::Range(_) | Body::Nothing => 2,
+            Body::Range(_) | Body::Empty => 2,
         };
-        let (at, status) = self.begin(queue, buffers, kind, offset_bytes)?;
+        let (at, status) = self.write_header(queue, buffers, kind, 0)?;
         let gpa = self.area.gpa() + at;
         match *body {
             Body::Payload(payload) => {
@@ -74,15 +74,21 @@ impl Requests {
                 self.area.write(at + HEADER_BYTES as u64, range);
                 queue.add(&[Buffer::readable(gpa, (HEADER_BYTES + range.len()) as u32), status])
             }
-            Body::Nothing => queue.add(&[Buffer::readable(gpa, HEADER_BYTES as u32), status]),
+            Body::Empty => queue.add(&[Buffer::readable(gpa, HEADER_BYTES as u32), status]),
         }
     }
 
-    /// Writes the header of a request that will have this many buffers. Returns the place of the request in the area, and the
-    /// buffer of its status.
-    fn begin(&mut self, queue: &Virtqueue, buffers: usize, kind: u32, offset_bytes: u64) -> Option<(u64, Buffer)> {
-        // The chain names the place, but the queue chooses the head only when it makes the chain. So each place belongs to the
-        // head that the queue takes next.
+    /// Writes the header of a request that will have this many buffers. Returns the place of the request in the area,
+    /// and the buffer of its status.
+    fn write_header(
+        &mut self,
+        queue: &Virtqueue,
+        buffers: usize,
+        kind: u32,
+        offset_bytes: u64,
+    ) -> Option<(u64, Buffer)> {
+        // The place belongs to the head of the chain. The queue chooses the head only when it makes the chain, but the
+        // chain names the place: so take the place of the head that the queue chooses next.
         let at = u64::from(queue.next_head(buffers)?) * SLOT_BYTES;
         let mut header = [0; HEADER_BYTES];
         header[..4].copy_from_slice(&kind.to_le_bytes());
@@ -92,7 +98,7 @@ impl Requests {
         Some((at, Buffer::writable(self.area.gpa() + at + STATUS_OFFSET, 1)))
     }
 
-    /// Most bytes of one read or write.
+    /// Maximum number of bytes of one read or write.
     pub(super) fn transfer_bytes_max(&self) -> u32 {
         self.segments.request_bytes_max()
     }
@@ -109,7 +115,7 @@ impl Requests {
         let kind = if is_write { VIRTIO_BLK_T_OUT } else { VIRTIO_BLK_T_IN };
         let len_bytes = len_bytes.min(self.transfer_bytes_max());
         let count = self.segments.count(len_bytes);
-        let (at, status) = self.begin(queue, count + 2, kind, offset_bytes)?;
+        let (at, status) = self.write_header(queue, count + 2, kind, offset_bytes)?;
         let header = Buffer::readable(self.area.gpa() + at, HEADER_BYTES as u32);
         let head = if count == 1 {
             // The usual case.
@@ -121,14 +127,14 @@ impl Requests {
         head.map(|head| Sent { head, len_bytes })
     }
 
-    /// The status of a request that came back.
+    /// The status of a request whose chain the device has returned.
     pub(super) fn status(&self, head: u16) -> u8 {
         let mut status = [NO_STATUS];
         self.area.read(u64::from(head) * SLOT_BYTES + STATUS_OFFSET, &mut status);
         status[0]
     }
 
-    /// Its answer; what the device did not write is zero.
+    /// The answer of such a request. Bytes that the device did not write are zero.
     pub(super) fn answer(&self, head: u16) -> [u8; ANSWER_BYTES as usize] {
         let mut answer = [0; ANSWER_BYTES as usize];
         self.area.read(u64::from(head) * SLOT_BYTES + ANSWER_OFFSET, &mut answer);

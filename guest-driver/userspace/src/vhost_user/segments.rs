@@ -4,7 +4,8 @@ use super::Error;
 use super::config::Geometry;
 use super::virtqueue::Buffer;
 
-/// No request takes more of a queue's descriptors for its data than this part of them: a request never waits for an empty queue.
+/// The data of a request takes at most one descriptor in so many of a queue, so that a request never waits for an empty
+/// queue.
 const QUEUE_PART: u16 = 4;
 
 /// The segments that a device takes in one request on a virtqueue of a certain size: `size_max` and `seg_max` of its
@@ -16,6 +17,8 @@ pub(super) struct Segments {
 }
 
 impl Segments {
+    /// The limits of a device for a queue of this size.
+    ///
     /// # Errors
     ///
     /// The device takes less than one block in a request.
@@ -35,7 +38,7 @@ impl Segments {
         Ok(Self { bytes_max, request_bytes_max })
     }
 
-    /// Most bytes of data of one request. A longer request is sent in several.
+    /// Maximum number of data bytes of one request. The driver sends a longer request in parts.
     pub(super) fn request_bytes_max(&self) -> u32 {
         self.request_bytes_max
     }
@@ -50,7 +53,7 @@ impl Segments {
         })
     }
 
-    /// How many segments that are.
+    /// The number of segments of that many bytes.
     pub(super) fn count(self, len_bytes: u32) -> usize {
         len_bytes.div_ceil(self.bytes_max) as usize
     }

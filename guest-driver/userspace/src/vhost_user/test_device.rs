@@ -1,4 +1,5 @@
-//! For tests: a device that does only what a test has it do, on the memory of a driver, without a connection.
+//! For tests: the device's side of queues, in the memory of a driver and without a connection. It does only what a test
+//! asks.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -18,29 +19,28 @@ use super::RingSize;
 use super::attachment::Attachment;
 use super::config::Geometry;
 use super::driver::Driver;
-use super::first_queue::FirstQueue;
 use super::memory::Memory;
+use super::queue_zero::{QueueZero, SharedQueueZero};
 use super::requests::Requests;
-use super::shared::Shared;
-use super::virtqueue::{Setup, Virtqueue};
+use super::virtqueue::{Virtqueue, Vring};
 
 const RAM_GPA: u64 = 1 << 20;
 const RAM_BYTES: u64 = 4 << 20;
 const SIZE: RingSize = RingSize { sq_entries: 8, cq_entries: 16 };
 const HEADER_BYTES: u64 = 16;
 
-/// The memory and what all queues share, as a driver has it.
+/// The memory and queue 0 of a driver.
 pub(super) struct Guest {
     pub(super) memory: Memory,
-    pub(super) news: Arc<AtomicU64>,
-    pub(super) shared: Arc<Shared>,
+    pub(super) event_count: Arc<AtomicU64>,
+    pub(super) queue_zero: Arc<SharedQueueZero>,
     geometry: Geometry,
     ram: Arc<File>,
 }
 
 /// The device's side of one queue.
 pub(super) struct DeviceQueue {
-    setup: Arc<Setup>,
+    vring: Arc<Vring>,
     ram: Arc<File>,
     returned: u16,
 }
@@ -54,25 +54,30 @@ impl Guest {
     pub(super) fn with(geometry: Geometry) -> Self {
         let memory = Memory::new();
         let ram = memory.add(RAM_GPA, RAM_BYTES).unwrap().file;
-        let news = Arc::new(AtomicU64::new(0));
-        let first = FirstQueue::new(&memory, 16, &geometry, news.clone()).unwrap();
-        let shared = Arc::new(Shared::new(first, news.clone(), Duration::from_secs(60)));
-        Self { memory, news, shared, geometry, ram }
+        let event_count = Arc::new(AtomicU64::new(0));
+        let queue_zero = QueueZero::new(&memory, 16, &geometry, event_count.clone()).unwrap();
+        let queue_zero = Arc::new(SharedQueueZero::new(queue_zero, event_count.clone(), Duration::from_secs(60)));
+        Self { memory, event_count, queue_zero, geometry, ram }
     }
 
     /// The driver of queue 1 and the device's side of it.
     pub(super) fn driver(&self) -> (Driver, DeviceQueue) {
         let queue = Virtqueue::new(&self.memory, 64).unwrap();
         let requests = Requests::new(&self.memory, &queue, &self.geometry).unwrap();
-        let device = self.device_queue(queue.setup().clone());
-        (Driver::new(1, self.shared.clone(), queue, requests, 16), device)
+        let device = self.device_queue(queue.vring().clone());
+        (Driver::new(1, self.queue_zero.clone(), queue, requests, 16), device)
     }
 
-    pub(super) fn device_queue(&self, setup: Arc<Setup>) -> DeviceQueue {
-        DeviceQueue { setup, ram: self.ram.clone(), returned: 0 }
+    /// The device's side of queue 0.
+    pub(super) fn device_queue_zero(&self) -> DeviceQueue {
+        self.device_queue(self.queue_zero.lock().vring().clone())
     }
 
-    /// Memory for a ring of a device that offers all that it takes.
+    fn device_queue(&self, vring: Arc<Vring>) -> DeviceQueue {
+        DeviceQueue { vring, ram: self.ram.clone(), returned: 0 }
+    }
+
+    /// Memory for the rings of a queue.
     pub(super) fn attachment(&self) -> Attachment {
         let limits = AttachLimits { features: 0, sq_entries_max: 64, cq_entries_max: 64, page_bytes: 4096 };
         let device = Device {
@@ -91,38 +96,38 @@ impl Guest {
 impl DeviceQueue {
     /// How many chains the driver has made available.
     pub(super) fn available(&self) -> u16 {
-        self.read16(self.setup.avail_gpa + 2)
+        self.read16(self.vring.avail_gpa + 2)
     }
 
-    pub(super) fn setup(&self) -> &Arc<Setup> {
-        &self.setup
+    pub(super) fn vring(&self) -> &Arc<Vring> {
+        &self.vring
     }
 
-    /// Completes the chain that was made available as the `index`th, with an answer if it has room for one.
+    /// Completes the `index`th chain that the driver made available, with an answer if it has room for one.
     pub(super) fn complete(&mut self, index: u16, answer: &[u8], status: u8) {
         let chain = self.chain(index);
         if !answer.is_empty() {
             self.write(self.gpa_of(chain[chain.len() - 2]), answer);
         }
         self.write(self.gpa_of(chain[chain.len() - 1]), &[status]);
-        let slot = u64::from(self.returned % self.setup.size);
-        self.write(self.setup.used_gpa + 4 + 8 * slot, &u32::from(chain[0]).to_le_bytes());
+        let slot = u64::from(self.returned % self.vring.size);
+        self.write(self.vring.used_gpa + 4 + 8 * slot, &u32::from(chain[0]).to_le_bytes());
         self.returned += 1;
-        self.say_used(self.returned);
+        self.set_used_index(self.returned);
     }
 
-    /// Completes ARM and ATTACH, which were made available as the `index`th and the one behind.
+    /// Completes ARM, the `index`th chain that the driver made available, and ATTACH, the next chain.
     pub(super) fn complete_attach(&mut self, index: u16, code: ErrorCode) {
         self.complete(index, &Outcome::of(ErrorCode::None).to_bytes(), 0);
         self.complete(index + 1, &Outcome::of(code).to_bytes(), u8::from(code != ErrorCode::Detached));
     }
 
-    /// Says that so many chains have come back since the beginning.
-    pub(super) fn say_used(&self, count: u16) {
-        self.write(self.setup.used_gpa + 2, &count.to_le_bytes());
+    /// Writes the used index: the number of chains that the device has returned.
+    pub(super) fn set_used_index(&self, count: u16) {
+        self.write(self.vring.used_gpa + 2, &count.to_le_bytes());
     }
 
-    /// Announces a phase of an epoch of the ring whose ATTACH was made available as the `index`th.
+    /// Announces a phase of an epoch, for the ATTACH that is the `index`th chain.
     pub(super) fn announce(&self, index: u16, epoch: u32, phase: Phase) {
         let control_gpa = self.control_gpa(index);
         let layout = layout();
@@ -131,7 +136,7 @@ impl DeviceQueue {
         self.write(control_gpa + u64::from(ANNOUNCED_OFFSET_BYTES), &word.to_le_bytes());
     }
 
-    /// What the driver has acknowledged.
+    /// What the driver has acknowledged, for the ATTACH that is the `index`th chain.
     pub(super) fn acknowledged(&self, index: u16) -> Option<Announcement> {
         let mut word = [0; 4];
         self.read(self.control_gpa(index) + u64::from(ACKNOWLEDGED_OFFSET_BYTES), &mut word);
@@ -144,10 +149,10 @@ impl DeviceQueue {
         AttachPayload::from_bytes(&payload).control_gpa.get()
     }
 
-    /// The descriptors of the chain that was made available as the `index`th.
+    /// The descriptors of the `index`th chain that the driver made available.
     fn chain(&self, index: u16) -> Vec<u16> {
-        let slot = u64::from(index % self.setup.size);
-        let mut chain = vec![self.read16(self.setup.avail_gpa + 4 + 2 * slot)];
+        let slot = u64::from(index % self.vring.size);
+        let mut chain = vec![self.read16(self.vring.avail_gpa + 4 + 2 * slot)];
         loop {
             let at = self.descriptor(chain[chain.len() - 1]);
             if self.read16(at + 12) & 1 == 0 {
@@ -157,8 +162,8 @@ impl DeviceQueue {
         }
     }
 
-    /// The position on the disk and the segments of data (address and length) of the read or write that was made available as the
-    /// `index`th.
+    /// The position on the disk and the data segments (address and length) of the read or write that is the `index`th
+    /// chain.
     pub(super) fn transfer(&self, index: u16) -> (u64, Vec<(u64, u32)>) {
         let chain = self.chain(index);
         let mut sector = [0; 8];
@@ -172,7 +177,7 @@ impl DeviceQueue {
     }
 
     fn descriptor(&self, number: u16) -> u64 {
-        self.setup.desc_gpa + 16 * u64::from(number)
+        self.vring.desc_gpa + 16 * u64::from(number)
     }
 
     fn gpa_of(&self, descriptor: u16) -> u64 {

@@ -11,7 +11,7 @@ use crate::ram::RamArea;
 
 const F_NEXT: u16 = 1;
 const F_WRITE: u16 = 2;
-/// In the available ring: the driver wants no interrupts. In the used ring: the device wants no kicks.
+/// The flag in the available ring: the driver wants no interrupts. In the used ring: the device wants no kicks.
 const NO_NOTIFICATION: u16 = 1;
 const DESCRIPTOR_BYTES: u64 = 16;
 
@@ -33,20 +33,20 @@ impl Buffer {
     }
 }
 
-/// The addresses of a queue's three parts, and its eventfds: what the set-up of the queue needs. It outlives the connection.
+/// What the device gets of a queue: the addresses of its three parts and its eventfds. It outlives the connection.
 #[derive(Debug)]
-pub(super) struct Setup {
+pub(super) struct Vring {
     pub(super) size: u16,
     pub(super) desc_gpa: u64,
     pub(super) avail_gpa: u64,
     pub(super) used_gpa: u64,
     pub(super) kick: EventFd,
-    /// Changes at run time, as in machines that move interrupts.
+    /// The application can change it, like a machine that moves interrupts.
     call: Mutex<Arc<EventFd>>,
     used: RamArea,
 }
 
-impl Setup {
+impl Vring {
     /// The eventfd that the device signals.
     pub(super) fn call(&self) -> Arc<EventFd> {
         self.call.lock().unwrap_or_else(PoisonError::into_inner).clone()
@@ -56,25 +56,26 @@ impl Setup {
     pub(super) fn renew_call(&self) -> Result<Arc<EventFd>, Error> {
         let call = Arc::new(eventfd()?);
         let before = std::mem::replace(&mut *self.call.lock().unwrap_or_else(PoisonError::into_inner), call.clone());
-        // Wakes a thread that waits for the old one; then it waits for the new one.
+        // Wake a thread that waits for the former eventfd: it then waits for the new one.
         let _ = before.write(1);
         Ok(call)
     }
 
-    /// The used index as the device has it: where a queue continues that was not stopped in order.
+    /// The used index that the device has written: a device that was lost continues there.
     pub(super) fn used_idx(&self) -> u16 {
         self.used.word16(2).map_or(0, |word| u16::from_le(word.load(Ordering::Acquire)))
     }
 }
 
-/// The driver's side of a queue.
+/// The driver's side of a virtqueue.
 #[derive(Debug)]
 pub(super) struct Virtqueue {
-    setup: Arc<Setup>,
+    vring: Arc<Vring>,
     desc: RamArea,
     avail: RamArea,
+    /// The free descriptors.
     free: Vec<u16>,
-    /// By head: the descriptors of its chain.
+    /// The descriptors of each chain, by the chain's head.
     chains: Vec<Vec<u16>>,
     next_avail: u16,
     next_used: u16,
@@ -84,16 +85,16 @@ impl Virtqueue {
     /// A queue of `size` descriptors, a power of two.
     pub(super) fn new(memory: &Memory, size: u16) -> Result<Self, Error> {
         let entries = u64::from(size);
-        // Each begins at a page, which is more than VIRTIO requires.
+        // Each part begins at a page, which is more than VIRTIO requires.
         let mut desc = memory.allocate(DESCRIPTOR_BYTES * entries)?;
         let mut avail = memory.allocate(6 + 2 * entries)?;
         let mut used = memory.allocate(6 + 8 * entries)?;
         for area in [&mut desc, &mut avail, &mut used] {
             area.write(0, &vec![0; area.len_bytes() as usize]);
-            // The device uses them for as long as the connection lasts.
+            // The device uses the parts for as long as the connection lasts.
             area.lend();
         }
-        let setup = Setup {
+        let vring = Vring {
             size,
             desc_gpa: desc.gpa(),
             avail_gpa: avail.gpa(),
@@ -103,7 +104,7 @@ impl Virtqueue {
             used,
         };
         Ok(Self {
-            setup: Arc::new(setup),
+            vring: Arc::new(vring),
             desc,
             avail,
             free: (0..size).rev().collect(),
@@ -113,8 +114,8 @@ impl Virtqueue {
         })
     }
 
-    pub(super) fn setup(&self) -> &Arc<Setup> {
-        &self.setup
+    pub(super) fn vring(&self) -> &Arc<Vring> {
+        &self.vring
     }
 
     /// Whether there is room for a chain of this many buffers.
@@ -128,12 +129,12 @@ impl Virtqueue {
         self.free.get(first).copied()
     }
 
-    /// Whether nothing is outstanding.
+    /// Whether the device has no chain.
     pub(super) fn is_empty(&self) -> bool {
-        self.free.len() == usize::from(self.setup.size)
+        self.free.len() == usize::from(self.vring.size)
     }
 
-    /// Makes a chain available. `None`: there is no room.
+    /// Makes a chain available, and returns its head. `None`: there is no room.
     pub(super) fn add(&mut self, buffers: &[Buffer]) -> Option<u16> {
         if buffers.is_empty() || !self.has_room(buffers.len()) {
             return None;
@@ -152,7 +153,7 @@ impl Virtqueue {
         }
         let head = indexes[0];
         self.chains[usize::from(head)] = indexes;
-        let slot = u64::from(self.next_avail % self.setup.size);
+        let slot = u64::from(self.next_avail % self.vring.size);
         store(&self.avail, 4 + 2 * slot, head, Ordering::Relaxed);
         self.next_avail = self.next_avail.wrapping_add(1);
         // The chain must be written before the index covers it.
@@ -160,48 +161,49 @@ impl Virtqueue {
         Some(head)
     }
 
-    /// Whether the device wants a kick for the chains that were made available.
+    /// Whether the device wants a kick for the chains that the driver has made available.
     pub(super) fn wants_kick(&self) -> bool {
-        // The device must be able to see the index before the driver reads the device's wish (VIRTIO 1.2, 2.7.13.3.1).
+        // The device must be able to see the index before the driver reads the flag (VIRTIO 1.2, 2.7.13.3.1).
         fence(Ordering::SeqCst);
-        load(&self.setup.used, 0, Ordering::Relaxed) & NO_NOTIFICATION == 0
+        load(&self.vring.used, 0, Ordering::Relaxed) & NO_NOTIFICATION == 0
     }
 
-    /// Rings the doorbell. A full counter wakes the device as well.
+    /// Kicks the device. A full counter of the eventfd wakes the device as well.
     pub(super) fn kick(&self) {
-        let _ = self.setup.kick.write(1);
+        let _ = self.vring.kick.write(1);
     }
 
-    /// How many chains came back that the driver has not taken.
+    /// How many chains the device has returned that the driver has not taken.
     pub(super) fn ready(&self) -> u16 {
-        self.setup.used_idx().wrapping_sub(self.next_used)
+        self.vring.used_idx().wrapping_sub(self.next_used)
     }
 
-    /// The head of the next chain that came back.
+    /// Takes the next chain that the device has returned, and returns its head.
     pub(super) fn reap(&mut self) -> Result<Option<u16>, Error> {
         let ready = self.ready();
         if ready == 0 {
             return Ok(None);
         }
         if ready > self.next_avail.wrapping_sub(self.next_used) {
-            return Err(Error::BrokenDevice(format!("{ready} chains came back, which are more than were sent")));
+            return Err(Error::BrokenDevice(format!("it returned {ready} chains, which are more than it had")));
         }
-        let slot = u64::from(self.next_used % self.setup.size);
+        let slot = u64::from(self.next_used % self.vring.size);
         let id =
-            self.setup.used.word32(4 + 8 * slot).map_or(u32::MAX, |word| u32::from_le(word.load(Ordering::Relaxed)));
+            self.vring.used.word32(4 + 8 * slot).map_or(u32::MAX, |word| u32::from_le(word.load(Ordering::Relaxed)));
         let chain = usize::try_from(id).ok().and_then(|id| self.chains.get_mut(id)).filter(|chain| !chain.is_empty());
         let Some(chain) = chain else {
-            return Err(Error::BrokenDevice(format!("chain {id} came back, which was not sent")));
+            return Err(Error::BrokenDevice(format!("it returned chain {id}, which it did not have")));
         };
         self.next_used = self.next_used.wrapping_add(1);
         self.free.append(chain);
-        // Below the size, as an index of `chains`.
+        // `id` is below the size of the queue, because it is an index of `chains`.
         Ok(Some(id as u16))
     }
 
-    /// Turns interrupts on or off. True: a chain has come back already, for which no interrupt may come.
-    pub(super) fn want_interrupts(&self, wanted: bool) -> bool {
-        store(&self.avail, 0, if wanted { 0 } else { NO_NOTIFICATION }, Ordering::Relaxed);
+    /// Turns interrupts on or off. Returns true if the device has already returned a chain, for which it may send no
+    /// interrupt.
+    pub(super) fn enable_interrupts(&self, enabled: bool) -> bool {
+        store(&self.avail, 0, if enabled { 0 } else { NO_NOTIFICATION }, Ordering::Relaxed);
         fence(Ordering::SeqCst);
         self.ready() != 0
     }

@@ -30,7 +30,7 @@ struct Shared {
 struct State {
     conversations: BTreeMap<u64, Conversation>,
     next_number: u64,
-    /// Cut every conversation, including those that begin later.
+    /// The watchdog cuts each new conversation.
     cuts_all: bool,
     is_ending: bool,
 }
@@ -42,7 +42,7 @@ struct Conversation {
     is_cut: bool,
 }
 
-/// Dropping this value ends the watch over a conversation.
+/// The watch over a conversation, which ends with the drop of this value.
 #[derive(Debug)]
 pub(super) struct Watch<'w> {
     shared: &'w Shared,
@@ -52,8 +52,8 @@ pub(super) struct Watch<'w> {
 impl Watchdog {
     pub(super) fn start() -> Result<Self, Error> {
         let shared = Arc::new(Shared::default());
-        let theirs = shared.clone();
-        let thread = thread::Builder::new().name("ringpass-watch".into()).spawn(move || theirs.run());
+        let for_thread = shared.clone();
+        let thread = thread::Builder::new().name("ringpass-watch".into()).spawn(move || for_thread.run());
         let thread = thread.map_err(Error::system("starting the thread that ends waits"))?;
         Ok(Self { shared, thread: Some(thread) })
     }
@@ -74,13 +74,14 @@ impl Watchdog {
         Ok(Watch { shared: &self.shared, number })
     }
 
-    /// Cuts all conversations, and every new one until [`allow`](Self::allow).
+    /// Cuts all conversations, and each new conversation until [`allow`](Self::allow).
     pub(super) fn cut_all(&self) {
         let mut state = self.shared.lock();
         state.cuts_all = true;
         state.conversations.values_mut().for_each(Conversation::cut);
     }
 
+    /// Cuts new conversations only after their time limits again.
     pub(super) fn allow(&self) {
         self.shared.lock().cuts_all = false;
     }
@@ -96,7 +97,7 @@ impl Drop for Watchdog {
         self.shared.lock().is_ending = true;
         self.shared.changed.notify_all();
         if let Some(thread) = self.thread.take() {
-            // The thread does not panic. If it did, there would be nothing left to do.
+            // The thread does not panic. If it did, the end would be the same.
             let _ = thread.join();
         }
     }

@@ -18,22 +18,22 @@ pub(super) const QUEUES_MAX: u64 = 256;
 /// Maximum pause between two attempts to connect.
 pub(super) const RETRY_MAX: Duration = Duration::from_millis(40);
 
-/// The limit of waits for the device.
+/// Runs conversations with the device, and limits the time of each.
 #[derive(Debug)]
-pub(super) struct Waits {
+pub(super) struct Conversations {
     pub(super) watchdog: Watchdog,
     pub(super) patience: Duration,
 }
 
-impl Waits {
-    /// Runs a conversation with the device, for which the device has `patience` in total.
-    pub(super) fn talk<T>(
+impl Conversations {
+    /// Runs a conversation, for which the device has `patience` in total.
+    pub(super) fn run<T>(
         &self,
         link: &mut Link,
-        work: impl FnOnce(&mut Frontend) -> Result<T, Error>,
+        messages: impl FnOnce(&mut Frontend) -> Result<T, Error>,
     ) -> Result<T, Error> {
         let watch = self.watchdog.watch(&link.stream, self.patience)?;
-        work(&mut link.frontend).map_err(|error| match error {
+        messages(&mut link.frontend).map_err(|error| match error {
             Error::Protocol { what, .. } if watch.is_cut() => Error::Silent { what, patience: self.patience },
             other => other,
         })
@@ -43,7 +43,7 @@ impl Waits {
 /// An open connection.
 pub(super) struct Link {
     pub(super) frontend: Frontend,
-    /// The same socket, to wait for events.
+    /// The same socket, to wait for its end.
     pub(super) stream: UnixStream,
 }
 
@@ -54,8 +54,8 @@ impl std::fmt::Debug for Link {
 }
 
 impl Link {
-    /// Connects. While the accept queue of the socket is full (its server is stopped, and others wait as well), it
-    /// tries again, as long as `pause` returns true.
+    /// Connects. While the accept queue of the socket is full (its server is stopped, and other front-ends wait as
+    /// well), it tries again as long as `pause` returns true.
     pub(super) fn open(path: &Path, patience: Duration, pause: impl Fn(Duration) -> bool) -> Result<Self, Error> {
         let failed = |source| Error::Connect { path: path.to_owned(), source };
         let begin = Instant::now();
@@ -98,7 +98,7 @@ mod tests {
     fn connecting_works_with_unlimited_patience() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("socket");
-        let open = || Link::open(&path, Duration::MAX, |_| panic!("there is nothing to wait for"));
+        let open = || Link::open(&path, Duration::MAX, |_| panic!("no reason to wait"));
         assert!(matches!(open(), Err(Error::Connect { .. })));
         let _server = std::os::unix::net::UnixListener::bind(&path).unwrap();
         assert!(open().is_ok());

@@ -21,13 +21,13 @@ use vhost::VhostBackend;
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vmm_sys_util::eventfd::EventFd;
 
-use self::link::{Link, RETRY_MAX, Waits};
+use self::link::{Conversations, Link, RETRY_MAX};
 use self::offer::Negotiated;
 pub(super) use self::offer::Offer;
 use self::set_up::{Inflight, add_region, describe};
 use super::Error;
 use super::memory::{Memory, Region};
-use super::virtqueue::Setup;
+use super::virtqueue::Vring;
 use crate::eventfd;
 
 /// First pause between two attempts to connect.
@@ -47,17 +47,17 @@ struct Shared {
     path: PathBuf,
     negotiated: Negotiated,
     memory: Arc<Memory>,
-    queues: Vec<Arc<Setup>>,
+    vrings: Vec<Arc<Vring>>,
     inflight: Option<Inflight>,
-    /// Held while the set-up changes and the device is told of the change, and while a device that came back is set up.
-    /// Otherwise a change could be lost: the set-up has read the old state already, and there is no connection yet to
-    /// announce the change.
+    /// Held while the driver changes the set-up and announces the change, and while it sets a device up that came back.
+    /// Otherwise a change could be lost: the set-up has already read the former state, and there is no connection yet
+    /// on which to announce the change.
     changes: Mutex<()>,
     /// The connection, if there is one at present.
     link: Mutex<Option<Link>>,
     reconnects: AtomicU64,
     stop: EventFd,
-    waits: Waits,
+    conversations: Conversations,
 }
 
 impl Connection {
@@ -70,8 +70,8 @@ impl Connection {
     pub(super) fn add_region(&self, make: impl FnOnce(&Memory) -> Result<Region, Error>) -> Result<(), Error> {
         let _changes = self.shared.changes();
         let region = make(&self.shared.memory)?;
-        let told = self.shared.tell(|frontend| add_region(frontend, &region));
-        told.inspect_err(|_| drop(self.shared.memory.remove(region.gpa)))
+        let sent = self.shared.send(|frontend| add_region(frontend, &region));
+        sent.inspect_err(|_| drop(self.shared.memory.remove(region.gpa)))
     }
 
     /// Removes the region at `gpa`, also from the device. When this returns, the device does not access the region any
@@ -80,30 +80,30 @@ impl Connection {
         let _changes = self.shared.changes();
         let region = self.shared.memory.remove(gpa).ok_or(Error::NoMemory)?;
         let failed = Error::protocol("removing a memory region");
-        self.shared.tell(|frontend| frontend.remove_mem_region(&describe(&region)).map_err(failed))
+        self.shared.send(|frontend| frontend.remove_mem_region(&describe(&region)).map_err(failed))
     }
 
     /// Gives a queue another eventfd for interrupts, which the device signals once.
     pub(super) fn renew_call(&self, index: usize) -> Result<(), Error> {
         let _changes = self.shared.changes();
-        let call = self.shared.queues[index].renew_call()?;
+        let call = self.shared.vrings[index].renew_call()?;
         let failed = Error::protocol("changing the call eventfd");
-        self.shared.tell(|frontend| frontend.set_vring_call(index, &call).map_err(failed))
+        self.shared.send(|frontend| frontend.set_vring_call(index, &call).map_err(failed))
     }
 
-    /// Gives this connection up for a new one. A device that was killed and cannot end, because I/O of it hangs, does not close
-    /// its socket; another may serve already.
-    pub(super) fn renew(&self) {
+    /// Cuts the connection, so that the thread makes a new one. A killed device whose I/O hangs cannot end, and does
+    /// not close its socket, although another process may already serve the disk.
+    pub(super) fn cut(&self) {
         if let Some(link) = self.shared.link().as_ref() {
             let _ = link.stream.shutdown(Shutdown::Both);
         }
     }
 
-    /// Stops all queues and starts them again where they stopped, like a machine that is paused.
-    pub(super) fn stop_and_go_on(&self) -> Result<(), Error> {
-        self.shared.tell(|frontend| {
+    /// Stops all queues and starts them again where they stopped, like a machine that is paused and resumed.
+    pub(super) fn restart_queues(&self) -> Result<(), Error> {
+        self.shared.send(|frontend| {
             let mut bases = Vec::new();
-            for index in 0..self.shared.queues.len() {
+            for index in 0..self.shared.vrings.len() {
                 let base = frontend.get_vring_base(index).map_err(Error::protocol("stopping a queue"))?;
                 bases.push(u16::try_from(base).unwrap_or_default());
             }
@@ -111,8 +111,7 @@ impl Connection {
         })
     }
 
-    /// Stops all queues: a queue does not access memory after its last request has ended. The time-out is that of all
-    /// waits.
+    /// Stops all queues, within the time limit of a conversation. The device then accesses no memory any more.
     ///
     /// # Errors
     ///
@@ -122,16 +121,16 @@ impl Connection {
             return Ok(());
         }
         let _ = self.shared.stop.write(1);
-        // Only the thread may still talk to the device, if it is reconnecting.
-        self.shared.waits.watchdog.cut_all();
+        // The thread may be reconnecting: end its conversation with the device.
+        self.shared.conversations.watchdog.cut_all();
         if let Some(thread) = self.thread.take() {
-            // The thread does not panic. If it did, there would be nothing left to do.
+            // The thread does not panic. If it did, the end would be the same.
             let _ = thread.join();
         }
-        self.shared.waits.watchdog.allow();
+        self.shared.conversations.watchdog.allow();
         let mut link = self.shared.link().take().ok_or(Error::NotStopped { why: "the connection is lost".into() })?;
-        let stopped = self.shared.waits.talk(&mut link, |frontend| {
-            (0..self.shared.queues.len()).try_for_each(|index| {
+        let stopped = self.shared.conversations.run(&mut link, |frontend| {
+            (0..self.shared.vrings.len()).try_for_each(|index| {
                 frontend.get_vring_base(index).map(drop).map_err(Error::protocol("stopping a queue"))
             })
         });
@@ -156,28 +155,28 @@ impl Shared {
         self.changes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Sends a message to the device, if it is there. A device that comes back gets the complete set-up.
-    fn tell(&self, message: impl FnOnce(&mut Frontend) -> Result<(), Error>) -> Result<(), Error> {
+    /// Sends messages to the device, if it is there. A device that comes back gets the complete set-up anyway.
+    fn send(&self, messages: impl FnOnce(&mut Frontend) -> Result<(), Error>) -> Result<(), Error> {
         let mut link = self.link();
         let Some(link) = link.as_mut() else { return Ok(()) };
-        self.waits.talk(link, message).or_else(|error| match error {
-            // The device is there but did not answer. The connection is cut, because a late answer would be taken for
-            // the next one.
+        self.conversations.run(link, messages).or_else(|error| match error {
+            // The device is there but did not answer. The watchdog has cut the connection, because the driver would
+            // take a late answer for the next answer.
             Error::Silent { .. } => Err(error),
             _ if link.is_gone() => Ok(()),
             _ => Err(error),
         })
     }
 
-    /// Restores the connection whenever it is lost, until the driver stops.
-    fn keep(&self) {
+    /// Restores the connection each time it is lost, until the driver stops.
+    fn keep_connected(&self) {
         loop {
             let stream = self.link().as_ref().map(|link| link.stream.try_clone());
-            let is_going = match stream {
+            let continues = match stream {
                 Some(Ok(stream)) => self.wait(Some(stream.as_fd()), None),
                 Some(Err(_)) | None => self.wait(None, Some(RETRY_MIN)),
             };
-            if !is_going {
+            if !continues {
                 return;
             }
             *self.link() = None;
@@ -204,16 +203,16 @@ impl Shared {
     }
 
     fn reconnect(&self) -> Result<(), Error> {
-        let mut link = Link::open(&self.path, self.waits.patience, |pause| self.wait(None, Some(pause)))?;
+        let mut link = Link::open(&self.path, self.conversations.patience, |pause| self.wait(None, Some(pause)))?;
         let _changes = self.changes();
-        self.waits.talk(&mut link, |frontend| {
+        self.conversations.run(&mut link, |frontend| {
             let offered = frontend.get_features().map_err(Error::protocol("asking for the features"))?;
             if self.negotiated.features & !offered != 0 {
                 return Err(Error::Lacks { what: "the features that it had before" });
             }
             frontend.get_protocol_features().map_err(Error::protocol("asking for the protocol features"))?;
-            self.negotiated.tell(frontend)?;
-            self.set_up(frontend, |index| self.queues[index].used_idx())
+            self.negotiated.accept(frontend)?;
+            self.set_up(frontend, |index| self.vrings[index].used_idx())
         })?;
         *self.link() = Some(link);
         Ok(())

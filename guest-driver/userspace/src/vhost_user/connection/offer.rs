@@ -13,10 +13,10 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::super::config::BYTES as CONFIG_BYTES;
 use super::super::memory::Memory;
-use super::super::virtqueue::Setup;
+use super::super::virtqueue::Vring;
 use super::super::watchdog::Watchdog;
 use super::super::{Error, Options};
-use super::link::{Link, QUEUES_MAX, Waits};
+use super::link::{Conversations, Link, QUEUES_MAX};
 use super::set_up::new_inflight;
 use super::{Connection, Shared};
 
@@ -32,7 +32,7 @@ pub(in super::super) struct Offer {
     link: Link,
     path: PathBuf,
     negotiated: Negotiated,
-    waits: Waits,
+    conversations: Conversations,
     pub(in super::super) queue_count: u16,
     pub(in super::super) config: Vec<u8>,
 }
@@ -47,14 +47,14 @@ struct Answers {
 impl Offer {
     /// Connects and negotiates.
     pub(in super::super) fn new(path: &Path, options: &Options, wanted: u64) -> Result<Self, Error> {
-        let waits = Waits { watchdog: Watchdog::start()?, patience: options.patience };
+        let conversations = Conversations { watchdog: Watchdog::start()?, patience: options.patience };
         let mut link = Link::open(path, options.patience, |pause| {
             thread::sleep(pause);
             true
         })?;
-        let answers = waits.talk(&mut link, |frontend| Answers::of(frontend, options, wanted))?;
+        let answers = conversations.run(&mut link, |frontend| Answers::of(frontend, options, wanted))?;
         let Answers { negotiated, queue_count, config } = answers;
-        Ok(Self { link, path: path.to_owned(), negotiated, waits, queue_count, config })
+        Ok(Self { link, path: path.to_owned(), negotiated, conversations, queue_count, config })
     }
 
     /// The features in force.
@@ -63,10 +63,10 @@ impl Offer {
     }
 
     /// Sets up the queues and starts the thread that keeps the connection.
-    pub(in super::super) fn start(self, memory: Arc<Memory>, queues: Vec<Arc<Setup>>) -> Result<Connection, Error> {
-        let Self { mut link, path, negotiated, waits, .. } = self;
+    pub(in super::super) fn start(self, memory: Arc<Memory>, vrings: Vec<Arc<Vring>>) -> Result<Connection, Error> {
+        let Self { mut link, path, negotiated, conversations, .. } = self;
         let inflight = match negotiated.protocol.contains(VhostUserProtocolFeatures::INFLIGHT_SHMFD) {
-            true => Some(waits.talk(&mut link, |frontend| new_inflight(frontend, &queues))?),
+            true => Some(conversations.run(&mut link, |frontend| new_inflight(frontend, &vrings))?),
             false => None,
         };
         let stop = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK).map_err(Error::system("making an eventfd"))?;
@@ -74,20 +74,20 @@ impl Offer {
             path,
             negotiated,
             memory,
-            queues,
+            vrings,
             inflight,
             changes: Mutex::new(()),
             link: Mutex::new(None),
             reconnects: AtomicU64::new(0),
             stop,
-            waits,
+            conversations,
         });
-        shared.waits.talk(&mut link, |frontend| shared.set_up(frontend, |_| 0))?;
+        shared.conversations.run(&mut link, |frontend| shared.set_up(frontend, |_| 0))?;
         *shared.link() = Some(link);
-        let theirs = shared.clone();
+        let for_thread = shared.clone();
         let thread = thread::Builder::new()
             .name("ringpass-link".into())
-            .spawn(move || theirs.keep())
+            .spawn(move || for_thread.keep_connected())
             .map_err(Error::system("starting the thread that keeps the connection"))?;
         Ok(Connection { shared, thread: Some(thread), has_ended: false })
     }
@@ -114,7 +114,7 @@ impl Answers {
             protocol |= VhostUserProtocolFeatures::INFLIGHT_SHMFD;
         }
         let negotiated = Negotiated { features, protocol };
-        negotiated.tell(frontend)?;
+        negotiated.accept(frontend)?;
         let count = frontend.get_queue_num().map_err(Error::protocol("asking for the number of queues"))?;
         let config = vec![0; CONFIG_BYTES];
         let flags = VhostUserConfigFlags::empty();
@@ -127,7 +127,8 @@ impl Answers {
 }
 
 impl Negotiated {
-    pub(super) fn tell(&self, frontend: &mut Frontend) -> Result<(), Error> {
+    /// Accepts the features, as the first messages of a connection.
+    pub(super) fn accept(&self, frontend: &mut Frontend) -> Result<(), Error> {
         frontend.set_protocol_features(self.protocol).map_err(Error::protocol("accepting the protocol features"))?;
         frontend.set_hdr_flags(vhost::vhost_user::message::VhostUserHeaderFlag::NEED_REPLY);
         frontend.set_owner().map_err(Error::protocol("becoming the owner of the device"))?;

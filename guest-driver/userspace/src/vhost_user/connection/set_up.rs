@@ -10,7 +10,7 @@ use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
 
 use super::super::Error;
 use super::super::memory::Region;
-use super::super::virtqueue::Setup;
+use super::super::virtqueue::Vring;
 use super::Shared;
 
 /// The in-flight region, in which a device records the requests that it has taken.
@@ -26,7 +26,7 @@ impl std::fmt::Debug for Inflight {
 }
 
 impl Shared {
-    /// Sets up everything after the negotiation.
+    /// Sends everything that follows the negotiation. `base` is the index at which each queue starts.
     pub(super) fn set_up(&self, frontend: &mut Frontend, base: impl Fn(usize) -> u16) -> Result<(), Error> {
         for region in self.memory.regions() {
             add_region(frontend, &region)?;
@@ -40,39 +40,39 @@ impl Shared {
     }
 
     pub(super) fn start_queues(&self, frontend: &mut Frontend, base: impl Fn(usize) -> u16) -> Result<(), Error> {
-        for (index, setup) in self.queues.iter().enumerate() {
+        for (index, vring) in self.vrings.iter().enumerate() {
             let user = |gpa: u64| {
                 let regions = self.memory.regions();
                 let region = regions.iter().find(|region| (region.gpa..region.gpa + region.len_bytes).contains(&gpa));
                 region.map_or(0, |region| region.user_address() + (gpa - region.gpa))
             };
             let addresses = VringConfigData {
-                queue_max_size: setup.size,
-                queue_size: setup.size,
+                queue_max_size: vring.size,
+                queue_size: vring.size,
                 flags: 0,
-                desc_table_addr: user(setup.desc_gpa),
-                used_ring_addr: user(setup.used_gpa),
-                avail_ring_addr: user(setup.avail_gpa),
+                desc_table_addr: user(vring.desc_gpa),
+                used_ring_addr: user(vring.used_gpa),
+                avail_ring_addr: user(vring.avail_gpa),
                 log_addr: None,
             };
             let failed = || Error::protocol("setting a queue up");
-            frontend.set_vring_num(index, setup.size).map_err(failed())?;
+            frontend.set_vring_num(index, vring.size).map_err(failed())?;
             frontend.set_vring_base(index, base(index)).map_err(failed())?;
             frontend.set_vring_addr(index, &addresses).map_err(failed())?;
-            frontend.set_vring_call(index, &setup.call()).map_err(failed())?;
-            frontend.set_vring_kick(index, &setup.kick).map_err(failed())?;
+            frontend.set_vring_call(index, &vring.call()).map_err(failed())?;
+            frontend.set_vring_kick(index, &vring.kick).map_err(failed())?;
         }
-        for index in 0..self.queues.len() {
+        for index in 0..self.vrings.len() {
             frontend.set_vring_enable(index, true).map_err(Error::protocol("enabling a queue"))?;
         }
         Ok(())
     }
 }
 
-pub(super) fn new_inflight(frontend: &mut Frontend, queues: &[Arc<Setup>]) -> Result<Inflight, Error> {
-    let size = queues.iter().map(|setup| setup.size).max().unwrap_or(1);
+pub(super) fn new_inflight(frontend: &mut Frontend, vrings: &[Arc<Vring>]) -> Result<Inflight, Error> {
+    let size = vrings.iter().map(|vring| vring.size).max().unwrap_or(1);
     let wanted =
-        VhostUserInflight { num_queues: queues.len() as u16, queue_size: size, ..VhostUserInflight::default() };
+        VhostUserInflight { num_queues: vrings.len() as u16, queue_size: size, ..VhostUserInflight::default() };
     let (description, file) =
         frontend.get_inflight_fd(&wanted).map_err(Error::protocol("asking for an in-flight region"))?;
     Ok(Inflight { description, file })

@@ -1,11 +1,11 @@
 //! The driver of one queue: requests go to its ring while there is one, and otherwise to its virtqueue.
 //!
-//! The driver keeps a request until it knows the result. When a ring has ended, the driver takes the completions that the ring still
-//! has. It sends the other requests again, to the next ring or to the virtqueue, and never before the I/O of the old ring has ended:
-//! the device announces that.
+//! The driver keeps a request until it knows the result. When a ring has ended, the driver takes the completions that
+//! the ring still has. It sends the other requests again, to the next ring or to the virtqueue. It does so only after
+//! the I/O of the former ring has ended, which the device announces.
 
+mod delegated;
 mod epochs;
-mod errands;
 mod pending;
 #[cfg(test)]
 mod tests;
@@ -18,57 +18,59 @@ use std::time::Duration;
 use ringpass_guest_abi::block_queue::Request;
 use ringpass_guest_abi::request::ErrorCode;
 
+use self::delegated::DelegatedRequests;
 use self::epochs::Refusal;
-use self::errands::Errands;
 pub(super) use self::pending::Ended;
 use self::pending::Pending;
 use self::transfers::Placed;
 use super::Error;
 use super::attachment::Attachment;
+use super::queue_zero::SharedQueueZero;
 use super::requests::Requests;
-use super::shared::Shared;
-use super::virtqueue::Virtqueue;
+use super::virtqueue::{Virtqueue, Vring};
 use crate::ram::RamArea;
 
 const EIO: i32 = -5;
 
-/// While the user polls a ring, the driver looks for more than completions only once in so many calls.
-const LOOKS_MAX: u32 = 16;
+/// While the application polls a ring, the driver looks for more than completions in one of this many polls.
+const POLLS_PER_PROGRESS: u32 = 16;
 
 /// What one queue has done.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Counters {
-    /// Rings that were begun.
+    /// Number of rings that the queue has had.
     pub epochs: u64,
-    /// Requests that were sent again, because the ring or the connection they were on has ended, or the device did a part.
+    /// Number of requests that the driver sent again, because their ring has ended or the device has done a part of
+    /// them.
     pub resubmitted: u64,
-    /// Requests that went to queue 0, because they failed on a ring.
-    pub detoured: u64,
+    /// Number of requests that the driver sent over queue 0, because a ring could not execute them.
+    pub fallbacks: u64,
 }
 
-/// Who executes the queue.
+/// How the queue is executed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Mode {
     Virtqueue,
-    /// ARM and ATTACH are on the virtqueue, which the driver does not touch.
+    /// The device has ARM and ATTACH on the virtqueue, on which the driver then sends nothing else.
     Attached {
+        /// The head of ATTACH.
         attach: u16,
         /// The number of events before the driver sent ATTACH.
-        news: u64,
-        /// The device's announcement at the last look; 0 before the first.
-        heard: u32,
+        events_before: u64,
+        /// The last announcement of the device that the driver has handled; 0 before the first.
+        last_announced: u32,
         is_draining: bool,
     },
 }
 
-/// How the user wants the queue to be executed.
+/// How the application wants the queue to be executed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Wish {
+enum Wanted {
     Virtqueue,
     /// A ring, as soon as the virtqueue is empty.
     Ring,
-    /// A ring, which the device refused for now.
+    /// A ring, which the device refuses for now.
     RingLater(Refusal),
 }
 
@@ -76,58 +78,66 @@ enum Wish {
 #[derive(Debug)]
 pub(super) struct Driver {
     pub(super) index: u16,
-    shared: Arc<Shared>,
+    queue_zero: Arc<SharedQueueZero>,
     queue: Virtqueue,
     requests: Requests,
     attachment: Option<Attachment>,
     mode: Mode,
-    wish: Wish,
+    wanted: Wanted,
     /// The error code with which the device completed ATTACH.
     refused: Option<ErrorCode>,
     is_muted: bool,
-    /// Calls that found no completion.
-    looks: u32,
+    /// Number of polls that found no completion.
+    empty_polls: u32,
+    /// The requests that have not ended, by their ids.
     slots: Vec<Option<Pending>>,
     free: Vec<usize>,
+    /// The requests to send, in this order.
     waiting: VecDeque<usize>,
     /// The request of each chain on the virtqueue, by the chain's head.
     by_head: Vec<usize>,
     /// The requests that queue 0 executes for this queue.
-    errands: Errands,
-    done: VecDeque<Ended>,
+    delegated: DelegatedRequests,
+    ended: VecDeque<Ended>,
     sequence: u64,
     counters: Counters,
     fault: Option<Error>,
 }
 
 impl Driver {
-    pub(super) fn new(index: u16, shared: Arc<Shared>, queue: Virtqueue, requests: Requests, depth_max: usize) -> Self {
-        let size = usize::from(queue.setup().size);
+    pub(super) fn new(
+        index: u16,
+        queue_zero: Arc<SharedQueueZero>,
+        queue: Virtqueue,
+        requests: Requests,
+        depth_max: usize,
+    ) -> Self {
+        let size = usize::from(queue.vring().size);
         Self {
             index,
-            shared,
+            queue_zero,
             queue,
             requests,
             attachment: None,
             mode: Mode::Virtqueue,
-            wish: Wish::Virtqueue,
+            wanted: Wanted::Virtqueue,
             refused: None,
             is_muted: false,
-            looks: 0,
+            empty_polls: 0,
             slots: (0..depth_max).map(|_| None).collect(),
             free: (0..depth_max).rev().collect(),
             waiting: VecDeque::with_capacity(depth_max),
             by_head: vec![usize::MAX; size],
-            errands: Errands::default(),
-            done: VecDeque::with_capacity(depth_max),
+            delegated: DelegatedRequests::default(),
+            ended: VecDeque::with_capacity(depth_max),
             sequence: 0,
             counters: Counters::default(),
             fault: None,
         }
     }
 
-    pub(super) fn setup(&self) -> &Arc<super::virtqueue::Setup> {
-        self.queue.setup()
+    pub(super) fn vring(&self) -> &Arc<Vring> {
+        self.queue.vring()
     }
 
     pub(super) fn is_ring(&self) -> bool {
@@ -135,7 +145,7 @@ impl Driver {
     }
 
     pub(super) fn is_virtqueue(&self) -> bool {
-        self.mode == Mode::Virtqueue && self.wish == Wish::Virtqueue
+        self.mode == Mode::Virtqueue && self.wanted == Wanted::Virtqueue
     }
 
     pub(super) fn epoch(&self) -> Option<u32> {
@@ -155,12 +165,12 @@ impl Driver {
         self.fault.as_ref()
     }
 
-    /// The device broke a rule: the driver sends nothing more to it.
-    fn break_down(&mut self, error: Error) {
+    /// The device has violated the protocol: the driver sends nothing more to it.
+    fn set_fault(&mut self, error: Error) {
         self.fault.get_or_insert(error);
     }
 
-    /// Requests that have not completed.
+    /// Number of requests that have not ended.
     pub(super) fn outstanding(&self) -> usize {
         self.slots.len() - self.free.len()
     }
@@ -183,10 +193,10 @@ impl Driver {
 
     /// Takes the next request that has ended.
     pub(super) fn reap(&mut self) -> Option<Ended> {
-        if let Some(ended) = self.done.pop_front() {
+        if let Some(ended) = self.ended.pop_front() {
             return Some(ended);
         }
-        // The usual case. The driver looks at the device's announcements when there is no completion.
+        // The usual case. The driver reads the announcements of the device when there is no completion.
         if let Some(ended) = self.reap_one_of_ring() {
             return Some(ended);
         }
@@ -195,78 +205,78 @@ impl Driver {
             return None;
         }
         self.progress();
-        self.done.pop_front()
+        self.ended.pop_front()
     }
 
-    /// Whether the user polls a ring and nothing is to be sent. Most such calls look for a completion only, because each of them is a
-    /// part of a request's latency.
+    /// Whether the application polls a ring and there is nothing to send. Most such polls look only for a completion,
+    /// because the time of a poll is a part of a request's latency.
     #[inline]
     fn is_polled(&mut self) -> bool {
-        self.looks = self.looks.wrapping_add(1);
-        self.looks % LOOKS_MAX != 0
+        self.empty_polls = self.empty_polls.wrapping_add(1);
+        self.empty_polls % POLLS_PER_PROGRESS != 0
             && self.is_muted
             && self.waiting.is_empty()
-            && self.errands.are_done()
+            && self.delegated.is_empty()
             && self.is_ring()
     }
 
-    /// How long to wait for an answer.
+    /// How long the device may take for an answer.
     pub(super) fn patience(&self) -> Duration {
-        self.shared.patience()
+        self.queue_zero.patience()
     }
 
     /// Turns interrupts for completions off or on. Returns true if a completion is there already.
     pub(super) fn set_muted(&mut self, muted: bool) -> bool {
         let was_muted = std::mem::replace(&mut self.is_muted, muted);
         let has_more = match self.mode {
-            Mode::Virtqueue => self.queue.want_interrupts(!muted) && !muted,
+            Mode::Virtqueue => self.queue.enable_interrupts(!muted) && !muted,
             Mode::Attached { .. } => {
                 self.attachment.as_mut().is_some_and(|attachment| attachment.set_muted(muted)) && !muted
             }
         };
         if was_muted && !muted {
-            // The user may have taken the interrupt of an announcement while it polled for completions only.
+            // The application may have taken the interrupt of an announcement while it polled only for completions.
             self.progress();
         }
-        has_more || !self.done.is_empty()
+        has_more || !self.ended.is_empty()
     }
 
-    /// Looks at everything once, and sends the requests that can be sent.
+    /// Handles everything that the device has done, and sends the requests for which there is room.
     pub(super) fn progress(&mut self) {
         match self.mode {
             Mode::Virtqueue => self.reap_virtqueue(),
             Mode::Attached { .. } => {
                 self.reap_ring();
-                self.look();
+                self.handle_ring_events();
             }
         }
         if self.fault.is_none() {
             self.send();
         }
-        if !self.errands.sent.is_empty() {
-            self.run_errands();
+        if !self.delegated.sent.is_empty() {
+            self.progress_delegated();
         }
         if self.fault.is_some() {
             self.fail_unsent();
         }
     }
 
-    /// Sends the waiting requests, as far as there is room. The driver sends nothing to a broken device.
+    /// Sends the waiting requests for which there is room. The driver sends nothing to a device with a fault.
     pub(super) fn send(&mut self) {
         if self.fault.is_some() {
             return;
         }
         self.send_requests();
-        if !self.errands.waiting.is_empty() {
-            self.run_errands();
+        if !self.delegated.waiting.is_empty() {
+            self.progress_delegated();
         }
     }
 
     fn send_requests(&mut self) {
         match self.mode {
             Mode::Attached { .. } => self.send_to_ring(),
-            Mode::Virtqueue if self.may_ask() => {
-                // The queue must be empty for ARM; new requests wait for the ring.
+            Mode::Virtqueue if self.may_attach() => {
+                // The queue must be empty for ARM: new requests wait for the ring.
                 if self.queue.is_empty() {
                     self.attach();
                 }

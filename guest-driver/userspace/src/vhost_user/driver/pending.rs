@@ -7,31 +7,34 @@ use crate::ram::RamArea;
 /// Where a request is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Place {
+    /// In the driver: not sent yet, or to be sent again.
     Waiting,
     Ring,
     Virtqueue,
-    /// Queue 0, or on its way there.
-    FirstQueue,
+    /// Delegated to queue 0.
+    QueueZero,
 }
 
 /// A request that has not ended.
 #[derive(Debug)]
 pub(super) struct Pending {
     pub(super) request: Request,
-    /// The request's buffer, if the driver was given it: the driver keeps it until the request has ended.
+    /// The request's buffer, if the driver owns it: it keeps the buffer until the request has ended.
     buffer: Option<RamArea>,
-    /// The driver keeps this order when it sends requests again.
+    /// The order in which the driver got the requests, which it keeps when it sends them again.
     pub(super) sequence: u64,
+    /// The length of the parts that the device has done.
     pub(super) done_bytes: u32,
     /// The length of the part that was last sent on a virtqueue.
     pub(super) sent_bytes: u32,
+    /// How often the kernel has answered "try again".
     pub(super) retries: u32,
     pub(super) place: Place,
-    /// The user of the queue has left: the driver does not report the end of the request.
+    /// The application has dropped the queue: the driver does not report the end of the request.
     pub(super) is_abandoned: bool,
 }
 
-/// A request that has ended, with its buffer if the driver was given it.
+/// A request that has ended, with its buffer if the driver owned it.
 #[derive(Debug)]
 pub(in super::super) struct Ended {
     pub(in super::super) completion: Completion,
@@ -67,8 +70,8 @@ impl Pending {
         }
     }
 
-    /// The device has done the part that was last sent on a virtqueue. True: nothing is left.
-    pub(super) fn note_sent_done(&mut self) -> bool {
+    /// Notes that the device has done the part that was last sent on a virtqueue. Returns true if nothing is left.
+    pub(super) fn note_part_done(&mut self) -> bool {
         self.done_bytes += std::mem::take(&mut self.sent_bytes);
         self.done_bytes == self.request.len_bytes
     }

@@ -7,7 +7,7 @@ use super::super::config::Geometry;
 use super::super::test_device::{DeviceQueue, Guest};
 use super::*;
 
-/// ATTACH is the second thing that a driver makes available.
+/// ATTACH is the second chain that a driver makes available.
 const ATTACH: u16 = 1;
 const DRAINED: Option<Announcement> = Some(Announcement { epoch: Epoch::new(1), phase: Phase::Drain });
 
@@ -15,7 +15,7 @@ fn read(gpa: u64, user_data: u64) -> Request {
     Request { write: false, offset_bytes: 0, gpa, len_bytes: 4096, durable: false, user_data }
 }
 
-/// The next request that has ended: its number and result.
+/// The next request that has ended: its `user_data` and result.
 fn ended(driver: &mut Driver) -> Option<(u64, i32)> {
     driver.reap().map(|ended| (ended.completion.user_data, ended.completion.res))
 }
@@ -31,17 +31,17 @@ fn running(guest: &Guest) -> (Driver, DeviceQueue) {
 }
 
 #[test]
-fn an_idle_ring_that_is_to_drain_is_drained_at_the_first_look() {
+fn an_idle_ring_that_has_to_drain_is_drained_at_the_first_progress() {
     let guest = Guest::new();
     let (mut driver, device) = running(&guest);
     device.announce(ATTACH, 1, Phase::Drain);
-    // The one interrupt for it has one look for a consequence.
+    // The device sends one interrupt for the announcement, and the application calls `progress` once for it.
     driver.progress();
     assert_eq!(device.acknowledged(ATTACH), DRAINED);
 }
 
 #[test]
-fn what_was_announced_while_interrupts_were_muted_is_seen_before_the_next_sleep() {
+fn the_driver_handles_an_announcement_of_a_muted_ring_when_interrupts_are_on_again() {
     let guest = Guest::new();
     let (mut driver, device) = running(&guest);
     driver.set_muted(true);
@@ -52,13 +52,13 @@ fn what_was_announced_while_interrupts_were_muted_is_seen_before_the_next_sleep(
 }
 
 #[test]
-fn requests_that_a_broken_device_has_keep_their_buffers_and_others_fail() {
+fn requests_that_a_faulty_device_has_keep_their_buffers_and_others_fail() {
     let guest = Guest::new();
     let (mut driver, device) = guest.driver();
     let buffer = guest.memory.allocate(4096).unwrap();
     driver.push(&read(buffer.gpa(), 7), None).unwrap();
     driver.send();
-    device.say_used(9);
+    device.set_used_index(9);
     assert_eq!(ended(&mut driver), None);
     assert!(matches!(driver.fault(), Some(Error::BrokenDevice(_))), "{:?}", driver.fault());
     driver.push(&read(buffer.gpa(), 8), None).unwrap();
@@ -67,13 +67,13 @@ fn requests_that_a_broken_device_has_keep_their_buffers_and_others_fail() {
 }
 
 #[test]
-fn requests_on_a_ring_that_runs_keep_their_buffers_when_the_device_breaks_a_rule() {
+fn requests_on_a_running_ring_keep_their_buffers_when_the_device_violates_the_protocol() {
     let guest = Guest::new();
     let (mut driver, device) = running(&guest);
     let buffer = guest.memory.allocate(4096).unwrap();
     driver.push(&read(buffer.gpa(), 7), None).unwrap();
     driver.send();
-    // Out of turn.
+    // Epoch 5 must not follow epoch 1.
     device.announce(ATTACH, 5, Phase::Open);
     assert_eq!(ended(&mut driver), None);
     assert!(matches!(driver.fault(), Some(Error::BrokenDevice(_))), "{:?}", driver.fault());
@@ -84,15 +84,15 @@ fn requests_on_a_ring_that_runs_keep_their_buffers_when_the_device_breaks_a_rule
 }
 
 #[test]
-fn news_that_came_before_the_driver_saw_a_refusal_let_it_ask_again() {
+fn an_event_between_attach_and_its_refusal_lets_the_driver_ask_again() {
     let guest = Guest::new();
     let (mut driver, mut device) = guest.driver();
     driver.want_ring(|| Ok(guest.attachment())).unwrap();
     device.complete_attach(0, ErrorCode::Mode);
-    guest.news.fetch_add(1, Ordering::Release);
+    guest.event_count.fetch_add(1, Ordering::Release);
     driver.progress();
     assert_eq!((driver.refused(), device.available()), (Some(ErrorCode::Mode), 4), "ARM and ATTACH again");
-    // Without news it does not ask.
+    // Without an event the driver does not ask again.
     device.complete_attach(2, ErrorCode::Mode);
     driver.progress();
     driver.progress();
@@ -103,7 +103,7 @@ fn news_that_came_before_the_driver_saw_a_refusal_let_it_ask_again() {
     assert_eq!(device.available(), 5, "requests go over the virtqueue meanwhile");
 }
 
-/// A guest of a device whose requests have at most so many segments of so many bytes.
+/// A guest of a device with these limits for the segments of a request.
 fn guest_of(segments_max: u32, segment_bytes_max: u32) -> Guest {
     Guest::with(Geometry { segments_max, segment_bytes_max, ..Geometry::read(&[], 0) })
 }
@@ -139,12 +139,12 @@ fn a_request_longer_than_all_segments_is_sent_in_parts_one_after_the_other() {
         assert_eq!(device.available(), part + 1);
         assert_eq!(device.transfer(part), (u64::from(part) * 8192, segments));
         device.complete(part, &[], 0);
-        assert_eq!(ended(&mut driver), None, "the rest, or the flush, is to come");
+        assert_eq!(ended(&mut driver), None, "the rest, or the flush, follows");
     }
-    // One flush, behind the last part.
-    let mut first = guest.device_queue(guest.shared.first().setup().clone());
-    assert_eq!((device.available(), first.available()), (3, 1));
-    first.complete(0, &[], 0);
+    // One flush follows the last part.
+    let mut queue_zero = guest.device_queue_zero();
+    assert_eq!((device.available(), queue_zero.available()), (3, 1));
+    queue_zero.complete(0, &[], 0);
     driver.progress();
     assert_eq!(ended(&mut driver), Some((7, 20480)));
 }
@@ -163,20 +163,20 @@ fn a_request_whose_second_part_fails_fails() {
 }
 
 #[test]
-fn a_request_that_goes_over_queue_0_obeys_the_devices_limits_too() {
+fn a_request_over_queue_0_keeps_to_the_limits_of_the_device() {
     let guest = guest_of(2, 4096);
     let (mut driver, _device) = running(&guest);
-    // No ring takes a buffer across the boundary of two slots.
+    // An SQE cannot name a buffer across the boundary of two slots.
     let gpa = (1 << 30) - 4096;
     driver.push(&Request { len_bytes: 12288, ..read(gpa, 7) }, None).unwrap();
     driver.send();
-    let mut first = guest.device_queue(guest.shared.first().setup().clone());
-    assert_eq!(first.transfer(0), (0, vec![(gpa, 4096), (gpa + 4096, 4096)]));
-    first.complete(0, &[], 0);
+    let mut queue_zero = guest.device_queue_zero();
+    assert_eq!(queue_zero.transfer(0), (0, vec![(gpa, 4096), (gpa + 4096, 4096)]));
+    queue_zero.complete(0, &[], 0);
     driver.progress();
-    assert_eq!((first.available(), first.transfer(1)), (2, (8192, vec![(gpa + 8192, 4096)])));
+    assert_eq!((queue_zero.available(), queue_zero.transfer(1)), (2, (8192, vec![(gpa + 8192, 4096)])));
     assert_eq!(ended(&mut driver), None);
-    first.complete(1, &[], 0);
+    queue_zero.complete(1, &[], 0);
     driver.progress();
     assert_eq!(ended(&mut driver), Some((7, 12288)));
 }

@@ -1,27 +1,27 @@
-//! Sends requests to the ring or the virtqueue, and takes their completions.
+//! Sends reads and writes to the ring or the virtqueue, and takes their completions.
 
 use ringpass_guest_abi::Sqe;
 use ringpass_guest_abi::block_queue::Request;
 use virtio_bindings::virtio_blk::VIRTIO_BLK_S_OK;
 
 use super::super::attachment::Attachment;
-use super::errands::Errand;
+use super::delegated::Delegated;
 use super::pending::Place;
 use super::{Driver, EIO, Ended};
 
-/// How often the kernel may answer "try again" to one request.
+/// How often the kernel may answer "try again" to one request before the driver sends it over queue 0.
 const RETRIES_MAX: u32 = 1000;
 const EAGAIN: i32 = -11;
 const EINTR: i32 = -4;
 const ECANCELED: i32 = -125;
 
-/// Whether a request is on a ring.
+/// Whether the driver has put a request onto a ring.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Placed {
     OnRing,
-    /// There is no room, or no ring.
-    No,
-    /// No ring can take it.
+    /// There is no room, or no ring, at present.
+    NotNow,
+    /// No ring can execute the request.
     Never,
 }
 
@@ -35,11 +35,11 @@ impl Driver {
                 Placed::OnRing => {
                     self.waiting.pop_front();
                 }
-                Placed::No => break,
+                Placed::NotNow => break,
                 Placed::Never => {
                     self.waiting.pop_front();
                     self.publish();
-                    self.detour(id);
+                    self.fall_back(id);
                 }
             }
         }
@@ -49,13 +49,13 @@ impl Driver {
     /// Puts a request onto the ring. The kernel sees it only after [`publish`](Self::publish).
     #[inline]
     pub(super) fn place_on_ring(&mut self, id: usize) -> Placed {
-        let Some(pending) = self.slots[id].as_mut() else { return Placed::No };
-        let Some(attachment) = self.attachment.as_mut() else { return Placed::No };
+        let Some(pending) = self.slots[id].as_mut() else { return Placed::NotNow };
+        let Some(attachment) = self.attachment.as_mut() else { return Placed::NotNow };
         let device = *attachment.device();
         let Request { write, offset_bytes, gpa, len_bytes, durable, .. } = pending.rest();
         let len_bytes = len_bytes.min(device.segment_bytes_max);
         let is_aligned = (gpa | u64::from(len_bytes)) & (u64::from(device.segment_align_bytes) - 1) == 0;
-        // Queue 0 can name memory that rings cannot, and reports what is wrong with a request.
+        // Requests on queue 0 can name memory that SQEs cannot, and the answer reports what is wrong with a request.
         let Some(address) = device.addressing.resolve(gpa, len_bytes).ok().filter(|_| is_aligned) else {
             return Placed::Never;
         };
@@ -67,11 +67,11 @@ impl Driver {
                 pending.place = Place::Ring;
                 Placed::OnRing
             }
-            Some(Err(_)) | None => Placed::No,
+            Some(Err(_)) | None => Placed::NotNow,
         }
     }
 
-    /// Shows the kernel the requests on the ring.
+    /// Publishes the SQ tail, and rings the doorbell if the kernel needs that.
     #[inline]
     pub(super) fn publish(&mut self) {
         if self.attachment.as_mut().and_then(Attachment::ring).is_some_and(|ring| ring.publish()) {
@@ -81,17 +81,17 @@ impl Driver {
 
     pub(super) fn reap_ring(&mut self) {
         while let Some(ended) = self.reap_one_of_ring() {
-            self.done.push_back(ended);
+            self.ended.push_back(ended);
         }
     }
 
-    /// The next request that a completion on the ring ends.
+    /// The next request that ended with a CQE of the ring.
     #[inline]
     pub(super) fn reap_one_of_ring(&mut self) -> Option<Ended> {
         loop {
             let cqe = self.attachment.as_mut().and_then(Attachment::ring)?.reap()?;
             let id = usize::try_from(cqe.user_data).unwrap_or(usize::MAX);
-            // An invented completion must not end a request that is not on the ring.
+            // Anything may be in the CQ: a CQE must not end a request that is not on the ring.
             let Some(Some(pending)) = self.slots.get_mut(id) else { continue };
             if pending.place != Place::Ring {
                 continue;
@@ -104,26 +104,26 @@ impl Driver {
                     None => continue,
                 }
             }
-            self.unfinished(id, cqe.res);
+            self.handle_unfinished(id, cqe.res);
         }
     }
 
     /// Handles a completion that does not end its request.
     #[cold]
-    fn unfinished(&mut self, id: usize, res: i32) {
+    fn handle_unfinished(&mut self, id: usize, res: i32) {
         let Some(Some(pending)) = self.slots.get_mut(id) else { return };
         match res {
             ECANCELED | EAGAIN | EINTR if pending.retries < RETRIES_MAX => {
                 pending.retries += u32::from(res != ECANCELED);
-                self.put_aside(id);
+                self.requeue(id);
             }
             res if res > 0 => {
                 pending.done_bytes += res as u32;
-                self.put_aside(id);
+                self.requeue(id);
             }
-            // The error is not final: the ring may not reach that memory yet, or the broker was killed while the kernel executed
-            // the request. The answer of queue 0 is final.
-            _ => self.detour(id),
+            // The error is not final: the ring may not reach that memory yet, or the broker was killed while the kernel
+            // executed the request. The answer on queue 0 is final.
+            _ => self.fall_back(id),
         }
     }
 
@@ -151,7 +151,7 @@ impl Driver {
             let head = match self.queue.reap() {
                 Ok(Some(head)) => head,
                 Ok(None) => return,
-                Err(error) => return self.break_down(error),
+                Err(error) => return self.set_fault(error),
             };
             let id = std::mem::replace(&mut self.by_head[usize::from(head)], usize::MAX);
             let status = self.requests.status(head);
@@ -159,19 +159,20 @@ impl Driver {
             let Request { len_bytes, durable, write, .. } = pending.request;
             if u32::from(status) != VIRTIO_BLK_S_OK {
                 self.complete(id, EIO);
-            } else if !pending.note_sent_done() {
-                // The device takes no more in one request. The driver sends the rest before all waiting requests.
+            } else if !pending.note_part_done() {
+                // The device takes no more in one request: the driver sends the rest before all waiting requests.
                 pending.place = Place::Waiting;
                 self.waiting.push_front(id);
             } else if durable && write {
-                self.run_errand(Errand::Flush { id });
+                self.delegate(Delegated::Flush { id });
             } else {
                 self.complete(id, len_bytes as i32);
             }
         }
     }
 
-    pub(super) fn put_aside(&mut self, id: usize) {
+    /// Has the driver send a request again.
+    pub(super) fn requeue(&mut self, id: usize) {
         if let Some(pending) = &mut self.slots[id] {
             pending.place = Place::Waiting;
             self.counters.resubmitted += 1;
@@ -181,10 +182,10 @@ impl Driver {
 
     pub(super) fn complete(&mut self, id: usize, res: i32) {
         let ended = self.end(id, res);
-        self.done.extend(ended);
+        self.ended.extend(ended);
     }
 
-    /// Ends a request. `None`: the user that sent it has left; the buffer is free again.
+    /// Ends a request. `None`: the application has dropped the queue; the buffer returns to the allocator.
     #[inline]
     fn end(&mut self, id: usize, res: i32) -> Option<Ended> {
         let pending = self.slots[id].take()?;
@@ -193,33 +194,33 @@ impl Driver {
         Some(pending.end(res)).filter(|_| !is_abandoned)
     }
 
-    /// The user of the queue leaves. The driver drops the requests that it has not sent. It keeps the buffers of the others until
-    /// these requests have ended, and then returns them to the allocator.
+    /// Called when the application drops the queue. The driver discards the requests that it has not sent. It keeps the
+    /// buffers of the others until these requests have ended, and then returns them to the allocator.
     pub(in super::super) fn abandon(&mut self) {
         for pending in self.slots.iter_mut().flatten() {
             pending.is_abandoned = true;
         }
-        self.done.clear();
+        self.ended.clear();
         while let Some(id) = self.waiting.pop_front() {
             self.complete(id, EIO);
         }
-        for errand in std::mem::take(&mut self.errands.waiting) {
-            match errand {
-                Errand::Transfer { id } | Errand::Flush { id } => self.complete(id, EIO),
-                // The user gave the ring up before it left.
-                Errand::Detach => self.errands.waiting.push_back(errand),
+        for delegated in std::mem::take(&mut self.delegated.waiting) {
+            match delegated {
+                Delegated::Fallback { id } | Delegated::Flush { id } => self.complete(id, EIO),
+                // The application detached the queue before it dropped it.
+                Delegated::Detach => self.delegated.waiting.push_back(delegated),
             }
         }
     }
 
-    /// Fails the requests that the device does not have. The device is broken, but it may still execute the others: such a request
-    /// keeps its buffer, and ends only with its completion, if that comes.
+    /// Fails the requests that the device does not have, after a fault of the device. The device may still execute the
+    /// others: such a request keeps its buffer, and ends only if the device completes it.
     pub(super) fn fail_unsent(&mut self) {
         while let Some(id) = self.waiting.pop_front() {
             self.complete(id, EIO);
         }
-        while let Some(errand) = self.errands.waiting.pop_front() {
-            if let Errand::Transfer { id } | Errand::Flush { id } = errand {
+        while let Some(delegated) = self.delegated.waiting.pop_front() {
+            if let Delegated::Fallback { id } | Delegated::Flush { id } = delegated {
                 self.complete(id, EIO);
             }
         }

@@ -1,0 +1,238 @@
+//! Queue 0, which is always a virtqueue: for rare and slow requests, and for requests about other queues.
+
+mod request;
+mod shared;
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use ringpass_guest_abi::probe::{Device, ProbeAnswer};
+use ringpass_guest_abi::request::{DetachPayload, EventAnswer, T_DETACH, T_EVENT, T_PROBE};
+use virtio_bindings::virtio_blk::{
+    VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_WRITE_ZEROES,
+    VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
+};
+
+pub(super) use self::request::{Answer, QueueZeroRequest, RequestId};
+pub(super) use self::shared::SharedQueueZero;
+use super::Error;
+use super::backoff::Backoff;
+use super::config::Geometry;
+use super::memory::Memory;
+use super::requests::{Body, Requests};
+use super::virtqueue::{Virtqueue, Vring};
+
+/// How long a device may take to answer PROBE. After that the driver takes the device for an ordinary disk.
+const PROBE_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// The driver of queue 0. One EVENT is always pending; the requests of all queues come in addition.
+#[derive(Debug)]
+pub(super) struct QueueZero {
+    queue: Virtqueue,
+    requests: Requests,
+    /// The head of the pending EVENT.
+    event: Option<u16>,
+    /// By head: the requests that the device has, except EVENT.
+    pending: BTreeMap<u16, Pending>,
+    /// Answers that the driver has not taken yet. Other requests may already use their heads.
+    answers: BTreeMap<RequestId, Answer>,
+    next_id: u64,
+    /// A request of another queue found no room: that queue tries again when there is room.
+    is_room_wanted: bool,
+    /// Counts the events that the device reported.
+    event_count: Arc<AtomicU64>,
+    /// The other queues, whose users may be waiting for interrupts.
+    other_queues: Vec<Arc<Vring>>,
+}
+
+/// A request that the device has.
+#[derive(Debug)]
+struct Pending {
+    id: RequestId,
+    /// The queue whose user the answer wakes.
+    for_queue: Option<Arc<Vring>>,
+}
+
+impl QueueZero {
+    pub(super) fn new(
+        memory: &Memory,
+        size: u16,
+        geometry: &Geometry,
+        event_count: Arc<AtomicU64>,
+    ) -> Result<Self, Error> {
+        let queue = Virtqueue::new(memory, size)?;
+        let requests = Requests::new(memory, &queue, geometry)?;
+        Ok(Self {
+            queue,
+            requests,
+            event: None,
+            pending: BTreeMap::new(),
+            answers: BTreeMap::new(),
+            next_id: 0,
+            is_room_wanted: false,
+            event_count,
+            other_queues: Vec::new(),
+        })
+    }
+
+    /// From now on, each event of the device wakes the users of these queues.
+    pub(super) fn set_other_queues(&mut self, other_queues: Vec<Arc<Vring>>) {
+        self.other_queues = other_queues;
+    }
+
+    pub(super) fn vring(&self) -> &Arc<Vring> {
+        self.queue.vring()
+    }
+
+    /// Asks the device for its description. `None`: the device is an ordinary disk.
+    pub(super) fn probe(&mut self, patience: Duration) -> Result<Option<Device>, Error> {
+        let Some(head) = self.make_available(T_PROBE, &Body::Payload(&[])) else { return Ok(None) };
+        let id = self.register(head, None);
+        let mut backoff = Backoff::new(patience.min(PROBE_TIMEOUT));
+        let answer = loop {
+            self.reap()?;
+            if let Some(answer) = self.take_answer(id) {
+                break answer;
+            }
+            if !backoff.pause() {
+                self.discard_answer(id);
+                return Ok(None);
+            }
+        };
+        if answer.check("PROBE").is_err() {
+            return Ok(None);
+        }
+        let answer = ProbeAnswer::from_prefix(&answer.bytes);
+        Ok(answer.check().inspect_err(|error| tracing::info!("no rings: {error}")).ok())
+    }
+
+    /// Sends an EVENT, which the device completes to report what concerns queues that no thread looks at.
+    pub(super) fn post_event(&mut self) {
+        if self.event.is_none() {
+            self.event = self.make_available(T_EVENT, &Body::Payload(&[]));
+        }
+    }
+
+    /// Sends a new EVENT: a device that was lost and has no in-flight region may not know the former EVENT.
+    pub(super) fn renew_event(&mut self) {
+        self.event = None;
+        self.post_event();
+    }
+
+    /// Sends a request, and returns the id by which the caller takes the answer later. The answer wakes the user of
+    /// `for_queue`. `None`: there is no room now.
+    pub(super) fn send(&mut self, request: &QueueZeroRequest, for_queue: Option<&Arc<Vring>>) -> Option<RequestId> {
+        let Some(head) = self.make_request_available(request) else {
+            self.is_room_wanted |= for_queue.is_some();
+            return None;
+        };
+        Some(self.register(head, for_queue.cloned()))
+    }
+
+    /// Keeps the answer of the request with this head when it comes.
+    fn register(&mut self, head: u16, for_queue: Option<Arc<Vring>>) -> RequestId {
+        let id = RequestId(self.next_id);
+        self.next_id += 1;
+        self.pending.insert(head, Pending { id, for_queue });
+        id
+    }
+
+    fn make_request_available(&mut self, request: &QueueZeroRequest) -> Option<u16> {
+        match *request {
+            QueueZeroRequest::Flush => self.make_available(VIRTIO_BLK_T_FLUSH, &Body::Empty),
+            QueueZeroRequest::Discard { offset_bytes, len_bytes } => {
+                self.make_available(VIRTIO_BLK_T_DISCARD, &Body::Range(&range(offset_bytes, len_bytes, 0)))
+            }
+            QueueZeroRequest::WriteZeroes { offset_bytes, len_bytes, unmap } => {
+                let flags = if unmap { VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP } else { 0 };
+                self.make_available(VIRTIO_BLK_T_WRITE_ZEROES, &Body::Range(&range(offset_bytes, len_bytes, flags)))
+            }
+            QueueZeroRequest::GetId => self.make_available(VIRTIO_BLK_T_GET_ID, &Body::Payload(&[])),
+            QueueZeroRequest::Detach { queue } => {
+                let payload = DetachPayload { queue: queue.into(), ..DetachPayload::default() }.to_bytes();
+                self.make_available(T_DETACH, &Body::Payload(&payload))
+            }
+            QueueZeroRequest::Transfer { offset_bytes, gpa, len_bytes, is_write } => {
+                let sent = self.requests.transfer(&mut self.queue, offset_bytes, gpa, len_bytes, is_write)?;
+                debug_assert_eq!(sent.len_bytes, len_bytes, "callers send a longer transfer in parts");
+                self.kick();
+                Some(sent.head)
+            }
+        }
+    }
+
+    /// Maximum number of bytes of one read or write on this queue.
+    pub(super) fn transfer_bytes_max(&self) -> u32 {
+        self.requests.transfer_bytes_max()
+    }
+
+    /// The answer to a request, if the device has given it.
+    pub(super) fn take_answer(&mut self, id: RequestId) -> Option<Answer> {
+        self.answers.remove(&id)
+    }
+
+    /// Discards the answer to a request. The request keeps its descriptors until the device completes it.
+    pub(super) fn discard_answer(&mut self, id: RequestId) {
+        self.pending.retain(|_, pending| pending.id != id);
+        self.answers.remove(&id);
+    }
+
+    /// Takes the chains that the device has returned.
+    pub(super) fn reap(&mut self) -> Result<(), Error> {
+        while let Some(head) = self.queue.reap()? {
+            if self.event == Some(head) {
+                self.event = None;
+                self.handle_event(head);
+            } else if let Some(Pending { id, for_queue }) = self.pending.remove(&head) {
+                let answer = Answer { status: self.requests.status(head), bytes: self.requests.answer(head) };
+                self.answers.insert(id, answer);
+                if let Some(vring) = for_queue {
+                    let _ = vring.call().write(1);
+                }
+            }
+            if std::mem::take(&mut self.is_room_wanted) {
+                self.wake_other_queues();
+            }
+        }
+        Ok(())
+    }
+
+    fn handle_event(&mut self, head: u16) {
+        let answer = self.requests.answer(head);
+        // Post the next EVENT before handling this one, so that the driver misses nothing in between.
+        self.post_event();
+        if EventAnswer::from_bytes(answer[..EventAnswer::BYTES].try_into().expect("8 bytes")).events.get() != 0 {
+            self.event_count.fetch_add(1, Ordering::Release);
+            self.wake_other_queues();
+        }
+    }
+
+    pub(super) fn wake_other_queues(&self) {
+        for vring in &self.other_queues {
+            let _ = vring.call().write(1);
+        }
+    }
+
+    fn make_available(&mut self, kind: u32, body: &Body<'_>) -> Option<u16> {
+        let head = self.requests.send(&mut self.queue, kind, body)?;
+        self.kick();
+        Some(head)
+    }
+
+    fn kick(&self) {
+        if self.queue.wants_kick() {
+            self.queue.kick();
+        }
+    }
+}
+
+/// A `struct virtio_blk_discard_write_zeroes` (VIRTIO 1.2, 5.2.6).
+fn range(offset_bytes: u64, len_bytes: u64, flags: u32) -> [u8; 16] {
+    let mut range = [0; 16];
+    range[..8].copy_from_slice(&(offset_bytes / 512).to_le_bytes());
+    range[8..12].copy_from_slice(&u32::try_from(len_bytes / 512).unwrap_or(u32::MAX).to_le_bytes());
+    range[12..].copy_from_slice(&flags.to_le_bytes());
+    range
+}

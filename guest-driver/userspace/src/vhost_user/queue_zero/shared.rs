@@ -1,0 +1,63 @@
+//! Queue 0, as the drivers of all queues and the threads of the application share it.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use super::super::Error;
+use super::super::backoff::Backoff;
+use super::QueueZero;
+use super::request::{Answer, QueueZeroRequest};
+
+/// Queue 0 of a disk under a lock, and the number of its events.
+#[derive(Debug)]
+pub(in super::super) struct SharedQueueZero {
+    queue: Mutex<QueueZero>,
+    event_count: Arc<AtomicU64>,
+    patience: Duration,
+}
+
+impl SharedQueueZero {
+    /// `event_count` is the counter of `queue`.
+    pub(in super::super) fn new(queue: QueueZero, event_count: Arc<AtomicU64>, patience: Duration) -> Self {
+        Self { queue: Mutex::new(queue), event_count, patience }
+    }
+
+    pub(in super::super) fn lock(&self) -> MutexGuard<'_, QueueZero> {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// How long the device may take for an answer.
+    pub(in super::super) fn patience(&self) -> Duration {
+        self.patience
+    }
+
+    /// Sends a request and waits for its answer. Other threads can send requests at the same time.
+    ///
+    /// # Errors
+    ///
+    /// The device fails the request, violates the protocol, or gives no answer in time.
+    pub(in super::super) fn execute(&self, request: &QueueZeroRequest) -> Result<Answer, Error> {
+        let mut backoff = Backoff::new(self.patience);
+        let mut sent = None;
+        loop {
+            {
+                let mut queue = self.lock();
+                queue.reap()?;
+                sent = sent.or_else(|| queue.send(request, None));
+                if let Some(answer) = sent.and_then(|id| queue.take_answer(id)) {
+                    return answer.check(request.name()).map(|()| answer);
+                }
+            }
+            if !backoff.pause() {
+                sent.into_iter().for_each(|id| self.lock().discard_answer(id));
+                return Err(Error::Silent { what: request.name(), patience: self.patience });
+            }
+        }
+    }
+
+    /// How many events the device has reported.
+    pub(in super::super) fn event_count(&self) -> u64 {
+        self.event_count.load(Ordering::Acquire)
+    }
+}
