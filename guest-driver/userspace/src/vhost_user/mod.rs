@@ -1,40 +1,37 @@
 //! A disk behind a vhost-user socket, for a process that is its own guest.
 //!
 //! The process is front-end and driver at the same time: it provides its own RAM, sets up the queues of the device,
-//! requests rings in band (`docs/abi.md`), and reads and writes. Nothing is then between its memory and the host
+//! requests rings in band (`docs/abi.md`), and reads and writes. On a ring, nothing is between its memory and the host
 //! kernel.
 //!
-//! - [`Disk`]: the connection, the RAM, and queue 0 with flush, discard and write zeroes.
+//! - [`Disk`]: the connection, the RAM, and the requests flush, discard and write zeroes.
 //! - [`Queue`]: reads and writes, by polling or by interrupt; one queue for each thread.
+//! - [`ByAddress`]: a queue for requests that name memory by guest-physical address.
 //!
-//! Every wait is limited: if the device is silent for longer than [`Options::patience`], the call fails with
+//! Every wait has a limit: if the device is silent for longer than [`Options::patience`], the call fails with
 //! [`Error::Silent`]. Requests on a [`Queue`] are the exception: they stay in the queue until the device is back, and
 //! the caller of [`Queue::wait`] chooses how long to wait.
 //!
-//! Buffers are [`RamArea`](crate::RamArea)s of the disk's RAM. [`Disk::allocate`] hands them out, and they return when
-//! they are dropped. A queue owns the buffer of a request until the request has ended, and then returns the buffer in
-//! [`Done`]. The disk never hands out a buffer to which a device may still write: not when the buffer's queue is
-//! dropped, not when the device breaks the protocol, and not when the device does not confirm the end of its I/O.
+//! Buffers are [`RamArea`](crate::RamArea)s of the disk's RAM. [`Disk::allocate`] hands them out, and their drop returns
+//! them. A queue owns the buffer of a request until the request has ended, and then returns the buffer in [`Done`]. The
+//! disk never hands out a buffer to which a device may still write: not after the drop of the buffer's queue, not when
+//! the device violates the protocol, and not when the device does not confirm the end of its I/O.
 //!
-//! The private modules: `connection` keeps the device set up, even when the device restarts; `watchdog` ends waits;
-//! `virtqueue`, `requests` and `segments` implement virtio-blk; `attachment` is the ring of a queue with its epochs;
-//! `driver` decides which way each request of a queue goes; `drivers` holds the drivers of the queues that the
-//! application has not taken; `first_queue` is queue 0, which all queues share; `events` is the thread that listens to
-//! queue 0.
+//! The private modules:
 //!
-//! ```no_run
-//! use std::time::Duration;
+//! | module | has |
+//! | --- | --- |
+//! | `connection` | the front-end, which sets the device up, also when the device restarts |
+//! | `watchdog` | the time limits of messages to the device |
+//! | `virtqueue`, `requests`, `segments` | virtio-blk requests on a split virtqueue |
+//! | `attachment` | the rings of a queue and their epochs |
+//! | `driver` | the driver of a queue, which chooses ring, virtqueue or queue 0 for each request |
+//! | `drivers` | the drivers of the queues that the application has not taken |
+//! | `queue_zero` | queue 0, which all queues share |
+//! | `event_thread` | the thread that waits for interrupts of queue 0 |
+//! | `memory` | the RAM, region by region |
 //!
-//! use ringpass_guest::vhost_user::{Disk, Operation, Options};
-//!
-//! let disk = Disk::connect("/run/vm1.sock", Options::default())?;
-//! let mut queue = disk.queue(1)?;
-//! let buffer = disk.allocate(4096)?;
-//! queue.submit(Operation::Read, buffer, 0, 4096, 7).expect("an empty queue has room");
-//! let done = queue.wait(Duration::from_secs(1)).expect("a disk that answers");
-//! assert_eq!((done.tag, done.result?), (7, 4096));
-//! # Ok::<(), Box<dyn std::error::Error>>(())
-//! ```
+//! The documentation of the [crate] has an example.
 
 mod attachment;
 mod backoff;
