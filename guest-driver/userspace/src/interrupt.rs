@@ -1,4 +1,4 @@
-//! Waits for interrupts.
+//! Waits for the interrupt of a device.
 
 use std::io;
 use std::time::{Duration, Instant};
@@ -9,8 +9,8 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::eventfd;
 
-/// Waits until `event`, which does not block, is signalled, and takes all signals. Returns false if none comes within
-/// `timeout`.
+/// Waits until a device signals `event`, which must not block, and takes all signals. Returns false if no signal comes
+/// within `timeout`.
 ///
 /// # Errors
 ///
@@ -19,7 +19,7 @@ pub fn wait_for_interrupt(event: &EventFd, timeout: Duration) -> io::Result<bool
     let start = Instant::now();
     loop {
         let left = timeout.saturating_sub(start.elapsed());
-        // A timeout that the type cannot hold is longer than any program runs.
+        // A timeout that the type cannot hold is longer than a program runs.
         let left = Timespec::try_from(left).unwrap_or(Timespec { tv_sec: i64::MAX, tv_nsec: 0 });
         let mut fds = [PollFd::from_borrowed_fd(eventfd::borrow(event), PollFlags::IN)];
         match poll(&mut fds, Some(&left)) {

@@ -1,9 +1,9 @@
 //! The ringpass guest driver for a process that is its own guest: a container, an application, a test.
 //!
-//! Such a guest has no virtual machine. The process shares RAM with the device (memfds, or files on tmpfs or hugetlbfs).
-//! Both sides name bytes of this RAM by *guest-physical* address, and eventfds take the place of doorbells and
-//! interrupts. The device is `ringpass serve`, another vhost-user-blk device, or a process that embeds the broker. Where
-//! the device offers rings of the host's io_uring, the process gives its requests directly to the host kernel.
+//! Such a guest has no virtual machine. The process shares RAM with the device (memfds, or files on tmpfs or
+//! hugetlbfs). Both sides name bytes of this RAM by *guest-physical* address, and eventfds take the place of doorbells
+//! and interrupts. The device is `ringpass serve`, another vhost-user-blk device, or a process that embeds the broker.
+//! Where the device offers rings of the host's io_uring, the process gives its requests directly to the host kernel.
 //!
 //! # Where things are
 //!

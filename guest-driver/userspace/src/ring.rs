@@ -4,10 +4,10 @@ use ringpass_guest_abi::{Cqe, LayoutError, MappedRing, RingLayout, RingMemory, S
 
 use crate::ram::{AllocateError, RamAllocator, RamArea, mapped_ring};
 
-/// The two areas of one ring, in RAM that this keeps mapped.
+/// The two areas of one ring, in RAM that this value keeps mapped.
 ///
-/// Call [`into_areas`](Self::into_areas) when the ring has ended, to use its areas again. If a `RamRing` is dropped
-/// instead, the allocator does not hand out the bytes of the areas again, because the kernel may still write to them.
+/// Call [`into_areas`](Self::into_areas) when the ring has ended, to use its areas again. After the drop of a
+/// `RamRing`, the allocator does not hand out the bytes of the areas again, because the kernel may still write to them.
 #[derive(Debug)]
 pub struct RamRing {
     ring: MappedRing,
@@ -15,19 +15,19 @@ pub struct RamRing {
     sqes: RamArea,
 }
 
-/// Why areas cannot be used for a ring.
+/// The reason why areas cannot be used for a ring.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum RingError {
-    /// The ring's own layout makes no sense.
-    #[error("the device describes a ring that makes no sense: {0}")]
+    /// The layout of the ring is invalid.
+    #[error("the layout of the ring that the device describes is invalid: {0}")]
     Layout(LayoutError),
-    /// The place that the ring has is not free RAM.
-    #[error("the ring's {what} area has no place: {source}")]
+    /// The place of an area is not free RAM.
+    #[error("the ring's {what} area cannot be at its place: {source}")]
     Place {
         /// `"rings"` or `"SQE"`.
         what: &'static str,
-        /// Why.
+        /// The reason.
         source: AllocateError,
     },
     /// An area is shorter than the layout says.
@@ -37,13 +37,17 @@ pub enum RingError {
         what: &'static str,
         /// Length of the area.
         area_bytes: u64,
-        /// Length that the layout names.
+        /// Length that the layout needs.
         needed_bytes: u64,
     },
 }
 
 impl RamRing {
     /// The ring with this layout in these areas.
+    ///
+    /// # Errors
+    ///
+    /// The layout is invalid, or an area is shorter than the layout says.
     pub fn new(mut rings: RamArea, mut sqes: RamArea, layout: &RingLayout) -> Result<Self, RingError> {
         layout.validate().map_err(RingError::Layout)?;
         let areas = [("rings", &rings, layout.rings_bytes), ("SQE", &sqes, layout.sqes_bytes)];
@@ -68,8 +72,8 @@ impl RamRing {
         &self.sqes
     }
 
-    /// Returns the rings area and the SQE area, which are ordinary areas from now on. The ring must have ended: its
-    /// kernel side has confirmed its end, or never existed.
+    /// Returns the rings area and the SQE area, whose drop returns them to the allocator again. Call this only when the
+    /// ring has ended: the device has confirmed the end, or has never made the ring.
     pub fn into_areas(mut self) -> (RamArea, RamArea) {
         self.rings.take_back();
         self.sqes.take_back();
@@ -78,7 +82,11 @@ impl RamRing {
 }
 
 impl RamAllocator {
-    /// The ring with this layout whose areas the device has placed at these guest-physical addresses.
+    /// The ring with this layout, whose areas the device has placed at these guest-physical addresses.
+    ///
+    /// # Errors
+    ///
+    /// The layout is invalid, or the place of an area is not free.
     pub fn ring(&mut self, rings_gpa: u64, layout: &RingLayout, sqes_gpa: u64) -> Result<RamRing, RingError> {
         layout.validate().map_err(RingError::Layout)?;
         let place = |what| move |source| RingError::Place { what, source };

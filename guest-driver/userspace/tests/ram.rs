@@ -13,9 +13,9 @@ const MIB: u64 = 1 << 20;
 const GIB: u64 = 1 << 30;
 
 #[test]
-fn what_the_guest_writes_is_in_the_file_and_the_other_way_round() {
+fn guest_and_file_show_each_others_writes() {
     let file = memfd(4 * MIB);
-    // As a PC: low memory, a hole, and the rest, which begins elsewhere in the file.
+    // Like a PC: low memory, a hole, and the other memory, which starts elsewhere in the file.
     let regions = [region(MIB, MIB, &file, 2 * MIB), region(0, 0xa_0000, &file, 4096)];
     let ram = map(&regions).unwrap();
     assert_eq!(ram.regions().collect::<Vec<_>>(), [(0, 0xa_0000), (MIB, MIB)]);
@@ -38,7 +38,7 @@ fn what_the_guest_writes_is_in_the_file_and_the_other_way_round() {
 }
 
 #[test]
-fn nothing_outside_an_area_or_a_region_can_be_touched() {
+fn accesses_outside_an_area_or_a_region_are_refused() {
     let (_file, mut allocator) = ram(MIB);
     let mut area = allocator.reserve(4096, 8192).unwrap();
     assert!(area.bytes_mut(0, 8192).is_some());
@@ -56,7 +56,7 @@ fn nothing_outside_an_area_or_a_region_can_be_touched() {
 }
 
 #[test]
-fn regions_that_cannot_be_ram_are_refused_with_the_reason() {
+fn invalid_regions_are_refused_with_the_reason() {
     let file = memfd(MIB);
     let read_only = std::fs::File::open("/dev/zero").unwrap();
     let cases = [
@@ -87,7 +87,7 @@ fn regions_that_cannot_be_ram_are_refused_with_the_reason() {
 }
 
 #[test]
-fn there_is_one_allocator() {
+fn a_second_allocator_is_refused() {
     let (_file, allocator) = ram(MIB);
     let error = allocator.ram().allocator().unwrap_err().to_string();
     assert!(error.contains("already been taken"), "{error}");
@@ -98,7 +98,7 @@ fn an_area_never_crosses_a_slot_or_a_hole() {
     let file = memfd(3 * GIB);
     let regions = [region(0, MIB, &file, 0), region(2 * MIB, 2 * GIB, &file, MIB)];
     let mut allocator = map(&regions).unwrap().allocator().unwrap();
-    // Too long for the low region and for what is left above each slot boundary but the first two.
+    // Too long for the low region and for the part of the last slot.
     let first = allocator.allocate(GIB - 2 * MIB).unwrap();
     let second = allocator.allocate(GIB - MIB).unwrap();
     assert_eq!((first.gpa(), second.gpa()), (2 * MIB, GIB));
@@ -110,11 +110,15 @@ fn an_area_never_crosses_a_slot_or_a_hole() {
     assert!(allocator.reserve(2 * GIB - 4096, 8192).is_err());
     assert_eq!(allocator.allocate(2 * MIB).unwrap().gpa(), 2 * GIB);
     drop((first, second));
-    assert_eq!(allocator.allocate(GIB - 2 * MIB).unwrap().gpa(), 2 * MIB, "what was dropped is handed out again");
+    assert_eq!(
+        allocator.allocate(GIB - 2 * MIB).unwrap().gpa(),
+        2 * MIB,
+        "the allocator hands out a dropped area again"
+    );
 }
 
 #[test]
-fn an_area_starts_where_it_is_wanted_to() {
+fn an_area_has_the_requested_alignment() {
     let (_file, mut allocator) = ram(MIB);
     let first = allocator.allocate(4096).unwrap();
     let aligned = allocator.allocate_aligned(4096, 65536).unwrap();
@@ -128,7 +132,7 @@ fn an_area_starts_where_it_is_wanted_to() {
 }
 
 #[test]
-fn the_areas_of_a_ring_come_back_only_when_it_has_ended() {
+fn the_areas_of_a_ring_are_free_only_after_its_end() {
     let (_file, mut allocator) = ram(MIB);
     drop(allocator.ring(0, &layout(), 4096).unwrap());
     assert_eq!(allocator.free_bytes(), MIB - 8192, "the kernel may still write to them");
@@ -163,7 +167,7 @@ proptest! {
     })]
 
     #[test]
-    fn areas_are_ram_that_nobody_else_has(
+    fn areas_are_ram_and_do_not_overlap(
         requests in prop::collection::vec((any::<bool>(), 0u64..900, 1u64..200_000_000), 1..60),
     ) {
         let file = memfd(4 * GIB);
@@ -195,11 +199,11 @@ fn prop_file() -> proptest::test_runner::FileFailurePersistence {
 }
 
 #[test]
-fn a_ring_in_ram_is_seen_by_who_has_the_file() {
+fn driver_and_device_share_a_ring_through_the_file() {
     let (file, mut allocator) = ram(MIB);
     let ring = allocator.ring(0x1_0000, &layout(), 0x2_0000).unwrap();
     assert_eq!((ring.rings().gpa(), ring.sqes().gpa()), (0x1_0000, 0x2_0000));
-    assert!(allocator.reserve(0x1_0000, 1).is_err(), "the ring's memory must not be handed out again");
+    assert!(allocator.reserve(0x1_0000, 1).is_err(), "the allocator must not hand out the memory of the ring");
     let mut driver = DriverRing::new(ring, layout()).unwrap();
     let address = FixedAddressing { iova_base: 1 << 40 }.resolve(0x3000, 4096).unwrap();
     let sqe = Sqe::read_fixed(address, 4096, 0x7000, 42);
@@ -225,15 +229,18 @@ fn a_ring_in_ram_is_seen_by_who_has_the_file() {
 }
 
 #[test]
-fn a_ring_without_a_place_is_refused() {
+fn a_ring_with_an_invalid_layout_or_place_is_refused() {
     let (_file, mut allocator) = ram(MIB);
     let broken = RingLayout { cq_entries: 3, ..layout() };
     let error = allocator.ring(0, &broken, 4096).unwrap_err().to_string();
     assert!(error.contains("cq_entries is 3"), "{error}");
     let error = allocator.ring(MIB, &layout(), 0).unwrap_err().to_string();
-    assert!(error.contains("the ring's rings area has no place: the 4096 bytes at guest-physical 0x100000"), "{error}");
+    assert!(
+        error.contains("the ring's rings area cannot be at its place: the 4096 bytes at guest-physical 0x100000"),
+        "{error}"
+    );
     let error = allocator.ring(0, &layout(), 0).unwrap_err().to_string();
-    assert!(error.contains("the ring's SQE area has no place"), "{error}");
+    assert!(error.contains("the ring's SQE area cannot be at its place"), "{error}");
     let (rings, sqes) = (allocator.allocate(4096).unwrap(), allocator.allocate(4096).unwrap());
     let long = RingLayout { sqes_bytes: 8192, ..layout() };
     let error = RamRing::new(rings, sqes, &long).unwrap_err();

@@ -193,7 +193,7 @@ impl<'i> Comparison<'i> {
     }
 
     /// Compares the bytes at `disk_offset_bytes` with the next bytes of the input.
-    pub(crate) fn look(&mut self, disk_offset_bytes: u64, bytes: &[u8]) -> Result<()> {
+    pub(crate) fn compare(&mut self, disk_offset_bytes: u64, bytes: &[u8]) -> Result<()> {
         if self.has_ended {
             return Ok(());
         }

@@ -29,7 +29,7 @@ use ringpass_guest::vhost_user::{Disk, Options, RingSize};
 use args::{Arguments, Command};
 use ends::{Comparison, Input, Output};
 use progress::Progress;
-use transfer::{Direction, Range, Transfer, tell_of_rest};
+use transfer::{Direction, Range, Transfer, report_rest};
 use waiting::Notice;
 
 fn main() -> ExitCode {
@@ -121,7 +121,7 @@ fn write(
     );
     let left_bytes = size_bytes - range.offset_bytes;
     if range.len_bytes.is_none() && moved_bytes < left_bytes {
-        tell_of_rest(&arguments.command, input.name(), moved_bytes, left_bytes);
+        report_rest(&arguments.command, input.name(), moved_bytes, left_bytes);
     }
     Ok(())
 }
@@ -132,7 +132,7 @@ fn compare(arguments: &Arguments, transfer: &mut Transfer<'_>, range: Range, inp
     let start_bytes = range.offset_bytes;
     transfer.run(
         range,
-        Direction::FromDisk(&mut |offset, bytes| comparison.look(start_bytes + offset, bytes)),
+        Direction::FromDisk(&mut |offset, bytes| comparison.compare(start_bytes + offset, bytes)),
         &progress,
     )?;
     let (difference, remark) = comparison.finish(range.len_bytes)?;

@@ -40,12 +40,12 @@ impl Progress {
     /// Reports each time that the server was lost and came back.
     pub(crate) fn note_losses(&self, losses: u64) {
         if losses > self.losses.replace(losses) {
-            self.tell("the connection to the server was lost and is restored; the copy continues");
+            self.report("the connection to the server was lost and is restored; the copy continues");
         }
     }
 
     /// Prints a line above the bar.
-    pub(crate) fn tell(&self, line: &str) {
+    pub(crate) fn report(&self, line: &str) {
         self.bar.suspend(|| eprintln!("ringpass-dd: {line}"));
     }
 

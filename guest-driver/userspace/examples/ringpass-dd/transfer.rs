@@ -13,10 +13,10 @@ use crate::interrupt;
 use crate::progress::Progress;
 
 /// Maximum time to sleep before the next check for Ctrl-C.
-const LOOK: Duration = Duration::from_millis(200);
+const CHECK_INTERVAL: Duration = Duration::from_millis(200);
 
 /// The program does not report a shorter pause of the server.
-const UNTOLD: Duration = Duration::from_secs(2);
+const REPORT_AFTER: Duration = Duration::from_secs(2);
 
 /// A range of the disk.
 #[derive(Clone, Copy, Debug)]
@@ -73,7 +73,7 @@ impl Range {
         }
         match (length_bytes, input.map(Input::name), len_bytes) {
             (None, Some(name), Some(bytes)) if bytes < left_bytes => {
-                tell_of_rest(&arguments.command, name, bytes, left_bytes);
+                report_rest(&arguments.command, name, bytes, left_bytes);
             }
             _ => {}
         }
@@ -82,7 +82,7 @@ impl Range {
 }
 
 /// Reports that an input is shorter than the disk.
-pub(crate) fn tell_of_rest(command: &Command, name: &str, bytes: u64, disk_bytes: u64) {
+pub(crate) fn report_rest(command: &Command, name: &str, bytes: u64, disk_bytes: u64) {
     let what = if matches!(command, Command::Write { .. }) { "stay unchanged" } else { "are not compared" };
     eprintln!("ringpass-dd: {name} has {bytes} bytes: the {} bytes of the disk after them {what}", disk_bytes - bytes);
 }
@@ -193,7 +193,7 @@ impl<'d> Transfer<'d> {
         self.moved_bytes = 0;
         // Only waits for the server count, not waits for a pipe.
         let mut silence = Duration::ZERO;
-        let mut has_told = false;
+        let mut has_reported = false;
         loop {
             while !course.is_all_begun && self.begin(&mut course, range, &mut direction)? {}
             if course.is_all_begun && course.oldest == course.next {
@@ -207,12 +207,12 @@ impl<'d> Transfer<'d> {
             if self.moved_bytes > before {
                 progress.moved(self.moved_bytes - before);
                 silence = Duration::ZERO;
-                has_told = false;
+                has_reported = false;
             } else {
                 silence += begin.elapsed();
             }
-            if silence > UNTOLD && !std::mem::replace(&mut has_told, true) {
-                progress.tell(&format!("the server does not answer; waiting up to {} s", self.patience.as_secs()));
+            if silence > REPORT_AFTER && !std::mem::replace(&mut has_reported, true) {
+                progress.report(&format!("the server does not answer; waiting up to {} s", self.patience.as_secs()));
             }
             ensure!(
                 silence < self.patience,
@@ -303,7 +303,7 @@ impl<'d> Transfer<'d> {
         // Nothing can be passed on before the oldest block has ended.
         let is_due = course.early.contains_key(&course.oldest);
         if !is_due && self.wait == WaitArg::Interrupt {
-            let done = queue_of(course.oldest, &mut self.queues).wait(LOOK);
+            let done = queue_of(course.oldest, &mut self.queues).wait(CHECK_INTERVAL);
             done.into_iter().try_for_each(|done| note(done, course, range, self.block_bytes))?;
         }
         let mut is_idle = !is_due;

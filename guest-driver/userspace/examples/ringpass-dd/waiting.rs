@@ -12,7 +12,7 @@ use ringpass_guest::vhost_user::{Disk, Error, Options};
 use crate::interrupt;
 
 /// The program does not report a shorter wait.
-const UNTOLD: Duration = Duration::from_secs(1);
+const REPORT_AFTER: Duration = Duration::from_secs(1);
 /// Pause between two attempts to connect.
 const PAUSE: Duration = Duration::from_millis(50);
 
@@ -24,7 +24,7 @@ const PAUSE: Duration = Duration::from_millis(50);
 pub(crate) fn connect(socket: &Path, options: Options) -> Result<Disk> {
     let begin = Instant::now();
     let patience_s = options.patience.as_secs();
-    let mut has_told = false;
+    let mut has_reported = false;
     loop {
         interrupt::check()?;
         let left = options.patience.saturating_sub(begin.elapsed()).max(PAUSE);
@@ -41,7 +41,7 @@ pub(crate) fn connect(socket: &Path, options: Options) -> Result<Disk> {
                 if matches!(source.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused)
                     && begin.elapsed() < options.patience =>
             {
-                if !std::mem::replace(&mut has_told, true) {
+                if !std::mem::replace(&mut has_reported, true) {
                     let path = socket.display();
                     eprintln!(
                         "ringpass-dd: no process listens on {path} yet; waiting up to {patience_s} s for a server"
@@ -54,14 +54,14 @@ pub(crate) fn connect(socket: &Path, options: Options) -> Result<Disk> {
     }
 }
 
-/// A line that is printed if the value lives longer than [`UNTOLD`].
+/// A line that is printed if the value lives longer than [`REPORT_AFTER`].
 pub(crate) struct Notice(Option<(Sender<()>, JoinHandle<()>)>);
 
 impl Notice {
     pub(crate) fn later(text: String) -> Self {
         let (over, wait) = channel::<()>();
         let thread = thread::Builder::new().name("notice".into()).spawn(move || {
-            if wait.recv_timeout(UNTOLD) == Err(RecvTimeoutError::Timeout) {
+            if wait.recv_timeout(REPORT_AFTER) == Err(RecvTimeoutError::Timeout) {
                 eprintln!("ringpass-dd: {text}");
             }
         });

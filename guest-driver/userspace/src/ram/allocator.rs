@@ -9,8 +9,8 @@ use super::guest_ram::{GuestRam, RamError};
 /// Hands out areas of a guest's RAM that do not overlap, each in one region and one 1 GiB slot, so that one request can
 /// name a whole area ([`ringpass_guest_abi::FixedAddressing`]).
 ///
-/// An area returns to the allocator when it is dropped. Its bytes stay as they are: a new area holds what an earlier
-/// owner left there.
+/// The drop of an area returns it to the allocator. The bytes stay as they are: a new area holds what an earlier owner
+/// wrote there.
 #[derive(Debug)]
 pub struct RamAllocator {
     ram: Arc<GuestRam>,
@@ -20,15 +20,15 @@ pub struct RamAllocator {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum AllocateError {
-    /// An area has at least one byte.
+    /// The length is 0.
     #[error("an area must have at least one byte")]
     Empty,
-    /// Areas start at multiples of a power of two that is at least a page.
+    /// The alignment is not a power of two, or is less than a page.
     #[error(
         "an area cannot start at a multiple of {align_bytes} bytes: the alignment must be a power of two from 4096 on"
     )]
     Alignment {
-        /// The alignment asked for.
+        /// The requested alignment in bytes.
         align_bytes: u64,
     },
     /// No free piece of RAM is long enough.
@@ -38,11 +38,11 @@ pub enum AllocateError {
          or smaller ones, or give the guest more RAM"
     )]
     NoRoom {
-        /// Bytes asked for.
+        /// The requested length.
         len_bytes: u64,
-        /// What the start must be a multiple of.
+        /// The requested alignment.
         align_bytes: u64,
-        /// Free bytes in all.
+        /// Number of free bytes in total.
         free_bytes: u64,
         /// Length of the longest free piece.
         longest_bytes: u64,
@@ -53,9 +53,9 @@ pub enum AllocateError {
          1 GiB slots, or in use"
     )]
     NotFree {
-        /// First byte asked for.
+        /// First byte of the range, guest-physical.
         gpa: u64,
-        /// Bytes asked for.
+        /// Length of the range.
         len_bytes: u64,
     },
 }
@@ -91,12 +91,12 @@ impl GuestRam {
 }
 
 impl RamAllocator {
-    /// The RAM that is handed out.
+    /// The RAM of which this allocator hands out areas.
     pub fn ram(&self) -> &Arc<GuestRam> {
         &self.ram
     }
 
-    /// Free bytes, which need not lie in one piece.
+    /// Number of free bytes, which need not lie in one piece.
     pub fn free_bytes(&self) -> u64 {
         self.ram.free().free_bytes()
     }
@@ -133,8 +133,7 @@ impl RamAllocator {
         Ok(RamArea::new(self.ram.clone(), gpa, page_bytes))
     }
 
-    /// The area of `len_bytes` bytes (rounded up to whole pages) at `gpa`, for a place that the device or the caller
-    /// chose.
+    /// The area of `len_bytes` bytes (rounded up to whole pages) at `gpa`, which the device or the caller chose.
     ///
     /// # Errors
     ///

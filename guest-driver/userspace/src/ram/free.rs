@@ -21,7 +21,7 @@ struct Piece {
 }
 
 impl FreeRam {
-    /// All of these regions, each with its guest-physical address and its length, is free.
+    /// Everything is free in these regions, each of which has a guest-physical address and a length.
     pub(super) fn new(regions: impl Iterator<Item = (u64, u64)>) -> Self {
         let mut pieces = Vec::new();
         for (mut gpa, len_bytes) in regions {
@@ -59,7 +59,7 @@ impl FreeRam {
         Some(gpa)
     }
 
-    /// Takes a range. False, and nothing is taken, if it is not free.
+    /// Takes a range. Returns false, and takes nothing, if the range is not free.
     pub(super) fn take_at(&mut self, gpa: u64, len_bytes: u64) -> bool {
         let Some(end) = gpa.checked_add(len_bytes) else { return false };
         let Some(piece) = self.pieces.iter_mut().find(|piece| piece.whole.contains(&gpa)) else { return false };
@@ -70,7 +70,7 @@ impl FreeRam {
         is_free
     }
 
-    /// Takes back what was taken.
+    /// Returns a range that was taken.
     pub(super) fn give_back(&mut self, gpa: u64, len_bytes: u64) {
         if let Some(piece) = self.pieces.iter_mut().find(|piece| piece.whole.contains(&gpa)) {
             piece.free.insert(gpa..gpa + len_bytes);

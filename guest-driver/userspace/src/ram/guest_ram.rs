@@ -62,7 +62,7 @@ pub enum RamError {
     Overlap {
         /// Start of the lower region.
         lower_gpa: u64,
-        /// Its length.
+        /// Length of the lower region.
         lower_len_bytes: u64,
         /// Start of the upper region.
         upper_gpa: u64,
@@ -74,19 +74,19 @@ pub enum RamError {
     FileTooShort {
         /// Start of the region.
         gpa: u64,
-        /// Where it ends in the file.
+        /// End of the region in the file.
         end_bytes: u64,
         /// Length of the file.
         file_bytes: u64,
     },
-    /// The kernel refuses.
+    /// The kernel refuses to map a region.
     #[error("cannot map the region of {len_bytes:#x} bytes at guest-physical {gpa:#x}: {source}")]
     Map {
         /// Start of the region.
         gpa: u64,
-        /// Its length.
+        /// Length of the region.
         len_bytes: u64,
-        /// The kernel's reason.
+        /// The kernel's error.
         source: io::Error,
     },
     /// The only allocator of this RAM has been taken.

@@ -5,7 +5,7 @@ use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_SIZE_MAX, VIRTIO_BLK_F_WRITE_ZEROES,
 };
 
-/// The space up to `write_zeroes_may_unmap` and its padding.
+/// Length of the configuration space up to `write_zeroes_may_unmap` and its padding.
 pub(super) const BYTES: usize = 60;
 
 /// The features that this driver knows.
@@ -24,24 +24,24 @@ pub(super) const FEATURES: u64 = 1 << VIRTIO_BLK_F_BLK_SIZE
 pub struct Geometry {
     /// Size in bytes.
     pub size_bytes: u64,
-    /// What positions and lengths are multiples of, in bytes.
+    /// Positions and lengths are multiples of this number of bytes.
     pub logical_block_bytes: u32,
-    /// No writes.
+    /// The disk refuses writes.
     pub is_read_only: bool,
-    /// Completed writes may be in a volatile cache until a flush.
+    /// A completed write may be lost in a power failure before a flush.
     pub has_write_cache: bool,
-    /// Most bytes of one discard. 0: the device does not discard.
+    /// Maximum length of one discard in bytes. 0: the device does not discard.
     pub discard_bytes_max: u64,
-    /// Most bytes of zeroes in one request. 0: the device does not write zeroes.
+    /// Maximum length of one "write zeroes" request in bytes. 0: the device does not write zeroes.
     pub write_zeroes_bytes_max: u64,
-    /// Most bytes of one segment of data on a virtqueue.
+    /// Maximum length of one data segment on a virtqueue in bytes.
     pub(super) segment_bytes_max: u32,
-    /// Most segments of data in one request. A device that does not say takes one, as in Linux's driver.
+    /// Maximum number of data segments in one request: 1 if the device gives none, as in Linux's driver.
     pub(super) segments_max: u32,
 }
 
 impl Geometry {
-    /// What is missing at the end of `space` is zero.
+    /// Reads the configuration space. Bytes behind the end of `space` count as zero.
     pub(super) fn read(space: &[u8], features: u64) -> Self {
         let number = |offset: usize, bytes: usize| {
             (0..bytes).rev().fold(0_u64, |sum, n| sum << 8 | u64::from(space.get(offset + n).copied().unwrap_or(0)))
@@ -70,7 +70,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn fields_count_only_with_their_features() {
+    fn the_driver_reads_only_fields_whose_features_are_negotiated() {
         let mut space = [0; BYTES];
         space[..8].copy_from_slice(&2048_u64.to_le_bytes());
         space[8..12].copy_from_slice(&65536_u32.to_le_bytes());

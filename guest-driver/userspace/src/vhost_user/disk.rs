@@ -28,12 +28,12 @@ const RAM_GPA: u64 = 1 << 20;
 
 /// A disk behind a vhost-user socket, for a process that is its own guest.
 ///
-/// If the device is gone, the driver tries to reconnect until the device is back; requests stay in their queues and
+/// If the device is gone, the driver tries to reconnect until the device is back. Requests stay in their queues and
 /// continue then. All other calls fail when the device is silent for longer than [`Options::patience`].
 ///
-/// [`close`](Self::close) and the drop stop the queues, and wait for the end of their I/O for the same time. If the
-/// device does not confirm the end, it keeps the files of the driver's RAM, so that it cannot overwrite other memory of
-/// this process later. This does not protect [added memory](Self::add_foreign_memory).
+/// [`close`](Self::close) and the drop stop the queues, and wait at most [`Options::patience`] for the end of their
+/// I/O. A device that does not confirm the end keeps the files of the driver's RAM, so that it cannot overwrite other
+/// memory of this process later. It may still overwrite [added memory](Self::add_foreign_memory).
 #[derive(Debug)]
 pub struct Disk {
     // The drop order: first the event thread ends, then the connection stops the queues, then the memory is freed.
@@ -54,7 +54,7 @@ impl Disk {
     ///
     /// # Errors
     ///
-    /// No process serves there, the device lacks a feature that this driver needs, or memory cannot be allocated.
+    /// No process serves at `path`, the device lacks a feature that this driver needs, or there is no memory.
     pub fn connect(path: impl AsRef<Path>, options: Options) -> Result<Self, Error> {
         let offer = Offer::new(path.as_ref(), &options, FEATURES)?;
         let geometry = Geometry::read(&offer.config, offer.features());
@@ -116,18 +116,18 @@ impl Disk {
         self.queue_count
     }
 
-    /// How often the device was lost and found again.
+    /// How often the connection was lost and restored.
     pub fn reconnects(&self) -> u64 {
         self.connection.reconnects()
     }
 
-    /// Takes queue `index`, from 1 on. [`Options::way`] says how it is executed. The queue can be taken again when the
-    /// [`Queue`] was dropped, and when this call has failed.
+    /// Takes queue `index`, from 1 on. [`Options::way`] says how the device executes it. The application can take the
+    /// queue again after the drop of the [`Queue`], and after this call has failed.
     ///
     /// # Errors
     ///
-    /// There is no such queue, or another [`Queue`] for it exists; the options insist on a ring and the device gives
-    /// none, or there is no memory for it.
+    /// There is no such queue, another [`Queue`] for it exists, the options demand a ring and the device gives none, or
+    /// there is no memory for a ring.
     pub fn queue(&self, index: u16) -> Result<Queue, Error> {
         let mut driver = self.drivers.take(index).ok_or(Error::NoQueue { index, count: self.queue_count })?;
         match self.options.way {
@@ -154,54 +154,54 @@ impl Disk {
         driver.want_ring(|| Attachment::new(&self.memory, device, size))
     }
 
-    /// Allocates a buffer in the driver's RAM: at least `len_bytes` bytes, in whole pages, with whatever an earlier
-    /// buffer left there. The buffer returns to the RAM when it is dropped. A buffer that was
-    /// [submitted](Queue::submit) belongs to its queue until its request has ended, even if the queue is dropped
-    /// before.
+    /// Allocates a buffer in the driver's RAM: at least `len_bytes` bytes, in whole pages, which an earlier buffer may
+    /// have written. The drop of the buffer returns it to the RAM. A [submitted](Queue::submit) buffer belongs to its
+    /// queue until its request has ended, also if the application drops the queue before.
     ///
     /// # Errors
     ///
-    /// No piece of the RAM is free that is long enough: the error says how much is free.
+    /// No free piece of the RAM is long enough: the error says how much is free.
     pub fn allocate(&self, len_bytes: u64) -> Result<RamArea, Error> {
-        self.or_after_progress(|| self.memory.allocate(len_bytes))
+        self.retry_after_progress(|| self.memory.allocate(len_bytes))
     }
 
     /// Allocates a buffer in the region at `gpa`.
     ///
     /// # Errors
     ///
-    /// There is no such region, or no piece of it is free that is long enough.
+    /// There is no such region, or no free piece of it is long enough.
     pub fn allocate_in(&self, gpa: u64, len_bytes: u64) -> Result<RamArea, Error> {
-        self.or_after_progress(|| self.memory.allocate_in(gpa, len_bytes))
+        self.retry_after_progress(|| self.memory.allocate_in(gpa, len_bytes))
     }
 
-    /// Queues that were dropped may hold buffers whose requests have ended meanwhile.
-    fn or_after_progress(&self, allocate: impl Fn() -> Result<RamArea, Error>) -> Result<RamArea, Error> {
+    /// Allocates. If there is no room, tries once more after it has freed the buffers that dropped queues keep and
+    /// whose requests have ended meanwhile.
+    fn retry_after_progress(&self, allocate: impl Fn() -> Result<RamArea, Error>) -> Result<RamArea, Error> {
         allocate().or_else(|_| {
             self.drivers.progress();
             allocate()
         })
     }
 
-    /// Free bytes of the driver's RAM, which need not lie in one piece.
+    /// Number of free bytes of the driver's RAM, which need not lie in one piece.
     pub fn free_bytes(&self) -> u64 {
         self.memory.free_bytes()
     }
 
-    /// Adds a region of RAM while the queues run. Requests may name it when this returns; rings reach it a little
-    /// later, and until then such requests go over queue 0.
+    /// Adds a region of RAM while the queues run. Requests may name it when this returns. Rings reach it a little
+    /// later: until then the driver sends such requests over queue 0.
     ///
     /// # Errors
     ///
-    /// It overlaps another or one that was removed and has buffers in use, or the device refuses it.
+    /// The region overlaps another region, or a removed region that has buffers in use, or the device refuses it.
     pub fn add_memory(&self, gpa: u64, len_bytes: u64) -> Result<(), Error> {
         self.connection.add_region(|memory| memory.add(gpa, len_bytes))
     }
 
     /// Adds the first `len_bytes` bytes of a file that others use, too (the RAM of a virtual machine, a buffer pool): a
-    /// memfd, or a file on tmpfs or hugetlbfs, open for reading and writing. The driver allocates nothing from it;
-    /// requests name it by address. While there are rings, the device pins it like the other regions, and no process
-    /// may discard pages of it.
+    /// memfd, or a file on tmpfs or hugetlbfs, open for reading and writing. The driver allocates nothing from it:
+    /// requests name it [by address](Queue::by_address). While there are rings, the device pins it like the other
+    /// regions, and no process may discard pages of it.
     ///
     /// # Errors
     ///
@@ -224,7 +224,7 @@ impl Disk {
     ///
     /// # Errors
     ///
-    /// The disk failed, or the device is silent.
+    /// The disk fails, or the device is silent.
     pub fn flush(&self) -> Result<(), Error> {
         if self.geometry.has_write_cache { self.queue_zero.execute(&QueueZeroRequest::Flush).map(drop) } else { Ok(()) }
     }
@@ -244,7 +244,7 @@ impl Disk {
         )
     }
 
-    /// Writes zeroes to the range; with `unmap` the device may free the space.
+    /// Writes zeroes to the range. With `unmap` the device may free the space.
     ///
     /// # Errors
     ///
@@ -256,6 +256,7 @@ impl Disk {
         })
     }
 
+    /// Executes requests of at most `max_bytes` until the range is done.
     fn in_pieces(
         &self,
         what: &'static str,
@@ -280,13 +281,13 @@ impl Disk {
     ///
     /// # Errors
     ///
-    /// The device does not tell it.
+    /// The device does not report it, or is silent.
     pub fn serial(&self) -> Result<String, Error> {
         Ok(self.queue_zero.execute(&QueueZeroRequest::GetId)?.serial())
     }
 
-    /// Replaces the eventfd for the interrupts of queue `index`, as machines do when they move interrupts. A thread
-    /// that waits for an interrupt does not notice.
+    /// Replaces the eventfd for the interrupts of queue `index`, like a machine that moves an interrupt. A thread that
+    /// waits in [`Queue::wait`] continues to wait, on the new eventfd.
     ///
     /// # Errors
     ///
@@ -298,13 +299,13 @@ impl Disk {
         self.connection.renew_call(index.into())
     }
 
-    /// Reconnects. Call this if you know that another process serves the disk now: a device that was killed while its
-    /// I/O hangs does not close its connection before the I/O has ended.
+    /// Reconnects. Call this if another process serves the disk now: a process that was killed while its I/O hangs
+    /// closes the connection only when the I/O has ended.
     pub fn reconnect(&self) {
         self.connection.cut();
     }
 
-    /// Stops all queues and disconnects from the device. Requests that were not sent yet are never executed.
+    /// Stops all queues and disconnects from the device. Requests that the driver has not sent are never executed.
     ///
     /// # Errors
     ///

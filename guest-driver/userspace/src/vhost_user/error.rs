@@ -43,7 +43,7 @@ pub enum Error {
          the memory that it was given"
     )]
     NotStopped {
-        /// Why there is no confirmation.
+        /// The reason why there is no confirmation.
         why: String,
     },
     /// The device lacks a feature that this driver needs.
@@ -65,7 +65,7 @@ pub enum Error {
     /// An error of guest RAM.
     #[error(transparent)]
     Ram(#[from] RamError),
-    /// Guest RAM is used up.
+    /// Guest RAM has no room.
     #[error(transparent)]
     Allocate(#[from] AllocateError),
     /// There is no region at that address.
@@ -87,17 +87,17 @@ pub enum Error {
          buffers in it are in use: drop these buffers first"
     )]
     RegionInUse {
-        /// Where it was to be.
+        /// Address of the new region.
         gpa: u64,
-        /// Its length.
+        /// Length of the new region.
         len_bytes: u64,
-        /// The region that was removed.
+        /// Address of the removed region.
         other_gpa: u64,
     },
     /// The device executed a request with an error.
     #[error("the device failed a {what} request (status {status}: {})", status_name(*status))]
     Status {
-        /// The request.
+        /// The name of the request.
         what: &'static str,
         /// `VIRTIO_BLK_S_*`.
         status: u8,

@@ -12,10 +12,10 @@
 //! [`Error::Silent`]. Requests on a [`Queue`] are the exception: they stay in the queue until the device is back, and
 //! the caller of [`Queue::wait`] chooses how long to wait.
 //!
-//! Buffers are [`RamArea`](crate::RamArea)s of the disk's RAM. [`Disk::allocate`] hands them out, and their drop returns
-//! them. A queue owns the buffer of a request until the request has ended, and then returns the buffer in [`Done`]. The
-//! disk never hands out a buffer to which a device may still write: not after the drop of the buffer's queue, not when
-//! the device violates the protocol, and not when the device does not confirm the end of its I/O.
+//! Buffers are [`RamArea`](crate::RamArea)s of the disk's RAM. [`Disk::allocate`] hands them out, and their drop
+//! returns them. A queue owns the buffer of a request until the request has ended, and then returns the buffer in
+//! [`Done`]. The disk never hands out a buffer to which a device may still write: not after the drop of the buffer's
+//! queue, not when the device violates the protocol, and not when the device does not confirm the end of its I/O.
 //!
 //! The private modules:
 //!

@@ -4,14 +4,14 @@ use std::time::Duration;
 
 use super::RingSize;
 
-/// How the device executes queues.
+/// The way in which the device executes queues.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub enum Way {
     /// As rings of the host's io_uring if the device offers them, otherwise as virtqueues.
     #[default]
     Auto,
-    /// As rings; if the device offers none, the call fails.
+    /// As rings. If the device offers none, [`Disk::queue`](super::Disk::queue) fails.
     Ring,
     /// As virtqueues.
     Virtqueue,
@@ -24,21 +24,23 @@ pub struct Options {
     /// Size of the RAM that the driver creates and offers to the device, in bytes. The device pins all of it while
     /// there are rings.
     pub memory_bytes: u64,
-    /// Number of queues in addition to queue 0; fewer if the device has fewer.
+    /// Number of queues in addition to queue 0. The disk has fewer if the device has fewer.
     pub queues: u16,
-    /// Number of descriptors of each virtqueue: a power of two, 16 to 32768. A third of that number of requests can be
-    /// outstanding.
+    /// Number of descriptors of each virtqueue: a power of two, 16 to 32768. At most a third of this number of requests
+    /// can be outstanding on a queue.
     pub queue_size: u16,
     /// Sizes of the rings.
     pub ring: RingSize,
-    /// How the device executes queues.
+    /// The way in which the device executes queues.
     pub way: Way,
-    /// Keep an in-flight region, in which the device records the requests that it has taken. Without it, requests on
-    /// virtqueues can be lost or executed twice when the device is killed; requests on rings cannot.
+    /// Whether to keep an in-flight region, in which the device records the requests that it has taken. Without it,
+    /// requests on virtqueues can be lost or executed twice if a device is killed. Requests on rings are safe without
+    /// it.
     pub inflight: bool,
     /// How long the device may take to answer before a call fails: while connecting (the device may have another
     /// front-end), until a queue is a ring (pinning takes half a second for each GiB of memory), for flush and similar
-    /// requests, for changes of memory, and when the disk is dropped. Requests on queues have no such limit.
+    /// requests, for changes of memory, and for the stop in the drop of the disk. Requests on queues have no such
+    /// limit.
     pub patience: Duration,
 }
 

@@ -10,7 +10,7 @@ use super::virtqueue::{Buffer, Virtqueue};
 use crate::ram::RamArea;
 
 /// The bytes of one request's place: header and payload, answer, and status.
-const SLOT_BYTES: u64 = 512;
+const PLACE_BYTES: u64 = 512;
 const ANSWER_OFFSET: u64 = 256;
 pub(super) const ANSWER_BYTES: u32 = 128;
 const STATUS_OFFSET: u64 = 511;
@@ -48,7 +48,7 @@ impl Requests {
     pub(super) fn new(memory: &Memory, queue: &Virtqueue, geometry: &Geometry) -> Result<Self, Error> {
         let size = queue.vring().size;
         let segments = Segments::new(geometry, size)?;
-        let mut area = memory.allocate(SLOT_BYTES * u64::from(size))?;
+        let mut area = memory.allocate(PLACE_BYTES * u64::from(size))?;
         // The device uses the area for as long as the connection lasts.
         area.lend();
         Ok(Self { area, segments })
@@ -89,7 +89,7 @@ impl Requests {
     ) -> Option<(u64, Buffer)> {
         // The place belongs to the head of the chain. The queue chooses the head only when it makes the chain, but the
         // chain names the place: so take the place of the head that the queue chooses next.
-        let at = u64::from(queue.next_head(buffers)?) * SLOT_BYTES;
+        let at = u64::from(queue.next_head(buffers)?) * PLACE_BYTES;
         let mut header = [0; HEADER_BYTES];
         header[..4].copy_from_slice(&kind.to_le_bytes());
         header[8..].copy_from_slice(&(offset_bytes / 512).to_le_bytes());
@@ -130,14 +130,14 @@ impl Requests {
     /// The status of a request whose chain the device has returned.
     pub(super) fn status(&self, head: u16) -> u8 {
         let mut status = [NO_STATUS];
-        self.area.read(u64::from(head) * SLOT_BYTES + STATUS_OFFSET, &mut status);
+        self.area.read(u64::from(head) * PLACE_BYTES + STATUS_OFFSET, &mut status);
         status[0]
     }
 
     /// The answer of such a request. Bytes that the device did not write are zero.
     pub(super) fn answer(&self, head: u16) -> [u8; ANSWER_BYTES as usize] {
         let mut answer = [0; ANSWER_BYTES as usize];
-        self.area.read(u64::from(head) * SLOT_BYTES + ANSWER_OFFSET, &mut answer);
+        self.area.read(u64::from(head) * PLACE_BYTES + ANSWER_OFFSET, &mut answer);
         answer
     }
 }

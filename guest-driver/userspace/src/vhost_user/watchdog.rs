@@ -158,7 +158,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_wait_ends_exactly_when_its_time_is_up() {
+    fn a_wait_ends_when_its_time_is_up_and_not_before() {
         let watchdog = Watchdog::start().unwrap();
         let (mut ours, theirs) = UnixStream::pair().unwrap();
         let watch = watchdog.watch(&ours, Duration::from_secs(600)).unwrap();
@@ -171,7 +171,7 @@ mod tests {
     }
 
     #[test]
-    fn a_conversation_is_not_cut_after_its_watch() {
+    fn the_watchdog_does_not_cut_a_conversation_after_its_watch() {
         let watchdog = Watchdog::start().unwrap();
         let (mut ours, theirs) = UnixStream::pair().unwrap();
         drop(watchdog.watch(&ours, Duration::from_millis(1)).unwrap());

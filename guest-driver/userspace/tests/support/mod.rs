@@ -22,8 +22,7 @@ pub(crate) fn region(gpa: u64, len_bytes: u64, file: &File, offset_bytes: u64) -
 }
 
 pub(crate) fn map(regions: &[RamRegion<'_>]) -> Result<Arc<GuestRam>, RamError> {
-    // SAFETY: the tests' files keep their length, and what stands for the device touches a buffer only while a request
-    // in flight names it.
+    // SAFETY: the tests' files keep their length, and no test accesses bytes through the file while it borrows them.
     unsafe { GuestRam::map(regions) }.map(Arc::new)
 }
 

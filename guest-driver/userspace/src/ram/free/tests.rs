@@ -72,7 +72,7 @@ enum Step {
         page: u64,
         pages: u64,
     },
-    /// Returns one of the areas that are out.
+    /// Returns one of the taken areas.
     Return {
         choice: usize,
     },
@@ -93,7 +93,7 @@ proptest! {
         let mut free = FreeRam::new(REGIONS.into_iter());
         let mut model = Pages::new();
         let all_bytes = model.free_bytes();
-        let mut out = Vec::new();
+        let mut taken = Vec::new();
         for step in steps {
             match step {
                 Step::Allocate { pages, align_pages_log2 } => {
@@ -102,7 +102,7 @@ proptest! {
                     prop_assert_eq!(found, model.first(len_bytes, align_bytes));
                     if let Some(gpa) = found {
                         model.set(gpa, len_bytes, false);
-                        out.push((gpa, len_bytes));
+                        taken.push((gpa, len_bytes));
                     }
                 }
                 Step::Reserve { page, pages } => {
@@ -111,12 +111,12 @@ proptest! {
                     prop_assert_eq!(is_taken, model.is_free(gpa, len_bytes));
                     if is_taken {
                         model.set(gpa, len_bytes, false);
-                        out.push((gpa, len_bytes));
+                        taken.push((gpa, len_bytes));
                     }
                 }
                 Step::Return { choice } => {
-                    if !out.is_empty() {
-                        let (gpa, len_bytes) = out.swap_remove(choice % out.len());
+                    if !taken.is_empty() {
+                        let (gpa, len_bytes) = taken.swap_remove(choice % taken.len());
                         free.give_back(gpa, len_bytes);
                         model.set(gpa, len_bytes, true);
                     }
@@ -125,11 +125,11 @@ proptest! {
             prop_assert_eq!(free.free_bytes(), model.free_bytes());
             prop_assert_eq!(free.longest_bytes(), model.longest_bytes());
         }
-        for (gpa, len_bytes) in out {
+        for (gpa, len_bytes) in taken {
             free.give_back(gpa, len_bytes);
         }
         prop_assert_eq!(free.free_bytes(), all_bytes);
-        // In as few pieces as at the beginning: a whole slot of a region can be handed out again.
+        // The free RAM is in as few pieces as at the beginning: an area can have a whole slot of a region again.
         prop_assert_eq!(free.ranges().count(), 4);
     }
 }
