@@ -309,7 +309,8 @@ mod tests {
         for path in programs.map(|entry| entry.expect("a directory entry").path()) {
             let name = path.file_stem().and_then(OsStr::to_str).expect("a name in ASCII");
             // The harness's own tests: under it, a fault that swallows failures would swallow theirs too.
-            if path.extension() == Some(OsStr::new("rs")) && name != "harness_skips" {
+            let is_program = path.extension() == Some(OsStr::new("rs")) || path.join("main.rs").exists();
+            if is_program && name != "harness_skips" {
                 let entry = format!("[[test]]\nname = \"{name}\"\nharness = false\n");
                 assert!(manifest.contains(&entry), "tests/Cargo.toml lacks this:\n{entry}");
                 count += 1;

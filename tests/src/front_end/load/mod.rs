@@ -4,14 +4,12 @@
 //! back-end: each write has its own content, and a block belongs to one request at a time.
 
 mod model;
+mod options;
+mod request;
 mod running;
 mod written;
 
-use std::{
-    fs::File,
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::{fs::File, sync::Arc, time::Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use virtio_bindings::virtio_blk::{
@@ -20,122 +18,22 @@ use virtio_bindings::virtio_blk::{
 };
 use vm_memory::{Bytes, GuestAddress};
 
+use self::request::{CONTROL_BYTES, MAX_SEGMENTS, Operation, Request, Slot, segments};
 pub use self::{
     model::{BLOCK_BYTES, Model},
+    options::LoadOptions,
     running::RunningLoad,
     written::{Period, WrittenPages},
 };
 use super::{
     blk::{HEADER_BYTES, NO_STATUS, SECTOR_BYTES, header, range},
-    descriptor::{DESCRIPTOR_BYTES, Descriptor},
+    descriptor::Descriptor,
     ram::Arena,
     vring::DriverVring,
 };
-use crate::seed::Seed;
 
-/// The most data descriptors of one request.
-const MAX_SEGMENTS: usize = 4;
 /// Room behind a buffer, for buffers that begin at an odd address.
 const SLACK_BYTES: u64 = 512;
-
-/// What a load does.
-#[derive(Debug, Clone, Copy)]
-pub struct LoadOptions {
-    /// Block of the disk at which its area begins. No other load may use the area.
-    pub first_block: u64,
-    /// Length of the area in blocks.
-    pub blocks: u64,
-    /// Requests at once.
-    pub depth: usize,
-    /// The most blocks of one request.
-    pub max_blocks: usize,
-    /// How many in a hundred requests are writes.
-    pub write_percent: u8,
-    /// How many in a hundred requests write zeroes. The device must have the feature.
-    pub write_zeroes_percent: u8,
-    /// How many in a hundred requests flush. The device must have the feature.
-    pub flush_percent: u8,
-    /// Whether every other request has its descriptors in a table of its own.
-    pub indirect: bool,
-    /// Whether every other buffer begins at an odd address.
-    pub unaligned: bool,
-    /// Whether the load waits for completions by looking at the ring rather than for the call eventfd.
-    pub spin: bool,
-    /// The load fails if nothing completes for this long.
-    pub patience: Duration,
-    /// The source of all choices and contents.
-    pub seed: Seed,
-}
-
-impl LoadOptions {
-    /// Half writes, up to 4 blocks each, with interrupts.
-    pub fn new(first_block: u64, blocks: u64, depth: usize, seed: Seed) -> Self {
-        Self {
-            first_block,
-            blocks,
-            depth,
-            max_blocks: 4,
-            write_percent: 50,
-            write_zeroes_percent: 0,
-            flush_percent: 0,
-            indirect: false,
-            unaligned: false,
-            spin: false,
-            patience: Duration::from_secs(40),
-            seed,
-        }
-    }
-
-    /// How much RAM its buffers take.
-    pub fn buffer_bytes(&self) -> u64 {
-        let slot = self.max_blocks as u64 * BLOCK_BYTES + SLACK_BYTES + 2 * 4096;
-        self.depth as u64 * slot
-    }
-}
-
-#[derive(Debug, Clone, Copy)]
-enum Operation {
-    Read,
-    Write { version: u32 },
-    WriteZeroes,
-    Flush,
-}
-
-#[derive(Debug)]
-struct Slot {
-    /// Header, status and table of descriptors.
-    control_gpa: u64,
-    data_gpa: u64,
-    request: Option<Request>,
-}
-
-#[derive(Debug, Clone, Copy)]
-struct Request {
-    head: u16,
-    operation: Operation,
-    first: usize,
-    count: usize,
-    data_gpa: u64,
-    /// The period of its submission, while the load notes which pages the device writes.
-    period: Option<Period>,
-}
-
-impl Slot {
-    fn status_gpa(&self) -> u64 {
-        self.control_gpa + 32
-    }
-
-    fn ranges_gpa(&self) -> u64 {
-        self.control_gpa + 48
-    }
-
-    fn table_gpa(&self) -> u64 {
-        self.control_gpa + 64
-    }
-}
-
-/// Bytes of a slot beside its data.
-const CONTROL_BYTES: u64 = 64 + DESCRIPTOR_BYTES * (MAX_SEGMENTS as u64 + 2);
 
 /// A driver under load.
 #[derive(Debug)]
@@ -394,19 +292,4 @@ impl Load {
         ensure!(self.outstanding == 0, "{} requests are outstanding", self.outstanding);
         self.model.check_file(file)
     }
-}
-
-/// The buffer in up to [`MAX_SEGMENTS`] descriptors, cut at sectors.
-fn segments(rng: &mut fastrand::Rng, buffer: Descriptor) -> Vec<Descriptor> {
-    let sectors = buffer.len_bytes / SECTOR_BYTES as u32;
-    let mut cuts: Vec<u32> = (1..rng.usize(1..=MAX_SEGMENTS)).map(|_| rng.u32(0..sectors)).collect();
-    cuts.extend([0, sectors]);
-    cuts.sort_unstable();
-    cuts.dedup();
-    let part = |cut: &[u32]| Descriptor {
-        gpa: buffer.gpa + u64::from(cut[0]) * SECTOR_BYTES,
-        len_bytes: (cut[1] - cut[0]) * SECTOR_BYTES as u32,
-        ..buffer
-    };
-    cuts.windows(2).map(part).collect()
 }

@@ -1,0 +1,113 @@
+//! What holds memory that has left: rings, and requests whose answers are still to be written.
+
+use std::{fs, thread, time::Duration};
+
+use anyhow::{Context, Result, ensure};
+use ringpass_guest_abi::request::{EVENT_QUEUES, ErrorCode};
+use ringpass_tests::{
+    disks::DiskKind,
+    front_end::{
+        attach::{
+            FirstQueue, Interface, RingDriver,
+            bench::{Bench, QUEUE_SIZE},
+            ok, wait_until, whole,
+        },
+        ram::{Ram, RamRegion},
+    },
+};
+
+use crate::{DISK_BYTES, GIB};
+
+/// A ring that was made while a region was there, and an EVENT and an ATTACH that were taken then, do not hold it.
+pub(crate) fn let_go() -> Result<()> {
+    let mut bench = Bench::new(DiskKind::Ext4PageCache, DISK_BYTES, 2, &[])?;
+    let region = RamRegion::new(4 * GIB, 24 << 20)?;
+    bench.front_end.connection().add_mem_reg(&region.message(), region.file())?;
+    let mut driver = bench.attached(1)?;
+    bench.first.post_event()?;
+    ensure!(bench.first.wait_event()? == EVENT_QUEUES);
+    bench.first.post_event()?;
+    ensure!(!bench.first.has_event_ended()?);
+    let usage = bench.broker.usage()?;
+    ensure!(mapping_lengths(bench.broker.pid())?.contains(&region.len_bytes()), "the region is not mapped");
+    bench.front_end.connection().rem_mem_reg(&region.message(), Some(region.file()))?;
+    let result = (|| {
+        // At the latest now the workers know of it.
+        driver.read(0, 512)?;
+        bench.broker.wait_for_fds(usage.fds - 1)?;
+        ensure!(!mapping_lengths(bench.broker.pid())?.contains(&region.len_bytes()), "the region is still mapped");
+        wait_until("only the region that is left is pinned", || {
+            Ok(bench.broker.usage()?.pinned_bytes < usage.pinned_bytes - (8 << 20))
+        })?;
+        driver.read(0, 512)
+    })();
+    bench.broker.explain(result)?;
+    Ok(())
+}
+
+/// How long the mappings of guest RAM in a process are, in bytes.
+fn mapping_lengths(pid: u32) -> Result<Vec<u64>> {
+    let maps = fs::read_to_string(format!("/proc/{pid}/maps"))?;
+    let ranges = maps.lines().filter(|line| line.contains("ringpass-test-ram"));
+    let lengths = ranges.map(|line| {
+        let (begin, rest) = line.split_once('-').context("a range of addresses")?;
+        let end = rest.split(' ').next().unwrap_or_default();
+        Ok(u64::from_str_radix(end, 16)? - u64::from_str_radix(begin, 16)?)
+    });
+    lengths.collect()
+}
+
+/// The RAM of a bench and a region more.
+fn ram_with(bench: &Bench, region: &RamRegion) -> Result<Ram> {
+    Ram::new(bench.ram.ram.regions().iter().chain([region]).cloned())
+}
+
+/// Requests stay pending for as long as a queue is attached. Meanwhile the memory of their answers may become another.
+pub(crate) fn answers_move() -> Result<()> {
+    let mut bench = Bench::new(DiskKind::Ext4PageCache, DISK_BYTES, 3, &[])?;
+    let gpa = 4 * GIB;
+    let before = RamRegion::new(gpa, 1 << 20)?;
+    bench.front_end.connection().add_mem_reg(&before.message(), before.file())?;
+    let ram = ram_with(&bench, &before)?;
+    let mut places = before.arena();
+    let mut vring = bench.ram.vring(&bench.front_end, QUEUE_SIZE)?;
+    vring.set_ram(&ram);
+    bench.front_end.start_vring(1, &vring.layout(), vring.eventfds(), 0)?;
+    let requests = Interface::take(&mut places, RingDriver::PLACES)?;
+    let mut driver = RingDriver::with_requests(vring, &mut bench.ram.arenas[0], requests, bench.addressing)?;
+    bench.front_end.stop_vring(0)?;
+    let mut vring = bench.ram.vring(&bench.front_end, QUEUE_SIZE)?;
+    vring.set_ram(&ram);
+    bench.front_end.start_vring(0, &vring.layout(), vring.eventfds(), 0)?;
+    let mut first = FirstQueue::new(vring, &mut places)?;
+    let result = (|| {
+        driver.attach()?;
+        first.post_event()?;
+        // What there was to tell, and what is to come.
+        wait_until("an EVENT that is pending", || {
+            // The ring was announced a moment before this is told.
+            thread::sleep(Duration::from_millis(20));
+            if !first.has_event_ended()? {
+                return Ok(true);
+            }
+            ensure!(first.wait_event()? == EVENT_QUEUES);
+            first.post_event()?;
+            Ok(false)
+        })?;
+        let connection = bench.front_end.connection();
+        let after = RamRegion::new(gpa, 1 << 20)?;
+        let ram = ram_with(&bench, &after)?;
+        connection.rem_mem_reg(&before.message(), Some(before.file()))?;
+        connection.add_mem_reg(&after.message(), after.file())?;
+        driver.vring().set_ram(&ram);
+        first.vring().set_ram(&ram);
+
+        driver.set_detach();
+        ensure!(first.detach(1)? == ok());
+        let found = driver.wait_attach()?;
+        ensure!(found == whole(ErrorCode::Detached), "ATTACH: {found:?}");
+        ensure!(first.wait_event()? == EVENT_QUEUES, "EVENT");
+        Ok(())
+    })();
+    bench.broker.explain(result)
+}

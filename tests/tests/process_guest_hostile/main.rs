@@ -1,0 +1,93 @@
+//! A hostile process guest runs the script of everything that a guest must not be able to do, and everything around it
+//! stays as it was: other memory and other files of the broker, another guest, and what of the disk is not its own.
+//!
+//! Each run is a child process of its own: the limit on the growth of files is for a whole process, and where a policy
+//! is wrong on purpose, the guest really does damage.
+
+use std::{env, process::ExitCode};
+
+use anyhow::{Result, ensure};
+use ringpass_restrictions::Access;
+use ringpass_tests::{
+    disks::DiskKind,
+    harness::{self, test},
+    needs::Need,
+    process_guest::Place,
+};
+
+use run::{CHILD_VARIABLE, DISK_BYTES, Rules, Run, run};
+
+mod child;
+mod guest;
+mod run;
+
+fn main() -> ExitCode {
+    if env::var_os(CHILD_VARIABLE).is_some() {
+        return match child::main() {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => {
+                eprintln!("{error:#}");
+                ExitCode::FAILURE
+            }
+        };
+    }
+    let mut tests = Vec::new();
+    for access in [Access::ReadWrite, Access::ReadOnly] {
+        for place in [Place::GuestRam, Place::Window] {
+            for sq_thread in [true, false] {
+                let how = if sq_thread { "sq_thread" } else { "doorbell" };
+                let on_what = if access == Access::ReadOnly { "read_only" } else { "read_write" };
+                let run = Run { access, place, sq_thread, ..Run::STRICT };
+                tests.push(test(
+                    format!("a_hostile_guest_reaches_nothing_but_its_own_{on_what}_{place}_{how}"),
+                    needs(),
+                    move || [true, false].into_iter().try_for_each(|direct_io| strict(Run { direct_io, ..run })),
+                ));
+            }
+        }
+    }
+    tests.push(test("without_the_fixed_file_rule_the_script_finds_damaged_files", needs(), without_fixed_file));
+    tests.push(test("with_an_operation_too_many_the_script_finds_damaged_memory", needs(), with_plain_read));
+    tests.push(test("without_the_limit_the_script_finds_a_growing_image", needs(), without_limit));
+    harness::run(tests)
+}
+
+fn needs() -> Vec<Need> {
+    DiskKind::Ext4PageCache.needs().into_iter().chain([Need::io_uring(), Need::cpus(2)]).collect()
+}
+
+fn strict(how: Run) -> Result<()> {
+    let outcome = run(how)?;
+    ensure!(outcome.findings.is_empty(), "{how:?}: {}", outcome.text());
+    ensure!(outcome.steps > 6000, "{how:?}: only {} steps were tried", outcome.steps);
+    ensure!(outcome.image_bytes == DISK_BYTES, "{how:?}: the image has {} bytes", outcome.image_bytes);
+    if how.access == Access::ReadOnly {
+        ensure!(outcome.disk_is_same, "{how:?}: the read-only disk has changed");
+    } else {
+        // Or the last comparison would show nothing.
+        ensure!(!outcome.disk_is_same, "{how:?}: the guest has written nothing to its own disk");
+    }
+    Ok(())
+}
+
+fn without_fixed_file() -> Result<()> {
+    let outcome = run(Run { rules: Rules::AnyFile, ..Run::STRICT })?;
+    ensure!(outcome.has("answer: plain descriptor"), "{}", outcome.text());
+    ensure!(outcome.has("damage: file"), "{}", outcome.text());
+    Ok(())
+}
+
+fn with_plain_read() -> Result<()> {
+    let outcome = run(Run { rules: Rules::PlainRead, access: Access::ReadOnly, ..Run::STRICT })?;
+    ensure!(outcome.has("answer: operation with flags 0x1 (opcode 22)"), "{}", outcome.text());
+    ensure!(outcome.has("damage: memory of the broker"), "{}", outcome.text());
+    Ok(())
+}
+
+fn without_limit() -> Result<()> {
+    let outcome = run(Run { capped: false, ..Run::STRICT })?;
+    ensure!(outcome.has("answer: "), "{}", outcome.text());
+    ensure!(!outcome.has("damage: "), "{}", outcome.text());
+    ensure!(outcome.image_bytes > DISK_BYTES, "the image has not grown");
+    Ok(())
+}
