@@ -1,4 +1,5 @@
-//! A front-end with rings that leaves at any message of its session, or in the middle of one, leaves nothing behind.
+//! A front-end with rings disconnects at any message of its session, or in the middle of one. The broker keeps nothing
+//! of it.
 
 use std::{os::fd::AsFd, process::ExitCode};
 
@@ -27,10 +28,14 @@ const DISK_BYTES: u64 = 16 << 20;
 
 fn main() -> ExitCode {
     let needs = DiskKind::Ext4Direct.needs().into_iter().chain(broker_process::needs());
-    harness::run(vec![test("a_front_end_that_leaves_at_any_message_leaves_nothing_behind", needs, cut_sessions)])
+    harness::run(vec![test(
+        "the_broker_keeps_nothing_of_a_front_end_that_disconnects_at_any_message",
+        needs,
+        cut_sessions,
+    )])
 }
 
-/// A whole session, cut at each of its messages in turn.
+/// Runs a whole session again and again, and cuts it at each of its messages in turn.
 fn cut_sessions() -> Result<()> {
     let rig = Rig::new(DiskKind::Ext4Direct, DISK_BYTES)?;
     let broker = rig.broker(&["--mode", "direct", "--num-queues", "3"])?;
@@ -45,7 +50,7 @@ fn cut_sessions() -> Result<()> {
                 match session(&rig, Some(cut)) {
                     Err(error) if is_cut(&error) => {}
                     Err(error) => return Err(error),
-                    Ok(_) => bail!("the session is shorter"),
+                    Ok(_) => bail!("the session ended before the message at which it is cut"),
                 }
                 nothing_left(&rig, &broker, fds)
             };
@@ -58,7 +63,7 @@ fn cut_sessions() -> Result<()> {
     Ok(())
 }
 
-/// The broker is as it was, and the next front-end is served.
+/// Checks that the broker pins no memory, has as many descriptors as before, and serves the next front-end.
 fn nothing_left(rig: &Rig, broker: &BrokerProcess, fds: usize) -> Result<()> {
     broker.wait_for_unpinned()?;
     broker.wait_for_fds(fds).context("after the session")?;
@@ -70,7 +75,7 @@ fn nothing_left(rig: &Rig, broker: &BrokerProcess, fds: usize) -> Result<()> {
     broker.wait_for_fds(fds).context("after the next front-end")
 }
 
-/// Gives the number of its messages.
+/// Runs a session, which ends at `cut` if there is one, and returns the number of its messages.
 fn session(rig: &Rig, cut: Option<Cut>) -> Result<usize> {
     let mut ram = TestRam::new(1, 4 << 20)?;
     let connection = Connection::open_until(&rig.socket(), cut)?;
@@ -111,7 +116,7 @@ fn session(rig: &Rig, cut: Option<Cut>) -> Result<usize> {
     Ok(connection.wire().sent())
 }
 
-/// Has some requests under way.
+/// Submits requests until eight are outstanding.
 fn keep_busy(driver: &mut RingDriver) -> Result<()> {
     driver.look()?;
     driver.reap();

@@ -1,4 +1,5 @@
-//! A front-end that takes memory away is answered when no I/O can land there any more, however it was executed.
+//! The broker answers a front-end that removes memory only when no I/O can reach that memory any more, whether a ring
+//! or a virtqueue executed it.
 
 use std::{
     process::ExitCode,
@@ -31,37 +32,37 @@ use vhost::vhost_user::message::FrontendReq;
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_S_OK, VIRTIO_BLK_T_OUT};
 
 const REGION_GPA: u64 = 4 << 30;
-/// How long nothing happens that would happen at once.
+/// How long a test watches that something does not happen. If it were wrong, it would happen at once.
 const AT_ONCE: Duration = Duration::from_millis(300);
 /// Longer than a ring may keep memory from its front-end.
 const LONG: Duration = Duration::from_millis(1600);
-/// What an answer takes at most once there is nothing to wait for.
+/// The most that an answer takes once there is nothing to wait for.
 const PROMPT: Duration = Duration::from_secs(30);
 
 fn main() -> ExitCode {
     let needs = || StuckDisk::needs().into_iter().chain(broker_process::needs()).collect::<Vec<Need>>();
     harness::run(vec![
-        test("memory_that_leaves_is_waited_for_while_a_ring_uses_it_and_the_ring_stays", needs(), ring_stays),
-        test("memory_that_leaves_is_waited_for_with_its_ring_if_that_takes_long", needs(), ring_ends),
-        test("memory_that_leaves_is_waited_for_while_a_virtqueue_uses_it", needs(), virtqueue),
-        test("memory_that_leaves_is_waited_for_though_its_ring_ended_for_a_discard", needs(), discarded),
-        test("memory_that_leaves_is_waited_for_though_its_ring_ended_for_other_memory", needs(), not_pinned),
-        test("memory_of_a_front_end_that_is_gone_is_not_waited_for", needs(), gone),
-        test("a_front_end_that_leaves_while_its_memory_is_waited_for_makes_room_for_the_next", needs(), || {
+        test("the_broker_keeps_the_ring_and_waits_for_its_io_in_removed_memory", needs(), ring_stays),
+        test("the_broker_ends_the_ring_if_its_io_in_removed_memory_takes_long", needs(), ring_ends),
+        test("the_broker_waits_for_io_of_a_virtqueue_in_removed_memory", needs(), virtqueue),
+        test("the_broker_waits_for_io_in_removed_memory_of_a_ring_that_a_discard_ended", needs(), discarded),
+        test("the_broker_waits_for_io_in_removed_memory_of_a_ring_that_other_memory_ended", needs(), not_pinned),
+        test("the_next_front_end_does_not_wait_for_io_of_one_that_disconnected", needs(), gone),
+        test("the_next_front_end_does_not_wait_for_one_that_disconnects_while_it_removes_memory", needs(), || {
             leaves_waiting(|guest| {
                 guest.front_end.connection().rem_mem_reg(&guest.region.message(), Some(guest.region.file()))
             })
         }),
-        test("a_front_end_that_leaves_while_its_queue_stops_makes_room_for_the_next", needs(), || {
+        test("the_next_front_end_does_not_wait_for_one_that_disconnects_while_it_stops_a_queue", needs(), || {
             leaves_waiting(|guest| guest.front_end.stop_vring(1).map(drop))
         }),
-        test("a_front_end_that_leaves_while_its_queue_is_disabled_makes_room_for_the_next", needs(), || {
+        test("the_next_front_end_does_not_wait_for_one_that_disconnects_while_it_disables_a_queue", needs(), || {
             leaves_waiting(|guest| guest.front_end.connection().set_vring(FrontendReq::SET_VRING_ENABLE, 1, 0))
         }),
     ])
 }
 
-/// A guest with a region of RAM that can be taken from it.
+/// A guest with a region of RAM that its front-end can remove.
 struct Guest {
     slow: SlowGuest,
     front_end: FrontEnd,
@@ -77,7 +78,7 @@ impl Guest {
         Ok(Self { slow, front_end, region })
     }
 
-    /// Takes the region away, and lets the disk go on after a while.
+    /// Removes the region, and thaws the disk after a while.
     fn remove(&self, stuck_for: Duration) -> Result<()> {
         let connection = self.front_end.connection();
         thread::scope(|scope| {
@@ -108,7 +109,7 @@ fn with_ring(stuck_for: Duration, epoch: u32) -> Result<()> {
     let (_first, addressing) = start_first(&guest.front_end, &mut guest.slow.ram)?;
     let mut driver = start_ring(&guest.front_end, &mut guest.slow.ram, 1, addressing)?;
     driver.attach()?;
-    // It is pinned with the first ring.
+    // The broker pins the region when it makes the first ring.
     guest.slow.hang_from(&mut driver, REGION_GPA)?;
     let removed = guest.remove(stuck_for);
     guest.slow.broker.explain(removed)?;
@@ -116,17 +117,17 @@ fn with_ring(stuck_for: Duration, epoch: u32) -> Result<()> {
         let res = driver.wait(SlowGuest::HANGING)?;
         ensure!(res == 4096, "the write: {res}");
         driver.wait_epoch(epoch)?;
-        // What is left is reached.
-        ensure!(driver.read(SlowGuest::HANGING_OFFSET_BYTES, 4096)? == [0; 4096], "the write is lost");
+        // The ring still reaches the rest of the memory.
+        ensure!(driver.read(SlowGuest::HANGING_OFFSET_BYTES, 4096)? == [0; 4096], "the write did not reach the disk");
         ensure!(driver.epoch() == Some(epoch), "epoch {:?}", driver.epoch());
         let res = driver.perform(driver.sqe_at(false, REGION_GPA, 4096, 0, 5)?)?;
-        ensure!(res < 0, "memory that has left is reached");
+        ensure!(res < 0, "the ring reaches memory that the front-end has removed");
         Ok(())
     })();
     guest.slow.broker.explain(result)
 }
 
-/// A ring that is ending already.
+/// Makes the ring end with `end`, and then removes the memory that its hanging write uses.
 fn with_ending_ring(end: impl FnOnce(&Guest) -> Result<()>) -> Result<()> {
     let mut guest = Guest::new()?;
     let (_first, addressing) = start_first(&guest.front_end, &mut guest.slow.ram)?;
@@ -150,7 +151,7 @@ fn discarded() -> Result<()> {
 
 fn not_pinned() -> Result<()> {
     with_ending_ring(|guest| {
-        // A file of a file system whose pages cannot be pinned.
+        // The kernel cannot pin pages of a file on this file system.
         let file = tempfile::tempfile_in(env!("CARGO_MANIFEST_DIR"))?;
         file.set_len(1 << 20)?;
         let other = RamRegion::of_file(Arc::new(file), 0, 8 << 30, 1 << 20)?;
@@ -175,14 +176,15 @@ fn virtqueue() -> Result<()> {
     Ok(())
 }
 
-/// Somebody else may come while its I/O has not ended.
+/// The front-end disconnects while its I/O hangs, and the next one connects.
 fn gone() -> Result<()> {
     let mut guest = Guest::new()?;
     let _driver = hanging_ring(&mut guest)?;
     make_room(&guest)
 }
 
-/// The same while it waits for the answer to a message, which waits for that I/O.
+/// The same, but the front-end disconnects while it waits for the answer to a message. The broker does not answer that
+/// message before the I/O ends.
 fn leaves_waiting(ask: impl FnOnce(&Guest) -> Result<()>) -> Result<()> {
     let mut guest = Guest::new()?;
     let _driver = hanging_ring(&mut guest)?;
@@ -199,7 +201,7 @@ fn hanging_ring(guest: &mut Guest) -> Result<RingDriver> {
     Ok(driver)
 }
 
-/// The front-end goes, and the next one is answered.
+/// Disconnects the front-end, and checks that the broker answers the next one.
 fn make_room(guest: &Guest) -> Result<()> {
     guest.front_end.connection().wire().hang_up()?;
     let begin = Instant::now();

@@ -1,4 +1,4 @@
-//! The front-end replaces the call eventfd of a ring that runs, and no interrupt is lost.
+//! The front-end replaces the call eventfd of an open ring, and the driver loses no interrupt.
 
 use std::{
     os::fd::{AsFd, OwnedFd},
@@ -33,16 +33,16 @@ const DEPTH: usize = 8;
 fn main() -> ExitCode {
     let needs = || DiskKind::Ext4PageCache.needs().into_iter().chain(broker_process::needs()).collect::<Vec<Need>>();
     harness::run(vec![
-        test("no_interrupt_is_lost_when_call_eventfds_change_under_load_by_sq_thread", needs(), || {
+        test("a_driver_loses_no_interrupt_when_call_eventfds_change_under_load_by_sq_thread", needs(), || {
             call_eventfds("sq-thread")
         }),
-        test("no_interrupt_is_lost_when_call_eventfds_change_under_load_by_doorbell", needs(), || {
+        test("a_driver_loses_no_interrupt_when_call_eventfds_change_under_load_by_doorbell", needs(), || {
             call_eventfds("doorbell")
         }),
     ])
 }
 
-/// A VM's interrupt: whoever waits hears the eventfd that was set last, and nothing more of the one before.
+/// A VM's interrupt: a wait hears only the eventfd that was set last.
 struct Interrupt {
     epoll: OwnedFd,
     current: Mutex<Option<Event>>,
@@ -53,14 +53,14 @@ impl Interrupt {
         Ok(Self { epoll: epoll::create(epoll::CreateFlags::CLOEXEC)?, current: Mutex::new(None) })
     }
 
-    /// Another eventfd, or none, from now on. Nobody is told: that is the device's to do.
+    /// Sets another eventfd, or none. It does not wake a waiting thread: the device must do that.
     fn set(&self, event: Option<Event>) -> Result<()> {
         let mut current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(old) = current.take() {
             epoll::delete(&self.epoll, old.as_fd())?;
         }
         if let Some(event) = &event {
-            // Each signal is an interrupt; nothing has to be read.
+            // Each signal is an interrupt, so nothing has to read the eventfd.
             let flags = epoll::EventFlags::IN | epoll::EventFlags::ET;
             epoll::add(&self.epoll, event.as_fd(), epoll::EventData::new_u64(0), flags)?;
         }
@@ -68,7 +68,7 @@ impl Interrupt {
         Ok(())
     }
 
-    /// False: none came.
+    /// Returns false if no interrupt came.
     fn wait(&self, timeout: Duration) -> Result<bool> {
         let timeout = Timespec::try_from(timeout)?;
         let mut events = Vec::with_capacity(1);
@@ -77,7 +77,7 @@ impl Interrupt {
     }
 }
 
-/// What a driver that sleeps between interrupts has done.
+/// The progress of a driver that sleeps between interrupts.
 #[derive(Default)]
 struct Progress {
     completed: AtomicU64,
@@ -94,7 +94,7 @@ fn call_eventfds(submission: &str) -> Result<()> {
     let connection = bench.front_end.connection();
     let change = |number: u64| -> Result<()> {
         if number % 10 == 9 {
-            // A queue that polls for a moment.
+            // The device polls this queue for a moment.
             connection.set_vring_fd(FrontendReq::SET_VRING_CALL, 1, None)?;
             interrupt.set(None)?;
         }
@@ -107,7 +107,7 @@ fn call_eventfds(submission: &str) -> Result<()> {
         let load = scope.spawn(|| load_by_interrupts(&mut driver, &interrupt, &progress));
         let changed = (1..changes).try_for_each(|number| -> Result<()> {
             change(number)?;
-            // Now and then only, so that changes also follow one another at once.
+            // The thread pauses only sometimes, so that changes also follow one another at once.
             let goal = progress.completed.load(Ordering::Relaxed) + number % 4;
             while progress.completed.load(Ordering::Relaxed) < goal && !load.is_finished() {
                 thread::yield_now();

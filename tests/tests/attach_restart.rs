@@ -1,5 +1,6 @@
-//! Queues that are rings are stopped, left behind, and taken up again by whoever goes on: ATTACH is seen again exactly
-//! once, neither it nor ARM is ever in the in-flight region, and nothing runs before the older I/O has ended.
+//! Queues with rings are stopped or abandoned, and the same broker or a new one continues them. The device sees ATTACH
+//! again exactly once, neither ATTACH nor ARM is ever in the in-flight region, and no request runs before the older I/O
+//! has ended.
 
 use std::{
     process::ExitCode,
@@ -32,9 +33,9 @@ use ringpass_tests::{
 use rustix::process::Signal;
 
 const DISK_BYTES: u64 = 16 << 20;
-/// How long nothing happens that would happen at once.
+/// How long a test watches that something does not happen. If it were wrong, it would happen at once.
 const AT_ONCE: Duration = Duration::from_millis(300);
-/// What an answer takes at most that waits for a ring and for no disk.
+/// The most that an answer takes that waits for a ring but not for the disk.
 const PROMPT: Duration = Duration::from_secs(30);
 
 fn main() -> ExitCode {
@@ -44,7 +45,7 @@ fn main() -> ExitCode {
     for way in [Way::StopAndGoOn, Way::Vanish, Way::Kill] {
         for with_records in [true, false] {
             let records = if with_records { "with" } else { "without" };
-            let name = format!("attach_is_seen_again_once_{}_{records}_in_flight_records", way.name());
+            let name = format!("the_device_sees_attach_again_once_{}_{records}_in_flight_records", way.name());
             tests.push(test(name, needs(), move || restarts(way, with_records)));
         }
     }
@@ -56,14 +57,14 @@ fn main() -> ExitCode {
     harness::run(tests)
 }
 
-/// How a device is left and taken up again.
+/// How the front-end or the broker is interrupted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Way {
-    /// GET_VRING_BASE of all queues, and all are started again on the same connection.
+    /// The front-end stops all queues with GET_VRING_BASE and starts them again on the same connection.
     StopAndGoOn,
     /// The front-end closes its connection and connects again.
     Vanish,
-    /// The broker is killed, and another one comes.
+    /// The broker is killed, and another one starts.
     Kill,
 }
 
@@ -77,7 +78,7 @@ impl Way {
     }
 }
 
-/// A guest with queue 0 and one attached queue, and what its front-end keeps.
+/// A guest with queue 0 and one attached queue, and the in-flight region that its front-end keeps.
 struct Guest {
     bench: Bench,
     driver: RingDriver,
@@ -89,7 +90,7 @@ impl Guest {
         let mut bench = Bench::new(DiskKind::Ext4Direct, DISK_BYTES, 2, &[])?;
         let mut region = None;
         if with_records {
-            // Before any queue is started: Bench has started queue 0.
+            // The region must come before any queue starts, and `Bench` has started queue 0.
             bench.front_end.stop_vring(0)?;
             region = Some(bench.front_end.new_inflight_region(2, QUEUE_SIZE)?);
             start_again(&bench.front_end, bench.first.vring(), 0)?;
@@ -98,14 +99,14 @@ impl Guest {
         Ok(Self { bench, driver, region })
     }
 
-    /// Neither ARM nor ATTACH is recorded.
+    /// Checks that the in-flight region has neither ARM nor ATTACH.
     fn check_attached(&self) -> Result<()> {
         let Some(region) = &self.region else { return Ok(()) };
         ensure!(region.heads(1)?.is_empty(), "in flight on an attached queue: {:?}", region.heads(1)?);
         Ok(())
     }
 
-    /// Of queue 0, so many requests are.
+    /// Checks that the in-flight region has `first` requests of queue 0, and none of the attached queue.
     fn check_records(&self, first: usize) -> Result<()> {
         self.check_attached()?;
         let Some(region) = &self.region else { return Ok(()) };
@@ -114,7 +115,7 @@ impl Guest {
         Ok(())
     }
 
-    /// Makes an EVENT pending, which is recorded, and takes the news that there are.
+    /// Takes all news of the device, and leaves an EVENT pending, which is then in the in-flight region.
     fn post_event(&mut self) -> Result<()> {
         self.bench.first.post_event()?;
         wait_until("an EVENT that is pending and recorded", || {
@@ -128,7 +129,7 @@ impl Guest {
         })
     }
 
-    /// Leaves the device and takes it up again, in this order of the queues.
+    /// Interrupts the device, and starts the queues again in this order.
     fn restart(&mut self, way: Way, order: [u16; 2]) -> Result<()> {
         let Self { bench, driver, .. } = self;
         match way {
@@ -160,7 +161,7 @@ impl Guest {
 
     fn reconnect(&mut self) -> Result<()> {
         let Self { bench, region, .. } = self;
-        // One front-end after the other is served.
+        // The broker serves one front-end at a time.
         bench.front_end.connection().wire().hang_up()?;
         bench.front_end = FrontEnd::connect(&bench.rig.socket(), &bench.ram.ram, Options::default())?;
         region.iter().try_for_each(|region| bench.front_end.set_inflight_region(region))
@@ -185,13 +186,13 @@ fn one_restart(guest: &mut Guest, way: Way, round: u32, first_queue_first: bool)
     let data = pattern(round.into(), 4096);
     guest.driver.write(offset_bytes, &data)?;
     ensure!(guest.driver.read(offset_bytes, 4096)? == data);
-    // Without records, a front-end that loses its back-end can only say how many requests of a queue were used, not which:
-    // what is pending on queue 0 is lost then.
+    // Without records, a front-end that loses its back-end knows only how many requests of a queue were used, not
+    // which. It then loses the requests that are pending on queue 0.
     let has_event = way == Way::StopAndGoOn || guest.region.is_some();
     if has_event {
         guest.post_event()?;
     }
-    // Under way when the ring is taken away.
+    // These writes are in flight when the ring ends.
     for request in 0..16 {
         guest.driver.submit(guest.driver.sqe(true, 1 + request, 4096, (64 + request) * 4096, 100 + request)?)?;
     }
@@ -204,21 +205,21 @@ fn one_restart(guest: &mut Guest, way: Way, round: u32, first_queue_first: bool)
     ensure!(guest.driver.vring().used_idx()? == 1, "ARM is used, and nothing else");
     if has_event {
         let events = guest.bench.first.wait_event()?;
-        // The end of the ring may come before queue 0 stops, and then there is something to tell.
+        // If the ring ends before queue 0 stops, the device has news.
         let is_empty = way == Way::StopAndGoOn && events == 0;
         ensure!(is_empty || events == EVENT_QUEUES, "EVENT says {events:#x}");
     }
     guest.check_records(0)
 }
 
-/// ATTACH ends once, however often it was seen.
+/// The device answers ATTACH once, however often it has seen it.
 fn detach(guest: &mut Guest) -> Result<()> {
     guest.driver.set_detach();
     ensure!(guest.bench.first.detach(1)? == ok());
     let found = guest.driver.wait_attach()?;
     ensure!(found == whole(ErrorCode::Detached), "{found:?}");
     thread::sleep(Duration::from_millis(50));
-    ensure!(guest.driver.vring().used_idx()? == 2, "something was used twice");
+    ensure!(guest.driver.vring().used_idx()? == 2, "a request was used twice");
     guest.bench.broker.wait_for_unpinned()?;
     ensure!(guest.bench.front_end.stop_vring(1)? == 2);
     guest.check_records(0)
@@ -240,14 +241,14 @@ fn slow_stop() -> Result<()> {
             ensure!(found == base, "queue {index} stops at {found}, not at {base}");
             ensure!(begin.elapsed() < PROMPT, "queue {index} took {:?} to stop", begin.elapsed());
         }
-        // The rings of all queues end with the first stop, and the one with the write has not ended.
+        // The first stop ends the rings of all queues. The ring with the hanging write has not ended yet.
         thread::sleep(AT_ONCE);
         ensure!(stuck.announced() >> 2 == 1 && stuck.announced() & 3 == 1, "word {:#x}", stuck.announced());
         start_again(&front_end, idle.vring(), 2)?;
         idle.wait_epoch(2)?;
         Ok(())
     })();
-    // Its own queue waits.
+    // The stop of the queue with the hanging write waits for it.
     let begin = Instant::now();
     let own = thread::scope(|scope| {
         let stopping = scope.spawn(|| front_end.stop_vring(1));
@@ -292,8 +293,11 @@ fn killed_with_slow_io(kind: StuckKind) -> Result<()> {
         while Instant::now() < end {
             let word = driver.announced();
             ensure!(word == 1 << 2 | 1, "{word:#x} is announced before the old I/O has ended");
-            ensure!(first.vring().used_idx()? == used, "something was executed before the old I/O had ended");
-            ensure!(region.heads(0)?.is_empty() && region.heads(1)?.is_empty(), "something was taken");
+            ensure!(first.vring().used_idx()? == used, "the broker executed a request before the old I/O had ended");
+            ensure!(
+                region.heads(0)?.is_empty() && region.heads(1)?.is_empty(),
+                "the broker took a request before the old I/O had ended"
+            );
             thread::sleep(Duration::from_millis(1));
         }
         Ok(front_end)
@@ -306,7 +310,8 @@ fn killed_with_slow_io(kind: StuckKind) -> Result<()> {
         driver.wait_epoch(2)?;
         let res = driver.wait(77)?;
         if res != 4096 {
-            // An error of a ring whose process was killed is not the last word (docs/abi.md, section 7).
+            // An error of a ring whose process was killed does not tell whether the request was executed (docs/abi.md,
+            // section 7).
             ensure!(res < 0, "the write: {res}");
             eprintln!("the write has ended with {res} and is sent again");
             let res = driver.perform(driver.sqe(true, 0, 4096, 8192, 78)?)?;

@@ -1,4 +1,5 @@
-//! The Rust of Debian 13 builds all crates and their tests, and the demo runs: what README.md tells people to install is enough.
+//! The packages that README.md names for Debian 13 are enough: they build all crates and their tests, and the demo
+//! runs.
 
 use std::{
     env, fs,
@@ -45,7 +46,7 @@ impl Machine {
             Path::new(env!("CARGO_MANIFEST_DIR")).parent().context("the tests have no workspace")?.to_owned();
         let readme = fs::read_to_string(workspace.join("README.md")).context("reading README.md")?;
         let installation = Installation::of(SUITE, &packages(&readme)?)?;
-        // The crates come from this machine, so that the installation needs no network.
+        // The installation uses the crates of this machine, so that it needs no network.
         let mut fetch = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
         run(fetch.current_dir(&workspace).args(["fetch", "--locked", "--target", TARGET]))?;
         let home = cargo_home()?;
@@ -59,7 +60,7 @@ impl Machine {
         Ok(Self { installation, workspace, target, registry: home.join("registry") })
     }
 
-    /// `rust-version` is the version that Debian has, or one before.
+    /// Checks that `rust-version` is not newer than Debian's Rust.
     fn check_version(&self) -> Result<()> {
         let said = run(self.command("rustc").arg("--version"))?;
         let words = said.split(' ').nth(1).with_context(|| format!("rustc says: {said}"))?;
@@ -79,7 +80,7 @@ impl Machine {
         Ok(())
     }
 
-    /// Debian's cargo, without optimisation: what counts is that the compiler takes the sources.
+    /// Runs Debian's cargo without optimisation: only the compiler's verdict matters.
     fn cargo(&self, arguments: &[&str]) -> Result<String> {
         let (subcommand, rest) = arguments.split_first().context("a subcommand")?;
         let mut command = self.command("cargo");
@@ -99,7 +100,7 @@ impl Machine {
     }
 }
 
-/// What README.md says to install on Debian 13.
+/// The packages that README.md tells people to install on Debian 13.
 fn packages(readme: &str) -> Result<Vec<&str>> {
     let line = readme.lines().find_map(|line| line.strip_prefix("$ sudo apt install "));
     let line = line.context("README.md does not say what to install on Debian")?;

@@ -1,4 +1,4 @@
-//! What a guest is told of its blocks, and what becomes of requests that are smaller than direct I/O takes.
+//! The block sizes that a guest sees, and its requests that are smaller than direct I/O takes.
 
 use std::{
     fs::{self, File},
@@ -32,11 +32,11 @@ fn main() -> ExitCode {
     let needs =
         |file_system: FileSystem| file_system.needs().into_iter().chain(broker_process::needs()).collect::<Vec<_>>();
     let mut tests = vec![
-        test("a_copy_of_an_image_that_shares_its_extents_has_the_same_blocks", needs(FileSystem::Xfs), reflink),
+        test("a_reflinked_copy_of_an_image_has_the_same_block_size", needs(FileSystem::Xfs), reflink),
         test("a_disk_finer_than_direct_io_offers_no_rings_and_says_why", needs(FileSystem::Ext4), no_rings),
     ];
     tests.extend([FileSystem::Ext4, FileSystem::Xfs, FileSystem::Btrfs].map(|file_system| -> Test {
-        let name = format!("sectors_smaller_than_direct_io_takes_are_written_side_by_side_on_{file_system}");
+        let name = format!("queues_write_neighbouring_sectors_smaller_than_direct_io_takes_on_{file_system}");
         test(name, needs(file_system), move || side_by_side(file_system))
     }));
     harness::run(tests)
@@ -66,7 +66,7 @@ impl Place {
         FrontEnd::connect(&self.socket(), &ram.ram, Options::default())
     }
 
-    /// What `ringpass dev show` says of the server.
+    /// The output of `ringpass dev show` for the server.
     fn shown(&self) -> Result<String> {
         let mut show = Command::new(broker_process::program()?);
         let output = show.args(["dev", "show", "vhost"]).env("RUNTIME_DIRECTORY", self.directory.path()).output()?;
@@ -75,7 +75,7 @@ impl Place {
     }
 }
 
-/// `blk_size` and the bytes of a physical block, of the configuration space (VIRTIO 1.2, 5.2.4).
+/// `blk_size` and the bytes of a physical block, from the configuration space (VIRTIO 1.2, 5.2.4).
 fn told_blocks(front_end: &FrontEnd) -> Result<(u32, u32)> {
     let config = front_end.connection().config(60)?;
     let block_bytes = u32::from_le_bytes(config[20..24].try_into()?);
@@ -86,12 +86,12 @@ fn direct_alignment(image: &Path) -> Result<DirectAlignment> {
     Disk::locate(&DiskConfig::new(image))?.direct_alignment().context("the file has direct I/O")
 }
 
-/// Reads what is there and writes a sector, as a guest that knows sectors of 512 bytes.
+/// Checks some sectors and writes one, as a guest that knows sectors of 512 bytes.
 fn check_sectors(place: &Place, expected: &[(u64, u8)], written: (u64, u8)) -> Result<()> {
     let mut ram = TestRam::new(1, 4 << 20)?;
     let front_end = place.front_end(&ram)?;
     let blocks = told_blocks(&front_end)?;
-    ensure!(blocks == (512, 4096), "the guest is told blocks of {blocks:?}");
+    ensure!(blocks == (512, 4096), "the guest sees blocks of {blocks:?}");
     let mut driver = ram.driver(&front_end, 0, MOST_BYTES)?;
     for &(sector, byte) in expected {
         ensure!(driver.read(sector, 512)? == [byte; 512], "sector {sector} is not {byte:#x}");
@@ -111,7 +111,7 @@ fn reflink() -> Result<()> {
         let broker = place.broker(&[])?;
         broker.explain(check_sectors(&place, &[], (1, 0xa1)))?;
         run("cp", ["--reflink=always".as_ref(), image.as_os_str(), clone.as_os_str()])?;
-        // The image shares its extents from now on as well, under the running server.
+        // From now on the image shares its extents too, while the server runs.
         broker.explain(check_sectors(&place, &[(1, 0xa1)], (3, 0xa3)))?;
         ensure!(!broker.has_logged("takes direct I/O in units"), "{}", broker.log());
     }
@@ -153,7 +153,7 @@ fn no_rings() -> Result<()> {
         Ok(broker) => bail!("a server with rings has started:\n{}", broker.log()),
         Err(error) => ensure!(why.iter().all(|part| format!("{error:#}").contains(part)), "{error:#}"),
     }
-    // The guest's blocks are no hindrance where they are large enough, or where direct I/O is off.
+    // The device offers rings if the guest's blocks are large enough, or if direct I/O is off.
     for arguments in [["--logical-block-size", "4096"], ["--direct-io", "off"]] {
         let arguments = [&["--mode", "auto", "--lock-wait-s", "60"], &arguments[..]].concat();
         let broker = BrokerProcess::start(&place.socket(), &image, &arguments)?;
@@ -175,7 +175,7 @@ fn side_by_side(file_system: FileSystem) -> Result<()> {
     let front_end = place.front_end(&ram)?;
     broker.explain(write_side_by_side(&place, &mut ram, &front_end, size_bytes))?;
 
-    // The image grows by a sector, and the end that is no whole block is another one.
+    // The image grows by a sector, so the partial block at its end changes.
     let size_bytes = size_bytes + SECTOR_BYTES;
     File::options().write(true).open(&image)?.set_len(size_bytes)?;
     broker.signal(Signal::HUP)?;
@@ -192,14 +192,14 @@ fn side_by_side(file_system: FileSystem) -> Result<()> {
     Ok(())
 }
 
-/// Queues write neighbouring sectors at the same time, each its own; then the image is looked at from beside.
+/// Queues write neighbouring sectors at the same time, each its own. Then the test reads the image itself.
 fn write_side_by_side(place: &Place, ram: &mut TestRam, front_end: &FrontEnd, size_bytes: u64) -> Result<()> {
     const QUEUES: u16 = 4;
     let blocks = told_blocks(front_end)?;
-    ensure!(blocks == (512, 4096), "the guest is told blocks of {blocks:?}");
+    ensure!(blocks == (512, 4096), "the guest sees blocks of {blocks:?}");
     let drivers = (0..QUEUES).map(|index| ram.driver(front_end, index, MOST_BYTES)).collect::<Result<Vec<_>>>()?;
     let seed = Seed::from_env_or_random();
-    // The first blocks, and the end of the disk, which is no whole block.
+    // The first blocks, and the partial block at the end of the disk.
     let sectors: Vec<u64> = (0..32).chain(DISK_BYTES / SECTOR_BYTES - 5..size_bytes / SECTOR_BYTES).collect();
     let written = thread::scope(|scope| {
         let write = |(index, driver): (usize, BlkDriver)| {
@@ -223,7 +223,7 @@ fn write_side_by_side(place: &Place, ram: &mut TestRam, front_end: &FrontEnd, si
     Ok(())
 }
 
-/// Writes and reads sectors that nobody else writes, one after the other. Gives what is in each at last.
+/// Writes and reads its own sectors, one after the other. Returns the last byte of each.
 fn write_sectors(mut driver: BlkDriver, own: &[u64], seed: Seed) -> Result<Vec<(u64, u8)>> {
     let mut rng = seed.rng();
     let mut now: Vec<(u64, u8)> = own.iter().map(|&sector| (sector, 0)).collect();

@@ -1,4 +1,5 @@
-//! A disk that was let go of is free for others at that moment, not soon: they try once and do not wait.
+//! The broker says that it has released a disk only when others can open it at once: the tests try once and do not
+//! wait.
 
 use std::{process::ExitCode, sync::Arc, thread, time::Duration};
 
@@ -29,22 +30,22 @@ fn main() -> ExitCode {
         let mut add = |name: &str, body: fn(DiskKind) -> Result<()>| {
             tests.push(test(format!("{name}_{kind}"), needs(), move || body(kind)));
         };
-        add("the_disk_is_free_when_the_stop_of_the_last_queue_is_answered_while_a_log_is_kept", |kind| {
+        add("the_disk_is_free_when_the_broker_answers_the_stop_of_the_last_queue_during_a_migration", |kind| {
             migrate(kind, &[])
         });
-        add("a_read_only_disk_that_others_share_is_let_go_of_when_the_last_queue_stops", share);
+        add("the_broker_releases_a_shared_read_only_disk_when_the_last_queue_stops", share);
         add("the_disk_is_free_when_the_broker_has_ended", shut_down);
-        add("the_disk_is_free_when_a_lease_that_waits_for_it_was_released", release_while_trying);
+        add("the_disk_is_free_when_a_lease_that_waits_for_it_is_released", release_while_trying);
     }
     for kind in [DiskKind::Ext4Direct, DiskKind::Loop] {
         let needs = kind.needs().into_iter().chain(broker_process::needs());
-        let name = format!("the_disk_is_free_when_the_stop_of_the_last_queue_is_answered_after_rings_{kind}");
+        let name = format!("the_disk_is_free_when_the_broker_answers_the_stop_of_the_last_queue_after_rings_{kind}");
         tests.push(test(name, needs, move || migrate_from_rings(kind)));
     }
     harness::run(tests)
 }
 
-/// The destination of a migration, which does not wait.
+/// Opens the disk without waiting, as the destination of a migration does.
 fn take(disk: &TestDisk) -> Result<Disk> {
     Disk::open(&disk.config()).context("the disk is not free")
 }
@@ -56,7 +57,7 @@ fn start_logging(front_end: &FrontEnd, ram: &TestRam) -> Result<DirtyPages> {
     Ok(log)
 }
 
-/// A guest that migrates again and again: each time the migration fails, and it goes on here.
+/// A guest migrates again and again. Each migration fails, and the guest continues here.
 fn migrate(kind: DiskKind, arguments: &[&str]) -> Result<()> {
     let rig = Rig::new(kind, DISK_BYTES)?;
     let broker = rig.broker(&[&["--num-queues", "2"], arguments].concat())?;
@@ -67,7 +68,7 @@ fn migrate(kind: DiskKind, arguments: &[&str]) -> Result<()> {
         let _log = start_logging(&front_end, &ram)?;
         for driver in &mut drivers {
             driver.write(u64::from(round) * 8, &[round as u8; 4096])?;
-            // The kernel carries flushes out on threads of its own, which can hold the file for longer than they take.
+            // The kernel flushes on threads of its own, and they can hold the file for longer than the flush takes.
             driver.flush()?;
         }
         for index in [1, 0] {
@@ -83,7 +84,7 @@ fn migrate(kind: DiskKind, arguments: &[&str]) -> Result<()> {
     Ok(())
 }
 
-/// The same with queues that are rings until the log is kept.
+/// The same with queues that are rings until the migration begins.
 fn migrate_from_rings(kind: DiskKind) -> Result<()> {
     let rig = Rig::new(kind, DISK_BYTES)?;
     let broker = rig.broker(&["--num-queues", "3", "--mode", "direct"])?;
@@ -111,7 +112,7 @@ fn migrate_from_rings_once(rig: &Rig) -> Result<()> {
     take(rig.disk()).map(drop)
 }
 
-/// The lock of a read-only disk is shared: who stops has let go of its own, and waits for nobody else's.
+/// Read-only brokers share the lock of a disk. The broker releases its own lock and does not wait for those of others.
 fn share(kind: DiskKind) -> Result<()> {
     let rig = Rig::new(kind, DISK_BYTES)?;
     let broker = rig.broker(&["--num-queues", "1", "--read-only"])?;
@@ -126,7 +127,7 @@ fn share(kind: DiskKind) -> Result<()> {
         driver.flush()?;
         front_end.stop_vring(0)?;
         drop(sharing);
-        // Only who writes notices a lock that is shared.
+        // Only a writer notices a shared lock.
         let writer = broker.explain(take(rig.disk()).with_context(|| format!("round {round}")))?;
         drop(writer);
         front_end.set_logging(false)?;
@@ -154,11 +155,11 @@ fn shut_down(kind: DiskKind) -> Result<()> {
     Ok(())
 }
 
-/// A lease that is released at any time of its attempts to have the disk leaves nothing of it taken.
+/// A lease that is released at any moment of its attempts keeps nothing of the disk.
 fn release_while_trying(kind: DiskKind) -> Result<()> {
     let disk = TestDisk::new(kind, DISK_BYTES)?;
     let located = Arc::new(Disk::locate(&disk.config())?);
-    // What is passed on is dropped at once.
+    // The lease drops the disk as soon as it has it.
     let lease = DiskLease::new(located, drop)?;
     lease.start_up(StartUp::Incoming)?;
     for round in 0..LEASES {

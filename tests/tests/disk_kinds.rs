@@ -1,4 +1,4 @@
-//! Block devices and files as disks: their sizes and blocks, and the refusals that take a real device.
+//! Block devices and files as disks: their sizes and blocks, and the refusals that need a real device.
 
 use std::{
     fs,
@@ -18,10 +18,12 @@ const SIZE_BYTES: u64 = 4 << 20;
 
 fn main() -> ExitCode {
     let mut tests: Vec<Test> = DiskKind::ALL
-        .map(|kind| test(format!("size_and_blocks_of_{kind}"), kind.needs(), move || size_and_blocks(kind)))
+        .map(|kind| {
+            test(format!("a_disk_reports_the_size_and_blocks_of_{kind}"), kind.needs(), move || size_and_blocks(kind))
+        })
         .into();
     tests.extend([
-        test("a_mounted_device_is_refused_and_the_mount_named", mount_needs(), a_mounted_device),
+        test("the_refusal_of_a_mounted_device_names_the_mount", mount_needs(), a_mounted_device),
         test("a_write_protected_device_is_refused_for_writing", loop_and("blockdev", "util-linux"), write_protected),
         test("a_device_that_is_not_set_up_is_refused", DiskKind::Zram.needs(), not_set_up),
         test("a_device_with_a_partial_block_is_refused", DiskKind::Loop.needs(), partial_block),
@@ -55,11 +57,11 @@ fn size_and_blocks(kind: DiskKind) -> Result<()> {
     smallest_io_works(&disk)
 }
 
-/// One logical block, written and read at the disk's end, in a buffer with just the alignment that is promised.
+/// Writes and reads one logical block at the disk's end, in a buffer with exactly the promised alignment.
 fn smallest_io_works(disk: &Disk) -> Result<()> {
     let block_bytes = disk.logical_block_bytes() as usize;
     let mut memory = vec![0u8; 4 * block_bytes];
-    // One block past a multiple of two: aligned to the block and to nothing larger.
+    // The address is aligned to one block, and not to two.
     let aligned = memory.as_ptr().align_offset(2 * block_bytes) + block_bytes;
     let buffer = &mut memory[aligned..aligned + block_bytes];
     let offset = disk.size_bytes() - block_bytes as u64;
@@ -92,7 +94,7 @@ fn run(name: &str, arguments: &[&Path]) -> Result<()> {
     Ok(())
 }
 
-/// Unmounts when the test ends, however it ends.
+/// A mount point. The drop unmounts it.
 struct Mount(PathBuf);
 
 impl Drop for Mount {
@@ -112,7 +114,7 @@ fn a_mounted_device() -> Result<()> {
     let _mount = Mount(mount_point.clone());
     let message = refusal(&DiskConfig::new(made.path()))?;
     ensure_has(&message, &["is in use: ", " is mounted on ", mount_point.to_str().context("a plain path")?])?;
-    // Reading it can do no harm.
+    // A reader does no harm to a mounted device.
     Disk::open(&DiskConfig::new(made.path()).read_only(true))?;
     Ok(())
 }

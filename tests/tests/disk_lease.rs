@@ -1,4 +1,5 @@
-//! Disks that are known before they can be had: beside a living owner, and beside I/O of one that has ended.
+//! Disks whose properties are known before they can be locked: while another process has them, or while I/O of an ended
+//! process runs.
 
 use std::{
     env,
@@ -27,10 +28,10 @@ use rustix::fs::{FallocateFlags, fallocate};
 
 const SIZE_BYTES: u64 = 4 << 20;
 const BLOCK_BYTES: usize = 4096;
-/// Longer than anything takes on a machine with other work.
+/// Longer than any step takes on a busy machine.
 const LIMIT: Duration = Duration::from_secs(30);
 
-/// Set for the child process that has a write under way. Its argument is the disk.
+/// Set for the child process that has a write in flight. Its argument is the disk.
 const CHILD_VARIABLE: &str = "RINGPASS_TEST_STUCK_WRITE";
 
 fn main() -> ExitCode {
@@ -39,10 +40,14 @@ fn main() -> ExitCode {
         return ExitCode::SUCCESS;
     }
     let mut tests: Vec<Test> = DiskKind::ALL
-        .map(|kind| test(format!("what_is_told_of_a_disk_in_use_is_true_{kind}"), kind.needs(), move || truth(kind)))
+        .map(|kind| {
+            test(format!("a_located_disk_tells_the_truth_about_a_disk_in_use_{kind}"), kind.needs(), move || {
+                truth(kind)
+            })
+        })
         .into();
     let growing = DiskKind::Loop.needs();
-    tests.push(test("a_device_that_grows_is_seen_to_have_grown", growing, a_growing_device));
+    tests.push(test("a_located_disk_sees_that_the_device_has_grown", growing, a_growing_device));
     for kind in [StuckKind::LoopDevice, StuckKind::File] {
         let name = format!("a_start_goes_on_beside_io_of_a_killed_process_and_has_the_disk_after_it_{kind}");
         let needs = || StuckDisk::needs().into_iter().chain([Need::io_uring()]).collect::<Vec<_>>();
@@ -51,7 +56,7 @@ fn main() -> ExitCode {
     harness::run(tests)
 }
 
-/// Located beside a process that has the disk, and compared with what then works.
+/// Locates a disk that this process has open, and compares what it says with what works.
 fn truth(kind: DiskKind) -> Result<()> {
     let made = TestDisk::new(kind, SIZE_BYTES)?;
     let disk = Disk::open(&made.config())?;
@@ -61,17 +66,17 @@ fn truth(kind: DiskKind) -> Result<()> {
     ensure!(located.physical_block_bytes() == disk.physical_block_bytes());
     ensure!(located.direct_alignment() == disk.direct_alignment());
     ensure!(located.is_direct_io() == disk.is_direct_io());
-    let error = located.try_lock().err().context("the disk was had twice")?;
+    let error = located.try_lock().err().context("the disk was locked twice")?;
     ensure!(error.is_busy() && error.names_living_holder(), "{error}");
 
     let capabilities = located.capabilities();
-    ensure!(capabilities.zero_range.is_some(), "all these kinds can be zeroed");
+    ensure!(capabilities.zero_range.is_some(), "this kind of disk cannot write zeroes");
     for (mode, told) in
         [(FallocateFlags::PUNCH_HOLE, capabilities.punch_hole), (FallocateFlags::ZERO_RANGE, capabilities.zero_range)]
     {
         write(&disk, 0, 0x5a)?;
         let done = fallocate(&disk, mode | FallocateFlags::KEEP_SIZE, 0, BLOCK_BYTES as u64);
-        ensure!(done.is_ok() == told.is_some(), "{mode:?}: {done:?}, told {told:?}");
+        ensure!(done.is_ok() == told.is_some(), "{mode:?}: {done:?}, but the located disk says {told:?}");
         let expected = if done.is_ok() { 0 } else { 0x5a };
         let found = read_at_alignment(&disk, BLOCK_BYTES as u32)?;
         ensure!(found.iter().all(|&byte| byte == expected), "{mode:?}: another content");
@@ -80,7 +85,7 @@ fn truth(kind: DiskKind) -> Result<()> {
             fallocate(&disk, mode | FallocateFlags::KEEP_SIZE, 0, whole).with_context(|| format!("{whole} bytes"))?;
         }
     }
-    // A buffer at an address that is a multiple of what is promised, and of nothing larger.
+    // The buffer's address has exactly the promised alignment.
     write(&disk, 0, 0xa5)?;
     let found = read_at_alignment(&disk, disk.memory_alignment_bytes())?;
     ensure!(found.iter().all(|&byte| byte == 0xa5), "another content came back");
@@ -119,7 +124,7 @@ fn a_growing_device() -> Result<()> {
     Ok(())
 }
 
-/// The child: submits a write to its end and waits for it, or for its own end.
+/// The child: opens the disk, submits a write when it is told to, and waits for its completion.
 fn write_and_wait() -> Result<()> {
     let disk = Disk::open(&DiskConfig::new(env::args_os().nth(1).context("a path")?))?;
     let mut ring = IoUring::new(2)?;
@@ -138,7 +143,7 @@ fn write_and_wait() -> Result<()> {
     Ok(())
 }
 
-/// The process with the write. Killed when dropped, and waited for.
+/// The process with the write. The drop kills it and waits for its end.
 struct Writer {
     child: Child,
     said: BufReader<std::process::ChildStdout>,
@@ -170,7 +175,7 @@ impl Writer {
         self.expect("submitted")
     }
 
-    /// It is not waited for: it may not end before its I/O does.
+    /// Kills the process and does not wait for its end, which can take as long as its I/O.
     fn kill(&mut self) -> Result<()> {
         Ok(self.child.kill()?)
     }
@@ -178,7 +183,7 @@ impl Writer {
 
 impl Drop for Writer {
     fn drop(&mut self) {
-        // It may have ended already.
+        // The process may have ended already.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
@@ -195,31 +200,33 @@ fn a_killed_process(kind: StuckKind) -> Result<()> {
     let made = StuckDisk::new(kind, SIZE_BYTES)?;
     let mut writer = Writer::start(made.path())?;
     let (lease, held) = lease(Disk::locate(&made.config())?)?;
-    let error = lease.start_up(StartUp::Grace(Duration::ZERO)).err().context("a living process was passed over")?;
+    let error = lease.start_up(StartUp::Grace(Duration::ZERO)).err().context("the start ignored a living process")?;
     ensure!(error.to_string().contains(&format!("[{}]", writer.child.id())), "{error}");
 
     made.freeze()?;
     writer.write()?;
     writer.kill()?;
-    // The answers of a device are asked for meanwhile.
+    // The disk can be located meanwhile.
     let again = Disk::locate(&made.config())?;
     ensure!(again.size_bytes() == SIZE_BYTES && again.capabilities() == lease.located().capabilities());
     let started = Instant::now();
-    lease.start_up(StartUp::Grace(Duration::from_secs(3600))).context("nobody alive has the disk")?;
+    lease
+        .start_up(StartUp::Grace(Duration::from_secs(3600)))
+        .context("the start refuses, although no living process has the disk")?;
     ensure!(started.elapsed() < LIMIT, "the start waited for {:?}", started.elapsed());
     let early = held.recv_timeout(Duration::from_millis(500));
-    ensure!(matches!(early, Err(RecvTimeoutError::Timeout)), "the disk was had before the write had ended");
+    ensure!(matches!(early, Err(RecvTimeoutError::Timeout)), "the lease got the disk before the write had ended");
     ensure!(matches!(lease.state(), LeaseState::Waiting { .. }));
 
     made.thaw()?;
     let disk = held.recv_timeout(LIMIT).context("the disk after the write")?;
     let found = read_at_alignment(&disk, BLOCK_BYTES as u32)?;
-    // A write that was issued is done; one that waited in an io-wq worker may have been cancelled.
+    // The kernel completes a write that it has issued. It may have cancelled a write that waited in an io-wq worker.
     let was_written = found.iter().all(|&byte| byte == 0);
     let was_cancelled = kind == StuckKind::File && found.iter().all(|&byte| byte == StuckDisk::INITIAL_BYTE);
-    ensure!(was_written || was_cancelled, "the lock was passed on before the write was done");
+    ensure!(was_written || was_cancelled, "the lease got the lock before the write was done");
     std::thread::sleep(Duration::from_millis(100));
-    ensure!(read_at_alignment(&disk, BLOCK_BYTES as u32)? == found, "a write came after the lock");
+    ensure!(read_at_alignment(&disk, BLOCK_BYTES as u32)? == found, "the disk changed after the lease got the lock");
     drop((disk, lease, held));
     Ok(())
 }

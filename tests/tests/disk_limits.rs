@@ -30,10 +30,10 @@ use rustix::thread::CapabilitySet;
 
 const MIB: u64 = 1 << 20;
 const SIZE_BYTES: u64 = 4 * MIB;
-/// A user that no process of this machine has, so that nothing is pinned before.
+/// A user without processes on this machine, so that none of its memory is pinned.
 const USER: u32 = 0x5249_4e47;
 
-/// Set for the child process: what it is to do. Its argument is the disk.
+/// Set for the child process: its task. Its argument is the disk.
 const CHILD_VARIABLE: &str = "RINGPASS_TEST_LIMITS";
 
 fn main() -> ExitCode {
@@ -53,7 +53,7 @@ fn main() -> ExitCode {
         test("a_hard_limit_below_the_disk_is_refused", file(), || in_child(DiskKind::Ext4PageCache, "hard-too-low")),
         test("a_block_device_needs_no_limit", DiskKind::Loop.needs(), || in_child(DiskKind::Loop, "device")),
         test("the_kernel_agrees_with_the_memlock_check", pinning(), || as_user("pin")),
-        test("the_soft_memlock_limit_is_raised_to_what_is_needed", pinning(), || as_user("raise")),
+        test("the_soft_memlock_limit_is_raised_as_far_as_needed", pinning(), || as_user("raise")),
         test("a_process_with_the_capability_is_exempt", [ipc_lock(), Need::io_uring()], || {
             finish(Command::new(env::current_exe()?).env(CHILD_VARIABLE, "exempt"))
         }),
@@ -85,7 +85,8 @@ fn in_child(kind: DiskKind, task: &str) -> Result<()> {
     Ok(())
 }
 
-/// A task in a process of an ordinary user. Its program is a copy, since such a user may not reach the build directory.
+/// Runs a task in a process of an ordinary user. Its program is a copy, because such a user may not reach the build
+/// directory.
 fn as_user(task: &str) -> Result<()> {
     let directory = tempfile::Builder::new().permissions(Permissions::from_mode(0o755)).tempdir()?;
     let program: PathBuf = directory.path().join("limits-test");
@@ -106,7 +107,7 @@ fn grow(disk: Disk) -> Result<()> {
     let page = memory(4096)?;
     let refused = rustix::io::pwrite(&disk, &page, SIZE_BYTES);
     ensure!(refused == Err(rustix::io::Errno::FBIG), "a write past the end: {refused:?}");
-    // Up to the end everything is as it was.
+    // Writes up to the end of the disk still work.
     let written = rustix::io::pwrite(&disk, &page, SIZE_BYTES - 4096)?;
     ensure!(written == 4096);
     Ok(())
@@ -137,7 +138,7 @@ fn pinned_in_ring(memory: &mut [u8]) -> io::Result<IoUring> {
     Ok(ring)
 }
 
-/// Whole pages, and small ones: of a huge page the kernel charges all.
+/// The memory is whole small pages: the kernel charges all of a huge page.
 fn memory(bytes: u64) -> Result<MmapMut> {
     let pages = MmapMut::map_anon(usize::try_from(bytes)?)?;
     pages.advise(Advice::NoHugePage)?;
@@ -156,7 +157,7 @@ fn pin() -> Result<()> {
     ensure!(after.pinned_bytes() == 4 * MIB, "{after:?}");
     ensure!(after.pinned_by[0].pid == std::process::id(), "{after:?}");
 
-    // Less than a ring's own memory (which newer kernels charge too) below the limit is allowed, by both.
+    // The check and the kernel allow memory up to the limit less a ring's own memory, which newer kernels charge too.
     let mut second = memory(4 * MIB - 64 * 1024)?;
     after.check(second.len() as u64)?;
     drop(pinned_in_ring(&mut second).context("the kernel refuses what the check allows")?);
@@ -178,7 +179,7 @@ fn raise() -> Result<()> {
     setrlimit(Resource::RLIMIT_MEMLOCK, MIB, 8 * MIB)?;
     let mut limits = Memlock::current()?;
     limits.raise_soft(4096)?;
-    ensure!(getrlimit(Resource::RLIMIT_MEMLOCK)? == (MIB, 8 * MIB), "what suffices was changed");
+    ensure!(getrlimit(Resource::RLIMIT_MEMLOCK)? == (MIB, 8 * MIB), "a sufficient limit was changed");
     limits.raise_soft(5 * MIB + 1)?;
     ensure!(getrlimit(Resource::RLIMIT_MEMLOCK)? == (5 * MIB + 4096, 8 * MIB));
     ensure!(Memlock::current()? == limits);
@@ -198,7 +199,7 @@ fn exempt() -> Result<()> {
     ensure!(limits.soft_bytes == Some(65536), "a limit that does not count was changed");
     let mut pages = memory(4 * MIB)?;
     let _ring = pinned_in_ring(&mut pages).context("the kernel limits an exempt process")?;
-    // What nobody is charged for is not counted.
+    // Memory that no user is charged for does not count.
     let own = Memlock::current()?.pinned_by.into_iter().find(|process| process.pid == std::process::id());
     ensure!(own.is_none(), "{own:?}");
     Ok(())

@@ -1,4 +1,4 @@
-//! Two brokers and one disk: the second is refused, and told who has it.
+//! Two brokers and one disk: the second broker refuses to start and names the process that has the disk.
 
 use std::{
     env, fs,
@@ -23,7 +23,7 @@ use rustix::fs::{CWD, FileType, Mode, mknodat};
 
 const SIZE_BYTES: u64 = 1 << 20;
 
-/// Set for the child process that has a disk: how it has it. Its argument is the path.
+/// Set for the child process that has a disk: how it locks the disk. Its argument is the path.
 const HOLD_VARIABLE: &str = "RINGPASS_TEST_HOLD";
 
 fn main() -> ExitCode {
@@ -34,17 +34,17 @@ fn main() -> ExitCode {
     let file = || DiskKind::Ext4PageCache.needs();
     let device = || DiskKind::Loop.needs();
     harness::run(vec![
-        test("another_process_that_has_the_file_is_named", file(), || another_process(DiskKind::Ext4PageCache)),
-        test("another_process_that_has_the_device_is_named", device(), || another_process(DiskKind::Loop)),
-        test("a_process_with_a_posix_lock_is_named", file(), a_posix_lock),
+        test("the_refusal_names_the_process_that_has_the_file", file(), || another_process(DiskKind::Ext4PageCache)),
+        test("the_refusal_names_the_process_that_has_the_device", device(), || another_process(DiskKind::Loop)),
+        test("the_refusal_names_the_process_that_has_a_posix_lock", file(), a_posix_lock),
         test("a_killed_process_leaves_no_lock", file(), a_killed_process),
-        test("a_second_node_of_a_device_is_refused", device(), a_second_node),
-        test("waiting_for_a_device_ends_when_it_is_free", device(), waiting_for_a_device),
+        test("a_broker_refuses_a_second_node_of_a_device_in_use", device(), a_second_node),
+        test("a_broker_that_waits_for_a_device_gets_it_when_it_is_free", device(), waiting_for_a_device),
         test("read_only_disks_share_a_device_and_keep_writers_out", device(), read_only_devices),
     ])
 }
 
-/// The child: takes the disk, says so, and keeps it until its standard input ends.
+/// The child: locks the disk, says so, and keeps it until its standard input ends.
 fn hold(how: &str) -> Result<()> {
     let path = env::args_os().nth(1).context("a path")?;
     let _disk = (how == "disk").then(|| Disk::open(&DiskConfig::new(&path))).transpose()?;
@@ -60,7 +60,7 @@ fn hold(how: &str) -> Result<()> {
     Ok(())
 }
 
-/// A child process that has the disk; killed when dropped.
+/// A child process that has the disk. The drop kills it.
 struct Holder(Child);
 
 impl Holder {
@@ -92,7 +92,7 @@ impl Holder {
 
 impl Drop for Holder {
     fn drop(&mut self) {
-        // It may have ended already.
+        // The process may have ended already.
         let _ = self.0.kill();
         let _ = self.0.wait();
     }
@@ -118,7 +118,7 @@ fn another_process(kind: DiskKind) -> Result<()> {
     let config = made.config().lock_wait(None);
     let holder = Holder::start("disk", made.path())?;
     let error = refusal(&config)?;
-    // A device is refused by its claim, before the lock.
+    // For a device, the exclusive claim refuses before the lock does.
     let how = if kind == DiskKind::Loop { "is in use: " } else { "is locked: by " };
     ensure_has(&error, &[made.path().to_str().context("a plain path")?, how, &holder.name()?])?;
     let error = refusal(&config.clone().read_only(true))?;
@@ -144,7 +144,7 @@ fn a_killed_process() -> Result<()> {
     Ok(())
 }
 
-/// An OFD lock belongs to the node, so only the claim on the device can refuse this.
+/// An OFD lock belongs to the node. Only the exclusive claim on the device can refuse a second node.
 fn a_second_node() -> Result<()> {
     let made = TestDisk::new(DiskKind::Loop, SIZE_BYTES)?;
     let second = made.directory().context("a loop device has a directory")?.join("node");

@@ -1,4 +1,4 @@
-//! The command lines of QEMU that the documentation shows, with the QEMU of this machine and a running server.
+//! QEMU accepts the command lines of the documentation. The tests run the QEMU of this machine and a server.
 
 use std::{
     fs::{self, File},
@@ -15,7 +15,8 @@ use ringpass_tests::{
 };
 
 const QEMU: &str = "qemu-system-x86_64";
-/// Connecting again, before QEMU 9.2 and from then on. The documentation shows the newer and says how the older is.
+/// The option to reconnect: before QEMU 9.2, and from 9.2 on. The documentation shows the newer one and names the older
+/// one.
 const RECONNECT: [&str; 2] = ["reconnect=1", "reconnect-ms=1000"];
 
 fn main() -> ExitCode {
@@ -27,13 +28,16 @@ fn main() -> ExitCode {
     ])
 }
 
-/// The whole command that a document of the repository shows.
+/// The QEMU command of a document of the repository.
 fn document(name: &str) -> Result<String> {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("..").join(name);
     let text = fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
     let command = text.split_once("$ qemu-system-x86_64 ").with_context(|| format!("{name} shows no command"))?.1;
     let (command, explained) = command.split_once(" ...\n```\n").context("the command has no end")?;
-    ensure!(RECONNECT.iter().all(|option| explained.contains(option)), "{name} names one option for one version");
+    ensure!(
+        RECONNECT.iter().all(|option| explained.contains(option)),
+        "{name} does not name the options of both versions"
+    );
     Ok(command.replace("\\\n", " ").replace("/run/vm1.sock", "PATH"))
 }
 
@@ -45,12 +49,15 @@ fn help() -> Result<String> {
         .split_once("QEMU 9.2 and later")
         .and_then(|(_, rest)| rest.split_once('\n'))
         .context("no QEMU in --help")?;
-    ensure!(RECONNECT.iter().all(|option| title.contains(option)), "--help names one option for one version: {title}");
+    ensure!(
+        RECONNECT.iter().all(|option| title.contains(option)),
+        "--help does not name the options of both versions: {title}"
+    );
     let options = options.replace("SIZE", "256M").replace("MACHINE", "q35").replace("num-queues=N", "num-queues=2");
     Ok(options + " -machine accel=kvm")
 }
 
-/// Starts QEMU with these options and the disk of a real server, without letting its guest run, and ends it.
+/// Starts QEMU with these options and the disk of a real server, and ends it. The guest does not run.
 fn runs(options: &str) -> Result<()> {
     let directory = tempfile::tempdir()?;
     let (socket, image) = (directory.path().join("vm.sock"), directory.path().join("disk.img"));
@@ -67,7 +74,7 @@ fn runs(options: &str) -> Result<()> {
     command.args(options.split_whitespace()).args(["-S", "-nodefaults", "-display", "none", "-monitor", "stdio"]);
     let mut child =
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().context("starting QEMU")?;
-    // It ends with an error before it reads this if it does not take an option or the device.
+    // QEMU fails before it reads this if it refuses an option or the device.
     let _ = child.stdin.take().context("its stdin is piped")?.write_all(b"quit\n");
     let output = child.wait_with_output()?;
     let said = String::from_utf8_lossy(&output.stderr).into_owned();

@@ -1,4 +1,4 @@
-//! The engine on a disk that does not answer: what waits for hanging I/O, and what must not.
+//! The engine on a disk that does not answer: which operations wait for hanging I/O, and which do not.
 
 use std::{
     io,
@@ -35,9 +35,9 @@ const SIZE_BYTES: u64 = 4 << 20;
 const QUEUE_SIZE: u16 = 64;
 const RAM_BYTES: u64 = 8 << 20;
 const BLOCK_BYTES: usize = 4096;
-/// Longer than anything takes that does not wait for the disk.
+/// Longer than any step takes that does not wait for the disk.
 const LIMIT: Duration = Duration::from_secs(30);
-/// How long we watch that nothing happens. If something wrong happened later, the test would miss it, not fail.
+/// How long a test watches that something does not happen. If it happened later, the test would miss it, not fail.
 const WATCH: Duration = Duration::from_millis(300);
 
 fn main() -> ExitCode {
@@ -48,7 +48,7 @@ fn main() -> ExitCode {
             reads_go_on_beside_hanging_writes,
         ),
         test(
-            "a_front_end_that_migrates_does_not_wait_for_io_that_another_has_left_behind",
+            "a_front_end_that_migrates_does_not_wait_for_io_of_the_front_end_before",
             StuckDisk::needs(),
             a_migration_beside_io_left_behind,
         ),
@@ -74,7 +74,7 @@ fn main() -> ExitCode {
     harness::run(tests)
 }
 
-/// The disk is given once.
+/// The engine has its disk from the start and never needs another.
 struct NoSource;
 
 impl DiskSource for NoSource {
@@ -89,9 +89,9 @@ impl DiskSource for NoSource {
     }
 }
 
-/// An engine with two queues of one worker, and drivers for them.
+/// An engine with one worker for two queues, and their drivers.
 struct Machine {
-    // The engine goes first: it waits for nothing, and its threads end when the disk has been thawed.
+    // The engine drops first. Its drop does not wait, and its threads end when the disk's drop has thawed it.
     engine: Engine,
     disk: StuckDisk,
     ram: Ram,
@@ -135,7 +135,7 @@ impl Machine {
         region.queue(index).context("a region of two queues")
     }
 
-    /// Starts a queue as a front-end does that knows only the in-flight region.
+    /// Starts a queue as a front-end that knows only the in-flight region.
     fn start(&mut self, index: u16) -> Result<()> {
         let inflight = self.inflight(index)?;
         let vring = self.drivers[usize::from(index)].vring();
@@ -177,7 +177,7 @@ impl Machine {
         self.disk.wait_for_hanging_write(std::process::id())
     }
 
-    /// What the in-flight region says of a queue.
+    /// The heads that the in-flight region has for a queue.
     fn inflight_heads(&self, index: u16) -> Result<Vec<u16>> {
         let region = shared::InflightRegion::new(
             VhostUserInflight::new(self.inflight.size_bytes, 0, 2, QUEUE_SIZE),
@@ -241,9 +241,9 @@ fn an_abandoned_queue_comes_back(kind: StuckKind) -> Result<()> {
     machine.disk.freeze()?;
     machine.send_write(0, 0, 1)?;
     machine.engine.abandon();
-    ensure!(machine.inflight_heads(0)?.len() == 1, "the write is in flight for the front-end that comes");
+    ensure!(machine.inflight_heads(0)?.len() == 1, "the in-flight region does not have the write");
 
-    // The next front-end: other mappings, the same in-flight region, and one more request.
+    // The next front-end has other mappings and the same in-flight region.
     let file = Arc::new(machine.ram.regions()[0].file().try_clone()?);
     let ram = Ram::new([RamRegion::of_file(file, 0, 0, RAM_BYTES)?])?;
     machine.engine.set_memory(Arc::new(ram.memory().clone()));
@@ -251,18 +251,21 @@ fn an_abandoned_queue_comes_back(kind: StuckKind) -> Result<()> {
     machine.start(1)?;
     if kind == StuckKind::File {
         let read = machine.drivers[1].read(80, BLOCK_BYTES as u32)?;
-        ensure!(read == [StuckDisk::INITIAL_BYTE; BLOCK_BYTES], "a queue without I/O under way runs again");
+        ensure!(read == [StuckDisk::INITIAL_BYTE; BLOCK_BYTES], "a queue without I/O in flight does not run");
     }
     the_old_write_ends_once(machine)
 }
 
-/// Queue 0 was started again over a write of block 0 that hangs.
+/// Checks queue 0, which was started again while its write of block 0 hangs.
 fn the_old_write_ends_once(mut machine: Machine) -> Result<()> {
     std::thread::sleep(WATCH);
-    ensure!(machine.drivers[0].status()? == NO_STATUS, "something was executed again before the old write had ended");
+    ensure!(
+        machine.drivers[0].status()? == NO_STATUS,
+        "the engine executed the write again before the old one had ended"
+    );
     machine.disk.thaw()?;
     machine.wait_for_used(0)?;
-    // Had it been executed again, the driver would get it back twice, and the ring would say so.
+    // If the engine executed the write again, the used ring would have it twice.
     machine.drivers[0].write(8, &[2; BLOCK_BYTES])?;
     ensure!(machine.used_idx(0)? == 2, "used index {}", machine.used_idx(0)?);
     ensure!(machine.inflight_heads(0)?.is_empty());
@@ -271,7 +274,8 @@ fn the_old_write_ends_once(mut machine: Machine) -> Result<()> {
     Ok(())
 }
 
-/// A start behind a stop that was given up: as from a front-end that sent both and closed the connection.
+/// The front-end sent a stop and a start and closed the connection. The engine gives up the stop, and the start
+/// follows.
 fn a_stop_that_nobody_waits_for(kind: StuckKind) -> Result<()> {
     let mut machine = Machine::new(kind)?;
     machine.disk.freeze()?;
@@ -291,7 +295,7 @@ fn a_migration_beside_io_left_behind() -> Result<()> {
     machine.send_write(0, 0, 1)?;
     machine.engine.abandon();
 
-    // The next front-end has the other queue only.
+    // The next front-end starts only the other queue.
     machine.engine.set_memory(Arc::new(machine.ram.memory().clone()));
     machine.start(1)?;
     machine.drivers[1].read(80, BLOCK_BYTES as u32)?;
@@ -308,7 +312,7 @@ fn a_migration_beside_io_left_behind() -> Result<()> {
         let is_locked = Disk::open(&disk.config()).is_err();
         disk.thaw()?;
         ensure!(early.context("the queue waits for the write that was left behind")? == Some(1));
-        ensure!(is_locked, "the disk can be had with a write under way");
+        ensure!(is_locked, "the disk is free with a write in flight");
         anyhow::Ok(())
     })?;
     drop(Disk::open(&disk.config_waiting()).context("the disk is not let go of")?);

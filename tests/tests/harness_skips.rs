@@ -1,6 +1,7 @@
-//! The harness itself: what is skipped is counted as skipped, and what is wrong fails.
+//! The harness itself: it counts a skipped test as skipped, and an error fails the test.
 //!
-//! The only test program that uses Rust's own harness: under ours, a fault that swallows failures would swallow these too.
+//! Only this test program uses Rust's own harness: under ours, a fault that hides failures would hide the failures of
+//! these tests too.
 
 use std::{env, fs, process::Command};
 
@@ -10,7 +11,7 @@ use ringpass_tests::{
 };
 use tempfile::TempDir;
 
-/// What a run of the fixture left behind.
+/// The result of a run of the fixture.
 struct Outcome {
     succeeded: bool,
     stdout: String,
@@ -25,7 +26,7 @@ impl Outcome {
     }
 }
 
-/// The kernel log that the fixture sees: old trouble, which no test of the fixture caused.
+/// The kernel log that the fixture sees. It has an old warning that no test of the fixture caused.
 const OLD_KERNEL_LOG: &str = "4,1,10,-;WARNING: CPU: 0 PID: 1 at some/old.c:1\n";
 
 fn run_fixture(arguments: &[&str], variables: &[(&str, &str)]) -> Outcome {
@@ -56,7 +57,7 @@ const UNMET_REASON: &str = "needs a moon: there is none; wait for the night";
 
 #[test]
 fn a_test_runner_lists_an_unmet_test_as_ignored() {
-    // The two calls that cargo-nextest makes, and what it reads from them.
+    // These are the two calls of cargo-nextest, and the parts of their output that it reads.
     let all = run_fixture(&["--list", "--format", "terse"], &[]);
     let ignored = run_fixture(&["--list", "--format", "terse", "--ignored"], &[]);
     assert!(all.succeeded && ignored.succeeded);
@@ -65,7 +66,7 @@ fn a_test_runner_lists_an_unmet_test_as_ignored() {
     }
     assert!(ignored.stdout == "unmet: test\nunmet_off_main_path: test\nlong: test\n", "{}", ignored.stdout);
 
-    // Listing is when the reason becomes known: a test runner never starts an ignored test.
+    // The fixture records the reason when it lists its tests, because a test runner never starts an ignored test.
     let reasons = all.skip_log;
     assert!(reasons.contains(&format!("skipped\tharness_fixture::unmet\t{UNMET_REASON}\n")), "{reasons}");
     assert!(reasons.contains("skipped\tharness_fixture::long\ta long run: `cargo xtask soak` runs it\n"), "{reasons}");
@@ -99,7 +100,7 @@ fn an_unmet_test_fails_where_nothing_may_be_skipped() {
 }
 
 #[test]
-fn an_unmet_test_that_is_run_all_the_same_fails() {
+fn an_unmet_test_fails_if_the_runner_runs_it() {
     for name in ["unmet", "long"] {
         let outcome = run_fixture(&["--include-ignored", "--exact", name], &[]);
         assert!(!outcome.succeeded, "{name} passed");
@@ -132,7 +133,7 @@ fn a_kernel_warning_during_a_test_fails_it() {
 }
 
 #[test]
-fn an_unreadable_kernel_log_is_said_and_no_failure() {
+fn an_unreadable_kernel_log_is_noted_and_fails_no_test() {
     let outcome = run_fixture(&["--exact", "met"], &[(kernel_log::PATH_VARIABLE, "/no/such/log")]);
     assert!(outcome.succeeded);
     let note =
@@ -141,7 +142,7 @@ fn an_unreadable_kernel_log_is_said_and_no_failure() {
 }
 
 #[test]
-fn a_long_run_takes_its_own_budgets() {
+fn a_long_run_has_larger_budgets() {
     let budgets = |variables: &[(&str, &str)]| run_fixture(&["--exact", "budgets"], variables);
     budgets(&[]).says("count 5000 seconds 1\n");
     budgets(&[(SOAK_SECONDS_VARIABLE, "9")]).says("count 5000 seconds 1\n");
@@ -154,7 +155,7 @@ fn a_long_run_takes_its_own_budgets() {
 }
 
 #[test]
-fn two_tests_of_one_name_are_refused() {
+fn the_harness_refuses_two_tests_with_the_same_name() {
     let outcome = run_fixture(&["--list", "--format", "terse"], &[("RINGPASS_FIXTURE_TWICE", "1")]);
     assert!(!outcome.succeeded);
     assert!(outcome.stderr.contains("two tests are called \"met\""), "{}", outcome.stderr);

@@ -1,4 +1,5 @@
-//! Interrupts that a guest mutes and unmutes, and a completion eventfd that is replaced: no completion goes unnoticed.
+//! A guest mutes and unmutes its interrupts, and the broker replaces the completion eventfd. The guest notices every
+//! completion.
 
 use std::{
     hint,
@@ -39,11 +40,11 @@ use vmm_sys_util::{
 const MIB: u64 = 1 << 20;
 const BLOCK_BYTES: u32 = 512;
 const RING: RingConfig = RingConfig { sq_entries: 64, cq_entries: 64 };
-/// A completion that no interrupt announces is found only after this time.
+/// The guest finds a completion without an interrupt only after this time.
 const TIMEOUT_NS: u64 = 5_000_000_000;
-/// The longest pause before interrupts are unmuted: some times as long as a request takes.
+/// The longest pause before the guest unmutes its interrupts: several times as long as a request takes.
 const HESITATION_NS: u64 = 20_000;
-/// Depths, and how many of a hundred completions each has.
+/// Depths, and the share of each in the completions, in percent.
 const DEPTHS: [(u32, u64); 3] = [(1, 15), (4, 15), (32, 20)];
 
 fn main() -> ExitCode {
@@ -53,7 +54,7 @@ fn main() -> ExitCode {
         needs
     };
     harness::run(vec![
-        test("muting_and_unmuting_never_loses_a_completion", needs(), muting),
+        test("a_guest_that_mutes_and_unmutes_never_loses_a_completion", needs(), muting),
         test("a_guest_that_does_not_look_again_loses_a_completion", needs(), a_guest_that_does_not_look_again),
         test("a_replaced_completion_eventfd_never_loses_a_completion", needs(), replacing),
     ])
@@ -85,7 +86,7 @@ struct Guest {
     queue: GuestQueue,
     env: ProcessEnv,
     buffers_gpa: u64,
-    /// What the blocks hold.
+    /// The checksums of the blocks.
     expected: Vec<u64>,
 }
 
@@ -143,7 +144,7 @@ fn muting() -> Result<()> {
             let Report { unmutes, sleeps, .. } = report;
             eprintln!("{seconds:5.2} s  depth {depth}, {submission:?}: {unmutes} unmutes, {sleeps} sleeps, {report}");
             ensure!(report.is_clean(), "depth {depth}, {submission:?}: {report}");
-            // Otherwise the test would show nothing.
+            // Without these the test would show nothing.
             ensure!(unmutes > operations / 1000 && sleeps > operations / 1000, "{unmutes} unmutes, {sleeps} sleeps");
             total.merge(&report);
         }
@@ -153,8 +154,8 @@ fn muting() -> Result<()> {
     Ok(())
 }
 
-/// A driver that takes its time before it unmutes, so that completions come at any moment around that; it then looks
-/// again, or forgets to.
+/// A driver that pauses before it unmutes, so that completions come at any moment around that. Then it looks at the CQ
+/// again, or not.
 struct Hesitant<'a, Q, H> {
     queue: &'a mut Q,
     hesitate: H,
@@ -192,7 +193,8 @@ fn a_guest_that_does_not_look_again() -> Result<()> {
     for submission in SUBMISSIONS {
         let report = hesitate(&disk, submission, seed, true, Duration::from_millis(10))?;
         ensure!(report.is_clean(), "{submission:?}: {report}");
-        // Longer than a read from the page cache takes; on a busy machine that can be any time.
+        // The pauses are longer than a read from the page cache takes. On a busy machine that can be long, so they
+        // grow.
         let pauses = [10, 40, 160, 640].map(Duration::from_millis);
         let loses = pauses.into_iter().try_fold(false, |loses, pause| -> Result<bool> {
             Ok(loses || hesitate(&disk, submission, seed, false, pause)?.missed_interrupts > 0)
@@ -202,7 +204,7 @@ fn a_guest_that_does_not_look_again() -> Result<()> {
     Ok(())
 }
 
-/// A guest that pauses before it sleeps.
+/// Runs a job on a guest that pauses before it sleeps.
 fn hesitate(
     disk: &Arc<Disk>,
     submission: SubmissionConfig,
@@ -211,7 +213,7 @@ fn hesitate(
     pause: Duration,
 ) -> Result<Report> {
     let mut guest = Guest::new(disk, submission)?;
-    // Who looks again waits for no interrupt that was lost.
+    // A guest that looks again never waits for a lost interrupt.
     let timeout = if looks_again { Duration::from_secs(30) } else { Duration::from_millis(200) };
     let job = Job {
         operations: 30,
@@ -224,8 +226,8 @@ fn hesitate(
     Ok(report)
 }
 
-/// The guest's interrupt, whose eventfd changes as it does when a VMM masks a vector: only the newest one counts, and
-/// what an older one still gets is lost.
+/// The guest's interrupt. Its eventfd changes, as when a VMM masks a vector: only the newest one counts, and a signal
+/// to an older one is lost.
 struct Vector {
     epoll: Epoll,
     newest: Mutex<EventFd>,
@@ -250,7 +252,7 @@ impl Vector {
         Ok(())
     }
 
-    /// False: nothing came in this time.
+    /// Returns false if no interrupt came in this time.
     fn wait(&self, timeout: Duration) -> Result<bool> {
         let start = Instant::now();
         loop {
@@ -263,7 +265,7 @@ impl Vector {
                 Err(error) => return Err(error.into()),
             }
             let newest = self.newest.lock().unwrap_or_else(PoisonError::into_inner);
-            // Without a signal: it was the eventfd before.
+            // If the newest eventfd has no signal, the event was from the eventfd before.
             if newest.read().is_ok() {
                 return Ok(true);
             }
@@ -271,7 +273,7 @@ impl Vector {
     }
 }
 
-/// The surroundings of a queue with such an interrupt.
+/// The environment of a queue with such an interrupt.
 struct Vectored<'a> {
     env: &'a mut ProcessEnv,
     vector: &'a Vector,
@@ -329,7 +331,7 @@ fn replacing() -> Result<()> {
             });
             let mut total = Report::default();
             for round in 0u64.. {
-                // One or two at a time: a completion that goes unnoticed is not followed by another that does not.
+                // With one or two requests at a time, no later completion hides that the guest missed one.
                 let depth = 1 + (round % 2) as u32;
                 let job = job(buffers_gpa, depth, Wait::Interrupt, seed.derive(round));
                 let report = run(&job, ring, &mut Vectored { env, vector: &vector }, expected)?;

@@ -1,4 +1,4 @@
-//! What takes a KVM guest's vCPU out of the guest.
+//! The exits of a KVM guest's vCPU.
 
 use std::process::ExitCode;
 
@@ -14,7 +14,8 @@ use ringpass_workload::{Job, Report, Verify, Wait};
 
 const BLOCKS: u64 = 1024;
 const OPERATIONS: u64 = 50_000;
-/// Measurements and baselines, of which the least count: what else the host does comes and goes.
+/// The number of measurements and baselines. Only the smallest ones count, because the rest of the host causes exits
+/// too.
 const ROUNDS: u32 = 5;
 
 const NOT_BY_KIND: &str = "ran without a look at exits by their kind: this KVM does not count port I/O";
@@ -26,7 +27,7 @@ fn main() -> ExitCode {
     harness::run(vec![test(POLLING, needs(), polling), test(KICKING, needs(), kicking)])
 }
 
-/// A job of reads, and the exits that it took.
+/// Runs a job of reads, and returns its exits.
 fn measure(guest: &mut KvmGuest, depth: u32) -> Result<(Report, Exits)> {
     let job = Job {
         operations: OPERATIONS,
@@ -42,7 +43,7 @@ fn measure(guest: &mut KvmGuest, depth: u32) -> Result<(Report, Exits)> {
     Ok((report, exits))
 }
 
-/// The exits of a vCPU that does no I/O for this time but one request at its start, and spins: the host's own.
+/// The exits that the host itself causes: those of a vCPU that does one request and then spins for this time.
 fn baseline(guest: &mut KvmGuest, elapsed_ns: u64) -> Result<u64> {
     let job = Job {
         duration_ns: elapsed_ns,
@@ -69,7 +70,7 @@ fn polling() -> Result<()> {
         let (mut fewest, mut fewest_by_host) = (u64::MAX, u64::MAX);
         for _ in 0..ROUNDS {
             let (report, exits) = measure(&mut guest, depth)?;
-            // The SQ thread never sleeps here but before a first request; the last exit is the guest's call at the end.
+            // The SQ thread sleeps only before the first request here. The last exit is the guest's call at its end.
             ensure!(report.doorbells <= 1, "{} doorbells", report.doorbells);
             ensure!(exits.requested() <= report.doorbells + 1, "{exits:?}");
             fewest = fewest.min(exits.all);
@@ -85,7 +86,7 @@ fn polling() -> Result<()> {
     Ok(())
 }
 
-/// Shows that the counters of the other test count.
+/// Shows that the counters that the other test uses count.
 fn kicking() -> Result<()> {
     let disk = TestDisk::new(DiskKind::Ext4PageCache, BLOCKS * 4096)?;
     for bell in [BellKind::Port, BellKind::Mmio] {

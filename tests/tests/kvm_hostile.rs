@@ -1,8 +1,8 @@
-//! A hostile KVM guest runs the script of everything that a guest must not be able to do, and everything around it stays
-//! as it was: memory and files of its monitor, another guest, and what of the disk is not its own.
+//! A hostile KVM guest runs the script of everything that a guest must not be able to do. It changes nothing outside:
+//! not the memory and files of its monitor, not another guest, and not the parts of the disk that are not its own.
 //!
-//! Each run is a child process of its own: the limit on the growth of files is for a whole process, and where a policy
-//! is wrong on purpose, the guest really does damage.
+//! Each run has a child process of its own. The limit on the growth of files holds for a whole process, and under a
+//! policy that is wrong on purpose the guest really does damage.
 
 use std::collections::HashSet;
 use std::env;
@@ -65,8 +65,8 @@ fn main() -> ExitCode {
             }
         }
     }
-    tests.push(test("without_the_fixed_file_rule_a_kvm_guest_damages_files", needs(), without_fixed_file));
-    tests.push(test("with_an_operation_too_many_a_kvm_guest_damages_memory", needs(), with_plain_read));
+    tests.push(test("a_kvm_guest_damages_files_without_the_fixed_file_rule", needs(), without_fixed_file));
+    tests.push(test("a_kvm_guest_damages_memory_if_the_policy_allows_plain_reads", needs(), with_plain_read));
     harness::run(tests)
 }
 
@@ -78,9 +78,9 @@ fn needs() -> Vec<Need> {
 /// One run of the script.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Run {
-    /// Descriptors of the process are allowed, too.
+    /// The policy also allows descriptors of the process.
     any_file: bool,
-    /// Reads to addresses of the process are allowed, too.
+    /// The policy also allows reads to addresses of the process.
     plain_read: bool,
     read_only: bool,
     in_window: bool,
@@ -123,7 +123,7 @@ impl Run {
     }
 }
 
-/// What came of a run: what the script tried, and everything that is not as it must be.
+/// The result of a run: the number of steps, and all findings.
 struct Outcome {
     steps: u64,
     findings: Vec<String>,
@@ -157,7 +157,7 @@ fn run(run: Run) -> Result<Outcome> {
         .env(CHILD_VARIABLE, "1")
         .stdin(Stdio::null())
         .stdout(Stdio::null())
-        // A file, which a guest that reaches it may spoil.
+        // Standard error is a file, because a guest that reaches it may damage it.
         .stderr(File::create(&errors)?)
         .status()?;
     let errors = fs::read(&errors)?;
@@ -178,7 +178,7 @@ fn strict(how: Run) -> Result<()> {
     if how.read_only {
         ensure!(outcome.disk_is_same, "{how:?}: the read-only disk has changed");
     } else {
-        // Or the last comparison would show nothing.
+        // Without this the last comparison would show nothing.
         ensure!(!outcome.disk_is_same, "{how:?}: the guest has written nothing to its own disk");
     }
     Ok(())
@@ -198,7 +198,7 @@ fn with_plain_read() -> Result<()> {
     Ok(())
 }
 
-/// The monitor with the hostile guest, a second guest, and canaries.
+/// The child process: the monitor with the hostile guest, a second guest, and canaries.
 fn child() -> Result<()> {
     let arguments: Vec<String> = env::args().skip(1).collect();
     let [path, other_path, findings_path, how] = &*arguments else { bail!("three paths and a run") };
@@ -228,7 +228,7 @@ fn child() -> Result<()> {
     let report = hostile.cpus_mut()[0].attack(attack)?;
 
     let mut findings = answers(&report, &attack)?;
-    // The script is the one that any guest runs on the same target.
+    // Every guest runs the same script on the same target.
     let steps = attack.with_target(|target| script(target).map(Iterator::count)).map_err(|error| anyhow!("{error}"))?;
     if report.steps != steps as u64 {
         findings.push(format!("{} steps of {steps} were done", report.steps));
@@ -251,7 +251,7 @@ fn child() -> Result<()> {
     findings.insert(0, report.steps.to_string());
     fs::write(findings_path, findings.join("\n"))?;
     if !how.is_strict() {
-        // What is lost where a policy is wrong may be lost for ever.
+        // Under a wrong policy a request may never complete.
         process::exit(0);
     }
     // Both guests still have their rings.
@@ -319,14 +319,14 @@ fn answers(report: &HostileReport, attack: &Attack) -> Result<Vec<String>> {
     Ok(findings)
 }
 
-/// The content of a disk. What an image has grown is left out: it can be a tebibyte.
+/// The content of a disk, without the part by which the image has grown: that can be a tebibyte.
 fn read(path: impl AsRef<Path>) -> Result<Vec<u8>> {
     let mut content = vec![0; DISK_BYTES as usize];
     File::open(path)?.read_exact_at(&mut content, 0)?;
     Ok(content)
 }
 
-/// Where in `content` eight bytes are that are in one of the `secrets`, which are random.
+/// The position in `content` of eight bytes that are also in one of the `secrets`, which are random.
 fn find_any(content: &[u8], secrets: &[&[u8]]) -> Option<usize> {
     let words: HashSet<&[u8]> = secrets.iter().flat_map(|secret| secret.chunks_exact(8)).collect();
     content.windows(8).position(|word| words.contains(word))

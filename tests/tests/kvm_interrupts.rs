@@ -1,4 +1,4 @@
-//! Completions become interrupts of the guest inside the kernel, and none is lost.
+//! The kernel turns completions into interrupts of the guest, and the guest loses none.
 
 use std::process::ExitCode;
 use std::thread;
@@ -22,8 +22,8 @@ const JOB_OPERATIONS: u64 = 60;
 fn main() -> ExitCode {
     let needs = || [Need::kvm(), Need::io_uring(), Need::cpus(2)].into_iter().chain(DiskKind::Ext4PageCache.needs());
     harness::run(vec![
-        test("no_completion_is_lost_while_interrupts_are_muted_and_unmuted", needs(), muting),
-        test("no_completion_is_lost_while_the_completion_eventfd_is_replaced", needs(), replacing),
+        test("a_guest_that_mutes_and_unmutes_loses_no_completion", needs(), muting),
+        test("a_guest_loses_no_completion_while_the_completion_eventfd_is_replaced", needs(), replacing),
     ])
 }
 
@@ -44,10 +44,10 @@ fn muting() -> Result<()> {
         let started = Instant::now();
         let report = guest.run_all(&[job], Command::Run)?[0].report;
         eprintln!("{submission:?} depth {depth}: {report:?} {:?}", started.elapsed());
-        // `run_all` has seen that the report is clean: no interrupt was missed.
+        // `run_all` has checked that the report is clean: the guest missed no interrupt.
         ensure!(report.operations() == job.operations, "{report}");
         ensure!(report.interrupts > 50 && report.unmutes > 50, "too few interrupts or unmutes: {report:?}");
-        // With one request in flight each completion that is not muted is one interrupt.
+        // With one request in flight, each completion is one interrupt unless the guest has muted it.
         if depth == 1 {
             ensure!(report.interrupts * 4 >= job.operations, "few completions were interrupts: {report:?}");
         }
@@ -55,7 +55,7 @@ fn muting() -> Result<()> {
     Ok(())
 }
 
-/// Short jobs, each with one replacement in its middle: what that loses is not made good by the next one.
+/// Runs short jobs, each with one replacement in its middle, so that no later replacement hides a loss.
 fn replacing() -> Result<()> {
     let seed = Seed::from_env_or_random();
     let mut random = seed.rng();
@@ -67,7 +67,7 @@ fn replacing() -> Result<()> {
             timeout_ns: 300_000_000,
             wait: Wait::Interrupt,
             verify: Verify::Off,
-            // One request at a time: a second one's interrupt would make good for one that is lost.
+            // One request at a time: the interrupt of a second one would hide a lost interrupt.
             ..guest.job(0, 4096, 1, BLOCKS)
         };
         let gsi = guest.machine().queue_gsi(0);
@@ -75,7 +75,10 @@ fn replacing() -> Result<()> {
         let mut usual_ns = guest.run_all(&[job], Command::Run)?[0].report.elapsed_ns;
         let (mut in_the_middle, mut jobs, mut interrupts) = (0, 0u32, 0);
         while in_the_middle < REPLACEMENTS / 2 {
-            ensure!(jobs < 10 * REPLACEMENTS, "only {in_the_middle} of {jobs} replacements met their job");
+            ensure!(
+                jobs < 10 * REPLACEMENTS,
+                "only {in_the_middle} of {jobs} replacements came in the middle of a job"
+            );
             jobs += 1;
             let begun = Instant::now();
             guest.cpus_mut()[0].begin(&Command::Run(Job { seed: random.u64(..), ..job }, table))?;
@@ -86,7 +89,7 @@ fn replacing() -> Result<()> {
             ensure!(report.is_clean(), "{submission:?}, job {jobs} ({seed}), replaced after {replaced:?}: {report}");
             ensure!(report.operations() == JOB_OPERATIONS, "{report}");
             interrupts += report.interrupts;
-            // The guest began later than this thread, so that this one was over before the guest was.
+            // The guest begins later than this thread measures, so such a replacement came before the job's end.
             in_the_middle += u32::from(replaced.as_nanos() < u128::from(report.elapsed_ns));
             usual_ns = (7 * usual_ns + report.elapsed_ns) / 8;
         }

@@ -19,11 +19,12 @@ use ringpass_tests::pairs::{Factor, Row, Space};
 use ringpass_tests::seed::Seed;
 use ringpass_workload::{Job, Wait};
 
-/// The rows are the same in every run; what the guests do in them is random.
+/// The rows are the same in every run. The guests make random choices in them.
 const ROWS: Seed = Seed::fixed(3);
-/// Verified bytes over all kinds of disk that run, at least.
+/// The least number of verified bytes, over all kinds of disk that run.
 const VERIFIED_BYTES: u64 = 256 << 20;
-/// Most requests of a queue in a row's random part: small blocks would take all the time.
+/// The most requests of a queue in a row's random part. Without a limit, rows with small blocks would take most of the
+/// time.
 const OPERATIONS_MAX: u64 = 2000;
 
 /// A request's size.
@@ -87,7 +88,7 @@ impl Matrix<'_> {
             Block::Bytes(bytes) => *bytes,
         };
         let mut guest = KvmGuest::start(KvmGuestConfig {
-            // A CQ in which the whole depth has room.
+            // The CQ has room for the whole depth.
             ring: RingConfig { sq_entries, cq_entries: depth.next_power_of_two().max(2 * sq_entries) },
             place: *self.place.of(row),
             queues,
@@ -130,7 +131,7 @@ impl Matrix<'_> {
         Ok(verified_bytes)
     }
 
-    /// Blocks of one queue: at least one for each request in flight.
+    /// The blocks of one queue: at least one for each request in flight.
     fn blocks(&self, row: &Row) -> u64 {
         (8 << 20 >> self.block_bytes_max(row).ilog2()).min(2048).max(u64::from(*self.depth.of(row)))
     }
@@ -148,7 +149,7 @@ fn main() -> ExitCode {
     for kind in DiskKind::ALL {
         let needs = || needs(kind);
         tests.push(test(format!("a_kvm_guest_reads_back_what_it_wrote_on_{kind}"), needs(), move || on(kind)));
-        tests.push(test(format!("a_byte_changed_behind_a_kvm_guest_is_found_on_{kind}"), needs(), move || {
+        tests.push(test(format!("a_kvm_guest_finds_a_byte_that_was_changed_on_{kind}"), needs(), move || {
             changed_byte(kind)
         }));
     }
@@ -156,7 +157,7 @@ fn main() -> ExitCode {
 }
 
 fn needs(kind: DiskKind) -> Vec<Need> {
-    // The RAM and the disk's pages.
+    // Memory for the RAM and the disk's pages.
     let machine = [Need::kvm(), Need::io_uring(), Need::cpus(2), Need::available_memory_bytes(2 << 30)];
     machine.into_iter().chain(kind.needs()).collect()
 }
@@ -167,14 +168,14 @@ fn on(kind: DiskKind) -> Result<()> {
     let seed = Seed::from_env_or_random();
     let all_rows = if harness::is_soak() { matrix.space.full_product()? } else { matrix.space.all_pairs(ROWS)? };
     let rows: Vec<&Row> = all_rows.iter().filter(|row| *matrix.disk.of(row) == kind).collect();
-    // Kinds that do not run here leave their share to the others.
+    // The kinds that run here verify the share of those that do not.
     let runs = |kind: &DiskKind| needs(*kind).iter().all(|need| need.check().is_ok());
     let kinds = DiskKind::ALL.into_iter().filter(runs).count().max(1) as u64;
     let wanted_bytes = VERIFIED_BYTES.div_ceil(kinds);
     let mut verified_bytes = 0;
     for (index, &row) in rows.iter().enumerate() {
         let started = Instant::now();
-        // What the last row is left with is all that is missing.
+        // The last row verifies all that is missing.
         let is_last = index + 1 == rows.len();
         let bytes = if is_last { wanted_bytes.saturating_sub(verified_bytes) } else { 0 };
         verified_bytes += matrix.run(row, seed.derive(row), bytes).with_context(|| format!("{row} ({seed})"))?;
@@ -185,7 +186,7 @@ fn on(kind: DiskKind) -> Result<()> {
     Ok(())
 }
 
-/// The verification itself: one wrong byte is found, by the guest and by the look at the disk.
+/// Checks the verification itself: the guest finds one wrong byte, and the comparison of the disk does too.
 fn changed_byte(kind: DiskKind) -> Result<()> {
     let seed = Seed::from_env_or_random();
     let disk = TestDisk::new(kind, 4 << 20)?;

@@ -1,4 +1,4 @@
-//! What cannot be connected to a virtual machine is refused by name, and nothing of it remains.
+//! The crates refuse what cannot be connected to a virtual machine and name it. Nothing of it remains.
 
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -17,16 +17,16 @@ use ringpass_vmm::{Machine, MachineConfig, PROGRAM_SLOT};
 use ringpass_workload::Job;
 
 const BLOCKS: u64 = 256;
-/// Slots that a guest with one region of RAM does not use.
+/// Memory slots that a guest with one region of RAM does not use.
 const FREE_SLOT: u32 = 20;
 
 fn main() -> ExitCode {
     let needs = || [Need::kvm(), Need::io_uring(), Need::cpus(2)].into_iter().chain(DiskKind::Ext4PageCache.needs());
     harness::run(vec![
-        test("a_queue_that_kvm_cannot_have_is_refused_by_name_and_leaves_nothing", needs(), queues),
-        test("memory_slots_that_overlap_are_refused_by_number_and_address", needs(), slots),
-        test("a_machine_that_cannot_be_is_refused_by_name", needs(), machines),
-        test("a_job_that_the_guest_cannot_do_is_refused_in_its_words", needs(), jobs),
+        test("the_refusal_of_an_impossible_queue_names_the_cause_and_leaves_nothing", needs(), queues),
+        test("the_refusal_of_overlapping_memory_slots_names_number_and_address", needs(), slots),
+        test("the_refusal_of_an_impossible_machine_names_the_cause", needs(), machines),
+        test("the_guest_refuses_an_impossible_job_and_says_why", needs(), jobs),
     ])
 }
 
@@ -47,9 +47,9 @@ fn queues() -> Result<()> {
     };
     let attach = |config| KvmQueue::attach(guest.machine().vm(), guest.device(), config);
     let refused = |config, beginning: &str, end: &str| -> Result<()> {
-        let message = attach(config).map(|_| ()).expect_err("a queue that cannot be").to_string();
+        let message = attach(config).map(|_| ()).expect_err("the queue is refused").to_string();
         ensure!(message.starts_with(beginning) && message.ends_with(end), "{message}");
-        // The same place can be had afterwards.
+        // The same place works afterwards.
         attach(good())?.detach().wait(Duration::from_secs(10))?;
         Ok(())
     };
@@ -57,7 +57,7 @@ fn queues() -> Result<()> {
     refused(good().placement(window(rings_gpa + 1, sqes_gpa, FREE_SLOT)), unaligned, "")?;
     let unaligned = "the window for the SQE area at guest-physical 0xe0c00008 is not aligned to 4096 bytes";
     refused(good().placement(window(rings_gpa, sqes_gpa + 8, FREE_SLOT)), unaligned, "")?;
-    // The guest's own queue has this port.
+    // The guest's own queue uses this port.
     refused(
         good().doorbell(IoEventAddress::Pio(map::DOORBELL_PORT.into())),
         "KVM refuses an ioeventfd at port 0x200: File exists",
@@ -65,7 +65,8 @@ fn queues() -> Result<()> {
     )?;
     // A VM without an interrupt controller.
     let bare = Arc::new(Kvm::new()?.create_vm()?);
-    let message = KvmQueue::attach(&bare, guest.device(), good()).map(|_| ()).expect_err("an irqfd").to_string();
+    let message =
+        KvmQueue::attach(&bare, guest.device(), good()).map(|_| ()).expect_err("the irqfd is refused").to_string();
     let beginning = message.starts_with("KVM refuses an irqfd for interrupt 24: ");
     ensure!(beginning && message.ends_with("the VM needs an interrupt controller in the kernel"), "{message}");
     // The guest's RAM begins at 0.
@@ -79,7 +80,9 @@ fn queues() -> Result<()> {
 
 fn slots() -> Result<()> {
     let (_disk, guest) = guest()?;
-    let message = RamSlots::map(guest.machine().vm(), guest.memory(), FREE_SLOT).expect_err("RAM twice").to_string();
+    let message = RamSlots::map(guest.machine().vm(), guest.memory(), FREE_SLOT)
+        .expect_err("a second mapping of the RAM is refused")
+        .to_string();
     let beginning =
         format!("KVM refuses memory slot 20 ({} bytes at guest-physical 0x0): ", guest.memory().len_bytes());
     ensure!(
@@ -93,7 +96,7 @@ fn machines() -> Result<()> {
     let kvm = Kvm::new()?;
     let good = || MachineConfig { vcpus: 1, ram: Vec::new(), blocks_max: 16 };
     let refused = |config, wanted: &str| -> Result<()> {
-        let message = Machine::new(&kvm, config).map(|_| ()).expect_err("a machine that cannot be").to_string();
+        let message = Machine::new(&kvm, config).map(|_| ()).expect_err("the machine is refused").to_string();
         ensure!(message == wanted, "{message}");
         Ok(())
     };
@@ -112,9 +115,9 @@ fn machines() -> Result<()> {
     )?;
     Machine::new(&kvm, ram(0, map::PROGRAM_GPA))?;
     let machine = Machine::new(&kvm, good())?;
-    let message = machine.create_vcpu(1).map(|_| ()).expect_err("a second vCPU").to_string();
+    let message = machine.create_vcpu(1).map(|_| ()).expect_err("the second vCPU is refused").to_string();
     ensure!(message == "the number of the vCPU is 1: it must be below the number of vCPUs", "{message}");
-    let message = machine.table(0, 17).expect_err("a table too long").to_string();
+    let message = machine.table(0, 17).expect_err("the table is refused").to_string();
     ensure!(message == "the number of blocks is 17: it must be at most MachineConfig::blocks_max", "{message}");
     ensure!(PROGRAM_SLOT != FREE_SLOT);
     Ok(())
@@ -125,7 +128,7 @@ fn jobs() -> Result<()> {
     let job = guest.job(0, 4096, 1, BLOCKS);
     let table = guest.table(0, &job)?;
     let mut refused = |command, wanted: &str| -> Result<()> {
-        let message = guest.cpus_mut()[0].run(&command).expect_err("a job that cannot be done").to_string();
+        let message = guest.cpus_mut()[0].run(&command).expect_err("the job is refused").to_string();
         ensure!(message == wanted, "{message}");
         Ok(())
     };
@@ -138,7 +141,7 @@ fn jobs() -> Result<()> {
         Command::Prefill(outside, table),
         "the guest on vCPU 0 refuses: the guest has no memory for a buffer of 4096 bytes at guest-physical 0x20000000",
     )?;
-    // And it goes on.
+    // The guest still works.
     guest.run_all(&[job], Command::Prefill)?;
     Ok(())
 }

@@ -1,5 +1,5 @@
-//! A KVM guest, or its whole monitor, that ends while its I/O hangs: the ring's end, the memory and the disk's lock wait
-//! for the real end of that I/O.
+//! A KVM guest or its whole monitor ends while its I/O hangs. The ring's end, the memory and the disk's lock wait for
+//! the real end of that I/O.
 
 use std::env;
 use std::fs::{self, File};
@@ -32,13 +32,13 @@ const BLOCKS: u64 = 256;
 const BLOCK_BYTES: u32 = 4096;
 const DISK_BYTES: u64 = BLOCKS * BLOCK_BYTES as u64;
 const DEPTH: u32 = 16;
-/// How long nothing may happen.
+/// How long a test watches that something does not happen.
 const QUIET: Duration = Duration::from_millis(300);
 const LIMIT: Duration = Duration::from_secs(60);
-/// When a kill comes, in microseconds behind the monitor's word that its guest is told to begin.
+/// When the test kills the monitor, in microseconds after the monitor says that it starts its guest.
 const MOMENT_US: Range<u64> = 1_000..12_000;
 
-/// Set for a child process, which is a monitor with a guest: how the guest submits.
+/// Set for a child process, which is a monitor with a guest. The value says how the guest submits.
 const CHILD_VARIABLE: &str = "RINGPASS_TEST_KVM_CHILD";
 
 fn main() -> ExitCode {
@@ -50,17 +50,21 @@ fn main() -> ExitCode {
     let mut tests = Vec::new();
     for end in [End::Stopped, End::Dropped, End::Died] {
         let name = format!("{end:?}").to_lowercase();
-        tests.push(test(format!("memory_and_disk_are_held_until_hanging_io_ends_guest_{name}"), needs(), move || {
-            stuck(end, Place::GuestRam, sq_thread(1))?;
-            stuck(end, Place::Window, SubmissionConfig::Doorbell)
-        }));
+        tests.push(test(
+            format!("the_ring_holds_memory_and_disk_until_its_hanging_io_ends_guest_{name}"),
+            needs(),
+            move || {
+                stuck(end, Place::GuestRam, sq_thread(1))?;
+                stuck(end, Place::Window, SubmissionConfig::Doorbell)
+            },
+        ));
     }
     for how in ["sq_thread", "doorbell"] {
-        let name = format!("a_killed_monitors_disk_is_locked_until_its_hanging_io_has_ended_{how}");
+        let name = format!("the_disk_of_a_killed_monitor_is_locked_until_its_hanging_io_has_ended_{how}");
         tests.push(test(name, needs(), move || killed_with_hanging_io(how)));
     }
     let needs = needs().chain(DiskKind::Ext4Direct.needs());
-    tests.push(test("a_monitor_killed_in_the_middle_of_io_leaves_memory_and_disk_alone", needs, killed));
+    tests.push(test("a_monitor_killed_during_io_changes_neither_memory_nor_disk_afterwards", needs, killed));
     harness::run(tests)
 }
 
@@ -69,9 +73,9 @@ fn main() -> ExitCode {
 enum End {
     /// Its vCPU is stopped, then its queue is detached.
     Stopped,
-    /// Everything is dropped, and nobody waits.
+    /// The guest is dropped, and the test does not wait for the rings.
     Dropped,
-    /// It goes astray and KVM cannot run it any further.
+    /// The guest jumps to a bad address, and KVM cannot run it any further.
     Died,
 }
 
@@ -79,7 +83,7 @@ fn guest(disk: DiskConfig, place: Place, submission: SubmissionConfig) -> Result
     KvmGuest::start(KvmGuestConfig { place, submission, ..KvmGuestConfig::new(disk) })
 }
 
-/// The guest's RAM, for looking at it from outside.
+/// The guest's RAM, as the test reads it.
 fn ram_of(process: u32, fd: i32) -> Result<Ram> {
     Ram::open(&format!("/proc/{process}/fd/{fd}"))
 }
@@ -100,9 +104,9 @@ fn stuck(end: End, place: Place, submission: SubmissionConfig) -> Result<()> {
     match place {
         Place::GuestRam => {
             let all = within(LIMIT, || ram.consumed(0, &layout).is_ok_and(|count| count == DEPTH));
-            ensure!(all, "the ring takes no requests");
+            ensure!(all, "the kernel does not consume the requests");
         }
-        // The indexes of its ring are not in RAM.
+        // The indexes of this ring are not in RAM.
         Place::Window => disk.wait_for_hanging_write(std::process::id())?,
     }
 
@@ -118,7 +122,7 @@ fn stuck(end: End, place: Place, submission: SubmissionConfig) -> Result<()> {
             ensure!(report.lost == u64::from(DEPTH) && report.operations() == 0, "{report}");
             guest.lead_astray(0)?;
             let vcpu = &mut guest.cpus_mut()[0];
-            let death = vcpu.run(&Work::Prefill(job, table)).err().context("the guest lives")?;
+            let death = vcpu.run(&Work::Prefill(job, table)).err().context("the guest still runs")?;
             ensure!(matches!(death, VmmError::Exit { cpu: 0, .. }), "{death}");
             guest.stop()
         }
@@ -126,25 +130,25 @@ fn stuck(end: End, place: Place, submission: SubmissionConfig) -> Result<()> {
     let took = start.elapsed();
     ensure!(took < Duration::from_secs(20), "the end took {took:?}");
     let is_held = || -> Result<()> {
-        ensure!(ends.iter().all(|end| !end.has_ended()), "the end was reported with I/O under way");
-        ensure!(held.strong_count() > 0, "the guest's memory was let go with I/O under way");
-        let refusal = Disk::open(&disk.config()).err().context("the disk is free while I/O is under way")?.to_string();
+        ensure!(ends.iter().all(|end| !end.has_ended()), "the end was reported with I/O in flight");
+        ensure!(held.strong_count() > 0, "the guest's memory was freed with I/O in flight");
+        let refusal = Disk::open(&disk.config()).err().context("the disk is free with I/O in flight")?.to_string();
         ensure!(refusal.contains(&format!("[{}]", std::process::id())), "{refusal}");
         Ok(())
     };
     is_held()?;
-    ensure!(ends.iter().all(|end| end.wait(QUIET).is_err()), "the end was reported with I/O under way");
+    ensure!(ends.iter().all(|end| end.wait(QUIET).is_err()), "the end was reported with I/O in flight");
     thread::sleep(QUIET);
     is_held()?;
 
     disk.thaw()?;
     ends.iter().try_for_each(|end: &RingEnd| end.wait(LIMIT).map(|_| ()))?;
-    ensure!(within(LIMIT, || held.strong_count() == 0), "the memory stays");
+    ensure!(within(LIMIT, || held.strong_count() == 0), "the guest's memory is not freed");
     drop(Disk::open(&disk.config_waiting()).context("the lock after the end")?);
     check_quiet(&ram, ram_bytes, disk.path())
 }
 
-/// From here on nothing may change, in memory or on the disk.
+/// Checks that memory and disk do not change any more.
 fn check_quiet(ram: &Ram, ram_bytes: u64, disk: &Path) -> Result<()> {
     const FILLED: u8 = 0xee;
     let on_disk = || -> Result<Vec<u8>> {
@@ -161,7 +165,7 @@ fn check_quiet(ram: &Ram, ram_bytes: u64, disk: &Path) -> Result<()> {
     Ok(())
 }
 
-/// The child: a monitor whose guest writes, as the arguments say, until it is killed.
+/// The child process: a monitor whose guest writes until the process is killed.
 fn monitor(how: &str) -> Result<()> {
     let submission = if how == "doorbell" { SubmissionConfig::Doorbell } else { sq_thread(1) };
     let path = env::args().nth(1).context("the disk's path")?;
@@ -182,10 +186,10 @@ fn monitor(how: &str) -> Result<()> {
     Ok(())
 }
 
-/// A monitor in a process of its own. Killed when dropped.
+/// A monitor in a process of its own. The drop kills it.
 struct Monitor {
     process: Child,
-    // It ends when this test does.
+    // The child ends when this pipe closes.
     _lifeline: Option<ChildStdin>,
     ram: Ram,
     ram_bytes: u64,
@@ -215,7 +219,7 @@ impl Monitor {
 
 impl Drop for Monitor {
     fn drop(&mut self) {
-        // It may have ended already. It is not waited for: with I/O that hangs, that could take for ever.
+        // The process may have ended already. The drop does not wait for its end, which hanging I/O can delay for ever.
         let _ = self.process.kill();
     }
 }
@@ -225,23 +229,23 @@ fn killed_with_hanging_io(how: &str) -> Result<()> {
     disk.freeze()?;
     let mut monitor = Monitor::start(disk.path(), how)?;
     let all = within(LIMIT, || monitor.ram.word(monitor.head_gpa).is_ok_and(|count| count == DEPTH));
-    ensure!(all, "the ring takes no requests");
+    ensure!(all, "the kernel does not consume the requests");
     disk.wait_for_hanging_write(monitor.process.id())?;
     monitor.process.kill()?;
-    // The kernel ends an SQ thread only behind its requests, and its process with it.
+    // The kernel ends an SQ thread, and with it the process, only after its requests.
     if how == "doorbell" {
         ensure!(monitor.ends(), "the killed process does not end");
     }
     let refusal = || Disk::open(&disk.config()).err().map(|error| error.to_string());
     let expected = "by I/O still in flight from a process that has ended";
-    // While a process is being killed, its files may still be seen.
+    // While the kernel ends a process, its files may still be open.
     ensure!(within(LIMIT, || refusal().is_some_and(|text| text.contains(expected))), "{:?}", refusal());
     thread::sleep(QUIET);
-    let text = refusal().context("the disk is free while I/O is under way")?;
+    let text = refusal().context("the disk is free with I/O in flight")?;
     ensure!(text.contains(expected), "{text}");
 
     disk.thaw()?;
-    // Who has the lock knows that all I/O has ended.
+    // A process that gets the lock knows that all I/O has ended.
     let opened = Disk::open(&disk.config_waiting())?;
     let completions = monitor.ram.completions(monitor.completions)?;
     ensure!(completions.len() == DEPTH as usize, "{} completions", completions.len());

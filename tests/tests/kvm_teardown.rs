@@ -1,4 +1,4 @@
-//! A KVM guest that ends in the middle of its I/O: the rings end, the memory stays until then, and nothing is left.
+//! A KVM guest ends during its I/O. Its rings end, its memory stays until then, and nothing is left afterwards.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -23,12 +23,12 @@ use ringpass_workload::{Job, Verify, Wait};
 const ENDS: usize = 200;
 const WARM_UP: usize = 12;
 const BLOCKS: u64 = 2048;
-/// The latest moment of an end, in microseconds behind the first request.
+/// The latest moment of an end, in microseconds after the first request.
 const MOMENT_MAX_US: u64 = 20_000;
 
 fn main() -> ExitCode {
     let needs = [Need::kvm(), Need::io_uring(), Need::cpus(2)].into_iter().chain(DiskKind::Ext4Direct.needs());
-    harness::run(vec![test("guests_that_end_in_the_middle_of_their_io_leave_nothing_behind", needs, ends)])
+    harness::run(vec![test("guests_that_end_during_their_io_leave_nothing_behind", needs, ends)])
 }
 
 /// How a guest ends.
@@ -38,7 +38,7 @@ enum End {
     Stopped,
     /// The queues are detached under the running vCPUs.
     Detached,
-    /// Everything is dropped, and nobody waits.
+    /// The guest is dropped, and the test does not wait for the rings.
     Dropped,
 }
 
@@ -99,31 +99,31 @@ fn end_once(config: &KvmGuestConfig, end: End, wait: Wait, moment: Duration) -> 
             Vec::new()
         }
     };
-    // Whoever holds the RAM's file holds the RAM. When it is let go, the disk is free too: a ring that could still do
-    // I/O would hold the disk's lock, for 20 ms and more as a rule.
+    // The reference to the RAM's file keeps the RAM. When the last reference goes, the disk must be free too: a ring
+    // that could still do I/O would hold the disk's lock, usually for 20 ms and more.
     let deadline = Instant::now() + Duration::from_secs(60);
     while held.strong_count() > 0 {
         ensure!(Instant::now() < deadline, "the rings do not end");
         thread::sleep(Duration::from_micros(500));
     }
     Disk::open(&config.disk.clone().lock_wait(Duration::from_millis(10)))
-        .context("the guest's memory was let go while a ring still held the disk")?;
+        .context("the guest's memory was freed while a ring still held the disk")?;
     ends.iter().try_for_each(|end: &RingEnd| end.wait(Duration::from_secs(60)).map(|_| ()))?;
 
-    // Nothing lands in the memory any more.
+    // No I/O reaches the memory any more.
     let mark = vec![0x5a; ram_bytes as usize];
     ram.write_all_at(&mark, 0)?;
     thread::sleep(Duration::from_millis(2));
     let mut found = vec![0; ram_bytes as usize];
     ram.read_exact_at(&mut found, 0)?;
-    ensure!(found == mark, "the memory changed behind the end of the rings");
+    ensure!(found == mark, "the memory changed after the end of the rings");
     Ok(())
 }
 
-/// What this process uses.
+/// The resources of this process.
 #[derive(Debug, PartialEq, Eq)]
 struct Usage {
-    /// Open files by what they are.
+    /// The number of open files of each kind.
     files: BTreeMap<String, usize>,
     threads: usize,
     mappings: usize,
@@ -135,7 +135,7 @@ impl Usage {
     fn now() -> Result<Self> {
         let mut files = BTreeMap::new();
         for entry in fs::read_dir("/proc/self/fd")? {
-            // The directory's own descriptor is closed by the time it is looked at.
+            // The descriptor of the directory itself is closed by now.
             if let Ok(target) = fs::read_link(entry?.path()) {
                 *files.entry(target.to_string_lossy().into_owned()).or_default() += 1;
             }
@@ -156,7 +156,7 @@ impl Usage {
         })
     }
 
-    /// What is in use once threads that were ending have ended.
+    /// The usage once ending threads have ended.
     fn settled(wanted: Option<&Self>) -> Result<Self> {
         let deadline = Instant::now() + Duration::from_secs(60);
         loop {
@@ -172,7 +172,7 @@ impl Usage {
     fn compare(&self, after: &Self) -> Result<()> {
         ensure!(after.files == self.files, "open files: {:?}, before {:?}", after.files, self.files);
         ensure!(after.threads <= self.threads, "{} threads, before {}", after.threads, self.threads);
-        // An allocator's arenas come with threads, and there are only so many of them.
+        // The allocator makes arenas for threads, up to a limit.
         ensure!(after.mappings <= self.mappings + 16, "{} mappings, before {}", after.mappings, self.mappings);
         ensure!(after.pinned_kib == 0, "{} KiB are pinned", after.pinned_kib);
         let grown_kib = after.resident_kib.saturating_sub(self.resident_kib);

@@ -1,4 +1,4 @@
-//! An unmodified Linux, and the firmware before it, on a disk that `ringpass serve` serves.
+//! An unmodified Linux guest, and the firmware before it, on a disk of `ringpass serve`.
 
 use std::{
     fs::{self, File},
@@ -27,7 +27,7 @@ fn main() -> ExitCode {
     harness::run(vec![
         test("the_firmware_boots_from_the_disk_and_writes_it", needs(), firmware),
         test(
-            "a_guest_uses_the_disk_through_file_systems_resets_hot_plug_pauses_a_resize_and_a_balloon",
+            "a_guest_uses_the_disk_with_file_systems_resets_hot_plug_pauses_a_resize_and_a_balloon",
             needs(),
             whole_life,
         ),
@@ -64,7 +64,7 @@ impl Served {
         VhostUserDisk::new(id, self.broker.socket())
     }
 
-    /// The broker ends well, and promptly.
+    /// Ends the broker, and checks that it does so soon and with success.
     fn end(mut self) -> Result<()> {
         let status = self.broker.terminate()?;
         ensure!(status.success(), "the broker: {status}\n{}", self.broker.log());
@@ -72,7 +72,7 @@ impl Served {
     }
 }
 
-/// Says what goes on, and what a failure belongs to.
+/// Runs a step, prints its name and time, and adds the name to a failure.
 fn step<T>(name: &str, work: impl FnOnce() -> Result<T>) -> Result<T> {
     let start = Instant::now();
     let result = work().with_context(|| name.to_owned());
@@ -152,7 +152,7 @@ fn file_system(guest: &mut LinuxGuest) -> Result<()> {
 fn reset(guest: &mut LinuxGuest) -> Result<()> {
     guest.run("mount /dev/vda /mnt && echo unfinished >/mnt/late && sync")?;
     guest.reset()?;
-    // Mounting replays the journal: the reset came while the file system was in use.
+    // The mount replays the journal, because the reset came while the file system was in use.
     guest
         .run(
             "set -e\nmount /dev/vda /mnt\ncd /mnt\nmd5sum -c -s sums\ncat late\ncd /\numount /mnt\ne2fsck -fn /dev/vda",
@@ -191,7 +191,7 @@ fn hot_plug(guest: &mut LinuxGuest, device: &VhostUserDisk) -> Result<()> {
 fn discard(guest: &mut LinuxGuest, served: &Served) -> Result<()> {
     let allocated_bytes = || fs::metadata(served.disk.path()).map(|found| found.blocks() * 512);
     for (what, frees) in [("", true), ("--zeroout", false)] {
-        // Eight MiB of data, of which the middle goes.
+        // Writes 8 MiB of data, and discards the middle.
         guest.run(
             "set -e
             dd if=/dev/urandom of=/tmp/data bs=1M count=8 2>/dev/null
@@ -268,7 +268,7 @@ fn resize(guest: &mut LinuxGuest, served: &Served) -> Result<()> {
     Ok(())
 }
 
-/// Neither QEMU nor the broker is told how many queues there are.
+/// Neither QEMU nor the broker gets a number of queues.
 fn default_queues() -> Result<()> {
     let cpus: u32 = 8;
     let served = Served::new(64 * MIB, &[])?;

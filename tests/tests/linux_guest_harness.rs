@@ -1,4 +1,4 @@
-//! What the tests with a Linux guest stand on: the guest itself, without a disk under test.
+//! The harness of the Linux guests: the guest itself, without a disk under test.
 
 use std::{process::ExitCode, time::Duration};
 
@@ -7,14 +7,14 @@ use ringpass_tests::harness::{self, test};
 use ringpass_tests::linux_guest::{self, LinuxGuest, LinuxGuestConfig, fio};
 
 fn main() -> ExitCode {
-    harness::run(vec![test("a_guest_runs_scripts_side_by_side_and_reports_what_failed", linux_guest::needs(), scripts)])
+    harness::run(vec![test("a_guest_runs_scripts_in_parallel_and_reports_failures", linux_guest::needs(), scripts)])
 }
 
 fn scripts() -> Result<()> {
     let mut guest = LinuxGuest::boot(&LinuxGuestConfig::default())?;
     ensure!(guest.run("echo to be; printf 'or not'")? == "to be\nor not\n");
 
-    // Each waits for the other.
+    // Each script waits for the other.
     let waiting = guest.spawn("until [ -e /tmp/a ]; do usleep 10000; done; echo a; touch /tmp/b")?;
     let other = guest.spawn("touch /tmp/a; until [ -e /tmp/b ]; do usleep 10000; done; echo b")?;
     ensure!(guest.wait(other, Duration::from_secs(30))? == "b\n");
@@ -23,7 +23,7 @@ fn scripts() -> Result<()> {
     let failed = guest.run("echo this went wrong >&2; exit 3").expect_err("status 3").to_string();
     ensure!(failed == "a script ended with status 3:\nthis went wrong\n", "{failed}");
 
-    // The programs of the image, on a disk of the guest's own kernel.
+    // Runs the programs of the image, on a disk of the guest's own kernel.
     guest.run(
         "set -e
         load-module null_blk nr_devices=1 memory_backed=1 gb=1
@@ -36,8 +36,8 @@ fn scripts() -> Result<()> {
         blkdiscard --zeroout --length=16777216 /dev/nullb0",
     )?;
 
-    // A block that is whole and in its place, but of an earlier run, as if the later write had been lost: blocks go
-    // back to what they were for as long as fio writes.
+    // Writes blocks of an earlier run back while fio writes: such a block is whole and in its place, as if the later
+    // write had been lost.
     let options = "--rw=randwrite --bs=4k --size=1m --iodepth=4";
     let run = fio::verify("libaio", "/dev/nullb0", options);
     let slow_run = fio::verify("libaio", "/dev/nullb0", &format!("{options} --rate_iops=200"));

@@ -1,4 +1,4 @@
-//! Live migration of a guest to a second QEMU with a second broker on the same disk.
+//! Live migration of a guest to a second QEMU, with a second broker on the same disk.
 
 use std::{path::PathBuf, process::ExitCode, time::Duration};
 
@@ -14,9 +14,9 @@ use ringpass_tests::needs::Need;
 
 const DISK_BYTES: u64 = 64 << 20;
 const LIMIT: Duration = Duration::from_secs(60);
-/// Until nearly all memory has been sent once.
+/// The parameters until QEMU has sent nearly all memory once.
 const SLOW: (u64, Duration) = (32 << 20, Duration::from_millis(1));
-/// From then on: slower than memory changes, so that the migration goes on until it is told to end.
+/// The parameters from then on: slower than memory changes, so that the migration goes on until the test ends it.
 const CRAWL_BYTES_PER_S: u64 = 4 << 20;
 const FAST: (u64, Duration) = (4 << 30, Duration::from_secs(1));
 
@@ -33,9 +33,9 @@ const LOOK: &str = "before=$(awk '{print $3}' /sys/block/vda/stat)
     echo $((after - before)) sectors were read";
 /// The page cache of a block device goes with its last user.
 const HOLD: &str = "sleep 1000 </dev/vda";
-/// Changes memory for as long as the migration lasts. The changes are few, and the migration is slow, because QEMU
-/// loses a store now and then to a page that is just being sent, when it executes the instructions itself and its
-/// threads wait for CPUs. (Guests without any disk under test have crashed after migrations between two QEMUs 7.2.)
+/// Changes memory for as long as the migration lasts. The changes are few and the migration is slow for this reason:
+/// when QEMU emulates the CPU and its threads wait for CPUs, it sometimes loses a store to a page that it is just
+/// sending. (Guests without any disk under test have crashed after migrations between two QEMUs 7.2.)
 const CHANGE_MEMORY: &str = "rm -f /tmp/still
     dd if=/dev/urandom of=/tmp/change bs=1M count=1 2>/dev/null
     echo begins
@@ -43,8 +43,8 @@ const CHANGE_MEMORY: &str = "rm -f /tmp/still
 
 fn main() -> ExitCode {
     harness::run(vec![
-        test("a_guest_migrates_to_another_broker_under_load_and_every_page_comes_along", needs(), migration),
-        test("a_migration_without_a_dirty_log_is_found_out", needs(), control),
+        test("a_guest_migrates_to_another_broker_under_load_with_every_page", needs(), migration),
+        test("the_test_finds_a_migration_without_a_dirty_log", needs(), control),
     ])
 }
 
@@ -83,13 +83,13 @@ fn config(socket: PathBuf) -> LinuxGuestConfig {
         memory_mib: 256,
         cpus: 1,
         disks: vec![VhostUserDisk::new("disk", &socket)],
-        // Nobody but the device writes to a page of the page cache then.
+        // With this, only the device writes to pages of the page cache.
         kernel_arguments: vec!["init_on_alloc=0".to_owned()],
         ..LinuxGuestConfig::default()
     }
 }
 
-/// A guest that migrates, and in its second pass reads what it will look at.
+/// Starts a migration. In its second pass the guest reads the blocks that it checks later.
 fn begin(mut guest: LinuxGuest, target: IncomingGuest) -> Result<Migration> {
     guest.run(FILL)?;
     guest.spawn(HOLD)?;
@@ -105,7 +105,7 @@ fn migration() -> Result<()> {
     let brokers = Brokers::start()?;
     let mut guest = brokers.explain(LinuxGuest::boot(&config(brokers.source.socket().to_owned())))?;
     let target = brokers.explain(IncomingGuest::start(&config(brokers.target.socket().to_owned())))?;
-    // Not emptying the page cache at the start of each run.
+    // fio must not empty the page cache at the start of each run.
     let options = "--rw=randwrite --bsrange=4k-64k --offset=32m --size=4m --iodepth=4 --rate=2m --invalidate=0";
     let load = guest.spawn(&fio::verify_until_stopped("libaio", "/dev/vda", options))?;
 
@@ -118,8 +118,8 @@ fn migration() -> Result<()> {
     let said = brokers.explain(guest.wait(load, LIMIT))?;
     ensure!(said.contains("is verified"), "{said}");
     let looked = brokers.explain(guest.run(LOOK))?;
-    ensure!(looked == "0 sectors were read\n", "the page cache was not what was looked at: {looked}");
-    // The first broker has let go of the disk, and serves no one.
+    ensure!(looked == "0 sectors were read\n", "the guest did not look at its page cache: {looked}");
+    // The first broker has released the disk and serves no front-end.
     guest.run(&fio::verify("psync", "/dev/vda", "--rw=randrw --bs=4k --offset=48m --size=2m"))?;
     guest.shut_down()?;
     let Brokers { mut source, mut target, .. } = brokers;
@@ -136,7 +136,7 @@ fn control() -> Result<()> {
     let mut migration = brokers.explain(begin(guest, target))?;
     migration.set_parameters(FAST.0, FAST.1)?;
     let guest = migration.finish(LIMIT);
-    // It was not told that its guest leaves, and so keeps the disk.
+    // The source broker does not know of the migration, and so keeps the disk.
     proxy.wait()?;
     brokers.source.kill()?;
     let mut guest = brokers.explain(guest)?;
@@ -147,7 +147,7 @@ fn control() -> Result<()> {
     Ok(())
 }
 
-/// What shows that pages which the device wrote did not come along.
+/// Returns the text that shows that the migration missed pages which the device wrote.
 ///
 /// # Errors
 ///
@@ -156,11 +156,11 @@ fn find_out(guest: &mut LinuxGuest) -> Result<String> {
     let look = guest.spawn(LOOK)?;
     match guest.wait_output(look, LIMIT) {
         Ok(JobOutput { status: 0, text }) => bail!("nothing is wrong with the page cache: {text}"),
-        // What fio says of a block whose checksum is wrong.
+        // fio prints this word for a block with a wrong checksum.
         Ok(JobOutput { text, .. }) if text.contains("verify") => Ok(text),
         Ok(JobOutput { status, text }) => bail!("the look failed with status {status} for another reason: {text}"),
-        // The rings are memory that was not logged, too: the driver waits for a request that has ended, or finds a used ring that
-        // makes no sense. The rest of the guest must live.
+        // The migration misses pages of the vrings too. The driver then waits for a request that has ended, or finds a
+        // used ring that makes no sense. The rest of the guest must work.
         Err(error) => {
             let alive =
                 guest.run("echo alive").with_context(|| format!("not even the agent answers, after: {error:#}"))?;

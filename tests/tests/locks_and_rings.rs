@@ -1,4 +1,4 @@
-//! The disk's lock and the rings on it: whoever has the disk, a second writer comes in only behind the last ring's end.
+//! The disk's lock and the rings on it: a second writer gets the disk only after the last ring has ended.
 
 use std::{
     env,
@@ -29,11 +29,11 @@ use ringpass_tests::{
 const DISK_BYTES: u64 = 1 << 20;
 const BLOCK_BYTES: u32 = 4096;
 const LIMIT: Duration = Duration::from_secs(60);
-/// What the refusal says when the kernel names nobody who has the disk.
+/// The refusal if the kernel names no process that has the disk.
 const NOBODY: &str = "by I/O still in flight from a process that has ended";
 
-/// Set for the child process that has a queue: `read-write` or `read-only`. Its arguments are the disk and the way of
-/// submission.
+/// Set for the child process that has a queue: `read-write` or `read-only`. Its arguments are the disk and the index of
+/// the submission.
 const CHILD_VARIABLE: &str = "RINGPASS_TEST_QUEUE";
 
 fn main() -> ExitCode {
@@ -48,10 +48,10 @@ fn main() -> ExitCode {
             needs.push(Need::io_uring());
             needs
         };
-        tests.push(test(format!("a_ring_keeps_the_lock_of_a_disk_that_is_dropped_{kind}"), needs(), move || {
+        tests.push(test(format!("a_ring_keeps_the_lock_of_a_dropped_disk_{kind}"), needs(), move || {
             [false, true].into_iter().try_for_each(|sq_thread| dropped_disk(kind, sq_thread))
         }));
-        tests.push(test(format!("the_lock_is_free_behind_the_last_of_two_queues_{kind}"), needs(), move || {
+        tests.push(test(format!("the_lock_is_free_after_the_end_of_the_last_queue_{kind}"), needs(), move || {
             SUBMISSIONS.into_iter().try_for_each(|submission| two_queues(kind, submission))
         }));
         tests.push(test(format!("a_killed_broker_with_an_idle_queue_leaves_no_lock_{kind}"), needs(), move || {
@@ -61,7 +61,7 @@ fn main() -> ExitCode {
             SUBMISSIONS.into_iter().try_for_each(|submission| read_only(kind, submission))
         }));
     }
-    tests.push(test("waiting_for_the_lock_ends_with_the_last_io", StuckDisk::needs(), || {
+    tests.push(test("a_broker_that_waits_for_the_lock_gets_it_after_the_last_io", StuckDisk::needs(), || {
         SUBMISSIONS.into_iter().try_for_each(waiting)
     }));
     harness::run(tests)
@@ -81,7 +81,7 @@ fn child(read_only: bool) -> Result<()> {
     Ok(())
 }
 
-/// A child process with a queue that is idle; killed when dropped.
+/// A child process with an idle queue. The drop kills it.
 struct Broker(Child);
 
 impl Broker {
@@ -104,7 +104,7 @@ impl Broker {
 
 impl Drop for Broker {
     fn drop(&mut self) {
-        // It may have ended already.
+        // The process may have ended already.
         let _ = self.0.kill();
         let _ = self.0.wait();
     }
@@ -118,7 +118,7 @@ fn refusal(config: &DiskConfig) -> Result<String> {
     Ok(Disk::open(&now(config)).err().context("the disk was not refused")?.to_string())
 }
 
-/// A ring of its own, with nothing around it that would hold the disk.
+/// Makes a ring without a device, so that only the ring holds the disk.
 fn dropped_disk(kind: DiskKind, sq_thread: bool) -> Result<()> {
     let made = TestDisk::new(kind, DISK_BYTES)?;
     let ram = Ram::new()?;
@@ -160,7 +160,7 @@ fn two_queues(kind: DiskKind, submission: SubmissionConfig) -> Result<()> {
     let text = refusal(&made.config())?;
     ensure!(text.contains(&format!("[{}]", std::process::id())), "{text}");
     let result = second_driver.run(false, BUFFERS_GPA, BLOCK_BYTES, 0)?;
-    ensure!(result == BLOCK_BYTES as i32, "the queue that is left: {result}");
+    ensure!(result == BLOCK_BYTES as i32, "the remaining queue: {result}");
     second.close().wait(LIMIT)?;
     Disk::open(&now(&made.config())).context("the lock after the end")?;
     Ok(())
@@ -196,7 +196,7 @@ fn read_only(kind: DiskKind, submission: SubmissionConfig) -> Result<()> {
     let text = refusal(&made.config())?;
     ensure!(text.contains(" is locked: "), "{text}");
 
-    // One after the other goes, and the last one keeps writers out.
+    // The brokers end one after the other, and the last one keeps writers out.
     for (device, queue, mut driver) in brokers {
         let result = driver.run(true, BUFFERS_GPA, BLOCK_BYTES, 0)?;
         ensure!(result == -nix::libc::EACCES, "a write to a read-only disk: {result}");
@@ -220,7 +220,10 @@ fn waiting(submission: SubmissionConfig) -> Result<()> {
     disk.freeze()?;
     ensure!(driver.push(true, BUFFERS_GPA, BLOCK_BYTES, 0, 0)?);
     driver.submit()?;
-    ensure!(within(LIMIT, || ram.consumed(0, &layout).is_ok_and(|count| count == 1)), "the write is not taken");
+    ensure!(
+        within(LIMIT, || ram.consumed(0, &layout).is_ok_and(|count| count == 1)),
+        "the kernel does not consume the write"
+    );
     drop(device);
     let end = queue.close();
 
@@ -230,10 +233,10 @@ fn waiting(submission: SubmissionConfig) -> Result<()> {
     let config = disk.config_waiting();
     let opening = thread::spawn(move || Disk::open(&config).map(drop));
     thread::sleep(Duration::from_millis(300));
-    ensure!(!opening.is_finished() && !end.has_ended(), "the disk was opened with I/O under way");
+    ensure!(!opening.is_finished() && !end.has_ended(), "the disk was opened with I/O in flight");
     disk.thaw()?;
     opening.join().expect("no panic")?;
-    // The lock is free only behind the last I/O.
+    // The lock is free only after the last I/O.
     let result = driver.reap().context("the write has no result")?.res;
     ensure!(result == BLOCK_BYTES as i32, "{result}");
     end.wait(LIMIT)?;

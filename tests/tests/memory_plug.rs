@@ -1,4 +1,5 @@
-//! Guest RAM that comes while queues run: they hardly wait, reach it, and are left alone where it is refused.
+//! A VMM plugs guest RAM while queues run. The queues hardly wait and reach the RAM. A refusal changes nothing for
+//! them.
 
 use std::{
     fmt,
@@ -32,7 +33,7 @@ const TIB: u64 = 1 << 40;
 
 const RING: RingConfig = RingConfig { sq_entries: 64, cq_entries: 128 };
 
-/// The most that a request may take while memory comes.
+/// The most that a request may take while the broker plugs memory.
 const PLUG_LATENCY: Duration = Duration::from_millis(10);
 
 fn main() -> ExitCode {
@@ -43,8 +44,8 @@ fn main() -> ExitCode {
     let refused_needs = needs(64 * MIB).into_iter().chain([huge_pages::supported()]);
     harness::run(vec![
         test("a_queue_hardly_waits_while_1_gib_is_plugged_in", needs(3 * GIB), plug_latency),
-        test("memory_plugged_beside_ram_in_use_is_reached_and_so_is_that_ram", needs(64 * MIB), plug_into_slot),
-        test("memory_that_cannot_be_plugged_leaves_the_queues_alone", refused_needs, refused_plug),
+        test("a_queue_reaches_plugged_memory_and_the_ram_beside_it", needs(64 * MIB), plug_into_slot),
+        test("queues_keep_working_when_the_broker_refuses_to_plug_memory", refused_needs, refused_plug),
     ])
 }
 
@@ -63,13 +64,13 @@ fn plug_latency() -> Result<()> {
     hardly_wait(PLUG_LATENCY, || {
         let attempt = plug_1_gib(&disk, seed)?;
         eprintln!("{attempt}");
-        // What a busy machine does, it does without plugging too.
+        // A busy machine delays requests without plugging too.
         let worst_without = attempt.idle.worst.max(attempt.beside.worst);
         Ok(Waits { worst_without, worst_during: attempt.plugging.worst, work: attempt.plugged_after })
     })
 }
 
-/// The latencies of one guest.
+/// The latencies of a guest: idle, while another guest gets memory, and while it gets memory itself.
 struct PlugAttempt {
     idle: Latencies,
     beside: Latencies,
@@ -99,7 +100,7 @@ fn plug_1_gib(disk: &Arc<Disk>, seed: Seed) -> Result<PlugAttempt> {
         thread::sleep(Duration::from_millis(600));
         Ok(())
     })?;
-    // The same work for another guest: what the machine and its scheduler make of it.
+    // The same work for another guest shows the effect of the machine and its scheduler.
     let beside = piece.latencies_while(&mut queue, || {
         let ram = RamFile::new(&[extent(0, GIB)], PageSize::Small)?;
         in_background(|| ProcessGuest::new(disk, ram, SubmissionConfig::Doorbell).map(drop))
@@ -117,7 +118,7 @@ fn plug_1_gib(disk: &Arc<Disk>, seed: Seed) -> Result<PlugAttempt> {
     Ok(PlugAttempt { idle, beside, plugging, plugged_after })
 }
 
-/// Runs on a thread that gives way to all others: here are few processors for a guest, its doorbell thread and this.
+/// Runs `work` on a thread with the lowest priority: the CPUs are few for a guest, its doorbell thread and this one.
 fn in_background(work: impl FnOnce() -> Result<()> + Send) -> Result<()> {
     let work = || {
         rustix::process::nice(19)?;
@@ -129,7 +130,7 @@ fn in_background(work: impl FnOnce() -> Result<()> + Send) -> Result<()> {
     }
 }
 
-/// Verified I/O at the ends of what was plugged, and in the RAM that was there before.
+/// Does verified I/O at the ends of the plugged memory, and in the RAM from before.
 fn check_plugged(queue: &mut GuestQueue, plugged: &RamFile, before: &mut Piece, seed: Seed) -> Result<()> {
     let mut allocator = plugged.map()?.allocator()?;
     for (index, edge) in (1..).zip(edges(plugged.regions())) {
@@ -151,14 +152,14 @@ fn plug_into_slot() -> Result<()> {
     let area = guest.allocator().allocate(PIECE_BYTES)?;
     let mut piece = Piece::new(&queue, area, 0, seed)?;
     piece.use_all(&mut queue)?;
-    // Behind a hole, in front of the RAM, across the border to the next slot, and far away.
+    // The memory is behind a hole, before the RAM, across the border to the next slot, and far away.
     for region in [extent(40 * MIB, MIB), extent(0, 8 * MIB), extent(GIB - MIB, 2 * MIB), extent(100 * GIB, MIB)] {
         let plugged = RamFile::new(&[region], PageSize::Small)?;
         piece.latencies_while(&mut queue, || {
             Ok(plugged.for_broker().into_iter().try_for_each(|region| guest.device().plug(region))?)
         })?;
         check_plugged(&mut queue, &plugged, &mut piece, seed)?;
-        // A queue that comes later has it too.
+        // A later queue reaches the memory too.
         let mut later = guest.attach(RING, Place::Window)?;
         let area = guest.allocator().allocate(PIECE_BYTES)?;
         let mut piece_of_later = Piece::new(&later, area, 8, seed)?;

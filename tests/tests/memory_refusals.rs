@@ -1,4 +1,4 @@
-//! What is said where guest RAM cannot be had: a limit, huge pages, addresses.
+//! The messages when guest RAM cannot be pinned or mapped: limits, privileges, huge pages, addresses.
 
 use std::{
     env,
@@ -34,10 +34,10 @@ use rustix::{
 
 const MIB: u64 = 1 << 20;
 const RING: RingConfig = RingConfig { sq_entries: 64, cq_entries: 128 };
-/// A user that no process of this machine has, so that nothing is pinned before.
+/// A user without processes on this machine, so that none of its memory is pinned.
 const USER: u32 = 0x5249_4e48;
 
-/// Set for a child process: what it is to do.
+/// Set for a child process: its task.
 const CHILD_VARIABLE: &str = "RINGPASS_TEST_MEMORY";
 
 fn main() -> ExitCode {
@@ -51,21 +51,23 @@ fn main() -> ExitCode {
         };
     }
     harness::run(vec![
-        test("an_ordinary_user_is_told_which_memlock_limit_a_guest_needs", [Need::root(), Need::io_uring()], || {
-            in_child("memlock", Some(USER))
-        }),
         test(
-            "a_full_memlock_limit_is_named_also_when_what_fills_it_cannot_be_seen",
+            "the_refusal_tells_an_ordinary_user_which_memlock_limit_a_guest_needs",
+            [Need::root(), Need::io_uring()],
+            || in_child("memlock", Some(USER)),
+        ),
+        test(
+            "the_refusal_names_a_full_memlock_limit_even_if_it_cannot_see_what_fills_it",
             [Need::root(), Need::io_uring()],
             || in_child("unseen", Some(USER + 1)),
         ),
         test(
-            "memory_pinned_with_other_privileges_is_not_shared_and_the_error_says_so",
+            "the_refusal_names_other_privileges_as_the_reason_why_a_pin_is_not_shared",
             [Need::root(), Need::io_uring()],
             || in_child("privileges", None),
         ),
-        test("a_lack_of_huge_pages_is_named", [Need::io_uring(), huge_pages::supported()], lack_of_huge_pages),
-        test("an_occupied_address_is_named", [Need::io_uring()], || in_child("occupied", None)),
+        test("the_refusal_names_a_lack_of_huge_pages", [Need::io_uring(), huge_pages::supported()], lack_of_huge_pages),
+        test("the_refusal_names_an_occupied_address", [Need::io_uring()], || in_child("occupied", None)),
     ])
 }
 
@@ -91,7 +93,7 @@ fn lack_of_huge_pages() -> Result<()> {
 }
 
 fn in_child(task: &str, user: Option<u32>) -> Result<()> {
-    // A copy, since an ordinary user may not reach the build directory.
+    // The program is a copy, because an ordinary user may not reach the build directory.
     let directory = tempfile::Builder::new().permissions(Permissions::from_mode(0o755)).tempdir()?;
     let program: PathBuf = directory.path().join("memory-test");
     fs::copy(env::current_exe()?, &program)?;
@@ -115,7 +117,7 @@ fn child(task: &str) -> Result<()> {
     }
 }
 
-/// A disk that is a file of this process's user.
+/// A disk in a file that belongs to this process's user.
 fn own_disk() -> Result<(tempfile::NamedTempFile, Arc<Disk>)> {
     let image = tempfile::NamedTempFile::new()?;
     image.as_file().set_len(DISK_BYTES)?;
@@ -144,7 +146,7 @@ fn memlock() -> Result<()> {
     guest_works(&disk, 4 * MIB).context("4 MiB")
 }
 
-/// The limit has room for the guest's RAM to the byte, but rings count as well, and nothing tells by how much.
+/// The limit has exactly enough room for the guest's RAM. Rings count too, and the kernel does not tell how much.
 fn unseen() -> Result<()> {
     setrlimit(Resource::RLIMIT_MEMLOCK, MIB, MIB)?;
     let memory = GuestMemory::new(RamFile::new(&[extent(0, MIB)], PageSize::Small)?.for_broker())?;

@@ -1,4 +1,5 @@
-//! Guest RAM of every shape: sizes, holes, slots and huge pages. A queue reaches the first and the last bytes of all of it.
+//! Guest RAM of every shape: sizes, holes, slots and huge pages. A queue reaches the first and the last bytes of each
+//! piece.
 
 use std::{
     process::ExitCode,
@@ -44,11 +45,11 @@ fn main() -> ExitCode {
     let huge = vec![extent(0, 32 * MIB), extent(GIB - 16 * MIB, 32 * MIB)];
     let huge_needs = needs(128 * MIB).into_iter().chain([Need::root(), huge_pages::supported()]);
     harness::run(vec![
-        test("every_end_of_16_mib_is_reached", needs(16 * MIB), move || ends(&[extent(0, 16 * MIB)], small)),
-        test("every_end_of_2_gib_is_reached", needs(2 * GIB), move || ends(&[extent(0, 2 * GIB)], small)),
-        test("every_end_of_the_ram_of_a_pc_is_reached", needs(budget(2, 12) * GIB), move || ends(&pc, small)),
-        test("the_last_page_below_16_tib_is_reached", needs(20 * MIB), move || ends(&top, small)),
-        test("every_end_of_huge_pages_is_reached", huge_needs, move || {
+        test("a_queue_reaches_every_end_of_16_mib", needs(16 * MIB), move || ends(&[extent(0, 16 * MIB)], small)),
+        test("a_queue_reaches_every_end_of_2_gib", needs(2 * GIB), move || ends(&[extent(0, 2 * GIB)], small)),
+        test("a_queue_reaches_every_end_of_the_ram_of_a_pc", needs(budget(2, 12) * GIB), move || ends(&pc, small)),
+        test("a_queue_reaches_the_last_page_below_16_tib", needs(20 * MIB), move || ends(&top, small)),
+        test("a_queue_reaches_every_end_of_huge_pages", huge_needs, move || {
             let _pages = HugePages::add(64)?;
             ends(&huge, PageSize::Huge)
         }),
@@ -63,7 +64,7 @@ fn sq_thread() -> SubmissionConfig {
     SubmissionConfig::SqThread(SqThreadConfig::new(Duration::from_millis(2)))
 }
 
-/// Verified I/O at both ends of every piece of RAM, with both ways of submission.
+/// Does verified I/O at both ends of every piece of RAM, with both ways of submission.
 fn ends(regions: &[Extent], pages: PageSize) -> Result<()> {
     let seed = Seed::from_env_or_random();
     let made = TestDisk::new(DiskKind::Ext4PageCache, DISK_BYTES)?;
@@ -78,7 +79,7 @@ fn ends(regions: &[Extent], pages: PageSize) -> Result<()> {
         let piece = |(index, area)| Piece::new(&queue, area, index, seed);
         let mut pieces = (0..).zip(areas).map(piece).collect::<Result<Vec<_>>>()?;
         pieces.iter_mut().try_for_each(|piece| piece.use_all(&mut queue))?;
-        // What is read to one piece must not be overwritten by what is read to another.
+        // A read to one piece must not overwrite the data that was read to another.
         pieces.iter_mut().try_for_each(|piece| piece.fill(&mut queue))?;
         pieces.iter().try_for_each(|piece| piece.check_file(guest.ram()))?;
         eprintln!("{} pieces, made and pinned in {pinned_after:?}", pieces.len());

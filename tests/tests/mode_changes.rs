@@ -33,9 +33,9 @@ use vm_memory::{Bytes, GuestAddress};
 const MIB: u64 = 1 << 20;
 const DISK_BYTES: u64 = 16 * MIB;
 const BLOCK_BYTES: u32 = 4096;
-/// Requests run for so long between two looks at whether the test is over.
+/// How long requests run before the driver checks whether the test is over.
 const SLICE_NS: u64 = 5_000_000;
-/// How long a queue may take to have a ring again.
+/// How long a queue may take to get a ring again.
 const PATIENCE: Duration = Duration::from_secs(30);
 
 fn main() -> ExitCode {
@@ -44,15 +44,15 @@ fn main() -> ExitCode {
         test(name, needs.chain([Need::cpus(2), Need::available_memory_bytes(1 << 30)]), body)
     };
     harness::run(vec![
-        with("queues_move_from_rings_to_virtqueues_and_back_under_load_and_no_request_is_lost", under_load),
-        with("a_driver_that_does_not_answer_keeps_its_ring_and_the_operator_is_told", silent_driver),
-        with("a_driver_gets_no_ring_in_mode_virtqueue_and_is_told_when_it_can_have_one", refused_until_auto),
-        with("a_queue_that_stops_during_the_change_does_not_hold_it_up", stopped_meanwhile),
+        with("queues_move_from_rings_to_virtqueues_and_back_under_load_and_lose_no_request", under_load),
+        with("a_driver_that_does_not_answer_keeps_its_ring_and_the_command_says_so", silent_driver),
+        with("a_driver_gets_no_ring_in_mode_virtqueue_and_an_event_when_it_can_have_one", refused_until_auto),
+        with("a_queue_that_stops_during_the_change_does_not_delay_it", stopped_meanwhile),
         with("a_device_without_rings_refuses_the_change", no_rings),
     ])
 }
 
-/// `ringpass dev` beside a rig's broker.
+/// A `ringpass dev` command for a rig's broker.
 fn dev(rig: &Rig, arguments: &[&str]) -> Result<Command> {
     let mut command = Command::new(broker_process::program()?);
     command.arg("dev").args(arguments).env("RUNTIME_DIRECTORY", rig.directory());
@@ -71,7 +71,7 @@ fn set_mode_well(rig: &Rig, mode: &str) -> Result<Duration> {
     Ok(start.elapsed())
 }
 
-/// What executes each queue from 1 on.
+/// What executes each queue, from queue 1 on: a ring or the virtqueue.
 fn executed_by(rig: &Rig) -> Result<Vec<String>> {
     let output = dev(rig, &["show", "vhost", "--json"])?.output().context("running ringpass dev show")?;
     ensure!(output.status.success(), "dev show: {}", String::from_utf8_lossy(&output.stderr));
@@ -127,7 +127,7 @@ fn work(queue: &mut LoadedQueue, is_over: &AtomicBool) -> Result<()> {
     Ok(())
 }
 
-/// Moves all queues to virtqueues and back, and gives what that took.
+/// Moves all queues to virtqueues and back several times, and returns how long that took, as text.
 fn change_again_and_again(rig: &Rig, are_working: impl Fn() -> bool) -> Result<String> {
     let times = harness::budget(100, 2000);
     let (mut to_virtqueue_us, mut to_ring_us) = (Histogram::<u64>::new(3)?, Histogram::<u64>::new(3)?);
@@ -197,7 +197,7 @@ fn silent_driver() -> Result<()> {
     bench.broker.explain(await_drain(&silent))?;
     bench.broker.explain(leave(&mut other))?;
     take_news(&mut bench.first)?;
-    // The ring works on, however long its driver does not answer.
+    // The ring works for as long as its driver does not answer.
     let data = [0x5a; BLOCK_BYTES as usize];
     write_without_answering(&mut silent, &data)?;
     let output = change.wait_with_output()?;
@@ -206,17 +206,17 @@ fn silent_driver() -> Result<()> {
     ensure!(errors.contains("queue 1 did not leave the ring within 1000 ms"), "{errors}");
     ensure!(executed_by(&bench.rig)?[0] == "ring");
     write_without_answering(&mut silent, &data)?;
-    // The other queue may have a ring again, and its driver is told so.
+    // The other queue may have a ring again, and the device tells its driver so.
     ensure!(bench.first.wait_event()? == EVENT_QUEUES);
     other.attach()?;
     // The silent driver gets another ring once it has answered: a drain cannot be taken back.
     silent.wait_epoch(2)?;
-    ensure!(silent.read(0, BLOCK_BYTES)?[..] == data[..], "what the driver wrote during the drain is lost");
+    ensure!(silent.read(0, BLOCK_BYTES)?[..] == data[..], "the write during the drain is lost");
     ensure!(other.read(0, BLOCK_BYTES)?[..] == data[..]);
     Ok(())
 }
 
-/// Takes all that the device has to tell, and leaves an EVENT with it.
+/// Takes all news of the device, and leaves an EVENT pending.
 fn take_news(first: &mut FirstQueue) -> Result<()> {
     first.post_event()?;
     while first.has_event_ended()? {
@@ -226,7 +226,7 @@ fn take_news(first: &mut FirstQueue) -> Result<()> {
     Ok(())
 }
 
-/// Writes the first block without a look at what the device announces.
+/// Writes the first block without reading the device's announcements.
 fn write_without_answering(driver: &mut RingDriver, data: &[u8]) -> Result<()> {
     let (gpa, len_bytes) = (driver.buffers().at(1), data.len() as u32);
     driver.vring().ram().memory().write_slice(data, GuestAddress(gpa))?;

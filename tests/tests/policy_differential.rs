@@ -1,4 +1,4 @@
-//! The checker in user space and the kernel say the same of every SQE.
+//! The checker in user space and the kernel give the same verdict on every SQE.
 
 use std::process::ExitCode;
 
@@ -22,15 +22,23 @@ use ringpass_tests::{
 fn main() -> ExitCode {
     let needs = || [Need::io_uring()];
     harness::run(vec![
-        test("every_opcode_with_every_flag_under_every_built_in_policy", needs(), built_in_policies),
-        test("every_opcode_with_every_flag_under_tables_of_one_class", needs(), tables_of_one_class),
-        test("random_tables_with_random_sqes", needs(), random),
-        test("a_disagreement_would_be_found", needs(), a_wrong_model_is_found),
-        test("random_tables_with_few_sqes_that_shrink", needs(), shrinking),
+        test(
+            "checker_and_kernel_agree_on_every_opcode_and_flag_under_every_built_in_policy",
+            needs(),
+            built_in_policies,
+        ),
+        test(
+            "checker_and_kernel_agree_on_every_opcode_and_flag_under_tables_of_one_class",
+            needs(),
+            tables_of_one_class,
+        ),
+        test("checker_and_kernel_agree_on_random_sqes_under_random_tables", needs(), random),
+        test("the_comparison_finds_a_disagreement", needs(), a_wrong_model_is_found),
+        test("checker_and_kernel_agree_on_few_sqes_in_cases_that_shrink", needs(), shrinking),
     ])
 }
 
-/// What the policy compiles to, in words. Its rules on fields are not for the kernel.
+/// The kernel's restrictions for the policy. The rules on fields are not part of them.
 fn table(built_in: BuiltIn, kernel: &KernelSupport) -> Result<Vec<RestrictionKind>> {
     let compiled = built_in.policy().with_fields(FieldRules::default()).compile(kernel)?;
     Ok(compiled.entries().iter().map(|entry| entry.kind()).collect())
@@ -47,7 +55,7 @@ fn built_in_policies() -> Result<()> {
     Ok(())
 }
 
-/// What the semantics before and from Linux 7.0 differ in.
+/// Tables with restrictions of one class: there the semantics before Linux 7.0 and from it on differ.
 fn tables_of_one_class() -> Result<()> {
     let kernel = kernel::support()?;
     for entry in [
@@ -68,7 +76,7 @@ fn random() -> Result<()> {
     let tally = differential::random(seed, cases, &kernel::support()?)?;
     eprintln!("{tally:?}");
     ensure!(tally.cases == cases, "{tally:?}");
-    // Or the comparison would show little.
+    // Without many cases of each kind the comparison would show little.
     for (what, count) in
         [("allowed", tally.allowed), ("by the table", tally.refused_by_table), ("before", tally.refused_before)]
     {
@@ -77,26 +85,26 @@ fn random() -> Result<()> {
     Ok(())
 }
 
-/// The comparison itself: a model of another kernel does not stand.
+/// Checks the comparison itself: it finds that a model of another kernel is wrong.
 fn a_wrong_model_is_found() -> Result<()> {
     let kernel = kernel::support()?;
     let table = table(BuiltIn::ALL[0], &kernel)?;
     let agrees = |wrong: &KernelSupport| differential::exhaustive(&table, wrong).is_ok();
-    ensure!(agrees(&kernel), "the right model");
+    ensure!(agrees(&kernel), "the comparison refuses the right model");
     let mut fewer = kernel;
     fewer.numbered.remove(Operation::OPENAT);
-    ensure!(!agrees(&fewer), "an operation that the kernel has");
+    ensure!(!agrees(&fewer), "the comparison accepts a model without an operation that the kernel has");
     let mut select = kernel;
     select.buffer_select.insert(Operation::OPENAT);
-    ensure!(!agrees(&select), "an operation that takes no provided buffers");
-    // A table that is another than the kernel's: the model allows what the kernel refuses.
+    ensure!(!agrees(&select), "the comparison accepts a model in which an operation wrongly takes provided buffers");
+    // The model would also find a difference in the table: it allows what a smaller table refuses.
     let read = Sqe { opcode: Operation::READ_FIXED.code(), flags: 1, ..Sqe::default() };
     let rules = KernelRules::of_kinds(table.iter().copied(), &kernel);
-    ensure!(rules.check(&read) == Verdict::Allowed, "a read is allowed");
+    ensure!(rules.check(&read) == Verdict::Allowed, "the model refuses a read");
     Ok(())
 }
 
-/// As `random`, in fewer cases that proptest makes smaller when they fail.
+/// Like `random`, with fewer cases. proptest makes a failing case smaller.
 fn shrinking() -> Result<()> {
     let kernel = kernel::support()?;
     let operations: Vec<Operation> = kernel.numbered.iter().collect();

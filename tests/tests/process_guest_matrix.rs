@@ -1,5 +1,5 @@
-//! A process as its own guest does random reads and writes, every byte verified: all pairs of what a queue can be, on
-//! each kind of disk; in a soak all combinations.
+//! A process that is its own guest does random reads and writes, and verifies every byte: with all pairs of the
+//! properties of a queue on each kind of disk, and with all combinations in a soak.
 
 use std::{
     fs::File,
@@ -37,11 +37,11 @@ const PAGE_BYTES: u64 = 4096;
 const DISK_BYTES: u64 = 576 * MIB;
 /// Bytes read and compared, per kind of disk.
 const VERIFIED_BYTES: u64 = GIB;
-/// Reads of a row with small blocks. More of them would take long and find nothing new.
+/// The reads of a row with small blocks. More reads would take long and find nothing new.
 const READS_OF_SMALL_BLOCKS: u64 = 8000;
-/// Bytes that a row verifies, as long as all rows together verify enough.
+/// The bytes that a row verifies, if all rows together verify enough.
 const ROW_BYTES: u64 = 64 * MIB;
-/// What is looked at on each side of a queue's area, and left between the shares of two queues.
+/// The bytes that a test checks on each side of a queue's area, and the gap between the shares of two queues.
 const BESIDE_BYTES: u64 = 64 << 10;
 
 const DEPTHS: [u32; 3] = [1, 32, 256];
@@ -54,13 +54,13 @@ const SUBMISSIONS: [Submission; 2] = [Submission::SqThread, Submission::Kick];
 fn main() -> ExitCode {
     let mut tests = Vec::new();
     for kind in DiskKind::ALL {
-        // A guest and the SQ thread; the RAM and the disk's pages.
+        // CPUs for the guest and the SQ thread, and memory for the RAM and the disk's pages.
         let needs = || {
             let machine = [Need::io_uring(), Need::cpus(2), Need::available_memory_bytes(2 * GIB)];
             kind.needs().into_iter().chain(machine)
         };
-        tests.push(test(format!("every_byte_of_random_io_is_verified_{kind}"), needs(), move || matrix(kind)));
-        tests.push(test(format!("a_byte_changed_behind_the_guest_is_found_{kind}"), needs(), move || {
+        tests.push(test(format!("a_process_guest_reads_back_what_it_wrote_on_{kind}"), needs(), move || matrix(kind)));
+        tests.push(test(format!("a_process_guest_finds_a_byte_that_was_changed_on_{kind}"), needs(), move || {
             changed_byte(kind)
         }));
     }
@@ -77,14 +77,14 @@ enum Submission {
 impl Submission {
     fn config(self) -> SubmissionConfig {
         match self {
-            // Sleeps between the parts of a row.
+            // The SQ thread sleeps between the parts of a row.
             Self::SqThread => SubmissionConfig::SqThread(SqThreadConfig::new(Duration::from_millis(2))),
             Self::Kick => SubmissionConfig::Doorbell,
         }
     }
 }
 
-/// One combination.
+/// One combination of properties.
 #[derive(Clone, Copy, Debug)]
 struct Case {
     depth: u32,
@@ -97,14 +97,14 @@ struct Case {
 }
 
 impl Case {
-    /// A CQ in which the whole depth has room.
+    /// The size of a ring whose CQ has room for the whole depth.
     fn ring(&self) -> RingConfig {
         let cq_entries = self.depth.next_power_of_two().max(2 * self.sq_entries);
         RingConfig { sq_entries: self.sq_entries, cq_entries }
     }
 
     fn buffers_bytes(&self) -> u64 {
-        // A page more, since the buffers need not start at one.
+        // One page more, because the buffers need not start at a page.
         u64::from(self.depth) * u64::from(self.block_bytes) + PAGE_BYTES
     }
 
@@ -120,15 +120,16 @@ impl Case {
     fn job(&self, index: u64, disk: &Disk, buffers_gpa: u64, seed: Seed) -> Job {
         let mut random = seed.rng();
         let block_bytes = u64::from(self.block_bytes);
-        // All shares end at a block, the last at the end of the disk; something that belongs to no queue is between.
+        // All shares end at a block, the last one at the end of the disk. Between two shares there are bytes that
+        // belong to no queue.
         let stride_bytes = DISK_BYTES / self.queues;
         let start_bytes = index * stride_bytes + if index == 0 { 0 } else { BESIDE_BYTES.max(block_bytes) };
         let share_bytes = (index + 1) * stride_bytes - start_bytes;
-        // More than requests in flight, so that there is a choice; with the largest blocks there is no room for more.
+        // There are more blocks than requests in flight, so that the guest has a choice, as far as the disk has room.
         let blocks = (2 * u64::from(self.depth)).max(32).min(256 * MIB / block_bytes);
         let area_bytes = blocks * block_bytes;
         let places = (share_bytes - area_bytes) / block_bytes + 1;
-        // The ends of the disk are as likely as all the rest.
+        // Each end of the disk is as likely as all the rest.
         let place = [0, places - 1, random.u64(..places)][random.usize(..3)];
         let alignment_bytes = u64::from(disk.logical_block_bytes());
         Job {
@@ -151,7 +152,7 @@ impl Case {
     }
 }
 
-/// All rows for this disk, and how many bytes each is to verify.
+/// All rows for this disk, and how many bytes each must verify.
 fn cases(disk: &Disk) -> Result<Vec<(Case, String, u64)>> {
     let mut block_sizes = vec![disk.logical_block_bytes(), 4 << 10, 64 << 10, 1 << 20];
     block_sizes.dedup();
@@ -179,7 +180,7 @@ fn cases(disk: &Disk) -> Result<Vec<(Case, String, u64)>> {
         let bytes = ROW_BYTES.min(u64::from(case.block_bytes) * READS_OF_SMALL_BLOCKS);
         cases.push((case, row.to_string(), bytes));
     }
-    // What is missing is for the rows with the largest blocks.
+    // The rows with the largest blocks verify what the others do not.
     let missing_bytes = VERIFIED_BYTES.saturating_sub(cases.iter().map(|(_, _, bytes)| bytes).sum());
     let mut largest: Vec<_> = cases.iter_mut().filter(|(case, ..)| u64::from(case.block_bytes) == MIB).collect();
     let count = NonZeroU64::new(largest.len() as u64).context("every value is in a row")?;
@@ -191,7 +192,7 @@ fn matrix(kind: DiskKind) -> Result<()> {
     let seed = Seed::from_env_or_random();
     let made = TestDisk::new(kind, DISK_BYTES)?;
     let disk = Arc::new(Disk::open(&made.config())?);
-    // Past the rings, and on the way of other programs: through the page cache.
+    // The test accesses the disk past the rings, as other programs do: through the page cache.
     let beside = File::open(made.path())?;
     let cases = cases(&disk)?;
     let (start, count) = (Instant::now(), cases.len());
@@ -208,7 +209,7 @@ fn matrix(kind: DiskKind) -> Result<()> {
     Ok(())
 }
 
-/// One guest, which verifies at least `bytes`, and its disk afterwards.
+/// Runs one guest, which verifies at least `bytes`, and then checks its disk.
 fn row(case: &Case, disk: &Arc<Disk>, beside: &File, seed: Seed, bytes: u64) -> Result<Report> {
     let mut guest = ProcessGuest::new(disk, case.ram()?, case.submission.config())?;
     let mut queues = Vec::new();
@@ -242,8 +243,8 @@ fn row(case: &Case, disk: &Arc<Disk>, beside: &File, seed: Seed, bytes: u64) -> 
     Ok(total)
 }
 
-/// Fills the job's area, reads and writes in it until `bytes` are verified, and reads it all again. Returns the
-/// checksums of its blocks too.
+/// Fills the job's area, reads and writes there until `bytes` are verified, and reads the whole area again. Also
+/// returns the checksums of its blocks.
 fn verified_bytes(queue: &mut GuestQueue, env: &mut ProcessEnv, job: &Job, bytes: u64) -> Result<(Report, Vec<u64>)> {
     let mut expected = vec![0; usize::try_from(job.blocks())?];
     let mut total = Report::default();
@@ -253,7 +254,7 @@ fn verified_bytes(queue: &mut GuestQueue, env: &mut ProcessEnv, job: &Job, bytes
         Ok(total.verified_bytes)
     };
     add("filling", prefill(job, queue.ring(), env, &mut expected)?)?;
-    // Reads, of which there are more than writes, and the last reading of all blocks.
+    // The reads, of which there are more than writes, verify this much, and the last pass over all blocks the rest.
     let run_bytes = bytes.saturating_sub(job.area_bytes);
     let mut job = *job;
     job.operations = (run_bytes / u64::from(job.block_bytes)).max(u64::from(job.depth));
@@ -267,7 +268,7 @@ fn verified_bytes(queue: &mut GuestQueue, env: &mut ProcessEnv, job: &Job, bytes
     Ok((total, expected))
 }
 
-/// What is beside a job's area on the disk, which is not to change.
+/// The bytes beside a job's area on the disk, which must not change.
 struct Around(Vec<(u64, Vec<u8>)>);
 
 impl Around {
@@ -297,7 +298,7 @@ fn read(file: &File, offset_bytes: u64, len_bytes: u64) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// The verification itself: one wrong byte is found, by the guest and by the look at the disk.
+/// Checks the verification itself: the guest finds one wrong byte, and the comparison of the disk does too.
 fn changed_byte(kind: DiskKind) -> Result<()> {
     let case = Case {
         depth: 4,

@@ -1,4 +1,5 @@
-//! A driver in QEMU that sets its queue up wrongly: its ring breaks, and its reset brings the disk back on the same connection.
+//! A driver in QEMU sets up its queue wrongly. The broker stops that queue, and after a reset by the driver the disk
+//! works on the same connection.
 
 use std::{
     process::ExitCode,
@@ -21,7 +22,7 @@ use virtio_bindings::virtio_blk::VIRTIO_BLK_T_IN;
 
 const DISK_BYTES: u64 = 1 << 20;
 const PATIENCE: Duration = Duration::from_secs(20);
-/// A queue as it should be, in RAM.
+/// A correct queue in RAM.
 const RIGHT: Queue = Queue { size: 64, desc: 0x10_0000, avail: 0x10_1000, used: 0x10_2000 };
 const HEADER: u64 = 0x10_3000;
 const STATUS: u64 = 0x10_3800;
@@ -29,11 +30,7 @@ const DATA: u64 = 0x10_4000;
 
 fn main() -> ExitCode {
     let needs = DiskKind::Ext4PageCache.needs().into_iter().chain(broker_process::needs()).chain(bare_qemu::needs());
-    harness::run(vec![test(
-        "a_driver_in_qemu_breaks_its_ring_and_its_reset_brings_the_disk_back",
-        needs,
-        hostile_driver,
-    )])
+    harness::run(vec![test("a_driver_in_qemu_breaks_its_queue_and_its_reset_revives_the_disk", needs, hostile_driver)])
 }
 
 fn hostile_driver() -> Result<()> {
@@ -41,12 +38,12 @@ fn hostile_driver() -> Result<()> {
     let broker = rig.broker(&[])?;
     let mut qemu = BareQemu::start(&rig.socket())?;
     read_first_block(&mut qemu).context("a driver that does nothing wrong")?;
-    // Behind RAM and before the first device; and a device's registers.
+    // An address between RAM and the first device, and the registers of a device.
     let (outside, bar) = (RAM_BYTES + (1 << 20), BAR_ADDRESS + 0x1000);
     let wrong = [
         ("size 15", Queue { size: 15, ..RIGHT }),
         ("size 33", Queue { size: 33, ..RIGHT }),
-        // More than the front-end's in-flight region has.
+        // More descriptors than the front-end's in-flight region has.
         ("size 1024", Queue { size: 1024, ..RIGHT }),
         ("misaligned descriptors", Queue { desc: RIGHT.desc + 8, ..RIGHT }),
         ("misaligned available ring", Queue { avail: RIGHT.avail + 1, ..RIGHT }),
@@ -77,7 +74,7 @@ fn hostile_driver() -> Result<()> {
     Ok(())
 }
 
-/// Resets the device, sets it up as it should be, and reads a block, which is zeroes.
+/// Resets the device, sets it up correctly, and reads a block of zeroes.
 fn read_first_block(qemu: &mut BareQemu) -> Result<()> {
     qemu.reset()?;
     for ring in [RIGHT.desc, RIGHT.avail, RIGHT.used] {

@@ -1,4 +1,4 @@
-//! `ringpass-dd`, the example of the user-space driver, as a person runs it.
+//! `ringpass-dd`, the example of the user-space driver, as a user runs it.
 
 use std::{
     fs,
@@ -20,21 +20,21 @@ use rustix::process::{Pid, Signal, kill_process};
 
 const MIB: u64 = 1 << 20;
 const DISK_BYTES: u64 = dd::DISK_BYTES;
-/// What an end takes at most that waits for nothing.
+/// The most that an end takes that waits for nothing.
 const PROMPT: Duration = Duration::from_secs(10);
 const BROKER_ARGUMENTS: [&str; 4] = ["--mode", "direct", "--num-queues", "5"];
 
 fn main() -> ExitCode {
     let needs = dd::needs;
     harness::run(vec![
-        test("what_is_written_is_read_again_by_every_way", needs(), every_way),
-        test("a_flipped_byte_is_found_where_it_is", needs(), flipped_byte),
-        test("pipes_and_parts_are_copied", needs(), pipes),
-        test("zeroes_become_holes_on_both_ends", needs(), holes),
-        test("what_cannot_be_done_is_refused_and_changes_nothing", needs(), refusals),
-        test("a_copy_survives_servers_that_are_killed", needs(), killed_servers),
+        test("a_copy_reads_back_what_it_wrote_in_every_way", needs(), every_way),
+        test("verify_finds_a_flipped_byte_and_says_where_it_is", needs(), flipped_byte),
+        test("a_copy_takes_pipes_and_parts_of_the_disk", needs(), pipes),
+        test("a_sparse_copy_turns_zeroes_into_holes_on_both_ends", needs(), holes),
+        test("a_refused_copy_says_why_and_changes_nothing", needs(), refusals),
+        test("a_copy_survives_killed_servers", needs(), killed_servers),
         test("an_interrupted_copy_ends_and_says_how_far_it_came", needs(), interrupted),
-        test("a_server_that_stays_away_is_given_up", needs(), lost_server),
+        test("a_copy_gives_up_on_a_server_that_does_not_come_back", needs(), lost_server),
     ])
 }
 
@@ -179,7 +179,8 @@ fn refusals() -> Result<()> {
     Ok(())
 }
 
-/// A copy that takes a while, since its input comes slowly, and its last piece only when the test wants the copy's end.
+/// A copy that takes a while. Its input comes slowly, and the last piece comes only when the test wants the copy to
+/// end.
 struct SlowCopy {
     child: Child,
     last_piece: mpsc::Sender<()>,
@@ -199,7 +200,7 @@ impl SlowCopy {
             let mut pieces = bytes.chunks(1 << 20).peekable();
             while let Some(piece) = pieces.next() {
                 if pieces.peek().is_none() {
-                    // Nothing is sent: the sender goes.
+                    // The drop of the sender releases the last piece.
                     let _ = is_wanted.recv();
                 }
                 if stdin.write_all(piece).is_err() {
@@ -211,7 +212,7 @@ impl SlowCopy {
         Ok(Self { child, last_piece, input, content })
     }
 
-    /// Waits for its end. Gives what it said, and what it had to copy.
+    /// Waits for the end of the copy. Returns its output, and the content that it had to copy.
     fn end(self) -> Result<(Output, Vec<u8>)> {
         drop(self.last_piece);
         let output = self.child.wait_with_output()?;
@@ -224,7 +225,7 @@ fn killed_servers() -> Result<()> {
     let mut place = Place::new(&BROKER_ARGUMENTS)?;
     let copy = SlowCopy::start(&place, &["--queues", "2"])?;
     for _ in 0..3 {
-        // Then the copy has found this server, too.
+        // With this line the copy has found the new server.
         place.broker.wait_for_log(": Open queue=")?;
         place.broker.kill()?;
         place.broker = place.rig.broker(&BROKER_ARGUMENTS)?;
@@ -249,7 +250,7 @@ fn interrupted() -> Result<()> {
     ensure!(begin.elapsed() < PROMPT, "it ended after {:?}", begin.elapsed());
     status_is(&output, 2)?;
     ensure!(text(&output).contains("ringpass-dd: interrupted after "), "{}", text(&output));
-    // The server serves the next one.
+    // The server serves the next front-end.
     place.succeed(&["read", "--output", "-"]).map(drop)
 }
 

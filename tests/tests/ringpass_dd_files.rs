@@ -1,4 +1,5 @@
-//! The files at the other end of `ringpass-dd`: the disk itself is never overwritten, and inputs of another length are told of.
+//! The files that `ringpass-dd` reads and writes. It never overwrites the disk itself, and it says so when an input has
+//! another length than the disk.
 
 use std::{
     fs,
@@ -22,9 +23,9 @@ const MIB: u64 = 1 << 20;
 fn main() -> ExitCode {
     let with_loop = || DiskKind::Loop.needs().into_iter().chain(dd::needs());
     harness::run(vec![
-        test("an_output_that_is_the_disk_is_refused_under_every_name", dd::needs(), same_file),
-        test("an_output_that_is_the_disk_on_another_layer_is_refused", with_loop(), same_disk),
-        test("an_input_of_another_length_than_the_disk_is_told_of", dd::needs(), lengths),
+        test("read_refuses_an_output_that_is_the_disk_under_every_name", dd::needs(), same_file),
+        test("read_refuses_an_output_that_is_the_disk_on_another_layer", with_loop(), same_disk),
+        test("write_and_verify_say_that_the_input_has_another_length_than_the_disk", dd::needs(), lengths),
     ])
 }
 
@@ -43,7 +44,7 @@ fn same_file() -> Result<()> {
         drop(broker);
         let broker = rig.broker(arguments)?;
         let place = Place { rig, broker };
-        // On the same file system.
+        // A link needs the same file system.
         let hard_link = place.rig.disk().path().with_extension("link");
         let soft_link = place.path("soft");
         fs::hard_link(place.rig.disk().path(), &hard_link)?;
@@ -54,12 +55,12 @@ fn same_file() -> Result<()> {
                 refused(&place.run(&[&["read", "--output", output], sparse].concat())?)?;
             }
         }
-        // As standard output, which the shell has not emptied.
+        // The disk is standard output, which the shell has not truncated.
         let disk = fs::File::options().write(true).open(place.rig.disk().path())?;
         refused(&place.command(&["read", "--output", "-"])?.stdout(disk).output()?)?;
         ensure!(place.disk()? == content, "the disk was changed");
         fs::remove_file(&hard_link)?;
-        // Another file, which is longer.
+        // Another file, which is longer than the disk.
         let output = place.file("out", &vec![7; content.len() + 5])?;
         place.succeed(&["read", "--output", &output])?;
         ensure!(fs::read(&output)? == content, "another content is read");
@@ -67,7 +68,7 @@ fn same_file() -> Result<()> {
     Ok(())
 }
 
-/// A loop device over a file; detached when dropped.
+/// A loop device over a file. The drop detaches it.
 struct LoopDevice(String);
 
 impl LoopDevice {
@@ -85,7 +86,7 @@ impl Drop for LoopDevice {
 }
 
 fn same_disk() -> Result<()> {
-    // A file is served; a loop device shows it.
+    // The server serves a file, and the output is a loop device over it.
     let place = Place::new(&["--num-queues", "2"])?;
     let content = pattern(2, usize::try_from(DISK_BYTES)?);
     place.succeed(&["write", "--input", &place.file("in", &content)?])?;
@@ -95,7 +96,8 @@ fn same_disk() -> Result<()> {
     drop(device);
     drop(place);
 
-    // A loop device is served, read-write and read-only; the file behind it, and the device itself.
+    // The server serves a loop device, read-write and read-only. The output is the file behind it, or the device
+    // itself.
     let rig = Rig::new(DiskKind::Ext4PageCache, DISK_BYTES)?;
     fs::write(rig.disk().path(), &content)?;
     let file = rig.disk().path().to_str().context("a path in UTF-8")?;
@@ -115,19 +117,23 @@ fn lengths() -> Result<()> {
     let half = place.file("half", &pattern(3, usize::try_from(DISK_BYTES / 2)?))?;
     let remark = format!("half has {} bytes: the {} bytes of the disk after them ", DISK_BYTES / 2, DISK_BYTES / 2);
     let says = |output: &Output, words: &str| {
-        ensure!(text(output).contains(words), "{words:?} is not said: {}", text(output));
+        ensure!(text(output).contains(words), "{words:?} is missing in: {}", text(output));
         Ok(())
     };
     says(&place.succeed(&["write", "--input", &half])?, &format!("{remark}stay unchanged"))?;
     says(&place.succeed(&["verify", "--input", &half])?, &format!("{remark}are not compared"))?;
     let asked = place.succeed(&["write", "--input", &half, "--length-bytes", "4096"])?;
-    ensure!(!text(&asked).contains("bytes of the disk after"), "so much was asked for: {}", text(&asked));
+    ensure!(
+        !text(&asked).contains("bytes of the disk after"),
+        "it remarks on a length that the command line asks for: {}",
+        text(&asked)
+    );
 
-    // Pipes are known at their end.
+    // The program knows the length of a pipe only at its end.
     let piped = |command: &str, bytes: &[u8]| -> Result<Output> {
         let mut child = place.command(&[command, "--input", "-"])?.stdin(Stdio::piped()).spawn()?;
         let mut stdin = child.stdin.take().context("it is piped")?;
-        // It may have enough of it.
+        // The program may have stopped reading.
         let _ = stdin.write_all(bytes);
         drop(stdin);
         Ok(child.wait_with_output()?)
@@ -137,7 +143,7 @@ fn lengths() -> Result<()> {
     let output = piped("write", &long)?;
     status_is(&output, 2)?;
     says(&output, &format!("standard input is longer than the disk: the disk has {DISK_BYTES} bytes"))?;
-    ensure!(place.disk()? == disk, "what fits is written");
+    ensure!(place.disk()? == disk, "the part that fits was not written");
     let output = piped("write", short)?;
     status_is(&output, 0)?;
     says(

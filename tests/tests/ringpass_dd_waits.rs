@@ -1,5 +1,5 @@
-//! `ringpass-dd` with servers that are not there, are held by others, or are stopped: it says that it waits, gives up in time, and
-//! ends when it is told to.
+//! `ringpass-dd` with a server that does not run, has another front-end, or is stopped: it says that it waits, gives up
+//! in time, and ends on a signal.
 
 use std::{
     fs,
@@ -22,23 +22,23 @@ use ringpass_tests::{
 };
 use rustix::process::{Pid, Signal, kill_process};
 
-/// Longer than anything takes that waits for nothing, on a machine with other work.
+/// Longer than any step takes that waits for nothing, on a busy machine.
 const LIMIT: Duration = Duration::from_secs(40);
 const BROKER_ARGUMENTS: [&str; 2] = ["--num-queues", "2"];
-/// For ever, as far as a test is concerned.
+/// Longer than any test runs.
 const LONG: &str = "86400";
 
 fn main() -> ExitCode {
     harness::run(vec![
-        test("a_server_that_starts_later_is_waited_for", dd::needs(), late_server),
-        test("a_server_with_another_front_end_is_waited_for_and_given_up", dd::needs(), held_server),
-        test("a_stopped_server_is_given_up_before_and_in_a_copy", dd::needs(), stopped_server),
+        test("a_copy_waits_for_a_server_that_starts_later", dd::needs(), late_server),
+        test("a_copy_waits_for_a_server_with_another_front_end_and_gives_up", dd::needs(), held_server),
+        test("a_copy_gives_up_on_a_stopped_server_before_and_while_it_copies", dd::needs(), stopped_server),
         test("signals_end_every_wait", dd::needs(), interrupted_waits),
         test("the_driver_gives_up_on_a_stopped_server_in_every_wait", dd::needs(), silent_device),
     ])
 }
 
-/// The program, with what it says line by line.
+/// The running program, and its output line by line.
 struct Running {
     child: Child,
     lines: Receiver<String>,
@@ -65,7 +65,7 @@ impl Running {
             match self.lines.recv_timeout(LIMIT) {
                 Ok(line) if line.contains(text) => return Ok(()),
                 Ok(line) => self.before.push(line),
-                Err(error) => bail!("it does not say {text:?} ({error}): {:?}", self.before),
+                Err(error) => bail!("the program does not print {text:?} ({error}): {:?}", self.before),
             }
         }
     }
@@ -74,7 +74,7 @@ impl Running {
         Ok(kill_process(Pid::from_child(&self.child), signal)?)
     }
 
-    /// Its exit status and what it said since the last line that was waited for. It is killed when it does not end.
+    /// Returns the exit status and the output since the last awaited line. Kills the program if it does not end.
     fn end(mut self) -> Result<(Option<i32>, String)> {
         let end = Instant::now() + LIMIT;
         let status = loop {
@@ -84,7 +84,7 @@ impl Running {
             if Instant::now() >= end {
                 self.child.kill()?;
                 self.child.wait()?;
-                bail!("it does not end within {LIMIT:?}: {:?}", self.before);
+                bail!("the program does not end within {LIMIT:?}: {:?}", self.before);
             }
             thread::sleep(Duration::from_millis(5));
         };
@@ -96,7 +96,7 @@ fn rig() -> Result<Rig> {
     Rig::new(DiskKind::Ext4PageCache, dd::DISK_BYTES)
 }
 
-/// SIGSTOP, until this is dropped.
+/// A broker that SIGSTOP has stopped. The drop continues it.
 struct Stopped<'b>(&'b mut BrokerProcess);
 
 impl<'b> Stopped<'b> {
@@ -113,10 +113,10 @@ impl<'b> Stopped<'b> {
 }
 
 impl Stopped<'_> {
-    /// Whether none of its threads runs any more (proc_pid_stat(5)): the signal comes to each in its time.
+    /// Whether all its threads have stopped (proc_pid_stat(5)). The signal stops them one after the other.
     fn has_stopped(&self) -> Result<bool> {
         for task in fs::read_dir(format!("/proc/{}/task", self.0.pid()))? {
-            // A thread may have ended since.
+            // The thread may have ended meanwhile.
             let Ok(stat) = fs::read_to_string(task?.path().join("stat")) else { continue };
             if !stat.rsplit_once(") ").is_some_and(|(_, fields)| fields.starts_with('T')) {
                 return Ok(false);
@@ -146,7 +146,7 @@ fn late_server() -> Result<()> {
 fn held_server() -> Result<()> {
     let rig = rig()?;
     let broker = rig.broker(&BROKER_ARGUMENTS)?;
-    // It becomes the front-end with its first message: VHOST_USER_GET_FEATURES, a header without a body.
+    // A connection becomes the front-end with its first message: VHOST_USER_GET_FEATURES, a header without a body.
     let mut other = UnixStream::connect(rig.socket())?;
     let header: Vec<u8> = [1_u32, 1, 0].iter().flat_map(|word| word.to_le_bytes()).collect();
     other.write_all(&header)?;
@@ -169,10 +169,10 @@ fn stopped_server() -> Result<()> {
         ensure!(status == Some(2) && said.contains("no answer from the device within"), "{status:?}: {said}");
         drop(stopped);
     }
-    // In the middle of a copy, and then in the drop of the disk.
+    // The server stops in the middle of the copy, and is still stopped when the program drops the disk.
     let mut running = Running::start(&place.rig, &["write", "--input", "-", "--patience-s", "3"], Stdio::piped())?;
     let mut input = running.child.stdin.take().context("it is piped")?;
-    // More than it has under way at a time, so that it waits for the server in between.
+    // More than the program has in flight, so that it waits for the server in between.
     input.write_all(&vec![1; 5 << 20])?;
     let begin = Instant::now();
     while !place.disk()?.starts_with(&[1; 4096]) {
@@ -180,14 +180,14 @@ fn stopped_server() -> Result<()> {
         thread::sleep(Duration::from_millis(5));
     }
     let stopped = Stopped::new(&mut place.broker)?;
-    // As much as it takes before it waits.
+    // As much as the program reads before it waits.
     let writing = thread::spawn(move || input.write_all(&vec![2; 36 << 20]));
     running.wait_for_line("the server does not answer; waiting up to 3 s")?;
     let (status, said) = running.end()?;
     ensure!(status == Some(2) && said.contains("no answer from the server for 3 s"), "{status:?}: {said}");
     drop(stopped);
     let _ = writing.join();
-    // The server serves the next one.
+    // The server serves the next front-end.
     let output: Output =
         place.run(&["verify", "--input", "/dev/zero", "--offset-bytes", "46MiB", "--length-bytes", "1MiB"])?;
     place.broker.explain(status_is(&output, 0)).with_context(|| text(&output))
@@ -196,14 +196,14 @@ fn stopped_server() -> Result<()> {
 fn interrupted_waits() -> Result<()> {
     let rig = rig()?;
     for signal in [Signal::INT, Signal::TERM] {
-        // Nobody listens.
+        // No server listens.
         let mut running = Running::start(&rig, &["read", "--output", "-", "--patience-s", LONG], Stdio::null())?;
         running.wait_for_line("no process listens on ")?;
         running.signal(signal)?;
         let (status, said) = running.end()?;
         ensure!(status == Some(2) && said.contains("interrupted after 0 bytes"), "{status:?}: {said}");
 
-        // Nobody answers.
+        // No server answers.
         let mut broker = rig.broker(&BROKER_ARGUMENTS)?;
         let stopped = Stopped::new(&mut broker)?;
         let mut running = Running::start(&rig, &["read", "--output", "-", "--patience-s", LONG], Stdio::null())?;
@@ -213,7 +213,7 @@ fn interrupted_waits() -> Result<()> {
         ensure!(status == Some(2) && said.contains("interrupted after 0 bytes"), "{status:?}: {said}");
         drop(stopped);
 
-        // The input does not come, and then the server does not stop its queues. Two signals at once.
+        // The input does not come, and then the server does not stop its queues. The program gets two signals at once.
         let mut running = Running::start(&rig, &["write", "--input", "-", "--patience-s", LONG], Stdio::piped())?;
         let _input = running.child.stdin.take();
         broker.wait_for_log("vring starts")?;
@@ -228,7 +228,7 @@ fn interrupted_waits() -> Result<()> {
     Ok(())
 }
 
-/// Everything that the library waits for, with a server that is stopped in between.
+/// Runs everything in the library that waits, with a server that is stopped in between.
 fn silent_device() -> Result<()> {
     const PATIENCE: Duration = Duration::from_millis(400);
     let rig = rig()?;
@@ -259,17 +259,20 @@ fn silent_device() -> Result<()> {
         is_silent("flush", disk.flush())?;
         is_silent("serial", disk.serial())?;
         is_silent("discard", disk.discard(0, 4096))?;
-        // The user of a queue is never held up.
+        // No call on a queue waits for the server.
         queue.submit(Operation::DurableWrite, done.buffer, 0, 4096, 2).expect("there is room");
         let begin = Instant::now();
-        ensure!(way == Way::Auto || queue.wait(Duration::from_millis(50)).is_none(), "who has done that?");
+        ensure!(
+            way == Way::Auto || queue.wait(Duration::from_millis(50)).is_none(),
+            "a stopped server completed a request"
+        );
         ensure!(begin.elapsed() < LIMIT, "{:?}", begin.elapsed());
         is_silent("memory", disk.add_memory(1 << 32, 1 << 20))?;
         drop(stopped);
-        // It is connected anew, after a message without an answer.
+        // After a message without an answer the library connects again.
         let begin = Instant::now();
         while disk.reconnects() == 0 {
-            ensure!(begin.elapsed() < LIMIT, "it is not connected anew");
+            ensure!(begin.elapsed() < LIMIT, "the library does not connect again");
             thread::sleep(Duration::from_millis(2));
         }
         if way == Way::Virtqueue {

@@ -1,4 +1,4 @@
-//! A broker that serves is confined, rings or not, and does its work all the same. So says the unit that starts it.
+//! A serving broker is confined, with and without rings, and works. The systemd unit confines it too.
 
 use std::{
     fs,
@@ -28,7 +28,7 @@ use ringpass_tests::{
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_S_OK, VIRTIO_BLK_T_IN};
 
 const DISK_BYTES: u64 = 4 << 20;
-/// `CAP_IPC_LOCK` (`<linux/capability.h>`), which root keeps where it cannot raise RLIMIT_MEMLOCK.
+/// `CAP_IPC_LOCK` (`<linux/capability.h>`), which a broker of root keeps if it cannot raise RLIMIT_MEMLOCK.
 const IPC_LOCK: u64 = 1 << 14;
 /// `O_CLOEXEC` as `/proc/PID/fdinfo` has it.
 const CLOEXEC: u32 = 0o2_000_000;
@@ -41,13 +41,9 @@ fn main() -> ExitCode {
         kind.chain(broker_process::needs()).chain(more).collect::<Vec<Need>>()
     };
     harness::run(vec![
-        test("every_thread_is_without_privileges_and_filtered_and_no_file_outlives_an_exec", needs(vec![]), confined),
+        test("every_thread_is_filtered_without_privileges_and_no_file_survives_an_exec", needs(vec![]), confined),
         test("a_broker_without_a_sandbox_says_so_and_has_what_its_user_has", needs(vec![]), not_confined),
-        test(
-            "an_ordinary_user_s_broker_serves_and_says_what_rings_need_that_it_lacks",
-            needs(vec![Need::root()]),
-            ordinary_user,
-        ),
+        test("a_broker_of_an_ordinary_user_serves_and_says_what_rings_lack", needs(vec![Need::root()]), ordinary_user),
         test(
             "systemd_understands_every_line_of_the_unit",
             vec![Need::program("systemd-analyze", "systemd")],
@@ -73,7 +69,7 @@ fn confined() -> Result<()> {
         ensure!(field(&status, "Seccomp")? == "2", "thread {name} is not filtered");
         threads.push(name.to_owned());
     }
-    // The one that polls the ring is the kernel's, with the credentials of the ring's creator.
+    // The SQ thread belongs to the kernel and has the credentials of the ring's creator.
     ensure!(threads.iter().any(|name| name.starts_with("iou-sqp")), "no SQ thread among {threads:?}");
     let (files, kept) = (fs::read_dir(format!("{process}/fdinfo"))?.count(), files_over_exec(&process)?);
     if let Some(number) = kept.first() {
@@ -117,7 +113,7 @@ fn ordinary_user() -> Result<()> {
         ensure!(found == whole(ErrorCode::Resources), "ATTACH: {found:?}");
         broker.wait_for_log("pinning needs 16 MiB, RLIMIT_MEMLOCK is 8 MiB")?;
         broker.wait_for_log("LimitMEMLOCK=")?;
-        // It is a virtqueue.
+        // The queue is still a virtqueue.
         let used = driver.vring().used_idx()?;
         let data = Descriptor::writable(driver.buffers().at(0), 4096);
         driver.send_block(VIRTIO_BLK_T_IN, DISK_BYTES / SECTOR_BYTES - 8, data)?;
@@ -127,14 +123,17 @@ fn ordinary_user() -> Result<()> {
     })())
 }
 
-/// What it does with them is not tried: it would have to be the first process.
+/// The test does not run systemd, which would have to be the first process.
 fn systemd_unit() -> Result<()> {
     let unit = Path::new(env!("CARGO_MANIFEST_DIR")).join("../ringpass/share/systemd/ringpass@.service");
     let unit = fs::read_to_string(&unit).with_context(|| unit.display().to_string())?;
     // The program is not installed.
     let unit = unit.replace("/usr/bin/ringpass", "/bin/true");
     verify(&unit)?;
-    ensure!(verify(&unit.replace("NoNewPrivileges=yes", "NoNewPrivilege=yes")).is_err(), "a mistake passes");
+    ensure!(
+        verify(&unit.replace("NoNewPrivileges=yes", "NoNewPrivilege=yes")).is_err(),
+        "systemd-analyze accepts a misspelled setting"
+    );
     Ok(())
 }
 
@@ -149,7 +148,7 @@ fn verify(unit: &str) -> Result<()> {
     Ok(())
 }
 
-/// A broker of `nobody`, who may pin 8 MiB.
+/// The command of a broker of the user `nobody`, who may pin 8 MiB.
 fn serve_as_nobody(program: &Path, directory: &Path) -> Command {
     let mut command = Command::new("prlimit");
     command.arg("--memlock=8388608:8388608").arg(program).args(["serve", "--socket-path"]);
@@ -159,12 +158,12 @@ fn serve_as_nobody(program: &Path, directory: &Path) -> Command {
     command
 }
 
-/// Descriptors that an executed program would get.
+/// The descriptors that an executed program would inherit.
 fn files_over_exec(process: &str) -> Result<Vec<String>> {
     let mut numbers = Vec::new();
     for file in fs::read_dir(format!("{process}/fdinfo"))? {
         let file = file?;
-        // Closed meanwhile.
+        // The broker has closed the file meanwhile.
         let Ok(info) = fs::read_to_string(file.path()) else { continue };
         if u32::from_str_radix(field(&info, "flags")?, 8)? & CLOEXEC == 0 {
             numbers.push(file.file_name().to_string_lossy().into_owned());

@@ -1,4 +1,4 @@
-//! Signals to a server whose I/O hangs: which wait for it, and which end the process at once.
+//! Signals to a server whose I/O hangs: some wait for the I/O, and some end the process at once.
 
 use std::{
     io::Write,
@@ -23,22 +23,22 @@ use tempfile::TempDir;
 use virtio_bindings::virtio_blk::VIRTIO_BLK_T_OUT;
 
 const DISK_BYTES: u64 = 4 << 20;
-/// Longer than anything takes on a machine with other work.
+/// Longer than any step takes on a busy machine.
 const LIMIT: Duration = Duration::from_secs(60);
-/// Longer than the time in which a second signal is the same request.
+/// Longer than the time in which the server takes a second signal for the same request.
 const LATER: Duration = Duration::from_millis(1500);
 
 fn main() -> ExitCode {
     let needs = || StuckDisk::needs().into_iter().chain(broker_process::needs());
     harness::run(vec![
-        test("a_second_sigterm_is_the_same_request_and_a_later_one_ends_the_server_at_once", needs(), second_signal),
-        test("sigquit_does_not_wait_for_hanging_io", needs(), quit),
+        test("the_server_ignores_a_repeated_sigterm_and_ends_at_once_on_a_later_one", needs(), second_signal),
+        test("the_server_ends_at_once_on_sigquit_although_its_io_hangs", needs(), quit),
     ])
 }
 
 /// A server with a write that hangs.
 struct Stuck {
-    // The server goes first, so that the disk is free when it is taken apart.
+    // The server drops first, so that nothing uses the disk when it drops.
     broker: BrokerProcess,
     disk: StuckDisk,
     directory: TempDir,
@@ -66,7 +66,7 @@ impl Stuck {
         Ok(stuck)
     }
 
-    /// Waits until the server has taken so many kicks of the first queue, and with them its requests.
+    /// Waits until the server has taken so many kicks of the first queue, and the requests with them.
     fn wait_for_kicks(&self, kicks: u64) -> Result<()> {
         let end = Instant::now() + LIMIT;
         loop {
@@ -76,16 +76,16 @@ impl Stuck {
             if stats["queues"][0]["by_device"]["kicks"].as_u64().context("a count")? >= kicks {
                 return Ok(());
             }
-            ensure!(Instant::now() < end, "the request is not taken: {stats}");
+            ensure!(Instant::now() < end, "the server does not take the request: {stats}");
             thread::sleep(Duration::from_millis(5));
         }
     }
 
-    /// The server ends although its I/O hangs, says so, and leaves no socket.
+    /// Checks that the server ends although its I/O hangs, says so, and removes its sockets.
     fn ends_at_once(&mut self, said: &str) -> Result<()> {
         let status = self.broker.wait()?;
         ensure!(status.code() == Some(1), "{status}:\n{}", self.broker.log());
-        ensure!(self.broker.has_logged(said), "it does not say {said:?}:\n{}", self.broker.log());
+        ensure!(self.broker.has_logged(said), "the server does not log {said:?}:\n{}", self.broker.log());
         self.has_no_sockets()?;
         self.disk.thaw()
     }
@@ -105,8 +105,9 @@ fn second_signal() -> Result<()> {
     stuck.broker.signal(Signal::TERM)?;
     stuck.broker.wait_for_log("SIGTERM ignored: it repeats the same request within 1s")?;
     stuck.broker.wait_for_log("waiting for the last I/O")?;
-    ensure!(stuck.broker.is_running()?, "it does not wait for its I/O:\n{}", stuck.broker.log());
-    // A front-end that connects again is refused rather than left without an answer, and a successor can have the paths.
+    ensure!(stuck.broker.is_running()?, "the server does not wait for its I/O:\n{}", stuck.broker.log());
+    // The server has removed its sockets. A front-end that connects again gets an error rather than no answer, and a
+    // successor can use the paths.
     stuck.has_no_sockets()?;
     let socket = stuck.directory.path().join("vm.sock");
     let mut successor = BrokerProcess::start(&socket, stuck.disk.path(), &["--poll-us", "0", "--incoming"])?;
@@ -116,7 +117,7 @@ fn second_signal() -> Result<()> {
     let status = stuck.broker.wait()?;
     ensure!(status.code() == Some(1), "{status}:\n{}", stuck.broker.log());
     ensure!(stuck.broker.has_logged("SIGTERM: ending at once"), "{}", stuck.broker.log());
-    // The one that has ended leaves the files of its successor.
+    // The ended server has not removed the files of its successor.
     successor.explain(UnixStream::connect(&socket).context("connecting to the successor"))?;
     successor.signal(Signal::TERM)?;
     ensure!(successor.wait()?.success(), "{}", successor.log());

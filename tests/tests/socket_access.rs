@@ -1,4 +1,4 @@
-//! Who may connect to the sockets of `ringpass serve`.
+//! The users that may connect to the sockets of `ringpass serve`.
 
 use std::{
     fs::{self, File},
@@ -17,18 +17,18 @@ use ringpass_tests::{
     needs::Need,
 };
 
-/// A group without a name, and without members.
+/// A group without a name and without members.
 const GROUP: u32 = 1_234_567;
-/// A user who is nobody else on this machine.
+/// A user that this machine does not use otherwise.
 const USER: u32 = 1_234_568;
 
 fn main() -> ExitCode {
     let needs = || broker_process::needs().into_iter().chain([Need::root()]);
     harness::run(vec![
         test("members_of_the_socket_s_group_may_connect_and_others_may_not", needs(), members_may_connect),
-        test("a_mode_is_what_was_asked_for_whatever_the_umask_is", needs(), modes_are_exact),
-        test("a_user_who_may_look_at_a_device_may_not_change_its_mode", needs(), only_owners_change),
-        test("a_group_or_mode_that_cannot_be_is_refused_before_anything_is_made", needs(), bad_ones_are_refused),
+        test("the_server_sets_the_mode_of_its_sockets_whatever_the_umask_is", needs(), modes_are_exact),
+        test("a_user_who_may_show_a_device_may_not_change_its_mode", needs(), only_owners_change),
+        test("the_server_refuses_an_impossible_group_or_mode_before_it_makes_a_socket", needs(), bad_ones_are_refused),
     ])
 }
 
@@ -40,7 +40,7 @@ fn place() -> Result<tempfile::TempDir> {
     Ok(directory)
 }
 
-/// Whether a process of that user and group may connect: whether it may write to the socket.
+/// Whether a process of that user and group may connect, which needs the permission to write to the socket.
 fn may_connect(socket: &Path, user: u32, group: u32) -> Result<bool> {
     let test = Command::new("test").arg("-w").arg(socket).uid(user).gid(group).status()?;
     Ok(test.success())
@@ -61,11 +61,11 @@ fn members_may_connect() -> Result<()> {
     server.wait_for_log("waiting for a front-end")?;
     for socket in [&socket, &control] {
         ensure!(rights(socket)? == (0o660, GROUP), "{}: {:?}", socket.display(), rights(socket)?);
-        ensure!(may_connect(socket, USER, GROUP)?, "a member may connect");
-        ensure!(!may_connect(socket, USER, USER)?, "somebody else may not");
+        ensure!(may_connect(socket, USER, GROUP)?, "a member of the group may not connect");
+        ensure!(!may_connect(socket, USER, USER)?, "another user may connect");
     }
     server.terminate()?;
-    ensure!(!socket.exists() && !control.exists(), "sockets of another group are removed as well");
+    ensure!(!socket.exists() && !control.exists(), "the server has not removed its sockets");
     Ok(())
 }
 
@@ -77,7 +77,7 @@ fn modes_are_exact() -> Result<()> {
     for (options, mode, control_mode) in [
         (&["--socket-mode", "0666", "--control-socket-mode", "0640"][..], 0o666, 0o640),
         (&["--socket-mode", "600"], 0o600, 0o600),
-        // The mask of the server below.
+        // The server below has a umask of 027, which gives these modes.
         (&[], 0o750, 0o600),
     ] {
         let mut command = Command::new("sh");
@@ -104,7 +104,7 @@ fn only_owners_change() -> Result<()> {
         command.output()
     };
     server.explain((|| {
-        ensure!(dev(USER, &["show", "vm"])?.status.success(), "another user may look");
+        ensure!(dev(USER, &["show", "vm"])?.status.success(), "another user may not show the device");
         let output = dev(USER, &["set", "vm", "mode", "virtqueue"])?;
         let text = String::from_utf8_lossy(&output.stderr).into_owned();
         ensure!(!output.status.success() && text.contains("only root and the user that serves the device"), "{text}");
@@ -137,7 +137,7 @@ fn bad_ones_are_refused() -> Result<()> {
     }
     ensure!(!socket.exists());
 
-    // A user who is no member of the group.
+    // The server runs as a user who is no member of the group.
     fs::set_permissions(&place, fs::Permissions::from_mode(0o777))?;
     fs::set_permissions(&disk, fs::Permissions::from_mode(0o666))?;
     let program = place.path().join("ringpass");
@@ -155,6 +155,6 @@ fn bad_ones_are_refused() -> Result<()> {
         .output()?;
     let text = String::from_utf8_lossy(&output.stderr).into_owned();
     ensure!(!output.status.success() && text.contains("only root and members of a group can"), "{text}");
-    ensure!(!socket.exists(), "the socket is gone");
+    ensure!(!socket.exists(), "the socket still exists");
     Ok(())
 }

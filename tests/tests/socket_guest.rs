@@ -1,4 +1,5 @@
-//! A process as its own guest on the socket of a broker: rings asked for in band, every byte verified.
+//! A process is its own guest on the socket of a broker. It asks for rings with ATTACH requests, and verifies every
+//! byte.
 
 use std::{
     num::NonZeroU64,
@@ -38,16 +39,16 @@ fn main() -> ExitCode {
         .into_iter()
         .map(|kind| {
             let needs = kind.needs().into_iter().chain(broker_process::needs()).chain([Need::cpus(2)]);
-            test(format!("every_byte_of_random_io_is_verified_{kind}"), needs, move || matrix(kind))
+            test(format!("a_socket_guest_reads_back_what_it_wrote_on_{kind}"), needs, move || matrix(kind))
         })
         .collect();
     tests.extend([
-        rings("a_device_that_offers_no_rings_is_an_ordinary_disk", no_rings),
-        rings("queues_become_rings_and_virtqueues_at_any_time", attach_and_detach),
-        rings("a_machine_that_is_paused_and_resumed_finds_its_rings_again", pause_and_resume),
-        rings("memory_comes_and_goes_under_rings", memory),
-        rings("flush_discard_and_write_zeroes_go_beside_rings", other_operations),
-        rings("a_disk_that_is_read_only_has_no_rings_and_says_why", read_only),
+        rings("a_guest_uses_a_device_without_rings_as_an_ordinary_disk", no_rings),
+        rings("a_guest_attaches_and_detaches_queues_at_any_time", attach_and_detach),
+        rings("a_paused_and_resumed_guest_gets_its_rings_back", pause_and_resume),
+        rings("a_guest_adds_and_removes_memory_while_rings_run", memory),
+        rings("a_guest_flushes_discards_and_writes_zeroes_beside_rings", other_operations),
+        rings("a_server_of_a_read_only_disk_offers_no_rings_and_says_why", read_only),
     ]);
     harness::run(tests)
 }
@@ -174,7 +175,7 @@ fn no_rings() -> Result<()> {
         ensure!(queue.queue.executed_by() == ExecutedBy::Virtqueue { refused: None });
         drop((queue, disk));
         let disk = connect(&rig.socket(), options(1, 4 * MIB, Way::Ring))?;
-        let error = disk.queue(1).err().context("a ring was insisted on")?.to_string();
+        let error = disk.queue(1).err().context("a queue that insists on a ring was opened")?.to_string();
         ensure!(error.contains("does not offer rings"), "{error}");
         Ok(())
     })())
@@ -258,11 +259,12 @@ fn memory() -> Result<()> {
         let disk = connect(&rig.socket(), options(1, 8 * MIB, Way::Ring))?;
         let mut queue = LoadedQueue::new(&disk, 1, SMALL, Seed::from_env_or_random())?;
         queue.fill()?;
-        // In the same GiB, and in another.
+        // One region is in the same GiB as the other memory, one in another GiB.
         for gpa in [512 * MIB, 4 << 30] {
             disk.add_memory(gpa, 16 * MIB)?;
             queue.run(0, 200)?;
-            // At once: over queue 0, should rings not reach it yet. Later: through the ring.
+            // The transfer works at once: over queue 0 while the ring does not reach the memory yet, and later through
+            // the ring.
             let mut buffer = disk.allocate_in(gpa, 4096)?;
             let end = Instant::now() + Duration::from_secs(20);
             loop {
@@ -275,13 +277,13 @@ fn memory() -> Result<()> {
             }
             disk.remove_memory(gpa)?;
             let submitted = queue.queue.submit(Operation::Read, buffer, 0, 4096, 9);
-            ensure!(submitted.is_ok(), "a queue with nothing outstanding has room");
+            ensure!(submitted.is_ok(), "the empty queue refuses a request");
             let done = queue.queue.wait(Duration::from_secs(20)).context("nothing ends")?;
-            ensure!(done.result.is_err(), "memory that has gone was read into");
+            ensure!(done.result.is_err(), "a read reached removed memory");
             queue.run(0, 200)?;
         }
         let epoch = await_ring(&mut queue.queue)?;
-        ensure!(epoch == 1, "the ring ended on the way, it is epoch {epoch}");
+        ensure!(epoch == 1, "the ring ended meanwhile: it is epoch {epoch}");
         queue.verify().map(drop)
     })())
 }
@@ -292,7 +294,7 @@ fn transfer(queue: &mut LoadedQueue, mut buffer: ringpass_guest::RamArea) -> Res
     for (operation, byte) in [(Operation::DurableWrite, 0x5a), (Operation::Read, 0)] {
         ensure!(buffer.write(0, &[byte; 4096]));
         let submitted = queue.queue.submit(operation, buffer, offset_bytes, 4096, 8);
-        ensure!(submitted.is_ok(), "a queue with nothing outstanding has room");
+        ensure!(submitted.is_ok(), "the empty queue refuses a request");
         let done = queue.queue.wait(Duration::from_secs(20)).context("nothing ends")?;
         ensure!(done.result.as_ref().is_ok_and(|&bytes| bytes == 4096), "{:?}", done.result);
         buffer = done.buffer;
@@ -318,7 +320,7 @@ fn other_operations() -> Result<()> {
         disk.discard(64 << 10, 64 << 10)?;
         let mut content = vec![1; 128 << 10];
         std::os::unix::fs::FileExt::read_exact_at(&beside, &mut content, 0)?;
-        ensure!(content.iter().all(|&byte| byte == 0), "zeroes and a hole read as zeroes");
+        ensure!(content.iter().all(|&byte| byte == 0), "written zeroes or a hole do not read as zeroes");
         ensure!(matches!(queue.queue.executed_by(), ExecutedBy::Ring { epoch: 1 }));
         Ok(())
     })())

@@ -1,4 +1,4 @@
-//! Buffers of the user-space driver: an application allocates and drops them for as long as it lives.
+//! Buffers of the user-space driver. An application allocates and drops them for as long as it runs.
 
 use std::{
     collections::BTreeMap,
@@ -28,7 +28,7 @@ const RAM_BYTES: u64 = 4 * MIB;
 const BLOCK_BYTES: u64 = 64 << 10;
 const BLOCKS: u64 = DISK_BYTES / BLOCK_BYTES;
 const DEPTH: usize = 8;
-/// Longer than a request takes on a busy machine.
+/// Longer than any request takes on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(30);
 
 type Body = fn(&Rig, &BrokerProcess) -> Result<()>;
@@ -43,14 +43,14 @@ fn main() -> ExitCode {
         })
     };
     harness::run(vec![
-        with("an_application_that_allocates_and_drops_buffers_for_ever_never_runs_out_of_memory", "direct", for_ever),
-        with("a_queue_dropped_with_requests_under_way_frees_their_buffers_and_can_be_taken_again", "direct", dropped),
-        with("a_queue_that_no_ring_could_be_had_for_can_be_taken_again", "virtqueue", refused),
-        with("a_queue_that_there_was_no_memory_for_can_be_taken_again", "direct", no_memory),
+        with("an_application_allocates_and_drops_buffers_for_ever_and_never_runs_out_of_memory", "direct", for_ever),
+        with("a_queue_dropped_with_requests_in_flight_frees_their_buffers_and_can_be_opened_again", "direct", dropped),
+        with("a_queue_that_was_refused_a_ring_can_be_opened_again", "virtqueue", refused),
+        with("a_queue_that_lacked_memory_for_a_ring_can_be_opened_again", "direct", no_memory),
     ])
 }
 
-/// What is known of a request under way.
+/// What the test knows of a request in flight.
 struct Expected {
     is_write: bool,
     block: u64,
@@ -58,13 +58,13 @@ struct Expected {
     byte: u8,
 }
 
-/// Writes and reads of random lengths, each in a buffer of its own; rings end on the way.
+/// Writes and reads random lengths, each in a buffer of its own. Rings end meanwhile.
 fn for_ever(rig: &Rig, _: &BrokerProcess) -> Result<()> {
     let mut rng = fastrand::Rng::with_seed(Seed::from_env_or_random().value());
     let disk = connect(&rig.socket(), options(1, RAM_BYTES, Way::Ring))?;
     let mut queue = disk.queue(1)?;
     let free_bytes = disk.free_bytes();
-    // What each block begins with: as many bytes of one value as were written last, and at least one page.
+    // The beginning of each block: the value of the last write and its length, at least one page.
     let mut content = vec![(0_u8, 4096_usize); BLOCKS as usize];
     let mut under_way: BTreeMap<u64, Expected> = BTreeMap::new();
     let (mut allocated_bytes, mut tag) = (0, 0);
@@ -85,7 +85,7 @@ fn for_ever(rig: &Rig, _: &BrokerProcess) -> Result<()> {
             tag += 1;
             let operation = if is_write { Operation::Write } else { Operation::Read };
             let submitted = queue.submit(operation, buffer, block * BLOCK_BYTES, len_bytes as u32, tag);
-            ensure!(submitted.is_ok(), "there is room for {DEPTH} requests");
+            ensure!(submitted.is_ok(), "the queue refuses one of {DEPTH} requests");
             under_way.insert(tag, Expected { is_write, block, len_bytes, byte });
         }
         let done = queue.wait(PATIENCE).context("nothing ends")?;
@@ -100,8 +100,8 @@ fn for_ever(rig: &Rig, _: &BrokerProcess) -> Result<()> {
     }
     let epochs = queue.counters().epochs;
     eprintln!("{} MiB in buffers of {} MiB of RAM, {epochs} rings", allocated_bytes / MIB, RAM_BYTES / MIB);
-    ensure!(epochs > 1, "no ring ended on the way");
-    ensure!(allocated_bytes > 20 * RAM_BYTES, "too little to run out of memory");
+    ensure!(epochs > 1, "no ring ended meanwhile");
+    ensure!(allocated_bytes > 20 * RAM_BYTES, "the buffers were too few to run out of memory");
     ensure!(disk.free_bytes() == free_bytes, "{} of {free_bytes} bytes are free again", disk.free_bytes());
     Ok(())
 }
@@ -120,9 +120,12 @@ fn finish(done: Done, under_way: &mut BTreeMap<u64, Expected>, content: &mut [(u
     Ok(())
 }
 
-/// One read whose content does not matter.
+/// Does one read, whose content does not matter.
 fn read(disk: &ringpass_guest::vhost_user::Disk, queue: &mut Queue) -> Result<()> {
-    ensure!(queue.submit(Operation::Read, disk.allocate(4096)?, 0, 4096, 1).is_ok(), "an empty queue has room");
+    ensure!(
+        queue.submit(Operation::Read, disk.allocate(4096)?, 0, 4096, 1).is_ok(),
+        "the empty queue refuses a request"
+    );
     ensure!(queue.wait(PATIENCE).context("nothing ends")?.result? == 4096);
     Ok(())
 }
@@ -135,11 +138,11 @@ fn dropped(rig: &Rig, _: &BrokerProcess) -> Result<()> {
         for tag in 0..DEPTH as u64 {
             let buffer = disk.allocate(BLOCK_BYTES)?;
             let submitted = queue.submit(Operation::Read, buffer, tag * BLOCK_BYTES, BLOCK_BYTES as u32, tag);
-            ensure!(submitted.is_ok(), "there is room for {DEPTH} requests");
+            ensure!(submitted.is_ok(), "the queue refuses one of {DEPTH} requests");
         }
         queue.send();
         drop(queue);
-        // Nothing but the driver itself takes the ends of these requests.
+        // Only the driver itself reaps the completions of these requests.
         let end = Instant::now() + PATIENCE;
         while disk.free_bytes() != free_bytes {
             ensure!(Instant::now() < end, "{} of {free_bytes} bytes are free again", disk.free_bytes());
@@ -150,7 +153,7 @@ fn dropped(rig: &Rig, _: &BrokerProcess) -> Result<()> {
         ensure!(queue.outstanding() == 0, "{} requests of the queue that was dropped", queue.outstanding());
         read(&disk, &mut queue)?;
     }
-    ensure!(matches!(disk.queue(1), Err(Error::NoQueue { .. })), "a queue has one user at a time");
+    ensure!(matches!(disk.queue(1), Err(Error::NoQueue { .. })), "a queue has two users at a time");
     Ok(())
 }
 
@@ -159,7 +162,7 @@ fn refused(rig: &Rig, _: &BrokerProcess) -> Result<()> {
     for _ in 0..2 {
         match disk.queue(1) {
             Err(Error::Lacks { .. }) => {}
-            other => bail!("a device without rings: {other:?}"),
+            other => bail!("a device without rings gives a ring: {other:?}"),
         }
     }
     Ok(())
@@ -175,10 +178,10 @@ fn no_memory(rig: &Rig, _: &BrokerProcess) -> Result<()> {
     for _ in 0..2 {
         match disk.queue(1) {
             Err(Error::Allocate(AllocateError::NoRoom { free_bytes: 0, .. })) => {}
-            other => bail!("there is no memory for a ring: {other:?}"),
+            other => bail!("the driver got a ring without memory for it: {other:?}"),
         }
     }
-    // Every second page: enough in all, and nowhere enough in one piece.
+    // Every second page is free: enough memory in all, but no piece is long enough.
     let mut number = 0;
     all.retain(|_| {
         number += 1;

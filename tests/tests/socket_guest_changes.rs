@@ -1,4 +1,4 @@
-//! What a front-end may change while a guest drives rings: eventfds and memory.
+//! The front-end changes eventfds and memory while a guest drives rings.
 
 use std::{
     process::ExitCode,
@@ -24,7 +24,7 @@ use ringpass_workload::Wait;
 
 const MIB: u64 = 1 << 20;
 const DISK_BYTES: u64 = 32 * MIB;
-/// A request that is waited for longer has lost its interrupt.
+/// A request that takes longer has lost its interrupt.
 const LOST: Duration = Duration::from_secs(30);
 /// The worst latency of a queue that runs while memory comes and goes.
 const WORST: Duration = Duration::from_millis(10);
@@ -35,9 +35,9 @@ fn main() -> ExitCode {
         test(name, needs.chain([Need::cpus(2), Need::available_memory_bytes(1 << 30)]), body)
     };
     harness::run(vec![
-        with("a_ring_s_call_eventfd_changes_under_load_and_no_interrupt_is_lost", moved_interrupts),
-        with("memory_that_is_added_while_the_device_comes_back_is_known_to_it", added_in_between),
-        with("memory_that_comes_and_goes_does_not_hold_up_a_ring", latency),
+        with("a_guest_loses_no_interrupt_when_the_call_eventfd_of_its_ring_changes_under_load", moved_interrupts),
+        with("the_device_learns_of_memory_that_is_added_while_the_driver_reconnects", added_in_between),
+        with("a_ring_does_not_wait_while_memory_is_added_and_removed", latency),
     ])
 }
 
@@ -55,7 +55,7 @@ fn moved_interrupts() -> Result<()> {
                 let before = completed.load(Ordering::Relaxed);
                 disk.move_interrupt(1)?;
                 thread::sleep(Duration::from_micros(500));
-                // Each eventfd has something to tell.
+                // At least one request completes with each eventfd.
                 while completed.load(Ordering::Relaxed) == before && !driver.is_finished() {
                     thread::yield_now();
                 }
@@ -69,12 +69,15 @@ fn moved_interrupts() -> Result<()> {
     })())
 }
 
-/// Reads, a few at a time, and sleeps until it is interrupted.
+/// Reads with four requests at a time, and sleeps between interrupts.
 fn drive(disk: &Disk, queue: &mut Queue, is_over: &AtomicBool, completed: &AtomicU64) -> Result<()> {
     let mut idle = (0..4).map(|_| disk.allocate(4096)).collect::<Result<Vec<_>, _>>()?;
     while !is_over.load(Ordering::Relaxed) || queue.outstanding() > 0 {
         while let Some(buffer) = idle.pop().filter(|_| !is_over.load(Ordering::Relaxed)) {
-            ensure!(queue.submit(Operation::Read, buffer, 0, 4096, 0).is_ok(), "there is room for four");
+            ensure!(
+                queue.submit(Operation::Read, buffer, 0, 4096, 0).is_ok(),
+                "the queue refuses one of four requests"
+            );
         }
         if queue.outstanding() == 0 {
             break;
@@ -103,7 +106,7 @@ fn added_in_between() -> Result<()> {
         proxy.wait()?;
         thread::scope(|scope| {
             let adding = scope.spawn(|| disk.add_memory(ADDED_GPA, MIB));
-            // A driver that does not wait for the device is done by now.
+            // A driver that did not wait for the device would be done by now.
             let start = Instant::now();
             while !adding.is_finished() && start.elapsed() < Duration::from_millis(200) {
                 thread::yield_now();
@@ -112,7 +115,7 @@ fn added_in_between() -> Result<()> {
             adding.join().map_err(|_| anyhow!("the front-end panicked"))
         })??;
         let buffer = disk.allocate_in(ADDED_GPA, 4096)?;
-        ensure!(queue.submit(Operation::Read, buffer, 0, 4096, 0).is_ok(), "there is room for one");
+        ensure!(queue.submit(Operation::Read, buffer, 0, 4096, 0).is_ok(), "the empty queue refuses a request");
         let done = queue.wait(LOST).context("nothing came")?;
         done.result.context("the device does not know the memory")?;
         Ok(())
@@ -139,7 +142,7 @@ fn latency() -> Result<()> {
                 let changing = scope.spawn(|| -> Result<(u32, Duration)> {
                     let start = Instant::now();
                     let mut changes = 0;
-                    // In the GiB of the running queue's memory, and in another.
+                    // Two regions are in the GiB of the running queue's memory, and one in another GiB.
                     for gpa in [256 * MIB, 5 << 30, 768 * MIB] {
                         disk.add_memory(gpa, 256 * MIB)?;
                         thread::sleep(Duration::from_millis(100));
@@ -161,11 +164,11 @@ fn latency() -> Result<()> {
                 latencies.len(),
                 latencies.value_at_quantile(0.5),
             );
-            ensure!(matches!(queue.queue.executed_by(), ExecutedBy::Ring { epoch: 1 }), "the ring ended on the way");
+            ensure!(matches!(queue.queue.executed_by(), ExecutedBy::Ring { epoch: 1 }), "the ring ended meanwhile");
             Ok(Waits {
                 worst_without: Duration::from_nanos(idle_ns),
                 worst_during: Duration::from_nanos(latencies.max()),
-                // A region comes and goes in each pair.
+                // Each pair of changes adds and removes one region.
                 work: all * 2 / changes,
             })
         })

@@ -1,7 +1,8 @@
-//! A virtual machine discards memory that rings have pinned.
+//! A virtual machine discards memory that the broker has pinned for rings.
 //!
-//! The discarding is QEMU's own, asked for by a Linux guest. The rings are those of a process on the same broker, which offers
-//! the RAM of the virtual machine besides its own, as the front-end of that machine would: so the broker pins it in the same way.
+//! QEMU discards the memory at the request of a Linux guest. The rings belong to a process on the same broker. It
+//! offers the RAM of the virtual machine besides its own, as the front-end of that machine would, so the broker pins it
+//! in the same way.
 
 use std::{
     fs::File,
@@ -37,18 +38,18 @@ const DISK_BYTES: u64 = 64 * MIB;
 const OWN_BYTES: u64 = 8 * MIB;
 /// The RAM of the virtual machine.
 const VM_MIB: u64 = 256;
-/// How much of it is left when the balloon is inflated.
+/// How much RAM the inflated balloon leaves.
 const INFLATED_MIB: u64 = 192;
-/// Memory that can be plugged into it, and how much of it is.
+/// The memory that can be plugged into the virtual machine, and how much of it is plugged.
 const PLUGGABLE_MIB: u64 = 256;
 const PLUGGED_MIB: u64 = 128;
-/// Where the process offers it: no matter, but not where its own is.
+/// The address at which the process offers the machine's RAM: any address above its own memory.
 const VM_GPA: u64 = 4 << 30;
-/// From the first discard to the error in the log. The broker looks twenty times a second.
+/// The most time from the first discard to the error in the log. The broker looks twenty times a second.
 const NOTICED_WITHIN: Duration = Duration::from_secs(1);
-/// And to the end of the last pin.
+/// The most time from the first discard to the end of the last pin.
 const UNPINNED_WITHIN: Duration = Duration::from_secs(5);
-/// Pinned memory that is no guest's.
+/// The most pinned memory that belongs to no guest.
 const OTHER_PINNED_BYTES: u64 = MIB;
 const LIMIT: Duration = Duration::from_secs(60);
 
@@ -59,13 +60,13 @@ fn main() -> ExitCode {
         test(name, needs.into_iter().flatten().chain(others), body)
     };
     harness::run(vec![
-        with("an_inflated_balloon_ends_direct_mode_until_the_device_is_reset", balloon),
+        with("a_balloon_ends_direct_mode_until_the_device_is_reset", balloon),
         with("free_page_reporting_ends_direct_mode_until_the_device_is_reset", free_page_reporting),
-        with("memory_that_virtio_mem_unplugs_ends_direct_mode_until_the_device_is_reset", virtio_mem),
+        with("virtio_mem_ends_direct_mode_until_the_device_is_reset", virtio_mem),
     ])
 }
 
-/// Memory of a virtual machine, in a file.
+/// The memory of a virtual machine, in a file.
 struct VmMemory {
     file: File,
     len_bytes: u64,
@@ -78,18 +79,18 @@ impl VmMemory {
         Ok(Self { file, len_bytes })
     }
 
-    /// For QEMU to open.
+    /// A path of the file, which QEMU opens.
     fn path(&self) -> PathBuf {
         format!("/proc/{}/fd/{}", process::id(), self.file.as_raw_fd()).into()
     }
 
-    /// How much of it there is.
+    /// How much of the memory is allocated.
     fn present_bytes(&self) -> Result<u64> {
         Ok(u64::try_from(fstat(&self.file)?.st_blocks)? * 512)
     }
 }
 
-/// A broker, and the memory of a virtual machine that is offered to it.
+/// A broker, and the memory of a virtual machine that a process offers to it.
 struct Scene {
     rig: Rig,
     broker: BrokerProcess,
@@ -103,7 +104,7 @@ impl Scene {
         Ok(Self { rig, broker, memory: VmMemory::new(memory_bytes)? })
     }
 
-    /// The driver of the rings, with the memory of the virtual machine, and a queue that is a ring.
+    /// Connects the driver of the rings, offers the memory of the virtual machine, and opens a queue with a ring.
     fn connect(&self, seed: Seed) -> Result<(Disk, LoadedQueue)> {
         let disk = connect(&self.rig.socket(), options(2, OWN_BYTES, Way::Ring))?;
         disk.add_foreign_memory(VM_GPA, self.memory.file.try_clone()?, self.memory.len_bytes)?;
@@ -120,7 +121,7 @@ impl Scene {
         self.broker.has_logged("guest memory was discarded while rings had it pinned")
     }
 
-    /// What an operator sees.
+    /// What `ringpass dev show` prints.
     fn shown(&self) -> Result<String> {
         let output = Command::new(broker_process::program()?)
             .args(["dev", "show", "vhost"])
@@ -131,7 +132,7 @@ impl Scene {
         Ok(String::from_utf8(output.stdout)?)
     }
 
-    /// Waits for the discard that `discard` begins, for the error, and for the end of the pins.
+    /// Starts the discard, and waits for it, for the error, and for the end of the pins.
     fn await_end_of_direct_mode(
         &self,
         guest: &mut LinuxGuest,
@@ -147,7 +148,7 @@ impl Scene {
             ensure!(start.elapsed() < LIMIT, "no error about discarded memory (seen here: {discarded:?})");
             guest.let_run(Duration::from_millis(1))?;
         }
-        // The broker may have been first.
+        // The broker may have noticed the discard before this test.
         let discarded = discarded.unwrap_or_else(Instant::now);
         let noticed = discarded.elapsed();
         let unpinned = loop {
@@ -166,7 +167,7 @@ impl Scene {
     }
 }
 
-/// Lets `work` happen while `queue` reads and writes, and everything that was written is read again.
+/// Runs `work` while `queue` reads and writes, and then verifies everything that was written.
 fn under_load<T>(queue: &mut LoadedQueue, work: impl FnOnce() -> Result<T>) -> Result<T> {
     let is_over = AtomicBool::new(false);
     thread::scope(|scope| {
@@ -181,7 +182,7 @@ fn under_load<T>(queue: &mut LoadedQueue, work: impl FnOnce() -> Result<T>) -> R
         let result = work();
         is_over.store(true, Ordering::Relaxed);
         let verified_bytes = load.join().map_err(|_| anyhow!("the driver panicked"))??;
-        ensure!(verified_bytes > 0, "nothing was verified on the way");
+        ensure!(verified_bytes > 0, "the load verified nothing");
         result
     })
 }
@@ -190,7 +191,7 @@ fn is_first_ring(queue: &LoadedQueue) -> bool {
     queue.queue.executed_by() == ExecutedBy::Ring { epoch: 1 }
 }
 
-/// What is the same whoever discards: `discard` has it begin, `give_back` has it end.
+/// The test for every kind of discard: `discard` starts it, and `give_back` ends it.
 fn ends_direct_mode(
     scene: &Scene,
     guest: &mut LinuxGuest,
@@ -208,7 +209,7 @@ fn ends_direct_mode(
 
     under_load(&mut queue, || {
         scene.await_end_of_direct_mode(guest, discard)?;
-        // The other queue asks, and is refused.
+        // The driver asks for a ring on the other queue, and the device refuses.
         let refusal = disk.queue(2).err().context("a ring after the discard")?.to_string();
         ensure!(refusal.contains("(Discarded)"), "{refusal}");
         let start = Instant::now();
@@ -217,7 +218,7 @@ fn ends_direct_mode(
             if shown.contains("queue 1: virtqueue") {
                 break shown;
             }
-            // The end of the ring is known a little after that of its pins.
+            // The status shows the end of the ring a little after the pins have ended.
             ensure!(start.elapsed() < UNPINNED_WITHIN, "queue 1 is not a virtqueue: {shown}");
         };
         let why = "no rings at present: guest memory was discarded while it was pinned (balloon, free page reporting, \
@@ -250,7 +251,7 @@ fn vm(memory: &VmMemory, balloon: &str) -> LinuxGuestConfig {
 fn balloon() -> Result<()> {
     let scene = Scene::new(VM_MIB * MIB)?;
     scene.broker.explain((|| {
-        // Pinned before the machine boots: neither its firmware nor its kernel may look like a discard.
+        // The broker pins the memory before the machine boots: neither firmware nor kernel may look like a discard.
         let driver = scene.connect(Seed::from_env_or_random())?;
         let mut guest = LinuxGuest::boot(&vm(&scene.memory, ""))?;
         guest.run("load-module virtio_balloon")?;
@@ -304,7 +305,7 @@ fn virtio_mem() -> Result<()> {
         let mut guest = LinuxGuest::boot(&config)?;
         guest.run("load-module virtio_mem")?;
         await_plugged(&mut guest, PLUGGED_MIB)?;
-        // QEMU offers the whole region to its back-ends, so that what is not plugged is pinned, too.
+        // QEMU offers the whole region to its back-ends, so the broker also pins the part that is not plugged.
         let driver = scene.connect(Seed::from_env_or_random())?;
         let unplug = |guest: &mut LinuxGuest| request_plugged(guest, 0);
         let plug = |guest: &mut LinuxGuest| await_plugged(guest, PLUGGED_MIB);
@@ -323,7 +324,7 @@ fn await_plugged(guest: &mut LinuxGuest, mib: u64) -> Result<()> {
     let property = json!({"path": "/machine/peripheral/plugged", "property": "size"});
     let start = Instant::now();
     while guest.qmp(json!({"execute": "qom-get", "arguments": property}))? != mib * MIB {
-        ensure!(start.elapsed() < LIMIT, "the guest does not plug what it is to");
+        ensure!(start.elapsed() < LIMIT, "the guest does not plug the requested memory");
         guest.let_run(Duration::from_millis(10))?;
     }
     Ok(())

@@ -1,4 +1,5 @@
-//! The broker is killed while a guest drives rings of its: a new one comes back, and nothing is lost, done twice or stale.
+//! A test kills the broker while a guest drives its rings. A new broker starts, and the guest loses nothing, repeats
+//! nothing and reads nothing stale.
 
 use std::{
     process::ExitCode,
@@ -27,10 +28,10 @@ use tempfile::TempDir;
 
 const DISK_BYTES: u64 = 64 << 20;
 const QUEUES: u16 = 2;
-/// Longest time between two kills.
+/// The longest time between two kills.
 const PAUSE_MAX_MS: u64 = 120;
 
-/// Longer than a guest needs to go on, on a machine with other work.
+/// Longer than a guest needs to continue on a busy machine.
 const LIMIT: Duration = Duration::from_secs(60);
 
 fn main() -> ExitCode {
@@ -58,7 +59,7 @@ fn arguments(submission: &'static str) -> [&'static str; 8] {
     ["--mode", "direct", "--num-queues", "3", "--submission", submission, "--sq-idle-ms", "2"]
 }
 
-/// 25 in every test run of each kind, so 100 in all.
+/// Kills the broker 25 times in a test run of each kind, so 100 times in all.
 fn killed(kind: DiskKind, submission: &'static str) -> Result<()> {
     let seed = Seed::from_env_or_random();
     let rig = Rig::new(kind, DISK_BYTES)?;
@@ -94,14 +95,14 @@ fn killed(kind: DiskKind, submission: &'static str) -> Result<()> {
             let await_guests = |holds: &dyn Fn() -> bool| {
                 let end = Instant::now() + LIMIT;
                 while !holds() && !threads.iter().any(|thread| thread.is_finished()) {
-                    ensure!(Instant::now() < end, "the guests do not go on");
+                    ensure!(Instant::now() < end, "the guests do not continue");
                     thread::sleep(Duration::from_millis(1));
                 }
                 Ok(())
             };
             let mut reconnects = 0;
             for kill in 0..kills {
-                // Every other broker is killed at any moment, also before a guest has found it.
+                // Every second broker is killed at any moment, also before a guest has connected.
                 if kill % 2 == 1 {
                     await_guests(&|| disk.reconnects() > reconnects)?;
                 }
@@ -113,7 +114,7 @@ fn killed(kind: DiskKind, submission: &'static str) -> Result<()> {
                 broker.kill()?;
                 broker = rig.broker(&arguments(submission)).with_context(|| format!("after kill {kill}"))?;
             }
-            // The last one is to do something, too.
+            // The last broker must do some work too.
             let before = verified_bytes.load(Ordering::Relaxed);
             await_guests(&|| verified_bytes.load(Ordering::Relaxed) > before)
         };
@@ -139,7 +140,7 @@ fn killed(kind: DiskKind, submission: &'static str) -> Result<()> {
         verified_bytes >> 20
     );
     ensure!(disk.reconnects() >= u64::try_from(kills)? / 2, "the guest found only {} brokers", disk.reconnects());
-    ensure!(verified_bytes > 0, "nothing was verified on the way");
+    ensure!(verified_bytes > 0, "the guests verified nothing");
     Ok(())
 }
 
@@ -156,7 +157,7 @@ fn slow_io(kind: StuckKind) -> Result<()> {
     ensure!(buffer.write(0, &[0xa7; 4096]));
 
     disk.freeze()?;
-    ensure!(queue.submit(Operation::Write, buffer, 4096, 4096, 1).is_ok(), "an empty queue has room");
+    ensure!(queue.submit(Operation::Write, buffer, 4096, 4096, 1).is_ok(), "the empty queue refuses a request");
     queue.send();
     disk.wait_for_hanging_write(old.pid())?;
     let hung = queue.poll();
@@ -164,7 +165,7 @@ fn slow_io(kind: StuckKind) -> Result<()> {
     let new = BrokerProcess::start(&socket, disk.path(), &arguments);
     let silent = (|| -> Result<()> {
         ensure!(hung.is_none(), "the write did not hang: {hung:?}");
-        // The new one is there, and answers at once: in full, but for the requests.
+        // The new broker answers all messages at once. It does not answer requests yet.
         guest.reconnect();
         let end = Instant::now() + Duration::from_secs(30);
         while guest.reconnects() == 0 {
@@ -192,12 +193,15 @@ fn slow_io(kind: StuckKind) -> Result<()> {
     let end = Instant::now() + Duration::from_secs(30);
     while await_ring(&mut queue)? < 2 {
         ensure!(Instant::now() < end, "the new broker makes no ring");
-        ensure!(queue.poll().is_none(), "something has ended twice");
+        ensure!(queue.poll().is_none(), "a request has ended twice");
         thread::sleep(Duration::from_millis(1));
     }
-    ensure!(queue.submit(Operation::Read, done.buffer, 4096, 4096, 2).is_ok(), "an empty queue has room");
+    ensure!(queue.submit(Operation::Read, done.buffer, 4096, 4096, 2).is_ok(), "the empty queue refuses a request");
     let done = queue.wait(Duration::from_secs(30)).context("the read does not end")?;
     let mut bytes = [0; 4096];
-    ensure!(done.result.is_ok() && done.buffer.read(0, &mut bytes) && bytes == [0xa7; 4096], "the write is lost");
+    ensure!(
+        done.result.is_ok() && done.buffer.read(0, &mut bytes) && bytes == [0xa7; 4096],
+        "the write did not reach the disk"
+    );
     Ok(())
 }

@@ -1,5 +1,5 @@
-//! The end of queues, devices and brokers, with I/O under way: what is closed returns at once, what I/O can still touch
-//! stays until its end, and then everything is free again.
+//! The end of queues, devices and brokers with I/O in flight. `close` returns at once, everything that the I/O can
+//! still touch stays until its end, and then everything is free again.
 
 use std::{
     collections::BTreeMap,
@@ -28,16 +28,17 @@ use ringpass_tests::{
 
 const DISK_BYTES: u64 = 1 << 20;
 const BLOCK_BYTES: u32 = 4096;
-/// More than there are io-wq workers.
+/// More writes than there are io-wq workers.
 const WRITES: u64 = 24;
 const READS: u64 = 8;
-/// Within this a call counts as having returned at once, on a busy machine. What it must not wait for takes longer.
+/// A call that returns within this time returns at once, even on a busy machine. The I/O that it must not wait for
+/// takes longer.
 const AT_ONCE: Duration = Duration::from_secs(5);
-/// How long nothing may happen.
+/// How long a test watches that something does not happen.
 const QUIET: Duration = Duration::from_millis(300);
 const LIMIT: Duration = Duration::from_secs(60);
 
-/// Set for a child process: what it is to do.
+/// Set for a child process: its task.
 const CHILD_VARIABLE: &str = "RINGPASS_TEST_TEARDOWN";
 
 fn main() -> ExitCode {
@@ -61,7 +62,7 @@ fn main() -> ExitCode {
             move || a_killed_broker(submission),
         ));
     }
-    tests.push(test("the_doorbell_thread_outlives_the_io", StuckDisk::needs(), the_doorbell_thread));
+    tests.push(test("the_doorbell_thread_lives_until_its_io_has_ended", StuckDisk::needs(), the_doorbell_thread));
     harness::run(tests)
 }
 
@@ -80,12 +81,12 @@ fn submission(name: &str) -> Result<SubmissionConfig> {
 fn child(task: &str) -> Result<()> {
     let argument = |at| env::args().nth(at).with_context(|| format!("argument {at}"));
     match task {
-        // Whether the disk can be opened.
+        // Prints why the disk cannot be opened.
         "open" => match Disk::open(&DiskConfig::new(argument(1)?)) {
             Ok(_) => println!("opened"),
             Err(error) => println!("{error}"),
         },
-        // A broker and its guest, which submit and then wait to be killed.
+        // A broker and its guest, which submit requests and then wait for the kill.
         "broker" => {
             let ram = Ram::open(&argument(2)?)?;
             let (memory, _) = ram.for_broker()?;
@@ -140,7 +141,7 @@ fn wait_until_consumed(ram: &Ram, layout: &RingLayout, count: u64) -> Result<()>
     Ok(())
 }
 
-/// The results by request; all of them, each once.
+/// The results by request. Checks that each request has exactly one.
 fn results(ram: &Ram, queue: CompletionQueue, count: u64) -> Result<Vec<i32>> {
     let completions = ram.completions(queue)?;
     let by_request: BTreeMap<u64, i32> = completions.iter().map(|cqe| (cqe.user_data, cqe.res)).collect();
@@ -149,7 +150,7 @@ fn results(ram: &Ram, queue: CompletionQueue, count: u64) -> Result<Vec<i32>> {
     Ok(by_request.into_values().collect())
 }
 
-/// What the guest's memory and the disk hold is what the results say.
+/// Checks that the guest's memory and the disk agree with the results.
 fn check_content(disk: &StuckDisk, ram: &Ram, results: &[i32]) -> Result<()> {
     let file = File::open(disk.path())?;
     for (index, &result) in (0..).zip(results) {
@@ -172,7 +173,7 @@ fn check_content(disk: &StuckDisk, ram: &Ram, results: &[i32]) -> Result<()> {
     Ok(())
 }
 
-/// From here on nothing may change in the guest's memory, not even the rings.
+/// Checks that nothing in the guest's memory changes any more, not even the rings.
 fn check_quiet(ram: &Ram) -> Result<()> {
     const FILLED: u8 = 0xee;
     ram.fill(0, RAM_BYTES as usize, FILLED)?;
@@ -195,7 +196,7 @@ fn stuck_io(kind: StuckKind, submission: SubmissionConfig, window: bool) -> Resu
     disk.freeze()?;
     submit(&ram, &mut driver, reads)?;
     if !window {
-        // Issued by then, but for those that go to workers.
+        // The kernel has now issued all requests, except those for its workers.
         wait_until_consumed(&ram, &layout, WRITES + reads)?;
     }
     disk.wait_for_hanging_write(std::process::id())?;
@@ -209,7 +210,7 @@ fn stuck_io(kind: StuckKind, submission: SubmissionConfig, window: bool) -> Resu
     drop(driver);
     drop(device);
     ensure_still_running(&end)?;
-    ensure!(held.upgrade().is_some(), "the guest's memory was let go with I/O under way");
+    ensure!(held.upgrade().is_some(), "the guest's memory was freed with I/O in flight");
     let me = format!("[{}]", std::process::id());
     let refusal = Disk::open(&disk.config()).err().context("the disk could be opened twice")?.to_string();
     ensure!(refusal.contains(&me), "{refusal}");
@@ -225,10 +226,13 @@ fn stuck_io(kind: StuckKind, submission: SubmissionConfig, window: bool) -> Resu
         let results = results(&ram, CompletionQueue::new(0, &layout), WRITES + reads)?;
         let cancelled = results.iter().filter(|&&result| result == -libc::ECANCELED).count();
         let done = results.iter().filter(|&&result| result == BLOCK_BYTES as i32).count();
-        ensure!(done + cancelled == results.len(), "neither done nor cancelled: {results:?}");
+        ensure!(done + cancelled == results.len(), "some requests were neither executed nor cancelled: {results:?}");
         match kind {
             StuckKind::LoopDevice => ensure!(cancelled == 0, "issued I/O was cancelled: {results:?}"),
-            StuckKind::File => ensure!(done > 0 && cancelled > 0, "workers and queued work: {results:?}"),
+            StuckKind::File => ensure!(
+                done > 0 && cancelled > 0,
+                "the workers' requests must be executed and the queued ones cancelled: {results:?}"
+            ),
         }
         check_content(&disk, &ram, &results)?;
     }
@@ -237,7 +241,7 @@ fn stuck_io(kind: StuckKind, submission: SubmissionConfig, window: bool) -> Resu
 
 fn ensure_still_running(end: &RingEnd) -> Result<()> {
     let start = Instant::now();
-    let error = end.wait(QUIET).err().context("the end was reported with I/O under way")?;
+    let error = end.wait(QUIET).err().context("the end was reported with I/O in flight")?;
     ensure!(start.elapsed() >= QUIET && start.elapsed() < QUIET + AT_ONCE, "wait() took {:?}", start.elapsed());
     ensure!(matches!(error, StillRunning::Closed { since_close } if since_close >= QUIET), "{error}");
     let message = error.to_string();
@@ -247,12 +251,12 @@ fn ensure_still_running(end: &RingEnd) -> Result<()> {
     Ok(())
 }
 
-/// A child process, killed when dropped.
+/// A child process. The drop kills it.
 struct Broker(Child);
 
 impl Drop for Broker {
     fn drop(&mut self) {
-        // It may have ended already. It is not waited for: with I/O that hangs, that could take for ever.
+        // The process may have ended already. The drop does not wait for its end, which hanging I/O can delay for ever.
         let _ = self.0.kill();
     }
 }
@@ -268,21 +272,21 @@ fn a_killed_broker(submission: SubmissionConfig) -> Result<()> {
     let numbers: Vec<u64> = line.split_whitespace().skip(1).filter_map(|word| word.parse().ok()).collect();
     let &[tail_gpa, cqes_gpa] = &*numbers else { bail!("the child says {line:?}") };
     broker.0.kill()?;
-    // The kernel ends an SQ thread only behind its requests, and its process with it. Without one, the process is gone
-    // and only the lock tells of the I/O.
+    // The kernel ends an SQ thread, and with it the process, only after its requests. Without an SQ thread the process
+    // is gone, and only the lock shows the I/O.
     if submission == SubmissionConfig::Doorbell {
         let reaped = within(LIMIT, || broker.0.try_wait().is_ok_and(|status| status.is_some()));
         ensure!(reaped, "the killed process does not end");
     }
     let refusal = || Disk::open(&disk.config()).err().map(|error| error.to_string());
     let expected = "by I/O still in flight from a process that has ended";
-    // While a process is being killed, its files may still be seen.
+    // While the kernel ends a process, its files may still be open.
     ensure!(within(LIMIT, || refusal().is_some_and(|text| text.contains(expected))), "{:?}", refusal());
     thread::sleep(QUIET);
-    let text = refusal().context("the disk is free while I/O is under way")?;
+    let text = refusal().context("the disk is free with I/O in flight")?;
     ensure!(text.contains(expected), "{text}");
     disk.thaw()?;
-    // Who has the lock knows that all I/O has ended.
+    // A process that gets the lock knows that all I/O has ended.
     let opened = Disk::open(&disk.config_waiting())?;
     let results = results(&ram, CompletionQueue { tail_gpa, cqes_gpa }, WRITES + READS)?;
     drop(opened);
@@ -292,8 +296,8 @@ fn a_killed_broker(submission: SubmissionConfig) -> Result<()> {
     check_quiet(&ram)
 }
 
-/// In doorbell mode requests belong to the thread that entered the ring; they must not lose it, even when the device is
-/// gone.
+/// In doorbell mode requests belong to the thread that entered the ring. It must live until they end, even when the
+/// device is gone.
 fn the_doorbell_thread() -> Result<()> {
     let bell_threads = || -> Result<usize> {
         let names = fs::read_dir("/proc/self/task")?.map(|task| fs::read_to_string(task?.path().join("comm")));
@@ -309,14 +313,14 @@ fn the_doorbell_thread() -> Result<()> {
     submit(&ram, &mut driver, READS)?;
     wait_until_consumed(&ram, &layout, WRITES + READS)?;
     ensure!(bell_threads()? == 1);
-    // The order in which a process lets go of things when it ends; nobody waits for the end.
+    // This is the order in which an ending process drops them. The test does not wait for the end of the ring.
     drop(device);
     drop(queue);
     drop(memory);
     thread::sleep(QUIET);
-    ensure!(bell_threads()? == 1, "the thread is gone with I/O under way");
+    ensure!(bell_threads()? == 1, "the doorbell thread has ended with I/O in flight");
     disk.thaw()?;
-    ensure!(within(LIMIT, || bell_threads().is_ok_and(|count| count == 0)), "the thread stays behind");
+    ensure!(within(LIMIT, || bell_threads().is_ok_and(|count| count == 0)), "the doorbell thread does not end");
     let results = results(&ram, CompletionQueue::new(0, &layout), WRITES + READS)?;
     ensure!(results.iter().all(|&result| result == BLOCK_BYTES as i32), "{results:?}");
     check_content(&disk, &ram, &results)

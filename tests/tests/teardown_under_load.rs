@@ -1,4 +1,4 @@
-//! Queues and devices that come and go while their guests work: each ends soon, and nothing of it stays behind.
+//! Queues and devices come and go while their guests work. Each ends soon, and nothing of it is left.
 
 use std::{
     env, fmt, fs,
@@ -30,7 +30,8 @@ use rustix::thread::CapabilitySet;
 const DISK_BYTES: u64 = 16 << 20;
 const BLOCK_BYTES: u32 = 4096;
 const DEPTH: u64 = 32;
-/// Within this a call counts as having returned at once, on a busy machine. What it must not wait for takes longer.
+/// A call that returns within this time returns at once, even on a busy machine. The I/O that it must not wait for
+/// takes longer.
 const AT_ONCE: Duration = Duration::from_secs(5);
 const LIMIT: Duration = Duration::from_secs(60);
 
@@ -39,7 +40,7 @@ const CHILD_VARIABLE: &str = "RINGPASS_TEST_PIN";
 
 fn main() -> ExitCode {
     if let Ok(disk) = env::var(CHILD_VARIABLE) {
-        pin_again_and_again(&disk).expect("memory that was given back");
+        pin_again_and_again(&disk).expect("the memory can be pinned again");
         return ExitCode::SUCCESS;
     }
     let mut tests = Vec::new();
@@ -49,20 +50,18 @@ fn main() -> ExitCode {
             SubmissionConfig::Doorbell => "doorbell",
             other => unreachable!("{other:?} has no tests"),
         };
-        tests.push(test(format!("a_drained_queue_ends_soon_{how}"), needs(), move || drained(submission)));
+        tests.push(test(format!("an_idle_queue_ends_soon_{how}"), needs(), move || drained(submission)));
         tests.push(test(format!("queues_that_come_and_go_under_load_leave_nothing_{how}"), needs(), move || {
             come_and_go(submission)
         }));
         tests.push(test(format!("closing_does_not_wait_for_a_long_batch_{how}"), needs(), move || {
             long_batch(submission)
         }));
-        tests.push(test(format!("a_device_can_go_while_its_doorbells_ring_{how}"), needs(), move || {
-            ringing(submission)
-        }));
+        tests.push(test(format!("a_device_ends_while_its_doorbells_ring_{how}"), needs(), move || ringing(submission)));
     }
     let mut memlock_needs = needs();
     memlock_needs.push(Need::root());
-    tests.push(test("pinned_memory_is_given_back_by_the_end_of_the_last_queue", memlock_needs, memlock));
+    tests.push(test("the_end_of_the_last_queue_unpins_the_memory", memlock_needs, memlock));
     harness::run(tests)
 }
 
@@ -72,7 +71,7 @@ fn needs() -> Vec<Need> {
     needs
 }
 
-/// What this process has of the kernel.
+/// The kernel resources of this process.
 #[derive(Clone, Copy, PartialEq, Eq)]
 struct Holdings {
     file_descriptors: usize,
@@ -91,13 +90,13 @@ impl Holdings {
         })
     }
 
-    /// What the process has when all rings have ended and the kernel threads of theirs are gone.
+    /// The resources once all rings and their kernel threads have ended.
     fn settled() -> Result<Self> {
-        ensure!(within(LIMIT, || !has_ring_threads()), "kernel threads of rings that have ended are left");
+        ensure!(within(LIMIT, || !has_ring_threads()), "kernel threads of ended rings are left");
         Self::now()
     }
 
-    /// Waits until the process has no more than this again: kernel threads end a little later than their rings.
+    /// Waits until the process has these resources again. Kernel threads end a little later than their rings.
     fn ensure_again(self) -> Result<()> {
         let again = within(LIMIT, || !has_ring_threads() && Self::now().is_ok_and(|now| now == self));
         ensure!(again, "before: {self}; after: {}", Self::now()?);
@@ -119,7 +118,7 @@ impl fmt::Display for Holdings {
     }
 }
 
-/// A guest that reads at random until it is told to stop, whether its queue is still there or not.
+/// A guest that reads at random until the test stops it, even after its queue has ended.
 fn work(mut driver: Driver, closed: &AtomicBool, stop: &AtomicBool, seed: Seed) -> Result<u64> {
     let mut random = seed.rng();
     let (mut in_flight, mut done) = (0, 0);
@@ -131,7 +130,7 @@ fn work(mut driver: Driver, closed: &AtomicBool, stop: &AtomicBool, seed: Seed) 
             in_flight += u64::from(driver.push(false, gpa, BLOCK_BYTES, offset_bytes, 0)?);
             driver.submit()?;
         }
-        // Before looking: what completes later may have been cancelled.
+        // This must come before the look at the CQ: a request that completes later may have been cancelled.
         let was_closed = closed.load(Ordering::Acquire);
         let reaped = driver.reap();
         if let Some(cqe) = reaped {
@@ -157,12 +156,12 @@ fn drained(submission: SubmissionConfig) -> Result<()> {
             let result = driver.run(block % 2 == 0, BUFFERS_GPA, BLOCK_BYTES, block * u64::from(BLOCK_BYTES))?;
             ensure!(result == BLOCK_BYTES as i32, "{result}");
         }
-        // An SQ thread is asleep by now.
+        // The SQ thread sleeps by now.
         thread::sleep(Duration::from_millis(20));
         let end = queue.close();
         drop(device);
         end.wait(LIMIT)?;
-        // Nothing else has the disk: no waiting for the lock.
+        // Nothing else has the disk, so the test does not wait for the lock.
         let config = disk.config().lock_wait(None);
         drop(Disk::open(&config).context("the lock after the end")?);
     }
@@ -174,7 +173,7 @@ fn come_and_go(submission: SubmissionConfig) -> Result<()> {
     let disk = TestDisk::new(DiskKind::Ext4Direct, DISK_BYTES)?;
     let ram = Ram::new()?;
     let mut total = 0;
-    // The first round makes what a process has only once.
+    // The first round allocates what a process has only once.
     total += round(&disk, &ram, submission, seed.derive("first"))?;
     let before = Holdings::settled()?;
     for index in 0..budget(10u32, 100) {
@@ -186,7 +185,7 @@ fn come_and_go(submission: SubmissionConfig) -> Result<()> {
     Ok(())
 }
 
-/// Ten queues, up to two at a time, each closed at any moment of its guest's work.
+/// Runs ten queues, up to two at a time, and closes each at any moment of its guest's work.
 fn round(disk: &TestDisk, ram: &Ram, submission: SubmissionConfig, seed: Seed) -> Result<u64> {
     let (memory, held) = ram.for_broker()?;
     let device = device(&disk.config(), &memory, submission)?;
@@ -232,7 +231,7 @@ fn one_queue(device: &DirectDevice, ram: &Ram, index: u64, seed: Seed) -> Result
     done
 }
 
-/// The device, its queues, and the answering of doorbells end in any order.
+/// The device, its queues, and the threads that ring doorbells end in any order.
 fn ringing(submission: SubmissionConfig) -> Result<()> {
     let seed = Seed::from_env_or_random();
     let mut random = seed.rng();
@@ -278,8 +277,8 @@ fn ringing(submission: SubmissionConfig) -> Result<()> {
             stop.store(true, Ordering::Release);
             ringers.into_iter().try_for_each(|ringer| ringer.join().expect("no panic"))
         })?;
-        ensure!(within(LIMIT, || held.upgrade().is_none()), "the guest's memory is never let go");
-        // The rings of the first round have ended; it makes what a process has only once.
+        ensure!(within(LIMIT, || held.upgrade().is_none()), "the guest's memory is never freed");
+        // The rings of the first round have ended. That round allocates what a process has only once.
         match before {
             None => before = Some(Holdings::settled()?),
             Some(before) => before.ensure_again()?,
@@ -288,7 +287,7 @@ fn ringing(submission: SubmissionConfig) -> Result<()> {
     Ok(())
 }
 
-/// A guest decides how long the kernel is busy with one batch; that must not hold up whoever closes the queue.
+/// A guest decides how long the kernel works on one batch. That must not delay the thread that closes the queue.
 fn long_batch(submission: SubmissionConfig) -> Result<()> {
     const READ_BYTES: u32 = 32 << 20;
     let disk = TestDisk::new(DiskKind::Ext4PageCache, READ_BYTES.into())?;
@@ -301,7 +300,7 @@ fn long_batch(submission: SubmissionConfig) -> Result<()> {
         ensure!(driver.push(false, 0, READ_BYTES, 0, index)?, "no room");
     }
     driver.submit()?;
-    // Completions of a batch may show only at its end: no waiting for one.
+    // The kernel may post the completions of a batch only at its end, so the test does not wait for one.
     thread::sleep(Duration::from_millis(100));
     let start = Instant::now();
     let end = queue.close();
@@ -317,7 +316,7 @@ fn long_batch(submission: SubmissionConfig) -> Result<()> {
     Ok(())
 }
 
-/// In a process of its own, which gives up a capability.
+/// Runs in a process of its own, because it gives up a capability.
 fn memlock() -> Result<()> {
     let disk = TestDisk::new(DiskKind::Ext4Direct, DISK_BYTES)?;
     let child = Command::new(env::current_exe()?).env(CHILD_VARIABLE, disk.path()).output()?;
@@ -325,7 +324,7 @@ fn memlock() -> Result<()> {
     Ok(())
 }
 
-/// With a limit that allows for one guest at a time, the next can come as soon as the end of the one before is known.
+/// The limit has room for one guest at a time. The next guest can start as soon as the previous one's end is known.
 fn pin_again_and_again(disk: &str) -> Result<()> {
     let mut capabilities = rustix::thread::capabilities(None)?;
     capabilities.effective.remove(CapabilitySet::IPC_LOCK);

@@ -1,4 +1,4 @@
-//! What a front-end changes while the device runs: eventfds, memory, vrings on and off, resets.
+//! A front-end changes things while the device runs: eventfds, memory, the state of vrings, and resets.
 
 use std::{os::fd::AsFd, process::ExitCode, sync::Arc, thread, time::Duration};
 
@@ -35,18 +35,18 @@ type Body = fn(&mut Bench) -> Result<()>;
 
 fn main() -> ExitCode {
     let tests: [(&str, Body); 12] = [
-        ("call_and_kick_eventfds_change_under_load", eventfds_change),
+        ("a_queue_is_served_while_its_call_and_kick_eventfds_change_under_load", eventfds_change),
         ("a_queue_without_a_call_eventfd_is_served", no_call),
         ("a_queue_without_a_kick_eventfd_is_polled", no_kick),
-        ("kicks_with_nothing_available_do_no_harm", spurious_kicks),
+        ("a_queue_works_after_kicks_with_nothing_available", spurious_kicks),
         ("a_disabled_vring_executes_nothing_until_it_is_enabled", disabled),
-        ("vrings_are_disabled_and_enabled_under_load", enable_under_load),
-        ("vrings_are_stopped_and_started_under_load", stop_under_load),
-        ("hundreds_of_memory_slots_come_and_go_under_load", memory_slots),
-        ("the_memory_table_is_replaced_under_load", memory_tables),
-        ("a_ring_that_its_driver_sets_up_wrongly_breaks_alone_and_a_new_set_up_revives_it", broken_ring),
+        ("a_front_end_disables_and_enables_vrings_under_load", enable_under_load),
+        ("a_front_end_stops_and_starts_vrings_under_load", stop_under_load),
+        ("a_front_end_adds_and_removes_hundreds_of_memory_slots_under_load", memory_slots),
+        ("a_front_end_replaces_the_memory_table_under_load", memory_tables),
+        ("a_vring_that_its_driver_sets_up_wrongly_stops_alone_and_a_new_set_up_revives_it", broken_ring),
         ("a_reset_stops_every_vring_and_the_device_starts_again", reset_device),
-        ("the_status_is_kept_and_zero_resets", status),
+        ("the_device_keeps_its_status_and_a_status_of_zero_resets_it", status),
     ];
     let tests: Vec<Test> = tests
         .into_iter()
@@ -58,7 +58,7 @@ fn main() -> ExitCode {
     harness::run(tests)
 }
 
-/// A front-end with two queues, none of them started.
+/// A front-end with two queues, of which none is started.
 struct Bench {
     rig: Rig,
     ram: TestRam,
@@ -80,7 +80,7 @@ impl Bench {
         LoadOptions { indirect: true, ..LoadOptions::new(0, BLOCKS / 2, 16, self.seed) }
     }
 
-    /// A load on queue 0, on the first half of the disk.
+    /// Starts a load on queue 0 and the first half of the disk.
     fn start_load(&mut self) -> Result<(RunningLoad, VringLayout, Arc<Eventfds>)> {
         let options = self.options();
         let mut load = self.ram.load(&self.front_end, 0, 128, options)?;
@@ -108,7 +108,7 @@ fn eventfds_change(bench: &mut Bench) -> Result<()> {
             connection.set_vring_fd(FrontendReq::SET_VRING_KICK, 0, Some(event.as_fd()))?;
             eventfds.change_kick(event)?;
         }
-        // Now and then only, so that changes also follow one another at once.
+        // The test pauses only sometimes, so that changes also follow one another at once.
         if round % 8 == 0 {
             load.wait_for_progress(1);
         }
@@ -137,7 +137,7 @@ fn run_spinning(bench: &mut Bench, vring: DriverVring) -> Result<()> {
     let mut load = Load::new(vring, &mut bench.ram.arenas, options)?;
     for _ in 0..harness::budget(20, 200) {
         load.run(100)?;
-        // So that the device sleeps, where it would.
+        // The pause lets a device sleep that would wait for kicks.
         thread::sleep(Duration::from_millis(5));
     }
     load.check_disk(&bench.rig.disk_file()?)
@@ -169,7 +169,7 @@ fn send_read(driver: &mut BlkDriver) -> Result<()> {
     driver.vring().kick()
 }
 
-/// Nothing is used, for long enough that it would have been.
+/// Checks that the device uses nothing, for longer than a request takes.
 fn ensure_unserved(driver: &mut BlkDriver) -> Result<()> {
     thread::sleep(Duration::from_millis(50));
     ensure!(driver.vring().take_used()?.is_none(), "a request was executed");
@@ -190,7 +190,7 @@ fn disabled(bench: &mut Bench) -> Result<()> {
         connection.set_vring(FrontendReq::SET_VRING_ENABLE, 0, 0)?;
         send_read(&mut driver)?;
         ensure_unserved(&mut driver)?;
-        // Without a further kick.
+        // The driver does not kick again.
         connection.set_vring(FrontendReq::SET_VRING_ENABLE, 0, 1)?;
         ensure_served(&mut driver)?;
     }
@@ -227,7 +227,7 @@ fn stop_under_load(bench: &mut Bench) -> Result<()> {
 }
 
 fn memory_slots(bench: &mut Bench) -> Result<()> {
-    /// With the regions of the bench, no more than any back-end of this kind takes.
+    /// With the regions of the bench, no more regions than any back-end of this kind takes.
     const SLOTS: u64 = 400;
     const SLOT_BYTES: u64 = 64 << 10;
     let mut driver = bench.ram.driver(&bench.front_end, 1, 4096)?;
@@ -280,7 +280,7 @@ fn memory_tables(bench: &mut Bench) -> Result<()> {
     bench.finish(load)
 }
 
-/// What a driver gets wrong; the front-end passes it on.
+/// A driver sets up its vring wrongly, and the front-end passes that on.
 fn broken_ring(bench: &mut Bench) -> Result<()> {
     let connection = bench.front_end.connection();
     let mut other = bench.ram.driver(&bench.front_end, 1, 4096)?;
@@ -292,7 +292,7 @@ fn broken_ring(bench: &mut Bench) -> Result<()> {
         VringLayout { desc_gpa: right.desc_gpa + 8, ..right },
         VringLayout { avail_gpa: right.avail_gpa + 1, ..right },
         VringLayout { used_gpa: right.used_gpa + 2, ..right },
-        // All of it but the last entries is in RAM.
+        // All of this vring except its last entries is in RAM.
         VringLayout { used_gpa: end_of_ram - 64, ..right },
     ];
     let err = Event::new()?;

@@ -1,4 +1,4 @@
-//! Live migration: every page that the device writes is marked in the front-end's log, from the acknowledgement on.
+//! Live migration: the device marks every page that it writes in the front-end's log, from the acknowledgement on.
 
 use std::{collections::BTreeSet, process::ExitCode, thread, time::Duration};
 
@@ -24,8 +24,8 @@ type Body = fn(&Rig) -> Result<()>;
 
 fn main() -> ExitCode {
     let tests: [(&str, Body); 2] = [
-        ("exactly_what_a_request_writes_is_marked_and_the_used_ring", one_request),
-        ("logging_goes_on_and_off_under_load_and_no_page_is_missed", under_load),
+        ("the_device_marks_exactly_the_pages_that_a_request_writes_and_the_used_ring", one_request),
+        ("the_device_misses_no_page_when_logging_starts_and_stops_under_load", under_load),
     ];
     let tests: Vec<Test> = tests
         .into_iter()
@@ -41,7 +41,8 @@ fn main() -> ExitCode {
     harness::run(tests)
 }
 
-/// What QEMU does when a migration begins: the log, the addresses of running vrings once more, then the feature.
+/// Does what QEMU does when a migration begins: sets the log, sends the addresses of running vrings again, and then
+/// sets the feature.
 fn start_logging(front_end: &FrontEnd, log: &DirtyPages, vrings: &[VringLayout]) -> Result<()> {
     front_end.connection().set_log_base(&log.description(), log.file())?;
     front_end.set_logging(true)?;
@@ -114,12 +115,12 @@ fn under_load(rig: &Rig) -> Result<()> {
         start_logging(&front_end, &log, &vrings)?;
         written.iter().for_each(|written| written.begin());
         loads.iter().for_each(|load| load.wait_for_progress(60));
-        // A migration ends with the vrings stopped; one that is cancelled ends while they run.
+        // A migration ends with stopped vrings. A cancelled one ends while they run.
         let ends = round % 2 == 0;
         if ends {
             for ((index, layout), written) in (0u16..).zip(&vrings).zip(&written) {
                 let base = front_end.stop_vring(index)?;
-                ensure!(base == layout.used_idx(&ram.ram)?, "a vring stopped with requests under way");
+                ensure!(base == layout.used_idx(&ram.ram)?, "a vring stopped with requests in flight");
                 while written.next_used() != base && !loads[usize::from(index)].has_failed() {
                     thread::sleep(Duration::from_micros(100));
                 }

@@ -1,4 +1,4 @@
-//! The vhost-user-blk device as our own front-end sees it: every kind of request, every way of the rings.
+//! The vhost-user-blk device with our own front-end: every kind of request, and every feature of the vrings.
 
 use std::{
     fs::{self, File},
@@ -37,25 +37,27 @@ fn main() -> ExitCode {
     let needs = |kind: DiskKind| kind.needs().into_iter().chain(broker_process::needs()).collect::<Vec<Need>>();
     let mut tests: Vec<Test> = DiskKind::ALL
         .map(|kind| {
-            test(format!("every_kind_of_request_does_what_it_says_on_{kind}"), needs(kind), move || every_request(kind))
+            test(format!("the_device_executes_every_kind_of_request_on_{kind}"), needs(kind), move || {
+                every_request(kind)
+            })
         })
         .into();
     for (name, features) in [
-        ("a_load_verifies_with_event_indexes_and_indirect_tables", 0),
-        ("a_load_verifies_without_event_indexes", bit(VIRTIO_RING_F_EVENT_IDX)),
-        ("a_load_verifies_without_indirect_tables", bit(VIRTIO_RING_F_INDIRECT_DESC)),
-        ("a_load_verifies_for_a_driver_of_the_legacy_interface", bit(VIRTIO_F_VERSION_1)),
+        ("a_driver_reads_back_what_it_wrote_with_event_indexes_and_indirect_tables", 0),
+        ("a_driver_reads_back_what_it_wrote_without_event_indexes", bit(VIRTIO_RING_F_EVENT_IDX)),
+        ("a_driver_reads_back_what_it_wrote_without_indirect_tables", bit(VIRTIO_RING_F_INDIRECT_DESC)),
+        ("a_legacy_driver_reads_back_what_it_wrote", bit(VIRTIO_F_VERSION_1)),
     ] {
         let run = move || load(Options::default().without(features), DiskKind::Ext4Direct);
         tests.push(test(name, needs(DiskKind::Ext4Direct), run));
     }
     tests.push(test(
-        "what_is_flushed_or_written_through_is_on_the_disk",
+        "flushed_and_written_through_data_is_on_the_disk",
         needs(DiskKind::Ext4PageCache).into_iter().chain([Need::cachestat()]),
         stability,
     ));
     tests.push(test(
-        "requests_whose_features_were_not_negotiated_are_unsupported",
+        "the_device_does_not_execute_requests_whose_features_were_not_negotiated",
         needs(DiskKind::Ext4PageCache),
         not_negotiated,
     ));
@@ -137,18 +139,17 @@ fn not_negotiated_of(rig: &Rig) -> Result<()> {
             let answer = driver.request(kind, 0, &[buffer])?;
             ensure!(u32::from(answer.status) == status, "type {kind} without {without:#x}: {answer:?}");
             let is_same = driver.read(0, 4096)? == data;
-            // The content after a discard is undefined.
+            // The content of a discarded range is undefined.
             ensure!(is_same || status == VIRTIO_BLK_S_OK, "type {kind} without {without:#x} was executed");
         }
-        // Always: what is flushed is stable, whatever was negotiated.
+        // The device flushes whatever was negotiated.
         driver.flush()?;
         front_end.stop_vring(0)?;
     }
     Ok(())
 }
 
-/// Unmounts when the test ends, however it ends. The kernel lets go of the disk of a killed broker a moment later, so the
-/// mount goes from its place at once and for good then.
+/// A mount point. The drop unmounts it lazily: the kernel closes the disk of a killed broker a moment later.
 struct Mounted(PathBuf);
 
 impl Drop for Mounted {
@@ -177,7 +178,7 @@ fn flush_on_squashfs() -> Result<()> {
     run(Command::new("mount").args(["-t", "squashfs", "-o", "loop,ro"]).args([&packed, &mount_point]))?;
     let mounted = Mounted(mount_point);
     let disk = mounted.0.join("disk.img");
-    let refused = File::open(&disk)?.sync_data().err().context("this squashfs has fsync: the test shows nothing")?;
+    let refused = File::open(&disk)?.sync_data().err().context("this squashfs has fsync, so the test shows nothing")?;
     eprintln!("fdatasync: {refused}");
     let socket = directory.path().join("vhost.sock");
     let broker = BrokerProcess::start(&socket, &disk, &["--read-only"])?;
@@ -199,7 +200,7 @@ fn stability() -> Result<()> {
 }
 
 fn stability_of(rig: &Rig) -> Result<()> {
-    /// Place of `writeback` in the configuration space (VIRTIO 1.2, 5.2.4).
+    /// The offset of `writeback` in the configuration space (VIRTIO 1.2, 5.2.4).
     const WRITEBACK: u32 = 32;
     let disk = rig.disk_file()?;
     disk.sync_all()?;
@@ -208,7 +209,7 @@ fn stability_of(rig: &Rig) -> Result<()> {
         let front_end = FrontEnd::connect(&rig.socket(), &ram.ram, Options::default())?;
         let mut driver = ram.driver(&front_end, 0, 1 << 20)?;
         let data = vec![1; 1 << 20];
-        // The kernel writes dirty pages out when it likes, so one that stays dirty for a moment is enough.
+        // The kernel writes dirty pages out at any time, so one page that stays dirty for a moment is enough.
         let leaves_dirty_pages = |driver: &mut BlkDriver| -> Result<bool> {
             for _ in 0..100 {
                 driver.write(64, &data)?;

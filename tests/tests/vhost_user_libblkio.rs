@@ -1,4 +1,5 @@
-//! libblkio, a client that others wrote, uses a whole disk: write, flush, read, discard, write zeroes, verify.
+//! libblkio, a client that this project did not write, uses a whole disk: it writes, flushes, reads, discards, writes
+//! zeroes and verifies.
 
 use std::{
     fs::File,
@@ -27,14 +28,14 @@ const PATIENCE: Duration = Duration::from_secs(30);
 const DEPTHS: [usize; 5] = [1, 2, 16, 64, 128];
 const QUEUES: [i32; 3] = [1, 2, 4];
 const REQUEST_BLOCKS: [usize; 3] = [1, 4, 32];
-/// Whether the client looks at the used ring rather than waiting for interrupts.
+/// Whether the client polls the used ring rather than waiting for interrupts.
 const POLL_QUEUES: [bool; 2] = [false, true];
 
 fn main() -> ExitCode {
     let tests: Vec<Test> = DiskKind::ALL
         .map(|kind| {
             let needs = kind.needs().into_iter().chain(broker_process::needs());
-            test(format!("a_whole_disk_is_used_and_verified_on_{kind}"), needs, move || matrix(kind))
+            test(format!("libblkio_reads_back_what_it_wrote_to_a_whole_disk_on_{kind}"), needs, move || matrix(kind))
         })
         .into();
     harness::run(tests)
@@ -59,7 +60,7 @@ fn matrix(kind: DiskKind) -> Result<()> {
 
     let rig = Rig::new(kind, DISK_BYTES)?;
     let broker = rig.broker(&["--num-queues", "4"])?;
-    // The disk keeps what the row before left: nothing but what this row writes is expected.
+    // The disk keeps what the row before left. The test expects only what this row writes.
     for row in &rows {
         let shape = Shape {
             depth: *depth.of(row),
@@ -87,7 +88,7 @@ fn use_whole_disk(socket: &Path, shape: Shape, seed: Seed) -> Result<()> {
     client.run(&model, Operation::Flush, &[Request { first: 0, count: 1 }])?;
     client.run(&model, Operation::Read, &whole)?;
 
-    // Every fourth request of the disk, so that the blocks beside it show if too much is touched.
+    // Every fourth request of the disk, so that the blocks beside it show whether the device changes too much.
     let some = |which: usize| whole.iter().copied().skip(which).step_by(4).collect::<Vec<_>>();
     for (which, operation) in [(0, Operation::WriteZeroes), (1, Operation::WriteZeroesNoUnmap)] {
         client.run(&model, operation, &some(which))?;
@@ -95,13 +96,13 @@ fn use_whole_disk(socket: &Path, shape: Shape, seed: Seed) -> Result<()> {
             model.give_back(request.first, request.count, Some(0));
         }
     }
-    // What a discarded block holds is the device's choice; everything else must be as it was.
+    // The device chooses the content of a discarded block. Everything else must be unchanged.
     client.run(&model, Operation::Discard, &some(2))?;
     let kept: Vec<Request> = (0..4).filter(|&which| which != 2).flat_map(some).collect();
     client.run(&model, Operation::Read, &kept)
 }
 
-/// The disk in requests of so many blocks, the last one shorter.
+/// The whole disk in requests of so many blocks. The last one is shorter.
 fn all_of(request_blocks: usize, blocks: usize) -> Vec<Request> {
     let request = |first| Request { first, count: request_blocks.min(blocks - first) };
     (0..blocks).step_by(request_blocks).map(request).collect()
@@ -125,7 +126,7 @@ enum Operation {
 
 /// libblkio, connected.
 struct Client {
-    // Before the library's handle: requests end before their memory goes.
+    // This drops before the library's handle, so that requests end before their memory is freed.
     queues: Vec<Blkioq>,
     region: MemoryRegion,
     /// The memory of the region, which the library keeps in a file.
@@ -157,7 +158,7 @@ impl Client {
         Ok(Self { queues, region, memory, shape, _blkio: blkio })
     }
 
-    /// Does the requests, all queues in turn, and waits for all of them.
+    /// Does the requests on all queues in turn, and waits for all of them.
     fn run(&mut self, model: &Model, operation: Operation, requests: &[Request]) -> Result<()> {
         let mut todo = requests.iter().copied();
         let mut buffers: Vec<Vec<Option<Request>>> = vec![vec![None; self.shape.depth]; self.queues.len()];
@@ -223,7 +224,7 @@ impl Client {
         Ok(())
     }
 
-    /// Waits for at least one completion of a queue and gives their buffers.
+    /// Waits for at least one completion of a queue, and returns the buffers of the completed requests.
     fn complete(&mut self, queue: usize) -> Result<Vec<usize>> {
         let mut completions = [const { MaybeUninit::<Completion>::uninit() }; 64];
         let mut left = PATIENCE;
@@ -234,7 +235,7 @@ impl Client {
             .with_context(|| format!("waiting for {:?}", begun.elapsed()))?;
         let mut buffers = Vec::with_capacity(count);
         for completion in &completions[..count] {
-            // SAFETY: `do_io` returned how many completions, from the first on, it has written.
+            // SAFETY: `do_io` returned the number of completions that it has written, from the first on.
             let completion = unsafe { completion.assume_init_ref() };
             ensure!(completion.ret == 0, "a request ended with {}", completion.ret);
             buffers.push(completion.user_data);

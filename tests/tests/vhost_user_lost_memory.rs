@@ -1,4 +1,4 @@
-//! Front-ends that shorten files after they have passed them.
+//! Front-ends that shorten files after they have sent them to the server.
 
 use std::{fs::File, os::unix::process::ExitStatusExt, process::ExitCode};
 
@@ -31,20 +31,12 @@ type Body = fn(&Rig, BrokerProcess) -> Result<()>;
 
 fn main() -> ExitCode {
     let tests: [(&str, DiskKind, Body); 6] = [
-        ("a_server_whose_rings_are_in_memory_that_is_lost_names_the_region_and_ends", DiskKind::Ext4Direct, lost_rings),
-        (
-            "a_server_whose_request_is_in_memory_that_is_lost_names_the_region_and_ends",
-            DiskKind::Ext4Direct,
-            lost_header,
-        ),
-        ("a_request_whose_data_is_in_memory_that_is_lost_fails_alone_with_direct_io", DiskKind::Ext4Direct, lost_data),
-        (
-            "a_request_whose_data_is_in_memory_that_is_lost_fails_alone_in_the_page_cache",
-            DiskKind::Ext4PageCache,
-            lost_data,
-        ),
-        ("the_disk_goes_on_without_an_in_flight_region_that_is_lost", DiskKind::Ext4Direct, lost_inflight_region),
-        ("the_disk_goes_on_without_a_dirty_log_that_is_lost", DiskKind::Ext4Direct, lost_log),
+        ("a_server_whose_vrings_are_in_lost_memory_names_the_region_and_ends", DiskKind::Ext4Direct, lost_rings),
+        ("a_server_whose_request_is_in_lost_memory_names_the_region_and_ends", DiskKind::Ext4Direct, lost_header),
+        ("only_the_request_whose_data_is_in_lost_memory_fails_with_direct_io", DiskKind::Ext4Direct, lost_data),
+        ("only_the_request_whose_data_is_in_lost_memory_fails_in_the_page_cache", DiskKind::Ext4PageCache, lost_data),
+        ("a_server_works_without_a_lost_in_flight_region", DiskKind::Ext4Direct, lost_inflight_region),
+        ("a_server_works_without_a_lost_dirty_log", DiskKind::Ext4Direct, lost_log),
     ];
     let tests: Vec<Test> = tests
         .into_iter()
@@ -66,7 +58,7 @@ fn connect(rig: &Rig) -> Result<(TestRam, FrontEnd)> {
     Ok((ram, front_end))
 }
 
-/// The second region's file loses everything.
+/// Shortens the file of the second region to nothing.
 fn shorten(ram: &TestRam) -> Result<()> {
     Ok(ram.ram.regions()[1].file().set_len(0)?)
 }
@@ -105,8 +97,8 @@ fn ensure_named_and_ended(rig: &Rig, mut broker: BrokerProcess) -> Result<()> {
     let log = broker.log();
     ensure!(status.signal() == Some(Signal::BUS.as_raw()), "{status}\n{log}");
     let line = format!("ringpass: the guest memory from guest address {SECOND_GPA:#x} on is lost (SIGBUS)");
-    ensure!(log.contains(&line), "nobody says which memory is lost:\n{log}");
-    // The next one has the disk.
+    ensure!(log.contains(&line), "the log does not name the lost memory:\n{log}");
+    // The next server can have the disk.
     let broker = rig.broker(&[])?;
     let (mut ram, front_end) = connect(rig)?;
     let mut driver = ram.driver(&front_end, 0, 4096)?;
@@ -130,7 +122,7 @@ fn lost_data(rig: &Rig, broker: BrokerProcess) -> Result<()> {
     Ok(())
 }
 
-/// Reads and writes, and whether the server then says this.
+/// Reads and writes, and checks that the server logs `said` once.
 fn ensure_goes_on(driver: &mut BlkDriver, broker: &BrokerProcess, said: &str) -> Result<()> {
     for round in 0..100 {
         driver.write(0, &[round; 4096])?;
@@ -138,7 +130,7 @@ fn ensure_goes_on(driver: &mut BlkDriver, broker: &BrokerProcess, said: &str) ->
     }
     broker.wait_for_log(said)?;
     let lines = broker.log().lines().filter(|line| line.contains(said)).count();
-    ensure!(lines == 1, "the loss is told {lines} times");
+    ensure!(lines == 1, "the server logs the loss {lines} times");
     Ok(())
 }
 

@@ -1,5 +1,5 @@
-//! Messages with wrong sizes, flags, descriptors, orders and values, thousands of connections long: the broker answers or
-//! closes that connection, serves the next, and keeps nothing.
+//! Messages with wrong sizes, flags, descriptors, orders and values, on thousands of connections. The broker answers or
+//! closes that connection, serves the next one, and keeps nothing.
 
 use std::{
     fs::File,
@@ -43,23 +43,24 @@ use virtio_bindings::virtio_blk::{VIRTIO_BLK_S_OK, VIRTIO_BLK_T_IN};
 use vm_memory::ByteValued;
 
 const DISK_BYTES: u64 = 4 << 20;
-/// Guest RAM is the middle part of its file; before and behind it are bytes that nobody may touch.
+/// The length of guest RAM, which is the middle part of its file. The broker must not touch the parts before and behind
+/// it.
 const RAM_BYTES: u64 = 4 << 20;
 const RAM_GPA: u64 = 1 << 20;
 const CANARY: u8 = 0xc5;
-/// Where the vrings are in each part of the file: descriptor table, used ring, available ring.
+/// The offsets of the vrings in each part of the file: descriptor table, used ring, available ring.
 const RING_OFFSETS: [u64; 3] = [0, 0x1000, 0x2000];
-/// Where the request's header and its status are. What a wrong message can have written is behind
-/// [`PREPARED_BYTES`]: a header that is written over could be one of a request that writes the disk.
+/// The offset of the request's header. A wrong message can only make the device write behind [`PREPARED_BYTES`]: an
+/// overwritten header could become a request that writes the disk.
 const HEADER_OFFSET: u64 = 0x3000;
 const STATUS_OFFSET: u64 = 0x3800;
 const PREPARED_BYTES: u64 = 0x4000;
-/// How much more memory of its own the broker may have after all rounds: its allocator's, not the connections'.
+/// The most by which the broker's own memory may grow in all rounds. Only its allocator may keep something.
 const GROWTH_BYTES: u64 = 2 << 20;
 
 fn main() -> ExitCode {
     let needs = DiskKind::Ext4Direct.needs().into_iter().chain(broker_process::needs());
-    harness::run(vec![test("malformed_messages_end_their_connection_and_leave_nothing_behind", needs, malformed)])
+    harness::run(vec![test("the_broker_keeps_nothing_of_connections_with_malformed_messages", needs, malformed)])
 }
 
 fn malformed() -> Result<()> {
@@ -97,7 +98,7 @@ fn rounds(rig: &Rig, broker: &BrokerProcess, seed: Seed) -> Result<()> {
     Ok(())
 }
 
-/// A front-end that does nothing wrong is served: its last block is written and read.
+/// Checks that the broker serves a correct front-end, which writes and reads the last block.
 fn serve_honestly(socket: &Path) -> Result<()> {
     let mut ram = TestRam::new(1, 1 << 20)?;
     let front_end = FrontEnd::connect(socket, &ram.ram, Options::default())?;
@@ -108,20 +109,20 @@ fn serve_honestly(socket: &Path) -> Result<()> {
     front_end.stop_vring(1).map(drop)
 }
 
-/// A front-end that knows the protocol and does it wrong.
+/// A front-end that knows the protocol and breaks it.
 struct Hostile {
-    /// Three parts, the middle one guest RAM. What the broker may touch of a file is what a message says, so this one is
-    /// sent only with messages that say the middle part.
+    /// A file of three parts, of which the middle one is guest RAM. A message tells which part of a file the broker may
+    /// access, so this file goes only with messages that name the middle part.
     ram_file: Arc<File>,
     ram: RamRegion,
-    /// Descriptors of all kinds, to be sent where others are expected. All of them may be written.
+    /// Descriptors of all kinds, which go where the broker expects others. The broker may write all of these files.
     files: Vec<OwnedFd>,
 }
 
-/// Which of [`Hostile::files`] a plausible message has.
+/// The index in [`Hostile::files`] of the eventfd, which plausible messages have.
 const EVENT: usize = 0;
 const LOG: usize = 2;
-/// Another file like that of guest RAM.
+/// The index of another file like that of guest RAM.
 const OTHER_RAM: usize = 5;
 
 impl Hostile {
@@ -159,7 +160,7 @@ impl Hostile {
         Ok(Self { ram_file, ram, files })
     }
 
-    /// Nothing was written beside guest RAM, though requests were executed.
+    /// Checks that nothing was written beside guest RAM, and that requests were executed.
     fn check_ram(&self) -> Result<()> {
         let part = |index| -> Result<Vec<u8>> {
             let mut part = vec![0; RAM_BYTES as usize];
@@ -173,10 +174,11 @@ impl Hostile {
         Ok(())
     }
 
-    /// One connection: some right messages, then some wrong ones. Then the broker closes it, if it has not yet.
+    /// Runs one connection: some right messages, then some wrong ones. Then the broker closes it, unless it has
+    /// already.
     fn round(&mut self, socket: &Path, rng: &mut fastrand::Rng) -> Result<()> {
         let wire = Wire::connect(socket, Duration::from_secs(20))?;
-        // What the broker has closed cannot be sent to, and need not be.
+        // The broker may have closed the connection already, so these errors do not matter.
         let _ = self.right_messages(&wire, rng.usize(0..=4));
         for _ in 0..rng.usize(1..=6) {
             if self.wrong_message(&wire, rng).is_err() {
@@ -187,7 +189,7 @@ impl Hostile {
         wire.drain_until_closed().context("the broker neither answers nor closes")
     }
 
-    /// The messages with which a session begins, as far as `stage`.
+    /// Sends the messages with which a session begins, up to `stage`.
     fn right_messages(&self, wire: &Wire, stage: usize) -> Result<()> {
         let number = |value: u64| value.to_ne_bytes().to_vec();
         let event = [self.files[0].as_fd()];
@@ -223,7 +225,7 @@ impl Hostile {
         VhostUserVringAddr::new(index, VhostUserVringAddrFlags::empty(), desc, used, avail, 0)
     }
 
-    /// Something close to a right message, wrong in some places.
+    /// Sends a message that is almost right, and wrong in some places.
     fn wrong_message(&self, wire: &Wire, rng: &mut fastrand::Rng) -> Result<()> {
         let (plausible_request, plausible_body, fds) = self.plausible(rng);
         let mut body = plausible_body.clone();
@@ -245,7 +247,7 @@ impl Hostile {
         };
         let mut bytes = encode(request, flags, &body);
         if rng.u8(0..20) == 0 {
-            // A size that is not the body's: more or less follows.
+            // The size is not that of the body, so more or fewer bytes follow.
             let size_bytes = [0, 1, 4096, 65_536, u32::MAX, rng.u32(..)][rng.usize(0..6)];
             bytes[8..12].copy_from_slice(&size_bytes.to_ne_bytes());
         }
@@ -266,7 +268,7 @@ impl Hostile {
             3 => sent.iter_mut().for_each(|fd| *fd = self.files[rng.usize(..self.files.len())].as_fd()),
             _ => {}
         }
-        // In two pieces now and then, the descriptors with either.
+        // The message goes in two pieces sometimes, and the descriptors with either.
         let cut = if rng.u8(0..10) == 0 { rng.usize(1..=bytes.len()) } else { bytes.len() };
         let (first, second) = bytes.split_at(cut);
         let late = rng.bool() && !second.is_empty();
@@ -277,7 +279,7 @@ impl Hostile {
         Ok(())
     }
 
-    /// A message that could be right at some time, and which descriptors it has.
+    /// A message that would be right at some time, and the indexes of its descriptors.
     fn plausible(&self, rng: &mut fastrand::Rng) -> (u32, Vec<u8>, Vec<usize>) {
         let index = rng.u32(0..3);
         let number = |value: u64| value.to_ne_bytes().to_vec();
@@ -334,8 +336,8 @@ impl Hostile {
     }
 }
 
-/// What each part of a file of guest RAM holds: a vring with a request to read, and `fill` elsewhere. The parts beside
-/// guest RAM have it as well, so that whoever takes them for guest RAM writes there.
+/// The content of each part of a file of guest RAM: a vring with a read request, and `fill` elsewhere. The parts beside
+/// guest RAM have it too, so that a broker that takes them for guest RAM writes there.
 fn part_of_ram(fill: u8) -> Vec<u8> {
     let mut part = vec![fill; RAM_BYTES as usize];
     let mut put = |offset: u64, bytes: &[u8]| part[offset as usize..][..bytes.len()].copy_from_slice(bytes);
@@ -344,7 +346,7 @@ fn part_of_ram(fill: u8) -> Vec<u8> {
     let gpa = |offset| RAM_GPA + offset;
     let chain = [
         Descriptor::readable(gpa(HEADER_OFFSET), HEADER_BYTES),
-        // As far as the last byte of guest RAM.
+        // The read goes up to the last byte of guest RAM.
         Descriptor::writable(gpa(RAM_BYTES - 4096), 4096),
         Descriptor::writable(gpa(STATUS_OFFSET), 1),
     ];
@@ -362,7 +364,7 @@ fn part_of_ram(fill: u8) -> Vec<u8> {
     part
 }
 
-/// Puts a value that is often wrong where some field begins.
+/// Puts a value that is often wrong at the beginning of some field.
 fn corrupt_word(body: &mut [u8], rng: &mut fastrand::Rng) {
     let interesting =
         [0, 1, 2, 0xff, 0x100, 0xfff, 0x1000, 0x7fff_ffff, 0xffff_ffff, 1 << 32, i64::MAX as u64, u64::MAX];

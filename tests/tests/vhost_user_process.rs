@@ -1,4 +1,4 @@
-//! The broker as a process beside a VM: resizing, idling, ending, and guest memory that comes and goes under it.
+//! The broker as a process beside a VM: it resizes the disk, idles, ends, and sees guest memory come and go.
 
 use std::{
     fs::File,
@@ -33,11 +33,11 @@ type Body = fn(&Rig) -> Result<()>;
 
 fn main() -> ExitCode {
     let tests: [(&str, Body); 5] = [
-        ("a_signal_tells_the_front_end_the_disk_s_new_size", resize),
-        ("a_front_end_that_does_not_read_its_channel_is_served_all_the_same", unread_channel),
+        ("the_broker_tells_the_front_end_the_new_size_of_the_disk_on_a_signal", resize),
+        ("the_broker_serves_a_front_end_that_does_not_read_its_channel", unread_channel),
         ("an_idle_broker_uses_no_cpu_time_and_little_memory", idle),
-        ("memory_that_the_front_end_discards_is_never_remembered", balloon),
-        ("a_broker_that_is_told_to_end_finishes_its_io_and_exits_with_success", terminated),
+        ("the_broker_keeps_nothing_of_memory_that_the_front_end_discards", balloon),
+        ("a_terminated_broker_finishes_its_io_and_exits_with_success", terminated),
     ];
     let tests: Vec<Test> = tests
         .into_iter()
@@ -49,7 +49,7 @@ fn main() -> ExitCode {
     harness::run(tests)
 }
 
-/// Gives the disk's file another size and tells the broker.
+/// Changes the size of the disk's file and signals the broker.
 fn resize_disk(rig: &Rig, broker: &mut BrokerProcess, size_bytes: u64) -> Result<()> {
     File::options().write(true).open(rig.disk().path())?.set_len(size_bytes)?;
     broker.signal(Signal::HUP)
@@ -103,7 +103,7 @@ fn unread_channel(rig: &Rig) -> Result<()> {
 }
 
 fn idle(rig: &Rig) -> Result<()> {
-    /// The promise for anonymous memory and file pages together, without the guest's.
+    /// The promised limit for anonymous memory and file pages together, without the guest's memory.
     const MEMORY_BYTES: u64 = 15 << 20;
     let broker = rig.broker(&["--num-queues", "4"])?;
     let mut ram = TestRam::new(1, 16 << 20)?;
@@ -113,7 +113,7 @@ fn idle(rig: &Rig) -> Result<()> {
         let options = LoadOptions::new(u64::from(index) * BLOCKS / 4, BLOCKS / 4, 64, seed.derive(index));
         broker.explain(ram.load(&front_end, index, 256, options)?.run(2000))?;
     }
-    // Kernel threads that did I/O for it go after some seconds; what is left must not run at all.
+    // Kernel threads that did I/O for the broker end after some seconds. The remaining threads must not run at all.
     let end = Instant::now() + Duration::from_secs(30);
     loop {
         let before = broker.usage()?;
@@ -124,7 +124,7 @@ fn idle(rig: &Rig) -> Result<()> {
         if after.cpu_ns == before.cpu_ns {
             return Ok(());
         }
-        ensure!(Instant::now() < end, "idle for 2 s, it ran {} ns", after.cpu_ns.saturating_sub(before.cpu_ns));
+        ensure!(Instant::now() < end, "the idle broker ran {} ns in 2 s", after.cpu_ns.saturating_sub(before.cpu_ns));
     }
 }
 
@@ -138,7 +138,7 @@ fn balloon(rig: &Rig) -> Result<()> {
     let load = RunningLoad::start(ram.load(&front_end, 1, 128, options)?);
     let region = &ram.ram.regions()[0];
     let data_gpa = driver.data_gpa();
-    // What a balloon does with pages that the guest gave it.
+    // A balloon does this with pages of the guest.
     let discard = || {
         let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
         fallocate(region.file(), flags, data_gpa - region.gpa(), DATA_BYTES.into())
@@ -176,7 +176,7 @@ fn terminated(rig: &Rig) -> Result<()> {
         let status = broker.terminate()?;
         ensure!(status.success(), "round {round}: {status}:\n{}", broker.log());
         ensure!(!rig.socket().exists(), "the socket is still there");
-        ensure!(region.heads(0)?.is_empty(), "it ended with {:?} in flight", region.heads(0)?);
+        ensure!(region.heads(0)?.is_empty(), "the broker ended with {:?} in flight", region.heads(0)?);
         drop(front_end.take());
         broker = rig.broker(&arguments)?;
         let again = FrontEnd::connect(&rig.socket(), &ram.ram, Options::default())?;

@@ -1,4 +1,4 @@
-//! Brokers and front-ends that vanish under load, and come back: nothing is lost, done twice, or torn.
+//! Brokers and front-ends vanish under load and come back. The guest loses, repeats and tears no write.
 
 use std::{path::Path, process::ExitCode, sync::Arc, thread, time::Duration};
 
@@ -42,7 +42,7 @@ fn main() -> ExitCode {
         .into();
     tests.extend([
         test(
-            "a_front_end_that_vanishes_under_load_and_comes_back_loses_nothing",
+            "a_front_end_that_disconnects_under_load_and_reconnects_loses_nothing",
             needs(DiskKind::Ext4Direct.needs()),
             vanishing_front_ends,
         ),
@@ -60,7 +60,7 @@ fn main() -> ExitCode {
     harness::run(tests)
 }
 
-/// Two queues under load, and what a front-end keeps of them across connections.
+/// Two queues under load, and the in-flight region that their front-end keeps across connections.
 struct Loaded {
     ram: Ram,
     loads: Vec<RunningLoad>,
@@ -91,7 +91,7 @@ impl Loaded {
         Ok((Self { ram: ram.ram, loads, vrings, region }, front_end))
     }
 
-    /// What QEMU does when the back-end is back: the region first, then each vring from its used index on.
+    /// Reconnects as QEMU does: sets the in-flight region first, then starts each vring at its used index.
     fn reconnect(&self, socket: &Path) -> Result<FrontEnd> {
         let front_end = FrontEnd::connect(socket, &self.ram, Options::default())?;
         front_end.set_inflight_region(&self.region)?;
@@ -105,7 +105,7 @@ impl Loaded {
         self.loads.iter().any(RunningLoad::has_failed)
     }
 
-    /// Some more requests, up to so many on a load that the generator picks, and then some time.
+    /// Waits for some more requests of a random load, and then for a random time.
     fn wait_a_little(&self, rng: &mut fastrand::Rng) {
         self.loads[rng.usize(..self.loads.len())].wait_for_progress(rng.u64(..400));
         thread::sleep(Duration::from_micros(rng.u64(..2000)));
@@ -164,7 +164,7 @@ fn vanishing_front_ends() -> Result<()> {
     Ok(())
 }
 
-/// A driver whose requests are sent and not waited for.
+/// A driver that sends requests and does not wait for them.
 struct SlowDriver {
     driver: BlkDriver,
     region: InflightRegion,
@@ -193,7 +193,7 @@ fn slow_io() -> Result<()> {
     broker.wait()?;
     drop(front_end);
 
-    // A second request comes while there is no broker. It reads what the first one writes.
+    // The driver sends a second request while no broker runs.
     let vring = slow.driver.vring();
     let (read_header, read_data, read_status) = (256 << 10, 260 << 10, 272 << 10);
     let memory = ram.ram.memory();
@@ -216,14 +216,14 @@ fn slow_io() -> Result<()> {
     let status: u8 = memory.read_obj(GuestAddress(read_status))?;
     ensure!(status == 0, "status {status} of the read");
     ensure!(slow.region.heads(0)?.is_empty(), "in flight: {:?}", slow.region.heads(0)?);
-    ensure!(slow.driver.read(8, 4096)? == written, "the write is lost");
+    ensure!(slow.driver.read(8, 4096)? == written, "the write did not reach the disk");
     ensure!(slow.driver.read(16, 4096)? == vec![StuckDisk::INITIAL_BYTE; 4096], "the write reached too far");
     drop(front_end);
     Ok(())
 }
 
-/// A write that hangs in a thread of the process itself: the process cannot end, and its files stay open, also the socket
-/// that it listens on.
+/// A write hangs in a thread of the process itself. The process cannot end, and its files stay open, even the socket on
+/// which it listens.
 fn hanging_worker() -> Result<()> {
     let disk = StuckDisk::new(StuckKind::File, 4 << 20)?;
     let directory = TempDir::new()?;
@@ -246,7 +246,7 @@ fn hanging_worker() -> Result<()> {
     let new = BrokerProcess::start(&socket, disk.path(), &arguments);
     let served = new.as_ref().map_err(|error| anyhow::anyhow!("{error:#}")).and_then(|_| {
         let front_end = FrontEnd::connect(&socket, &ram.ram, Options::default())?;
-        ensure!(old.is_running()?, "the old broker has ended, and nothing was shown");
+        ensure!(old.is_running()?, "the old broker has ended, so the test shows nothing");
         Ok(front_end)
     });
     disk.thaw()?;
@@ -262,12 +262,12 @@ fn hanging_worker() -> Result<()> {
     }
     ensure!(driver.vring().take_used()?.is_some() && driver.status()? == 0, "status {}", driver.status()?);
     new.explain(driver.read(8, 4096)).and_then(|found| {
-        ensure!(found == written, "the write is lost");
+        ensure!(found == written, "the write did not reach the disk");
         Ok(())
     })
 }
 
-/// While the first broker's write hangs: the protocol in full, and nothing executed.
+/// Checks that the new broker answers all messages and executes nothing while the first broker's write hangs.
 fn answers_and_executes_nothing(socket: &Path, ram: &Ram, slow: &mut SlowDriver) -> Result<FrontEnd> {
     let front_end = FrontEnd::connect(socket, ram, Options::default())?;
     let capacity = u64::from_le_bytes(front_end.connection().config(8)?.try_into().expect("eight bytes"));
@@ -278,12 +278,13 @@ fn answers_and_executes_nothing(socket: &Path, ram: &Ram, slow: &mut SlowDriver)
     let (layout, eventfds) = (vring.layout(), vring.eventfds().clone());
     let base = layout.used_idx(ram)?;
     front_end.start_vring(0, &layout, &eventfds, base)?;
-    // It would not stop before the disk is there: what is recorded as taken must be executed first.
+    // The vring would not stop before the broker has the disk, because the broker must first execute the recorded
+    // requests.
     vring.kick()?;
-    // Long enough for what would execute at once.
+    // Longer than a request takes that the broker executes at once.
     thread::sleep(Duration::from_millis(200));
-    ensure!(vring.used_idx()? == base, "something was executed before the old I/O had ended");
-    ensure!(slow.region.heads(0)? == heads, "something was taken before the old I/O had ended");
+    ensure!(vring.used_idx()? == base, "the broker executed a request before the old I/O had ended");
+    ensure!(slow.region.heads(0)? == heads, "the broker took a request before the old I/O had ended");
     ensure!(front_end.connection().config(8)?.len() == 8);
     Ok(front_end)
 }
@@ -293,6 +294,6 @@ fn both_are_executed(vring: &mut DriverVring) -> Result<()> {
         vring.wait_for_call(Duration::from_secs(30))?;
         ensure!(vring.take_used()?.is_some());
     }
-    ensure!(vring.take_used()?.is_none(), "something was executed twice");
+    ensure!(vring.take_used()?.is_none(), "a request was executed twice");
     Ok(())
 }

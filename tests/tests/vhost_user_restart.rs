@@ -1,4 +1,5 @@
-//! A server that is restarted under a running guest: what the guest was told stays, or nothing is executed for it.
+//! An operator restarts a server under a running guest. The device is as the guest knows it, or the server executes
+//! nothing for the guest.
 
 use std::{fs::File, process::ExitCode};
 
@@ -27,14 +28,14 @@ fn main() -> ExitCode {
         || -> Vec<Need> { broker_process::needs().into_iter().chain(DiskKind::Ext4PageCache.needs()).collect() };
     let named = |name: &str, run: fn() -> Result<()>| test(name, needs(), run);
     harness::run(vec![
-        named("a_restart_with_other_options_executes_nothing_and_says_which_option_differs", other_options),
-        named("a_disk_that_grew_while_the_server_was_down_is_told_and_a_smaller_one_is_refused", other_size),
-        named("an_image_resized_while_no_front_end_is_connected_is_seen_by_the_next_one", resized_between),
-        named("a_write_cache_turned_off_by_one_guest_is_on_for_the_next_front_end", write_cache),
+        named("a_server_restarted_with_other_options_executes_nothing_and_names_the_option", other_options),
+        named("a_restarted_server_reports_a_disk_that_grew_and_refuses_a_smaller_one", other_size),
+        named("the_next_front_end_sees_the_size_of_an_image_resized_without_a_front_end", resized_between),
+        named("the_write_cache_that_one_guest_turned_off_is_on_for_the_next_front_end", write_cache),
     ])
 }
 
-/// A guest with a queue and a front-end that keeps its in-flight region.
+/// A guest with one queue, and the in-flight region that its front-end keeps.
 struct Guest {
     ram: TestRam,
     driver: BlkDriver,
@@ -50,7 +51,7 @@ impl Guest {
         Ok((Self { ram, driver, region }, front_end))
     }
 
-    /// A write that a server is to find when it is there.
+    /// Makes a write available, which the next server finds.
     fn publish_write(&mut self, sector: u64, byte: u8) -> Result<()> {
         let data = self.driver.put_data(&[byte; 512])?;
         let chain = [self.driver.put_header(VIRTIO_BLK_T_OUT, sector)?, data, self.driver.put_status()?];
@@ -59,7 +60,7 @@ impl Guest {
         Ok(())
     }
 
-    /// What QEMU does when the server is back.
+    /// Reconnects as QEMU does.
     fn reconnect(&mut self, rig: &Rig) -> Result<FrontEnd> {
         let front_end = FrontEnd::connect(&rig.socket(), &self.ram.ram, Options::default())?;
         front_end.set_inflight_region(&self.region)?;
@@ -68,7 +69,7 @@ impl Guest {
         Ok(front_end)
     }
 
-    /// A server with these arguments executes nothing for the guest, and says so.
+    /// Checks that a server with these arguments executes nothing for the guest, and says so.
     fn is_refused(&mut self, rig: &Rig, arguments: &[&str], said: &str) -> Result<()> {
         let used_idx = self.driver.vring().used_idx()?;
         let before = std::fs::read(rig.disk().path())?;
@@ -76,7 +77,7 @@ impl Guest {
         for _ in 0..2 {
             ensure!(
                 self.reconnect(rig).is_err(),
-                "{arguments:?}: a guest is served that knows another disk\n{}",
+                "{arguments:?}: the server serves a guest that knows another disk\n{}",
                 broker.log()
             );
         }
@@ -88,14 +89,14 @@ impl Guest {
         Ok(())
     }
 
-    /// The write that was published is executed, and the next request too.
+    /// Checks that the server executes the published write and the next request.
     fn goes_on(&mut self, broker: &BrokerProcess, sector: u64, byte: u8) -> Result<()> {
         let vring = self.driver.vring();
         if vring.used_idx()? == vring.next_used() {
             broker.explain(vring.wait_for_call(std::time::Duration::from_secs(30)))?;
         }
         ensure!(vring.take_used()?.is_some() && self.driver.status()? == 0, "status {}", self.driver.status()?);
-        ensure!(broker.explain(self.driver.read(sector, 512))? == [byte; 512], "the write is lost");
+        ensure!(broker.explain(self.driver.read(sector, 512))? == [byte; 512], "the write did not reach the disk");
         Ok(())
     }
 }
@@ -114,7 +115,7 @@ fn other_options() -> Result<()> {
             other(&["--logical-block-size", "4096"]),
             "logical block: 512 bytes before the restart, 4096 bytes now (--logical-block-size 512)",
         ),
-        // Fewer than the region was made for.
+        // Fewer queues than the in-flight region has.
         (
             vec!["--num-queues", "2", "--serial", "disk-7"],
             "queues in use: 3 before the restart, 2 now (--num-queues 3 or more)",
@@ -128,7 +129,7 @@ fn other_options() -> Result<()> {
     ] {
         guest.is_refused(&rig, &arguments, said)?;
     }
-    // The front-end uses three queues, so a device with three will do. So does one with more of anything.
+    // The front-end uses three queues, so a device with three is enough. A device with more of anything is enough too.
     for (sector, arguments) in [
         (8, ["--num-queues", "3", "--serial", "disk-7", "--queue-size", "256"]),
         (16, ["--num-queues", "8", "--serial", "disk-7", "--queue-size", "512"]),
@@ -158,7 +159,8 @@ fn other_size() -> Result<()> {
     for _ in 0..2 {
         let mut broker = rig.broker(&AS_BEFORE)?;
         let front_end = broker.explain(guest.reconnect(&rig))?;
-        // Until the device runs QEMU would not look, and it must hear of it also if the server was killed before.
+        // QEMU would not look before the device runs. It must also get the new size if the server is killed before it
+        // tells.
         if guest.driver.vring().used_idx()? == guest.driver.vring().next_used() {
             broker.explain(guest.driver.vring().wait_for_call(std::time::Duration::from_secs(30)))?;
         }
@@ -169,7 +171,7 @@ fn other_size() -> Result<()> {
     let front_end = broker.explain(guest.reconnect(&rig))?;
     front_end.connection().tell_u64(vhost::vhost_user::message::FrontendReq::SET_STATUS, 0xf)?;
     let told = front_end.backend().context("a channel")?.receive()?.context("the channel is closed")?;
-    ensure!(told.request == 2, "request {} instead of a change of the configuration", told.request);
+    ensure!(told.request == 2, "the server sends request {} instead of a change of the configuration", told.request);
     let sectors = u64::from_le_bytes(front_end.connection().config(8)?.try_into().expect("eight bytes"));
     ensure!(sectors == DISK_BYTES * 2 / SECTOR_BYTES, "{sectors} sectors");
     guest.goes_on(&broker, 8, 7)
@@ -198,17 +200,17 @@ fn write_cache() -> Result<()> {
     front_end.connection().set_config(WRITEBACK as u32, &[0])?;
     ensure!(!is_on(&front_end)?);
     drop(front_end);
-    // The same guest: its front-end gives the region back.
+    // The same guest reconnects: its front-end gives the region back.
     let front_end = broker.explain(guest.reconnect(&rig))?;
-    ensure!(!is_on(&front_end)?, "the guest had turned the cache off");
+    ensure!(!is_on(&front_end)?, "the cache is on, although the guest turned it off");
     guest.driver.write(0, &[1; 512])?;
     drop(front_end);
     ensure!(!broker.has_logged("the write cache is on"), "{}", broker.log());
 
-    // Another one, without a region.
+    // Another guest connects, without a region.
     let mut ram = TestRam::new(1, 4 << 20)?;
     let front_end = FrontEnd::connect(&rig.socket(), &ram.ram, Options::default())?;
-    ensure!(is_on(&front_end)?, "a guest that did not turn the cache off");
+    ensure!(is_on(&front_end)?, "the cache is off for a guest that did not turn it off");
     let mut driver = ram.driver(&front_end, 0, 4096)?;
     broker.explain(driver.write(0, &[2; 512]))?;
     broker.wait_for_log("the write cache is on: the guest of the previous front-end had turned it off")

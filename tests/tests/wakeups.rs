@@ -1,4 +1,4 @@
-//! An SQ thread that falls asleep: the guest rings the doorbell when the ring says so, and no submission is ever lost.
+//! The SQ thread falls asleep. The guest rings the doorbell when the ring says so, and loses no submission.
 
 use std::{
     process::ExitCode,
@@ -27,15 +27,15 @@ use ringpass_workload::{
 
 const MIB: u64 = 1 << 20;
 const BLOCK_BYTES: u32 = 4096;
-/// What each guest uses of the disk.
+/// The part of the disk that each guest uses.
 const AREA_BYTES: u64 = MIB;
-/// Guests at a time, each with an SQ thread of its own: a thread takes some timer ticks to fall asleep.
+/// The number of guests at a time, each with an SQ thread of its own. A thread takes some timer ticks to fall asleep.
 const GUESTS: u64 = 6;
 const RING: RingConfig = RingConfig { sq_entries: 8, cq_entries: 16 };
-/// The SQ thread's idle time, the shortest there is.
+/// The SQ thread's idle time: the shortest possible.
 const IDLE: Duration = Duration::from_millis(1);
-/// Pauses are half to twice as long: mostly longer than the SQ thread takes to fall asleep (4 to 8 ms with a tick of
-/// 4 ms), and sometimes about as long.
+/// Pauses take from half of this to twice this time: mostly longer than the SQ thread takes to fall asleep (4 to 8 ms
+/// with a tick of 4 ms), and sometimes about as long.
 const PAUSE_NS: u64 = 12_000_000;
 const TIMEOUT_NS: u64 = 10_000_000_000;
 
@@ -46,13 +46,15 @@ fn main() -> ExitCode {
         needs
     };
     harness::run(vec![
-        test("a_submission_to_a_sleeping_sq_thread_is_never_lost", needs(), || never_lost(1, budget(5_000, 100_000))),
+        test("a_guest_never_loses_a_submission_to_a_sleeping_sq_thread", needs(), || {
+            never_lost(1, budget(5_000, 100_000))
+        }),
         test("queues_that_share_an_sq_thread_wake_it_for_each_other", needs(), || never_lost(2, budget(400, 10_000))),
         test("a_guest_that_does_not_ring_loses_a_submission", needs(), a_guest_that_does_not_ring),
     ])
 }
 
-/// Its pauses are of random length.
+/// An environment whose pauses have a random length.
 struct Restless<'a> {
     env: &'a mut ProcessEnv,
     random: fastrand::Rng,
@@ -88,7 +90,7 @@ impl Environment for Restless<'_> {
     }
 }
 
-/// One request at a time, and a pause before each.
+/// A job with one request at a time, and a pause before each.
 fn job(area: u64, buffers_gpa: u64, seed: Seed) -> Job {
     Job {
         area_offset_bytes: area * AREA_BYTES,
@@ -104,7 +106,7 @@ fn job(area: u64, buffers_gpa: u64, seed: Seed) -> Job {
         depth: 1,
         write_percent: 50,
         durable_percent: 0,
-        // Wakes up at once and leaves the processor to the SQ threads.
+        // The guest wakes up at once, and leaves the CPU to the SQ threads meanwhile.
         wait: Wait::Interrupt,
         verify: Verify::On,
     }
@@ -128,7 +130,7 @@ fn guest(disk: &Arc<Disk>, queues: u64) -> Result<(ProcessGuest, Vec<Attached>)>
     Ok((guest, attached))
 }
 
-/// Guests with `queues` queues each submit to SQ threads that sleep, until these have been woken `wakes` times.
+/// Guests with `queues` queues each submit to sleeping SQ threads, until these have been woken `wakes` times.
 fn never_lost(queues: u64, wakes: u64) -> Result<()> {
     let seed = Seed::from_env_or_random();
     let made = TestDisk::new(DiskKind::Ext4PageCache, GUESTS * queues * AREA_BYTES)?;
@@ -171,7 +173,7 @@ fn never_lost(queues: u64, wakes: u64) -> Result<()> {
 /// Works until the SQ thread was woken `wakes` times.
 fn wake(queue: &mut GuestQueue, env: &mut ProcessEnv, job: Job, wakes: u64) -> Result<Report> {
     let mut expected = vec![0; usize::try_from(job.blocks())?];
-    // Filling goes without pauses.
+    // The filling has no pauses.
     let filled = prefill(&Job { pause_ns: 0, ..job }, queue.ring(), env, &mut expected)?;
     ensure!(filled.is_clean(), "filling: {filled}");
     let seed = Seed::fixed(job.seed);
@@ -191,7 +193,7 @@ fn wake(queue: &mut GuestQueue, env: &mut ProcessEnv, job: Job, wakes: u64) -> R
     Ok(total)
 }
 
-/// The same driver, which does not look at whether the SQ thread sleeps.
+/// The same driver, except that it never looks whether the SQ thread sleeps.
 struct Deaf<'a, Q>(&'a mut Q);
 
 impl<Q: BlockQueue> BlockQueue for Deaf<'_, Q> {
@@ -228,7 +230,7 @@ fn a_guest_that_does_not_ring() -> Result<()> {
     let mut expected = vec![0; usize::try_from(job.blocks())?];
     let report = run(&job, &mut Deaf(queue.ring()), &mut env, &mut expected)?;
     ensure!(report.lost == 1 && report.operations() < job.operations, "{report}");
-    // Until it is told, the SQ thread sleeps on; then the request is done after all.
+    // The SQ thread sleeps until the doorbell rings. Then it executes the request.
     ensure!(queue.ring().reap().is_none(), "the SQ thread woke up by itself");
     env.ring_doorbell();
     let done = ringpass_tests::raw_guest::within(Duration::from_secs(10), || queue.ring().reap().is_some());

@@ -1,4 +1,4 @@
-//! What a hostile driver puts into its ring: entries that it may not have, and more of them than it reaps.
+//! What a hostile driver puts into its ring: forbidden entries, and more entries than it reaps completions.
 
 use std::{
     sync::atomic::Ordering,
@@ -25,11 +25,11 @@ const READ_FIXED: u8 = 4;
 const WRITE_FIXED: u8 = 5;
 const FIXED_FILE: u8 = 1;
 
-/// Requests that are never reaped, and how many such rings follow one another.
+/// Reads whose completions the driver never reaps, and how many such rings follow one another.
 const FLOOD: u32 = 20_000;
 const FLOODS: u64 = 3;
 
-/// Each entry that is not a fixed read or write of this disk and this memory is refused by the kernel.
+/// The kernel refuses each entry that is not a fixed read or write of this disk and this memory.
 pub(crate) fn forbidden() -> Result<()> {
     let mut bench = Bench::new(DiskKind::Ext4PageCache, DISK_BYTES, 2, &[])?;
     let mut driver = bench.attached(1)?;
@@ -57,14 +57,14 @@ fn each_forbidden(driver: &mut RingDriver) -> Result<()> {
 
     let mut refused = 0;
     for opcode in (0..=u8::MAX).filter(|opcode| ![READ_FIXED, WRITE_FIXED].contains(opcode)) {
-        // Unknown ones are no operations before they are forbidden ones.
+        // The kernel looks at whether it knows an operation before it looks at the restrictions.
         let sqe = with(&|sqe| sqe.opcode = opcode);
         refused += u32::from(check(&format!("operation {opcode}"), sqe, &[EACCES, EINVAL])? == -EACCES);
     }
     ensure!(refused >= 50, "only {refused} operations are forbidden");
     for flags in (0..=u8::MAX).filter(|&flags| flags != FIXED_FILE) {
         let sqe = with(&|sqe| sqe.flags = flags);
-        // Some make no sense for a read, which the kernel looks at first.
+        // Some flags make no sense for a read, and the kernel checks that first.
         check(&format!("flags {flags:#x}"), sqe, &[EACCES, EINVAL, EOPNOTSUPP])?;
     }
     for fd in [1, 2, 3, 1000, i32::MAX, -1, i32::MIN] {
@@ -88,17 +88,18 @@ fn each_forbidden(driver: &mut RingDriver) -> Result<()> {
     }
     // RWF_APPEND.
     check("a write that appends", with(&|sqe| (sqe.opcode, sqe.rw_flags) = (WRITE_FIXED, 0x10)), &[EFBIG])?;
-    ensure!(driver.read(0, BLOCK_BYTES)? == expected, "the ring is not what it was");
+    ensure!(driver.read(0, BLOCK_BYTES)? == expected, "the ring no longer reads what the disk holds");
     Ok(())
 }
 
-/// Where the memory of a request is for the guest.
+/// The guest-physical address of a request's memory.
 fn driver_gpa(sqe: &Sqe) -> u64 {
     // The offset within the slot: the RAM of the bench is all in the first one.
     sqe.addr % (1 << 30)
 }
 
-/// Nothing is reaped. The ring goes, and with it all that the kernel has kept; another queue and the next ring go on.
+/// The driver reaps nothing. When its ring ends, the kernel frees all completions that it has kept. The other queue and
+/// the next ring work.
 pub(crate) fn never_reaped(submission: &str) -> Result<()> {
     let arguments = ["--submission", submission, "--sq-idle-ms", "2"];
     let mut bench = Bench::new(DiskKind::Ext4PageCache, DISK_BYTES, 3, &arguments)?;
@@ -122,7 +123,7 @@ pub(crate) fn never_reaped(submission: &str) -> Result<()> {
     Ok(())
 }
 
-/// Reads without end: the tail runs on, the head of the CQ stays.
+/// Submits reads without end: the tail of the SQ moves on, the head of the CQ stays.
 fn flood(driver: &mut RingDriver, other: &mut RingDriver) -> Result<()> {
     let layout = *driver.ring_layout().context("no ring is open")?;
     let epoch = driver.epoch().context("no ring is open")?;
@@ -150,7 +151,7 @@ fn flood(driver: &mut RingDriver, other: &mut RingDriver) -> Result<()> {
             other.read(0, 512).context("another queue")?;
         }
     }
-    // A kernel may stop taking more instead.
+    // A kernel may instead stop consuming entries.
     eprintln!("{sent} reads, of which none was reaped");
     ensure!(sent > 2 * SQ_ENTRIES, "the ring took nothing");
     other.read(0, 512).context("another queue").map(drop)

@@ -1,7 +1,8 @@
 //! The hostile guest: what it writes, and where. All of it comes from a seed.
 //!
-//! It has its own half of the disk and its own region of RAM, and keeps to them where nobody could stop it: the honest queue
-//! beside it belongs to the same guest. So none of its values names memory or sectors of that queue.
+//! It has its own half of the disk and its own region of RAM. The honest queue beside it belongs to the same guest, so
+//! the broker would not stop an access to that queue's memory or sectors. Therefore no value of the hostile guest names
+//! them.
 
 use std::ops::Range;
 
@@ -26,7 +27,7 @@ use virtio_bindings::virtio_blk::{VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTI
 use vm_memory::{Bytes, GuestAddress};
 
 const PAGE_BYTES: u64 = 4096;
-/// The part of the disk that it writes to; no write is longer than the region of RAM.
+/// The part of the disk that the hostile guest writes; no write is longer than its region of RAM.
 pub(crate) const DISK_BYTES: u64 = 8 << 20;
 /// Operations (`enum io_uring_op`).
 const READ_FIXED: u8 = 4;
@@ -56,12 +57,12 @@ pub(crate) struct HostileGuest {
     data_gpa: u64,
 }
 
-/// Pages for requests of the interface.
+/// Pages for requests on virtqueues.
 const PLACES: u64 = 16;
 const DATA_BYTES: u64 = 64 << 10;
 
 impl HostileGuest {
-    /// A guest whose region of RAM is this one; `arena` is all of it.
+    /// Makes a guest with this region of RAM. `arena` must be all of that region.
     pub(crate) fn new(
         ram: &Ram,
         region: Range<u64>,
@@ -74,38 +75,38 @@ impl HostileGuest {
         Ok(Self { ram: ram.clone(), region, addressing, rng, places_gpa, data_gpa })
     }
 
-    /// A queue of it.
+    /// Makes a queue of this guest.
     pub(crate) fn queue(&self, index: u16, arena: &mut Arena) -> Result<HostileQueue> {
         let layout = VringLayout::take(arena, QUEUE_SIZE)?;
         let payload = Attachment::take_payload(arena)?;
         Ok(HostileQueue { index, vring: DriverVring::new(&self.ram, layout, false, Eventfds::new()?)?, payload })
     }
 
-    /// The choices that are not its own.
+    /// The generator, for random choices of the test.
     pub(crate) fn rng(&mut self) -> &mut fastrand::Rng {
         &mut self.rng
     }
 
-    /// Empties a queue, as for a new start, and its control page.
+    /// Empties a queue and its control page for a new start.
     pub(crate) fn clear(&self, queue: &mut HostileQueue) -> Result<()> {
         queue.vring.reset()?;
         let control = GuestAddress(queue.payload.control_gpa.get());
         Ok(self.ram.memory().write_slice(&[0; CONTROL_PAGE_BYTES as usize], control)?)
     }
 
-    /// Whether a ring of a queue is announced, that of its first epoch.
+    /// Whether the device announces the ring of the queue's first epoch as open.
     pub(crate) fn has_ring(&self, queue: &HostileQueue) -> Result<bool> {
         let word: u32 = self.ram.memory().read_obj(GuestAddress(queue.payload.control_gpa.get()))?;
         Ok(word == Announcement { epoch: Epoch::NONE.next(), phase: Phase::Open }.to_word())
     }
 
-    /// The index that a front-end would start the queue at, or any.
+    /// The index at which a front-end would start the queue, or a random one.
     pub(crate) fn base(&mut self, queue: &mut HostileQueue) -> Result<u16> {
         let base = if self.rng.u8(..8) == 0 { self.rng.u16(..) } else { queue.vring.used_idx()? };
         Ok(base)
     }
 
-    /// Does one thing that no driver should do, or that a driver does.
+    /// Does one thing, which may be allowed or not.
     pub(crate) fn act(&mut self, queue: &mut HostileQueue) -> Result<()> {
         match self.rng.u8(..20) {
             0..3 => self.scribble_on_control(queue),
@@ -114,7 +115,7 @@ impl HostileGuest {
             9..11 => self.scribble_on_virtqueue(queue),
             11 => self.scribble_anywhere(queue),
             12 => {
-                // Not more than an eventfd takes before it blocks.
+                // Fewer kicks than an eventfd counts before a write blocks.
                 for _ in 0..self.rng.usize(..500) {
                     queue.vring.kick()?;
                 }
@@ -126,7 +127,7 @@ impl HostileGuest {
         }
     }
 
-    /// ARM and ATTACH, of one kind or another.
+    /// Sends ARM and ATTACH: as an honest driver does if `well`, otherwise with random faults.
     pub(crate) fn ask_for_ring(&mut self, queue: &mut HostileQueue, well: bool) -> Result<()> {
         let payload = if well { queue.payload } else { self.any_payload(queue.payload) };
         if well || self.rng.bool() {
@@ -139,15 +140,15 @@ impl HostileGuest {
         self.send(queue, T_ATTACH, &bytes)
     }
 
-    /// A number that means something somewhere; never one that names memory or sectors of the honest queue.
+    /// A number that has a meaning in some field, but never names memory or sectors of the honest queue.
     ///
-    /// Whole words of 64 bits only: as the low half of one, a number of 32 bits could be such a sector. Never 2^64-1: as an
-    /// offset that is the file's own position, which can be anywhere.
+    /// The number fills a word of 64 bits: a number of 32 bits could, as the low half of a word, be such a sector. It
+    /// is never 2^64-1, which as an offset means the file's own position, and that can be anywhere.
     fn value(&mut self) -> u64 {
         let Range { start, end } = self.region;
         match self.rng.u8(..8) {
             0 => 0,
-            // No types of requests that write to the disk.
+            // No request type among them writes to the disk.
             1 => *[2, 3, 4, 5, 6, 8, 9, 10, 16, 255].get(self.rng.usize(..10)).unwrap_or(&0),
             2 => 1 << self.rng.u32(1..64),
             3 => u64::MAX - self.rng.u64(1..4096),
@@ -181,7 +182,7 @@ impl HostileGuest {
                     self.ram.memory().write_obj(self.rng.u32(..2), at)?;
                 }
                 2 => {
-                    // What is announced: found by the next start.
+                    // The announcement, which the device finds when the queue starts again.
                     self.ram.memory().write_obj(self.rng.u32(..40), GuestAddress(control_gpa))?;
                 }
                 _ => self.scribble(control_gpa..control_gpa + 512)?,
@@ -224,14 +225,15 @@ impl HostileGuest {
         queue.vring.kick()
     }
 
-    /// Puts SQEs into the ring and lets the kernel see some of them, or more than there are. Nothing is ever reaped.
+    /// Writes SQEs and moves the tail by a random number, which can be more than there are SQEs. The guest never reaps
+    /// a completion.
     fn submit_anything(&mut self, queue: &HostileQueue) -> Result<()> {
         let area = queue.payload.areas[self.rng.usize(..2)];
         for slot in 0..SQ_ENTRIES {
             let bytes: Vec<u8> = self.any_sqe().to_words().into_iter().flat_map(u64::to_ne_bytes).collect();
             self.ram.memory().write_slice(&bytes, GuestAddress(area.sqes_gpa.get() + u64::from(slot) * 64))?;
         }
-        // Where the device says that the tail is; it may have been scribbled over.
+        // The offset of the tail, from the control page. The guest may have overwritten it.
         let record = GuestAddress(queue.payload.control_gpa.get() + u64::from(RING_OFFSET_BYTES) + 4);
         let offset_bytes: u32 = self.ram.memory().read_obj(record)?;
         let tail = GuestAddress(area.rings_gpa.get() + u64::from((offset_bytes % 1024) & !3));
@@ -243,7 +245,7 @@ impl HostileGuest {
         Ok(())
     }
 
-    /// An SQE with any bytes. It may do everything with its own memory and its own half of the disk.
+    /// A random SQE. It can access the guest's own memory and its half of the disk.
     pub(crate) fn any_sqe(&mut self) -> Sqe {
         let len_bytes = self.rng.u32(1..=128) * 512;
         let is_write = self.rng.bool();
@@ -265,12 +267,12 @@ impl HostileGuest {
             6 => Sqe { flags: self.rng.u8(..), ..good },
             7 => Sqe { fd: *[1, 2, -1, i32::MAX].get(self.rng.usize(..4)).unwrap_or(&1), ..good },
             8 if is_write => Sqe { addr: self.value(), buf_index: self.rng.u16(..64), ..good },
-            // Over the end of the region, or just before it.
+            // Across the end of the region, or just before it.
             8 => {
                 let end = self.addressing.iova_base + self.region.end;
                 Sqe { addr: end + 4096 - self.rng.u64(..16) * 4096, ..good }
             }
-            // Not where the honest queue is; at its own position only to read.
+            // A write never names the honest queue's part of the disk. Only a read uses the file's own position.
             9 if is_write => Sqe { off_bytes: self.rng.u64(1 << 40..u64::MAX), ..good },
             9 => Sqe { off_bytes: u64::MAX, ..good },
             10 => Sqe { ioprio: self.rng.u16(..), personality: self.rng.u16(..), file_index: self.rng.u32(..), ..good },
@@ -292,7 +294,7 @@ impl HostileGuest {
                 6 => payload.areas[self.rng.usize(..2)].rings_gpa = value.into(),
                 7 => payload.areas[self.rng.usize(..2)].sqes_gpa = value.into(),
                 8 => payload.areas[1] = payload.areas[0],
-                // Over one of its virtqueues, perhaps: that is its own harm.
+                // The ring may overlap a virtqueue of this guest, which harms only this guest.
                 _ => {
                     let page = self.rng.u64(self.region.clone()) & !(PAGE_BYTES - 1);
                     payload.areas[self.rng.usize(..2)].rings_gpa = page.into();

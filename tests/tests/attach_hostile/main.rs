@@ -1,4 +1,4 @@
-//! Drivers that ask for rings and mean harm: what they ask for, what they submit, and what they scribble.
+//! Hostile drivers with rings: their requests for rings, their SQEs, and their writes to shared memory.
 
 use std::process::ExitCode;
 
@@ -22,21 +22,21 @@ fn main() -> ExitCode {
     };
     harness::run(vec![
         test(
-            "attachments_with_a_bad_geometry_are_refused_by_field_and_leave_a_virtqueue",
+            "the_broker_refuses_a_bad_geometry_names_the_field_and_serves_a_virtqueue",
             needs(),
             refusals::bad_geometry,
         ),
-        test("memory_that_cannot_be_pinned_leaves_virtqueues", needs(), refusals::other_kinds_of_memory),
-        test("entries_that_are_not_fixed_reads_and_writes_of_the_disk_are_refused", needs(), entries::forbidden),
-        test("completions_that_are_never_reaped_go_with_their_ring_by_sq_thread", needs(), || {
+        test("queues_stay_virtqueues_while_memory_cannot_be_pinned", needs(), refusals::other_kinds_of_memory),
+        test("the_kernel_refuses_entries_that_are_not_fixed_reads_and_writes_of_the_disk", needs(), entries::forbidden),
+        test("the_end_of_a_ring_frees_completions_that_the_driver_never_reaps_by_sq_thread", needs(), || {
             entries::never_reaped("sq-thread")
         }),
-        test("completions_that_are_never_reaped_go_with_their_ring_by_doorbell", needs(), || {
+        test("the_end_of_a_ring_frees_completions_that_the_driver_never_reaps_by_doorbell", needs(), || {
             entries::never_reaped("doorbell")
         }),
-        test("a_guest_that_scribbles_everywhere_harms_itself_only_by_sq_thread", needs(), || {
+        test("a_guest_that_scribbles_everywhere_harms_only_itself_by_sq_thread", needs(), || {
             scribbles::run("sq-thread")
         }),
-        test("a_guest_that_scribbles_everywhere_harms_itself_only_by_doorbell", needs(), || scribbles::run("doorbell")),
+        test("a_guest_that_scribbles_everywhere_harms_only_itself_by_doorbell", needs(), || scribbles::run("doorbell")),
     ])
 }

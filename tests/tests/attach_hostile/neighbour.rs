@@ -1,4 +1,5 @@
-//! What must stay as it is beside a hostile guest: an honest queue on the same device, and memory that was not offered.
+//! What a hostile guest must not change: an honest queue on the same device, and memory that the front-end has not
+//! offered.
 
 use std::{
     fs::File,
@@ -25,26 +26,26 @@ const BLOCK_BYTES: usize = 4096;
 const AREA_OFFSET_BYTES: u64 = 15 * MIB;
 const BLOCKS: u64 = 256;
 
-/// The honest queue's region. High up, so that numbers of the hostile guest do not name it by chance.
+/// The honest queue's region. Its address is so high that random numbers of the hostile guest do not name it.
 const HONEST_GPA: u64 = 0x5_4000_0000;
 const HONEST_BYTES: u64 = 3 * MIB;
-/// Behind what the queue uses.
+/// The end of the honest queue's region, which the queue does not use.
 const UNUSED_BYTES: u64 = MIB;
 /// The hostile guest's region.
 pub(crate) const HOSTILE_GPA: u64 = 1 << 30;
-/// Its length.
+/// The length of the hostile guest's region.
 pub(crate) const HOSTILE_BYTES: u64 = 4 * MIB;
 const GAP_BYTES: u64 = MIB;
 
 /// Guest RAM that is parts of one file, and the rest of that file.
 pub(crate) struct Surroundings {
     file: Arc<File>,
-    /// What must not change: offset in the file, content.
+    /// The parts of the file that must not change: offset and content.
     canaries: Vec<(u64, Vec<u8>)>,
 }
 
 impl Surroundings {
-    /// The RAM: the honest queue's region, and the hostile guest's.
+    /// Makes the RAM: the honest queue's region, then the hostile guest's.
     pub(crate) fn new() -> Result<(Self, TestRam)> {
         let file = File::from(memfd_create("ringpass-test-ram", MemfdFlags::CLOEXEC)?);
         let honest_offset = GAP_BYTES;
@@ -70,7 +71,7 @@ impl Surroundings {
         Ok((Self { file, canaries }, TestRam { ram: Ram::new(regions)?, arenas }))
     }
 
-    /// Looks at what must not have changed.
+    /// Checks that the canaries have not changed.
     pub(crate) fn check(&self) -> Result<()> {
         for (offset_bytes, content) in &self.canaries {
             let mut found = vec![0; content.len()];
@@ -86,7 +87,7 @@ impl Surroundings {
     }
 }
 
-/// The honest queue, with what its blocks hold.
+/// The honest queue, and the version of each of its blocks.
 pub(crate) struct Honest {
     /// Its driver.
     pub(crate) driver: RingDriver,
@@ -97,7 +98,7 @@ pub(crate) struct Honest {
 }
 
 impl Honest {
-    /// Of a disk of zeroes.
+    /// Makes the queue for a disk of zeroes.
     pub(crate) fn new(driver: RingDriver, seed: Seed) -> Self {
         Self {
             driver,
@@ -122,7 +123,7 @@ impl Honest {
         Ok(())
     }
 
-    /// Reads all blocks.
+    /// Reads and checks all blocks.
     pub(crate) fn check_all(&mut self) -> Result<()> {
         (0..BLOCKS).try_for_each(|block| self.check(block))
     }
@@ -135,7 +136,7 @@ impl Honest {
         Ok(())
     }
 
-    /// What it did, for people.
+    /// The number of steps and the longest one, as text.
     pub(crate) fn summary(&self) -> String {
         format!("{} verified steps of the honest queue, the longest took {:?}", self.steps, self.worst)
     }

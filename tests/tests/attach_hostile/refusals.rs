@@ -1,4 +1,4 @@
-//! Attachments that cannot be: each is refused with its reason, and the queue goes on as a virtqueue.
+//! The broker refuses an impossible attachment with a reason, and the queue stays a virtqueue.
 
 use std::sync::Arc;
 
@@ -25,17 +25,17 @@ use virtio_bindings::virtio_blk::VIRTIO_BLK_T_IN;
 const DISK_BYTES: u64 = 16 << 20;
 const GIB: u64 = 1 << 30;
 
-/// A second region, right behind the first one's end for the guest; they are two for the device.
+/// A second region, which begins where the first ends. The guest sees one range of RAM, the device two regions.
 const SECOND_GPA: u64 = 16 << 20;
 const SECOND_BYTES: u64 = 1 << 20;
 
-/// Sends ARM and an ATTACH, and gives how it is refused.
+/// Sends ARM and an ATTACH, and returns how the broker refuses it.
 fn refused(driver: &mut RingDriver, payload: &[u8]) -> Result<Found> {
     driver.send_both(payload)?;
     driver.wait_attach()
 }
 
-/// The queue is served as a virtqueue, by a read into memory that is not the driver's otherwise.
+/// Checks that the broker serves the queue as a virtqueue: a read reaches memory that the driver uses for nothing else.
 fn is_virtqueue(driver: &mut RingDriver, expected: &[u8]) -> Result<()> {
     let buffers = driver.buffers();
     let data = Descriptor::writable(buffers.at(1), 4096);
@@ -69,7 +69,7 @@ pub(crate) fn bad_geometry() -> Result<()> {
         ensure!(found == expected_found, "{what}: {found:?} instead of {expected_found:?} ({code:?})");
         is_virtqueue(&mut driver, &expected).with_context(|| format!("after {what}"))?;
     }
-    // Requests on queues that they are not for, and one behind an ATTACH that is gone.
+    // Requests on the wrong queue, in the wrong order, or without a payload.
     driver.send_attach(&good.to_bytes())?;
     ensure!(driver.wait_attach()? == whole(ErrorCode::Order), "ATTACH without ARM");
     ensure!(bench.first.outcome_of(T_ATTACH, &good.to_bytes())? == whole(ErrorCode::Queue), "ATTACH on queue 0");
@@ -87,12 +87,13 @@ pub(crate) fn bad_geometry() -> Result<()> {
             "request {kind:#x} on a queue that can be attached"
         );
     }
-    // After all that it can be had, and the other ring has not noticed.
+    // After all refusals the queue can have a ring, and the other queue still has its own.
     driver.attach()?;
     ensure!(driver.read(0, 4096)? == expected && other.read(0, 4096)? == expected);
     ensure!(other.epoch() == Some(1) && driver.epoch() == Some(1));
 
-    // While attached: nothing may stand behind ATTACH. The queue stops, its ring ends, and it can be set up again.
+    // While the queue is attached, nothing may stand behind ATTACH. The broker stops the queue and ends its ring, and
+    // the front-end can set the queue up again.
     driver.send_other(T_ATTACH, &good.to_bytes())?;
     bench.broker.wait_for_log("behind ATTACH")?;
     ensure!(bench.front_end.stop_vring(2)? == driver.vring().used_idx()?);
@@ -123,7 +124,7 @@ fn cases(good: &AttachPayload, taken: &AttachPayload) -> Vec<Case> {
     add("a reserved field", Reserved, 2, &|p| p.reserved[2] = 0x8000.into());
     add("an unknown feature", Features, 8, &|p| p.features = (1 << 40).into());
     add("no SQ entries", Entries, 16, &|p| p.sq_entries = 0.into());
-    add("a crooked number of SQ entries", Entries, 16, &|p| p.sq_entries = 33.into());
+    add("a number of SQ entries that is no power of two", Entries, 16, &|p| p.sq_entries = 33.into());
     add("a huge number of SQ entries", Entries, 16, &|p| p.sq_entries = (1 << 31).into());
     add("no CQ entries", Entries, 20, &|p| p.cq_entries = 0.into());
     add("a huge number of CQ entries", Entries, 20, &|p| p.cq_entries = (1 << 31).into());
@@ -132,7 +133,7 @@ fn cases(good: &AttachPayload, taken: &AttachPayload) -> Vec<Case> {
     add("unaligned SQEs", Alignment, 56, &|p| p.areas[1].sqes_gpa = (p.areas[1].sqes_gpa.get() + 64).into());
     add("the last page of all", Range, 24, &|p| p.control_gpa = (u64::MAX - 4095).into());
     add("memory beyond 16 TiB", Range, 32, &|p| p.areas[0].rings_gpa = (16 << 40).into());
-    add("areas that are one", Overlap, 48, &|p| p.areas[1] = p.areas[0]);
+    add("two areas at the same address", Overlap, 48, &|p| p.areas[1] = p.areas[0]);
     add("SQEs over the control page", Overlap, 40, &|p| p.areas[0].sqes_gpa = p.control_gpa);
     add("address 0 behind the last RAM", Memory, 24, &|p| p.control_gpa = end.into());
     add("RAM that is not there", Memory, 48, &|p| p.areas[1].rings_gpa = (3 * GIB).into());
@@ -140,7 +141,7 @@ fn cases(good: &AttachPayload, taken: &AttachPayload) -> Vec<Case> {
     add("rings across the border of two regions", Memory, 32, &|p| {
         p.cq_entries = 256.into();
         p.areas[0].rings_gpa = (SECOND_GPA - 4096).into();
-        // Out of the way of longer rings.
+        // The other area moves, so that longer rings do not overlap it.
         p.areas[1].rings_gpa = (SECOND_GPA + 0x8000).into();
     });
     add("rings across the end of RAM", Memory, 32, &|p| {
@@ -162,9 +163,10 @@ fn cases(good: &AttachPayload, taken: &AttachPayload) -> Vec<Case> {
     cases
 }
 
-/// Memory of a kind that cannot be pinned: all of the device's memory is, so nothing can be attached while it is there.
+/// Memory of a kind that the kernel cannot pin. The broker pins all memory of the device for a ring, so no queue can
+/// attach while this memory is there.
 pub(crate) fn other_kinds_of_memory() -> Result<()> {
-    // Where disks are, which is a file system of its own.
+    // In the directory of the disks, which is a file system of its own.
     let directory = TestDisk::new(DiskKind::Ext4PageCache, DISK_BYTES)?;
     let file = tempfile::tempfile_in(directory.path().parent().context("a directory")?)?;
     file.set_len(1 << 20)?;
@@ -173,7 +175,7 @@ pub(crate) fn other_kinds_of_memory() -> Result<()> {
         (RamRegion::new(20 << 40, 1 << 20)?, "ends above 16 TiB"),
     ];
     for (region, why) in &regions {
-        // What brokers say is limited in its rate: each is told by one of its own.
+        // A broker limits the rate of its messages, so each region has a broker of its own.
         let mut bench = Bench::new(DiskKind::Ext4PageCache, DISK_BYTES, 2, &[])?;
         let mut driver = bench.started(1)?;
         one_kind(&bench, &mut driver, region, why).with_context(|| format!("the region {why}"))?;
@@ -194,11 +196,12 @@ fn one_kind(bench: &Bench, driver: &mut RingDriver, region: &RamRegion, why: &st
     bench.broker.wait_for_log(why)?;
     ensure!(bench.broker.usage()?.pinned_bytes == 0, "something stays pinned");
 
-    // It leaves, and all is well.
+    // The region leaves, and the queue can attach.
     bench.front_end.connection().rem_mem_reg(&region.message(), Some(region.file()))?;
     driver.attach()?;
     ensure!(driver.read(0, 4096)? == zeroes);
-    // It comes while a ring runs. The ring cannot have it, so it ends; and the queue is a virtqueue again.
+    // The region comes while a ring runs. The ring cannot have it, so the ring ends, and the queue is a virtqueue
+    // again.
     bench.front_end.connection().add_mem_reg(&region.message(), region.file())?;
     wait_until("the end of the ring", || {
         if driver.has_attach_ended()? {

@@ -1,4 +1,4 @@
-//! A guest that writes anything anywhere, while its front-end does what front-ends do.
+//! A guest that writes random bytes to all shared memory, while its front-end makes the ordinary changes.
 
 use std::{
     fs,
@@ -32,15 +32,15 @@ use crate::{
 const DISK_BYTES: u64 = 16 << 20;
 /// The longest that a front-end may wait for an answer, on a busy machine: rings end within milliseconds.
 const ANSWER: Duration = Duration::from_secs(10);
-/// What the broker may grow by: nothing, but for what its allocator keeps.
+/// The most by which the broker may grow. Only its allocator may keep something.
 const GROWTH_BYTES: u64 = 8 << 20;
-/// Rounds after which all that there is has been made.
+/// After so many rounds the broker has allocated everything that it ever needs.
 const WARM_UP_ROUNDS: u64 = 5;
 /// The honest queue, and the hostile guest's.
 const HONEST: u16 = 1;
 const HOSTILE: [u16; 3] = [0, 2, 3];
 
-/// The whole stage.
+/// The broker, its front-end, the hostile guest and the honest queue.
 struct Stage {
     rig: Rig,
     broker: BrokerProcess,
@@ -51,11 +51,11 @@ struct Stage {
     honest: Honest,
     worst_answer: Duration,
     canary: Vec<u8>,
-    /// How often a hostile queue was seen with a ring that runs.
+    /// How often the test saw a hostile queue with an open ring.
     opened: u64,
 }
 
-/// Goes on for a while, and says what it did.
+/// Runs rounds for the time of the budget, and prints how many there were.
 pub(crate) fn run(submission: &'static str) -> Result<()> {
     let seed = Seed::from_env_or_random();
     let mut stage = Stage::new(submission, seed)?;
@@ -82,7 +82,7 @@ pub(crate) fn run(submission: &'static str) -> Result<()> {
     Ok(())
 }
 
-/// What the broker has while no hostile queue is started.
+/// The broker's usage while no hostile queue is started.
 #[derive(Debug, Clone, Copy)]
 struct Baseline {
     fds: usize,
@@ -123,7 +123,7 @@ impl Stage {
         Ok(stage)
     }
 
-    /// Some mischief; then everything is looked at, and the hostile queues start again.
+    /// Lets the guest act, checks that nothing outside has changed, and starts the hostile queues again.
     fn round(&mut self, round: u64, baseline: Option<Baseline>) -> Result<()> {
         for number in 0..self.queues.len() {
             self.guest.ask_for_ring(&mut self.queues[number], true)?;
@@ -152,7 +152,7 @@ impl Stage {
         (0..HOSTILE.len()).try_for_each(|number| self.start_clean(number))
     }
 
-    /// Lets the hostile queues have their rings first.
+    /// Waits a moment for the rings of the hostile queues.
     fn await_rings(&mut self) -> Result<()> {
         let end = Instant::now() + Duration::from_millis(50);
         for queue in self.queues.iter().filter(|queue| queue.index != 0) {
@@ -164,7 +164,7 @@ impl Stage {
         Ok(())
     }
 
-    /// Does something that the front-end waits for.
+    /// Runs `work`, for which the front-end waits, and fails if it takes too long.
     fn timed<T>(&mut self, what: &str, work: impl FnOnce(&FrontEnd) -> Result<T>) -> Result<T> {
         let begin = Instant::now();
         let result = work(&self.front_end).with_context(|| what.to_owned())?;
@@ -194,7 +194,7 @@ impl Stage {
         self.timed("starting a queue", |front_end| front_end.start_vring(index, &layout, &eventfds, base))
     }
 
-    /// What front-ends do.
+    /// Makes one of the changes that front-ends make.
     fn change_something(&mut self, number: usize) -> Result<()> {
         let index = self.queues[number].index;
         let eventfds = self.queues[number].vring.eventfds().clone();
@@ -223,7 +223,7 @@ impl Stage {
                 front_end.connection().add_mem_reg(&region.message(), region.file())?;
                 front_end.connection().rem_mem_reg(&region.message(), Some(region.file()))
             }),
-            // Under its own rings.
+            // The rings of the hostile queues are in this region.
             5 => self.timed("removing the hostile region and adding it", |front_end| {
                 let region = front_end.ram().regions()[1].clone();
                 front_end.connection().rem_mem_reg(&region.message(), Some(region.file()))?;
@@ -259,18 +259,18 @@ impl Stage {
         start_again(&self.front_end, self.honest.driver.vring(), HONEST)
     }
 
-    /// What the broker has once the hostile rings are gone.
+    /// The broker's usage once the hostile rings have ended.
     fn settled(&mut self) -> Result<Baseline> {
         self.stop_hostile()?;
         self.honest.step()?;
-        // Files of what was closed are let go a little later.
+        // The broker closes some files a little later.
         thread::sleep(Duration::from_millis(300));
         let usage = self.broker.usage()?;
         (0..HOSTILE.len()).try_for_each(|number| self.start_clean(number))?;
         Ok(Baseline { fds: usage.fds, anonymous_bytes: usage.anonymous_bytes })
     }
 
-    /// The device is as good as new: for the honest queue, and for a driver that has come to its senses.
+    /// Checks that the device works for the honest queue and for a new, honest driver of the hostile queues.
     fn finish(&mut self, baseline: Baseline) -> Result<()> {
         self.stop_hostile()?;
         self.honest.check_all()?;
@@ -280,7 +280,7 @@ impl Stage {
         let length_bytes = self.rig.disk_file()?.metadata()?.len();
         ensure!(length_bytes == DISK_BYTES, "the disk has {length_bytes} bytes");
         ensure!(fs::read(self.rig.directory().join("canary"))? == self.canary, "another file has changed");
-        // All of the hostile region is a new driver's.
+        // The new driver uses all of the hostile region.
         let ram = self.front_end.ram().clone();
         let arenas = vec![ram.regions()[1].arena()];
         let mut ram = TestRam { ram, arenas };

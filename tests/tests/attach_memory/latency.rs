@@ -1,4 +1,4 @@
-//! How long the requests of a ring take while memory comes and goes.
+//! How long the requests of a ring take while the front-end adds and removes memory.
 
 use std::{
     fmt,
@@ -22,14 +22,14 @@ use vm_memory::{Bytes, GuestAddress};
 
 use crate::{BLOCK_BYTES, DISK_BYTES};
 
-/// Memory that comes and goes.
+/// The length of the region that the front-end adds and removes.
 pub(crate) const REGION_BYTES: u64 = 256 << 20;
 
-/// The most that a request may take while it does.
+/// The most that a request may take meanwhile.
 const LATENCY: Duration = Duration::from_millis(10);
 
 pub(crate) fn memory_comes_and_goes(gpa: u64) -> Result<()> {
-    // A thread that polls would take a processor from whoever works here.
+    // An SQ thread would take a CPU from the threads that work here.
     let mut bench = Bench::new(DiskKind::Ext4PageCache, DISK_BYTES, 3, &["--submission", "doorbell"])?;
     let mut running = bench.attached(1)?;
     let mut other = bench.attached(2)?;
@@ -64,7 +64,7 @@ impl fmt::Display for Attempt {
     }
 }
 
-/// A region comes, is used, and leaves, while a ring runs that does not know of it.
+/// Adds a region, lets the ring `other` use it, and removes it, while the ring `running` works in other memory.
 fn one_region(
     bench: &Bench,
     running: &mut RingDriver,
@@ -83,11 +83,11 @@ fn one_region(
         thread::sleep(Duration::from_millis(300));
         Ok(())
     })?;
-    ensure!(reads(other, gpa)? == -EFAULT, "memory is reached that is not there");
+    ensure!(reads(other, gpa)? == -EFAULT, "the ring reaches memory that the front-end has not added");
     let (changing, (reached_after, left_after)) = latencies_while(running, || {
         let begin = Instant::now();
         connection.add_mem_reg(&region.message(), region.file())?;
-        // Not often: each attempt takes processor time from those that work.
+        // The pause is long, because each attempt takes CPU time from the threads that work.
         while reads(other, last_gpa)? == -EFAULT {
             ensure!(begin.elapsed() < PATIENCE, "the region is not reached");
             thread::sleep(Duration::from_millis(5));
@@ -104,7 +104,7 @@ fn one_region(
         let left_after = begin.elapsed();
         for place in [gpa, last_gpa] {
             let res = reads(other, place)?;
-            ensure!(res == -EFAULT, "memory that has left is reached at {place:#x}: {res}");
+            ensure!(res == -EFAULT, "the ring reaches removed memory at {place:#x}: {res}");
         }
         Ok((reached_after, left_after))
     })?;
@@ -112,7 +112,7 @@ fn one_region(
     Ok(Attempt { idle, changing, reached_after, left_after })
 }
 
-/// What requests took.
+/// The latencies of requests.
 struct Latencies {
     median: Duration,
     worst: Duration,
@@ -125,7 +125,7 @@ impl fmt::Display for Latencies {
     }
 }
 
-/// Reads one block at a time, waiting for interrupts, until `meanwhile` is done and some time before and after.
+/// Reads one block at a time and waits for its interrupt: while `meanwhile` runs, and some time before and after.
 fn latencies_while<T>(driver: &mut RingDriver, meanwhile: impl FnOnce() -> Result<T>) -> Result<(Latencies, T)> {
     let is_over = AtomicBool::new(false);
     let around = Duration::from_millis(100);

@@ -1,4 +1,5 @@
-//! Guest RAM comes and goes while rings run: they hardly wait, reach it, and keep nothing of what has left.
+//! The front-end adds and removes guest RAM while rings run. The rings hardly wait, reach the new memory, and keep
+//! nothing of memory that has been removed.
 
 use std::process::ExitCode;
 
@@ -24,35 +25,35 @@ fn main() -> ExitCode {
     };
     let much = || vec![Need::cpus(2), Need::available_memory_bytes(latency::REGION_BYTES + GIB / 2)];
     harness::run(vec![
-        test("a_ring_hardly_waits_while_memory_comes_to_and_leaves_another_slot", needs(much()), || {
+        test("a_ring_hardly_waits_while_memory_is_added_to_and_removed_from_another_slot", needs(much()), || {
             latency::memory_comes_and_goes(4 * GIB)
         }),
-        test("a_ring_hardly_waits_while_memory_comes_to_and_leaves_its_own_slot", needs(much()), || {
+        test("a_ring_hardly_waits_while_memory_is_added_to_and_removed_from_its_own_slot", needs(much()), || {
             latency::memory_comes_and_goes(GIB / 2)
         }),
         test(
-            "a_queue_stops_soon_although_its_guest_is_being_pinned",
+            "a_queue_stops_soon_while_the_broker_pins_the_memory_of_its_guest",
             needs(vec![Need::available_memory_bytes(6 * GIB)]),
             pinning::stop,
         ),
         test(
-            "a_queue_stops_soon_although_a_region_that_came_is_being_pinned",
+            "a_queue_stops_soon_while_the_broker_pins_an_added_region",
             needs(vec![Need::available_memory_bytes(9 * GIB)]),
             pinning::stop_behind_a_region,
         ),
         test(
-            "memory_leaves_soon_although_the_guest_is_being_pinned_for_a_ring",
+            "the_front_end_removes_memory_soon_while_the_broker_pins_for_a_first_ring",
             needs(vec![Need::available_memory_bytes(6 * GIB)]),
             pinning::leave_before_a_ring,
         ),
         test(
-            "memory_leaves_soon_although_a_region_that_came_is_being_pinned_and_the_ring_stays",
+            "the_front_end_removes_memory_soon_while_the_broker_pins_an_added_region_and_the_ring_stays",
             needs(vec![Need::available_memory_bytes(9 * GIB)]),
             pinning::leave_behind_a_region,
         ),
-        test("memory_that_has_left_is_let_go_though_rings_run_on", needs(vec![]), references::let_go),
+        test("the_broker_frees_removed_memory_while_rings_run", needs(vec![]), references::let_go),
         test(
-            "pending_requests_are_answered_in_the_memory_that_the_guest_has_by_then",
+            "the_broker_answers_pending_requests_in_the_memory_that_the_guest_has_by_then",
             needs(vec![]),
             references::answers_move,
         ),

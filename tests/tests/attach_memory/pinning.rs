@@ -1,4 +1,4 @@
-//! Queues stop, and memory leaves, while the broker pins other memory.
+//! The front-end stops queues and removes memory while the broker pins other memory.
 
 use std::{os::unix::fs::MetadataExt, time::Instant};
 
@@ -14,7 +14,8 @@ use ringpass_tests::{
 
 use crate::{BLOCK_BYTES, DISK_BYTES, GIB};
 
-/// The front-end waits for that with its locks held, and pinning takes half a second for each GiB that nobody has touched.
+/// A queue stops while its ATTACH waits for the pin of all memory. QEMU waits for the answer with its locks held, and
+/// the kernel takes half a second to pin a GiB of untouched memory.
 pub(crate) fn stop() -> Result<()> {
     let mut bench = Bench::new(DiskKind::Ext4PageCache, DISK_BYTES, 2, &[])?;
     let region = RamRegion::new(4 * GIB, 12 * GIB)?;
@@ -27,7 +28,7 @@ pub(crate) fn stop() -> Result<()> {
     bench.broker.wait_for_unpinned()
 }
 
-/// Its ring would be made once the region is pinned; the ring of the other queue is there.
+/// A queue stops while its ATTACH waits for the pin of an added region. The other queue has a ring.
 pub(crate) fn stop_behind_a_region() -> Result<()> {
     let mut bench = Bench::new(DiskKind::Ext4PageCache, DISK_BYTES, 3, &[])?;
     let mut driver = bench.started(2)?;
@@ -37,7 +38,7 @@ pub(crate) fn stop_behind_a_region() -> Result<()> {
     bench.front_end.connection().add_mem_reg(&region.message(), region.file())?;
     wait_until("pinning", || Ok(bench.broker.usage()?.pinned_bytes > before + (16 << 20)))?;
     driver.send_both(&driver.payload().to_bytes())?;
-    // ATTACH, which is taken with it, has no answer yet.
+    // The broker takes ATTACH together with ARM, and has not answered ATTACH yet.
     wait_until("ARM is answered", || Ok(driver.vring().used_idx()? == 1))?;
     running.read(0, 512)?;
     stop_before_pinned(&bench, 2, &region)?;
@@ -45,7 +46,8 @@ pub(crate) fn stop_behind_a_region() -> Result<()> {
     bench.broker.wait_for_unpinned()
 }
 
-/// A guest that begins has its memory changed by its firmware and its VMM while a driver attaches.
+/// The front-end removes memory while the broker pins all memory for a first ring. Firmware and VMM of a starting guest
+/// change its memory while a driver attaches.
 pub(crate) fn leave_before_a_ring() -> Result<()> {
     let mut bench = Bench::new(DiskKind::Ext4PageCache, DISK_BYTES, 2, &[])?;
     let (small, large) = (RamRegion::new(2 * GIB, 1 << 20)?, RamRegion::new(4 * GIB, 12 * GIB)?);
@@ -63,7 +65,8 @@ pub(crate) fn leave_before_a_ring() -> Result<()> {
     Ok(())
 }
 
-/// The region that is being pinned is not waited for, and nor is it forgotten.
+/// The front-end removes a region while the broker pins another one. It does not wait for that pin, and the ring still
+/// gets the other region.
 pub(crate) fn leave_behind_a_region() -> Result<()> {
     let mut bench = Bench::new(DiskKind::Ext4PageCache, DISK_BYTES, 2, &[])?;
     let small = RamRegion::new(2 * GIB, 1 << 20)?;
@@ -77,20 +80,20 @@ pub(crate) fn leave_behind_a_region() -> Result<()> {
     leave_before_pinned(&bench, &small, &large)?;
     let result = (|| {
         let mut read = |gpa| driver.perform(driver.sqe_at(false, gpa, BLOCK_BYTES, 0, 5)?);
-        ensure!(read(2 * GIB)? == -EFAULT, "memory that has left is reached");
+        ensure!(read(2 * GIB)? == -EFAULT, "the ring reaches removed memory");
         wait_until(
             "the large region is reached",
             || Ok(read(6 * GIB - u64::from(BLOCK_BYTES))? == BLOCK_BYTES as i32),
         )?;
         bench.front_end.connection().rem_mem_reg(&large.message(), Some(large.file()))?;
-        ensure!(read(4 * GIB)? == -EFAULT, "memory that has left is reached");
+        ensure!(read(4 * GIB)? == -EFAULT, "the ring reaches removed memory");
         ensure!(driver.epoch() == epoch, "the ring ended");
         Ok(())
     })();
     bench.broker.explain(result)
 }
 
-/// Takes a region away, which does not wait until `pinning` is pinned.
+/// Removes a region, and checks that this did not wait until `pinning` was pinned.
 fn leave_before_pinned(bench: &Bench, region: &RamRegion, pinning: &RamRegion) -> Result<()> {
     let begin = Instant::now();
     bench.front_end.connection().rem_mem_reg(&region.message(), Some(region.file()))?;
@@ -98,7 +101,7 @@ fn leave_before_pinned(bench: &Bench, region: &RamRegion, pinning: &RamRegion) -
     ensure_not_pinned(pinning)
 }
 
-/// Stops a queue with a pending ATTACH, which does not wait until `pinning` is pinned.
+/// Stops a queue with a pending ATTACH, and checks that this did not wait until `pinning` was pinned.
 fn stop_before_pinned(bench: &Bench, queue: u16, pinning: &RamRegion) -> Result<()> {
     let begin = Instant::now();
     let base = bench.front_end.stop_vring(queue)?;
@@ -107,11 +110,11 @@ fn stop_before_pinned(bench: &Bench, queue: u16, pinning: &RamRegion) -> Result<
         begin.elapsed(),
         bench.broker.usage()?.pinned_bytes >> 20
     );
-    ensure!(base == 1, "ATTACH is not seen again: {base}");
+    ensure!(base == 1, "the queue stops at {base}, so the device would not see ATTACH again");
     ensure_not_pinned(pinning)
 }
 
-/// A region that was pinned as a whole has all of its pages, also when it is not pinned any more.
+/// Checks that a region was never pinned as a whole: a pin allocates all pages of the file, and they stay.
 fn ensure_not_pinned(region: &RamRegion) -> Result<()> {
     let allocated_bytes = region.file().metadata()?.blocks() * 512;
     let len_bytes = region.len_bytes();

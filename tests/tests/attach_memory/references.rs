@@ -1,4 +1,4 @@
-//! What holds memory that has left: rings, and requests whose answers are still to be written.
+//! References to removed memory: rings, and requests that the broker has not answered.
 
 use std::{fs, thread, time::Duration};
 
@@ -18,7 +18,7 @@ use ringpass_tests::{
 
 use crate::{DISK_BYTES, GIB};
 
-/// A ring that was made while a region was there, and an EVENT and an ATTACH that were taken then, do not hold it.
+/// A ring, an EVENT and an ATTACH that are older than the removal of a region do not keep it.
 pub(crate) fn let_go() -> Result<()> {
     let mut bench = Bench::new(DiskKind::Ext4PageCache, DISK_BYTES, 2, &[])?;
     let region = RamRegion::new(4 * GIB, 24 << 20)?;
@@ -32,7 +32,7 @@ pub(crate) fn let_go() -> Result<()> {
     ensure!(mapping_lengths(bench.broker.pid())?.contains(&region.len_bytes()), "the region is not mapped");
     bench.front_end.connection().rem_mem_reg(&region.message(), Some(region.file()))?;
     let result = (|| {
-        // At the latest now the workers know of it.
+        // After this read the workers know the change.
         driver.read(0, 512)?;
         bench.broker.wait_for_fds(usage.fds - 1)?;
         ensure!(!mapping_lengths(bench.broker.pid())?.contains(&region.len_bytes()), "the region is still mapped");
@@ -45,7 +45,7 @@ pub(crate) fn let_go() -> Result<()> {
     Ok(())
 }
 
-/// How long the mappings of guest RAM in a process are, in bytes.
+/// The lengths of the mappings of guest RAM in a process, in bytes.
 fn mapping_lengths(pid: u32) -> Result<Vec<u64>> {
     let maps = fs::read_to_string(format!("/proc/{pid}/maps"))?;
     let ranges = maps.lines().filter(|line| line.contains("ringpass-test-ram"));
@@ -57,12 +57,13 @@ fn mapping_lengths(pid: u32) -> Result<Vec<u64>> {
     lengths.collect()
 }
 
-/// The RAM of a bench and a region more.
+/// The RAM of a bench and one more region.
 fn ram_with(bench: &Bench, region: &RamRegion) -> Result<Ram> {
     Ram::new(bench.ram.ram.regions().iter().chain([region]).cloned())
 }
 
-/// Requests stay pending for as long as a queue is attached. Meanwhile the memory of their answers may become another.
+/// Requests stay pending for as long as a queue is attached. Meanwhile the front-end may replace the memory of their
+/// answers.
 pub(crate) fn answers_move() -> Result<()> {
     let mut bench = Bench::new(DiskKind::Ext4PageCache, DISK_BYTES, 3, &[])?;
     let gpa = 4 * GIB;
@@ -83,9 +84,9 @@ pub(crate) fn answers_move() -> Result<()> {
     let result = (|| {
         driver.attach()?;
         first.post_event()?;
-        // What there was to tell, and what is to come.
+        // The device first answers with old news; the next EVENT stays pending.
         wait_until("an EVENT that is pending", || {
-            // The ring was announced a moment before this is told.
+            // The device announces the ring a moment before it answers EVENT.
             thread::sleep(Duration::from_millis(20));
             if !first.has_event_ended()? {
                 return Ok(true);

@@ -1,5 +1,6 @@
-//! The programs where something is missing: namespaces, file systems, limits, system calls. Each works there, or ends at once
-//! with a line that says what is missing and what to change; and `ringpass probe` says the same as `ringpass serve` does.
+//! The programs in environments that lack something: file systems, limits, system calls, privileges. Each program works
+//! there, or ends at once with a line that says what is missing and what to change. `ringpass probe` agrees with
+//! `ringpass serve`.
 
 mod place;
 
@@ -15,20 +16,20 @@ use ringpass_tests::{
 
 use place::{Ended, Mode, Place, assert_line};
 
-/// What becomes of a program.
+/// What a program must do.
 #[derive(Clone, Copy, Debug)]
 enum Expected {
     /// It does its work.
     Works,
-    /// It ends with a line that has these parts.
+    /// It ends with one line that has these parts.
     Says(&'static [&'static str]),
-    /// One or the other, as the kernel or the number of CPUs will have it.
+    /// One or the other: that depends on the kernel or on the number of CPUs.
     WorksOrSays(&'static [&'static str]),
 }
 
 use Expected::{Says, Works, WorksOrSays};
 
-/// An environment, and what becomes of the programs there.
+/// An environment, and what each program must do there.
 struct Case {
     name: &'static str,
     words: &'static [&'static str],
@@ -70,9 +71,10 @@ const CASES: [Case; 15] = [
     everywhere("io_uring_enter_refused", &["filter=io_uring_enter:EPERM"], Says(ALLOW)),
     everywhere("io_uring_register_refused", &["filter=io_uring_register:EPERM"], Says(ALLOW)),
     everywhere("io_uring_register_hidden", &["filter=io_uring_register:ENOSYS"], Says(ALLOW)),
-    // Root finds io_uring, and gives its privileges up. The setting is the whole machine's: the kernel's answer is a filter's.
+    // Root may use io_uring until it gives up its privileges. The setting is for the whole machine, so a filter gives
+    // the kernel's answer.
     Case {
-        // It keeps its privileges.
+        // The demo keeps its privileges.
         demo: Says(ALLOW),
         ..everywhere(
             "io_uring_for_a_group_without_a_number",
@@ -95,7 +97,7 @@ fn main() -> ExitCode {
             test(name, needs(), || each_program(case))
         })
         .collect();
-    tests.push(test("the_limits_that_a_refused_server_asks_for_are_enough", needs(), enough));
+    tests.push(test("a_server_works_with_the_limits_that_its_refusal_names", needs(), enough));
     harness::run(tests)
 }
 
@@ -107,13 +109,13 @@ fn each_program(case: &Case) -> Result<()> {
         let ended = place.serve(&environment, mode).with_context(|| format!("serve --mode {}", mode.name()))?;
         ensure!(
             report.has(mode)? == ended.is_none(),
-            "the probe says that {} is {}available, and the server: {ended:?}",
+            "the probe says that {} is {}available, but the server: {ended:?}",
             mode.name(),
             if report.has(mode)? { "" } else { "not " }
         );
         check(ended, expected).with_context(|| format!("serve --mode {}", mode.name()))?;
     }
-    // What a user reads first.
+    // The probe prints the advice first.
     let advice = report.advice()?;
     ensure!(report.has(Mode::Direct)? || !advice.starts_with("direct mode"), "the advice is {advice:?}");
     check(place.demo(&environment)?, case.demo).context("demo")?;
@@ -123,18 +125,18 @@ fn each_program(case: &Case) -> Result<()> {
 fn check(ended: Option<Ended>, expected: Expected) -> Result<()> {
     match (ended, expected) {
         (None, Works | WorksOrSays(_)) => Ok(()),
-        (None, Says(parts)) => anyhow::bail!("it works, and should say {parts:?}"),
-        (Some(ended), Works) => anyhow::bail!("it does not work: {ended:?}"),
+        (None, Says(parts)) => anyhow::bail!("the program works, but it must say {parts:?}"),
+        (Some(ended), Works) => anyhow::bail!("the program does not work: {ended:?}"),
         (Some(ended), Says(parts) | WorksOrSays(parts)) => assert_line(&ended, parts),
     }
 }
 
-/// A server that is given what the refusal of one without it names serves a front-end.
+/// A server refuses and names a limit. A server with that limit serves a front-end.
 fn enough() -> Result<()> {
     let place = Place::new()?;
     for (words, before) in [(&["nofile=10"][..], "LimitNOFILE="), (&["memlock=0", "nobody"], "ulimit -H -l ")] {
         let Some(ended) = place.serve(&place.environment(words)?, Mode::Virtqueue)? else {
-            // Kernels before 6.14 charge nobody for a ring.
+            // Kernels before 6.14 charge no user for a ring.
             continue;
         };
         let number = ended.number_after(before)?;

@@ -1,4 +1,4 @@
-//! A directory with copies of the programs and a disk, and the programs run in an environment.
+//! A directory with copies of the programs and a disk. The tests run the programs there in an environment.
 
 use std::{
     fs::{self, Permissions},
@@ -22,7 +22,7 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 const DISK_BYTES: u64 = 4 << 20;
-/// How soon a program has ended that cannot do its work, or has done it: much longer than on a busy machine.
+/// How long a program may take to end: much longer than it takes on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(60);
 /// A way to serve.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,15 +40,15 @@ impl Mode {
     }
 }
 
-/// What the helper program is to do.
+/// The words that tell the helper program what to remove.
 pub(crate) struct Environment {
     words: Vec<String>,
 }
 
-/// How a program ended that did not do its work.
+/// How a program ended that did not work.
 #[derive(Debug)]
 pub(crate) struct Ended {
-    /// Its status, and on further lines what it said.
+    /// Its status, and what it printed on further lines.
     text: String,
     is_killed: bool,
 }
@@ -62,7 +62,7 @@ impl Ended {
         Self::new(output.status, &String::from_utf8_lossy(&output.stderr))
     }
 
-    /// The number behind a text.
+    /// The number that follows `text`.
     pub(crate) fn number_after(&self, text: &str) -> Result<u64> {
         let (_, rest) = self.text.split_once(text).with_context(|| format!("no {text:?} in {}", self.text))?;
         let digits: String = rest.chars().take_while(char::is_ascii_digit).collect();
@@ -70,7 +70,7 @@ impl Ended {
     }
 }
 
-/// It ended by itself, and one line, with these parts, says why.
+/// Checks that the program ended by itself and printed one line with these parts.
 pub(crate) fn assert_line(ended: &Ended, parts: &[&str]) -> Result<()> {
     ensure!(!ended.is_killed && !ended.text.contains("panicked"), "{ended:?}");
     let lines: Vec<&str> = ended.text.lines().filter(|line| line.starts_with("ringpass")).collect();
@@ -90,7 +90,7 @@ impl Report {
         let name = if mode == Mode::Direct { "direct-guest-ram" } else { "virtqueue" };
         let modes = self.0["modes"].as_array().context("no modes")?;
         let mode = modes.iter().find(|mode| mode["name"] == name).with_context(|| format!("no mode {name}"))?;
-        mode["available"].as_bool().context("not said whether it is available")
+        mode["available"].as_bool().context("the report does not say whether the mode is available")
     }
 
     pub(crate) fn advice(&self) -> Result<&str> {
@@ -136,7 +136,7 @@ impl Place {
         Ok(Environment { words: words.iter().map(|word| word.replace("DIRECTORY", directory)).collect() })
     }
 
-    /// A program of this place in the environment, with nothing of this process's own.
+    /// A program of this place in the environment, without the variables of this process.
     fn command(&self, environment: &Environment, program: &str, arguments: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_in_environment"));
         command.args(&environment.words).arg("--").arg(self.path(program)).args(arguments).current_dir(self.0.path());
@@ -147,7 +147,7 @@ impl Place {
         command
     }
 
-    /// `None`: it serves, and a front-end has written a block and read it again.
+    /// Returns `None` if the server serves: a front-end has written a block and read it.
     pub(crate) fn serve(&self, environment: &Environment, mode: Mode) -> Result<Option<Ended>> {
         let socket = self.path("vhost.sock");
         let socket_text = socket.to_str().context("a path that is text")?;
@@ -157,11 +157,11 @@ impl Place {
         while !broker.has_logged("waiting for a front-end") {
             if !broker.is_running()? {
                 let status = broker.wait()?;
-                ensure!(!status.success(), "it ended without doing anything: {}", broker.log());
-                ensure!(!socket.exists(), "it left its socket");
+                ensure!(!status.success(), "the server ended with success and has not served: {}", broker.log());
+                ensure!(!socket.exists(), "the server has not removed its socket");
                 return Ok(Some(Ended::new(status, &broker.log())));
             }
-            ensure!(Instant::now() < end, "it neither serves nor ends: {}", broker.log());
+            ensure!(Instant::now() < end, "the server neither serves nor ends: {}", broker.log());
             thread::sleep(Duration::from_millis(2));
         }
         broker.explain(write_and_read(&socket))?;
@@ -176,7 +176,7 @@ impl Place {
         Ok(Report(report))
     }
 
-    /// `None`: it has shown something.
+    /// Returns `None` if the demo measured at least one way.
     pub(crate) fn demo(&self, environment: &Environment) -> Result<Option<Ended>> {
         let output = self.run(self.command(
             environment,
@@ -186,7 +186,7 @@ impl Place {
         if output.status.success() {
             return Ok(None);
         }
-        // A demo without any guest ends so, and says of each why.
+        // A demo in which no guest can run ends with this status, and gives the reason for each.
         match serde_json::from_slice::<Value>(&output.stdout) {
             Err(_) => Ok(Some(Ended::of(&output))),
             Ok(report) => {
@@ -197,7 +197,7 @@ impl Place {
         }
     }
 
-    /// `None`: it has read the disk of a server outside of the environment.
+    /// Returns `None` if `ringpass-dd` has read the disk of a server outside of the environment.
     pub(crate) fn dd(&self, environment: &Environment) -> Result<Option<Ended>> {
         let socket = self.path("outside.sock");
         let broker = BrokerProcess::start(&socket, &self.path("disk.img"), &["--mode", "virtqueue"])?;
@@ -213,7 +213,7 @@ impl Place {
         Ok(Some(Ended::of(&output)))
     }
 
-    /// Runs it to its end, which must come.
+    /// Runs a program and fails if it does not end.
     fn run(&self, mut command: Command) -> Result<Output> {
         let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
         let (stdout, stderr) = (child.stdout.take().context("piped")?, child.stderr.take().context("piped")?);
@@ -232,7 +232,7 @@ impl Place {
             if Instant::now() >= end {
                 child.kill()?;
                 child.wait()?;
-                bail!("it does not end: {command:?}");
+                bail!("the program does not end: {command:?}");
             }
             thread::sleep(Duration::from_millis(5));
         };

@@ -1,4 +1,4 @@
-//! Files that are not in the table: descriptors, paths, attributes, pipes.
+//! Operations on files that are not in the ring's table: descriptors, paths, attributes, pipes.
 
 use super::*;
 
@@ -77,7 +77,7 @@ impl Lab {
             Operation::MKDIRAT => self.reads(to_at, |_, addr| Sqe { addr, len: 0o700, ..at })?,
             _ => self.reads(from_at, |_, addr| Sqe { addr, off: to_at, ..at })?,
         };
-        ensure!(fs::symlink_metadata(&to).is_ok(), "nothing new is there");
+        ensure!(fs::symlink_metadata(&to).is_ok(), "the operation made no file");
         Ok(Reach::OTHER_FILES | shown)
     }
 
@@ -109,13 +109,13 @@ impl Lab {
         Ok(shown | if by_path { Reach::OTHER_FILES } else { Reach::empty() })
     }
 
-    /// Data of a descriptor that is in no table, although the SQE has `IOSQE_FIXED_FILE`.
+    /// Shows that splice moves data of a descriptor that is in no table, although the SQE has `IOSQE_FIXED_FILE`.
     pub(super) fn splice(&mut self, operation: Operation) -> Result<Reach> {
         let (mut out_reader, out_writer) = pipe()?;
         let (in_reader, mut in_writer) = pipe()?;
         in_writer.write_all(SECRET)?;
         let from = in_reader.as_raw_fd();
-        // `fd` stays a descriptor here: the ring's table was filled before. What matters is the other one.
+        // `fd` is a descriptor here, because the ring's table was filled before. The other descriptor matters.
         let nowhere = if operation == Operation::SPLICE { u64::MAX } else { 0 };
         let request = Sqe {
             fd: out_writer.as_raw_fd(),
@@ -129,7 +129,8 @@ impl Lab {
         let mut moved = [0; 16];
         out_reader.read_exact(&mut moved)?;
         ensure!(&moved == SECRET);
-        // With the flag, `fd` is a slot, and the source still is not: an open descriptor and a closed one differ.
+        // With the flag, `fd` is a slot, but the source is still a descriptor: an open one and a closed one give
+        // different results.
         let fixed = Sqe { flags: 1, fd: SLOT_SECRET, ..request };
         let closed = self.run(Sqe { file_index: 100_000, ..fixed })?;
         in_writer.write_all(SECRET)?;

@@ -1,5 +1,5 @@
-//! What the table of operations says each can reach is shown on a real ring: a policy that allows one operation, this
-//! process as the ring's owner, and what the operation then does to it.
+//! Shows on a real ring that each operation reaches what the table of operations says. A policy allows one operation,
+//! this process owns the ring, and the test looks at what the operation does to it.
 
 mod files;
 mod memory;
@@ -38,9 +38,9 @@ use tempfile::TempDir;
 const EFAULT: i32 = 14;
 const AT_FDCWD: i32 = -100;
 const AT_FDCWD_WORD: u32 = AT_FDCWD as u32;
-/// Nothing is ever mapped there: the first page.
+/// An address in the first page, where nothing is ever mapped.
 const UNMAPPED: u64 = 8;
-/// Requests that wait, of which there could as well be a million.
+/// The number of requests that wait. There could be a million as well.
 const MANY: usize = 4096;
 const SECRET: &[u8; 16] = b"what guests want";
 /// Longer than any test.
@@ -55,7 +55,7 @@ fn main() -> ExitCode {
                 .off_main_path("kernels differ in their operations")
         })
         .collect();
-    tests.push(test("the_rest_of_the_table_says_why_it_is_not_shown", [], || {
+    tests.push(test("each_other_row_of_the_table_has_a_reason_why_no_test_shows_it", [], || {
         let rest = Operation::named().filter(|&operation| untestable(operation).is_some()).count();
         ensure!(rest == 3, "{rest} operations are not shown");
         Ok(())
@@ -63,7 +63,7 @@ fn main() -> ExitCode {
     harness::run(tests)
 }
 
-/// Why a row is not shown here.
+/// The reason why no test shows this row.
 fn untestable(operation: Operation) -> Option<&'static str> {
     match operation {
         Operation::RECV_ZC => Some("needs a network card with header split"),
@@ -76,12 +76,12 @@ fn untestable(operation: Operation) -> Option<&'static str> {
 
 fn has(operation: Operation) -> Need {
     Need::new(format!("{operation} in the kernel"), move || {
-        ensure!(kernel::support()?.operations.contains(operation), "this kernel has it not");
+        ensure!(kernel::support()?.operations.contains(operation), "this kernel does not have it");
         Ok(())
     })
 }
 
-/// Runs the demonstration on a thread of its own, whose io-wq workers are its own too.
+/// Runs the demonstration on a thread of its own, so that its io-wq workers are its own too.
 fn show(operation: Operation) -> Result<()> {
     let claimed = operation.facts().context("a row")?.reach;
     let shown = thread::spawn(move || -> Result<Reach> {
@@ -92,14 +92,14 @@ fn show(operation: Operation) -> Result<()> {
     .join()
     .map_err(|_| anyhow::anyhow!("the demonstration panicked"))??;
     ensure!(shown.contains(claimed), "not shown: {}", claimed.difference(shown));
-    // Any read or write that would block goes to a worker; how many do is a matter of the file system.
+    // The kernel gives any read or write that would block to a worker. How many do depends on the file system.
     let by_chance = if is_transfer(operation) { Reach::UNBOUNDED_MEMORY } else { Reach::empty() };
     let unsaid = shown.difference(claimed | by_chance);
     ensure!(unsaid.is_empty(), "the table does not say: {unsaid}");
     Ok(())
 }
 
-/// The end to read from, and the end to write to.
+/// A pipe: the end to read from, and the end to write to.
 fn pipe() -> Result<(File, File)> {
     let (reader, writer) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)?;
     Ok((reader.into(), writer.into()))
@@ -110,7 +110,7 @@ fn is_transfer(operation: Operation) -> bool {
     name.starts_with("IORING_OP_READ") || name.starts_with("IORING_OP_WRITE")
 }
 
-/// A ring that allows one operation (and what must come before it), in a process with something to lose.
+/// A ring that allows one operation (and what must come before it), in a process that has a secret.
 struct Lab {
     ring: RestrictedRing,
     directory: TempDir,
@@ -156,7 +156,7 @@ impl Lab {
         Ok((path, text))
     }
 
-    /// The result of one SQE.
+    /// Submits one SQE and returns its result.
     fn run(&mut self, sqe: Sqe) -> Result<i32> {
         // SAFETY: each demonstration names memory that it owns and lets nothing of Rust look at meanwhile, or that is
         // not mapped.
@@ -170,8 +170,8 @@ impl Lab {
         Ok(result)
     }
 
-    /// Whether the operation reads at the address that `make` puts into an SQE: -EFAULT where nothing is mapped, and not
-    /// so at `good`.
+    /// Shows that the operation reads at the address that `make` puts into an SQE: it fails with -EFAULT where nothing
+    /// is mapped, and not at `good`.
     fn reads(&mut self, good: u64, make: impl Fn(Sqe, u64) -> Sqe) -> Result<Reach> {
         let bad = self.run(make(self.sqe(), UNMAPPED))?;
         ensure!(bad == -EFAULT, "an unmapped address gave {bad}");
@@ -180,15 +180,19 @@ impl Lab {
         Ok(Reach::READS_MEMORY)
     }
 
-    /// Whether such SQEs wait in any number.
+    /// Shows that such SQEs can wait in any number.
     fn waits(&mut self, sqe: Sqe) -> Result<Reach> {
-        // SAFETY: as for `run`; what waits never gets to do anything.
+        // SAFETY: as for `run`; a waiting request never accesses memory.
         let results = unsafe { self.ring.submit(&vec![sqe; MANY], 0) }?;
-        ensure!(results.iter().all(Option::is_none), "some did not wait: {:?}", results.iter().flatten().next());
+        ensure!(
+            results.iter().all(Option::is_none),
+            "some requests did not wait: {:?}",
+            results.iter().flatten().next()
+        );
         Ok(Reach::UNBOUNDED_MEMORY)
     }
 
-    /// Whether a worker thread of io-wq has served this thread's requests: they queue for it without limit.
+    /// Whether an io-wq worker has served this thread's requests, which queue for it without limit.
     fn has_worker(&self) -> Result<bool> {
         let name = format!("iou-wrk-{}", rustix::thread::gettid().as_raw_nonzero());
         for task in fs::read_dir("/proc/self/task")? {
@@ -270,9 +274,9 @@ fn is_open(fd: RawFd) -> bool {
     fs::symlink_metadata(format!("/proc/self/fd/{fd}")).is_ok()
 }
 
-/// Takes over a descriptor that an operation has made. None: it is not open.
+/// Takes ownership of a descriptor that an operation has made. Returns `None` if it is not open.
 fn own(fd: RawFd) -> Result<Option<OwnedFd>> {
     ensure!(fd > 2, "descriptor {fd}");
-    // SAFETY: the descriptor is open and was made by an operation of the demonstration, which nobody else knows of.
+    // SAFETY: the descriptor is open, and an operation of the demonstration has made it; no other code owns it.
     Ok(is_open(fd).then(|| unsafe { OwnedFd::from_raw_fd(fd) }))
 }

@@ -1,4 +1,4 @@
-//! Reads and writes, with addresses of the owner, with registered and with provided buffers.
+//! Reads and writes: at addresses of the owner, in registered buffers, and in provided buffers.
 
 use super::*;
 
@@ -30,7 +30,7 @@ impl Lab {
         Ok(address.addr() as u64)
     }
 
-    /// Fixed reads and writes do what they say inside their buffer, and -EFAULT one byte beyond it.
+    /// Shows that fixed reads and writes work inside their buffer, and fail with -EFAULT one byte beyond it.
     pub(super) fn fixed(&mut self) -> Result<Reach> {
         let mut memory = memmap2::MmapMut::map_anon(8192)?;
         let address = self.register_buffer(&mut memory)?;
@@ -88,7 +88,8 @@ impl Lab {
             self.succeed(provide)?;
             return Ok(Reach::WRITES_MEMORY | self.waits(Sqe { fd: empty.as_raw_fd(), ..read })?);
         }
-        // A structure of the kernel for each, 32 000 for one SQE, and as many groups as there are numbers.
+        // The kernel allocates a structure for each buffer. One SQE makes 32 000 of them, and there are as many groups
+        // as numbers.
         for group in 2..18 {
             self.succeed(Sqe { fd: 32_000, len: 1, buf_index: group, addr: 1 << 20, ..provide })?;
         }

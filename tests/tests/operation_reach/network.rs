@@ -1,4 +1,4 @@
-//! Sockets.
+//! Operations on sockets.
 
 use super::*;
 

@@ -31,7 +31,7 @@ impl Lab {
             // EPOLL_CTL_ADD, by descriptors although the flag says slots.
             let add = Sqe { flags: 1, fd: epoll.as_raw_fd(), len: 1, off: reader.as_raw_fd() as u64, ..self.sqe() };
             let reads = self.reads(at, |_, addr| Sqe { addr, ..add })?;
-            ensure!(self.run(Sqe { addr: at, ..add })? == -17, "it is there already");
+            ensure!(self.run(Sqe { addr: at, ..add })? == -17, "the descriptor was not in the epoll set");
             return Ok(Reach::OTHER_FILES | reads);
         }
         rustix::event::epoll::add(
@@ -49,13 +49,13 @@ impl Lab {
         Ok(Reach::WRITES_MEMORY | self.waits(Sqe { fd: quiet.as_raw_fd(), ..wait })?)
     }
 
-    /// Messages to a ring that nobody reaps.
+    /// Shows that messages to another ring need no reader there.
     pub(super) fn other_ring(&mut self) -> Result<Reach> {
         let mut other = io_uring::IoUring::new(4)?;
         let message = Sqe { fd: other.as_raw_fd(), off: 77, len: 5, ..self.sqe() };
         // SAFETY: the operation has no address.
         let results = unsafe { self.ring.submit(&vec![message; MANY], MANY) }?;
-        ensure!(results.iter().all(|&result| result == Some(0)), "they were refused");
+        ensure!(results.iter().all(|&result| result == Some(0)), "the kernel refused messages");
         let cqe = other.completion().next().context("nothing came")?;
         ensure!(cqe.user_data() == 77 && cqe.result() == 5, "{cqe:?}");
         Ok(Reach::OTHER_RINGS | Reach::UNBOUNDED_MEMORY)
@@ -74,7 +74,7 @@ impl Lab {
                 let wait = Sqe { fd: child.0.id() as i32, len: 1, file_index: 4, ..self.sqe() };
                 let waits = self.waits(Sqe { fd: child.0.id() as i32, ..wait })?;
                 child.0.kill()?;
-                // Those that waited are served first; another ring shows the rest.
+                // The kernel serves the waiting requests first, so another ring shows the rest.
                 let mut other = Self::new(operation)?;
                 let mut ended = Command::new("true").stdin(Stdio::null()).spawn()?;
                 let pid = ended.id() as i32;
@@ -140,7 +140,7 @@ impl Sleeper {
 
 impl Drop for Sleeper {
     fn drop(&mut self) {
-        // It may be gone, and someone may have waited for it.
+        // The child may have ended, and an operation may have waited for it.
         let _ = self.0.kill();
         let _ = self.0.wait();
     }

@@ -1,4 +1,4 @@
-//! The child process: the broker with the hostile guest, a second guest, and canaries.
+//! The child process of a run.
 
 use std::{
     env,
@@ -50,7 +50,7 @@ pub(crate) fn main() -> Result<()> {
         cap_file_growth(&disk)?;
     }
 
-    // Something in the other guest's scratch memory.
+    // This read puts data into the other guest's scratch memory.
     let hole = FILLED_HOLES[0].gpa;
     other.request(Direction::Read, hole, 0)?;
 
@@ -83,7 +83,7 @@ pub(crate) fn main() -> Result<()> {
     findings.extend(hostile.damage("RAM of the hostile guest that no request names")?);
     findings.extend(other.damage("RAM of the other guest")?);
     if how.rules == Rules::BuiltIn {
-        // Both guests still have their rings, and the hostile one scratch memory: its own.
+        // Both guests still have their rings, and each has scratch memory of its own.
         hostile.request(Direction::Read, hole, DISK_OFFSET_BYTES)?;
         findings.extend(hostile.damage("RAM of the hostile guest after a read into a hole")?);
         other.request(Direction::Write, hole, u64::from(PAGE_BYTES))?;

@@ -23,8 +23,8 @@ pub(crate) const PAGE_BYTES: u32 = 4096;
 pub(crate) const BUFFER_BYTES: u32 = 8192;
 const RING: RingConfig = RingConfig { sq_entries: 64, cq_entries: 128 };
 
-/// As a PC's: a hole that is filled, a slot without RAM, RAM across the border of two slots with a long hole behind it,
-/// and a last slot with RAM in the middle.
+/// RAM like that of a PC: a filled hole, a slot without RAM, RAM across the border of two slots with a long hole behind
+/// it, and a last slot with RAM in the middle.
 pub(crate) const RAM: [Extent; 5] = [
     extent(0, 640 * KIB),
     extent(MIB, 7 * MIB),
@@ -46,7 +46,7 @@ const fn extent(gpa: u64, len_bytes: u64) -> Extent {
     Extent { gpa, len_bytes }
 }
 
-/// RAM without a page of zeros.
+/// RAM in which no page is all zeros.
 pub(crate) fn filled_ram(seed: u64) -> Result<RamFile> {
     let ram = RamFile::new(&RAM, PageSize::Small)?;
     for (index, region) in (0u64..).zip(&RAM) {
@@ -84,7 +84,7 @@ impl Guest {
         RAM.iter().map(|region| Ok((*region, self.guest.ram().read(region.gpa, region.len_bytes)?))).collect()
     }
 
-    /// Pages with other bytes than before, but for the buffer and the ring.
+    /// The pages that have changed, except those of the buffer and the ring.
     pub(crate) fn damage(&self, what: &str) -> Result<Vec<String>> {
         let may_change = [&[self.buffer], self.queue.areas()].concat();
         let now = self.now()?;
@@ -105,7 +105,7 @@ impl Guest {
         run_hostile(self.queue.ring().ring_mut(), &mut self.env, steps, timeout.as_nanos() as u64)
     }
 
-    /// One page between the disk and guest memory, which must succeed.
+    /// Moves one page between the disk and guest memory, which must succeed.
     pub(crate) fn request(&mut self, direction: Direction, gpa: u64, offset_bytes: u64) -> Result<()> {
         let address = ADDRESSING.resolve(gpa, PAGE_BYTES).context("the address")?;
         let (what, sqe) = match direction {

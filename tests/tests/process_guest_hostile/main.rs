@@ -1,8 +1,9 @@
-//! A hostile process guest runs the script of everything that a guest must not be able to do, and everything around it
-//! stays as it was: other memory and other files of the broker, another guest, and what of the disk is not its own.
+//! A hostile process guest runs the script of everything that a guest must not be able to do. It changes nothing
+//! outside: not other memory and files of the broker, not another guest, and not the parts of the disk that are not its
+//! own.
 //!
-//! Each run is a child process of its own: the limit on the growth of files is for a whole process, and where a policy
-//! is wrong on purpose, the guest really does damage.
+//! Each run has a child process of its own. The limit on the growth of files holds for a whole process, and under a
+//! policy that is wrong on purpose the guest really does damage.
 
 use std::{env, process::ExitCode};
 
@@ -46,9 +47,9 @@ fn main() -> ExitCode {
             }
         }
     }
-    tests.push(test("without_the_fixed_file_rule_the_script_finds_damaged_files", needs(), without_fixed_file));
-    tests.push(test("with_an_operation_too_many_the_script_finds_damaged_memory", needs(), with_plain_read));
-    tests.push(test("without_the_limit_the_script_finds_a_growing_image", needs(), without_limit));
+    tests.push(test("the_script_damages_files_without_the_fixed_file_rule", needs(), without_fixed_file));
+    tests.push(test("the_script_damages_memory_if_the_policy_allows_plain_reads", needs(), with_plain_read));
+    tests.push(test("the_script_grows_the_image_without_the_limit", needs(), without_limit));
     harness::run(tests)
 }
 
@@ -64,7 +65,7 @@ fn strict(how: Run) -> Result<()> {
     if how.access == Access::ReadOnly {
         ensure!(outcome.disk_is_same, "{how:?}: the read-only disk has changed");
     } else {
-        // Or the last comparison would show nothing.
+        // Without this the last comparison would show nothing.
         ensure!(!outcome.disk_is_same, "{how:?}: the guest has written nothing to its own disk");
     }
     Ok(())

@@ -18,19 +18,19 @@ use ringpass_tests::{
     process_guest::Place,
 };
 
-/// Set for the child process; its arguments are [`Run::arguments`].
+/// Set for the child process. Its arguments are three paths and [`Run::arguments`].
 pub(crate) const CHILD_VARIABLE: &str = "RINGPASS_TEST_HOSTILE";
 
 pub(crate) const DISK_BYTES: u64 = 1 << 20;
 
-/// What the guest may do.
+/// The policy of the hostile guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Rules {
     /// The built-in policy.
     BuiltIn,
-    /// Descriptors of the process, too.
+    /// The guest may also use descriptors of the process.
     AnyFile,
-    /// Reads to addresses of the process, too.
+    /// The guest may also read to addresses of the process.
     PlainRead,
 }
 
@@ -92,7 +92,7 @@ impl Run {
         }
     }
 
-    /// For each request. What is lost where a policy is wrong is lost for ever.
+    /// The timeout of each request. Under a wrong policy a request may never complete, so it is short there.
     pub(crate) fn timeout(self) -> Duration {
         if self.rules == Rules::BuiltIn { Duration::from_secs(10) } else { Duration::from_millis(300) }
     }
@@ -106,12 +106,12 @@ impl Run {
     }
 }
 
-/// What came of a run: what the script tried, and everything that is not as it must be.
+/// The result of a run: the number of steps, and all findings.
 #[derive(Debug)]
 pub(crate) struct Outcome {
     pub(crate) steps: u64,
     pub(crate) findings: Vec<String>,
-    /// Whether the part of the image that is the disk is the same.
+    /// Whether the part of the image that is the disk has not changed.
     pub(crate) disk_is_same: bool,
     pub(crate) image_bytes: u64,
 }
@@ -121,7 +121,7 @@ impl Outcome {
         self.findings.iter().any(|finding| finding.starts_with(beginning))
     }
 
-    /// As lines, the first few.
+    /// The first few findings.
     pub(crate) fn text(&self) -> String {
         let shown: Vec<&str> = self.findings.iter().map(String::as_str).take(12).collect();
         format!("{} findings: {}", self.findings.len(), shown.join("; "))
@@ -145,7 +145,7 @@ pub(crate) fn run(run: Run) -> Result<Outcome> {
         .env(CHILD_VARIABLE, "1")
         .stdin(Stdio::null())
         .stdout(Stdio::null())
-        // A file, which a guest that reaches it may spoil.
+        // Standard error is a file, because a guest that reaches it may damage it.
         .stderr(File::create(&errors)?)
         .status()?;
     let errors = fs::read(&errors)?;
@@ -158,7 +158,7 @@ pub(crate) fn run(run: Run) -> Result<Outcome> {
     Ok(Outcome { steps, findings, disk_is_same: read(disk.path())? == disk_before, image_bytes })
 }
 
-/// The content of a disk. What an image has grown is left out: it can be a tebibyte.
+/// The content of a disk, without the part by which the image has grown: that can be a tebibyte.
 fn read(path: &Path) -> Result<Vec<u8>> {
     let mut content = vec![0; DISK_BYTES as usize];
     File::open(path)?.read_exact_at(&mut content, 0)?;

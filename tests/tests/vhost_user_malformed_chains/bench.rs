@@ -28,7 +28,7 @@ pub(crate) const NOWHERE_GPA: u64 = 1 << 40;
 
 const CANARY: u8 = 0xc5;
 
-/// Length of the hostile driver's data, and of the canary behind it.
+/// The length of the hostile driver's data, and of the canary behind it.
 pub(crate) const DATA_BYTES: u32 = 64 << 10;
 
 /// A hostile driver on queue 0, an honest one on queue 1.
@@ -37,9 +37,9 @@ pub(crate) struct Bench {
     front_end: FrontEnd,
     pub(crate) hostile: BlkDriver,
     honest: BlkDriver,
-    /// Signalled when queue 0 stops.
+    /// The device signals this when queue 0 stops.
     pub(crate) error: Event,
-    /// RAM that no chain lets the device write, beside the data of the hostile driver.
+    /// RAM beside the data of the hostile driver. No chain allows the device to write it.
     pub(crate) canary_gpa: u64,
     /// RAM for tables of descriptors.
     pub(crate) table_gpa: u64,
@@ -80,11 +80,11 @@ impl Bench {
     pub(crate) fn check_canaries(&self) -> Result<()> {
         let mut found = vec![0; DATA_BYTES as usize];
         self.ram.ram.memory().read_slice(&mut found, GuestAddress(self.canary_gpa))?;
-        ensure!(found.iter().all(|&byte| byte == CANARY), "the device wrote where no chain lets it");
+        ensure!(found.iter().all(|&byte| byte == CANARY), "the device wrote where no chain allows it");
         Ok(())
     }
 
-    /// The other queue is served.
+    /// Checks that the device serves the other queue.
     pub(crate) fn check_honest(&mut self) -> Result<()> {
         let sector = SECTORS - 8;
         self.honest.write(sector, &[0x42; 4096])?;
@@ -92,7 +92,8 @@ impl Bench {
         Ok(())
     }
 
-    /// Makes what is in the descriptor table available under `head`, and waits until it is used or the queue stops.
+    /// Makes the chain at `head` of the descriptor table available, and waits until the device uses it or stops the
+    /// queue.
     pub(crate) fn send_raw(&mut self, head: u16) -> Result<Outcome> {
         let vring = self.hostile.vring();
         vring.add_head(head)?;
@@ -110,17 +111,17 @@ impl Bench {
             if self.hostile.vring().take_used()?.is_some() {
                 return Ok(Outcome::Answered(self.hostile.status()?));
             }
-            ensure!(Instant::now() < end, "neither an answer nor a stop");
+            ensure!(Instant::now() < end, "the device neither answers nor stops the queue");
             thread::yield_now();
         }
     }
 
-    /// Stops queue 0, in whatever state it is, and starts it empty.
+    /// Stops queue 0 in any state, and starts it empty.
     pub(crate) fn restart(&mut self) -> Result<()> {
         self.front_end.stop_vring(0)?;
         self.error.take()?;
         let vring = self.hostile.vring();
-        // What was not answered is forgotten.
+        // The driver forgets the chains that the device has not answered.
         vring.reset()?;
         let (layout, eventfds) = (vring.layout(), vring.eventfds().clone());
         self.front_end.start_vring(0, &layout, &eventfds, 0)

@@ -35,13 +35,13 @@ pub(crate) fn chains(bench: &mut Bench) -> Result<()> {
             bench.check_canaries().with_context(|| format!("after round {round}"))?;
         }
     }
-    // Both happen often, or the chains were not what they are meant to be.
+    // Both must happen often, or the chains are not as random as they should be.
     ensure!(answered > 100 && stopped > 100, "{answered} answered, {stopped} stopped");
     Ok(())
 }
 
-/// Eight descriptors and eight of an indirect table, each a little wrong now and then. Only the driver's own data may be
-/// written: the canary behind it is only ever readable.
+/// Writes eight descriptors, and eight of an indirect table. Each is sometimes a little wrong. Only the driver's own
+/// data is writable: descriptors of the canary behind it are always readable.
 fn random_table(bench: &mut Bench, rng: &mut fastrand::Rng) -> Result<()> {
     let kinds =
         [VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_WRITE_ZEROES];
@@ -77,7 +77,7 @@ fn random_descriptor(bench: &Bench, rng: &mut fastrand::Rng, index: u16, count: 
     if rng.u8(0..40) == 0 {
         flags ^= F_NEXT;
     }
-    // Never so that the device may write the canary.
+    // No length lets the device write the canary.
     if rng.u8(0..40) == 0 {
         len_bytes = if flags & F_WRITE == 0 { rng.u32(..) } else { rng.u32(0..DATA_BYTES / 2) };
     }

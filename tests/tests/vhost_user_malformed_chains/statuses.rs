@@ -19,7 +19,7 @@ use virtio_bindings::virtio_blk::{
 
 use crate::bench::{Bench, DISK_BYTES, NOWHERE_GPA, REGION_BYTES, SECTORS};
 
-/// What stands between header and status, and the header itself.
+/// A request: its header, the descriptors between header and status, and the expected status.
 struct Case {
     name: &'static str,
     kind: u32,
@@ -34,7 +34,7 @@ pub(crate) fn every_kind(bench: &mut Bench) -> Result<()> {
     let readable = |gpa, len| vec![Descriptor::readable(gpa, len)];
     let writable = |gpa, len| vec![Descriptor::writable(gpa, len)];
     let case = |name, kind, sector, data, status| Case { name, kind, sector, data, status };
-    // Where the ranges of discards and write zeroes are.
+    // The address of the ranges of discards and write zeroes.
     let ranges = bench.table_gpa;
     let ranges_at = |index: u64| ranges + 16 * index;
     let contents = [
@@ -88,7 +88,8 @@ pub(crate) fn every_kind(bench: &mut Bench) -> Result<()> {
     for Case { name, kind, sector, data, status } in cases {
         let answer = bench.hostile.request(kind, sector, &data).with_context(|| name.to_owned())?;
         ensure!(u32::from(answer.status) == status, "{name}: {answer:?} instead of status {status}");
-        // Nothing was written of what failed, and the status counts only behind what was (VIRTIO 1.2, 2.7.8.2).
+        // A failed request has written no data, and the length counts the status only if all bytes before it were
+        // written (VIRTIO 1.2, 2.7.8.2).
         let room_bytes: u64 =
             data.iter().filter(|buffer| buffer.flags & F_WRITE != 0).map(|buffer| u64::from(buffer.len_bytes)).sum();
         let used_bytes = if status == ok || room_bytes == 0 { room_bytes + 1 } else { 0 };
@@ -110,7 +111,8 @@ pub(crate) fn every_kind(bench: &mut Bench) -> Result<()> {
     bench.check_honest()
 }
 
-/// Both errors are refused requests: a limit for all of these let the second one wait for ten seconds.
+/// Both errors are refused requests. With one rate limit for all of them, the log would show the second error only
+/// after ten seconds.
 pub(crate) fn flood() -> Result<()> {
     let rig = Rig::new(DiskKind::Ext4Direct, DISK_BYTES)?;
     let broker = rig.broker(&["--num-queues", "2"])?;
@@ -122,7 +124,7 @@ pub(crate) fn flood() -> Result<()> {
         bench.hostile.request(VIRTIO_BLK_T_IN, SECTORS, &[Descriptor::writable(data, 512)])?;
         broker.wait_for_log("end beyond the capacity of the disk")?;
         let lines = broker.log().lines().filter(|line| line.contains("cannot have")).count();
-        // One in ten seconds.
+        // The broker logs one line in ten seconds.
         ensure!(lines < 20, "{lines} lines for a flood of one error");
         Ok(())
     });

@@ -8,7 +8,7 @@ use crate::bench::{Bench, NOWHERE_GPA, Outcome};
 
 const QUEUE_SIZE: u16 = 128;
 
-/// Writes a chain that cannot be answered, and makes it available.
+/// Writes a chain that the device cannot answer, and makes it available.
 type Stop = fn(&mut Bench) -> Result<()>;
 
 pub(crate) fn every_kind(bench: &mut Bench) -> Result<()> {
@@ -55,7 +55,7 @@ pub(crate) fn every_kind(bench: &mut Bench) -> Result<()> {
     Ok(())
 }
 
-/// Descriptors over the header, with these flags and next descriptors, from index 0 on.
+/// Writes descriptors over the header from index 0 on, each with an offset, flags and a next descriptor.
 fn chain(bench: &mut Bench, descriptors: &[(u64, u16, u16)]) -> Result<()> {
     let gpa = bench.hostile.header_gpa();
     for (index, &(offset, flags, next)) in (0u16..).zip(descriptors) {
@@ -65,7 +65,7 @@ fn chain(bench: &mut Bench, descriptors: &[(u64, u16, u16)]) -> Result<()> {
     head(bench, 0)
 }
 
-/// A header, and what `last` makes of it.
+/// Writes a chain of the header and the descriptor that `last` makes.
 fn table_of(bench: &mut Bench, last: fn(&Bench, u64) -> Descriptor) -> Result<()> {
     let gpa = bench.hostile.header_gpa();
     let status = last(bench, gpa);

@@ -10,10 +10,10 @@ use vm_memory::ByteValued;
 
 use crate::vmm::{CONFIG_BYTES, QUEUES, Vmm, do_io};
 
-/// Cloud Hypervisor v53.0, and v50.0, which asks for the configuration space at offset 0x100:
+/// Cloud Hypervisor v53.0, and v50.0, which reads the configuration space at offset 0x100. The source is
 /// `virtio-devices/src/vhost_user/vu_common_ctrl.rs` (`negotiate_features_vhost_user`, `setup_vhost_user`,
-/// `reset_vhost_user`) and `blk.rs`; `frontend.rs` of the `vhost` crate sets NEED_REPLY on every message from the
-/// negotiation on, also on those that have an answer.
+/// `reset_vhost_user`) and `blk.rs`. `frontend.rs` of the `vhost` crate sets NEED_REPLY on every message from the
+/// negotiation on, also on messages that have an answer.
 pub(crate) fn sequence(vmm: &mut Vmm, ram: &mut TestRam, config_offset_bytes: u32) -> Result<()> {
     use VhostUserProtocolFeatures as Feature;
     vmm.tell(FrontendReq::SET_OWNER, &[], &[])?;
@@ -31,9 +31,9 @@ pub(crate) fn sequence(vmm: &mut Vmm, ram: &mut TestRam, config_offset_bytes: u3
     vmm.ask_capacity(config_offset_bytes, CONFIG_BYTES)?;
 
     let mut inflight: Option<InflightRegion> = None;
-    // A guest that reboots: the firmware's driver, then the kernel's.
+    // A guest that boots: first the firmware's driver, then the kernel's.
     for _ in 0..2 {
-        // LOG_ALL stays negotiated from the start: it has no log before a migration begins.
+        // The back-end offers LOG_ALL from the start, and the VMM sets it only when a migration begins.
         vmm.tell_u64(FrontendReq::SET_FEATURES, vmm.features & !VhostUserVirtioFeatures::LOG_ALL.bits())?;
         vmm.tell_mem_table(ram)?;
         let vrings = vmm.vrings(ram, QUEUES)?;

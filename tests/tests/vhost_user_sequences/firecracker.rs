@@ -12,9 +12,9 @@ use virtio_bindings::{
 use crate::vmm::{CONFIG_BYTES, PROTOCOL_FEATURES, Vmm, do_io};
 
 /// Firecracker at commit 81b38b9dad60 of 2026-08-21 (1.17.0-dev): `src/vmm/src/devices/virtio/vhost_user.rs`
-/// (`negotiate_features`, `setup_backend`) and `block/vhost_user/device.rs`. One queue; of the protocol features only
-/// CONFIG; nothing is acknowledged; the configuration space is asked for before the features are set. It is never stopped:
-/// the VM ends, and the connection with it.
+/// (`negotiate_features`, `setup_backend`) and `block/vhost_user/device.rs`. It has one queue and only the protocol
+/// feature CONFIG, wants no acknowledgements, and reads the configuration space before it sets the features. It never
+/// stops a vring: the VM ends, and the connection with it.
 pub(crate) fn sequence(vmm: &mut Vmm, ram: &mut TestRam) -> Result<()> {
     vmm.tell(FrontendReq::SET_OWNER, &[], &[])?;
     let has = [VIRTIO_F_VERSION_1, VIRTIO_RING_F_EVENT_IDX, VIRTIO_BLK_F_FLUSH];
@@ -31,6 +31,6 @@ pub(crate) fn sequence(vmm: &mut Vmm, ram: &mut TestRam) -> Result<()> {
     vmm.tell_fd(FrontendReq::SET_VRING_KICK, 0, vring.eventfds().kick().as_fd())?;
     vmm.tell_vring(FrontendReq::SET_VRING_ENABLE, 0, 1)?;
     do_io(vec![vring], ram)?;
-    // Its API asks again when the size has changed.
+    // Its API reads the configuration space again when the size has changed.
     vmm.ask_capacity(0, CONFIG_BYTES)
 }

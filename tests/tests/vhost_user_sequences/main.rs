@@ -1,7 +1,8 @@
-//! The message sequences of VMMs that do not run here, and of those that do, replayed message by message.
+//! Replays the message sequences of VMMs message by message, also of those that do not run here.
 //!
-//! Each was read from a named version of the VMM's source. What they differ in is what back-ends get wrong: who wants
-//! acknowledgements of what, the order of a vring's messages, how the configuration space is asked for, and what a stop is.
+//! Each sequence comes from a named version of the VMM's source. The VMMs differ in points that back-ends get wrong:
+//! which messages they want acknowledged, the order of a vring's messages, how they read the configuration space, and
+//! how they stop a vring.
 
 use std::process::ExitCode;
 
@@ -42,7 +43,7 @@ fn main() -> ExitCode {
         .map(|(name, sequence)| {
             let needs = DiskKind::Ext4Direct.needs().into_iter().chain(broker_process::needs());
             let needs: Vec<Need> = needs.collect();
-            test(format!("{name}_is_served_and_comes_back"), needs, move || replay(sequence))
+            test(format!("the_broker_serves_{name}_twice"), needs, move || replay(sequence))
         })
         .collect();
     harness::run(tests)

@@ -16,8 +16,9 @@ use vm_memory::ByteValued;
 use crate::vmm::{CONFIG_BYTES, PROTOCOL_FEATURES, QUEUES, Vmm, do_io, ensure_bases};
 
 /// QEMU 7.2.0: `hw/block/vhost-user-blk.c`, `hw/virtio/vhost.c` (`vhost_dev_start`, `vhost_dev_stop`) and
-/// `hw/virtio/vhost-user.c`. Only ADD_MEM_REG is acknowledged; call and error eventfds come before anything else of a
-/// vring; the configuration space is 57 bytes long in some builds.
+/// `hw/virtio/vhost-user.c`. QEMU wants acknowledgements of changes of memory regions and of SET_BACKEND_REQ_FD only.
+/// It sends call and error eventfds before any other message of a vring. In some builds it reads 57 bytes of the
+/// configuration space.
 pub(crate) fn sequence(vmm: &mut Vmm, ram: &mut TestRam) -> Result<()> {
     use VhostUserProtocolFeatures as Feature;
     let offered = vmm.ask_u64(FrontendReq::GET_FEATURES)?;
@@ -82,7 +83,7 @@ pub(crate) fn sequence(vmm: &mut Vmm, ram: &mut TestRam) -> Result<()> {
             vmm.tell_vring(FrontendReq::SET_VRING_ENABLE, index, 1)?;
         }
         add_status(VIRTIO_CONFIG_S_ACKNOWLEDGE | VIRTIO_CONFIG_S_DRIVER | VIRTIO_CONFIG_S_DRIVER_OK)?;
-        // The guest's interrupts are unmasked, and every queue kicked once with nothing in it.
+        // QEMU unmasks the guest's interrupts, and kicks every queue once while it is empty.
         for (index, vring) in (0u16..).zip(&vrings) {
             vmm.tell_fd(FrontendReq::SET_VRING_CALL, index, vring.eventfds().call().as_fd())?;
             vring.kick()?;

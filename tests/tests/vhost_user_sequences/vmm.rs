@@ -28,10 +28,10 @@ use crate::DISK_BYTES;
 
 pub(crate) const QUEUES: u16 = 2;
 const PATIENCE: Duration = Duration::from_secs(20);
-/// Length of `virtio_blk_config` up to and with `write_zeroes_may_unmap` and its padding.
+/// The length of `virtio_blk_config`, up to and including `write_zeroes_may_unmap` and its padding.
 pub(crate) const CONFIG_BYTES: u32 = 60;
 
-/// Features of the connection itself, that no guest acknowledges.
+/// The feature of the connection itself, which no guest acknowledges.
 pub(crate) const PROTOCOL_FEATURES: u64 = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
 
 /// A VMM's end of the connection.
@@ -51,7 +51,7 @@ impl Vmm {
         if self.always_needs_reply { FLAG_VERSION | FLAG_NEED_REPLY } else { FLAG_VERSION }
     }
 
-    /// A message that is not answered, unless everything is.
+    /// Sends a message that needs no answer. It waits for one if every message needs a reply.
     pub(crate) fn tell(&self, request: FrontendReq, body: &[u8], fds: &[BorrowedFd<'_>]) -> Result<()> {
         if self.always_needs_reply {
             return self.tell_acked(request, body, fds);
@@ -59,7 +59,7 @@ impl Vmm {
         self.wire.send(request as u32, self.flags(), body, fds).with_context(|| format!("{request:?}"))
     }
 
-    /// A message whose acknowledgement is waited for.
+    /// Sends a message and waits for its acknowledgement.
     pub(crate) fn tell_acked(&self, request: FrontendReq, body: &[u8], fds: &[BorrowedFd<'_>]) -> Result<()> {
         self.wire.send(request as u32, FLAG_VERSION | FLAG_NEED_REPLY, body, fds)?;
         let code = u64_of(&self.answer(request)?)?;
@@ -112,7 +112,7 @@ impl Vmm {
         self.tell(FrontendReq::SET_MEM_TABLE, &body, &fds)
     }
 
-    /// The configuration space, and that it has the disk's size where it begins.
+    /// Reads a part of the configuration space.
     pub(crate) fn ask_config(
         &self,
         offset_bytes: u32,
@@ -138,7 +138,7 @@ impl Vmm {
         Ok(u32::from_ne_bytes(answer.body[4..].try_into()?))
     }
 
-    /// Negotiates the virtio features of the connection: those that the VMM has, and the back-end offers.
+    /// Negotiates the virtio features of the connection: those that the VMM has and the back-end offers.
     pub(crate) fn negotiate(&mut self, has: u64) -> Result<()> {
         self.features = self.ask_u64(FrontendReq::GET_FEATURES)? & has;
         ensure!(self.features & bit(VIRTIO_F_VERSION_1) != 0, "features {:#x}", self.features);
@@ -164,7 +164,7 @@ impl Vmm {
     }
 }
 
-/// Writes and reads in each queue, and gives the vrings back.
+/// Writes and reads in each queue, and returns the drivers.
 pub(crate) fn do_io(vrings: Vec<DriverVring>, ram: &mut TestRam) -> Result<Vec<BlkDriver>> {
     let mut drivers = Vec::new();
     for (index, vring) in (0u8..).zip(vrings) {
