@@ -1,31 +1,27 @@
-//! Queues that become rings, and everything that can happen to them while they are.
+//! Attach requests: what they are answered, and the rings that queues become.
 
-use std::sync::Arc;
 use std::time::Duration;
 
 use ringpass_guest_abi::attach::AttachPayload;
-use ringpass_guest_abi::epoch::driver::State;
 use ringpass_guest_abi::probe::{MAGIC, VERSION};
 use ringpass_guest_abi::request::{EVENT_QUEUES, ErrorCode, T_ATTACH, T_EVENT, T_PROBE};
 use ringpass_restrictions::{Access, BuiltIn};
 use ringpass_test_utils::attach::Found;
-use ringpass_test_utils::event::Event;
 use ringpass_test_utils::vring::DriverVring;
-use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+use super::block_driver::BlockDriver;
 use super::driver::{PATIENCE, eventfds, setup, vring, wait_readable, wait_until};
-use super::rig::{BlockDriver, Options, Rig, contents};
+use super::rig::{Options, Rig, contents};
 use super::ring_driver::{
-    FirstQueue, RingDriver, first_queue_driver, index_of, refused, ring_queue_driver, scribble, try_read, whole,
+    FirstQueue, RingDriver, first_queue_driver, index_of, refused, ring_queue_driver, scribble, whole,
 };
-use crate::alone::alone;
 use crate::direct::{DirectConfig, SubmissionConfig};
 use crate::engine::AttachConfig;
 use crate::kernel;
 use crate::memory::{IOVA_BASE, Sharing};
 use crate::ring::{IoWorkers, SqThreadConfig};
-use crate::vhost_user::{Device, DeviceMemory};
+use crate::vhost_user::Device;
 
 pub(super) fn attach_config() -> AttachConfig {
     let support = kernel::support().unwrap();
@@ -47,7 +43,7 @@ pub(super) fn driver_queue(rig: &Rig, index: u16) -> DriverVring {
     vring(&rig.ram, index, rig.options.queue_size)
 }
 
-fn start(rig: &mut Rig, index: u16, queue: &DriverVring, next_avail: u16) {
+pub(super) fn start(rig: &mut Rig, index: u16, queue: &DriverVring, next_avail: u16) {
     rig.engine.start_queue(index, setup(queue, next_avail, None), eventfds(queue));
     rig.engine.set_enabled(index, true);
 }
@@ -128,56 +124,6 @@ fn completions_interrupt_the_driver_also_through_another_eventfd() {
     // A queue that polls.
     rig.engine.set_call(1, None);
     driver.read(0, 4096).unwrap();
-}
-
-#[test]
-fn a_stopped_queue_is_attached_again_by_the_next_device_process() {
-    let mut rig = rig(2, 2);
-    let mut driver = attached(&mut rig, 1);
-    for round in 1..6 {
-        verify(&rig, &mut driver, round);
-        let base = rig.engine.stop_queue(1).unwrap();
-        assert_eq!(base, 1, "ARM was used, ATTACH is to be seen again");
-        assert_eq!(driver.vring().used_idx().unwrap(), base);
-        start(&mut rig, 1, driver.vring(), base);
-        wait_until("the end of the epoch", || {
-            driver.look().unwrap();
-            !matches!(driver.state(), State::Running { .. })
-        });
-        driver.wait_open().unwrap();
-        assert_eq!(driver.epoch(), Some(round as u32 + 1));
-    }
-}
-
-#[test]
-fn the_first_queue_that_stops_ends_the_rings_of_all() {
-    let mut rig = rig(3, 1);
-    let _first = first_queue(&mut rig);
-    let mut drivers = [attached(&mut rig, 1), attached(&mut rig, 2)];
-    rig.engine.stop_queue(0);
-    for driver in &mut drivers {
-        wait_until("the end of the epoch", || {
-            driver.look().unwrap();
-            driver.epoch() != Some(1)
-        });
-    }
-    assert_eq!(rig.engine.stop_queue(1), Some(1));
-    assert_eq!(rig.engine.stop_queue(2), Some(1));
-}
-
-#[test]
-fn requests_under_way_at_a_stop_are_completed_or_submitted_again() {
-    let mut rig = rig(2, 1);
-    let mut driver = attached(&mut rig, 1);
-    for round in 0..10_u64 {
-        let data = contents(100 + round, 0, 8);
-        driver.submit_write(0, &data, 7).unwrap();
-        let base = rig.engine.stop_queue(1).unwrap();
-        start(&mut rig, 1, driver.vring(), base);
-        assert_eq!(driver.wait(7).unwrap(), 4096);
-        assert_eq!(rig.on_disk(0, 4096), data);
-        driver.wait_open().unwrap();
-    }
 }
 
 #[test]
@@ -278,93 +224,6 @@ fn something_behind_attach_stops_the_queue_until_it_is_set_up_again() {
 }
 
 #[test]
-fn a_log_ends_rings_before_it_is_in_force_and_they_come_back_after_it() {
-    let mut rig = rig(2, 1);
-    let mut first = first_queue(&mut rig);
-    let mut driver = attached(&mut rig, 1);
-    verify(&rig, &mut driver, 1);
-    first.post_event().unwrap();
-    first.wait_event().unwrap();
-    let log = rig.dirty_log();
-    rig.engine.set_dirty_log(Some(log));
-    assert!(driver.has_attach_ended().unwrap(), "no ring is left when this returns");
-    assert_eq!(driver.wait_attach().unwrap(), whole(ErrorCode::Mode));
-    let payload = driver.payload().to_bytes();
-    assert_eq!(refused(&mut driver, &payload), whole(ErrorCode::Mode));
-    first.post_event().unwrap();
-    assert_eq!(first.wait_event().unwrap(), EVENT_QUEUES, "the end of the ring");
-    first.post_event().unwrap();
-    rig.engine.set_dirty_log(None);
-    assert_eq!(first.wait_event().unwrap(), EVENT_QUEUES, "rings may be asked for again");
-    driver.attach().unwrap();
-    verify(&rig, &mut driver, 2);
-}
-
-/// Has the device map all memory anew: the ring that is attached ends, and another opens over the new mapping.
-fn change_mapping(rig: &mut Rig, driver: &mut RingDriver, memory: &Arc<DeviceMemory>) {
-    rig.engine.set_memory(memory.clone());
-    wait_until("a ring over the new mapping", || {
-        driver.look().unwrap();
-        driver.epoch() == Some(2)
-    });
-}
-
-/// Memory without one of its two regions.
-pub(super) fn without(memory: &DeviceMemory, region: usize) -> Arc<DeviceMemory> {
-    let region = memory.iter().nth(region).unwrap();
-    Arc::new(memory.remove_region(region.start_addr(), region.len()).unwrap().0)
-}
-
-#[test]
-fn a_region_can_leave_and_come_back_under_a_ring_that_does_not_use_it() {
-    let mut rig = rig(2, 1);
-    // Control page and areas are in the second region: without the first one the virtqueue is held, and the ring runs on.
-    let mut driver = attached(&mut rig, 1);
-    let whole_memory = rig.device_memory();
-    change_mapping(&mut rig, &mut driver, &whole_memory);
-    rig.engine.set_memory(without(&whole_memory, 0));
-    verify(&rig, &mut driver, 1);
-    assert_eq!(try_read(&mut driver, 0), -nix::libc::EFAULT, "memory that has left is not reached");
-    rig.engine.set_memory(whole_memory);
-    wait_until("the memory that came back", || try_read(&mut driver, 0) == 512);
-    // Tests that share a process with others see what those have pinned: then the ring ends, and another one comes.
-    if std::env::var_os("NEXTEST").is_some() {
-        assert_eq!(driver.epoch(), Some(2));
-    }
-}
-
-#[test]
-fn a_ring_whose_own_memory_leaves_ends_and_the_queue_is_a_virtqueue() {
-    let mut rig = rig(2, 1);
-    let mut driver = attached(&mut rig, 1);
-    let whole_memory = rig.device_memory();
-    change_mapping(&mut rig, &mut driver, &whole_memory);
-    let word = driver.announced();
-    rig.engine.set_memory(without(&whole_memory, 1));
-    assert!(driver.has_attach_ended().unwrap(), "the ring has ended when this returns, and the driver was not asked");
-    assert_eq!(driver.announced(), word, "memory that has left is not written to");
-    let is_untouched = driver.is_attach_answer_untouched().unwrap();
-    assert!(is_untouched, "nor is the place of the answer, which has left, too");
-    assert_eq!(rig.engine.control().rings().unwrap().queues[1].state, None, "it is not attached");
-}
-
-#[test]
-fn a_front_end_that_vanishes_and_comes_back_finds_its_attachment() {
-    let mut rig = rig(2, 1);
-    let mut driver = attached(&mut rig, 1);
-    for round in 1..5 {
-        driver.submit_write(0, &contents(round, 0, 8), round).unwrap();
-        rig.engine.abandon();
-        rig.engine.set_memory(rig.device_memory());
-        let used_idx = driver.vring().used_idx().unwrap();
-        start(&mut rig, 1, driver.vring(), used_idx);
-        assert_eq!(driver.wait(round).unwrap(), 4096);
-        driver.wait_open().unwrap();
-    }
-    rig.engine.reset();
-}
-
-#[test]
 fn what_a_ring_does_is_counted_from_its_own_words() {
     let mut rig = rig(2, 1);
     let mut driver = attached(&mut rig, 1);
@@ -401,115 +260,4 @@ fn a_driver_that_scribbles_on_its_control_page_harms_itself_only() {
     }
     assert_eq!(rig.engine.stop_queue(2), Some(1));
     verify(&rig, &mut good, 7);
-}
-
-#[test]
-fn a_queue_that_is_disabled_has_no_ring_until_it_is_enabled_again() {
-    let mut rig = rig(2, 1);
-    let mut driver = attached(&mut rig, 1);
-    for round in 1..4 {
-        verify(&rig, &mut driver, round);
-        rig.engine.set_enabled(1, false);
-        // Acknowledged, but nothing may be executed.
-        wait_until("the end of the epoch", || {
-            driver.look().unwrap();
-            matches!(driver.state(), State::Idle { .. })
-        });
-        std::thread::sleep(Duration::from_millis(20));
-        driver.look().unwrap();
-        assert!(matches!(driver.state(), State::Idle { .. }));
-        if round == 3 {
-            assert_eq!(rig.engine.stop_queue(1), Some(1), "a ring that is not begun holds up nothing");
-        } else {
-            rig.engine.set_enabled(1, true);
-            driver.wait_open().unwrap();
-        }
-    }
-}
-
-#[test]
-fn used_rings_that_have_left_are_not_written_to_and_what_was_pending_is_answered_when_they_are_back() {
-    let mut rig = rig(2, 1);
-    let mut first = first_queue(&mut rig);
-    let mut driver = attached(&mut rig, 1);
-    let whole_memory = rig.device_memory();
-    change_mapping(&mut rig, &mut driver, &whole_memory);
-    // Take what has been told until now, and have an EVENT pending.
-    first.post_event().unwrap();
-    first.wait_event().unwrap();
-    first.post_event().unwrap();
-    first.probe().unwrap();
-    assert!(first.pending_event().is_some());
-    // Both virtqueues are in the first region.
-    rig.engine.set_memory(without(&whole_memory, 0));
-    let before = (first.vring().used_idx().unwrap(), driver.vring().used_idx().unwrap());
-    // The ring ends, and there is something to tell.
-    let log = rig.dirty_log();
-    rig.engine.set_dirty_log(Some(log));
-    rig.engine.set_dirty_log(None);
-    std::thread::sleep(Duration::from_millis(100));
-    assert_eq!(
-        (first.vring().used_idx().unwrap(), driver.vring().used_idx().unwrap()),
-        before,
-        "memory that has left is written to"
-    );
-    rig.engine.set_memory(whole_memory);
-    assert_eq!(first.wait_event().unwrap(), EVENT_QUEUES);
-    wait_until("ATTACH, which is seen again", || {
-        driver.look().unwrap();
-        driver.epoch() == Some(3)
-    });
-    verify(&rig, &mut driver, 1);
-}
-
-#[test]
-fn a_queue_whose_used_ring_has_left_stops_without_writing_to_it() {
-    let mut rig = rig(2, 1);
-    let mut first = first_queue(&mut rig);
-    let whole_memory = rig.device_memory();
-    rig.engine.set_memory(whole_memory.clone());
-    first.post_event().unwrap();
-    first.probe().unwrap();
-    assert!(first.pending_event().is_some());
-    rig.engine.set_memory(without(&whole_memory, 0));
-    let before = first.vring().used_idx().unwrap();
-    rig.engine.stop_queue(0);
-    assert_eq!(first.vring().used_idx().unwrap(), before);
-}
-
-#[test]
-fn what_was_said_with_a_kick_eventfd_that_is_replaced_is_heard() {
-    let mut rig = rig(2, 1);
-    let mut driver = attached(&mut rig, 1);
-    for _ in 0..50 {
-        // The SQ thread sleeps.
-        std::thread::sleep(Duration::from_millis(12));
-        let new = Event::new().unwrap();
-        driver.submit_write(0, &contents(1, 0, 8), 9).unwrap();
-        rig.engine.set_kick(1, Some(new.to_eventfd().unwrap()));
-        driver.vring().eventfds().set_kick(new);
-        assert_eq!(driver.wait(9).unwrap(), 4096);
-    }
-    rig.engine.set_kick(1, None);
-    wait_until("the end of a ring of which no eventfd tells", || driver.has_attach_ended().unwrap());
-    assert_eq!(driver.wait_attach().unwrap(), whole(ErrorCode::Mode));
-}
-
-#[test]
-fn an_engine_that_is_dropped_with_a_ring_leaves_no_thread_behind() {
-    alone("engine::tests::attach::an_engine_that_is_dropped_with_a_ring_leaves_no_thread_behind", || {
-        let names = || -> Vec<String> {
-            let tasks = std::fs::read_dir("/proc/self/task").unwrap().map(Result::unwrap);
-            // A thread that ends meanwhile has no name.
-            tasks.filter_map(|task| std::fs::read_to_string(task.path().join("comm")).ok()).collect()
-        };
-        let own = ["worker-", "ring-builder"];
-        let has = |own: &str| names().iter().any(|name| name.starts_with(own));
-        let mut rig = rig(2, 1);
-        let driver = attached(&mut rig, 1);
-        assert!(own.into_iter().all(has), "another name? {:?}", names());
-        drop(rig);
-        drop(driver);
-        wait_until("the end of the threads", || !own.into_iter().chain(["ringpass-", "writer-", "iou-"]).any(has));
-    });
 }

@@ -6,9 +6,10 @@ use std::time::Instant;
 use ringpass_guest_abi::attach::{AreaAddress, AttachPayload, Geometry};
 use ringpass_guest_abi::epoch::Epoch;
 
-use super::attach::{attach_config, without};
+use super::attach::attach_config;
 use super::driver::{PATIENCE, wait_until};
 use super::rig::{Options, Rig};
+use super::ring_memory::without;
 use crate::alone::alone;
 use crate::engine::attach::{
     AttachEvent, AttachmentId, BuildRequest, BuilderCommand, BuilderSender, Built, CancellationToken, RingKind,

@@ -11,8 +11,9 @@ use ringpass_test_utils::ram::Ram;
 use rustix::event::EventfdFlags;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use super::block_driver::BlockDriver;
 use super::driver::{PATIENCE, device_memory, wait_readable, wait_until};
-use super::rig::{BlockDriver, Options, RAM_BYTES, Rig, SPARE_GPA, content, contents};
+use super::rig::{Options, RAM_BYTES, Rig, SPARE_GPA, content, contents};
 use crate::engine::command::Command;
 use crate::vhost_user::Device;
 use crate::virtio_blk::GuestError;

@@ -4,7 +4,8 @@ use ringpass_guest_abi::probe::ProbeAnswer;
 use ringpass_guest_abi::request::{EventAnswer, Outcome, T_DETACH, T_EVENT, T_PROBE};
 
 use super::attach::{first_queue, rig};
-use super::rig::{DISK_BYTES, Options, Outcome as BlkOutcome, Rig, SECTOR, contents};
+use super::block_driver::Outcome as BlkOutcome;
+use super::rig::{DISK_BYTES, Options, Rig, SECTOR, contents};
 use super::ring_driver::FirstQueue;
 use crate::disk::DirectIo;
 use crate::vhost_user::Device;

@@ -1,6 +1,7 @@
 //! Tests that drive an engine through rings in memory, as a guest would.
 
 mod attach;
+mod block_driver;
 mod builder;
 mod discards;
 mod disk;
@@ -14,4 +15,6 @@ mod poll_iterations;
 mod requests;
 mod rig;
 mod ring_driver;
+mod ring_ends;
+mod ring_memory;
 mod writer;

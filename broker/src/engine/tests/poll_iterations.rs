@@ -6,8 +6,9 @@ use std::time::Duration;
 
 use nix::libc;
 
+use super::block_driver::BlockDriver;
 use super::driver::{wait_readable, wait_until};
-use super::rig::{BlockDriver, Options, Rig, SECTOR, config, contents};
+use super::rig::{Options, Rig, SECTOR, config, contents};
 use crate::engine::Shared;
 use crate::engine::attach::Attach;
 use crate::engine::command::{Command, CommandReceiver, CommandSender, DiskRelease, WorkerSenders, command_channel};

@@ -3,7 +3,8 @@
 use std::collections::HashMap;
 use std::time::Duration;
 
-use super::rig::{BlockDriver, DISK_BYTES, Options, Rig, SECTOR, SPARE_GPA, content, contents};
+use super::block_driver::BlockDriver;
+use super::rig::{DISK_BYTES, Options, Rig, SECTOR, SPARE_GPA, content, contents};
 use crate::disk::DirectIo;
 use crate::vhost_user::Device;
 

@@ -4,17 +4,14 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
 use rustix::fs::{MemfdFlags, SealFlags};
 
-use super::driver::{Driver, inflight_queue};
-use crate::virtqueue::crash::live_for;
+use super::driver::inflight_queue;
 use crate::virtqueue::inflight::InflightQueue;
 use crate::virtqueue::recovery::{Recovered, recover};
-use crate::virtqueue::{
-    DEVICE_RECORD_MAX_BYTES, InflightRegion, PoppedChain, QueueError, QueueSetup, SplitQueue, UnrecordedChain,
-};
+use crate::virtqueue::{InflightRegion, QueueError};
 
-const RECORD_AREA_BYTES: u64 = 576;
+pub(super) const RECORD_AREA_BYTES: u64 = 576;
 
-fn memfd(size_bytes: u64) -> OwnedFd {
+pub(super) fn memfd(size_bytes: u64) -> OwnedFd {
     let fd = rustix::fs::memfd_create("region", MemfdFlags::CLOEXEC).expect("a memfd");
     rustix::fs::ftruncate(&fd, size_bytes).expect("memory");
     fd
@@ -83,7 +80,7 @@ fn bad_regions_are_refused() {
 }
 
 /// A region as another process left it.
-fn left(size: u16, used_idx: u16, in_flight: &[(u16, u64)]) -> InflightQueue {
+pub(super) fn left(size: u16, used_idx: u16, in_flight: &[(u16, u64)]) -> InflightQueue {
     let region = inflight_queue(size);
     region.set_version(1);
     region.set_used_idx(used_idx);
@@ -189,21 +186,6 @@ fn a_region_of_another_version_or_with_too_few_entries_is_refused() {
 }
 
 #[test]
-fn counters_continue_after_a_restart_and_wrap() {
-    let mut driver = Driver::new(8);
-    let region = left(8, 0, &[(2, u64::MAX)]);
-    driver.submit(2, 20);
-    driver.submit(3, 30);
-    let setup = QueueSetup { inflight: Some(region.clone()), ..driver.setup() };
-    let mut queue = SplitQueue::new(setup, &driver.memory).expect("a good region");
-    for head in [2, 3] {
-        assert_eq!(pop(&mut queue), Some(head));
-    }
-    assert_eq!(region.counter(3), 0);
-    assert!(region.is_in_flight(3));
-}
-
-#[test]
 fn the_driver_settings_survive_the_records_of_the_queues() {
     let file = InflightRegion::create(2, 8).expect("a memfd");
     let map = || {
@@ -223,217 +205,4 @@ fn the_driver_settings_survive_the_records_of_the_queues() {
     assert_eq!(map().driver_settings(), 0);
     let bytes = std::fs::read(format!("/proc/self/fd/{}", file.fd.as_raw_fd())).expect("the region");
     assert_eq!(bytes[..8], [0; 8], "`features` is 0, as other back-ends expect");
-}
-
-/// A region that ringpass made for two queues of 8. Each call maps it again.
-fn region_with_record() -> impl Fn() -> InflightRegion {
-    let file = InflightRegion::create(2, 8).expect("a memfd");
-    move || {
-        let fd = file.fd.try_clone().expect("a file descriptor");
-        InflightRegion::from_fd(fd, 0, file.size_bytes, 2, 8).expect("our own region")
-    }
-}
-
-#[test]
-fn the_next_process_finds_the_device_record() {
-    let map = region_with_record();
-    let region = map();
-    assert_eq!(region.device_record(), None, "no process has recorded anything");
-    let last = region.queue(1).expect("two queues");
-    for head in 0..8 {
-        last.set_counter(head, u64::MAX);
-    }
-    for record in [&b"one"[..], b"", b"the third, which is longer", &[0xff; DEVICE_RECORD_MAX_BYTES]] {
-        region.set_device_record(record);
-        assert_eq!(map().device_record().as_deref(), Some(record));
-    }
-    region.set_device_record(&[1; DEVICE_RECORD_MAX_BYTES + 1]);
-    assert_eq!(map().device_record(), Some(vec![0xff; DEVICE_RECORD_MAX_BYTES]), "the longer record does not fit");
-    assert!((0..8).all(|head| last.counter(head) == u64::MAX));
-}
-
-#[test]
-fn a_region_of_another_back_end_has_no_record_and_gets_none() {
-    // As large as a region of ringpass, larger, and as small as possible.
-    for size_bytes in [2 * 192, 2 * 192 + RECORD_AREA_BYTES, 1 << 16] {
-        let fd = memfd(size_bytes);
-        let region = InflightRegion::from_fd(fd.try_clone().unwrap(), 0, size_bytes, 2, 8).expect("a good region");
-        region.set_device_record(b"record");
-        assert_eq!(region.device_record(), None);
-        let bytes = std::fs::read(format!("/proc/self/fd/{}", fd.as_raw_fd())).expect("the region");
-        assert!(bytes.iter().all(|byte| *byte == 0), "nothing is written behind the queues of another back-end");
-    }
-    // A size that was rounded up, while its file was not.
-    assert!(InflightRegion::from_fd(memfd(2 * 192), 0, 4096, 2, 8).is_ok());
-}
-
-#[test]
-fn a_process_that_dies_while_it_records_leaves_a_whole_record() {
-    for stores in 0.. {
-        let map = region_with_record();
-        for record in [b"first", b"other"] {
-            map().set_device_record(record);
-        }
-        let lived = live_for(stores, || map().set_device_record(b"third")).is_some();
-        let found = map().device_record().expect("a whole record");
-        assert!(found == b"other" || lived && found == b"third", "{found:?} after {stores} stores");
-        // The next process can record again.
-        map().set_device_record(b"after");
-        assert_eq!(map().device_record().as_deref(), Some(&b"after"[..]));
-        if lived {
-            assert!(stores > 10, "a record takes more than 10 stores");
-            return;
-        }
-    }
-}
-
-#[test]
-fn a_partly_written_first_record_is_ignored() {
-    for stores in 0.. {
-        let map = region_with_record();
-        let lived = live_for(stores, || map().set_device_record(b"first")).is_some();
-        assert_eq!(map().device_record().is_some(), lived, "after {stores} stores");
-        if lived {
-            return;
-        }
-    }
-}
-
-/// A queue that starts with `region`.
-fn begin(driver: &Driver, region: &InflightQueue) -> SplitQueue {
-    let setup = QueueSetup { inflight: Some(region.clone()), ..driver.setup() };
-    SplitQueue::new(setup, &driver.memory).expect("a good set-up")
-}
-
-/// Takes the next chain and records it.
-fn pop(queue: &mut SplitQueue) -> Option<u16> {
-    queue.pop().expect("good rings").map(PoppedChain::record)
-}
-
-/// Takes the next chain and leaves it unrecorded.
-fn pop_unrecorded(queue: &mut SplitQueue) -> UnrecordedChain {
-    queue.pop().expect("good rings").expect("a chain").leave_unrecorded()
-}
-
-fn heads(queue: &mut SplitQueue) -> Vec<u16> {
-    std::iter::from_fn(|| pop(queue)).collect()
-}
-
-/// A driver that has made chains available, a region, and a queue over both.
-fn available(heads: &[u16]) -> (Driver, InflightQueue, SplitQueue) {
-    let mut driver = Driver::new(8);
-    for &head in heads {
-        driver.submit(head, 0);
-    }
-    let region = inflight_queue(8);
-    let queue = begin(&driver, &region);
-    (driver, region, queue)
-}
-
-#[test]
-fn a_chain_can_be_read_before_it_is_decided() {
-    let mut driver = Driver::new(8);
-    driver.submit(2, 77);
-    let mut queue = begin(&driver, &inflight_queue(8));
-    let popped = queue.pop().expect("good rings").expect("a chain");
-    for _ in 0..2 {
-        let ids: Vec<u64> = popped.chain(&driver.memory).map(|descriptor| descriptor.expect("good").addr().0).collect();
-        assert_eq!(ids, [77]);
-    }
-    assert_eq!(popped.record(), 2);
-}
-
-#[test]
-fn an_unrecorded_chain_was_never_taken_for_a_later_process() {
-    let (driver, region, mut queue) = available(&[2, 5]);
-    assert_eq!(pop(&mut queue), Some(2));
-    assert_eq!(pop_unrecorded(&mut queue).head(), 5);
-    assert_eq!((region.is_in_flight(2), region.is_in_flight(5)), (true, false));
-    assert_eq!((queue.in_flight(), queue.next_avail()), (2, 2));
-
-    // The first chain is replayed, the second one is taken anew.
-    let mut successor = begin(&driver, &region);
-    assert_eq!(successor.next_avail(), 1);
-    assert_eq!(heads(&mut successor), [2, 5]);
-}
-
-#[test]
-fn an_unrecorded_chain_can_be_recorded_later_or_completed_as_it_is() {
-    let (mut driver, region, mut queue) = available(&[2, 5]);
-    let later = pop_unrecorded(&mut queue);
-    assert!(!region.is_in_flight(2));
-    queue.record(later);
-    assert!(region.is_in_flight(2));
-    let never = pop_unrecorded(&mut queue);
-    queue.complete(never.head(), 0, None).unwrap();
-    assert_eq!((region.is_in_flight(2), region.is_in_flight(5), region.used_idx()), (true, false, 1));
-    assert_eq!(driver.reap(), Some((5, 0)));
-    queue.record(never);
-    assert!(!region.is_in_flight(5), "it is the driver's");
-    assert_eq!(heads(&mut begin(&driver, &region)), [2]);
-}
-
-#[test]
-fn a_chain_that_is_put_back_at_once_comes_again() {
-    let (_driver, region, mut queue) = available(&[2, 5]);
-    assert_eq!(pop(&mut queue), Some(2));
-    for _ in 0..3 {
-        queue.pop().expect("good rings").expect("a chain").undo();
-        assert_eq!((queue.in_flight(), queue.next_avail(), region.is_in_flight(5)), (1, 1, false));
-    }
-    assert_eq!(queue.complete(5, 0, None), Err(QueueError::NotInFlight { head: 5 }));
-    assert_eq!(heads(&mut queue), [5]);
-}
-
-#[test]
-fn a_replayed_chain_keeps_its_place_in_the_region() {
-    let driver = Driver::new(8);
-    let region = left(8, 0, &[(1, 7), (4, 3)]);
-    let mut queue = begin(&driver, &region);
-    for head in [4, 1] {
-        assert_eq!(pop(&mut queue), Some(head));
-    }
-    assert_eq!((region.counter(4), region.counter(1)), (3, 7));
-}
-
-#[test]
-fn a_replayed_chain_stays_recorded_and_is_put_back_only_at_once() {
-    let driver = Driver::new(8);
-    let region = left(8, 0, &[(1, 7), (4, 3)]);
-    let mut queue = begin(&driver, &region);
-    queue.pop_replay().expect("a chain").undo();
-    assert_eq!((queue.in_flight(), queue.next_avail()), (2, 2));
-    let chain = pop_unrecorded(&mut queue);
-    assert_eq!(chain.head(), 4);
-    assert!(!queue.undo_pop(chain), "the region has it");
-    assert_eq!((queue.in_flight(), queue.next_avail()), (2, 2));
-    let chain = pop_unrecorded(&mut queue);
-    queue.record(chain);
-    assert_eq!((region.counter(4), region.counter(1)), (3, 7));
-    assert!(region.is_in_flight(4) && region.is_in_flight(1));
-}
-
-#[test]
-fn only_the_chain_that_was_taken_last_can_be_put_back_later() {
-    let (_driver, _region, mut queue) = available(&[2, 5]);
-    let (first, last) = (pop_unrecorded(&mut queue), pop_unrecorded(&mut queue));
-    assert!(!queue.undo_pop(first));
-    assert_eq!((queue.in_flight(), queue.next_avail()), (2, 2));
-    assert!(queue.undo_pop(last));
-    assert_eq!((queue.in_flight(), queue.next_avail()), (1, 1));
-    assert_eq!(heads(&mut queue), [5]);
-}
-
-#[test]
-fn a_chain_that_was_completed_cannot_be_put_back() {
-    for publishes in [false, true] {
-        let (_driver, _region, mut queue) = available(&[2]);
-        let chain = pop_unrecorded(&mut queue);
-        queue.add_used(2, 0, None).unwrap();
-        if publishes {
-            queue.publish(None);
-        }
-        assert!(!queue.undo_pop(chain), "published: {publishes}");
-        assert_eq!((queue.in_flight(), queue.next_avail()), (0, 1));
-    }
 }

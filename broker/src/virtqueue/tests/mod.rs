@@ -2,7 +2,9 @@
 
 mod chain;
 mod crash;
+mod device_record;
 mod dirty_log;
 mod driver;
 mod inflight;
+mod popped_chain;
 mod queue;
