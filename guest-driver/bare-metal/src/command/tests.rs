@@ -1,5 +1,8 @@
 //! Tests of commands and their encoding.
 
+use ringpass_guest_abi::{Doorbell, RingLayout};
+use ringpass_workload::{Verify, Wait};
+
 use super::*;
 
 fn job() -> Job {
