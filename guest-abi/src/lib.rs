@@ -96,6 +96,11 @@
 #[cfg(test)]
 extern crate std;
 
+/// The example in `README.md`, which the documentation tests compile.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;
+
 mod address;
 pub mod attach;
 pub mod attach_sequence;
