@@ -1,7 +1,7 @@
-//! A machine in QEMU without a guest: the test itself is the driver of its vhost-user disk.
+//! A machine in QEMU without a guest. The test itself is the driver of its vhost-user disk.
 //!
-//! QEMU's own test protocol (`-qtest`) reads and writes the machine's ports and memory. So a test writes any value to the registers of
-//! virtio-pci, and a real VMM makes vhost-user messages of it. The machine's processor only halts.
+//! With QEMU's test protocol (`-qtest`) a test reads and writes the machine's ports and memory. So it can write any
+//! value to the registers of virtio-pci, and a real VMM sends the vhost-user messages. The machine's CPU only halts.
 
 use std::{
     fmt::Display,
@@ -20,7 +20,7 @@ use crate::needs::{Need, find_program};
 
 const PROGRAM: &str = "qemu-system-x86_64";
 const PATIENCE: Duration = Duration::from_secs(30);
-/// A firmware is whole 64 KiB pieces, and the processor begins 16 bytes before their end.
+/// The size of the firmware: a multiple of 64 KiB. The CPU begins 16 bytes before its end.
 const FIRMWARE_BYTES: usize = 64 << 10;
 /// CLI; HLT; and a jump back to HLT.
 const HALT: [u8; 4] = [0xfa, 0xf4, 0xeb, 0xfd];
@@ -55,7 +55,7 @@ const QUEUE_DEVICE: u64 = 0x30;
 /// ACKNOWLEDGE, DRIVER, FEATURES_OK, DRIVER_OK.
 const STATUS_STEPS: [u8; 4] = [1, 3, 11, 15];
 
-/// What a driver writes for its only queue.
+/// The values that a driver writes for its only queue.
 #[derive(Clone, Copy, Debug)]
 pub struct Queue {
     /// Number of descriptors.
@@ -68,12 +68,12 @@ pub struct Queue {
     pub used: u64,
 }
 
-/// What the test needs of the machine.
+/// What this machine needs of the host.
 pub fn needs() -> Vec<Need> {
     vec![Need::program(PROGRAM, "qemu-system-x86")]
 }
 
-/// A machine with one vhost-user disk. Dropped, its QEMU is killed.
+/// A machine with one vhost-user disk. The drop kills its QEMU.
 #[derive(Debug)]
 pub struct BareQemu {
     child: Child,
@@ -88,7 +88,7 @@ impl BareQemu {
     ///
     /// # Errors
     ///
-    /// QEMU does not start, or has another machine than this expects.
+    /// QEMU does not start, or its machine has other devices than this code expects.
     pub fn start(socket: &Path) -> Result<Self> {
         let directory = TempDir::with_prefix("ringpass-qtest-")?;
         let control = directory.path().join("qtest");
@@ -122,7 +122,7 @@ impl BareQemu {
         Ok(qemu)
     }
 
-    /// What QEMU has complained of so far.
+    /// The messages of QEMU so far.
     pub fn complaints(&self) -> String {
         std::fs::read_to_string(self.directory.path().join("stderr")).unwrap_or_default()
     }
@@ -131,14 +131,14 @@ impl BareQemu {
     ///
     /// # Errors
     ///
-    /// QEMU does not answer, or the device does not follow.
+    /// QEMU does not answer, or the device does not accept the features.
     pub fn set_up(&mut self, queue: Queue) -> Result<()> {
         self.reset()?;
         let common = self.common;
         for status in &STATUS_STEPS[..2] {
             self.write("writeb", common + DEVICE_STATUS, status)?;
         }
-        // VIRTIO_F_VERSION_1 and nothing else.
+        // The only feature is VIRTIO_F_VERSION_1.
         for (half, features) in [(0, 0), (1, 1)] {
             self.write("writel", common + DRIVER_FEATURE_SELECT, half)?;
             self.write("writel", common + DRIVER_FEATURE, features)?;
@@ -159,7 +159,7 @@ impl BareQemu {
     ///
     /// # Errors
     ///
-    /// It is not reset.
+    /// The device does not reset.
     pub fn reset(&mut self) -> Result<()> {
         let status = self.common + DEVICE_STATUS;
         self.write("writeb", status, 0)?;
@@ -246,7 +246,7 @@ impl BareQemu {
         Ok(u64::from_str_radix(hex, 16)?)
     }
 
-    /// Sends a command and gives what its answer says behind OK.
+    /// Sends a command, and returns the answer behind OK.
     fn command(&mut self, command: &str) -> Result<String> {
         self.commands.get_mut().write_all(format!("{command}\n").as_bytes())?;
         loop {
@@ -269,7 +269,7 @@ impl Drop for BareQemu {
     }
 }
 
-/// A child that is killed unless it is taken out.
+/// A child process. The drop kills it unless it was taken out.
 struct Killed(Option<Child>);
 
 impl Drop for Killed {

@@ -1,4 +1,4 @@
-//! The program `ringpass serve` as a process of its own: started, watched, and ended in every way.
+//! The program `ringpass serve` as a process. Tests start it, watch it, and end it in every way.
 
 use std::{
     env, fmt, fs,
@@ -15,20 +15,21 @@ use rustix::process::{Pid, Signal, kill_process};
 
 use crate::{needs::Need, stuck_disk};
 
-/// The program, beside the directory of the test programs.
+/// The path of the program from the directory above the test programs.
 const PROGRAM: &str = "ringpass";
 /// How to build it.
 const HOW_TO_BUILD: &str = "`cargo build` builds it, and so does `cargo xtask test`";
-/// How long the program may take until it serves, and until it has ended: much longer than on a busy machine.
+/// How long the program may take to start and to end: much longer than it takes on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(60);
-/// How much of the program's log an error shows.
+/// How many lines of the program's log an error shows.
 const SHOWN_LINES: usize = 60;
 
-/// Where the program is, if it has been built from the sources that the tests were built from.
+/// The path of the program. It must be built from the same sources as the tests.
 ///
 /// # Errors
 ///
-/// It has not: cargo builds the programs of other packages only with these.
+/// The program is missing or older than its sources: cargo does not build the programs of other packages with the
+/// tests.
 pub fn program() -> Result<PathBuf> {
     let test_program = env::current_exe().context("finding the test program")?;
     let profile =
@@ -37,8 +38,8 @@ pub fn program() -> Result<PathBuf> {
     let built = fs::metadata(&program)
         .and_then(|found| found.modified())
         .with_context(|| format!("there is no {}: {HOW_TO_BUILD}", program.display()))?;
-    // What cargo made it from: "PROGRAM: SOURCE SOURCE ...", with spaces in names escaped. Tests that run where there is no
-    // such list, or where the sources are not, take the program as it is.
+    // What cargo made it from: "PROGRAM: SOURCE SOURCE ...", with spaces in names escaped. Tests that run without such
+    // a list or without the sources take the program as it is.
     let sources = fs::read_to_string(program.with_extension("d")).unwrap_or_default();
     for source in sources.replace("\\ ", "\0").split_whitespace().skip(1) {
         let source = PathBuf::from(source.replace('\0', " "));
@@ -50,12 +51,12 @@ pub fn program() -> Result<PathBuf> {
     Ok(program)
 }
 
-/// The program must be there, and io_uring.
+/// What a broker needs of the machine: the program and io_uring.
 pub fn needs() -> Vec<Need> {
     vec![Need::io_uring(), Need::new("the program `ringpass`", || program().map(drop))]
 }
 
-/// What a process has of the machine at one moment.
+/// The resources of a process at one moment.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Usage {
     /// Memory of its own, in bytes (`RssAnon`).
@@ -70,12 +71,12 @@ pub struct Usage {
     pub cpu_ns: u64,
 }
 
-/// What is logged unless `RUST_LOG` says otherwise.
+/// The log level, unless `RUST_LOG` says otherwise.
 const LOG_LEVEL: &str = "info";
-/// What is logged in any case, because tests wait for it: the end of start-up, and when vrings start.
+/// The levels that are always on, because tests wait for these lines: the end of start-up, and the start of vrings.
 const AWAITED_LEVELS: &str = "ringpass::serve=info,ringpass_broker::vhost_user::session::rings=debug";
 
-/// A running broker. It is killed when dropped.
+/// A running broker. The drop kills it.
 #[derive(Debug)]
 pub struct BrokerProcess {
     child: Child,
@@ -85,26 +86,26 @@ pub struct BrokerProcess {
 }
 
 impl BrokerProcess {
-    /// Starts `ringpass serve` for a disk with these further arguments, and waits until it says that it waits for a front-end. By then
-    /// it listens at `socket`, and its start-up has ended: what it has of the machine is what it has without a front-end.
+    /// Starts `ringpass serve` for a disk with these further arguments, and waits until it logs that it waits for a
+    /// front-end. Then it listens at `socket` and its start-up has ended, so its usage is the one without a front-end.
     ///
     /// # Errors
     ///
-    /// It ends before, or does not serve in time.
+    /// The broker ends before it serves, or does not serve in time.
     pub fn start(socket: &Path, disk: &Path, arguments: &[&str]) -> Result<Self> {
         let mut process = Self::spawn(serve(socket, disk, arguments)?, socket)?;
         process.wait_for_start()?;
         Ok(process)
     }
 
-    /// Starts any command that will listen at `socket`, and does not wait.
+    /// Starts a command that will listen at `socket`, and does not wait.
     ///
     /// # Errors
     ///
-    /// It cannot be started.
+    /// The command does not start.
     pub fn spawn(mut command: Command, socket: &Path) -> Result<Self> {
         let mut child = command
-            // A place of its own for its control socket.
+            // Each broker has a directory of its own for its control socket.
             .env("RUNTIME_DIRECTORY", socket.parent().unwrap_or(Path::new(".")))
             .env("RUST_LOG", format!("{},{AWAITED_LEVELS}", env::var("RUST_LOG").as_deref().unwrap_or(LOG_LEVEL)))
             .stdin(Stdio::null())
@@ -136,7 +137,7 @@ impl BrokerProcess {
         Ok(())
     }
 
-    /// Where it listens.
+    /// The path of its socket.
     pub fn socket(&self) -> &Path {
         &self.socket
     }
@@ -161,7 +162,7 @@ impl BrokerProcess {
     ///
     /// # Errors
     ///
-    /// It does not come in time.
+    /// The line does not come in time.
     pub fn wait_for_log(&self, text: &str) -> Result<()> {
         let end = Instant::now() + PATIENCE;
         while !self.has_logged(text) {
@@ -175,7 +176,7 @@ impl BrokerProcess {
     ///
     /// # Errors
     ///
-    /// `result` is one.
+    /// `result` is an error.
     pub fn explain<T>(&self, result: Result<T>) -> Result<T> {
         result.map_err(|error| {
             let log = self.log();
@@ -190,17 +191,17 @@ impl BrokerProcess {
     ///
     /// It has ended.
     pub fn signal(&mut self, signal: Signal) -> Result<()> {
-        // Not yet waited for, so that the number is still its own.
+        // The process has not been waited for, so no other process has its number.
         ensure!(self.child.try_wait()?.is_none(), "the broker has ended:\n{}", self.log());
         kill_process(Pid::from_child(&self.child), signal)?;
         Ok(())
     }
 
-    /// SIGKILL, and its end as a process. Its I/O may still go on.
+    /// Kills the process with SIGKILL and waits for its end. Its I/O may still run.
     ///
     /// # Errors
     ///
-    /// It cannot be waited for.
+    /// The process cannot be waited for.
     pub fn kill(&mut self) -> Result<()> {
         self.child.kill()?;
         self.child.wait()?;
@@ -208,21 +209,21 @@ impl BrokerProcess {
         Ok(())
     }
 
-    /// SIGTERM, and its exit status.
+    /// Ends the broker with SIGTERM, and returns its exit status.
     ///
     /// # Errors
     ///
-    /// It does not end in time.
+    /// The process does not end in time.
     pub fn terminate(&mut self) -> Result<ExitStatus> {
         self.signal(Signal::TERM)?;
         self.wait()
     }
 
-    /// Its exit status.
+    /// Waits for the end of the broker, and returns its exit status.
     ///
     /// # Errors
     ///
-    /// It does not end in time.
+    /// The process does not end in time.
     pub fn wait(&mut self) -> Result<ExitStatus> {
         let end = Instant::now() + PATIENCE;
         loop {
@@ -239,12 +240,12 @@ impl BrokerProcess {
     ///
     /// # Errors
     ///
-    /// It cannot be waited for.
+    /// The process cannot be waited for.
     pub fn is_running(&mut self) -> Result<bool> {
         Ok(self.child.try_wait()?.is_none())
     }
 
-    /// Whether a thread of it waits in the kernel and cannot be interrupted.
+    /// Whether a thread of the broker waits in the kernel and cannot be interrupted.
     ///
     /// # Errors
     ///
@@ -253,7 +254,7 @@ impl BrokerProcess {
         stuck_disk::has_hanging_thread(self.pid())
     }
 
-    /// What it has of the machine.
+    /// The resources of the broker.
     ///
     /// # Errors
     ///
@@ -268,7 +269,7 @@ impl BrokerProcess {
         };
         let mut cpu_ns = 0;
         for task in fs::read_dir(directory.join("task"))? {
-            // A thread may have ended since.
+            // The thread may have ended meanwhile.
             let Ok(statistics) = fs::read_to_string(task?.path().join("schedstat")) else { continue };
             cpu_ns += statistics.split(' ').next().context("the time of a thread")?.parse::<u64>()?;
         }
@@ -281,11 +282,12 @@ impl BrokerProcess {
         })
     }
 
-    /// Waits until it has as many file descriptors as `fds` again: what a connection left is closed soon after it.
+    /// Waits until the broker has `fds` file descriptors again. It closes those of a connection soon after the
+    /// connection.
     ///
     /// # Errors
     ///
-    /// It keeps more.
+    /// The broker keeps more descriptors.
     pub fn wait_for_fds(&self, fds: usize) -> Result<()> {
         let end = Instant::now() + PATIENCE;
         loop {
@@ -298,11 +300,11 @@ impl BrokerProcess {
         }
     }
 
-    /// Waits until it pins no memory: rings end a little after they were closed.
+    /// Waits until the broker pins no memory. Rings end a little after they were closed.
     ///
     /// # Errors
     ///
-    /// It keeps some.
+    /// The broker keeps memory pinned.
     pub fn wait_for_unpinned(&self) -> Result<()> {
         let end = Instant::now() + PATIENCE;
         loop {
@@ -315,7 +317,7 @@ impl BrokerProcess {
         }
     }
 
-    /// What its file descriptors are, for a message.
+    /// The files that the broker has open, for a message.
     fn open_files(&self) -> String {
         let Ok(entries) = fs::read_dir(format!("/proc/{}/fd", self.pid())) else { return String::new() };
         let links = entries.flatten().filter_map(|entry| fs::read_link(entry.path()).ok());
@@ -324,7 +326,7 @@ impl BrokerProcess {
         links.join(", ")
     }
 
-    /// Everything that it wrote before it ended.
+    /// Waits for the rest of the log.
     fn join_log(&mut self) {
         if let Some(reader) = self.log_reader.take() {
             let _ = reader.join();
@@ -336,10 +338,10 @@ impl Drop for BrokerProcess {
     fn drop(&mut self) {
         if matches!(self.child.try_wait(), Ok(None)) {
             if let Err(error) = self.kill() {
-                eprintln!("the broker {} stays behind: {error:#}", self.pid());
+                eprintln!("the broker {} does not end: {error:#}", self.pid());
             }
         }
-        // Nothing that a test does is beyond what serving may do.
+        // The sandbox must allow everything that a test makes the broker do.
         let is_refused = self.has_logged("the sandbox refused");
         assert!(!is_refused || thread::panicking(), "the sandbox of a broker is too narrow:\n{}", self.log());
     }

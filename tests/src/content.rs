@@ -1,16 +1,16 @@
-//! What the host finds on a disk, past the rings, compared with what a guest says it wrote.
+//! Compares the content of a disk, read past the rings, with what a guest says that it wrote.
 
 use std::{fs::File, os::unix::fs::FileExt};
 
 use anyhow::{Result, ensure};
 use ringpass_workload::{Job, checksum};
 
-/// Whether the disk holds what the guest wrote: `expected` are the checksums of the job's blocks, and `beside` is the
-/// disk's file or device, opened on its own.
+/// Checks that the disk holds what the guest wrote. `expected` has the checksums of the job's blocks, and `beside` is
+/// the disk's file or device, which the test has opened itself.
 ///
 /// # Errors
 ///
-/// The first block that is something else, or that cannot be read.
+/// A block has another content, or cannot be read. The error names the first one.
 pub fn check_content(beside: &File, job: &Job, expected: &[u64]) -> Result<()> {
     let mut block = vec![0; job.block_bytes as usize];
     for (index, &expected) in (0u64..).zip(expected) {

@@ -1,4 +1,4 @@
-//! The example `ringpass-dd` as a person runs it, on a disk that is served.
+//! The example `ringpass-dd` as a user runs it, on a served disk.
 
 use std::{
     fs,
@@ -19,18 +19,18 @@ use crate::{
 /// Size of the disk.
 pub const DISK_BYTES: u64 = 48 << 20;
 
-/// What tests of it need of the machine.
+/// What its tests need of the machine.
 pub fn needs() -> Vec<Need> {
     let kind = DiskKind::Ext4PageCache.needs().into_iter();
     let program = Need::new("the example `ringpass-dd`", || program().map(drop));
     kind.chain(broker_process::needs()).chain([Need::cpus(2), program]).collect()
 }
 
-/// Where it is: cargo builds the examples of a workspace with its tests.
+/// The path of the example. Cargo builds the examples of a workspace with its tests.
 ///
 /// # Errors
 ///
-/// It has not been built.
+/// The example has not been built.
 pub fn program() -> Result<PathBuf> {
     let test_program = std::env::current_exe()?;
     let profile =
@@ -40,11 +40,11 @@ pub fn program() -> Result<PathBuf> {
     Ok(program)
 }
 
-/// The program with these arguments on a socket.
+/// The example with these arguments on a socket.
 ///
 /// # Errors
 ///
-/// It has not been built.
+/// The example has not been built.
 pub fn command(socket: &Path, arguments: &[&str]) -> Result<Command> {
     let mut command = Command::new(program()?);
     command.arg("--socket").arg(socket).args(arguments);
@@ -62,11 +62,11 @@ pub struct Place {
 }
 
 impl Place {
-    /// A disk of zeroes, and a server with these arguments.
+    /// Makes a disk of zeroes, and starts a server with these arguments.
     ///
     /// # Errors
     ///
-    /// The kernel refuses, or it does not happen.
+    /// The disk, the server, the example or a file fails.
     pub fn new(arguments: &[&str]) -> Result<Self> {
         let rig = Rig::new(DiskKind::Ext4PageCache, DISK_BYTES)?;
         let broker = rig.broker(arguments)?;
@@ -78,11 +78,11 @@ impl Place {
         self.rig.directory().join(name)
     }
 
-    /// Makes a file. Gives its path.
+    /// Makes a file, and returns its path.
     ///
     /// # Errors
     ///
-    /// The kernel refuses, or it does not happen.
+    /// The disk, the server, the example or a file fails.
     pub fn file(&self, name: &str, bytes: &[u8]) -> Result<String> {
         fs::write(self.path(name), bytes)?;
         Ok(self.path(name).display().to_string())
@@ -92,36 +92,36 @@ impl Place {
     ///
     /// # Errors
     ///
-    /// The kernel refuses, or it does not happen.
+    /// The disk, the server, the example or a file fails.
     pub fn command(&self, arguments: &[&str]) -> Result<Command> {
         command(&self.rig.socket(), arguments)
     }
 
-    /// Runs it to its end.
+    /// Runs the example to its end.
     ///
     /// # Errors
     ///
-    /// The kernel refuses, or it does not happen.
+    /// The disk, the server, the example or a file fails.
     pub fn run(&self, arguments: &[&str]) -> Result<Output> {
         Ok(self.command(arguments)?.output()?)
     }
 
-    /// Runs it, and expects success.
+    /// Runs the example, and expects success.
     ///
     /// # Errors
     ///
-    /// The kernel refuses, or it does not happen.
+    /// The disk, the server, the example or a file fails.
     pub fn succeed(&self, arguments: &[&str]) -> Result<Output> {
         let output = self.run(arguments)?;
         self.broker.explain(status_is(&output, 0).with_context(|| format!("{arguments:?}")))?;
         Ok(output)
     }
 
-    /// The disk as it is.
+    /// The content of the disk.
     ///
     /// # Errors
     ///
-    /// The kernel refuses, or it does not happen.
+    /// The disk, the server, the example or a file fails.
     pub fn disk(&self) -> Result<Vec<u8>> {
         let mut bytes = Vec::new();
         self.rig.disk_file()?.read_to_end(&mut bytes)?;
@@ -129,14 +129,14 @@ impl Place {
     }
 }
 
-/// What it said on standard error.
+/// The text on standard error.
 pub fn text(output: &Output) -> String {
     String::from_utf8_lossy(&output.stderr).into_owned()
 }
 
 /// # Errors
 ///
-/// It ended with another status.
+/// The program ended with another status.
 pub fn status_is(output: &Output, code: i32) -> Result<()> {
     ensure!(output.status.code() == Some(code), "{}: {}", output.status, text(output));
     Ok(())

@@ -1,4 +1,4 @@
-//! Disks for the end-to-end tests: files and block devices of their own, gone when the test is over.
+//! Disks for the end-to-end tests: files and block devices that belong to one test and vanish with it.
 
 use std::{
     env,
@@ -80,7 +80,7 @@ impl fmt::Display for DiskKind {
     }
 }
 
-/// Why a disk cannot be had on this machine.
+/// The reason why this machine cannot have a disk.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Unavailable(pub String);
 
@@ -92,22 +92,22 @@ impl fmt::Display for Unavailable {
 
 impl std::error::Error for Unavailable {}
 
-/// A disk full of zeros that belongs to one test, and is removed when dropped.
+/// A disk full of zeros that belongs to one test. The drop removes it.
 ///
-/// Drop it after everything that has it open; block devices are waited for, for a while.
+/// Drop it after everything that has it open. The drop waits a while for block devices.
 #[derive(Debug)]
 pub struct TestDisk {
     kind: DiskKind,
     path: PathBuf,
     file_system: Option<&'static str>,
-    // Dropped in this order: a loop device before its file.
+    // The fields drop in this order: a loop device before its file.
     _loop_device: Option<LoopDevice>,
     _zram_device: Option<ZramDevice>,
     directory: Option<tempfile::TempDir>,
 }
 
 impl TestDisk {
-    /// Makes a disk of `size_bytes`, which is to be a multiple of 4096. Files have all their blocks written.
+    /// Makes a disk of `size_bytes`, which must be a multiple of 4096. All blocks of a file are written.
     ///
     /// # Errors
     /// The machine cannot have it: not root, no such driver, no space.
@@ -144,7 +144,7 @@ impl TestDisk {
         &self.path
     }
 
-    /// The kind that was asked for.
+    /// The kind of the disk.
     pub fn kind(&self) -> DiskKind {
         self.kind
     }
@@ -159,9 +159,9 @@ impl TestDisk {
         self.directory.as_ref().map(tempfile::TempDir::path)
     }
 
-    /// How a broker opens it: read-write, with direct I/O except for [`DiskKind::Ext4PageCache`], in the blocks that direct
-    /// I/O takes, so that rings can have it. For a second after another ring on it has been closed the lock may still be
-    /// held, so this waits for it.
+    /// The configuration with which a broker opens the disk: read-write, with direct I/O except for
+    /// [`DiskKind::Ext4PageCache`], and with the blocks that direct I/O takes, so that rings can have it. It waits for
+    /// the lock, which a closed ring may hold for another second.
     pub fn config(&self) -> DiskConfig {
         let direct_io = if self.kind == DiskKind::Ext4PageCache { DirectIo::Off } else { DirectIo::On };
         let lock_wait = Some(Duration::from_secs(10));
@@ -190,7 +190,7 @@ fn written_file(size_bytes: u64) -> Result<(tempfile::TempDir, PathBuf, &'static
     Ok((directory, path, file_system))
 }
 
-/// Where the build put the test program: as a rule on a disk, unlike `/tmp`.
+/// The directory of the test program, which is usually on a disk, unlike `/tmp`.
 fn directory() -> io::Result<PathBuf> {
     if let Some(directory) = env::var_os(DIRECTORY_VARIABLE).filter(|directory| !directory.is_empty()) {
         return fs::canonicalize(directory);
@@ -226,7 +226,7 @@ impl LoopDevice {
     /// # Errors
     /// Not root, no loop driver, or `losetup` fails.
     pub fn new(file: &Path, options: &[&str]) -> Result<Self, Unavailable> {
-        // losetup looks for an unused device and takes it; it tries again when another process was faster.
+        // losetup looks for an unused device and takes it. It tries again if another process was faster.
         let mut arguments: Vec<&OsStr> = ["--find", "--show", "--direct-io=off"].iter().map(OsStr::new).collect();
         arguments.extend(options.iter().map(OsStr::new));
         arguments.push(file.as_os_str());
@@ -242,26 +242,26 @@ impl LoopDevice {
 
 impl Drop for LoopDevice {
     fn drop(&mut self) {
-        // A device that is still open is detached by its last close.
+        // If the device is still open, its last close detaches it.
         if let Err(error) = system_program("losetup", &["--detach".as_ref(), self.path.as_os_str()]) {
-            eprintln!("{} stays behind: {error}", self.path.display());
+            eprintln!("{} is left behind: {error}", self.path.display());
         }
     }
 }
 
-/// A zram device of this test: always a new one, never one that was there.
+/// A zram device of this test, which is always a new device.
 #[derive(Debug)]
 pub struct ZramDevice {
     number: u32,
 }
 
 impl ZramDevice {
-    /// Makes a device; one without a size is there and cannot be used yet.
+    /// Makes a device. Without a size it exists, but cannot be used yet.
     ///
     /// # Errors
     /// Not root, no zram driver, or no device node appears.
     pub fn new(size_bytes: Option<u64>) -> Result<Self, Unavailable> {
-        // Reading the file makes a device; its number is what is read.
+        // Reading the file makes a device, and gives its number.
         let number = fs::read_to_string(format!("{ZRAM_CONTROL}/hot_add"))
             .map_err(unavailable("making a zram device (as root, with the zram module)"))?;
         let number = number.trim().parse().map_err(unavailable("reading the number of the zram device"))?;
@@ -285,15 +285,15 @@ impl ZramDevice {
 
 impl Drop for ZramDevice {
     fn drop(&mut self) {
-        // Busy while anybody has it open: a ring that is ending, or udev looking at it.
+        // The device is busy while a process has it open, for example an ending ring or udev.
         let remove = || fs::write(format!("{ZRAM_CONTROL}/hot_remove"), self.number.to_string()).is_ok();
         if !within(Duration::from_secs(10), remove) {
-            eprintln!("{} stays behind: it is still in use", self.path().display());
+            eprintln!("{} is left behind: it is still in use", self.path().display());
         }
     }
 }
 
-/// Tries until it is true or the time is up.
+/// Tries until `attempt` is true or the time is up.
 fn within(limit: Duration, mut attempt: impl FnMut() -> bool) -> bool {
     let end = Instant::now() + limit;
     loop {
@@ -307,7 +307,7 @@ fn within(limit: Duration, mut attempt: impl FnMut() -> bool) -> bool {
     }
 }
 
-/// Runs a program of the system and gives what it writes.
+/// Runs a program of the system, and returns its output.
 fn system_program(name: &str, arguments: &[&OsStr]) -> Result<String, Unavailable> {
     let program = find_program(name).ok_or_else(|| Unavailable(format!("there is no program `{name}`")))?;
     let output = Command::new(program).args(arguments).output().map_err(unavailable(name))?;

@@ -1,6 +1,6 @@
-//! A connection between a front-end and a back-end on which the wish for dirty logging gets lost.
+//! A connection between a front-end and a back-end that loses the front-end's request for dirty logging.
 //!
-//! It is the control of migration tests: a guest whose back-end does not log what it writes must be found out.
+//! It is the control of migration tests: they must find a back-end that does not log its writes.
 
 use std::{
     net::Shutdown,
@@ -24,28 +24,28 @@ const SET_VRING_ADDR: u32 = 9;
 const LOG_ALL: u64 = 1 << 26;
 /// Flag `VHOST_VRING_F_LOG` of a vring's addresses, the second word of the message.
 const VRING_LOG: u32 = 1;
-/// Longer than any test.
+/// Longer than any test runs.
 const PATIENCE: Duration = Duration::from_secs(600);
 
-/// A socket behind which a back-end seems to be. One front-end can connect.
+/// A socket that looks like a back-end. One front-end can connect.
 #[derive(Debug)]
 pub struct ForgetfulProxy {
     thread: Option<JoinHandle<Result<()>>>,
 }
 
 impl ForgetfulProxy {
-    /// Listens at `path`, and passes what comes there on to `back_end`.
+    /// Listens at `path`, and passes messages on to `back_end`.
     ///
     /// # Errors
     ///
-    /// The socket cannot be made, or nobody listens at `back_end`.
+    /// The socket cannot be made, or no back-end listens at `back_end`.
     pub fn start(path: &Path, back_end: &Path) -> Result<Self> {
         let listener = UnixListener::bind(path).with_context(|| format!("listening at {}", path.display()))?;
         let back_end = UnixStream::connect(back_end).context("connecting to the back-end")?;
         Ok(Self { thread: Some(thread::spawn(move || serve(&listener, &back_end))) })
     }
 
-    /// Waits until the front-end is gone.
+    /// Waits until the front-end has disconnected.
     ///
     /// # Errors
     ///
@@ -69,7 +69,7 @@ fn serve(listener: &UnixListener, back_end: &UnixStream) -> Result<()> {
     result
 }
 
-/// Passes messages on until the connection ends, each after `change` had it.
+/// Passes messages on until the connection ends. `change` may change each message before.
 pub(crate) fn pass(from: &Wire, to: &Wire, change: impl Fn(&mut Message)) -> Result<()> {
     while let Some(mut message) = from.receive()? {
         change(&mut message);
@@ -106,7 +106,7 @@ mod tests {
     }
 
     #[test]
-    fn logging_is_taken_out_and_nothing_else() {
+    fn the_proxy_removes_logging_and_nothing_else() {
         let features = |bits: u64| bits.to_ne_bytes().to_vec();
         assert_eq!(changed(SET_FEATURES, &features(0x1_4400_0000)), features(0x1_4000_0000));
         let words = |words: [u32; 4]| words.iter().flat_map(|word| word.to_ne_bytes()).collect::<Vec<_>>();
@@ -115,7 +115,7 @@ mod tests {
     }
 
     #[test]
-    fn messages_and_answers_pass_with_their_descriptors() {
+    fn the_proxy_passes_messages_and_answers_with_their_descriptors() {
         let directory = tempfile::tempdir().expect("a directory");
         let (here, there) = (directory.path().join("here"), directory.path().join("there"));
         let back_end = UnixListener::bind(&there).expect("a socket");

@@ -1,6 +1,6 @@
-//! A connection between a front-end and a back-end that is held in the middle of its set-up.
+//! A connection between a front-end and a back-end that a test holds in the middle of its set-up.
 //!
-//! What a front-end changes in this moment concerns a device that knows a part already.
+//! At this moment the device already has a part of the front-end's state, for example its memory.
 
 use std::{
     os::unix::net::{UnixListener, UnixStream},
@@ -14,14 +14,14 @@ use anyhow::{Context, Result};
 
 use crate::{forgetful_proxy::pass, front_end::wire::Wire};
 
-/// vhost-user, "Front-end message types": the first one of a queue. All memory was told before.
+/// vhost-user, "Front-end message types": the first message of a queue. The front-end has sent all memory before.
 const SET_VRING_NUM: u32 = 8;
-/// Longer than any test.
+/// Longer than any test runs.
 const PATIENCE: Duration = Duration::from_secs(600);
 /// Longer than a front-end takes to connect.
 const LIMIT: Duration = Duration::from_secs(40);
 
-/// A socket behind which a back-end seems to be, for a front-end that connects twice.
+/// A socket that looks like a back-end, for a front-end that connects twice.
 #[derive(Debug)]
 pub struct HeldProxy {
     held: Receiver<()>,
@@ -29,7 +29,8 @@ pub struct HeldProxy {
 }
 
 impl HeldProxy {
-    /// Listens at `path`, and passes what comes there on to `back_end`. The second connection is held before its queues are set up.
+    /// Listens at `path`, and passes messages on to `back_end`. It holds the second connection before its queues are
+    /// set up.
     ///
     /// # Errors
     ///
@@ -48,22 +49,22 @@ impl HeldProxy {
         Ok(Self { held, go_on })
     }
 
-    /// Waits until the second connection is held.
+    /// Waits until it holds the second connection.
     ///
     /// # Errors
     ///
-    /// The front-end does not come so far.
+    /// The front-end does not get so far.
     pub fn wait(&self) -> Result<()> {
         self.held.recv_timeout(LIMIT).context("the front-end does not connect again")
     }
 
-    /// Lets it go on.
+    /// Lets the second connection continue.
     pub fn go_on(self) {
         let _ = self.go_on.send(());
     }
 }
 
-/// Serves one front-end to its end. Before the first message about a queue, `hold` is called.
+/// Serves one front-end to its end. It calls `hold` before the first message about a queue.
 fn connect(listener: &UnixListener, back_end: &Path, hold: impl Fn()) -> Result<()> {
     let (front_end, _) = listener.accept()?;
     let back_end = UnixStream::connect(back_end)?;
@@ -78,6 +79,6 @@ fn connect(listener: &UnixListener, back_end: &Path, hold: impl Fn()) -> Result<
     // The other direction ends with the connection.
     let _ = back_end.shutdown(std::net::Shutdown::Both);
     let _ = answers.join();
-    // A front-end that leaves in the middle of something is the test's wish.
+    // Some tests want a front-end that disconnects in the middle.
     passed.or(Ok(()))
 }

@@ -1,4 +1,4 @@
-//! Huge pages for a test: the kernel has none to give unless somebody set them aside.
+//! Huge pages for a test. The kernel has none unless a user reserves them.
 
 use std::{fs, path::Path};
 
@@ -6,13 +6,13 @@ use anyhow::{Context, Result, ensure};
 
 use crate::needs::Need;
 
-/// Bytes of one.
+/// The length of a huge page in bytes.
 pub const HUGE_PAGE_BYTES: u64 = 2 << 20;
 
 /// The kernel's 2 MiB huge pages (`Documentation/admin-guide/mm/hugetlbpage.rst`).
 const HUGE_PAGES: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB";
 
-/// The kernel can have them, though it may have none.
+/// The kernel supports huge pages, even if none is reserved.
 pub fn supported() -> Need {
     Need::new("2 MiB huge pages", || {
         ensure!(Path::new(HUGE_PAGES).exists(), "{HUGE_PAGES} does not exist: this kernel has none");
@@ -20,7 +20,7 @@ pub fn supported() -> Need {
     })
 }
 
-/// Huge pages that nobody has.
+/// The number of free huge pages.
 ///
 /// # Errors
 ///
@@ -33,14 +33,14 @@ pub fn free() -> Result<u64> {
     Ok(fs::read_to_string(path)?.trim().parse()?)
 }
 
-/// More huge pages than there were, until the drop.
+/// Further huge pages, reserved until the drop.
 #[derive(Debug)]
 pub struct HugePages {
     before: u64,
 }
 
 impl HugePages {
-    /// Sees to `count` more huge pages.
+    /// Reserves `count` more huge pages.
     ///
     /// # Errors
     ///
@@ -65,7 +65,7 @@ impl HugePages {
 impl Drop for HugePages {
     fn drop(&mut self) {
         if let Err(error) = Self::set(self.before) {
-            eprintln!("huge pages stay behind: {error:#}");
+            eprintln!("huge pages are left reserved: {error:#}");
         }
     }
 }

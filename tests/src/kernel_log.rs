@@ -1,9 +1,11 @@
-//! Did the kernel complain? Reads `/dev/kmsg` (see `Documentation/ABI/testing/dev-kmsg` of the Linux source).
+//! The kernel's warnings during a test, from `/dev/kmsg` (see `Documentation/ABI/testing/dev-kmsg` of the Linux
+//! source).
 //!
-//! A test of kernel interfaces that passes while the kernel prints a warning has found a bug and lost it. So a position
-//! in the kernel log is taken before a test, and what the kernel itself printed since then is looked at after it.
+//! A test of kernel interfaces that passes while the kernel prints a warning has found a bug and lost it. So the
+//! harness takes a position in the kernel log before a test, and looks after it at what the kernel itself has printed
+//! since.
 //!
-//! This file uses `std`, `rustix` and, in its tests, `tempfile` only: `xtask` compiles it too, to look at a whole run.
+//! This file uses `std`, `rustix` and, in its tests, `tempfile` only: `xtask` compiles it too, to check a whole run.
 
 use std::{
     env,
@@ -20,7 +22,7 @@ pub const PATH_VARIABLE: &str = "RINGPASS_KERNEL_LOG";
 /// A record is at most this long (`PRINTK_MESSAGE_MAX` is 2048; Linux before 6.6 used 8192 for the device).
 const LONGEST_RECORD_BYTES: usize = 8192;
 
-/// What the kernel prints when something is wrong with the kernel. Parts of a message that begin a word.
+/// Parts of messages that the kernel prints when something is wrong with it. Each part begins a word.
 const TROUBLE: &[&str] = &[
     "BUG:",
     "BUG ",
@@ -42,7 +44,7 @@ const TROUBLE: &[&str] = &[
     "leaked percpu",
 ];
 
-/// A position in the kernel log; what comes later can be read from it.
+/// A position in the kernel log. A test reads the later messages from it.
 #[derive(Debug)]
 pub struct KernelLog {
     file: File,
@@ -67,11 +69,11 @@ impl KernelLog {
         Ok(Self { file })
     }
 
-    /// The kernel's own messages since the position that tell of trouble in the kernel. The position moves behind them.
+    /// The kernel's own messages since the position that report trouble in the kernel. The position moves behind them.
     ///
     /// # Errors
     ///
-    /// Reading failed. Messages that the kernel has already overwritten are not an error: the rest is looked at.
+    /// Reading failed. Messages that the kernel has already overwritten are not an error: this reads the rest.
     pub fn trouble(&mut self) -> io::Result<Vec<String>> {
         Ok(trouble_in(&self.read_new()?))
     }
@@ -84,7 +86,7 @@ impl KernelLog {
                 Ok(0) => break,
                 Ok(length_bytes) => new.extend_from_slice(&record[..length_bytes]),
                 Err(error) if error.kind() == ErrorKind::WouldBlock => break,
-                // EPIPE: the next record was overwritten; the read after that gets the oldest one there is.
+                // EPIPE: the kernel has overwritten the next record. The next read gets the oldest existing one.
                 Err(error) if matches!(error.kind(), ErrorKind::BrokenPipe | ErrorKind::Interrupted) => {}
                 Err(error) => return Err(error),
             }
@@ -93,7 +95,7 @@ impl KernelLog {
     }
 }
 
-/// Picks the messages of trouble out of records in the format of `/dev/kmsg`.
+/// Returns the messages that report trouble from records in the format of `/dev/kmsg`.
 fn trouble_in(records: &str) -> Vec<String> {
     records.lines().filter_map(kernel_message).filter(|message| is_trouble(message)).map(str::to_owned).collect()
 }
@@ -107,7 +109,7 @@ fn kernel_message(line: &str) -> Option<&str> {
     (facility == 0).then_some(message)
 }
 
-/// Whether a message of a kernel, this machine's or a guest's, tells of trouble in it.
+/// Whether a message of a kernel, this machine's or a guest's, reports trouble in that kernel.
 pub fn is_trouble(message: &str) -> bool {
     let begins_a_word = |at: usize| !message[..at].ends_with(|c: char| c.is_ascii_alphanumeric());
     TROUBLE.iter().any(|sign| message.match_indices(sign).any(|(at, _)| begins_a_word(at)))
@@ -120,7 +122,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn each_trouble_is_seen_once_and_only_after_the_position() {
+    fn a_log_reports_each_trouble_once_and_only_after_its_position() {
         let mut file = tempfile::NamedTempFile::new().expect("a temporary file");
         let path = file.path().to_owned();
         let mut kernel_prints = |message: &str| writeln!(file, "4,1,1,-;{message}").expect("an append");
@@ -130,7 +132,7 @@ mod tests {
         kernel_prints("WARNING: after it");
         assert_eq!(log.trouble().expect("a read"), ["WARNING: after it"]);
         assert!(log.trouble().expect("a read").is_empty());
-        // More than one read takes.
+        // These messages are more than one read returns.
         (0..1000).for_each(|count| kernel_prints(&format!("an ordinary message, number {count}")));
         kernel_prints("BUG: behind them");
         assert_eq!(log.trouble().expect("a read"), ["BUG: behind them"]);
@@ -158,7 +160,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_program_writes_into_the_kernel_log_is_not_the_kernels_trouble() {
+    fn messages_of_programs_in_the_kernel_log_are_no_trouble() {
         let records = "12,100,5000,-;BUG: says a program, with facility 1\n";
         assert!(trouble_in(records).is_empty());
     }

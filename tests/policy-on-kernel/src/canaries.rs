@@ -1,4 +1,4 @@
-//! Memory and files beside a hostile guest, in which nothing may change.
+//! Memory and files beside a hostile guest, which must not change.
 
 use std::{
     fs::File,
@@ -10,21 +10,20 @@ use std::{
 use anyhow::Result;
 use memmap2::MmapMut;
 
-/// So many files that they have most of the low descriptors, which
-/// the script names.
+/// The number of files: so many that they have most of the low descriptors, which the script names.
 const CANARY_FILES: usize = 48;
 const CANARY_BYTES: usize = 256 << 10;
 
 /// Memory and files of the broker that no guest may reach.
 #[derive(Debug)]
 pub struct Canaries {
-    /// Each with the time when it was written last: what a guest writes may be what it has just read there.
+    /// The files, each with the time of its last write: a guest may write the same bytes that it has just read there.
     files: Vec<(File, SystemTime)>,
     pages: MmapMut,
 }
 
 impl Canaries {
-    /// Opens the files, in the first descriptors that are free, and fills the pages.
+    /// Opens the files, which get the first free descriptors, and fills the pages.
     ///
     /// # Errors
     ///
@@ -34,7 +33,7 @@ impl Canaries {
         let file = || {
             let file = tempfile::tempfile()?;
             file.write_all_at(&content, 0)?;
-            // Longer ago than the clock of any file system is coarse.
+            // The times are so old that the clock of any file system shows a difference.
             let written = SystemTime::now() - Duration::from_secs(3600);
             file.set_modified(written)?;
             Ok::<_, anyhow::Error>((file, written))
@@ -50,12 +49,12 @@ impl Canaries {
         self.pages.as_ptr().addr() as u64 + CANARY_BYTES as u64 / 2
     }
 
-    /// What is in the pages now: as long as nothing is damaged, what is in each file too.
+    /// The current content of the pages. Each file has the same content as long as nothing is damaged.
     pub fn content(&self) -> &[u8] {
         &self.pages
     }
 
-    /// What has changed, in words.
+    /// A line of text for each change.
     ///
     /// # Errors
     ///

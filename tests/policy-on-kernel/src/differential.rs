@@ -1,8 +1,10 @@
-//! The kernel's restrictions against the checker in user space: the same SQEs, on a real restricted ring and in the model.
+//! Compares the kernel's restrictions with the checker in user space: the same SQEs, on a real restricted ring and in
+//! the model.
 //!
-//! What the checker refuses is submitted as it is, with random bytes everywhere else: nothing of it is ever executed,
-//! unless the two disagree. What it allows gets a personality that does not exist, which the kernel looks at right after
-//! the restrictions: it fails with EINVAL before anything is done, and with EACCES if the kernel does not agree.
+//! The comparison submits an SQE that the checker refuses as it is, with random bytes everywhere else: the kernel
+//! executes it only if the two disagree. An SQE that the checker allows gets a personality that does not exist. The
+//! kernel looks at it right after the restrictions: the SQE fails with EINVAL before the kernel does anything, and with
+//! EACCES if the kernel does not agree.
 
 use anyhow::{Result, bail};
 use ringpass_restrictions::{
@@ -11,10 +13,10 @@ use ringpass_restrictions::{
 
 use crate::{restricted_ring::RestrictedRing, seed::Seed};
 
-/// `personality` of an SQE that is not to be executed. None is ever registered.
+/// The `personality` of an SQE that the kernel must not execute. No personality is ever registered.
 const NOBODY: u16 = 0xdead;
 const EINVAL: i32 = 22;
-/// SQEs of one system call.
+/// The number of SQEs in one system call.
 pub const BATCH: u32 = 1024;
 
 /// A restriction table and SQEs, in the order in which a ring gets them, batch by batch.
@@ -26,16 +28,16 @@ pub struct Case {
     pub sqes: Vec<Sqe>,
 }
 
-/// Something on which kernel and checker do not agree.
+/// An SQE on which kernel and checker do not agree.
 #[derive(Clone, Debug)]
 pub struct Disagreement {
     /// The table.
     pub table: Vec<RestrictionKind>,
     /// The SQE as it was submitted.
     pub sqe: Sqe,
-    /// What the checker says.
+    /// The checker's verdict.
     pub verdict: Verdict,
-    /// The result that follows from it; `None` for no CQE.
+    /// The result that follows from the verdict; `None` for no CQE.
     pub expected: Option<i32>,
     /// The kernel's result.
     pub kernel: Option<i32>,
@@ -44,7 +46,7 @@ pub struct Disagreement {
 }
 
 impl Case {
-    /// Makes what is allowed harmless, and tells what is to come of each SQE.
+    /// Makes the allowed SQEs harmless, and returns the expected verdict and result of each SQE.
     fn expect(&mut self, rules: &KernelRules) -> Vec<(Verdict, Option<i32>)> {
         let mut memory = RingMemory::default();
         let mut expected = Vec::with_capacity(self.sqes.len());
@@ -66,9 +68,9 @@ impl Case {
     }
 }
 
-/// Whether an SQE posts a CQE, where none with a link or with `IOSQE_CQE_SKIP_SUCCESS` succeeds: all do, except the later
-/// ones of a chain whose first has `IOSQE_CQE_SKIP_SUCCESS`, although it was refused. `chain` is whether the chain that
-/// goes on is such a one.
+/// Whether an SQE posts a CQE, if no SQE with a link or with `IOSQE_CQE_SKIP_SUCCESS` succeeds. All SQEs do, except the
+/// later ones of a chain whose first SQE has `IOSQE_CQE_SKIP_SUCCESS`, although it was refused. `chain` says whether
+/// the current chain is such a chain.
 pub(crate) fn posts(chain: &mut Option<bool>, sqe: &Sqe) -> bool {
     let flags = SqeFlags::from_bits_retain(sqe.flags);
     let is_silent = chain.is_some_and(|silent| silent);
@@ -102,13 +104,13 @@ pub fn compare(case: &Case, kernel: &KernelSupport) -> Result<Option<Disagreemen
     Ok(None)
 }
 
-/// The smallest that still disagrees: the SQE alone, if that does.
+/// The smallest case that still shows the disagreement: the SQE alone, if that is enough.
 fn shrink(found: Disagreement, kernel: &KernelSupport) -> Result<Disagreement> {
     let alone = Case { table: found.table.clone(), sqes: vec![found.sqe] };
     Ok(compare(&alone, kernel)?.map_or(found, |alone| Disagreement { alone: true, ..alone }))
 }
 
-/// What a run has looked at.
+/// The counts of a run.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Tally {
     /// SQEs.
@@ -158,7 +160,7 @@ pub fn check(case: &Case, kernel: &KernelSupport, tally: &mut Tally) -> Result<(
 /// A disagreement, or the kernel refuses to make the ring.
 pub fn exhaustive(table: &[RestrictionKind], kernel: &KernelSupport) -> Result<Tally> {
     let mut tally = Tally::default();
-    // A ring for each flag: draining ends for a whole ring once CQE_SKIP_SUCCESS was seen.
+    // Each flag has a ring of its own: once a ring has seen CQE_SKIP_SUCCESS, it never drains again.
     for flags in 0..=u8::MAX {
         let sqes = (0..=u8::MAX).map(|opcode| Sqe { opcode, flags, fd: -1, ..Sqe::default() }).collect();
         check(&Case { table: table.to_vec(), sqes }, kernel, &mut tally)?;
@@ -189,7 +191,8 @@ fn random_case(rng: &mut fastrand::Rng, kernel: &KernelSupport, sqes: u32) -> Ca
     Case { sqes: (0..sqes).map(|_| random_sqe(rng, &flags_near)).collect(), table }
 }
 
-/// Tables of all kinds that a kernel takes: none, one or many operations, flags once, never or again and again.
+/// A random table of any kind that a kernel takes: none, one or many operations, and flags never, once or several
+/// times.
 fn random_table(rng: &mut fastrand::Rng, kernel: &KernelSupport) -> Vec<RestrictionKind> {
     let operations: Vec<Operation> = kernel.numbered.iter().collect();
     let register: Vec<RegisterOperation> = kernel.register_operations.iter().collect();
@@ -202,7 +205,7 @@ fn random_table(rng: &mut fastrand::Rng, kernel: &KernelSupport) -> Vec<Restrict
         table.push(RestrictionKind::FlagsAllowed(flags(rng)));
     }
     for _ in 0..[0, 1, 1, 2][rng.usize(..4)] {
-        // Required flags that are many let nothing pass.
+        // A table with many required flags lets no SQE pass.
         let few = flags(rng).bits() & rng.u8(..);
         table.push(RestrictionKind::FlagsRequired(SqeFlags::from_bits_retain(few)));
     }
@@ -210,16 +213,16 @@ fn random_table(rng: &mut fastrand::Rng, kernel: &KernelSupport) -> Vec<Restrict
         table.push(RestrictionKind::RegisterOperation(register[rng.usize(..register.len())]));
     }
     rng.shuffle(&mut table);
-    // The kernel takes no more entries than there are kinds of them.
+    // The kernel takes only as many entries as there are kinds of entries.
     table.truncate(operations.len() + register.len());
     if table.is_empty() {
-        // An empty table is none: the kernel would want no pointer, and the crate gives one.
+        // The table is never empty: for an empty table the kernel wants no pointer, but the crate passes one.
         table.push(RestrictionKind::FlagsAllowed(SqeFlags::empty()));
     }
     table
 }
 
-/// The flags of the table, near which an SQE has a chance to pass.
+/// The flags of the table. An SQE with similar flags has a chance to pass.
 fn table_flags(table: &[RestrictionKind]) -> Vec<u8> {
     let flags = table.iter().filter_map(|entry| match entry {
         RestrictionKind::FlagsAllowed(flags) | RestrictionKind::FlagsRequired(flags) => Some(flags.bits()),

@@ -12,17 +12,17 @@ use crate::{
 /// The most SQEs of one input.
 const SQES_MAX: usize = 256;
 
-/// Puts the table of the bytes in force on a ring of its own, submits their SQEs, and compares each result with what the
-/// checker says.
+/// Makes a table and SQEs from the bytes, submits the SQEs to a ring with that table, and compares each result with the
+/// checker's verdict.
 ///
 /// # Panics
 ///
-/// If they do not agree, or if the kernel refuses to make the ring.
+/// If kernel and checker do not agree, or if the kernel refuses to make the ring.
 pub fn policy_kernel(bytes: &[u8]) {
     run(bytes);
 }
 
-/// What the SQEs came to.
+/// Runs the case of the bytes, and returns the counts.
 fn run(bytes: &[u8]) -> Tally {
     static KERNEL: OnceLock<KernelSupport> = OnceLock::new();
     let kernel = KERNEL.get_or_init(|| kernel::support().expect("a kernel with io_uring"));
@@ -62,7 +62,7 @@ fn case(bytes: &[u8], kernel: &KernelSupport) -> Case {
     });
     let mut sqes = Vec::new();
     while let (Some(choice), Some(opcode), Some(flags)) = (next(), next(), next()) {
-        // What passes is near what the table says.
+        // An SQE that passes is similar to the table.
         let opcode = match choice % 4 {
             0 => opcode,
             1 => opcode % 80,
@@ -74,7 +74,7 @@ fn case(bytes: &[u8], kernel: &KernelSupport) -> Case {
             2 => required.bits() | 1 << (flags % 8),
             _ => required.bits(),
         };
-        // Zeroes but for a few bytes: much of what an SQE can be wrong in is refused if it is not zero.
+        // The SQE is zeroes except for a few bytes: the kernel refuses many fields unless they are zero.
         let mut words = [0u64; 8];
         for _ in 0..next().unwrap_or(0) % 8 {
             let (place, value) = (next().unwrap_or(0) % 64, next().unwrap_or(0));
@@ -101,7 +101,7 @@ mod tests {
         #![proptest_config(ProptestConfig::with_cases(500))]
 
         #[test]
-        fn the_kernel_says_what_the_checker_says(bytes in vec(any::<u8>(), 0..BYTES_MAX)) {
+        fn the_kernel_agrees_with_the_checker(bytes in vec(any::<u8>(), 0..BYTES_MAX)) {
             policy_kernel(&bytes);
         }
     }

@@ -1,5 +1,5 @@
-//! The broker's own questions to the kernel, compiled here as well: depending on the broker would mean building it, and all
-//! that it needs, a second time for the static program.
+//! The broker's own questions to the kernel, compiled here as well. With a dependency on the broker, the static program
+//! would need a second build of the broker and of all its dependencies.
 
 #[path = "../../../broker/src/kernel/release.rs"]
 mod release;

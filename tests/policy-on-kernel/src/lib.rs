@@ -1,7 +1,7 @@
-//! The restriction policies against the running kernel: a comparison of the checker with it, and a look for SQEs that get
-//! out.
+//! Tests of the restriction policies on the running kernel: a comparison with the checker, and a search for SQEs that
+//! escape from a policy.
 //!
-//! A crate of its own, with few dependencies, so that the program of it is quickly built a second time, linked
+//! This is a crate of its own with few dependencies, so that cargo quickly builds its program a second time: linked
 //! statically, for guests with other kernels.
 
 pub mod canaries;

@@ -1,7 +1,8 @@
-//! What the policy tests say of the kernel that this program runs on, as one line of JSON: its restriction semantics, and
-//! whether the checker agrees with it and the built-in policies hold.
+//! Prints the results of the policy tests on the running kernel as one line of JSON: the restriction semantics, whether
+//! the checker agrees with the kernel, and whether the built-in policies hold.
 //!
-//! Linked statically it runs in guests without anything else (`/proc` and a writable `/tmp` are needed). Arguments: SQEs to compare, SQEs to look for a way out with; the seed is `RINGPASS_SEED`.
+//! Linked statically, the program runs in guests that have only `/proc` and a writable `/tmp`. Its arguments are the
+//! number of SQEs to compare and the number of SQEs that try to escape. The seed is `RINGPASS_SEED`.
 
 use std::{env, process::ExitCode};
 
@@ -34,7 +35,7 @@ fn number(argument: Option<String>, default: u64, what: &str) -> Result<u64> {
 fn run() -> Result<String> {
     let mut arguments = env::args().skip(1);
     let cases = number(arguments.next(), 100_000, "SQEs to compare")?;
-    let sqes = number(arguments.next(), 20_000, "SQEs to look for a way out with")?;
+    let sqes = number(arguments.next(), 20_000, "SQEs that try to escape")?;
     let seed = Seed::from_env_or_random();
     let kernel = kernel::support().context("asking the kernel what its io_uring can do")?;
 

@@ -1,17 +1,18 @@
-//! A restricted ring of the test's own that takes any 64 bytes for an SQE.
+//! A restricted ring of the test that takes any 64 bytes as an SQE.
 
 use anyhow::{Context, Result, ensure};
 use io_uring::{IoUring, cqueue, register, squeue};
 use ringpass_restrictions::{RestrictionKind, Sqe};
 
-/// A ring under a restriction table, which goes on with the next SQE when one fails (`IORING_SETUP_SUBMIT_ALL`, 5.18).
+/// A ring under a restriction table. When an SQE fails, the kernel continues with the next one
+/// (`IORING_SETUP_SUBMIT_ALL`, 5.18).
 pub struct RestrictedRing {
     ring: IoUring,
     entries: u32,
 }
 
 impl RestrictedRing {
-    /// A ring that is not restricted, yet, and disabled.
+    /// Makes a disabled ring without restrictions.
     ///
     /// # Errors
     ///
@@ -21,7 +22,7 @@ impl RestrictedRing {
         Ok(Self { ring, entries })
     }
 
-    /// The same, with a table in force, enabled.
+    /// Makes an enabled ring with a table in force.
     ///
     /// # Errors
     ///
@@ -42,36 +43,36 @@ impl RestrictedRing {
         Ok(self)
     }
 
-    /// For registering files and buffers.
+    /// The submitter, which registers files and buffers.
     pub fn submitter(&self) -> io_uring::Submitter<'_> {
         self.ring.submitter()
     }
 
-    /// Submits as many SQEs as the ring has room for at most, waits until `expected` CQEs are there, and gives the result
-    /// of each SQE, in their order: `None` without a CQE. The field `user_data` of the SQEs is this function's.
+    /// Submits the SQEs, waits for `expected` CQEs, and returns the result of each SQE in their order: `None` without a
+    /// CQE. There must be no more SQEs than the ring has entries. This function sets the field `user_data` of the SQEs.
     ///
     /// # Errors
     ///
-    /// The kernel refuses, or a CQE is nobody's.
+    /// The kernel refuses, or a CQE belongs to no SQE.
     ///
     /// # Safety
     ///
-    /// What the SQEs do, as far as the ring's restrictions let them, must be sound: they may name any memory.
+    /// The SQEs may name any memory. Everything that the ring's restrictions let them do must be sound.
     pub unsafe fn submit(&mut self, sqes: &[Sqe], expected: usize) -> Result<Vec<Option<i32>>> {
         // SAFETY: the contract is the same.
         unsafe { self.submit_and_wait(sqes, expected) }?;
         let mut results = vec![None; sqes.len()];
         // The notification of a zero-copy send is not its result.
         for cqe in self.ring.completion().filter(|cqe| !cqueue::notif(cqe.flags())) {
-            let index = usize::try_from(cqe.user_data()).context("a CQE of nobody")?;
-            let result = results.get_mut(index).with_context(|| format!("a CQE of nobody: {index}"))?;
+            let index = usize::try_from(cqe.user_data()).context("a CQE of no SQE")?;
+            let result = results.get_mut(index).with_context(|| format!("a CQE of no SQE: {index}"))?;
             ensure!(result.replace(cqe.result()).is_none(), "two CQEs for SQE {index}");
         }
         Ok(results)
     }
 
-    /// The same where nobody knows how many CQEs will come, and some requests go on: gives the number of CQEs, of these
-    /// SQEs or of earlier ones, that are no errors.
+    /// Submits the SQEs and waits for none of them: the number of CQEs is unknown, and some requests run on. Returns
+    /// the number of CQEs without an error, of these SQEs or of earlier ones.
     ///
     /// # Errors
     ///
@@ -79,7 +80,7 @@ impl RestrictedRing {
     ///
     /// # Safety
     ///
-    /// As for [`submit`](Self::submit), and until the ring is gone.
+    /// As for [`submit`](Self::submit), for as long as the ring lives.
     pub unsafe fn submit_on(&mut self, sqes: &[Sqe]) -> Result<usize> {
         // SAFETY: the contract is the same.
         unsafe { self.submit_and_wait(sqes, 0) }?;

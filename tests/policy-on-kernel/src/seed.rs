@@ -45,7 +45,8 @@ impl Seed {
         fastrand::Rng::with_seed(self.0)
     }
 
-    /// A seed of its own for one part of a test (a thread, a row): parts stay the same when another makes more choices.
+    /// Derives a seed for one part of a test (a thread, a row). A part makes the same choices even if another part
+    /// makes more.
     pub fn derive(self, part: impl Hash) -> Self {
         // `DefaultHasher::new` has fixed keys: the same in every run of one toolchain, which is what a replay needs.
         let mut hasher = DefaultHasher::new();
@@ -86,7 +87,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_a_number_is_not_a_seed() {
+    fn only_a_number_is_a_seed() {
         for text in ["", "0x", "12 34", "-1", "18446744073709551616", "seed"] {
             assert_eq!(Seed::parse(text), None, "{text:?}");
         }

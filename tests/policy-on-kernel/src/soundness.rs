@@ -1,5 +1,5 @@
-//! Whether SQEs of any bytes stay inside: registered buffers, the file in the table, and everything around them that must
-//! stay as it is.
+//! A search for SQEs that escape from a policy: they may change only registered buffers and the file in the table, and
+//! nothing around these.
 
 use std::{
     fs::File,
@@ -21,38 +21,38 @@ use crate::{
 };
 
 const PAGE_BYTES: usize = 4096;
-/// Of each registered buffer; as much on both sides of it is canary.
+/// The length of each registered buffer, and of the canary on both sides of it.
 const BUFFER_BYTES: usize = 16 * PAGE_BYTES;
 const BUFFERS: usize = 3;
-/// Of the file in the table.
+/// The length of the file in the table.
 const DISK_BYTES: u64 = 1 << 20;
-/// The file may be grown by writes: not further than this, or a run fills the disk.
+/// The most to which writes may grow the file. Without a limit a run would fill the disk.
 const DISK_MAX_BYTES: u64 = 1 << 24;
-/// SQEs between two looks at the canaries.
+/// The number of SQEs between two checks of the canaries.
 const BATCH: u32 = 256;
 
-/// What a run has done.
+/// The counts of a run.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Outcome {
     /// SQEs.
     pub sqes: u64,
-    /// Those that did something: their result was not an error.
+    /// The SQEs that the kernel executed: their result was not an error.
     pub executed: u64,
-    /// Looks at everything that must stay as it is.
+    /// The number of checks of everything that must not change.
     pub looks: u64,
 }
 
-/// A ring with buffers between canary pages, one file, and the canaries of a process.
+/// A ring with buffers between canary pages, a file in its table, and the canaries of a process.
 struct Enclosure {
     ring: RestrictedRing,
     /// Canary, buffer, canary, buffer, … canary.
     memory: MmapMut,
     disk: File,
-    /// Never in the table; what the guest may reach only by its descriptor.
+    /// A file that is never in the table. An SQE could reach it only by its descriptor.
     canaries: Canaries,
     expected: Vec<u8>,
     buffers: [u64; BUFFERS],
-    /// What the policy lets pass.
+    /// The operations and flags that the policy allows.
     opcodes: Vec<u8>,
     flags_allowed: SqeFlags,
     flags_required: SqeFlags,
@@ -74,7 +74,8 @@ impl Enclosure {
         let iovecs: Vec<_> = (0..BUFFERS)
             .map(|index| nix::libc::iovec { iov_base: address(index).cast(), iov_len: BUFFER_BYTES })
             .collect();
-        // SAFETY: the mapping outlives the ring, which waits for all its requests; it is looked at between batches only.
+        // SAFETY: the mapping outlives the ring, which waits for all its requests; the test looks at it only between
+        // batches.
         unsafe { ring.submitter().register_buffers(&iovecs) }?;
         let table: Vec<_> = policy.entries().iter().map(|entry| entry.kind()).collect();
         let ring = ring.enable(&table)?;
@@ -85,7 +86,7 @@ impl Enclosure {
         Ok(Self { ring, memory, disk, canaries, expected, buffers, opcodes, flags_allowed, flags_required })
     }
 
-    /// Anything: near what passes, with some of it replaced by random bytes or by what is worth trying.
+    /// A random SQE: similar to one that passes, with some fields replaced by random bytes or by interesting values.
     fn sqe(&self, rng: &mut fastrand::Rng) -> Sqe {
         let mut words = [0; 8];
         words.fill_with(|| rng.u64(..));
@@ -125,12 +126,12 @@ impl Enclosure {
         }
     }
 
-    /// Submits these SQEs, and gives the number of requests that did something.
+    /// Submits these SQEs, and returns the number of requests that the kernel executed.
     fn submit(&mut self, batch: &[Sqe]) -> Result<u64> {
         if self.flags_allowed != SqeFlags::FIXED_FILE {
-            // Requests may wait for others, or post no CQE: what they do late, a later look finds.
-            // SAFETY: that nothing but the buffers is touched is what this finds out; those, and the file, are the
-            // kernel's own as long as the ring lives. The canaries are owned here and looked at between batches only.
+            // Requests may wait for others, or post no CQE. A later check finds what they do late. SAFETY: the test
+            // finds out that the kernel accesses only the buffers; no other code uses these or the file as long as the
+            // ring lives. This structure owns the canaries, and looks at them only between batches.
             return Ok(unsafe { self.ring.submit_on(batch) }? as u64);
         }
         let mut chain = None;
@@ -140,7 +141,7 @@ impl Enclosure {
         Ok(results.iter().filter(|result| result.is_some_and(|result| result >= 0)).count() as u64)
     }
 
-    /// Everything that must be as it was.
+    /// Checks that nothing has changed that must not change.
     fn look(&mut self) -> Result<()> {
         for index in (0..self.memory.len() / BUFFER_BYTES).step_by(2) {
             let range = index * BUFFER_BYTES..(index + 1) * BUFFER_BYTES;
@@ -159,11 +160,11 @@ impl Enclosure {
     }
 }
 
-/// Submits `sqes` SQEs under a policy and looks at everything around after each batch.
+/// Submits `sqes` SQEs under a policy, and checks everything around after each batch.
 ///
 /// # Errors
 ///
-/// Something is changed that must not be: with the seed, and the batch after which it was.
+/// An SQE changed something outside. The error has the seed and the batch.
 pub fn run(policy: &CompiledPolicy, seed: Seed, sqes: u64) -> Result<Outcome> {
     let mut rng = seed.rng();
     let mut enclosure = Enclosure::new(policy)?;
@@ -188,8 +189,8 @@ pub fn built_in(kernel: &KernelSupport) -> Result<Vec<CompiledPolicy>> {
     Ok(policies.map(|built_in| built_in.policy().compile(kernel)).collect::<Result<_, _>>()?)
 }
 
-/// Any policy in which lint finds no error in direct mode: some of the operations that have none, with some of the flags
-/// that have none.
+/// A random policy in which the lint finds no error in direct mode: some of the operations and some of the flags
+/// without errors.
 ///
 /// # Errors
 ///

@@ -1,5 +1,5 @@
-//! A made-up set of tests for the harness's own tests (`tests/harness_skips.rs`), which start this program and read what a
-//! test runner would read. It is no test program itself: some of its tests are there to fail.
+//! A made-up set of tests for the harness's own tests (`tests/harness_skips.rs`). They start this program and read what
+//! a test runner would read. It is no test program itself: some of its tests must fail.
 
 use std::{env, fs::OpenOptions, io::Write, process::ExitCode, time::Duration};
 

@@ -1,5 +1,5 @@
-//! Runs a program in another environment: `in_environment WORD... -- PROGRAM ARGUMENT...`. Each word takes something away, in
-//! their order; the program replaces this one.
+//! Runs a program in another environment: `in_environment WORD... -- PROGRAM ARGUMENT...`. Each word removes something,
+//! in their order. Then the program replaces this one.
 
 use std::{
     collections::BTreeMap,
@@ -38,18 +38,18 @@ fn main() -> Result<()> {
 fn enter(kind: &str, value: &str, command: &mut Command) -> Result<()> {
     match kind {
         "user-namespace" => user_namespace(),
-        // Not there at all: nothing is mounted at the directory.
+        // Unmounts the directory.
         "without" => {
             own_mounts()?;
             Ok(umount2(value, MntFlags::MNT_DETACH)?)
         }
-        // Another content of a directory: VALUE is FROM:TO.
+        // Mounts one directory at another: VALUE is FROM:TO.
         "bind" => {
             own_mounts()?;
             let (from, to) = value.split_once(':').context("not FROM:TO")?;
             Ok(mount(Some(from), to, None::<&str>, MsFlags::MS_BIND, None::<&str>)?)
         }
-        // All file systems, but for one directory.
+        // Makes all file systems read-only, except one directory.
         "read-only-but" => read_only_but(Path::new(value)),
         "memlock" => limit(Resource::RLIMIT_MEMLOCK, value),
         "nofile" => limit(Resource::RLIMIT_NOFILE, value),
@@ -66,7 +66,7 @@ fn enter(kind: &str, value: &str, command: &mut Command) -> Result<()> {
     }
 }
 
-/// Root there is whoever this is here.
+/// Enters a user namespace in which this user is root.
 fn user_namespace() -> Result<()> {
     let (user, group) = (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
     unshare(CloneFlags::CLONE_NEWUSER)?;
@@ -75,7 +75,7 @@ fn user_namespace() -> Result<()> {
     Ok(fs::write("/proc/self/gid_map", format!("0 {group} 1"))?)
 }
 
-/// What is mounted from now on is seen here only.
+/// Makes later mounts visible only to this process.
 fn own_mounts() -> Result<()> {
     unshare(CloneFlags::CLONE_NEWNS)?;
     Ok(mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>)?)
@@ -84,14 +84,14 @@ fn own_mounts() -> Result<()> {
 fn read_only_but(directory: &Path) -> Result<()> {
     own_mounts()?;
     mount(Some(directory), directory, None::<&str>, MsFlags::MS_BIND, None::<&str>)?;
-    // What lies beneath the new mount becomes read-only.
+    // Everything beneath the new mount becomes read-only.
     if env::current_dir()? == directory {
         env::set_current_dir(directory)?;
     }
     let mounts = fs::read_to_string("/proc/self/mountinfo")?;
     for point in mounts.lines().filter_map(|line| line.split(' ').nth(4)).map(PathBuf::from) {
         let flags = MsFlags::MS_REMOUNT | MsFlags::MS_BIND | MsFlags::MS_RDONLY;
-        // A mount that lies under another one cannot be reached, and need not be changed.
+        // No path leads to a mount under another one, so it need not change.
         if point != directory && mount(None::<&str>, &point, None::<&str>, flags, None::<&str>).is_err() {
             eprintln!("in_environment: {} stays writable", point.display());
         }
@@ -104,7 +104,7 @@ fn limit(resource: Resource, value: &str) -> Result<()> {
     Ok(setrlimit(resource, value, value)?)
 }
 
-/// The system call fails from now on.
+/// Makes the system call fail from now on.
 fn filter(call: &str, error: &str) -> Result<()> {
     let number = match call {
         "io_uring_setup" => libc::SYS_io_uring_setup,

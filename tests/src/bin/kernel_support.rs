@@ -1,5 +1,5 @@
-//! Runs the policy tests on this machine's kernel and in guests with others, and writes what they found as a document.
-//! Arguments: the document, further kernels (`bzImage`) for guests. The seed is `RINGPASS_SEED`.
+//! Runs the policy tests on this machine's kernel and in guests with other kernels, and writes the results as a
+//! document. The arguments are the document and further kernels (`bzImage`) for guests. The seed is `RINGPASS_SEED`.
 
 use std::{env, path::PathBuf, time::Duration};
 

@@ -1,4 +1,4 @@
-//! Debian packages without installing them: an apt with lists of its own, which also knows the source packages.
+//! Gets Debian packages without installing them: an apt with lists of its own, which also knows the source packages.
 
 use std::{
     ffi::OsStr,
@@ -17,9 +17,9 @@ const SYSTEM_SOURCES: &str = "/etc/apt";
 #[derive(Debug)]
 pub(crate) struct Apt {
     configuration: PathBuf,
-    /// Where packages go that are downloaded with all that they depend on.
+    /// The directory for packages that are downloaded with everything that they depend on.
     downloads: PathBuf,
-    /// What the update said: the cause, if a package is missing later.
+    /// The output of the update: if a package is missing later, it has the cause.
     update: String,
 }
 
@@ -29,8 +29,8 @@ impl Apt {
     ///
     /// # Errors
     ///
-    /// The files cannot be written, or there is no apt. A repository that cannot be reached is not an error yet: others
-    /// may have what is needed.
+    /// The files cannot be written, or there is no apt. An unreachable repository is not an error yet: others may have
+    /// the packages.
     pub(crate) fn new(directory: &Path) -> Result<Self> {
         let sources = system_sources()?;
         Self::with_sources(
@@ -40,7 +40,8 @@ impl Apt {
         )
     }
 
-    /// The same for another release of Debian, by way of the mirror that this machine uses, and as if no package were installed.
+    /// Makes an apt for another release of Debian, with the mirror of this machine, and as if no package were
+    /// installed.
     ///
     /// # Errors
     ///
@@ -116,7 +117,7 @@ impl Apt {
     pub(crate) fn unpack_with_dependencies(&self, packages: &[&str], directory: &Path) -> Result<()> {
         let install = ["install", "--yes", "--download-only", "--no-install-recommends"];
         self.run("apt-get", install.into_iter().chain(packages.iter().copied()))?;
-        // The symbolic links between /bin and /usr/bin are the first to be there.
+        // The package with the symbolic links between /bin and /usr/bin must come first.
         let base_first =
             |path: &PathBuf| !path.file_name().is_some_and(|name| name.as_bytes().starts_with(b"base-files_"));
         let mut archives = files(&self.downloads, ".deb")?;
@@ -145,8 +146,8 @@ impl Apt {
 
     fn command(&self, program: &str) -> Command {
         let mut command = Command::new(program);
-        // As an argument, not in APT_CONFIG: that is read before the machine's own files, and could not take back
-        // what they have.
+        // The configuration is an argument, not in APT_CONFIG: apt reads APT_CONFIG before the machine's own files, so
+        // it could not override them.
         command.arg("--config-file").arg(&self.configuration);
         command
     }
@@ -165,7 +166,7 @@ impl Apt {
     }
 }
 
-/// Runs a program to its end and gives what it wrote.
+/// Runs a program to its end, and returns its output.
 pub(crate) fn run(command: &mut Command) -> Result<String> {
     let output = command.output().with_context(|| format!("starting {}", command.get_program().to_string_lossy()))?;
     let said = String::from_utf8_lossy(&output.stderr);
@@ -189,7 +190,7 @@ fn configuration_text(directory: &Path) -> String {
          APT::Sandbox::User \"root\";\n\
          Acquire::Languages \"none\";\n\
          Acquire::IndexTargets::deb::DEP-11::DefaultEnabled \"false\";\n\
-         // What the machine does after an update of its own lists.\n\
+         // The machine's own hooks after an update of its lists.\n\
          #clear APT::Update;\n"
     )
 }
@@ -217,7 +218,7 @@ fn with_source_packages(text: &str) -> String {
         if let Some(rest) = line.strip_prefix("deb ") {
             result.push_str(&format!("deb {rest}\ndeb-src {rest}\n"));
         } else if line.starts_with("deb-src ") {
-            // Made from the `deb` line.
+            // The `deb` line makes this line too.
         } else if line.to_ascii_lowercase().starts_with("types:") {
             result.push_str("Types: deb deb-src\n");
         } else {
@@ -289,7 +290,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_newest_of_a_series_is_chosen_by_number() {
+    fn newest_named_compares_versions_by_number() {
         let names = [
             "linux-image-6.12-cloud-amd64-dbg",
             "linux-image-6.12.99+deb12-cloud-amd64-unsigned",
@@ -306,7 +307,7 @@ mod tests {
     }
 
     #[test]
-    fn the_repository_of_debian_is_found_in_both_formats() {
+    fn debian_repository_reads_both_formats() {
         let found = |text: &str| debian_repository(&[(String::new(), text.to_owned())]);
         let repository = |signed_by: Option<&str>| {
             Some(DebianRepository { uri: "http://mirror/debian".into(), signed_by: signed_by.map(str::to_owned) })
@@ -326,7 +327,7 @@ mod tests {
     }
 
     #[test]
-    fn source_packages_come_from_the_same_repositories_in_both_formats() {
+    fn with_source_packages_extends_both_formats() {
         assert_eq!(
             with_source_packages("# main\ndeb [arch=amd64] http://a b main\ndeb-src http://a b main\n"),
             "# main\ndeb [arch=amd64] http://a b main\ndeb-src [arch=amd64] http://a b main\n"

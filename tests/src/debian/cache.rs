@@ -1,4 +1,4 @@
-//! Where guest images are kept between test runs, and how they get there whole.
+//! The cache of guest images between test runs, in which every entry is complete.
 
 use std::{
     env,
@@ -11,8 +11,8 @@ use rustix::fs::FlockOperation;
 
 /// The directory of cached files: `$XDG_CACHE_HOME/ringpass-tests`, or the same in `~/.cache`.
 ///
-/// An entry is a directory that appears by a rename, and so is complete when it is there. Its name has the versions of
-/// what it was made from; it is never changed. Removing the whole directory is always allowed while no test runs.
+/// An entry is a directory that appears by a rename, so it is complete. Its name has the versions of its sources, and
+/// it never changes. You may remove the whole directory while no test runs.
 #[derive(Debug)]
 pub(crate) struct Cache {
     root: PathBuf,
@@ -37,8 +37,8 @@ impl Cache {
         Ok(Self { root })
     }
 
-    /// Waits until no other process makes entries, and keeps others from it until the file is dropped. Readers of
-    /// finished entries need no lock.
+    /// Waits until no other process makes entries, and keeps others from making entries until the file is dropped.
+    /// Readers of finished entries need no lock.
     ///
     /// # Errors
     ///
@@ -51,16 +51,17 @@ impl Cache {
         Ok(file)
     }
 
-    /// The entry `name`, if it is there.
+    /// The entry `name`, if it exists.
     pub(crate) fn find(&self, name: &str) -> Option<PathBuf> {
         Some(self.root.join(name)).filter(|path| path.is_dir())
     }
 
-    /// The entry `name`; `make` fills an empty directory if it is not there. The caller holds the [`lock`](Self::lock).
+    /// The entry `name`. If it does not exist, `make` fills an empty directory. The caller holds the
+    /// [`lock`](Self::lock).
     ///
     /// # Errors
     ///
-    /// `make` fails (nothing is left of it then), or the file system.
+    /// `make` or the file system fails. Nothing is left then.
     pub(crate) fn entry(&self, name: &str, make: impl FnOnce(&Path) -> Result<()>) -> Result<PathBuf> {
         ensure!(!name.is_empty() && !name.contains('/'), "{name:?} is not a name for a cache entry");
         if let Some(found) = self.find(name) {
@@ -74,7 +75,7 @@ impl Cache {
         Ok(path)
     }
 
-    /// What was remembered under `key`.
+    /// The line that was remembered under `key`.
     pub(crate) fn recall(&self, key: &str) -> Option<String> {
         fs::read_to_string(self.root.join(key)).ok().map(|text| text.trim().to_owned())
     }
@@ -99,7 +100,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_entry_is_made_once_and_is_there_only_when_complete() {
+    fn the_cache_makes_an_entry_once_and_keeps_only_complete_ones() {
         let directory = tempfile::tempdir().expect("a directory");
         let cache = Cache::at(directory.path().join("cache")).expect("a new cache");
         let failed = cache.entry("linux-1", |path| {
@@ -117,7 +118,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_remembered_is_recalled() {
+    fn the_cache_recalls_the_last_remembered_line() {
         let directory = tempfile::tempdir().expect("a directory");
         let cache = Cache::at(directory.path().to_owned()).expect("a cache");
         assert_eq!(cache.recall("newest"), None);

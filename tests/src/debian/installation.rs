@@ -1,4 +1,4 @@
-//! A Debian in a directory: some packages and everything that they depend on, to run their programs in.
+//! A Debian in a directory: some packages and everything that they depend on. Tests run their programs there.
 
 use std::{
     fs,
@@ -14,10 +14,10 @@ use rustix::process::geteuid;
 use super::{apt::Apt, cache::Cache};
 use crate::needs::{Need, find_program};
 
-/// Where callers mount directories of this machine.
+/// The directories at which callers mount directories of this machine.
 const MOUNT_POINTS: [&str; 2] = ["src", "target"];
-/// Gets the root directory, pairs of a directory and where it is mounted, `--`, and a command. The installation itself is
-/// mounted read-only: it stays as it was made.
+/// A script. Its arguments are the root directory, pairs of a directory and its mount point, `--`, and a command. It
+/// mounts the installation itself read-only, so that it never changes.
 const ENTER: &str = r#"
 set -e
 root=$1
@@ -83,7 +83,7 @@ impl Installation {
         let first = packages.first().context("an installation has packages")?;
         let name = format!("{key}-{first}-{}", apt.version(first)?);
         let root = cache.entry(&name, |root| {
-            // What every Debian has: apt's pattern for it (apt-patterns(7)).
+            // The packages of every Debian, by apt's pattern (apt-patterns(7)).
             apt.unpack_with_dependencies(&[&["?essential"], packages].concat(), root)?;
             finish(root)
         })?;
@@ -100,13 +100,13 @@ impl Installation {
             command.arg(directory).arg(place);
         }
         command.args(["--", program]);
-        // `mount` and `chroot` of this machine, and then the programs of the installation.
+        // The path has `mount` and `chroot` of this machine, and then the programs of the installation.
         command.env_clear().env("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin");
         command
     }
 }
 
-/// What the packages' scripts would have done of what their programs need.
+/// Does what the programs need of the packages' scripts, which do not run.
 fn finish(root: &Path) -> Result<()> {
     for directory in MOUNT_POINTS.iter().chain(["dev", "proc", "sys"].iter()) {
         fs::create_dir_all(root.join(directory)).with_context(|| format!("making /{directory}"))?;
@@ -118,7 +118,7 @@ fn finish(root: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Runs a program with mounts of its own, for which a user who is not root becomes root in a namespace.
+/// A command that runs a program with mounts of its own. A user who is not root becomes root in a namespace for that.
 fn unshare() -> Command {
     let mut command = Command::new(find_program("unshare").unwrap_or_else(|| "unshare".into()));
     command.arg("--mount");

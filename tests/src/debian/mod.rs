@@ -1,4 +1,4 @@
-//! Debian packages for the tests. Nothing is installed: packages are unpacked, and kept in a cache.
+//! Debian packages for the tests. The tests install nothing: they unpack packages, and keep them in a cache.
 
 pub(crate) mod apt;
 pub(crate) mod cache;

@@ -29,7 +29,7 @@ pub fn start_first(front_end: &FrontEnd, ram: &mut TestRam) -> Result<(FirstQueu
     Ok((first, addressing))
 }
 
-/// Starts a queue that is to be attached.
+/// Starts a queue that the driver will attach.
 ///
 /// # Errors
 ///
@@ -93,7 +93,7 @@ impl Bench {
         Ok(Self { rig, broker, ram, front_end, first, addressing })
     }
 
-    /// The driver of a queue that is started and not attached.
+    /// Starts a queue without attaching it, and returns its driver.
     ///
     /// # Errors
     ///
@@ -102,7 +102,7 @@ impl Bench {
         self.broker.explain(start_ring(&self.front_end, &mut self.ram, index, self.addressing))
     }
 
-    /// The driver of a queue whose ring is open.
+    /// Starts and attaches a queue, and returns its driver. Its ring is open.
     ///
     /// # Errors
     ///

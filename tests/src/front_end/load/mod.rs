@@ -1,4 +1,4 @@
-//! I/O with many requests at once, in which every byte is verified.
+//! I/O with many requests at once. The load verifies every byte.
 //!
 //! A load finds requests that are lost, executed twice, torn or completed twice, while the test does anything to the
 //! back-end: each write has its own content, and a block belongs to one request at a time.
@@ -53,7 +53,7 @@ impl Load {
     ///
     /// # Errors
     ///
-    /// The arenas have less left.
+    /// The arenas do not have enough memory left.
     pub fn new(vring: DriverVring, arenas: &mut [Arena], options: LoadOptions) -> Result<Self> {
         ensure!(!arenas.is_empty() && options.depth > 0 && options.max_blocks > 0);
         let count = arenas.len();
@@ -90,7 +90,7 @@ impl Load {
         self.completed
     }
 
-    /// Does this many requests more, and waits for all of them.
+    /// Does this many more requests, and waits for all of them.
     ///
     /// # Errors
     ///
@@ -100,7 +100,7 @@ impl Load {
         self.run_while(|completed| completed < end)
     }
 
-    /// Does requests for as long as `goes_on` says, and waits for all of them.
+    /// Does requests for as long as `goes_on` returns true, and waits for all of them.
     ///
     /// # Errors
     ///
@@ -186,7 +186,7 @@ impl Load {
         }
     }
 
-    /// Writes a request into RAM and gives its descriptors.
+    /// Writes a request into RAM, and returns its descriptors.
     fn chain(
         &mut self,
         index: usize,

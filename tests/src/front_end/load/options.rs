@@ -12,7 +12,7 @@ pub struct LoadOptions {
     pub first_block: u64,
     /// Length of the area in blocks.
     pub blocks: u64,
-    /// Requests at once.
+    /// The number of requests in flight.
     pub depth: usize,
     /// The most blocks of one request.
     pub max_blocks: usize,

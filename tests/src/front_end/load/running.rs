@@ -41,7 +41,7 @@ impl RunningLoad {
         self.completed.load(Ordering::Relaxed)
     }
 
-    /// Waits until so many requests more have completed, or the load has failed. [`finish`](Self::finish) gives the
+    /// Waits until this many more requests have completed, or the load has failed. [`finish`](Self::finish) returns the
     /// error.
     pub fn wait_for_progress(&self, requests: u64) {
         let end = self.completed() + requests;
