@@ -20,6 +20,7 @@
 //! | [`vhost_user::Disk`] | a connected disk: its queues, its buffers, flush, discard and write zeroes |
 //! | [`vhost_user::Queue`] | one queue of a disk, for one thread at a time: reads and writes, by polling or by interrupt |
 //! | [`vhost_user::Done`] | a read or write that has ended, with its buffer |
+//! | [`vhost_user::Geometry`] | size, block size and limits of a disk |
 //! | [`vhost_user::Options`] | the options of a connection: RAM, queues, rings or virtqueues, time limit for the device |
 //! | [`vhost_user::ByAddress`] | a queue for requests that name memory by guest-physical address |
 //! | [`handover::Handover`] | a received device: its description, the files of its RAM, the eventfds of its queues |

@@ -39,8 +39,8 @@ struct Regions {
     removed: Vec<Removed>,
 }
 
-/// A region that was removed. As long as an area of it exists, a request that names its addresses may be under way, and
-/// the driver may send the request again. Until then, no other region may have these addresses.
+/// A region that was removed. No other region may have its addresses as long as an area of it exists: a request that
+/// names them may be under way, and the driver may send the request again.
 #[derive(Debug)]
 struct Removed {
     gpa: u64,
@@ -118,7 +118,7 @@ impl Memory {
         Err(refusal.map_or(Error::NoMemory, Error::Allocate))
     }
 
-    /// Free bytes of all regions.
+    /// Number of free bytes of all regions.
     pub(super) fn free_bytes(&self) -> u64 {
         self.lock().present.iter().filter_map(|(_, allocator)| allocator.as_ref()).map(RamAllocator::free_bytes).sum()
     }

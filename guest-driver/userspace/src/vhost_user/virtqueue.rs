@@ -52,7 +52,7 @@ impl Vring {
         self.call.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Makes another eventfd for interrupts. The caller tells the device.
+    /// Makes another eventfd for interrupts. The caller sends it to the device.
     pub(super) fn renew_call(&self) -> Result<Arc<EventFd>, Error> {
         let call = Arc::new(eventfd()?);
         let before = std::mem::replace(&mut *self.call.lock().unwrap_or_else(PoisonError::into_inner), call.clone());

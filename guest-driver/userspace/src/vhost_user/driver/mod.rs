@@ -41,8 +41,8 @@ const POLLS_PER_PROGRESS: u32 = 16;
 pub struct Counters {
     /// Number of rings that the queue has had.
     pub epochs: u64,
-    /// Number of requests that the driver sent again, because their ring has ended or the device has done a part of
-    /// them.
+    /// Number of requests that the driver sent again, because their ring has ended, or because the kernel has done a
+    /// part of them or has answered "try again".
     pub resubmitted: u64,
     /// Number of requests that the driver sent over queue 0, because a ring could not execute them.
     pub fallbacks: u64,
@@ -152,7 +152,7 @@ impl Driver {
         self.attachment.as_ref().and_then(Attachment::epoch)
     }
 
-    /// Why the queue is not a ring.
+    /// The code with which the device refused the last ring.
     pub(super) fn refused(&self) -> Option<ErrorCode> {
         self.refused
     }
@@ -179,7 +179,7 @@ impl Driver {
     ///
     /// # Errors
     ///
-    /// The queue is full: the buffer comes back.
+    /// Returns the buffer: the queue is full.
     pub(super) fn push(&mut self, request: &Request, buffer: Option<RamArea>) -> Result<(), Option<RamArea>> {
         let Some(id) = self.free.pop() else { return Err(buffer) };
         self.sequence += 1;

@@ -58,7 +58,7 @@ impl Pending {
         }
     }
 
-    /// What is left of the request.
+    /// The part of the request that the device has not done.
     #[inline]
     pub(super) fn rest(&self) -> Request {
         let done_bytes = self.done_bytes;
