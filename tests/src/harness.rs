@@ -1,4 +1,5 @@
-//! The harness of the end-to-end tests: tests with preconditions, skipped with a reason where one is not met.
+//! The harness of the end-to-end tests: tests with preconditions. The harness skips a test with a reason if a
+//! precondition is not met.
 //!
 //! A test binary sets `harness = false` in `Cargo.toml` and registers its tests:
 //!
@@ -16,12 +17,12 @@
 //! }
 //! ```
 //!
-//! Preconditions are looked at when the tests are listed, because a test runner (cargo-nextest, or `cargo test`) learns
-//! only then that a test is ignored. A test with an unmet one is *ignored*: counted as skipped, never as passed, and its
-//! reason goes to stderr and to the file that `cargo xtask test` prints at its end. Where nothing may be skipped
-//! (`CI=true` or `RINGPASS_NO_SKIP=1`) the same test *fails* with that reason.
+//! The harness checks preconditions when it lists the tests, because a test runner (cargo-nextest, or `cargo test`)
+//! learns only then that a test is ignored. A test with an unmet one is *ignored*: counted as skipped, never as passed,
+//! and its reason goes to stderr and to the file that `cargo xtask test` prints at its end. Where nothing may be
+//! skipped (`CI=true` or `RINGPASS_NO_SKIP=1`) the same test *fails* with that reason.
 //!
-//! Tests run one at a time, each between two looks at the kernel log: what the kernel complained about fails the test.
+//! Tests run one at a time, each between two looks at the kernel log: a warning of the kernel fails the test.
 
 use std::{
     collections::HashSet,
@@ -48,7 +49,7 @@ pub const SKIP_LOG_VARIABLE: &str = "RINGPASS_SKIP_LOG";
 pub const NO_SKIP_VARIABLE: &str = "RINGPASS_NO_SKIP";
 /// Environment variable: when set (and not `0` or `false`), tests use the budgets of a long run.
 pub const SOAK_VARIABLE: &str = "RINGPASS_SOAK";
-/// Environment variable: how long one test of a long run goes on, in seconds, instead of its own budget.
+/// Environment variable: how long one test of a long run takes, in seconds, instead of its own budget.
 pub const SOAK_SECONDS_VARIABLE: &str = "RINGPASS_SOAK_SECONDS";
 
 type Body = Box<dyn FnOnce() -> Result<()> + Send>;
@@ -105,7 +106,7 @@ impl Test {
     }
 }
 
-/// What becomes of a test in this process.
+/// What this process does with a test.
 #[derive(Debug, PartialEq, Eq)]
 enum Fate {
     Run,
@@ -141,7 +142,7 @@ fn trial(test: Test, no_skip: bool, soak: bool, arguments: &Arguments) -> Trial 
         Fate::Fail(reason) => Trial::test(name, move || Err(format!("cannot run here: {reason}").into())),
         Fate::Skip(reason) => {
             let report = report_line("skipped", &name, &reason);
-            // It runs only if someone asks for ignored tests, and then it cannot pass.
+            // The test runs only if the command line asks for ignored tests, and then it cannot pass.
             let trial = Trial::test(name.clone(), {
                 let reason = reason.clone();
                 move || Err(format!("cannot run here: {reason}").into())
@@ -207,8 +208,8 @@ fn note_unreadable_kernel_log(name: &str, error: &io::Error) {
     });
 }
 
-/// Reports that `test` runs, and passes, without one of its checks: `reason` goes on behind "N tests", and is shown at
-/// the end of `cargo xtask test`.
+/// Reports that `test` runs and passes without one of its checks. `cargo xtask test` shows `reason` behind "N tests" at
+/// its end.
 pub fn note(test: &str, reason: &str) {
     eprintln!("note: {test} {reason}");
     log_skip(&report_line("note", test, reason));
@@ -245,12 +246,12 @@ pub fn is_soak() -> bool {
     flag(SOAK_VARIABLE)
 }
 
-/// How much a test does: `ci` in every test run, `soak` in a long run. For counts, sizes and lists of cases.
+/// The amount of a test's work: `ci` in every test run, `soak` in a long run. For counts, sizes and lists of cases.
 pub fn budget<T>(ci: T, soak: T) -> T {
     if is_soak() { soak } else { ci }
 }
 
-/// How long a test goes on: `ci` in every test run; in a long run `soak`, or what `cargo xtask soak --seconds` says.
+/// The duration of a test: `ci` in every test run; in a long run `soak`, or the value of `cargo xtask soak --seconds`.
 ///
 /// # Panics
 ///
@@ -299,7 +300,7 @@ mod tests {
         assert_eq!(test("t", [], || Ok(())).soak_only().fate(true, true), Fate::Run);
     }
 
-    /// With Rust's own harness in its place, a program's `main` and all its tests would never run, and nothing would say so.
+    /// With Rust's own harness, a program's `main` and all its tests would never run, and no message would say so.
     #[test]
     fn every_test_program_uses_this_harness() {
         let package = Path::new(env!("CARGO_MANIFEST_DIR"));
@@ -308,7 +309,8 @@ mod tests {
         let mut count = 0;
         for path in programs.map(|entry| entry.expect("a directory entry").path()) {
             let name = path.file_stem().and_then(OsStr::to_str).expect("a name in ASCII");
-            // The harness's own tests: under it, a fault that swallows failures would swallow theirs too.
+            // `harness_skips` has the tests of the harness itself: a fault of the harness that hides failures would
+            // hide theirs too.
             let is_program = path.extension() == Some(OsStr::new("rs")) || path.join("main.rs").exists();
             if is_program && name != "harness_skips" {
                 let entry = format!("[[test]]\nname = \"{name}\"\nharness = false\n");

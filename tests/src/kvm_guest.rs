@@ -1,4 +1,4 @@
-//! A bare-metal guest on KVM with a device of the broker: everything put together, as a monitor would.
+//! A bare-metal guest on KVM with a device of the broker. This module does what a monitor does.
 
 use std::fs::File;
 use std::ops::Range;
@@ -21,12 +21,12 @@ use ringpass_vmm::{GuestCpu, Machine, MachineConfig, Outcome, PROGRAM_SLOT};
 use ringpass_workload::{Job, Verify, Wait};
 use rustix::fs::MemfdFlags;
 
-/// Where a guest's rings are.
+/// The place of a guest's rings.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Place {
-    /// In its RAM.
+    /// In the guest's RAM.
     GuestRam,
-    /// In pages of the kernel, shown through memory slots.
+    /// In pages of the kernel, which the guest sees through memory slots.
     Window,
 }
 
@@ -39,30 +39,30 @@ pub enum BellKind {
     Mmio,
 }
 
-/// What a guest is to be.
+/// The configuration of a guest.
 #[derive(Clone, Debug)]
 pub struct KvmGuestConfig {
     /// Its disk.
     pub disk: DiskConfig,
     /// Size of each ring.
     pub ring: RingConfig,
-    /// Where they are.
+    /// The place of the rings.
     pub place: Place,
-    /// Queues, each with a vCPU, 1 to 4.
+    /// The number of queues, 1 to 4. Each has a vCPU.
     pub queues: u32,
     /// Who consumes the SQs.
     pub submission: SubmissionConfig,
-    /// How doorbells are rung.
+    /// How the guest rings its doorbells.
     pub bell: BellKind,
     /// Whether completions interrupt the guest.
     pub interrupts: bool,
     /// Bytes of buffers for each queue.
     pub buffer_bytes: u64,
-    /// Most blocks a queue's job works on.
+    /// The most blocks of a queue's job.
     pub blocks_max: u64,
     /// A second region of RAM, of 1 MiB, behind a hole of 1 MiB.
     pub hole: bool,
-    /// What the rings allow, safe or not. None: the built-in policy.
+    /// The policy of the rings, which need not be safe. `None`: the built-in policy.
     pub policy: Option<Policy>,
 }
 
@@ -93,10 +93,10 @@ pub fn sq_thread(idle_ms: u64) -> SubmissionConfig {
     SubmissionConfig::SqThread(SqThreadConfig::new(Duration::from_millis(idle_ms)))
 }
 
-/// A running virtual machine with attached queues. Stopped and detached when dropped.
+/// A running virtual machine with attached queues. The drop stops the vCPUs and detaches the queues.
 #[derive(Debug)]
 pub struct KvmGuest {
-    // In the order in which they go: the vCPUs first.
+    // The fields drop in this order: the vCPUs first.
     cpus: Vec<GuestCpu>,
     queues: Vec<KvmQueue>,
     counters: Vec<ExitCounters>,
@@ -110,7 +110,7 @@ pub struct KvmGuest {
 }
 
 impl KvmGuest {
-    /// Makes everything and tells the guest of its queues.
+    /// Makes the machine, the device and the queues, and tells the guest its queues.
     pub fn start(config: KvmGuestConfig) -> Result<Self> {
         let layout = RamLayout::of(&config);
         let regions = layout.regions(config.hole);
@@ -127,7 +127,7 @@ impl KvmGuest {
         let disk = Arc::new(Disk::open(&disk)?);
         let access = if config.disk.read_only { Access::ReadOnly } else { Access::ReadWrite };
         let policy = match config.policy {
-            // Wrong on purpose.
+            // This policy is wrong on purpose.
             Some(policy) => policy.compile(&kernel::support()?)?.accept_unsafe(),
             None => Policy::direct(access).compile(&kernel::support()?)?,
         };
@@ -158,7 +158,7 @@ impl KvmGuest {
         Ok(guest)
     }
 
-    /// Attaches the queue of `cpu`, which has none, and tells the guest.
+    /// Attaches the queue of `cpu`, which has none yet, and tells the guest its place.
     fn attach(&mut self, cpu: u32) -> Result<()> {
         let layout = RamLayout::of(&self.config);
         let (window_rings_gpa, window_sqes_gpa) = map::window(cpu);
@@ -195,7 +195,7 @@ impl KvmGuest {
         Ok(())
     }
 
-    /// Tells the guest on `cpu` where its queue is.
+    /// Tells the guest on `cpu` the place of its queue.
     fn tell(&mut self, cpu: u32, rings_gpa: u64, sqes_gpa: u64, layout: RingLayout, bell: Bell) -> Result<()> {
         let mut ram = [RamRegion::default(); RAM_REGIONS_MAX];
         for (entry, region) in ram.iter_mut().zip(self.machine.ram()) {
@@ -207,8 +207,8 @@ impl KvmGuest {
         Ok(())
     }
 
-    /// Tells the guest on `cpu`, which is at no work, that its queue is where there is nothing: its next command is its
-    /// end.
+    /// Tells the idle guest on `cpu` a place for its queue at which there is no memory. The next command ends the
+    /// guest.
     pub fn lead_astray(&mut self, cpu: u32) -> Result<()> {
         let (rings_gpa, sqes_gpa) = map::window(map::VCPUS_MAX - 1);
         let layout = *self.queues[cpu as usize].layout();
@@ -242,7 +242,7 @@ impl KvmGuest {
         Ok(self.machine.table(cpu, job.blocks())?)
     }
 
-    /// Has all vCPUs do their jobs at the same time. Each must be clean.
+    /// Runs the jobs of all vCPUs at the same time. Each report must be clean.
     pub fn run_all(&mut self, jobs: &[Job], kind: fn(Job, Table) -> Command) -> Result<Vec<Outcome>> {
         for (cpu, job) in (0u32..).zip(jobs) {
             let table = self.table(cpu, job)?;
@@ -286,20 +286,20 @@ impl KvmGuest {
         &self.memory
     }
 
-    /// The file that holds the guest's RAM, which everything that uses the RAM holds.
+    /// The file of the guest's RAM. Everything that uses the RAM has a reference to it.
     pub fn ram_file(&self) -> &Arc<File> {
         &self.ram_file
     }
 
-    /// Fills all RAM but the rings with this, of which the end is not used. The guest must not be at work.
+    /// Fills all RAM except the rings with `content`, which may be longer. The guest must be idle.
     pub fn fill_ram(&self, content: &[u8]) -> Result<()> {
         let start = self.rings_bytes();
         let end = self.memory.len_bytes();
         Ok(self.ram_file.write_all_at(&content[start as usize..end as usize], start)?)
     }
 
-    /// Pages of RAM, by the bytes of RAM before them, that are not as in `content`; the rings and the `free` ranges may
-    /// be anything.
+    /// The pages of RAM that differ from `content`, as the bytes of RAM before each of them. The rings and the `free`
+    /// ranges may hold anything.
     pub fn changed_ram(&self, content: &[u8], free: &[Range<u64>]) -> Result<Vec<u64>> {
         let mut now = vec![0; usize::try_from(self.memory.len_bytes())?];
         self.ram_file.read_exact_at(&mut now, 0)?;
@@ -309,12 +309,12 @@ impl KvmGuest {
         Ok(pages.filter(|(at, (now, before))| !may_change(at) && now != before).map(|(at, _)| at).collect())
     }
 
-    /// Bytes at the start of RAM in which rings are.
+    /// The length of the rings at the start of RAM.
     fn rings_bytes(&self) -> u64 {
         u64::from(self.config.queues) * RamLayout::of(&self.config).ring_stride_bytes
     }
 
-    /// Where buffers begin.
+    /// The address of the first buffer.
     pub fn buffers_gpa(&self) -> u64 {
         self.buffers_gpa
     }
@@ -325,13 +325,13 @@ impl KvmGuest {
         self.queues.drain(..).map(KvmQueue::detach).collect()
     }
 
-    /// Detaches the queues first, under a guest that may still use them.
+    /// Detaches the queues, while the guest may still use them.
     pub fn detach_under_the_guest(&mut self) -> Vec<RingEnd> {
         self.queues.drain(..).map(KvmQueue::detach).collect()
     }
 }
 
-/// Where things are in the guest's RAM: the rings of all queues, then the buffers of all queues.
+/// The layout of the guest's RAM: the rings of all queues, then the buffers of all queues.
 struct RamLayout {
     rings_bytes: u64,
     ring_stride_bytes: u64,

@@ -1,4 +1,4 @@
-//! End-to-end tests of ringpass, and what they share.
+//! The end-to-end tests of ringpass, and their common code.
 //!
 //! The tests themselves are the programs in `tests/`: each registers its tests with [`harness`].
 

@@ -18,17 +18,17 @@ use crate::{
     needs::{Need, find_program},
 };
 
-/// The least with which mkfs.xfs makes a file system.
+/// The smallest device on which mkfs.xfs makes a file system.
 const DEVICE_BYTES: u64 = 320 << 20;
 
 /// A type of file system.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum FileSystem {
-    /// ext4: tells what direct I/O demands.
+    /// ext4, which reports the demands of direct I/O.
     Ext4,
-    /// XFS, whose files can share extents: tells other demands for reads than for writes.
+    /// XFS, whose files can share extents. It reports different demands for reads and for writes.
     Xfs,
-    /// btrfs: tells nothing.
+    /// btrfs, which reports no demands.
     Btrfs,
 }
 
@@ -66,11 +66,11 @@ impl fmt::Display for FileSystem {
     }
 }
 
-/// An empty file system, mounted until this is dropped. Whatever has a file of it open must be gone by then.
+/// An empty file system. The drop unmounts it, so all its files must be closed by then.
 #[derive(Debug)]
 pub struct Mounted {
     mount_point: TempDir,
-    // Dropped after the file system was unmounted, in this order.
+    // These fields drop in this order, after the file system was unmounted.
     _device: LoopDevice,
     _backing: TestDisk,
 }
@@ -83,7 +83,7 @@ impl Mounted {
     /// The machine cannot have it.
     pub fn new(file_system: FileSystem, sector_bytes: u32) -> Result<Self> {
         let backing = TestDisk::new(DiskKind::Ext4PageCache, 4096)?;
-        // Without blocks: it takes only what the test writes.
+        // The file has no blocks yet: it takes only as much space as the test writes.
         File::options().write(true).open(backing.path())?.set_len(DEVICE_BYTES)?;
         let device = LoopDevice::new(backing.path(), &[&format!("--sector-size={sector_bytes}")])?;
         let make = format!("mkfs.{file_system}");
@@ -94,11 +94,11 @@ impl Mounted {
         Ok(Self { mount_point, _device: device, _backing: backing })
     }
 
-    /// A file in it, of zeroes that are written.
+    /// Makes a file of written zeroes in the file system.
     ///
     /// # Errors
     ///
-    /// It cannot be written.
+    /// The file cannot be written.
     pub fn image(&self, name: &str, size_bytes: u64) -> Result<PathBuf> {
         let path = self.mount_point.path().join(name);
         let file = File::create_new(&path)?;
@@ -115,7 +115,7 @@ impl Mounted {
 
 impl Drop for Mounted {
     fn drop(&mut self) {
-        // A killed broker's ring has the image until it has ended, a little after the process.
+        // The ring of a killed broker has the image open until the ring ends, a little after the process.
         let end = Instant::now() + Duration::from_secs(20);
         while let Err(error) = run("umount", [self.path()]) {
             if Instant::now() > end {

@@ -1,4 +1,4 @@
-//! What a test needs of the machine, and how to find out that it is not there.
+//! The needs of a test: things that the machine must have, and the checks for them.
 
 use std::{
     env, fmt, fs,
@@ -12,8 +12,8 @@ use ringpass_broker::kvm::ExitCounters;
 
 /// One thing that the machine must have for a test to run.
 ///
-/// The check runs whenever the tests are *listed*, so it is cheap (milliseconds) and changes nothing.
-/// Its error is the reason that a person reads: what is missing, and how to get it.
+/// The check runs whenever the tests are *listed*, so it is cheap (milliseconds) and changes nothing. Its error tells a
+/// person what is missing and how to get it.
 pub struct Need {
     what: String,
     check: Box<dyn Fn() -> Result<()>>,
@@ -30,11 +30,11 @@ impl Need {
         &self.what
     }
 
-    /// Looks whether the need is met.
+    /// Checks whether the need is met.
     ///
     /// # Errors
     ///
-    /// It is not: `needs <what>: <why it is not there>`.
+    /// The need is not met: `needs <what>: <reason>`.
     pub fn check(&self) -> Result<()> {
         (self.check)().map_err(|error| anyhow::anyhow!("needs {}: {error:#}", self.what))
     }
@@ -113,7 +113,8 @@ impl fmt::Debug for Need {
     }
 }
 
-/// Where the program `name` is: `PATH` first, then the directories that an ordinary user's `PATH` often lacks.
+/// The path of the program `name`. Looks in `PATH` first, then in the directories that an ordinary user's `PATH` often
+/// lacks.
 pub fn find_program(name: &str) -> Option<PathBuf> {
     let path = env::var_os("PATH").unwrap_or_default();
     env::split_paths(&path)
@@ -156,7 +157,7 @@ mod tests {
     }
 
     #[test]
-    fn a_need_that_is_there_is_met() {
+    fn a_need_that_the_machine_has_is_met() {
         Need::cpus(1).check().expect("one CPU");
         Need::available_memory_bytes(1).check().expect("one byte");
         Need::program("sh", "dash").check().expect("a shell");

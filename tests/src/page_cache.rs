@@ -1,4 +1,4 @@
-//! What the page cache holds of a file that is not on the disk yet.
+//! The pages of a file in the page cache that are not on the disk yet.
 
 use std::{fs::File, io, os::fd::AsRawFd};
 
@@ -45,7 +45,7 @@ pub fn unstable_pages(file: &File) -> Result<u64> {
 }
 
 impl Need {
-    /// The kernel tells what of a file is in the page cache only.
+    /// The kernel can tell which pages of a file are only in the page cache.
     pub fn cachestat() -> Self {
         Self::new("cachestat(2), which Linux has from 6.5 on", || {
             unstable_pages(&File::open("/proc/self/exe")?).map(drop)

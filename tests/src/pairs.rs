@@ -26,10 +26,10 @@ use anyhow::{Result, bail, ensure};
 
 use crate::seed::Seed;
 
-/// How many rows are grown for each one that is taken. More gives slightly fewer rows and takes longer.
+/// How many candidates the search grows for each row. More candidates give slightly fewer rows and take longer.
 const CANDIDATES: usize = 24;
 
-/// The combinations that a test can run with: factors with their values, and rules about what does not go together.
+/// The combinations with which a test can run: factors with their values, and rules that forbid combinations.
 #[derive(Default)]
 pub struct Space<'v> {
     factors: Vec<Labels>,
@@ -41,7 +41,7 @@ struct Labels {
     values: Vec<String>,
 }
 
-/// Whether the values chosen so far already break it. It never holds again once more values are chosen.
+/// Whether the values chosen so far already break the rule. Further values cannot repair that.
 type Rule<'v> = Box<dyn Fn(&[Option<usize>]) -> bool + 'v>;
 
 /// One factor of a [`Space`]: reads its value out of a [`Row`].

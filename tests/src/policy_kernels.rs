@@ -1,5 +1,5 @@
-//! The policy tests on other kernels: the program `policy_on_kernel`, linked statically, in Linux guests, and the table of
-//! what it found.
+//! The policy tests on other kernels: runs the program `policy_on_kernel`, linked statically, in Linux guests, and
+//! makes a table of its results.
 
 use std::{
     env, fs,
@@ -22,28 +22,28 @@ const TARGET: &str = "x86_64-unknown-linux-gnu";
 /// Environment variable: a kernel (`bzImage`) for a guest, beside Debian's.
 pub const KERNEL_IMAGE: &str = "RINGPASS_KERNEL_IMAGE";
 
-/// How much the program does.
+/// The amount of work for the program.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Amount {
-    /// Random SQEs that are compared, besides all opcodes with all flags under each built-in policy.
+    /// The number of random SQEs to compare, besides all opcodes with all flags under each built-in policy.
     pub compared: u64,
-    /// SQEs that look for a way out of each built-in policy that the kernel enforces.
+    /// The number of SQEs that try to escape from each built-in policy that the kernel enforces.
     pub sound: u64,
-    /// How long all of it may take in a guest.
+    /// How long the program may take in a guest.
     pub limit: Duration,
 }
 
-/// What the program found on one kernel.
+/// The results of the program on one kernel.
 #[derive(Clone, Debug, Deserialize, PartialEq, Eq)]
 #[serde(deny_unknown_fields)]
 pub struct KernelReport {
     /// `uname -r`.
     pub kernel: String,
-    /// Of the restrictions: `before-linux-7.0` or `from-linux-7.0`.
+    /// The semantics of the restrictions: `before-linux-7.0` or `from-linux-7.0`.
     pub semantics: String,
     /// SQE operations that the kernel executes.
     pub operations: u32,
-    /// Register operations that it takes in a table.
+    /// Register operations that the kernel takes in a table.
     pub register_operations: u32,
     /// SQEs of the comparison of all opcodes with all flags.
     pub exhaustive: u64,
@@ -59,11 +59,11 @@ pub struct KernelReport {
     pub refused_before: u64,
     /// Always 0: the first disagreement ends the program with an error.
     pub disagreements: u64,
-    /// SQEs that looked for a way out.
+    /// SQEs that tried to escape.
     pub sound_sqes: u64,
-    /// Those that did something.
+    /// The SQEs among them that the kernel executed.
     pub executed: u64,
-    /// Of the random choices.
+    /// The seed of the random choices.
     pub seed: String,
 }
 
@@ -73,11 +73,11 @@ impl KernelReport {
         serde_json::from_str(line).with_context(|| format!("not what the program reports: {line}"))
     }
 
-    /// Fails if the program looked at less than it was told to, or at little that counts.
+    /// Checks that the program did all of its work, and that enough of it is significant.
     ///
     /// # Errors
     ///
-    /// What was too little.
+    /// The program did too little. The error names what.
     pub fn check(&self, amount: Amount) -> Result<()> {
         ensure!(self.disagreements == 0 && self.compared == amount.compared, "{self:?}");
         // 256 opcodes, 256 flags, four policies.
@@ -94,12 +94,13 @@ impl KernelReport {
 ///
 /// # Errors
 ///
-/// It does not build.
+/// The program does not build.
 pub fn build_program() -> Result<PathBuf> {
     let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).parent().context("the tests have no workspace")?;
     let directory = target_directory()?.join("policy-on-kernel");
     let mut cargo = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    // What cargo was told for programs of this machine (coverage, sanitizers, another processor) is not for this one.
+    // Settings of cargo for programs of this machine (coverage, sanitizers, another CPU) must not apply to this
+    // program.
     for (name, _) in env::vars_os() {
         let foreign = ["CARGO_BUILD_", "CARGO_PROFILE_", "CARGO_TARGET_"];
         if name.to_str().is_some_and(|name| foreign.iter().any(|prefix| name.starts_with(prefix))) {
@@ -150,7 +151,7 @@ pub fn on_host(program: &Path, amount: Amount, seed: Seed) -> Result<KernelRepor
 pub fn in_guest(program: &Path, config: LinuxGuestConfig, amount: Amount, seed: Seed) -> Result<KernelReport> {
     let mut guest = LinuxGuest::boot(&LinuxGuestConfig { programs: vec![program.to_owned()], ..config })?;
     let Amount { compared, sound, limit } = amount;
-    // Files without names need nothing of the guest's /tmp but that it is there.
+    // The program's files have no names, so they need only that the guest's /tmp exists.
     let script = format!("{}={:#x} /sbin/{PROGRAM} {compared} {sound}", seed::VARIABLE, seed.value());
     let job = guest.spawn(&script)?;
     let said = guest.wait(job, limit)?;
@@ -223,7 +224,7 @@ mod tests {
     }
 
     #[test]
-    fn a_report_of_too_little_is_not_taken() {
+    fn check_refuses_a_report_of_too_little_work() {
         let report = KernelReport::parse(LINE).expect("a report");
         for short in [
             KernelReport { compared: 999, ..report.clone() },

@@ -40,7 +40,7 @@ pub enum PageSize {
     Huge,
 }
 
-/// The RAM of a guest as its owner has it: one memfd, with the regions one behind the other.
+/// The RAM of a guest, for its owner: one memfd with the regions one behind the other.
 #[derive(Debug)]
 pub struct RamFile {
     file: Arc<File>,
@@ -63,7 +63,7 @@ impl RamFile {
         Ok(Self { file: Arc::new(File::from(fd)), regions: regions.to_vec() })
     }
 
-    /// The regions, as they were given.
+    /// The regions.
     pub fn regions(&self) -> &[Extent] {
         &self.regions
     }
@@ -98,11 +98,11 @@ impl RamFile {
         Ok(Arc::new(unsafe { GuestRam::map(&regions) }?))
     }
 
-    /// What is at `gpa` now, past the guest's mapping.
+    /// Reads the bytes at `gpa`, past the guest's mapping.
     ///
     /// # Errors
     ///
-    /// It is not all in one region.
+    /// The bytes are not all in one region.
     pub fn read(&self, gpa: u64, len_bytes: u64) -> Result<Vec<u8>> {
         let mut bytes = vec![0; usize::try_from(len_bytes)?];
         self.file.read_exact_at(&mut bytes, self.offset_bytes(gpa, len_bytes)?)?;
@@ -113,7 +113,7 @@ impl RamFile {
     ///
     /// # Errors
     ///
-    /// They are not all in one region.
+    /// The bytes are not all in one region.
     pub fn write(&self, gpa: u64, bytes: &[u8]) -> Result<()> {
         Ok(self.file.write_all_at(bytes, self.offset_bytes(gpa, bytes.len() as u64)?)?)
     }
@@ -134,7 +134,7 @@ impl RamFile {
     }
 }
 
-/// Where a queue's ring is.
+/// The place of a queue's ring.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Place {
     /// In the guest's RAM.
@@ -190,7 +190,7 @@ impl ProcessGuest {
         Ok(Self { device, ram, allocator })
     }
 
-    /// The device, for what a front-end does with it.
+    /// The device, for changes that a front-end makes.
     pub fn device(&self) -> &DirectDevice {
         &self.device
     }
@@ -205,7 +205,7 @@ impl ProcessGuest {
         &mut self.allocator
     }
 
-    /// A queue; a ring in guest RAM gets the first free pieces of it.
+    /// Attaches a queue. A ring in guest RAM gets the first free pieces of RAM.
     ///
     /// # Errors
     ///
@@ -258,12 +258,12 @@ impl GuestQueue {
         &mut self.ring
     }
 
-    /// Both sides, for what a front-end does while the driver works.
+    /// Both sides, for changes that a front-end makes while the driver works.
     pub fn split(&mut self) -> (&DirectQueue, &mut RingQueue<QueueMemory>) {
         (&self.queue, &mut self.ring)
     }
 
-    /// What a workload needs besides the ring. One workload at a time runs on a queue.
+    /// The environment that a workload needs besides the ring. Only one workload at a time runs on a queue.
     ///
     /// # Errors
     ///
@@ -272,12 +272,12 @@ impl GuestQueue {
         Ok(ProcessEnv::new(buffers, self.doorbell.try_clone()?, self.interrupts.try_clone()?))
     }
 
-    /// The guest RAM that the ring is in: none for a window.
+    /// The guest RAM of the ring. A ring in a window has none.
     pub fn areas(&self) -> &[Extent] {
         &self.areas
     }
 
-    /// Where the ring's window is in this process, if it is in one.
+    /// The address of the ring's window in this process, if the ring is in a window.
     pub fn window_address(&self) -> Option<u64> {
         self.queue.window().map(|window| window.rings().as_ptr().addr() as u64)
     }
@@ -286,16 +286,16 @@ impl GuestQueue {
     ///
     /// # Errors
     ///
-    /// It does not end.
+    /// The queue does not end.
     pub fn close(self) -> Result<Duration> {
         let Self { queue, ring, .. } = self;
-        // While a window is mapped its ring goes on.
+        // While a window is mapped, its ring does not end.
         drop(ring);
         Ok(queue.close().wait(END_LIMIT)?)
     }
 }
 
-/// Where a driver in this process finds its ring.
+/// The memory of a ring, as a driver in this process reaches it.
 #[derive(Debug)]
 pub enum QueueMemory {
     /// In guest RAM.
@@ -304,7 +304,7 @@ pub enum QueueMemory {
     Window {
         /// The ring in it.
         ring: MappedRing,
-        /// Keeps it mapped.
+        /// Keeps the window mapped.
         window: Arc<RingWindow>,
     },
 }
@@ -313,7 +313,7 @@ impl QueueMemory {
     /// The ring in this window.
     pub fn in_window(window: Arc<RingWindow>) -> Self {
         let (rings, sqes) = (window.rings(), window.sqes());
-        // SAFETY: both areas are mapped for as long as the window, which is kept beside the ring, and nobody makes
+        // SAFETY: both areas are mapped for as long as the window, which is kept beside the ring, and no code makes
         // references to them.
         let ring = unsafe { MappedRing::new(rings, window.rings_bytes(), sqes, window.sqes_bytes()) };
         Self::Window { ring, window }

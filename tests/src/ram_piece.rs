@@ -1,4 +1,4 @@
-//! Pieces of guest RAM in which a queue does verified I/O: to show that the RAM can be reached there.
+//! Pieces of guest RAM in which a queue does verified I/O, to show that the queue reaches the RAM there.
 
 use std::{
     fmt,
@@ -23,10 +23,10 @@ pub const PIECE_BYTES: u64 = 64 << 10;
 pub const DISK_BYTES: u64 = 16 << 20;
 const BLOCK_BYTES: u32 = 4096;
 
-/// A piece of RAM that is all buffers, and the part of the disk that goes with it.
+/// A piece of RAM that consists of buffers, and the part of the disk that belongs to it.
 #[derive(Debug)]
 pub struct Piece {
-    /// Where it is.
+    /// The place of the piece.
     pub area: Extent,
     env: ProcessEnv,
     job: Job,
@@ -63,11 +63,11 @@ impl Piece {
         Ok(Self { env: queue.env(area)?, area: extent, job, expected: vec![0; usize::try_from(blocks)?] })
     }
 
-    /// Writes, reads and writes at random, and reads all again; every byte read is compared.
+    /// Writes all blocks, reads and writes at random, and reads all blocks again. Compares every byte that it reads.
     ///
     /// # Errors
     ///
-    /// Something is wrong with a request or a byte.
+    /// A request fails, or a byte is wrong.
     pub fn use_all(&mut self, queue: &mut GuestQueue) -> Result<()> {
         let Self { env, job, expected, .. } = self;
         let reports = [
@@ -92,11 +92,12 @@ impl Piece {
         Ok(())
     }
 
-    /// Whether the blocks that [`fill`](Self::fill) has read are in the file behind the RAM, where this piece belongs.
+    /// Checks that the file behind the RAM has the blocks that [`fill`](Self::fill) has read, at the place of this
+    /// piece.
     ///
     /// # Errors
     ///
-    /// They are not.
+    /// The file has other content there.
     pub fn check_file(&self, ram: &RamFile) -> Result<()> {
         let bytes = ram.read(self.area.gpa, self.area.len_bytes)?;
         let mut found: Vec<u64> = bytes.chunks(BLOCK_BYTES as usize).map(checksum).collect();
@@ -107,8 +108,7 @@ impl Piece {
         Ok(())
     }
 
-    /// Reads one block at a time until `meanwhile` is done, and some time before and after it. Returns what the requests
-    /// took.
+    /// Reads one block at a time while `meanwhile` runs, and some time before and after it. Returns the latencies.
     ///
     /// # Errors
     ///
@@ -118,7 +118,7 @@ impl Piece {
         queue: &mut GuestQueue,
         meanwhile: impl FnOnce() -> Result<()>,
     ) -> Result<Latencies> {
-        // Reads that the page cache answers: a write could wait for the disk.
+        // The page cache answers these reads. A write could wait for the disk.
         let job = Job { operations: 1000, depth: 1, write_percent: 0, ..self.job };
         let Self { env, expected, .. } = self;
         env.take_latencies_ns()?;
@@ -151,7 +151,7 @@ impl Piece {
     }
 }
 
-/// The first and the last bytes of what each region has in each slot.
+/// The first and the last bytes of each region's part in each slot.
 pub fn edges(regions: &[Extent]) -> Vec<Extent> {
     let mut edges = Vec::new();
     for region in regions {
@@ -165,14 +165,14 @@ pub fn edges(regions: &[Extent]) -> Vec<Extent> {
     edges
 }
 
-/// What a running queue's requests took.
+/// The latencies of a running queue's requests.
 #[derive(Clone, Copy, Debug)]
 pub struct Latencies {
-    /// Half of them took less.
+    /// The median.
     pub median: Duration,
     /// The longest.
     pub worst: Duration,
-    /// How many there were.
+    /// The number of requests.
     pub count: u64,
 }
 

@@ -1,5 +1,5 @@
-//! A guest in this process that works request by request, on a device whose parts the test holds one by one: for what
-//! happens when they go away. (The verifying workload is for everything else.)
+//! A guest in this process that works request by request, on a device whose parts the test holds one by one. It is for
+//! tests of what happens when the parts are dropped. (The verifying workload is for all other tests.)
 
 use std::{
     fs::File,
@@ -29,7 +29,7 @@ use crate::process_guest::{ADDRESSING, QueueMemory};
 
 /// Guest RAM, in bytes, from guest-physical address 0.
 pub const RAM_BYTES: u64 = 4 << 20;
-/// Where buffers begin, guest-physical. Below are the rings.
+/// The guest-physical address of the first buffer. The rings are below it.
 pub const BUFFERS_GPA: u64 = 1 << 20;
 /// Size of each ring.
 pub const RING: RingConfig = RingConfig { sq_entries: 64, cq_entries: 128 };
@@ -38,11 +38,11 @@ const RING_STRIDE_BYTES: u64 = 16 << 10;
 /// Bytes from a rings area to its SQE area.
 const SQES_OFFSET_BYTES: u64 = 8 << 10;
 
-/// Both ways of submission; the SQ thread sleeps soon.
+/// Both ways of submission. The SQ thread sleeps soon.
 pub const SUBMISSIONS: [SubmissionConfig; 2] =
     [SubmissionConfig::SqThread(SqThreadConfig::new(Duration::from_millis(1))), SubmissionConfig::Doorbell];
 
-/// A guest's RAM: a memfd, which the test can look at when every mapping of it is gone.
+/// A guest's RAM: a memfd, which the test can read after every mapping of it is gone.
 #[derive(Debug)]
 pub struct Ram(File);
 
@@ -71,7 +71,7 @@ impl Ram {
     ///
     /// # Errors
     ///
-    /// The path does not lead there.
+    /// The path does not lead to a memfd.
     pub fn open(path: &str) -> Result<Self> {
         Ok(Self(File::options().read(true).write(true).open(path).with_context(|| format!("opening {path}"))?))
     }
@@ -81,7 +81,7 @@ impl Ram {
         format!("/proc/{}/fd/{}", std::process::id(), self.0.as_raw_fd())
     }
 
-    /// The RAM as the broker sees it, and what tells whether the broker still holds it.
+    /// The RAM for the broker, and a weak reference that tells whether the broker still holds the RAM.
     ///
     /// # Errors
     ///
@@ -93,7 +93,7 @@ impl Ram {
         Ok((GuestMemory::new([region])?, held))
     }
 
-    /// What is at `gpa` now.
+    /// Reads the bytes at `gpa`.
     ///
     /// # Errors
     ///
@@ -122,7 +122,7 @@ impl Ram {
         Ok(u32::from_ne_bytes(*self.bytes(gpa, 4)?.first_chunk().context("four bytes")?))
     }
 
-    /// SQEs that the kernel has taken from ring `index`.
+    /// The number of SQEs that the kernel has consumed from ring `index`.
     ///
     /// # Errors
     ///
@@ -131,7 +131,7 @@ impl Ram {
         self.word(rings_gpa(index) + u64::from(layout.sq_head_offset))
     }
 
-    /// The completions that the kernel has posted, of which none was reaped.
+    /// The completions that the kernel has posted. The guest must not have reaped any.
     ///
     /// # Errors
     ///
@@ -148,13 +148,13 @@ impl Ram {
     /// A mapping of the guest's own.
     fn map(&self) -> Result<Arc<GuestRam>> {
         let region = RamRegion { gpa: 0, len_bytes: self.0.metadata()?.len(), file: self.0.as_fd(), offset_bytes: 0 };
-        // SAFETY: the memfd keeps its length, and bytes of this mapping are only ever read and written as the ring's
-        // words and entries: nothing borrows them.
+        // SAFETY: the memfd keeps its length, and code reads and writes this mapping only as the ring's words and
+        // entries, and nothing borrows its bytes.
         Ok(Arc::new(unsafe { GuestRam::map(&[region]) }?))
     }
 }
 
-/// Where a ring's completions are in guest RAM.
+/// The place of a ring's completions in guest RAM.
 #[derive(Clone, Copy, Debug)]
 pub struct CompletionQueue {
     /// The CQ tail.
@@ -164,14 +164,14 @@ pub struct CompletionQueue {
 }
 
 impl CompletionQueue {
-    /// That of ring `index`.
+    /// The completion queue of ring `index`.
     pub fn new(index: u64, layout: &RingLayout) -> Self {
         let at = |offset_bytes: u32| rings_gpa(index) + u64::from(offset_bytes);
         Self { tail_gpa: at(layout.cq_tail_offset), cqes_gpa: at(layout.cqes_offset) }
     }
 }
 
-/// Where the rings area of ring `index` is.
+/// The address of the rings area of ring `index`.
 pub fn rings_gpa(index: u64) -> u64 {
     index * RING_STRIDE_BYTES
 }
@@ -194,11 +194,12 @@ pub fn device(disk: &DiskConfig, memory: &GuestMemory, submission: SubmissionCon
 pub struct Driver {
     ring: DriverRing<QueueMemory>,
     doorbell: EventFd,
-    /// Signalled at completions.
+    /// The kernel signals this eventfd at completions.
     pub completion: EventFd,
 }
 
-/// A queue of `device` with a [`RING`], as ring `index` in `ram`, or in a window; and its driver.
+/// Attaches a queue of `device` with a [`RING`], as ring `index` in `ram` or in a window. Returns the queue and its
+/// driver.
 ///
 /// # Errors
 ///
@@ -240,23 +241,23 @@ fn attach_as(
 }
 
 impl Driver {
-    /// Where the parts of the ring are.
+    /// The layout of the ring.
     pub fn layout(&self) -> RingLayout {
         *self.ring.layout()
     }
 
-    /// Puts a request into the SQ. False: there is no room.
+    /// Puts a request into the SQ. Returns false if there is no room.
     ///
     /// # Errors
     ///
-    /// The buffer cannot be named.
+    /// The buffer has no address in SQEs.
     pub fn push(&mut self, write: bool, gpa: u64, len_bytes: u32, offset_bytes: u64, user_data: u64) -> Result<bool> {
         let address = ADDRESSING.resolve(gpa, len_bytes).context("the buffer")?;
         let build = if write { Sqe::write_fixed } else { Sqe::read_fixed };
         Ok(self.ring.push(&build(address, len_bytes, offset_bytes, user_data)).is_ok())
     }
 
-    /// Shows the requests to the device, and rings where the ring says so.
+    /// Publishes the requests, and rings the doorbell if the ring says so.
     ///
     /// # Errors
     ///
@@ -268,7 +269,7 @@ impl Driver {
         Ok(())
     }
 
-    /// Rings, needed or not.
+    /// Rings the doorbell in any case.
     ///
     /// # Errors
     ///
@@ -282,7 +283,7 @@ impl Driver {
         self.ring.reap()
     }
 
-    /// Does one request to its end.
+    /// Submits one request and waits for its completion.
     ///
     /// # Errors
     ///
@@ -299,7 +300,7 @@ impl Driver {
     }
 }
 
-/// Tries again and again until it is true. False: it did not become so within `limit`.
+/// Tries until `attempt` is true. Returns false if that takes longer than `limit`.
 pub fn within(limit: Duration, mut attempt: impl FnMut() -> bool) -> bool {
     let start = Instant::now();
     let mut pause = Duration::from_micros(50);

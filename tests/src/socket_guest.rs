@@ -11,16 +11,16 @@ use ringpass_workload::{Job, ProcessEnv, Report, Verify, Wait, prefill, run, ver
 
 use crate::seed::Seed;
 
-/// What a workload on one queue is.
+/// The workload on one queue.
 #[derive(Clone, Copy, Debug)]
 pub struct Load {
     /// Requests in flight.
     pub depth: u32,
-    /// Bytes of each.
+    /// The length of each request in bytes.
     pub block_bytes: u32,
-    /// Blocks of the area that the queue has for itself.
+    /// The number of blocks in the queue's own area.
     pub blocks: u64,
-    /// How completions are noticed.
+    /// How the guest notices completions.
     pub wait: Wait,
 }
 
@@ -30,7 +30,7 @@ pub fn options(queues: u16, memory_bytes: u64, way: Way) -> Options {
     Options::default().queues(queues).memory_bytes(memory_bytes).way(way).ring(ring)
 }
 
-/// A queue with a workload's buffers and what is known of its area.
+/// A queue with the buffers of a workload, and the expected content of its area.
 #[derive(Debug)]
 pub struct LoadedQueue {
     /// The queue.
@@ -42,7 +42,7 @@ pub struct LoadedQueue {
 }
 
 impl LoadedQueue {
-    /// Takes a queue; its area of the disk is the `index`th of this length.
+    /// Opens a queue. Its area of the disk is the `index`th of this length.
     ///
     /// # Errors
     ///
@@ -77,7 +77,7 @@ impl LoadedQueue {
             wait: load.wait,
             verify: Verify::On,
         };
-        // The driver rings the doorbell itself; this one is nobody's.
+        // The driver rings the doorbell itself, so nothing listens to this one.
         let doorbell = vmm_sys_util::eventfd::EventFd::new(0)?;
         let env = ProcessEnv::new(buffers, doorbell, queue.interrupt().try_clone()?);
         let expected = vec![0; usize::try_from(job.blocks())?];
@@ -93,7 +93,7 @@ impl LoadedQueue {
         self.perform("filling", |job, queue, env, expected| prefill(job, queue, env, expected))
     }
 
-    /// Reads and writes at random for this long, or this often (0: no such limit).
+    /// Reads and writes at random for this time or this number of requests (0: no such limit).
     ///
     /// # Errors
     ///
@@ -113,7 +113,7 @@ impl LoadedQueue {
         self.perform("reading all", |job, queue, env, expected| verify_all(job, queue, env, expected))
     }
 
-    /// Checksums of the blocks, as they must be on the disk.
+    /// The checksums that the blocks on the disk must have.
     pub fn expected(&self) -> &[u64] {
         &self.expected
     }
@@ -122,7 +122,7 @@ impl LoadedQueue {
     ///
     /// # Errors
     ///
-    /// Interrupts could not be waited for.
+    /// The guest could not wait for interrupts.
     pub fn take_latencies_ns(&mut self) -> Result<hdrhistogram::Histogram<u64>> {
         Ok(self.env.take_latencies_ns()?)
     }
@@ -137,7 +137,7 @@ impl LoadedQueue {
             &mut [u64],
         ) -> Result<Report, ringpass_workload::JobError>,
     ) -> Result<Report> {
-        // SAFETY: a workload borrows a buffer only while no request names it, and nobody else has these buffers.
+        // SAFETY: a workload borrows a buffer only while no request names it, and no other code has these buffers.
         let mut queue = unsafe { self.queue.by_address() };
         let report = work(&self.job, &mut queue, &mut self.env, &mut self.expected)?;
         ensure!(report.is_clean(), "{what}: {report} (the queue is executed by {:?})", self.queue.executed_by());
@@ -145,11 +145,11 @@ impl LoadedQueue {
     }
 }
 
-/// Waits until a queue is a ring, and gives its epoch.
+/// Waits until a queue is a ring, and returns its epoch.
 ///
 /// # Errors
 ///
-/// It becomes none.
+/// The queue does not become a ring.
 pub fn await_ring(queue: &mut Queue) -> Result<u32> {
     let end = std::time::Instant::now() + std::time::Duration::from_secs(30);
     loop {
@@ -159,7 +159,7 @@ pub fn await_ring(queue: &mut Queue) -> Result<u32> {
             ExecutedBy::Nobody => ensure!(std::time::Instant::now() < end, "no ring within 30 s"),
             other => anyhow::bail!("the queue is executed in another way: {other:?}"),
         }
-        ensure!(queue.poll().is_none(), "something has ended that was not submitted");
+        ensure!(queue.poll().is_none(), "a request has ended that was not submitted");
         std::thread::sleep(std::time::Duration::from_micros(200));
     }
 }
@@ -168,7 +168,7 @@ pub fn await_ring(queue: &mut Queue) -> Result<u32> {
 ///
 /// # Errors
 ///
-/// It does not serve.
+/// The broker does not serve.
 pub fn connect(socket: &Path, options: Options) -> Result<Disk> {
     Disk::connect(socket, options).with_context(|| format!("connecting to {}", socket.display()))
 }

@@ -1,12 +1,12 @@
-//! A disk whose I/O can be made to hang and let go on: for what must hold while a request is under way for ever.
+//! A disk whose I/O a test can make hang and continue, for tests of what must hold while a request does not end.
 //!
 //! An ext4 file system in an image is mounted from a loop device, and holds the disk's file. Freezing that file system
 //! (`fsfreeze(8)`) holds back every write to it, however it was submitted, until it is thawed. The disk is the file
 //! itself, or a second loop device over it:
 //!
-//! - [`StuckKind::LoopDevice`]: a write that is issued hangs in the device, as on a drive that does not answer. The
-//!   driver does its requests one after the other, so that *reads* issued behind a hanging write hang as well.
-//! - [`StuckKind::File`]: a write hangs before it is issued, in an io-wq worker; those that find no worker are queued.
+//! - [`StuckKind::LoopDevice`]: an issued write hangs in the device, as on a drive that does not answer. The driver
+//!   executes one request after the other, so *reads* behind a hanging write hang too.
+//! - [`StuckKind::File`]: a write hangs in an io-wq worker before it is issued. Writes that find no worker are queued.
 
 use std::{
     env,
@@ -29,10 +29,11 @@ use crate::{
     needs::{Need, find_program},
 };
 
-/// Undoes everything when its standard input ends: when the disk is dropped, and also when the test is killed, so that
-/// nothing is left behind. A process that is killed with hanging I/O may keep its files open until that I/O ends: so a
-/// freeze that lasts too long is undone too. The arguments are the mount point, the loop device of the file system, the
-/// loop device of the disk (or an empty word), the directory, and the longest freeze in seconds.
+/// A script that undoes everything when its standard input ends: when the disk is dropped, and also when the test is
+/// killed, so that nothing is left behind. A killed process with hanging I/O may keep its files open until that I/O
+/// ends. Therefore the script also undoes a freeze that lasts too long. The arguments are the mount point, the loop
+/// device of the file system, the loop device of the disk (or an empty word), the directory, and the longest freeze in
+/// seconds.
 const CLEAN_UP: &str = r#"
 limit=
 while read -r ${limit:+-t "$limit"} word; do
@@ -53,13 +54,14 @@ rm -rf "$4"
 /// Much longer than a test needs, and shorter than the 120 s after which the kernel complains about a hanging task.
 const LONGEST_FREEZE_SECONDS: &str = "60";
 
-/// How long a write may take until it hangs, which nothing but other work on the machine delays; shorter than a freeze.
+/// How long a write may take until it hangs. Only other work on the machine delays that. The time is shorter than a
+/// freeze.
 const HANG_PATIENCE: Duration = Duration::from_secs(30);
 
-/// Space that ext4 takes for itself, generously.
+/// Enough space for ext4's own data.
 const FILE_SYSTEM_BYTES: u64 = 16 << 20;
 
-/// What the disk is on the host.
+/// The kind of the disk on the host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum StuckKind {
     /// A loop device: issued I/O hangs in the device.
@@ -77,7 +79,7 @@ impl fmt::Display for StuckKind {
     }
 }
 
-/// A disk of this test whose I/O can be stopped. All of it is gone after the drop, which lets hanging I/O go on.
+/// A disk of this test whose I/O the test can stop. The drop lets hanging I/O continue, and removes everything.
 ///
 /// Its content is [`INITIAL_BYTE`](Self::INITIAL_BYTE) everywhere.
 #[derive(Debug)]
@@ -107,7 +109,7 @@ impl StuckDisk {
     ///
     /// # Errors
     ///
-    /// A program that [`needs`](Self::needs) names fails; nothing stays behind.
+    /// A program that [`needs`](Self::needs) names fails. Nothing is left behind.
     pub fn new(kind: StuckKind, size_bytes: u64) -> Result<Self> {
         let directory = tempfile::Builder::new().prefix("ringpass-stuck-").tempdir()?;
         let (image, mount_point) = (directory.path().join("image"), directory.path().join("mnt"));
@@ -133,7 +135,7 @@ impl StuckDisk {
         let disk_device_path = disk_device.as_ref().map_or("", |_| disk_path.to_str().unwrap_or_default());
         let arguments = [path(&mount_point)?, path(device.path())?, disk_device_path, path(directory.path())?];
         let guardian = Guardian::start(&arguments)?;
-        // From here on all of this is the guardian's.
+        // From here on the guardian cleans up.
         std::mem::forget((disk_device, mounted, device));
         let _ = directory.keep();
         Ok(Self { kind, path: disk_path, mount_point, guardian })
@@ -142,7 +144,7 @@ impl StuckDisk {
     /// Every byte of a new disk.
     pub const INITIAL_BYTE: u8 = 0x5a;
 
-    /// The kind that was asked for.
+    /// The kind of the disk.
     pub fn kind(&self) -> StuckKind {
         self.kind
     }
@@ -152,17 +154,17 @@ impl StuckDisk {
         &self.path
     }
 
-    /// How a broker opens it: read-write, with direct I/O, without waiting for the lock.
+    /// The configuration with which a broker opens the disk: read-write, with direct I/O, without waiting for the lock.
     pub fn config(&self) -> DiskConfig {
         DiskConfig::new(&self.path).direct_io(DirectIo::On).logical_block(LogicalBlock::DirectIo)
     }
 
-    /// The same, waiting for the lock long enough for a ring whose I/O has ended.
+    /// The same, but it waits for the lock long enough for a ring whose I/O has ended.
     pub fn config_waiting(&self) -> DiskConfig {
         self.config().lock_wait(Duration::from_secs(60))
     }
 
-    /// From here on writes hang, until [`thaw`](Self::thaw) or the drop; a minute at most.
+    /// Makes writes hang until [`thaw`](Self::thaw) or the drop, for at most a minute.
     ///
     /// # Errors
     ///
@@ -172,12 +174,12 @@ impl StuckDisk {
         program("fsfreeze", &["--freeze", path(&self.mount_point)?]).map(drop)
     }
 
-    /// Waits until a write of the process `pid` hangs: in the device, or in a thread of that process (an io-wq worker, or one that
-    /// writes by itself). To be called between [`freeze`](Self::freeze) and [`thaw`](Self::thaw).
+    /// Waits until a write of the process `pid` hangs: in the device, or in a thread of that process (an io-wq worker,
+    /// or one that writes by itself). Call it between [`freeze`](Self::freeze) and [`thaw`](Self::thaw).
     ///
     /// # Errors
     ///
-    /// None does in time.
+    /// No write hangs in time.
     pub fn wait_for_hanging_write(&self, pid: u32) -> Result<()> {
         let is_hanging = || match self.kind {
             StuckKind::LoopDevice => self.writes_in_device(),
@@ -191,7 +193,7 @@ impl StuckDisk {
         Ok(())
     }
 
-    /// Whether the device has a write under way (`/sys/block/NAME/inflight`: reads, then writes).
+    /// Whether the device has a write in flight (`/sys/block/NAME/inflight`: reads, then writes).
     fn writes_in_device(&self) -> Result<bool> {
         let name = self.path.file_name().and_then(|name| name.to_str()).context("the name of the loop device")?;
         let inflight =
@@ -200,7 +202,7 @@ impl StuckDisk {
         Ok(writes.parse::<u64>()? > 0)
     }
 
-    /// Lets everything that hangs go on.
+    /// Lets all hanging I/O continue.
     ///
     /// # Errors
     ///
@@ -224,7 +226,7 @@ impl Drop for StuckDisk {
 /// There is no such process.
 pub fn has_hanging_thread(pid: u32) -> Result<bool> {
     for task in fs::read_dir(format!("/proc/{pid}/task"))? {
-        // A thread may have ended since.
+        // The thread may have ended meanwhile.
         let Ok(stat) = fs::read_to_string(task?.path().join("stat")) else { continue };
         if stat.rsplit_once(") ").is_some_and(|(_, fields)| fields.starts_with('D')) {
             return Ok(true);
@@ -233,7 +235,8 @@ pub fn has_hanging_thread(pid: u32) -> Result<bool> {
     Ok(false)
 }
 
-/// The process that cleans up. It is in a process group of its own, so that what ends the test does not end it.
+/// The process that cleans up. It is in a process group of its own, so that a signal to the test's group does not end
+/// it.
 #[derive(Debug)]
 struct Guardian {
     process: Child,
@@ -248,7 +251,7 @@ impl Guardian {
             .arg(LONGEST_FREEZE_SECONDS)
             .env("PATH", search_path())
             .stdin(Stdio::piped())
-            // A test runner waits for whoever holds a test's output open.
+            // A test runner waits until no process has the test's output open.
             .stdout(Stdio::null())
             .stderr(Stdio::null())
             .process_group(0)
@@ -277,7 +280,7 @@ struct MountGuard<'a>(&'a Path);
 impl Drop for MountGuard<'_> {
     fn drop(&mut self) {
         if let Err(error) = path(self.0).and_then(|point| program("umount", &[point])) {
-            eprintln!("a file system stays behind: {error:#}");
+            eprintln!("a file system is left mounted: {error:#}");
         }
     }
 }

@@ -1,34 +1,35 @@
-//! Whether requests wait for something that goes on beside them, on a machine that may be busy with other things.
+//! Checks whether requests wait for other work of the broker, on a machine that may be busy.
 
 use std::{fmt, time::Duration};
 
 use anyhow::{Result, bail, ensure};
 
-/// So many attempts are made at least: what holds requests up only now and then is seen, too.
+/// The least number of attempts, which also shows work that delays requests only sometimes.
 const ATTEMPTS_MIN: u32 = 3;
-/// So many at least, after an attempt in which a request waited for the work: a machine without a free processor can do that once.
+/// The least number of attempts after one in which a request waited for the work. A machine without a free CPU can
+/// cause that once.
 const ATTEMPTS_AFTER_A_WAIT_MIN: u32 = 6;
-/// And so many at most.
+/// The most attempts.
 const ATTEMPTS_MAX: u32 = 10;
 
-/// What the requests of one attempt took.
+/// The latencies of one attempt.
 #[derive(Clone, Copy, Debug)]
 pub struct Waits {
-    /// The longest request without the work. What a busy machine does, it does without the work too.
+    /// The longest request without the work. A busy machine delays these requests too.
     pub worst_without: Duration,
-    /// The longest request while the work went on.
+    /// The longest request during the work.
     pub worst_during: Duration,
-    /// How long the work took.
+    /// The duration of the work.
     pub work: Duration,
 }
 
 impl Waits {
-    /// Nothing held a request up.
+    /// No request was delayed.
     fn is_undisturbed(&self, limit: Duration) -> bool {
         self.worst_during < limit.max(2 * self.worst_without)
     }
 
-    /// A request waited for the work: even a busy machine hardly makes it that long.
+    /// A request waited for the work: even a busy machine rarely delays a request that long.
     fn is_held_up(&self, limit: Duration) -> bool {
         !self.is_undisturbed(limit) && self.worst_during > self.work / 2
     }
@@ -41,9 +42,9 @@ impl fmt::Display for Waits {
     }
 }
 
-/// Makes attempts, each of which does the work while requests run. A request may wait for the work in at most one attempt.
-/// In one attempt, no request may take longer than `limit` (or twice as long as without the work); not in all, because a
-/// request that waits for a processor takes long, too.
+/// Makes attempts, each of which does the work while requests run. A request may wait for the work in at most one
+/// attempt. In one attempt, no request may take longer than `limit` (or twice as long as without the work); not in all
+/// attempts, because a request that waits for a CPU takes long too.
 ///
 /// # Errors
 ///
@@ -84,7 +85,7 @@ mod tests {
     }
 
     #[test]
-    fn a_busy_machine_is_tried_again_and_requests_that_wait_for_the_work_are_found() {
+    fn hardly_wait_tries_a_busy_machine_again_and_finds_requests_that_wait_for_the_work() {
         assert_eq!(run(&[3]).unwrap(), 3);
         assert_eq!(run(&[20, 20, 20, 20, 3]).unwrap(), 5);
         assert!(run(&[20]).unwrap_err().to_string().starts_with("requests take 10ms and longer in each attempt"));

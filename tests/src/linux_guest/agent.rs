@@ -1,4 +1,5 @@
-//! The host's side of the guest's agent: scripts go in, their output and exit statuses come out, over a serial port.
+//! The host's side of the guest's agent. It sends scripts over a serial port, and receives their output and exit
+//! statuses.
 
 use std::{
     collections::{BTreeMap, VecDeque},
@@ -11,14 +12,14 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 
-/// How much of what came last is kept for the report of a failure.
+/// How many of the last lines the report of a failure has.
 const TAIL_LINES: usize = 30;
 
 /// A script that runs, or has run, in the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Job(u32);
 
-/// What a script wrote, and how it ended.
+/// The output of a script, and its exit status.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct JobOutput {
     /// Standard output and standard error, line by line.
@@ -27,7 +28,7 @@ pub struct JobOutput {
     pub status: i32,
 }
 
-/// What is known of one script.
+/// The progress of one script.
 #[derive(Debug, Default)]
 struct Progress {
     text: String,
@@ -41,7 +42,7 @@ pub(super) struct Agent {
     partial: Vec<u8>,
     jobs: BTreeMap<u32, Progress>,
     last_job: u32,
-    /// How often a guest has come up.
+    /// The number of boots of the guest.
     boots: u32,
     tail: VecDeque<String>,
 }
@@ -51,17 +52,17 @@ impl Agent {
     ///
     /// # Errors
     ///
-    /// Nobody listens.
+    /// QEMU does not listen.
     pub(super) fn connect(path: &Path) -> Result<Self> {
         let stream = UnixStream::connect(path).with_context(|| format!("connecting to {}", path.display()))?;
         Ok(Self { stream, partial: Vec::new(), jobs: BTreeMap::new(), last_job: 0, boots: 0, tail: VecDeque::new() })
     }
 
-    /// Goes on with the serial port of another QEMU, to which the guest has migrated. The old QEMU has ended.
+    /// Continues with the serial port of another QEMU, to which the guest has migrated. The old QEMU has ended.
     ///
     /// # Errors
     ///
-    /// What the old one still sent cannot be read.
+    /// The rest of the old QEMU's output cannot be read.
     pub(super) fn move_to(&mut self, other: &mut Self) -> Result<()> {
         while self.pump(Duration::from_secs(1))? {}
         mem::swap(&mut self.stream, &mut other.stream);
@@ -73,7 +74,7 @@ impl Agent {
     ///
     /// # Errors
     ///
-    /// QEMU is gone.
+    /// QEMU has ended.
     pub(super) fn send(&mut self, script: &str) -> Result<Job> {
         self.last_job += 1;
         let number = self.last_job;
@@ -83,12 +84,12 @@ impl Agent {
         Ok(Job(number))
     }
 
-    /// How often a guest has come up on this connection.
+    /// The number of boots of the guest on this connection.
     pub(super) fn boots(&self) -> u32 {
         self.boots
     }
 
-    /// Takes the output of a script that has ended; none while it runs.
+    /// Takes the output of an ended script. `None`: the script still runs.
     pub(super) fn take_ended(&mut self, job: Job) -> Option<JobOutput> {
         let status = self.jobs.get(&job.0)?.status?;
         self.jobs.remove(&job.0).map(|progress| JobOutput { text: progress.text, status })
@@ -99,17 +100,17 @@ impl Agent {
         self.jobs.get(&job.0).is_none_or(|progress| progress.status.is_some())
     }
 
-    /// What a script has written so far.
+    /// The output of a script so far.
     pub(super) fn output_so_far(&self, job: Job) -> &str {
         self.jobs.get(&job.0).map_or("", |progress| &progress.text)
     }
 
-    /// The last lines that came, of whatever kind.
+    /// The last lines of any kind.
     pub(super) fn tail(&self) -> impl Iterator<Item = &str> {
         self.tail.iter().map(String::as_str)
     }
 
-    /// Reads what has come, or waits for a while until something comes. False at the end of the connection.
+    /// Reads the next bytes, and waits a while for them. Returns false at the end of the connection.
     ///
     /// # Errors
     ///
@@ -153,7 +154,7 @@ impl Agent {
 
     fn line(&mut self, line: &str) {
         if line.starts_with("ready ") {
-            // Whatever ran before has ended with that boot.
+            // All earlier scripts have ended with that boot.
             self.boots += 1;
             self.jobs.clear();
         } else if let Some((number, text)) = numbered(line, '|') {
@@ -194,7 +195,7 @@ mod tests {
     }
 
     #[test]
-    fn scripts_that_run_side_by_side_keep_their_output_and_status_apart() {
+    fn the_agent_keeps_output_and_status_of_parallel_scripts_apart() {
         let (mut guest, mut agent) = agent();
         let (one, two) = (agent.send("echo 1").expect("sent"), agent.send("echo 2; exit 3").expect("sent"));
         let mut sent = [0; 64];

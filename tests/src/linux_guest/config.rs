@@ -1,4 +1,4 @@
-//! What a virtual machine has, and the command line of QEMU that says so.
+//! The devices of a virtual machine, and the command line of QEMU for them.
 
 use std::path::{Path, PathBuf};
 
@@ -11,11 +11,11 @@ pub struct LinuxGuestConfig {
     pub kernel: KernelSeries,
     /// The guest's RAM in MiB: one memfd, shared with the back-ends.
     pub memory_mib: u32,
-    /// A file on tmpfs, of that length, that is the guest's RAM instead.
+    /// A file on tmpfs of that length, which replaces the memfd as the guest's RAM.
     pub memory_file: Option<PathBuf>,
-    /// How much RAM it can have with what is plugged, in MiB; more than it has, for devices that bring some.
+    /// The most RAM of the guest with plugged memory, in MiB, for devices that bring memory.
     pub memory_max_mib: Option<u32>,
-    /// Virtual CPUs.
+    /// The number of virtual CPUs.
     pub cpus: u32,
     /// Disks whose back-ends are other processes, each behind a PCIe port of its own, so that it can be unplugged. They
     /// are `/dev/vda`, `/dev/vdb`, … in this order.
@@ -26,10 +26,10 @@ pub struct LinuxGuestConfig {
     pub devices: Vec<String>,
     /// Further words of the kernel's command line.
     pub kernel_arguments: Vec<String>,
-    /// A kernel (`bzImage`) to boot instead of the one of [`kernel`](Self::kernel). Its modules are not there: what the
-    /// guest needs must be built in.
+    /// A kernel (`bzImage`) to boot instead of the one of [`kernel`](Self::kernel). The guest does not have its
+    /// modules, so the needed drivers must be built in.
     pub kernel_image: Option<PathBuf>,
-    /// Further programs of the guest, in `/sbin`: linked statically.
+    /// Further statically linked programs of the guest, in `/sbin`.
     pub programs: Vec<PathBuf>,
 }
 
@@ -58,9 +58,9 @@ pub struct VhostUserDisk {
     pub id: String,
     /// The socket on which the back-end listens.
     pub socket: PathBuf,
-    /// Virtqueues. 0: as many as QEMU chooses, one for each CPU.
+    /// The number of virtqueues. 0: QEMU chooses one for each CPU.
     pub queues: u16,
-    /// Connect again, once a second, when the back-end is gone.
+    /// Whether QEMU connects again, once a second, when the back-end has disconnected.
     pub reconnect: bool,
     /// Further properties of the device: `config-wce=off`.
     pub properties: Vec<String>,
@@ -86,7 +86,7 @@ impl VhostUserDisk {
     fn chardev(&self, qemu: Version) -> String {
         let reconnect = match (self.reconnect, qemu) {
             (false, _) => "",
-            // QEMU 9.2 gave the option a finer unit and 10.2 no longer has the old one.
+            // QEMU 9.2 has an option with a finer unit, and QEMU 10.2 no longer has the old one.
             (true, qemu) if qemu < Version(9, 2) => ",reconnect=1",
             (true, _) => ",reconnect-ms=1000",
         };
@@ -106,11 +106,11 @@ impl VhostUserDisk {
     }
 }
 
-/// What executes the guest's instructions.
+/// The executor of the guest's instructions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Accelerator {
     Kvm,
-    /// QEMU itself.
+    /// QEMU itself emulates the CPU.
     Tcg,
 }
 
@@ -127,7 +127,7 @@ impl Version {
     }
 }
 
-/// Where the sockets and files of one QEMU are.
+/// The paths of the sockets and files of one QEMU.
 #[derive(Debug)]
 pub(super) struct Places<'a>(pub(super) &'a Path);
 
@@ -140,12 +140,12 @@ impl Places<'_> {
         self.0.join("agent")
     }
 
-    /// What the firmware and the kernel print.
+    /// The output of the firmware and the kernel.
     pub(super) fn console(&self) -> PathBuf {
         self.0.join("console")
     }
 
-    /// The image's initramfs with further programs, if there are some.
+    /// The image's initramfs with the further programs, if there are any.
     pub(super) fn initramfs(&self) -> PathBuf {
         self.0.join("initramfs")
     }
@@ -161,7 +161,7 @@ pub(super) enum Start<'a> {
     Kernel(&'a GuestImage),
     /// The same machine, waiting for a guest that migrates to it.
     Incoming(&'a GuestImage),
-    /// Whatever the firmware finds on the first disk.
+    /// The firmware boots the first disk.
     Firmware,
 }
 
@@ -178,10 +178,11 @@ pub(super) fn arguments(
     add(&["-M", "q35,memory-backend=ram", "-nodefaults", "-no-user-config", "-display", "none"]);
     match accelerator {
         Accelerator::Kvm => add(&["-accel", "kvm", "-cpu", "host"]),
-        // A CPU that has all that Debian's programs need, and little that costs time to emulate. Without CMPXCHG16B: before QEMU 8.0
-        // it makes flags of whatever was compared last, if an interrupt has returned shortly before it (`helper_cmpxchg16b_unlocked`
-        // reads a `cc_op` that was not written back). Then TF may be among them, and the kernel dies in its allocator. One thread for
-        // all CPUs: with one for each, kernels have died of an INT3 that another CPU had put into code for a moment while patching it.
+        // This CPU has everything that Debian's programs need, and little that costs time to emulate. It lacks
+        // CMPXCHG16B: QEMU before 8.0 computes wrong flags for it if an interrupt has returned shortly before
+        // (`helper_cmpxchg16b_unlocked` reads a `cc_op` that was not written back). TF may then be set, and the kernel
+        // dies in its allocator. One thread emulates all CPUs: with one thread for each, kernels have died of an INT3
+        // that another CPU had put into code for a moment while it patched that code.
         Accelerator::Tcg => add(&["-accel", "tcg,thread=single", "-cpu", "Nehalem,-cx16"]),
     }
     let memory_mib = config.memory_mib;
@@ -230,7 +231,7 @@ pub(super) fn arguments(
     arguments
 }
 
-/// A path as the value of an option, in which a comma separates.
+/// A path as the value of an option. It doubles commas, which separate values.
 fn value(path: &Path) -> String {
     path.to_string_lossy().replace(',', ",,")
 }
@@ -240,7 +241,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_version_of_qemu_is_read() {
+    fn version_parses_the_output_of_qemu() {
         let text = "QEMU emulator version 7.2.22 (Debian 1:7.2+dfsg-7+deb12u18)\nCopyright (c) 2003-2022\n";
         assert_eq!(Version::parse(text), Some(Version(7, 2)));
         assert_eq!(Version::parse("QEMU emulator version 10.0.2"), Some(Version(10, 0)));
@@ -248,7 +249,7 @@ mod tests {
     }
 
     #[test]
-    fn a_disk_that_reconnects_says_so_in_the_words_of_its_qemu() {
+    fn a_disk_has_the_reconnect_option_of_its_qemu() {
         let disk = VhostUserDisk { reconnect: true, ..VhostUserDisk::new("disk", Path::new("/tmp/a,b")) };
         assert_eq!(disk.chardev(Version(7, 2)), "socket,id=disk-socket,path=/tmp/a,,b,reconnect=1");
         assert_eq!(disk.chardev(Version(9, 2)), "socket,id=disk-socket,path=/tmp/a,,b,reconnect-ms=1000");

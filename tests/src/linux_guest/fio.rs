@@ -2,8 +2,8 @@
 
 /// A shell command that runs fio on a device or a file.
 ///
-/// Each block gets its offset, a checksum, and the number of the write, which differs from run to run: a block that was
-/// lost, torn, misplaced or is of another run is found out, and ends the run.
+/// fio writes its offset, a checksum and the number of the write into each block. The numbers differ from run to run. A
+/// block that is lost, torn, misplaced or from another run ends the run with an error.
 pub fn verify(engine: &str, target: &str, options: &str) -> String {
     format!(
         "fio --name=check --ioengine={engine} --filename={target} --direct=1 --verify=crc32c --verify_fatal=1 \
@@ -11,7 +11,8 @@ pub fn verify(engine: &str, target: &str, options: &str) -> String {
     )
 }
 
-/// A shell script that runs fio over and over, each time with other data, until [`STOP`] was run or something is wrong.
+/// A shell script that runs fio again and again, each time with other data, until [`STOP`] was run or fio finds an
+/// error.
 pub fn verify_until_stopped(engine: &str, target: &str, options: &str) -> String {
     let run = verify(engine, target, options);
     format!(
@@ -25,5 +26,5 @@ pub fn verify_until_stopped(engine: &str, target: &str, options: &str) -> String
     )
 }
 
-/// Ends the runs of [`verify_until_stopped`] after the one that is under way.
+/// Ends the runs of [`verify_until_stopped`] after the current run.
 pub const STOP: &str = "touch /tmp/stop";

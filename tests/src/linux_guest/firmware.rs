@@ -10,13 +10,13 @@ use super::{
     machine::Machine,
 };
 
-/// What every boot sector prints first.
+/// The beginning of the boot sector's output.
 const PREFIX: &str = "boot sector: ";
 const SECTOR_BYTES: usize = 512;
-/// As in `boot_sector.S`.
+/// The number of sectors, as in `boot_sector.S`.
 const SECTORS: u16 = 64;
 
-/// A virtual machine that has booted, or tries to boot, from its disk.
+/// A virtual machine that has booted from its disk.
 #[derive(Debug)]
 pub struct FirmwareGuest {
     machine: Machine,
@@ -27,7 +27,7 @@ impl FirmwareGuest {
     ///
     /// # Errors
     ///
-    /// gcc is not there or fails.
+    /// gcc is missing or fails.
     pub fn disk_content() -> Result<Vec<u8>> {
         let mut content = boot_sector()?;
         for sector in 1..=SECTORS {
@@ -36,7 +36,7 @@ impl FirmwareGuest {
         Ok(content)
     }
 
-    /// What the boot sector writes, and where: the sectors that it has read, behind themselves.
+    /// The offset at which the boot sector writes the sectors that it has read: behind these sectors.
     pub fn written_offset_bytes() -> u64 {
         (u64::from(SECTORS) + 1) * SECTOR_BYTES as u64
     }
@@ -64,7 +64,7 @@ impl FirmwareGuest {
         Ok(Self { machine })
     }
 
-    /// What the firmware and the boot sector have printed.
+    /// The output of the firmware and the boot sector.
     pub fn console(&self) -> String {
         self.machine.console()
     }

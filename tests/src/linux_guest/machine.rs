@@ -19,16 +19,16 @@ use super::{
 };
 use crate::{kernel_log, needs::find_program};
 
-/// The program that is QEMU.
+/// The name of the QEMU program.
 pub(super) const PROGRAM: &str = "qemu-system-x86_64";
-/// How long QEMU may take until its monitor answers: it connects to all back-ends before.
+/// How long QEMU may take until its monitor answers. It connects to all back-ends first.
 const START_LIMIT: Duration = Duration::from_secs(60);
-/// How often a wait looks at the limits, and whether the guest still lives.
+/// How often a wait checks the limits, and whether the guest still runs.
 const LOOK_INTERVAL: Duration = Duration::from_millis(200);
-/// How much of the console a failure shows.
+/// How many lines of the console a failure shows.
 const CONSOLE_TAIL_LINES: usize = 40;
 
-/// A running QEMU. Dropped, it is killed.
+/// A running QEMU. The drop kills it.
 #[derive(Debug)]
 pub(super) struct Machine {
     child: Child,
@@ -42,7 +42,7 @@ impl Machine {
     ///
     /// # Errors
     ///
-    /// There is no QEMU, or it ends at once: what it said is in the error.
+    /// There is no QEMU, or it ends at once. The error has its messages.
     pub(super) fn start(config: &LinuxGuestConfig, start: &Start<'_>, accelerator: Accelerator) -> Result<Self> {
         let directory = tempfile::Builder::new().prefix("ringpass-guest-").tempdir().context("making a directory")?;
         let places = Places(directory.path());
@@ -64,7 +64,7 @@ impl Machine {
             .spawn()
             .context("starting QEMU")?;
         let mut starting = Starting { child: Some(child) };
-        // The guest's side first: what it sends while nobody is connected is lost.
+        // The connection to the guest comes first: its output is lost while the port is not connected.
         let connected = starting
             .wait_for_socket(&places.agent())
             .and_then(|()| Agent::connect(&places.agent()))
@@ -75,11 +75,11 @@ impl Machine {
         Ok(Self { child, directory, qmp, agent })
     }
 
-    /// Reads from the guest until `look` finds what it looks for.
+    /// Reads from the guest until `look` returns a value.
     ///
     /// # Errors
     ///
-    /// It does not in this time, or QEMU or the guest's kernel ends. The console is in the error.
+    /// `look` does not return a value in this time, or QEMU or the guest's kernel ends. The error has the console.
     pub(super) fn wait_until<T>(
         &mut self,
         what: &str,
@@ -98,11 +98,11 @@ impl Machine {
         }
     }
 
-    /// Takes what the guest has sent, or waits for it until `end`, but not for long.
+    /// Takes the guest's output. It waits a short time for it, at most until `end`.
     ///
     /// # Errors
     ///
-    /// QEMU or the guest's kernel has ended. The console is in the error.
+    /// QEMU or the guest's kernel has ended. The error has the console.
     pub(super) fn take_output(&mut self, end: Instant) -> Result<()> {
         let wait = end.saturating_duration_since(Instant::now()).clamp(Duration::from_millis(1), LOOK_INTERVAL);
         if !self.agent.pump(wait)? {
@@ -118,7 +118,7 @@ impl Machine {
     ///
     /// # Errors
     ///
-    /// It does not in this time.
+    /// QEMU does not end in this time.
     pub(super) fn wait_end(&mut self, limit: Duration) -> Result<ExitStatus> {
         let end = Instant::now() + limit;
         loop {
@@ -126,29 +126,29 @@ impl Machine {
                 return Ok(status);
             }
             ensure!(Instant::now() < end, "QEMU still runs after {limit:?}\n{}", self.describe());
-            // Its output is read, or it would wait for us.
+            // QEMU would wait until someone reads its output.
             self.agent.pump(Duration::from_millis(20))?;
             thread::sleep(Duration::from_millis(2));
         }
     }
 
-    /// Takes over the scripts of a guest that has migrated here; the machine that it comes from has ended.
+    /// Takes over the scripts of a guest that has migrated to this machine. The old machine has ended.
     ///
     /// # Errors
     ///
-    /// What the guest still wrote there cannot be read.
+    /// The rest of the old machine's output cannot be read.
     pub(super) fn go_on_from(&mut self, mut old: Self) -> Result<()> {
         mem::swap(&mut self.agent, &mut old.agent);
         self.agent.move_to(&mut old.agent)
     }
 
-    /// What the firmware and the guest's kernel have printed.
+    /// The output of the firmware and the guest's kernel.
     pub(super) fn console(&self) -> String {
         let bytes = fs::read(Places(self.directory.path()).console()).unwrap_or_default();
         String::from_utf8_lossy(&bytes).into_owned()
     }
 
-    /// Lines of the console with which the guest's kernel complains of itself.
+    /// The lines of the console in which the guest's kernel reports trouble.
     pub(super) fn kernel_trouble(&self) -> Vec<String> {
         self.console().lines().filter(|line| kernel_log::is_trouble(line)).map(str::to_owned).collect()
     }
@@ -158,7 +158,7 @@ impl Machine {
         self.directory.path()
     }
 
-    /// What came last from everywhere, for the report of a failure.
+    /// The last output of the console, the scripts and QEMU, for the report of a failure.
     pub(super) fn describe(&self) -> String {
         let console = self.console();
         let lines: Vec<&str> = console.lines().collect();
@@ -175,7 +175,7 @@ impl Drop for Machine {
     }
 }
 
-/// A QEMU that is not yet known to work: dropped with the child in it, it is killed.
+/// A QEMU that may not work yet. The drop kills the child unless it was taken out.
 struct Starting {
     child: Option<Child>,
 }

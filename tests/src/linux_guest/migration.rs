@@ -10,10 +10,11 @@ use serde_json::{Value, json};
 
 use super::{LinuxGuest, LinuxGuestConfig, accelerator, config::Start, image::GuestImage, machine::Machine};
 
-/// How much memory is little: enough that a busy machine notices in time, and sent in a few seconds at a crawl.
+/// The rest of the memory at which the migration slows down: a busy machine notices it in time, and the slow migration
+/// sends it in a few seconds.
 const LITTLE_BYTES: u64 = 24 << 20;
 
-/// A QEMU that waits for a guest. It has the same devices as the guest's, with back-ends of their own.
+/// A QEMU that waits for a guest. It has the same devices as the guest's QEMU, with other back-ends.
 #[derive(Debug)]
 pub struct IncomingGuest {
     machine: Machine,
@@ -33,7 +34,7 @@ impl IncomingGuest {
     }
 }
 
-/// A migration that is under way: the guest still runs in the first QEMU, or already in the second.
+/// A running migration. The guest runs in the first QEMU or already in the second.
 #[derive(Debug)]
 pub struct Migration {
     source: LinuxGuest,
@@ -41,11 +42,11 @@ pub struct Migration {
 }
 
 impl LinuxGuest {
-    /// Begins to migrate the guest, with so many bytes per second and at most so much time without any guest running.
+    /// Starts to migrate the guest, with this bandwidth and at most this time in which no guest runs.
     ///
     /// # Errors
     ///
-    /// A QEMU refuses, for example because a back-end cannot log what it writes.
+    /// A QEMU refuses, for example because a back-end cannot log its writes.
     pub fn migrate_to(
         mut self,
         mut target: IncomingGuest,
@@ -61,7 +62,7 @@ impl LinuxGuest {
 }
 
 impl Migration {
-    /// The guest in the first QEMU, where it runs until the migration is [finished](Self::finish).
+    /// The guest in the first QEMU. It runs there until the migration is [finished](Self::finish).
     pub fn source(&mut self) -> &mut LinuxGuest {
         &mut self.source
     }
@@ -75,9 +76,9 @@ impl Migration {
         set_parameters(&mut self.source, bandwidth_bytes_per_s, downtime)
     }
 
-    /// Waits until all memory has been sent once, so that only what changes is sent from here on. Before that, when
-    /// little of it remains, slows the migration down to this many bytes per second: it does not end then, even if the
-    /// guest does not get to run for a while.
+    /// Waits until QEMU has sent all memory once and only sends changes. Before that, when little memory remains, slows
+    /// the migration down to this many bytes per second, so that it does not end even if the guest does not run for a
+    /// while.
     ///
     /// # Errors
     ///
@@ -87,7 +88,7 @@ impl Migration {
         let mut is_slow = false;
         loop {
             let state = self.state()?;
-            // The first synchronisation is at the start, the second begins the second pass.
+            // The first synchronisation is at the start. The second one begins the second pass.
             if state["ram"]["dirty-sync-count"].as_u64().unwrap_or(0) >= 2 && state["status"] == "active" {
                 return Ok(());
             }
@@ -102,7 +103,7 @@ impl Migration {
         }
     }
 
-    /// Waits for the end and goes on with the guest in the second QEMU. Scripts go on too.
+    /// Waits for the end, and continues with the guest in the second QEMU. Its scripts continue too.
     ///
     /// # Errors
     ///

@@ -15,9 +15,8 @@
 //! # }
 //! ```
 //!
-//! The guest's only programs are those of its initramfs. It runs on KVM where Linux really boots under it, else QEMU
-//! executes its instructions (TCG). Everything that waits has a limit; what goes wrong is reported with the end of the
-//! guest's console.
+//! The guest's only programs are those of its initramfs. The guest runs on KVM if Linux boots under it, otherwise QEMU
+//! emulates the CPU (TCG). Every wait has a limit. An error has the end of the guest's console.
 
 mod agent;
 mod config;
@@ -43,13 +42,13 @@ pub use migration::{IncomingGuest, Migration};
 
 use crate::needs::Need;
 
-/// How long a guest may take to come up. Two or three seconds under TCG with nothing else running.
+/// How long a guest may take to boot. On an idle machine it takes two or three seconds under TCG.
 const BOOT_LIMIT: Duration = Duration::from_secs(90);
-/// The same for the first trial of KVM: where it works, this is plenty.
+/// The same for the first trial of KVM. If KVM works, the guest boots much faster.
 const KVM_TRIAL_LIMIT: Duration = Duration::from_secs(20);
 /// How long [`LinuxGuest::run`] waits for a script.
 const SCRIPT_LIMIT: Duration = Duration::from_secs(60);
-/// How long a device may take to come or go, and QEMU to end.
+/// How long a device may take to appear or vanish, and QEMU to end.
 const DEVICE_LIMIT: Duration = Duration::from_secs(30);
 
 /// What a Linux guest needs of the machine.
@@ -59,18 +58,18 @@ pub fn needs() -> Vec<Need> {
     needs
 }
 
-/// A running guest. Dropped, its QEMU is killed.
+/// A running guest. The drop kills its QEMU.
 #[derive(Debug)]
 pub struct LinuxGuest {
     machine: Machine,
 }
 
 impl LinuxGuest {
-    /// Boots a guest and waits until it takes scripts.
+    /// Boots a guest, and waits until its agent takes scripts.
     ///
     /// # Errors
     ///
-    /// The image cannot be made, QEMU does not start, or the guest does not come up.
+    /// The image cannot be made, QEMU does not start, or the guest does not boot.
     pub fn boot(config: &LinuxGuestConfig) -> Result<Self> {
         let image = GuestImage::of(config.kernel)?;
         let accelerator = accelerator(&image)?;
@@ -95,30 +94,31 @@ impl LinuxGuest {
         self.machine.wait_until("the guest to come up", limit, |agent| (agent.boots() >= count).then_some(()))
     }
 
-    /// Runs a script (of busybox's shell) to its end, a minute at most, and gives what it writes.
+    /// Runs a script (of busybox's shell) to its end, for at most a minute, and returns its output.
     ///
     /// # Errors
     ///
-    /// Its exit status is not 0, or it does not end. Use `set -e` for a script of several commands.
+    /// The exit status of the script is not 0, or the script does not end. Use `set -e` for a script of several
+    /// commands.
     pub fn run(&mut self, script: &str) -> Result<String> {
         let job = self.spawn(script)?;
         self.wait(job, SCRIPT_LIMIT)
     }
 
-    /// Starts a script beside others.
+    /// Starts a script. Other scripts may run at the same time.
     ///
     /// # Errors
     ///
-    /// QEMU is gone.
+    /// QEMU has ended.
     pub fn spawn(&mut self, script: &str) -> Result<Job> {
         self.machine.agent.send(script)
     }
 
-    /// Waits for the end of a script and gives what it has written.
+    /// Waits for the end of a script, and returns its output.
     ///
     /// # Errors
     ///
-    /// Its exit status is not 0, or it does not end in this time.
+    /// The exit status of the script is not 0, or the script does not end in this time.
     pub fn wait(&mut self, job: Job, limit: Duration) -> Result<String> {
         let output = self.wait_output(job, limit)?;
         ensure!(output.status == 0, "a script ended with status {}:\n{}", output.status, output.text);
@@ -129,7 +129,7 @@ impl LinuxGuest {
     ///
     /// # Errors
     ///
-    /// It does not end in this time.
+    /// The script does not end in this time.
     pub fn wait_output(&mut self, job: Job, limit: Duration) -> Result<JobOutput> {
         self.machine.wait_until("a script to end", limit, |agent| agent.take_ended(job))
     }
@@ -138,13 +138,13 @@ impl LinuxGuest {
     ///
     /// # Errors
     ///
-    /// It does not in this time.
+    /// The script does not write it in this time.
     pub fn wait_for_text(&mut self, job: Job, text: &str, limit: Duration) -> Result<()> {
         let what = format!("a script to write {text:?}");
         self.machine.wait_until(&what, limit, |agent| agent.output_so_far(job).contains(text).then_some(()))
     }
 
-    /// Whether a script has ended, in whatever way. Does not wait.
+    /// Whether a script has ended in any way. Does not wait.
     ///
     /// # Errors
     ///
@@ -154,7 +154,7 @@ impl LinuxGuest {
         Ok(self.machine.agent.has_ended(job))
     }
 
-    /// Lets the guest go on for this long, and takes what it writes.
+    /// Lets the guest run for this long, and takes its output.
     ///
     /// # Errors
     ///
@@ -176,7 +176,7 @@ impl LinuxGuest {
         self.machine.qmp.execute(command)
     }
 
-    /// Stops the virtual machine, and thereby its virtqueues, and lets it go on.
+    /// Stops the virtual machine, which stops its virtqueues, and continues it.
     ///
     /// # Errors
     ///
@@ -187,22 +187,22 @@ impl LinuxGuest {
         Ok(())
     }
 
-    /// Pushes the reset button, and waits until the guest is up again. All scripts are gone.
+    /// Pushes the reset button, and waits until the guest has booted again. All scripts have ended then.
     ///
     /// # Errors
     ///
-    /// It does not come up.
+    /// The guest does not boot.
     pub fn reset(&mut self) -> Result<()> {
         let boots = self.machine.agent.boots();
         self.qmp(json!({"execute": "system_reset"}))?;
         self.wait_for_boot(boots + 1, BOOT_LIMIT)
     }
 
-    /// Unplugs a device and waits until the guest has let it go.
+    /// Unplugs a device, and waits until the guest has released it.
     ///
     /// # Errors
     ///
-    /// There is no such device, or the guest does not let it go.
+    /// There is no such device, or the guest does not release it.
     pub fn unplug(&mut self, id: &str) -> Result<()> {
         self.qmp(json!({"execute": "device_del", "arguments": {"id": id}}))?;
         let end = Instant::now() + DEVICE_LIMIT;
@@ -214,7 +214,7 @@ impl LinuxGuest {
         }
     }
 
-    /// Plugs a disk in again that was [unplugged](Self::unplug), over the connection that it had.
+    /// Plugs in a disk again that was [unplugged](Self::unplug), over the same connection.
     ///
     /// # Errors
     ///
@@ -231,7 +231,7 @@ impl LinuxGuest {
         self.qmp(json!({"execute": "device_add", "arguments": arguments})).map(drop)
     }
 
-    /// What the firmware and the kernel have printed so far.
+    /// The output of the firmware and the kernel so far.
     pub fn console(&self) -> String {
         self.machine.console()
     }
@@ -240,7 +240,7 @@ impl LinuxGuest {
     ///
     /// # Errors
     ///
-    /// It does not end, or the guest's kernel has complained of itself (a warning, a stall) since it was booted.
+    /// QEMU does not end, or the guest's kernel has reported trouble (a warning, a stall) since it booted.
     pub fn shut_down(mut self) -> Result<()> {
         self.spawn("poweroff -f")?;
         let status = self.machine.wait_end(DEVICE_LIMIT)?;
@@ -251,7 +251,7 @@ impl LinuxGuest {
     }
 }
 
-/// KVM, if a Linux guest comes up under it; that is tried once in each boot of this machine.
+/// KVM, if a Linux guest boots under it. This is tried once in each boot of this machine.
 fn accelerator(image: &GuestImage) -> Result<Accelerator> {
     image::remembered_per_boot("kvm", || {
         if std::fs::File::options().read(true).write(true).open("/dev/kvm").is_err() {

@@ -13,14 +13,14 @@ use serde_json::{Value, json};
 
 /// How long QEMU may take for one command.
 const COMMAND_LIMIT: Duration = Duration::from_secs(30);
-/// How long one read waits, before the limits are looked at again.
+/// How long one read waits before the limits are checked again.
 const READ_WAIT: Duration = Duration::from_millis(200);
 
 /// A connection to one QEMU.
 #[derive(Debug)]
 pub(super) struct Qmp {
     stream: BufReader<UnixStream>,
-    /// A line of which only a part has come.
+    /// The received part of an incomplete line.
     partial: Vec<u8>,
     events: VecDeque<Value>,
 }
@@ -30,7 +30,7 @@ impl Qmp {
     ///
     /// # Errors
     ///
-    /// Nobody listens, or it is not a QEMU.
+    /// No process listens, or it is not a QEMU.
     pub(super) fn connect(path: &Path) -> Result<Self> {
         let stream = UnixStream::connect(path).with_context(|| format!("connecting to {}", path.display()))?;
         stream.set_read_timeout(Some(READ_WAIT)).context("setting a time-out")?;
@@ -43,7 +43,7 @@ impl Qmp {
         Ok(qmp)
     }
 
-    /// Executes one command, `{"execute": …, "arguments": {…}}`, and gives what it returns.
+    /// Executes one command, `{"execute": …, "arguments": {…}}`, and returns its result.
     ///
     /// # Errors
     ///
@@ -65,11 +65,11 @@ impl Qmp {
         bail!("QEMU does not answer {command} in {COMMAND_LIMIT:?}");
     }
 
-    /// Waits for an event of this name, and gives its data. Older events of other names are forgotten.
+    /// Waits for an event of this name, and returns its data. Forgets older events of other names.
     ///
     /// # Errors
     ///
-    /// It does not come in this time, or the connection ends.
+    /// The event does not come in this time, or the connection ends.
     pub(super) fn wait_event(&mut self, name: &str, limit: Duration) -> Result<Value> {
         let end = Instant::now() + limit;
         loop {
@@ -83,7 +83,7 @@ impl Qmp {
         }
     }
 
-    /// The next message; none if it does not come in time.
+    /// The next message. `None` if it does not come in time.
     fn message(&mut self, end: Instant) -> Result<Option<Value>> {
         loop {
             match self.stream.read_until(b'\n', &mut self.partial) {
@@ -112,7 +112,7 @@ mod tests {
 
     use super::*;
 
-    /// Answers each line that comes with the next text.
+    /// Answers each line with the next text.
     fn fake_qemu(answers: Vec<&'static str>) -> (tempfile::TempDir, Qmp) {
         let directory = tempfile::tempdir().expect("a directory");
         let path = directory.path().join("qmp");
@@ -125,7 +125,7 @@ mod tests {
                 lines.next();
                 stream.write_all(answer.as_bytes()).expect("an answer");
             }
-            // Until the client is gone.
+            // The thread runs until the client disconnects.
             lines.next();
         });
         let qmp = Qmp::connect(&path).expect("a connection");
@@ -133,7 +133,7 @@ mod tests {
     }
 
     #[test]
-    fn events_between_a_command_and_its_answer_are_kept() {
+    fn qmp_keeps_events_between_a_command_and_its_answer() {
         let (_directory, mut qmp) = fake_qemu(vec![
             "{\"event\": \"STOP\"}\n{\"event\": \"RESUME\", \"data\": {\"a\": 1}}\n{\"return\": {\"status\": \"running\"}}\n",
         ]);
@@ -145,7 +145,7 @@ mod tests {
     }
 
     #[test]
-    fn an_error_of_qemu_is_given_with_the_command() {
+    fn the_error_has_the_command_that_qemu_refuses() {
         let (_directory, mut qmp) =
             fake_qemu(vec!["{\"error\": {\"class\": \"GenericError\", \"desc\": \"Device 'x' not found\"}}\n"]);
         let refusal = qmp.execute(json!({"execute": "device_del"})).expect_err("an error").to_string();

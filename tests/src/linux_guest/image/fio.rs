@@ -1,4 +1,4 @@
-//! fio as one static program: it runs in a guest that has no libraries for it.
+//! fio as one static program, which runs in a guest without its libraries.
 
 use std::{fs, path::Path, process::Command, thread};
 
@@ -6,7 +6,8 @@ use anyhow::{Context, Result};
 
 use crate::debian::apt::{Apt, run};
 
-/// Everything that would need a library of its own, and code for this very CPU, which the guest's may not have.
+/// Without features that need libraries of their own, and without code for this machine's CPU, which the guest may not
+/// have.
 const OPTIONS: [&str; 15] = [
     "--build-static",
     "--disable-native",
@@ -45,7 +46,7 @@ pub(super) fn build(apt: &Apt, program: &Path) -> Result<()> {
             .current_dir(&sources)
             .env("C_INCLUDE_PATH", libaio.join("usr/include"))
             .env("LIBRARY_PATH", libaio.join("usr/lib/x86_64-linux-gnu"))
-            // A make above this one would have passed on its own options.
+            // A make that runs the tests would pass on its own options.
             .env_remove("MAKEFLAGS");
         command
     };

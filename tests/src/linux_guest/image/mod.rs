@@ -1,9 +1,9 @@
-//! What a Linux guest boots: a kernel and an initramfs, made from Debian packages and kept in a cache.
+//! The kernel and the initramfs of a Linux guest, made from Debian packages and kept in a cache.
 //!
-//! Nothing is installed: the packages are unpacked. The programs of the guest are busybox, fio (built statically from
+//! The tests unpack the packages and install nothing. The programs of the guest are busybox, fio (built statically from
 //! its source package, because Debian's own is linked with dozens of libraries) and a few programs of this machine with
-//! their libraries. The initramfs is all that the guest has: a program that were loaded from a disk under test would
-//! make two things fail at once.
+//! their libraries. The guest has only the initramfs: if it loaded its programs from a disk under test, a fault of the
+//! disk would break both.
 
 mod cpio;
 mod fio;
@@ -29,9 +29,9 @@ use crate::debian::{
 };
 use crate::needs::{Need, find_program};
 
-/// The modules that a guest can load. The first two are loaded when it comes up.
+/// The modules that a guest can load. It loads the first two when it boots.
 const MODULES: [&str; 5] = ["virtio_pci", "virtio_blk", "virtio_balloon", "virtio_mem", "null_blk"];
-/// Programs of this machine that the guest gets, and the packages they are from.
+/// Programs of this machine for the guest, and their packages.
 const HOST_PROGRAMS: [(&str, &str); 3] =
     [("mke2fs", "e2fsprogs"), ("e2fsck", "e2fsprogs"), ("blkdiscard", "util-linux")];
 /// Programs that make the image, and their packages.
@@ -45,7 +45,7 @@ const LOAD_MODULE: &str = include_str!("load-module.sh");
 /// A series of Debian's kernels for virtual machines (`linux-image-*-cloud-amd64-unsigned`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum KernelSeries {
-    /// Debian 13, and Debian 12 beside its own.
+    /// The series of Debian 13. Debian 12 has it too.
     Linux6_12,
     /// Debian 12.
     Linux6_1,
@@ -81,7 +81,8 @@ impl GuestImage {
         [architecture].into_iter().chain(programs.map(|(program, package)| Need::program(program, package))).collect()
     }
 
-    /// The image with the newest kernel of a series, which is made if it is not in the cache: about half a minute, once.
+    /// The image with the newest kernel of a series. If it is not in the cache, this makes it, which takes about half a
+    /// minute.
     ///
     /// # Errors
     ///
@@ -164,7 +165,7 @@ impl GuestImage {
     }
 }
 
-/// Packages are looked for, once, when the cache lacks one.
+/// An apt that is made once, when the cache lacks a package.
 #[derive(Debug, Default)]
 struct LazyApt {
     apt: OnceCell<(tempfile::TempDir, Apt)>,
@@ -181,12 +182,12 @@ impl LazyApt {
     }
 }
 
-/// The entry that is remembered under `key`: the version that was the newest when the cache was filled.
+/// The entry that the cache remembers under `key`: the newest version when the cache was filled.
 fn known(cache: &Cache, key: &str) -> Option<PathBuf> {
     cache.find(&cache.recall(key)?)
 }
 
-/// The entry that is remembered under `key`, or else the one that `make` gives, which is then remembered.
+/// The entry that the cache remembers under `key`. If there is none, `make` makes it, and the cache remembers it.
 fn entry(cache: &Cache, key: &str, make: impl FnOnce() -> Result<PathBuf>) -> Result<PathBuf> {
     if let Some(path) = known(cache, key) {
         return Ok(path);
@@ -197,7 +198,7 @@ fn entry(cache: &Cache, key: &str, make: impl FnOnce() -> Result<PathBuf>) -> Re
     Ok(path)
 }
 
-/// The answer to a question about this machine that is asked once in each boot of it.
+/// The answer to a question about this machine. It is computed once in each boot of the machine.
 pub(super) fn remembered_per_boot(question: &str, answer: impl FnOnce() -> String) -> Result<String> {
     let cache = Cache::open()?;
     let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").context("reading the id of this boot")?;
@@ -214,19 +215,19 @@ pub(super) fn remembered_per_boot(question: &str, answer: impl FnOnce() -> Strin
     Ok(answer)
 }
 
-/// The entry of a kernel has the modules too, so that other modules make another entry.
+/// The key of a kernel's entry. The entry has the modules too, so other modules make another entry.
 fn kernel_key(series: KernelSeries) -> String {
     format!("linux-{series}-{:016x}", hash_of(MODULES))
 }
 
-/// The same in all processes of one build.
+/// A hash that is the same in all processes of one build.
 fn hash_of(value: impl Hash) -> u64 {
     let mut hasher = DefaultHasher::new();
     value.hash(&mut hasher);
     hasher.finish()
 }
 
-/// A name that changes with everything that the initramfs is made from.
+/// A name that changes with every input of the initramfs.
 fn initramfs_name(parts: [&Path; 3]) -> Result<String> {
     let programs = HOST_PROGRAMS.map(|(name, package)| {
         let program = find_program(name).with_context(|| format!("there is no {name}: apt-get install {package}"))?;
@@ -246,7 +247,7 @@ fn unpack_busybox(apt: &Apt, entry: &Path) -> Result<()> {
     Ok(())
 }
 
-/// The kernel and the modules, each with a list of what is to be loaded before it.
+/// Unpacks the kernel and the modules, each module with a list of the modules to load before it.
 fn unpack_kernel(apt: &Apt, package: &str, busybox: &Path, entry: &Path) -> Result<()> {
     let unpacked = tempfile::tempdir_in(entry).context("making a directory for the kernel")?;
     apt.unpack(package, unpacked.path())?;
@@ -286,7 +287,7 @@ fn initramfs(busybox: &Path, fio: &Path, linux: &Path) -> Result<Vec<u8>> {
     for directory in ["/proc", "/sys", "/tmp", "/dev"] {
         archive.directory(directory)?;
     }
-    // The kernel opens it before the first program runs, which then mounts devtmpfs over it.
+    // The kernel opens this node before the first program runs. That program then mounts devtmpfs over it.
     archive.character_device("/dev/console", 5, 1)?;
     archive.file("/init", 0o755, INIT.as_bytes())?;
     archive.file("/sbin/agent", 0o755, AGENT.as_bytes())?;
@@ -324,7 +325,7 @@ fn add_host_programs(archive: &mut Archive) -> Result<()> {
         archive.file(&library, 0o755, &content)?;
     }
     archive.symlink("/sbin/mkfs.ext4", "mke2fs")?;
-    // Busybox's shell takes its own program of a name before one in PATH, but a function before both.
+    // Busybox's shell prefers its own program of a name to one in PATH, and prefers a function to both.
     archive.file("/etc/functions", 0o644, functions.as_bytes())
 }
 
@@ -343,7 +344,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_libraries_and_the_dynamic_linker_are_found_in_the_output_of_ldd() {
+    fn libraries_in_finds_the_libraries_and_the_dynamic_linker() {
         let text = "\tlinux-vdso.so.1 (0x00007efd)\n\
                     \tlibc.so.6 => /lib/x86_64-linux-gnu/libc.so.6 (0x00007efd)\n\
                     \t/lib64/ld-linux-x86-64.so.2 (0x00007efd)\n";

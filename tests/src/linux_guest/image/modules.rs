@@ -1,4 +1,4 @@
-//! Kernel modules and what they need, in the order in which they can be loaded.
+//! Kernel modules and their dependencies, in the order in which the guest can load them.
 
 use std::{
     collections::HashMap,
@@ -51,7 +51,7 @@ impl ModuleTree {
         Ok(Self { files, builtin, busybox: busybox.to_owned() })
     }
 
-    /// A module behind all that it needs; nothing if it is built into the kernel.
+    /// A module behind all modules that it needs. The list is empty if the module is built into the kernel.
     ///
     /// # Errors
     ///
@@ -85,7 +85,7 @@ impl ModuleTree {
                 ensure!(output.status.success(), "unxz {}: {}", path.display(), output.status);
                 Ok(output.stdout)
             }
-            _ => bail!("{} is compressed in a way that this does not know", path.display()),
+            _ => bail!("{} has an unknown compression", path.display()),
         }
     }
 }
@@ -122,7 +122,7 @@ mod tests {
     }
 
     #[test]
-    fn a_module_comes_behind_all_that_it_needs_and_nothing_comes_twice() {
+    fn the_load_order_has_each_needed_module_once_before_the_module() {
         let (_directory, tree) = tree(
             &[("null_blk", "configfs,dm-mod"), ("configfs", ""), ("dm-mod", "configfs,dax"), ("other", "")],
             "kernel/drivers/dax.ko\n",
@@ -136,7 +136,7 @@ mod tests {
     }
 
     #[test]
-    fn a_module_that_is_not_there_is_named_with_the_one_that_needs_it() {
+    fn the_error_names_a_missing_module_and_the_module_that_needs_it() {
         let (_directory, tree) = tree(&[("a", "b")], "");
         let refusal = format!("{:#}", tree.load_order("a").expect_err("no b"));
         assert_eq!(refusal, "which a needs: the kernel has no module b");
