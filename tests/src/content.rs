@@ -16,7 +16,7 @@ pub fn check_content(beside: &File, job: &Job, expected: &[u64]) -> Result<()> {
     for (index, &expected) in (0u64..).zip(expected) {
         let offset_bytes = job.area_offset_bytes + index * u64::from(job.block_bytes);
         beside.read_exact_at(&mut block, offset_bytes)?;
-        ensure!(checksum(&block) == expected, "the disk holds something else in block {index}, at {offset_bytes}");
+        ensure!(checksum(&block) == expected, "the disk has other data in block {index}, at {offset_bytes}");
     }
     Ok(())
 }

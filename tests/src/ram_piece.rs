@@ -104,7 +104,7 @@ impl Piece {
         let mut expected = self.expected.clone();
         found.sort_unstable();
         expected.sort_unstable();
-        ensure!(found == expected, "the file of the RAM holds something else for guest-physical {:#x}", self.area.gpa);
+        ensure!(found == expected, "the file of the RAM has other data for guest-physical {:#x}", self.area.gpa);
         Ok(())
     }
 

@@ -320,7 +320,7 @@ fn killed_with_slow_io(kind: StuckKind) -> Result<()> {
         ensure!(first.wait_event()? == EVENT_QUEUES);
         ensure!(region.heads(1)?.is_empty());
         ensure!(driver.read(12288, 4096)? == [StuckDisk::INITIAL_BYTE; 4096]);
-        ensure!(driver.read(8192, 4096)? == [0; 4096], "the write is lost");
+        ensure!(driver.read(8192, 4096)? == [0; 4096], "the write did not reach the disk");
         ensure!(driver.outstanding().is_empty());
         Ok(())
     };

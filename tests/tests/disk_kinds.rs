@@ -69,7 +69,7 @@ fn smallest_io_works(disk: &Disk) -> Result<()> {
     ensure!(rustix::io::pwrite(disk, &*buffer, offset)? == block_bytes);
     buffer.fill(0);
     ensure!(rustix::io::pread(disk, &mut *buffer, offset)? == block_bytes);
-    ensure!(buffer.iter().all(|&byte| byte == 0xa5), "another content came back");
+    ensure!(buffer.iter().all(|&byte| byte == 0xa5), "the read returned other data");
     Ok(())
 }
 

@@ -79,7 +79,7 @@ fn truth(kind: DiskKind) -> Result<()> {
         ensure!(done.is_ok() == told.is_some(), "{mode:?}: {done:?}, but the located disk says {told:?}");
         let expected = if done.is_ok() { 0 } else { 0x5a };
         let found = read_at_alignment(&disk, BLOCK_BYTES as u32)?;
-        ensure!(found.iter().all(|&byte| byte == expected), "{mode:?}: another content");
+        ensure!(found.iter().all(|&byte| byte == expected), "{mode:?}: the read returned other data");
         if let Some(limits) = told {
             let whole = limits.max_bytes.min(SIZE_BYTES);
             fallocate(&disk, mode | FallocateFlags::KEEP_SIZE, 0, whole).with_context(|| format!("{whole} bytes"))?;
@@ -88,7 +88,7 @@ fn truth(kind: DiskKind) -> Result<()> {
     // The buffer's address has exactly the promised alignment.
     write(&disk, 0, 0xa5)?;
     let found = read_at_alignment(&disk, disk.memory_alignment_bytes())?;
-    ensure!(found.iter().all(|&byte| byte == 0xa5), "another content came back");
+    ensure!(found.iter().all(|&byte| byte == 0xa5), "the read returned other data");
     Ok(())
 }
 

@@ -228,7 +228,7 @@ fn a_stop_waits_for_its_own_io(kind: StuckKind) -> Result<()> {
         });
         let early = is_stopped.recv_timeout(WATCH);
         disk.thaw()?;
-        ensure!(early.is_err(), "the queue stopped with a write under way");
+        ensure!(early.is_err(), "the queue stopped with a write in flight");
         let next_avail = is_stopped.recv_timeout(LIMIT).context("the queue does not stop")?;
         ensure!(next_avail == 1);
         ensure!(drivers[0].vring().used_idx()? == 1 && drivers[0].status()? == 0, "the write is not completed");
@@ -283,7 +283,7 @@ fn a_stop_that_nobody_waits_for(kind: StuckKind) -> Result<()> {
     let (ours, theirs) = UnixStream::pair()?;
     machine.engine.set_peer(Some(PeerWatch::new(&ours)?));
     drop(theirs);
-    ensure!(machine.engine.stop_queue(0).is_none(), "the queue stopped with a write under way");
+    ensure!(machine.engine.stop_queue(0).is_none(), "the queue stopped with a write in flight");
 
     machine.start(0)?;
     the_old_write_ends_once(machine)
@@ -332,7 +332,7 @@ fn a_shutdown_waits(kind: StuckKind) -> Result<()> {
         });
         let early = has_ended.recv_timeout(WATCH);
         disk.thaw()?;
-        ensure!(early.is_err(), "the engine ended with a write under way");
+        ensure!(early.is_err(), "the engine ended with a write in flight");
         has_ended.recv_timeout(LIMIT).context("the engine does not end")?;
         ensure!(drivers[0].vring().used_idx()? == 1 && drivers[0].status()? == 0, "the write is not completed");
         drop(Disk::open(&disk.config_waiting())?);

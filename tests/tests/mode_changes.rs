@@ -211,7 +211,7 @@ fn silent_driver() -> Result<()> {
     other.attach()?;
     // The silent driver gets another ring once it has answered: a drain cannot be taken back.
     silent.wait_epoch(2)?;
-    ensure!(silent.read(0, BLOCK_BYTES)?[..] == data[..], "the write during the drain is lost");
+    ensure!(silent.read(0, BLOCK_BYTES)?[..] == data[..], "the write during the drain did not reach the disk");
     ensure!(other.read(0, BLOCK_BYTES)?[..] == data[..]);
     Ok(())
 }

@@ -56,9 +56,9 @@ fn every_way() -> Result<()> {
                 let written = place.succeed(&[&["write", "--input", &input, "--verify"], &how[..]].concat())?;
                 let word = if way == "ring" { "queue 1 is a ring (epoch 1)" } else { "queue 1 is a virtqueue" };
                 ensure!(text(&written).contains(word), "{}", text(&written));
-                ensure!(place.disk()? == content, "the disk holds something else: {how:?}");
+                ensure!(place.disk()? == content, "the disk has other data: {how:?}");
                 place.succeed(&[&["read", "--output", &output], &how[..]].concat())?;
-                ensure!(fs::read(&output)? == content, "another content is read: {how:?}");
+                ensure!(fs::read(&output)? == content, "the copy has other data than the disk: {how:?}");
             }
         }
     }
@@ -99,7 +99,7 @@ fn pipes() -> Result<()> {
     drop(stdin);
     status_is(&child.wait_with_output()?, 0)?;
     let read = place.succeed(&["read", "--output", "-", "--offset-bytes", "5MiB", "--length-bytes", "3MiB"])?;
-    ensure!(read.stdout == part, "another content is read");
+    ensure!(read.stdout == part, "the copy has other data than the disk");
     let mut expected = before;
     expected[5 << 20..8 << 20].copy_from_slice(&part);
     ensure!(place.disk()? == expected, "something else was written");
@@ -116,11 +116,11 @@ fn holes() -> Result<()> {
     let blocks = || Ok::<u64, anyhow::Error>(place.rig.disk_file()?.metadata()?.blocks());
     let before = blocks()?;
     place.succeed(&["write", "--input", &input, "--sparse", "--verify"])?;
-    ensure!(place.disk()? == sparse, "another content");
+    ensure!(place.disk()? == sparse, "the disk has other data");
     ensure!(blocks()? * 512 < before * 512 - 30 * MIB, "the disk still has {} blocks of {before}", blocks()?);
     let output = place.path("out");
     place.succeed(&["read", "--output", &output.display().to_string(), "--sparse"])?;
-    ensure!(fs::read(&output)? == sparse, "another content is read");
+    ensure!(fs::read(&output)? == sparse, "the copy has other data than the disk");
     ensure!(fs::metadata(&output)?.blocks() * 512 < 20 * MIB, "no holes");
     Ok(())
 }
@@ -232,7 +232,7 @@ fn killed_servers() -> Result<()> {
     }
     let (output, content) = copy.end()?;
     place.broker.explain(status_is(&output, 0))?;
-    ensure!(place.disk()? == content, "another content");
+    ensure!(place.disk()? == content, "the disk has other data");
     let text = text(&output);
     ensure!(text.contains("server lost: 3 times"), "{text}");
     ensure!(text.contains("the connection to the server was lost and is restored; the copy continues"), "{text}");

@@ -63,7 +63,7 @@ fn same_file() -> Result<()> {
         // Another file, which is longer than the disk.
         let output = place.file("out", &vec![7; content.len() + 5])?;
         place.succeed(&["read", "--output", &output])?;
-        ensure!(fs::read(&output)? == content, "another content is read");
+        ensure!(fs::read(&output)? == content, "the copy has other data than the disk");
     }
     Ok(())
 }

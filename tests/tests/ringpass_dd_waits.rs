@@ -248,7 +248,7 @@ fn silent_device() -> Result<()> {
     let disk = Disk::connect(rig.socket(), patient)?;
     disk.close()?;
     for way in [Way::Virtqueue, Way::Auto] {
-        let disk = Disk::connect(rig.socket(), options.way(way)).context("a server that goes on")?;
+        let disk = Disk::connect(rig.socket(), options.way(way)).context("cannot connect to the continued server")?;
         let mut queue = disk.queue(1)?;
         let buffer = disk.allocate(4096)?;
         queue.submit(Operation::DurableWrite, buffer, 0, 4096, 1).expect("an empty queue has room");

@@ -300,7 +300,7 @@ fn transfer(queue: &mut LoadedQueue, mut buffer: ringpass_guest::RamArea) -> Res
         buffer = done.buffer;
     }
     let mut bytes = [0; 4096];
-    ensure!(buffer.read(0, &mut bytes) && bytes == [0x5a; 4096], "another content was read");
+    ensure!(buffer.read(0, &mut bytes) && bytes == [0x5a; 4096], "the read returned other data");
     Ok(buffer)
 }
 

@@ -219,7 +219,7 @@ fn stop_under_load(bench: &mut Bench) -> Result<()> {
         }
         let base = bench.front_end.stop_vring(0)?;
         let used = layout.used_idx(&bench.ram.ram)?;
-        ensure!(base == used, "stopped at {base} with {used} used: something is still under way");
+        ensure!(base == used, "stopped at {base} with {used} used: requests are still in flight");
         bench.front_end.start_vring(0, &layout, &eventfds, base)?;
         load.wait_for_progress(3);
     }
@@ -246,7 +246,7 @@ fn memory_slots(bench: &mut Bench) -> Result<()> {
                 let ram = Ram::new([slot.clone()])?;
                 let mut found = [0; 4096];
                 ram.memory().read_slice(&mut found, GuestAddress(slot.gpa() + 0x1000))?;
-                ensure!(found == [0x6b; 4096], "round {round}: another content in slot {index}");
+                ensure!(found == [0x6b; 4096], "round {round}: slot {index} has other data");
             }
         }
         let mut slots = slots;

@@ -97,7 +97,7 @@ fn every_request_of(rig: &Rig) -> Result<()> {
     let sectors = pattern.len() as u32 / SECTOR_BYTES as u32;
     driver.write(64, &pattern)?;
     driver.flush()?;
-    ensure!(driver.read(64, pattern.len() as u32)? == pattern, "another content came back");
+    ensure!(driver.read(64, pattern.len() as u32)? == pattern, "the read returned other data");
     for unmap in [false, true] {
         driver.write_zeroes(64, sectors / 2, unmap)?;
         let found = driver.read(64, pattern.len() as u32)?;
@@ -111,7 +111,7 @@ fn every_request_of(rig: &Rig) -> Result<()> {
     ensure!(found[pattern.len() / 2..] == pattern[pattern.len() / 2..], "discard reached too far");
     let last = DISK_BYTES / SECTOR_BYTES - 8;
     driver.write(last, &pattern[..4096])?;
-    ensure!(driver.read(last, 4096)? == pattern[..4096], "another content came back from the last blocks");
+    ensure!(driver.read(last, 4096)? == pattern[..4096], "the last blocks read back other data");
     ensure!(front_end.stop_vring(0)? == driver.vring().next_avail(), "another base");
     Ok(())
 }
@@ -189,7 +189,7 @@ fn flush_of(socket: &Path, pattern: &[u8]) -> Result<()> {
     let mut ram = TestRam::new(1, 4 << 20)?;
     let front_end = FrontEnd::connect(socket, &ram.ram, Options::default())?;
     let mut driver = ram.driver(&front_end, 0, 4096)?;
-    ensure!(driver.read(8, 4096)? == pattern[4096..8192], "another content came back");
+    ensure!(driver.read(8, 4096)? == pattern[4096..8192], "the read returned other data");
     driver.flush()
 }
 

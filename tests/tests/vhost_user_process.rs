@@ -75,7 +75,7 @@ fn resize(rig: &Rig) -> Result<()> {
         ensure!(capacity == size_bytes, "a capacity of {capacity} instead of {size_bytes}");
         let last = (size_bytes - 4096) / SECTOR_BYTES;
         broker.explain(driver.write(last, &[0x3c; 4096]))?;
-        ensure!(driver.read(last, 4096)? == [0x3c; 4096], "another content at the new end");
+        ensure!(driver.read(last, 4096)? == [0x3c; 4096], "the read at the new end returned other data");
         let beyond = driver.try_read(size_bytes / SECTOR_BYTES, 512)?;
         ensure!(beyond.status == 1, "a read beyond the end has {beyond:?}");
     }

@@ -47,7 +47,7 @@ fn is_virtqueue(driver: &mut RingDriver, expected: &[u8]) -> Result<()> {
         }
     }
     ensure!(driver.block_status()? == 0, "status {}", driver.block_status()?);
-    ensure!(driver.buffer(1, 4096)? == expected, "another content");
+    ensure!(driver.buffer(1, 4096)? == expected, "the read returned other data");
     Ok(())
 }
 

@@ -290,7 +290,7 @@ impl Stage {
             driver.attach().context("a good driver after all")?;
             let data = pattern(index.into(), 4096);
             driver.write(u64::from(index) * 4096, &data)?;
-            ensure!(driver.read(u64::from(index) * 4096, 4096)? == data, "another content");
+            ensure!(driver.read(u64::from(index) * 4096, 4096)? == data, "the read returned other data");
         }
         first.probe()?;
         self.surroundings.check()

@@ -97,7 +97,7 @@ fn one_region(
             ensure!(reads(other, place)? == BLOCK_BYTES as i32);
             let mut found = vec![0; BLOCK_BYTES as usize];
             ram.memory().read_slice(&mut found, GuestAddress(place))?;
-            ensure!(found == pattern, "another content at {place:#x}");
+            ensure!(found == pattern, "other data at {place:#x}");
         }
         let begin = Instant::now();
         connection.rem_mem_reg(&region.message(), Some(region.file()))?;

@@ -250,6 +250,6 @@ fn write_and_read(socket: &Path) -> Result<()> {
     let data: Vec<u8> = (0..4096u32).map(|index| (index * 31) as u8).collect();
     driver.write(8, &data)?;
     driver.flush()?;
-    ensure!(driver.read(8, 4096)? == data, "another content came back");
+    ensure!(driver.read(8, 4096)? == data, "the read returned other data");
     Ok(())
 }

@@ -173,7 +173,7 @@ pub(crate) fn do_io(vrings: Vec<DriverVring>, ram: &mut TestRam) -> Result<Vec<B
         let sector = u64::from(index) * 64;
         driver.write(sector, &content)?;
         driver.flush()?;
-        ensure!(driver.read(sector, 8192)? == content, "queue {index}: another content came back");
+        ensure!(driver.read(sector, 8192)? == content, "queue {index}: the read returned other data");
         drivers.push(driver);
     }
     Ok(drivers)
