@@ -6,8 +6,8 @@
 //! end of the ring. So each ring has a *token* as fixed file 1, with a lock on its open file description, and the ring
 //! has ended when the lock can be taken through another open file description.
 //!
-//! The guest can name slot 1, so the token must be useless to the guest: a directory, opened for reading, fails
-//! every request at once with -EISDIR or -EBADF.
+//! The guest can name slot 1, so the token must be useless to the guest. A directory, opened for reading, has no bytes:
+//! the kernel answers a read with -EISDIR, a read of no bytes with 0 (Linux 6.18), and every write with -EBADF.
 
 use std::any::Any;
 use std::fmt;

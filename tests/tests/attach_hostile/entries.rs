@@ -70,6 +70,17 @@ fn each_forbidden(driver: &mut RingDriver) -> Result<()> {
     for fd in [1, 2, 3, 1000, i32::MAX, -1, i32::MIN] {
         check(&format!("fixed file {fd}"), with(&|sqe| sqe.fd = fd), &[EBADF, EISDIR])?;
     }
+    // The token of the ring's end is fixed file 1, a directory. A read of no bytes finds nothing to refuse.
+    let empty = |sqe: &mut Sqe| (sqe.fd, sqe.len_bytes) = (1, 0);
+    check("a read of no bytes of fixed file 1", with(&empty), &[0])?;
+    let write = |sqe: &mut Sqe| {
+        empty(sqe);
+        sqe.opcode = WRITE_FIXED;
+    };
+    check("a write of no bytes to fixed file 1", with(&write), &[EBADF])?;
+    check("a read of fixed file 1", with(&|sqe| sqe.fd = 1), &[EISDIR])?;
+    check("a write to fixed file 1", with(&|sqe| (sqe.fd, sqe.opcode) = (1, WRITE_FIXED)), &[EBADF])?;
+    check("a read of no bytes of fixed file 2", with(&|sqe| (sqe.fd, sqe.len_bytes) = (2, 0)), &[EBADF])?;
     for buf_index in [1, 2, 16383, 16384, u16::MAX] {
         check(&format!("buffer {buf_index}"), with(&|sqe| sqe.buf_index = buf_index), &[EFAULT])?;
     }

@@ -230,6 +230,11 @@ fn buffer_indexes<'a>(base: Base<'a>) -> impl Iterator<Item = Step> {
 /// Files other than the disk: fixed slots, and plain descriptors of the ring's owner.
 fn files<'a>(base: Base<'a>) -> impl Iterator<Item = Step> {
     let token = base.both("token file", 1, Expect::Refused(&[]), |sqe| Sqe { fd: 1, ..sqe });
+    // The token is a directory. The kernel has nothing to refuse in a read of no bytes, and answers 0 (Linux 6.18).
+    let empty = base
+        .target
+        .zero_length
+        .then(|| base.both("token file, no bytes", 1, Expect::AtMost(0), |sqe| Sqe { fd: 1, len_bytes: 0, ..sqe }));
     let slots =
         [2, 3, 4, 7, 8, 15, 16, 31, 63, 255, 1023, 4095, 32767, 65535, 1 << 20, i32::MAX, -1, -2, -100, i32::MIN];
     let slots = slots.into_iter().flat_map(move |fd| {
@@ -238,7 +243,7 @@ fn files<'a>(base: Base<'a>) -> impl Iterator<Item = Step> {
     let plain = (-1..64).chain([-100, i32::MIN, i32::MAX]).flat_map(move |fd| {
         base.both("plain descriptor", u64::from(fd as u32), DENIED, move |sqe| Sqe { fd, flags: 0, ..sqe })
     });
-    token.chain(slots).chain(plain)
+    token.chain(empty.into_iter().flatten()).chain(slots).chain(plain)
 }
 
 /// Every opcode with no flag, with FIXED_FILE, and with every other flag alone and beside FIXED_FILE.
