@@ -6,7 +6,7 @@ use crate::{
     fields::{FieldRules, IoPrioClasses},
     operation::Operation,
     policy::{Policy, TargetSemantics},
-    reach::Reach,
+    reach::{Ends, Reach},
     sqe::SqeFlags,
 };
 
@@ -31,8 +31,10 @@ impl Policy {
             }
             writeln!(out, "on {}.", self.files())?;
             writeln!(out, "In addition, the guest reaches {}.", self.reach())?;
+            self.write_endings(out)?;
         }
         self.write_flags(out)?;
+        self.write_orders(out)?;
         write_fields(out, &self.fields)?;
         writeln!(out, "While the ring runs, its owner keeps: {}.", self.register_operations)?;
         let optional = self.register_operations_if_known();
@@ -41,6 +43,9 @@ impl Policy {
         }
         if let TargetSemantics::Only(semantics) = self.target {
             writeln!(out, "The policy is for kernels {semantics} only.")?;
+        }
+        if !self.accepted.is_empty() {
+            writeln!(out, "The policy accepts these errors of lint: {}.", self.accepted)?;
         }
         let mode = if self.fields.is_empty() {
             "The kernel can enforce the policy (direct mode), and so can a program that checks each SQE (mediated mode)."
@@ -69,11 +74,38 @@ impl Policy {
         facts.fold(Reach::empty(), |reach, facts| reach | facts.reach).to_string()
     }
 
+    /// The operations of which a guest can have more requests than the device bounds.
+    fn write_endings(&self, out: &mut String) -> fmt::Result {
+        let facts = || self.operations.iter().filter_map(Operation::facts);
+        for (ends, beginning) in [
+            (Ends::WithEvent, "Any number of requests can be under way, and each may wait for ever"),
+            (Ends::WithWorker, "Any number of requests can wait for worker threads of the kernel"),
+            (Ends::AtOnce, "Requests that end at once fill the kernel's memory with completions"),
+        ] {
+            let mut operations = facts().filter(|facts| facts.ends == ends).map(|facts| facts.operation);
+            if let Some(first) = operations.next() {
+                write!(out, "{beginning}: {first}")?;
+                operations.try_for_each(|operation| write!(out, ", {operation}"))?;
+                writeln!(out, ".")?;
+            }
+        }
+        Ok(())
+    }
+
     fn write_flags(&self, out: &mut String) -> fmt::Result {
         if self.flags_allowed == self.flags_required {
             return writeln!(out, "The flags of an SQE must be exactly: {}.", self.flags_required);
         }
         writeln!(out, "The flags of an SQE must include: {}; may include: {}.", self.flags_required, self.flags_allowed)
+    }
+
+    fn write_orders(&self, out: &mut String) -> fmt::Result {
+        let ordered = SqeFlags::IO_DRAIN | SqeFlags::IO_LINK | SqeFlags::IO_HARDLINK;
+        let flags = (self.flags_allowed | self.flags_required) & ordered;
+        if flags.is_empty() {
+            return Ok(());
+        }
+        writeln!(out, "The guest can make requests wait for each other, and hang its own ring: {flags}.")
     }
 }
 
@@ -170,6 +202,27 @@ mod tests {
             "The kernel cannot enforce the policy",
         ] {
             assert!(text.contains(rule), "{rule}: {text}");
+        }
+    }
+
+    #[test]
+    fn what_exhausts_the_host_or_hangs_the_ring_is_described() {
+        let text = Policy::direct(Access::ReadOnly)
+            .allow(Operation::FSYNC)
+            .allow(Operation::FALLOCATE)
+            .allow(Operation::POLL_ADD)
+            .allow(Operation::NOP)
+            .with_flags_allowed(SqeFlags::FIXED_FILE | SqeFlags::IO_DRAIN)
+            .with_accepted(crate::Accepted::UNBOUNDED_WORK)
+            .describe();
+        for line in [
+            "Any number of requests can be under way, and each may wait for ever: IORING_OP_POLL_ADD.\n",
+            "Any number of requests can wait for worker threads of the kernel: IORING_OP_FSYNC, IORING_OP_FALLOCATE.\n",
+            "Requests that end at once fill the kernel's memory with completions: IORING_OP_NOP.\n",
+            "The guest can make requests wait for each other, and hang its own ring: IOSQE_IO_DRAIN.\n",
+            "The policy accepts these errors of lint: unbounded-work.\n",
+        ] {
+            assert!(text.contains(line), "{line}: {text}");
         }
     }
 

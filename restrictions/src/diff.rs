@@ -84,6 +84,12 @@ impl Policy {
             let what = format!("target kernels: {}, was {}", kernels(other.target), kernels(self.target));
             list.push(Difference::Changes(what));
         }
+        for name in other.accepted.difference(self.accepted).names() {
+            list.push(Difference::Changes(format!("lint's error {name} is accepted")));
+        }
+        for name in self.accepted.difference(other.accepted).names() {
+            list.push(Difference::Changes(format!("lint's error {name} is no longer accepted")));
+        }
         list
     }
 
@@ -198,6 +204,14 @@ mod tests {
         assert_eq!(effect(&window(0, 4096), &window(0, 8192)), ["widens"]);
         assert_eq!(effect(&window(0, 8192), &window(4096, 4096)), ["narrows"]);
         assert_eq!(effect(&window(0, 8192), &window(4096, 8192)), ["changes"]);
+    }
+
+    #[test]
+    fn what_a_policy_accepts_is_a_change() {
+        let strict = Policy::direct(Access::ReadOnly);
+        let lax = strict.with_accepted(crate::Accepted::UNBOUNDED_WORK);
+        assert_eq!(lines(&strict, &lax), ["~ lint's error unbounded-work is accepted"]);
+        assert_eq!(lines(&lax, &strict), ["~ lint's error unbounded-work is no longer accepted"]);
     }
 
     #[test]

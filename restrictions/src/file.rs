@@ -24,7 +24,14 @@
 //! ioprio_classes = ["none", "best-effort", "idle"]
 //! attributes = []                                 # or ["IORING_RW_ATTR_FLAG_PI"]
 //! max_outstanding = 256
+//!
+//! [lint]                                          # optional
+//! accept = ["unbounded-work"]                     # errors of lint that the author of the policy has weighed
 //! ```
+//!
+//! `lint.accept` takes `ordered-requests`, `unbounded-work`, `async-flag` and `completion-flood`
+//! ([`Accepted`]): errors about guests that exhaust the host or hang their own ring. They become warnings. No policy
+//! file can accept that a guest escapes.
 //!
 //! Operations and flags have the kernel's names. An operation or flag that this crate has no name for is written as its
 //! number. The parser refuses unknown keys and names.
@@ -34,6 +41,7 @@ mod names;
 use serde::{Deserialize, Deserializer, Serialize, de};
 
 use crate::{
+    accept::Accepted,
     fields::{
         ALIGNMENT_ODD, Attributes, FieldRules, IoPrioClasses, LENGTH_REVERSED, LengthRange, NONE_OUTSTANDING,
         OffsetWindow, RwFlags, SLOTS_REVERSED, Slots, WINDOW_EMPTY,
@@ -122,6 +130,8 @@ struct Document {
     register: RegisterTable,
     #[serde(default, skip_serializing_if = "FieldsTable::is_empty")]
     fields: FieldsTable,
+    #[serde(default, skip_serializing_if = "LintTable::is_empty")]
+    lint: LintTable,
 }
 
 #[derive(Clone, Copy, Default, Deserialize, PartialEq, Serialize)]
@@ -186,6 +196,18 @@ impl FieldsTable {
     }
 }
 
+#[derive(Default, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+struct LintTable {
+    accept: Names<Accepted>,
+}
+
+impl LintTable {
+    fn is_empty(&self) -> bool {
+        self.accept.is_empty()
+    }
+}
+
 #[derive(Clone, Copy, Deserialize, PartialEq, Serialize)]
 #[serde(deny_unknown_fields)]
 struct SlotsTable {
@@ -246,7 +268,7 @@ fn outstanding<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<u32>
 
 impl From<Document> for PolicyFile {
     fn from(document: Document) -> Self {
-        let Document { version: _, name, description, kernels, sqe, register, fields } = document;
+        let Document { version: _, name, description, kernels, sqe, register, fields, lint } = document;
         let register_operations: RegisterOperationSet = register.operations.0.into_iter().collect();
         let policy = Policy {
             operations: sqe.operations.0.into_iter().collect(),
@@ -260,6 +282,7 @@ impl From<Document> for PolicyFile {
                 Kernels::FromLinux7 => TargetSemantics::Only(RestrictionSemantics::FromLinux7),
             },
             fields: fields.into(),
+            accepted: all_flags(&lint.accept),
         };
         Self { name, description, policy }
     }
@@ -289,6 +312,7 @@ impl From<&PolicyFile> for Document {
                 operations_if_known: register(policy.register_operations_if_known),
             },
             fields: policy.fields.into(),
+            lint: LintTable { accept: each_flag(policy.accepted) },
         }
     }
 }

@@ -22,7 +22,7 @@
 //! decides as the kernel would, and then applies the rules on fields.
 //!
 //! A table of all operations ([`Operation::facts`]) states what each operation can reach. [`Policy::lint`] reports each
-//! way in which a guest could escape, [`Policy::describe`] describes in words what a guest can do, and
+//! way in which a guest could escape or exhaust the host, [`Policy::describe`] describes in words what a guest can do, and
 //! [`Policy::differences`] compares two policies. With the feature `files` the crate reads and writes policies as TOML
 //! ([`PolicyFile`]). [`BuiltIn`] lists the policies that the crate ships.
 //!
@@ -63,6 +63,7 @@
 
 #![forbid(unsafe_code)]
 
+mod accept;
 mod builtin;
 mod check;
 mod compile;
@@ -82,6 +83,7 @@ mod sqe;
 mod support;
 mod table;
 
+pub use accept::Accepted;
 pub use builtin::BuiltIn;
 pub use check::{Checker, KernelRules, Refusal, RingMemory, Verdict};
 pub use compile::{Class, CompileError, CompiledPolicy};
@@ -94,7 +96,7 @@ pub use file::{FileError, PolicyFile};
 pub use lint::{Finding, Lint, LintContext, Mode, NopHole, Severity};
 pub use operation::{LinuxVersion, Operation, RegisterOperation};
 pub use policy::{Access, Policy, TargetSemantics};
-pub use reach::{OperationFacts, Reach};
+pub use reach::{Ends, OperationFacts, Reach};
 pub use set::{OperationSet, RegisterOperationSet};
 pub use sqe::{Sqe, SqeFlags};
 pub use support::{KernelSupport, RestrictionSemantics};

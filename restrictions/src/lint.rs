@@ -5,10 +5,11 @@ mod kinds;
 use core::fmt;
 
 use crate::{
+    accept::Accepted,
     fields::FieldRules,
     operation::{Operation, RegisterOperation},
     policy::Policy,
-    reach::{OperationFacts, Reach},
+    reach::{Ends, OperationFacts, Reach},
     sqe::SqeFlags,
     support::RestrictionSemantics,
 };
@@ -74,8 +75,10 @@ impl LintContext {
 pub struct Finding {
     /// The kind of the finding.
     pub lint: Lint,
-    /// The severity.
+    /// The severity. An error that the policy accepts is a warning.
     pub severity: Severity,
+    /// Whether this would be an error if the policy did not accept it ([`Policy::with_accepted`]).
+    pub is_accepted: bool,
     /// The part of the policy that the finding is about, by the kernel's names.
     pub subject: String,
     /// What a guest can do with the subject, or what is wrong with it.
@@ -84,7 +87,8 @@ pub struct Finding {
 
 impl fmt::Display for Finding {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}[{}]: {}: {}", self.severity, self.lint, self.subject, self.what)
+        write!(f, "{}[{}]: {}: {}", self.severity, self.lint, self.subject, self.what)?;
+        if self.is_accepted { f.write_str(" (the policy accepts this error)") } else { Ok(()) }
     }
 }
 
@@ -109,6 +113,7 @@ impl Policy {
         findings.flags();
         findings.reads_and_writes();
         findings.registers();
+        findings.acceptances();
         let mut list = findings.list;
         list.sort_by_key(|finding| core::cmp::Reverse(finding.severity));
         list
@@ -123,7 +128,10 @@ struct Findings<'a> {
 
 impl Findings<'_> {
     fn add(&mut self, lint: Lint, severity: Severity, subject: impl fmt::Display, what: impl fmt::Display) {
-        self.list.push(Finding { lint, severity, subject: subject.to_string(), what: what.to_string() });
+        let is_accepted = severity == Severity::Error
+            && lint.acceptance().is_some_and(|acceptance| self.policy.accepted.contains(acceptance));
+        let severity = if is_accepted { Severity::Warning } else { severity };
+        self.list.push(Finding { lint, severity, is_accepted, subject: subject.to_string(), what: what.to_string() });
     }
 
     fn contradictions(&mut self) {
@@ -185,6 +193,7 @@ impl Findings<'_> {
                 return;
             }
         }
+        self.endings(facts);
         for (lint, reach) in GENERAL {
             let reached = facts.reach & *reach;
             if !reached.is_empty() && special(operation).all(|(_, covered)| !covered.contains(reached)) {
@@ -194,12 +203,26 @@ impl Findings<'_> {
         }
     }
 
+    /// Findings about how many requests of an operation a guest can have under way.
+    fn endings(&mut self, facts: &OperationFacts) {
+        let (lint, how_many) = match facts.ends {
+            Ends::WithDevice => return,
+            Ends::AtOnce => (Lint::CompletionFlood, "as fast as it likes"),
+            Ends::WithWorker | Ends::WithEvent => (Lint::UnboundedWork, "in any number"),
+        };
+        let what = format!("lets the guest {}, {how_many}: a request {}", facts.does, facts.ends.description());
+        self.add(lint, self.severity_of(lint), facts.operation, what);
+    }
+
     /// The severity of a lint, which is lower if a field rule bounds the effect: in mediated mode a limit on requests
     /// bounds the work that accumulates.
     fn severity_of(&self, lint: Lint) -> Severity {
-        let is_bounded = self.context.mode == Mode::Mediated && self.policy.fields.max_outstanding.is_some();
+        let is_mediated = self.context.mode == Mode::Mediated;
+        let is_bounded = is_mediated && self.policy.fields.max_outstanding.is_some();
         match lint {
-            Lint::UnboundedWork if is_bounded => Severity::Note,
+            Lint::UnboundedWork | Lint::CompletionFlood if is_bounded => Severity::Note,
+            // The program that executes the requests sees each, and the guest waits for it.
+            Lint::CompletionFlood | Lint::OrderedRequests if is_mediated => Severity::Warning,
             Lint::FileSize if self.policy.fields.offset_window.is_some() => Severity::Note,
             _ => Severity::Error,
         }
@@ -207,6 +230,8 @@ impl Findings<'_> {
 
     fn flags(&mut self) {
         let flags = self.policy.flags_allowed | self.policy.flags_required;
+        let ordered = self.severity_of(Lint::OrderedRequests);
+        let chained = "lets the guest hang its own ring: a request starts only after the one before it in its chain";
         for (flag, lint, severity, what) in [
             (
                 SqeFlags::BUFFER_SELECT,
@@ -220,9 +245,14 @@ impl Findings<'_> {
                 self.severity_of(Lint::UnboundedWork),
                 "lets the guest queue any number of requests for worker threads",
             ),
-            (SqeFlags::IO_DRAIN, Lint::OrderedRequests, Severity::Warning, "lets the guest delay requests"),
-            (SqeFlags::IO_LINK, Lint::OrderedRequests, Severity::Warning, "lets the guest chain requests"),
-            (SqeFlags::IO_HARDLINK, Lint::OrderedRequests, Severity::Warning, "lets the guest chain requests"),
+            (
+                SqeFlags::IO_DRAIN,
+                Lint::OrderedRequests,
+                ordered,
+                "lets the guest hang its own ring: nothing starts before all earlier requests have ended",
+            ),
+            (SqeFlags::IO_LINK, Lint::OrderedRequests, ordered, chained),
+            (SqeFlags::IO_HARDLINK, Lint::OrderedRequests, ordered, chained),
             (
                 SqeFlags::CQE_SKIP_SUCCESS,
                 Lint::SkippedCompletions,
@@ -270,6 +300,15 @@ impl Findings<'_> {
             self.add(Lint::RegisterGrants, Severity::Note, operation, what);
         }
     }
+
+    /// Findings about what the policy accepts without need.
+    fn acceptances(&mut self) {
+        let needed = self.list.iter().filter_map(|finding| finding.lint.acceptance());
+        let needed = needed.fold(Accepted::empty(), Accepted::union);
+        for name in self.policy.accepted.difference(needed).names() {
+            self.add(Lint::UnusedAcceptance, Severity::Note, name, "accepted, and lint finds nothing of this kind");
+        }
+    }
 }
 
 /// Special lints for some operations, each with the reach that it explains.
@@ -296,7 +335,6 @@ const GENERAL: &[(Lint, Reach)] = &[
     (Lint::OtherFiles, Reach::OTHER_FILES),
     (Lint::Network, Reach::NETWORK),
     (Lint::Processes, Reach::PROCESSES),
-    (Lint::UnboundedWork, Reach::UNBOUNDED_MEMORY),
     (Lint::FileSize, Reach::FILE_SIZE),
     (Lint::MessageRing, Reach::OTHER_RINGS),
     (Lint::UringCommand, Reach::DRIVER_COMMANDS),

@@ -3,6 +3,7 @@
 use core::fmt;
 
 use crate::{
+    accept::Accepted,
     fields::{Attributes, FieldRules, IoPrioClasses, LengthRange, OffsetWindow, RwFlags, Slots},
     operation::{Operation, RegisterOperation},
     set::{OperationSet, RegisterOperationSet},
@@ -42,6 +43,7 @@ pub struct Policy {
     pub(crate) register_operations_if_known: RegisterOperationSet,
     pub(crate) target: TargetSemantics,
     pub(crate) fields: FieldRules,
+    pub(crate) accepted: Accepted,
 }
 
 impl Policy {
@@ -66,6 +68,7 @@ impl Policy {
                 attributes: None,
                 max_outstanding: None,
             },
+            accepted: Accepted::empty(),
         }
     }
 
@@ -171,6 +174,15 @@ impl Policy {
         self
     }
 
+    /// Sets the errors of lint that the policy accepts. They become warnings.
+    ///
+    /// Bits without a meaning are dropped.
+    #[must_use]
+    pub const fn with_accepted(mut self, accepted: Accepted) -> Self {
+        self.accepted = Accepted::from_bits_truncate(accepted.bits());
+        self
+    }
+
     /// The operations that an SQE may request.
     #[must_use]
     pub const fn operations(&self) -> OperationSet {
@@ -207,6 +219,12 @@ impl Policy {
         self.fields
     }
 
+    /// The errors of lint that the policy accepts.
+    #[must_use]
+    pub const fn accepted(&self) -> Accepted {
+        self.accepted
+    }
+
     /// The kernels that the policy is written for.
     #[must_use]
     pub const fn target(&self) -> TargetSemantics {
@@ -235,6 +253,9 @@ impl fmt::Display for Policy {
         }
         if let TargetSemantics::Only(semantics) = self.target {
             write!(f, "\nFor kernels {semantics} only")?;
+        }
+        if !self.accepted.is_empty() {
+            write!(f, "\nThe policy accepts: {}", self.accepted)?;
         }
         Ok(())
     }
@@ -268,14 +289,16 @@ mod tests {
         let other = Policy::new()
             .with_flags_allowed(SqeFlags::FIXED_FILE | SqeFlags::IO_LINK)
             .with_flags_required(SqeFlags::FIXED_FILE)
-            .with_target(TargetSemantics::Only(RestrictionSemantics::FromLinux7));
+            .with_target(TargetSemantics::Only(RestrictionSemantics::FromLinux7))
+            .with_accepted(Accepted::ORDERED_REQUESTS);
         assert_eq!(
             other.to_string(),
             "An SQE may request: nothing\n\
              Its flags must include: IOSQE_FIXED_FILE\n\
              Its flags may include: IOSQE_FIXED_FILE + IOSQE_IO_LINK\n\
              The ring's owner keeps: nothing\n\
-             For kernels from Linux 7.0 (a class without a rule is unrestricted) only"
+             For kernels from Linux 7.0 (a class without a rule is unrestricted) only\n\
+             The policy accepts: ordered-requests"
         );
     }
 

@@ -77,6 +77,41 @@ impl fmt::Display for Reach {
     }
 }
 
+/// What a request waits for before it ends, and so what bounds the number of requests that a guest has under way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Ends {
+    /// It waits for nothing: it ends while the kernel takes it off the ring. Nothing is left of it but its CQE, which
+    /// the kernel keeps until the guest takes it.
+    AtOnce,
+    /// The request waits for the device or the page cache that serves a read or write.
+    WithDevice,
+    /// The request always waits for a worker thread of the kernel (io-wq), or does so for some files. The queue to the
+    /// workers has no bound.
+    WithWorker,
+    /// The request waits for an event outside the ring, which may never come. Requests that wait have no bound.
+    WithEvent,
+}
+
+impl Ends {
+    /// Whether the kernel keeps as many unfinished requests of this kind as a guest submits.
+    #[must_use]
+    pub const fn is_unbounded(self) -> bool {
+        matches!(self, Self::WithWorker | Self::WithEvent)
+    }
+
+    /// The description in words, to follow the words "a request".
+    #[must_use]
+    pub const fn description(self) -> &'static str {
+        match self {
+            Self::AtOnce => "ends at once",
+            Self::WithDevice => "ends when the device has done it",
+            Self::WithWorker => "waits for a worker thread of the kernel",
+            Self::WithEvent => "may wait for ever",
+        }
+    }
+}
+
 /// The facts about an operation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
@@ -87,6 +122,8 @@ pub struct OperationFacts {
     pub does: &'static str,
     /// What the operation can reach in addition to registered buffers and the files of the table.
     pub reach: Reach,
+    /// What a request of this operation waits for.
+    pub ends: Ends,
     /// Whether the operation works on the file of `fd`, which is a slot of the table with `IOSQE_FIXED_FILE`.
     pub takes_file: bool,
     /// The first release in which the operation takes provided buffers (`IOSQE_BUFFER_SELECT`); `None` for never.
@@ -145,6 +182,25 @@ mod tests {
         assert!(!words.contains("several things"));
         assert_eq!(Reach::empty().to_string(), "nothing else");
         assert_eq!((Reach::NETWORK | Reach::OTHER_RINGS).to_string(), "the network, other rings");
+    }
+
+    #[test]
+    fn kernel_memory_without_bound_is_reached_by_requests_that_wait() {
+        for facts in TABLE.iter().filter(|facts| facts.reach.contains(Reach::UNBOUNDED_MEMORY)) {
+            // These end at once, and leave memory behind: buffers, and completions of another ring.
+            let leaves_memory = [Operation::PROVIDE_BUFFERS, Operation::MSG_RING].contains(&facts.operation);
+            assert_eq!(facts.ends.is_unbounded(), !leaves_memory, "{}", facts.operation);
+        }
+    }
+
+    #[test]
+    fn only_reads_and_writes_end_with_the_device() {
+        for facts in TABLE {
+            let name = facts.operation.to_string();
+            let transfers = ["IORING_OP_READ", "IORING_OP_WRITE"].iter().any(|begin| name.starts_with(begin))
+                && facts.operation != Operation::READ_MULTISHOT;
+            assert_eq!(facts.ends == Ends::WithDevice, transfers, "{name}");
+        }
     }
 
     #[test]

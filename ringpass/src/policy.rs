@@ -35,9 +35,10 @@ pub(crate) struct PolicyCommand {
 
 #[derive(Debug, Subcommand)]
 enum Action {
-    /// Report each way in which a policy would let a guest escape or exhaust the host.
+    /// Report each way in which a policy would let a guest escape, exhaust the host or hang its own ring.
     ///
-    /// The exit status is 0 without errors (there may be warnings and notes), 1 with errors.
+    /// The exit status is 0 without errors (there may be warnings and notes), 1 with errors. An error that the policy
+    /// accepts (`accept` in the table `lint` of the file) is a warning.
     Lint(LintArgs),
     /// Describe in words what a guest can do.
     Show(ShowArgs),
@@ -59,7 +60,7 @@ struct LintArgs {
     /// The kernel to check the policy for: a release such as 6.12 or 6.18.44, or `running`. Default: any kernel.
     #[arg(long, value_name = "RELEASE")]
     kernel: Option<String>,
-    /// Treat warnings as errors.
+    /// Treat warnings as errors, and with them the errors that the policy accepts.
     #[arg(long)]
     strict: bool,
     /// Print one JSON object.
@@ -228,6 +229,7 @@ fn write_lint_json(
         json!({
             "lint": finding.lint.name(),
             "severity": finding.severity.name(),
+            "accepted": finding.is_accepted,
             "subject": finding.subject,
             "what": finding.what,
             "why": finding.lint.why(),
@@ -276,6 +278,7 @@ fn policy_json(shown: &str, file: &PolicyFile, policy: &Policy) -> serde_json::V
             "operation": operation.to_string(),
             "does": facts.map(|facts| facts.does),
             "reaches": facts.map(|facts| facts.reach.iter().map(|reach| reach.description()).collect::<Vec<_>>()),
+            "ends": facts.map(|facts| facts.ends.description()),
             "source": facts.map(|facts| facts.source),
         })
     });
@@ -289,6 +292,7 @@ fn policy_json(shown: &str, file: &PolicyFile, policy: &Policy) -> serde_json::V
         "register_operations": policy.register_operations().iter().map(|o| o.to_string()).collect::<Vec<_>>(),
         "register_operations_if_known":
             policy.register_operations_if_known().iter().map(|o| o.to_string()).collect::<Vec<_>>(),
+        "accepted": policy.accepted().names().collect::<Vec<_>>(),
         "field_rules": policy.fields().rules().map(|rule| rule.name()).collect::<Vec<_>>(),
         "text": policy.describe(),
     })

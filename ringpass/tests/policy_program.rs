@@ -116,6 +116,53 @@ fn lint_judges_nop_by_the_target_kernel() {
 }
 
 #[test]
+fn lint_reports_what_hangs_a_ring_or_exhausts_the_host_until_the_policy_accepts_it() {
+    let text = OPEN
+        .replace("OPENAT", "FSYNC\", \"IORING_OP_ASYNC_CANCEL")
+        .replace("[]", "[\"IOSQE_FIXED_FILE\"]")
+        .replace("flags_allowed = [", "flags_allowed = [\"IOSQE_IO_DRAIN\", \"IOSQE_IO_LINK\", ");
+    let accept = "[lint]\naccept = [\"ordered-requests\", \"unbounded-work\", \"completion-flood\"]\n";
+    let files = Files::new().with("strict.toml", &text).with("lax.toml", &format!("{text}{accept}"));
+    let findings = [
+        "[unbounded-work]: IORING_OP_FSYNC: lets the guest flush files, in any number: a request waits for a worker thread",
+        "[completion-flood]: IORING_OP_ASYNC_CANCEL: lets the guest cancel requests of the same ring, as fast as it likes",
+        "[ordered-requests]: IOSQE_IO_DRAIN: lets the guest hang its own ring",
+        "[ordered-requests]: IOSQE_IO_LINK: lets the guest hang its own ring",
+    ];
+    let (status, out, _) = files.policy(&["lint", "strict.toml"]);
+    assert_eq!(status, 1);
+    for finding in findings {
+        assert!(out.contains(&format!("error{finding}")), "{finding}\n{out}");
+    }
+    let (status, out, _) = files.policy(&["lint", "lax.toml"]);
+    assert_eq!(status, 0, "{out}");
+    for finding in findings {
+        assert!(out.contains(&format!("warning{finding}")), "{finding}\n{out}");
+    }
+    assert!(out.contains(" (the policy accepts this error)\n"), "{out}");
+    assert_eq!(files.policy(&["lint", "lax.toml", "--strict"]).0, 1);
+    let (_, report) = files.json(&["lint", "lax.toml"]);
+    let accepted = report["findings"].as_array().unwrap().iter().filter(|finding| finding["accepted"] == true).count();
+    assert_eq!((accepted, &report["errors"]), (findings.len(), &Value::from(0)));
+    let (_, out, _) = files.policy(&["show", "lax.toml"]);
+    for line in [
+        "Any number of requests can wait for worker threads of the kernel: IORING_OP_FSYNC.",
+        "hang its own ring: IOSQE_IO_DRAIN + IOSQE_IO_LINK.",
+        "The policy accepts these errors of lint: ordered-requests, unbounded-work, completion-flood.",
+    ] {
+        assert!(out.contains(line), "{line}\n{out}");
+    }
+}
+
+#[test]
+fn a_policy_file_cannot_accept_that_a_guest_escapes() {
+    let files = Files::new().with("open.toml", &format!("{OPEN}[lint]\naccept = [\"files-outside-table\"]\n"));
+    let (status, _, err) = files.policy(&["lint", "open.toml"]);
+    assert_eq!(status, 2);
+    assert!(err.contains("\"files-outside-table\" is no known acceptable lint error"), "{err}");
+}
+
+#[test]
 fn show_describes_what_a_guest_can_do_and_prints_the_file() {
     let files = Files::new().with("open.toml", OPEN);
     let (status, out, _) = files.policy(&["show", "open.toml"]);

@@ -17,7 +17,9 @@ pub(crate) fn refuse_unsafe(policy: &CompiledPolicy) -> Result<(), RingError> {
 
 #[cfg(test)]
 mod tests {
-    use ringpass_restrictions::{Access, KernelSupport, LinuxVersion, Operation, Policy, RegisterOperation, SqeFlags};
+    use ringpass_restrictions::{
+        Accepted, Access, KernelSupport, LinuxVersion, Operation, Policy, RegisterOperation, SqeFlags,
+    };
 
     use super::*;
 
@@ -34,6 +36,20 @@ mod tests {
         }
         assert!(error.contains("--allow-unsafe-policy"), "{error}");
         refuse_unsafe(&compiled(bad).accept_unsafe()).unwrap();
+    }
+
+    #[test]
+    fn an_error_that_the_policy_itself_accepts_is_not_refused() {
+        let flags = SqeFlags::FIXED_FILE | SqeFlags::IO_DRAIN;
+        let policy = Policy::direct(Access::ReadWrite).allow(Operation::FSYNC).with_flags_allowed(flags);
+        let error = refuse_unsafe(&compiled(policy)).unwrap_err().to_string();
+        for name in ["IORING_OP_FSYNC (unbounded-work)", "IOSQE_IO_DRAIN (ordered-requests)"] {
+            assert!(error.contains(name), "{error}");
+        }
+        let half = policy.with_accepted(Accepted::ORDERED_REQUESTS);
+        let error = refuse_unsafe(&compiled(half)).unwrap_err().to_string();
+        assert!(error.contains("IORING_OP_FSYNC") && !error.contains("IOSQE_IO_DRAIN"), "{error}");
+        refuse_unsafe(&compiled(half.with_accepted(Accepted::all()))).unwrap();
     }
 
     #[test]

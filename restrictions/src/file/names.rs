@@ -9,6 +9,7 @@ use serde::{
 };
 
 use crate::{
+    accept::Accepted,
     fields::{Attributes, IoPrioClasses, RwFlags},
     operation::{Operation, RegisterOperation},
     sqe::SqeFlags,
@@ -130,6 +131,22 @@ macro_rules! named_codes {
 
 named_codes!(Operation, "SQE operation");
 named_codes!(RegisterOperation, "register operation");
+
+impl Named for Accepted {
+    const WHAT: &'static str = "acceptable lint error";
+
+    fn from_name(name: &str) -> Option<Self> {
+        Self::from_lint_name(name)
+    }
+
+    fn from_number(_: i64) -> Option<Self> {
+        None
+    }
+
+    fn entry(self) -> Entry {
+        Entry::Name(self.to_string())
+    }
+}
 
 /// The flags of a set, one by one; all bits without a name as one number.
 pub(super) fn each_flag<T: bitflags::Flags + Copy>(flags: T) -> Names<T> {

@@ -84,6 +84,12 @@ fn an_error_states_the_line_and_the_column() {
             "line 11, column 17: the window must hold at least one byte and end at or below 2^63 bytes",
         ),
         (with("[fields]\nrw_flags = [\"RWF_FAST\"]"), "line 11, column 13: \"RWF_FAST\" is no known read/write flag"),
+        (
+            with("[lint]\naccept = [\"raw-addresses\"]"),
+            "line 11, column 11: \"raw-addresses\" is no known acceptable lint error",
+        ),
+        (with("[lint]\naccept = [1]"), "line 11, column 11: 1 is not the number of a acceptable lint error"),
+        (with("[lint]"), "line 10, column 1: missing field `accept`"),
         (with("kernels ="), "line 10, column 10:"),
         (replaced("[sqe]", "[sqe"), "line 3, column 5:"),
         (format!("kernels = \"new\"\n{SMALL}"), "line 1, column 11: unknown variant `new`, expected one of"),
@@ -108,6 +114,19 @@ fn an_operation_without_a_name_is_written_as_its_number() {
     assert_eq!(PolicyFile::parse(&text).unwrap().policy, policy);
 }
 
+#[test]
+fn what_a_policy_accepts_is_read_and_written_by_name() {
+    let file = PolicyFile::parse(&with("[lint]\naccept = [\"unbounded-work\", \"ordered-requests\"]")).unwrap();
+    assert_eq!(file.policy.accepted(), Accepted::UNBOUNDED_WORK | Accepted::ORDERED_REQUESTS);
+    assert!(
+        file.to_toml().contains("[lint]\naccept = [\"ordered-requests\", \"unbounded-work\"]"),
+        "{}",
+        file.to_toml()
+    );
+    assert_eq!(PolicyFile::parse(&file.to_toml()), Ok(file));
+    assert_eq!(PolicyFile::parse(SMALL).unwrap().policy.accepted(), Accepted::empty());
+}
+
 pub(crate) fn policies() -> impl Strategy<Value = Policy> {
     let codes = || prop::collection::vec(any::<u8>(), 0..8);
     let flags = || any::<u8>().prop_map(SqeFlags::from_bits_retain);
@@ -116,10 +135,11 @@ pub(crate) fn policies() -> impl Strategy<Value = Policy> {
         Just(TargetSemantics::Only(RestrictionSemantics::BeforeLinux7)),
         Just(TargetSemantics::Only(RestrictionSemantics::FromLinux7)),
     ];
-    (codes(), codes(), codes(), flags(), flags(), target, fields()).prop_map(
-        |(operations, register, optional, allowed, required, target, fields)| {
+    let accepted = any::<u8>().prop_map(Accepted::from_bits_retain);
+    (codes(), codes(), codes(), flags(), flags(), target, fields(), accepted).prop_map(
+        |(operations, register, optional, allowed, required, target, fields, accepted)| {
             let policy = Policy::new().with_flags_allowed(allowed).with_flags_required(required);
-            let policy = policy.with_target(target).with_fields(fields);
+            let policy = policy.with_target(target).with_fields(fields).with_accepted(accepted);
             let policy = operations.into_iter().fold(policy, |policy, code| policy.allow(Operation::new(code)));
             let policy =
                 (register.into_iter()).fold(policy, |policy, code| policy.allow_register(RegisterOperation::new(code)));

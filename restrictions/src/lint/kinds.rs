@@ -2,12 +2,14 @@
 
 use core::fmt;
 
+use crate::accept::Accepted;
+
 /// The severity of a finding.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Severity {
     /// Information.
     Note,
-    /// Safe only under conditions that the policy cannot ensure.
+    /// Safe only under conditions that the policy cannot ensure, or an error that the policy accepts.
     Warning,
     /// A guest can escape or exhaust the host, or the policy can never be enforced.
     Error,
@@ -100,6 +102,11 @@ lints! {
     UnboundedWork = "unbounded-work":
         "Requests of this kind wait for ever, or go to the kernel's worker threads (io-wq), and the kernel accepts as many as \
          the guest submits: kernel memory grows without limit. Such work belongs on a queue of a bounded size.",
+    /// Requests that end at once.
+    CompletionFlood = "completion-flood":
+        "A request of this kind ends at once and needs no device: the guest makes completions as fast as a CPU can, and the \
+         kernel keeps those for which the CQ has no room. A ring with millions of them takes seconds to end, and a disk \
+         needs no such operation.",
     /// Writes that block.
     BlockingWrites = "blocking-writes":
         "A read or write that would block goes to the kernel's worker threads (io-wq), which queue without limit. Buffered \
@@ -118,12 +125,16 @@ lints! {
         "IOSQE_ASYNC sends every request to the kernel's worker threads (io-wq), which queue without limit.",
     /// `IOSQE_IO_DRAIN`, `IOSQE_IO_LINK`, `IOSQE_IO_HARDLINK`.
     OrderedRequests = "ordered-requests":
-        "The kernel keeps requests that wait for other requests in memory. A guest that orders many requests behind a slow \
-         request occupies much of it.",
+        "The kernel starts such a request only when others have ended, and keeps all that wait in memory. A guest that puts \
+         them behind a request that does not end hangs its own ring: nothing behind it runs, and what waits for the requests of \
+         that ring, such as a stop, waits too.",
     /// `IOSQE_CQE_SKIP_SUCCESS`.
     SkippedCompletions = "skipped-completions":
         "A request that posts no CQE cannot be counted: the ring no longer shows how many requests are outstanding, and \
          whether all have ended.",
+    /// An acceptance without a finding.
+    UnusedAcceptance = "unused-acceptance":
+        "The policy accepts errors of a kind that it does not have. The acceptance would hide such an error later: remove it.",
     /// Attributes of reads and writes.
     Attributes = "attributes":
         "From Linux 6.14 the kernel reads attr_ptr of a read or write at any address of the process that created the ring, \
@@ -159,6 +170,20 @@ lints! {
     /// Mediated mode without a limit on requests.
     NoLimit = "no-outstanding-limit":
         "Nothing bounds the number of requests that the guest has under way at once. Set fields.max_outstanding.",
+}
+
+impl Lint {
+    /// The flag by which a policy accepts the errors of this kind; `None` if it cannot.
+    #[must_use]
+    pub const fn acceptance(self) -> Option<Accepted> {
+        match self {
+            Self::OrderedRequests => Some(Accepted::ORDERED_REQUESTS),
+            Self::UnboundedWork => Some(Accepted::UNBOUNDED_WORK),
+            Self::AsyncFlag => Some(Accepted::ASYNC_FLAG),
+            Self::CompletionFlood => Some(Accepted::COMPLETION_FLOOD),
+            _ => None,
+        }
+    }
 }
 
 impl fmt::Display for Lint {

@@ -1,3 +1,5 @@
+use proptest::prelude::*;
+
 use super::*;
 use crate::{Access, BuiltIn, FieldRules, OffsetWindow};
 
@@ -70,7 +72,19 @@ fn every_dangerous_policy_triggers_its_lint() {
         (with(Operation::SENDMSG), "network", "IORING_OP_SENDMSG"),
         (with(Operation::WAITID), "processes", "IORING_OP_WAITID"),
         (with(Operation::new(200)), "unknown-operation", "IORING_OP 200"),
+        (with(Operation::SYNC_FILE_RANGE), "unbounded-work", "IORING_OP_SYNC_FILE_RANGE"),
+        (with(Operation::POLL_ADD), "unbounded-work", "IORING_OP_POLL_ADD"),
+        (with(Operation::TIMEOUT), "unbounded-work", "IORING_OP_TIMEOUT"),
+        (with(Operation::NOP), "completion-flood", "IORING_OP_NOP"),
+        (with(Operation::ASYNC_CANCEL), "completion-flood", "IORING_OP_ASYNC_CANCEL"),
         (direct().with_flags_allowed(SqeFlags::FIXED_FILE | SqeFlags::ASYNC), "async-flag", "IOSQE_ASYNC"),
+        (direct().with_flags_allowed(SqeFlags::FIXED_FILE | SqeFlags::IO_DRAIN), "ordered-requests", "IOSQE_IO_DRAIN"),
+        (direct().with_flags_allowed(SqeFlags::FIXED_FILE | SqeFlags::IO_LINK), "ordered-requests", "IOSQE_IO_LINK"),
+        (
+            direct().with_flags_required(SqeFlags::FIXED_FILE | SqeFlags::IO_HARDLINK),
+            "ordered-requests",
+            "IOSQE_IO_HARDLINK",
+        ),
         (Policy::new().allow(Operation::READ_FIXED), "empty-register-class", "register operations"),
         (Policy::new().allow_register(RegisterOperation::REGISTER_EVENTFD), "empty-operation-class", "SQE operations"),
         (direct().with_flags_allowed(SqeFlags::empty()), "contradiction", "IOSQE_FIXED_FILE"),
@@ -85,19 +99,111 @@ fn every_dangerous_policy_triggers_its_lint() {
 }
 
 #[test]
-fn an_operation_is_an_error_exactly_if_it_has_a_reach() {
+fn only_reads_and_writes_with_registered_buffers_are_no_error() {
     for operation in Operation::named() {
-        let policy = Policy::new()
-            .allow(operation)
-            .with_flags_allowed(SqeFlags::FIXED_FILE)
-            .with_flags_required(SqeFlags::FIXED_FILE)
-            .allow_register(RegisterOperation::REGISTER_EVENTFD);
-        let is_harmless =
-            [Operation::READ_FIXED, Operation::WRITE_FIXED, Operation::POLL_REMOVE, Operation::ASYNC_CANCEL]
-                .contains(&operation);
+        let policy = only(operation);
+        let is_harmless = [Operation::READ_FIXED, Operation::WRITE_FIXED].contains(&operation);
         assert_eq!(errors(&policy).is_empty(), is_harmless, "{operation}: {:?}", errors(&policy));
-        let reach = operation.facts().unwrap().reach;
-        assert!(!is_harmless || reach.is_empty(), "{operation}");
+    }
+}
+
+/// A policy for one operation on the files of the table.
+fn only(operation: Operation) -> Policy {
+    Policy::new()
+        .allow(operation)
+        .with_flags_allowed(SqeFlags::FIXED_FILE)
+        .with_flags_required(SqeFlags::FIXED_FILE)
+        .allow_register(RegisterOperation::REGISTER_EVENTFD)
+}
+
+#[test]
+fn a_policy_that_accepts_everything_has_the_same_errors_where_a_guest_escapes() {
+    for operation in Operation::named() {
+        let strict = only(operation);
+        let lax = strict.with_accepted(Accepted::all());
+        let reaches_out = !operation.facts().unwrap().reach.difference(Reach::UNBOUNDED_MEMORY).is_empty();
+        let is_special = special(operation).next().is_some();
+        assert_eq!(!errors(&lax).is_empty(), reaches_out || is_special, "{operation}: {:?}", errors(&lax));
+        let remaining: Vec<_> = errors(&strict).into_iter().filter(|(lint, _)| lint.acceptance().is_none()).collect();
+        assert_eq!(errors(&lax), remaining);
+    }
+}
+
+#[test]
+fn an_accepted_error_is_a_warning_that_says_so() {
+    let policy = direct()
+        .with_flags_allowed(SqeFlags::FIXED_FILE | SqeFlags::IO_DRAIN)
+        .with_accepted(Accepted::ORDERED_REQUESTS);
+    let findings = policy.lint(&any_kernel(Mode::Direct));
+    let finding = findings.iter().find(|finding| finding.lint == Lint::OrderedRequests).unwrap();
+    assert_eq!((finding.severity, finding.is_accepted), (Severity::Warning, true));
+    assert_eq!(
+        finding.to_string(),
+        "warning[ordered-requests]: IOSQE_IO_DRAIN: lets the guest hang its own ring: nothing starts before all earlier \
+         requests have ended (the policy accepts this error)"
+    );
+    assert!(findings.iter().all(|finding| finding.is_accepted == (finding.lint == Lint::OrderedRequests)));
+}
+
+#[test]
+fn an_acceptance_without_need_is_a_note() {
+    let findings = direct().with_accepted(Accepted::ASYNC_FLAG).lint(&any_kernel(Mode::Direct));
+    let unused = findings.iter().find(|finding| finding.lint == Lint::UnusedAcceptance).unwrap();
+    assert_eq!((unused.severity, unused.subject.as_str()), (Severity::Note, "async-flag"));
+}
+
+#[test]
+fn orders_and_floods_are_warnings_in_mediated_mode() {
+    let unlimited = FieldRules { max_outstanding: None, ..Policy::mediated(Access::ReadWrite).fields() };
+    let policy = Policy::mediated(Access::ReadWrite)
+        .allow(Operation::NOP)
+        .with_flags_allowed(SqeFlags::FIXED_FILE | SqeFlags::IO_LINK);
+    let severity = |policy: Policy, lint| {
+        let findings = policy.lint(&any_kernel(Mode::Mediated));
+        findings.into_iter().find(|finding| finding.lint == lint).unwrap().severity
+    };
+    assert_eq!(severity(policy, Lint::OrderedRequests), Severity::Warning);
+    assert_eq!(severity(policy, Lint::CompletionFlood), Severity::Note, "the limit bounds it");
+    assert_eq!(severity(policy.with_fields(unlimited), Lint::CompletionFlood), Severity::Warning);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(4_000))]
+
+    /// The operations and flags come from the whole range and, more often, from those that lint lets through.
+    #[test]
+    fn a_policy_without_errors_in_direct_mode_has_no_unbounded_operation_and_no_order_but_accepted_ones(
+        codes in prop::collection::vec(prop_oneof![Just(4u8), Just(5), Just(0), Just(3), Just(14), any::<u8>()], 1..4),
+        allowed in prop_oneof![Just(0u8), (0..7u32).prop_map(|bit| 1 << bit), any::<u8>()],
+        required in prop_oneof![3 => Just(0u8), 1 => (0..7u32).prop_map(|bit| 1 << bit)],
+        accepted in prop_oneof![Just(0u8), any::<u8>()],
+        nop in prop_oneof![Just(NopHole::Open), Just(NopHole::Closed), Just(NopHole::Unknown)],
+    ) {
+        let required = SqeFlags::from_bits_retain(required) | SqeFlags::FIXED_FILE;
+        let policy = Policy::new()
+            .with_flags_allowed(SqeFlags::from_bits_retain(allowed) | required)
+            .with_flags_required(required)
+            .allow_register(RegisterOperation::REGISTER_EVENTFD)
+            .with_accepted(Accepted::from_bits_retain(accepted));
+        let policy = codes.into_iter().fold(policy, |policy, code| policy.allow(Operation::new(code)));
+        let findings = policy.lint(&any_kernel(Mode::Direct).nop(nop));
+        if findings.iter().any(|finding| finding.severity == Severity::Error) {
+            return Ok(());
+        }
+        let accepts = |acceptance| policy.accepted().contains(acceptance);
+        for operation in policy.operations().iter() {
+            let is_bounded = match operation.facts().map(|facts| facts.ends) {
+                Some(Ends::WithDevice) => true,
+                Some(Ends::AtOnce) => accepts(Accepted::COMPLETION_FLOOD),
+                Some(Ends::WithWorker | Ends::WithEvent) => accepts(Accepted::UNBOUNDED_WORK),
+                None => false,
+            };
+            prop_assert!(is_bounded, "{} is in {:?}", operation, policy);
+        }
+        let ordered = SqeFlags::IO_DRAIN | SqeFlags::IO_LINK | SqeFlags::IO_HARDLINK;
+        let flags = policy.flags_allowed() | policy.flags_required();
+        prop_assert!(!flags.intersects(ordered) || accepts(Accepted::ORDERED_REQUESTS), "{:?}", policy);
+        prop_assert!(!flags.contains(SqeFlags::ASYNC) || accepts(Accepted::ASYNC_FLAG), "{:?}", policy);
     }
 }
 

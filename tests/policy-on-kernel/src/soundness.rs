@@ -9,8 +9,8 @@ use std::{
 use anyhow::{Context, Result, ensure};
 use memmap2::MmapMut;
 use ringpass_restrictions::{
-    BuiltIn, CompiledPolicy, KernelSupport, LintContext, Mode, NopHole, Operation, Policy, RegisterOperation, Severity,
-    Sqe, SqeFlags,
+    Accepted, BuiltIn, CompiledPolicy, KernelSupport, LintContext, Mode, NopHole, Operation, Policy, RegisterOperation,
+    Severity, Sqe, SqeFlags,
 };
 
 use crate::{
@@ -190,7 +190,7 @@ pub fn built_in(kernel: &KernelSupport) -> Result<Vec<CompiledPolicy>> {
 }
 
 /// A random policy in which the lint finds no error in direct mode: some of the operations and some of the flags
-/// without errors.
+/// without errors. The policy accepts what can exhaust the host or hang the ring, and no guest may escape all the same.
 ///
 /// # Errors
 ///
@@ -202,7 +202,8 @@ pub fn any_without_errors(rng: &mut fastrand::Rng, kernel: &KernelSupport, nop: 
     let base = Policy::new()
         .allow_register(register)
         .with_flags_allowed(SqeFlags::FIXED_FILE)
-        .with_flags_required(SqeFlags::FIXED_FILE);
+        .with_flags_required(SqeFlags::FIXED_FILE)
+        .with_accepted(Accepted::ORDERED_REQUESTS | Accepted::COMPLETION_FLOOD);
     let operations: Vec<Operation> =
         kernel.operations.iter().filter(|&operation| is_clean(&base.allow(operation))).collect();
     ensure!(operations.contains(&Operation::WRITE_FIXED), "lint finds an error in writes: {operations:?}");

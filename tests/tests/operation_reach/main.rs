@@ -27,7 +27,7 @@ use std::{
 
 use anyhow::{Context, Result, bail, ensure};
 use ringpass_broker::kernel;
-use ringpass_restrictions::{Operation, Reach, RegisterOperation, RestrictionKind, Sqe, SqeFlags};
+use ringpass_restrictions::{Ends, Operation, Reach, RegisterOperation, RestrictionKind, Sqe, SqeFlags};
 use ringpass_tests::{
     harness::{self, test},
     needs::Need,
@@ -83,14 +83,23 @@ fn has(operation: Operation) -> Need {
 
 /// Runs the demonstration on a thread of its own, so that its io-wq workers are its own too.
 fn show(operation: Operation) -> Result<()> {
-    let claimed = operation.facts().context("a row")?.reach;
-    let shown = thread::spawn(move || -> Result<Reach> {
+    let facts = operation.facts().context("a row")?;
+    let claimed = facts.reach;
+    let (shown, has_worker) = thread::spawn(move || -> Result<(Reach, bool)> {
         let mut lab = Lab::new(operation)?;
         let shown = lab.demonstrate(operation)?;
-        Ok(shown | if lab.has_worker()? { Reach::UNBOUNDED_MEMORY } else { Reach::empty() })
+        Ok((shown, lab.has_worker()?))
     })
     .join()
     .map_err(|_| anyhow::anyhow!("the demonstration panicked"))??;
+    let shown = shown | if has_worker { Reach::UNBOUNDED_MEMORY } else { Reach::empty() };
+    match facts.ends {
+        Ends::AtOnce => ensure!(!has_worker, "a worker thread served it: it does not end at once"),
+        // Only files that flush when they are closed (FUSE, NFS) send it to a worker.
+        Ends::WithWorker if operation == Operation::CLOSE => {}
+        Ends::WithWorker => ensure!(has_worker, "no worker thread served it"),
+        _ => {}
+    }
     ensure!(shown.contains(claimed), "not shown: {}", claimed.difference(shown));
     // The kernel gives any read or write that would block to a worker. How many do depends on the file system.
     let by_chance = if is_transfer(operation) { Reach::UNBOUNDED_MEMORY } else { Reach::empty() };
