@@ -116,7 +116,7 @@ fn cargo_home() -> Result<PathBuf> {
     Ok(Path::new(&home).join(".cargo"))
 }
 
-/// Runs a command to its end and gives what it wrote to standard output.
+/// Runs a command to its end, and returns its standard output.
 fn run(command: &mut Command) -> Result<String> {
     let output = command.stdin(Stdio::null()).stderr(Stdio::inherit()).output();
     let output = output.with_context(|| format!("starting {command:?}"))?;

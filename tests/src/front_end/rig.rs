@@ -101,7 +101,7 @@ impl TestRam {
     ///
     /// # Errors
     ///
-    /// The arena has less left.
+    /// The arena does not have enough memory left.
     pub fn vring(&mut self, front_end: &FrontEnd, size: u16) -> Result<DriverVring> {
         let layout = VringLayout::take(&mut self.arenas[0], size)?;
         DriverVring::new(&self.ram, layout, front_end.has_event_idx(), Eventfds::new()?)

@@ -65,7 +65,7 @@ impl BlkDriver {
     ///
     /// # Errors
     ///
-    /// The arena has less left.
+    /// The arena does not have enough memory left.
     pub fn new(vring: DriverVring, arena: &mut Arena, data_bytes: u32) -> Result<Self> {
         Ok(Self {
             vring,
@@ -96,7 +96,7 @@ impl BlkDriver {
         self.status_gpa
     }
 
-    /// Writes a header into RAM and gives its descriptor.
+    /// Writes a header into RAM, and returns its descriptor.
     ///
     /// # Errors
     ///
@@ -106,7 +106,7 @@ impl BlkDriver {
         Ok(Descriptor::readable(self.header_gpa, HEADER_BYTES))
     }
 
-    /// Resets the status byte and gives its descriptor.
+    /// Resets the status byte, and returns its descriptor.
     ///
     /// # Errors
     ///
@@ -212,7 +212,7 @@ impl BlkDriver {
         succeeded("write", self.request(VIRTIO_BLK_T_OUT, sector, &[buffer])?)
     }
 
-    /// Puts data into the buffer and gives its descriptor.
+    /// Puts data into the buffer, and returns its descriptor.
     ///
     /// # Errors
     ///

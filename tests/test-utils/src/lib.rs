@@ -1,11 +1,11 @@
 //! The guest's and the front-end's side of a vhost-user block device, for tests.
 //!
-//! A test is the driver, and often the front-end too. What is here does the right thing by default and one step at a
+//! A test is the driver, and often the front-end too. By default the code here keeps the rules. It does one step at a
 //! time, so that a test can stop anywhere, look, and write anything beside it.
 //!
 //! | module | concept |
 //! | --- | --- |
-//! | [`ram`] | guest RAM: regions of memfds, and arenas that give it away |
+//! | [`ram`] | guest RAM: regions of memfds, and arenas that hand it out |
 //! | [`event`] | the eventfds of a vring: kick and call |
 //! | [`descriptor`] | descriptors, and tables of linked descriptors |
 //! | [`vring`] | the driver of one split virtqueue: its layout, its honest steps, and ways to break the rules |
@@ -22,8 +22,8 @@
 //! * The models of the fuzz targets (`broker/src/virtqueue/fuzzing`, `broker/src/virtio_blk/fuzzing`) are compiled into
 //!   the broker's library for the fuzzers, and write rings and chains cell by cell from arbitrary bytes: a driver that
 //!   keeps the rules would take these inputs away.
-//! * The unit tests of the broker's `virtqueue` write single cells of rings at fixed addresses, because such a cell is
-//!   what each of them is about.
+//! * The unit tests of the broker's `virtqueue` write single cells of rings at fixed addresses, because each of them
+//!   tests such a cell.
 //! * `broker/tests` and the benchmark `vhost_user_blk` use the front-end of the crate `vhost` and the driver of the
 //!   crate `virtio-driver`, because others wrote them.
 //! * `ringpass_guest`'s test device is the other side: it takes chains and announces epochs.

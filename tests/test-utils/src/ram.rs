@@ -156,7 +156,7 @@ fn new_file(len_bytes: u64) -> Result<Arc<File>> {
     Ok(Arc::new(file))
 }
 
-/// Guest RAM that is given away from front to back.
+/// A piece of guest RAM, which the arena hands out from its start to its end.
 #[derive(Debug, Clone)]
 pub struct Arena {
     next: u64,
@@ -169,11 +169,11 @@ impl Arena {
         Self { next: gpa, end: gpa + len_bytes }
     }
 
-    /// Gives away `len_bytes` at a multiple of `align_bytes`.
+    /// Hands out `len_bytes` at a multiple of `align_bytes`.
     ///
     /// # Errors
     ///
-    /// The arena has less left.
+    /// The arena does not have enough memory left.
     pub fn take(&mut self, len_bytes: u64, align_bytes: u64) -> Result<u64> {
         let gpa = self.next.next_multiple_of(align_bytes);
         let left = self.end.saturating_sub(gpa);

@@ -55,7 +55,7 @@ impl RunningLoad {
         self.thread.is_finished()
     }
 
-    /// Waits for the outstanding requests, and gives the load back.
+    /// Waits for the outstanding requests, and returns the load.
     ///
     /// # Errors
     ///

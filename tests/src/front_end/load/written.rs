@@ -31,7 +31,7 @@ impl WrittenPages {
         state.pages.clear();
     }
 
-    /// Ends the period, and gives its pages.
+    /// Ends the period, and returns its pages.
     pub fn end(&self) -> BTreeSet<u64> {
         let mut state = self.lock();
         state.is_open = false;

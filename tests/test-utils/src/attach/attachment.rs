@@ -54,17 +54,17 @@ impl Attachment {
     ///
     /// # Errors
     ///
-    /// The arena has less left.
+    /// The arena does not have enough memory left.
     pub fn take(arena: &mut Arena) -> Result<Self> {
         let requests = Interface::take(arena, Self::PLACES)?;
         Self::with_requests(arena, requests)
     }
 
-    /// Takes the memory from an arena, but for the requests, which are elsewhere.
+    /// Takes the memory from an arena, except the memory of the requests, which is elsewhere.
     ///
     /// # Errors
     ///
-    /// The arena has less left.
+    /// The arena does not have enough memory left.
     pub fn with_requests(arena: &mut Arena, requests: Interface) -> Result<Self> {
         let payload = Self::take_payload(arena)?;
         let (count, page) = (CQ_ENTRIES.into(), u64::from(PAGE_BYTES));
@@ -72,11 +72,11 @@ impl Attachment {
         Ok(Self { requests, payload, buffers })
     }
 
-    /// Takes a control page and two areas from an arena. Gives the payload of ATTACH for them.
+    /// Takes a control page and two areas from an arena. Returns the payload of ATTACH for them.
     ///
     /// # Errors
     ///
-    /// The arena has less left.
+    /// The arena does not have enough memory left.
     pub fn take_payload(arena: &mut Arena) -> Result<AttachPayload> {
         let page = u64::from(PAGE_BYTES);
         let control_gpa = arena.take(CONTROL_PAGE_BYTES.into(), page)?;

@@ -41,7 +41,7 @@ impl RingDriver {
     ///
     /// # Errors
     ///
-    /// The arena has less left.
+    /// The arena does not have enough memory left.
     pub fn new(vring: DriverVring, arena: &mut Arena, addressing: FixedAddressing) -> Result<Self> {
         Ok(Self::with_memory(vring, Attachment::take(arena)?, addressing))
     }
@@ -53,7 +53,7 @@ impl RingDriver {
     ///
     /// # Errors
     ///
-    /// The arena has less left.
+    /// The arena does not have enough memory left.
     pub fn with_requests(
         vring: DriverVring,
         arena: &mut Arena,
@@ -165,7 +165,7 @@ impl RingDriver {
         Ok(())
     }
 
-    /// Sends a request of virtio-blk, with its header and status in a place. Gives its head.
+    /// Sends a request of virtio-blk, with its header and status in a place. Returns its head.
     ///
     /// # Errors
     ///
@@ -174,7 +174,7 @@ impl RingDriver {
         self.memory.requests.send_block(&mut self.vring, OTHER_PLACE, kind, sector, data)
     }
 
-    /// Sends any attach request, in a place of its own. Gives its head.
+    /// Sends any attach request, in a place of its own. Returns its head.
     ///
     /// # Errors
     ///

@@ -31,7 +31,7 @@ impl FirstQueue {
     ///
     /// # Errors
     ///
-    /// The arena has less left.
+    /// The arena does not have enough memory left.
     pub fn new(vring: DriverVring, arena: &mut Arena) -> Result<Self> {
         Ok(Self { vring, interface: Interface::take(arena, 2)?, event: None, has_event: false })
     }
@@ -51,7 +51,7 @@ impl FirstQueue {
         self.vring.reset()
     }
 
-    /// Sends PROBE. Gives how SQEs name memory.
+    /// Sends PROBE. Returns how SQEs name memory.
     ///
     /// # Errors
     ///
@@ -63,7 +63,7 @@ impl FirstQueue {
         Ok(device.addressing)
     }
 
-    /// Sends PROBE. Gives the answer and the status.
+    /// Sends PROBE. Returns the answer and the status.
     ///
     /// # Errors
     ///
@@ -74,7 +74,7 @@ impl FirstQueue {
         Ok((ProbeAnswer::from_prefix(&answer), status))
     }
 
-    /// Sends a request. Gives its head.
+    /// Sends a request. Returns its head.
     ///
     /// # Errors
     ///
@@ -139,7 +139,7 @@ impl FirstQueue {
         Ok(self.has_event)
     }
 
-    /// Waits until EVENT ends. Gives its bits.
+    /// Waits until EVENT ends. Returns its bits.
     ///
     /// # Errors
     ///

@@ -52,12 +52,12 @@ impl Interface {
     ///
     /// # Errors
     ///
-    /// The arena has less left.
+    /// The arena does not have enough memory left.
     pub fn take(arena: &mut Arena, places: u64) -> Result<Self> {
         Ok(Self { gpa: arena.take(places * PLACE_BYTES, 0x1000)? })
     }
 
-    /// Makes a request available in a place, and kicks. Gives its head.
+    /// Makes a request available in a place, and kicks. Returns its head.
     ///
     /// # Errors
     ///
@@ -131,7 +131,7 @@ impl Interface {
     }
 }
 
-/// Makes a request available whose status is in the place at `at`, and kicks. Gives its head.
+/// Makes a request available whose status is in the place at `at`, and kicks. Returns its head.
 fn send_chain(vring: &mut DriverVring, at: u64, request: Descriptor, data: Descriptor) -> Result<u16> {
     let status_gpa = at + STATUS_OFFSET;
     vring.ram().memory().write_obj(NO_STATUS, GuestAddress(status_gpa))?;

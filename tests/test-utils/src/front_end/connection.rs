@@ -65,7 +65,7 @@ impl Connection {
         self.reply_ack
     }
 
-    /// Sends a message that has an answer of its own, and gives the answer.
+    /// Sends a message that has an answer of its own, and returns the answer.
     ///
     /// # Errors
     ///
@@ -86,7 +86,7 @@ impl Connection {
         }
     }
 
-    /// As [`tell`](Self::tell), and gives the code of a refusal. 0 is success.
+    /// As [`tell`](Self::tell), but returns the code of a refusal. 0 is success.
     ///
     /// # Errors
     ///
@@ -214,7 +214,7 @@ impl Connection {
         self.tell(FrontendReq::SET_MEM_TABLE, &body, &fds)
     }
 
-    /// `ADD_MEM_REG`: one region more.
+    /// `ADD_MEM_REG`: adds one region.
     ///
     /// # Errors
     ///
@@ -223,7 +223,7 @@ impl Connection {
         self.tell(FrontendReq::ADD_MEM_REG, single(region).as_slice(), &[file.as_fd()])
     }
 
-    /// `REM_MEM_REG`: one region less. QEMU sends a descriptor with it, which the back-end closes without using it.
+    /// `REM_MEM_REG`: removes one region. QEMU sends a descriptor with it, which the back-end closes without using it.
     ///
     /// # Errors
     ///
@@ -251,7 +251,7 @@ impl Connection {
         self.tell(FrontendReq::SET_VRING_ADDR, addresses.as_slice(), &[])
     }
 
-    /// `GET_VRING_BASE`: stops the vring, and gives the index of the next available entry.
+    /// `GET_VRING_BASE`: stops the vring, and returns the index of the next available entry.
     ///
     /// # Errors
     ///

@@ -208,7 +208,7 @@ impl FrontEnd {
         connection.set_vring(FrontendReq::SET_VRING_ENABLE, index, 1).with_context(|| format!("vring {index}"))
     }
 
-    /// Stops a vring and gives the next available index.
+    /// Stops a vring, and returns the next available index.
     ///
     /// # Errors
     ///

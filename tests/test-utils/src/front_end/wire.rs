@@ -218,7 +218,7 @@ impl Wire {
         }
     }
 
-    /// Fills `buffer` unless the peer closes before. Gives the number of bytes.
+    /// Fills `buffer` unless the peer closes before. Returns the number of bytes.
     fn receive_exactly(&self, buffer: &mut [u8], fds: &mut Vec<OwnedFd>) -> Result<usize> {
         let mut filled = 0;
         while filled < buffer.len() {

@@ -28,7 +28,7 @@ impl VringLayout {
     ///
     /// # Errors
     ///
-    /// The arena has less left.
+    /// The arena does not have enough memory left.
     pub fn take(arena: &mut Arena, size: u16) -> Result<Self> {
         Ok(Self {
             size,

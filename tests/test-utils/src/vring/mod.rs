@@ -149,7 +149,7 @@ impl DriverVring {
         self.layout.used_idx(&self.ram)
     }
 
-    /// Writes a table of chained descriptors into RAM. Gives the descriptor that names the table.
+    /// Writes a table of chained descriptors into RAM. Returns the descriptor that names the table.
     ///
     /// # Errors
     ///
@@ -164,7 +164,7 @@ impl DriverVring {
         self.free.len() >= descriptors
     }
 
-    /// Adds a chain, linked in the order given. [`publish`](Self::publish) makes it available. Gives the head.
+    /// Adds a chain, linked in the order given. [`publish`](Self::publish) makes it available. Returns the head.
     ///
     /// # Errors
     ///
@@ -183,7 +183,7 @@ impl DriverVring {
         Ok(head)
     }
 
-    /// Makes everything added available, and kicks if the device wants that. Gives whether it kicked.
+    /// Makes everything added available, and kicks if the device wants that. Returns whether it kicked.
     ///
     /// # Errors
     ///
@@ -205,7 +205,7 @@ impl DriverVring {
         Ok(())
     }
 
-    /// Kicks if the device has asked for a kick since the available index was `old`. Gives whether it kicked.
+    /// Kicks if the device has asked for a kick since the available index was `old`. Returns whether it kicked.
     ///
     /// # Errors
     ///

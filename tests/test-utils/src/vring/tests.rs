@@ -23,7 +23,7 @@ fn use_chain(vring: &DriverVring, index: u16, id: u32) {
     memory.write_obj(index + 1, GuestAddress(used_gpa + 2)).unwrap();
 }
 
-/// Makes chains of one descriptor available. Gives their heads.
+/// Makes chains of one descriptor available. Returns their heads.
 fn send<const CHAINS: usize>(vring: &mut DriverVring) -> [u16; CHAINS] {
     let heads = [(); CHAINS].map(|()| vring.add(&[Descriptor::readable(0, 1)]).unwrap());
     assert!(vring.publish().unwrap(), "the device wants kicks");
