@@ -37,7 +37,7 @@ impl Accepted {
         NAMES.into_iter().filter(move |(flag, _)| self.contains(*flag)).map(|(_, name)| name)
     }
 
-    /// The set with the one lint of this name; `None` for other lints, which a policy cannot accept.
+    /// The set of only the lint with this name; `None` for other lints, which a policy cannot accept.
     #[must_use]
     pub fn from_lint_name(name: &str) -> Option<Self> {
         NAMES.into_iter().find(|(_, known)| *known == name).map(|(flag, _)| flag)
