@@ -7,6 +7,7 @@ pub mod broker_process;
 pub mod content;
 pub mod dd;
 pub mod debian;
+pub mod disk_holder;
 pub mod disks;
 pub mod forgetful_proxy;
 pub mod front_end;

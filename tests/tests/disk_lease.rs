@@ -2,11 +2,8 @@
 //! process runs.
 
 use std::{
-    env,
     fs::File,
-    io::{BufRead, BufReader, Read, Write},
-    path::Path,
-    process::{Child, Command, ExitCode, Stdio},
+    process::{Command, ExitCode},
     sync::{
         Arc,
         mpsc::{Receiver, RecvTimeoutError, channel},
@@ -15,10 +12,10 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
-use io_uring::{IoUring, opcode, types};
 use memmap2::MmapMut;
 use ringpass_broker::disk::{Disk, DiskConfig, DiskLease, LeaseState, LocatedDisk, StartUp};
 use ringpass_tests::{
+    disk_holder::{self, DiskHolder, Held},
     disks::{DiskKind, LoopDevice, TestDisk},
     harness::{self, Test, test},
     needs::{Need, find_program},
@@ -31,13 +28,9 @@ const BLOCK_BYTES: usize = 4096;
 /// Longer than any step takes on a busy machine.
 const LIMIT: Duration = Duration::from_secs(30);
 
-/// Set for the child process that has a write in flight. Its argument is the disk.
-const CHILD_VARIABLE: &str = "RINGPASS_TEST_STUCK_WRITE";
-
 fn main() -> ExitCode {
-    if env::var_os(CHILD_VARIABLE).is_some() {
-        write_and_wait().expect("the child's write");
-        return ExitCode::SUCCESS;
+    if let Some(code) = disk_holder::run_child() {
+        return code;
     }
     let mut tests: Vec<Test> = DiskKind::ALL
         .map(|kind| {
@@ -124,71 +117,6 @@ fn a_growing_device() -> Result<()> {
     Ok(())
 }
 
-/// The child: opens the disk, submits a write when it is told to, and waits for its completion.
-fn write_and_wait() -> Result<()> {
-    let disk = Disk::open(&DiskConfig::new(env::args_os().nth(1).context("a path")?))?;
-    let mut ring = IoUring::new(2)?;
-    let page = MmapMut::map_anon(BLOCK_BYTES)?;
-    ring.submitter().register_files(&[std::os::fd::AsRawFd::as_raw_fd(&std::os::fd::AsFd::as_fd(&disk))])?;
-    println!("held");
-    std::io::stdout().flush()?;
-    std::io::stdin().read_exact(&mut [0])?;
-    let entry = opcode::Write::new(types::Fixed(0), page.as_ptr(), BLOCK_BYTES as u32).build();
-    // SAFETY: the page lives until the process ends, and the kernel only reads it.
-    unsafe { ring.submission().push(&entry) }?;
-    ring.submit()?;
-    println!("submitted");
-    std::io::stdout().flush()?;
-    ring.submit_and_wait(1)?;
-    Ok(())
-}
-
-/// The process with the write. The drop kills it and waits for its end.
-struct Writer {
-    child: Child,
-    said: BufReader<std::process::ChildStdout>,
-}
-
-impl Writer {
-    fn start(disk: &Path) -> Result<Self> {
-        let mut child = Command::new(env::current_exe()?)
-            .arg(disk)
-            .env(CHILD_VARIABLE, "1")
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()?;
-        let said = BufReader::new(child.stdout.take().context("a pipe")?);
-        let mut writer = Self { child, said };
-        writer.expect("held")?;
-        Ok(writer)
-    }
-
-    fn expect(&mut self, word: &str) -> Result<()> {
-        let mut line = String::new();
-        self.said.read_line(&mut line)?;
-        ensure!(line.trim_end() == word, "the child says {line:?}");
-        Ok(())
-    }
-
-    fn write(&mut self) -> Result<()> {
-        self.child.stdin.as_mut().context("a pipe")?.write_all(b"w")?;
-        self.expect("submitted")
-    }
-
-    /// Kills the process and does not wait for its end, which can take as long as its I/O.
-    fn kill(&mut self) -> Result<()> {
-        Ok(self.child.kill()?)
-    }
-}
-
-impl Drop for Writer {
-    fn drop(&mut self) {
-        // The process may have ended already.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
 fn lease(located: LocatedDisk) -> Result<(DiskLease, Receiver<Arc<Disk>>)> {
     let (sender, receiver) = channel();
     // The test may have ended by then.
@@ -198,10 +126,10 @@ fn lease(located: LocatedDisk) -> Result<(DiskLease, Receiver<Arc<Disk>>)> {
 
 fn a_killed_process(kind: StuckKind) -> Result<()> {
     let made = StuckDisk::new(kind, SIZE_BYTES)?;
-    let mut writer = Writer::start(made.path())?;
+    let mut writer = DiskHolder::start(Held::DiskAndRing, made.path())?;
     let (lease, held) = lease(Disk::locate(&made.config())?)?;
     let error = lease.start_up(StartUp::Grace(Duration::ZERO)).err().context("the start ignored a living process")?;
-    ensure!(error.to_string().contains(&format!("[{}]", writer.child.id())), "{error}");
+    ensure!(error.to_string().contains(&writer.name()?), "{error}");
 
     made.freeze()?;
     writer.write()?;

@@ -1,21 +1,11 @@
 //! Two brokers and one disk: the second broker refuses to start and names the process that has the disk.
 
-use std::{
-    env, fs,
-    io::{BufRead, BufReader, Write},
-    os::unix::fs::MetadataExt,
-    path::Path,
-    process::{Child, Command, ExitCode, Stdio},
-    time::Duration,
-};
+use std::{fs, os::unix::fs::MetadataExt, process::ExitCode, time::Duration};
 
-use anyhow::{Context, Result, bail, ensure};
-use nix::{
-    fcntl::{FcntlArg, fcntl},
-    libc,
-};
-use ringpass_broker::disk::{Disk, DiskConfig, DiskError};
+use anyhow::{Context, Result, ensure};
+use ringpass_broker::disk::{Disk, DiskConfig};
 use ringpass_tests::{
+    disk_holder::{self, DiskHolder, Held, refusal},
     disks::{DiskKind, TestDisk},
     harness::{self, test},
 };
@@ -23,13 +13,9 @@ use rustix::fs::{CWD, FileType, Mode, mknodat};
 
 const SIZE_BYTES: u64 = 1 << 20;
 
-/// Set for the child process that has a disk: how it locks the disk. Its argument is the path.
-const HOLD_VARIABLE: &str = "RINGPASS_TEST_HOLD";
-
 fn main() -> ExitCode {
-    if let Ok(how) = env::var(HOLD_VARIABLE) {
-        hold(&how).expect("holding the disk");
-        return ExitCode::SUCCESS;
+    if let Some(code) = disk_holder::run_child() {
+        return code;
     }
     let file = || DiskKind::Ext4PageCache.needs();
     let device = || DiskKind::Loop.needs();
@@ -44,85 +30,14 @@ fn main() -> ExitCode {
     ])
 }
 
-/// The child: locks the disk, says so, and keeps it until its standard input ends.
-fn hold(how: &str) -> Result<()> {
-    let path = env::args_os().nth(1).context("a path")?;
-    let _disk = (how == "disk").then(|| Disk::open(&DiskConfig::new(&path))).transpose()?;
-    let file = fs::File::options().read(true).write(true).open(&path)?;
-    if how == "posix" {
-        let whole =
-            libc::flock { l_type: libc::F_WRLCK as _, l_whence: libc::SEEK_SET as _, l_start: 0, l_len: 0, l_pid: 0 };
-        fcntl(&file, FcntlArg::F_SETLK(&whole))?;
-    }
-    println!("held");
-    std::io::stdout().flush()?;
-    std::io::stdin().read_line(&mut String::new())?;
-    Ok(())
-}
-
-/// A child process that has the disk. The drop kills it.
-struct Holder(Child);
-
-impl Holder {
-    fn start(how: &str, path: &Path) -> Result<Self> {
-        let child = Command::new(env::current_exe()?)
-            .arg(path)
-            .env(HOLD_VARIABLE, how)
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()?;
-        let mut holder = Self(child);
-        let mut line = String::new();
-        BufReader::new(holder.0.stdout.as_mut().context("a pipe")?).read_line(&mut line)?;
-        ensure!(line == "held\n", "the child says {line:?}");
-        Ok(holder)
-    }
-
-    fn name(&self) -> Result<String> {
-        let pid = self.0.id();
-        Ok(format!("{}[{pid}]", fs::read_to_string(format!("/proc/{pid}/comm"))?.trim_end()))
-    }
-
-    fn end(mut self) -> Result<()> {
-        drop(self.0.stdin.take());
-        ensure!(self.0.wait()?.success());
-        Ok(())
-    }
-}
-
-impl Drop for Holder {
-    fn drop(&mut self) {
-        // The process may have ended already.
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
-fn refusal(config: &DiskConfig) -> Result<DiskError> {
-    match Disk::open(config) {
-        Ok(_) => bail!("{:?} was not refused", config.path),
-        Err(error) => Ok(error),
-    }
-}
-
-fn ensure_has(error: &DiskError, parts: &[&str]) -> Result<()> {
-    let message = error.to_string();
-    for part in parts {
-        ensure!(message.contains(part), "{part:?} is missing in: {message}");
-    }
-    Ok(())
-}
-
 fn another_process(kind: DiskKind) -> Result<()> {
     let made = TestDisk::new(kind, SIZE_BYTES)?;
     let config = made.config().lock_wait(None);
-    let holder = Holder::start("disk", made.path())?;
-    let error = refusal(&config)?;
+    let holder = DiskHolder::start(Held::Disk, made.path())?;
     // For a device, the exclusive claim refuses before the lock does.
     let how = if kind == DiskKind::Loop { "is in use: " } else { "is locked: by " };
-    ensure_has(&error, &[made.path().to_str().context("a plain path")?, how, &holder.name()?])?;
-    let error = refusal(&config.clone().read_only(true))?;
-    ensure_has(&error, &["is locked for writing: by ", &holder.name()?])?;
+    refusal(&config, &[made.path().to_str().context("a plain path")?, how, &holder.name()?])?;
+    refusal(&config.clone().read_only(true), &["is locked for writing: by ", &holder.name()?])?;
     holder.end()?;
     Disk::open(&config)?;
     Ok(())
@@ -130,15 +45,15 @@ fn another_process(kind: DiskKind) -> Result<()> {
 
 fn a_posix_lock() -> Result<()> {
     let made = TestDisk::new(DiskKind::Ext4PageCache, SIZE_BYTES)?;
-    let holder = Holder::start("posix", made.path())?;
-    let error = refusal(&made.config().lock_wait(None))?;
-    ensure_has(&error, &["is locked: by ", &holder.name()?])
+    let holder = DiskHolder::start(Held::PosixLock, made.path())?;
+    refusal(&made.config().lock_wait(None), &["is locked: by ", &holder.name()?])?;
+    Ok(())
 }
 
 fn a_killed_process() -> Result<()> {
     let made = TestDisk::new(DiskKind::Ext4PageCache, SIZE_BYTES)?;
-    let holder = Holder::start("disk", made.path())?;
-    refusal(&made.config().lock_wait(None))?;
+    let holder = DiskHolder::start(Held::Disk, made.path())?;
+    refusal(&made.config().lock_wait(None), &[])?;
     drop(holder);
     Disk::open(&made.config())?;
     Ok(())
@@ -150,9 +65,8 @@ fn a_second_node() -> Result<()> {
     let second = made.directory().context("a loop device has a directory")?.join("node");
     let number = fs::metadata(made.path())?.rdev();
     mknodat(CWD, &second, FileType::BlockDevice, Mode::RUSR | Mode::WUSR, number)?;
-    let holder = Holder::start("disk", made.path())?;
-    let error = refusal(&DiskConfig::new(&second))?;
-    ensure_has(&error, &["is in use: ", &format!("open in {}", holder.name()?)])?;
+    let holder = DiskHolder::start(Held::Disk, made.path())?;
+    refusal(&DiskConfig::new(&second), &["is in use: ", &format!("open in {}", holder.name()?)])?;
     holder.end()?;
     Disk::open(&DiskConfig::new(&second))?;
     Ok(())
@@ -160,9 +74,8 @@ fn a_second_node() -> Result<()> {
 
 fn waiting_for_a_device() -> Result<()> {
     let made = TestDisk::new(DiskKind::Loop, SIZE_BYTES)?;
-    let holder = Holder::start("disk", made.path())?;
-    let error = refusal(&made.config().lock_wait(Duration::from_millis(100)))?;
-    ensure_has(&error, &["is in use (still so after waiting 0."])?;
+    let holder = DiskHolder::start(Held::Disk, made.path())?;
+    refusal(&made.config().lock_wait(Duration::from_millis(100)), &["is in use (still so after waiting 0."])?;
     let config = made.config().lock_wait(Duration::from_secs(60));
     let waiting = std::thread::spawn(move || Disk::open(&config).map(|_| ()));
     std::thread::sleep(Duration::from_millis(50));
@@ -178,5 +91,6 @@ fn read_only_devices() -> Result<()> {
     let read_only = config.clone().read_only(true);
     let _first = Disk::open(&read_only)?;
     let _second = Disk::open(&read_only)?;
-    ensure_has(&refusal(&config)?, &["is locked: by ", &format!("[{}]", std::process::id())])
+    refusal(&config, &["is locked: by ", &format!("[{}]", std::process::id())])?;
+    Ok(())
 }
