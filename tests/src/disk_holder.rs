@@ -108,7 +108,7 @@ fn write_with_ring(disk: &Disk) -> Result<()> {
     Ok(())
 }
 
-/// A process that has a disk; killed when dropped.
+/// A process that has a disk. The drop kills it.
 #[derive(Debug)]
 pub struct DiskHolder {
     child: Child,
@@ -120,7 +120,7 @@ impl DiskHolder {
     ///
     /// # Errors
     ///
-    /// It cannot have the disk; its standard error says why.
+    /// The process does not get the disk; its standard error says why.
     pub fn start(held: Held, path: &Path) -> Result<Self> {
         let mut child = Command::new(env::current_exe()?)
             .arg(path)
@@ -145,7 +145,7 @@ impl DiskHolder {
     ///
     /// # Errors
     ///
-    /// It has ended.
+    /// The process has ended.
     pub fn name(&self) -> Result<String> {
         let pid = self.child.id();
         Ok(format!("{}[{pid}]", fs::read_to_string(format!("/proc/{pid}/comm"))?.trim_end()))
@@ -161,11 +161,11 @@ impl DiskHolder {
         self.expect("submitted")
     }
 
-    /// Kills the process and does not wait for it: it may not end before its I/O does.
+    /// Kills the process and does not wait for its end, which can take as long as its I/O.
     ///
     /// # Errors
     ///
-    /// It cannot be killed.
+    /// The kernel refuses.
     pub fn kill(&mut self) -> Result<()> {
         Ok(self.child.kill()?)
     }
@@ -174,7 +174,7 @@ impl DiskHolder {
     ///
     /// # Errors
     ///
-    /// It fails.
+    /// The process fails.
     pub fn end(mut self) -> Result<()> {
         drop(self.child.stdin.take());
         ensure!(self.child.wait()?.success());
@@ -184,17 +184,17 @@ impl DiskHolder {
 
 impl Drop for DiskHolder {
     fn drop(&mut self) {
-        // It may have ended already.
+        // The process may have ended already.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
 }
 
-/// The message with which a disk is refused, which has all of these parts.
+/// The message with which the broker refuses a disk. Checks that it has all of these parts.
 ///
 /// # Errors
 ///
-/// The disk is not refused, or a part is missing.
+/// The broker does not refuse the disk, or a part is missing.
 pub fn refusal(config: &DiskConfig, parts: &[&str]) -> Result<String> {
     let error = match Disk::open(config) {
         Ok(_) => bail!("{:?} was not refused", config.path),

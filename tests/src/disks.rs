@@ -24,6 +24,9 @@ pub const DIRECTORY_VARIABLE: &str = "RINGPASS_TEST_DISK_DIR";
 /// Where the kernel makes and removes zram devices (`Documentation/admin-guide/blockdev/zram.rst`).
 const ZRAM_CONTROL: &str = "/sys/class/zram-control";
 
+/// The name of a disk's file in its directory.
+const FILE_NAME: &str = "disk.img";
+
 /// The kinds of disk on which the tests run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum DiskKind {
@@ -159,6 +162,12 @@ impl TestDisk {
         self.directory.as_ref().map(tempfile::TempDir::path)
     }
 
+    /// The file behind a loop device.
+    pub fn backing_file(&self) -> Option<PathBuf> {
+        let directory = self.directory.as_ref().filter(|_| self.kind == DiskKind::Loop)?;
+        Some(directory.path().join(FILE_NAME))
+    }
+
     /// The configuration with which a broker opens the disk: read-write, with direct I/O except for
     /// [`DiskKind::Ext4PageCache`], and with the blocks that direct I/O takes, so that rings can have it. It waits for
     /// the lock, which a closed ring may hold for another second.
@@ -180,7 +189,7 @@ fn written_file(size_bytes: u64) -> Result<(tempfile::TempDir, PathBuf, &'static
         .prefix("ringpass-disk-")
         .tempdir_in(&parent)
         .map_err(unavailable("making a directory"))?;
-    let path = directory.path().join("disk.img");
+    let path = directory.path().join(FILE_NAME);
     let write = || {
         let mut file = File::create_new(&path)?;
         io::copy(&mut io::repeat(0).take(size_bytes), &mut file)?;

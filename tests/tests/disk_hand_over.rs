@@ -4,7 +4,7 @@
 use std::{process::ExitCode, sync::Arc, thread, time::Duration};
 
 use anyhow::{Context, Result, ensure};
-use ringpass_broker::disk::{Disk, DiskLease, StartUp};
+use ringpass_broker::disk::{Disk, DiskConfig, DiskLease, StartUp};
 use ringpass_tests::{
     broker_process::{self, BrokerProcess},
     disks::{DiskKind, TestDisk},
@@ -71,11 +71,18 @@ fn migrate(kind: DiskKind, arguments: &[&str]) -> Result<()> {
             // The kernel flushes on threads of its own, and they can hold the file for longer than the flush takes.
             driver.flush()?;
         }
+        let storage = rig.disk().backing_file().map(DiskConfig::new);
+        if let Some(storage) = &storage {
+            ensure!(Disk::open(storage).is_err_and(|error| error.is_busy()), "the file of the loop device is free");
+        }
         for index in [1, 0] {
             front_end.stop_vring(index)?;
         }
-        let other = broker.explain(take(rig.disk()).with_context(|| format!("round {round}")))?;
-        drop(other);
+        for config in [rig.disk().config()].into_iter().chain(storage) {
+            broker.explain(
+                Disk::open(&config).with_context(|| format!("{:?} is not free, round {round}", config.path)),
+            )?;
+        }
         front_end.set_logging(false)?;
         for (index, driver) in (0..).zip(&mut drivers) {
             start_again(&front_end, driver.vring(), index)?;

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use rustix::fs::{Mode, OFlags, open};
 use rustix::io::Errno;
 
-use super::{Disk, DiskKind, lock};
+use super::{Disk, DiskKind, ofd};
 
 /// How long a claim may outlive the last close. The claim normally ends with that close, unless another process looked
 /// at our descriptors in /proc at that moment: its short-lived reference is then the last one.
@@ -22,8 +22,10 @@ impl Disk {
     /// On a block device this writes the page cache to the device, as every last close does.
     pub fn close(self) {
         let node = self.is_claimed().then(|| node(self.file.as_fd()));
-        lock::unlock(&self.file);
+        ofd::unlock(&self.file);
         drop(self.file);
+        // The lock on what lies under the disk comes last: who gets it finds the disk free.
+        let _storage_lock = self.storage_lock;
         match node {
             Some(Ok(node)) => await_claim(&node, &self.path),
             Some(Err(error)) => tracing::debug!(%error, path = ?self.path, "cannot check whether the claim is gone"),

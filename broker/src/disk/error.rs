@@ -109,7 +109,8 @@ pub enum DiskError {
         path: PathBuf,
     },
     /// Another process has the OFD lock.
-    #[error("disk {path:?} is locked{}{}: {}", after(*.waited), held_for(*.read_only), lock_holders(.holders))]
+    #[error("disk {path:?} is locked{}{}: {}{}",
+        after(*.waited), held_for(*.read_only), lock_holders(.holders), devices_over(.devices))]
     Locked {
         /// The path as it was given.
         path: PathBuf,
@@ -117,7 +118,39 @@ pub enum DiskError {
         read_only: bool,
         /// The processes that have the lock, as far as the kernel tells.
         holders: Vec<ProcessName>,
+        /// The nodes of devices that have storage of this disk and are in exclusive use: the lock may be for them.
+        devices: Vec<PathBuf>,
         /// How long [`Disk::open`](super::Disk::open) waited for the lock.
+        waited: Duration,
+    },
+    /// Another process has locked the storage of the disk: the file behind a loop device.
+    #[error("disk {path:?} lies on {storage:?}, which is locked{}{}: {}{}",
+        after(*.waited), held_for(*.read_only), lock_holders(.holders), devices_over(.devices))]
+    StorageLocked {
+        /// The path as it was given.
+        path: PathBuf,
+        /// The locked file or device.
+        storage: PathBuf,
+        /// Whether the disk was to be opened for reading only.
+        read_only: bool,
+        /// The processes that have the lock, as far as the kernel tells.
+        holders: Vec<ProcessName>,
+        /// The nodes of other devices that have storage of this disk and are in exclusive use: the lock may be for them.
+        devices: Vec<PathBuf>,
+        /// How long [`Disk::open`](super::Disk::open) waited for the lock.
+        waited: Duration,
+    },
+    /// Another device, which has storage of the disk, is in exclusive use: a loop device over the disk, for example.
+    #[error("disk {path:?} has the same storage as {device:?}, which is in use{}: {}",
+        after(*.waited), device_uses(.uses))]
+    StorageInUse {
+        /// The path as it was given.
+        path: PathBuf,
+        /// The node of the other device.
+        device: PathBuf,
+        /// What uses that device, as far as the kernel tells.
+        uses: Vec<DeviceUse>,
+        /// How long [`Disk::open`](super::Disk::open) waited for the device.
         waited: Duration,
     },
     /// The block device is in exclusive use.
@@ -156,7 +189,10 @@ pub enum DiskError {
 impl DiskError {
     /// Whether another process has the disk, so that a later try can succeed.
     pub fn is_busy(&self) -> bool {
-        matches!(self, Self::Locked { .. } | Self::InUse { .. })
+        matches!(
+            self,
+            Self::Locked { .. } | Self::InUse { .. } | Self::StorageLocked { .. } | Self::StorageInUse { .. }
+        )
     }
 
     /// Whether the error names a living holder of the disk: a process, or a use in the kernel that was set up on a
@@ -164,8 +200,10 @@ impl DiskError {
     /// that I/O.
     pub fn names_living_holder(&self) -> bool {
         match self {
-            Self::Locked { holders, .. } => holders.iter().any(|process| !process.is_ending),
-            Self::InUse { uses, .. } => uses.iter().any(|found| match found {
+            Self::Locked { holders, .. } | Self::StorageLocked { holders, .. } => {
+                holders.iter().any(|process| !process.is_ending)
+            }
+            Self::InUse { uses, .. } | Self::StorageInUse { uses, .. } => uses.iter().any(|found| match found {
                 DeviceUse::ReadBy(_) => false,
                 DeviceUse::OpenIn(process) => !process.is_ending,
                 DeviceUse::Mounted { .. } | DeviceUse::Swap { .. } | DeviceUse::PartOf { .. } => true,
@@ -293,6 +331,16 @@ fn lock_holders(holders: &[ProcessName]) -> String {
     }
 }
 
+fn devices_over(devices: &[PathBuf]) -> String {
+    match devices {
+        [] => String::new(),
+        devices => {
+            let devices = devices.iter().map(|device| device.display().to_string()).collect::<Vec<_>>();
+            format!(" (in use on the same storage: {})", list(&devices))
+        }
+    }
+}
+
 fn device_uses(uses: &[DeviceUse]) -> String {
     match uses {
         [] => "by I/O still in flight from a process that has ended, or by a process that this user cannot inspect: \
@@ -332,6 +380,21 @@ mod tests {
             path: "d.img".into(),
             read_only: false,
             holders: vec![process(is_ending)],
+            devices: Vec::new(),
+            waited: Duration::ZERO,
+        };
+        let storage_locked = |is_ending| DiskError::StorageLocked {
+            path: "/dev/x".into(),
+            storage: "d.img".into(),
+            read_only: false,
+            holders: vec![process(is_ending)],
+            devices: Vec::new(),
+            waited: Duration::ZERO,
+        };
+        let storage_in_use = |uses| DiskError::StorageInUse {
+            path: "d.img".into(),
+            device: "/dev/x".into(),
+            uses,
             waited: Duration::ZERO,
         };
         for (error, is_living) in [
@@ -342,6 +405,10 @@ mod tests {
             (in_use(vec![DeviceUse::Swap { path: "/dev/x".into() }]), true),
             (locked(false), true),
             (locked(true), false),
+            (storage_locked(false), true),
+            (storage_locked(true), false),
+            (storage_in_use(vec![]), false),
+            (storage_in_use(vec![DeviceUse::PartOf { device: "x".into(), upper: "dm-0".into() }]), true),
         ] {
             assert!(error.is_busy());
             assert_eq!(error.names_living_holder(), is_living, "{error}");

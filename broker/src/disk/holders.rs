@@ -3,36 +3,48 @@
 use std::fmt;
 use std::fs;
 use std::os::fd::AsFd;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
-use rustix::fs::{AtFlags, FileType, OFlags, Statx, StatxFlags, major, minor, stat, statx};
+use rustix::fs::{AtFlags, OFlags, Statx, StatxFlags, statx};
 
+use super::block_device::{BlockDevice, DeviceNumber, Sysfs};
+use super::byte_range::ByteRange;
 use crate::processes::{self, Process, ProcessName};
 
-/// The processes that hold an OFD lock on `file`, this process included.
-pub(super) fn lock_holders(file: impl AsFd) -> Vec<ProcessName> {
+/// The processes that hold an OFD lock on any of these parts of `file`, this process included.
+pub(super) fn lock_holders(file: impl AsFd, parts: &[ByteRange]) -> Vec<ProcessName> {
     let Ok(wanted) = statx(file, "", AtFlags::EMPTY_PATH, StatxFlags::INO) else {
         return Vec::new();
     };
-    processes::all().filter(|process| holds_lock(process, &wanted)).map(|process| process.name()).collect()
+    processes::all().filter(|process| holds_lock(process, &wanted, parts)).map(|process| process.name()).collect()
 }
 
-fn holds_lock(process: &Process, wanted: &Statx) -> bool {
+fn holds_lock(process: &Process, wanted: &Statx, parts: &[ByteRange]) -> bool {
     process.open_files().any(|fd| {
-        process.file_info(fd).is_some_and(|info| has_ofd_lock(&info, wanted.stx_ino))
+        process.file_info(fd).is_some_and(|info| has_ofd_lock(&info, wanted.stx_ino, parts))
             && process.file_stat(fd).is_some_and(|found| is_same_file(&found, wanted))
     })
 }
 
-/// Whether a `/proc/PID/fdinfo/FD` shows an OFD lock on an inode of that number. On some file systems (btrfs) the
-/// device number in that line differs from the number that `stat` returns, so the caller compares the files.
-fn has_ofd_lock(info: &str, inode: u64) -> bool {
-    // lock:\t1: OFDLCK ADVISORY  WRITE -1 fe:00:655367 0 EOF
-    info.lines().filter_map(|line| line.strip_prefix("lock:")).any(|lock| {
-        let mut fields = lock.split_ascii_whitespace().skip(1);
-        fields.next() == Some("OFDLCK")
-            && fields.nth(3).and_then(|file| file.rsplit(':').next()?.parse().ok()) == Some(inode)
-    })
+/// Whether a `/proc/PID/fdinfo/FD` shows an OFD lock on one of these parts of an inode of that number. On some file
+/// systems (btrfs) the device number in that line differs from the number that `stat` returns, so the caller compares
+/// the files.
+fn has_ofd_lock(info: &str, inode: u64, parts: &[ByteRange]) -> bool {
+    info.lines()
+        .filter_map(|line| ofd_lock(line.strip_prefix("lock:")?))
+        .any(|(locked, range)| locked == inode && parts.iter().any(|part| part.overlaps(range)))
+}
+
+/// The inode and the range of a line like `1: OFDLCK ADVISORY  WRITE -1 fe:00:655367 0 EOF`.
+fn ofd_lock(line: &str) -> Option<(u64, ByteRange)> {
+    let mut fields = line.split_ascii_whitespace().skip(1);
+    if fields.next()? != "OFDLCK" {
+        return None;
+    }
+    let inode = fields.nth(3)?.rsplit(':').next()?.parse().ok()?;
+    let start = fields.next()?.parse().ok()?;
+    let last: Option<u64> = fields.next()?.parse().ok();
+    Some((inode, ByteRange { start, end: last.map_or(u64::MAX, |last| last.saturating_add(1)) }))
 }
 
 fn is_same_file(a: &Statx, b: &Statx) -> bool {
@@ -81,41 +93,6 @@ impl fmt::Display for DeviceUse {
     }
 }
 
-/// The number of a block device.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct DeviceNumber {
-    major: u32,
-    minor: u32,
-}
-
-impl DeviceNumber {
-    pub(super) fn from_raw(device: u64) -> Self {
-        Self { major: major(device), minor: minor(device) }
-    }
-
-    fn of_node(found: &Statx) -> Option<Self> {
-        let is_block_device = FileType::from_raw_mode(found.stx_mode.into()) == FileType::BlockDevice;
-        is_block_device.then_some(Self { major: found.stx_rdev_major, minor: found.stx_rdev_minor })
-    }
-
-    fn of_path(path: &Path) -> Option<Self> {
-        let found = stat(path).ok()?;
-        let is_block_device = FileType::from_raw_mode(found.st_mode) == FileType::BlockDevice;
-        is_block_device.then(|| Self::from_raw(found.st_rdev))
-    }
-
-    fn parse(text: &str) -> Option<Self> {
-        let (major, minor) = text.trim().split_once(':')?;
-        Some(Self { major: major.parse().ok()?, minor: minor.parse().ok()? })
-    }
-}
-
-impl fmt::Display for DeviceNumber {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}:{}", self.major, self.minor)
-    }
-}
-
 /// The uses of the device, its partitions, and the disk that it is a partition of: a claim on one bars the others.
 pub(super) fn device_uses(number: DeviceNumber) -> Vec<DeviceUse> {
     let family = family(number);
@@ -132,10 +109,7 @@ pub(super) fn device_uses(number: DeviceNumber) -> Vec<DeviceUse> {
         Some(DeviceUse::Swap { path })
     }));
     for device in &family {
-        uses.extend(
-            entry_names(&device.sysfs.join("holders"))
-                .map(|upper| DeviceUse::PartOf { device: device.name.clone(), upper }),
-        );
+        uses.extend(device.holders().map(|upper| DeviceUse::PartOf { device: device.name.clone(), upper }));
     }
     uses.extend(processes::all().filter_map(|process| {
         let opened = process
@@ -175,34 +149,13 @@ impl Opened {
     }
 }
 
-struct Device {
-    number: DeviceNumber,
-    name: String,
-    sysfs: PathBuf,
-}
-
-impl Device {
-    fn at(sysfs: PathBuf) -> Option<Self> {
-        let number = DeviceNumber::parse(&fs::read_to_string(sysfs.join("dev")).ok()?)?;
-        let name = sysfs.file_name()?.to_str()?.to_owned();
-        Some(Self { number, name, sysfs })
-    }
-}
-
 /// The device, its partitions, and the disk that the device is a partition of.
-fn family(number: DeviceNumber) -> Vec<Device> {
-    let Ok(sysfs) = fs::canonicalize(format!("/sys/dev/block/{number}")) else {
-        return vec![Device { number, name: number.to_string(), sysfs: PathBuf::new() }];
+fn family(number: DeviceNumber) -> Vec<BlockDevice> {
+    let Some(device) = Sysfs::default().device(number) else {
+        return vec![BlockDevice { number, name: number.to_string(), sysfs: PathBuf::new() }];
     };
-    let is_partition = sysfs.join("partition").exists();
-    let whole_disk = if is_partition { sysfs.parent().map(Path::to_owned) } else { None };
-    let partitions = entry_names(&sysfs).map(|name| sysfs.join(name)).filter(|dir| dir.join("partition").exists());
-    let dirs = [sysfs.clone()].into_iter().chain(partitions).chain(whole_disk);
-    dirs.filter_map(Device::at).collect()
-}
-
-fn entry_names(dir: &Path) -> impl Iterator<Item = String> + use<> {
-    fs::read_dir(dir).into_iter().flatten().flatten().filter_map(|entry| entry.file_name().into_string().ok())
+    let others = device.partitions().chain(device.whole_disk()).collect::<Vec<_>>();
+    [device].into_iter().chain(others).collect()
 }
 
 struct Mount {
@@ -237,16 +190,26 @@ fn unescape(field: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use super::*;
 
     #[test]
     fn an_ofd_lock_is_found_in_fdinfo() {
         let held = "pos:\t0\nflags:\t0100002\nlock:\t1: OFDLCK ADVISORY  WRITE -1 fe:00:655367 0 EOF\n";
-        assert!(has_ofd_lock(held, 655_367));
-        assert!(!has_ofd_lock(held, 655_368));
-        assert!(!has_ofd_lock(&held.replace("OFDLCK", "POSIX "), 655_367));
-        assert!(!has_ofd_lock(&held.replace("1: OFDLCK", "1: -> OFDLCK"), 655_367));
-        assert!(!has_ofd_lock("pos:\t0\n", 655_367));
+        let all = &[ByteRange::ALL];
+        assert!(has_ofd_lock(held, 655_367, all));
+        assert!(!has_ofd_lock(held, 655_368, all));
+        assert!(!has_ofd_lock(&held.replace("OFDLCK", "POSIX "), 655_367, all));
+        assert!(!has_ofd_lock(&held.replace("1: OFDLCK", "1: -> OFDLCK"), 655_367, all));
+        assert!(!has_ofd_lock("pos:\t0\n", 655_367, all));
+    }
+
+    #[test]
+    fn an_ofd_lock_on_another_part_of_the_file_does_not_count() {
+        let held = "lock:\t1: OFDLCK ADVISORY  WRITE -1 fe:00:655367 512 1023\n";
+        assert!(has_ofd_lock(held, 655_367, &[ByteRange::new(1023, Some(1))]));
+        assert!(!has_ofd_lock(held, 655_367, &[ByteRange::new(0, Some(512)), ByteRange::new(1024, None)]));
     }
 
     #[test]

@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use rustix::fs::fstat;
 
 use super::DiskKind;
-use super::holders::DeviceNumber;
+use super::block_device::DeviceNumber;
 
 /// The name of the device's profile, if it has one: `integrity/format` (`Documentation/ABI/stable/sysfs-block`).
 ///

@@ -8,17 +8,20 @@ use super::acquire::Acquisition;
 use super::capabilities::Capabilities;
 use super::geometry::Geometry;
 use super::open::{self, Anchor};
+use super::storage::StorageSource;
 use super::{DirectAlignment, Disk, DiskConfig, DiskError, DiskKind};
 
 /// A disk whose properties are known to answer a guest, and on which no I/O is possible: it is neither locked nor
 /// claimed, and need not be free. The value stays with the file that the path led to at first, even if the path leads
 /// elsewhere later.
 ///
-/// Between queries it has nothing open: other processes do not see it, and a device can be removed.
+/// Between queries the disk is not open: other processes do not see the value, and a device can be removed. Only the
+/// file behind a loop device stays open, without a lock, because a sandbox may forbid to open it later.
 #[derive(Debug)]
 pub struct LocatedDisk {
     anchor: Anchor,
     config: DiskConfig,
+    storage: StorageSource,
     geometry: Geometry,
     capabilities: Capabilities,
     size_bytes: AtomicU64,
@@ -30,7 +33,9 @@ impl LocatedDisk {
         let found = open::open_for_questions(&anchor, config)?;
         let geometry = Geometry::read(&found, config)?;
         let capabilities = Capabilities::read(&found, config, &geometry);
-        Ok(Self { anchor, config: config.clone(), geometry, capabilities, size_bytes: geometry.size_bytes.into() })
+        let storage = StorageSource::new(&anchor, config);
+        let size_bytes = geometry.size_bytes.into();
+        Ok(Self { anchor, config: config.clone(), storage, geometry, capabilities, size_bytes })
     }
 
     /// Acquires the disk, if no other process has it.
@@ -42,7 +47,7 @@ impl LocatedDisk {
     }
 
     pub(super) fn acquisition(&self) -> Acquisition<'_> {
-        Acquisition::new(&self.anchor, &self.config)
+        Acquisition::new(&self.anchor, &self.config, &self.storage)
     }
 
     /// The file or device node itself, as an `O_PATH` descriptor.

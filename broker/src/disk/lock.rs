@@ -1,51 +1,59 @@
-//! The lock on the disk's open file description.
+//! The OFD lock on a disk. [`part_lock`](super::part_lock) has the locks on the storage behind it.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 
-use nix::errno::Errno;
-use nix::fcntl::{FcntlArg, fcntl};
-use nix::libc;
+use super::byte_range::ByteRange;
+use super::ofd::{Kind, any_lock, conflicting_process, set, unlock};
+use super::part_lock::{self, Use};
+use super::{DiskError, ProcessName, holders};
 
-use super::holders;
-use super::{DiskError, ProcessName};
-use crate::processes::Process;
-
-/// Locks the whole file for this open file description: for reading if `read_only`, else for writing. Returns false if
-/// a conflicting lock exists.
+/// Locks the whole file for this open file description: for reading if `read_only`, else for writing. Returns false,
+/// without any lock, if a conflicting lock exists.
 pub(super) fn try_lock(file: &OwnedFd, path: &Path, read_only: bool) -> Result<bool, DiskError> {
-    let wanted = whole_file(read_only);
-    loop {
-        match fcntl(file, FcntlArg::F_OFD_SETLK(&wanted)) {
-            Ok(_) => return Ok(true),
-            Err(Errno::EAGAIN | Errno::EACCES) => return Ok(false),
-            Err(Errno::EINTR) => {}
-            Err(errno) => return Err(DiskError::Lock { path: path.to_owned(), error: errno.into() }),
-        }
+    if !read_only {
+        return set(file, path, Kind::Write, ByteRange::ALL);
     }
+    let is_locked = try_lock_for_reading(file, path);
+    if !matches!(is_locked, Ok(true)) {
+        unlock(file);
+    }
+    is_locked
 }
 
-/// Releases the lock of this open file description, even if other references to the description remain.
-pub(super) fn unlock(file: &OwnedFd) {
-    let unlocked = libc::flock { l_type: libc::F_UNLCK as _, ..whole_file(true) };
-    if let Err(error) = fcntl(file, FcntlArg::F_OFD_SETLK(&unlocked)) {
-        // The lock then ends with the last reference.
-        tracing::debug!(%error, "cannot unlock a disk");
+fn try_lock_for_reading(file: &OwnedFd, path: &Path) -> Result<bool, DiskError> {
+    for range in [part_lock::DATA, part_lock::marks(ByteRange::ALL, Use::Reads)] {
+        if !set(file, path, Kind::Read, range)? {
+            return Ok(false);
+        }
+    }
+    Ok(!writers_of_parts().iter().any(|&range| any_lock(file, Kind::Write, range)))
+}
+
+/// Where the writers of parts have their marks.
+fn writers_of_parts() -> [ByteRange; 2] {
+    [Use::Writes, Use::WritesPieces].map(|how| part_lock::marks(ByteRange::ALL, how))
+}
+
+/// Whether another open file description has a lock that conflicts with ours.
+pub(super) fn is_locked_by_another(file: &OwnedFd, read_only: bool) -> bool {
+    if read_only {
+        any_lock(file, Kind::Read, part_lock::DATA)
+            || writers_of_parts().iter().any(|&range| any_lock(file, Kind::Write, range))
+    } else {
+        any_lock(file, Kind::Write, ByteRange::ALL)
     }
 }
 
 /// The processes whose lock conflicts with ours.
 pub(super) fn holders(file: impl AsFd, read_only: bool) -> Vec<ProcessName> {
-    let mut conflict = whole_file(read_only);
-    // The kernel names the process of a POSIX lock; an OFD lock has no process (-1).
-    match fcntl(&file, FcntlArg::F_OFD_GETLK(&mut conflict)) {
-        Ok(_) if conflict.l_pid > 0 => vec![Process::with_pid(conflict.l_pid.unsigned_abs()).name()],
-        _ => holders::lock_holders(file),
+    let kind = if read_only { Kind::Read } else { Kind::Write };
+    if let Some(process) = conflicting_process(&file, kind, ByteRange::ALL) {
+        return vec![process];
     }
-}
-
-fn whole_file(read_only: bool) -> libc::flock {
-    let kind = if read_only { libc::F_RDLCK } else { libc::F_WRLCK };
-    // A length of zero reaches to the end of the file, also after it grows. OFD calls require a pid of zero.
-    libc::flock { l_type: kind as _, l_whence: libc::SEEK_SET as _, l_start: 0, l_len: 0, l_pid: 0 }
+    if read_only {
+        holders::lock_holders(file, &writers_of_parts())
+    } else {
+        holders::lock_holders(file, &[ByteRange::ALL])
+    }
 }

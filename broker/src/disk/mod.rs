@@ -11,13 +11,23 @@
 //!   to the device *node*, and a device can have several; the claim belongs to the device, and it keeps out mounts,
 //!   RAID and device mapper too.
 //!
-//! Neither catches a read-only disk and a writer on two different nodes of one device. The reader then sees data
-//! change; nothing is damaged.
+//! One storage has one writer, also through several devices:
+//!
+//! - *Partitions.* The kernel's claim on a partition and its claim on the whole disk bar each other.
+//! - *Device mapper, RAID, mounts.* They claim the device that they use.
+//! - *Loop devices* claim nothing. So the broker that serves one also has an OFD lock on the part of the file or device
+//!   that the loop device shows, and so on downwards; and a broker that writes looks for claims on other devices that
+//!   have storage of its disk. The second catches what has no lock: I/O of a broker that was killed, and mounts.
+//!
+//! A reader beside a writer is not always caught: on two nodes of one device, and below a device mapper. The reader then
+//! sees data change; nothing is damaged.
 //!
 //! Code that must answer questions about a disk before it can open the disk uses a [`LocatedDisk`], and a [`DiskLease`]
 //! to acquire the disk and release it.
 
 mod acquire;
+mod block_device;
+mod byte_range;
 mod capabilities;
 mod close;
 mod direct_alignment;
@@ -29,9 +39,15 @@ mod lease;
 mod locate;
 mod lock;
 mod looks;
+mod loop_device;
+mod neighbours;
+mod ofd;
 mod open;
+mod part_lock;
 mod place;
+mod stack;
 mod start_up;
+mod storage;
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -50,6 +66,7 @@ pub use start_up::{Start, StartUp};
 use acquire::Acquisition;
 use geometry::Geometry;
 use open::{Anchor, Found};
+use storage::{StorageLock, StorageSource};
 
 /// Linux's sector: the unit of sizes in the block layer and in virtio-blk, and therefore the smallest block of a disk.
 const SECTOR_BYTES: u32 = 512;
@@ -159,6 +176,8 @@ pub struct Disk {
     read_only: bool,
     geometry: Geometry,
     size_bytes: AtomicU64,
+    // The last field: what lies under the disk is released after the disk.
+    storage_lock: StorageLock,
 }
 
 impl Disk {
@@ -171,18 +190,26 @@ impl Disk {
     /// Each kind of [`DiskError`]; its message says what to do.
     pub fn open(config: &DiskConfig) -> Result<Self, DiskError> {
         let anchor = Anchor::new(config)?;
-        Acquisition::new(&anchor, config).within(config.lock_wait)
+        let storage = StorageSource::new(&anchor, config);
+        Acquisition::new(&anchor, config, &storage).within(config.lock_wait)
     }
 
     /// Finds a disk and its properties, without locking it, claiming it or waiting for another process.
     ///
     /// # Errors
-    /// Those of [`Self::open`], except [`DiskError::Locked`], [`DiskError::InUse`] and [`DiskError::Lock`].
+    /// Those of [`Self::open`], except [`DiskError::Locked`], [`DiskError::InUse`], [`DiskError::StorageLocked`],
+    /// [`DiskError::StorageInUse`] and [`DiskError::Lock`].
     pub fn locate(config: &DiskConfig) -> Result<LocatedDisk, DiskError> {
         LocatedDisk::new(config)
     }
 
-    fn new(found: Found, page_cache: Option<OwnedFd>, config: &DiskConfig, geometry: Geometry) -> Self {
+    fn new(
+        found: Found,
+        page_cache: Option<OwnedFd>,
+        config: &DiskConfig,
+        geometry: Geometry,
+        storage_lock: StorageLock,
+    ) -> Self {
         Self {
             file: found.file,
             page_cache,
@@ -191,6 +218,7 @@ impl Disk {
             read_only: config.read_only,
             size_bytes: geometry.size_bytes.into(),
             geometry,
+            storage_lock,
         }
     }
 

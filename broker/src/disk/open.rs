@@ -6,8 +6,9 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{Access, AtFlags, CWD, FileType, Mode, OFlags, accessat, fstat, open as sys_open};
 use rustix::io::Errno;
 
+use super::block_device::DeviceNumber;
 use super::error::query_error;
-use super::holders::DeviceNumber;
+use super::loop_device::StorageId;
 use super::{DirectIo, DiskConfig, DiskError, DiskKind, place};
 
 /// The file or device that a path led to. The anchor opens nothing (`O_PATH`): a FIFO does not block, a device is not
@@ -18,6 +19,8 @@ pub(super) struct Anchor {
     pub(super) kind: DiskKind,
     /// The device of the node, if it is a block device.
     pub(super) device: DeviceNumber,
+    /// What the node or file is.
+    pub(super) storage: StorageId,
 }
 
 impl Anchor {
@@ -31,7 +34,7 @@ impl Anchor {
             FileType::BlockDevice => DiskKind::BlockDevice,
             other => return Err(DiskError::WrongKind { path: config.path.clone(), kind: other.into() }),
         };
-        Ok(Self { fd, kind, device: DeviceNumber::from_raw(found.st_rdev) })
+        Ok(Self { fd, kind, device: DeviceNumber::from_raw(found.st_rdev), storage: StorageId::of(&found) })
     }
 
     /// A path to the anchored file, even if the configured path leads elsewhere by now.
@@ -40,8 +43,15 @@ impl Anchor {
     }
 
     /// Whether this is a block device that is opened for writing, and therefore claimed.
-    fn is_claimed(&self, config: &DiskConfig) -> bool {
+    pub(super) fn is_claimed(&self, config: &DiskConfig) -> bool {
         self.kind == DiskKind::BlockDevice && !config.read_only
+    }
+
+    /// Whether a block device, which this process has not claimed, is claimed.
+    pub(super) fn is_claimed_by_another(&self) -> bool {
+        // For reading: udev ignores the close of such a descriptor.
+        let flags = OFlags::RDONLY | OFlags::EXCL | OFlags::NONBLOCK | OFlags::CLOEXEC;
+        matches!(sys_open(self.path(), flags, Mode::empty()), Err(Errno::BUSY))
     }
 }
 

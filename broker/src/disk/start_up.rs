@@ -36,7 +36,7 @@ impl LocatedDisk {
     ///
     /// # Errors
     ///
-    /// A living process still has the disk ([`DiskError::Locked`], [`DiskError::InUse`]), or the disk cannot be opened.
+    /// A living process still has the disk or its storage ([`DiskError::is_busy`]), or the disk cannot be opened.
     pub fn start_up(&self, how: StartUp) -> Result<Start, DiskError> {
         let StartUp::Grace(grace) = how else { return Ok(Start::Later) };
         let begin = Instant::now();

@@ -278,8 +278,13 @@ fn waiting_for_a_lock_ends_when_it_is_released() {
 
 #[test]
 fn a_lock_without_a_visible_holder_is_explained() {
-    let error =
-        DiskError::Locked { path: "d.img".into(), read_only: false, holders: Vec::new(), waited: Duration::ZERO };
+    let error = DiskError::Locked {
+        path: "d.img".into(),
+        read_only: false,
+        holders: Vec::new(),
+        devices: Vec::new(),
+        waited: Duration::ZERO,
+    };
     let message = error.to_string();
     assert!(message.contains("I/O still in flight from a process that has ended"), "{message}");
     let error = DiskError::InUse { path: "/dev/x".into(), uses: Vec::new(), waited: Duration::ZERO };

@@ -134,9 +134,9 @@ const ALLOWED_HERE: &[i64] = &[CACHESTAT];
 /// `cachestat(2)`, Linux 6.5: the same number on all architectures.
 const CACHESTAT: i64 = 451;
 
-/// Requests of `ioctl(2)` (`<linux/fs.h>`, `<asm-generic/ioctls.h>`): non-blocking and close-on-exec of sockets, and
-/// queries to block devices. Discard and write zeroes use `fallocate(2)`.
-const IOCTLS: &[u64] = &[0x5421, 0x5451, 0x125e, 0x1268, 0x127a, 0x127b, 0x127c, 0x8008_1272];
+/// Requests of `ioctl(2)` (`<linux/fs.h>`, `<linux/loop.h>`, `<asm-generic/ioctls.h>`): non-blocking and close-on-exec
+/// of sockets, and queries to block devices. Discard and write zeroes use `fallocate(2)`.
+const IOCTLS: &[u64] = &[0x5421, 0x5451, 0x125e, 0x1268, 0x127a, 0x127b, 0x127c, 0x8008_1272, 0x4c05];
 
 /// `PR_SET_NAME`; `PR_SET_VMA`, with which libraries name their memory; `PR_GET_AUXV`, from which they learn the page
 /// size.
