@@ -4,6 +4,7 @@ use std::{
     fs,
     path::{Path, PathBuf},
     process::ExitCode,
+    sync::atomic::{AtomicBool, Ordering},
     time::{Duration, Instant},
 };
 
@@ -53,6 +54,7 @@ fn main() -> ExitCode {
         case("qemu_that_has_the_file_keeps_out_a_loop_device_over_any_part", qemu),
         case("a_loop_device_over_a_file_without_a_name_is_refused_beside_another", nameless_file),
         case("waiting_for_a_loop_device_ends_when_its_file_is_free", waiting),
+        case("brokers_that_start_at_once_get_the_storage_one_after_the_other", at_once),
         case("a_located_loop_device_is_followed_when_it_is_set_up_anew", set_up_anew),
         case("a_located_disk_has_its_storage_once", acquired_twice),
     ];
@@ -256,6 +258,30 @@ fn waiting() -> Result<()> {
         waiting.join().expect("no panic")?;
     }
     Ok(())
+}
+
+/// Each path to the storage again and again, all at the same time.
+fn at_once() -> Result<()> {
+    let made = image()?;
+    let (lower, beside) = (LoopDevice::new(made.path(), &[])?, LoopDevice::new(made.path(), &SECOND_HALF)?);
+    let upper = LoopDevice::new(lower.path(), &SECOND_HALF)?;
+    let is_held = AtomicBool::new(false);
+    let take_turns = |path: &Path| -> Result<()> {
+        for round in 0..8 {
+            let disk = Disk::open(&config(path).lock_wait(Duration::from_secs(60)))
+                .with_context(|| format!("{path:?}, round {round}"))?;
+            ensure!(!is_held.swap(true, Ordering::SeqCst), "{path:?} was opened beside another, round {round}");
+            std::thread::sleep(Duration::from_millis(1));
+            is_held.store(false, Ordering::SeqCst);
+            disk.close();
+        }
+        Ok(())
+    };
+    std::thread::scope(|scope| {
+        let paths = [made.path(), lower.path(), beside.path(), upper.path()];
+        let threads = paths.map(|path| scope.spawn(move || take_turns(path)));
+        threads.into_iter().try_for_each(|thread| thread.join().expect("no panic"))
+    })
 }
 
 fn set_up_anew() -> Result<()> {

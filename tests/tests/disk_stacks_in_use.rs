@@ -33,6 +33,7 @@ fn main() -> ExitCode {
         test("the_image_of_a_mounted_file_system_is_refused_for_writing", FileSystem::Ext4.needs(), mounted),
         test("a_file_waits_for_io_of_a_killed_process_on_a_loop_device_over_it", StuckDisk::needs(), killed_with_io),
         test("a_server_on_a_loop_device_keeps_servers_off_the_file_until_it_is_killed", servers(), two_servers),
+        test("a_server_that_cannot_lock_the_file_behind_a_loop_device_warns_and_serves", servers(), unlocked),
     ])
 }
 
@@ -96,6 +97,19 @@ fn killed_with_io() -> Result<()> {
     ensure!(block == [0; 4096], "the file was passed on before the write was done");
     drop((disk, lease, held));
     Ok(())
+}
+
+fn unlocked() -> Result<()> {
+    let made = TestDisk::new(DiskKind::Ext4PageCache, SIZE_BYTES)?;
+    let device = LoopDevice::new(made.path(), &[])?;
+    let directory = made.directory().context("a directory")?;
+    fs::rename(made.path(), directory.join("renamed.img"))?;
+    let server = BrokerProcess::start(&directory.join("first.sock"), device.path(), &[])?;
+    ensure!(!server.has_logged("is not locked"), "the kernel knows where the file is now: {}", server.log());
+    drop(server);
+    fs::remove_file(directory.join("renamed.img"))?;
+    let server = BrokerProcess::start(&directory.join("second.sock"), device.path(), &[])?;
+    server.wait_for_log("is not locked: its path leads nowhere or elsewhere")
 }
 
 fn two_servers() -> Result<()> {
