@@ -6,7 +6,7 @@ use std::sync::Arc;
 use ringpass_guest_abi::attach_sequence::AttachSequence;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::attach::{AttachRequest, Attachment};
+use super::attach::{Attachment, PendingAttachRequest};
 use super::command::WhichEventfd;
 use super::counters::QueueCounters;
 use super::eventfd::{Eventfds, Kick, Signal};
@@ -53,7 +53,7 @@ pub(super) struct ActiveQueue {
     pub(super) sequence: AttachSequence,
     pub(super) executor: Executor,
     /// Queue 0: the EVENT that waits for something to tell. The in-flight region records it.
-    pub(super) event: Option<AttachRequest>,
+    pub(super) event: Option<PendingAttachRequest>,
 }
 
 impl ActiveQueue {

@@ -33,7 +33,7 @@ pub use config::{BlkConfig, BlkConfigError, BlkParameters, CONFIG_SPACE_BYTES};
 pub use guest_errors::{GuestError, GuestErrors};
 pub use limits::{DiscardLimits, MAX_DISCARD_SECTORS, MAX_WRITE_ZEROES_SECTORS, RequestLimits, WriteZeroesLimits};
 pub use refusal::{Refusal, Unanswerable};
-pub use request::{Answer, ByteRange, InterfaceRequest, Operation, Parsed, Request, parse};
+pub use request::{Answer, AttachRequest, ByteRange, Operation, Parsed, Request, parse};
 pub use request_types::RequestTypes;
 pub use segments::{Segment, SegmentList};
 pub use serial::{Serial, SerialError};

@@ -23,10 +23,9 @@ pub enum Parsed {
     Request(Request),
     /// Answer without executing anything. The segment list is empty.
     Answer(Answer),
-    /// The request concerns the queues themselves, by the interface in `docs/abi.md`. The segment list holds the
-    /// payload, then room for the answer. A device that does not offer rings answers the request as
-    /// [`Refusal::UnknownType`].
-    Interface(InterfaceRequest),
+    /// The request concerns the queues themselves (`docs/abi.md`). The segment list holds the payload, then room for
+    /// the answer. A device that does not offer rings answers the request as [`Refusal::UnknownType`].
+    AttachRequest(AttachRequest),
     /// The device cannot answer the chain: it must stop this queue, and no other.
     Malformed(Unanswerable),
 }
@@ -47,7 +46,7 @@ pub struct Request {
 
 /// A request by which a driver asks for rings. The parser has not looked at its payload.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct InterfaceRequest {
+pub struct AttachRequest {
     /// The type of the request.
     pub request_type: RequestType,
     /// Length of the payload: the first bytes in the segment list.
@@ -152,9 +151,9 @@ pub fn parse(
             return Parsed::Malformed(error);
         }
     };
-    if let Some(request_type) = interface_request(&chain) {
+    if let Some(request_type) = attach_request_type(&chain) {
         let Chain { readable_bytes: payload_bytes, writable_bytes: answer_bytes, status_gpa, .. } = chain;
-        return Parsed::Interface(InterfaceRequest { request_type, payload_bytes, answer_bytes, status_gpa });
+        return Parsed::AttachRequest(AttachRequest { request_type, payload_bytes, answer_bytes, status_gpa });
     }
     match check(&chain, memory, limits, types, segments) {
         Ok(Some((operation, data_bytes))) => {
@@ -169,7 +168,7 @@ pub fn parse(
 /// The request in `docs/abi.md` that a well-formed chain is, if any. The numbers of these types are far above all
 /// others.
 #[inline]
-fn interface_request(chain: &Chain) -> Option<RequestType> {
+fn attach_request_type(chain: &Chain) -> Option<RequestType> {
     let request_type = Header::from_bytes(chain.header).request_type;
     if request_type < T_PROBE || chain.refusal.is_some() { None } else { RequestType::from_number(request_type) }
 }

@@ -8,7 +8,7 @@ use ringpass_tests::{
     disks::DiskKind,
     front_end::{
         attach::{
-            FirstQueue, Interface, RingDriver,
+            FirstQueue, RequestPlaces, RingDriver,
             bench::{Bench, QUEUE_SIZE},
             ok, wait_until, whole,
         },
@@ -74,7 +74,7 @@ pub(crate) fn answers_move() -> Result<()> {
     let mut vring = bench.ram.vring(&bench.front_end, QUEUE_SIZE)?;
     vring.set_ram(&ram);
     bench.front_end.start_vring(1, &vring.layout(), vring.eventfds(), 0)?;
-    let requests = Interface::take(&mut places, RingDriver::PLACES)?;
+    let requests = RequestPlaces::take(&mut places, RingDriver::PLACES)?;
     let mut driver = RingDriver::with_requests(vring, &mut bench.ram.arenas[0], requests, bench.addressing)?;
     bench.front_end.stop_vring(0)?;
     let mut vring = bench.ram.vring(&bench.front_end, QUEUE_SIZE)?;

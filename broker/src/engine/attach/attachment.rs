@@ -16,7 +16,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::cancellation::CancellationToken;
-use super::request::AttachRequest;
+use super::request::PendingAttachRequest;
 use super::ring_executor::RingExecutor;
 use crate::vhost_user::DeviceMemory;
 use crate::virtqueue::DirtyLog;
@@ -32,7 +32,7 @@ pub(in crate::engine) struct Attachment {
     pub(in crate::engine) machine: Machine,
     pub(in crate::engine) geometry: Geometry,
     /// ATTACH itself.
-    pub(in crate::engine) attach: AttachRequest,
+    pub(in crate::engine) attach: PendingAttachRequest,
     /// The rings that run, by their area.
     pub(in crate::engine) rings: [Option<LiveRing>; 2],
     /// Why the next epoch ends.
@@ -82,7 +82,7 @@ impl Attachment {
     pub(in crate::engine) fn new(
         id: AttachmentId,
         geometry: Geometry,
-        attach: AttachRequest,
+        attach: PendingAttachRequest,
         memory: Rc<DeviceMemory>,
     ) -> Self {
         Self {

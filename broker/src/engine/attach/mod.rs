@@ -4,7 +4,7 @@
 //! queue's epoch machine ([`ringpass_guest_abi::epoch::device`]). What takes long or may wait happens on other threads:
 //!
 //! - [`Attachment`]: a queue whose ATTACH is pending. Belongs to the queue's worker.
-//! - [`AttachRequest`]: a request of the attach protocol that the worker answers now or later.
+//! - [`PendingAttachRequest`]: a request of the attach protocol that the worker answers now or later.
 //! - [`SharedRings`]: what the workers and the builder share. [`availability`]: whether the device gives out rings.
 //!   [`range_registry`]: which ranges of guest memory belong to which queue. [`ring_metrics`]: what operators see.
 //!   [`pending_detaches`]: DETACH requests on their way to a worker.
@@ -15,8 +15,8 @@
 //!   worker cancel a ring that it requested.
 //! - [`Workers`]: how the builder and the ends of rings reach the workers. The module knows nothing else of them.
 //!
-//! The worker carries out the steps of the machine in `engine/epochs.rs`, and takes the requests in
-//! `engine/interface.rs`.
+//! The worker carries out the steps of the machine in `engine/worker/epochs.rs`, and takes the requests in
+//! `engine/worker/attach_requests.rs`.
 
 mod attachment;
 mod availability;
@@ -52,7 +52,7 @@ pub(super) use cancellation::CancellationToken;
 pub use config::AttachConfig;
 pub(super) use refusal::AttachRefusal;
 pub use refusal::Refused;
-pub(super) use request::AttachRequest;
+pub(super) use request::PendingAttachRequest;
 pub(super) use shared::SharedRings;
 pub use status::{KindStatus, RingCounts, RingStatus, RingsStatus};
 pub(super) use workers::{AttachEvent, Workers};

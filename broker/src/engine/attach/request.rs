@@ -6,13 +6,13 @@ use ringpass_guest_abi::request::PAYLOAD_BYTES_MAX;
 use vm_memory::{Bytes, GuestAddress};
 
 use crate::vhost_user::DeviceMemory;
-use crate::virtio_blk::{InterfaceRequest, SegmentList};
+use crate::virtio_blk::{AttachRequest, SegmentList};
 use crate::virtqueue::{DirtyLog, SplitQueue, UnrecordedChain};
 
 /// A request of the attach protocol that the worker has taken from a queue and not answered. The request may stay
 /// pending for as long as its queue runs.
 #[derive(Debug)]
-pub(in crate::engine) struct AttachRequest {
+pub(in crate::engine) struct PendingAttachRequest {
     /// The head of the request's chain.
     pub(in crate::engine) head: u16,
     /// The guest's memory as it is now. The places of the answer were in it when the chain was parsed.
@@ -26,12 +26,12 @@ pub(in crate::engine) struct AttachRequest {
     unrecorded: Option<UnrecordedChain>,
 }
 
-impl AttachRequest {
+impl PendingAttachRequest {
     /// A request that was just parsed, and its payload. The payload is copied once: as much of it as any payload may
     /// have, and one byte more if it is longer.
     pub(in crate::engine) fn new(
         chain: UnrecordedChain,
-        request: &InterfaceRequest,
+        request: &AttachRequest,
         memory: Rc<DeviceMemory>,
         segments: &SegmentList,
     ) -> (Self, Vec<u8>) {
@@ -51,7 +51,7 @@ impl AttachRequest {
                 places.push((gpa, segment.len_bytes - readable));
             }
         }
-        let InterfaceRequest { status_gpa, answer_bytes, .. } = *request;
+        let AttachRequest { status_gpa, answer_bytes, .. } = *request;
         let head = chain.head();
         (Self { head, memory, status_gpa, answer_bytes, places, unrecorded: Some(chain) }, payload)
     }

@@ -193,7 +193,7 @@ fn attachments_that_cannot_be_are_refused_with_the_field_and_leave_a_virtqueue()
 }
 
 #[test]
-fn requests_of_the_interface_are_refused_on_queues_that_they_are_not_for() {
+fn attach_requests_are_refused_on_queues_that_they_are_not_for() {
     let mut rig = rig(2, 1);
     let mut first = first_queue(&mut rig);
     assert_eq!(first.detach(0).unwrap(), whole(ErrorCode::Queue));

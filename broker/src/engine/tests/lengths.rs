@@ -73,7 +73,7 @@ fn the_id_is_twenty_bytes_in_any_buffer_that_has_room_for_it() {
 }
 
 #[test]
-fn a_request_of_the_interface_has_written_its_answer() {
+fn an_attach_request_has_written_its_answer() {
     // The buffer for an answer has 256 bytes, all of them before the status.
     let mut rig = rig(2, 1);
     let mut queue = first_queue(&mut rig);

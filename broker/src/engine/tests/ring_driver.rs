@@ -2,7 +2,7 @@
 
 use ringpass_guest_abi::FixedAddressing;
 use ringpass_guest_abi::attach::AreaAddress;
-use ringpass_test_utils::attach::{Attachment, Buffers, CQ_ENTRIES, Found, Interface};
+use ringpass_test_utils::attach::{Attachment, Buffers, CQ_ENTRIES, Found, RequestPlaces};
 use ringpass_test_utils::ram::Arena;
 use ringpass_test_utils::vring::DriverVring;
 use vm_memory::{Bytes, GuestAddress};
@@ -44,7 +44,7 @@ pub(super) fn ring_queue_driver(vring: DriverVring, index: u16) -> RingDriver {
         AreaAddress { rings_gpa: rings_gpa.into(), sqes_gpa: (rings_gpa + SQES_OFFSET).into() }
     };
     let memory = Attachment {
-        requests: Interface::take(&mut requests(index), Attachment::PLACES).unwrap(),
+        requests: RequestPlaces::take(&mut requests(index), Attachment::PLACES).unwrap(),
         payload: Attachment::payload_of(base, [area(0), area(1)]),
         buffers: Buffers { gpa: base + DATA_OFFSET, count: CQ_ENTRIES.into(), each_bytes: 4096 },
     };

@@ -9,7 +9,7 @@ use ringpass_guest_abi::request::{DetachPayload, EVENT_QUEUES, ErrorCode, EventA
 
 use super::Worker;
 use crate::engine::attach::{
-    Attach, AttachRefusal, AttachRequest, Attachment, AttachmentId, Refused, RingKind, host_address,
+    Attach, AttachRefusal, Attachment, AttachmentId, PendingAttachRequest, Refused, RingKind, host_address,
 };
 use crate::engine::queue_life::LiveQueue;
 use crate::engine::vring::{Executor, Vring};
@@ -23,7 +23,7 @@ impl Worker<'_> {
         &mut self,
         number: usize,
         request_type: RequestType,
-        mut request: AttachRequest,
+        mut request: PendingAttachRequest,
         payload: &[u8],
     ) {
         let Some(attach) = self.attach().cloned() else { return self.answer_unknown(number, request_type, request) };
@@ -50,17 +50,17 @@ impl Worker<'_> {
     }
 
     /// The device does not offer rings: it writes nothing but the status.
-    fn answer_unknown(&mut self, number: usize, request_type: RequestType, mut request: AttachRequest) {
+    fn answer_unknown(&mut self, number: usize, request_type: RequestType, mut request: PendingAttachRequest) {
         let Some(active) = self.queues.get_mut(number).active_mut() else { return };
         request.record(&mut active.queue);
         let refusal = Refusal::UnknownType { request_type: request_type.number() };
-        let AttachRequest { head, status_gpa, answer_bytes: writable_bytes, .. } = request;
+        let PendingAttachRequest { head, status_gpa, answer_bytes: writable_bytes, .. } = request;
         let status = refusal.status();
         let answer = Answer { status, status_gpa, writable_bytes, written_bytes: 0, refusal: Some(refusal) };
         self.answer(number, head, &request.memory, &answer);
     }
 
-    fn attach_queue(&mut self, number: usize, attach: &Attach, request: AttachRequest, payload: &[u8]) {
+    fn attach_queue(&mut self, number: usize, attach: &Attach, request: PendingAttachRequest, payload: &[u8]) {
         let vring = self.queues.get_mut(number);
         let index = vring.index;
         match admit(vring, attach, &request.memory, payload) {
@@ -107,7 +107,7 @@ impl Worker<'_> {
         self.break_down(number, Cause::new(why), &why);
     }
 
-    fn ask_for_detach(&mut self, number: usize, attach: &Attach, request: &AttachRequest, bytes: &[u8]) {
+    fn ask_for_detach(&mut self, number: usize, attach: &Attach, request: &PendingAttachRequest, bytes: &[u8]) {
         let wanted = payload(bytes).map(|bytes| DetachPayload::from_bytes(&bytes));
         let code = match wanted.and_then(|payload| payload.check(attach.queue_count())) {
             Ok(queue) => {
@@ -129,7 +129,7 @@ impl Worker<'_> {
         self.note_epoch_event(number, Event::Finish(ErrorCode::Detached));
     }
 
-    fn take_event(&mut self, number: usize, request: AttachRequest) {
+    fn take_event(&mut self, number: usize, request: PendingAttachRequest) {
         let vring = self.queues.get_mut(number);
         let is_stopping = !vring.is_running();
         let Some(active) = vring.active_mut() else { return };
@@ -183,21 +183,21 @@ impl Worker<'_> {
         }
     }
 
-    fn give_event(&mut self, number: usize, request: &AttachRequest, events: u32) {
+    fn give_event(&mut self, number: usize, request: &PendingAttachRequest, events: u32) {
         let answer = EventAnswer { events: events.into(), reserved: 0.into() };
         self.give_answer(number, request, &answer.to_bytes(), Status::Ok);
     }
 
-    pub(super) fn give_outcome(&mut self, number: usize, request: &AttachRequest, outcome: &Outcome) {
+    pub(super) fn give_outcome(&mut self, number: usize, request: &PendingAttachRequest, outcome: &Outcome) {
         let is_ok = ErrorCode::from_number(outcome.error.get()).is_some_and(ErrorCode::is_ok);
         let status = if is_ok { Status::Ok } else { Status::IoError };
         self.give_answer(number, request, &outcome.to_bytes(), status);
     }
 
-    fn give_answer(&mut self, number: usize, request: &AttachRequest, bytes: &[u8], status: Status) {
+    fn give_answer(&mut self, number: usize, request: &PendingAttachRequest, bytes: &[u8], status: Status) {
         let log = self.queues.get_mut(number).active_mut().and_then(|active| active.log.as_deref());
         let written_bytes = request.write_answer(bytes, log);
-        let AttachRequest { head, status_gpa, answer_bytes: writable_bytes, .. } = *request;
+        let PendingAttachRequest { head, status_gpa, answer_bytes: writable_bytes, .. } = *request;
         let answer = Answer { status, status_gpa, writable_bytes, written_bytes, refusal: None };
         self.complete(number, head, &request.memory, &answer);
     }

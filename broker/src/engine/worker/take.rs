@@ -4,7 +4,7 @@ use std::fmt::Display;
 use std::rc::Rc;
 
 use super::Worker;
-use crate::engine::attach::AttachRequest;
+use crate::engine::attach::PendingAttachRequest;
 use crate::engine::command::Command;
 use crate::engine::execution::{ChainOrigin, NewRequest, Origin};
 use crate::engine::queue_life::Takes;
@@ -61,16 +61,16 @@ impl Worker<'_> {
         // The queue has stopped when the last of them has ended, which may be in this iteration.
         self.is_unsettled |= takes == Takes::Replay;
         let parsed = parse(popped.chain(&memory), &self.limits, request_types, segments);
-        if let Parsed::Interface(parsed) = &parsed {
+        if let Parsed::AttachRequest(parsed) = &parsed {
             let chain = popped.leave_unrecorded();
-            let (request, payload) = AttachRequest::new(chain, parsed, memory, segments);
+            let (request, payload) = PendingAttachRequest::new(chain, parsed, memory, segments);
             self.take_attach_request(number, parsed.request_type, request, &payload);
             return Taken::Chain;
         }
         let head = popped.record();
         active.sequence.take(None, 0);
         match parsed {
-            Parsed::Interface(_) => {}
+            Parsed::AttachRequest(_) => {}
             Parsed::Request(request) => {
                 active.in_flight += 1;
                 let Request { operation, data_bytes, status_gpa, writable_bytes } = request;

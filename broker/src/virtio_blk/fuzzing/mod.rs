@@ -69,9 +69,9 @@ pub(super) fn check(
             assert_eq!(answer.refusal.map_or(super::Status::Ok, super::Refusal::status), answer.status);
             Expected::Answer { status: answer.status, status_gpa: answer.status_gpa, used_bytes: answer.used_bytes() }
         }
-        Parsed::Interface(request) => {
+        Parsed::AttachRequest(request) => {
             assert_eq!(data.len() as u64, u64::from(request.payload_bytes) + u64::from(request.answer_bytes));
-            Expected::Interface { request, data }
+            Expected::AttachRequest { request, data }
         }
         Parsed::Malformed(_) => {
             assert!(segments.is_empty());
@@ -104,8 +104,8 @@ fn limits(choices: &mut Choices<'_>) -> RequestLimits {
 /// Writes first a request as a driver might send it, in some arrangement of descriptors, and then up to three arbitrary
 /// descriptors in place of its own.
 fn fill(scene: &mut Scene, choices: &mut Choices<'_>) -> u16 {
-    let interface = 0x7270_0000 + u32::from(choices.byte() % 16);
-    let request_type = [0, 1, 4, 8, 11, 13, choices.byte().into(), u32::MAX, interface][choices.below(9)];
+    let attach_request = 0x7270_0000 + u32::from(choices.byte() % 16);
+    let request_type = [0, 1, 4, 8, 11, 13, choices.byte().into(), u32::MAX, attach_request][choices.below(9)];
     scene.put_header(GuestAddress(HEADER_GPA), request_type, choices.sector());
     let range_sectors = [8, 1, 0, 9, 64, choices.byte().into(), u32::MAX][choices.below(7)];
     let flags = [0, 0, 0, 1, 2, 0x8000_0000][choices.below(6)];

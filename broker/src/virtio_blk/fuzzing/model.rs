@@ -6,7 +6,7 @@ use ringpass_guest_abi::request::RequestType;
 use vm_memory::GuestAddress;
 
 use super::scene::{Scene, TABLE_ENTRIES};
-use crate::virtio_blk::{ByteRange, InterfaceRequest, Operation, Request, RequestLimits, Status};
+use crate::virtio_blk::{AttachRequest, ByteRange, Operation, Request, RequestLimits, Status};
 
 /// Longer than any buffer in the scene's memory.
 const LONGEST_IN_MEMORY_BYTES: u64 = 0x1_0000;
@@ -16,7 +16,7 @@ const LONGEST_IN_MEMORY_BYTES: u64 = 0x1_0000;
 pub(super) enum Expected {
     Request { request: Request, data: Vec<(u64, *mut u8)> },
     Answer { status: Status, status_gpa: GuestAddress, used_bytes: u32 },
-    Interface { request: InterfaceRequest, data: Vec<(u64, *mut u8)> },
+    AttachRequest { request: AttachRequest, data: Vec<(u64, *mut u8)> },
     Malformed,
 }
 
@@ -38,18 +38,18 @@ pub(super) fn parse(scene: &Scene, head: u16, limits: &RequestLimits, driver_fea
     let writable_bytes = (total_writable - 1).min(u32::MAX.into()) as u32;
     // The device writes nothing but the status, which counts only if it is the first byte.
     let used_bytes = u32::from(total_writable == 1);
-    let mut interface = None;
-    let meaning = parts(scene, &buffers, room).and_then(|parts| match interface_request(parts.request_type()) {
+    let mut attach_request = None;
+    let meaning = parts(scene, &buffers, room).and_then(|parts| match attach_request_type(parts.request_type()) {
         None => meaning(scene, parts, limits, driver_features),
         Some(request_type) => {
             let (payload_bytes, answer_bytes) = (parts.readable.len() as u32, parts.writable.len() as u32);
-            let request = InterfaceRequest { request_type, payload_bytes, answer_bytes, status_gpa };
-            interface = Some((request, [parts.readable, parts.writable].concat()));
+            let request = AttachRequest { request_type, payload_bytes, answer_bytes, status_gpa };
+            attach_request = Some((request, [parts.readable, parts.writable].concat()));
             Ok((None, Vec::new()))
         }
     });
-    if let Some((request, data)) = interface {
-        return Expected::Interface { request, data };
+    if let Some((request, data)) = attach_request {
+        return Expected::AttachRequest { request, data };
     }
     match meaning {
         Ok((Some(operation), data)) => {
@@ -116,7 +116,7 @@ impl Parts {
 }
 
 /// The numbers in `docs/abi.md`.
-fn interface_request(number: u32) -> Option<RequestType> {
+fn attach_request_type(number: u32) -> Option<RequestType> {
     match number {
         0x7270_0000 => Some(RequestType::Probe),
         0x7270_0002 => Some(RequestType::Arm),

@@ -28,7 +28,7 @@ fn outcome(parsed: &Parsed) -> String {
     match parsed {
         Parsed::Request(request) => words(format!("{:?}", request.operation)),
         Parsed::Answer(answer) => answer.refusal.map_or("NothingToDo".into(), |refusal| words(format!("{refusal:?}"))),
-        Parsed::Interface(request) => words(format!("{:?}", request.request_type)),
+        Parsed::AttachRequest(request) => words(format!("{:?}", request.request_type)),
         Parsed::Malformed(error) => {
             let debug = format!("{error:?}");
             words(debug.trim_start_matches("Chain(").to_owned())

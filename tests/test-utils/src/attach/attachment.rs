@@ -7,7 +7,7 @@ use ringpass_guest_abi::{
     rings_area_bytes, sqes_area_bytes,
 };
 
-use super::Interface;
+use super::RequestPlaces;
 use crate::ram::Arena;
 
 /// Entries of the SQ.
@@ -39,7 +39,7 @@ impl Buffers {
 #[derive(Debug, Clone, Copy)]
 pub struct Attachment {
     /// Places of the driver's requests on the virtqueue: [`Attachment::PLACES`] of them.
-    pub requests: Interface,
+    pub requests: RequestPlaces,
     /// The control page and the two areas of the ring, as ATTACH tells them.
     pub payload: AttachPayload,
     /// Data of requests on the ring.
@@ -56,7 +56,7 @@ impl Attachment {
     ///
     /// The arena does not have enough memory left.
     pub fn take(arena: &mut Arena) -> Result<Self> {
-        let requests = Interface::take(arena, Self::PLACES)?;
+        let requests = RequestPlaces::take(arena, Self::PLACES)?;
         Self::with_requests(arena, requests)
     }
 
@@ -65,7 +65,7 @@ impl Attachment {
     /// # Errors
     ///
     /// The arena does not have enough memory left.
-    pub fn with_requests(arena: &mut Arena, requests: Interface) -> Result<Self> {
+    pub fn with_requests(arena: &mut Arena, requests: RequestPlaces) -> Result<Self> {
         let payload = Self::take_payload(arena)?;
         let (count, page) = (CQ_ENTRIES.into(), u64::from(PAGE_BYTES));
         let buffers = Buffers { gpa: arena.take(count * page, page)?, count, each_bytes: PAGE_BYTES };

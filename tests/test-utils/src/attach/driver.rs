@@ -11,7 +11,7 @@ use ringpass_guest_abi::{
     request::{ErrorCode, T_ARM, T_ATTACH},
 };
 
-use super::{Attachment, Buffers, CQ_ENTRIES, Found, Interface, SQ_ENTRIES, Words, attachment::PAGE_BYTES};
+use super::{Attachment, Buffers, CQ_ENTRIES, Found, RequestPlaces, SQ_ENTRIES, Words, attachment::PAGE_BYTES};
 use crate::{PATIENCE, descriptor::Descriptor, ram::Arena, vring::DriverVring, wait_until};
 
 const ARM_PLACE: u64 = 0;
@@ -57,10 +57,10 @@ impl RingDriver {
     pub fn with_requests(
         vring: DriverVring,
         arena: &mut Arena,
-        interface: Interface,
+        places: RequestPlaces,
         addressing: FixedAddressing,
     ) -> Result<Self> {
-        Ok(Self::with_memory(vring, Attachment::with_requests(arena, interface)?, addressing))
+        Ok(Self::with_memory(vring, Attachment::with_requests(arena, places)?, addressing))
     }
 
     /// The driver of an empty queue, with this memory.

@@ -7,7 +7,7 @@ use ringpass_guest_abi::{
     request::{DetachPayload, EventAnswer, T_DETACH, T_EVENT, T_PROBE},
 };
 
-use super::{Found, Interface};
+use super::{Found, RequestPlaces};
 use crate::{
     PATIENCE,
     ram::Arena,
@@ -21,7 +21,7 @@ const OTHER_PLACE: u64 = 1;
 #[derive(Debug)]
 pub struct FirstQueue {
     vring: DriverVring,
-    interface: Interface,
+    places: RequestPlaces,
     event: Option<u16>,
     has_event: bool,
 }
@@ -33,7 +33,7 @@ impl FirstQueue {
     ///
     /// The arena does not have enough memory left.
     pub fn new(vring: DriverVring, arena: &mut Arena) -> Result<Self> {
-        Ok(Self { vring, interface: Interface::take(arena, 2)?, event: None, has_event: false })
+        Ok(Self { vring, places: RequestPlaces::take(arena, 2)?, event: None, has_event: false })
     }
 
     /// The queue.
@@ -70,7 +70,7 @@ impl FirstQueue {
     /// PROBE does not end.
     pub fn probe_answer(&mut self) -> Result<(ProbeAnswer, u8)> {
         self.request(T_PROBE, &[])?;
-        let (answer, status) = self.interface.answer(&self.vring, OTHER_PLACE)?;
+        let (answer, status) = self.places.answer(&self.vring, OTHER_PLACE)?;
         Ok((ProbeAnswer::from_prefix(&answer), status))
     }
 
@@ -80,7 +80,7 @@ impl FirstQueue {
     ///
     /// The queue is full.
     pub fn send(&mut self, kind: u32, payload: &[u8]) -> Result<u16> {
-        self.interface.send(&mut self.vring, OTHER_PLACE, kind, payload)
+        self.places.send(&mut self.vring, OTHER_PLACE, kind, payload)
     }
 
     /// Sends a request and waits for its end.
@@ -101,7 +101,7 @@ impl FirstQueue {
     /// It does not end.
     pub fn outcome_of(&mut self, kind: u32, payload: &[u8]) -> Result<Found> {
         self.request(kind, payload)?;
-        self.interface.outcome(&self.vring, OTHER_PLACE)
+        self.places.outcome(&self.vring, OTHER_PLACE)
     }
 
     /// Sends DETACH, and waits for the outcome.
@@ -120,7 +120,7 @@ impl FirstQueue {
     ///
     /// The queue is full.
     pub fn post_event(&mut self) -> Result<()> {
-        self.event = Some(self.interface.send(&mut self.vring, EVENT_PLACE, T_EVENT, &[])?);
+        self.event = Some(self.places.send(&mut self.vring, EVENT_PLACE, T_EVENT, &[])?);
         Ok(())
     }
 
@@ -150,7 +150,7 @@ impl FirstQueue {
             self.next_used()?;
         }
         self.has_event = false;
-        let (answer, status) = self.interface.answer(&self.vring, EVENT_PLACE)?;
+        let (answer, status) = self.places.answer(&self.vring, EVENT_PLACE)?;
         ensure!(status == 0, "EVENT has status {status}");
         let mut bytes = [0; EventAnswer::BYTES];
         bytes.copy_from_slice(&answer[..EventAnswer::BYTES]);

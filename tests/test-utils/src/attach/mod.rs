@@ -12,6 +12,6 @@ pub use self::{
     attachment::{Attachment, Buffers, CQ_ENTRIES, SQ_ENTRIES},
     driver::RingDriver,
     first_queue::FirstQueue,
-    places::{Found, Interface, ok, whole},
+    places::{Found, RequestPlaces, ok, whole},
     words::Words,
 };

@@ -43,11 +43,11 @@ pub fn ok() -> Found {
 
 /// Places for the attach requests of one queue.
 #[derive(Debug, Clone, Copy)]
-pub struct Interface {
+pub struct RequestPlaces {
     gpa: u64,
 }
 
-impl Interface {
+impl RequestPlaces {
     /// Takes the RAM of so many places from an arena.
     ///
     /// # Errors
