@@ -156,7 +156,7 @@ pub fn await_ring(queue: &mut Queue) -> Result<u32> {
         match queue.executed_by() {
             ExecutedBy::Ring { epoch } => return Ok(epoch),
             ExecutedBy::Virtqueue { refused } => anyhow::bail!("the queue is a virtqueue: {refused:?}"),
-            ExecutedBy::Nobody => ensure!(std::time::Instant::now() < end, "no ring within 30 s"),
+            ExecutedBy::BetweenRings => ensure!(std::time::Instant::now() < end, "no ring within 30 s"),
             other => anyhow::bail!("the queue is executed in another way: {other:?}"),
         }
         ensure!(queue.poll().is_none(), "a request has ended that was not submitted");

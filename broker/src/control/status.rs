@@ -71,8 +71,8 @@ pub enum ExecutedBy {
     Virtqueue,
     /// The host kernel executes the ring.
     Ring,
-    /// Neither executes the queue at the moment: an epoch begins or ends.
-    Nobody,
+    /// The queue is between rings: an epoch begins or ends, and neither executes the queue.
+    BetweenRings,
 }
 
 /// One queue.
@@ -192,6 +192,7 @@ mod tests {
         assert_eq!(json["queues"][0]["by_device"]["reads"], 3);
         assert_eq!(json["queues"][0]["by_guest"]["submitted"], 5);
         assert_eq!(serde_json::to_value(ExecutedBy::Ring).unwrap(), "ring");
+        assert_eq!(serde_json::to_value(ExecutedBy::BetweenRings).unwrap(), "between-rings");
         assert_eq!(serde_json::from_value::<DeviceStats>(json).unwrap(), stats);
     }
 }

@@ -92,7 +92,7 @@ fn executed_by(who: ExecutedBy) -> &'static str {
     match who {
         ExecutedBy::Virtqueue => "virtqueue",
         ExecutedBy::Ring => "ring",
-        ExecutedBy::Nobody => "between two rings",
+        ExecutedBy::BetweenRings => "between rings",
         _ => "unknown",
     }
 }

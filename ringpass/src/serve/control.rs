@@ -236,7 +236,7 @@ fn queue(index: usize, engine: &EngineControl, ring: Option<&RingStatus>) -> Que
         executed_by: match (phase, layout) {
             (None, _) => ExecutedBy::Virtqueue,
             (Some(_), Some(_)) => ExecutedBy::Ring,
-            (Some(_), None) => ExecutedBy::Nobody,
+            (Some(_), None) => ExecutedBy::BetweenRings,
         },
         epoch: epoch.map(|epoch| epoch.number()),
         phase: phase.map(str::to_owned),

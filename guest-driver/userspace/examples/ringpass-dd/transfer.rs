@@ -175,7 +175,7 @@ impl<'d> Transfer<'d> {
             ExecutedBy::Ring { epoch } => format!("a ring (epoch {epoch})"),
             ExecutedBy::Virtqueue { refused: Some(why) } => format!("a virtqueue ({why:?})"),
             ExecutedBy::Virtqueue { refused: None } => "a virtqueue".into(),
-            ExecutedBy::Nobody => "between two rings".into(),
+            ExecutedBy::BetweenRings => "between rings".into(),
             other => format!("{other:?}"),
         });
         let ways: Vec<String> = ways.zip(1..).map(|(way, index)| format!("queue {index} is {way}")).collect();

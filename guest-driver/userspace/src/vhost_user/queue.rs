@@ -41,7 +41,7 @@ pub enum ExecutedBy {
         refused: Option<ErrorCode>,
     },
     /// Nothing at the moment: a ring has ended or the driver has sent ATTACH, and the next ring does not exist yet.
-    Nobody,
+    BetweenRings,
 }
 
 /// A request that has ended, with its buffer.
@@ -147,7 +147,7 @@ impl Queue {
         match self.driver.epoch() {
             Some(epoch) if self.driver.is_ring() => ExecutedBy::Ring { epoch },
             _ if self.driver.is_virtqueue() => ExecutedBy::Virtqueue { refused: self.driver.refused() },
-            _ => ExecutedBy::Nobody,
+            _ => ExecutedBy::BetweenRings,
         }
     }
 
