@@ -12,7 +12,7 @@ use super::command::{Command, WhichEventfd};
 use super::handle::Engine;
 use super::reply::Pending;
 use crate::vhost_user::{ConfigWriteError, Device, DeviceMemory, PeerWatch, QueueEventfds, RingFault};
-use crate::virtio_blk::{CacheMode, Continuity, Told};
+use crate::virtio_blk::{CacheMode, Continuity, DeviceRecord};
 use crate::virtqueue::{DirtyLog, QUEUE_SIZE_MAX, QueueSetup};
 
 impl Engine {
@@ -20,8 +20,8 @@ impl Engine {
         self.order(index, |queue, reply| Command::SetEventfd { queue, which, eventfd, reply });
     }
 
-    fn told(&self) -> Told {
-        Told::new(&self.device(), self.cache_mode.driver_features())
+    fn device_record(&self) -> DeviceRecord {
+        DeviceRecord::new(&self.device(), self.cache_mode.driver_features())
     }
 }
 
@@ -77,12 +77,12 @@ impl Device for Engine {
     }
 
     fn record(&self) -> Vec<u8> {
-        self.told().to_bytes()
+        self.device_record().to_bytes()
     }
 
     fn compare_record(&self, record: &[u8], queues_in_use: u16) -> Result<bool, Box<dyn Error + Send + Sync>> {
-        let Some(earlier) = Told::from_bytes(record) else { return Ok(false) };
-        Ok(earlier.compare(&self.told(), queues_in_use)? == Continuity::Larger)
+        let Some(earlier) = DeviceRecord::from_bytes(record) else { return Ok(false) };
+        Ok(earlier.compare(&self.device_record(), queues_in_use)? == Continuity::Larger)
     }
 
     fn forget_driver(&mut self) {

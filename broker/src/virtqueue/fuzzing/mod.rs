@@ -16,7 +16,7 @@ use self::model::Contents;
 use super::inflight::VERSION;
 use super::{InflightQueue, InflightRegion, QueueError, QueueSetup, SplitQueue};
 use crate::fuzzing::Choices;
-use crate::virtio_blk::{Continuity, Told};
+use crate::virtio_blk::{Continuity, DeviceRecord};
 
 const DESC_TABLE: u64 = 0;
 const AVAIL_RING: u64 = 0x1000;
@@ -66,8 +66,8 @@ fn device_record(bytes: &[u8]) {
     }
     let region = mapped();
     let found = region.device_record();
-    if let Some(told) = found.as_deref().and_then(Told::from_bytes) {
-        assert_eq!(told.compare(&told, u16::MAX), Ok(Continuity::Same));
+    if let Some(record) = found.as_deref().and_then(DeviceRecord::from_bytes) {
+        assert_eq!(record.compare(&record, u16::MAX), Ok(Continuity::Same));
     }
     region.set_device_record(b"what comes next");
     let is_ours = at != queue_bytes || bytes.is_empty();

@@ -1,4 +1,5 @@
-//! What a driver was told of the device and relies on. It must not change across a restart of the server.
+//! The device record: what a driver was told of the device and relies on. It must not change across a restart of the
+//! server.
 
 use std::fmt::{self, Display};
 
@@ -13,9 +14,9 @@ use crate::vhost_user::feature_names;
 const ID_BYTES: usize = 20;
 const BYTES: usize = 8 + 8 + CONFIG_SPACE_BYTES + ID_BYTES;
 
-/// What a driver was told of a device, and what it accepted.
+/// What a driver was told of a device, and what it accepted, for the next process that serves this driver.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Told {
+pub struct DeviceRecord {
     /// The features that the device offered.
     offered: u64,
     /// The features that the driver accepted.
@@ -59,7 +60,7 @@ impl Display for Difference {
     }
 }
 
-impl Told {
+impl DeviceRecord {
     /// What a driver that accepted these features was told of this device.
     pub fn new(device: &BlkConfig, accepted: u64) -> Self {
         let mut space = device.to_bytes(true);

@@ -20,23 +20,23 @@ fn parameters() -> BlkParameters {
 }
 
 /// What a driver was told that accepts those of these features that the device offers.
-fn told(parameters: BlkParameters, accepted: u64) -> Told {
+fn record(parameters: BlkParameters, accepted: u64) -> DeviceRecord {
     let device = BlkConfig::new(parameters).expect("a device");
-    Told::new(&device, accepted & device.device_features())
+    DeviceRecord::new(&device, accepted & device.device_features())
 }
 
 fn compare(now: BlkParameters) -> Result<Continuity, String> {
-    told(parameters(), EVERYTHING).compare(&told(now, 0), QUEUES).map_err(|changed| changed.to_string())
+    record(parameters(), EVERYTHING).compare(&record(now, 0), QUEUES).map_err(|changed| changed.to_string())
 }
 
 #[test]
 fn a_record_is_parsed_and_other_bytes_are_ignored() {
-    let told = told(parameters(), EVERYTHING);
-    let bytes = told.to_bytes();
+    let record = record(parameters(), EVERYTHING);
+    let bytes = record.to_bytes();
     assert!(bytes.len() <= crate::virtqueue::DEVICE_RECORD_MAX_BYTES);
-    assert_eq!(Told::from_bytes(&bytes), Some(told));
-    assert_eq!(Told::from_bytes(&bytes[1..]), None);
-    assert_eq!(Told::from_bytes(&[]), None);
+    assert_eq!(DeviceRecord::from_bytes(&bytes), Some(record));
+    assert_eq!(DeviceRecord::from_bytes(&bytes[1..]), None);
+    assert_eq!(DeviceRecord::from_bytes(&[]), None);
 }
 
 #[test]
@@ -103,8 +103,8 @@ fn a_changed_device_is_refused_with_the_option_that_restores_it() {
     let two = BlkParameters { num_queues: 2, logical_block_bytes: 4096, ..parameters() };
     let refusal = compare(two).expect_err("another device");
     assert!(refusal.contains("(--logical-block-size 512); queues in use: 4"), "it names each difference: {refusal}");
-    let was_read_only = told(BlkParameters { read_only: true, ..parameters() }, EVERYTHING);
-    let refusal = was_read_only.compare(&told(parameters(), 0), QUEUES).expect_err("another device").to_string();
+    let was_read_only = record(BlkParameters { read_only: true, ..parameters() }, EVERYTHING);
+    let refusal = was_read_only.compare(&record(parameters(), 0), QUEUES).expect_err("another device").to_string();
     assert!(refusal.contains("read-write now (start the server with --read-only)"), "{refusal}");
 }
 
@@ -112,34 +112,41 @@ fn a_changed_device_is_refused_with_the_option_that_restores_it() {
 fn unused_features_may_disappear() {
     let lost = BlkParameters { discard: None, write_zeroes: None, ..parameters() };
     let without = !(1 << VIRTIO_BLK_F_DISCARD | 1 << VIRTIO_BLK_F_WRITE_ZEROES);
-    let driver = told(parameters(), without);
-    assert_eq!(driver.compare(&told(lost, 0), QUEUES), Ok(Continuity::Same));
+    let driver = record(parameters(), without);
+    assert_eq!(driver.compare(&record(lost, 0), QUEUES), Ok(Continuity::Same));
     let smaller = DiscardLimits { max_sectors: 8, alignment_sectors: 8 };
     assert_eq!(
-        driver.compare(&told(BlkParameters { discard: Some(smaller), ..lost }, 0), QUEUES),
+        driver.compare(&record(BlkParameters { discard: Some(smaller), ..lost }, 0), QUEUES),
         Ok(Continuity::Same)
     );
 }
 
 #[test]
 fn a_forged_record_is_printed_as_one_harmless_line() {
-    let mut forged = told(parameters(), EVERYTHING).to_bytes();
+    let mut forged = record(parameters(), EVERYTHING).to_bytes();
     let serial = forged.len() - ID_BYTES;
     forged[serial..].copy_from_slice(b"\n\x1b[2Jevil\xff----------");
     forged[8..16].fill(0xff);
-    let refusal =
-        Told::from_bytes(&forged).unwrap().compare(&told(parameters(), 0), QUEUES).expect_err("forged").to_string();
+    let refusal = DeviceRecord::from_bytes(&forged)
+        .unwrap()
+        .compare(&record(parameters(), 0), QUEUES)
+        .expect_err("forged")
+        .to_string();
     assert!(refusal.contains(r#""\n\u{1b}[2Jevil"#), "{refusal}");
     assert!(!refusal.contains(|character: char| character.is_control()), "{refusal}");
 }
 
 #[test]
 fn unused_queues_and_limits_may_shrink() {
-    let told_to = |accepted| told(parameters(), accepted);
-    let fewer_queues = told(BlkParameters { num_queues: 2, ..parameters() }, 0);
-    assert_eq!(told_to(EVERYTHING).compare(&fewer_queues, 2), Ok(Continuity::Same));
-    assert!(told_to(EVERYTHING).compare(&fewer_queues, 3).is_err());
-    let shorter_queues = told(BlkParameters { queue_size: 64, ..parameters() }, 0);
-    assert!(told_to(EVERYTHING).compare(&shorter_queues, QUEUES).is_err());
-    assert_eq!(told_to(0).compare(&shorter_queues, QUEUES), Ok(Continuity::Same), "without SEG_MAX no limit was told");
+    let record_of = |accepted| record(parameters(), accepted);
+    let fewer_queues = record(BlkParameters { num_queues: 2, ..parameters() }, 0);
+    assert_eq!(record_of(EVERYTHING).compare(&fewer_queues, 2), Ok(Continuity::Same));
+    assert!(record_of(EVERYTHING).compare(&fewer_queues, 3).is_err());
+    let shorter_queues = record(BlkParameters { queue_size: 64, ..parameters() }, 0);
+    assert!(record_of(EVERYTHING).compare(&shorter_queues, QUEUES).is_err());
+    assert_eq!(
+        record_of(0).compare(&shorter_queues, QUEUES),
+        Ok(Continuity::Same),
+        "without SEG_MAX no limit was told"
+    );
 }
