@@ -30,7 +30,9 @@ mod server;
 mod session;
 mod signals;
 
-pub use connection::{Connection, ConnectionError, Message, PeerWatch, Received, Undone, Unfinished, Wait, Waiter};
+pub use connection::{
+    Connection, ConnectionError, Message, PeerWatch, Received, Unfinished, UnfinishedExchange, Wait, Waiter,
+};
 pub use device::{ConfigWriteError, Device, DeviceMemory, QueueEventfds};
 pub use eventfd::NotAnEventfd;
 pub(crate) use features::feature_names;

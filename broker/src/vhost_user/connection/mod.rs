@@ -21,7 +21,7 @@ use thiserror::Error;
 
 pub use self::peer::PeerWatch;
 pub(crate) use self::peer::pid_of_peer;
-pub use self::wait::{Undone, Unfinished, Wait, Waiter};
+pub use self::wait::{Unfinished, UnfinishedExchange, Wait, Waiter};
 use super::message::{HEADER_BYTES, Header, MAX_FDS, MessageError, Reply};
 use crate::log_limit::Cause;
 
@@ -161,7 +161,7 @@ impl Connection {
                 self.begun = None;
                 return Ok(Received::Message(Message { header, body, fds: std::mem::take(&mut self.fds) }));
             }
-            let what = Undone::Message { got_bytes: self.bytes.len() };
+            let what = UnfinishedExchange::PartialMessage { got_bytes: self.bytes.len() };
             let unfinished = self.begun.map(|since| Unfinished { what, since });
             if waiter.wait(&Wait { socket: self.stream.as_fd(), events: PollFlags::IN, unfinished })? {
                 return Ok(Received::Woken);
@@ -222,7 +222,7 @@ impl Connection {
                 Err(Errno::INTR) => {}
                 Err(Errno::AGAIN) => {
                     let since = *begun.get_or_insert_with(Instant::now);
-                    let unfinished = Some(Unfinished { what: Undone::Reply, since });
+                    let unfinished = Some(Unfinished { what: UnfinishedExchange::UnreadReply, since });
                     if waiter.wait(&Wait { socket: self.stream.as_fd(), events: PollFlags::OUT, unfinished })? {
                         return Err(ConnectionError::Interrupted);
                     }

@@ -23,21 +23,21 @@ pub struct Wait<'a> {
 #[derive(Debug, Clone, Copy)]
 pub struct Unfinished {
     /// What the front-end has left undone.
-    pub what: Undone,
+    pub what: UnfinishedExchange,
     /// When the exchange began.
     pub since: Instant,
 }
 
 /// What a front-end has left undone.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Undone {
+pub enum UnfinishedExchange {
     /// It has sent only a part of a message.
-    Message {
+    PartialMessage {
         /// How many bytes of the message have arrived.
         got_bytes: usize,
     },
     /// It does not read a reply, and the socket is full.
-    Reply,
+    UnreadReply,
 }
 
 /// Waits on behalf of a connection.

@@ -1,8 +1,8 @@
 //! A server that serves one front-end after another.
 
-mod lobby;
 #[cfg(test)]
 mod tests;
+mod waiting_front_ends;
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd, RawFd};
@@ -20,7 +20,7 @@ use super::device::Device;
 use super::listener::{BoundSocket, ListenError, Listener, SocketAccess};
 use super::session::{Session, SessionError, refresh_capacity};
 use crate::log_limit::Cause;
-use lobby::{FrontEndWaiter, Lobby, PATIENCE, WaitingFrontEnd};
+use waiting_front_ends::{FrontEndWaiter, PATIENCE, WaitingFrontEnd, WaitingFrontEnds};
 
 /// How long to wait before the next try when accepting a connection fails. The socket stays readable meanwhile.
 const ACCEPT_PAUSE: Timespec = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
@@ -47,18 +47,19 @@ pub enum ServerError {
 /// A front-end blocks no other if it is connected and silent, or if it stops in the middle of a message.
 #[derive(Debug)]
 pub struct Server {
-    lobby: Lobby,
-    control: Arc<Control>,
+    waiting: WaitingFrontEnds,
+    requests: Arc<HandleRequests>,
 }
 
 /// Sends requests to a running [`Server`], from any thread.
 #[derive(Debug, Clone)]
 pub struct ServerHandle {
-    control: Arc<Control>,
+    requests: Arc<HandleRequests>,
 }
 
+/// What handles ask of the server. The server looks at it between two messages.
 #[derive(Debug)]
-struct Control {
+struct HandleRequests {
     /// An eventfd that is readable when there is a request.
     wake: OwnedFd,
     /// An eventfd that is readable when the server must end.
@@ -69,7 +70,7 @@ struct Control {
 }
 
 /// The requests since the last look.
-struct HandleRequests {
+struct TakenRequests {
     is_refresh_due: bool,
     is_announcement_due: bool,
 }
@@ -143,19 +144,19 @@ impl Server {
             rustix::event::eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)
                 .map_err(|errno| ServerError::System { what: "making an eventfd for the server", source: errno.into() })
         };
-        let control = Control {
+        let requests = HandleRequests {
             wake: eventfd()?,
             stop: eventfd()?,
             is_stopping: AtomicBool::new(false),
             is_refresh_due: AtomicBool::new(false),
             is_announcement_due: AtomicBool::new(false),
         };
-        Ok(Self { lobby: Lobby::new(listener, PATIENCE), control: Arc::new(control) })
+        Ok(Self { waiting: WaitingFrontEnds::new(listener, PATIENCE), requests: Arc::new(requests) })
     }
 
     /// A handle for requests to the running server.
     pub fn handle(&self) -> ServerHandle {
-        ServerHandle { control: Arc::clone(&self.control) }
+        ServerHandle { requests: Arc::clone(&self.requests) }
     }
 
     /// Serves until [`ServerHandle::stop`], or until the only front-end is gone. Then the server stops listening,
@@ -180,7 +181,7 @@ impl Server {
     pub fn run_with(mut self, device: &mut dyn Device, on_closed: impl FnOnce()) -> Result<(), ServerError> {
         while let Some(front_end) = self.next_front_end(device)? {
             let pid = front_end.pid;
-            if let Some(total) = self.lobby.log.count(Cause::new("connected")) {
+            if let Some(total) = self.waiting.log.count(Cause::new("connected")) {
                 info!(pid, total, "front-end connected");
             }
             let end = self.serve(front_end, device);
@@ -189,12 +190,12 @@ impl Server {
             }
             match end {
                 Ok(_) => {
-                    if let Some(total) = self.lobby.log.count(Cause::new("disconnected")) {
+                    if let Some(total) = self.waiting.log.count(Cause::new("disconnected")) {
                         info!(pid, total, "front-end disconnected");
                     }
                 }
                 Err(error) => {
-                    if let Some(total) = self.lobby.log.count(error.cause()) {
+                    if let Some(total) = self.waiting.log.count(error.cause()) {
                         warn!(pid, %error, total, "connection to the front-end closed");
                     }
                 }
@@ -202,7 +203,7 @@ impl Server {
         }
         // The last I/O may take any time. A front-end that connects meanwhile would wait for an answer, and a successor
         // could not listen here. The lock of the disk keeps the successor's requests away from this I/O.
-        drop(self.lobby);
+        drop(self.waiting);
         on_closed();
         info!("stopping: waiting for the last I/O");
         device.reset();
@@ -214,14 +215,14 @@ impl Server {
         let system = |what| move |source| ServerError::System { what, source };
         let mut has_complained = false;
         loop {
-            if self.control.is_stopping() {
+            if self.requests.is_stopping() {
                 return Ok(None);
             }
             // A front-end that comes later asks for the capacity itself.
-            if self.control.take_requests().is_refresh_due {
+            if self.requests.take().is_refresh_due {
                 refresh_capacity(device);
             }
-            let is_paused = match self.lobby.take_connections() {
+            let is_paused = match self.waiting.take_connections() {
                 Ok(()) => false,
                 Err(error) if is_lasting(&error) => return Err(system("accepting a front-end")(error)),
                 Err(error) => {
@@ -231,14 +232,14 @@ impl Server {
                     true
                 }
             };
-            if let Some(front_end) = self.lobby.take_speaker() {
+            if let Some(front_end) = self.waiting.take_speaker() {
                 return Ok(Some(front_end));
             }
-            if self.lobby.is_closed() {
+            if self.waiting.is_closed() {
                 return Ok(None);
             }
-            let others = self.lobby.to_poll().filter(|_| !is_paused);
-            let fds = std::iter::once(self.control.wake.as_fd()).chain(others);
+            let others = self.waiting.to_poll().filter(|_| !is_paused);
+            let fds = std::iter::once(self.requests.wake.as_fd()).chain(others);
             let mut fds: Vec<_> = fds.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)).collect();
             match rustix::event::poll(&mut fds, Some(&ACCEPT_PAUSE).filter(|_| is_paused)) {
                 Ok(_) | Err(Errno::INTR) => {}
@@ -249,12 +250,12 @@ impl Server {
 
     /// Serves one front-end, from connection to disconnection.
     fn serve(&mut self, front_end: WaitingFrontEnd, device: &mut dyn Device) -> Result<End, ServeError> {
-        let Self { lobby, control } = self;
+        let Self { waiting, requests } = self;
         let served_pid = front_end.pid;
         let mut connection = Connection::new(front_end.stream);
-        let (wake, stop) = (control.wake.as_fd(), control.stop.as_fd());
+        let (wake, stop) = (requests.wake.as_fd(), requests.stop.as_fd());
         let watch = connection.peer_watch().inspect_err(|error| {
-            if let Some(total) = lobby.log.count(Cause::new("not watched")) {
+            if let Some(total) = waiting.log.count(Cause::new("not watched")) {
                 warn!(%error, total, "front-end not watched: waits for I/O do not end when it leaves");
             }
         });
@@ -263,20 +264,20 @@ impl Server {
         refresh_capacity(device);
         let mut session = Session::new(device);
         loop {
-            if control.is_stopping() {
+            if requests.is_stopping() {
                 return Ok(End::Stopped);
             }
-            let requests = control.take_requests();
-            if requests.is_refresh_due {
+            let taken = requests.take();
+            if taken.is_refresh_due {
                 session.refresh_capacity();
             }
-            if requests.is_announcement_due {
+            if taken.is_announcement_due {
                 session.notify_config_change();
             }
-            match connection.receive(FrontEndWaiter { lobby: &mut *lobby, served_pid, wake })? {
+            match connection.receive(FrontEndWaiter { waiting: &mut *waiting, served_pid, wake })? {
                 Received::Closed => {
                     if let Some(hint) = session.departure_hint() {
-                        if let Some(total) = lobby.log.count(Cause::new("departure")) {
+                        if let Some(total) = waiting.log.count(Cause::new("departure")) {
                             warn!(pid = served_pid, total, "front-end left: {hint}");
                         }
                     }
@@ -285,7 +286,7 @@ impl Server {
                 Received::Woken => {}
                 Received::Message(message) => {
                     if let Some(reply) = session.handle(message)? {
-                        connection.send(&reply, FrontEndWaiter { lobby: &mut *lobby, served_pid, wake: stop })?;
+                        connection.send(&reply, FrontEndWaiter { waiting: &mut *waiting, served_pid, wake: stop })?;
                     }
                 }
             }
@@ -315,34 +316,34 @@ fn is_lasting(error: &io::Error) -> bool {
 impl ServerHandle {
     /// Ends the server: the server disconnects the front-end and waits for I/O under way.
     pub fn stop(&self) {
-        self.control.is_stopping.store(true, Ordering::Release);
-        signal(&self.control.stop);
-        signal(&self.control.wake);
+        self.requests.is_stopping.store(true, Ordering::Release);
+        signal(&self.requests.stop);
+        signal(&self.requests.wake);
     }
 
     /// Makes the device read the size of its disk again, and tells the front-end if the size changed.
     pub fn refresh_capacity(&self) {
-        self.control.is_refresh_due.store(true, Ordering::Release);
-        signal(&self.control.wake);
+        self.requests.is_refresh_due.store(true, Ordering::Release);
+        signal(&self.requests.wake);
     }
 
     /// Tells the front-end, if there is one, that the device already has another capacity.
     pub fn announce_capacity(&self) {
-        self.control.is_announcement_due.store(true, Ordering::Release);
-        signal(&self.control.wake);
+        self.requests.is_announcement_due.store(true, Ordering::Release);
+        signal(&self.requests.wake);
     }
 }
 
-impl Control {
+impl HandleRequests {
     fn is_stopping(&self) -> bool {
         self.is_stopping.load(Ordering::Acquire)
     }
 
     /// Clears `wake` before it reads the requests: the next call sees requests that come later.
-    fn take_requests(&self) -> HandleRequests {
+    fn take(&self) -> TakenRequests {
         // EAGAIN: there was no request.
         let _ = rustix::io::read(&self.wake, &mut [0; 8]);
-        HandleRequests {
+        TakenRequests {
             is_refresh_due: self.is_refresh_due.swap(false, Ordering::AcqRel),
             is_announcement_due: self.is_announcement_due.swap(false, Ordering::AcqRel),
         }

@@ -38,7 +38,7 @@ impl Rig {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("socket");
         let mut server = Server::bind(&path).unwrap();
-        server.lobby.patience = patience;
+        server.waiting.patience = patience;
         let handle = server.handle();
         let mut device = FakeDevice::default();
         let calls = device.calls.clone();

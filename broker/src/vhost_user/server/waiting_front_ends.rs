@@ -20,7 +20,7 @@ use rustix::io::Errno;
 use rustix::net::{RecvFlags, recv};
 use tracing::{debug, info, warn};
 
-use super::super::connection::{ConnectionError, Undone, Unfinished, Wait, Waiter, pid_of_peer};
+use super::super::connection::{ConnectionError, Unfinished, UnfinishedExchange, Wait, Waiter, pid_of_peer};
 use super::super::listener::Listener;
 use crate::log_limit::{Cause, LogLimits};
 
@@ -41,10 +41,10 @@ pub(super) struct WaitingFrontEnd {
 
 /// Accepts connections and keeps the front-ends that wait.
 #[derive(Debug)]
-pub(super) struct Lobby {
+pub(super) struct WaitingFrontEnds {
     listener: Listener,
     /// In the order in which they connected.
-    waiting: VecDeque<WaitingFrontEnd>,
+    front_ends: VecDeque<WaitingFrontEnd>,
     pub(super) patience: Duration,
     /// Limits the log lines about connections, because any process may connect at any rate.
     pub(super) log: Box<LogLimits>,
@@ -75,9 +75,9 @@ impl WaitingFrontEnd {
     }
 }
 
-impl Lobby {
+impl WaitingFrontEnds {
     pub(super) fn new(listener: Listener, patience: Duration) -> Self {
-        Self { listener, waiting: VecDeque::new(), patience, log: Box::new(LogLimits::new()) }
+        Self { listener, front_ends: VecDeque::new(), patience, log: Box::new(LogLimits::new()) }
     }
 
     /// Accepts pending connections, at most [`WAITING_MAX`] in one call: a flood of connections must not keep the
@@ -96,7 +96,7 @@ impl Lobby {
             }
             let front_end = WaitingFrontEnd::new(stream);
             debug!(pid = front_end.pid, "front-end waits to be served");
-            self.waiting.push_back(front_end);
+            self.front_ends.push_back(front_end);
         }
         Ok(())
     }
@@ -104,13 +104,13 @@ impl Lobby {
     /// Takes the first front-end that has sent something.
     pub(super) fn take_speaker(&mut self) -> Option<WaitingFrontEnd> {
         let mut index = 0;
-        while let Some(front_end) = self.waiting.get(index) {
+        while let Some(front_end) = self.front_ends.get(index) {
             match front_end.first_message() {
                 FirstMessage::NotYet => index += 1,
-                FirstMessage::Begun => return self.waiting.remove(index),
+                FirstMessage::Begun => return self.front_ends.remove(index),
                 FirstMessage::Closed => {
                     debug!(pid = front_end.pid, "front-end left before its first message");
-                    self.waiting.remove(index);
+                    self.front_ends.remove(index);
                 }
             }
         }
@@ -119,7 +119,7 @@ impl Lobby {
 
     /// Whether no front-end waits and no connection can come any more.
     pub(super) fn is_closed(&self) -> bool {
-        self.waiting.is_empty() && self.listener.to_poll().is_none()
+        self.front_ends.is_empty() && self.listener.to_poll().is_none()
     }
 
     /// The descriptors that become readable when a connection is pending or a waiting front-end speaks.
@@ -129,13 +129,13 @@ impl Lobby {
 
     /// Whether the next connection can be accepted.
     fn has_room(&self) -> bool {
-        !self.is_full() || self.waiting.iter().any(|front_end| front_end.first_message() != FirstMessage::Begun)
+        !self.is_full() || self.front_ends.iter().any(|front_end| front_end.first_message() != FirstMessage::Begun)
     }
 
     /// Disconnects the front-end that has been silent for longest.
     fn remove_silent(&mut self) {
-        let index = self.waiting.iter().position(|front_end| front_end.first_message() != FirstMessage::Begun);
-        let Some(silent) = index.and_then(|index| self.waiting.remove(index)) else { return };
+        let index = self.front_ends.iter().position(|front_end| front_end.first_message() != FirstMessage::Begun);
+        let Some(silent) = index.and_then(|index| self.front_ends.remove(index)) else { return };
         if let Some(total) = self.log.count(Cause::new("replaced")) {
             info!(pid = silent.pid, total, "silent front-end disconnected: too many are connected");
         }
@@ -144,8 +144,8 @@ impl Lobby {
     /// Calls `on_first_message` for each front-end that has spoken since the last call, and drops those that closed
     /// without a byte.
     fn note_first_messages(&mut self, mut on_first_message: impl FnMut(&LogLimits, &WaitingFrontEnd)) {
-        let Self { waiting, log, .. } = self;
-        waiting.retain_mut(|front_end| {
+        let Self { front_ends, log, .. } = self;
+        front_ends.retain_mut(|front_end| {
             let first_message = if front_end.has_spoken { FirstMessage::NotYet } else { front_end.first_message() };
             if first_message == FirstMessage::Begun {
                 front_end.has_spoken = true;
@@ -156,27 +156,27 @@ impl Lobby {
     }
 
     fn has_speaker(&self) -> bool {
-        self.waiting.iter().any(|front_end| front_end.has_spoken)
+        self.front_ends.iter().any(|front_end| front_end.has_spoken)
     }
 
     fn streams(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
-        self.waiting.iter().map(|front_end| front_end.stream.as_fd())
+        self.front_ends.iter().map(|front_end| front_end.stream.as_fd())
     }
 
     /// The connections of front-ends that have sent nothing yet.
     fn silent_streams(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
-        self.waiting.iter().filter(|front_end| !front_end.has_spoken).map(|front_end| front_end.stream.as_fd())
+        self.front_ends.iter().filter(|front_end| !front_end.has_spoken).map(|front_end| front_end.stream.as_fd())
     }
 
     fn is_full(&self) -> bool {
-        self.waiting.len() >= WAITING_MAX
+        self.front_ends.len() >= WAITING_MAX
     }
 }
 
 /// Waits for the served front-end, and accepts others meanwhile.
 #[derive(Debug)]
 pub(super) struct FrontEndWaiter<'a> {
-    pub(super) lobby: &'a mut Lobby,
+    pub(super) waiting: &'a mut WaitingFrontEnds,
     /// The process of the served front-end.
     pub(super) served_pid: Option<i32>,
     /// Ends a wait when readable.
@@ -185,14 +185,14 @@ pub(super) struct FrontEndWaiter<'a> {
 
 impl FrontEndWaiter<'_> {
     fn take_connections(&mut self) -> bool {
-        self.lobby.take_connections().inspect_err(|error| debug!(%error, "no front-end can be accepted now")).is_ok()
+        self.waiting.take_connections().inspect_err(|error| debug!(%error, "no front-end can be accepted now")).is_ok()
     }
 
     /// Logs the front-ends that have begun to speak. A front-end that only connects may just check whether this server
     /// is there.
     fn note_first_messages(&mut self) {
-        let Self { lobby, served_pid, .. } = self;
-        lobby.note_first_messages(|log, front_end| {
+        let Self { waiting, served_pid, .. } = self;
+        waiting.note_first_messages(|log, front_end| {
             if let Some(total) = log.count(Cause::new("waits")) {
                 warn!(
                     pid = front_end.pid,
@@ -211,16 +211,16 @@ impl Waiter for FrontEndWaiter<'_> {
         let mut may_accept = true;
         loop {
             let left =
-                wait.unfinished.map(|Unfinished { since, .. }| self.lobby.patience.saturating_sub(since.elapsed()));
+                wait.unfinished.map(|Unfinished { since, .. }| self.waiting.patience.saturating_sub(since.elapsed()));
             let late = wait.unfinished.filter(|_| left.is_some_and(|left| left.is_zero()));
-            let too_late = late.filter(|_| self.lobby.has_speaker());
+            let too_late = late.filter(|_| self.waiting.has_speaker());
             let mut fds = vec![
                 PollFd::from_borrowed_fd(wait.socket, wait.events),
                 PollFd::from_borrowed_fd(self.wake, PollFlags::IN),
             ];
-            let listener = self.lobby.listener.to_poll().filter(|_| may_accept && self.lobby.has_room());
+            let listener = self.waiting.listener.to_poll().filter(|_| may_accept && self.waiting.has_room());
             let listener_at = listener.map(|_| fds.len());
-            let others = listener.into_iter().chain(self.lobby.silent_streams());
+            let others = listener.into_iter().chain(self.waiting.silent_streams());
             fds.extend(others.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)));
             // The served front-end is late and no other has spoken: wait without a limit until one does.
             let limit = left.filter(|_| late.is_none() || too_late.is_some()).map(timespec);
@@ -251,8 +251,8 @@ impl Waiter for FrontEndWaiter<'_> {
 fn too_late_error(Unfinished { what, since }: Unfinished) -> ConnectionError {
     let silent_s = since.elapsed().as_secs();
     match what {
-        Undone::Message { got_bytes } => ConnectionError::Silent { got_bytes, silent_s },
-        Undone::Reply => ConnectionError::Unread { silent_s },
+        UnfinishedExchange::PartialMessage { got_bytes } => ConnectionError::Silent { got_bytes, silent_s },
+        UnfinishedExchange::UnreadReply => ConnectionError::Unread { silent_s },
     }
 }
 
@@ -271,23 +271,23 @@ mod tests {
     fn a_flood_of_connections_is_accepted_in_parts() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("socket");
-        let mut lobby = Lobby::new(Listener::bind(&path, SocketAccess::default()).unwrap(), PATIENCE);
+        let mut waiting = WaitingFrontEnds::new(Listener::bind(&path, SocketAccess::default()).unwrap(), PATIENCE);
         let clients: Vec<_> = (0..3 * WAITING_MAX).map(|_| UnixStream::connect(&path).unwrap()).collect();
-        lobby.take_connections().unwrap();
-        assert_eq!(lobby.waiting.len(), WAITING_MAX);
-        assert!(lobby.listener.accept().unwrap().is_some(), "the others are still in the queue of the socket");
-        lobby.take_connections().unwrap();
-        assert_eq!(lobby.waiting.len(), WAITING_MAX);
-        assert!(lobby.listener.accept().unwrap().is_some());
+        waiting.take_connections().unwrap();
+        assert_eq!(waiting.front_ends.len(), WAITING_MAX);
+        assert!(waiting.listener.accept().unwrap().is_some(), "the others are still in the queue of the socket");
+        waiting.take_connections().unwrap();
+        assert_eq!(waiting.front_ends.len(), WAITING_MAX);
+        assert!(waiting.listener.accept().unwrap().is_some());
         drop(clients);
     }
 
     #[test]
     fn the_error_says_what_the_front_end_left_undone() {
         let since = Instant::now();
-        let message = too_late_error(Unfinished { what: Undone::Message { got_bytes: 5 }, since });
+        let message = too_late_error(Unfinished { what: UnfinishedExchange::PartialMessage { got_bytes: 5 }, since });
         assert!(matches!(message, ConnectionError::Silent { got_bytes: 5, .. }), "{message}");
-        let reply = too_late_error(Unfinished { what: Undone::Reply, since });
+        let reply = too_late_error(Unfinished { what: UnfinishedExchange::UnreadReply, since });
         assert!(matches!(reply, ConnectionError::Unread { .. }), "{reply}");
     }
 }
