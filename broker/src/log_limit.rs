@@ -49,9 +49,9 @@ impl LogLimit {
 /// [`LogLimits`], and a new cause would have to share a limit. So a cause is a variant, a name or an errno, and never
 /// a sector, an address or a text with such values.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(crate) struct Cause(u64);
+pub(crate) struct LogCause(u64);
 
-impl Cause {
+impl LogCause {
     /// Equal for equal values, different for different values.
     pub(crate) fn new(what: impl Hash) -> Self {
         let mut hasher = DefaultHasher::new();
@@ -76,11 +76,11 @@ impl LogLimits {
     }
 
     /// Counts one event of a cause. Returns the total of that cause if it is time for a line.
-    pub(crate) fn count(&self, cause: Cause) -> Option<u64> {
+    pub(crate) fn count(&self, cause: LogCause) -> Option<u64> {
         self.limit(cause).count()
     }
 
-    fn limit(&self, cause: Cause) -> &LogLimit {
+    fn limit(&self, cause: LogCause) -> &LogLimit {
         let is_its = |owner: &AtomicU64| match owner.load(Ordering::Relaxed) {
             NO_CAUSE => match owner.compare_exchange(NO_CAUSE, cause.0, Ordering::Relaxed, Ordering::Relaxed) {
                 Ok(_) => true,
@@ -99,7 +99,7 @@ mod tests {
     #[test]
     fn a_flood_of_one_cause_does_not_hide_the_first_of_another() {
         let limits = LogLimits::new();
-        let [flood, rare] = [Cause::new("flood"), Cause::new("rare")];
+        let [flood, rare] = [LogCause::new("flood"), LogCause::new("rare")];
         assert_eq!(limits.limit(flood).count_at(5), Some(1));
         for _ in 0..1000 {
             assert_eq!(limits.limit(flood).count_at(6), None);
@@ -112,9 +112,9 @@ mod tests {
     #[test]
     fn more_causes_than_entries_share_one_limit() {
         let limits = LogLimits::new();
-        let logged = (0..1000).filter(|number| limits.limit(Cause::new(number)).count_at(5).is_some()).count();
+        let logged = (0..1000).filter(|number| limits.limit(LogCause::new(number)).count_at(5).is_some()).count();
         assert_eq!(logged, CAUSES_MAX + 1);
-        assert_eq!(limits.limit(Cause::new(3)).count_at(10_005), Some(2), "a cause keeps its entry");
+        assert_eq!(limits.limit(LogCause::new(3)).count_at(10_005), Some(2), "a cause keeps its entry");
     }
 
     #[test]
@@ -125,7 +125,7 @@ mod tests {
             for _ in 0..4 {
                 scope.spawn(|| {
                     for number in 0..CAUSES_MAX {
-                        let is_logged = limits.limit(Cause::new(number)).count_at(5).is_some();
+                        let is_logged = limits.limit(LogCause::new(number)).count_at(5).is_some();
                         logged.fetch_add(is_logged.into(), Ordering::Relaxed);
                     }
                 });

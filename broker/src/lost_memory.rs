@@ -173,14 +173,14 @@ extern "C" fn on_sigbus(_signal: c_int, info: *mut libc::siginfo_t, _context: *m
             return report(format_args!(
                 "memory of the front-end's in-flight region is lost (SIGBUS): {}. The disk continues without the \
                  region; if this process ends, requests in flight are lost with it",
-                Cause(info.si_code)
+                SigbusCode(info.si_code)
             ));
         }
         Some((area, Purpose::DirtyLog)) if area.replace() => {
             return report(format_args!(
                 "memory of the front-end's dirty log is lost (SIGBUS): {}. The disk continues, but this migration \
                  misses the pages that it writes",
-                Cause(info.si_code)
+                SigbusCode(info.si_code)
             ));
         }
         Some((_, Purpose::GuestRam { gpa })) => {
@@ -193,10 +193,10 @@ extern "C" fn on_sigbus(_signal: c_int, info: *mut libc::siginfo_t, _context: *m
     end(info.si_code, format_args!("{name}"));
 }
 
-/// Why the kernel sends SIGBUS (`si_code`, sigaction(2)).
-struct Cause(c_int);
+/// The `si_code` of a SIGBUS: why the kernel sends it (sigaction(2)).
+struct SigbusCode(c_int);
 
-impl fmt::Display for Cause {
+impl fmt::Display for SigbusCode {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self.0 {
             libc::BUS_MCEERR_AR | libc::BUS_MCEERR_AO => "the hardware has lost a page",
@@ -221,7 +221,7 @@ fn end(si_code: c_int, lost: fmt::Arguments<'_>) {
         report(format_args!(
             "{lost} is lost (SIGBUS): {}. The server ends here, because the rings and requests in that memory are \
              gone; find out the reason, and start the server again",
-            Cause(si_code)
+            SigbusCode(si_code)
         ));
     }
     restore_default_action();

@@ -42,11 +42,11 @@ fn main() -> ExitCode {
     let needs = || DiskKind::Ext4Direct.needs().into_iter().chain(broker_process::needs()).collect::<Vec<Need>>();
     let slow_needs = || StuckDisk::needs().into_iter().chain(broker_process::needs()).collect::<Vec<Need>>();
     let mut tests: Vec<Test> = Vec::new();
-    for way in [Way::StopAndGoOn, Way::Vanish, Way::Kill] {
+    for interruption in [Interruption::StopAndGoOn, Interruption::Vanish, Interruption::Kill] {
         for with_records in [true, false] {
             let records = if with_records { "with" } else { "without" };
-            let name = format!("the_device_sees_attach_again_once_{}_{records}_in_flight_records", way.name());
-            tests.push(test(name, needs(), move || restarts(way, with_records)));
+            let name = format!("the_device_sees_attach_again_once_{}_{records}_in_flight_records", interruption.name());
+            tests.push(test(name, needs(), move || restarts(interruption, with_records)));
         }
     }
     tests.extend([test("a_stopped_queue_waits_for_its_own_ring_and_for_no_other", slow_needs(), slow_stop)]);
@@ -59,7 +59,7 @@ fn main() -> ExitCode {
 
 /// How the front-end or the broker is interrupted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Way {
+enum Interruption {
     /// The front-end stops all queues with GET_VRING_BASE and starts them again on the same connection.
     StopAndGoOn,
     /// The front-end closes its connection and connects again.
@@ -68,7 +68,7 @@ enum Way {
     Kill,
 }
 
-impl Way {
+impl Interruption {
     fn name(self) -> &'static str {
         match self {
             Self::StopAndGoOn => "after_a_stop",
@@ -130,10 +130,10 @@ impl Guest {
     }
 
     /// Interrupts the device, and starts the queues again in this order.
-    fn restart(&mut self, way: Way, order: [u16; 2]) -> Result<()> {
+    fn restart(&mut self, interruption: Interruption, order: [u16; 2]) -> Result<()> {
         let Self { bench, driver, .. } = self;
-        match way {
-            Way::StopAndGoOn => {
+        match interruption {
+            Interruption::StopAndGoOn => {
                 for index in order {
                     let base = bench.front_end.stop_vring(index)?;
                     let vring = if index == 0 { bench.first.vring() } else { driver.vring() };
@@ -142,8 +142,8 @@ impl Guest {
                 }
                 self.check_records(0)?;
             }
-            Way::Vanish => self.reconnect()?,
-            Way::Kill => {
+            Interruption::Vanish => self.reconnect()?,
+            Interruption::Kill => {
                 bench.broker.kill()?;
                 self.check_attached()?;
                 let Self { bench, .. } = self;
@@ -168,27 +168,27 @@ impl Guest {
     }
 }
 
-fn restarts(way: Way, with_records: bool) -> Result<()> {
+fn restarts(interruption: Interruption, with_records: bool) -> Result<()> {
     let seed = Seed::from_env_or_random();
     let mut rng = seed.derive("order").rng();
     let mut guest = Guest::new(with_records)?;
     let broker_explains = |guest: &Guest, result: Result<()>| guest.bench.broker.explain(result);
     for round in 1..=harness::budget(10, 500) {
-        let result = one_restart(&mut guest, way, round, rng.bool());
+        let result = one_restart(&mut guest, interruption, round, rng.bool());
         broker_explains(&guest, result.with_context(|| format!("round {round}, {seed}")))?;
     }
     let result = detach(&mut guest);
     broker_explains(&guest, result)
 }
 
-fn one_restart(guest: &mut Guest, way: Way, round: u32, first_queue_first: bool) -> Result<()> {
+fn one_restart(guest: &mut Guest, interruption: Interruption, round: u32, first_queue_first: bool) -> Result<()> {
     let offset_bytes = u64::from(round % 64) * 4096;
     let data = pattern(round.into(), 4096);
     guest.driver.write(offset_bytes, &data)?;
     ensure!(guest.driver.read(offset_bytes, 4096)? == data);
     // Without records, a front-end that loses its back-end knows only how many requests of a queue were used, not
     // which. It then loses the requests that are pending on queue 0.
-    let has_event = way == Way::StopAndGoOn || guest.region.is_some();
+    let has_event = interruption == Interruption::StopAndGoOn || guest.region.is_some();
     if has_event {
         guest.post_event()?;
     }
@@ -196,7 +196,7 @@ fn one_restart(guest: &mut Guest, way: Way, round: u32, first_queue_first: bool)
     for request in 0..16 {
         guest.driver.submit(guest.driver.sqe(true, 1 + request, 4096, (64 + request) * 4096, 100 + request)?)?;
     }
-    guest.restart(way, if first_queue_first { [0, 1] } else { [1, 0] })?;
+    guest.restart(interruption, if first_queue_first { [0, 1] } else { [1, 0] })?;
     guest.driver.wait_epoch(round + 1)?;
     for request in 0..16 {
         let res = guest.driver.wait(100 + request)?;
@@ -206,7 +206,7 @@ fn one_restart(guest: &mut Guest, way: Way, round: u32, first_queue_first: bool)
     if has_event {
         let events = guest.bench.first.wait_event()?;
         // If the ring ends before queue 0 stops, the device has news.
-        let is_empty = way == Way::StopAndGoOn && events == 0;
+        let is_empty = interruption == Interruption::StopAndGoOn && events == 0;
         ensure!(is_empty || events == EVENT_QUEUES, "EVENT says {events:#x}");
     }
     guest.check_records(0)

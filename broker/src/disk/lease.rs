@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use super::acquire::{Attempt, BackOff};
 use super::looks::Looks;
-use super::{Disk, DiskError, LocatedDisk, Start, StartUp};
+use super::{Disk, DiskAtStart, DiskError, LocatedDisk, StartUp};
 
 /// How often [`DiskLease::release_while`] asks whether the release is still wanted.
 const RELEASE_LOOK: Duration = Duration::from_millis(50);
@@ -130,11 +130,11 @@ impl DiskLease {
 
     /// For the start of a program: continues as [`LocatedDisk::start_up`] decided. Returns when the lease has the disk,
     /// if that decision includes one.
-    pub fn begin(&self, start: Start) {
+    pub fn begin(&self, start: DiskAtStart) {
         match start {
-            Start::Later => {}
-            Start::Waits => self.acquire(),
-            Start::Has(disk) => {
+            DiskAtStart::NotRequested => {}
+            DiskAtStart::Awaited => self.acquire(),
+            DiskAtStart::Acquired(disk) => {
                 self.shared.inner().taken = Some(disk);
                 self.acquire();
                 let mut inner = self.shared.inner();

@@ -61,7 +61,7 @@ pub use error::{DiskError, FileKind};
 pub use holders::DeviceUse;
 pub use lease::{DiskLease, LeaseState};
 pub use locate::LocatedDisk;
-pub use start_up::{Start, StartUp};
+pub use start_up::{DiskAtStart, StartUp};
 
 use acquire::Acquisition;
 use geometry::Geometry;

@@ -19,15 +19,15 @@ pub enum StartUp {
     Incoming,
 }
 
-/// How a start continues: for [`DiskLease::begin`](super::DiskLease::begin).
+/// The disk of a program that starts: for [`DiskLease::begin`](super::DiskLease::begin).
 #[derive(Debug)]
-pub enum Start {
-    /// With the disk.
-    Has(Disk),
-    /// Without the disk, which I/O of an ended process still holds: the lease waits for it.
-    Waits,
-    /// Without the disk, until [`DiskLease::acquire`](super::DiskLease::acquire) asks for it.
-    Later,
+pub enum DiskAtStart {
+    /// The program has the disk.
+    Acquired(Disk),
+    /// I/O of an ended process still holds the disk: the lease waits for it.
+    Awaited,
+    /// The program does without the disk until [`DiskLease::acquire`](super::DiskLease::acquire) asks for it.
+    NotRequested,
 }
 
 impl LocatedDisk {
@@ -37,19 +37,19 @@ impl LocatedDisk {
     /// # Errors
     ///
     /// A living process still has the disk or its storage ([`DiskError::is_busy`]), or the disk cannot be opened.
-    pub fn start_up(&self, how: StartUp) -> Result<Start, DiskError> {
-        let StartUp::Grace(grace) = how else { return Ok(Start::Later) };
+    pub fn start_up(&self, how: StartUp) -> Result<DiskAtStart, DiskError> {
+        let StartUp::Grace(grace) = how else { return Ok(DiskAtStart::NotRequested) };
         let begin = Instant::now();
         let (mut acquisition, mut looks, mut back_off) = (self.acquisition(), Looks::new(begin), BackOff::default());
         loop {
             if let Attempt::Got(disk) = acquisition.attempt()? {
-                return Ok(Start::Has(disk));
+                return Ok(DiskAtStart::Acquired(disk));
             }
             let is_over = begin.elapsed() >= grace;
             if looks.is_due() || is_over {
                 let obstacle = acquisition.obstacle(begin.elapsed());
                 if !obstacle.names_living_holder() {
-                    return Ok(Start::Waits);
+                    return Ok(DiskAtStart::Awaited);
                 }
                 if is_over {
                     return Err(obstacle);

@@ -4,7 +4,7 @@ use std::mem::discriminant;
 
 use thiserror::Error;
 
-use crate::log_limit::Cause;
+use crate::log_limit::LogCause;
 
 /// Why a ring cannot run although the front-end follows the protocol.
 ///
@@ -59,10 +59,12 @@ pub enum RingFault {
 
 impl RingFault {
     /// The cause for rate limits of log lines: the kind of fault without its values.
-    pub(crate) fn cause(&self) -> Cause {
+    pub(crate) fn cause(&self) -> LogCause {
         match self {
-            Self::Misaligned { part, .. } | Self::OutsideMemory { part, .. } => Cause::new((discriminant(self), part)),
-            Self::Size { .. } | Self::InflightTooSmall { .. } => Cause::new(discriminant(self)),
+            Self::Misaligned { part, .. } | Self::OutsideMemory { part, .. } => {
+                LogCause::new((discriminant(self), part))
+            }
+            Self::Size { .. } | Self::InflightTooSmall { .. } => LogCause::new(discriminant(self)),
         }
     }
 }

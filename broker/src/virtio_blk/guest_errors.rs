@@ -4,7 +4,7 @@ use std::fmt::Display;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::{Refusal, Status, Unanswerable};
-use crate::log_limit::{Cause, LogLimits};
+use crate::log_limit::{LogCause, LogLimits};
 
 /// A kind of error that a guest can cause at will.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -77,7 +77,7 @@ impl GuestErrors {
     }
 
     /// Counts an error of a queue. Logs it too, unless an error of the same cause was logged a short while ago.
-    pub(crate) fn record(&self, queue_index: u16, kind: GuestError, cause: Cause, what: &dyn Display) {
+    pub(crate) fn record(&self, queue_index: u16, kind: GuestError, cause: LogCause, what: &dyn Display) {
         let total = self.counts[kind as usize].fetch_add(1, Ordering::Relaxed) + 1;
         if self.causes.count(cause).is_some() {
             tracing::warn!(queue = queue_index, kind = kind.what(), total, "guest error: {what}");
@@ -99,7 +99,7 @@ mod tests {
         let errors = GuestErrors::new();
         for (number, kind) in GuestError::ALL.into_iter().enumerate() {
             for _ in 0..number {
-                errors.record(0, kind, Cause::new(number), &"an error");
+                errors.record(0, kind, LogCause::new(number), &"an error");
             }
         }
         assert_eq!(GuestError::ALL.map(|kind| errors.count(kind)), [0, 1, 2, 3, 4]);

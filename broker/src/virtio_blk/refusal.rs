@@ -6,7 +6,7 @@ use vm_memory::GuestAddress;
 
 use super::Status;
 use super::type_rules::known_type;
-use crate::log_limit::Cause;
+use crate::log_limit::LogCause;
 use crate::virtqueue::ChainError;
 
 /// Why a descriptor chain has no place for a status byte. The device cannot answer it, so the queue must stop.
@@ -29,10 +29,10 @@ pub enum Unanswerable {
 
 impl Unanswerable {
     /// The cause for rate limits of log lines: the kind of error without its values.
-    pub(crate) fn cause(&self) -> Cause {
+    pub(crate) fn cause(&self) -> LogCause {
         match self {
-            Self::Chain(error) => Cause::new((discriminant(self), discriminant(error))),
-            Self::NoStatus | Self::StatusOutsideMemory { .. } => Cause::new(discriminant(self)),
+            Self::Chain(error) => LogCause::new((discriminant(self), discriminant(error))),
+            Self::NoStatus | Self::StatusOutsideMemory { .. } => LogCause::new(discriminant(self)),
         }
     }
 }
@@ -142,7 +142,7 @@ pub enum Refusal {
 
 impl Refusal {
     /// The cause for rate limits of log lines: the kind of error and the type of request, without the values.
-    pub(crate) fn cause(&self) -> Cause {
+    pub(crate) fn cause(&self) -> LogCause {
         let request_type = match *self {
             Self::UnknownType { request_type }
             | Self::NotNegotiated { request_type, .. }
@@ -159,7 +159,7 @@ impl Refusal {
             | Self::Unaligned { .. }
             | Self::BeyondCapacity { .. } => None,
         };
-        Cause::new((discriminant(self), request_type))
+        LogCause::new((discriminant(self), request_type))
     }
 
     /// The status for the driver (VIRTIO 1.2, 5.2.6.2).

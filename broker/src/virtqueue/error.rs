@@ -4,7 +4,7 @@ use std::mem::discriminant;
 
 use thiserror::Error;
 
-use crate::log_limit::Cause;
+use crate::log_limit::LogCause;
 
 /// Why a queue cannot start or go on. The error concerns this queue only.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
@@ -99,10 +99,12 @@ pub enum QueueError {
 
 impl QueueError {
     /// The cause for rate limits of log lines: the kind of error without its values.
-    pub(crate) fn cause(&self) -> Cause {
+    pub(crate) fn cause(&self) -> LogCause {
         match self {
-            Self::Misaligned { ring, .. } | Self::OutsideMemory { ring, .. } => Cause::new((discriminant(self), ring)),
-            _ => Cause::new(discriminant(self)),
+            Self::Misaligned { ring, .. } | Self::OutsideMemory { ring, .. } => {
+                LogCause::new((discriminant(self), ring))
+            }
+            _ => LogCause::new(discriminant(self)),
         }
     }
 }

@@ -12,7 +12,7 @@ use ringpass_broker::disk::Disk;
 use ringpass_workload::{BlockQueue, Completion, Environment, PushRefusal, Request, Wakeup};
 use rustix::fd::{AsFd, AsRawFd};
 
-use super::{BUFFERS_BYTES, Outcome, SQ_THREAD_IDLE, Task, Way};
+use super::{BUFFERS_BYTES, DemoWay, Outcome, SQ_THREAD_IDLE, Task};
 
 /// The index of the only fixed file, the disk, and of the only registered buffer.
 const DISK: types::Fixed = types::Fixed(0);
@@ -37,7 +37,7 @@ impl HostWay {
     }
 }
 
-impl Way for HostWay {
+impl DemoWay for HostWay {
     fn name(&self) -> &'static str {
         "host"
     }

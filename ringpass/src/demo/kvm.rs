@@ -19,7 +19,7 @@ use ringpass_vmm::{GuestCpu, Machine, MachineConfig, PROGRAM_SLOT};
 use ringpass_workload::{Job, Wait};
 use rustix::fs::MemfdFlags;
 
-use super::{BUFFERS_BYTES, ExitCounts, Outcome, SQ_THREAD_IDLE, Task, Way};
+use super::{BUFFERS_BYTES, DemoWay, ExitCounts, Outcome, SQ_THREAD_IDLE, Task};
 use crate::chosen_policy::ChosenPolicy;
 
 const RING: RingConfig = RingConfig { sq_entries: 64, cq_entries: 128 };
@@ -123,7 +123,7 @@ impl KvmWay {
     }
 }
 
-impl Way for KvmWay {
+impl DemoWay for KvmWay {
     fn name(&self) -> &'static str {
         self.signal.way()
     }

@@ -91,8 +91,8 @@ fn seconds(text: &str) -> Result<f64, String> {
     }
 }
 
-/// A way to do I/O, set up and ready.
-pub(crate) trait Way {
+/// A way to do I/O that the demo measures, set up and ready.
+pub(crate) trait DemoWay {
     /// The name in the report.
     fn name(&self) -> &'static str;
 
@@ -186,9 +186,9 @@ fn check_environment() -> anyhow::Result<()> {
 }
 
 /// Creates the reference and every guest that can run here. The reference comes first.
-fn make_ways(image: &Image, policy: ChosenPolicy, skipped: &mut Vec<Skipped>) -> anyhow::Result<Vec<Box<dyn Way>>> {
+fn make_ways(image: &Image, policy: ChosenPolicy, skipped: &mut Vec<Skipped>) -> anyhow::Result<Vec<Box<dyn DemoWay>>> {
     let expected = image.expected()?;
-    let mut ways: Vec<Box<dyn Way>> = vec![Box::new(host::HostWay::new(&image.disk, expected.clone())?)];
+    let mut ways: Vec<Box<dyn DemoWay>> = vec![Box::new(host::HostWay::new(&image.disk, expected.clone())?)];
     for submission in [Submission::SqThread, Submission::Kick] {
         match ProcessWay::start(&image.disk, policy, submission, &expected) {
             Ok(way) => ways.push(Box::new(way)),
@@ -232,7 +232,7 @@ fn pairs(histogram: &Histogram<u64>) -> Vec<(u64, u64)> {
 }
 
 /// Runs all rounds of all ways.
-fn measure(ways: &mut [Box<dyn Way>], image: &Image, each: Duration) -> anyhow::Result<Vec<Tally>> {
+fn measure(ways: &mut [Box<dyn DemoWay>], image: &Image, each: Duration) -> anyhow::Result<Vec<Tally>> {
     let mut tallies: Vec<Tally> = (0..ways.len()).flat_map(|way| DEPTHS.map(|depth| Tally::new(way, depth))).collect();
     let progress = progress_bar(u64::from(ROUNDS) * tallies.len() as u64 + ways.len() as u64);
     if !image.is_preserved() {

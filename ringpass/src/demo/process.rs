@@ -20,7 +20,7 @@ use ringpass_restrictions::Access;
 use rustix::fs::MemfdFlags;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
 
-use super::{Outcome, SQ_THREAD_IDLE, TIMEOUT, Task, Way, guest};
+use super::{DemoWay, Outcome, SQ_THREAD_IDLE, TIMEOUT, Task, guest};
 use crate::chosen_policy::ChosenPolicy;
 
 /// Size of the guest's RAM. It is small because the demo pins it, and an ordinary user may pin 8 MiB in total.
@@ -122,7 +122,7 @@ impl ProcessWay {
     }
 }
 
-impl Way for ProcessWay {
+impl DemoWay for ProcessWay {
     fn name(&self) -> &'static str {
         self.submission.way()
     }

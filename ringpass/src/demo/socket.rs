@@ -17,13 +17,13 @@ use ringpass_broker::memory::Sharing;
 use ringpass_broker::ring::SqThreadConfig;
 use ringpass_broker::vhost_user::{Server, ServerHandle};
 use ringpass_broker::virtio_blk::{BlkConfig, BlkParameters};
-use ringpass_guest::vhost_user::{Disk as GuestDisk, ExecutedBy, Options, Queue, RingSize, Way as GuestWay};
+use ringpass_guest::vhost_user::{Disk as GuestDisk, ExecutedBy, Options, Queue, RingSize, Way};
 use ringpass_restrictions::Access;
 use ringpass_workload::{Job, ProcessEnv};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
 
 use super::leftovers::{self, Leftover};
-use super::{BUFFERS_BYTES, Outcome, SQ_THREAD_IDLE, Task, Way, perform};
+use super::{BUFFERS_BYTES, DemoWay, Outcome, SQ_THREAD_IDLE, Task, perform};
 use crate::chosen_policy::ChosenPolicy;
 
 /// Size of the guest's RAM. It is small because the server pins it.
@@ -77,7 +77,7 @@ impl SocketWay {
             .queues(1)
             .queue_size(QUEUE_SIZE)
             .ring(RingSize { sq_entries: 64, cq_entries: 128 })
-            .way(GuestWay::Ring);
+            .way(Way::Ring);
         let guest = GuestDisk::connect(server.socket(), options)?;
         let queue = guest.queue(1).map_err(|error| {
             // The device tells the guest only an error number; the server knows the reason.
@@ -93,7 +93,7 @@ impl SocketWay {
     }
 }
 
-impl Way for SocketWay {
+impl DemoWay for SocketWay {
     fn name(&self) -> &'static str {
         NAME
     }

@@ -25,7 +25,7 @@ use super::workers::{AttachEvent, Workers};
 use crate::disk::Disk;
 use crate::engine::EngineError;
 use crate::engine::reply::{self, Reply};
-use crate::log_limit::{Cause, LogLimit, LogLimits};
+use crate::log_limit::{LogCause, LogLimit, LogLimits};
 use crate::memory::{MemoryError, RegionConfig};
 use crate::ring::{RingEnd, RingError};
 use crate::threads::{AbortOnPanic, leave_signals_to_others};
@@ -136,7 +136,7 @@ impl Builder {
         let event = match prepared.and_then(|()| self.make_ring(request)) {
             Ok(built) => AttachEvent::Built(Box::new(built)),
             Err(refused) => {
-                if let Some(total) = self.refusals.count(Cause::new(refused.code)) {
+                if let Some(total) = self.refusals.count(LogCause::new(refused.code)) {
                     tracing::warn!(queue, total, "no ring for the queue: {} ({total} so far)", refused.why);
                 }
                 let code = refused.code;

@@ -43,7 +43,7 @@ use super::Shared;
 use super::ring::Ring;
 use super::token::Token;
 use super::writer::Writer;
-use crate::log_limit::Cause;
+use crate::log_limit::LogCause;
 use crate::vhost_user::DeviceMemory;
 use crate::virtio_blk::{Operation, SegmentList, Status};
 
@@ -273,7 +273,7 @@ impl<'r> Execution<'r> {
             return self.submit_step(number);
         }
         let operation = slot.operation;
-        let cause = Cause::new((discriminant(&operation), errno.raw_os_error()));
+        let cause = LogCause::new((discriminant(&operation), errno.raw_os_error()));
         self.report_failure(number, cause, &format_args!("{operation:?}: {errno}"));
         self.end(number, Status::from_errno(errno));
     }
@@ -304,7 +304,7 @@ impl<'r> Execution<'r> {
     fn end_of_disk(&mut self, number: u32) {
         self.report_failure(
             number,
-            Cause::new("end of the disk"),
+            LogCause::new("end of the disk"),
             &"it reached beyond the end of the disk, which must have become smaller",
         );
         self.end(number, Status::IoError);
@@ -312,7 +312,7 @@ impl<'r> Execution<'r> {
 
     /// Logs what the disk did not do, unless the worker logged the same cause a short while ago.
     #[cold]
-    fn report_failure(&self, number: u32, cause: Cause, why: &dyn Display) {
+    fn report_failure(&self, number: u32, cause: LogCause, why: &dyn Display) {
         let queue = self.slots.get(number).origin.map(|origin| origin.queue_index());
         if let Some(total) = self.shared.disk_errors.count(cause) {
             tracing::warn!(queue, total, "the disk failed a request: {why} ({total} so far)");

@@ -13,7 +13,7 @@ use crate::engine::attach::{
 };
 use crate::engine::queue_life::LiveQueue;
 use crate::engine::vring::{Executor, Vring};
-use crate::log_limit::Cause;
+use crate::log_limit::LogCause;
 use crate::vhost_user::DeviceMemory;
 use crate::virtio_blk::{Answer, Refusal, Status};
 
@@ -104,7 +104,7 @@ impl Worker<'_> {
 
     fn break_for_what_is_behind_attach(&mut self, number: usize) {
         let why = "the driver made something available behind ATTACH";
-        self.break_down(number, Cause::new(why), &why);
+        self.break_down(number, LogCause::new(why), &why);
     }
 
     fn ask_for_detach(&mut self, number: usize, attach: &Attach, request: &PendingAttachRequest, bytes: &[u8]) {

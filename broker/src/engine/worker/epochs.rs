@@ -18,7 +18,7 @@ use crate::engine::attach::{
     PendingRing, RingKind,
 };
 use crate::engine::vring::{ActiveQueue, Executor};
-use crate::log_limit::Cause;
+use crate::log_limit::LogCause;
 use crate::vhost_user::DeviceMemory;
 
 impl Worker<'_> {
@@ -101,7 +101,7 @@ impl Worker<'_> {
         let acknowledged = attachment.acknowledged();
         let Announcement { epoch, phase } = announcement;
         vring.signal();
-        self.report_mode(number, Cause::new(phase), &format_args!("epoch {epoch}: {phase:?}"));
+        self.report_mode(number, LogCause::new(phase), &format_args!("epoch {epoch}: {phase:?}"));
         self.have_driver_told();
         Some(Event::Acknowledged(acknowledged))
     }
@@ -130,7 +130,7 @@ impl Worker<'_> {
                 rings.attach.command(BuilderCommand::Build(request));
             }
             Err(error) => {
-                if let Some(total) = self.shared.mode_changes.count(Cause::new("duplicating the call eventfd")) {
+                if let Some(total) = self.shared.mode_changes.count(LogCause::new("duplicating the call eventfd")) {
                     tracing::warn!(queue, total, %error, "no ring for the queue: its call eventfd cannot be duplicated");
                 }
                 self.note_epoch_event(number, Event::BuildFailed(ErrorCode::Resources));
@@ -215,7 +215,7 @@ impl Worker<'_> {
         let call = eventfds.call.as_ref().map(|call| call.eventfd());
         let error = ring.executor.set_completion(call).err()?;
         // The driver would wait for interrupts that do not come: it gets another ring.
-        if let Some(total) = self.shared.mode_changes.count(Cause::new("registering the call eventfd")) {
+        if let Some(total) = self.shared.mode_changes.count(LogCause::new("registering the call eventfd")) {
             tracing::warn!(queue = index, total, %error, "the ring ends: it cannot have the new call eventfd");
         }
         self.note_end_reason(number, ErrorCode::Resources);
@@ -268,13 +268,13 @@ impl Worker<'_> {
         vring.publish();
         // Unconditionally: what the driver wants to be interrupted for is behind, while ARM is not reaped.
         vring.signal();
-        self.report_mode(number, Cause::new(code), &format_args!("a virtqueue again ({code:?})"));
+        self.report_mode(number, LogCause::new(code), &format_args!("a virtqueue again ({code:?})"));
         self.have_driver_told();
     }
 
     /// Logs what executes a queue now, unless the worker logged a change for the same cause a short while ago: guests can change it
     /// at will.
-    fn report_mode(&self, number: usize, cause: Cause, what: &dyn Display) {
+    fn report_mode(&self, number: usize, cause: LogCause, what: &dyn Display) {
         let queue = self.queues.get(number).index;
         match self.shared.mode_changes.count(cause) {
             Some(total) => tracing::info!(queue, total, "{what}"),

@@ -8,7 +8,7 @@ use crate::engine::command::DiskRelease;
 use crate::engine::deferred::all_done;
 use crate::engine::reply::{Reply, done};
 use crate::engine::vring::{ActiveQueue, Vring};
-use crate::log_limit::Cause;
+use crate::log_limit::LogCause;
 
 impl Worker<'_> {
     /// Gives the answers that waited for something to end, and sets up queues that waited for the disk. What the worker has completed
@@ -37,7 +37,7 @@ impl Worker<'_> {
     fn set_up_queue(&mut self, number: usize) {
         let Some(memory) = self.queues.memory().cloned() else {
             let why = "the front-end started it before it gave the guest's memory";
-            return self.break_down(number, Cause::new(why), &why);
+            return self.break_down(number, LogCause::new(why), &why);
         };
         let log = self.queues.log().cloned();
         match self.queues.get_mut(number).set_up(memory, log) {

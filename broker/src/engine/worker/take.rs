@@ -8,7 +8,7 @@ use crate::engine::attach::PendingAttachRequest;
 use crate::engine::command::Command;
 use crate::engine::execution::{ChainOrigin, NewRequest, Origin};
 use crate::engine::queue_life::Takes;
-use crate::log_limit::Cause;
+use crate::log_limit::LogCause;
 use crate::vhost_user::DeviceMemory;
 use crate::virtio_blk::{Answer, GuestError, Parsed, Request, parse};
 use crate::virtqueue::QueueError;
@@ -141,7 +141,7 @@ impl Worker<'_> {
     }
 
     #[cold]
-    fn report_broken_ring(&mut self, number: usize, cause: Cause, error: &QueueError) {
+    fn report_broken_ring(&mut self, number: usize, cause: LogCause, error: &QueueError) {
         let index = self.queues.get(number).index;
         self.shared.guest_errors.record(index, GuestError::BrokenRing, cause, error);
         self.break_down(number, cause, error);
@@ -149,7 +149,7 @@ impl Worker<'_> {
 
     /// Marks a queue as broken.
     #[cold]
-    pub(super) fn break_down(&mut self, queue: usize, cause: Cause, why: &dyn Display) {
+    pub(super) fn break_down(&mut self, queue: usize, cause: LogCause, why: &dyn Display) {
         self.disarm(queue);
         if self.queues.get_mut(queue).break_down() {
             self.report_stop(queue, cause, why);
@@ -159,7 +159,7 @@ impl Worker<'_> {
     }
 
     /// Logs that a queue takes nothing for now, unless the worker logged the same cause a short while ago.
-    pub(super) fn report_stop(&self, queue: usize, cause: Cause, why: &dyn Display) {
+    pub(super) fn report_stop(&self, queue: usize, cause: LogCause, why: &dyn Display) {
         if let Some(total) = self.shared.stopped_queues.count(cause) {
             tracing::warn!(
                 queue = self.queues.get(queue).index,

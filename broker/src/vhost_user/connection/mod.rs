@@ -23,7 +23,7 @@ pub use self::peer::PeerWatch;
 pub(crate) use self::peer::pid_of_peer;
 pub use self::wait::{Unfinished, UnfinishedExchange, Wait, Waiter};
 use super::message::{HEADER_BYTES, Header, MAX_FDS, MessageError, Reply};
-use crate::log_limit::Cause;
+use crate::log_limit::LogCause;
 
 /// A message with a valid header. The connection does not look at the body.
 #[derive(Debug)]
@@ -98,11 +98,11 @@ pub enum ConnectionError {
 
 impl ConnectionError {
     /// The cause for rate limits of log lines: the kind of error without its values.
-    pub(super) fn cause(&self) -> Cause {
+    pub(super) fn cause(&self) -> LogCause {
         match self {
-            Self::Message(error) => Cause::new((discriminant(self), discriminant(error))),
-            Self::System { what, .. } => Cause::new((discriminant(self), what)),
-            _ => Cause::new(discriminant(self)),
+            Self::Message(error) => LogCause::new((discriminant(self), discriminant(error))),
+            Self::System { what, .. } => LogCause::new((discriminant(self), what)),
+            _ => LogCause::new(discriminant(self)),
         }
     }
 }

@@ -19,7 +19,7 @@ use super::connection::{Connection, ConnectionError, Received};
 use super::device::Device;
 use super::listener::{BoundSocket, ListenError, Listener, SocketAccess};
 use super::session::{Session, SessionError, refresh_capacity};
-use crate::log_limit::Cause;
+use crate::log_limit::LogCause;
 use waiting_front_ends::{FrontEndWaiter, PATIENCE, WaitingFrontEnd, WaitingFrontEnds};
 
 /// How long to wait before the next try when accepting a connection fails. The socket stays readable meanwhile.
@@ -181,7 +181,7 @@ impl Server {
     pub fn run_with(mut self, device: &mut dyn Device, on_closed: impl FnOnce()) -> Result<(), ServerError> {
         while let Some(front_end) = self.next_front_end(device)? {
             let pid = front_end.pid;
-            if let Some(total) = self.waiting.log.count(Cause::new("connected")) {
+            if let Some(total) = self.waiting.log.count(LogCause::new("connected")) {
                 info!(pid, total, "front-end connected");
             }
             let end = self.serve(front_end, device);
@@ -190,7 +190,7 @@ impl Server {
             }
             match end {
                 Ok(_) => {
-                    if let Some(total) = self.waiting.log.count(Cause::new("disconnected")) {
+                    if let Some(total) = self.waiting.log.count(LogCause::new("disconnected")) {
                         info!(pid, total, "front-end disconnected");
                     }
                 }
@@ -255,7 +255,7 @@ impl Server {
         let mut connection = Connection::new(front_end.stream);
         let (wake, stop) = (requests.wake.as_fd(), requests.stop.as_fd());
         let watch = connection.peer_watch().inspect_err(|error| {
-            if let Some(total) = waiting.log.count(Cause::new("not watched")) {
+            if let Some(total) = waiting.log.count(LogCause::new("not watched")) {
                 warn!(%error, total, "front-end not watched: waits for I/O do not end when it leaves");
             }
         });
@@ -277,7 +277,7 @@ impl Server {
             match connection.receive(FrontEndWaiter { waiting: &mut *waiting, served_pid, wake })? {
                 Received::Closed => {
                     if let Some(hint) = session.departure_hint() {
-                        if let Some(total) = waiting.log.count(Cause::new("departure")) {
+                        if let Some(total) = waiting.log.count(LogCause::new("departure")) {
                             warn!(pid = served_pid, total, "front-end left: {hint}");
                         }
                     }
@@ -297,7 +297,7 @@ impl Server {
 impl ServeError {
     /// The cause for rate limits of log lines. The front-end chooses the request, so the request is no part of the
     /// cause.
-    fn cause(&self) -> Cause {
+    fn cause(&self) -> LogCause {
         match self {
             Self::Connection(error) => error.cause(),
             Self::Session(error) => error.source.cause(),

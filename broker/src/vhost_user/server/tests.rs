@@ -226,8 +226,8 @@ fn a_flood_of_connections_hides_no_error_of_another_kind() {
         ServeError::from(ConnectionError::from(Header::parse(bytes).unwrap_err()))
     };
     let flood = [
-        Cause::new("connected"),
-        Cause::new("disconnected"),
+        LogCause::new("connected"),
+        LogCause::new("disconnected"),
         ServeError::from(ConnectionError::FdsLost).cause(),
         header(flags).cause(),
         header(version).cause(),

@@ -22,7 +22,7 @@ use tracing::{debug, info, warn};
 
 use super::super::connection::{ConnectionError, Unfinished, UnfinishedExchange, Wait, Waiter, pid_of_peer};
 use super::super::listener::Listener;
-use crate::log_limit::{Cause, LogLimits};
+use crate::log_limit::{LogCause, LogLimits};
 
 /// How long a front-end may stop in the middle of a message while another front-end waits. A front-end writes a message
 /// at once; a VMM that was swapped out, or waits for a busy machine, needs seconds at most.
@@ -136,7 +136,7 @@ impl WaitingFrontEnds {
     fn remove_silent(&mut self) {
         let index = self.front_ends.iter().position(|front_end| front_end.first_message() != FirstMessage::Begun);
         let Some(silent) = index.and_then(|index| self.front_ends.remove(index)) else { return };
-        if let Some(total) = self.log.count(Cause::new("replaced")) {
+        if let Some(total) = self.log.count(LogCause::new("replaced")) {
             info!(pid = silent.pid, total, "silent front-end disconnected: too many are connected");
         }
     }
@@ -193,7 +193,7 @@ impl FrontEndWaiter<'_> {
     fn note_first_messages(&mut self) {
         let Self { waiting, served_pid, .. } = self;
         waiting.note_first_messages(|log, front_end| {
-            if let Some(total) = log.count(Cause::new("waits")) {
+            if let Some(total) = log.count(LogCause::new("waits")) {
                 warn!(
                     pid = front_end.pid,
                     served_pid = *served_pid,

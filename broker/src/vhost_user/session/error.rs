@@ -11,7 +11,7 @@ use super::super::eventfd::NotAnEventfd;
 use super::super::features::feature_names;
 use super::super::memory_table::MemoryTableError;
 use super::super::message::MessageError;
-use crate::log_limit::Cause;
+use crate::log_limit::LogCause;
 use crate::virtqueue::{InflightError, SharedMemoryError};
 
 /// Why the session refuses a request: the front-end asks for something that makes no sense. A refused request changes
@@ -147,15 +147,15 @@ pub enum RequestError {
 
 impl RequestError {
     /// The cause for rate limits of log lines: the kind of error without its values.
-    pub(in crate::vhost_user) fn cause(&self) -> Cause {
+    pub(in crate::vhost_user) fn cause(&self) -> LogCause {
         match self {
-            Self::Message(error) => Cause::new((discriminant(self), discriminant(error))),
-            Self::Memory(error) => Cause::new((discriminant(self), discriminant(error))),
-            Self::Inflight(error) => Cause::new((discriminant(self), discriminant(error))),
-            Self::Log(error) => Cause::new((discriminant(self), discriminant(error))),
-            Self::NotNegotiated { feature } => Cause::new((discriminant(self), feature)),
-            Self::System { what, .. } => Cause::new((discriminant(self), what)),
-            _ => Cause::new(discriminant(self)),
+            Self::Message(error) => LogCause::new((discriminant(self), discriminant(error))),
+            Self::Memory(error) => LogCause::new((discriminant(self), discriminant(error))),
+            Self::Inflight(error) => LogCause::new((discriminant(self), discriminant(error))),
+            Self::Log(error) => LogCause::new((discriminant(self), discriminant(error))),
+            Self::NotNegotiated { feature } => LogCause::new((discriminant(self), feature)),
+            Self::System { what, .. } => LogCause::new((discriminant(self), what)),
+            _ => LogCause::new(discriminant(self)),
         }
     }
 

@@ -31,7 +31,7 @@ use super::connection::Message;
 use super::device::{ConfigWriteError, Device};
 use super::memory_table::{MAX_REGIONS, MemoryTable};
 use super::message::{InflightDescription, RegionDescription, Reply, Request};
-use crate::log_limit::{Cause, LogLimits};
+use crate::log_limit::{LogCause, LogLimits};
 use crate::virtqueue::InflightRegion;
 
 /// The outcome of a request that the session does not refuse.
@@ -267,9 +267,9 @@ impl<'d> Session<'d> {
 }
 
 /// The cause for rate limits of log lines: what is wrong with which request. All unknown requests count as one.
-fn cause(request: u32, wrong: impl Hash) -> Cause {
+fn cause(request: u32, wrong: impl Hash) -> LogCause {
     let known = FrontendReq::try_from(request).is_ok().then_some(request);
-    Cause::new((known, wrong))
+    LogCause::new((known, wrong))
 }
 
 /// Makes the device read its capacity again. True: it has changed.

@@ -21,7 +21,7 @@ use super::super::message::VringAddress;
 use super::super::ring_fault::RingFault;
 use super::vring::RingAddresses;
 use super::{RequestError, Session};
-use crate::log_limit::Cause;
+use crate::log_limit::LogCause;
 use crate::virtqueue::{InflightQueue, QueueSetup};
 
 /// The parts of a split ring: fixed bytes, bytes for each descriptor, and bytes that exist only with
@@ -176,7 +176,7 @@ impl Session<'_> {
             Some(queue) => Ok(Some(queue)),
             None => {
                 // A guest that resets its device starts the ring again and again.
-                if let Some(total) = self.refusals.count(Cause::new("in-flight region without the vring")) {
+                if let Some(total) = self.refusals.count(LogCause::new("in-flight region without the vring")) {
                     warn!(index, total, "vring not tracked: the front-end's in-flight region has no part for it");
                 }
                 Ok(None)
