@@ -141,7 +141,7 @@ struct Kernel {
 
 fn kernel_named(name: &str) -> anyhow::Result<Kernel> {
     if name == "running" {
-        let support = kernel::support().context("asking the kernel what its io_uring can do")?;
+        let support = kernel::support().context("cannot ask the kernel what its io_uring can do")?;
         let context = kernel::lint_context(Mode::Direct, support.semantics);
         return Ok(Kernel { support, semantics: support.semantics, nop: context.nop });
     }

@@ -202,7 +202,7 @@ fn bad_input_is_refused_with_a_reason_and_changes_no_file() {
     fs::write(installed.path().join("small.img"), [1; 8192]).unwrap();
     fs::write(installed.path().join("ragged.img"), vec![1; 300_000]).unwrap();
     let cases: [(&[&str], &str); 5] = [
-        (&["demo", "--blk-file", "no/such/directory/image"], "creating no/such/directory/image: No such file"),
+        (&["demo", "--blk-file", "no/such/directory/image"], "cannot create no/such/directory/image: No such file"),
         (&["demo", "--blk-file", "."], "is a directory: a disk is a regular file or a block device"),
         (&["demo", "--blk-file", "small.img"], "small.img has 8192 bytes: the demo needs at least 262144"),
         (&["demo", "--blk-file", "ragged.img"], "ragged.img"),

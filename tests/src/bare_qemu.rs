@@ -110,7 +110,7 @@ impl BareQemu {
             .stdout(Stdio::null())
             .stderr(errors)
             .spawn()
-            .context("starting QEMU")?;
+            .context("cannot start QEMU")?;
         let mut child = Killed(Some(child));
         let commands = connect(&mut child, &control).with_context(|| {
             format!("QEMU said: {}", std::fs::read_to_string(directory.path().join("stderr")).unwrap_or_default())

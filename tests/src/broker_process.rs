@@ -31,7 +31,7 @@ const SHOWN_LINES: usize = 60;
 /// The program is missing or older than its sources: cargo does not build the programs of other packages with the
 /// tests.
 pub fn program() -> Result<PathBuf> {
-    let test_program = env::current_exe().context("finding the test program")?;
+    let test_program = env::current_exe().context("cannot find the test program")?;
     let profile =
         test_program.parent().and_then(Path::parent).context("the test program is not in a target directory")?;
     let program = profile.join(PROGRAM);
@@ -112,7 +112,7 @@ impl BrokerProcess {
             .stdout(Stdio::null())
             .stderr(Stdio::piped())
             .spawn()
-            .with_context(|| format!("starting {command:?}"))?;
+            .with_context(|| format!("cannot start {command:?}"))?;
         let log = Arc::new(Mutex::new(Vec::new()));
         let lines = BufReader::new(child.stderr.take().context("its stderr is piped")?).lines();
         let kept = log.clone();
@@ -261,7 +261,7 @@ impl BrokerProcess {
     /// It has ended.
     pub fn usage(&self) -> Result<Usage> {
         let directory = PathBuf::from(format!("/proc/{}", self.pid()));
-        let status = fs::read_to_string(directory.join("status")).context("reading the broker's status")?;
+        let status = fs::read_to_string(directory.join("status")).context("cannot read the broker's status")?;
         let bytes = |field: &str| -> Result<u64> {
             let line = status.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(':'));
             let text = line.and_then(|text| text.trim().strip_suffix(" kB")).context("a field of the status")?;

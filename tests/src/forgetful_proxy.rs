@@ -40,8 +40,8 @@ impl ForgetfulProxy {
     ///
     /// The socket cannot be made, or no back-end listens at `back_end`.
     pub fn start(path: &Path, back_end: &Path) -> Result<Self> {
-        let listener = UnixListener::bind(path).with_context(|| format!("listening at {}", path.display()))?;
-        let back_end = UnixStream::connect(back_end).context("connecting to the back-end")?;
+        let listener = UnixListener::bind(path).with_context(|| format!("cannot listen at {}", path.display()))?;
+        let back_end = UnixStream::connect(back_end).context("cannot connect to the back-end")?;
         Ok(Self { thread: Some(thread::spawn(move || serve(&listener, &back_end))) })
     }
 
@@ -56,7 +56,7 @@ impl ForgetfulProxy {
 }
 
 fn serve(listener: &UnixListener, back_end: &UnixStream) -> Result<()> {
-    let (front_end, _) = listener.accept().context("waiting for a front-end")?;
+    let (front_end, _) = listener.accept().context("cannot accept a front-end")?;
     let (to_back_end, to_front_end) = (front_end.try_clone()?, back_end.try_clone()?);
     let answers = thread::spawn({
         let (from, to) = (Wire::new(to_front_end, PATIENCE)?, Wire::new(front_end.try_clone()?, PATIENCE)?);

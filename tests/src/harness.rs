@@ -324,12 +324,12 @@ mod tests {
     #[test]
     fn an_error_is_described_with_all_its_causes() {
         let error = Err::<(), _>(io::Error::from(rustix::io::Errno::NOENT))
-            .context("opening the disk")
-            .context("starting the queue")
+            .context("cannot open the disk")
+            .context("cannot start the queue")
             .expect_err("made as one");
         assert_eq!(
             describe(&error, Some("kernel: x".to_owned())),
-            "starting the queue\n  because: opening the disk\n  because: No such file or directory (os error 2)\nkernel: x"
+            "cannot start the queue\n  because: cannot open the disk\n  because: No such file or directory (os error 2)\nkernel: x"
         );
     }
 }

@@ -36,7 +36,7 @@ impl HeldProxy {
     ///
     /// The socket cannot be made.
     pub fn start(path: &Path, back_end: &Path) -> Result<Self> {
-        let listener = UnixListener::bind(path).with_context(|| format!("listening at {}", path.display()))?;
+        let listener = UnixListener::bind(path).with_context(|| format!("cannot listen at {}", path.display()))?;
         let back_end = back_end.to_owned();
         let ((told, held), (go_on, may_go_on)) = (channel(), channel());
         thread::spawn(move || -> Result<()> {

@@ -58,7 +58,8 @@ impl HugePages {
     }
 
     fn set(count: u64) -> Result<()> {
-        fs::write(format!("{HUGE_PAGES}/nr_hugepages"), count.to_string()).context("setting the number of huge pages")
+        fs::write(format!("{HUGE_PAGES}/nr_hugepages"), count.to_string())
+            .context("cannot set the number of huge pages")
     }
 }
 

@@ -133,7 +133,7 @@ impl KvmGuest {
         };
         let device = DirectDevice::new(disk, &memory, policy, DirectConfig::new(config.submission, Sharing::Clone))?;
         let machine = Machine::new(
-            &Kvm::new().context("opening /dev/kvm")?,
+            &Kvm::new().context("cannot open /dev/kvm")?,
             MachineConfig { vcpus: config.queues, ram: regions, blocks_max: config.blocks_max },
         )?;
         let ram = RamSlots::map(machine.vm(), &memory, PROGRAM_SLOT + 1)?;
@@ -368,7 +368,7 @@ impl RamLayout {
 }
 
 fn memfd(len_bytes: u64) -> Result<File> {
-    let fd = rustix::fs::memfd_create("guest-ram", MemfdFlags::CLOEXEC).context("making a memfd")?;
-    rustix::fs::ftruncate(&fd, len_bytes).context("sizing a memfd")?;
+    let fd = rustix::fs::memfd_create("guest-ram", MemfdFlags::CLOEXEC).context("cannot make a memfd")?;
+    rustix::fs::ftruncate(&fd, len_bytes).context("cannot size a memfd")?;
     Ok(fd.into())
 }

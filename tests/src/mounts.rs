@@ -134,7 +134,7 @@ impl Drop for Mounted {
 pub fn run<A: AsRef<OsStr>>(name: &str, arguments: impl IntoIterator<Item = A>) -> Result<()> {
     let mut command = Command::new(find_program(name).with_context(|| format!("no program {name}"))?);
     command.args(arguments);
-    let output = command.output().with_context(|| format!("starting {command:?}"))?;
+    let output = command.output().with_context(|| format!("cannot start {command:?}"))?;
     ensure!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
     Ok(())
 }

@@ -62,7 +62,7 @@ impl Need {
     /// The process may run on at least `count` CPUs at once. A ring with SQPOLL that a thread polls needs two.
     pub fn cpus(count: usize) -> Self {
         Self::new(format!("{count} CPUs"), move || {
-            let usable = thread::available_parallelism().context("counting the usable CPUs")?.get();
+            let usable = thread::available_parallelism().context("cannot count the usable CPUs")?.get();
             ensure!(usable >= count, "this process may use {usable}");
             Ok(())
         })
@@ -81,11 +81,11 @@ impl Need {
     /// exits.
     pub fn kvm() -> Self {
         Self::new("KVM", || {
-            let kvm = kvm_ioctls::Kvm::new().context("opening /dev/kvm")?;
-            let vm = kvm.create_vm().context("making a virtual machine")?;
-            vm.create_irq_chip().context("making an interrupt controller")?;
-            let vcpu = vm.create_vcpu(0).context("making a vCPU")?;
-            ExitCounters::of(&vcpu).context("counting exits")?;
+            let kvm = kvm_ioctls::Kvm::new().context("cannot open /dev/kvm")?;
+            let vm = kvm.create_vm().context("cannot make a virtual machine")?;
+            vm.create_irq_chip().context("cannot make an interrupt controller")?;
+            let vcpu = vm.create_vcpu(0).context("cannot make a vCPU")?;
+            ExitCounters::of(&vcpu).context("cannot count exits")?;
             Ok(())
         })
     }
@@ -101,7 +101,7 @@ impl Need {
     /// A device or other file that exists: `/dev/kvm`, `/dev/loop-control`.
     pub fn file(path: &'static str) -> Self {
         Self::new(path, move || {
-            fs::metadata(path).with_context(|| format!("looking at {path}"))?;
+            fs::metadata(path).with_context(|| format!("cannot look at {path}"))?;
             Ok(())
         })
     }
@@ -125,7 +125,7 @@ pub fn find_program(name: &str) -> Option<PathBuf> {
 
 /// A field of `/proc/meminfo` that the kernel gives in KiB.
 fn meminfo_bytes(field: &str) -> Result<u64> {
-    let meminfo = fs::read_to_string("/proc/meminfo").context("reading /proc/meminfo")?;
+    let meminfo = fs::read_to_string("/proc/meminfo").context("cannot read /proc/meminfo")?;
     let kibibytes: u64 = meminfo
         .lines()
         .find_map(|line| line.strip_prefix(field)?.strip_prefix(':')?.trim().strip_suffix(" kB")?.trim().parse().ok())

@@ -114,7 +114,7 @@ pub fn build_program() -> Result<PathBuf> {
         .arg(&directory)
         .env_remove("RUSTFLAGS")
         .env("CARGO_ENCODED_RUSTFLAGS", "-Ctarget-feature=+crt-static");
-    let output = cargo.output().context("starting cargo")?;
+    let output = cargo.output().context("cannot start cargo")?;
     ensure!(output.status.success(), "building {PACKAGE}: {}", String::from_utf8_lossy(&output.stderr));
     Ok(directory.join(TARGET).join("debug").join(PROGRAM))
 }
@@ -135,7 +135,7 @@ pub fn on_host(program: &Path, amount: Amount, seed: Seed) -> Result<KernelRepor
     let mut command = Command::new(program);
     command.args([amount.compared.to_string(), amount.sound.to_string()]);
     let output =
-        command.env(seed::VARIABLE, format!("{:#x}", seed.value())).output().context("starting the program")?;
+        command.env(seed::VARIABLE, format!("{:#x}", seed.value())).output().context("cannot start the program")?;
     let said = String::from_utf8_lossy(&output.stdout);
     if !output.status.success() {
         bail!("{}: {said}{}", output.status, String::from_utf8_lossy(&output.stderr));
@@ -195,9 +195,9 @@ pub fn document(reports: &[KernelReport]) -> String {
 /// The file cannot be written.
 pub fn write_document(path: &Path, reports: &[KernelReport]) -> Result<()> {
     if let Some(directory) = path.parent() {
-        fs::create_dir_all(directory).with_context(|| format!("making {}", directory.display()))?;
+        fs::create_dir_all(directory).with_context(|| format!("cannot make {}", directory.display()))?;
     }
-    fs::write(path, document(reports)).with_context(|| format!("writing {}", path.display()))
+    fs::write(path, document(reports)).with_context(|| format!("cannot write {}", path.display()))
 }
 
 #[cfg(test)]

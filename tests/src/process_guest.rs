@@ -58,8 +58,8 @@ impl RamFile {
             PageSize::Small => MemfdFlags::CLOEXEC,
             PageSize::Huge => MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB,
         };
-        let fd = memfd_create("guest-ram", flags).context("making a memfd")?;
-        ftruncate(&fd, regions.iter().map(|region| region.len_bytes).sum()).context("sizing a memfd")?;
+        let fd = memfd_create("guest-ram", flags).context("cannot make a memfd")?;
+        ftruncate(&fd, regions.iter().map(|region| region.len_bytes).sum()).context("cannot size a memfd")?;
         Ok(Self { file: Arc::new(File::from(fd)), regions: regions.to_vec() })
     }
 

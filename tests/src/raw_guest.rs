@@ -73,7 +73,7 @@ impl Ram {
     ///
     /// The path does not lead to a memfd.
     pub fn open(path: &str) -> Result<Self> {
-        Ok(Self(File::options().read(true).write(true).open(path).with_context(|| format!("opening {path}"))?))
+        Ok(Self(File::options().read(true).write(true).open(path).with_context(|| format!("cannot open {path}"))?))
     }
 
     /// The path for [`open`](Self::open) in a child process.

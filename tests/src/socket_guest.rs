@@ -170,5 +170,5 @@ pub fn await_ring(queue: &mut Queue) -> Result<u32> {
 ///
 /// The broker does not serve.
 pub fn connect(socket: &Path, options: Options) -> Result<Disk> {
-    Disk::connect(socket, options).with_context(|| format!("connecting to {}", socket.display()))
+    Disk::connect(socket, options).with_context(|| format!("cannot connect to {}", socket.display()))
 }

@@ -197,7 +197,7 @@ impl StuckDisk {
     fn writes_in_device(&self) -> Result<bool> {
         let name = self.path.file_name().and_then(|name| name.to_str()).context("the name of the loop device")?;
         let inflight =
-            fs::read_to_string(format!("/sys/block/{name}/inflight")).context("reading what is in flight")?;
+            fs::read_to_string(format!("/sys/block/{name}/inflight")).context("cannot read what is in flight")?;
         let writes = inflight.split_whitespace().nth(1).context("the writes in flight")?;
         Ok(writes.parse::<u64>()? > 0)
     }
@@ -256,14 +256,14 @@ impl Guardian {
             .stderr(Stdio::null())
             .process_group(0)
             .spawn()
-            .context("starting the process that cleans up")?;
+            .context("cannot start the process that cleans up")?;
         let lifeline = process.stdin.take();
         Ok(Self { process, lifeline })
     }
 
     fn tell(&self, word: &str) -> Result<()> {
         let mut lifeline = self.lifeline.as_ref().context("the process that cleans up is gone")?;
-        writeln!(lifeline, "{word}").context("telling the process that cleans up")
+        writeln!(lifeline, "{word}").context("cannot tell the process that cleans up")
     }
 
     fn finish(&mut self) {
@@ -287,7 +287,7 @@ impl Drop for MountGuard<'_> {
 
 fn program(name: &str, arguments: &[&str]) -> Result<String> {
     let found = find_program(name).with_context(|| format!("there is no program `{name}`"))?;
-    let output = Command::new(found).args(arguments).output().with_context(|| format!("starting {name}"))?;
+    let output = Command::new(found).args(arguments).output().with_context(|| format!("cannot start {name}"))?;
     let message = String::from_utf8_lossy(&output.stderr);
     ensure!(output.status.success(), "{name} {arguments:?}: {}", message.trim());
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())

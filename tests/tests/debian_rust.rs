@@ -44,18 +44,18 @@ impl Machine {
     fn new() -> Result<Self> {
         let workspace =
             Path::new(env!("CARGO_MANIFEST_DIR")).parent().context("the tests have no workspace")?.to_owned();
-        let readme = fs::read_to_string(workspace.join("README.md")).context("reading README.md")?;
+        let readme = fs::read_to_string(workspace.join("README.md")).context("cannot read README.md")?;
         let installation = Installation::of(SUITE, &packages(&readme)?)?;
         // The installation uses the crates of this machine, so that it needs no network.
         let mut fetch = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
         run(fetch.current_dir(&workspace).args(["fetch", "--locked", "--target", TARGET]))?;
         let home = cargo_home()?;
         let target = Path::new(env!("CARGO_TARGET_TMPDIR")).join("debian-rust");
-        fs::create_dir_all(target.join("cargo/registry")).context("making a home for cargo")?;
-        fs::create_dir_all(target.join("tmp")).context("making a directory for temporary files")?;
+        fs::create_dir_all(target.join("cargo/registry")).context("cannot make a home for cargo")?;
+        fs::create_dir_all(target.join("tmp")).context("cannot make a directory for temporary files")?;
         let configuration = home.join("config.toml");
         if configuration.exists() {
-            fs::copy(&configuration, target.join("cargo/config.toml")).context("copying cargo's configuration")?;
+            fs::copy(&configuration, target.join("cargo/config.toml")).context("cannot copy cargo's configuration")?;
         }
         Ok(Self { installation, workspace, target, registry: home.join("registry") })
     }
@@ -119,7 +119,7 @@ fn cargo_home() -> Result<PathBuf> {
 /// Runs a command to its end, and returns its standard output.
 fn run(command: &mut Command) -> Result<String> {
     let output = command.stdin(Stdio::null()).stderr(Stdio::inherit()).output();
-    let output = output.with_context(|| format!("starting {command:?}"))?;
+    let output = output.with_context(|| format!("cannot start {command:?}"))?;
     ensure!(output.status.success(), "{command:?}: {}", output.status);
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }

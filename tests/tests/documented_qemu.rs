@@ -31,7 +31,7 @@ fn main() -> ExitCode {
 /// The QEMU command of a document of the repository.
 fn document(name: &str) -> Result<String> {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("..").join(name);
-    let text = fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
+    let text = fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
     let command = text.split_once("$ qemu-system-x86_64 ").with_context(|| format!("{name} shows no command"))?.1;
     let (command, explained) = command.split_once(" ...\n```\n").context("the command has no end")?;
     ensure!(
@@ -72,8 +72,12 @@ fn runs(options: &str) -> Result<()> {
     let options = options.replace("accel=kvm", accelerator);
     let mut command = Command::new(qemu);
     command.args(options.split_whitespace()).args(["-S", "-nodefaults", "-display", "none", "-monitor", "stdio"]);
-    let mut child =
-        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().context("starting QEMU")?;
+    let mut child = command
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .context("cannot start QEMU")?;
     // QEMU fails before it reads this if it refuses an option or the device.
     let _ = child.stdin.take().context("its stdin is piped")?.write_all(b"quit\n");
     let output = child.wait_with_output()?;

@@ -341,7 +341,7 @@ fn replacing() -> Result<()> {
                     break;
                 }
             }
-            replacing.join().expect("no panic").context("replacing the eventfd")?;
+            replacing.join().expect("no panic").context("cannot replace the eventfd")?;
             Ok(total)
         })?;
         eprintln!("{submission:?}: {} sleeps, {total}", total.sleeps);

@@ -295,7 +295,7 @@ fn plan(guest: &KvmGuest, how: Run, addresses: &[u64]) -> Result<Attack> {
 }
 
 fn address_of_ram(guest: &KvmGuest) -> Result<u64> {
-    let address = guest.memory().mapped().get_host_address(GuestAddress(0)).context("looking up a guest's RAM")?;
+    let address = guest.memory().mapped().get_host_address(GuestAddress(0)).context("cannot look up a guest's RAM")?;
     Ok(address.addr() as u64)
 }
 

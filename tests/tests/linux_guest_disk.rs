@@ -54,7 +54,7 @@ impl Served {
     }
 
     fn serve(disk: TestDisk, arguments: &[&str]) -> Result<Self> {
-        let directory = tempfile::tempdir().context("making a directory for a socket")?;
+        let directory = tempfile::tempdir().context("cannot make a directory for a socket")?;
         let socket = directory.path().join("broker.sock");
         let broker = BrokerProcess::start(&socket, disk.path(), arguments)?;
         Ok(Self { broker, disk, _directory: directory })

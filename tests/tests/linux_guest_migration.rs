@@ -63,7 +63,7 @@ struct Brokers {
 impl Brokers {
     fn start() -> Result<Self> {
         let disk = TestDisk::new(DiskKind::Ext4Direct, DISK_BYTES)?;
-        let directory = tempfile::tempdir().context("making a directory for sockets")?;
+        let directory = tempfile::tempdir().context("cannot make a directory for sockets")?;
         let source = directory.path().join("source.sock");
         let target = directory.path().join("target.sock");
         let source = BrokerProcess::start(&source, disk.path(), &["--num-queues", "2"])?;

@@ -27,7 +27,7 @@ fn needs() -> Vec<Need> {
 
 fn other_options() -> Result<()> {
     let disk = TestDisk::new(DiskKind::Ext4PageCache, DISK_BYTES)?;
-    let directory = tempfile::tempdir().context("making a directory for a socket")?;
+    let directory = tempfile::tempdir().context("cannot make a directory for a socket")?;
     let socket = directory.path().join("broker.sock");
     let start =
         |options: &[&str]| BrokerProcess::start(&socket, disk.path(), &[&["--direct-io", "off"], options].concat());
@@ -64,7 +64,7 @@ fn kills() -> Result<()> {
     let seed = Seed::from_env_or_random();
     let mut rng = seed.rng();
     let disk = TestDisk::new(DiskKind::Ext4Direct, DISK_BYTES)?;
-    let directory = tempfile::tempdir().context("making a directory for a socket")?;
+    let directory = tempfile::tempdir().context("cannot make a directory for a socket")?;
     let socket = directory.path().join("broker.sock");
     let start = || BrokerProcess::start(&socket, disk.path(), &["--num-queues", "2"]);
 

@@ -61,7 +61,7 @@ fn dev(rig: &Rig, arguments: &[&str]) -> Result<Command> {
 
 fn set_mode(rig: &Rig, mode: &str, more: &[&str]) -> Result<Output> {
     let arguments = [&["set", "vhost", "mode", mode], more].concat();
-    dev(rig, &arguments)?.output().context("running ringpass dev set")
+    dev(rig, &arguments)?.output().context("cannot run ringpass dev set")
 }
 
 fn set_mode_well(rig: &Rig, mode: &str) -> Result<Duration> {
@@ -73,7 +73,7 @@ fn set_mode_well(rig: &Rig, mode: &str) -> Result<Duration> {
 
 /// What executes each queue, from queue 1 on: a ring or the virtqueue.
 fn executed_by(rig: &Rig) -> Result<Vec<String>> {
-    let output = dev(rig, &["show", "vhost", "--json"])?.output().context("running ringpass dev show")?;
+    let output = dev(rig, &["show", "vhost", "--json"])?.output().context("cannot run ringpass dev show")?;
     ensure!(output.status.success(), "dev show: {}", String::from_utf8_lossy(&output.stderr));
     let status: Value = serde_json::from_slice(&output.stdout)?;
     let queues = status["queues"].as_array().context("dev show lists no queues")?;

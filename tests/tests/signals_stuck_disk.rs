@@ -111,14 +111,14 @@ fn second_signal() -> Result<()> {
     stuck.has_no_sockets()?;
     let socket = stuck.directory.path().join("vm.sock");
     let mut successor = BrokerProcess::start(&socket, stuck.disk.path(), &["--poll-us", "0", "--incoming"])?;
-    drop(successor.explain(UnixStream::connect(&socket).context("connecting to the successor"))?);
+    drop(successor.explain(UnixStream::connect(&socket).context("cannot connect to the successor"))?);
     thread::sleep(LATER);
     stuck.broker.signal(Signal::TERM)?;
     let status = stuck.broker.wait()?;
     ensure!(status.code() == Some(1), "{status}:\n{}", stuck.broker.log());
     ensure!(stuck.broker.has_logged("SIGTERM: ending at once"), "{}", stuck.broker.log());
     // The ended server has not removed the files of its successor.
-    successor.explain(UnixStream::connect(&socket).context("connecting to the successor"))?;
+    successor.explain(UnixStream::connect(&socket).context("cannot connect to the successor"))?;
     successor.signal(Signal::TERM)?;
     ensure!(successor.wait()?.success(), "{}", successor.log());
     stuck.has_no_sockets()?;

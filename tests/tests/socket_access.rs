@@ -47,7 +47,7 @@ fn may_connect(socket: &Path, user: u32, group: u32) -> Result<bool> {
 }
 
 fn rights(socket: &Path) -> Result<(u32, u32)> {
-    let found = fs::metadata(socket).with_context(|| format!("looking at {}", socket.display()))?;
+    let found = fs::metadata(socket).with_context(|| format!("cannot look at {}", socket.display()))?;
     Ok((found.mode() & 0o7777, found.gid()))
 }
 

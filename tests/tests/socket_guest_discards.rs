@@ -127,7 +127,7 @@ impl Scene {
             .args(["dev", "show", "vhost"])
             .env("RUNTIME_DIRECTORY", self.rig.directory())
             .output()
-            .context("running ringpass dev show")?;
+            .context("cannot run ringpass dev show")?;
         ensure!(output.status.success(), "ringpass dev show: {}", String::from_utf8_lossy(&output.stderr));
         Ok(String::from_utf8(output.stdout)?)
     }

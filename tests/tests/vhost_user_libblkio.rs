@@ -154,7 +154,7 @@ impl Client {
             .read(true)
             .write(true)
             .open(format!("/proc/self/fd/{}", region.fd))
-            .context("opening the client's memory once more")?;
+            .context("cannot open the client's memory once more")?;
         Ok(Self { queues, region, memory, shape, _blkio: blkio })
     }
 
@@ -232,7 +232,7 @@ impl Client {
         let count = self.queues[queue]
             .do_io(&mut completions, 1, Some(&mut left), None)
             .map_err(in_words)
-            .with_context(|| format!("waiting for {:?}", begun.elapsed()))?;
+            .with_context(|| format!("do_io failed after {:?}", begun.elapsed()))?;
         let mut buffers = Vec::with_capacity(count);
         for completion in &completions[..count] {
             // SAFETY: `do_io` returned the number of completions that it has written, from the first on.

@@ -144,7 +144,7 @@ fn lost_inflight_region(rig: &Rig, broker: BrokerProcess) -> Result<()> {
     driver.read(0, 4096)?;
     file.set_len(0)?;
     broker.explain(ensure_goes_on(&mut driver, &broker, "memory of the front-end's in-flight region is lost"))?;
-    broker.explain(front_end.stop_vring(0).map(drop).context("stopping the vring"))
+    broker.explain(front_end.stop_vring(0).map(drop).context("cannot stop the vring"))
 }
 
 fn lost_log(rig: &Rig, broker: BrokerProcess) -> Result<()> {

@@ -58,7 +58,8 @@ pub(crate) fn check_semver(skip: impl FnOnce(&str) -> Result<()>) -> Result<()> 
 /// The tag of the newest release in the history of what is checked out.
 fn last_release() -> Result<Option<String>> {
     let mut git = Command::new("git");
-    let output = git.args(["describe", "--tags", "--abbrev=0", "--match", "v*"]).output().context("starting git")?;
+    let output =
+        git.args(["describe", "--tags", "--abbrev=0", "--match", "v*"]).output().context("cannot start git")?;
     Ok(output.status.success().then(|| String::from_utf8_lossy(&output.stdout).trim().to_owned()))
 }
 
@@ -74,7 +75,7 @@ struct Package {
 /// What cargo knows of the crates of the workspace.
 pub(crate) fn metadata() -> Result<Value> {
     let mut command = cargo(&["metadata", "--format-version=1", "--no-deps", "--offline"]);
-    let output = command.output().context("starting cargo metadata")?;
+    let output = command.output().context("cannot start cargo metadata")?;
     ensure!(output.status.success(), "cargo metadata: {}", String::from_utf8_lossy(&output.stderr));
     serde_json::from_slice(&output.stdout).context("what cargo metadata says")
 }
@@ -140,7 +141,7 @@ impl Package {
 
 /// Major and minor version of the Cargo that started this program.
 fn cargo_version() -> Result<(u32, u32)> {
-    let output = cargo(&["--version"]).output().context("starting cargo")?;
+    let output = cargo(&["--version"]).output().context("cannot start cargo")?;
     let said = String::from_utf8_lossy(&output.stdout);
     version(&said).with_context(|| format!("cargo --version says {said:?}"))
 }

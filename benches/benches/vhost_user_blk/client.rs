@@ -58,8 +58,8 @@ pub(crate) struct Measurement {
 /// Keeps `depth` random 4 KiB requests in flight for `duration`.
 pub(crate) fn measure(socket: &Path, operation: Operation, depth: u16, duration: Duration) -> Result<Measurement> {
     let path = socket.to_str().context("the path of the socket is not UTF-8")?;
-    let mut transport: Box<VirtioBlkTransport> = Box::new(VhostUser::new(path, FEATURES).context("connecting")?);
-    let capacity_bytes = transport.get_config().context("reading the configuration")?.capacity.to_native() * 512;
+    let mut transport: Box<VirtioBlkTransport> = Box::new(VhostUser::new(path, FEATURES).context("cannot connect")?);
+    let capacity_bytes = transport.get_config().context("cannot read the configuration")?.capacity.to_native() * 512;
     let blocks = capacity_bytes / BLOCK_BYTES as u64;
     ensure!(blocks > 0, "the disk is empty");
 
@@ -74,7 +74,8 @@ pub(crate) fn measure(socket: &Path, operation: Operation, depth: u16, duration:
 
     // The driver itself puts the three descriptors of a request into the table.
     let queue_size = (3 * depth).next_power_of_two().max(64);
-    let mut queues = VirtioBlkQueue::setup_queues(transport.as_mut(), 1, queue_size).context("setting up the queue")?;
+    let mut queues =
+        VirtioBlkQueue::setup_queues(transport.as_mut(), 1, queue_size).context("cannot set up the queue")?;
     let notifier = transport.get_submission_notifier(0);
     let queue = &mut queues[0];
     queue.set_used_notif_enabled(false);
@@ -93,7 +94,7 @@ pub(crate) fn measure(socket: &Path, operation: Operation, depth: u16, duration:
             pushed = true;
         }
         if pushed && queue.avail_notif_needed() {
-            notifier.notify().context("kicking")?;
+            notifier.notify().context("cannot kick the queue")?;
         }
         let mut any = false;
         let mut failed = 0;

@@ -65,7 +65,8 @@ fn main() -> Result<ExitCode> {
     let args = Args::parse();
     ensure!(args.rounds > 0 && args.millis > 0 && args.size_mib > 0, "rounds, millis and size must not be zero");
     ensure!(args.piece_kib > 0 && args.piece_kib % 4 == 0, "piece-kib must be a multiple of 4");
-    let dir = tempfile::Builder::new().prefix("ringpass-bench-").tempdir_in(&args.dir).context("making a directory")?;
+    let dir =
+        tempfile::Builder::new().prefix("ringpass-bench-").tempdir_in(&args.dir).context("cannot make a directory")?;
     let image = dir.path().join("image");
     fill(&image, args.size_mib, args.piece_kib)?;
     let ringpass = Ringpass::build()?;
@@ -132,13 +133,13 @@ impl Comparison<'_> {
 
 /// Creates the image. Every block has different bytes: no holes, and no content that compresses to one page.
 fn fill(image: &PathBuf, size_mib: u64, piece_kib: usize) -> Result<()> {
-    let mut file = fs::File::create(image).with_context(|| format!("creating {image:?}"))?;
+    let mut file = fs::File::create(image).with_context(|| format!("cannot create {image:?}"))?;
     let mut piece = vec![0; piece_kib << 10];
     for _ in 0..(size_mib << 10) / piece_kib as u64 {
         fastrand::fill(&mut piece);
-        file.write_all(&piece).with_context(|| format!("filling {image:?}"))?;
+        file.write_all(&piece).with_context(|| format!("cannot fill {image:?}"))?;
     }
-    file.sync_all().context("syncing the image")
+    file.sync_all().context("cannot sync the image")
 }
 
 /// Shows the progress in one line on a terminal.

@@ -72,8 +72,8 @@ impl Row {
 
 impl Report {
     pub(crate) fn new(rows: Vec<Row>, rounds: usize, millis: u64) -> Result<Self> {
-        let kernel = fs::read_to_string("/proc/sys/kernel/osrelease").context("reading the kernel's release")?;
-        let cpuinfo = fs::read_to_string("/proc/cpuinfo").context("reading the processor's name")?;
+        let kernel = fs::read_to_string("/proc/sys/kernel/osrelease").context("cannot read the kernel's release")?;
+        let cpuinfo = fs::read_to_string("/proc/cpuinfo").context("cannot read the processor's name")?;
         let cpu = cpuinfo.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": "));
         let cpu = cpu.map_or("unknown", |(_, name)| name).to_owned();
         Ok(Self { kernel: kernel.trim().to_owned(), cpu, rounds, millis, rows })

@@ -36,7 +36,7 @@ impl Ringpass {
         let manifest = concat!(env!("CARGO_MANIFEST_DIR"), "/../Cargo.toml");
         let mut build = Command::new(cargo);
         build.args(["build", "--quiet", "--release", "--package", "ringpass", "--bin", "ringpass"]);
-        let status = build.args(["--manifest-path", manifest]).status().context("starting cargo")?;
+        let status = build.args(["--manifest-path", manifest]).status().context("cannot start cargo")?;
         ensure!(status.success(), "ringpass does not build");
         // This benchmark is TARGET/release/deps/NAME.
         let me = env::current_exe()?;
@@ -126,9 +126,11 @@ pub(crate) struct Running {
 /// Starts a server on the second core that this process may use, and waits until it listens.
 pub(crate) fn start(server: &dyn Server, image: &Path, socket: &Path) -> Result<Running> {
     let [ours, its] = two_cores()?;
-    sched_setaffinity(None, &ours).context("binding the client to its core")?;
+    sched_setaffinity(None, &ours).context("cannot bind the client to its core")?;
     match fs::remove_file(socket) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error).context("removing the old socket"),
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            return Err(error).context("cannot remove the old socket");
+        }
         _ => {}
     }
     let name = server.name();
@@ -136,7 +138,7 @@ pub(crate) fn start(server: &dyn Server, image: &Path, socket: &Path) -> Result<
     command.stdin(Stdio::null()).stdout(Stdio::null());
     // SAFETY: `sched_setaffinity` is one system call on a copy of a plain value; nothing is allocated or locked.
     unsafe { command.pre_exec(move || sched_setaffinity(None, &its).map_err(Into::into)) };
-    let mut child = command.spawn().with_context(|| format!("starting {name} (is it installed?)"))?;
+    let mut child = command.spawn().with_context(|| format!("cannot start {name} (is it installed?)"))?;
     let deadline = Instant::now() + PATIENCE;
     // Do not test by connecting: some servers serve only one connection.
     while !is_listening(socket) {

@@ -29,7 +29,8 @@ pub(crate) fn is_wanted() -> bool {
 pub(crate) fn run() -> anyhow::Result<()> {
     // The socket closes when the broker is killed, but a guest in the middle of a task would wait half a minute for its
     // requests.
-    set_parent_process_death_signal(Some(Signal::KILL)).context("asking to be killed with the broker")?;
+    set_parent_process_death_signal(Some(Signal::KILL))
+        .context("cannot ask the kernel to kill this process with the broker")?;
     let socket = std::io::stdin().as_fd().try_clone_to_owned().context("standard input is not the broker's socket")?;
     let stream = UnixStream::from(socket);
     let mut handover = handover::receive(&stream).context("this program is started by `ringpass demo`")?;

@@ -67,17 +67,17 @@ struct HostEnvironment {
 
 /// The environment owns the buffers and must be dropped last.
 fn host(disk: &Disk) -> anyhow::Result<(HostQueue, HostEnvironment)> {
-    let buffers = MmapMut::map_anon(BUFFERS_BYTES as usize).context("allocating the host's buffers")?;
+    let buffers = MmapMut::map_anon(BUFFERS_BYTES as usize).context("cannot allocate the host's buffers")?;
     let buffers = MmapRaw::from(buffers);
     let ring = IoUring::builder()
         .setup_sqpoll(SQ_THREAD_IDLE.as_millis() as u32)
         .build(64)
-        .context("creating the host's own io_uring (see `ringpass probe`)")?;
-    ring.submitter().register_files(&[disk.as_fd().as_raw_fd()]).context("registering the disk")?;
+        .context("cannot create the host's own io_uring (see `ringpass probe`)")?;
+    ring.submitter().register_files(&[disk.as_fd().as_raw_fd()]).context("cannot register the disk")?;
     let iovec = nix::libc::iovec { iov_base: buffers.as_mut_ptr().cast(), iov_len: buffers.len() };
     // SAFETY: the mapping outlives the ring (see above), and no reference to it exists while a request is in flight.
     unsafe { ring.submitter().register_buffers(&[iovec]) }
-        .context("registering the host's buffers (RLIMIT_MEMLOCK? see `ringpass probe`)")?;
+        .context("cannot register the host's buffers (RLIMIT_MEMLOCK? see `ringpass probe`)")?;
     let start = NonNull::new(buffers.as_mut_ptr()).context("a mapping at address 0")?;
     let queue = HostQueue { ring, buffers: start, buffers_bytes: buffers.len() as u64 };
     Ok((queue, HostEnvironment { buffers, started: Instant::now(), latencies_ns: super::histogram() }))

@@ -40,14 +40,14 @@ impl Image {
             Some(path) => {
                 let (file, made) = leftovers::file(path, || {
                     let file = OpenOptions::new().read(true).write(true).create_new(true).open(path);
-                    file.with_context(|| format!("creating {}", path.display()))
+                    file.with_context(|| format!("cannot create {}", path.display()))
                 })?;
                 Self::temporary(file, path.display().to_string(), Some(made), path.to_owned(), direct_io)
             }
             None => {
                 let directory = disk_directory()?;
                 let file = leftovers::uninterrupted(|| tempfile::tempfile_in(&directory))
-                    .with_context(|| format!("creating a temporary image in {}", directory.display()))?;
+                    .with_context(|| format!("cannot create a temporary image in {}", directory.display()))?;
                 let path = PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()));
                 let name = format!("temporary image in {}", directory.display());
                 Self::temporary(file, name, None, path, direct_io)
@@ -64,7 +64,7 @@ impl Image {
     ) -> anyhow::Result<Self> {
         let zeroes = vec![0; 1 << 20];
         for _ in 0..AREAS * AREA_BYTES / zeroes.len() as u64 {
-            file.write_all(&zeroes).with_context(|| format!("writing {name}"))?;
+            file.write_all(&zeroes).with_context(|| format!("cannot write {name}"))?;
         }
         let disk = Disk::open(&DiskConfig::new(path).direct_io(direct_io).logical_block(LogicalBlock::DirectIo))?;
         Ok(Self { disk: Arc::new(disk), name, area_bytes: AREA_BYTES, preserved: false, _made: made })
@@ -114,12 +114,12 @@ impl Image {
             return Ok(vec![0; blocks]);
         }
         let path = self.disk.path();
-        let file = File::open(path).with_context(|| format!("reading {}", path.display()))?;
+        let file = File::open(path).with_context(|| format!("cannot read {}", path.display()))?;
         let mut block = vec![0; BLOCK_BYTES as usize];
         (0..blocks as u64)
             .map(|index| {
                 std::os::unix::fs::FileExt::read_exact_at(&file, &mut block, index * BLOCK_BYTES)
-                    .with_context(|| format!("reading {}", path.display()))?;
+                    .with_context(|| format!("cannot read {}", path.display()))?;
                 Ok(checksum(&block))
             })
             .collect()

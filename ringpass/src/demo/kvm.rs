@@ -151,8 +151,8 @@ impl Drop for KvmWay {
 }
 
 fn memory() -> anyhow::Result<GuestMemory> {
-    let file = rustix::fs::memfd_create("guest-ram", MemfdFlags::CLOEXEC).context("making the guest's RAM")?;
-    rustix::fs::ftruncate(&file, RAM_BYTES).context("making the guest's RAM")?;
+    let file = rustix::fs::memfd_create("guest-ram", MemfdFlags::CLOEXEC).context("cannot make the guest's RAM")?;
+    rustix::fs::ftruncate(&file, RAM_BYTES).context("cannot make the guest's RAM")?;
     let file = Arc::new(File::from(file));
     Ok(GuestMemory::new([RegionConfig { gpa: 0, len_bytes: RAM_BYTES, file, file_offset_bytes: 0 }])?)
 }
@@ -163,7 +163,7 @@ fn device(
     policy: ChosenPolicy,
     signal: Signal,
 ) -> anyhow::Result<DirectDevice> {
-    let support = kernel::support().context("asking the kernel what its io_uring can do")?;
+    let support = kernel::support().context("cannot ask the kernel what its io_uring can do")?;
     let access = if disk.is_read_only() { Access::ReadOnly } else { Access::ReadWrite };
     let can_clone = support.register_operations.contains(RegisterOperation::REGISTER_CLONE_BUFFERS);
     let submission = match signal {

@@ -49,7 +49,7 @@ pub(crate) struct Leftover {
 /// the process has one thread.
 pub(crate) fn remove_at_signals() -> anyhow::Result<()> {
     let signals: SigSet = ENDING.into_iter().collect();
-    signals.thread_block().context("blocking signals")?;
+    signals.thread_block().context("cannot block signals")?;
     let wait = move || {
         loop {
             if let Ok(signal) = signals.wait() {
@@ -57,7 +57,7 @@ pub(crate) fn remove_at_signals() -> anyhow::Result<()> {
             }
         }
     };
-    thread::Builder::new().name("signals".into()).spawn(wait).context("starting the thread for signals")?;
+    thread::Builder::new().name("signals".into()).spawn(wait).context("cannot start the thread for signals")?;
     Ok(())
 }
 

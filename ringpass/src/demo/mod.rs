@@ -155,7 +155,7 @@ pub(crate) fn run(args: &DemoArgs) -> anyhow::Result<ExitCode> {
 
     let tallies = measure(&mut ways, &image, Duration::from_secs_f64(args.seconds))?;
     let report = DemoReport {
-        kernel: KernelRelease::running().context("asking for the kernel's release")?.to_string(),
+        kernel: KernelRelease::running().context("cannot ask for the kernel's release")?.to_string(),
         disk: DiskReport {
             name: image.name.clone(),
             size_bytes: image.disk.size_bytes(),

@@ -64,13 +64,13 @@ impl ProcessWay {
         submission: Submission,
         expected: &[u64],
     ) -> anyhow::Result<Self> {
-        let ram = rustix::fs::memfd_create("guest-ram", MemfdFlags::CLOEXEC).context("making the guest's RAM")?;
-        rustix::fs::ftruncate(&ram, RAM_BYTES).context("making the guest's RAM")?;
+        let ram = rustix::fs::memfd_create("guest-ram", MemfdFlags::CLOEXEC).context("cannot make the guest's RAM")?;
+        rustix::fs::ftruncate(&ram, RAM_BYTES).context("cannot make the guest's RAM")?;
         let ram = Arc::new(File::from(ram));
         let region = RegionConfig { gpa: 0, len_bytes: RAM_BYTES, file: ram.clone(), file_offset_bytes: 0 };
         let memory = GuestMemory::new([region])?;
 
-        let support = kernel::support().context("asking the kernel what its io_uring can do")?;
+        let support = kernel::support().context("cannot ask the kernel what its io_uring can do")?;
         let access = if disk.is_read_only() { Access::ReadOnly } else { Access::ReadWrite };
 
         let submission_config = match submission {
@@ -85,8 +85,8 @@ impl ProcessWay {
         assert!(sqes_gpa + sqes_area_bytes(RING.sq_entries) <= RAM_BYTES / 2, "half of the RAM is for buffers");
         let events = QueueEvents { doorbell: eventfd()?, completion: eventfd()? };
         let config = QueueConfig::new(RING, QueuePlacement::GuestRam { rings_gpa, sqes_gpa })
-            .doorbell(events.doorbell.try_clone().context("sharing the doorbell")?)
-            .completion(events.completion.try_clone().context("sharing the completion eventfd")?);
+            .doorbell(events.doorbell.try_clone().context("cannot share the doorbell")?)
+            .completion(events.completion.try_clone().context("cannot share the completion eventfd")?);
         let queue = device.attach(config)?;
 
         let setup = Setup {
@@ -98,13 +98,13 @@ impl ProcessWay {
             logical_block_bytes: disk.logical_block_bytes(),
             read_only: disk.is_read_only(),
         };
-        let (ours, theirs) = UnixStream::pair().context("making a socket")?;
+        let (ours, theirs) = UnixStream::pair().context("cannot make a socket")?;
         let guest = Command::new("/proc/self/exe")
             .arg(guest::COMMAND)
             .stdin(OwnedFd::from(theirs))
             .stdout(Stdio::null())
             .spawn()
-            .context("starting the guest process")?;
+            .context("cannot start the guest process")?;
         let mut way = Self { submission, stream: Some(BufReader::new(ours)), guest, queue: Some(queue) };
         handover::send(way.stream()?.get_ref(), &setup, &[ram.as_fd()], &[events])?;
         way.send(&expected)?;
@@ -161,5 +161,5 @@ impl Drop for ProcessWay {
 }
 
 fn eventfd() -> anyhow::Result<EventFd> {
-    EventFd::new(EFD_CLOEXEC).context("making an eventfd")
+    EventFd::new(EFD_CLOEXEC).context("cannot make an eventfd")
 }

@@ -86,8 +86,8 @@ impl SocketWay {
         })?;
         let buffers = guest.allocate(BUFFERS_BYTES)?;
         let buffers_gpa = buffers.gpa();
-        let doorbell = EventFd::new(EFD_CLOEXEC).context("making an eventfd")?;
-        let interrupt = queue.interrupt().try_clone().context("sharing an eventfd")?;
+        let doorbell = EventFd::new(EFD_CLOEXEC).context("cannot make an eventfd")?;
+        let interrupt = queue.interrupt().try_clone().context("cannot share an eventfd")?;
         let environment = ProcessEnv::new(buffers, doorbell, interrupt);
         Ok(Self { queue, environment, buffers_gpa, expected: expected.to_vec(), _guest: guest, _server: server })
     }
@@ -122,7 +122,7 @@ impl ServerThread {
                 .num_queues(2)
                 .queue_size(QUEUE_SIZE),
         )?;
-        let support = kernel::support().context("asking the kernel what its io_uring can do")?;
+        let support = kernel::support().context("cannot ask the kernel what its io_uring can do")?;
         let access = if disk.is_read_only() { Access::ReadOnly } else { Access::ReadWrite };
         let direct = DirectConfig::new(
             SubmissionConfig::SqThread(SqThreadConfig::new(SQ_THREAD_IDLE)),
@@ -144,7 +144,7 @@ impl ServerThread {
                 }
                 engine.shutdown();
             })
-            .context("starting the server's thread")?;
+            .context("cannot start the server's thread")?;
         Ok(Self { handle, engine: control, thread: Some(thread), directory })
     }
 

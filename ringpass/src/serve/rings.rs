@@ -147,7 +147,7 @@ impl RingArgs {
             tracing::info!("rings not offered, guests get virtqueues only: {}", why_not.join("; "));
             return Ok(Offer::No(why_not));
         }
-        let support = kernel::support().context("asking the kernel what its io_uring can do")?;
+        let support = kernel::support().context("cannot ask the kernel what its io_uring can do")?;
         let policy = policy.compile(Access::ReadWrite, &support).context("the policy of the guests' rings")?;
         let submission = match self.submission {
             SubmissionArg::SqThread => {

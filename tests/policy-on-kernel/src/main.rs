@@ -37,7 +37,7 @@ fn run() -> Result<String> {
     let cases = number(arguments.next(), 100_000, "SQEs to compare")?;
     let sqes = number(arguments.next(), 20_000, "SQEs that try to escape")?;
     let seed = Seed::from_env_or_random();
-    let kernel = kernel::support().context("asking the kernel what its io_uring can do")?;
+    let kernel = kernel::support().context("cannot ask the kernel what its io_uring can do")?;
 
     let mut exhaustive = 0;
     for built_in in BuiltIn::ALL {

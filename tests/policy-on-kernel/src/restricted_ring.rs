@@ -18,7 +18,8 @@ impl RestrictedRing {
     ///
     /// The kernel refuses.
     pub fn disabled(entries: u32) -> Result<Self> {
-        let ring = IoUring::builder().setup_r_disabled().setup_submit_all().build(entries).context("making a ring")?;
+        let ring =
+            IoUring::builder().setup_r_disabled().setup_submit_all().build(entries).context("cannot make a ring")?;
         Ok(Self { ring, entries })
     }
 
@@ -38,8 +39,8 @@ impl RestrictedRing {
     /// The kernel refuses.
     pub fn enable(self, table: &[RestrictionKind]) -> Result<Self> {
         let mut table: Vec<register::Restriction> = table.iter().copied().map(kernels).collect();
-        self.ring.submitter().register_restrictions(&mut table).context("restricting the ring")?;
-        self.ring.submitter().register_enable_rings().context("enabling the ring")?;
+        self.ring.submitter().register_restrictions(&mut table).context("cannot restrict the ring")?;
+        self.ring.submitter().register_enable_rings().context("cannot enable the ring")?;
         Ok(self)
     }
 

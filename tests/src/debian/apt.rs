@@ -48,7 +48,7 @@ impl Apt {
     /// As [`new`](Self::new); or the machine uses no repository of Debian.
     pub(crate) fn of_release(directory: &Path, suite: &str) -> Result<Self> {
         let repository = debian_repository(&system_sources()?).context("/etc/apt names no repository of Debian")?;
-        fs::write(directory.join("status"), "").context("writing an empty list of installed packages")?;
+        fs::write(directory.join("status"), "").context("cannot write an empty list of installed packages")?;
         let status = format!("Dir::State::status \"{}/status\";\n", directory.display());
         Self::with_sources(directory, [("debian.sources", repository.of_suite(suite))], &status)
     }
@@ -60,16 +60,16 @@ impl Apt {
     ) -> Result<Self> {
         let sources = directory.join("sources.list.d");
         for made in [&sources, &directory.join("lists/partial"), &directory.join("cache/archives/partial")] {
-            fs::create_dir_all(made).with_context(|| format!("making {}", made.display()))?;
+            fs::create_dir_all(made).with_context(|| format!("cannot make {}", made.display()))?;
         }
         for (name, text) in lists {
-            fs::write(sources.join(name), text).context("writing the list of repositories")?;
+            fs::write(sources.join(name), text).context("cannot write the list of repositories")?;
         }
         let configuration = directory.join("apt.conf");
         let text = configuration_text(directory) + further_configuration;
-        fs::write(&configuration, text).context("writing apt's configuration")?;
+        fs::write(&configuration, text).context("cannot write apt's configuration")?;
         let mut apt = Self { configuration, downloads: directory.join("cache/archives"), update: String::new() };
-        let output = apt.command("apt-get").arg("update").output().context("starting apt-get")?;
+        let output = apt.command("apt-get").arg("update").output().context("cannot start apt-get")?;
         apt.update = String::from_utf8_lossy(&output.stderr).trim().to_owned();
         Ok(apt)
     }
@@ -102,7 +102,7 @@ impl Apt {
     ///
     /// It cannot be downloaded or unpacked.
     pub(crate) fn unpack(&self, package: &str, directory: &Path) -> Result<()> {
-        let downloads = tempfile::tempdir_in(directory).context("making a directory for a download")?;
+        let downloads = tempfile::tempdir_in(directory).context("cannot make a directory for a download")?;
         self.run_in(downloads.path(), "apt-get", ["download", package])?;
         let archive = only_file(downloads.path(), ".deb")?;
         run(Command::new("dpkg").arg("--extract").arg(archive).arg(directory)).map(drop)
@@ -134,7 +134,7 @@ impl Apt {
     ///
     /// It cannot be downloaded or unpacked.
     pub(crate) fn unpack_source(&self, package: &str, directory: &Path) -> Result<()> {
-        let downloads = tempfile::tempdir_in(directory).context("making a directory for a download")?;
+        let downloads = tempfile::tempdir_in(directory).context("cannot make a directory for a download")?;
         self.run_in(downloads.path(), "apt-get", ["source", "--download-only", package])?;
         let archive = only_file(downloads.path(), ".orig.tar.gz")
             .or_else(|_| only_file(downloads.path(), ".orig.tar.xz"))
@@ -168,7 +168,8 @@ impl Apt {
 
 /// Runs a program to its end, and returns its output.
 pub(crate) fn run(command: &mut Command) -> Result<String> {
-    let output = command.output().with_context(|| format!("starting {}", command.get_program().to_string_lossy()))?;
+    let output =
+        command.output().with_context(|| format!("cannot start {}", command.get_program().to_string_lossy()))?;
     let said = String::from_utf8_lossy(&output.stderr);
     ensure!(output.status.success(), "{command:?}: {}: {}", output.status, tail(&said));
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
@@ -280,7 +281,7 @@ fn only_file(directory: &Path, suffix: &str) -> Result<PathBuf> {
 }
 
 fn files(directory: &Path, suffix: &str) -> Result<Vec<PathBuf>> {
-    let entries = fs::read_dir(directory).with_context(|| format!("reading {}", directory.display()))?;
+    let entries = fs::read_dir(directory).with_context(|| format!("cannot read {}", directory.display()))?;
     let files = entries.filter_map(|entry| Some(entry.ok()?.path()));
     Ok(files.filter(|path| path.as_os_str().as_bytes().ends_with(suffix.as_bytes())).collect())
 }

@@ -33,7 +33,7 @@ impl Cache {
     }
 
     fn at(root: PathBuf) -> Result<Self> {
-        fs::create_dir_all(&root).with_context(|| format!("making {}", root.display()))?;
+        fs::create_dir_all(&root).with_context(|| format!("cannot make {}", root.display()))?;
         Ok(Self { root })
     }
 
@@ -45,9 +45,9 @@ impl Cache {
     /// The lock's file cannot be opened or locked.
     pub(crate) fn lock(&self) -> Result<File> {
         let path = self.root.join("lock");
-        let file = File::create(&path).with_context(|| format!("opening {}", path.display()))?;
+        let file = File::create(&path).with_context(|| format!("cannot open {}", path.display()))?;
         rustix::fs::flock(&file, FlockOperation::LockExclusive)
-            .with_context(|| format!("locking {}", path.display()))?;
+            .with_context(|| format!("cannot lock {}", path.display()))?;
         Ok(file)
     }
 
@@ -67,11 +67,13 @@ impl Cache {
         if let Some(found) = self.find(name) {
             return Ok(found);
         }
-        let unfinished =
-            tempfile::Builder::new().prefix(".unfinished-").tempdir_in(&self.root).context("making a cache entry")?;
-        make(unfinished.path()).with_context(|| format!("making the cache entry {name}"))?;
+        let unfinished = tempfile::Builder::new()
+            .prefix(".unfinished-")
+            .tempdir_in(&self.root)
+            .context("cannot make a cache entry")?;
+        make(unfinished.path()).with_context(|| format!("cannot make the cache entry {name}"))?;
         let path = self.root.join(name);
-        fs::rename(unfinished.keep(), &path).with_context(|| format!("moving to {}", path.display()))?;
+        fs::rename(unfinished.keep(), &path).with_context(|| format!("cannot move to {}", path.display()))?;
         Ok(path)
     }
 
@@ -86,9 +88,9 @@ impl Cache {
     ///
     /// The file cannot be written.
     pub(crate) fn remember(&self, key: &str, line: &str) -> Result<()> {
-        let file = tempfile::NamedTempFile::new_in(&self.root).context("remembering")?;
-        fs::write(file.path(), format!("{line}\n")).context("remembering")?;
-        file.persist(self.root.join(key)).context("remembering")?;
+        let file = tempfile::NamedTempFile::new_in(&self.root).context("cannot remember a line")?;
+        fs::write(file.path(), format!("{line}\n")).context("cannot remember a line")?;
+        file.persist(self.root.join(key)).context("cannot remember a line")?;
         Ok(())
     }
 }

@@ -52,7 +52,7 @@ impl Installation {
             ("chroot", "coreutils"),
         ];
         let namespaces = Need::new("mounts of its own", || {
-            let output = unshare().arg("true").output().context("starting unshare")?;
+            let output = unshare().arg("true").output().context("cannot start unshare")?;
             ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr).trim());
             Ok(())
         });
@@ -78,7 +78,7 @@ impl Installation {
             return Ok(Self { root });
         }
         eprintln!("unpacking {} of Debian's {suite}, once", packages.join(", "));
-        let directory = tempfile::tempdir().context("making a directory for apt")?;
+        let directory = tempfile::tempdir().context("cannot make a directory for apt")?;
         let apt = Apt::of_release(directory.path(), suite)?;
         let first = packages.first().context("an installation has packages")?;
         let name = format!("{key}-{first}-{}", apt.version(first)?);
@@ -109,11 +109,11 @@ impl Installation {
 /// Does what the programs need of the packages' scripts, which do not run.
 fn finish(root: &Path) -> Result<()> {
     for directory in MOUNT_POINTS.iter().chain(["dev", "proc", "sys"].iter()) {
-        fs::create_dir_all(root.join(directory)).with_context(|| format!("making /{directory}"))?;
+        fs::create_dir_all(root.join(directory)).with_context(|| format!("cannot make /{directory}"))?;
     }
     let (compiler, name) = (root.join("usr/bin/gcc"), root.join("usr/bin/cc"));
     if compiler.exists() && !name.exists() {
-        symlink("gcc", name).context("naming the C compiler")?;
+        symlink("gcc", name).context("cannot name the C compiler")?;
     }
     Ok(())
 }

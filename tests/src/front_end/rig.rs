@@ -49,7 +49,7 @@ impl Rig {
     ///
     /// The disk cannot be opened.
     pub fn disk_file(&self) -> Result<File> {
-        File::open(self.disk.path()).context("opening the disk beside the broker")
+        File::open(self.disk.path()).context("cannot open the disk beside the broker")
     }
 
     /// Where the broker listens.

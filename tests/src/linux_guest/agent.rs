@@ -54,7 +54,7 @@ impl Agent {
     ///
     /// QEMU does not listen.
     pub(super) fn connect(path: &Path) -> Result<Self> {
-        let stream = UnixStream::connect(path).with_context(|| format!("connecting to {}", path.display()))?;
+        let stream = UnixStream::connect(path).with_context(|| format!("cannot connect to {}", path.display()))?;
         Ok(Self { stream, partial: Vec::new(), jobs: BTreeMap::new(), last_job: 0, boots: 0, tail: VecDeque::new() })
     }
 
@@ -80,7 +80,7 @@ impl Agent {
         let number = self.last_job;
         let message = message(number, script)?;
         self.jobs.insert(number, Progress::default());
-        self.stream.write_all(message.as_bytes()).context("sending a script to the guest")?;
+        self.stream.write_all(message.as_bytes()).context("cannot send a script to the guest")?;
         Ok(Job(number))
     }
 
@@ -116,7 +116,7 @@ impl Agent {
     ///
     /// Reading fails.
     pub(super) fn pump(&mut self, wait: Duration) -> Result<bool> {
-        self.stream.set_read_timeout(Some(wait)).context("setting a time-out")?;
+        self.stream.set_read_timeout(Some(wait)).context("cannot set a time-out")?;
         let mut bytes = [0; 4096];
         match self.stream.read(&mut bytes) {
             Ok(0) => Ok(false),
@@ -130,7 +130,7 @@ impl Agent {
                 Ok(true)
             }
             Err(error) if error.kind() == ErrorKind::ConnectionReset => Ok(false),
-            Err(error) => Err(error).context("reading from the guest"),
+            Err(error) => Err(error).context("cannot read from the guest"),
         }
     }
 

@@ -72,10 +72,10 @@ impl FirmwareGuest {
 
 fn boot_sector() -> Result<Vec<u8>> {
     let source = concat!(env!("CARGO_MANIFEST_DIR"), "/src/linux_guest/boot_sector.S");
-    let directory = tempfile::tempdir().context("making a directory")?;
+    let directory = tempfile::tempdir().context("cannot make a directory")?;
     let binary = directory.path().join("boot_sector");
     assemble(Path::new(source), &binary)?;
-    let bytes = fs::read(&binary).context("reading the boot sector")?;
+    let bytes = fs::read(&binary).context("cannot read the boot sector")?;
     ensure!(bytes.len() == SECTOR_BYTES, "the boot sector has {} bytes", bytes.len());
     Ok(bytes)
 }
@@ -83,7 +83,8 @@ fn boot_sector() -> Result<Vec<u8>> {
 fn assemble(source: &Path, binary: &Path) -> Result<()> {
     let mut gcc = Command::new("gcc");
     gcc.args(["-m16", "-nostdlib", "-static", "-no-pie", "-Wl,--build-id=none", "-Wl,-Ttext=0x7c00"]);
-    let output = gcc.arg("-Wl,--oformat=binary").arg("-o").arg(binary).arg(source).output().context("starting gcc")?;
+    let output =
+        gcc.arg("-Wl,--oformat=binary").arg("-o").arg(binary).arg(source).output().context("cannot start gcc")?;
     ensure!(output.status.success(), "assembling the boot sector: {}", String::from_utf8_lossy(&output.stderr));
     Ok(())
 }

@@ -44,25 +44,26 @@ impl Machine {
     ///
     /// There is no QEMU, or it ends at once. The error has its messages.
     pub(super) fn start(config: &LinuxGuestConfig, start: &Start<'_>, accelerator: Accelerator) -> Result<Self> {
-        let directory = tempfile::Builder::new().prefix("ringpass-guest-").tempdir().context("making a directory")?;
+        let directory =
+            tempfile::Builder::new().prefix("ringpass-guest-").tempdir().context("cannot make a directory")?;
         let places = Places(directory.path());
         let program = find_program(PROGRAM).with_context(|| format!("there is no {PROGRAM}"))?;
         let arguments = arguments(config, start, accelerator, version(&program)?, &places);
         match start {
             Start::Kernel(image) | Start::Incoming(image) if !config.programs.is_empty() => {
                 let initramfs = image.initramfs_with(&config.programs)?;
-                fs::write(places.initramfs(), initramfs).context("writing the initramfs")?;
+                fs::write(places.initramfs(), initramfs).context("cannot write the initramfs")?;
             }
             _ => {}
         }
-        let stderr = File::create(places.stderr()).context("making a file for QEMU's messages")?;
+        let stderr = File::create(places.stderr()).context("cannot make a file for QEMU's messages")?;
         let child = Command::new(program)
             .args(arguments)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(stderr)
             .spawn()
-            .context("starting QEMU")?;
+            .context("cannot start QEMU")?;
         let mut starting = Starting { child: Some(child) };
         // The connection to the guest comes first: its output is lost while the port is not connected.
         let connected = starting
@@ -94,7 +95,7 @@ impl Machine {
             if Instant::now() >= end {
                 bail!("waiting for {what}: it takes longer than {limit:?}\n{}", self.describe());
             }
-            self.take_output(end).with_context(|| format!("waiting for {what}"))?;
+            self.take_output(end).with_context(|| format!("cannot wait for {what}"))?;
         }
     }
 
@@ -122,7 +123,7 @@ impl Machine {
     pub(super) fn wait_end(&mut self, limit: Duration) -> Result<ExitStatus> {
         let end = Instant::now() + limit;
         loop {
-            if let Some(status) = self.child.try_wait().context("waiting for QEMU")? {
+            if let Some(status) = self.child.try_wait().context("cannot wait for QEMU")? {
                 return Ok(status);
             }
             ensure!(Instant::now() < end, "QEMU still runs after {limit:?}\n{}", self.describe());
@@ -186,7 +187,7 @@ impl Starting {
         let end = Instant::now() + START_LIMIT;
         // QEMU makes the socket of its monitor before this one.
         while UnixStream::connect(path).is_err() {
-            if let Some(status) = child.try_wait().context("waiting for QEMU")? {
+            if let Some(status) = child.try_wait().context("cannot wait for QEMU")? {
                 bail!("QEMU ended at once: {status}");
             }
             ensure!(Instant::now() < end, "QEMU makes no socket in {START_LIMIT:?}");
@@ -211,7 +212,7 @@ fn end(child: &mut Child) {
 }
 
 fn version(program: &Path) -> Result<Version> {
-    let output = Command::new(program).arg("--version").output().context("asking QEMU for its version")?;
+    let output = Command::new(program).arg("--version").output().context("cannot ask QEMU for its version")?;
     let text = String::from_utf8_lossy(&output.stdout);
     Version::parse(&text).with_context(|| format!("QEMU says this of its version: {text}"))
 }

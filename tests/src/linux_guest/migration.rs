@@ -138,7 +138,7 @@ impl Migration {
             ensure!(Instant::now() < running_limit, "the guest does not run after its migration: {status}");
             thread::sleep(Duration::from_millis(5));
         }
-        target.machine.go_on_from(source.machine).context("going on with the serial port of the second QEMU")?;
+        target.machine.go_on_from(source.machine).context("cannot go on with the serial port of the second QEMU")?;
         Ok(LinuxGuest { machine: target.machine })
     }
 

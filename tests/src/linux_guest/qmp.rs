@@ -32,8 +32,8 @@ impl Qmp {
     ///
     /// No process listens, or it is not a QEMU.
     pub(super) fn connect(path: &Path) -> Result<Self> {
-        let stream = UnixStream::connect(path).with_context(|| format!("connecting to {}", path.display()))?;
-        stream.set_read_timeout(Some(READ_WAIT)).context("setting a time-out")?;
+        let stream = UnixStream::connect(path).with_context(|| format!("cannot connect to {}", path.display()))?;
+        stream.set_read_timeout(Some(READ_WAIT)).context("cannot set a time-out")?;
         let mut qmp = Self { stream: BufReader::new(stream), partial: Vec::new(), events: VecDeque::new() };
         let greeting = qmp.message(Instant::now() + COMMAND_LIMIT)?.context("QEMU sends no greeting")?;
         if greeting.get("QMP").is_none() {
@@ -51,7 +51,7 @@ impl Qmp {
     pub(super) fn execute(&mut self, command: Value) -> Result<Value> {
         let mut line = command.to_string();
         line.push('\n');
-        self.stream.get_mut().write_all(line.as_bytes()).with_context(|| format!("sending {command}"))?;
+        self.stream.get_mut().write_all(line.as_bytes()).with_context(|| format!("cannot send {command}"))?;
         let end = Instant::now() + COMMAND_LIMIT;
         while let Some(mut message) = self.message(end)? {
             if message.get("event").is_some() {
@@ -89,7 +89,7 @@ impl Qmp {
             match self.stream.read_until(b'\n', &mut self.partial) {
                 Ok(0) => bail!("QEMU closed its QMP connection"),
                 Ok(_) if self.partial.ends_with(b"\n") => {
-                    let message = serde_json::from_slice(&self.partial).context("reading QMP")?;
+                    let message = serde_json::from_slice(&self.partial).context("cannot read QMP")?;
                     self.partial.clear();
                     return Ok(Some(message));
                 }
@@ -100,7 +100,7 @@ impl Qmp {
                     }
                 }
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                Err(error) => return Err(error).context("reading QMP"),
+                Err(error) => return Err(error).context("cannot read QMP"),
             }
         }
     }

@@ -41,7 +41,7 @@ impl RamRegion {
     /// The file cannot be mapped.
     pub fn of_file(file: Arc<File>, offset_bytes: u64, gpa: u64, len_bytes: u64) -> Result<Self> {
         let part = FileOffset::from_arc(file.clone(), offset_bytes);
-        let mapping = MmapRegion::from_file(part, usize::try_from(len_bytes)?).context("mapping guest RAM")?;
+        let mapping = MmapRegion::from_file(part, usize::try_from(len_bytes)?).context("cannot map guest RAM")?;
         let mapped = GuestRegionMmap::new(mapping, GuestAddress(gpa)).context("a region past the last address")?;
         // Regions that adjoin for the guest do not adjoin for the front-end.
         let user_addr = USER_BASE + 2 * gpa;
@@ -91,7 +91,7 @@ impl Ram {
         let regions: Vec<RamRegion> = regions.into_iter().collect();
         let mut sorted: Vec<Arc<GuestRegionMmap>> = regions.iter().map(|region| region.mapped.clone()).collect();
         sorted.sort_by_key(|region| region.start_addr());
-        let memory = GuestRegionCollection::from_arc_regions(sorted).context("making guest RAM")?;
+        let memory = GuestRegionCollection::from_arc_regions(sorted).context("cannot make guest RAM")?;
         Ok(Self { regions, memory })
     }
 

@@ -49,7 +49,7 @@ pub(crate) fn every_kind(bench: &mut Bench) -> Result<()> {
         let outcome = bench.outcome().with_context(|| name.to_owned())?;
         ensure!(outcome == Outcome::Stopped, "{name}: {outcome:?}");
         bench.check_honest().with_context(|| format!("the other queue after {name}"))?;
-        bench.restart().with_context(|| format!("starting the queue after {name}"))?;
+        bench.restart().with_context(|| format!("cannot start the queue after {name}"))?;
         bench.hostile.read(0, 4096).with_context(|| format!("the queue after {name}"))?;
     }
     Ok(())

@@ -104,7 +104,7 @@ impl Model {
     pub fn check_file(&self, file: &File) -> Result<()> {
         let mut found = vec![0; BLOCK_BYTES as usize];
         for block in 0..self.blocks() {
-            file.read_exact_at(&mut found, self.offset_bytes(block)).context("reading the disk")?;
+            file.read_exact_at(&mut found, self.offset_bytes(block)).context("cannot read the disk")?;
             self.check(block, &found)?;
         }
         Ok(())

@@ -32,10 +32,10 @@ const OPTIONS: [&str; 15] = [
 ///
 /// A package cannot be downloaded, or the sources do not build.
 pub(super) fn build(apt: &Apt, program: &Path) -> Result<()> {
-    let directory = tempfile::tempdir().context("making a directory for fio")?;
+    let directory = tempfile::tempdir().context("cannot make a directory for fio")?;
     let (sources, libaio) = (directory.path().join("fio"), directory.path().join("libaio"));
     for path in [&sources, &libaio] {
-        fs::create_dir(path).with_context(|| format!("making {}", path.display()))?;
+        fs::create_dir(path).with_context(|| format!("cannot make {}", path.display()))?;
     }
     apt.unpack_source("fio", &sources)?;
     apt.unpack("libaio-dev", &libaio)?;
@@ -50,12 +50,12 @@ pub(super) fn build(apt: &Apt, program: &Path) -> Result<()> {
             .env_remove("MAKEFLAGS");
         command
     };
-    let configured = run(in_sources("./configure").args(OPTIONS)).context("configuring fio")?;
+    let configured = run(in_sources("./configure").args(OPTIONS)).context("cannot configure fio")?;
     anyhow::ensure!(
         configured.lines().any(|line| line.starts_with("Linux AIO support ") && line.ends_with("yes")),
         "fio would be built without libaio:\n{configured}"
     );
     let jobs = thread::available_parallelism().map_or(1, usize::from);
-    run(in_sources("make").args([&format!("--jobs={jobs}"), "fio"])).context("building fio")?;
-    run(Command::new("strip").arg("-o").arg(program).arg(sources.join("fio"))).context("stripping fio").map(drop)
+    run(in_sources("make").args([&format!("--jobs={jobs}"), "fio"])).context("cannot build fio")?;
+    run(Command::new("strip").arg("-o").arg(program).arg(sources.join("fio"))).context("cannot strip fio").map(drop)
 }

@@ -97,7 +97,7 @@ impl GuestImage {
             return Ok(image);
         }
         eprintln!("making the image of a Linux {series} guest, once");
-        Self::make(&cache, series).with_context(|| format!("making the image of a Linux {series} guest"))
+        Self::make(&cache, series).with_context(|| format!("cannot make the image of a Linux {series} guest"))
     }
 
     /// The kernel that QEMU loads.
@@ -116,7 +116,7 @@ impl GuestImage {
     ///
     /// A file cannot be read.
     pub(super) fn initramfs_with(&self, programs: &[PathBuf]) -> Result<Vec<u8>> {
-        let read = |path: &Path| fs::read(path).with_context(|| format!("reading {}", path.display()));
+        let read = |path: &Path| fs::read(path).with_context(|| format!("cannot read {}", path.display()));
         let mut archive = Archive::default();
         for program in programs {
             let name = program.file_name().and_then(OsStr::to_str).context("a program's name")?;
@@ -159,7 +159,7 @@ impl GuestImage {
         })?;
         let initramfs = cache.entry(&initramfs_name([&busybox, &fio, &linux])?, |entry| {
             let archive = initramfs(&busybox_program, &fio.join("fio"), &linux)?;
-            fs::write(entry.join("initramfs.cpio"), archive).context("writing the initramfs")
+            fs::write(entry.join("initramfs.cpio"), archive).context("cannot write the initramfs")
         })?;
         Ok(Self::in_directories(&linux, &initramfs))
     }
@@ -176,7 +176,7 @@ impl LazyApt {
         if let Some((_, apt)) = self.apt.get() {
             return Ok(apt);
         }
-        let directory = tempfile::tempdir().context("making a directory for apt")?;
+        let directory = tempfile::tempdir().context("cannot make a directory for apt")?;
         let apt = Apt::new(directory.path())?;
         Ok(&self.apt.get_or_init(|| (directory, apt)).1)
     }
@@ -201,7 +201,7 @@ fn entry(cache: &Cache, key: &str, make: impl FnOnce() -> Result<PathBuf>) -> Re
 /// The answer to a question about this machine. It is computed once in each boot of the machine.
 pub(super) fn remembered_per_boot(question: &str, answer: impl FnOnce() -> String) -> Result<String> {
     let cache = Cache::open()?;
-    let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").context("reading the id of this boot")?;
+    let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").context("cannot read the id of this boot")?;
     let key = format!("{question}-{}", boot.trim());
     if let Some(found) = cache.recall(&key) {
         return Ok(found);
@@ -231,7 +231,7 @@ fn hash_of(value: impl Hash) -> u64 {
 fn initramfs_name(parts: [&Path; 3]) -> Result<String> {
     let programs = HOST_PROGRAMS.map(|(name, package)| {
         let program = find_program(name).with_context(|| format!("there is no {name}: apt-get install {package}"))?;
-        let metadata = fs::metadata(&program).with_context(|| format!("looking at {}", program.display()))?;
+        let metadata = fs::metadata(&program).with_context(|| format!("cannot look at {}", program.display()))?;
         Ok((metadata.size(), metadata.mtime()))
     });
     let programs = programs.into_iter().collect::<Result<Vec<_>>>()?;
@@ -239,41 +239,41 @@ fn initramfs_name(parts: [&Path; 3]) -> Result<String> {
 }
 
 fn unpack_busybox(apt: &Apt, entry: &Path) -> Result<()> {
-    let unpacked = tempfile::tempdir().context("making a directory for busybox")?;
+    let unpacked = tempfile::tempdir().context("cannot make a directory for busybox")?;
     apt.unpack("busybox-static", unpacked.path())?;
     let places = ["bin/busybox", "usr/bin/busybox"].map(|place| unpacked.path().join(place));
     let program = places.iter().find(|path| path.exists()).context("the package has no busybox")?;
-    fs::copy(program, entry.join("busybox")).context("copying busybox")?;
+    fs::copy(program, entry.join("busybox")).context("cannot copy busybox")?;
     Ok(())
 }
 
 /// Unpacks the kernel and the modules, each module with a list of the modules to load before it.
 fn unpack_kernel(apt: &Apt, package: &str, busybox: &Path, entry: &Path) -> Result<()> {
-    let unpacked = tempfile::tempdir_in(entry).context("making a directory for the kernel")?;
+    let unpacked = tempfile::tempdir_in(entry).context("cannot make a directory for the kernel")?;
     apt.unpack(package, unpacked.path())?;
     let kernel = only_entry(&unpacked.path().join("boot"), "vmlinuz-")?;
-    fs::copy(kernel, entry.join("vmlinuz")).context("copying the kernel")?;
+    fs::copy(kernel, entry.join("vmlinuz")).context("cannot copy the kernel")?;
     let release = ["lib/modules", "usr/lib/modules"]
         .iter()
         .find_map(|directory| only_entry(&unpacked.path().join(directory), "").ok())
         .context("the package has no modules")?;
     let tree = ModuleTree::new(&release, busybox)?;
     let modules = entry.join("modules");
-    fs::create_dir(&modules).context("making a directory for modules")?;
+    fs::create_dir(&modules).context("cannot make a directory for modules")?;
     for name in MODULES {
         let mut order = String::new();
         for module in tree.load_order(name)? {
             order.push_str(&module.name);
             order.push('\n');
-            fs::write(modules.join(format!("{}.ko", module.name)), module.object).context("writing a module")?;
+            fs::write(modules.join(format!("{}.ko", module.name)), module.object).context("cannot write a module")?;
         }
-        fs::write(modules.join(format!("{name}.order")), order).context("writing the order of modules")?;
+        fs::write(modules.join(format!("{name}.order")), order).context("cannot write the order of modules")?;
     }
     Ok(())
 }
 
 fn only_entry(directory: &Path, prefix: &str) -> Result<PathBuf> {
-    let entries = fs::read_dir(directory).with_context(|| format!("reading {}", directory.display()))?;
+    let entries = fs::read_dir(directory).with_context(|| format!("cannot read {}", directory.display()))?;
     let is_it = |path: &PathBuf| path.file_name().and_then(OsStr::to_str).is_some_and(|name| name.starts_with(prefix));
     entries
         .filter_map(|entry| Some(entry.ok()?.path()))
@@ -282,7 +282,7 @@ fn only_entry(directory: &Path, prefix: &str) -> Result<PathBuf> {
 }
 
 fn initramfs(busybox: &Path, fio: &Path, linux: &Path) -> Result<Vec<u8>> {
-    let read = |path: &Path| fs::read(path).with_context(|| format!("reading {}", path.display()));
+    let read = |path: &Path| fs::read(path).with_context(|| format!("cannot read {}", path.display()));
     let mut archive = Archive::default();
     for directory in ["/proc", "/sys", "/tmp", "/dev"] {
         archive.directory(directory)?;
@@ -300,7 +300,7 @@ fn initramfs(busybox: &Path, fio: &Path, linux: &Path) -> Result<Vec<u8>> {
     }
     archive.file("/sbin/fio", 0o755, &read(fio)?)?;
     add_host_programs(&mut archive)?;
-    for entry in fs::read_dir(linux.join("modules")).context("reading the modules")? {
+    for entry in fs::read_dir(linux.join("modules")).context("cannot read the modules")? {
         let path = entry?.path();
         let name = path.file_name().and_then(OsStr::to_str).context("a module's name")?;
         archive.file(&format!("/lib/modules/{name}"), 0o644, &read(&path)?)?;
@@ -315,13 +315,13 @@ fn add_host_programs(archive: &mut Archive) -> Result<()> {
     for (name, package) in HOST_PROGRAMS {
         let program = find_program(name).with_context(|| format!("there is no {name}: apt-get install {package}"))?;
         functions.push_str(&format!("{name}() {{ /sbin/{name} \"$@\"; }}\n"));
-        archive.file(&format!("/sbin/{name}"), 0o755, &fs::read(&program).context("reading a program")?)?;
+        archive.file(&format!("/sbin/{name}"), 0o755, &fs::read(&program).context("cannot read a program")?)?;
         libraries.extend(libraries_in(&apt::run(Command::new("ldd").arg(&program))?));
     }
     libraries.sort();
     libraries.dedup();
     for library in libraries {
-        let content = fs::read(&library).with_context(|| format!("reading {library}"))?;
+        let content = fs::read(&library).with_context(|| format!("cannot read {library}"))?;
         archive.file(&library, 0o755, &content)?;
     }
     archive.symlink("/sbin/mkfs.ext4", "mke2fs")?;

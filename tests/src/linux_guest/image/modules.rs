@@ -37,7 +37,7 @@ impl ModuleTree {
         let mut files = HashMap::new();
         let mut directories = vec![directory.join("kernel")];
         while let Some(directory) = directories.pop() {
-            for entry in fs::read_dir(&directory).with_context(|| format!("reading {}", directory.display()))? {
+            for entry in fs::read_dir(&directory).with_context(|| format!("cannot read {}", directory.display()))? {
                 let path = entry?.path();
                 if path.is_dir() {
                     directories.push(path);
@@ -46,7 +46,7 @@ impl ModuleTree {
                 }
             }
         }
-        let builtin = fs::read_to_string(directory.join("modules.builtin")).context("reading modules.builtin")?;
+        let builtin = fs::read_to_string(directory.join("modules.builtin")).context("cannot read modules.builtin")?;
         let builtin = builtin.lines().filter_map(|line| module_name(Path::new(line))).collect();
         Ok(Self { files, builtin, busybox: busybox.to_owned() })
     }
@@ -79,7 +79,7 @@ impl ModuleTree {
 
     fn read(&self, path: &Path) -> Result<Vec<u8>> {
         match path.extension().and_then(|extension| extension.to_str()) {
-            Some("ko") => fs::read(path).with_context(|| format!("reading {}", path.display())),
+            Some("ko") => fs::read(path).with_context(|| format!("cannot read {}", path.display())),
             Some("xz") => {
                 let output = Command::new(&self.busybox).args(["unxz", "-c"]).arg(path).output().context("busybox")?;
                 ensure!(output.status.success(), "unxz {}: {}", path.display(), output.status);

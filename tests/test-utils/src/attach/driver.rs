@@ -195,7 +195,7 @@ impl RingDriver {
     pub fn wait_attach(&mut self) -> Result<Found> {
         let attach = self.attach_head.take().context("ATTACH was not sent")?;
         loop {
-            let used = self.vring.next_used_by_spinning(PATIENCE).context("waiting for the end of ATTACH")?;
+            let used = self.vring.next_used_by_spinning(PATIENCE).context("ATTACH has not ended")?;
             if used.head == attach {
                 break;
             }

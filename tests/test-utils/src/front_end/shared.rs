@@ -57,7 +57,7 @@ impl InflightRegion {
         ensure!(queues_bytes <= self.description.mmap_size, "{} bytes for these queues", self.description.mmap_size);
         let begin = self.description.mmap_offset + queue_bytes * u64::from(queue);
         let mut bytes = vec![0; usize::try_from(needed_bytes)?];
-        self.file.read_exact_at(&mut bytes, begin).context("reading the in-flight region")?;
+        self.file.read_exact_at(&mut bytes, begin).context("cannot read the in-flight region")?;
         let (_header, states) = bytes.split_at(INFLIGHT_ENTRY_BYTES as usize);
         let states = (0u16..).zip(states.chunks_exact(INFLIGHT_ENTRY_BYTES as usize));
         Ok(states.filter(|(_head, state)| state[0] != 0).map(|(head, _state)| head).collect())
@@ -103,7 +103,7 @@ impl DirtyPages {
     /// The log cannot be read.
     pub fn marked(&self) -> Result<Vec<u64>> {
         let mut bytes = vec![0; usize::try_from(self.size_bytes)?];
-        self.file.read_exact_at(&mut bytes, 0).context("reading the log")?;
+        self.file.read_exact_at(&mut bytes, 0).context("cannot read the log")?;
         let bits = (0u64..).zip(bytes).flat_map(|(index, byte)| (0..8).map(move |bit| (8 * index + bit, byte >> bit)));
         Ok(bits.filter(|(_page, bit)| bit & 1 != 0).map(|(page, _bit)| page).collect())
     }

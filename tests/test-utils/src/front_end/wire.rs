@@ -90,7 +90,7 @@ impl Wire {
     ///
     /// No process listens there.
     pub fn connect(path: &Path, timeout: Duration) -> Result<Self> {
-        let socket = UnixStream::connect(path).with_context(|| format!("connecting to {}", path.display()))?;
+        let socket = UnixStream::connect(path).with_context(|| format!("cannot connect to {}", path.display()))?;
         Self::new(socket, timeout)
     }
 
