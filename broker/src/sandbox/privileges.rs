@@ -35,7 +35,7 @@ pub fn drop_privileges() -> Result<Unprivileged, SandboxError> {
         return Err(SandboxError::Threads { threads });
     }
     if let Err(error) = raise_memlock() {
-        tracing::warn!(%error, "cannot raise RLIMIT_MEMLOCK: guests' rings must fit into the current limit");
+        tracing::warn!(%error, "cannot raise RLIMIT_MEMLOCK: the present limit applies to guests' rings");
     }
     give_up()?;
     Ok(Unprivileged(()))

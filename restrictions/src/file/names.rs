@@ -81,6 +81,12 @@ impl<'de, T: Named> Deserialize<'de> for Names<T> {
     }
 }
 
+/// `what` with its indefinite article. SQE is read letter by letter.
+fn with_article(what: &str) -> String {
+    let is_vowel_first = what.starts_with(['a', 'e', 'i', 'o', 'u']) || what.starts_with("SQE");
+    format!("{} {what}", if is_vowel_first { "an" } else { "a" })
+}
+
 /// One item of a list.
 struct One<T>(T);
 
@@ -92,7 +98,7 @@ impl<'de, T: Named> Deserialize<'de> for One<T> {
             type Value = One<T>;
 
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                write!(f, "the name of a {}, or its number", T::WHAT)
+                write!(f, "the name of {}, or its number", with_article(T::WHAT))
             }
 
             fn visit_str<E: de::Error>(self, name: &str) -> Result<Self::Value, E> {
@@ -101,7 +107,8 @@ impl<'de, T: Named> Deserialize<'de> for One<T> {
 
             fn visit_i64<E: de::Error>(self, number: i64) -> Result<Self::Value, E> {
                 let item = T::from_number(number);
-                item.map(One).ok_or_else(|| E::custom(format_args!("{number} is not the number of a {}", T::WHAT)))
+                item.map(One)
+                    .ok_or_else(|| E::custom(format_args!("{number} is not the number of {}", with_article(T::WHAT))))
             }
         }
 

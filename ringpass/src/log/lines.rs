@@ -58,8 +58,9 @@ impl Entry {
     }
 
     fn lost(lines: u64) -> Self {
-        let count = if lines == 1 { "1 line".to_owned() } else { format!("{lines} lines") };
-        let text = format!("ringpass: {count} of the log are missing here: standard error took no more\n");
+        let missing =
+            if lines == 1 { "1 line of the log is".to_owned() } else { format!("{lines} lines of the log are") };
+        let text = format!("ringpass: {missing} missing here: standard error took no more\n");
         Self { text: text.into_bytes(), written_bytes: 0, lines }
     }
 
@@ -275,6 +276,15 @@ mod tests {
 
     fn lost_in(line: &str) -> Option<usize> {
         line.strip_prefix("ringpass: ").filter(|line| line.contains("missing here"))?.split(' ').next()?.parse().ok()
+    }
+
+    #[test]
+    fn the_line_about_missing_lines_agrees_with_their_number() {
+        for (lines, start) in
+            [(1, "ringpass: 1 line of the log is missing"), (2, "ringpass: 2 lines of the log are missing")]
+        {
+            assert!(String::from_utf8(Entry::lost(lines).text).unwrap().starts_with(start), "{lines}");
+        }
     }
 
     #[test]
