@@ -82,7 +82,7 @@ impl Need {
     pub fn kvm() -> Self {
         Self::new("KVM", || {
             let kvm = kvm_ioctls::Kvm::new().context("cannot open /dev/kvm")?;
-            let vm = kvm.create_vm().context("cannot make a virtual machine")?;
+            let vm = ringpass_vmm::create_vm(&kvm).context("cannot make a virtual machine")?;
             vm.create_irq_chip().context("cannot make an interrupt controller")?;
             let vcpu = vm.create_vcpu(0).context("cannot make a vCPU")?;
             ExitCounters::of(&vcpu).context("cannot count exits")?;

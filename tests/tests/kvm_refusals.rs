@@ -64,7 +64,7 @@ fn queues() -> Result<()> {
         "another ioeventfd is there: each queue needs a doorbell of its own",
     )?;
     // A VM without an interrupt controller.
-    let bare = Arc::new(Kvm::new()?.create_vm()?);
+    let bare = Arc::new(ringpass_vmm::create_vm(&Kvm::new()?)?);
     let message =
         KvmQueue::attach(&bare, guest.device(), good()).map(|_| ()).expect_err("the irqfd is refused").to_string();
     let beginning = message.starts_with("KVM refuses an irqfd for interrupt 24: ");

@@ -90,9 +90,12 @@ impl Holdings {
         })
     }
 
-    /// The resources once all rings and their kernel threads have ended.
+    /// The resources once all rings and their kernel threads have ended, and every other thread but this one: the kernel
+    /// lists a thread for a moment after it was joined.
     fn settled() -> Result<Self> {
         ensure!(within(LIMIT, || !has_ring_threads()), "kernel threads of ended rings are left");
+        let is_alone = || Self::now().is_ok_and(|now| now.threads == 1);
+        ensure!(within(LIMIT, is_alone), "threads are left beside the test's own: {}", Self::now()?);
         Self::now()
     }
 

@@ -11,7 +11,7 @@ use std::{
 use anyhow::{Context, Result, bail};
 use clap::Args;
 
-use crate::{steps::Steps, test, test_run::TestRun};
+use crate::{packages, steps::Steps, test, test_run::TestRun};
 
 /// The options for the rounds.
 #[derive(Args)]
@@ -27,6 +27,8 @@ pub(crate) struct Options {
 /// Runs the rounds and counts the failed ones.
 pub(crate) fn run(options: &Options) -> Result<()> {
     let mut steps = Steps::default();
+    // Without a package its tests are skipped, and a round says nothing about them.
+    steps.run("Debian packages", packages::install_missing)?;
     let mut failed_rounds = Vec::new();
     let result = with_load(options.under_load, || {
         for round in 1..=options.times {

@@ -24,7 +24,7 @@ mod tables;
 pub use config::MachineConfig;
 pub use cpu::{GuestCpu, Outcome};
 pub use error::VmmError;
-pub use machine::{Machine, PROGRAM_SLOT};
+pub use machine::{Machine, PROGRAM_SLOT, create_vm};
 
 /// The program: `ringpass-bare-metal`, built by the build script.
 pub(crate) static IMAGE: &[u8] = include_bytes!(env!("RINGPASS_BARE_METAL_IMAGE"));

@@ -172,8 +172,13 @@ impl Drop for Inner {
     }
 }
 
-/// Creates a VM. KVM fails with `EINTR` if anything is pending for the thread, for example work of one of its rings.
-fn create_vm(kvm: &Kvm) -> Result<VmFd, kvm_ioctls::Error> {
+/// Creates a VM. KVM fails with `EINTR` if anything is pending for the thread, for example work of one of its rings: then this
+/// function tries again.
+///
+/// # Errors
+///
+/// KVM refuses for another reason.
+pub fn create_vm(kvm: &Kvm) -> Result<VmFd, kvm_ioctls::Error> {
     loop {
         match kvm.create_vm() {
             Err(error) if error.errno() == nix::libc::EINTR => {}
