@@ -11,7 +11,10 @@ use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use ringpass_guest_abi::{Doorbell, DriverRing, FixedAddressing, MappedRing, RingLayout, RingMemory, Sqe};
 
 const ENTRIES: u32 = 256;
-const ADDRESSING: FixedAddressing = FixedAddressing { iova_base: 1 << 44 };
+const ADDRESSING: FixedAddressing = match FixedAddressing::new(1 << 44, 22) {
+    Ok(addressing) => addressing,
+    Err(_) => panic!("both are in range"),
+};
 
 /// Memory of a ring, aligned as the ABI demands.
 #[repr(align(4096))]

@@ -13,10 +13,10 @@ use std::time::Duration;
 use ringpass_broker::direct::{DirectConfig, DirectDevice, QueueConfig, QueuePlacement, SubmissionConfig};
 use ringpass_broker::disk::{DirectIo, Disk, DiskConfig};
 use ringpass_broker::kernel;
-use ringpass_broker::memory::{GuestMemory, IOVA_BASE, RegionConfig, Sharing};
+use ringpass_broker::memory::{GuestMemory, RegionConfig, Sharing};
 use ringpass_broker::ring::{RingConfig, SqThreadConfig};
 use ringpass_guest::{GuestRam, RamRegion};
-use ringpass_guest_abi::{DriverRing, FixedAddressing, Sqe};
+use ringpass_guest_abi::{DriverRing, Sqe};
 use ringpass_restrictions::{Access, Policy};
 use rustix::fs::MemfdFlags;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
@@ -62,14 +62,14 @@ fn run() -> Result<(), Box<dyn Error>> {
         .completion(interrupt.try_clone()?),
     )?;
 
-    // The guest. It is told the layout, where the ring is, and the IOVA base.
+    // The guest. It is told the layout, where the ring is, and how SQEs name its memory.
     let regions = [RamRegion { gpa: 0, len_bytes: RAM_BYTES, file: ram.as_fd(), offset_bytes: 0 }];
     // SAFETY: nobody else uses this RAM but the kernel, on behalf of the request below.
     let mut allocator = Arc::new(unsafe { GuestRam::map(&regions) }?).allocator()?;
     let ring = allocator.ring(RINGS_GPA, queue.layout(), SQES_GPA)?;
     let buffer = allocator.allocate(4096)?;
     let mut ring = DriverRing::new(ring, *queue.layout())?;
-    let address = FixedAddressing { iova_base: IOVA_BASE }.resolve(buffer.gpa(), 512)?;
+    let address = queue.addressing().resolve(buffer.gpa(), 512)?;
     ring.push(&Sqe::read_fixed(address, 512, 0, 42))?;
     if ring.publish() {
         doorbell.write(1)?;

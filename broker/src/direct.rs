@@ -170,7 +170,8 @@ impl DirectDevice {
         doorbell.iter().for_each(|doorbell| self.doorbells.ring(doorbell));
 
         *lock(&running) = Some(Running { ring, doorbell, pinned: pinned.clone(), disk: self.disk.clone() });
-        Ok(DirectQueue { layout, running, end, doorbells: self.doorbells.clone() })
+        let addressing = pinned.memory().addressing();
+        Ok(DirectQueue { layout, addressing, running, end, doorbells: self.doorbells.clone() })
     }
 
     /// Adds a region of RAM while the queues run. Blocks as long as pinning it takes (about half a second per GiB of

@@ -6,8 +6,9 @@
 
 use std::ffi::c_void;
 use std::io;
+use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
-use std::ptr::NonNull;
+use std::ptr::{self, NonNull};
 
 use ringpass_restrictions::Restriction;
 use rustix::io_uring::{
@@ -87,48 +88,65 @@ impl RingFd {
         Ok(())
     }
 
-    /// Pins the `len_bytes` bytes at `address` as fixed buffer `slot` (`IORING_REGISTER_BUFFERS_UPDATE`, Linux 5.13).
+    /// Pins each range of bytes as a fixed buffer, from slot `first` on (`IORING_REGISTER_BUFFERS_UPDATE`, Linux 5.13).
+    /// Returns the index of the range that the kernel refused, and why; the ranges before it are pinned.
     ///
     /// # Safety
     ///
-    /// The kernel may read and write those bytes until the buffer is replaced or the ring has ended: they must be
+    /// The kernel may read and write those bytes until the buffers are replaced or the ring has ended: they must be
     /// mapped shared memory to which no Rust reference exists.
-    pub(crate) unsafe fn pin_buffer(&self, slot: u32, address: u64, len_bytes: u64) -> io::Result<()> {
+    pub(crate) unsafe fn pin_buffers(&self, first: u32, ranges: &[Range<u64>]) -> Result<(), (usize, io::Error)> {
+        let buffer = |range: &Range<u64>| iovec {
+            iov_base: range.start as *mut c_void,
+            iov_len: (range.end - range.start) as usize,
+        };
+        let buffers: Vec<_> = ranges.iter().map(buffer).collect();
         // SAFETY: the caller's contract.
-        unsafe { self.update_buffer(slot, address, len_bytes) }
+        unsafe { self.update_buffers(first, &buffers) }
     }
 
-    /// Empties the slot of a fixed buffer (the same operation, Linux 5.19).
-    pub(crate) fn clear_buffer(&self, slot: u32) -> io::Result<()> {
-        // SAFETY: the call names no bytes.
-        unsafe { self.update_buffer(slot, 0, 0) }
+    /// Empties `count` slots of fixed buffers (the same operation, Linux 5.19).
+    pub(crate) fn clear_buffers(&self, first: u32, count: u32) -> io::Result<()> {
+        let none = || iovec { iov_base: ptr::null_mut(), iov_len: 0 };
+        let buffers: Vec<_> = (0..count).map(|_| none()).collect();
+        // SAFETY: the buffers name no bytes.
+        unsafe { self.update_buffers(first, &buffers) }.map_err(|(_, error)| error)
     }
 
     /// # Safety
     ///
-    /// As for [`pin_buffer`](Self::pin_buffer); 0 bytes at address 0 name none.
-    unsafe fn update_buffer(&self, slot: u32, address: u64, len_bytes: u64) -> io::Result<()> {
-        let buffer = iovec { iov_base: address as *mut c_void, iov_len: len_bytes as usize };
-        let mut update = io_uring_rsrc_update2::default();
-        update.offset = slot;
-        update.data = io_uring_ptr::new((&raw const buffer).cast_mut().cast());
-        update.nr = 1;
-        // SAFETY: one structure, with its size in place of a count, that points to one iovec; both live until the call
-        // returns. The caller's contract covers the bytes that the iovec names.
-        let updated = unsafe {
-            self.register(
-                IoringRegisterOp::RegisterBuffersUpdate,
-                (&raw const update).cast(),
-                size_of_val(&update) as u32,
-            )
-        }?;
-        if updated == 1 { Ok(()) } else { Err(io::Error::other("the kernel updated no buffer")) }
+    /// As for [`pin_buffers`](Self::pin_buffers); 0 bytes at address 0 name none.
+    unsafe fn update_buffers(&self, first: u32, buffers: &[iovec]) -> Result<(), (usize, io::Error)> {
+        let mut done = 0;
+        while done < buffers.len() {
+            let rest = &buffers[done..];
+            let mut update = io_uring_rsrc_update2::default();
+            update.offset = first + done as u32;
+            update.data = io_uring_ptr::new(rest.as_ptr().cast_mut().cast());
+            update.nr = rest.len() as u32;
+            // SAFETY: one structure, with its size in place of a count, that points to as many iovecs as it says; all
+            // live until the call returns. The caller's contract covers the bytes that the iovecs name.
+            let updated = unsafe {
+                self.register(
+                    IoringRegisterOp::RegisterBuffersUpdate,
+                    (&raw const update).cast(),
+                    size_of_val(&update) as u32,
+                )
+            };
+            // The kernel stops at a buffer that it refuses. It returns the reason only if that is the first of a call.
+            match updated {
+                Ok(0) => return Err((done, io::Error::other("the kernel updated no buffer"))),
+                Ok(updated) => done += updated as usize,
+                Err(error) => return Err((done, error)),
+            }
+        }
+        Ok(())
     }
 
     /// Releases all fixed buffers (`IORING_UNREGISTER_BUFFERS`, Linux 5.1). Only for a ring with no requests under way.
     pub(crate) fn unregister_buffers(&self) -> io::Result<()> {
         // SAFETY: the operation takes no argument.
-        unsafe { self.register(IoringRegisterOp::UnregisterBuffers, std::ptr::null(), 0) }?;
+        unsafe { self.register(IoringRegisterOp::UnregisterBuffers, ptr::null(), 0) }?;
         Ok(())
     }
 
@@ -177,7 +195,7 @@ impl RingFd {
     /// Stops signalling the eventfd (`IORING_UNREGISTER_EVENTFD`). False: there was none.
     pub(crate) fn unregister_eventfd(&self) -> io::Result<bool> {
         // SAFETY: the operation takes no argument.
-        match unsafe { self.register(IoringRegisterOp::UnregisterEventfd, std::ptr::null(), 0) } {
+        match unsafe { self.register(IoringRegisterOp::UnregisterEventfd, ptr::null(), 0) } {
             Ok(_) => Ok(true),
             Err(error) if error.raw_os_error() == Some(nix::libc::ENXIO) => Ok(false),
             Err(error) => Err(error),
@@ -219,7 +237,7 @@ impl RingFd {
     /// Lets the ring run (`IORING_REGISTER_ENABLE_RINGS`, Linux 5.10).
     pub(crate) fn enable(&self) -> io::Result<()> {
         // SAFETY: the operation takes no argument.
-        unsafe { self.register(IoringRegisterOp::RegisterEnableRings, std::ptr::null(), 0) }?;
+        unsafe { self.register(IoringRegisterOp::RegisterEnableRings, ptr::null(), 0) }?;
         Ok(())
     }
 

@@ -231,10 +231,6 @@ struct ringpass_probe_answer {
    */
   __le64 features;
   /**
-   * The number of bytes to add to a guest-physical address for `sqe.addr`: a multiple of 1 GiB, not zero.
-   */
-  __le64 iova_base;
-  /**
    * Maximum number of SQ entries of a ring.
    */
   __le32 sq_entries_max;
@@ -253,7 +249,8 @@ struct ringpass_probe_answer {
    */
   __le32 segment_align_bytes;
   /**
-   * Maximum number of bytes of one SQE; a multiple of `segment_align_bytes`.
+   * Maximum number of bytes of one SQE; a multiple of `segment_align_bytes`. No segment crosses a multiple of
+   * [`SEGMENT_BOUNDARY_BYTES`](crate::SEGMENT_BOUNDARY_BYTES) either.
    */
   __le32 segment_bytes_max;
   /**
@@ -361,7 +358,8 @@ struct ringpass_detach_payload {
 };
 
 /**
- * The positions of a ring's parts: offsets in bytes into the rings part of its area.
+ * A ring: the positions of its parts, as offsets in bytes into the rings part of its area, and the rule for addresses in
+ * its SQEs.
  *
  * The device writes the record before it announces `Open`, and keeps it until the driver has acknowledged the end of
  * that epoch.
@@ -403,6 +401,15 @@ struct ringpass_ring_record {
    * [`MODE_DIRECT`] or [`MODE_MEDIATED`]. For information: a driver does the same in both modes.
    */
   __le32 mode;
+  /**
+   * `buf_index` is the guest-physical address shifted right by this many bits: 22 to 30.
+   */
+  __le32 slot_shift;
+  /**
+   * The number of bytes to add to a guest-physical address for `sqe.addr`: a multiple of 1 GiB, not zero. Like the
+   * slots, it holds for this ring only.
+   */
+  __le64 iova_base;
 };
 
 /**
@@ -425,7 +432,7 @@ struct ringpass_control_page {
   /**
    * Device: 0 in version 0; drivers ignore it.
    */
-  __le32 device_reserved[53];
+  __le32 device_reserved[50];
   /**
    * Driver: the announcement whose demand the driver has fulfilled. Written with release, before the doorbell.
    */

@@ -9,7 +9,7 @@ use crate::epoch::Area;
 use crate::little_endian::{Le16, Le32, Le64, wire};
 use crate::request::{self, ErrorCode, Outcome};
 use crate::version::VERSION;
-use crate::{SLOT_BYTES, SLOT_COUNT_MAX, rings_area_bytes, sqes_area_bytes};
+use crate::{GPA_LIMIT, rings_area_bytes, sqes_area_bytes};
 
 /// The addresses of one of the two areas, as the driver wrote them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -250,7 +250,7 @@ fn check_range(gpa: u64, len_bytes: u64, page_bytes: u32) -> Result<GpaRange, Er
         return Err(ErrorCode::Alignment);
     }
     match gpa.checked_add(len_bytes) {
-        Some(end_gpa) if end_gpa <= SLOT_BYTES * u64::from(SLOT_COUNT_MAX) => Ok(GpaRange { gpa, len_bytes }),
+        Some(end_gpa) if end_gpa <= GPA_LIMIT => Ok(GpaRange { gpa, len_bytes }),
         _ => Err(ErrorCode::Range),
     }
 }

@@ -9,9 +9,9 @@ use core::fmt;
 use core::mem::offset_of;
 
 use crate::epoch::Announcement;
-use crate::little_endian::{Le32, wire};
+use crate::little_endian::{Le32, Le64, wire};
 use crate::request::ErrorCode;
-use crate::{Doorbell, LayoutError, RingLayout, RingMemory};
+use crate::{AddressingError, Doorbell, FixedAddressing, LayoutError, RingLayout, RingMemory};
 
 /// [`RingRecord::doorbell`]: [`Doorbell::WhenAsleep`].
 pub const DOORBELL_WHEN_ASLEEP: u32 = 1;
@@ -23,7 +23,8 @@ pub const MODE_DIRECT: u32 = 1;
 /// [`RingRecord::mode`]: the device consumes the ring and checks each entry.
 pub const MODE_MEDIATED: u32 = 2;
 
-/// The positions of a ring's parts: offsets in bytes into the rings part of its area.
+/// A ring: the positions of its parts, as offsets in bytes into the rings part of its area, and the rule for addresses in
+/// its SQEs.
 ///
 /// The device writes the record before it announces `Open`, and keeps it until the driver has acknowledged the end of
 /// that epoch.
@@ -48,6 +49,11 @@ pub struct RingRecord {
     pub doorbell: Le32,
     /// [`MODE_DIRECT`] or [`MODE_MEDIATED`]. For information: a driver does the same in both modes.
     pub mode: Le32,
+    /// `buf_index` is the guest-physical address shifted right by this many bits: 22 to 30.
+    pub slot_shift: Le32,
+    /// The number of bytes to add to a guest-physical address for `sqe.addr`: a multiple of 1 GiB, not zero. Like the
+    /// slots, it holds for this ring only.
+    pub iova_base: Le64,
 }
 wire!(RingRecord {
     sq_head_offset_bytes,
@@ -59,6 +65,8 @@ wire!(RingRecord {
     cqes_offset_bytes,
     doorbell,
     mode,
+    slot_shift,
+    iova_base,
 });
 
 /// The control page.
@@ -73,7 +81,7 @@ pub struct ControlPage {
     /// Device: the ring of the open epoch.
     pub ring: RingRecord,
     /// Device: 0 in version 0; drivers ignore it.
-    pub device_reserved: [Le32; 53],
+    pub device_reserved: [Le32; 50],
     /// Driver: the announcement whose demand the driver has fulfilled. Written with release, before the doorbell.
     pub acknowledged: Le32,
     /// Driver: 1 if the device must complete ATTACH instead of opening another epoch. Written before DETACH is sent.
@@ -108,11 +116,13 @@ pub enum RecordError {
     Layout(LayoutError),
     /// `doorbell` is neither of the two values.
     Doorbell(u32),
+    /// The rule for addresses is not possible.
+    Addressing(AddressingError),
 }
 
 impl RingRecord {
     /// The record that a device writes for a ring.
-    pub fn new(layout: &RingLayout, mode: u32) -> Self {
+    pub fn new(layout: &RingLayout, addressing: FixedAddressing, mode: u32) -> Self {
         let doorbell = match layout.doorbell {
             Doorbell::WhenAsleep => DOORBELL_WHEN_ASLEEP,
             Doorbell::Always => DOORBELL_ALWAYS,
@@ -127,6 +137,8 @@ impl RingRecord {
             cqes_offset_bytes: layout.cqes_offset.into(),
             doorbell: doorbell.into(),
             mode: mode.into(),
+            slot_shift: addressing.slot_shift().into(),
+            iova_base: addressing.iova_base().into(),
         }
     }
 
@@ -158,6 +170,11 @@ impl RingRecord {
         };
         layout.validate().map_err(RecordError::Layout)?;
         Ok(layout)
+    }
+
+    /// The checked rule for addresses in the ring's SQEs.
+    pub fn addressing(&self) -> Result<FixedAddressing, RecordError> {
+        FixedAddressing::new(self.iova_base.get(), self.slot_shift.get()).map_err(RecordError::Addressing)
     }
 }
 
@@ -217,6 +234,7 @@ impl fmt::Display for RecordError {
         match self {
             Self::Layout(error) => write!(f, "the device describes an impossible ring: {error}"),
             Self::Doorbell(value) => write!(f, "the device describes a doorbell of the unknown kind {value}"),
+            Self::Addressing(error) => write!(f, "the device describes an impossible rule for addresses: {error}"),
         }
     }
 }

@@ -8,7 +8,7 @@
 //!
 //! - [`Sqe`] and [`Cqe`]: the entries, with the layout of `<linux/io_uring.h>`.
 //! - [`RingLayout`]: the offsets of a ring's parts. The device *gives* them at run time; a driver never assumes them.
-//! - [`FixedAddressing`]: converts a guest-physical address to `(buf_index, sqe.addr)`, with the 1 GiB rule.
+//! - [`FixedAddressing`]: converts a guest-physical address to `(buf_index, sqe.addr)`, with the rule of the device's slots.
 //! - [`RingMemory`]: the few memory accesses that a driver needs. Each kind of guest implements them.
 //! - [`DriverRing`]: the driver's side of a ring over such memory, with its memory orderings.
 //! - [`block_queue`]: a queue of a block device as an interface, and the one that is such a ring.
@@ -52,7 +52,7 @@
 //!     sqes_bytes: sqes_area_bytes(8),
 //!     doorbell: Doorbell::Always,
 //! };
-//! let addressing = FixedAddressing { iova_base: 1 << 40 };
+//! let addressing = FixedAddressing::new(1 << 40, 22)?;
 //!
 //! // Two areas of memory, each starting at a page.
 //! #[derive(Clone)]
@@ -69,7 +69,7 @@
 //!
 //! let mut ring = DriverRing::new(map(), layout)?;
 //! let address = addressing.resolve(0x8000_1000, 4096)?;
-//! assert_eq!((address.buf_index, address.addr), (2, (1 << 40) + 0x8000_1000));
+//! assert_eq!((address.buf_index, address.addr), (0x200, (1 << 40) + 0x8000_1000));
 //! ring.push(&Sqe::read_fixed(address, 4096, 0, 7))?;
 //! if ring.publish() {
 //!     // Ring the doorbell.
@@ -119,7 +119,10 @@ mod ring;
 mod test_memory;
 mod version;
 
-pub use address::{AddressError, FixedAddress, FixedAddressing, SLOT_BYTES, SLOT_COUNT_MAX};
+pub use address::{
+    AddressError, AddressingError, FixedAddress, FixedAddressing, GPA_LIMIT, SEGMENT_BOUNDARY_BYTES, SLOT_COUNT_MAX,
+    SLOT_SHIFT_MAX, SLOT_SHIFT_MIN,
+};
 pub use entry::{Cqe, Opcode, Sqe, SqeFlags};
 pub use layout::{
     CQ_EVENTFD_DISABLED, Doorbell, LayoutError, RingLayout, SQ_CQ_OVERFLOW, SQ_NEED_WAKEUP, rings_area_bytes,

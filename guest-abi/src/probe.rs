@@ -5,7 +5,6 @@ use core::fmt;
 use crate::attach::AttachLimits;
 use crate::little_endian::{Le16, Le32, Le64, wire};
 pub use crate::version::VERSION;
-use crate::{FixedAddressing, SLOT_BYTES};
 
 /// [`ProbeAnswer::magic`]: the bytes `ringpass`.
 pub const MAGIC: u64 = 0x7373_6170_676e_6972;
@@ -32,8 +31,6 @@ pub struct ProbeAnswer {
     pub version_max: Le16,
     /// `F_*`. The driver selects the features that it knows and sets them in ATTACH.
     pub features: Le64,
-    /// The number of bytes to add to a guest-physical address for `sqe.addr`: a multiple of 1 GiB, not zero.
-    pub iova_base: Le64,
     /// Maximum number of SQ entries of a ring.
     pub sq_entries_max: Le32,
     /// Maximum number of CQ entries of a ring.
@@ -44,7 +41,8 @@ pub struct ProbeAnswer {
     /// Required alignment of each data segment's address and length in bytes: a power of two, at most 4096. In
     /// addition, the position on the disk and the total length must be multiples of the logical block size.
     pub segment_align_bytes: Le32,
-    /// Maximum number of bytes of one SQE; a multiple of `segment_align_bytes`.
+    /// Maximum number of bytes of one SQE; a multiple of `segment_align_bytes`. No segment crosses a multiple of
+    /// [`SEGMENT_BOUNDARY_BYTES`](crate::SEGMENT_BOUNDARY_BYTES) either.
     pub segment_bytes_max: Le32,
     /// Number of queues of the device, including queue 0. 1: no queue can be attached.
     pub queue_count: Le16,
@@ -57,7 +55,6 @@ wire!(ProbeAnswer {
     version_min,
     version_max,
     features,
-    iova_base,
     sq_entries_max,
     cq_entries_max,
     page_bytes,
@@ -74,8 +71,6 @@ pub struct Device {
     pub version: u16,
     /// The features that both sides know.
     pub features: u64,
-    /// The conversion of addresses.
-    pub addressing: FixedAddressing,
     /// The limits for ATTACH.
     pub limits: AttachLimits,
     /// Alignment of each data segment's address and length in bytes.
@@ -127,7 +122,6 @@ impl ProbeAnswer {
             return Err(ProbeError::Version { min, max });
         }
         let answer_bytes = self.answer_bytes.get();
-        let iova_base = self.iova_base.get();
         let page_bytes = self.page_bytes.get();
         let segment_align_bytes = self.segment_align_bytes.get();
         let segment_bytes_max = self.segment_bytes_max.get();
@@ -135,7 +129,6 @@ impl ProbeAnswer {
         let entries_fit = |entries: u32, limit: u32| entries.is_power_of_two() && entries <= limit;
         let checks = [
             ("answer_bytes", u64::from(answer_bytes), answer_bytes as usize >= Self::BYTES),
-            ("iova_base", iova_base, iova_base != 0 && iova_base % SLOT_BYTES == 0),
             ("sq_entries_max", entries[0].into(), entries_fit(entries[0], crate::layout::SQ_ENTRIES_MAX)),
             ("cq_entries_max", entries[1].into(), entries_fit(entries[1], crate::layout::CQ_ENTRIES_MAX)),
             ("page_bytes", page_bytes.into(), page_bytes.is_power_of_two() && (4096..=65536).contains(&page_bytes)),
@@ -155,7 +148,6 @@ impl ProbeAnswer {
         Ok(Device {
             version: VERSION,
             features: self.features.get() & FEATURES_KNOWN,
-            addressing: FixedAddressing { iova_base },
             limits: AttachLimits {
                 features: self.features.get(),
                 sq_entries_max: entries[0],

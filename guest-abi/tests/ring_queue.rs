@@ -60,7 +60,7 @@ fn queue() -> (RingQueue<Memory>, Memory) {
     };
     let memory = Memory::default();
     let ring = DriverRing::new(memory.clone(), layout).unwrap();
-    (RingQueue::new(ring, FixedAddressing { iova_base: 1 << 40 }), memory)
+    (RingQueue::new(ring, FixedAddressing::new(1 << 40, 22).expect("in range")), memory)
 }
 
 const READ: Request =
@@ -79,7 +79,7 @@ fn a_request_becomes_the_sqe_for_its_direction_address_and_durability() {
         addr: (1 << 40) + (5 << 30) + 4096,
         len_bytes: 512,
         user_data: 7,
-        buf_index: 5,
+        buf_index: 5 << 8,
         ..Sqe::default()
     };
     let write = Sqe { opcode: 5, ..read };
@@ -92,8 +92,8 @@ fn a_full_ring_and_an_address_that_cannot_be_named_are_told_apart() {
     let (mut queue, _) = queue();
     let across = Request { gpa: (1 << 30) - 256, ..READ };
     let error = queue.push(&across).unwrap_err();
-    assert_eq!(error, PushRefusal::Address(AddressError::CrossesSlot { gpa: across.gpa, len_bytes: 512 }));
-    assert!(error.to_string().contains("crosses a 1 GiB boundary"));
+    assert_eq!(error, PushRefusal::Address(AddressError::CrossesBoundary { gpa: across.gpa, len_bytes: 512 }));
+    assert!(error.to_string().contains("crosses a 4 MiB boundary"));
     for _ in 0..4 {
         queue.push(&READ).unwrap();
     }

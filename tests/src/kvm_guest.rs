@@ -13,9 +13,9 @@ use ringpass_broker::direct::{DirectConfig, DirectDevice, SubmissionConfig};
 use ringpass_broker::disk::{Disk, DiskConfig, LogicalBlock};
 use ringpass_broker::kernel;
 use ringpass_broker::kvm::{ExitCounters, KvmPlacement, KvmQueue, KvmQueueConfig, RamSlots};
-use ringpass_broker::memory::{GuestMemory, IOVA_BASE, RegionConfig, Sharing};
+use ringpass_broker::memory::{GuestMemory, RegionConfig, Sharing};
 use ringpass_broker::ring::{RingConfig, RingEnd, SqThreadConfig};
-use ringpass_guest_abi::{RingLayout, rings_area_bytes, sqes_area_bytes};
+use ringpass_guest_abi::{FixedAddressing, RingLayout, rings_area_bytes, sqes_area_bytes};
 use ringpass_restrictions::{Access, Policy};
 use ringpass_vmm::{GuestCpu, Machine, MachineConfig, Outcome, PROGRAM_SLOT};
 use ringpass_workload::{Job, Verify, Wait};
@@ -190,19 +190,26 @@ impl KvmGuest {
                 .doorbell(doorbell)
                 .interrupt_gsi(self.config.interrupts.then(|| self.machine.queue_gsi(cpu))),
         )?;
-        self.tell(cpu, rings_gpa, sqes_gpa, *queue.layout(), bell)?;
+        self.tell(cpu, rings_gpa, sqes_gpa, (*queue.layout(), queue.addressing()), bell)?;
         self.queues.push(queue);
         Ok(())
     }
 
     /// Tells the guest on `cpu` the place of its queue.
-    fn tell(&mut self, cpu: u32, rings_gpa: u64, sqes_gpa: u64, layout: RingLayout, bell: Bell) -> Result<()> {
+    fn tell(
+        &mut self,
+        cpu: u32,
+        rings_gpa: u64,
+        sqes_gpa: u64,
+        (layout, addressing): (RingLayout, FixedAddressing),
+        bell: Bell,
+    ) -> Result<()> {
         let mut ram = [RamRegion::default(); RAM_REGIONS_MAX];
         for (entry, region) in ram.iter_mut().zip(self.machine.ram()) {
             *entry = *region;
         }
         let tick_rate = self.cpus[cpu as usize].tick_rate();
-        let attachment = Attachment { rings_gpa, sqes_gpa, layout, iova_base: IOVA_BASE, bell, ram, tick_rate };
+        let attachment = Attachment { rings_gpa, sqes_gpa, layout, addressing, bell, ram, tick_rate };
         self.cpus[cpu as usize].run(&Command::Attach(attachment))?;
         Ok(())
     }
@@ -211,8 +218,9 @@ impl KvmGuest {
     /// guest.
     pub fn lead_astray(&mut self, cpu: u32) -> Result<()> {
         let (rings_gpa, sqes_gpa) = map::window(map::VCPUS_MAX - 1);
-        let layout = *self.queues[cpu as usize].layout();
-        self.tell(cpu, rings_gpa, sqes_gpa, layout, Bell::Port(map::DOORBELL_PORT))
+        let queue = &self.queues[cpu as usize];
+        let ring = (*queue.layout(), queue.addressing());
+        self.tell(cpu, rings_gpa, sqes_gpa, ring, Bell::Port(map::DOORBELL_PORT))
     }
 
     /// A verifying job for `cpu`'s part of the disk: mixed, polling, with a time limit of 20 s for each request.
@@ -347,7 +355,8 @@ impl RamLayout {
             Place::GuestRam => rings_bytes + sqes_area_bytes(ring.sq_entries),
             Place::Window => 0,
         };
-        let buffers_gpa = u64::from(queues) * ring_stride_bytes;
+        // No block of up to 1 MiB crosses a segment boundary.
+        let buffers_gpa = (u64::from(queues) * ring_stride_bytes).next_multiple_of(1 << 20);
         let ram_bytes = buffers_gpa + u64::from(queues) * buffer_bytes.next_multiple_of(4096);
         Self { rings_bytes, ring_stride_bytes, buffers_gpa, ram_bytes }
     }

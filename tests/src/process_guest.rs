@@ -13,7 +13,7 @@ use anyhow::{Context, Result};
 use ringpass_broker::{
     direct::{DirectConfig, DirectDevice, DirectQueue, QueueConfig, QueuePlacement, SubmissionConfig},
     disk::Disk,
-    memory::{GuestMemory, IOVA_BASE, RegionConfig, Sharing},
+    memory::{GuestMemory, RegionConfig, Sharing},
     ring::{RingConfig, RingWindow},
 };
 use ringpass_guest::{GuestRam, RamAllocator, RamArea, RamRegion, RamRing};
@@ -24,9 +24,6 @@ use ringpass_restrictions::{Access, CompiledPolicy, Policy};
 use ringpass_workload::{ProcessEnv, RingQueue, hostile::Extent};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
-
-/// How SQEs name guest memory.
-pub const ADDRESSING: FixedAddressing = FixedAddressing { iova_base: IOVA_BASE };
 
 /// How long a queue may take to end.
 const END_LIMIT: Duration = Duration::from_secs(30);
@@ -195,6 +192,11 @@ impl ProcessGuest {
         &self.device
     }
 
+    /// How SQEs name the RAM.
+    pub fn addressing(&self) -> FixedAddressing {
+        self.device.memory().addressing()
+    }
+
     /// The RAM.
     pub fn ram(&self) -> &RamFile {
         &self.ram
@@ -233,7 +235,7 @@ impl ProcessGuest {
             Some((rings, sqes)) => QueueMemory::Ram(RamRing::new(rings, sqes, &layout)?),
             None => QueueMemory::in_window(queue.window().context("a queue in a window has a window")?),
         };
-        let ring = RingQueue::new(DriverRing::new(memory, layout).context("the layout")?, ADDRESSING);
+        let ring = RingQueue::new(DriverRing::new(memory, layout).context("the layout")?, queue.addressing());
         Ok(GuestQueue { queue, ring, areas: extents, doorbell, interrupts })
     }
 }

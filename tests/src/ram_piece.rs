@@ -9,7 +9,7 @@ use std::{
 
 use anyhow::{Result, bail, ensure};
 use ringpass_guest::RamArea;
-use ringpass_guest_abi::SLOT_BYTES;
+use ringpass_guest_abi::SEGMENT_BOUNDARY_BYTES;
 use ringpass_workload::{Job, ProcessEnv, Verify, Wait, checksum, hostile::Extent, prefill, run, verify_all};
 
 use crate::{
@@ -19,6 +19,8 @@ use crate::{
 
 /// Length of a piece.
 pub const PIECE_BYTES: u64 = 64 << 10;
+/// The unit in which the broker pins memory.
+const SPAN_BYTES: u64 = 1 << 30;
 /// A disk with room for all pieces of a test.
 pub const DISK_BYTES: u64 = 16 << 20;
 const BLOCK_BYTES: u32 = 4096;
@@ -151,13 +153,18 @@ impl Piece {
     }
 }
 
-/// The first and the last bytes of each region's part in each slot.
+/// The first and the last bytes of each region's part in each gibibyte, and in the slots of 4 MiB at its ends: a guest's RAM
+/// has too many slots for an area on the disk for each.
 pub fn edges(regions: &[Extent]) -> Vec<Extent> {
     let mut edges = Vec::new();
     for region in regions {
         let (mut gpa, end) = (region.gpa, region.gpa + region.len_bytes);
+        let first_slot_end = gpa - gpa % SEGMENT_BOUNDARY_BYTES + SEGMENT_BOUNDARY_BYTES;
+        let last_slot = (end - 1) - (end - 1) % SEGMENT_BOUNDARY_BYTES;
         while gpa < end {
-            let piece_end = end.min((gpa / SLOT_BYTES + 1) * SLOT_BYTES);
+            let span_end = (gpa / SPAN_BYTES + 1) * SPAN_BYTES;
+            let ends = [first_slot_end, last_slot, span_end, end];
+            let piece_end = ends.into_iter().filter(|&end| end > gpa).min().expect("the region ends above");
             edges.extend([gpa, piece_end - PIECE_BYTES].map(|gpa| Extent { gpa, len_bytes: PIECE_BYTES }));
             gpa = piece_end;
         }

@@ -20,12 +20,12 @@ use ringpass_broker::{
     ring::{RingConfig, SqThreadConfig},
 };
 use ringpass_guest::{GuestRam, RamRegion};
-use ringpass_guest_abi::{Cqe, DriverRing, RingLayout, Sqe};
+use ringpass_guest_abi::{Cqe, DriverRing, FixedAddressing, RingLayout, Sqe};
 use ringpass_restrictions::{Access, Policy};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use crate::process_guest::{ADDRESSING, QueueMemory};
+use crate::process_guest::QueueMemory;
 
 /// Guest RAM, in bytes, from guest-physical address 0.
 pub const RAM_BYTES: u64 = 4 << 20;
@@ -193,6 +193,7 @@ pub fn device(disk: &DiskConfig, memory: &GuestMemory, submission: SubmissionCon
 #[derive(Debug)]
 pub struct Driver {
     ring: DriverRing<QueueMemory>,
+    addressing: FixedAddressing,
     doorbell: EventFd,
     /// The kernel signals this eventfd at completions.
     pub completion: EventFd,
@@ -237,7 +238,8 @@ fn attach_as(
         QueueConfig::new(ring, placement).doorbell(doorbell.try_clone()?).completion(completion.try_clone()?),
     )?;
     let ring = DriverRing::new(memory(&queue)?, *queue.layout()).context("the layout")?;
-    Ok((queue, Driver { ring, doorbell, completion }))
+    let addressing = queue.addressing();
+    Ok((queue, Driver { ring, addressing, doorbell, completion }))
 }
 
 impl Driver {
@@ -252,7 +254,7 @@ impl Driver {
     ///
     /// The buffer has no address in SQEs.
     pub fn push(&mut self, write: bool, gpa: u64, len_bytes: u32, offset_bytes: u64, user_data: u64) -> Result<bool> {
-        let address = ADDRESSING.resolve(gpa, len_bytes).context("the buffer")?;
+        let address = self.addressing.resolve(gpa, len_bytes).context("the buffer")?;
         let build = if write { Sqe::write_fixed } else { Sqe::read_fixed };
         Ok(self.ring.push(&build(address, len_bytes, offset_bytes, user_data)).is_ok())
     }

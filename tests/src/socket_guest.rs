@@ -48,7 +48,9 @@ impl LoadedQueue {
     ///
     /// There is no such queue, or no memory.
     pub fn new(disk: &Disk, index: u16, load: Load, seed: Seed) -> Result<Self> {
-        let buffers = disk.allocate(u64::from(load.depth) * u64::from(load.block_bytes))?;
+        // No buffer crosses a segment boundary.
+        let align_bytes = u64::from(load.block_bytes).next_power_of_two().max(4096);
+        let buffers = disk.allocate_aligned(u64::from(load.depth) * u64::from(load.block_bytes), align_bytes)?;
         Self::with_buffers(disk, index, load, seed, buffers)
     }
 

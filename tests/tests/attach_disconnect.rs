@@ -82,11 +82,11 @@ fn session(rig: &Rig, cut: Option<Cut>) -> Result<usize> {
     let front_end = FrontEnd::negotiate(connection, &ram.ram, Options::default())?;
     let connection = front_end.connection();
     let _region = front_end.new_inflight_region(3, QUEUE_SIZE)?;
-    let (mut first, addressing) = start_first(&front_end, &mut ram)?;
+    let mut first = start_first(&front_end, &mut ram)?;
     first.post_event()?;
     let mut drivers = Vec::new();
     for index in 1..3 {
-        let mut driver = start_ring(&front_end, &mut ram, index, addressing)?;
+        let mut driver = start_ring(&front_end, &mut ram, index)?;
         driver.attach()?;
         drivers.push(driver);
     }

@@ -106,8 +106,8 @@ fn ring_ends() -> Result<()> {
 
 fn with_ring(stuck_for: Duration, epoch: u32) -> Result<()> {
     let mut guest = Guest::new()?;
-    let (_first, addressing) = start_first(&guest.front_end, &mut guest.slow.ram)?;
-    let mut driver = start_ring(&guest.front_end, &mut guest.slow.ram, 1, addressing)?;
+    let _first = start_first(&guest.front_end, &mut guest.slow.ram)?;
+    let mut driver = start_ring(&guest.front_end, &mut guest.slow.ram, 1)?;
     driver.attach()?;
     // The broker pins the region when it makes the first ring.
     guest.slow.hang_from(&mut driver, REGION_GPA)?;
@@ -130,8 +130,8 @@ fn with_ring(stuck_for: Duration, epoch: u32) -> Result<()> {
 /// Makes the ring end with `end`, and then removes the memory that its hanging write uses.
 fn with_ending_ring(end: impl FnOnce(&Guest) -> Result<()>) -> Result<()> {
     let mut guest = Guest::new()?;
-    let (_first, addressing) = start_first(&guest.front_end, &mut guest.slow.ram)?;
-    let mut driver = start_ring(&guest.front_end, &mut guest.slow.ram, 1, addressing)?;
+    let _first = start_first(&guest.front_end, &mut guest.slow.ram)?;
+    let mut driver = start_ring(&guest.front_end, &mut guest.slow.ram, 1)?;
     driver.attach()?;
     guest.slow.hang_from(&mut driver, REGION_GPA)?;
     end(&guest)?;
@@ -162,8 +162,8 @@ fn not_pinned() -> Result<()> {
 
 fn virtqueue() -> Result<()> {
     let mut guest = Guest::new()?;
-    let (_first, addressing) = start_first(&guest.front_end, &mut guest.slow.ram)?;
-    let mut driver = start_ring(&guest.front_end, &mut guest.slow.ram, 1, addressing)?;
+    let _first = start_first(&guest.front_end, &mut guest.slow.ram)?;
+    let mut driver = start_ring(&guest.front_end, &mut guest.slow.ram, 1)?;
     guest.slow.disk.freeze()?;
     let sector = SlowGuest::HANGING_OFFSET_BYTES / SECTOR_BYTES;
     driver.send_block(VIRTIO_BLK_T_OUT, sector, Descriptor::readable(REGION_GPA, 4096))?;
@@ -194,8 +194,8 @@ fn leaves_waiting(ask: impl FnOnce(&Guest) -> Result<()>) -> Result<()> {
 }
 
 fn hanging_ring(guest: &mut Guest) -> Result<RingDriver> {
-    let (_first, addressing) = start_first(&guest.front_end, &mut guest.slow.ram)?;
-    let mut driver = start_ring(&guest.front_end, &mut guest.slow.ram, 1, addressing)?;
+    let _first = start_first(&guest.front_end, &mut guest.slow.ram)?;
+    let mut driver = start_ring(&guest.front_end, &mut guest.slow.ram, 1)?;
     driver.attach()?;
     guest.slow.hang_from(&mut driver, REGION_GPA)?;
     Ok(driver)

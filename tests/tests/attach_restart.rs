@@ -228,9 +228,9 @@ fn detach(guest: &mut Guest) -> Result<()> {
 fn slow_stop() -> Result<()> {
     let mut guest = SlowGuest::new(StuckKind::LoopDevice)?;
     let front_end = guest.connect()?;
-    let (mut first, addressing) = start_first(&front_end, &mut guest.ram)?;
-    let mut stuck = start_ring(&front_end, &mut guest.ram, 1, addressing)?;
-    let mut idle = start_ring(&front_end, &mut guest.ram, 2, addressing)?;
+    let mut first = start_first(&front_end, &mut guest.ram)?;
+    let mut stuck = start_ring(&front_end, &mut guest.ram, 1)?;
+    let mut idle = start_ring(&front_end, &mut guest.ram, 2)?;
     stuck.attach()?;
     idle.attach()?;
     guest.hang(&mut stuck)?;
@@ -272,8 +272,8 @@ fn killed_with_slow_io(kind: StuckKind) -> Result<()> {
     let mut guest = SlowGuest::new(kind)?;
     let front_end = guest.connect()?;
     let region = front_end.new_inflight_region(3, QUEUE_SIZE)?;
-    let (mut first, addressing) = start_first(&front_end, &mut guest.ram)?;
-    let mut driver = start_ring(&front_end, &mut guest.ram, 1, addressing)?;
+    let mut first = start_first(&front_end, &mut guest.ram)?;
+    let mut driver = start_ring(&front_end, &mut guest.ram, 1)?;
     driver.attach()?;
     guest.hang(&mut driver)?;
     guest.broker.signal(Signal::KILL)?;

@@ -104,9 +104,9 @@ fn migrate_from_rings(kind: DiskKind) -> Result<()> {
 fn migrate_from_rings_once(rig: &Rig) -> Result<()> {
     let mut ram = TestRam::new(1, 4 << 20)?;
     let front_end = FrontEnd::connect(&rig.socket(), &ram.ram, Options::default())?;
-    let (_first, addressing) = start_first(&front_end, &mut ram)?;
+    let _first = start_first(&front_end, &mut ram)?;
     for index in 1..3 {
-        let mut driver = start_ring(&front_end, &mut ram, index, addressing)?;
+        let mut driver = start_ring(&front_end, &mut ram, index)?;
         driver.attach()?;
         for request in 0..8 {
             driver.submit(driver.sqe(true, request, 4096, request * 4096, request)?)?;

@@ -18,7 +18,6 @@ use ringpass_broker::direct::SubmissionConfig;
 use ringpass_broker::disk::{DirectIo, DiskConfig};
 use ringpass_broker::kernel::{self, KernelRelease};
 use ringpass_broker::limits::cap_file_growth;
-use ringpass_broker::memory::IOVA_BASE;
 use ringpass_restrictions::{Access, Operation, Policy, SqeFlags};
 use ringpass_tests::canaries::{Canaries, pattern};
 use ringpass_tests::disks::{DiskKind, TestDisk};
@@ -283,7 +282,7 @@ fn plan(guest: &KvmGuest, how: Run, addresses: &[u64]) -> Result<Attack> {
         filled_holes,
         empty_holes,
         host_addresses,
-        iova_base: IOVA_BASE,
+        addressing: guest.memory().addressing(),
         buffer_gpa: guest.buffers_gpa(),
         buffer_bytes: BUFFER_BYTES,
         disk_bytes: DISK_BYTES,

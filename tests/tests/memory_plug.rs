@@ -153,7 +153,7 @@ fn plug_into_slot() -> Result<()> {
     let mut piece = Piece::new(&queue, area, 0, seed)?;
     piece.use_all(&mut queue)?;
     // The memory is behind a hole, before the RAM, across the border to the next slot, and far away.
-    for region in [extent(40 * MIB, MIB), extent(0, 8 * MIB), extent(GIB - MIB, 2 * MIB), extent(100 * GIB, MIB)] {
+    for region in [extent(40 * MIB, MIB), extent(0, 8 * MIB), extent(GIB - MIB, 2 * MIB), extent(63 * GIB, MIB)] {
         let plugged = RamFile::new(&[region], PageSize::Small)?;
         piece.latencies_while(&mut queue, || {
             Ok(plugged.for_broker().into_iter().try_for_each(|region| guest.device().plug(region))?)
@@ -166,6 +166,11 @@ fn plug_into_slot() -> Result<()> {
         check_plugged(&mut later, &plugged, &mut piece_of_later, seed)?;
         later.close()?;
     }
+    // The table of fixed buffers ends at 64 GiB, because the guest had no memory above when its slots were chosen.
+    let above = RamFile::new(&[extent(64 * GIB - MIB, 2 * MIB)], PageSize::Small)?.for_broker().remove(0);
+    let refused = guest.device().plug(above).err().context("memory above all slots was plugged")?.to_string();
+    ensure!(refused.contains("ends above 64 GiB"), "{refused}");
+    piece.use_all(&mut queue)?;
     queue.close()?;
     Ok(())
 }

@@ -17,7 +17,8 @@ use ringpass_broker::{
     disk::Disk,
     ring::{RingConfig, SqThreadConfig},
 };
-use ringpass_guest_abi::{rings_area_bytes, sqes_area_bytes};
+use ringpass_guest::RamArea;
+use ringpass_guest_abi::{SEGMENT_BOUNDARY_BYTES, rings_area_bytes, sqes_area_bytes};
 use ringpass_tests::{
     content::check_content,
     disks::{DiskKind, TestDisk},
@@ -103,16 +104,25 @@ impl Case {
         RingConfig { sq_entries: self.sq_entries, cq_entries }
     }
 
+    /// From one buffer to the next. The buffers need not start at a page; with a gap as long as a buffer none crosses a
+    /// segment boundary.
+    fn buffer_stride_bytes(&self) -> u64 {
+        2 * u64::from(self.block_bytes)
+    }
+
     fn buffers_bytes(&self) -> u64 {
-        // One page more, because the buffers need not start at a page.
-        u64::from(self.depth) * u64::from(self.block_bytes) + PAGE_BYTES
+        (u64::from(self.depth) * self.buffer_stride_bytes()).next_multiple_of(SEGMENT_BOUNDARY_BYTES)
+    }
+
+    fn allocate_buffers(&self, guest: &mut ProcessGuest) -> Result<RamArea> {
+        Ok(guest.allocator().allocate_aligned(self.buffers_bytes(), SEGMENT_BOUNDARY_BYTES)?)
     }
 
     /// RAM for all queues in one region.
     fn ram(&self) -> Result<RamFile> {
         let ring = self.ring();
         let ring_bytes = rings_area_bytes(ring.cq_entries) + sqes_area_bytes(ring.sq_entries);
-        let queue_bytes = ring_bytes + self.buffers_bytes().next_multiple_of(PAGE_BYTES);
+        let queue_bytes = ring_bytes.next_multiple_of(SEGMENT_BOUNDARY_BYTES) + self.buffers_bytes();
         RamFile::new(&[Extent { gpa: 0, len_bytes: self.queues * queue_bytes }], PageSize::Small)
     }
 
@@ -141,7 +151,7 @@ impl Case {
             pause_ns: 0,
             seed: seed.value(),
             buffers_gpa: buffers_gpa + random.u64(..PAGE_BYTES / alignment_bytes) * alignment_bytes,
-            buffer_stride_bytes: block_bytes,
+            buffer_stride_bytes: self.buffer_stride_bytes(),
             block_bytes: self.block_bytes,
             depth: self.depth,
             write_percent: 40,
@@ -215,7 +225,7 @@ fn row(case: &Case, disk: &Arc<Disk>, beside: &File, seed: Seed, bytes: u64) -> 
     let mut queues = Vec::new();
     for index in 0..case.queues {
         let queue = guest.attach(case.ring(), case.place)?;
-        let buffers = guest.allocator().allocate(case.buffers_bytes())?;
+        let buffers = case.allocate_buffers(&mut guest)?;
         let job = case.job(index, disk, buffers.gpa(), seed.derive(index));
         let around = Around::read(beside, &job)?;
         queues.push((queue.env(buffers)?, queue, job, around));
@@ -315,7 +325,7 @@ fn changed_byte(kind: DiskKind) -> Result<()> {
     let beside = File::options().read(true).write(true).open(made.path())?;
     let mut guest = ProcessGuest::new(&disk, case.ram()?, case.submission.config())?;
     let mut queue = guest.attach(case.ring(), case.place)?;
-    let buffers = guest.allocator().allocate(case.buffers_bytes())?;
+    let buffers = case.allocate_buffers(&mut guest)?;
     let job = Job { area_offset_bytes: 0, ..case.job(0, &disk, buffers.gpa(), seed) };
     let mut env = queue.env(buffers)?;
     let mut expected = vec![0; usize::try_from(job.blocks())?];

@@ -106,8 +106,8 @@ fn ordinary_user() -> Result<()> {
         broker.wait_for_log("waiting for a front-end")?;
         let mut ram = TestRam::new(1, 16 << 20)?;
         let front_end = FrontEnd::connect(broker.socket(), &ram.ram, Options::default())?;
-        let (_first, addressing) = start_first(&front_end, &mut ram)?;
-        let mut driver = start_ring(&front_end, &mut ram, 1, addressing)?;
+        let _first = start_first(&front_end, &mut ram)?;
+        let mut driver = start_ring(&front_end, &mut ram, 1)?;
         driver.send_both(&driver.payload().to_bytes())?;
         let found = driver.wait_attach()?;
         ensure!(found == whole(ErrorCode::Resources), "ATTACH: {found:?}");

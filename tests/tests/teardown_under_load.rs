@@ -292,12 +292,13 @@ fn ringing(submission: SubmissionConfig) -> Result<()> {
 
 /// A guest decides how long the kernel works on one batch. That must not delay the thread that closes the queue.
 fn long_batch(submission: SubmissionConfig) -> Result<()> {
-    const READ_BYTES: u32 = 32 << 20;
+    // The longest that one SQE can read, and enough of them for more than a second on any machine.
+    const READ_BYTES: u32 = 4 << 20;
     let disk = TestDisk::new(DiskKind::Ext4PageCache, READ_BYTES.into())?;
     let ram = Ram::with_len(READ_BYTES.into())?;
     let (memory, _) = ram.for_broker()?;
     let device = device(&disk.config(), &memory, submission)?;
-    let (queue, mut driver) = attach_window(&device, RingConfig { sq_entries: 512, cq_entries: 512 })?;
+    let (queue, mut driver) = attach_window(&device, RingConfig { sq_entries: 4096, cq_entries: 4096 })?;
     let layout = driver.layout();
     for index in 0..u64::from(layout.sq_entries) {
         ensure!(driver.push(false, 0, READ_BYTES, 0, index)?, "no room");

@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use ringpass_guest_abi::RingLayout;
+use ringpass_guest_abi::{FixedAddressing, RingLayout};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::disk::Disk;
@@ -13,6 +13,7 @@ use crate::ring::{DoorbellId, DoorbellThread, Enabled, KernelRing, RingEnd, Ring
 #[derive(Debug)]
 pub struct DirectQueue {
     pub(super) layout: RingLayout,
+    pub(super) addressing: FixedAddressing,
     pub(super) running: Arc<Mutex<Option<Running>>>,
     pub(super) end: RingEnd,
     pub(super) doorbells: Arc<DoorbellThread>,
@@ -32,6 +33,11 @@ impl DirectQueue {
     /// The layout of the ring, for the guest.
     pub fn layout(&self) -> &RingLayout {
         &self.layout
+    }
+
+    /// The rule for guest-physical addresses in the ring's SQEs, for the guest.
+    pub fn addressing(&self) -> FixedAddressing {
+        self.addressing
     }
 
     /// The ring's pages, if the kernel allocated them. While the window is held, the ring keeps running, even after it

@@ -30,7 +30,7 @@
 //! use ringpass_broker::kvm::kvm_ioctls::{IoEventAddress, Kvm};
 //! use ringpass_broker::kvm::{KvmPlacement, KvmQueue, KvmQueueConfig, RamSlots};
 //! use ringpass_broker::limits;
-//! use ringpass_broker::memory::{GuestMemory, IOVA_BASE, RegionConfig, Sharing};
+//! use ringpass_broker::memory::{GuestMemory, RegionConfig, Sharing};
 //! use ringpass_broker::ring::{RingConfig, SqThreadConfig};
 //! use ringpass_restrictions::{Access, Policy};
 //!
@@ -77,7 +77,7 @@
 //!     .doorbell(IoEventAddress::Mmio(0xfe00_0000))
 //!     .interrupt_gsi(gsi),
 //! )?;
-//! println!("tell the driver: {:?}, addresses are guest-physical + {IOVA_BASE:#x}", queue.layout());
+//! println!("tell the driver: {:?}, {:?}", queue.layout(), queue.addressing());
 //!
 //! // The vCPUs run. At the end, or at the guest's reset, they stop: then no vCPU reaches the ring any more. Then the
 //! // monitor closes the ring, and the RAM is free for other uses once the ring's I/O has ended.

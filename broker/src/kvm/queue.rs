@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kvm_ioctls::{IoEventAddress, VmFd};
-use ringpass_guest_abi::RingLayout;
+use ringpass_guest_abi::{FixedAddressing, RingLayout};
 
 use super::KvmError;
 use super::events::{Doorbell, Interrupt};
@@ -87,6 +87,7 @@ pub enum KvmPlacement {
 pub struct KvmQueue {
     vm: Arc<VmFd>,
     layout: RingLayout,
+    addressing: FixedAddressing,
     parts: Option<Parts>,
 }
 
@@ -126,14 +127,19 @@ impl KvmQueue {
             }
             _ => None,
         };
-        let layout = *queue.layout();
+        let (layout, addressing) = (*queue.layout(), queue.addressing());
         let parts = Parts { doorbell, interrupt: Mutex::new(interrupt), window, queue };
-        Ok(Self { vm: vm.clone(), layout, parts: Some(parts) })
+        Ok(Self { vm: vm.clone(), layout, addressing, parts: Some(parts) })
     }
 
     /// The layout of the ring, for the guest.
     pub fn layout(&self) -> &RingLayout {
         &self.layout
+    }
+
+    /// The rule for guest-physical addresses in the ring's SQEs, for the guest.
+    pub fn addressing(&self) -> FixedAddressing {
+        self.addressing
     }
 
     /// From now on interrupts the guest through `gsi` (or not at all), even if that is the old value: for a change

@@ -45,6 +45,20 @@ pub enum MemoryError {
         /// Its length.
         len_bytes: u64,
     },
+    /// The region ends above the last slot that the guest's memory can have without larger slots.
+    #[error(
+        "the memory region at guest-physical {gpa:#x} with {len_bytes:#x} bytes ends above {} GiB, the most that 16384 \
+         registered buffers of {} MiB can cover: the size of the buffers is fixed while there are rings",
+        limit_gpa >> 30, (limit_gpa >> 14) >> 20
+    )]
+    AboveSlots {
+        /// Start of the region.
+        gpa: u64,
+        /// Its length.
+        len_bytes: u64,
+        /// The end of the last slot.
+        limit_gpa: u64,
+    },
     /// Two regions share guest-physical addresses.
     #[error(
         "the memory region at guest-physical {gpa:#x} with {len_bytes:#x} bytes overlaps the one at \

@@ -1,7 +1,8 @@
-//! Mapping a slot at its IOVA while it is being registered. The unsafe code of guest memory.
+//! Mapping a span at its IOVA while its slots are being registered. The unsafe code of guest memory.
 
 use std::ffi::c_void;
 use std::io;
+use std::ops::Range;
 use std::os::fd::AsFd;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -9,37 +10,36 @@ use rustix::io::Errno;
 use rustix::mm::{Advice, MapFlags, ProtFlags};
 
 use super::region::{GuestMemory, file_name};
-use super::{IOVA_BASE, MemoryError, Piece, Slot, Source};
+use super::{IOVA_BASE, MemoryError, Piece, Source, Span};
 
-/// Held while a slot is mapped: all guests of a process are registered at the same addresses, one slot at a time.
+/// Held while a span is mapped: all guests of a process are registered at the same addresses, one span at a time.
 static ADDRESSES: Mutex<()> = Mutex::new(());
 
 /// The memory to fault in at a time: short enough that a caller who waits does not notice it.
 const POPULATE_BYTES: u64 = 32 << 20;
 
-/// One slot, mapped at `IOVA_BASE + gpa` with every page present. Unmapped when dropped.
-pub(super) struct MappedSlot {
-    address: u64,
-    mapped_bytes: u64,
+/// The pieces of a span, each mapped at `IOVA_BASE + gpa` with every page present. Unmapped when dropped.
+pub(super) struct MappedSpan {
+    /// Ascending, not touching each other.
+    mapped: Vec<Range<u64>>,
     _addresses: MutexGuard<'static, ()>,
 }
 
-impl MappedSlot {
-    /// Maps `slot` of `memory` and faults in all of its pages, unless `is_wanted` returns false meanwhile.
-    pub(super) fn map(memory: &GuestMemory, slot: &Slot, is_wanted: &dyn Fn() -> bool) -> Result<Self, MemoryError> {
+impl MappedSpan {
+    /// Maps `span` of `memory` and faults in all of its pages, unless `is_wanted` returns false meanwhile.
+    pub(super) fn map(memory: &GuestMemory, span: &Span, is_wanted: &dyn Fn() -> bool) -> Result<Self, MemoryError> {
         let addresses = ADDRESSES.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut mapped = Self { address: IOVA_BASE + slot.gpa, mapped_bytes: 0, _addresses: addresses };
-        for piece in &slot.pieces {
+        let mut mapped = Self { mapped: Vec::new(), _addresses: addresses };
+        for piece in &span.pieces {
             mapped.append(memory, piece)?;
             mapped.populate(memory, piece, is_wanted)?;
         }
         Ok(mapped)
     }
 
-    /// Maps the next piece behind the mapped pieces.
+    /// Maps the next piece, which lies above the mapped pieces.
     fn append(&mut self, memory: &GuestMemory, piece: &Piece) -> Result<(), MemoryError> {
-        let address = self.address + self.mapped_bytes;
-        debug_assert_eq!(address, IOVA_BASE + piece.gpa);
+        let address = IOVA_BASE + piece.gpa;
         let (fd, offset_bytes) = match piece.source {
             Source::Region { region, offset_bytes } => {
                 let config = &memory.regions()[region].config;
@@ -57,7 +57,11 @@ impl MappedSlot {
             unsafe { rustix::mm::mmap(start, len, ProtFlags::READ | ProtFlags::WRITE, flags, fd, offset_bytes) };
         match result {
             Ok(_) => {
-                self.mapped_bytes += piece.len_bytes;
+                let end = address + piece.len_bytes;
+                match self.mapped.last_mut().filter(|range| range.end == address) {
+                    Some(range) => range.end = end,
+                    None => self.mapped.push(address..end),
+                }
                 Ok(())
             }
             Err(Errno::EXIST) => Err(MemoryError::AddressTaken { address }),
@@ -68,7 +72,7 @@ impl MappedSlot {
     /// Faults in the pages of a mapped piece.
     fn populate(&self, memory: &GuestMemory, piece: &Piece, is_wanted: &dyn Fn() -> bool) -> Result<(), MemoryError> {
         let address = IOVA_BASE + piece.gpa;
-        debug_assert!(address + piece.len_bytes <= self.address + self.mapped_bytes);
+        debug_assert!(self.holds(address, piece.len_bytes));
         let mut done_bytes = 0;
         while done_bytes < piece.len_bytes {
             if !is_wanted() {
@@ -94,25 +98,19 @@ impl MappedSlot {
         Ok(())
     }
 
-    /// Address of the first byte.
-    pub(super) fn address(&self) -> u64 {
-        self.address
-    }
-
-    /// Length in bytes.
-    pub(super) fn len_bytes(&self) -> u64 {
-        self.mapped_bytes
+    /// Whether all of these bytes are mapped.
+    pub(super) fn holds(&self, address: u64, len_bytes: u64) -> bool {
+        self.mapped.iter().any(|range| range.start <= address && address + len_bytes <= range.end)
     }
 }
 
-impl Drop for MappedSlot {
+impl Drop for MappedSpan {
     fn drop(&mut self) {
-        if self.mapped_bytes == 0 {
-            return;
+        for range in &self.mapped {
+            // SAFETY: exactly a range that this value mapped; no reference to it was ever made, and the kernel's
+            // registrations hold pages, not the mapping.
+            let result = unsafe { rustix::mm::munmap(range.start as *mut c_void, (range.end - range.start) as usize) };
+            debug_assert!(result.is_ok(), "unmapping a range that we mapped: {result:?}");
         }
-        // SAFETY: exactly the range that this value mapped; no reference to it was ever made, and the kernel's
-        // registrations hold pages, not the mapping.
-        let result = unsafe { rustix::mm::munmap(self.address as *mut c_void, self.mapped_bytes as usize) };
-        debug_assert!(result.is_ok(), "unmapping a range that we mapped: {result:?}");
     }
 }

@@ -6,10 +6,10 @@ use std::io;
 use ringpass_restrictions::{KernelSupport, RegisterOperation};
 use rustix::io_uring::{IoringSetupFlags, io_uring_params};
 
-use super::iova_map::MappedSlot;
-use super::layout::Slot;
+use super::iova_map::MappedSpan;
+use super::layout::{Slot, Span};
 use super::region::GuestMemory;
-use super::{MemoryError, Piece, Source};
+use super::{IOVA_BASE, MemoryError, Piece, Source};
 use crate::limits::Memlock;
 use crate::ring_fd::RingFd;
 
@@ -44,7 +44,7 @@ pub struct PinnedMemory {
     holder: Option<RingFd>,
     memory: GuestMemory,
     accounting: Accounting,
-    /// For each slot, the memory that pinning it added to this process, in bytes: a huge page that slots share counts
+    /// For each span, the memory that pinning it added to this process, in bytes: a huge page that spans share counts
     /// for one of them.
     pinned_bytes: BTreeMap<u32, u64>,
 }
@@ -71,6 +71,16 @@ pub struct ChangedSlots {
     pub count: u32,
 }
 
+impl ChangedSlots {
+    /// From the first slot of these spans to the last. Slots between them keep what they have.
+    fn of<'a>(spans: impl IntoIterator<Item = &'a Span>) -> Self {
+        let ends = |span: &'a Span| [span.slots.first(), span.slots.last()].into_iter().flatten();
+        let indexes = spans.into_iter().flat_map(ends).map(|slot| (slot.index, slot.index));
+        let bounds = indexes.reduce(|(first, last), (index, _)| (first.min(index), last.max(index)));
+        bounds.map_or(Self { first: 0, count: 0 }, |(first, last)| Self { first, count: last + 1 - first })
+    }
+}
+
 impl PinnedMemory {
     /// Pins all of `memory`. Takes about 50 ms per GiB of 4 KiB pages that exist, ten times as long for pages that
     /// must be allocated first, and almost no time for huge pages. With [`Sharing::PinAgain`] nothing is pinned yet.
@@ -86,8 +96,8 @@ impl PinnedMemory {
     /// The same, cancelled when `is_wanted` returns false.
     ///
     /// `is_wanted` is called while pages are faulted in, usually every few milliseconds. The kernel clears a page of 1
-    /// GiB in one step, and pins existing pages in one system call for a slot of up to 1 GiB. Before Linux 5.14 that
-    /// call faults in the pages as well: there `is_wanted` is called once for each slot.
+    /// GiB in one step, and pins existing pages in one system call for a span of up to 1 GiB. Before Linux 5.14 that
+    /// call faults in the pages as well: there `is_wanted` is called once for each span.
     ///
     /// # Errors
     ///
@@ -97,7 +107,7 @@ impl PinnedMemory {
         sharing: Sharing,
         is_wanted: &dyn Fn() -> bool,
     ) -> Result<Self, MemoryError> {
-        let charge = Charge::new(memory, memory.layout().slots().iter())?;
+        let charge = Charge::new(memory, memory.layout().spans().iter())?;
         let accounting = Accounting::of(&charge.memlock);
         let holder = match sharing {
             Sharing::Clone => Some(new_holder(memory.layout().table_slots())?),
@@ -106,8 +116,8 @@ impl PinnedMemory {
         // From here on, an error unpins all pages that are pinned so far.
         let mut pinned = Self { holder, memory: memory.clone(), accounting, pinned_bytes: BTreeMap::new() };
         if sharing == Sharing::Clone {
-            for slot in memory.layout().slots() {
-                pinned.pin_slot(slot, &charge, is_wanted)?;
+            for span in memory.layout().spans() {
+                pinned.pin_span(span, &charge, is_wanted)?;
             }
         }
         Ok(pinned)
@@ -124,9 +134,9 @@ impl PinnedMemory {
         match &self.holder {
             Some(holder) => ring.clone_buffers(holder).map_err(|error| self.not_cloned(error)),
             None => {
-                let charge = Charge::new(&self.memory, layout.slots().iter())?;
+                let charge = Charge::new(&self.memory, layout.spans().iter())?;
                 register_table(ring, layout.table_slots())?;
-                layout.slots().iter().try_for_each(|slot| pin_slot(ring, &self.memory, slot, &charge, &|| true))
+                layout.spans().iter().try_for_each(|span| pin_span(ring, &self.memory, span, &charge, &|| true))
             }
         }
     }
@@ -135,7 +145,7 @@ impl PinnedMemory {
     /// `memory` does not have. Running rings are not touched until
     /// [`KernelRing::replace_memory`](crate::ring::KernelRing::replace_memory).
     ///
-    /// Takes as long as [`pin`](Self::pin) takes for the changed slots; call it on a thread that may block.
+    /// Takes as long as [`pin`](Self::pin) takes for the changed spans; call it on a thread that may block.
     pub fn changed_to(&self, memory: &GuestMemory) -> Result<(Self, ChangedSlots), MemoryError> {
         self.changed_to_while(memory, &|| true)
     }
@@ -156,37 +166,33 @@ impl PinnedMemory {
             accounting: self.accounting,
             pinned_bytes: self.pinned_bytes.clone(),
         };
-        let slots = memory.layout().slots();
-        let changed: Vec<_> = slots.iter().filter(|slot| !memory.has_same_slot(slot, &self.memory)).collect();
-        let is_left = |index| slots.iter().any(|slot| slot.index == index);
-        let before = self.memory.layout().slots().iter().map(|slot| slot.index);
-        let gone: Vec<u32> = before.filter(|&index| !is_left(index)).collect();
+        let (before, after) = (self.memory.layout(), memory.layout());
+        debug_assert_eq!(before.slot_shift(), after.slot_shift(), "a change of memory keeps the size of slots");
+        let came: Vec<_> = after.spans().iter().filter(|span| !memory.has_same_span(span, &self.memory)).collect();
+        let left: Vec<_> = before.spans().iter().filter(|span| !self.memory.has_same_span(span, memory)).collect();
         // Before anything is pinned: a huge page that is already in the table is not accounted again, even if it stays
         // there only for a moment longer.
-        let indexes = || changed.iter().map(|slot| slot.index).chain(gone.iter().copied());
-        indexes()
-            .filter(|index| self.pinned_bytes.contains_key(index))
-            .try_for_each(|index| other.clear_slot(index))?;
-        let charge = Charge::new(memory, changed.iter().copied())?;
-        changed.iter().try_for_each(|slot| other.pin_slot(slot, &charge, is_wanted))?;
-        let first = indexes().min().unwrap_or(0);
-        let count = indexes().max().map_or(0, |last| last + 1 - first);
-        Ok((other, ChangedSlots { first, count }))
+        left.iter().try_for_each(|span| other.clear_span(span))?;
+        let charge = Charge::new(memory, came.iter().copied())?;
+        came.iter().try_for_each(|span| other.pin_span(span, &charge, is_wanted))?;
+        Ok((other, ChangedSlots::of(came.into_iter().chain(left))))
     }
 
-    /// Pins an empty slot, and records how much more memory the process then has pinned.
-    fn pin_slot(&mut self, slot: &Slot, charge: &Charge, is_wanted: &dyn Fn() -> bool) -> Result<(), MemoryError> {
+    /// Pins an empty span, and records how much more memory the process then has pinned.
+    fn pin_span(&mut self, span: &Span, charge: &Charge, is_wanted: &dyn Fn() -> bool) -> Result<(), MemoryError> {
         let Some(holder) = &self.holder else { return Err(MemoryError::CannotPlug) };
         let before_bytes = pinned_by_this_process()?;
-        pin_slot(holder, &self.memory, slot, charge, is_wanted)?;
-        self.pinned_bytes.insert(slot.index, pinned_by_this_process()?.saturating_sub(before_bytes));
+        pin_span(holder, &self.memory, span, charge, is_wanted)?;
+        self.pinned_bytes.insert(span.index, pinned_by_this_process()?.saturating_sub(before_bytes));
         Ok(())
     }
 
-    fn clear_slot(&mut self, index: u32) -> Result<(), MemoryError> {
+    /// Takes a span of the memory before a change out of the table.
+    fn clear_span(&mut self, span: &Span) -> Result<(), MemoryError> {
         let Some(holder) = &self.holder else { return Err(MemoryError::CannotPlug) };
-        self.pinned_bytes.remove(&index);
-        holder.clear_buffer(index).map_err(MemoryError::system("taking a buffer out of the table"))
+        self.pinned_bytes.remove(&span.index);
+        let ChangedSlots { first, count } = ChangedSlots::of([span]);
+        holder.clear_buffers(first, count).map_err(MemoryError::system("taking buffers out of the table"))
     }
 
     /// The same memory in a table as large as that of `other`, for undoing a change of rings.
@@ -209,14 +215,14 @@ impl PinnedMemory {
     /// Whether this process has pinned nothing but this memory. The former memory of changed slots stays pinned as long
     /// as a request uses it, and this is the only way to learn of that.
     ///
-    /// Stays false if something else is pinned in this process, if such a request ended just while a slot was being
-    /// measured, or if a huge page counts for another slot, which may be removed first.
+    /// Stays false if something else is pinned in this process, if such a request ended just while a span was being
+    /// measured, or if a huge page counts for another span, which may be removed first.
     pub(crate) fn is_all_that_is_pinned(&self) -> Result<bool, MemoryError> {
         // Without a holder each ring has its own buffers.
         let Some(_) = &self.holder else { return Err(MemoryError::CannotPlug) };
-        let mut slots = self.memory.layout().slots().iter();
+        let mut spans = self.memory.layout().spans().iter();
         let has_own_pages =
-            slots.all(|slot| self.pinned_bytes.get(&slot.index).is_some_and(|&own| own >= slot.len_bytes));
+            spans.all(|span| self.pinned_bytes.get(&span.index).is_some_and(|&own| own >= span.len_bytes()));
         Ok(has_own_pages && pinned_by_this_process()? <= self.pinned_bytes.values().sum())
     }
 
@@ -270,21 +276,30 @@ fn register_table(ring: &RingFd, table_slots: u32) -> Result<(), MemoryError> {
     ring.register_empty_buffers(table_slots).map_err(MemoryError::system("registering an empty table of buffers"))
 }
 
-/// Maps, registers and unmaps one slot.
-fn pin_slot(
+/// Maps a span, registers its slots, and unmaps it.
+fn pin_span(
     ring: &RingFd,
     memory: &GuestMemory,
-    slot: &Slot,
+    span: &Span,
     charge: &Charge,
     is_wanted: &dyn Fn() -> bool,
 ) -> Result<(), MemoryError> {
-    let mapped = MappedSlot::map(memory, slot, is_wanted)?;
-    // SAFETY: guest RAM and scratch memory, mapped shared just now; this process never makes references to either.
-    let result = unsafe { ring.pin_buffer(slot.index, mapped.address(), mapped.len_bytes()) };
-    result.map_err(|source| match source.raw_os_error() {
-        Some(nix::libc::ENOMEM) => charge.refused(source),
-        _ => MemoryError::Register { slot: slot.index, gpa: slot.gpa, len_bytes: slot.len_bytes, source },
-    })
+    let mapped = MappedSpan::map(memory, span, is_wanted)?;
+    for slots in span.slots.chunk_by(|slot, next| slot.index + 1 == next.index) {
+        let range = |slot: &Slot| IOVA_BASE + slot.gpa..IOVA_BASE + slot.gpa + slot.len_bytes;
+        let ranges: Vec<_> = slots.iter().map(range).collect();
+        debug_assert!(ranges.iter().all(|range| mapped.holds(range.start, range.end - range.start)));
+        // SAFETY: guest RAM and scratch memory, mapped shared just now (`Span::pieces` covers all slots); this process
+        // never makes references to either.
+        unsafe { ring.pin_buffers(slots[0].index, &ranges) }.map_err(|(at, source)| match source.raw_os_error() {
+            Some(nix::libc::ENOMEM) => charge.refused(source),
+            _ => {
+                let Slot { index, gpa, len_bytes } = slots[at];
+                MemoryError::Register { slot: index, gpa, len_bytes, source }
+            }
+        })?;
+    }
+    Ok(())
 }
 
 fn pinned_by_this_process() -> Result<u64, MemoryError> {
@@ -302,10 +317,10 @@ struct Charge {
 }
 
 impl Charge {
-    /// The charge of `slots` of `memory`. Refuses slots that exceed the limit by themselves: pinning allocates every
+    /// The charge of `spans` of `memory`. Refuses spans that exceed the limit by themselves: pinning allocates every
     /// page, so a large guest would be filled in vain. Whether the rest of the limit is free only the kernel knows.
-    fn new<'a>(memory: &GuestMemory, slots: impl Iterator<Item = &'a Slot>) -> Result<Self, MemoryError> {
-        let needed_bytes = slots.flat_map(|slot| &slot.pieces).map(|piece| locked_bytes(memory, piece)).sum();
+    fn new<'a>(memory: &GuestMemory, spans: impl Iterator<Item = &'a Span>) -> Result<Self, MemoryError> {
+        let needed_bytes = spans.flat_map(|span| &span.pieces).map(|piece| locked_bytes(memory, piece)).sum();
         let memlock = current_memlock()?;
         if !memlock.exempt && memlock.soft_bytes.is_some_and(|limit_bytes| needed_bytes > limit_bytes) {
             memlock.check(needed_bytes)?;

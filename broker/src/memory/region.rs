@@ -10,12 +10,11 @@ use rustix::fs::{MemfdFlags, OFlags, SealFlags};
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
 
-use super::layout::SCRATCH_BYTES;
-use super::{IovaLayout, MemoryError};
-use crate::limits::grow_beyond_cap;
+use ringpass_guest_abi::{FixedAddressing, GPA_LIMIT};
 
-/// The highest address at which a region may end: 16384 slots of 1 GiB.
-const GPA_LIMIT: u64 = ringpass_guest_abi::SLOT_BYTES * ringpass_guest_abi::SLOT_COUNT_MAX as u64;
+use super::layout::{SCRATCH_BYTES, limit_gpa, slot_shift_for};
+use super::{IOVA_BASE, IovaLayout, MemoryError};
+use crate::limits::grow_beyond_cap;
 
 /// `f_type` of tmpfs, memfds included (`<linux/magic.h>`).
 const TMPFS_MAGIC: u64 = 0x0102_1994;
@@ -100,34 +99,59 @@ pub struct GuestMemory {
 impl GuestMemory {
     /// Checks the regions and maps them. Nothing is pinned yet.
     ///
+    /// The slots are as small as the table of 16384 fixed buffers allows for these regions, because no check but the
+    /// bounds of a slot limits how much work one SQE of the guest is: 4 MiB for guests whose RAM ends below 64 GiB.
+    ///
     /// # Errors
     ///
     /// Names the first region that is empty, not aligned to its file's pages, above 16 TiB, overlapping another, longer
     /// than its file, not writable, or on a file system whose pages the kernel cannot pin.
     pub fn new(configs: impl IntoIterator<Item = RegionConfig>) -> Result<Self, MemoryError> {
-        let scratch = scratch_file().map_err(MemoryError::system("making the scratch file for holes in guest RAM"))?;
-        Self::build(configs.into_iter().map(check).collect::<Result<_, _>>()?, Arc::new(scratch))
+        Self::with_room_up_to(configs, 0)
     }
 
-    /// The same memory with one more region.
-    pub fn with_region(&self, config: RegionConfig) -> Result<Self, MemoryError> {
-        let mut regions = self.regions.clone();
-        regions.push(check(config)?);
-        Self::build(regions, self.scratch.clone())
-    }
-
-    /// The memory with these regions instead; a region that is the same as here, file included, stays the same memory.
+    /// The same, with slots that also reach memory up to `end_gpa` that comes later, at most 16 TiB.
     ///
     /// # Errors
     ///
     /// As for [`new`](Self::new).
-    pub fn with_regions(&self, configs: impl IntoIterator<Item = RegionConfig>) -> Result<Self, MemoryError> {
-        Self::build(configs.into_iter().map(check).collect::<Result<_, _>>()?, self.scratch.clone())
+    pub fn with_room_up_to(configs: impl IntoIterator<Item = RegionConfig>, end_gpa: u64) -> Result<Self, MemoryError> {
+        let scratch = scratch_file().map_err(MemoryError::system("making the scratch file for holes in guest RAM"))?;
+        let regions = configs.into_iter().map(check).collect::<Result<Vec<_>, _>>()?;
+        let end_gpa = regions.iter().map(|region| region.range().end).max().unwrap_or(0).max(end_gpa.min(GPA_LIMIT));
+        let slot_shift = slot_shift_for(end_gpa).expect("regions end at or below 16 TiB");
+        Self::build(regions, Arc::new(scratch), slot_shift)
     }
 
-    fn build(mut regions: Vec<Region>, scratch: Arc<OwnedFd>) -> Result<Self, MemoryError> {
+    /// The same memory with one more region. The slots keep their size.
+    ///
+    /// # Errors
+    ///
+    /// As for [`new`](Self::new), and [`MemoryError::AboveSlots`].
+    pub fn with_region(&self, config: RegionConfig) -> Result<Self, MemoryError> {
+        let mut regions = self.regions.clone();
+        regions.push(check(config)?);
+        Self::build(regions, self.scratch.clone(), self.layout.slot_shift())
+    }
+
+    /// The memory with these regions instead; a region that is the same as here, file included, stays the same memory.
+    /// The slots keep their size.
+    ///
+    /// # Errors
+    ///
+    /// As for [`new`](Self::new), and [`MemoryError::AboveSlots`].
+    pub fn with_regions(&self, configs: impl IntoIterator<Item = RegionConfig>) -> Result<Self, MemoryError> {
+        let regions = configs.into_iter().map(check).collect::<Result<_, _>>()?;
+        Self::build(regions, self.scratch.clone(), self.layout.slot_shift())
+    }
+
+    fn build(mut regions: Vec<Region>, scratch: Arc<OwnedFd>, slot_shift: u32) -> Result<Self, MemoryError> {
         if regions.is_empty() {
             return Err(MemoryError::NoRegions);
+        }
+        let limit_gpa = limit_gpa(slot_shift);
+        if let Some(Region { config, .. }) = regions.iter().find(|region| region.range().end > limit_gpa) {
+            return Err(MemoryError::AboveSlots { gpa: config.gpa, len_bytes: config.len_bytes, limit_gpa });
         }
         regions.sort_by_key(|region| region.config.gpa);
         for pair in regions.windows(2) {
@@ -144,7 +168,8 @@ impl GuestMemory {
         let mapped = regions.iter().map(map).collect::<Result<Vec<_>, _>>()?;
         let mapped = GuestMemoryMmap::from_regions(mapped)
             .map_err(|error| MemoryError::System { what: "mapping guest memory", source: io::Error::other(error) })?;
-        let layout = IovaLayout::new(regions.iter().map(|region| (region.config.gpa, region.config.len_bytes)));
+        let layout =
+            IovaLayout::new(slot_shift, regions.iter().map(|region| (region.config.gpa, region.config.len_bytes)));
         Ok(Self { regions, mapped, layout, scratch })
     }
 
@@ -156,6 +181,11 @@ impl GuestMemory {
     /// The memory as fixed buffers.
     pub fn layout(&self) -> &IovaLayout {
         &self.layout
+    }
+
+    /// The rule for addresses in the SQEs of rings over this memory.
+    pub fn addressing(&self) -> FixedAddressing {
+        FixedAddressing::new(IOVA_BASE, self.layout.slot_shift()).expect("both are in range")
     }
 
     /// Bytes of RAM.
@@ -176,9 +206,9 @@ impl GuestMemory {
         &self.scratch
     }
 
-    /// Whether `slot` of this memory holds the same pages in `other`.
-    pub(super) fn has_same_slot(&self, slot: &super::Slot, other: &Self) -> bool {
-        let Some(theirs) = other.layout.slots().iter().find(|theirs| theirs.index == slot.index) else { return false };
+    /// Whether `span` of this memory holds the same pages in `other`.
+    pub(super) fn has_same_span(&self, span: &super::Span, other: &Self) -> bool {
+        let Some(theirs) = other.layout.spans().iter().find(|theirs| theirs.index == span.index) else { return false };
         let same_piece = |(mine, theirs): (&super::Piece, &super::Piece)| match (mine.source, theirs.source) {
             (super::Source::Region { region, .. }, super::Source::Region { region: their_region, .. }) => {
                 mine.gpa == theirs.gpa
@@ -187,7 +217,7 @@ impl GuestMemory {
             }
             _ => mine == theirs,
         };
-        slot.pieces.len() == theirs.pieces.len() && slot.pieces.iter().zip(&theirs.pieces).all(same_piece)
+        span.pieces.len() == theirs.pieces.len() && span.pieces.iter().zip(&theirs.pieces).all(same_piece)
     }
 
     /// The host address of `len_bytes` bytes at `gpa`, which must lie inside one region.

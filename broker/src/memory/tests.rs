@@ -130,13 +130,17 @@ fn plugging_pins_only_the_slots_that_change() {
     let pinned = PinnedMemory::pin(&memory, Sharing::Clone).unwrap();
     let grown = memory.with_region(region(7 << 30, 2 * MIB)).unwrap();
     let (_, slots) = pinned.changed_to(&grown).unwrap();
-    assert_eq!(slots, ChangedSlots { first: 7, count: 1 });
+    assert_eq!(slots, ChangedSlots { first: 7 << 8, count: 1 });
     let grown = memory.with_region(region(3 * MIB, MIB)).unwrap();
     let (_, slots) = pinned.changed_to(&grown).unwrap();
     assert_eq!(slots, ChangedSlots { first: 0, count: 1 }, "the hole in between is filled");
     let grown = memory.with_region(region((9 << 30) - MIB, 2 * MIB)).unwrap();
     let (_, slots) = pinned.changed_to(&grown).unwrap();
-    assert_eq!(slots, ChangedSlots { first: 8, count: 2 });
+    assert_eq!(slots, ChangedSlots { first: (9 << 8) - 1, count: 2 });
+    // The span is exchanged as a whole.
+    let other = memory.with_regions([region(0, MIB), region((5 << 30) + 100 * MIB, MIB)]).unwrap();
+    let (_, slots) = pinned.changed_to(&other).unwrap();
+    assert_eq!(slots, ChangedSlots { first: 0, count: (5 << 8) + 26 });
 }
 
 #[test]
@@ -165,4 +169,21 @@ fn without_cloning_memory_cannot_be_plugged_and_the_error_gives_the_reason() {
     let grown = memory.with_region(region(MIB, MIB)).unwrap();
     let error = pinned.changed_to(&grown).unwrap_err().to_string();
     assert!(error.contains("IORING_REGISTER_DST_REPLACE (Linux 6.13)"), "{error}");
+}
+
+#[test]
+fn memory_above_the_last_slot_is_refused_unless_there_is_room_for_it() {
+    let small = || region(0, MIB);
+    let far = || region((64 << 30) - MIB, 2 * MIB);
+    let error = GuestMemory::new([small()]).unwrap().with_region(far()).unwrap_err().to_string();
+    let expected = "ends above 64 GiB, the most that 16384 registered buffers of 4 MiB can cover";
+    assert!(error.contains(expected), "{error}");
+    // Memory that is there from the beginning, or has room, decides the size of the slots.
+    for memory in [GuestMemory::new([small(), far()]), GuestMemory::with_room_up_to([small()], (64 << 30) + 1)] {
+        let memory = memory.unwrap();
+        assert_eq!(memory.addressing().slot_shift(), 23);
+        assert_eq!(memory.with_regions([small(), far()]).unwrap().addressing(), memory.addressing());
+    }
+    let most = GuestMemory::with_room_up_to([small()], u64::MAX).unwrap();
+    assert_eq!(most.addressing().slot_bytes(), 1 << 30);
 }

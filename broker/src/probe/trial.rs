@@ -6,7 +6,7 @@ use std::{
     io,
     os::fd::AsFd,
     ptr::NonNull,
-    thread,
+    slice, thread,
     time::{Duration, Instant},
 };
 
@@ -138,10 +138,12 @@ fn pinned_memory() -> Result<RingFd, Failure> {
     let ring = ring(IoringSetupFlags::empty())?;
     ring.register_empty_buffers(2).step("IORING_REGISTER_BUFFERS2")?;
     let memory = Pages::of_memfd(&[0])?;
+    let start = memory.page(0).as_ptr() as u64;
+    let page = start..start + PAGE_BYTES as u64;
     // SAFETY: the page is a shared mapping to which no Rust reference is ever made, and the ring, which stays disabled,
     // never uses it.
-    unsafe { ring.pin_buffer(0, memory.page(0).as_ptr() as u64, PAGE_BYTES as u64) }
-        .step("IORING_REGISTER_BUFFERS_UPDATE")?;
+    let pinned = unsafe { ring.pin_buffers(0, slice::from_ref(&page)) };
+    pinned.map_err(|(_, error)| error).step("IORING_REGISTER_BUFFERS_UPDATE")?;
     Ok(ring)
 }
 

@@ -4,6 +4,10 @@ use crate::epoch::{Epoch, Phase};
 use crate::layout::tests::kernel_like;
 use crate::test_memory::TestMemory;
 
+fn addressing() -> FixedAddressing {
+    FixedAddressing::new(1 << 45, 26).expect("in range")
+}
+
 #[test]
 fn the_two_sides_write_different_cache_lines() {
     let device = [ANNOUNCED_OFFSET_BYTES, END_REASON_OFFSET_BYTES, RING_OFFSET_BYTES];
@@ -20,7 +24,7 @@ fn each_side_reads_what_the_other_wrote() {
     let control = DriverControl::new(memory.clone());
     control.clear();
     assert_eq!((control.announced(), control.end_reason()), (0, Some(ErrorCode::None)));
-    let record = RingRecord::new(&layout, MODE_DIRECT);
+    let record = RingRecord::new(&layout, addressing(), MODE_DIRECT);
     for (offset_bytes, word) in (RING_OFFSET_BYTES..).step_by(4).zip(record.to_bytes().chunks_exact(4)) {
         memory.store_relaxed(offset_bytes, u32::from_ne_bytes(word.try_into().expect("four bytes")));
     }
@@ -29,6 +33,7 @@ fn each_side_reads_what_the_other_wrote() {
     assert_eq!(control.announced(), open.to_word());
     let lengths = Lengths { control_bytes: 4096, rings_bytes: layout.rings_bytes, sqes_bytes: layout.sqes_bytes };
     assert_eq!(control.ring().layout(8, 16, &lengths), Ok(layout));
+    assert_eq!(control.ring().addressing(), Ok(addressing()));
 
     control.acknowledge(Announcement { phase: Phase::Drain, ..open });
     control.set_detach();
@@ -40,9 +45,13 @@ fn each_side_reads_what_the_other_wrote() {
 fn an_impossible_record_is_refused() {
     let layout = kernel_like(8, 16, Doorbell::WhenAsleep);
     let lengths = Lengths { control_bytes: 4096, rings_bytes: layout.rings_bytes, sqes_bytes: layout.sqes_bytes };
-    let record = RingRecord::new(&layout, MODE_DIRECT);
+    let record = RingRecord::new(&layout, addressing(), MODE_DIRECT);
     let doorbell = RingRecord { doorbell: 3.into(), ..record };
     assert_eq!(doorbell.layout(8, 16, &lengths), Err(RecordError::Doorbell(3)));
     let outside = RingRecord { cq_tail_offset_bytes: (layout.rings_bytes as u32).into(), ..record };
     assert!(matches!(outside.layout(8, 16, &lengths), Err(RecordError::Layout(LayoutError::Misplaced { .. }))));
+    let small_slots = RingRecord { slot_shift: 12.into(), ..record };
+    assert_eq!(small_slots.addressing(), Err(RecordError::Addressing(AddressingError::Shift(12))));
+    let no_base = RingRecord { iova_base: 0.into(), ..record };
+    assert_eq!(no_base.addressing(), Err(RecordError::Addressing(AddressingError::Base(0))));
 }

@@ -50,7 +50,6 @@ fn the_numbers_in_the_specification_match_the_crate() {
             version_min,
             version_max,
             features,
-            iova_base,
             sq_entries_max,
             cq_entries_max,
             page_bytes,
@@ -82,6 +81,8 @@ fn the_numbers_in_the_specification_match_the_crate() {
             cqes_offset_bytes,
             doorbell,
             mode,
+            slot_shift,
+            iova_base,
         }
     );
     for (offset_bytes, word) in words.into_iter().chain([

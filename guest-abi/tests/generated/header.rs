@@ -119,7 +119,6 @@ fn facts() -> Vec<(String, u64)> {
             version_min,
             version_max,
             features,
-            iova_base,
             sq_entries_max,
             cq_entries_max,
             page_bytes,
@@ -149,6 +148,8 @@ fn facts() -> Vec<(String, u64)> {
             cqes_offset_bytes,
             doorbell,
             mode,
+            slot_shift,
+            iova_base,
         }
     );
     structure!(

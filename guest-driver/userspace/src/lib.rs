@@ -79,7 +79,7 @@
 //! use std::sync::Arc;
 //! use std::time::Duration;
 //!
-//! use ringpass_guest::ringpass_guest_abi::{DriverRing, FixedAddressing, Sqe};
+//! use ringpass_guest::ringpass_guest_abi::{DriverRing, Sqe};
 //! use ringpass_guest::{GuestRam, handover, wait_for_interrupt};
 //!
 //! fn read_4_kib(socket: &UnixStream) -> Result<Vec<u8>, Box<dyn Error>> {
@@ -95,8 +95,8 @@
 //!     let mut ring = DriverRing::new(memory, queue.layout)?;
 //!     let mut buffer = allocator.allocate(4096)?;
 //!
-//!     let addressing = FixedAddressing { iova_base: device.setup.iova_base };
-//!     ring.push(&Sqe::read_fixed(addressing.resolve(buffer.gpa(), 4096)?, 4096, 0, 7))?;
+//!     let address = device.setup.addressing()?.resolve(buffer.gpa(), 4096)?;
+//!     ring.push(&Sqe::read_fixed(address, 4096, 0, 7))?;
 //!     if ring.publish() {
 //!         let _ = events.doorbell.write(1);
 //!     }

@@ -31,6 +31,7 @@ fn setup() -> Setup {
         ],
         queues: vec![queue(0), queue(1)],
         iova_base: 1 << 40,
+        slot_shift: 22,
         disk_bytes: 64 * MIB,
         logical_block_bytes: 512,
         read_only: false,
@@ -136,12 +137,13 @@ fn an_invalid_setup_is_neither_sent_nor_accepted() {
     let with_queue = |queue: QueueSetup| Setup { queues: vec![queue; 2], ..setup() };
     let queue = setup().queues[0];
     let cases = [
-        (Setup { version: 2, ..setup() }, "version 2"),
+        (Setup { version: 3, ..setup() }, "version 3"),
         (Setup { regions: vec![], ..setup() }, "has no regions"),
         (Setup { queues: vec![], ..setup() }, "has no queues"),
         (Setup { regions: vec![setup().regions[0]; 250], ..setup() }, "250 regions and 2 queues need more than 253"),
-        (Setup { iova_base: 0, ..setup() }, "iova_base is 0x0"),
-        (Setup { iova_base: 4096, ..setup() }, "iova_base is 0x1000"),
+        (Setup { iova_base: 0, ..setup() }, "the base of addresses is 0x0"),
+        (Setup { iova_base: 4096, ..setup() }, "the base of addresses is 0x1000"),
+        (Setup { slot_shift: 12, ..setup() }, "the shift of slots is 12"),
         (Setup { logical_block_bytes: 0, ..setup() }, "logical_block_bytes is 0x0"),
         (Setup { logical_block_bytes: 1536, ..setup() }, "logical_block_bytes is 0x600"),
         (Setup { disk_bytes: 1000, ..setup() }, "disk_bytes is 0x3e8"),

@@ -2,7 +2,7 @@
 
 use core::fmt;
 
-use ringpass_guest_abi::{AddressError, FixedAddressing};
+use ringpass_guest_abi::{AddressError, FixedAddressing, SEGMENT_BOUNDARY_BYTES, SLOT_SHIFT_MAX};
 
 use crate::content::{IN_FLIGHT, UNKNOWN};
 
@@ -147,8 +147,8 @@ impl Job {
             (
                 "block_bytes",
                 block_bytes,
-                block_bytes != 0 && in_sectors(block_bytes) && block_bytes <= 1 << 30,
-                "a multiple of 512, from 512 to 1 GiB",
+                block_bytes != 0 && in_sectors(block_bytes) && block_bytes <= SEGMENT_BOUNDARY_BYTES,
+                "a multiple of 512, from 512 to 4 MiB",
             ),
             ("depth", u64::from(self.depth), (1..=DEPTH_MAX).contains(&self.depth), "from 1 to 512"),
             ("write_percent", u64::from(self.write_percent), self.write_percent <= 100, "from 0 to 100"),
@@ -189,8 +189,8 @@ impl Job {
         if blocks < u64::from(self.depth) || blocks > u64::from(u32::MAX) {
             return Err(JobError::BlockCount { blocks, depth: self.depth });
         }
-        // The base does not affect whether a request can use an address.
-        let addressing = FixedAddressing { iova_base: 0 };
+        // Neither base nor shift affects whether a request can use an address below 64 GiB.
+        let addressing = FixedAddressing::new(1 << 30, SLOT_SHIFT_MAX).expect("in range");
         for index in 0..self.depth {
             addressing.resolve(self.buffer_gpa(index), self.block_bytes).map_err(JobError::Buffer)?;
         }

@@ -187,7 +187,8 @@ fn a_process_guest_does_verified_io_polling_and_with_interrupts() {
     let disk = tempfile::tempfile().unwrap();
     disk.set_len(MIB).unwrap();
     let ring = allocator.ring(RINGS_GPA, &LAYOUT, SQES_GPA).unwrap();
-    let mut queue = RingQueue::new(DriverRing::new(ring, LAYOUT).unwrap(), FixedAddressing { iova_base: IOVA_BASE });
+    let mut queue =
+        RingQueue::new(DriverRing::new(ring, LAYOUT).unwrap(), FixedAddressing::new(IOVA_BASE, 22).unwrap());
     // More in flight than the SQ has entries.
     let depth = 12;
     let buffers = allocator.allocate(u64::from(depth) * 4096).unwrap();

@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use anyhow::Context;
 use ringpass_guest::{GuestRam, RamRing, handover};
-use ringpass_guest_abi::{DriverRing, FixedAddressing};
+use ringpass_guest_abi::DriverRing;
 use ringpass_workload::{Job, ProcessEnv, RingQueue};
 use rustix::process::{Signal, set_parent_process_death_signal};
 
@@ -45,7 +45,7 @@ pub(crate) fn run() -> anyhow::Result<()> {
     let ring: RamRing = allocator.ring(setup.rings_gpa, &setup.layout, setup.sqes_gpa)?;
     let buffers = allocator.allocate(BUFFERS_BYTES)?;
     let buffers_gpa = buffers.gpa();
-    let addressing = FixedAddressing { iova_base: handover.setup.iova_base };
+    let addressing = handover.setup.addressing()?;
     let mut queue = RingQueue::new(DriverRing::new(ring, setup.layout)?, addressing);
     let mut environment = ProcessEnv::new(buffers, events.doorbell, events.completion);
 

@@ -11,7 +11,7 @@ use ringpass_broker::direct::{DirectConfig, DirectDevice, SubmissionConfig};
 use ringpass_broker::disk::Disk;
 use ringpass_broker::kernel;
 use ringpass_broker::kvm::{ExitCounters, KvmPlacement, KvmQueue, KvmQueueConfig, RamSlots};
-use ringpass_broker::memory::{GuestMemory, IOVA_BASE, RegionConfig, Sharing};
+use ringpass_broker::memory::{GuestMemory, RegionConfig, Sharing};
 use ringpass_broker::ring::{RingConfig, SqThreadConfig};
 use ringpass_guest_abi::{rings_area_bytes, sqes_area_bytes};
 use ringpass_restrictions::{Access, RegisterOperation};
@@ -103,7 +103,7 @@ impl KvmWay {
             rings_gpa,
             sqes_gpa,
             layout: *queue.layout(),
-            iova_base: IOVA_BASE,
+            addressing: queue.addressing(),
             bell: Bell::Port(port),
             ram: regions,
             tick_rate: cpu.tick_rate(),

@@ -12,7 +12,7 @@ use anyhow::{Context, bail};
 use ringpass_broker::direct::{DirectConfig, DirectDevice, DirectQueue, QueueConfig, QueuePlacement, SubmissionConfig};
 use ringpass_broker::disk::Disk;
 use ringpass_broker::kernel;
-use ringpass_broker::memory::{GuestMemory, IOVA_BASE, RegionConfig, Sharing};
+use ringpass_broker::memory::{GuestMemory, RegionConfig, Sharing};
 use ringpass_broker::ring::{RingConfig, SqThreadConfig};
 use ringpass_guest::handover::{self, QueueEvents, QueueSetup, RegionSetup, Setup};
 use ringpass_guest_abi::{rings_area_bytes, sqes_area_bytes};
@@ -89,11 +89,13 @@ impl ProcessWay {
             .completion(events.completion.try_clone().context("cannot share the completion eventfd")?);
         let queue = device.attach(config)?;
 
+        let addressing = queue.addressing();
         let setup = Setup {
             version: Setup::VERSION,
             regions: vec![RegionSetup { gpa: 0, len_bytes: RAM_BYTES, offset_bytes: 0 }],
             queues: vec![QueueSetup { rings_gpa, sqes_gpa, layout: *queue.layout() }],
-            iova_base: IOVA_BASE,
+            iova_base: addressing.iova_base(),
+            slot_shift: addressing.slot_shift(),
             disk_bytes: disk.size_bytes(),
             logical_block_bytes: disk.logical_block_bytes(),
             read_only: disk.is_read_only(),

@@ -154,7 +154,7 @@ impl HostileGuest {
             3 => u64::MAX - self.rng.u64(1..4096),
             4 => self.rng.u64(start..end) & !(PAGE_BYTES - 1),
             5 => (end - PAGE_BYTES).wrapping_add(self.rng.u64(..4) * 2048),
-            6 => self.addressing.iova_base + self.rng.u64(start..end),
+            6 => self.addressing.iova_base() + self.rng.u64(start..end),
             _ => self.rng.u64(1 << 40..u64::MAX),
         }
     }
@@ -255,7 +255,7 @@ impl HostileGuest {
             flags: FIXED_FILE,
             fd: 0,
             off_bytes: self.rng.u64(..DISK_BYTES / 512) * 512,
-            addr: self.addressing.iova_base + gpa,
+            addr: self.addressing.iova_base() + gpa,
             len_bytes,
             buf_index: (gpa >> 30) as u16,
             user_data: self.rng.u64(..),
@@ -269,7 +269,7 @@ impl HostileGuest {
             8 if is_write => Sqe { addr: self.value(), buf_index: self.rng.u16(..64), ..good },
             // Across the end of the region, or just before it.
             8 => {
-                let end = self.addressing.iova_base + self.region.end;
+                let end = self.addressing.iova_base() + self.region.end;
                 Sqe { addr: end + 4096 - self.rng.u64(..16) * 4096, ..good }
             }
             // A write never names the honest queue's part of the disk. Only a read uses the file's own position.

@@ -98,13 +98,13 @@ impl Stage {
         let broker = rig.broker(&arguments)?;
         let (surroundings, mut ram) = Surroundings::new()?;
         let front_end = FrontEnd::connect(&rig.socket(), &ram.ram, Options::default())?;
-        let (_first, addressing) = broker.explain(start_first(&front_end, &mut ram))?;
+        let _first = broker.explain(start_first(&front_end, &mut ram))?;
         front_end.stop_vring(0)?;
-        let mut driver = start_ring(&front_end, &mut ram, HONEST, addressing)?;
+        let mut driver = start_ring(&front_end, &mut ram, HONEST)?;
         broker.explain(driver.attach())?;
         let region = HOSTILE_GPA..HOSTILE_GPA + HOSTILE_BYTES;
         let arena = &mut ram.arenas[1];
-        let guest = HostileGuest::new(&ram.ram, region, arena, addressing, seed.derive("guest").rng())?;
+        let guest = HostileGuest::new(&ram.ram, region, arena, driver.addressing(), seed.derive("guest").rng())?;
         let queues = HOSTILE.iter().map(|&index| guest.queue(index, arena)).collect::<Result<_>>()?;
         let honest = Honest::new(driver, seed);
         let mut stage = Self {
@@ -284,9 +284,9 @@ impl Stage {
         let ram = self.front_end.ram().clone();
         let arenas = vec![ram.regions()[1].arena()];
         let mut ram = TestRam { ram, arenas };
-        let (mut first, addressing) = start_first(&self.front_end, &mut ram)?;
+        let mut first = start_first(&self.front_end, &mut ram)?;
         for index in [2, 3] {
-            let mut driver = start_ring(&self.front_end, &mut ram, index, addressing)?;
+            let mut driver = start_ring(&self.front_end, &mut ram, index)?;
             driver.attach().context("a good driver after all")?;
             let data = pattern(index.into(), 4096);
             driver.write(u64::from(index) * 4096, &data)?;

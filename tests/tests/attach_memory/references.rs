@@ -75,7 +75,7 @@ pub(crate) fn answers_move() -> Result<()> {
     vring.set_ram(&ram);
     bench.front_end.start_vring(1, &vring.layout(), vring.eventfds(), 0)?;
     let requests = RequestPlaces::take(&mut places, RingDriver::PLACES)?;
-    let mut driver = RingDriver::with_requests(vring, &mut bench.ram.arenas[0], requests, bench.addressing)?;
+    let mut driver = RingDriver::with_requests(vring, &mut bench.ram.arenas[0], requests)?;
     bench.front_end.stop_vring(0)?;
     let mut vring = bench.ram.vring(&bench.front_end, QUEUE_SIZE)?;
     vring.set_ram(&ram);

@@ -18,7 +18,7 @@ use ringpass_broker::{
 use ringpass_restrictions::Access;
 use ringpass_tests::{
     canaries::{Canaries, pattern},
-    process_guest::{ADDRESSING, ProcessGuest},
+    process_guest::ProcessGuest,
 };
 use ringpass_workload::hostile::{HostileReport, Target, Violation, script};
 
@@ -66,7 +66,7 @@ pub(crate) fn main() -> Result<()> {
         ram: &RAM,
         filled_holes: &FILLED_HOLES,
         empty_holes: &EMPTY_HOLES,
-        addressing: ADDRESSING,
+        addressing: hostile.guest.addressing(),
         buffer_gpa: hostile.buffer.gpa,
         buffer_bytes: BUFFER_BYTES,
         disk_bytes: DISK_BYTES,

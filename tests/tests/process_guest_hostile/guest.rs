@@ -8,7 +8,7 @@ use ringpass_guest::RamArea;
 use ringpass_guest_abi::Sqe;
 use ringpass_tests::{
     canaries::pattern,
-    process_guest::{ADDRESSING, GuestQueue, PageSize, Place, ProcessGuest, RamFile},
+    process_guest::{GuestQueue, PageSize, Place, ProcessGuest, RamFile},
 };
 use ringpass_workload::{
     ProcessEnv,
@@ -23,23 +23,24 @@ pub(crate) const PAGE_BYTES: u32 = 4096;
 pub(crate) const BUFFER_BYTES: u32 = 8192;
 const RING: RingConfig = RingConfig { sq_entries: 64, cq_entries: 128 };
 
-/// RAM like that of a PC: a filled hole, a slot without RAM, RAM across the border of two slots with a long hole behind
-/// it, and a last slot with RAM in the middle.
+/// RAM like that of a PC: a filled hole, slots without RAM, RAM across the border of two slots with a hole longer than the
+/// scratch file behind it, and a last slot with RAM in the middle. Slots have 4 MiB.
 pub(crate) const RAM: [Extent; 5] = [
     extent(0, 640 * KIB),
     extent(MIB, 7 * MIB),
-    extent(2 * GIB - 2 * MIB, 4 * MIB),
-    extent(2 * GIB + 8 * MIB, MIB),
-    extent(5 * GIB + 512 * MIB, MIB),
+    extent(2 * GIB - 2 * MIB, 2 * MIB + 256 * KIB),
+    extent(2 * GIB + 3 * MIB, MIB),
+    extent(5 * GIB + 513 * MIB, MIB),
 ];
-pub(crate) const FILLED_HOLES: [Extent; 2] = [extent(640 * KIB, 384 * KIB), extent(2 * GIB + 2 * MIB, 6 * MIB)];
+pub(crate) const FILLED_HOLES: [Extent; 2] =
+    [extent(640 * KIB, 384 * KIB), extent(2 * GIB + 256 * KIB, 3 * MIB - 256 * KIB)];
 pub(crate) const EMPTY_HOLES: [Extent; 6] = [
     extent(8 * MIB, GIB - 8 * MIB),
     extent(GIB, GIB - 2 * MIB),
-    extent(2 * GIB + 9 * MIB, 4 * KIB),
+    extent(2 * GIB + 4 * MIB, 4 * KIB),
     extent(3 * GIB, GIB),
-    extent(5 * GIB, 512 * MIB),
-    extent(5 * GIB + 513 * MIB, GIB),
+    extent(5 * GIB, 513 * MIB),
+    extent(5 * GIB + 514 * MIB, GIB),
 ];
 
 const fn extent(gpa: u64, len_bytes: u64) -> Extent {
@@ -107,7 +108,7 @@ impl Guest {
 
     /// Moves one page between the disk and guest memory, which must succeed.
     pub(crate) fn request(&mut self, direction: Direction, gpa: u64, offset_bytes: u64) -> Result<()> {
-        let address = ADDRESSING.resolve(gpa, PAGE_BYTES).context("the address")?;
+        let address = self.guest.addressing().resolve(gpa, PAGE_BYTES).context("the address")?;
         let (what, sqe) = match direction {
             Direction::Read => ("read", Sqe::read_fixed(address, PAGE_BYTES, offset_bytes, 0)),
             Direction::Write => ("write", Sqe::write_fixed(address, PAGE_BYTES, offset_bytes, 0)),

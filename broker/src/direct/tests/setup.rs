@@ -5,14 +5,14 @@ use std::io::Write;
 use std::ptr::NonNull;
 use std::time::{Duration, Instant};
 
-use ringpass_guest_abi::{Cqe, DriverRing, FixedAddressing, MappedRing, Sqe};
+use ringpass_guest_abi::{Cqe, DriverRing, MappedRing, Sqe};
 use ringpass_restrictions::{Access, Policy};
 use rustix::fs::MemfdFlags;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
 
 use super::super::*;
 use crate::disk::{DirectIo, DiskConfig};
-use crate::memory::{IOVA_BASE, Sharing};
+use crate::memory::Sharing;
 use crate::ring::{RingConfig, SqThreadConfig};
 
 /// Longer than any step takes on a busy machine.
@@ -76,13 +76,13 @@ impl Setup {
 
     /// Reads the first block to `gpa`.
     pub(super) fn read_into(&self, ring: &mut DriverRing<MappedRing>, gpa: u64) -> Cqe {
-        let address = FixedAddressing { iova_base: IOVA_BASE }.resolve(gpa, 4096).unwrap();
+        let address = self.memory.addressing().resolve(gpa, 4096).unwrap();
         self.perform(ring, &Sqe::read_fixed(address, 4096, 0, 1))
     }
 
     /// Reads one block into the buffer and returns its completion and what the buffer then holds.
     pub(super) fn read(&self, ring: &mut DriverRing<MappedRing>, block: u64) -> (Cqe, Vec<u8>) {
-        let address = FixedAddressing { iova_base: IOVA_BASE }.resolve(BUFFER_GPA, 4096).unwrap();
+        let address = self.memory.addressing().resolve(BUFFER_GPA, 4096).unwrap();
         let cqe = self.perform(ring, &Sqe::read_fixed(address, 4096, block * 4096, block));
         let mut buffer = vec![0; 4096];
         vm_memory::Bytes::read_slice(self.memory.mapped(), &mut buffer, vm_memory::GuestAddress(BUFFER_GPA)).unwrap();

@@ -3,7 +3,6 @@
 use std::rc::Rc;
 use std::sync::atomic::Ordering;
 
-use ringpass_guest_abi::RingLayout;
 use ringpass_guest_abi::attach::{Geometry, GpaRange};
 use ringpass_guest_abi::control::{
     ACKNOWLEDGED_OFFSET_BYTES, ANNOUNCED_OFFSET_BYTES, DETACH_OFFSET_BYTES, END_REASON_OFFSET_BYTES, MODE_DIRECT,
@@ -175,9 +174,10 @@ impl Attachment {
         self.load(ACKNOWLEDGED_OFFSET_BYTES)
     }
 
-    /// Tells the driver where the parts of its next ring are. The worker does this before it announces the ring.
-    pub(in crate::engine) fn describe_ring(&self, layout: &RingLayout, log: Option<&DirtyLog>) {
-        let record = RingRecord::new(layout, MODE_DIRECT).to_bytes();
+    /// Tells the driver where the parts of its next ring are, and how its SQEs name guest memory. The worker does this
+    /// before it announces the ring.
+    pub(in crate::engine) fn describe_ring(&self, executor: &RingExecutor, log: Option<&DirtyLog>) {
+        let record = RingRecord::new(executor.layout(), executor.addressing(), MODE_DIRECT).to_bytes();
         for (offset_bytes, word) in (RING_OFFSET_BYTES..).step_by(4).zip(record.chunks_exact(4)) {
             let word = u32::from_le_bytes(word.try_into().expect("chunks of four bytes"));
             self.store(offset_bytes, word, Ordering::Relaxed, log);

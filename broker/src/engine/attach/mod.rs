@@ -59,7 +59,6 @@ pub(super) use workers::{AttachEvent, Workers};
 
 use self::config::SEGMENT_BYTES_MAX;
 use super::alignment::Alignment;
-use crate::memory::IOVA_BASE;
 
 /// What the workers of a device that offers rings share.
 #[derive(Clone, Debug)]
@@ -101,7 +100,6 @@ impl Attach {
             version_min: VERSION.into(),
             version_max: VERSION.into(),
             features: features.into(),
-            iova_base: IOVA_BASE.into(),
             sq_entries_max: sq_entries_max.into(),
             cq_entries_max: cq_entries_max.into(),
             page_bytes: page_bytes.into(),

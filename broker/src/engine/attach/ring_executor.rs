@@ -1,6 +1,6 @@
 //! What executes a ring of a guest.
 
-use ringpass_guest_abi::RingLayout;
+use ringpass_guest_abi::{FixedAddressing, RingLayout};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::direct::DirectQueue;
@@ -18,6 +18,13 @@ impl RingExecutor {
     pub(in crate::engine) fn layout(&self) -> &RingLayout {
         match self {
             Self::Kernel(queue) => queue.layout(),
+        }
+    }
+
+    /// How the ring's SQEs name guest memory.
+    pub(in crate::engine) fn addressing(&self) -> FixedAddressing {
+        match self {
+            Self::Kernel(queue) => queue.addressing(),
         }
     }
 

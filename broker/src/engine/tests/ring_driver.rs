@@ -1,6 +1,5 @@
 //! The driver that gets rings, of `ringpass-test-utils`, on an engine.
 
-use ringpass_guest_abi::FixedAddressing;
 use ringpass_guest_abi::attach::AreaAddress;
 use ringpass_test_utils::attach::{Attachment, Buffers, CQ_ENTRIES, Found, RequestPlaces};
 use ringpass_test_utils::ram::Arena;
@@ -10,7 +9,6 @@ use vm_memory::{Bytes, GuestAddress};
 pub(super) use ringpass_test_utils::attach::{FirstQueue, RingDriver, whole};
 
 use super::driver::PATIENCE;
-use crate::memory::IOVA_BASE;
 
 /// Where a queue's control page, areas and requests begin: in the second region, behind all that the rig uses.
 const ATTACH_GPA: u64 = 25 << 20;
@@ -48,7 +46,7 @@ pub(super) fn ring_queue_driver(vring: DriverVring, index: u16) -> RingDriver {
         payload: Attachment::payload_of(base, [area(0), area(1)]),
         buffers: Buffers { gpa: base + DATA_OFFSET, count: CQ_ENTRIES.into(), each_bytes: 4096 },
     };
-    RingDriver::with_memory(vring, memory, FixedAddressing { iova_base: IOVA_BASE })
+    RingDriver::with_memory(vring, memory)
 }
 
 /// The number of the queue that a driver drives.

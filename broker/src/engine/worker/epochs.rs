@@ -186,7 +186,7 @@ impl Worker<'_> {
         let (log, memory) = (active.log.clone(), (*active.memory).clone());
         let attachment = active.attachment_mut()?;
         let layout = *ring.executor.layout();
-        attachment.describe_ring(&layout, log.as_deref());
+        attachment.describe_ring(&ring.executor, log.as_deref());
         let area = ring.epoch.area();
         let rings_gpa = attachment.geometry.rings(area).gpa();
         let has_call = call_generation == attachment.call_generation;

@@ -1,6 +1,6 @@
 //! A queue for a vCPU, as a command.
 
-use ringpass_guest_abi::{Doorbell, RingLayout};
+use ringpass_guest_abi::{Doorbell, FixedAddressing, RingLayout};
 
 use super::ram_region::{RamRegion, put_regions, take_regions};
 use super::tick_rate::TickRate;
@@ -18,8 +18,8 @@ pub struct Attachment {
     pub sqes_gpa: u64,
     /// The layout of the ring.
     pub layout: RingLayout,
-    /// The number of bytes to add to guest-physical addresses in SQEs.
-    pub iova_base: u64,
+    /// How SQEs name guest memory.
+    pub addressing: FixedAddressing,
     /// How to ring the doorbell.
     pub bell: Bell,
     /// The guest's RAM, for buffers. Entries of length 0 are ignored.
@@ -39,8 +39,20 @@ pub enum Bell {
     Mmio(u64),
 }
 
+/// Puts how SQEs name guest memory.
+pub(super) fn put_addressing(words: &mut Writer, addressing: FixedAddressing) {
+    words.put(addressing.iova_base());
+    words.put(addressing.slot_shift());
+}
+
+/// Takes how SQEs name guest memory.
+pub(super) fn take_addressing(words: &mut Reader<'_>) -> Option<FixedAddressing> {
+    let iova_base = words.take();
+    FixedAddressing::new(iova_base, words.take_u32()?).ok()
+}
+
 pub(super) fn put_attachment(words: &mut Writer, attachment: &Attachment) {
-    let Attachment { rings_gpa, sqes_gpa, layout, iova_base, bell, ram, tick_rate } = *attachment;
+    let Attachment { rings_gpa, sqes_gpa, layout, addressing, bell, ram, tick_rate } = *attachment;
     words.put(rings_gpa);
     words.put(sqes_gpa);
     let RingLayout {
@@ -75,7 +87,7 @@ pub(super) fn put_attachment(words: &mut Writer, attachment: &Attachment) {
         Doorbell::WhenAsleep => 0u64,
         Doorbell::Always => 1,
     });
-    words.put(iova_base);
+    put_addressing(words, addressing);
     let (kind, address) = match bell {
         Bell::None => (0u64, 0),
         Bell::Port(port) => (1, u64::from(port)),
@@ -109,7 +121,7 @@ pub(super) fn take_attachment(words: &mut Reader<'_>) -> Option<Attachment> {
                 _ => return None,
             },
         },
-        iova_base: words.take(),
+        addressing: take_addressing(words)?,
         bell: match (words.take(), words.take()) {
             (0, _) => Bell::None,
             (1, port) => Bell::Port(u16::try_from(port).ok()?),

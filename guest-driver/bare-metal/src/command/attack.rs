@@ -3,7 +3,7 @@
 use ringpass_guest_abi::FixedAddressing;
 use ringpass_workload::hostile::{Extent, Target};
 
-use super::attachment::RAM_REGIONS_MAX;
+use super::attachment::{RAM_REGIONS_MAX, put_addressing, take_addressing};
 use super::ram_region::{RamRegion, put_regions, take_regions};
 use crate::words::{Reader, Writer};
 
@@ -23,8 +23,8 @@ pub struct Attack {
     pub empty_holes: [RamRegion; ATTACK_EXTENTS_MAX],
     /// [`Target::host_addresses`]; zeroes are ignored.
     pub host_addresses: [u64; HOST_ADDRESSES_MAX],
-    /// [`FixedAddressing::iova_base`].
-    pub iova_base: u64,
+    /// [`Target::addressing`].
+    pub addressing: FixedAddressing,
     /// [`Target::buffer_gpa`].
     pub buffer_gpa: u64,
     /// [`Target::buffer_bytes`].
@@ -52,7 +52,7 @@ impl Attack {
             ram: &ram[..ram_count],
             filled_holes: &filled_holes[..filled_count],
             empty_holes: &empty_holes[..empty_count],
-            addressing: FixedAddressing { iova_base: self.iova_base },
+            addressing: self.addressing,
             buffer_gpa: self.buffer_gpa,
             buffer_bytes: self.buffer_bytes,
             disk_bytes: self.disk_bytes,
@@ -81,7 +81,7 @@ pub(super) fn put_attack(words: &mut Writer, attack: &Attack) {
         filled_holes,
         empty_holes,
         host_addresses,
-        iova_base,
+        addressing,
         buffer_gpa,
         buffer_bytes,
         disk_bytes,
@@ -95,7 +95,8 @@ pub(super) fn put_attack(words: &mut Writer, attack: &Attack) {
     put_regions(words, &empty_holes);
     host_addresses.into_iter().for_each(|address| words.put(address));
     let buffer_bytes = u64::from(buffer_bytes);
-    let others = [iova_base, buffer_gpa, buffer_bytes, disk_bytes, disk_offset_bytes, timeout_ns];
+    put_addressing(words, addressing);
+    let others = [buffer_gpa, buffer_bytes, disk_bytes, disk_offset_bytes, timeout_ns];
     others.into_iter().for_each(|value| words.put(value));
     words.put(read_only);
     words.put(zero_length);
@@ -107,7 +108,7 @@ pub(super) fn take_attack(words: &mut Reader<'_>) -> Option<Attack> {
         filled_holes: take_regions(words),
         empty_holes: take_regions(words),
         host_addresses: core::array::from_fn(|_| words.take()),
-        iova_base: words.take(),
+        addressing: take_addressing(words)?,
         buffer_gpa: words.take(),
         buffer_bytes: words.take_u32()?,
         disk_bytes: words.take(),

@@ -1,6 +1,6 @@
 //! Tests of commands and their encoding.
 
-use ringpass_guest_abi::{Doorbell, RingLayout};
+use ringpass_guest_abi::{Doorbell, FixedAddressing, RingLayout};
 use ringpass_workload::{Verify, Wait};
 
 use super::*;
@@ -43,7 +43,7 @@ fn attachment() -> Attachment {
             sqes_bytes: 13,
             doorbell: Doorbell::Always,
         },
-        iova_base: 14,
+        addressing: FixedAddressing::new(14 << 30, 22).unwrap(),
         bell: Bell::Mmio(15),
         ram: core::array::from_fn(|index| RamRegion { gpa: 16 + index as u64, len_bytes: 32 + index as u64 }),
         tick_rate: TickRate::from_khz(2_500_000).expect("not 0"),
@@ -56,7 +56,7 @@ fn attack() -> Attack {
         filled_holes: [RamRegion { gpa: 50, len_bytes: 51 }; ATTACK_EXTENTS_MAX],
         empty_holes: [RamRegion { gpa: 52, len_bytes: 53 }; ATTACK_EXTENTS_MAX],
         host_addresses: core::array::from_fn(|index| u64::MAX - index as u64),
-        iova_base: 54,
+        addressing: FixedAddressing::new(54 << 30, 30).unwrap(),
         buffer_gpa: 55,
         buffer_bytes: 56,
         disk_bytes: 57,

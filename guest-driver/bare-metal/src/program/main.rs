@@ -17,7 +17,7 @@ use core::ptr::NonNull;
 use block::Block;
 use environment::Machine;
 use ringpass_bare_metal::{Answer, Attachment, Command, Table, map};
-use ringpass_guest_abi::{DriverRing, FixedAddressing, LayoutError, MappedRing};
+use ringpass_guest_abi::{DriverRing, LayoutError, MappedRing};
 use ringpass_workload::{Job, JobError, Report, RingQueue, hostile};
 
 /// The queue for commands.
@@ -94,8 +94,7 @@ fn attach(block: &Block, attachment: &Attachment) -> Result<Queue, LayoutError> 
         )
     };
     let ring = DriverRing::new(memory, layout)?;
-    let addressing = FixedAddressing { iova_base: attachment.iova_base };
-    Ok(Queue { ring: RingQueue::new(ring, addressing), machine: Machine::new(block.clone(), attachment) })
+    Ok(Queue { ring: RingQueue::new(ring, attachment.addressing), machine: Machine::new(block.clone(), attachment) })
 }
 
 /// The guest-virtual address of a guest-physical address.

@@ -1,12 +1,12 @@
 //! The description of a device as one line of JSON.
 
-use ringpass_guest_abi::{Doorbell, LayoutError, RingLayout, SLOT_BYTES};
+use ringpass_guest_abi::{AddressingError, Doorbell, FixedAddressing, LayoutError, RingLayout};
 use serde::{Deserialize, Serialize};
 
 use crate::ram::PAGE_BYTES;
 
 /// Version of the message.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 /// Maximum number of descriptors of one message: `SCM_MAX_FD` (`<net/scm.h>`).
 pub(super) const FDS_MAX: usize = 253;
 
@@ -14,7 +14,7 @@ pub(super) const FDS_MAX: usize = 253;
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Setup {
-    /// 1.
+    /// 2.
     pub version: u32,
     /// The guest's RAM, at least one region.
     pub regions: Vec<RegionSetup>,
@@ -22,6 +22,8 @@ pub struct Setup {
     pub queues: Vec<QueueSetup>,
     /// The number of bytes to add to a guest-physical address for `sqe.addr`: a multiple of 1 GiB, not 0.
     pub iova_base: u64,
+    /// `sqe.buf_index` is the guest-physical address shifted right by this many bits: 22 to 30.
+    pub slot_shift: u32,
     /// Size of the disk: a multiple of `logical_block_bytes`.
     pub disk_bytes: u64,
     /// The unit of positions and lengths on the disk: a power of two, at least 512.
@@ -118,6 +120,9 @@ pub enum SetupError {
         /// The permitted values.
         must: &'static str,
     },
+    /// The rule for addresses is invalid.
+    #[error(transparent)]
+    Addressing(#[from] AddressingError),
     /// The layout of a ring is invalid.
     #[error("the ring of queue {queue}: {source}")]
     Layout {
@@ -152,6 +157,15 @@ impl Setup {
         self.regions.len() + 2 * self.queues.len()
     }
 
+    /// How SQEs name the guest's RAM.
+    ///
+    /// # Errors
+    ///
+    /// `iova_base` or `slot_shift` is out of range.
+    pub fn addressing(&self) -> Result<FixedAddressing, AddressingError> {
+        FixedAddressing::new(self.iova_base, self.slot_shift)
+    }
+
     /// Checks everything that can be checked without the descriptors.
     pub fn check(&self) -> Result<(), SetupError> {
         if self.version != VERSION {
@@ -165,14 +179,9 @@ impl Setup {
         if self.fd_count() > FDS_MAX {
             return Err(SetupError::TooMany { regions: self.regions.len(), queues: self.queues.len() });
         }
+        self.addressing()?;
         let block_bytes = self.logical_block_bytes;
         let fields = [
-            (
-                "iova_base",
-                self.iova_base,
-                self.iova_base != 0 && self.iova_base % SLOT_BYTES == 0,
-                "a multiple of 1 GiB, not 0",
-            ),
             (
                 "logical_block_bytes",
                 u64::from(block_bytes),

@@ -6,8 +6,8 @@ use super::PAGE_BYTES;
 use super::area::RamArea;
 use super::guest_ram::{GuestRam, RamError};
 
-/// Hands out areas of a guest's RAM that do not overlap, each in one region and one 1 GiB slot, so that one request can
-/// name a whole area ([`ringpass_guest_abi::FixedAddressing`]).
+/// Hands out areas of a guest's RAM that do not overlap, each in one region. An area of at most 4 MiB crosses no multiple of
+/// 4 MiB, so that one request can name all of it ([`ringpass_guest_abi::FixedAddressing`]).
 ///
 /// The drop of an area returns it to the allocator. The bytes stay as they are: a new area holds what an earlier owner
 /// wrote there.
@@ -34,8 +34,8 @@ pub enum AllocateError {
     /// No free piece of RAM is long enough.
     #[error(
         "no free piece of guest RAM holds {len_bytes} bytes at a multiple of {align_bytes}: {free_bytes} bytes are free, the \
-         longest piece has {longest_bytes} (a piece ends at a hole and at each multiple of 1 GiB); drop buffers, use fewer \
-         or smaller ones, or give the guest more RAM"
+         longest piece has {longest_bytes} (and an area of at most 4 MiB crosses no multiple of 4 MiB); drop buffers, use \
+         fewer or smaller ones, or give the guest more RAM"
     )]
     NoRoom {
         /// The requested length.
@@ -49,8 +49,8 @@ pub enum AllocateError {
     },
     /// The range is not free RAM.
     #[error(
-        "the {len_bytes} bytes at guest-physical {gpa:#x} cannot be reserved: they are not page-aligned, not RAM, in two \
-         1 GiB slots, or in use"
+        "the {len_bytes} bytes at guest-physical {gpa:#x} cannot be reserved: they are not page-aligned, not RAM of one \
+         region, or in use"
     )]
     NotFree {
         /// First byte of the range, guest-physical.

@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use rangemap::RangeSet;
-use ringpass_guest_abi::SLOT_BYTES;
+use ringpass_guest_abi::SEGMENT_BOUNDARY_BYTES;
 
 /// The free RAM of a guest.
 #[derive(Debug)]
@@ -12,8 +12,7 @@ pub(super) struct FreeRam {
     pieces: Vec<Piece>,
 }
 
-/// The part of one region that lies in one slot. No area crosses its ends, so free ranges of two pieces are never
-/// merged.
+/// One region. No area crosses its ends, so free ranges of two regions are never merged.
 #[derive(Debug)]
 struct Piece {
     whole: Range<u64>,
@@ -23,16 +22,11 @@ struct Piece {
 impl FreeRam {
     /// Everything is free in these regions, each of which has a guest-physical address and a length.
     pub(super) fn new(regions: impl Iterator<Item = (u64, u64)>) -> Self {
-        let mut pieces = Vec::new();
-        for (mut gpa, len_bytes) in regions {
-            let end = gpa + len_bytes;
-            while gpa < end {
-                let whole = gpa..end.min((gpa / SLOT_BYTES + 1) * SLOT_BYTES);
-                gpa = whole.end;
-                pieces.push(Piece { free: RangeSet::from_iter([whole.clone()]), whole });
-            }
-        }
-        Self { pieces }
+        let piece = |(gpa, len_bytes)| {
+            let whole = gpa..gpa + len_bytes;
+            Piece { free: RangeSet::from_iter([whole.clone()]), whole }
+        };
+        Self { pieces: regions.map(piece).collect() }
     }
 
     fn ranges(&self) -> impl Iterator<Item = &Range<u64>> {
@@ -47,10 +41,17 @@ impl FreeRam {
         self.ranges().map(|range| range.end - range.start).max().unwrap_or(0)
     }
 
-    /// Takes the lowest free range of this length that starts at a multiple of `align_bytes`.
+    /// Takes the lowest free range of this length that starts at a multiple of `align_bytes`, a power of two. A range that
+    /// fits between two multiples of [`SEGMENT_BOUNDARY_BYTES`] crosses none, so that one request can name all of it.
     pub(super) fn take_first(&mut self, len_bytes: u64, align_bytes: u64) -> Option<u64> {
+        let is_cut = |gpa: u64| {
+            len_bytes <= SEGMENT_BOUNDARY_BYTES && gpa % SEGMENT_BOUNDARY_BYTES + len_bytes > SEGMENT_BOUNDARY_BYTES
+        };
         let fit = |range: &Range<u64>| {
-            let gpa = range.start.checked_next_multiple_of(align_bytes)?;
+            let mut gpa = range.start.checked_next_multiple_of(align_bytes)?;
+            if is_cut(gpa) {
+                gpa = gpa.checked_next_multiple_of(SEGMENT_BOUNDARY_BYTES.max(align_bytes))?;
+            }
             (gpa.checked_add(len_bytes)? <= range.end).then_some(gpa)
         };
         let (piece, gpa) =

@@ -7,14 +7,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use memmap2::{MmapOptions, MmapRaw};
-use ringpass_guest_abi::{SLOT_BYTES, SLOT_COUNT_MAX};
+use ringpass_guest_abi::GPA_LIMIT;
 use rustix::fs::fstat;
 
 use super::PAGE_BYTES;
 use super::free::FreeRam;
-
-/// Guest-physical addresses end here: 16 TiB.
-const GPA_LIMIT: u64 = SLOT_BYTES * SLOT_COUNT_MAX as u64;
 
 /// A range of guest-physical addresses and the file that holds its bytes.
 #[derive(Clone, Copy, Debug)]

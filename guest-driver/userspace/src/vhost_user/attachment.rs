@@ -7,7 +7,7 @@ use ringpass_guest_abi::control::{CONTROL_PAGE_BYTES, DriverControl};
 use ringpass_guest_abi::epoch::Epoch;
 use ringpass_guest_abi::epoch::driver::{Action, Event, Machine};
 use ringpass_guest_abi::probe::Device;
-use ringpass_guest_abi::{Cqe, DriverRing, RingMemory, Sqe};
+use ringpass_guest_abi::{Cqe, DriverRing, FixedAddressing, RingMemory, Sqe};
 
 use super::Error;
 use super::memory::Memory;
@@ -74,10 +74,18 @@ pub(super) struct Attachment {
     /// The areas of even and odd epochs. `None`: the ring of the present epoch has the area.
     areas: [Option<(RamArea, RamArea)>; 2],
     machine: Machine,
-    ring: Option<(Epoch, DriverRing<RamRing>)>,
+    ring: Option<LiveRing>,
     is_muted: bool,
     /// Number of rings that the queue has had.
     pub(super) epochs: u64,
+}
+
+/// A ring that the device has opened.
+#[derive(Debug)]
+struct LiveRing {
+    epoch: Epoch,
+    ring: DriverRing<RamRing>,
+    addressing: FixedAddressing,
 }
 
 impl Attachment {
@@ -138,12 +146,17 @@ impl Attachment {
 
     /// The ring that runs, or that has ended and may still have completions.
     pub(super) fn ring(&mut self) -> Option<&mut DriverRing<RamRing>> {
-        self.ring.as_mut().map(|(_, ring)| ring)
+        self.ring.as_mut().map(|live| &mut live.ring)
+    }
+
+    /// The ring for new requests, and how its SQEs name memory.
+    pub(super) fn addressed_ring(&mut self) -> Option<(&mut DriverRing<RamRing>, FixedAddressing)> {
+        self.ring.as_mut().map(|live| (&mut live.ring, live.addressing))
     }
 
     /// The epoch of that ring.
     pub(super) fn epoch(&self) -> Option<u32> {
-        self.ring.as_ref().map(|(epoch, _)| epoch.number())
+        self.ring.as_ref().map(|live| live.epoch.number())
     }
 
     /// The word that the device announces now.
@@ -161,8 +174,9 @@ impl Attachment {
         self.end_ring();
         let broken = |error: &dyn std::fmt::Display| Error::BrokenDevice(error.to_string());
         let RingSize { sq_entries, cq_entries } = self.size;
-        let layout =
-            self.control.ring().layout(sq_entries, cq_entries, &self.lengths).map_err(|error| broken(&error))?;
+        let record = self.control.ring();
+        let layout = record.layout(sq_entries, cq_entries, &self.lengths).map_err(|error| broken(&error))?;
+        let addressing = record.addressing().map_err(|error| broken(&error))?;
         let (rings, sqes) =
             self.areas[epoch.area().index()].take().expect("a ring returns its area before the next epoch");
         let ring = RamRing::new(rings, sqes, &layout).map_err(|error| broken(&error))?;
@@ -170,14 +184,14 @@ impl Attachment {
         if self.is_muted {
             ring.mute_interrupts();
         }
-        self.ring = Some((epoch, ring));
+        self.ring = Some(LiveRing { epoch, ring, addressing });
         self.epochs += 1;
         Ok(())
     }
 
     /// The ring has ended, and the driver does not read it any more: its area is free for a later epoch.
     pub(super) fn end_ring(&mut self) {
-        if let Some((epoch, ring)) = self.ring.take() {
+        if let Some(LiveRing { epoch, ring, .. }) = self.ring.take() {
             let mut areas = ring.into_memory().into_areas();
             lend(&mut areas);
             self.areas[epoch.area().index()] = Some(areas);
@@ -196,11 +210,11 @@ impl Attachment {
     pub(super) fn set_muted(&mut self, muted: bool) -> bool {
         self.is_muted = muted;
         match &mut self.ring {
-            Some((_, ring)) if muted => {
-                ring.mute_interrupts();
+            Some(live) if muted => {
+                live.ring.mute_interrupts();
                 false
             }
-            Some((_, ring)) => ring.unmute_interrupts(),
+            Some(live) => live.ring.unmute_interrupts(),
             None => false,
         }
     }

@@ -165,6 +165,18 @@ impl Disk {
         self.retry_after_progress(|| self.memory.allocate(len_bytes))
     }
 
+    /// Allocates a buffer that starts at a multiple of `align_bytes`, a power of two from 4096 on.
+    ///
+    /// A request whose buffer crosses a multiple of 4 MiB takes two SQEs, one after the other. [`allocate`](Self::allocate)
+    /// avoids that for the buffer as a whole; an application that divides a large buffer into requests aligns it.
+    ///
+    /// # Errors
+    ///
+    /// The alignment is not such a power of two, or no free piece of RAM is long enough.
+    pub fn allocate_aligned(&self, len_bytes: u64, align_bytes: u64) -> Result<RamArea, Error> {
+        self.retry_after_progress(|| self.memory.allocate_aligned(len_bytes, align_bytes))
+    }
+
     /// Allocates a buffer in the region at `gpa`.
     ///
     /// # Errors

@@ -7,13 +7,13 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
-use ringpass_guest_abi::attach::{AttachLimits, AttachPayload, Lengths};
+use ringpass_guest_abi::attach::{AreaAddress, AttachLimits, AttachPayload, Lengths};
 use ringpass_guest_abi::control::{ACKNOWLEDGED_OFFSET_BYTES, ANNOUNCED_OFFSET_BYTES, MODE_DIRECT};
 use ringpass_guest_abi::control::{RING_OFFSET_BYTES, RingRecord};
 use ringpass_guest_abi::epoch::{Announcement, Epoch, Phase};
 use ringpass_guest_abi::probe::Device;
 use ringpass_guest_abi::request::{ErrorCode, Outcome};
-use ringpass_guest_abi::{Doorbell, FixedAddressing, RingLayout, SLOT_BYTES};
+use ringpass_guest_abi::{Doorbell, FixedAddress, FixedAddressing, RingLayout};
 
 use super::RingSize;
 use super::attachment::Attachment;
@@ -83,7 +83,6 @@ impl Guest {
         let device = Device {
             version: 0,
             features: 0,
-            addressing: FixedAddressing { iova_base: SLOT_BYTES },
             limits,
             segment_align_bytes: 1,
             segment_bytes_max: 1 << 20,
@@ -91,6 +90,11 @@ impl Guest {
         };
         Attachment::new(&self.memory, device, SIZE).unwrap()
     }
+}
+
+/// How SQEs name memory on the rings of the device.
+fn addressing() -> FixedAddressing {
+    FixedAddressing::new(1 << 30, 22).unwrap()
 }
 
 impl DeviceQueue {
@@ -131,7 +135,10 @@ impl DeviceQueue {
     pub(super) fn announce(&self, index: u16, epoch: u32, phase: Phase) {
         let control_gpa = self.control_gpa(index);
         let layout = layout();
-        self.write(control_gpa + u64::from(RING_OFFSET_BYTES), &RingRecord::new(&layout, MODE_DIRECT).to_bytes());
+        self.write(
+            control_gpa + u64::from(RING_OFFSET_BYTES),
+            &RingRecord::new(&layout, addressing(), MODE_DIRECT).to_bytes(),
+        );
         let word = Announcement { epoch: Epoch::new(epoch), phase }.to_word();
         self.write(control_gpa + u64::from(ANNOUNCED_OFFSET_BYTES), &word.to_le_bytes());
     }
@@ -144,9 +151,13 @@ impl DeviceQueue {
     }
 
     fn control_gpa(&self, index: u16) -> u64 {
+        self.attach_payload(index).control_gpa.get()
+    }
+
+    fn attach_payload(&self, index: u16) -> AttachPayload {
         let mut payload = [0; AttachPayload::BYTES];
         self.read(self.gpa_of(self.chain(index)[0]) + HEADER_BYTES, &mut payload);
-        AttachPayload::from_bytes(&payload).control_gpa.get()
+        AttachPayload::from_bytes(&payload)
     }
 
     /// The descriptors of the `index`th chain that the driver made available.
@@ -174,6 +185,33 @@ impl DeviceQueue {
             (self.gpa_of(descriptor), u32::from_le_bytes(len_bytes))
         };
         (u64::from_le_bytes(sector) * 512, chain[1..chain.len() - 1].iter().map(segment).collect())
+    }
+
+    /// The address, the length and the position on the disk in the `number`th SQE of the ring of epoch 1, whose ATTACH was
+    /// made available as the `index`th chain.
+    pub(super) fn sqe(&self, index: u16, number: u32) -> (FixedAddress, u32, u64) {
+        let mut sqe = [0; 64];
+        let slot = u64::from(number % SIZE.sq_entries);
+        self.read(self.odd_area(index).sqes_gpa.get() + 64 * slot, &mut sqe);
+        let word = |at: usize| u64::from_le_bytes(sqe[at..at + 8].try_into().unwrap());
+        let address = FixedAddress { buf_index: word(40) as u16, addr: word(16) };
+        (address, word(24) as u32, word(8))
+    }
+
+    /// Completes that SQE, as the `number`th CQE.
+    pub(super) fn complete_sqe(&self, index: u16, number: u32, res: i32) {
+        let (rings_gpa, sqes_gpa) = (self.odd_area(index).rings_gpa.get(), self.odd_area(index).sqes_gpa.get());
+        let mut user_data = [0; 8];
+        self.read(sqes_gpa + 64 * u64::from(number % SIZE.sq_entries) + 32, &mut user_data);
+        let cqe = rings_gpa + u64::from(layout().cqes_offset) + 16 * u64::from(number % SIZE.cq_entries);
+        self.write(cqe, &user_data);
+        self.write(cqe + 8, &res.to_le_bytes());
+        self.write(rings_gpa + u64::from(layout().sq_head_offset), &(number + 1).to_le_bytes());
+        self.write(rings_gpa + u64::from(layout().cq_tail_offset), &(number + 1).to_le_bytes());
+    }
+
+    fn odd_area(&self, index: u16) -> AreaAddress {
+        self.attach_payload(index).areas[1]
     }
 
     fn descriptor(&self, number: u16) -> u64 {

@@ -2,7 +2,7 @@
 
 use core::fmt;
 
-use ringpass_guest_abi::{FixedAddress, Opcode, SLOT_BYTES, Sqe, SqeFlags};
+use ringpass_guest_abi::{FixedAddress, Opcode, Sqe, SqeFlags};
 
 use super::{Extent, Reach, Target, TargetError};
 
@@ -102,8 +102,8 @@ struct Base<'a> {
 impl<'a> Base<'a> {
     fn new(target: &'a Target<'a>) -> Self {
         let gpa = target.buffer_gpa;
-        let buf_index = (gpa / SLOT_BYTES) as u16;
-        let address = FixedAddress { buf_index, addr: target.addressing.iova_base.wrapping_add(gpa) };
+        let buf_index = (gpa >> target.addressing.slot_shift()) as u16;
+        let address = FixedAddress { buf_index, addr: target.addressing.iova_base().wrapping_add(gpa) };
         let (len_bytes, offset_bytes) = (target.buffer_bytes, target.disk_offset_bytes);
         Self {
             target,
@@ -138,17 +138,19 @@ fn honest<'a>(base: Base<'a>) -> impl Iterator<Item = Step> {
 /// The addresses at the edges of the guest's memory, and addresses of the host.
 fn addresses<'a>(base: Base<'a>) -> impl Iterator<Item = Step> {
     let target = base.target;
-    let iova_base = target.addressing.iova_base;
+    let iova_base = target.addressing.iova_base();
+    let slot_shift = target.addressing.slot_shift();
+    let slot_of = move |gpa: u64| gpa >> slot_shift;
     let extents = [target.ram, target.filled_holes, target.empty_holes].into_iter().flatten();
     let edges = extents.flat_map(move |extent| {
-        let slots = [extent.gpa / SLOT_BYTES, (extent.end() - 1) / SLOT_BYTES, extent.end() / SLOT_BYTES];
+        let slots = [slot_of(extent.gpa), slot_of(extent.end() - 1), slot_of(extent.end())];
         slots.into_iter().flat_map(move |slot| {
             let around = around(*extent).into_iter();
             around.map(move |(what, gpa, len_bytes)| (what, iova_base.wrapping_add(gpa), len_bytes, slot as u16))
         })
     });
     let slots = move || {
-        let of_ram = target.ram.iter().map(|extent| (extent.gpa / SLOT_BYTES) as u16);
+        let of_ram = target.ram.iter().map(move |extent| slot_of(extent.gpa) as u16);
         [0, base.buf_index].into_iter().chain(of_ram)
     };
     let host = target.host_addresses.iter().flat_map(move |&address| {

@@ -2,7 +2,7 @@
 
 use core::fmt;
 
-use ringpass_guest_abi::{FixedAddressing, SLOT_BYTES};
+use ringpass_guest_abi::FixedAddressing;
 
 /// A range of guest-physical addresses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -28,13 +28,13 @@ impl Extent {
 pub struct Target<'a> {
     /// The guest's RAM.
     pub ram: &'a [Extent],
-    /// Holes between RAM regions in one 1 GiB slot. The broker fills them with scratch memory of this guest.
+    /// Holes between RAM regions in one slot. The broker fills them with scratch memory of this guest.
     pub filled_holes: &'a [Extent],
     /// Some ranges where the guest has no memory.
     pub empty_holes: &'a [Extent],
     /// How this device addresses guest memory.
     pub addressing: FixedAddressing,
-    /// Address of guest RAM that reads may overwrite, a multiple of 4096. The buffer must not cross a 1 GiB boundary.
+    /// Address of guest RAM that reads may overwrite, a multiple of 4096. The buffer must not cross a 4 MiB boundary.
     pub buffer_gpa: u64,
     /// Length of the buffer and of most requests: a multiple of 4096 and of the disk's logical block.
     pub buffer_bytes: u32,
@@ -66,7 +66,7 @@ pub enum Reach {
 pub enum TargetError {
     /// A range has no bytes, or does not end inside the 64-bit address space.
     Extent(Extent),
-    /// The buffer is not a multiple of 4096 bytes in one 1 GiB slot of the guest's RAM.
+    /// The buffer is not a multiple of 4096 bytes of the guest's RAM, or a 4 MiB boundary cuts it.
     Buffer {
         /// [`Target::buffer_gpa`].
         gpa: u64,
@@ -104,14 +104,15 @@ impl Target<'_> {
 
     /// Classifies the `len_bytes` bytes at `addr` of fixed buffer `buf_index`.
     pub fn reach(&self, buf_index: u16, addr: u64, len_bytes: u32) -> Reach {
-        let Some(first) = addr.checked_sub(self.addressing.iova_base) else {
+        let Some(first) = addr.checked_sub(self.addressing.iova_base()) else {
             return Reach::Nothing;
         };
         let Some(end) = first.checked_add(u64::from(len_bytes)) else {
             return Reach::Nothing;
         };
         let last = end.saturating_sub(1).max(first);
-        if first / SLOT_BYTES != u64::from(buf_index) || last / SLOT_BYTES != u64::from(buf_index) {
+        let slot = |gpa: u64| gpa >> self.addressing.slot_shift();
+        if slot(first) != u64::from(buf_index) || slot(last) != u64::from(buf_index) {
             return Reach::Nothing;
         }
         let mut reach = Reach::Scratch;
@@ -139,8 +140,8 @@ impl fmt::Display for TargetError {
             }
             Self::Buffer { gpa, len_bytes } => write!(
                 f,
-                "the buffer of {len_bytes} bytes at guest-physical {gpa:#x} must be whole 4 KiB pages of RAM inside one \
-                 1 GiB slot"
+                "the buffer of {len_bytes} bytes at guest-physical {gpa:#x} must be whole 4 KiB pages of RAM without a 4 MiB \
+                 boundary inside"
             ),
             Self::DiskOffset { offset_bytes, disk_bytes } => {
                 write!(f, "a request at {offset_bytes} of the disk would not end inside its {disk_bytes} bytes")

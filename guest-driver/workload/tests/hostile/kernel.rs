@@ -3,11 +3,13 @@
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 
-use ringpass_guest_abi::{Cqe, Doorbell, DriverRing, RingLayout, RingMemory, SLOT_BYTES, Sqe};
+use ringpass_guest_abi::{Cqe, Doorbell, DriverRing, RingLayout, RingMemory, Sqe};
 use ringpass_workload::hostile::Target;
 use ringpass_workload::{Environment, Wakeup};
 
 pub(super) const IOVA_BASE: u64 = 1 << 40;
+/// The largest slots, so that few buffers cover the RAM.
+pub(super) const SLOT_BYTES: u64 = 1 << 30;
 pub(super) const DISK_BYTES: u64 = 1 << 20;
 pub(super) const HOST_ADDRESS: u64 = 0x7f12_3456_7000;
 

@@ -3,11 +3,11 @@
 
 mod kernel;
 
-use ringpass_guest_abi::{FixedAddressing, SLOT_BYTES, Sqe};
+use ringpass_guest_abi::{FixedAddressing, Sqe};
 use ringpass_workload::hostile::{Expect, Extent, HostileReport, Reach, Step, Target, TargetError, Violation};
 use ringpass_workload::hostile::{run_hostile, script};
 
-use self::kernel::{DISK_BYTES, Flaw, HOST_ADDRESS, IOVA_BASE, ring};
+use self::kernel::{DISK_BYTES, Flaw, HOST_ADDRESS, IOVA_BASE, SLOT_BYTES, ring};
 
 /// Memory like that of a PC: low memory, the VGA hole, memory up to 3 GiB, and some above 4 GiB.
 const RAM: [Extent; 3] = [
@@ -24,7 +24,7 @@ fn target() -> Target<'static> {
         ram: &RAM,
         filled_holes: &FILLED,
         empty_holes: &EMPTY,
-        addressing: FixedAddressing { iova_base: IOVA_BASE },
+        addressing: FixedAddressing::new(IOVA_BASE, SLOT_BYTES.ilog2()).unwrap(),
         buffer_gpa: 0x20_0000,
         buffer_bytes: 4096,
         disk_bytes: DISK_BYTES,
@@ -188,7 +188,7 @@ fn an_invalid_target_is_refused() {
         (Target { buffer_gpa: 0xa_0000, ..target() }, "whole 4 KiB pages of RAM"),
         (Target { buffer_gpa: 0x20_0800, ..target() }, "whole 4 KiB pages of RAM"),
         (Target { buffer_bytes: 0, ..target() }, "whole 4 KiB pages of RAM"),
-        (Target { buffer_gpa: SLOT_BYTES - 4096, buffer_bytes: 8192, ..target() }, "1 GiB slot"),
+        (Target { buffer_gpa: SLOT_BYTES - 4096, buffer_bytes: 8192, ..target() }, "without a 4 MiB boundary"),
         (Target { disk_offset_bytes: DISK_BYTES - 2048, ..target() }, "inside its 1048576 bytes"),
         (Target { empty_holes: &[Extent { gpa: 0, len_bytes: 0 }], ..target() }, "is empty or wraps"),
     ];

@@ -23,8 +23,8 @@ fn the_error_names_a_field_of_a_job_that_is_out_of_range() {
         (Job { buffers_gpa: 8, ..good }, "buffers_gpa is 8"),
         (Job { buffer_stride_bytes: 512, ..good }, "buffer_stride_bytes is 512"),
         (Job { buffer_stride_bytes: !511, ..good }, "buffer_stride_bytes"),
-        (Job { buffers_gpa: (1 << 30) - 2048, ..good }, "crosses a 1 GiB boundary"),
-        (Job { buffers_gpa: 1 << 44, ..good }, "below 16 TiB"),
+        (Job { buffers_gpa: (1 << 30) - 2048, ..good }, "crosses a 4 MiB boundary"),
+        (Job { buffers_gpa: 1 << 44, ..good }, "below 16384 GiB"),
         (Job { operations: 0, ..good }, "never end"),
         (Job { buffers_gpa: BUFFERS_GPA - 4096, ..good }, "no memory for a buffer of 4096 bytes"),
     ];

@@ -1,7 +1,6 @@
 //! A broker that offers rings, and a front-end that has started queue 0: most tests of rings begin with them.
 
 use anyhow::Result;
-use ringpass_guest_abi::FixedAddressing;
 
 use super::{FirstQueue, RingDriver};
 use crate::{
@@ -22,11 +21,11 @@ pub const QUEUE_SIZE: u16 = 64;
 /// # Errors
 ///
 /// The device offers no rings.
-pub fn start_first(front_end: &FrontEnd, ram: &mut TestRam) -> Result<(FirstQueue, FixedAddressing)> {
+pub fn start_first(front_end: &FrontEnd, ram: &mut TestRam) -> Result<FirstQueue> {
     let vring = start(front_end, ram, 0)?;
     let mut first = FirstQueue::new(vring, &mut ram.arenas[0])?;
-    let addressing = first.probe()?;
-    Ok((first, addressing))
+    first.probe()?;
+    Ok(first)
 }
 
 /// Starts a queue that the driver will attach.
@@ -34,14 +33,9 @@ pub fn start_first(front_end: &FrontEnd, ram: &mut TestRam) -> Result<(FirstQueu
 /// # Errors
 ///
 /// The back-end refuses a message.
-pub fn start_ring(
-    front_end: &FrontEnd,
-    ram: &mut TestRam,
-    index: u16,
-    addressing: FixedAddressing,
-) -> Result<RingDriver> {
+pub fn start_ring(front_end: &FrontEnd, ram: &mut TestRam, index: u16) -> Result<RingDriver> {
     let vring = start(front_end, ram, index)?;
-    RingDriver::new(vring, &mut ram.arenas[0], addressing)
+    RingDriver::new(vring, &mut ram.arenas[0])
 }
 
 /// Starts a queue at its used index. A front-end knows no more of a queue that another front-end has left.
@@ -72,8 +66,6 @@ pub struct Bench {
     pub front_end: FrontEnd,
     /// The driver of queue 0.
     pub first: FirstQueue,
-    /// How SQEs name memory.
-    pub addressing: FixedAddressing,
 }
 
 impl Bench {
@@ -89,8 +81,8 @@ impl Bench {
         let broker = rig.broker(&arguments)?;
         let mut ram = TestRam::new(1, 16 << 20)?;
         let front_end = FrontEnd::connect(&rig.socket(), &ram.ram, Options::default())?;
-        let (first, addressing) = broker.explain(start_first(&front_end, &mut ram))?;
-        Ok(Self { rig, broker, ram, front_end, first, addressing })
+        let first = broker.explain(start_first(&front_end, &mut ram))?;
+        Ok(Self { rig, broker, ram, front_end, first })
     }
 
     /// Starts a queue without attaching it, and returns its driver.
@@ -99,7 +91,7 @@ impl Bench {
     ///
     /// The back-end refuses a message.
     pub fn started(&mut self, index: u16) -> Result<RingDriver> {
-        self.broker.explain(start_ring(&self.front_end, &mut self.ram, index, self.addressing))
+        self.broker.explain(start_ring(&self.front_end, &mut self.ram, index))
     }
 
     /// Starts and attaches a queue, and returns its driver. Its ring is open.

@@ -4,7 +4,7 @@ use std::{thread, time::Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use ringpass_guest_abi::{
-    Cqe, DriverRing, FixedAddressing, RingLayout, Sqe,
+    Cqe, DriverRing, FixedAddressing, RingLayout, SLOT_SHIFT_MIN, Sqe,
     attach::{AttachPayload, Lengths},
     control::DriverControl,
     epoch::driver::{Action, Event, Machine, State},
@@ -23,6 +23,7 @@ const OTHER_PLACE: u64 = 2;
 #[derive(Debug)]
 pub struct RingDriver {
     pub(super) vring: DriverVring,
+    /// Of the last ring. Before the first one any rule will do: a new ring adapts the requests that wait for it.
     pub(super) addressing: FixedAddressing,
     pub(super) memory: Attachment,
     control: DriverControl<Words>,
@@ -42,8 +43,8 @@ impl RingDriver {
     /// # Errors
     ///
     /// The arena does not have enough memory left.
-    pub fn new(vring: DriverVring, arena: &mut Arena, addressing: FixedAddressing) -> Result<Self> {
-        Ok(Self::with_memory(vring, Attachment::take(arena)?, addressing))
+    pub fn new(vring: DriverVring, arena: &mut Arena) -> Result<Self> {
+        Ok(Self::with_memory(vring, Attachment::take(arena)?))
     }
 
     /// How many places its requests take.
@@ -54,21 +55,16 @@ impl RingDriver {
     /// # Errors
     ///
     /// The arena does not have enough memory left.
-    pub fn with_requests(
-        vring: DriverVring,
-        arena: &mut Arena,
-        places: RequestPlaces,
-        addressing: FixedAddressing,
-    ) -> Result<Self> {
-        Ok(Self::with_memory(vring, Attachment::with_requests(arena, places)?, addressing))
+    pub fn with_requests(vring: DriverVring, arena: &mut Arena, places: RequestPlaces) -> Result<Self> {
+        Ok(Self::with_memory(vring, Attachment::with_requests(arena, places)?))
     }
 
     /// The driver of an empty queue, with this memory.
-    pub fn with_memory(vring: DriverVring, memory: Attachment, addressing: FixedAddressing) -> Self {
+    pub fn with_memory(vring: DriverVring, memory: Attachment) -> Self {
         let control = DriverControl::new(Words::new(vring.ram(), memory.payload.control_gpa.get(), 0));
         Self {
             vring,
-            addressing,
+            addressing: FixedAddressing::new(1 << 30, SLOT_SHIFT_MIN).expect("in range"),
             memory,
             control,
             machine: Machine::new(),
@@ -243,6 +239,11 @@ impl RingDriver {
         }
     }
 
+    /// How the SQEs of the last ring name memory.
+    pub fn addressing(&self) -> FixedAddressing {
+        self.addressing
+    }
+
     /// Where the parts of the ring are that the driver uses.
     pub fn ring_layout(&self) -> Option<&RingLayout> {
         self.ring.as_ref().map(DriverRing::layout)
@@ -291,13 +292,15 @@ impl RingDriver {
             match action {
                 Action::Start(epoch) => {
                     let lengths = Lengths::of(SQ_ENTRIES, CQ_ENTRIES, PAGE_BYTES);
-                    let layout = self.control.ring().layout(SQ_ENTRIES, CQ_ENTRIES, &lengths);
-                    let layout = layout.map_err(|error| anyhow::anyhow!("the ring's record: {error:?}"))?;
+                    let record = self.control.ring();
+                    let refused = |error| anyhow::anyhow!("the ring's record: {error:?}");
+                    let layout = record.layout(SQ_ENTRIES, CQ_ENTRIES, &lengths).map_err(refused)?;
+                    let before = std::mem::replace(&mut self.addressing, record.addressing().map_err(refused)?);
                     let area = self.payload().areas[epoch.area().index()];
                     let words = Words::new(self.vring.ram(), area.rings_gpa.get(), area.sqes_gpa.get());
                     self.ring = Some(DriverRing::new(words, layout).context("the ring's layout")?);
                     for sqe in std::mem::take(&mut self.outstanding) {
-                        self.submit(sqe)?;
+                        self.submit(readdressed(sqe, before, self.addressing))?;
                     }
                 }
                 Action::Drain => {
@@ -359,5 +362,16 @@ impl RingDriver {
             bail!("ATTACH has ended: {found:?}");
         }
         Ok(())
+    }
+}
+
+/// A request of an earlier ring for a ring that names memory in another way. An address that is none stays as it is.
+fn readdressed(sqe: Sqe, before: FixedAddressing, now: FixedAddressing) -> Sqe {
+    let gpa = sqe.addr.wrapping_sub(before.iova_base());
+    match (before.resolve(gpa, sqe.len_bytes), now.resolve(gpa, sqe.len_bytes)) {
+        (Ok(was), Ok(is)) if (was.buf_index, was.addr) == (sqe.buf_index, sqe.addr) => {
+            Sqe { buf_index: is.buf_index, addr: is.addr, ..sqe }
+        }
+        _ => sqe,
     }
 }

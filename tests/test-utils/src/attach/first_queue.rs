@@ -2,8 +2,7 @@
 
 use anyhow::{Context, Result, ensure};
 use ringpass_guest_abi::{
-    FixedAddressing,
-    probe::ProbeAnswer,
+    probe::{Device, ProbeAnswer},
     request::{DetachPayload, EventAnswer, T_DETACH, T_EVENT, T_PROBE},
 };
 
@@ -51,16 +50,15 @@ impl FirstQueue {
         self.vring.reset()
     }
 
-    /// Sends PROBE. Returns how SQEs name memory.
+    /// Sends PROBE. Returns what the device offers.
     ///
     /// # Errors
     ///
     /// The device offers no rings.
-    pub fn probe(&mut self) -> Result<FixedAddressing> {
+    pub fn probe(&mut self) -> Result<Device> {
         let (answer, status) = self.probe_answer()?;
         ensure!(status == 0, "PROBE has status {status}");
-        let device = answer.check().map_err(|error| anyhow::anyhow!("{error:?}"))?;
-        Ok(device.addressing)
+        answer.check().map_err(|error| anyhow::anyhow!("{error:?}"))
     }
 
     /// Sends PROBE. Returns the answer and the status.

@@ -6,18 +6,17 @@ use super::super::PAGE_BYTES;
 use super::*;
 
 const MIB: u64 = 1 << 20;
-/// Two regions that touch, one of them across the boundary of two slots, and one behind a hole.
-const REGIONS: [(u64, u64); 3] =
-    [(SLOT_BYTES - 2 * MIB, MIB), (SLOT_BYTES - MIB, 2 * MIB), (SLOT_BYTES + 4 * MIB, MIB / 2)];
+/// No area that fits in between crosses a multiple of this.
+const BOUNDARY: u64 = SEGMENT_BOUNDARY_BYTES;
+/// Two regions that touch, one of them across a boundary, and one behind a hole.
+const REGIONS: [(u64, u64); 3] = [(BOUNDARY - 2 * MIB, MIB), (BOUNDARY - MIB, 2 * MIB), (BOUNDARY + 4 * MIB, MIB / 2)];
 
-/// The model: the pages of each piece, and which are free.
+/// The model: the pages of each region, and which are free.
 struct Pages(Vec<(u64, Vec<bool>)>);
 
 impl Pages {
     fn new() -> Self {
-        let pieces =
-            [(SLOT_BYTES - 2 * MIB, MIB), (SLOT_BYTES - MIB, MIB), (SLOT_BYTES, MIB), (SLOT_BYTES + 4 * MIB, MIB / 2)];
-        Self(pieces.map(|(gpa, len_bytes)| (gpa, vec![true; (len_bytes / PAGE_BYTES) as usize])).into())
+        Self(REGIONS.map(|(gpa, len_bytes)| (gpa, vec![true; (len_bytes / PAGE_BYTES) as usize])).into())
     }
 
     /// The lowest place for an area.
@@ -26,7 +25,11 @@ impl Pages {
         self.0.iter().find_map(|(gpa, free)| {
             let starts = (0..free.len()).map(|page| (page, gpa + page as u64 * PAGE_BYTES));
             let fits = |&(page, gpa): &(usize, u64)| {
-                gpa % align_bytes == 0 && free[page..].len() >= count && free[page..page + count].iter().all(|&is| is)
+                let is_whole = gpa / BOUNDARY == (gpa + len_bytes - 1) / BOUNDARY;
+                gpa % align_bytes == 0
+                    && is_whole
+                    && free[page..].len() >= count
+                    && free[page..page + count].iter().all(|&is| is)
             };
             starts.filter(fits).map(|(_, gpa)| gpa).next()
         })
@@ -42,9 +45,9 @@ impl Pages {
         })
     }
 
-    /// Changes the state of an area that lies in one piece, all of which was in the other state.
+    /// Changes the state of an area that lies in one region, all of which was in the other state.
     fn set(&mut self, gpa: u64, len_bytes: u64, is_free: bool) {
-        let place = self.0.iter_mut().rev().find(|(start, _)| *start <= gpa).expect("a piece");
+        let place = self.0.iter_mut().rev().find(|(start, _)| *start <= gpa).expect("a region");
         let page = ((gpa - place.0) / PAGE_BYTES) as usize;
         for state in &mut place.1[page..page + (len_bytes / PAGE_BYTES) as usize] {
             assert_ne!(*state, is_free, "the area at {gpa:#x} was {} before", if is_free { "free" } else { "taken" });
@@ -106,7 +109,7 @@ proptest! {
                     }
                 }
                 Step::Reserve { page, pages } => {
-                    let (gpa, len_bytes) = (SLOT_BYTES - 3 * MIB + page * PAGE_BYTES, pages * PAGE_BYTES);
+                    let (gpa, len_bytes) = (BOUNDARY - 3 * MIB + page * PAGE_BYTES, pages * PAGE_BYTES);
                     let is_taken = free.take_at(gpa, len_bytes);
                     prop_assert_eq!(is_taken, model.is_free(gpa, len_bytes));
                     if is_taken {
@@ -129,7 +132,14 @@ proptest! {
             free.give_back(gpa, len_bytes);
         }
         prop_assert_eq!(free.free_bytes(), all_bytes);
-        // The free RAM is in as few pieces as at the beginning: an area can have a whole slot of a region again.
-        prop_assert_eq!(free.ranges().count(), 4);
+        // The free RAM is in as few pieces as at the beginning: an area can have a whole region again.
+        prop_assert_eq!(free.ranges().count(), 3);
     }
+}
+
+#[test]
+fn an_area_longer_than_the_boundary_begins_at_the_first_free_page() {
+    let mut free = FreeRam::new([(BOUNDARY - MIB, 8 * MIB)].into_iter());
+    assert_eq!(free.take_first(BOUNDARY + MIB, PAGE_BYTES), Some(BOUNDARY - MIB));
+    assert_eq!(free.take_first(MIB, PAGE_BYTES), Some(2 * BOUNDARY));
 }

@@ -25,7 +25,7 @@ pub(super) struct Pending {
     pub(super) sequence: u64,
     /// The length of the parts that the device has done.
     pub(super) done_bytes: u32,
-    /// The length of the part that was last sent on a virtqueue.
+    /// The length of the part that was last sent.
     pub(super) sent_bytes: u32,
     /// How often the kernel has answered "try again".
     pub(super) retries: u32,
@@ -70,7 +70,7 @@ impl Pending {
         }
     }
 
-    /// Notes that the device has done the part that was last sent on a virtqueue. Returns true if nothing is left.
+    /// Notes that the device has done the part that was last sent. Returns true if nothing is left.
     pub(super) fn note_part_done(&mut self) -> bool {
         self.done_bytes += std::mem::take(&mut self.sent_bytes);
         self.done_bytes == self.request.len_bytes

@@ -1,5 +1,6 @@
 use std::sync::atomic::Ordering;
 
+use ringpass_guest_abi::FixedAddress;
 use ringpass_guest_abi::epoch::{Announcement, Epoch, Phase};
 use ringpass_guest_abi::request::ErrorCode;
 
@@ -163,11 +164,49 @@ fn a_request_whose_second_part_fails_fails() {
 }
 
 #[test]
+fn a_request_across_a_boundary_goes_over_the_ring_in_two_parts() {
+    let guest = Guest::new();
+    let (mut driver, device) = running(&guest);
+    let gpa = (12 << 20) - 4096;
+    driver.push(&Request { offset_bytes: 8192, len_bytes: 12288, ..read(gpa, 7) }, None).unwrap();
+    driver.send();
+    assert_eq!(device.sqe(ATTACH, 0), (FixedAddress { buf_index: 2, addr: (1 << 30) + gpa }, 4096, 8192));
+    device.complete_sqe(ATTACH, 0, 4096);
+    assert_eq!(ended(&mut driver), None);
+    driver.send();
+    assert_eq!(device.sqe(ATTACH, 1), (FixedAddress { buf_index: 3, addr: (1 << 30) + gpa + 4096 }, 8192, 12288));
+    device.complete_sqe(ATTACH, 1, 8192);
+    assert_eq!(ended(&mut driver), Some((7, 12288)));
+    assert_eq!(driver.counters().resubmitted, 0, "parts that the driver planned are not sent again");
+}
+
+#[test]
+fn a_part_that_the_device_did_only_in_part_is_sent_again_from_there() {
+    let guest = Guest::new();
+    let (mut driver, device) = running(&guest);
+    let gpa = (12 << 20) - 8192;
+    driver.push(&Request { len_bytes: 12288, ..read(gpa, 7) }, None).unwrap();
+    driver.send();
+    device.complete_sqe(ATTACH, 0, 4096);
+    assert_eq!(ended(&mut driver), None);
+    driver.send();
+    assert_eq!(device.sqe(ATTACH, 1), (FixedAddress { buf_index: 2, addr: (1 << 30) + gpa + 4096 }, 4096, 4096));
+    // More than the driver asked for is no more than that.
+    device.complete_sqe(ATTACH, 1, 1 << 20);
+    assert_eq!(ended(&mut driver), None);
+    driver.send();
+    assert_eq!(device.sqe(ATTACH, 2).1, 4096);
+    device.complete_sqe(ATTACH, 2, 4096);
+    assert_eq!(ended(&mut driver), Some((7, 12288)));
+    assert_eq!(driver.counters().resubmitted, 1);
+}
+
+#[test]
 fn a_request_over_queue_0_keeps_to_the_limits_of_the_device() {
     let guest = guest_of(2, 4096);
     let (mut driver, _device) = running(&guest);
-    // An SQE cannot name a buffer across the boundary of two slots.
-    let gpa = (1 << 30) - 4096;
+    // No slot of the ring reaches this memory.
+    let gpa = 64 << 30;
     driver.push(&Request { len_bytes: 12288, ..read(gpa, 7) }, None).unwrap();
     driver.send();
     let mut queue_zero = guest.device_queue_zero();

@@ -1,7 +1,7 @@
 //! Sends reads and writes to the ring or the virtqueue, and takes their completions.
 
-use ringpass_guest_abi::Sqe;
 use ringpass_guest_abi::block_queue::Request;
+use ringpass_guest_abi::{SEGMENT_BOUNDARY_BYTES, Sqe};
 use virtio_bindings::virtio_blk::VIRTIO_BLK_S_OK;
 
 use super::super::attachment::Attachment;
@@ -53,22 +53,24 @@ impl Driver {
         let Some(attachment) = self.attachment.as_mut() else { return Placed::NotNow };
         let device = *attachment.device();
         let Request { write, offset_bytes, gpa, len_bytes, durable, .. } = pending.rest();
-        let len_bytes = len_bytes.min(device.segment_bytes_max);
+        // The rest of the request follows when this part has ended.
+        let up_to_boundary = SEGMENT_BOUNDARY_BYTES - gpa % SEGMENT_BOUNDARY_BYTES;
+        let len_bytes = len_bytes.min(device.segment_bytes_max).min(up_to_boundary as u32);
         let is_aligned = (gpa | u64::from(len_bytes)) & (u64::from(device.segment_align_bytes) - 1) == 0;
+        let Some((ring, addressing)) = attachment.addressed_ring() else { return Placed::NotNow };
         // Requests on queue 0 can name memory that SQEs cannot, and the answer reports what is wrong with a request.
-        let Some(address) = device.addressing.resolve(gpa, len_bytes).ok().filter(|_| is_aligned) else {
+        let Some(address) = addressing.resolve(gpa, len_bytes).ok().filter(|_| is_aligned) else {
             return Placed::Never;
         };
         let build = if write { Sqe::write_fixed } else { Sqe::read_fixed };
         let sqe = build(address, len_bytes, offset_bytes, id as u64);
         let sqe = if durable && write { sqe.durable() } else { sqe };
-        match attachment.ring().map(|ring| ring.push(&sqe)) {
-            Some(Ok(())) => {
-                pending.place = Place::Ring;
-                Placed::OnRing
-            }
-            Some(Err(_)) | None => Placed::NotNow,
+        if ring.push(&sqe).is_err() {
+            return Placed::NotNow;
         }
+        pending.place = Place::Ring;
+        pending.sent_bytes = len_bytes;
+        Placed::OnRing
     }
 
     /// Publishes the SQ tail, and rings the doorbell if the kernel needs that.
@@ -96,15 +98,19 @@ impl Driver {
             if pending.place != Place::Ring {
                 continue;
             }
-            let left_bytes = pending.request.len_bytes - pending.done_bytes;
-            if cqe.res > 0 && cqe.res as u32 >= left_bytes {
-                let res = pending.request.len_bytes as i32;
-                match self.end(id, res) {
-                    Some(ended) => return Some(ended),
-                    None => continue,
-                }
+            if cqe.res <= 0 || (cqe.res as u32) < pending.sent_bytes {
+                self.handle_unfinished(id, cqe.res);
+                continue;
             }
-            self.handle_unfinished(id, cqe.res);
+            if !pending.note_part_done() {
+                pending.place = Place::Waiting;
+                self.waiting.push_front(id);
+                continue;
+            }
+            let res = pending.request.len_bytes as i32;
+            if let Some(ended) = self.end(id, res) {
+                return Some(ended);
+            }
         }
     }
 
