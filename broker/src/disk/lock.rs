@@ -1,4 +1,4 @@
-//! The OFD lock on a disk. [`part_lock`](super::part_lock) has the locks on the storage behind it.
+//! The OFD lock on a disk. [`part_lock`] has the locks on the storage behind it.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
