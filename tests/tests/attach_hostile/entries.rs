@@ -8,7 +8,7 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 use nix::libc::{EACCES, EBADF, EFAULT, EFBIG, EINVAL, EISDIR, EOPNOTSUPP};
-use ringpass_guest_abi::Sqe;
+use ringpass_guest_abi::{SEGMENT_BOUNDARY_BYTES, Sqe};
 use ringpass_tests::{
     canaries::pattern,
     disks::DiskKind,
@@ -92,6 +92,11 @@ fn each_forbidden(driver: &mut RingDriver) -> Result<()> {
     for len_bytes in [17 << 20, 1 << 30, i32::MAX as u32, u32::MAX] {
         check(&format!("length {len_bytes}"), with(&|sqe| sqe.len_bytes = len_bytes), &[EFAULT, EINVAL])?;
     }
+    // What follows the slot is RAM of the guest, too, but no SQE reaches that far: a slot bounds the work of one SQE.
+    let slot_end = (good.addr / SEGMENT_BOUNDARY_BYTES + 1) * SEGMENT_BOUNDARY_BYTES;
+    let beyond_bytes = u32::try_from(slot_end - good.addr)? + BLOCK_BYTES;
+    ensure!(good.addr + u64::from(beyond_bytes) < ram_end, "the RAM ends with the slot");
+    check("a read beyond the slot", with(&|sqe| sqe.len_bytes = beyond_bytes), &[EFAULT])?;
     check("other credentials", with(&|sqe| sqe.personality = 7), &[EINVAL])?;
     for off_bytes in [DISK_BYTES, 1 << 40, i64::MAX as u64 - 8191] {
         let sqe = with(&|sqe| (sqe.opcode, sqe.off_bytes) = (WRITE_FIXED, off_bytes));
@@ -105,7 +110,7 @@ fn each_forbidden(driver: &mut RingDriver) -> Result<()> {
 
 /// The guest-physical address of a request's memory.
 fn driver_gpa(sqe: &Sqe) -> u64 {
-    // The offset within the slot: the RAM of the bench is all in the first one.
+    // The base is a multiple of 1 GiB, and the RAM of the bench ends below that.
     sqe.addr % (1 << 30)
 }
 
