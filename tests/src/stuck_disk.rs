@@ -174,8 +174,8 @@ impl StuckDisk {
         program("fsfreeze", &["--freeze", path(&self.mount_point)?]).map(drop)
     }
 
-    /// Waits until a write of the process `pid` hangs: in the device, or in a thread of that process (an io-wq worker,
-    /// or one that writes by itself). Call it between [`freeze`](Self::freeze) and [`thaw`](Self::thaw).
+    /// Waits until a write of the process `pid` hangs: in the device, or in a thread of that process (an io-wq worker
+    /// or a thread of its own). Call it between [`freeze`](Self::freeze) and [`thaw`](Self::thaw).
     ///
     /// # Errors
     ///

@@ -107,7 +107,7 @@ fn is_claimed(device: &BlockDevice) -> bool {
 /// Opens a device for reading: udev ignores the close of such a descriptor.
 pub(super) fn open_node(device: &BlockDevice, flags: OFlags) -> Result<OwnedFd, Errno> {
     let node = device.node();
-    // Nothing but the device itself is opened, whatever has its name here.
+    // Another file may have the name of the device here: the broker opens it only if it is that device.
     if DeviceNumber::of_path(&node) != Some(device.number) {
         return Err(Errno::NOENT);
     }

@@ -86,7 +86,7 @@ impl Enclosure {
         Ok(Self { ring, memory, disk, canaries, expected, buffers, opcodes, flags_allowed, flags_required })
     }
 
-    /// A random SQE: similar to one that passes, with some fields replaced by random bytes or by interesting values.
+    /// A random SQE: an SQE that passes, with some fields replaced by random bytes or by interesting values.
     fn sqe(&self, rng: &mut fastrand::Rng) -> Sqe {
         let mut words = [0; 8];
         words.fill_with(|| rng.u64(..));
