@@ -1,4 +1,4 @@
-//! Tasks of the ringpass repository: `cargo xtask test`, `cargo xtask repeat` and `cargo xtask soak`.
+//! Tasks of the ringpass repository: `cargo xtask test`, `cargo xtask repeat`, `cargo xtask soak` and others.
 
 use std::{
     env,
@@ -41,6 +41,12 @@ enum Task {
     Repeat(repeat::Options),
     /// Run tests for a long time, with larger budgets. Without a name: list the soaks.
     Soak(soak::Options),
+    /// Publish the crates that are for a registry. Refuses while an address in the repository is a placeholder.
+    Publish {
+        /// Upload nothing: package and compile the crates, and do all other checks of `cargo publish`.
+        #[arg(long)]
+        dry_run: bool,
+    },
     /// Run the policy tests on this kernel and in guests with other kernels, and write docs/kernel-support.md.
     KernelSupport {
         /// An additional kernel (bzImage) for a guest, with initramfs, tmpfs and a serial port built in.
@@ -79,6 +85,13 @@ fn run() -> Result<()> {
         Task::Test => test::run(),
         Task::Repeat(options) => repeat::run(&options),
         Task::Soak(options) => soak::run(&options),
+        Task::Publish { dry_run: false } => publish::run(),
+        Task::Publish { dry_run: true } => publish::package().and_then(|()| {
+            publish::dry_run(|reason| {
+                println!("skipped: {reason}");
+                Ok(())
+            })
+        }),
         Task::KernelSupport { kernel } => {
             let program = ["run", "--package", "ringpass-tests", "--bin", "kernel_support", "--"];
             steps::run(steps::cargo(&program).arg("docs/kernel-support.md").args(kernel))

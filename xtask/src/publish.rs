@@ -1,6 +1,11 @@
 //! The crates that are for a registry: whether each could be published as it is.
 
-use std::{collections::HashSet, path::Path, process::Command};
+use std::{
+    collections::HashSet,
+    fs,
+    path::Path,
+    process::{Command, Stdio},
+};
 
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
@@ -9,32 +14,107 @@ use crate::steps::{self, cargo};
 
 /// The first Cargo that can package crates which depend on each other and are on no registry yet.
 const PACKAGES_TOGETHER_SINCE: (u32, u32) = (1, 90);
+/// No address in this domain exists (RFC 2606).
+const PLACEHOLDER_DOMAIN: &str = ".example";
+/// Where people read how to report a vulnerability.
+const SECURITY: &str = "SECURITY.md";
 const KEYWORDS_MAX: usize = 5;
 const KEYWORD_CHARACTERS_MAX: usize = 20;
 
-/// Packages each crate that is to be published, as `cargo publish` would.
+/// What Cargo reports when it cannot reach the registry's index: numbers of errors of libcurl
+/// (<https://curl.se/libcurl/c/libcurl-errors.html>) for a proxy or host without an address, a refused or broken
+/// connection, a timeout, and a failed TLS handshake.
+const CURL_CANNOT_REACH: [&str; 8] = ["[5]", "[6]", "[7]", "[28]", "[35]", "[52]", "[55]", "[56]"];
+/// What Cargo reports when its configuration forbids the network.
+const IS_OFFLINE: &str = "attempting to make an HTTP request, but --offline was specified";
+
+/// Packages each crate that is to be published, as `cargo publish` would, and compiles each package. This finds files that
+/// the crate needs but does not include. It needs no network.
 ///
-/// Without building what comes out, which would take longer than all other steps but the tests: that each crate builds alone is the
-/// business of [`check_alone`].
+/// An older Cargo cannot package crates together that are on no registry. There this function lists the files only, and
+/// [`check_alone`] compiles the crates.
 pub(crate) fn package() -> Result<()> {
     let packages = published(&metadata()?)?;
     let faults: Vec<String> = packages.iter().flat_map(Package::faults).collect();
     ensure!(faults.is_empty(), "{}", faults.join("\n"));
-    let names = packages.iter().flat_map(|package| ["--package", &package.name]);
-    if cargo_version()? < PACKAGES_TOGETHER_SINCE {
+    if !packages_together()? {
         println!("this Cargo cannot package crates together that are on no registry: it only lists their files");
         return packages.iter().try_for_each(|package| {
             steps::run_quietly(&mut cargo(&["package", "--list", "--allow-dirty", "--package", &package.name]))
         });
     }
-    steps::run(cargo(&["package", "--quiet", "--locked", "--offline", "--no-verify", "--allow-dirty"]).args(names))
+    let mut command = cargo(&["package", "--quiet", "--locked", "--offline", "--allow-dirty"]);
+    // Only the verdict of the compiler counts.
+    command.args(names(&packages)).env("CARGO_PROFILE_DEV_DEBUG", "false").env("CARGO_INCREMENTAL", "0");
+    steps::run(&mut command)
+}
+
+/// Runs `cargo publish --dry-run` for each crate that is to be published. If the registry's index cannot be reached, this
+/// is skipped with the reason; every other error is a failure.
+///
+/// It does not compile the packages: [`package`] has compiled the same packages.
+pub(crate) fn dry_run(skip: impl FnOnce(&str) -> Result<()>) -> Result<()> {
+    if !packages_together()? {
+        return skip("needs cargo 1.90: an older one cannot publish crates together that are on no registry");
+    }
+    let packages = published(&metadata()?)?;
+    let mut command = cargo(&["publish", "--dry-run", "--no-verify", "--locked", "--allow-dirty"]);
+    // By name, so that Cargo also finds the index where its configuration replaces it with a mirror.
+    command.args(["--registry", "crates-io"]).args(names(&packages));
+    match try_dry_run(&mut command)? {
+        None => Ok(()),
+        Some(cause) => skip(&format!("cargo cannot reach the registry's index: {cause}")),
+    }
+}
+
+/// Publishes all crates that are to be published. Refuses while an address in this repository is a placeholder.
+pub(crate) fn run() -> Result<()> {
+    let packages = published(&metadata()?)?;
+    let mut placeholders: Vec<String> = packages.iter().filter_map(Package::placeholder).collect();
+    let security = fs::read_to_string(SECURITY).with_context(|| format!("cannot read {SECURITY}"))?;
+    if security.contains(PLACEHOLDER_DOMAIN) {
+        placeholders.push(format!("{SECURITY}: an address under {PLACEHOLDER_DOMAIN}"));
+    }
+    ensure!(
+        placeholders.is_empty(),
+        "these addresses are placeholders; write the public ones before the first release:\n{}",
+        placeholders.join("\n")
+    );
+    steps::run(cargo(&["publish", "--locked"]).args(names(&packages)))
+}
+
+/// Runs the command and shows its output. Returns what kept it from the index, if that is why it failed.
+fn try_dry_run(command: &mut Command) -> Result<Option<String>> {
+    let line = steps::command_line(command);
+    println!("$ {line}");
+    let output = command.stdin(Stdio::null()).output().with_context(|| format!("cannot start `{line}`"))?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    eprint!("{said}");
+    if output.status.success() {
+        return Ok(None);
+    }
+    match unreachable_index(&said) {
+        Some(cause) => Ok(Some(cause.to_owned())),
+        None => bail!("`{line}` failed: {}", output.status),
+    }
+}
+
+/// The cause in the messages of a Cargo that failed because it could not reach the index.
+fn unreachable_index(said: &str) -> Option<&str> {
+    let error = said.split_once("error: ")?.1;
+    if error.starts_with(IS_OFFLINE) {
+        return error.lines().next();
+    }
+    let (_, causes) = error.split_once("failed to download from `")?;
+    causes.lines().map(str::trim).find(|line| CURL_CANNOT_REACH.iter().any(|number| line.starts_with(number)))
 }
 
 /// Compiles each of the crates with the features that it has when it is used alone: in a build of the whole workspace others
-/// switch on more.
+/// switch on more. [`package`] compiles them with their default features.
 pub(crate) fn check_alone() -> Result<()> {
+    let default_features = (!packages_together()?).then_some(&[][..]);
     for package in published(&metadata()?)? {
-        for features in [&[][..], &["--all-features"]] {
+        for features in default_features.into_iter().chain([&["--all-features"][..]]) {
             let check = ["check", "--quiet", "--locked", "--package", &package.name];
             steps::run(cargo(&check).args(features))?;
         }
@@ -51,8 +131,7 @@ pub(crate) fn check_semver(skip: impl FnOnce(&str) -> Result<()>) -> Result<()> 
         return skip("there is no release to compare with: no tag v*");
     };
     let packages = published(&metadata()?)?;
-    let names = packages.iter().flat_map(|package| ["--package", &package.name]);
-    steps::run(cargo(&["semver-checks", "--baseline-rev", &release]).args(names))
+    steps::run(cargo(&["semver-checks", "--baseline-rev", &release]).args(names(&packages)))
 }
 
 /// The tag of the newest release in the history of what is checked out.
@@ -97,7 +176,19 @@ fn published(metadata: &Value) -> Result<Vec<Package>> {
     Ok(packages)
 }
 
+/// The options that choose these packages.
+fn names(packages: &[Package]) -> impl Iterator<Item = &str> {
+    packages.iter().flat_map(|package| ["--package", &package.name])
+}
+
 impl Package {
+    /// The field whose address is a placeholder, with the address.
+    fn placeholder(&self) -> Option<String> {
+        let repository = self.manifest["repository"].as_str()?;
+        let is_placeholder = repository.split('/').any(|part| part.ends_with(PLACEHOLDER_DOMAIN));
+        is_placeholder.then(|| format!("{}: repository = {repository:?}", self.name))
+    }
+
     /// What is missing before a person could find, use and trust this crate on a registry.
     fn faults(&self) -> Vec<String> {
         let mut faults = Vec::new();
@@ -137,6 +228,11 @@ impl Package {
         }
         faults
     }
+}
+
+/// Whether Cargo can package crates together that depend on each other and are on no registry.
+fn packages_together() -> Result<bool> {
+    Ok(cargo_version()? >= PACKAGES_TOGETHER_SINCE)
 }
 
 /// Major and minor version of the Cargo that started this program.
@@ -194,6 +290,62 @@ mod tests {
                 "ringpass-guest-abi: it depends on ringpass-tests, which is not published",
             ]
         );
+    }
+
+    #[test]
+    fn a_placeholder_is_no_address_to_publish() {
+        let package = |repository: &str| Package {
+            name: "a".into(),
+            manifest: json!({ "repository": repository }),
+            unpublished: HashSet::new(),
+        };
+        assert_eq!(
+            package("https://ringpass.example/ringpass").placeholder().as_deref(),
+            Some("a: repository = \"https://ringpass.example/ringpass\"")
+        );
+        assert_eq!(package("https://code.org/ringpass.examples").placeholder(), None);
+    }
+
+    /// A dry run for a crate of its own, with a proxy that does not answer.
+    fn dry_run_without_network(manifest: &str) -> Result<Option<String>> {
+        let directory = tempfile::tempdir().expect("a directory");
+        let package = "[package]\nname = \"ringpass-unreachable\"\nversion = \"0.1.0\"\nedition = \"2021\"\n";
+        fs::write(directory.path().join("Cargo.toml"), format!("{package}{manifest}\n[workspace]\n")).expect("a file");
+        fs::create_dir(directory.path().join("src")).expect("a directory");
+        fs::write(directory.path().join("src/lib.rs"), "").expect("a file");
+        let mut command = cargo(&["publish", "--dry-run", "--no-verify", "--allow-dirty", "--registry", "crates-io"]);
+        command.current_dir(&directory).env("CARGO_HTTP_PROXY", "http://127.0.0.1:1").env("CARGO_NET_RETRY", "0");
+        // An own home: the index may be in the cache of the usual one.
+        try_dry_run(command.env("CARGO_HOME", directory.path().join("home")).env_remove("CARGO_NET_OFFLINE"))
+    }
+
+    #[test]
+    fn a_dry_run_without_network_is_told_from_one_that_fails() {
+        let cause = dry_run_without_network("license = \"MIT\"").expect("no failure").expect("no network");
+        assert!(cause.starts_with("[7] "), "{cause}");
+        let error = dry_run_without_network("publish = false").expect_err("the crate is not to be published");
+        assert!(error.to_string().contains("failed: exit status: 101"), "{error}");
+    }
+
+    #[test]
+    fn only_an_index_out_of_reach_is_a_reason_to_skip() {
+        let about_index = |cause: &str| {
+            format!(
+                "    Updating crates.io index\nerror: failed to get `x` as a dependency\n\nCaused by:\n  failed to \
+                 download from `https://index.crates.io/config.json`\n\nCaused by:\n  {cause}\n"
+            )
+        };
+        for cause in ["[6] Could not resolve hostname", "[28] Timeout was reached", "[56] CONNECT tunnel failed"] {
+            assert_eq!(unreachable_index(&about_index(cause)), Some(cause));
+        }
+        assert_eq!(unreachable_index(&format!("error: {IS_OFFLINE}\n")), Some(IS_OFFLINE));
+        for other in [
+            about_index("[60] SSL peer certificate was not OK").as_str(),
+            "warning: spurious network error: [7] Could not connect\nerror: 1 files in the working directory",
+            "error: failed to select a version for `x`",
+        ] {
+            assert_eq!(unreachable_index(other), None, "{other}");
+        }
     }
 
     #[test]

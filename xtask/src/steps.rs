@@ -85,7 +85,7 @@ fn is_success(command: &mut Command) -> bool {
 }
 
 /// The command as a user would type it, with the variables that are set for it.
-fn command_line(command: &Command) -> String {
+pub(crate) fn command_line(command: &Command) -> String {
     let variables = command.get_envs().filter_map(|(name, value)| {
         let value = value?.to_string_lossy();
         Some(format!("{}={}", name.to_string_lossy(), quoted(&value)))

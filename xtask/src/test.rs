@@ -46,12 +46,12 @@ fn run_steps(steps: &mut Steps) -> Result<()> {
     steps.run("packaging", publish::package)?;
 
     let mut tests = TestRun::begin()?;
-    steps.run("public interfaces", || {
-        publish::check_semver(|reason| {
-            println!("skipped: {reason}");
-            tests.skip("public interfaces", reason)
-        })
-    })?;
+    let skip = |name, reason: &str| {
+        println!("skipped: {reason}");
+        tests.skip(name, reason)
+    };
+    steps.run("cargo publish --dry-run", || publish::dry_run(|reason| skip("cargo publish --dry-run", reason)))?;
+    steps.run("public interfaces", || publish::check_semver(|reason| skip("public interfaces", reason)))?;
     let result = steps
         .run("tests", || tests.run(all_tests()))
         .and_then(|()| steps.run("examples in the documentation", || tests.run(doctests())))
