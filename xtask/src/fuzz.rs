@@ -6,9 +6,14 @@ use std::{
     env, fs,
     path::{Path, PathBuf},
     process::Command,
+    sync::{
+        Mutex,
+        atomic::{AtomicUsize, Ordering},
+    },
+    thread,
 };
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 
 use crate::{
     steps::{self, cargo},
@@ -69,10 +74,34 @@ pub(crate) fn run(tests: &TestRun, budget: &Budget) -> Result<()> {
         return Ok(());
     }
     steps::run(&mut build())?;
-    for target in TARGETS {
-        run_target(target, &tests.fuzz_seeds().join(target.name), &corpus(tests, budget, target)?, budget)?;
-    }
+    let runs: Vec<_> = TARGETS
+        .iter()
+        .map(|target| Ok((target, tests.fuzz_seeds().join(target.name), corpus(tests, budget, target)?)))
+        .collect::<Result<_>>()?;
+    // A fuzzer is one thread.
+    let at_once = thread::available_parallelism().context("cannot count the CPUs")?.get();
+    let failures = failures_of_all(&runs, at_once, |(target, seeds, corpus)| run_target(target, seeds, corpus, budget));
+    ensure!(failures.is_empty(), "{}", failures.join("\n"));
     Ok(())
+}
+
+/// Does the work for all items, `at_once` items at a time, and returns the errors. A failure does not end the others'
+/// work.
+fn failures_of_all<T: Sync>(items: &[T], at_once: usize, work: impl Fn(&T) -> Result<()> + Sync) -> Vec<String> {
+    let next = AtomicUsize::new(0);
+    let failures = Mutex::new(Vec::new());
+    thread::scope(|scope| {
+        for _ in 0..at_once.min(items.len()) {
+            scope.spawn(|| {
+                while let Some(item) = items.get(next.fetch_add(1, Ordering::Relaxed)) {
+                    if let Err(error) = work(item) {
+                        failures.lock().expect("no thread panicked").push(format!("{error:#}"));
+                    }
+                }
+            });
+        }
+    });
+    failures.into_inner().expect("no thread panicked")
 }
 
 /// Ensures that cargo-fuzz is available. An error states why fuzzing is not possible.
@@ -113,7 +142,7 @@ fn run_target(target: &Target, seeds: &Path, corpus: &Path, budget: &Budget) -> 
         println!("no test saved seeds for {}: it starts without seeds", target.name);
     }
     command.arg("--").args(options(target, budget));
-    steps::run(&mut command).map_err(|error| {
+    steps::run_apart(&mut command).map_err(|error| {
         let new = files(&artifacts);
         match new.difference(&before).next() {
             Some(input) => error.context(finding(target.name, input)),
@@ -182,6 +211,26 @@ mod tests {
             assert!(manifest.contains(&format!("name = \"{name}\"\npath = \"fuzz_targets/{name}.rs\"")), "{name}");
         }
         assert_eq!(manifest.matches("[[bin]]").count(), names.len());
+    }
+
+    #[test]
+    fn every_target_runs_once_and_every_failure_is_reported() {
+        let (running, most, runs) = (AtomicUsize::new(0), AtomicUsize::new(0), AtomicUsize::new(0));
+        let both_run = std::sync::Barrier::new(2);
+        let failures = failures_of_all(&[1, 2, 3, 4], 2, |number| {
+            most.fetch_max(running.fetch_add(1, Ordering::SeqCst) + 1, Ordering::SeqCst);
+            both_run.wait();
+            runs.fetch_add(1, Ordering::SeqCst);
+            running.fetch_sub(1, Ordering::SeqCst);
+            ensure!(number % 2 == 0, "{number} is odd");
+            Ok(())
+        });
+        assert_eq!((runs.into_inner(), most.into_inner()), (4, 2));
+        assert_eq!(
+            failures.into_iter().collect::<BTreeSet<_>>(),
+            BTreeSet::from(["1 is odd".into(), "3 is odd".into()])
+        );
+        assert_eq!(failures_of_all(&[0; 0], 2, |_| Ok(())), [""; 0]);
     }
 
     #[test]

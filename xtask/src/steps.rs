@@ -54,6 +54,19 @@ pub(crate) fn run(command: &mut Command) -> Result<()> {
     Ok(())
 }
 
+/// Runs a command to its end, beside others. Its output is shown as a whole when it ends.
+pub(crate) fn run_apart(command: &mut Command) -> Result<()> {
+    let line = command_line(command);
+    println!("$ {line}");
+    let output = command.stdin(Stdio::null()).output().with_context(|| format!("cannot start `{line}`"))?;
+    let text = [output.stdout, output.stderr].concat();
+    println!("\noutput of `{line}`:\n{}", String::from_utf8_lossy(&text).trim_end());
+    if !output.status.success() {
+        bail!("`{line}` failed: {}", output.status);
+    }
+    Ok(())
+}
+
 /// Runs a command to its end. Its output is shown only if it fails.
 pub(crate) fn run_quietly(command: &mut Command) -> Result<()> {
     let line = command_line(command);
