@@ -10,7 +10,7 @@ use ringpass_tests::{
     front_end::{
         attach::{
             RingDriver,
-            bench::{QUEUE_SIZE, start_again, start_first, start_ring},
+            bench::{QUEUE_SIZE, start_again, start_queue_zero, start_ring},
         },
         blk::SECTOR_BYTES,
         connection::Connection,
@@ -82,8 +82,8 @@ fn session(rig: &Rig, cut: Option<Cut>) -> Result<usize> {
     let front_end = FrontEnd::negotiate(connection, &ram.ram, Options::default())?;
     let connection = front_end.connection();
     let _region = front_end.new_inflight_region(3, QUEUE_SIZE)?;
-    let mut first = start_first(&front_end, &mut ram)?;
-    first.post_event()?;
+    let mut queue_zero = start_queue_zero(&front_end, &mut ram)?;
+    queue_zero.post_event()?;
     let mut drivers = Vec::new();
     for index in 1..3 {
         let mut driver = start_ring(&front_end, &mut ram, index)?;

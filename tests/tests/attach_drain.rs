@@ -14,7 +14,7 @@ use ringpass_tests::{
     front_end::{
         attach::{
             RingDriver,
-            bench::{start_first, start_ring},
+            bench::{start_queue_zero, start_ring},
             slow::SlowGuest,
             wait_until,
         },
@@ -106,7 +106,7 @@ fn ring_ends() -> Result<()> {
 
 fn with_ring(stuck_for: Duration, epoch: u32) -> Result<()> {
     let mut guest = Guest::new()?;
-    let _first = start_first(&guest.front_end, &mut guest.slow.ram)?;
+    let _queue_zero = start_queue_zero(&guest.front_end, &mut guest.slow.ram)?;
     let mut driver = start_ring(&guest.front_end, &mut guest.slow.ram, 1)?;
     driver.attach()?;
     // The broker pins the region when it makes the first ring.
@@ -130,7 +130,7 @@ fn with_ring(stuck_for: Duration, epoch: u32) -> Result<()> {
 /// Makes the ring end with `end`, and then removes the memory that its hanging write uses.
 fn with_ending_ring(end: impl FnOnce(&Guest) -> Result<()>) -> Result<()> {
     let mut guest = Guest::new()?;
-    let _first = start_first(&guest.front_end, &mut guest.slow.ram)?;
+    let _queue_zero = start_queue_zero(&guest.front_end, &mut guest.slow.ram)?;
     let mut driver = start_ring(&guest.front_end, &mut guest.slow.ram, 1)?;
     driver.attach()?;
     guest.slow.hang_from(&mut driver, REGION_GPA)?;
@@ -162,7 +162,7 @@ fn not_pinned() -> Result<()> {
 
 fn virtqueue() -> Result<()> {
     let mut guest = Guest::new()?;
-    let _first = start_first(&guest.front_end, &mut guest.slow.ram)?;
+    let _queue_zero = start_queue_zero(&guest.front_end, &mut guest.slow.ram)?;
     let mut driver = start_ring(&guest.front_end, &mut guest.slow.ram, 1)?;
     guest.slow.disk.freeze()?;
     let sector = SlowGuest::HANGING_OFFSET_BYTES / SECTOR_BYTES;
@@ -194,7 +194,7 @@ fn leaves_waiting(ask: impl FnOnce(&Guest) -> Result<()>) -> Result<()> {
 }
 
 fn hanging_ring(guest: &mut Guest) -> Result<RingDriver> {
-    let _first = start_first(&guest.front_end, &mut guest.slow.ram)?;
+    let _queue_zero = start_queue_zero(&guest.front_end, &mut guest.slow.ram)?;
     let mut driver = start_ring(&guest.front_end, &mut guest.slow.ram, 1)?;
     driver.attach()?;
     guest.slow.hang_from(&mut driver, REGION_GPA)?;

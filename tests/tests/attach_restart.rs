@@ -17,7 +17,7 @@ use ringpass_tests::{
     front_end::{
         attach::{
             RingDriver,
-            bench::{Bench, QUEUE_SIZE, start_again, start_first, start_ring},
+            bench::{Bench, QUEUE_SIZE, start_again, start_queue_zero, start_ring},
             ok,
             slow::SlowGuest,
             wait_until, whole,
@@ -93,7 +93,7 @@ impl Guest {
             // The region must come before any queue starts, and `Bench` has started queue 0.
             bench.front_end.stop_vring(0)?;
             region = Some(bench.front_end.new_inflight_region(2, QUEUE_SIZE)?);
-            start_again(&bench.front_end, bench.first.vring(), 0)?;
+            start_again(&bench.front_end, bench.queue_zero.vring(), 0)?;
         }
         let driver = bench.attached(1)?;
         Ok(Self { bench, driver, region })
@@ -117,14 +117,14 @@ impl Guest {
 
     /// Takes all news of the device, and leaves an EVENT pending, which is then in the in-flight region.
     fn post_event(&mut self) -> Result<()> {
-        self.bench.first.post_event()?;
+        self.bench.queue_zero.post_event()?;
         wait_until("an EVENT that is pending and recorded", || {
-            if !self.bench.first.has_event_ended()? {
+            if !self.bench.queue_zero.has_event_ended()? {
                 self.check_attached()?;
                 return Ok(self.check_records(1).is_ok());
             }
-            ensure!(self.bench.first.wait_event()? == EVENT_QUEUES);
-            self.bench.first.post_event()?;
+            ensure!(self.bench.queue_zero.wait_event()? == EVENT_QUEUES);
+            self.bench.queue_zero.post_event()?;
             Ok(false)
         })
     }
@@ -136,7 +136,7 @@ impl Guest {
             Interruption::StopAndGoOn => {
                 for index in order {
                     let base = bench.front_end.stop_vring(index)?;
-                    let vring = if index == 0 { bench.first.vring() } else { driver.vring() };
+                    let vring = if index == 0 { bench.queue_zero.vring() } else { driver.vring() };
                     let used = vring.used_idx()?;
                     ensure!(base == used, "queue {index} stops at {base}, and {used} are used");
                 }
@@ -153,7 +153,7 @@ impl Guest {
         }
         let Self { bench, driver, .. } = self;
         for index in order {
-            let vring = if index == 0 { bench.first.vring() } else { driver.vring() };
+            let vring = if index == 0 { bench.queue_zero.vring() } else { driver.vring() };
             start_again(&bench.front_end, vring, index)?;
         }
         Ok(())
@@ -181,7 +181,7 @@ fn restarts(interruption: Interruption, with_records: bool) -> Result<()> {
     broker_explains(&guest, result)
 }
 
-fn one_restart(guest: &mut Guest, interruption: Interruption, round: u32, first_queue_first: bool) -> Result<()> {
+fn one_restart(guest: &mut Guest, interruption: Interruption, round: u32, queue_zero_first: bool) -> Result<()> {
     let offset_bytes = u64::from(round % 64) * 4096;
     let data = pattern(round.into(), 4096);
     guest.driver.write(offset_bytes, &data)?;
@@ -196,7 +196,7 @@ fn one_restart(guest: &mut Guest, interruption: Interruption, round: u32, first_
     for request in 0..16 {
         guest.driver.submit(guest.driver.sqe(true, 1 + request, 4096, (64 + request) * 4096, 100 + request)?)?;
     }
-    guest.restart(interruption, if first_queue_first { [0, 1] } else { [1, 0] })?;
+    guest.restart(interruption, if queue_zero_first { [0, 1] } else { [1, 0] })?;
     guest.driver.wait_epoch(round + 1)?;
     for request in 0..16 {
         let res = guest.driver.wait(100 + request)?;
@@ -204,7 +204,7 @@ fn one_restart(guest: &mut Guest, interruption: Interruption, round: u32, first_
     }
     ensure!(guest.driver.vring().used_idx()? == 1, "ARM is used, and nothing else");
     if has_event {
-        let events = guest.bench.first.wait_event()?;
+        let events = guest.bench.queue_zero.wait_event()?;
         // If the ring ends before queue 0 stops, the device has news.
         let is_empty = interruption == Interruption::StopAndGoOn && events == 0;
         ensure!(is_empty || events == EVENT_QUEUES, "EVENT says {events:#x}");
@@ -215,7 +215,7 @@ fn one_restart(guest: &mut Guest, interruption: Interruption, round: u32, first_
 /// The device answers ATTACH once, however often it has seen it.
 fn detach(guest: &mut Guest) -> Result<()> {
     guest.driver.set_detach();
-    ensure!(guest.bench.first.detach(1)? == ok());
+    ensure!(guest.bench.queue_zero.detach(1)? == ok());
     let found = guest.driver.wait_attach()?;
     ensure!(found == whole(ErrorCode::Detached), "{found:?}");
     thread::sleep(Duration::from_millis(50));
@@ -228,14 +228,14 @@ fn detach(guest: &mut Guest) -> Result<()> {
 fn slow_stop() -> Result<()> {
     let mut guest = SlowGuest::new(StuckKind::LoopDevice)?;
     let front_end = guest.connect()?;
-    let mut first = start_first(&front_end, &mut guest.ram)?;
+    let mut queue_zero = start_queue_zero(&front_end, &mut guest.ram)?;
     let mut stuck = start_ring(&front_end, &mut guest.ram, 1)?;
     let mut idle = start_ring(&front_end, &mut guest.ram, 2)?;
     stuck.attach()?;
     idle.attach()?;
     guest.hang(&mut stuck)?;
     let stopped = (|| -> Result<()> {
-        for (index, base) in [(2, 1), (0, first.vring().used_idx()?)] {
+        for (index, base) in [(2, 1), (0, queue_zero.vring().used_idx()?)] {
             let begin = Instant::now();
             let found = front_end.stop_vring(index)?;
             ensure!(found == base, "queue {index} stops at {found}, not at {base}");
@@ -272,7 +272,7 @@ fn killed_with_slow_io(kind: StuckKind) -> Result<()> {
     let mut guest = SlowGuest::new(kind)?;
     let front_end = guest.connect()?;
     let region = front_end.new_inflight_region(3, QUEUE_SIZE)?;
-    let mut first = start_first(&front_end, &mut guest.ram)?;
+    let mut queue_zero = start_queue_zero(&front_end, &mut guest.ram)?;
     let mut driver = start_ring(&front_end, &mut guest.ram, 1)?;
     driver.attach()?;
     guest.hang(&mut driver)?;
@@ -284,16 +284,19 @@ fn killed_with_slow_io(kind: StuckKind) -> Result<()> {
         let front_end = guest.connect()?;
         ensure!(front_end.connection().config(8)?.len() == 8);
         front_end.set_inflight_region(&region)?;
-        start_again(&front_end, first.vring(), 0)?;
+        start_again(&front_end, queue_zero.vring(), 0)?;
         start_again(&front_end, driver.vring(), 1)?;
         ensure!(begin.elapsed() < PROMPT, "the new broker took {:?} to answer", begin.elapsed());
-        first.post_event()?;
-        let used = first.vring().used_idx()?;
+        queue_zero.post_event()?;
+        let used = queue_zero.vring().used_idx()?;
         let end = Instant::now() + AT_ONCE;
         while Instant::now() < end {
             let word = driver.announced();
             ensure!(word == 1 << 2 | 1, "{word:#x} is announced before the old I/O has ended");
-            ensure!(first.vring().used_idx()? == used, "the broker executed a request before the old I/O had ended");
+            ensure!(
+                queue_zero.vring().used_idx()? == used,
+                "the broker executed a request before the old I/O had ended"
+            );
             ensure!(
                 region.heads(0)?.is_empty() && region.heads(1)?.is_empty(),
                 "the broker took a request before the old I/O had ended"
@@ -317,7 +320,7 @@ fn killed_with_slow_io(kind: StuckKind) -> Result<()> {
             let res = driver.perform(driver.sqe(true, 0, 4096, 8192, 78)?)?;
             ensure!(res == 4096, "the second write: {res}");
         }
-        ensure!(first.wait_event()? == EVENT_QUEUES);
+        ensure!(queue_zero.wait_event()? == EVENT_QUEUES);
         ensure!(region.heads(1)?.is_empty());
         ensure!(driver.read(12288, 4096)? == [StuckDisk::INITIAL_BYTE; 4096]);
         ensure!(driver.read(8192, 4096)? == [0; 4096], "the write did not reach the disk");

@@ -9,7 +9,7 @@ use ringpass_tests::{
     broker_process::{self, BrokerProcess},
     disks::{DiskKind, TestDisk},
     front_end::{
-        attach::bench::{start_again, start_first, start_ring},
+        attach::bench::{start_again, start_queue_zero, start_ring},
         blk::BlkDriver,
         rig::{Rig, TestRam},
         session::{FrontEnd, Options},
@@ -104,7 +104,7 @@ fn migrate_from_rings(kind: DiskKind) -> Result<()> {
 fn migrate_from_rings_once(rig: &Rig) -> Result<()> {
     let mut ram = TestRam::new(1, 4 << 20)?;
     let front_end = FrontEnd::connect(&rig.socket(), &ram.ram, Options::default())?;
-    let _first = start_first(&front_end, &mut ram)?;
+    let _queue_zero = start_queue_zero(&front_end, &mut ram)?;
     for index in 1..3 {
         let mut driver = start_ring(&front_end, &mut ram, index)?;
         driver.attach()?;

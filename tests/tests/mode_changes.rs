@@ -18,7 +18,7 @@ use ringpass_tests::{
     broker_process,
     disks::DiskKind,
     front_end::{
-        attach::{FirstQueue, RingDriver, bench::Bench, wait_until, whole},
+        attach::{QueueZero, RingDriver, bench::Bench, wait_until, whole},
         rig::Rig,
     },
     harness::{self, Test, test},
@@ -196,7 +196,7 @@ fn silent_driver() -> Result<()> {
     let change = change.stderr(Stdio::piped()).spawn()?;
     bench.broker.explain(await_drain(&silent))?;
     bench.broker.explain(leave(&mut other))?;
-    take_news(&mut bench.first)?;
+    take_news(&mut bench.queue_zero)?;
     // The ring works for as long as its driver does not answer.
     let data = [0x5a; BLOCK_BYTES as usize];
     write_without_answering(&mut silent, &data)?;
@@ -207,7 +207,7 @@ fn silent_driver() -> Result<()> {
     ensure!(executed_by(&bench.rig)?[0] == "ring");
     write_without_answering(&mut silent, &data)?;
     // The other queue may have a ring again, and the device tells its driver so.
-    ensure!(bench.first.wait_event()? == EVENT_QUEUES);
+    ensure!(bench.queue_zero.wait_event()? == EVENT_QUEUES);
     other.attach()?;
     // The silent driver gets another ring once it has answered: a drain cannot be taken back.
     silent.wait_epoch(2)?;
@@ -217,11 +217,11 @@ fn silent_driver() -> Result<()> {
 }
 
 /// Takes all news of the device, and leaves an EVENT pending.
-fn take_news(first: &mut FirstQueue) -> Result<()> {
-    first.post_event()?;
-    while first.has_event_ended()? {
-        first.wait_event()?;
-        first.post_event()?;
+fn take_news(queue_zero: &mut QueueZero) -> Result<()> {
+    queue_zero.post_event()?;
+    while queue_zero.has_event_ended()? {
+        queue_zero.wait_event()?;
+        queue_zero.post_event()?;
     }
     Ok(())
 }
@@ -251,9 +251,9 @@ fn refused_until_auto() -> Result<()> {
     let shown = dev(&bench.rig, &["show", "vhost"])?.output()?;
     let shown = String::from_utf8(shown.stdout)?;
     ensure!(shown.contains("mode virtqueue") && shown.contains("the operator set mode virtqueue"), "{shown}");
-    take_news(&mut bench.first)?;
+    take_news(&mut bench.queue_zero)?;
     set_mode_well(&bench.rig, "auto")?;
-    ensure!(bench.first.wait_event()? == EVENT_QUEUES);
+    ensure!(bench.queue_zero.wait_event()? == EVENT_QUEUES);
     driver.attach()?;
     driver.write(0, &[7; BLOCK_BYTES as usize])
 }

@@ -14,7 +14,7 @@ use ringpass_tests::{
     disks::DiskKind,
     front_end::{
         attach::{
-            bench::{Bench, start_first, start_ring},
+            bench::{Bench, start_queue_zero, start_ring},
             wait_until, whole,
         },
         blk::SECTOR_BYTES,
@@ -106,7 +106,7 @@ fn ordinary_user() -> Result<()> {
         broker.wait_for_log("waiting for a front-end")?;
         let mut ram = TestRam::new(1, 16 << 20)?;
         let front_end = FrontEnd::connect(broker.socket(), &ram.ram, Options::default())?;
-        let _first = start_first(&front_end, &mut ram)?;
+        let _queue_zero = start_queue_zero(&front_end, &mut ram)?;
         let mut driver = start_ring(&front_end, &mut ram, 1)?;
         driver.send_both(&driver.payload().to_bytes())?;
         let found = driver.wait_attach()?;

@@ -66,7 +66,7 @@ impl Stuck {
         Ok(stuck)
     }
 
-    /// Waits until the server has taken so many kicks of the first queue, and the requests with them.
+    /// Waits until the server has taken so many kicks of queue 0, and the requests with them.
     fn wait_for_kicks(&self, kicks: u64) -> Result<()> {
         let end = Instant::now() + LIMIT;
         loop {

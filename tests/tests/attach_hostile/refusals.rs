@@ -72,12 +72,12 @@ pub(crate) fn bad_geometry() -> Result<()> {
     // Requests on the wrong queue, in the wrong order, or without a payload.
     driver.send_attach(&good.to_bytes())?;
     ensure!(driver.wait_attach()? == whole(ErrorCode::Order), "ATTACH without ARM");
-    ensure!(bench.first.outcome_of(T_ATTACH, &good.to_bytes())? == whole(ErrorCode::Queue), "ATTACH on queue 0");
+    ensure!(bench.queue_zero.outcome_of(T_ATTACH, &good.to_bytes())? == whole(ErrorCode::Queue), "ATTACH on queue 0");
     for queue in [0, 3, u16::MAX] {
-        ensure!(bench.first.detach(queue)? == whole(ErrorCode::Queue), "DETACH of queue {queue}");
+        ensure!(bench.queue_zero.detach(queue)? == whole(ErrorCode::Queue), "DETACH of queue {queue}");
     }
-    ensure!(bench.first.outcome_of(T_DETACH, &[])? == whole(ErrorCode::Length), "DETACH of nothing");
-    ensure!(bench.first.detach(2)? == ok(), "DETACH of a queue that is not attached");
+    ensure!(bench.queue_zero.outcome_of(T_DETACH, &[])? == whole(ErrorCode::Length), "DETACH of nothing");
+    ensure!(bench.queue_zero.detach(2)? == ok(), "DETACH of a queue that is not attached");
     for kind in [T_PROBE, T_EVENT] {
         driver.send_other(kind, &[])?;
         driver.vring().spin_for_used(PATIENCE)?;

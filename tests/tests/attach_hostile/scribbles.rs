@@ -13,7 +13,7 @@ use ringpass_tests::{
     canaries::pattern,
     disks::DiskKind,
     front_end::{
-        attach::bench::{start_again, start_first, start_ring},
+        attach::bench::{start_again, start_queue_zero, start_ring},
         event::Event,
         ram::RamRegion,
         rig::{Rig, TestRam},
@@ -98,7 +98,7 @@ impl Stage {
         let broker = rig.broker(&arguments)?;
         let (surroundings, mut ram) = Surroundings::new()?;
         let front_end = FrontEnd::connect(&rig.socket(), &ram.ram, Options::default())?;
-        let _first = broker.explain(start_first(&front_end, &mut ram))?;
+        let _queue_zero = broker.explain(start_queue_zero(&front_end, &mut ram))?;
         front_end.stop_vring(0)?;
         let mut driver = start_ring(&front_end, &mut ram, HONEST)?;
         broker.explain(driver.attach())?;
@@ -284,7 +284,7 @@ impl Stage {
         let ram = self.front_end.ram().clone();
         let arenas = vec![ram.regions()[1].arena()];
         let mut ram = TestRam { ram, arenas };
-        let mut first = start_first(&self.front_end, &mut ram)?;
+        let mut queue_zero = start_queue_zero(&self.front_end, &mut ram)?;
         for index in [2, 3] {
             let mut driver = start_ring(&self.front_end, &mut ram, index)?;
             driver.attach().context("a good driver after all")?;
@@ -292,7 +292,7 @@ impl Stage {
             driver.write(u64::from(index) * 4096, &data)?;
             ensure!(driver.read(u64::from(index) * 4096, 4096)? == data, "the read returned other data");
         }
-        first.probe()?;
+        queue_zero.probe()?;
         self.surroundings.check()
     }
 }

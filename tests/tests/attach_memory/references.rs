@@ -8,7 +8,7 @@ use ringpass_tests::{
     disks::DiskKind,
     front_end::{
         attach::{
-            FirstQueue, RequestPlaces, RingDriver,
+            QueueZero, RequestPlaces, RingDriver,
             bench::{Bench, QUEUE_SIZE},
             ok, wait_until, whole,
         },
@@ -24,10 +24,10 @@ pub(crate) fn let_go() -> Result<()> {
     let region = RamRegion::new(4 * GIB, 24 << 20)?;
     bench.front_end.connection().add_mem_reg(&region.message(), region.file())?;
     let mut driver = bench.attached(1)?;
-    bench.first.post_event()?;
-    ensure!(bench.first.wait_event()? == EVENT_QUEUES);
-    bench.first.post_event()?;
-    ensure!(!bench.first.has_event_ended()?);
+    bench.queue_zero.post_event()?;
+    ensure!(bench.queue_zero.wait_event()? == EVENT_QUEUES);
+    bench.queue_zero.post_event()?;
+    ensure!(!bench.queue_zero.has_event_ended()?);
     let usage = bench.broker.usage()?;
     ensure!(mapping_lengths(bench.broker.pid())?.contains(&region.len_bytes()), "the region is not mapped");
     bench.front_end.connection().rem_mem_reg(&region.message(), Some(region.file()))?;
@@ -80,19 +80,19 @@ pub(crate) fn answers_move() -> Result<()> {
     let mut vring = bench.ram.vring(&bench.front_end, QUEUE_SIZE)?;
     vring.set_ram(&ram);
     bench.front_end.start_vring(0, &vring.layout(), vring.eventfds(), 0)?;
-    let mut first = FirstQueue::new(vring, &mut places)?;
+    let mut queue_zero = QueueZero::new(vring, &mut places)?;
     let result = (|| {
         driver.attach()?;
-        first.post_event()?;
+        queue_zero.post_event()?;
         // The device first answers with old news; the next EVENT stays pending.
         wait_until("an EVENT that is pending", || {
             // The device announces the ring a moment before it answers EVENT.
             thread::sleep(Duration::from_millis(20));
-            if !first.has_event_ended()? {
+            if !queue_zero.has_event_ended()? {
                 return Ok(true);
             }
-            ensure!(first.wait_event()? == EVENT_QUEUES);
-            first.post_event()?;
+            ensure!(queue_zero.wait_event()? == EVENT_QUEUES);
+            queue_zero.post_event()?;
             Ok(false)
         })?;
         let connection = bench.front_end.connection();
@@ -101,13 +101,13 @@ pub(crate) fn answers_move() -> Result<()> {
         connection.rem_mem_reg(&before.message(), Some(before.file()))?;
         connection.add_mem_reg(&after.message(), after.file())?;
         driver.vring().set_ram(&ram);
-        first.vring().set_ram(&ram);
+        queue_zero.vring().set_ram(&ram);
 
         driver.set_detach();
-        ensure!(first.detach(1)? == ok());
+        ensure!(queue_zero.detach(1)? == ok());
         let found = driver.wait_attach()?;
         ensure!(found == whole(ErrorCode::Detached), "ATTACH: {found:?}");
-        ensure!(first.wait_event()? == EVENT_QUEUES, "EVENT");
+        ensure!(queue_zero.wait_event()? == EVENT_QUEUES, "EVENT");
         Ok(())
     })();
     bench.broker.explain(result)

@@ -15,7 +15,7 @@ use super::block_driver::BlockDriver;
 use super::driver::{PATIENCE, eventfds, setup, vring, wait_readable, wait_until};
 use super::rig::{Options, Rig, contents};
 use super::ring_driver::{
-    FirstQueue, RingDriver, first_queue_driver, index_of, refused, ring_queue_driver, scribble, whole,
+    QueueZero, RingDriver, index_of, queue_zero_driver, refused, ring_queue_driver, scribble, whole,
 };
 use crate::direct::{DirectConfig, SubmissionConfig};
 use crate::engine::AttachConfig;
@@ -49,10 +49,10 @@ pub(super) fn start(rig: &mut Rig, index: u16, queue: &DriverVring, next_avail: 
     rig.engine.set_enabled(index, true);
 }
 
-pub(super) fn first_queue(rig: &mut Rig) -> FirstQueue {
+pub(super) fn queue_zero(rig: &mut Rig) -> QueueZero {
     let queue = driver_queue(rig, 0);
     start(rig, 0, &queue, 0);
-    first_queue_driver(queue)
+    queue_zero_driver(queue)
 }
 
 fn ring_driver(rig: &mut Rig, index: u16) -> RingDriver {
@@ -79,13 +79,13 @@ pub(super) fn verify(rig: &Rig, driver: &mut RingDriver, generation: u64) {
 #[test]
 fn a_device_says_what_it_offers_and_one_without_rings_does_not_know_the_question() {
     let mut rig = rig(3, 1);
-    let (answer, status) = first_queue(&mut rig).probe_answer().unwrap();
+    let (answer, status) = queue_zero(&mut rig).probe_answer().unwrap();
     assert_eq!(status, 0);
     let device = answer.check().unwrap();
     assert_eq!((answer.magic.get(), device.version, device.queue_count), (MAGIC, VERSION, 3));
 
     let mut plain = Rig::new(Options::default());
-    let (answer, status) = first_queue(&mut plain).probe_answer().unwrap();
+    let (answer, status) = queue_zero(&mut plain).probe_answer().unwrap();
     assert_eq!((status, answer.magic.get()), (2, u64::from_ne_bytes([0xff; 8])), "nothing but the status is written");
 }
 
@@ -93,7 +93,7 @@ fn a_device_says_what_it_offers_and_one_without_rings_does_not_know_the_question
 fn a_queue_becomes_a_ring_of_the_host_and_a_virtqueue_again() {
     for workers in [1, 2] {
         let mut rig = rig(2, workers);
-        let mut first = first_queue(&mut rig);
+        let mut first = queue_zero(&mut rig);
         first.post_event().unwrap();
         let mut driver = attached(&mut rig, 1);
         assert_eq!(driver.epoch(), Some(1));
@@ -131,7 +131,7 @@ fn completions_interrupt_the_driver_also_through_another_eventfd() {
 #[test]
 fn an_event_is_completed_empty_when_its_queue_stops_and_news_are_kept_for_the_next() {
     let mut rig = rig(2, 1);
-    let mut first = first_queue(&mut rig);
+    let mut first = queue_zero(&mut rig);
     first.post_event().unwrap();
     // Behind it: when this is answered, EVENT was taken.
     first.probe().unwrap();
@@ -197,7 +197,7 @@ fn attachments_that_cannot_be_are_refused_with_the_field_and_leave_a_virtqueue()
 #[test]
 fn attach_requests_are_refused_on_queues_that_they_are_not_for() {
     let mut rig = rig(2, 1);
-    let mut first = first_queue(&mut rig);
+    let mut first = queue_zero(&mut rig);
     assert_eq!(first.detach(0).unwrap(), whole(ErrorCode::Queue));
     assert_eq!(first.detach(2).unwrap(), whole(ErrorCode::Queue));
     let mut driver = ring_driver(&mut rig, 1);

@@ -8,7 +8,7 @@ use ringpass_guest_abi::request::ErrorCode;
 use rustix::fs::{FallocateFlags, MemfdFlags, fallocate, ftruncate, memfd_create};
 use vm_memory::{FileOffset, GuestAddress, GuestRegionMmap, MmapRegion};
 
-use super::attach::{attach_config, attached, first_queue, rig, verify};
+use super::attach::{attach_config, attached, queue_zero, rig, verify};
 use super::driver::wait_until;
 use super::rig::{Options, Rig};
 use super::ring_driver::{RingDriver, refused, whole};
@@ -38,7 +38,7 @@ fn closed(rig: &Rig) -> Option<ErrorCode> {
 #[test]
 fn discarded_memory_ends_rings_until_all_queues_have_stopped() {
     let mut rig = rig(2, 1);
-    let _first = first_queue(&mut rig);
+    let _first = queue_zero(&mut rig);
     let mut driver = attached(&mut rig, 1);
     verify(&rig, &mut driver, 1);
     discard(&rig, &mut driver);
@@ -54,7 +54,7 @@ fn discarded_memory_ends_rings_until_all_queues_have_stopped() {
 #[test]
 fn what_a_front_end_discarded_is_no_matter_to_the_next() {
     let mut rig = rig(2, 1);
-    let _first = first_queue(&mut rig);
+    let _first = queue_zero(&mut rig);
     let mut driver = attached(&mut rig, 1);
     discard(&rig, &mut driver);
     // It vanishes: nothing is stopped.
@@ -69,7 +69,7 @@ fn what_a_front_end_discarded_is_no_matter_to_the_next() {
 #[test]
 fn memory_that_leaves_was_not_discarded_unseen() {
     let mut rig = rig(2, 1);
-    let _first = first_queue(&mut rig);
+    let _first = queue_zero(&mut rig);
     let small = File::from(memfd_create("ringpass-test", MemfdFlags::CLOEXEC).unwrap());
     ftruncate(&small, 1 << 20).unwrap();
     let mapped = MmapRegion::from_file(FileOffset::new(small.try_clone().unwrap(), 0), 1 << 20).unwrap();
@@ -87,7 +87,7 @@ fn memory_that_leaves_was_not_discarded_unseen() {
 #[test]
 fn memory_stays_watched_while_a_queue_is_attached() {
     let mut rig = rig(2, 1);
-    let _first = first_queue(&mut rig);
+    let _first = queue_zero(&mut rig);
     let mut driver = attached(&mut rig, 1);
     // Another queue was the last one to leave just before this one was attached, and its command comes late.
     rig.engine.control().attach.unwrap().command(BuilderCommand::Unpin);
@@ -100,7 +100,7 @@ fn memory_that_each_ring_pins_for_itself_is_not_missed_before() {
     let mut attach = attach_config();
     attach.direct.sharing = Sharing::PinAgain;
     let mut rig = Rig::new(Options { queues: 3, workers: 1, attach: Some(attach), ..Options::default() });
-    let _first = first_queue(&mut rig);
+    let _first = queue_zero(&mut rig);
     let mut drivers = [1, 2].map(|index| attached(&mut rig, index));
     std::thread::sleep(SEVERAL_LOOKS);
     for driver in &mut drivers {

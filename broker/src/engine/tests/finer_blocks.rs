@@ -13,7 +13,7 @@ fn finer(disk_bytes: u64) -> Options {
     Options { direct_io: DirectIo::On, direct_block_bytes, disk_bytes, ..Options::default() }
 }
 
-/// How many requests of the first queue were bounced, and how many wrote a part of a block.
+/// How many requests of queue 0 were bounced, and how many wrote a part of a block.
 fn counted(rig: &Rig) -> (u64, u64) {
     let counters = &rig.engine.control().counters()[0].clone();
     (counters.bounced.get(), counters.partial_writes.get())

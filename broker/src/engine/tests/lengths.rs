@@ -3,10 +3,10 @@
 use ringpass_guest_abi::probe::ProbeAnswer;
 use ringpass_guest_abi::request::{EventAnswer, Outcome, T_DETACH, T_EVENT, T_PROBE};
 
-use super::attach::{first_queue, rig};
+use super::attach::{queue_zero, rig};
 use super::block_driver::Outcome as BlkOutcome;
 use super::rig::{DISK_BYTES, Options, Rig, SECTOR, contents};
-use super::ring_driver::FirstQueue;
+use super::ring_driver::QueueZero;
 use crate::disk::DirectIo;
 use crate::vhost_user::Device;
 
@@ -20,7 +20,7 @@ fn ensure(outcome: &BlkOutcome, status: u8, used_bytes: u32) {
 }
 
 /// Sends a request, and waits for the next one that ends. Gives the length of that one in the used ring.
-fn used_bytes(queue: &mut FirstQueue, kind: u32, payload: &[u8]) -> u32 {
+fn used_bytes(queue: &mut QueueZero, kind: u32, payload: &[u8]) -> u32 {
     queue.send(kind, payload).unwrap();
     queue.next_used().unwrap().len_bytes
 }
@@ -76,7 +76,7 @@ fn the_id_is_twenty_bytes_in_any_buffer_that_has_room_for_it() {
 fn an_attach_request_has_written_its_answer() {
     // The buffer for an answer has 256 bytes, all of them before the status.
     let mut rig = rig(2, 1);
-    let mut queue = first_queue(&mut rig);
+    let mut queue = queue_zero(&mut rig);
     assert_eq!(used_bytes(&mut queue, T_PROBE, &[]), ProbeAnswer::BYTES as u32);
     assert_eq!(used_bytes(&mut queue, T_DETACH, &[]), Outcome::BYTES as u32, "a refusal has its outcome");
     queue.post_event().unwrap();
@@ -84,7 +84,7 @@ fn an_attach_request_has_written_its_answer() {
     assert_eq!(used_bytes(&mut queue, T_EVENT, &[]), EventAnswer::BYTES as u32);
 
     let mut without_rings = Rig::new(Options::default());
-    let mut queue = first_queue(&mut without_rings);
+    let mut queue = queue_zero(&mut without_rings);
     assert_eq!(used_bytes(&mut queue, T_PROBE, &[]), 0, "an unknown type writes its status only");
     without_rings.engine.stop_queue(0);
 }

@@ -6,7 +6,7 @@ use ringpass_test_utils::ram::Arena;
 use ringpass_test_utils::vring::DriverVring;
 use vm_memory::{Bytes, GuestAddress};
 
-pub(super) use ringpass_test_utils::attach::{FirstQueue, RingDriver, whole};
+pub(super) use ringpass_test_utils::attach::{QueueZero, RingDriver, whole};
 
 use super::driver::PATIENCE;
 
@@ -30,8 +30,8 @@ fn requests(index: u16) -> Arena {
 }
 
 /// The driver of queue 0.
-pub(super) fn first_queue_driver(vring: DriverVring) -> FirstQueue {
-    FirstQueue::new(vring, &mut requests(0)).unwrap()
+pub(super) fn queue_zero_driver(vring: DriverVring) -> QueueZero {
+    QueueZero::new(vring, &mut requests(0)).unwrap()
 }
 
 /// The driver of a queue that is to be attached.

@@ -6,7 +6,7 @@ use ringpass_guest_abi::epoch::driver::State;
 use ringpass_guest_abi::request::{EVENT_QUEUES, ErrorCode};
 use ringpass_test_utils::event::Event;
 
-use super::attach::{attached, first_queue, rig, start, verify};
+use super::attach::{attached, queue_zero, rig, start, verify};
 use super::driver::wait_until;
 use super::rig::contents;
 use super::ring_driver::{refused, whole};
@@ -35,7 +35,7 @@ fn a_stopped_queue_is_attached_again_by_the_next_device_process() {
 #[test]
 fn the_first_queue_that_stops_ends_the_rings_of_all() {
     let mut rig = rig(3, 1);
-    let _first = first_queue(&mut rig);
+    let _first = queue_zero(&mut rig);
     let mut drivers = [attached(&mut rig, 1), attached(&mut rig, 2)];
     rig.engine.stop_queue(0);
     for driver in &mut drivers {
@@ -66,7 +66,7 @@ fn requests_under_way_at_a_stop_are_completed_or_submitted_again() {
 #[test]
 fn a_log_ends_rings_before_it_is_in_force_and_they_come_back_after_it() {
     let mut rig = rig(2, 1);
-    let mut first = first_queue(&mut rig);
+    let mut first = queue_zero(&mut rig);
     let mut driver = attached(&mut rig, 1);
     verify(&rig, &mut driver, 1);
     first.post_event().unwrap();

@@ -6,7 +6,7 @@ use std::time::Duration;
 use ringpass_guest_abi::request::EVENT_QUEUES;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
-use super::attach::{attached, first_queue, rig, verify};
+use super::attach::{attached, queue_zero, rig, verify};
 use super::driver::wait_until;
 use super::rig::Rig;
 use super::ring_driver::{RingDriver, try_read};
@@ -63,7 +63,7 @@ fn a_ring_whose_own_memory_leaves_ends_and_the_queue_is_a_virtqueue() {
 #[test]
 fn used_rings_that_have_left_are_not_written_to_and_what_was_pending_is_answered_when_they_are_back() {
     let mut rig = rig(2, 1);
-    let mut first = first_queue(&mut rig);
+    let mut first = queue_zero(&mut rig);
     let mut driver = attached(&mut rig, 1);
     let whole_memory = rig.device_memory();
     change_mapping(&mut rig, &mut driver, &whole_memory);
@@ -98,7 +98,7 @@ fn used_rings_that_have_left_are_not_written_to_and_what_was_pending_is_answered
 #[test]
 fn a_queue_whose_used_ring_has_left_stops_without_writing_to_it() {
     let mut rig = rig(2, 1);
-    let mut first = first_queue(&mut rig);
+    let mut first = queue_zero(&mut rig);
     let whole_memory = rig.device_memory();
     rig.engine.set_memory(whole_memory.clone());
     first.post_event().unwrap();

@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 
-use super::{FirstQueue, RingDriver};
+use super::{QueueZero, RingDriver};
 use crate::{
     broker_process::BrokerProcess,
     disks::DiskKind,
@@ -21,11 +21,11 @@ pub const QUEUE_SIZE: u16 = 64;
 /// # Errors
 ///
 /// The device offers no rings.
-pub fn start_first(front_end: &FrontEnd, ram: &mut TestRam) -> Result<FirstQueue> {
+pub fn start_queue_zero(front_end: &FrontEnd, ram: &mut TestRam) -> Result<QueueZero> {
     let vring = start(front_end, ram, 0)?;
-    let mut first = FirstQueue::new(vring, &mut ram.arenas[0])?;
-    first.probe()?;
-    Ok(first)
+    let mut queue_zero = QueueZero::new(vring, &mut ram.arenas[0])?;
+    queue_zero.probe()?;
+    Ok(queue_zero)
 }
 
 /// Starts a queue that the driver will attach.
@@ -65,7 +65,7 @@ pub struct Bench {
     /// The front-end.
     pub front_end: FrontEnd,
     /// The driver of queue 0.
-    pub first: FirstQueue,
+    pub queue_zero: QueueZero,
 }
 
 impl Bench {
@@ -81,8 +81,8 @@ impl Bench {
         let broker = rig.broker(&arguments)?;
         let mut ram = TestRam::new(1, 16 << 20)?;
         let front_end = FrontEnd::connect(&rig.socket(), &ram.ram, Options::default())?;
-        let first = broker.explain(start_first(&front_end, &mut ram))?;
-        Ok(Self { rig, broker, ram, front_end, first })
+        let queue_zero = broker.explain(start_queue_zero(&front_end, &mut ram))?;
+        Ok(Self { rig, broker, ram, front_end, queue_zero })
     }
 
     /// Starts a queue without attaching it, and returns its driver.

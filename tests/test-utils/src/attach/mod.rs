@@ -3,15 +3,15 @@
 
 mod attachment;
 mod driver;
-mod first_queue;
 mod places;
+mod queue_zero;
 mod ring_io;
 mod words;
 
 pub use self::{
     attachment::{Attachment, Buffers, CQ_ENTRIES, SQ_ENTRIES},
     driver::RingDriver,
-    first_queue::FirstQueue,
     places::{Found, RequestPlaces, ok, whole},
+    queue_zero::QueueZero,
     words::Words,
 };

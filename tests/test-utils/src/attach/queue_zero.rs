@@ -18,14 +18,14 @@ const OTHER_PLACE: u64 = 1;
 
 /// The driver of queue 0.
 #[derive(Debug)]
-pub struct FirstQueue {
+pub struct QueueZero {
     vring: DriverVring,
     places: RequestPlaces,
     event: Option<u16>,
     has_event: bool,
 }
 
-impl FirstQueue {
+impl QueueZero {
     /// The driver of an empty queue 0.
     ///
     /// # Errors
