@@ -12,7 +12,7 @@ use rustix::thread::{
 
 /// Privileges cannot be given up.
 #[derive(Debug, thiserror::Error)]
-#[error("giving up privileges: {what}: {source}")]
+#[error("cannot give up privileges: {what} failed: {source}")]
 pub struct PrivilegesError {
     /// The step that failed.
     pub(crate) what: &'static str,

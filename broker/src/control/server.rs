@@ -30,7 +30,7 @@ pub enum ControlError {
     #[error(transparent)]
     Listen(#[from] ListenError),
     /// A system call failed.
-    #[error("{}: {what}: {source}", .path.display())]
+    #[error("{}: {what} failed: {source}", .path.display())]
     System {
         /// The path of the socket.
         path: PathBuf,

@@ -140,7 +140,7 @@ fn a_plug_that_one_queue_refuses_is_undone_in_the_others() {
     let file = memfd(MIB);
     let plug = || setup.device.plug(RegionConfig { gpa, len_bytes: MIB, file: file.clone(), file_offset_bytes: 0 });
     let error = plug().unwrap_err().to_string();
-    assert!(error.starts_with("cloning the registered buffers: Permission denied"), "{error}");
+    assert!(error.starts_with("cloning the registered buffers failed: Permission denied"), "{error}");
     assert_eq!(setup.read_into(&mut ring, gpa).res, -nix::libc::EFAULT, "the first queue has lost it again");
     assert_eq!(setup.device.memory().len_bytes(), RAM_BYTES);
     setup.check_reads(&mut ring);

@@ -79,7 +79,7 @@ pub enum KvmError {
         name: &'static str,
     },
     /// Another system call failed.
-    #[error("{what}: {source}")]
+    #[error("{what} failed: {source}")]
     System {
         /// The step that failed.
         what: &'static str,

@@ -189,7 +189,7 @@ pub enum MemoryError {
         len_bytes: u64,
     },
     /// Another system call failed.
-    #[error("{what}: {source}")]
+    #[error("{what} failed: {source}")]
     System {
         /// The step that failed.
         what: &'static str,

@@ -142,7 +142,7 @@ pub enum RingError {
     #[error(transparent)]
     Disk(#[from] DiskError),
     /// Another system call failed.
-    #[error("{what}: {source}")]
+    #[error("{what} failed: {source}")]
     System {
         /// The step that failed.
         what: &'static str,

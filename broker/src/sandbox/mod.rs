@@ -39,7 +39,7 @@ pub enum SandboxError {
         threads: usize,
     },
     /// The kernel refused.
-    #[error("confining this process: {what}: {source}")]
+    #[error("cannot confine this process: {what} failed: {source}")]
     System {
         /// The step that failed.
         what: &'static str,

@@ -65,7 +65,7 @@ pub enum InflightError {
     #[error("the in-flight region: {0}")]
     Mapping(#[from] SharedMemoryError),
     /// The file for the region cannot be made.
-    #[error("{what}: {source}")]
+    #[error("{what} failed: {source}")]
     Create {
         /// What the back-end was doing.
         what: &'static str,

@@ -44,7 +44,7 @@ pub enum SharedMemoryError {
         file_bytes: u64,
     },
     /// A system call failed.
-    #[error("{what}: {source}")]
+    #[error("{what} failed: {source}")]
     System {
         /// What the back-end was doing.
         what: &'static str,

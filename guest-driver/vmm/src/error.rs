@@ -7,7 +7,7 @@ use std::time::Duration;
 #[non_exhaustive]
 pub enum VmmError {
     /// A call of KVM failed.
-    #[error("{what}: {source}")]
+    #[error("{what} failed: {source}")]
     Kvm {
         /// The operation that failed.
         what: &'static str,
@@ -56,7 +56,7 @@ pub enum VmmError {
     )]
     PageTables,
     /// Memory of the machine cannot be allocated or accessed.
-    #[error("{what}: {source}")]
+    #[error("{what} failed: {source}")]
     Memory {
         /// The operation that failed.
         what: &'static str,

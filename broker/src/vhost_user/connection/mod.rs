@@ -67,7 +67,7 @@ pub enum ConnectionError {
     )]
     FdsLost,
     /// A system call failed.
-    #[error("{what}: {source}")]
+    #[error("{what} failed: {source}")]
     System {
         /// What the connection was doing.
         what: &'static str,

@@ -43,7 +43,7 @@ pub enum ListenError {
         path: PathBuf,
     },
     /// A system call on the path failed.
-    #[error("{}: {what}: {source}{}", .path.display(), path_hint(.source))]
+    #[error("{}: {what} failed: {source}{}", .path.display(), path_hint(.source))]
     Path {
         /// The path.
         path: PathBuf,

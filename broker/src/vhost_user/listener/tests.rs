@@ -71,7 +71,7 @@ fn a_file_that_is_not_a_socket_stays() {
 fn an_unusable_path_is_refused_with_its_name() {
     let error =
         Listener::bind(Path::new("/proc/no-such-directory/socket"), SocketAccess::default()).unwrap_err().to_string();
-    assert!(error.starts_with("/proc/no-such-directory/socket: making a socket there: "), "{error}");
+    assert!(error.starts_with("/proc/no-such-directory/socket: making a socket there failed: "), "{error}");
     let long = PathBuf::from(format!("/tmp/{}", "x".repeat(200)));
     let error = Listener::bind(&long, SocketAccess::default()).unwrap_err().to_string();
     assert!(error.contains("at most 107 bytes, this one has 205"), "{error}");

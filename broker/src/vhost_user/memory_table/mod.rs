@@ -101,7 +101,7 @@ pub enum MemoryTableError {
         user_address: u64,
     },
     /// A system call failed.
-    #[error("the memory region at guest address {gpa:#x}: {what}: {source}")]
+    #[error("the memory region at guest address {gpa:#x}: {what} failed: {source}")]
     System {
         /// Guest address of the region.
         gpa: u64,

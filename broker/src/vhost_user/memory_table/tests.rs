@@ -158,7 +158,7 @@ fn a_file_that_is_not_writable_is_refused() {
     let read_only = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&fd));
     let read_only = rustix::fs::open(read_only, OFlags::RDONLY, Mode::empty()).unwrap();
     let text = refusal(MemoryTable::default().with(region(0, PAGE, 0), read_only));
-    assert!(text.starts_with("the memory region at guest address 0x0: mapping it: Permission denied"), "{text}");
+    assert!(text.starts_with("the memory region at guest address 0x0: mapping it failed: Permission denied"), "{text}");
 }
 
 #[test]

@@ -33,7 +33,7 @@ pub enum ServerError {
     #[error(transparent)]
     Listen(#[from] ListenError),
     /// A system call failed.
-    #[error("{what}: {source}")]
+    #[error("{what} failed: {source}")]
     System {
         /// What the server was doing.
         what: &'static str,

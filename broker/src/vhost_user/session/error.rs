@@ -136,7 +136,7 @@ pub enum RequestError {
         index: usize,
     },
     /// A system call failed.
-    #[error("{what}: {source}")]
+    #[error("{what} failed: {source}")]
     System {
         /// What the session was doing.
         what: &'static str,

@@ -19,7 +19,7 @@ pub enum Error {
         source: io::Error,
     },
     /// A vhost-user message failed.
-    #[error("{what}: {source}")]
+    #[error("{what} failed: {source}")]
     Protocol {
         /// The operation that failed.
         what: &'static str,
@@ -112,7 +112,7 @@ pub enum Error {
     #[error("the device violated the protocol: {0}")]
     BrokenDevice(String),
     /// A system call failed.
-    #[error("{what}: {source}")]
+    #[error("{what} failed: {source}")]
     System {
         /// The operation that failed.
         what: &'static str,
