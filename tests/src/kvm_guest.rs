@@ -21,14 +21,7 @@ use ringpass_vmm::{GuestCpu, Machine, MachineConfig, Outcome, PROGRAM_SLOT};
 use ringpass_workload::{Job, Verify, Wait};
 use rustix::fs::MemfdFlags;
 
-/// The place of a guest's rings.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Place {
-    /// In the guest's RAM.
-    GuestRam,
-    /// In pages of the kernel, which the guest sees through memory slots.
-    Window,
-}
+use crate::process_guest::Place;
 
 /// How a guest rings its doorbells.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -13,6 +13,7 @@ pub mod forgetful_proxy;
 pub mod front_end;
 pub mod harness;
 pub mod held_proxy;
+pub mod hostile_run;
 pub mod huge_pages;
 pub mod kernel_log;
 pub mod kvm_guest;

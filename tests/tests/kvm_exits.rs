@@ -8,8 +8,9 @@ use ringpass_broker::direct::SubmissionConfig;
 use ringpass_broker::kvm::Exits;
 use ringpass_tests::disks::{DiskKind, TestDisk};
 use ringpass_tests::harness::{self, test};
-use ringpass_tests::kvm_guest::{BellKind, KvmGuest, KvmGuestConfig, Place, sq_thread};
+use ringpass_tests::kvm_guest::{BellKind, KvmGuest, KvmGuestConfig, sq_thread};
 use ringpass_tests::needs::Need;
+use ringpass_tests::process_guest::Place;
 use ringpass_workload::{Job, Report, Verify, Wait};
 
 const BLOCKS: u64 = 1024;

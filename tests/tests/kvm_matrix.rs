@@ -13,9 +13,10 @@ use ringpass_broker::ring::RingConfig;
 use ringpass_tests::content::check_content;
 use ringpass_tests::disks::{DiskKind, TestDisk};
 use ringpass_tests::harness::{self, test};
-use ringpass_tests::kvm_guest::{BellKind, KvmGuest, KvmGuestConfig, Place, sq_thread};
+use ringpass_tests::kvm_guest::{BellKind, KvmGuest, KvmGuestConfig, sq_thread};
 use ringpass_tests::needs::Need;
 use ringpass_tests::pairs::{Factor, Row, Space};
+use ringpass_tests::process_guest::Place;
 use ringpass_tests::seed::Seed;
 use ringpass_workload::{Job, Wait};
 

@@ -15,8 +15,9 @@ use ringpass_broker::disk::Disk;
 use ringpass_broker::ring::RingEnd;
 use ringpass_tests::disks::{DiskKind, TestDisk};
 use ringpass_tests::harness::{self, test};
-use ringpass_tests::kvm_guest::{KvmGuest, KvmGuestConfig, Place, sq_thread};
+use ringpass_tests::kvm_guest::{KvmGuest, KvmGuestConfig, sq_thread};
 use ringpass_tests::needs::Need;
+use ringpass_tests::process_guest::Place;
 use ringpass_tests::seed::Seed;
 use ringpass_workload::{Job, Verify, Wait};
 

@@ -1,15 +1,8 @@
 //! The child process of a run.
 
-use std::{
-    env,
-    fmt::Write as _,
-    fs::{self, File},
-    os::unix::fs::FileExt,
-    path::PathBuf,
-    sync::Arc,
-};
+use std::{fs::File, os::unix::fs::FileExt, sync::Arc};
 
-use anyhow::{Context, Result};
+use anyhow::{Result, anyhow};
 use ringpass_broker::{
     disk::{DirectIo, Disk, DiskConfig, LogicalBlock},
     kernel::{self, KernelRelease},
@@ -18,31 +11,27 @@ use ringpass_broker::{
 use ringpass_restrictions::Access;
 use ringpass_tests::{
     canaries::{Canaries, pattern},
+    hostile_run::{ChildTask, DISK_BYTES, OTHER_DISK, answers},
     process_guest::ProcessGuest,
 };
-use ringpass_workload::hostile::{HostileReport, Target, Violation, script};
+use ringpass_workload::hostile::{Target, script};
 
-use crate::{
-    guest::{BUFFER_BYTES, Direction, EMPTY_HOLES, FILLED_HOLES, Guest, PAGE_BYTES, RAM, filled_ram},
-    run::{DISK_BYTES, Rules, Run},
-};
+use crate::guest::{BUFFER_BYTES, Direction, EMPTY_HOLES, FILLED_HOLES, Guest, PAGE_BYTES, RAM, filled_ram};
 
 const DISK_OFFSET_BYTES: u64 = 64 << 10;
 
 /// The broker with the hostile guest, a second guest, and canaries.
-pub(crate) fn main() -> Result<()> {
-    let arguments: Vec<String> = env::args().skip(1).collect();
-    let (paths, how) = arguments.split_at_checked(3).context("three paths")?;
-    let how = Run::parse(how)?;
+pub(crate) fn main(task: &ChildTask) -> Result<()> {
+    let how = task.run;
     let canaries = Canaries::new()?;
-    let disk_config = DiskConfig::new(&paths[0])
+    let disk_config = DiskConfig::new(&task.disk)
         .read_only(how.access == Access::ReadOnly)
         .direct_io(if how.direct_io { DirectIo::On } else { DirectIo::Off })
         .logical_block(LogicalBlock::DirectIo);
     let disk = Arc::new(Disk::open(&disk_config)?);
-    let other_disk = Arc::new(Disk::open(&DiskConfig::new(&paths[1]).direct_io(DirectIo::Off))?);
+    let other_disk = Arc::new(Disk::open(&DiskConfig::new(&task.other_disk).direct_io(DirectIo::Off))?);
     let policy = how.policy().compile(&kernel::support()?)?;
-    let policy = if how.rules == Rules::BuiltIn { policy } else { policy.accept_unsafe() };
+    let policy = if how.is_strict() { policy } else { policy.accept_unsafe() };
     let hostile_guest = ProcessGuest::with_policy(&disk, filled_ram(10)?, how.submission(), policy)?;
     let mut hostile = Guest::new(hostile_guest, how.place)?;
     let mut other = Guest::new(ProcessGuest::new(&other_disk, filled_ram(11)?, how.submission())?, how.place)?;
@@ -57,8 +46,7 @@ pub(crate) fn main() -> Result<()> {
     let mappings = [hostile.guest.ram().map()?, other.guest.ram().map()?];
     let of_ram = mappings.iter().filter_map(|ram| Some(ram.pointer(0, 1)?.as_ptr().addr() as u64));
     let stack = (&raw const how).addr() as u64;
-    let heap = arguments.as_ptr().addr() as u64;
-    let mut host_addresses = vec![canaries.address(), stack, heap];
+    let mut host_addresses = vec![canaries.address(), stack, task.heap_address()];
     host_addresses.extend(of_ram);
     host_addresses.extend(hostile.queue.window_address());
     let holes = kernel::affected(&KernelRelease::running()?);
@@ -75,47 +63,26 @@ pub(crate) fn main() -> Result<()> {
         host_addresses: &host_addresses,
         zero_length: !holes.iter().any(|hole| hole.cve == "CVE-2026-43006"),
     };
-    let steps = script(&target).map_err(|error| anyhow::anyhow!("{error}"))?;
+    let steps = script(&target).map_err(|error| anyhow!("{error}"))?;
     let report = hostile.run(steps, how.timeout());
 
     let mut findings = answers(&report, &target)?;
     findings.extend(canaries.damage()?);
     findings.extend(hostile.damage("RAM of the hostile guest that no request names")?);
     findings.extend(other.damage("RAM of the other guest")?);
-    if how.rules == Rules::BuiltIn {
+    if how.is_strict() {
         // Both guests still have their rings, and each has scratch memory of its own.
         hostile.request(Direction::Read, hole, DISK_OFFSET_BYTES)?;
         findings.extend(hostile.damage("RAM of the hostile guest after a read into a hole")?);
         other.request(Direction::Write, hole, u64::from(PAGE_BYTES))?;
         let mut pages = vec![0; 2 * PAGE_BYTES as usize];
-        File::open(&paths[1])?.read_exact_at(&mut pages, 0)?;
+        File::open(&task.other_disk)?.read_exact_at(&mut pages, 0)?;
         let (first, second) = pages.split_at(PAGE_BYTES as usize);
-        if first != second || first != &pattern(2, PAGE_BYTES as usize)[..] {
+        if first != second || first != &pattern(OTHER_DISK, PAGE_BYTES as usize)[..] {
             findings.push("damage: scratch memory of the other guest".to_owned());
         }
         hostile.queue.close()?;
         other.queue.close()?;
     }
-    let mut text = format!("{}\n", report.steps);
-    findings.iter().try_for_each(|finding| writeln!(text, "{finding}"))?;
-    fs::write(PathBuf::from(&paths[2]), text)?;
-    Ok(())
-}
-
-/// The answers that are not allowed.
-fn answers(report: &HostileReport, target: &Target<'_>) -> Result<Vec<String>> {
-    let named = report.named(target).map_err(|error| anyhow::anyhow!("{error}"))?;
-    let mut findings: Vec<String> = named
-        .map(|(step, violation)| match violation.res {
-            Violation::NO_ANSWER => format!("answer: {}: none", step.name),
-            res => format!("answer: {}: {res}, allowed was {:?}", step.name, step.expect),
-        })
-        .collect();
-    if report.violations > findings.len() as u64 {
-        findings.push(format!("answers that are not allowed: {}", report.violations));
-    }
-    if report.unexpected != 0 {
-        findings.push(format!("completions of no request: {}", report.unexpected));
-    }
-    Ok(findings)
+    task.report(report.steps, &findings)
 }

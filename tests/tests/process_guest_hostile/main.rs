@@ -1,36 +1,30 @@
 //! A hostile process guest runs the script of everything that a guest must not be able to do. It changes nothing
 //! outside: not other memory and files of the broker, not another guest, and not the parts of the disk that are not its
 //! own.
-//!
-//! Each run has a child process of its own. The limit on the growth of files holds for a whole process, and under a
-//! policy that is wrong on purpose the guest really does damage.
 
-use std::{env, process::ExitCode};
+use std::process::ExitCode;
 
 use anyhow::{Result, ensure};
 use ringpass_restrictions::Access;
 use ringpass_tests::{
     disks::DiskKind,
     harness::{self, test},
+    hostile_run::{DISK_BYTES, Rules, Run, child_task, run},
     needs::Need,
     process_guest::Place,
 };
 
-use run::{CHILD_VARIABLE, DISK_BYTES, Rules, Run, run};
-
 mod child;
 mod guest;
-mod run;
 
 fn main() -> ExitCode {
-    if env::var_os(CHILD_VARIABLE).is_some() {
-        return match child::main() {
-            Ok(()) => ExitCode::SUCCESS,
-            Err(error) => {
-                eprintln!("{error:#}");
-                ExitCode::FAILURE
-            }
-        };
+    match child_task().and_then(|task| task.map(|task| child::main(&task)).transpose()) {
+        Ok(None) => {}
+        Ok(Some(())) => return ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("{error:#}");
+            return ExitCode::FAILURE;
+        }
     }
     let mut tests = Vec::new();
     for access in [Access::ReadWrite, Access::ReadOnly] {
