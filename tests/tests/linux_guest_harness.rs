@@ -4,10 +4,13 @@ use std::{process::ExitCode, time::Duration};
 
 use anyhow::{Result, ensure};
 use ringpass_tests::harness::{self, test};
-use ringpass_tests::linux_guest::{self, LinuxGuest, LinuxGuestConfig, fio};
+use ringpass_tests::linux_guest::{self, IncomingGuest, LinuxGuest, LinuxGuestConfig, fio, memory};
 
 fn main() -> ExitCode {
-    harness::run(vec![test("a_guest_runs_scripts_in_parallel_and_reports_failures", linux_guest::needs(), scripts)])
+    harness::run(vec![
+        test("a_guest_runs_scripts_in_parallel_and_reports_failures", linux_guest::needs(), scripts),
+        test("a_guest_migrates_with_everything_that_its_cpu_writes", linux_guest::needs(), migration),
+    ])
 }
 
 fn scripts() -> Result<()> {
@@ -62,5 +65,20 @@ fn scripts() -> Result<()> {
 
     guest.reset()?;
     ensure!(guest.run("ls /tmp/a 2>/dev/null || echo all is new")? == "all is new\n");
+    guest.shut_down()
+}
+
+/// Without a disk: what is missing here, QEMU has lost.
+fn migration() -> Result<()> {
+    const LIMIT: Duration = Duration::from_secs(60);
+    let config = LinuxGuestConfig { memory_mib: 256, cpus: 1, ..LinuxGuestConfig::default() };
+    let mut guest = LinuxGuest::boot(&config)?;
+    let changes = guest.spawn(memory::CHANGE_AND_VERIFY)?;
+    guest.wait_for_text(changes, "begins", LIMIT)?;
+    let mut migration = guest.migrate_to(IncomingGuest::start(&config)?, LIMIT)?;
+    migration.hold_near_the_end(LIMIT)?;
+    let mut guest = migration.finish(LIMIT)?;
+    guest.run(memory::STOP)?;
+    guest.wait(changes, LIMIT)?;
     guest.shut_down()
 }

@@ -24,6 +24,7 @@ pub mod fio;
 mod firmware;
 mod image;
 mod machine;
+pub mod memory;
 mod migration;
 mod qmp;
 
