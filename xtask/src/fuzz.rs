@@ -110,7 +110,8 @@ fn make_available() -> Result<(), String> {
         return Err("needs a nightly toolchain: rustup toolchain install nightly".into());
     }
     if !steps::is_available("rustup", &["run", "nightly", "cargo", "fuzz", "--version"]) {
-        let mut install = cargo(&["install", "cargo-fuzz", "--version", CARGO_FUZZ_VERSION, "--locked"]);
+        // Without optimisation, because it only starts other programs.
+        let mut install = cargo(&["install", "cargo-fuzz", "--debug", "--version", CARGO_FUZZ_VERSION, "--locked"]);
         steps::run(&mut install)
             .map_err(|error| format!("needs cargo-fuzz, but its installation failed: {error:#}"))?;
     }
