@@ -22,7 +22,7 @@
 //! and its reason goes to stderr and to the file that `cargo xtask test` prints at its end. Where nothing may be
 //! skipped (`CI=true` or `RINGPASS_NO_SKIP=1`) the same test *fails* with that reason.
 //!
-//! Tests run one at a time, each between two looks at the kernel log: a warning of the kernel fails the test.
+//! The tests of a program run one at a time, each between two looks at the kernel log: a warning of the kernel fails the test.
 
 use std::{
     collections::HashSet,
