@@ -4,23 +4,19 @@
 //! their CQEs, and the kernel takes the ring apart only after the last of them: 20 to 75 ms later with fast I/O, any
 //! time later with slow I/O. `waitpid` does not tell either. A registered file does: the kernel releases it at the very
 //! end of the ring. So each ring has a *token* as fixed file 1, with a lock on its open file description, and the ring
-//! has ended when the lock can be taken through another open file description.
+//! has ended when that lock is gone.
 //!
 //! The guest can name slot 1, so the token must be useless to the guest. A directory, opened for reading, has no bytes:
 //! the kernel answers a read with -EISDIR, a read of no bytes with 0 (Linux 6.18), and every write with -EBADF.
 
 use std::any::Any;
 use std::fmt;
-use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::path::PathBuf;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use rustix::fs::{FlockOperation, Mode, OFlags};
-
+use super::token::EndWatch;
 use super::{RingError, StillRunning};
 
 /// A value that must stay alive until a ring has really ended.
@@ -35,103 +31,6 @@ const REMIND: Duration = Duration::from_secs(10);
 /// An additional wait. The kernel releases the files of a ring a few instructions before it discards completions
 /// that did not fit the CQ, which writes `sq.flags` once more; the last close of a file comes a little later than both.
 const SETTLE: Duration = Duration::from_millis(5);
-
-/// A file that later only a ring holds.
-#[derive(Debug)]
-pub(super) struct EndToken {
-    held: OwnedFd,
-    watch: OwnedFd,
-}
-
-impl EndToken {
-    /// Makes a directory that exists only through its descriptors, and locks it.
-    pub(super) fn new() -> io::Result<Self> {
-        let directory = temporary_directory()?;
-        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC | OFlags::NOFOLLOW;
-        let open = || rustix::fs::open(&directory, flags, Mode::empty());
-        let opened = open().and_then(|held| Ok((held, open()?)));
-        let removed = std::fs::remove_dir(&directory);
-        let (held, watch) = opened?;
-        removed?;
-        rustix::fs::flock(&held, FlockOperation::NonBlockingLockExclusive)?;
-        Ok(Self { held, watch })
-    }
-
-    /// Drops our descriptor: from here on only the ring holds the token.
-    pub(super) fn released_to_ring(self) -> EndWatch {
-        EndWatch { watch: self.watch }
-    }
-}
-
-impl AsFd for EndToken {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.held.as_fd()
-    }
-}
-
-/// The directories for tokens: each ring briefly makes a directory in the first of them that permits it, and keeps its
-/// descriptor as the token.
-pub fn token_places() -> Vec<PathBuf> {
-    let runtime = std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from);
-    runtime.into_iter().chain([PathBuf::from("/dev/shm"), std::env::temp_dir()]).collect()
-}
-
-/// Whether the end of a ring can be detected here: this requires that a directory can be made in one of
-/// [`token_places`].
-///
-/// # Errors
-///
-/// The kernel's error for the last place.
-pub fn try_end_token() -> io::Result<()> {
-    EndToken::new().map(drop)
-}
-
-/// A new directory of our own, in memory if possible.
-fn temporary_directory() -> io::Result<PathBuf> {
-    let mut last = io::Error::from(io::ErrorKind::NotFound);
-    for place in token_places() {
-        for _ in 0..16 {
-            let name = format!(".ringpass-{}-{:016x}", std::process::id(), random()?);
-            let path = place.join(name);
-            match rustix::fs::mkdir(&path, Mode::RWXU) {
-                Ok(()) => return Ok(path),
-                Err(rustix::io::Errno::EXIST) => {}
-                Err(error) => {
-                    last = error.into();
-                    break;
-                }
-            }
-        }
-    }
-    let text = format!(
-        "no place for a temporary directory ($XDG_RUNTIME_DIR, /dev/shm, $TMPDIR): {last}; mount a tmpfs at /dev/shm, \
-         or name a writable directory with TMPDIR=DIRECTORY"
-    );
-    Err(io::Error::new(last.kind(), text))
-}
-
-fn random() -> io::Result<u64> {
-    let mut bytes = [0; 8];
-    rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty())?;
-    Ok(u64::from_ne_bytes(bytes))
-}
-
-/// The watching side of a token.
-#[derive(Debug)]
-pub(super) struct EndWatch {
-    watch: OwnedFd,
-}
-
-impl EndWatch {
-    /// Whether the ring that held the token has released it.
-    fn has_ended(&self) -> io::Result<bool> {
-        match rustix::fs::flock(&self.watch, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => Ok(true),
-            Err(rustix::io::Errno::WOULDBLOCK) => Ok(false),
-            Err(error) => Err(error.into()),
-        }
-    }
-}
 
 /// Reports when a ring and all of its I/O have ended.
 ///

@@ -23,6 +23,7 @@ mod placement;
 mod policy;
 mod sq_thread;
 mod still_running;
+mod token;
 
 use std::marker::PhantomData;
 use std::os::fd::AsFd;
@@ -37,17 +38,18 @@ use vmm_sys_util::eventfd::EventFd;
 pub use config::{IoWorkers, RingConfig};
 pub use doorbell::DoorbellThread;
 pub(crate) use doorbell::{DoorbellId, borrow as borrow_eventfd, check_eventfd};
-pub use end::{Keepalive, RingCloser, RingEnd, token_places, try_end_token};
+pub use end::{Keepalive, RingCloser, RingEnd};
 pub use error::RingError;
 pub use placement::{Placement, RingWindow};
 pub(crate) use policy::refuse_unsafe;
 pub use sq_thread::{SqThread, SqThreadConfig};
 pub use still_running::StillRunning;
+pub use token::{token_directory, try_end_token};
 
 use crate::disk::Disk;
 use crate::memory::{ChangedSlots, PinnedMemory};
 use crate::ring_fd::RingFd;
-use end::EndToken;
+use token::EndToken;
 
 /// State of a ring that does nothing yet and can still be given what the guest is to use.
 #[derive(Debug)]

@@ -27,14 +27,15 @@ pub struct Paths<'a> {
     pub is_written: bool,
     /// Directories in which the process makes sockets, and removes them at the end.
     pub socket_directories: Vec<&'a Path>,
-    /// Directories in which each ring briefly makes a directory ([`crate::ring::token_places`]).
-    pub token_places: Vec<&'a Path>,
+    /// The directory that is the token of each ring ([`crate::ring::token_directory`]), if the process makes rings for
+    /// guests.
+    pub token_directory: Option<BorrowedFd<'a>>,
 }
 
 impl<'a> Paths<'a> {
     /// The disk alone.
     pub fn new(disk: BorrowedFd<'a>, is_written: bool) -> Self {
-        Self { disk, is_written, socket_directories: Vec::new(), token_places: Vec::new() }
+        Self { disk, is_written, socket_directories: Vec::new(), token_directory: None }
     }
 
     /// Sets [`socket_directories`](Self#structfield.socket_directories).
@@ -43,10 +44,10 @@ impl<'a> Paths<'a> {
         Self { socket_directories: directories.into_iter().collect(), ..self }
     }
 
-    /// Sets [`token_places`](Self#structfield.token_places).
+    /// Sets [`token_directory`](Self#structfield.token_directory).
     #[must_use]
-    pub fn token_places(self, places: impl IntoIterator<Item = &'a Path>) -> Self {
-        Self { token_places: places.into_iter().collect(), ..self }
+    pub fn token_directory(self, directory: impl Into<Option<BorrowedFd<'a>>>) -> Self {
+        Self { token_directory: directory.into(), ..self }
     }
 }
 
@@ -119,7 +120,6 @@ fn restrict(paths: &Paths<'_>) -> io::Result<RestrictionStatus> {
         disk |= make_bitflags!(AccessFs::{WriteFile | Truncate});
     }
     let sockets = make_bitflags!(AccessFs::{MakeSock | RemoveFile});
-    let tokens = make_bitflags!(AccessFs::{ReadDir | MakeDir | RemoveDir});
     let ruleset = Ruleset::default()
         .handle_access(AccessFs::from_all(NEWEST))
         .and_then(|ruleset| ruleset.handle_access(AccessNet::from_all(NEWEST)))
@@ -133,8 +133,10 @@ fn restrict(paths: &Paths<'_>) -> io::Result<RestrictionStatus> {
     for path in &paths.socket_directories {
         ruleset = allow(ruleset, path, sockets)?;
     }
-    for path in &paths.token_places {
-        ruleset = allow(ruleset, path, tokens)?;
+    if let Some(directory) = paths.token_directory {
+        // Each token opens it once more.
+        let open = BitFlags::from(AccessFs::ReadDir);
+        ruleset = ruleset.add_rule(PathBeneath::new(directory, open)).map_err(io::Error::other)?;
     }
     ruleset.restrict_self().map_err(io::Error::other)
 }

@@ -18,7 +18,7 @@ const ALLOWED: &[i64] = &[
     libc::SYS_io_uring_setup,
     libc::SYS_io_uring_enter,
     libc::SYS_io_uring_register,
-    // Open files, and those that Landlock lets the process open: the disk, the tokens of rings, /proc, /sys.
+    // Open files, and those that Landlock lets the process open: the disk, the directory of the tokens, /proc, /sys.
     libc::SYS_openat,
     libc::SYS_close,
     libc::SYS_read,
@@ -48,7 +48,6 @@ const ALLOWED: &[i64] = &[
     libc::SYS_fallocate,
     libc::SYS_ftruncate,
     libc::SYS_fadvise64,
-    libc::SYS_mkdirat,
     libc::SYS_unlinkat,
     libc::SYS_dup,
     libc::SYS_dup3,
@@ -117,8 +116,6 @@ const ALLOWED_HERE: &[i64] = &[
     libc::SYS_lstat,
     libc::SYS_access,
     libc::SYS_readlink,
-    libc::SYS_mkdir,
-    libc::SYS_rmdir,
     libc::SYS_unlink,
     libc::SYS_poll,
     libc::SYS_epoll_wait,

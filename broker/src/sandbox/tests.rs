@@ -50,7 +50,7 @@ fn in_fork(body: impl FnOnce()) {
 
 fn paths(disk: &File) -> Paths<'_> {
     use std::os::fd::AsFd;
-    Paths { disk: disk.as_fd(), is_written: true, socket_directories: vec![], token_places: vec![] }
+    Paths::new(disk.as_fd(), true)
 }
 
 fn read_status(field: &str) -> String {

@@ -1,10 +1,10 @@
 //! The confinement of the server.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use clap::{Args, ValueEnum};
 use ringpass_broker::disk::LocatedDisk;
-use ringpass_broker::ring::token_places;
+use ringpass_broker::ring::token_directory;
 use ringpass_broker::sandbox::{Paths, Restricted, drop_privileges};
 
 /// The option for confinement.
@@ -52,10 +52,10 @@ impl SandboxArgs {
             return Ok(Sandbox(None));
         }
         let unprivileged = drop_privileges()?;
-        let places: Vec<PathBuf> = token_places();
         let paths = Paths::new(disk.anchor(), !disk.is_read_only())
             .socket_directories(socket.into_iter().chain(control_socket).map(directory_of))
-            .token_places(places.iter().map(PathBuf::as_path));
+            // Without it the probe offers no rings.
+            .token_directory(token_directory().ok());
         let restricted = unprivileged.restrict_paths(&paths)?;
         if let Some(why) = restricted.why_no_landlock() {
             tracing::warn!("file access not confined: {why}. Only the rights of the server's user keep it from files");
