@@ -15,6 +15,7 @@
 //!
 //! For programs: each function changes the whole process, and none can be undone.
 
+mod arguments;
 mod descriptors;
 mod paths;
 mod privileges;

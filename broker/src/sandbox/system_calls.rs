@@ -4,22 +4,19 @@ use std::collections::BTreeMap;
 use std::io;
 
 use nix::libc;
-use seccompiler::{
-    BpfProgram, SeccompAction, SeccompCmpArgLen as Len, SeccompCmpOp as Op, SeccompCondition, SeccompFilter,
-    SeccompRule, apply_filter_all_threads,
-};
+use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, SeccompRule, apply_filter_all_threads};
 
+use super::arguments::{USES, USES_HERE};
 use super::{Restricted, SandboxError, refused};
 
-/// The calls that serving needs once it has started, including those that a library makes in an emergency (a panic, an
-/// abort).
+/// The calls that serving needs with any arguments once it has started, including those that a library makes in an
+/// emergency (a panic, an abort).
 const ALLOWED: &[i64] = &[
     // Rings.
     libc::SYS_io_uring_setup,
     libc::SYS_io_uring_enter,
     libc::SYS_io_uring_register,
-    // Open files, and those that Landlock lets the process open: the disk, the directory of the tokens, /proc, /sys.
-    libc::SYS_openat,
+    // Open files. `arguments` has the calls that open and copy them.
     libc::SYS_close,
     libc::SYS_read,
     libc::SYS_readv,
@@ -41,16 +38,11 @@ const ALLOWED: &[i64] = &[
     libc::SYS_faccessat2,
     libc::SYS_readlinkat,
     libc::SYS_getdents64,
-    libc::SYS_fcntl,
     libc::SYS_flock,
     libc::SYS_fsync,
     libc::SYS_fdatasync,
-    libc::SYS_fallocate,
     libc::SYS_ftruncate,
     libc::SYS_fadvise64,
-    libc::SYS_unlinkat,
-    libc::SYS_dup,
-    libc::SYS_dup3,
     // Eventfds, front-ends, clients of the control socket. No new sockets.
     libc::SYS_eventfd2,
     libc::SYS_epoll_create1,
@@ -62,14 +54,10 @@ const ALLOWED: &[i64] = &[
     libc::SYS_recvmsg,
     libc::SYS_recvfrom,
     libc::SYS_sendmsg,
-    libc::SYS_sendto,
     libc::SYS_shutdown,
-    libc::SYS_getsockopt,
-    libc::SYS_setsockopt,
     libc::SYS_getsockname,
     libc::SYS_getpeername,
     // Memory: in-flight regions and scratch are memfds.
-    libc::SYS_memfd_create,
     libc::SYS_munmap,
     libc::SYS_mremap,
     libc::SYS_madvise,
@@ -84,7 +72,6 @@ const ALLOWED: &[i64] = &[
     libc::SYS_getpid,
     libc::SYS_sched_yield,
     libc::SYS_sched_getaffinity,
-    libc::SYS_sched_setaffinity,
     libc::SYS_sigaltstack,
     libc::SYS_rt_sigaction,
     libc::SYS_rt_sigprocmask,
@@ -111,7 +98,6 @@ const ALLOWED: &[i64] = &[
 /// The same calls under names that only older architectures have.
 #[cfg(target_arch = "x86_64")]
 const ALLOWED_HERE: &[i64] = &[
-    libc::SYS_open,
     libc::SYS_stat,
     libc::SYS_lstat,
     libc::SYS_access,
@@ -121,7 +107,6 @@ const ALLOWED_HERE: &[i64] = &[
     libc::SYS_epoll_wait,
     // std calls this in a thread that exits the process while another thread already does so.
     libc::SYS_pause,
-    libc::SYS_dup2,
     libc::SYS_time,
     CACHESTAT,
 ];
@@ -130,14 +115,6 @@ const ALLOWED_HERE: &[i64] = &[CACHESTAT];
 
 /// `cachestat(2)`, Linux 6.5: the same number on all architectures.
 const CACHESTAT: i64 = 451;
-
-/// Requests of `ioctl(2)` (`<linux/fs.h>`, `<linux/loop.h>`, `<asm-generic/ioctls.h>`): non-blocking and close-on-exec
-/// of sockets, and queries to block devices. Discard and write zeroes use `fallocate(2)`.
-const IOCTLS: &[u64] = &[0x5421, 0x5451, 0x125e, 0x1268, 0x127a, 0x127b, 0x127c, 0x8008_1272, 0x4c05];
-
-/// `PR_SET_NAME`; `PR_SET_VMA`, with which libraries name their memory; `PR_GET_AUXV`, from which they learn the page
-/// size.
-const PRCTLS: &[u64] = &[15, 0x5356_4d41, 0x4155_5856];
 
 impl Restricted {
     /// Leaves all threads of this process, including later ones, the system calls that serving makes.
@@ -162,20 +139,11 @@ impl Restricted {
 fn programs() -> Result<[BpfProgram; 2], seccompiler::BackendError> {
     let always = ALLOWED.iter().chain(ALLOWED_HERE).map(|&call| (call, Vec::new()));
     let mut rules: BTreeMap<i64, Vec<SeccompRule>> = always.collect();
-    rules.insert(libc::SYS_ioctl, one_of(1, IOCTLS)?);
-    rules.insert(libc::SYS_prctl, one_of(0, PRCTLS)?);
-    // No memory becomes executable.
-    for call in [libc::SYS_mmap, libc::SYS_mprotect] {
-        rules.insert(call, vec![without(2, libc::PROT_EXEC as u64)?]);
+    for used in USES.iter().chain(USES_HERE) {
+        rules.entry(used.call).or_default().extend(used.rules()?);
     }
-    // For this process only.
-    rules.insert(libc::SYS_prlimit64, one_of(0, &[0, std::process::id().into()])?);
-    rules.insert(libc::SYS_tgkill, one_of(0, &[std::process::id().into()])?);
-    // Threads, not processes. The flags of clone3(2) are in memory, where a filter cannot look; without that call,
-    // libraries fall back to clone(2).
-    let thread = libc::CLONE_THREAD as u64;
-    let flags = SeccompCondition::new(0, Len::Qword, Op::MaskedEq(thread), thread)?;
-    rules.insert(libc::SYS_clone, vec![SeccompRule::new(vec![flags])?]);
+    // The flags of clone3(2) are in memory, where a filter cannot look; without that call, libraries fall back to
+    // clone(2).
     rules.insert(libc::SYS_clone3, Vec::new());
     let calls = SeccompFilter::new(rules, SeccompAction::Trap, SeccompAction::Allow, architecture())?;
 
@@ -183,17 +151,6 @@ fn programs() -> Result<[BpfProgram; 2], seccompiler::BackendError> {
     let no_such_call = SeccompAction::Errno(libc::ENOSYS as u32);
     let no_clone3 = SeccompFilter::new(clone3, SeccompAction::Allow, no_such_call, architecture())?;
     Ok([no_clone3.try_into()?, calls.try_into()?])
-}
-
-/// Rules that allow a call whose argument is one of these values.
-fn one_of(argument: u8, values: &[u64]) -> Result<Vec<SeccompRule>, seccompiler::BackendError> {
-    let rule = |&value| SeccompRule::new(vec![SeccompCondition::new(argument, Len::Dword, Op::Eq, value)?]);
-    values.iter().map(rule).collect()
-}
-
-/// A rule that allows a call whose argument has none of these bits.
-fn without(argument: u8, bits: u64) -> Result<SeccompRule, seccompiler::BackendError> {
-    SeccompRule::new(vec![SeccompCondition::new(argument, Len::Dword, Op::MaskedEq(bits), 0)?])
 }
 
 #[cfg(target_arch = "x86_64")]
