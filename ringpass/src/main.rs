@@ -37,7 +37,7 @@ struct Arguments {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Serve a disk to a virtual machine as a vhost-user-blk device.
-    Serve(serve::ServeArgs),
+    Serve(Box<serve::ServeArgs>),
     /// Inspect the devices that `ringpass serve` serves.
     Dev(dev::DevCommand),
     /// Run verified I/O in guests that drive the host's io_uring, and compare it with a plain host process.

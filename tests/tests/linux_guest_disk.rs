@@ -99,7 +99,7 @@ fn firmware() -> Result<()> {
 
 fn whole_life() -> Result<()> {
     let seed = Seed::from_env_or_random();
-    let served = Served::new(128 * MIB, &["--num-queues", "2", "--serial", "ringpass-1"])?;
+    let served = Served::new(128 * MIB, &["--num-queues", "2", "--serial", "ringpass-1", "--max-size", "1G"])?;
     let device = served.device("disk");
     let config = LinuxGuestConfig {
         disks: vec![device.clone()],

@@ -11,6 +11,10 @@ use crate::disk::{Disk, DiskKind};
 /// Held while the limit is read and changed: the limit belongs to the process.
 static LIMIT: Mutex<()> = Mutex::new(());
 
+/// The largest memfd that a server makes: an in-flight region for 256 queues of 32768 descriptors. The limit holds for
+/// memfds too.
+const MEMFD_BYTES_MAX: u64 = 129 << 20;
+
 /// Why the growth of files cannot be limited. Nothing has changed.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -69,6 +73,26 @@ pub fn cap_file_growth_at(kind: DiskKind, size_bytes: u64) -> Result<(), LimitEr
     // SAFETY: ignoring a signal installs no handler, so no code can run in signal context.
     unsafe { signal(Signal::SIGXFSZ, SigHandler::SigIgn) }.map_err(system)?;
     setrlimit(Resource::RLIMIT_FSIZE, size_bytes, hard_bytes).map_err(system)
+}
+
+/// Sets the hard `RLIMIT_FSIZE` to `size_max_bytes`, or to 129 MiB if that is more, because in-flight regions are files
+/// too. A process without CAP_SYS_RESOURCE can never raise the limit again: not even code that has taken it over makes a
+/// larger file. A lower limit stays. A block device cannot grow, so this does nothing for one.
+///
+/// For programs, never for libraries, because it changes the whole process.
+///
+/// # Errors
+/// [`LimitError::System`].
+pub fn bound_file_growth(kind: DiskKind, size_max_bytes: u64) -> Result<(), LimitError> {
+    if kind == DiskKind::BlockDevice {
+        return Ok(());
+    }
+    let system = |errno: nix::Error| LimitError::System { error: errno.into() };
+    let _limit = LIMIT.lock().unwrap_or_else(PoisonError::into_inner);
+    let (soft_bytes, hard_bytes) = getrlimit(Resource::RLIMIT_FSIZE).map_err(system)?;
+    let bound_bytes = size_max_bytes.max(MEMFD_BYTES_MAX);
+    // RLIM_INFINITY is the largest number.
+    setrlimit(Resource::RLIMIT_FSIZE, soft_bytes.min(bound_bytes), hard_bytes.min(bound_bytes)).map_err(system)
 }
 
 /// Lengthens a file that is not a disk, such as a memfd: `grow` gives it `size_bytes` bytes, which the cap for a

@@ -16,6 +16,7 @@ use super::access::AccessArgs;
 use super::control::ControlArgs;
 use super::rings::{ModeArg, RingArgs};
 use super::sandbox::SandboxArgs;
+use super::size::size_bytes;
 
 /// vhost-user numbers queues with a byte. The default offers all of them: the number must not depend on the host,
 /// because a guest keeps its queues when it migrates.
@@ -30,7 +31,7 @@ const CPU_MAX: usize = 8191;
 /// Help text after the options.
 const HELP: &str = "\
 Signals: SIGTERM and SIGINT end the server when I/O has finished. A second SIGTERM or SIGINT more than a second later, or SIGQUIT, \
-ends the server at once. After SIGHUP the server reads the size of the disk again (after a resize) and tells the guest. The server \
+ends the server at once. After SIGHUP the server reads the size of the disk again (after a resize; images up to --max-size) and tells the guest. The server \
 ignores other signals. It removes its socket files at the end, except after SIGKILL or a crash; the next start replaces them.
 
 Logs go to standard error. RUST_LOG sets the level: error, warn, info (default), debug.
@@ -72,6 +73,12 @@ pub(crate) struct ServeArgs {
     /// longer queues; further requests then wait in the queue.
     #[arg(long, value_name = "N", default_value_t = QUEUE_SIZE_DEFAULT, value_parser = queue_size)]
     queue_size: u16,
+
+    /// Largest size of the image while the server runs, for example 64G: up to this size you can enlarge the image and
+    /// send SIGHUP. Nothing in the server can make the image larger. Sizes below 129 MiB count as 129 MiB. Block devices
+    /// need no such size [default: the size at the start, so only a restart makes the image larger].
+    #[arg(long, value_name = "SIZE", value_parser = size_bytes)]
+    max_size: Option<u64>,
 
     /// Logical block size that the guest sees, in bytes: a power of two. Use the block size with which the data on the
     /// disk was written [default: 512 for a file; for a block device the device's own block size, which is also the
@@ -185,6 +192,10 @@ impl ServeArgs {
         };
         let logical_block = self.logical_block_size.map_or(LogicalBlock::Own, LogicalBlock::Bytes);
         Ok(DiskConfig::new(path).read_only(self.read_only).direct_io(direct_io).logical_block(logical_block))
+    }
+
+    pub(super) fn max_size_bytes(&self) -> Option<u64> {
+        self.max_size
     }
 
     pub(super) fn start_up(&self) -> StartUp {

@@ -3,9 +3,10 @@
 use std::error::Error;
 use std::sync::Arc;
 
+use anyhow::bail;
 use ringpass_broker::disk::{DiskLease, LeaseState, LocatedDisk};
 use ringpass_broker::engine::DiskSource;
-use ringpass_broker::limits::{LimitError, cap_file_growth_at};
+use ringpass_broker::limits::{LimitError, bound_file_growth, cap_file_growth_at};
 
 /// Acquires the disk when the engine requests it, and releases it afterwards.
 pub(super) struct LeasedDisk {
@@ -37,7 +38,7 @@ impl DiskSource for LeasedDisk {
             LeaseState::Held(disk) => disk.refresh_size()?,
             _ => located.refresh_size()?,
         };
-        cap_growth(located, size_bytes)?;
+        follow_growth(located, size_bytes)?;
         Ok(size_bytes)
     }
 }
@@ -47,4 +48,23 @@ impl DiskSource for LeasedDisk {
 pub(super) fn cap_growth(disk: &LocatedDisk, size_bytes: u64) -> Result<(), LimitError> {
     // A read-only disk cannot grow, and the limit would apply to the whole process.
     if disk.is_read_only() { Ok(()) } else { cap_file_growth_at(disk.kind(), size_bytes) }
+}
+
+/// Lets this process make files of this size at most, for good. Without a size, the disk has its largest size now.
+pub(super) fn bound_growth(disk: &LocatedDisk, size_max_bytes: Option<u64>) -> Result<(), LimitError> {
+    if disk.is_read_only() {
+        return Ok(());
+    }
+    bound_file_growth(disk.kind(), size_max_bytes.unwrap_or(0).max(disk.size_bytes()))
+}
+
+/// As [`cap_growth`], after [`bound_growth`].
+pub(super) fn follow_growth(disk: &LocatedDisk, size_bytes: u64) -> anyhow::Result<()> {
+    match cap_growth(disk, size_bytes) {
+        Err(LimitError::HardTooLow { hard_bytes, .. }) => bail!(
+            "the image has {size_bytes} bytes, but this server may serve {hard_bytes} at most: restart the server; to let \
+             images grow without a restart, start it with --max-size SIZE"
+        ),
+        other => Ok(other?),
+    }
 }

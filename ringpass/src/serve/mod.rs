@@ -8,6 +8,7 @@ mod finer_blocks;
 mod preflight;
 mod rings;
 mod sandbox;
+mod size;
 
 use std::io::Write;
 use std::process::ExitCode;
@@ -74,6 +75,7 @@ pub(crate) fn run(args: &ServeArgs) -> anyhow::Result<ExitCode> {
     preflight::check_sockets(args.socket_path(), control_path.as_deref())?;
     // The confined server cannot see which process has locked the disk.
     let start = interruptible(|| located.start_up(args.start_up()).map_err(refusal::advise))?;
+    disk_source::bound_growth(&located, args.max_size_bytes())?;
     // Changing the group of a socket needs privileges, which the sandbox drops.
     let access = args.access().decide();
     let socket = args.socket()?.prepare(access.front_end)?;
@@ -142,7 +144,7 @@ struct Connections {
 fn lease(located: Arc<LocatedDisk>, connections: Arc<Connections>) -> anyhow::Result<DiskLease> {
     DiskLease::new(located.clone(), move |disk| {
         // The previous holder of the disk may have resized it.
-        if let Err(error) = disk_source::cap_growth(&located, disk.size_bytes()) {
+        if let Err(error) = disk_source::follow_growth(&located, disk.size_bytes()) {
             tracing::warn!(%error, "cannot set RLIMIT_FSIZE: writes to the end of the disk will fail");
         }
         let has_other_size = connections.engine.get().is_some_and(|engine| engine.set_disk(&disk));

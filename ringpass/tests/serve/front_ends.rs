@@ -152,6 +152,33 @@ fn front_end(place: &Place, features: VhostUserProtocolFeatures) -> Frontend {
 }
 
 #[test]
+fn an_image_grows_in_a_running_server_to_max_size_only() {
+    const MIB: u64 = 1 << 20;
+    for (options, max_bytes, size_bytes) in
+        [(&[][..], 256 * MIB, 257 * MIB), (&["--max-size", "300M"], 300 * MIB, 301 * MIB)]
+    {
+        let place = Place::new();
+        let image = File::options().write(true).open(place.path("disk.img")).unwrap();
+        image.set_len(256 * MIB).unwrap();
+        let running = Running::start(&mut place.serve(&[&["--socket-path", "s"], options].concat()));
+        running.wait_for("waiting for a front-end");
+        let mut front_end = front_end(&place, VhostUserProtocolFeatures::CONFIG);
+        image.set_len(max_bytes).unwrap();
+        running.signal(Signal::HUP);
+        let started = Instant::now();
+        while capacity_sectors(&mut front_end) != max_bytes / 512 {
+            assert!(started.elapsed() < LIMIT, "the size of {max_bytes} bytes is not told");
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        image.set_len(size_bytes).unwrap();
+        running.signal(Signal::HUP);
+        let line = running.wait_for("keeps its size");
+        assert_has(&line, &[&format!("this server may serve {max_bytes} at most"), "restart the server", "--max-size"]);
+        assert_eq!(capacity_sectors(&mut front_end), max_bytes / 512);
+    }
+}
+
+#[test]
 fn the_log_names_a_waiting_front_end_and_the_served_one() {
     let place = Place::new();
     let running = Running::start(&mut place.serve(&["--socket-path", "s"]));
