@@ -14,6 +14,8 @@ pub(crate) struct SocketFile(Arc<Made>);
 #[derive(Debug)]
 struct Made {
     path: PathBuf,
+    /// The same file, for a process that has changed its working directory or has only some directories in sight.
+    absolute: PathBuf,
     identity: (u64, u64),
     is_removed: AtomicBool,
 }
@@ -29,8 +31,12 @@ pub(crate) fn remove_socket_files() {
 
 impl SocketFile {
     pub(crate) fn of(path: &Path) -> io::Result<Self> {
-        let made = Made { path: path.to_owned(), identity: identity(path)?, is_removed: AtomicBool::new(false) };
-        let made = Arc::new(made);
+        let made = Arc::new(Made {
+            path: path.to_owned(),
+            absolute: absolute(path)?,
+            identity: identity(path)?,
+            is_removed: AtomicBool::new(false),
+        });
         let mut all = MADE.lock().unwrap_or_else(PoisonError::into_inner);
         all.retain(|file| file.strong_count() > 0);
         all.push(Arc::downgrade(&made));
@@ -54,15 +60,21 @@ impl Drop for SocketFile {
 
 impl Made {
     fn is_there(&self) -> bool {
-        identity(&self.path).is_ok_and(|found| found == self.identity)
+        identity(&self.absolute).is_ok_and(|found| found == self.identity)
     }
 
     /// Removes the file once only: a later file at the same path may have the same inode number.
     fn remove(&self) {
         if !self.is_removed.swap(true, Ordering::AcqRel) && self.is_there() {
-            let _ = std::fs::remove_file(&self.path);
+            let _ = std::fs::remove_file(&self.absolute);
         }
     }
+}
+
+/// The path of a directory entry, without links before its name.
+fn absolute(path: &Path) -> io::Result<PathBuf> {
+    let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    Ok(parent.canonicalize()?.join(path.file_name().unwrap_or_default()))
 }
 
 fn identity(path: &Path) -> io::Result<(u64, u64)> {

@@ -11,12 +11,15 @@
 //! 2. [`Unprivileged::restrict_paths`]: no file except the few that serving opens again later (Landlock, Linux 5.13).
 //! 3. [`Restricted::filter_system_calls`]: no system call except those that serving makes (seccomp), for all threads.
 //!
+//! Before them, [`isolate`] hides all other files and networks, where the kernel permits it.
+//!
 //! In addition, [`close_descriptors_on_exec`] handles the descriptors that the process inherited.
 //!
 //! For programs: each function changes the whole process, and none can be undone.
 
 mod arguments;
 mod descriptors;
+mod namespaces;
 mod paths;
 mod privileges;
 mod refused;
@@ -26,6 +29,7 @@ use std::io;
 
 use crate::privileges::PrivilegesError;
 pub use descriptors::close_descriptors_on_exec;
+pub use namespaces::{Isolation, isolate};
 pub use paths::{Paths, Restricted};
 pub use privileges::{Unprivileged, drop_privileges};
 

@@ -25,7 +25,7 @@ pub struct Paths<'a> {
     pub disk: BorrowedFd<'a>,
     /// Whether the disk is written.
     pub is_written: bool,
-    /// Directories in which the process makes sockets, and removes them at the end.
+    /// Directories from which the process removes its sockets at the end. It makes them before.
     pub socket_directories: Vec<&'a Path>,
     /// The directory that is the token of each ring ([`crate::ring::token_directory`]), if the process makes rings for
     /// guests.
@@ -119,7 +119,7 @@ fn restrict(paths: &Paths<'_>) -> io::Result<RestrictionStatus> {
     if paths.is_written {
         disk |= make_bitflags!(AccessFs::{WriteFile | Truncate});
     }
-    let sockets = make_bitflags!(AccessFs::{MakeSock | RemoveFile});
+    let sockets = BitFlags::from(AccessFs::RemoveFile);
     let ruleset = Ruleset::default()
         .handle_access(AccessFs::from_all(NEWEST))
         .and_then(|ruleset| ruleset.handle_access(AccessNet::from_all(NEWEST)))

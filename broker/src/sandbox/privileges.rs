@@ -30,15 +30,18 @@ pub struct Unprivileged(());
 ///
 /// There are other threads; or the kernel refuses. Then nothing but the limit has changed.
 pub fn drop_privileges() -> Result<Unprivileged, SandboxError> {
-    let threads = threads().map_err(SandboxError::system("counting threads"))?;
-    if threads != 1 {
-        return Err(SandboxError::Threads { threads });
-    }
+    require_one_thread()?;
     if let Err(error) = raise_memlock() {
         tracing::warn!(%error, "cannot raise RLIMIT_MEMLOCK: the present limit applies to guests' rings");
     }
     give_up()?;
     Ok(Unprivileged(()))
+}
+
+/// Refuses a process with several threads: namespaces and capabilities belong to threads.
+pub(super) fn require_one_thread() -> Result<(), SandboxError> {
+    let threads = threads().map_err(SandboxError::system("counting threads"))?;
+    if threads == 1 { Ok(()) } else { Err(SandboxError::Threads { threads }) }
 }
 
 /// The number of threads of this process. Waits for threads that have been joined to disappear.

@@ -1,6 +1,7 @@
 //! A process cannot leave a sandbox, so each test runs in a process of its own, which this program starts.
 
 mod arguments;
+mod namespaces;
 
 use std::fs::{self, File};
 use std::io;

@@ -1,11 +1,12 @@
 //! The confinement of the server.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
+use anyhow::Context;
 use clap::{Args, ValueEnum};
 use ringpass_broker::disk::LocatedDisk;
 use ringpass_broker::ring::token_directory;
-use ringpass_broker::sandbox::{Paths, Restricted, drop_privileges};
+use ringpass_broker::sandbox::{Paths, Restricted, drop_privileges, isolate};
 
 /// The option for confinement.
 #[derive(Debug, Args)]
@@ -32,7 +33,7 @@ impl SandboxArgs {
         self.sandbox == SandboxArg::On
     }
 
-    /// Drops privileges and access to files, for this thread and all threads that it starts. Call this while the
+    /// Hides files and networks, and drops privileges and access to files, for this thread and all threads that it starts. Call this while the
     /// process has one thread, and before the first ring.
     ///
     /// # Errors
@@ -51,9 +52,20 @@ impl SandboxArgs {
             );
             return Ok(Sandbox(None));
         }
+        let directories = socket.into_iter().chain(control_socket).map(|path| {
+            let directory = directory_of(path);
+            directory.canonicalize().with_context(|| format!("cannot find the directory {}", directory.display()))
+        });
+        let directories: Vec<PathBuf> = directories.collect::<anyhow::Result<_>>()?;
+        if let Some(why) = isolate(&directories)?.why_not() {
+            tracing::info!(
+                "server sees names and properties of other files, and networks: no namespaces of its own ({why}). It needs \
+                 CAP_SYS_ADMIN or a user namespace for them"
+            );
+        }
         let unprivileged = drop_privileges()?;
         let paths = Paths::new(disk.anchor(), !disk.is_read_only())
-            .socket_directories(socket.into_iter().chain(control_socket).map(directory_of))
+            .socket_directories(directories.iter().map(PathBuf::as_path))
             // Without it the probe offers no rings.
             .token_directory(token_directory().ok());
         let restricted = unprivileged.restrict_paths(&paths)?;
