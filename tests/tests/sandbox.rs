@@ -30,10 +30,15 @@ use virtio_bindings::virtio_blk::{VIRTIO_BLK_S_OK, VIRTIO_BLK_T_IN};
 const DISK_BYTES: u64 = 4 << 20;
 /// `CAP_IPC_LOCK` (`<linux/capability.h>`), which a broker of root keeps if it cannot raise RLIMIT_MEMLOCK.
 const IPC_LOCK: u64 = 1 << 14;
+/// The unit's score in `systemd-analyze security`, rounded up. What is left: block devices, and namespaces that the
+/// server makes.
+const EXPOSURE_MAX: f64 = 2.0;
 /// `O_CLOEXEC` as `/proc/PID/fdinfo` has it.
 const CLOEXEC: u32 = 0o2_000_000;
-/// The user `nobody`, and its group.
+/// The user `nobody`, and its group. A server of this user gets no user namespace.
 const NOBODY: u32 = 65534;
+/// A user that the machine does not know.
+const USER: u32 = 1_234_570;
 
 fn main() -> ExitCode {
     let needs = |more: Vec<Need>| {
@@ -93,15 +98,22 @@ fn not_confined() -> Result<()> {
 }
 
 fn ordinary_user() -> Result<()> {
+    for user in [NOBODY, USER] {
+        serves_and_says(user).with_context(|| format!("user {user}"))?;
+    }
+    Ok(())
+}
+
+fn serves_and_says(user: u32) -> Result<()> {
     let directory = tempfile::Builder::new().prefix("ringpass-nobody-").tempdir_in("/tmp")?;
     let path = |name: &str| directory.path().join(name);
     let program = path("ringpass");
     fs::copy(broker_process::program()?, &program)?;
     fs::File::create_new(path("disk.img"))?.set_len(DISK_BYTES)?;
     for path in [directory.path(), &path("disk.img")] {
-        chown(path, Some(NOBODY), Some(NOBODY))?;
+        chown(path, Some(user), Some(user))?;
     }
-    let broker = BrokerProcess::spawn(serve_as_nobody(&program, directory.path()), &path("s"))?;
+    let broker = BrokerProcess::spawn(serve_as(user, &program, directory.path()), &path("s"))?;
     broker.explain((|| {
         broker.wait_for_log("waiting for a front-end")?;
         let mut ram = TestRam::new(1, 16 << 20)?;
@@ -130,6 +142,9 @@ fn systemd_unit() -> Result<()> {
     // The program is not installed.
     let unit = unit.replace("/usr/bin/ringpass", "/bin/true");
     verify(&unit)?;
+    let exposure = exposure(&unit)?;
+    eprintln!("exposure {exposure}");
+    ensure!(exposure <= EXPOSURE_MAX, "an exposure of {exposure}");
     ensure!(
         verify(&unit.replace("NoNewPrivileges=yes", "NoNewPrivilege=yes")).is_err(),
         "systemd-analyze accepts a misspelled setting"
@@ -148,13 +163,29 @@ fn verify(unit: &str) -> Result<()> {
     Ok(())
 }
 
-/// The command of a broker of the user `nobody`, who may pin 8 MiB.
-fn serve_as_nobody(program: &Path, directory: &Path) -> Command {
+/// How much `systemd-analyze security` finds open in a unit, from 0 to 10.
+fn exposure(unit: &str) -> Result<f64> {
+    let directory = tempfile::tempdir()?;
+    let path = directory.path().join("ringpass@vm1.service");
+    fs::write(&path, unit)?;
+    let output = Command::new("systemd-analyze")
+        .args(["security", "--offline=true", "--no-pager"])
+        .arg(&path)
+        .env("LC_ALL", "C")
+        .output()?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    let line = text.lines().find(|line| line.contains("Overall exposure level"));
+    let number = line.and_then(|line| line.split(": ").nth(1)?.split_whitespace().next()?.parse().ok());
+    number.with_context(|| format!("no exposure in {text}{}", String::from_utf8_lossy(&output.stderr)))
+}
+
+/// The command of a broker of an ordinary user, who may pin 8 MiB.
+fn serve_as(user: u32, program: &Path, directory: &Path) -> Command {
     let mut command = Command::new("prlimit");
     command.arg("--memlock=8388608:8388608").arg(program).args(["serve", "--socket-path"]);
     command.arg(directory.join("s")).arg("--blk-file").arg(directory.join("disk.img"));
     command.args(["--control-socket", "none", "--mode", "direct"]);
-    command.uid(NOBODY).gid(NOBODY);
+    command.uid(user).gid(user);
     command
 }
 

@@ -3,7 +3,7 @@
 use std::{
     fs::{self, File},
     os::unix::{
-        fs::{MetadataExt, PermissionsExt},
+        fs::{MetadataExt, PermissionsExt, chown},
         process::CommandExt,
     },
     path::Path,
@@ -21,6 +21,8 @@ use ringpass_tests::{
 const GROUP: u32 = 1_234_567;
 /// A user that this machine does not use otherwise.
 const USER: u32 = 1_234_568;
+/// Another one, who serves a device.
+const OWNER: u32 = 1_234_569;
 
 fn main() -> ExitCode {
     let needs = || broker_process::needs().into_iter().chain([Need::root()]);
@@ -28,6 +30,7 @@ fn main() -> ExitCode {
         test("members_of_the_socket_s_group_may_connect_and_others_may_not", needs(), members_may_connect),
         test("the_server_sets_the_mode_of_its_sockets_whatever_the_umask_is", needs(), modes_are_exact),
         test("a_user_who_may_show_a_device_may_not_change_its_mode", needs(), only_owners_change),
+        test("root_changes_the_mode_of_a_device_that_another_user_serves_and_a_third_does_not", needs(), root_changes),
         test("the_server_refuses_an_impossible_group_or_mode_before_it_makes_a_socket", needs(), bad_ones_are_refused),
     ])
 }
@@ -110,6 +113,41 @@ fn only_owners_change() -> Result<()> {
         ensure!(!output.status.success() && text.contains("only root and the user that serves the device"), "{text}");
         let output = dev(0, &["set", "vm", "mode", "virtqueue"])?;
         ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        Ok(())
+    })())
+}
+
+/// A server of an ordinary user may be in a user namespace, where it cannot tell root from other users. Its control
+/// socket is in a directory of its own below the runtime directory, as with the systemd unit.
+fn root_changes() -> Result<()> {
+    let place = place()?;
+    let own = place.path().join("vm");
+    let (socket, disk) = (own.join("vm.sock"), own.join("disk.img"));
+    fs::create_dir(&own)?;
+    File::create(&disk)?.set_len(1 << 20)?;
+    for path in [&own, &disk] {
+        chown(path, Some(OWNER), Some(OWNER))?;
+    }
+    let program = place.path().join("ringpass");
+    fs::copy(broker_process::program()?, &program)?;
+    let mut command = Command::new(&program);
+    command.args(["serve", "--control-socket-mode", "0666", "--socket-path"]).arg(&socket).arg("--blk-file").arg(&disk);
+    command.uid(OWNER).gid(OWNER).current_dir("/");
+    let server = BrokerProcess::spawn(command, &socket)?;
+    server.wait_for_log("waiting for a front-end")?;
+    let dev = |user: u32, arguments: &[&str]| {
+        let mut command = Command::new(&program);
+        command.arg("dev").args(arguments).env("RUNTIME_DIRECTORY", place.path()).uid(user).gid(user);
+        command.output()
+    };
+    server.explain((|| {
+        let listed = dev(0, &["list"])?;
+        let text = String::from_utf8_lossy(&listed.stdout).into_owned();
+        ensure!(text.contains("vm ") && text.contains("disk.img"), "{text}");
+        for (user, may) in [(USER, false), (OWNER, true), (0, true)] {
+            let output = dev(user, &["set", "vm", "mode", "virtqueue"])?;
+            ensure!(output.status.success() == may, "user {user}: {}", String::from_utf8_lossy(&output.stderr));
+        }
         Ok(())
     })())
 }

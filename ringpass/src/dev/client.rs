@@ -2,11 +2,13 @@
 
 use std::fs;
 use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, bail};
+use nix::unistd::{Uid, seteuid};
 use ringpass_broker::control::{DeviceStatus, remove_if_stale};
 use ringpass_broker::printable::Chain;
 use serde::Serialize;
@@ -101,8 +103,12 @@ impl Devices {
         ask(&self.socket(device), request, patience)
     }
 
+    /// The control socket of a device: in the directory, or in one of the device's own below it.
     fn socket(&self, name: &str) -> PathBuf {
-        self.directory.join(format!("{name}{SUFFIX}"))
+        let file = format!("{name}{SUFFIX}");
+        let own = self.directory.join(name).join(&file);
+        let shared = self.directory.join(file);
+        if !is_there(&shared) && is_there(&own) { own } else { shared }
     }
 
     fn names(&self) -> anyhow::Result<Vec<String>> {
@@ -113,11 +119,23 @@ impl Devices {
         let mut names = Vec::new();
         for entry in entries {
             let name = entry.context("cannot list the devices")?.file_name();
-            names.extend(name.to_str().and_then(|name| name.strip_suffix(SUFFIX)).map(str::to_owned));
+            let Some(name) = name.to_str() else { continue };
+            match name.strip_suffix(SUFFIX) {
+                Some(device) => names.push(device.to_owned()),
+                None if is_there(&self.directory.join(name).join(format!("{name}{SUFFIX}"))) => {
+                    names.push(name.to_owned());
+                }
+                None => {}
+            }
         }
         names.sort();
+        names.dedup();
         Ok(names)
     }
+}
+
+fn is_there(path: &Path) -> bool {
+    fs::symlink_metadata(path).is_ok()
 }
 
 /// Removes a control socket that an ended server has left behind.
@@ -127,9 +145,27 @@ fn remove(socket: &Path) {
     }
 }
 
+/// Connects. Root does so as the owner of the socket: a server in a user namespace of its own cannot tell root from
+/// other users, and lets its own user change the device.
+fn connect(socket: &Path) -> io::Result<UnixStream> {
+    let owner = Uid::from_raw(fs::symlink_metadata(socket)?.uid());
+    if !Uid::effective().is_root() || owner.is_root() {
+        return UnixStream::connect(socket);
+    }
+    // Only the effective user changes, so root has the right to go back.
+    seteuid(owner)?;
+    let connected = UnixStream::connect(socket);
+    seteuid(Uid::from_raw(0))?;
+    match connected {
+        // The owner cannot reach the directory.
+        Err(error) if error.kind() == ErrorKind::PermissionDenied => UnixStream::connect(socket),
+        other => other,
+    }
+}
+
 fn ask<T: DeserializeOwned>(socket: &Path, request: &Value, patience: Duration) -> anyhow::Result<T> {
     let talking = || format!("asking the device at {}", socket.display());
-    let stream = match UnixStream::connect(socket) {
+    let stream = match connect(socket) {
         Err(source) if matches!(source.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused) => {
             return Err(Gone { socket: socket.to_owned(), source }.into());
         }

@@ -45,7 +45,14 @@ fn the_qemu_descriptor_names_the_built_program() {
 fn the_systemd_unit_starts_the_program_and_gives_it_no_privileges() {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("share/systemd/ringpass@.service");
     let unit = fs::read_to_string(path).unwrap();
-    for line in ["CapabilityBoundingSet=", "NoNewPrivileges=yes", "LimitMEMLOCK=infinity", "MemoryMax=80%"] {
+    for line in [
+        "CapabilityBoundingSet=",
+        "NoNewPrivileges=yes",
+        "LimitMEMLOCK=infinity",
+        "MemoryMax=80%",
+        "User=ringpass-%i",
+        "RuntimeDirectory=ringpass/%i",
+    ] {
         assert!(unit.lines().any(|found| found == line), "{line}");
     }
     let settings = unit.lines().filter(|line| !line.starts_with(['#', '[']) && !line.is_empty());
@@ -54,7 +61,7 @@ fn the_systemd_unit_starts_the_program_and_gives_it_no_privileges() {
     let place = Place::new();
     let start = settings.clone().find_map(|line| line.strip_prefix("ExecStart=")).unwrap();
     let directory = place.path("").display().to_string();
-    let start = start.replace("/run/ringpass/", &directory).replace("%i", "vm1");
+    let start = start.replace("/run/ringpass/%i/", &directory).replace("%i", "vm1");
     let start = start.replace("${DISK}", "disk.img").replace("$OPTIONS", "--num-queues 2");
     let mut words = start.split(' ');
     assert_eq!(words.next().map(Path::new).and_then(Path::file_name), Path::new(PROGRAMS[0].0).file_name());
