@@ -186,6 +186,11 @@ enum ringpass_error {
    * Guest memory was discarded while it was pinned. The device offers no rings before its next reset.
    */
   RINGPASS_ERROR_DISCARDED = 16,
+  /**
+   * The guest's rings cost the host more than they may: a ring had more requests outstanding than its CQ has entries.
+   * The device offers no rings for a while. An EVENT completes when the driver can try again.
+   */
+  RINGPASS_ERROR_COST = 17,
 };
 
 /**
@@ -456,7 +461,7 @@ struct ringpass_control_page {
 /**
  * All codes of version 0.
  */
-#define ringpass_error_ALL { ringpass_error_None, ringpass_error_Detached, ringpass_error_Version, ringpass_error_Features, ringpass_error_Reserved, ringpass_error_Length, ringpass_error_Entries, ringpass_error_Alignment, ringpass_error_Range, ringpass_error_Overlap, ringpass_error_Memory, ringpass_error_Queue, ringpass_error_Order, ringpass_error_Busy, ringpass_error_Mode, ringpass_error_Resources, ringpass_error_Discarded, }
+#define ringpass_error_ALL { ringpass_error_None, ringpass_error_Detached, ringpass_error_Version, ringpass_error_Features, ringpass_error_Reserved, ringpass_error_Length, ringpass_error_Entries, ringpass_error_Alignment, ringpass_error_Range, ringpass_error_Overlap, ringpass_error_Memory, ringpass_error_Queue, ringpass_error_Order, ringpass_error_Busy, ringpass_error_Mode, ringpass_error_Resources, ringpass_error_Discarded, ringpass_error_Cost, }
 
 
 

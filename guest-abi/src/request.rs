@@ -129,11 +129,14 @@ pub enum ErrorCode {
     Resources = 15,
     /// Guest memory was discarded while it was pinned. The device offers no rings before its next reset.
     Discarded = 16,
+    /// The guest's rings cost the host more than they may: a ring had more requests outstanding than its CQ has entries.
+    /// The device offers no rings for a while. An EVENT completes when the driver can try again.
+    Cost = 17,
 }
 
 impl ErrorCode {
     /// All codes of version 0.
-    pub const ALL: [Self; 17] = [
+    pub const ALL: [Self; 18] = [
         Self::None,
         Self::Detached,
         Self::Version,
@@ -151,6 +154,7 @@ impl ErrorCode {
         Self::Mode,
         Self::Resources,
         Self::Discarded,
+        Self::Cost,
     ];
 
     /// The code with this number; `None` for a code of a later version, which a driver treats as final.

@@ -28,15 +28,18 @@ pub(super) struct Refusal {
 impl Refusal {
     /// The refusal, if it is not final.
     fn new(code: Option<ErrorCode>, events_before: u64) -> Option<Self> {
-        let code = code.filter(|code| matches!(code, ErrorCode::Mode | ErrorCode::Busy | ErrorCode::Resources))?;
+        let is_temporary = |code: &ErrorCode| {
+            matches!(code, ErrorCode::Mode | ErrorCode::Busy | ErrorCode::Resources | ErrorCode::Cost)
+        };
+        let code = code.filter(is_temporary)?;
         Some(Self { code, events_before, since: Instant::now() })
     }
 
     /// Whether the device may give a ring by now.
     fn may_have_ended(&self, event_count: u64, waited: Duration) -> bool {
         match self.code {
-            // An event reports that the mode has changed.
-            ErrorCode::Mode => event_count != self.events_before,
+            // An event reports that the device offers rings again.
+            ErrorCode::Mode | ErrorCode::Cost => event_count != self.events_before,
             ErrorCode::Busy => event_count != self.events_before || waited >= RETRY_INTERVAL,
             // No event reports that there are resources. The end of ATTACH is an event itself: if events counted here,
             // the driver would ask again at once, without end.
@@ -212,7 +215,9 @@ mod tests {
         let refusal = |code| Refusal::new(Some(code), 3);
         let asks = |code, event_count, waited| refusal(code).unwrap().may_have_ended(event_count, waited);
         let (soon, later) = (RETRY_INTERVAL / 2, RETRY_INTERVAL);
-        assert!(!asks(ErrorCode::Mode, 3, later) && asks(ErrorCode::Mode, 4, soon));
+        for code in [ErrorCode::Mode, ErrorCode::Cost] {
+            assert!(!asks(code, 3, later) && asks(code, 4, soon), "{code:?}");
+        }
         assert!(!asks(ErrorCode::Busy, 3, soon) && asks(ErrorCode::Busy, 4, soon) && asks(ErrorCode::Busy, 3, later));
         assert!(!asks(ErrorCode::Resources, 4, soon) && asks(ErrorCode::Resources, 3, later));
         assert_eq!((refusal(ErrorCode::Detached), refusal(ErrorCode::Discarded)), (None, None));
