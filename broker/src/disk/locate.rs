@@ -9,6 +9,7 @@ use super::capabilities::Capabilities;
 use super::geometry::Geometry;
 use super::open::{self, Anchor};
 use super::storage::StorageSource;
+use super::write_chains;
 use super::{DirectAlignment, Disk, DiskConfig, DiskError, DiskKind};
 
 /// A disk whose properties are known to answer a guest, and on which no I/O is possible: it is neither locked nor
@@ -24,6 +25,7 @@ pub struct LocatedDisk {
     storage: StorageSource,
     geometry: Geometry,
     capabilities: Capabilities,
+    chains_writes: bool,
     size_bytes: AtomicU64,
 }
 
@@ -33,9 +35,10 @@ impl LocatedDisk {
         let found = open::open_for_questions(&anchor, config)?;
         let geometry = Geometry::read(&found, config)?;
         let capabilities = Capabilities::read(&found, config, &geometry);
+        let chains_writes = write_chains::chains_writes(&found, &geometry);
         let storage = StorageSource::new(&anchor, config);
         let size_bytes = geometry.size_bytes.into();
-        Ok(Self { anchor, config: config.clone(), storage, geometry, capabilities, size_bytes })
+        Ok(Self { anchor, config: config.clone(), storage, geometry, capabilities, chains_writes, size_bytes })
     }
 
     /// Acquires the disk, if no other process has it.
@@ -96,6 +99,13 @@ impl LocatedDisk {
     /// What the disk can do besides reading and writing.
     pub fn capabilities(&self) -> Capabilities {
         self.capabilities
+    }
+
+    /// Whether io_uring executes writes that would block as a chain, one after the other, which it finishes even after
+    /// its ring is closed: a regular file, unless direct I/O on ext4 or XFS. A guest with a ring decides how long that
+    /// takes.
+    pub fn chains_writes(&self) -> bool {
+        self.chains_writes
     }
 
     /// Whether the disk is opened for reading only.

@@ -48,6 +48,7 @@ mod place;
 mod stack;
 mod start_up;
 mod storage;
+mod write_chains;
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
