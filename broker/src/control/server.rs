@@ -223,8 +223,14 @@ mod tests {
                 read_only: false,
                 direct_io: true,
             };
-            let rings =
-                RingsOffer { offered: false, why_not: vec![], closed: None, limits: None, wants: String::new() };
+            let rings = RingsOffer {
+                offered: false,
+                why_not: vec![],
+                closed: None,
+                limits: None,
+                ended_for_cost: 0,
+                wants: String::new(),
+            };
             let (name, mode, version) = ("vm1".into(), "auto".into(), "0".into());
             DeviceStatus { name, pid: 1, version, disk, mode, rings, queues: vec![] }
         }

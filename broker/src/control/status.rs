@@ -47,6 +47,9 @@ pub struct RingsOffer {
     pub closed: Option<String>,
     /// The limits of a ring.
     pub limits: Option<LimitStatus>,
+    /// How many rings ended because their guest had more requests outstanding than it may have.
+    #[serde(default)]
+    pub ended_for_cost: u64,
     /// What guests with rings must do without.
     pub wants: String,
 }
@@ -54,9 +57,9 @@ pub struct RingsOffer {
 /// The limits of a ring.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LimitStatus {
-    /// Most SQ entries.
+    /// Most SQ entries, for guests whose memory ends at or below 64 GiB.
     pub sq_entries_max: u32,
-    /// Most CQ entries.
+    /// Most CQ entries, for such guests.
     pub cq_entries_max: u32,
     /// Most bytes of one SQE.
     pub segment_bytes_max: u32,

@@ -7,7 +7,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::disk::Disk;
 use crate::memory::PinnedMemory;
-use crate::ring::{DoorbellId, DoorbellThread, Enabled, KernelRing, RingEnd, RingError, RingWindow};
+use crate::ring::{DoorbellId, DoorbellThread, Enabled, KernelRing, RingEnd, RingError, RingGauge, RingWindow};
 
 /// A queue of a device: a ring that the guest drives. Closed when dropped; [`DirectDevice::ends`](super::DirectDevice::ends) then has its end.
 #[derive(Debug)]
@@ -38,6 +38,15 @@ impl DirectQueue {
     /// The rule for guest-physical addresses in the ring's SQEs, for the guest.
     pub fn addressing(&self) -> FixedAddressing {
         self.addressing
+    }
+
+    /// Counts the requests that the ring has outstanding. An embedder with guests that it does not trust should end the
+    /// queue of a guest that has more outstanding than its CQ has entries: no honest driver does, and the kernel sets
+    /// no limit.
+    ///
+    /// `None`: the queue is closed.
+    pub fn gauge(&self) -> Option<RingGauge> {
+        lock(&self.running).as_ref().map(|running| running.ring.gauge())
     }
 
     /// The ring's pages, if the kernel allocated them. While the window is held, the ring keeps running, even after it

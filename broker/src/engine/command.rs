@@ -89,6 +89,11 @@ pub(super) enum Command {
     Detach {
         queue: usize,
     },
+    /// The ring of the queue ends and none follows.
+    FinishRing {
+        queue: usize,
+        reason: ErrorCode,
+    },
     /// Rings end; their drivers get others.
     EndRings {
         reason: ErrorCode,
@@ -278,6 +283,10 @@ impl Workers for WorkerSenders {
 
     fn detach(&self, queue: u16) {
         self.send(queue, |queue| Command::Detach { queue });
+    }
+
+    fn finish_ring(&self, queue: u16, reason: ErrorCode) {
+        self.send(queue, |queue| Command::FinishRing { queue, reason });
     }
 
     fn tell_driver(&self) {

@@ -49,7 +49,8 @@ impl EngineControl {
     /// `timeout`, the former mode is in force again: queues that have left their rings already may have new ones.
     /// (`docs/abi.md`, section 6: a drain cannot be taken back. A driver that answers later gets another ring.)
     ///
-    /// [`OperatorMode::Auto`]: drivers may ask for rings again, and are told so. This does not wait until they have.
+    /// [`OperatorMode::Auto`]: drivers may ask for rings again, and are told so. This does not wait until they have. Queues whose last
+    /// ring cost too much need not wait any longer.
     ///
     /// One change at a time: the caller must not begin another before this returns.
     ///
@@ -80,7 +81,8 @@ impl EngineControl {
     fn allow(&self, mode: OperatorMode) {
         let Some(attach) = &self.attach else { return };
         let kinds = attach.rings.availability.set_operator_mode(mode);
-        if !kinds.is_empty() {
+        let has_ended_pauses = mode == OperatorMode::Auto && attach.rings.pauses.end_all();
+        if !kinds.is_empty() || has_ended_pauses {
             attach.workers().tell_driver();
         }
     }

@@ -67,7 +67,7 @@ pub enum Source {
 }
 
 /// The smallest shift with which the slots reach up to `end_gpa`. `None`: above 16 TiB.
-pub(super) fn slot_shift_for(end_gpa: u64) -> Option<u32> {
+pub(crate) fn slot_shift_for(end_gpa: u64) -> Option<u32> {
     (SLOT_SHIFT_MIN..=SLOT_SHIFT_MAX).find(|&shift| end_gpa <= limit_gpa(shift))
 }
 

@@ -22,6 +22,7 @@ mod region;
 mod tests;
 
 pub use error::MemoryError;
+pub(crate) use layout::slot_shift_for;
 pub use layout::{IovaLayout, Piece, Slot, Source, Span};
 pub use pin::{ChangedSlots, PinnedMemory, Sharing};
 pub use region::{Backing, GuestMemory, RegionConfig};

@@ -19,6 +19,7 @@ mod config;
 mod doorbell;
 mod end;
 mod error;
+mod gauge;
 mod placement;
 mod policy;
 mod sq_thread;
@@ -40,6 +41,7 @@ pub use doorbell::DoorbellThread;
 pub(crate) use doorbell::{DoorbellId, borrow as borrow_eventfd, check_eventfd};
 pub use end::{Keepalive, RingCloser, RingEnd};
 pub use error::RingError;
+pub use gauge::{GaugeReading, RingGauge};
 pub use placement::{Placement, RingWindow};
 pub(crate) use policy::refuse_unsafe;
 pub use sq_thread::{SqThread, SqThreadConfig};
@@ -194,6 +196,11 @@ impl KernelRing<Restricted> {
 }
 
 impl KernelRing<Enabled> {
+    /// Counts the outstanding requests.
+    pub fn gauge(&self) -> RingGauge {
+        RingGauge::new(self.fd())
+    }
+
     /// Makes the kernel signal `completion` (or nothing) from now on, and signals the new eventfd once: otherwise a
     /// completion between the old eventfd and the new one would never interrupt.
     ///

@@ -63,6 +63,11 @@ pub(super) fn show(status: &DeviceStatus) -> String {
     if let Some(why) = &rings.closed {
         text += &format!("  no rings at present: {}\n", printable(why));
     }
+    if rings.ended_for_cost > 0 {
+        let times = rings.ended_for_cost;
+        text +=
+            &format!("  rings ended {times} times because the guest had more requests outstanding than it may have\n");
+    }
     let (used, unused): (Vec<_>, Vec<_>) = queues.iter().partition(|queue| is_worth_a_line(queue));
     for queue in used {
         text += &format!("  queue {}: {}", queue.index, executed_by(queue.executed_by));
@@ -258,7 +263,8 @@ mod tests {
             direct_io: false,
         };
         let (why_not, wants) = (vec![evil.into()], evil.into());
-        let rings = RingsOffer { offered: false, why_not, closed: Some(evil.into()), limits: None, wants };
+        let rings =
+            RingsOffer { offered: false, why_not, closed: Some(evil.into()), limits: None, ended_for_cost: 0, wants };
         let queue = QueueStatus {
             index: 0,
             started: true,

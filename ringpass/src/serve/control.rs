@@ -14,6 +14,7 @@ use ringpass_broker::disk::LocatedDisk;
 use ringpass_broker::engine::{EngineControl, OperatorMode, QueueCounters, RingKind, RingStatus, RingsStatus};
 use ringpass_broker::printable::Chain;
 use ringpass_broker::vhost_user::SocketAccess;
+use ringpass_guest_abi::SLOT_SHIFT_MIN;
 use ringpass_guest_abi::epoch::device::State;
 
 use super::rings::{ModeArg, Offer};
@@ -149,7 +150,7 @@ impl StatusSource for Source {
         let (why_not, limits) = match &self.offer {
             Offer::No(why_not) => (why_not.clone(), None),
             Offer::Rings(config) => {
-                let limits = config.limits();
+                let limits = config.limits(SLOT_SHIFT_MIN);
                 let limits = LimitStatus {
                     sq_entries_max: limits.sq_entries_max,
                     cq_entries_max: limits.cq_entries_max,
@@ -175,6 +176,7 @@ impl StatusSource for Source {
                 why_not,
                 closed: closed.map(|refused| refused.why.clone()),
                 limits,
+                ended_for_cost: rings.iter().flat_map(|rings| &rings.queues).map(|ring| ring.ended_for_cost).sum(),
                 wants: "guests without balloon, free page reporting, virtio-mem and postcopy".into(),
             },
             queues: (0..self.engine.counters().len()).map(|index| queue(index, &self.engine, ring(index))).collect(),

@@ -9,6 +9,7 @@ mod preflight;
 mod rings;
 mod sandbox;
 mod size;
+mod write_chains;
 
 use std::io::Write;
 use std::process::ExitCode;

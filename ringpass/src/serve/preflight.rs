@@ -55,6 +55,7 @@ fn is_same_entry(one: &Path, other: &Path) -> bool {
 
 fn check_options(args: &ServeArgs) -> anyhow::Result<()> {
     check_cpus(args.cpus()).context("--cpus")?;
+    args.rings().check_entries()?;
     args.rings().check_sq_cpu()?;
     let control_socket = args.control().asked_for();
     match args.socket()? {

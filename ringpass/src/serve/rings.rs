@@ -3,7 +3,7 @@
 use std::num::NonZeroU32;
 use std::time::Duration;
 
-use anyhow::{Context, bail};
+use anyhow::{Context, bail, ensure};
 use clap::{Args, ValueEnum};
 use ringpass_broker::direct::{DirectConfig, SubmissionConfig};
 use ringpass_broker::disk::LocatedDisk;
@@ -14,7 +14,7 @@ use ringpass_broker::probe::{ModeName, Report};
 use ringpass_broker::ring::{IoWorkers, SqThread, SqThreadConfig};
 use ringpass_restrictions::Access;
 
-use super::finer_blocks;
+use super::{finer_blocks, write_chains};
 use crate::chosen_policy::{ChosenPolicy, PolicyArgs};
 use crate::refusal;
 
@@ -22,6 +22,10 @@ use crate::refusal;
 const SQ_IDLE_MAX_MS: u64 = 60_000;
 /// A ring cannot have more blocking requests under way.
 const IO_WORKERS_MAX: u32 = 4096;
+
+/// As in [`AttachConfig::new`].
+const SQ_ENTRIES_DEFAULT: u32 = 128;
+const CQ_ENTRIES_DEFAULT: u32 = 1024;
 
 /// Options for rings.
 #[derive(Debug, Args)]
@@ -46,6 +50,16 @@ pub(super) struct RingArgs {
     /// Maximum number of kernel threads for those requests of a ring that would block.
     #[arg(long, value_name = "N", default_value_t = IoWorkers::default().bounded, value_parser = io_workers)]
     io_workers: NonZeroU32,
+
+    /// Maximum number of SQ entries of a guest's ring: a power of two. The host's CPU executes as many requests in one
+    /// go. For guests whose memory ends above 64 GiB the number is halved for each doubling, down to 8.
+    #[arg(long, value_name = "N", default_value_t = SQ_ENTRIES_DEFAULT, value_parser = sq_entries)]
+    sq_entries_max: u32,
+
+    /// Maximum number of CQ entries of a guest's ring, which is the maximum number of outstanding requests: a power of
+    /// two. Each takes up to 20 KiB of kernel memory. Halved for larger guests, as the SQ entries are, down to 64.
+    #[arg(long, value_name = "N", default_value_t = CQ_ENTRIES_DEFAULT, value_parser = cq_entries)]
+    cq_entries_max: u32,
 
     #[command(flatten)]
     policy: PolicyArgs,
@@ -103,7 +117,31 @@ fn io_workers(text: &str) -> Result<NonZeroU32, String> {
     workers.ok_or_else(|| format!("must be a number from 1 to {IO_WORKERS_MAX}; 4 to 64 keep a disk busy"))
 }
 
+fn sq_entries(text: &str) -> Result<u32, String> {
+    power_of_two(text, 8, 32_768)
+}
+
+fn cq_entries(text: &str) -> Result<u32, String> {
+    power_of_two(text, 64, 65_536)
+}
+
+fn power_of_two(text: &str, min: u32, max: u32) -> Result<u32, String> {
+    let entries = text.parse().ok().filter(|entries: &u32| entries.is_power_of_two() && (min..=max).contains(entries));
+    entries.ok_or_else(|| format!("must be a power of two from {min} to {max}"))
+}
+
 impl RingArgs {
+    /// Refuses a CQ that is smaller than the SQ.
+    ///
+    /// # Errors
+    ///
+    /// Names both options.
+    pub(super) fn check_entries(&self) -> anyhow::Result<()> {
+        let (sq, cq) = (self.sq_entries_max, self.cq_entries_max);
+        ensure!(sq <= cq, "--cq-entries-max {cq} is smaller than --sq-entries-max {sq}: a CQ needs as many entries");
+        Ok(())
+    }
+
     /// Checks that the polling kernel thread can run on the CPU of `--sq-cpu`, even if no such thread will start.
     ///
     /// # Errors
@@ -157,7 +195,8 @@ impl RingArgs {
         };
         let workers = IoWorkers { bounded: self.io_workers, ..IoWorkers::default() };
         let direct = DirectConfig::new(submission, Sharing::for_kernel(&support)).workers(workers);
-        Ok(Offer::Rings(Box::new(AttachConfig::new(direct, policy)?)))
+        let attach = AttachConfig::new(direct, policy)?.entries_max(self.sq_entries_max, self.cq_entries_max);
+        Ok(Offer::Rings(Box::new(attach)))
     }
 
     /// The reasons why rings are not possible, each with what to do. Empty: rings are possible.
@@ -171,6 +210,7 @@ impl RingArgs {
             );
         }
         why_not.extend(finer_blocks::why_no_rings(disk));
+        why_not.extend(write_chains::why_no_rings(disk, self.mode));
         if let Some(mode) = report.mode(ModeName::DirectGuestRam).filter(|mode| !mode.available && why_not.is_empty()) {
             why_not.push(refusal::one_line(mode));
         }

@@ -18,6 +18,7 @@ use super::cancellation::CancellationToken;
 use super::config::AttachConfig;
 use super::countdown::Countdown;
 use super::discards::Discarded;
+use super::guard::{self, GuardSender, WatchedRing};
 use super::pinned::{Pinned, refused, regions};
 use super::refusal::Refused;
 use super::shared::SharedRings;
@@ -46,6 +47,7 @@ struct Builder {
     postponed: BTreeMap<u16, BuildRequest>,
     /// Rings over memory that the builder has released. They may not have ended.
     ending: Vec<RingEnd>,
+    guard: GuardSender,
     /// Limits for the log lines that a guest can cause as often as it likes.
     refusals: LogLimits,
     pinnings: LogLimit,
@@ -59,12 +61,13 @@ pub(in crate::engine) fn start(
     workers: Arc<dyn Workers>,
 ) -> Result<BuilderSender, EngineError> {
     let (sender, commands) = builder_channel();
+    let guard = guard::start(rings.clone(), workers.clone())?;
     thread::Builder::new()
         .name("ring-builder".into())
         .spawn(move || {
             leave_signals_to_others();
             // Queues and the front-end wait for what this thread does.
-            let _guard = AbortOnPanic;
+            let _abort = AbortOnPanic;
             Builder {
                 commands,
                 config,
@@ -75,6 +78,7 @@ pub(in crate::engine) fn start(
                 pinned: None,
                 postponed: BTreeMap::new(),
                 ending: Vec::new(),
+                guard,
                 refusals: LogLimits::new(),
                 pinnings: LogLimit::new(),
                 discards: LogLimit::new(),
@@ -165,7 +169,13 @@ impl Builder {
 
     fn make_ring(&mut self, request: BuildRequest) -> Result<Built, Refused> {
         let pinned = self.pinned.as_mut().ok_or_else(|| refused(&MemoryError::NoRegions.into()))?;
-        pinned.make_ring(request)
+        let (queue, cq_entries) = (request.queue, request.geometry.cq_entries());
+        self.config.check_entries(&request.geometry, pinned.slot_shift())?;
+        let built = pinned.make_ring(request)?;
+        if let Some(gauge) = built.ring.executor.gauge() {
+            self.guard.watch(WatchedRing { queue, cq_entries, gauge });
+        }
+        Ok(built)
     }
 
     fn pin(&self, token: &CancellationToken) -> Result<Pinned, Refused> {

@@ -1,9 +1,12 @@
 //! What a device offers to drivers that can have rings.
 
-use ringpass_guest_abi::attach::AttachLimits;
+use ringpass_guest_abi::SLOT_SHIFT_MIN;
+use ringpass_guest_abi::attach::{AttachLimits, Geometry};
 use ringpass_guest_abi::probe::F_DSYNC;
+use ringpass_guest_abi::request::ErrorCode;
 use ringpass_restrictions::CompiledPolicy;
 
+use super::refusal::Refused;
 use crate::direct::DirectConfig;
 use crate::ring::{RingError, refuse_unsafe};
 
@@ -11,7 +14,14 @@ use crate::ring::{RingError, refuse_unsafe};
 /// copies what is in the page cache, still gets to other queues in between.
 pub(super) const SEGMENT_BYTES_MAX: u32 = 4 << 20;
 
+/// The fewest entries of an SQ and of a CQ that a device offers, however large the slots are: with fewer, a ring would be
+/// slower than a virtqueue.
+const SQ_ENTRIES_LEAST: u32 = 8;
+const CQ_ENTRIES_LEAST: u32 = 64;
+
 /// What a device offers to drivers that can have rings.
+///
+/// The numbers of entries bound what a hostile guest costs the host ([`limits`](Self::limits)).
 #[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct AttachConfig {
@@ -19,15 +29,16 @@ pub struct AttachConfig {
     pub direct: DirectConfig,
     /// What a guest's ring may do.
     pub policy: CompiledPolicy,
-    /// The largest number of SQ entries of a ring: a power of two, at most 32768.
+    /// The largest number of SQ entries of a ring with slots of 4 MiB: a power of two, 8 to 32768.
     pub sq_entries_max: u32,
-    /// The largest number of CQ entries of a ring: a power of two, at least `sq_entries_max`, at most 65536.
+    /// The largest number of CQ entries of such a ring: a power of two, at least 64 and at least `sq_entries_max`, at
+    /// most 65536.
     pub cq_entries_max: u32,
 }
 
 impl AttachConfig {
-    /// A configuration for rings of at most 2048 SQ and 4096 CQ entries: twice what front-ends and drivers use for
-    /// queues.
+    /// A configuration for rings of at most 128 SQ and 1024 CQ entries. The SQ holds only what the kernel has not
+    /// taken yet, and the kernel takes entries as fast as a driver adds them. So 1024 requests can be outstanding.
     ///
     /// # Errors
     ///
@@ -35,17 +46,48 @@ impl AttachConfig {
     /// [accepted](CompiledPolicy::accept_unsafe).
     pub fn new(direct: DirectConfig, policy: CompiledPolicy) -> Result<Self, RingError> {
         refuse_unsafe(&policy)?;
-        Ok(Self { direct, policy, sq_entries_max: 2048, cq_entries_max: 4096 })
+        Ok(Self { direct, policy, sq_entries_max: 128, cq_entries_max: 1024 })
     }
 
-    /// What ATTACH may ask for.
-    pub fn limits(&self) -> AttachLimits {
+    /// Sets [`sq_entries_max`](Self#structfield.sq_entries_max) and
+    /// [`cq_entries_max`](Self#structfield.cq_entries_max).
+    #[must_use]
+    pub fn entries_max(self, sq_entries_max: u32, cq_entries_max: u32) -> Self {
+        Self { sq_entries_max, cq_entries_max, ..self }
+    }
+
+    /// What ATTACH may ask for, for a guest whose slots are this large ([`slot_shift`]).
+    ///
+    /// One SQE can move as many bytes as a slot has. The kernel executes what is in the SQ in one go where the I/O does
+    /// not block, and lets no other thread run on that CPU meanwhile. And each request that is outstanding has a
+    /// description of its pages in kernel memory, 16 bytes for each page. So both numbers of entries are halved when
+    /// the size of a slot doubles, down to 8 and 64.
+    ///
+    /// [`slot_shift`]: ringpass_guest_abi::FixedAddressing::slot_shift
+    pub fn limits(&self, slot_shift: u32) -> AttachLimits {
+        let halvings = slot_shift.saturating_sub(SLOT_SHIFT_MIN);
+        let halved = |entries: u32, least: u32| entries.checked_shr(halvings).unwrap_or(0).max(least.min(entries));
         AttachLimits {
             features: F_DSYNC,
-            sq_entries_max: self.sq_entries_max,
-            cq_entries_max: self.cq_entries_max,
+            sq_entries_max: halved(self.sq_entries_max, SQ_ENTRIES_LEAST),
+            cq_entries_max: halved(self.cq_entries_max, CQ_ENTRIES_LEAST),
             page_bytes: page_bytes(),
         }
+    }
+
+    /// Refuses a geometry that was in the limits when its driver attached, and is above them now: the guest got memory
+    /// that needs larger slots.
+    pub(super) fn check_entries(&self, geometry: &Geometry, slot_shift: u32) -> Result<(), Refused> {
+        let AttachLimits { sq_entries_max, cq_entries_max, .. } = self.limits(slot_shift);
+        let (sq_entries, cq_entries) = (geometry.sq_entries(), geometry.cq_entries());
+        if sq_entries <= sq_entries_max && cq_entries <= cq_entries_max {
+            return Ok(());
+        }
+        let why = format!(
+            "the ring has {sq_entries} SQ and {cq_entries} CQ entries, and since the guest got more memory at most \
+             {sq_entries_max} and {cq_entries_max} are possible: the driver must ask for a smaller ring"
+        );
+        Err(Refused { code: ErrorCode::Entries, why })
     }
 
     /// The largest length of one SQE in bytes.
@@ -57,4 +99,45 @@ impl AttachConfig {
 /// The alignment of control page and areas, and the unit of their lengths: the page size of the kernel.
 fn page_bytes() -> u32 {
     rustix::param::page_size() as u32
+}
+
+#[cfg(test)]
+mod tests {
+    use ringpass_guest_abi::SLOT_SHIFT_MAX;
+    use ringpass_restrictions::{Access, Policy};
+
+    use super::*;
+    use crate::direct::SubmissionConfig;
+    use crate::kernel;
+    use crate::memory::Sharing;
+
+    fn config() -> AttachConfig {
+        let policy = Policy::direct(Access::ReadWrite).compile(&kernel::support().unwrap()).unwrap();
+        AttachConfig::new(DirectConfig::new(SubmissionConfig::Doorbell, Sharing::Clone), policy).unwrap()
+    }
+
+    fn entries(config: &AttachConfig, slot_shift: u32) -> (u32, u32) {
+        let AttachLimits { sq_entries_max, cq_entries_max, .. } = config.limits(slot_shift);
+        (sq_entries_max, cq_entries_max)
+    }
+
+    #[test]
+    fn entries_are_halved_when_slots_double_down_to_8_and_64() {
+        let of_shift = |shift| entries(&config(), shift);
+        assert_eq!([22, 23, 25, 26, 27].map(of_shift), [(128, 1024), (64, 512), (16, 128), (8, 64), (8, 64)]);
+        assert_eq!(of_shift(SLOT_SHIFT_MAX), (8, 64));
+        // An embedder that wants fewer gets fewer.
+        assert_eq!(entries(&config().entries_max(4, 16), SLOT_SHIFT_MAX), (4, 16));
+    }
+
+    #[test]
+    fn a_batch_has_at_most_512_mib_and_outstanding_requests_take_at_most_32_mib_up_to_a_tebibyte() {
+        for shift in SLOT_SHIFT_MIN..=26 {
+            let (sq_entries, cq_entries) = entries(&config(), shift);
+            let slot_bytes = 1_u64 << shift;
+            assert!(u64::from(sq_entries) * slot_bytes <= 512 << 20, "{shift}");
+            // 16 bytes for each page, and 4 KiB for everything else.
+            assert!(u64::from(cq_entries) * (slot_bytes / 256 + 4096) <= 32 << 20, "{shift}");
+        }
+    }
 }

@@ -11,6 +11,8 @@
 //! - [`builder`]: the thread that pins the guest's memory and makes rings, one after the other. [`pinned`]: what it
 //!   owns from the first ring to the end of the last attachment, the [`DirectDevice`](crate::direct::DirectDevice):
 //!   memory is pinned only while there are rings. [`discards`]: notices that the front-end discards pinned memory.
+//! - [`guard`]: the thread that ends rings with more requests outstanding than they may have. [`pauses`]: the queues that
+//!   get no ring for a while after that.
 //! - [`BuilderCommand`]: a command to the builder, which comes through a [`mailbox`]. [`CancellationToken`]: lets a
 //!   worker cancel a ring that it requested.
 //! - [`Workers`]: how the builder and the ends of rings reach the workers. The module knows nothing else of them.
@@ -26,7 +28,9 @@ mod cancellation;
 mod config;
 mod countdown;
 mod discards;
+mod guard;
 mod mailbox;
+mod pauses;
 mod pending_detaches;
 mod pinned;
 mod range_registry;
@@ -40,8 +44,10 @@ mod workers;
 
 use std::sync::Arc;
 
+use ringpass_guest_abi::SLOT_SHIFT_MIN;
 use ringpass_guest_abi::attach::AttachLimits;
 use ringpass_guest_abi::probe::{MAGIC, ProbeAnswer, VERSION};
+use vm_memory::GuestMemoryBackend;
 
 pub(super) use attachment::{Attachment, AttachmentId, LiveRing, PendingRing, Ranges, host_address};
 pub use availability::{OperatorMode, RingKind};
@@ -59,6 +65,8 @@ pub(super) use workers::{AttachEvent, Workers};
 
 use self::config::SEGMENT_BYTES_MAX;
 use super::alignment::Alignment;
+use crate::memory::slot_shift_for;
+use crate::vhost_user::DeviceMemory;
 
 /// What the workers of a device that offers rings share.
 #[derive(Clone, Debug)]
@@ -81,17 +89,20 @@ impl Attach {
         Self { config, queue_count, rings, builder, workers }
     }
 
-    pub(super) fn limits(&self) -> AttachLimits {
-        self.config.limits()
+    /// What ATTACH may ask for, for a guest with this memory.
+    pub(super) fn limits(&self, memory: &DeviceMemory) -> AttachLimits {
+        let end_gpa = memory.last_addr().0.saturating_add(1);
+        // No slots reach above 16 TiB. The builder refuses such memory, and says why.
+        self.config.limits(slot_shift_for(end_gpa).unwrap_or(SLOT_SHIFT_MIN))
     }
 
     pub(super) fn queue_count(&self) -> u16 {
         self.queue_count
     }
 
-    /// The answer to PROBE, for a disk that demands this alignment of buffers.
-    pub(super) fn probe_answer(&self, alignment: Option<Alignment>) -> ProbeAnswer {
-        let AttachLimits { features, sq_entries_max, cq_entries_max, page_bytes } = self.limits();
+    /// The answer to PROBE, for a guest with this memory and a disk that demands this alignment of buffers.
+    pub(super) fn probe_answer(&self, memory: &DeviceMemory, alignment: Option<Alignment>) -> ProbeAnswer {
+        let AttachLimits { features, sq_entries_max, cq_entries_max, page_bytes } = self.limits(memory);
         // Blocks are no smaller than the alignment of memory.
         let align_bytes = alignment.map_or(1, |alignment| alignment.write_block_bytes);
         ProbeAnswer {

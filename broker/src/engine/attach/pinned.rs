@@ -70,6 +70,11 @@ impl Pinned {
         self.device.memory().len_bytes()
     }
 
+    /// The size of the slots: [`FixedAddressing::slot_shift`](ringpass_guest_abi::FixedAddressing::slot_shift).
+    pub(super) fn slot_shift(&self) -> u32 {
+        self.device.memory().addressing().slot_shift()
+    }
+
     /// Whether a ring exists that was not closed.
     pub(super) fn has_open_rings(&self) -> bool {
         let is_open = |end: &RingEnd| matches!(end.wait(Duration::ZERO), Err(StillRunning::Open));

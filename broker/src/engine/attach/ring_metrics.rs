@@ -24,6 +24,7 @@ struct QueueMetrics {
     ring: Option<RingWords>,
     counts: RingCounts,
     refused: Option<Refused>,
+    ended_for_cost: u64,
 }
 
 /// The words of a ring that runs.
@@ -83,6 +84,22 @@ impl RingMetrics {
         self.queues().iter_mut().for_each(QueueMetrics::sample);
     }
 
+    /// The queue's ring ends because it cost too much.
+    pub(in crate::engine) fn count_end_for_cost(&self, queue: u16, refused: Refused) {
+        let mut queues = self.queues();
+        let metrics = &mut queues[usize::from(queue)];
+        metrics.ended_for_cost += 1;
+        metrics.refused = Some(refused);
+    }
+
+    /// What the words of the queue's ring say is outstanding: SQEs consumed, less CQEs posted. The guest can write
+    /// these words.
+    pub(in crate::engine) fn claimed_outstanding(&self, queue: u16) -> Option<u32> {
+        let queues = self.queues();
+        let ring = queues[usize::from(queue)].ring.as_ref()?;
+        Some(ring.load(ring.layout.sq_head_offset)?.wrapping_sub(ring.load(ring.layout.cq_tail_offset)?))
+    }
+
     /// The present values of each queue.
     pub(in crate::engine) fn queues_status(&self) -> Vec<RingStatus> {
         let mut queues = self.queues();
@@ -93,6 +110,7 @@ impl RingMetrics {
                 layout: metrics.ring.as_ref().map(|ring| ring.layout),
                 counts: metrics.counts,
                 refused: metrics.refused.clone(),
+                ended_for_cost: metrics.ended_for_cost,
             }
         };
         queues.iter_mut().map(status).collect()
@@ -104,14 +122,16 @@ impl RingMetrics {
     }
 }
 
+impl RingWords {
+    fn load(&self, offset_bytes: u32) -> Option<u32> {
+        self.memory.load(GuestAddress(self.rings_gpa + u64::from(offset_bytes)), Ordering::Relaxed).ok()
+    }
+}
+
 impl QueueMetrics {
     fn sample(&mut self) {
         let Some(ring) = &mut self.ring else { return };
-        let RingWords { memory, rings_gpa, layout, .. } = &*ring;
-        let load = |offset_bytes: u32| {
-            memory.load::<u32>(GuestAddress(rings_gpa + u64::from(offset_bytes)), Ordering::Relaxed).ok()
-        };
-        let (sq_tail, cq_tail) = (load(layout.sq_tail_offset), load(layout.cq_tail_offset));
+        let (sq_tail, cq_tail) = (ring.load(ring.layout.sq_tail_offset), ring.load(ring.layout.cq_tail_offset));
         let count = |total: &mut u64, last: &mut u32, now: Option<u32>| {
             let now = now.unwrap_or(*last);
             *total += u64::from(now.wrapping_sub(*last));

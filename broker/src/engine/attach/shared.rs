@@ -3,6 +3,7 @@
 use ringpass_guest_abi::attach::Geometry;
 
 use super::availability::{RingAvailability, RingKind};
+use super::pauses::Pauses;
 use super::pending_detaches::PendingDetaches;
 use super::range_registry::RangeRegistry;
 use super::refusal::AttachRefusal;
@@ -14,6 +15,7 @@ use super::status::{KindStatus, RingsStatus};
 #[derive(Debug)]
 pub(in crate::engine) struct SharedRings {
     pub(in crate::engine) availability: RingAvailability,
+    pub(in crate::engine) pauses: Pauses,
     pub(in crate::engine) ranges: RangeRegistry,
     pub(in crate::engine) metrics: RingMetrics,
     pub(in crate::engine) detaches: PendingDetaches,
@@ -24,13 +26,15 @@ impl SharedRings {
     pub(in crate::engine) fn new(queue_count: u16) -> Self {
         Self {
             availability: RingAvailability::new(),
+            pauses: Pauses::new(queue_count),
             ranges: RangeRegistry::new(queue_count),
             metrics: RingMetrics::new(queue_count),
             detaches: PendingDetaches::new(queue_count),
         }
     }
 
-    /// Gives a queue its ranges, if rings of this kind are available and no other queue has a part of the ranges.
+    /// Gives a queue its ranges, if rings of this kind are available, the queue does not pause, and no other queue has
+    /// a part of the ranges.
     ///
     /// The kind may become unavailable after the look at it. The worker then receives the command that ends its rings
     /// after this ATTACH, and the builder looks again before it makes the ring.
@@ -40,7 +44,7 @@ impl SharedRings {
         kind: RingKind,
         geometry: &Geometry,
     ) -> Result<(), AttachRefusal> {
-        if let Some(refused) = self.availability.closed(kind) {
+        if let Some(refused) = self.availability.closed(kind).or_else(|| self.pauses.refused(queue)) {
             return Err(refused.into());
         }
         Ok(self.ranges.enter(queue, geometry)?)

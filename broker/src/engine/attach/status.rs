@@ -27,6 +27,8 @@ pub struct RingStatus {
     pub counts: RingCounts,
     /// Why the queue got no ring last, or lost its ring.
     pub refused: Option<Refused>,
+    /// How many rings of the queue ended because they had more requests outstanding than their CQ had entries.
+    pub ended_for_cost: u64,
 }
 
 /// Whether the device gives out rings of one kind.

@@ -30,6 +30,10 @@ pub(in crate::engine) trait Workers: fmt::Debug + Send + Sync {
     /// Has the worker of a queue detach this queue.
     fn detach(&self, queue: u16);
 
+    /// Has the worker of a queue end the ring of this queue and complete its ATTACH. No ring follows before the driver
+    /// asks again.
+    fn finish_ring(&self, queue: u16, reason: ErrorCode);
+
     /// Has the worker of queue 0 complete EVENT, so that the driver looks at its queues.
     fn tell_driver(&self);
 

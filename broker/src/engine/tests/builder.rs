@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
+use ringpass_guest_abi::SLOT_SHIFT_MIN;
 use ringpass_guest_abi::attach::{AreaAddress, AttachPayload, Geometry};
 use ringpass_guest_abi::epoch::Epoch;
 
@@ -97,7 +98,7 @@ fn geometry(queue: u16) -> Geometry {
         areas: [1, 3].map(|number| AreaAddress { rings_gpa: page(number), sqes_gpa: page(number + 1) }),
         ..AttachPayload::default()
     };
-    payload.check(&config.limits()).unwrap()
+    payload.check(&config.limits(SLOT_SHIFT_MIN)).unwrap()
 }
 
 fn pinned_bytes() -> u64 {

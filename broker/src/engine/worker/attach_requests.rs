@@ -37,7 +37,7 @@ impl Worker<'_> {
             Verdict::Refuse(code) => self.give_outcome(number, &request, &Outcome::of(code)),
             Verdict::Execute => match request_type {
                 RequestType::Probe => {
-                    let answer = attach.probe_answer(self.execution.alignment());
+                    let answer = attach.probe_answer(&request.memory, self.execution.alignment());
                     self.give_answer(number, &request, &answer.to_bytes(), Status::Ok);
                 }
                 RequestType::Arm => self.give_outcome(number, &request, &Outcome::of(ErrorCode::None)),
@@ -213,7 +213,7 @@ fn admit(vring: &mut Vring, attach: &Attach, memory: &DeviceMemory, payload: &[u
             "the queue has no kick eventfd, so the driver could not wake the device: use a front-end that gives one";
         return Err(Refused { code: ErrorCode::Mode, why: why.into() }.into());
     }
-    let geometry = AttachPayload::parse(payload)?.check(&attach.limits())?;
+    let geometry = AttachPayload::parse(payload)?.check(&attach.limits(memory))?;
     for (field_offset_bytes, range) in geometry.ranges() {
         if host_address(memory, &range).is_none() {
             return Err(AttachError { code: ErrorCode::Memory, field_offset_bytes, value: range.gpa() }.into());

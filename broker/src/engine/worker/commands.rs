@@ -106,6 +106,7 @@ impl Worker<'_> {
             }
             Command::Attachment { queue, attachment, event } => self.attachment_event(queue, attachment, event),
             Command::Detach { queue } => self.detach_queue(queue),
+            Command::FinishRing { queue, reason } => self.end_ring(queue, reason, Event::Finish(reason)),
             Command::EndRings { reason } => self.end_rings(reason, Event::End),
             Command::FinishRings { reason, done } => {
                 self.end_rings(reason, Event::Finish(reason));
