@@ -1,7 +1,7 @@
 //! `ringpass dev set NAME mode`: an operator moves queues from rings to virtqueues and back while the guest works.
 
 use std::{
-    process::{Command, ExitCode, Output, Stdio},
+    process::{ExitCode, Output, Stdio},
     sync::atomic::{AtomicBool, Ordering},
     thread,
     time::{Duration, Instant},
@@ -52,16 +52,9 @@ fn main() -> ExitCode {
     ])
 }
 
-/// A `ringpass dev` command for a rig's broker.
-fn dev(rig: &Rig, arguments: &[&str]) -> Result<Command> {
-    let mut command = Command::new(broker_process::program()?);
-    command.arg("dev").args(arguments).env("RUNTIME_DIRECTORY", rig.directory());
-    Ok(command)
-}
-
 fn set_mode(rig: &Rig, mode: &str, more: &[&str]) -> Result<Output> {
     let arguments = [&["set", "vhost", "mode", mode], more].concat();
-    dev(rig, &arguments)?.output().context("cannot run ringpass dev set")
+    rig.dev(&arguments)?.output().context("cannot run ringpass dev set")
 }
 
 fn set_mode_well(rig: &Rig, mode: &str) -> Result<Duration> {
@@ -73,7 +66,7 @@ fn set_mode_well(rig: &Rig, mode: &str) -> Result<Duration> {
 
 /// What executes each queue, from queue 1 on: a ring or the virtqueue.
 fn executed_by(rig: &Rig) -> Result<Vec<String>> {
-    let output = dev(rig, &["show", "vhost", "--json"])?.output().context("cannot run ringpass dev show")?;
+    let output = rig.dev(&["show", "vhost", "--json"])?.output().context("cannot run ringpass dev show")?;
     ensure!(output.status.success(), "dev show: {}", String::from_utf8_lossy(&output.stderr));
     let status: Value = serde_json::from_slice(&output.stdout)?;
     let queues = status["queues"].as_array().context("dev show lists no queues")?;
@@ -192,7 +185,7 @@ fn silent_driver() -> Result<()> {
     let mut bench = bench()?;
     let mut silent = bench.attached(1)?;
     let mut other = bench.attached(2)?;
-    let mut change = dev(&bench.rig, &["set", "vhost", "mode", "virtqueue", "--timeout", "1"])?;
+    let mut change = bench.rig.dev(&["set", "vhost", "mode", "virtqueue", "--timeout", "1"])?;
     let change = change.stderr(Stdio::piped()).spawn()?;
     bench.broker.explain(await_drain(&silent))?;
     bench.broker.explain(leave(&mut other))?;
@@ -248,7 +241,7 @@ fn refused_until_auto() -> Result<()> {
     driver.send_both(&driver.payload().to_bytes())?;
     let found = driver.wait_attach()?;
     ensure!(found == whole(ErrorCode::Mode), "ATTACH ended with {found:?}");
-    let shown = dev(&bench.rig, &["show", "vhost"])?.output()?;
+    let shown = bench.rig.dev(&["show", "vhost"])?.output()?;
     let shown = String::from_utf8(shown.stdout)?;
     ensure!(shown.contains("mode virtqueue") && shown.contains("the operator set mode virtqueue"), "{shown}");
     take_news(&mut bench.queue_zero)?;
@@ -261,7 +254,7 @@ fn refused_until_auto() -> Result<()> {
 fn stopped_meanwhile() -> Result<()> {
     let bench = &mut bench()?;
     let silent = bench.attached(1)?;
-    let mut change = dev(&bench.rig, &["set", "vhost", "mode", "virtqueue", "--timeout", "60"])?;
+    let mut change = bench.rig.dev(&["set", "vhost", "mode", "virtqueue", "--timeout", "60"])?;
     let change = change.stderr(Stdio::piped()).spawn()?;
     bench.broker.explain(await_drain(&silent))?;
     bench.front_end.stop_vring(1)?;

@@ -3,6 +3,7 @@
 use std::{
     fs::File,
     path::{Path, PathBuf},
+    process::Command,
 };
 
 use anyhow::{Context, Result};
@@ -17,7 +18,7 @@ use super::{
     vring::{DriverVring, VringLayout},
 };
 use crate::{
-    broker_process::BrokerProcess,
+    broker_process::{self, BrokerProcess},
     disks::{DiskKind, TestDisk},
 };
 
@@ -71,6 +72,17 @@ impl Rig {
         let direct_io = if self.disk.kind() == DiskKind::Ext4PageCache { "off" } else { "on" };
         let arguments = [&["--direct-io", direct_io], arguments].concat();
         BrokerProcess::start(&self.socket(), self.disk.path(), &arguments)
+    }
+
+    /// A `ringpass dev` command that sees this rig's broker. The name of the device is `vhost`.
+    ///
+    /// # Errors
+    ///
+    /// The program is missing.
+    pub fn dev(&self, arguments: &[&str]) -> Result<Command> {
+        let mut command = Command::new(broker_process::program()?);
+        command.arg("dev").args(arguments).env("RUNTIME_DIRECTORY", self.directory());
+        Ok(command)
     }
 }
 

@@ -1,10 +1,4 @@
-//! What a hostile driver puts into its ring: forbidden entries, and more entries than it reaps completions.
-
-use std::{
-    sync::atomic::Ordering,
-    thread,
-    time::{Duration, Instant},
-};
+//! Forbidden entries that a hostile driver puts into its ring.
 
 use anyhow::{Context, Result, ensure};
 use nix::libc::{EACCES, EBADF, EFAULT, EFBIG, EINVAL, EISDIR, EOPNOTSUPP};
@@ -12,22 +6,14 @@ use ringpass_guest_abi::{SEGMENT_BOUNDARY_BYTES, Sqe};
 use ringpass_tests::{
     canaries::pattern,
     disks::DiskKind,
-    front_end::attach::{
-        PATIENCE, RingDriver, SQ_ENTRIES,
-        bench::{Bench, start_again},
-    },
+    front_end::attach::{RingDriver, bench::Bench},
 };
-use vm_memory::{Bytes, GuestAddress};
 
 const DISK_BYTES: u64 = 16 << 20;
 const BLOCK_BYTES: u32 = 4096;
 const READ_FIXED: u8 = 4;
 const WRITE_FIXED: u8 = 5;
 const FIXED_FILE: u8 = 1;
-
-/// Reads whose completions the driver never reaps, and how many such rings follow one another.
-const FLOOD: u32 = 20_000;
-const FLOODS: u64 = 3;
 
 /// The kernel refuses each entry that is not a fixed read or write of this disk and this memory.
 pub(crate) fn forbidden() -> Result<()> {
@@ -112,63 +98,4 @@ fn each_forbidden(driver: &mut RingDriver) -> Result<()> {
 fn driver_gpa(sqe: &Sqe) -> u64 {
     // The base is a multiple of 1 GiB, and the RAM of the bench ends below that.
     sqe.addr % (1 << 30)
-}
-
-/// The driver reaps nothing. When its ring ends, the kernel frees all completions that it has kept. The other queue and
-/// the next ring work.
-pub(crate) fn never_reaped(submission: &str) -> Result<()> {
-    let arguments = ["--submission", submission, "--sq-idle-ms", "2"];
-    let mut bench = Bench::new(DiskKind::Ext4PageCache, DISK_BYTES, 3, &arguments)?;
-    let mut other = bench.attached(1)?;
-    let mut driver = bench.attached(2)?;
-    let fds = bench.broker.usage()?.fds;
-    for round in 0..FLOODS {
-        let result = flood(&mut driver, &mut other).with_context(|| format!("flood {round}"));
-        bench.broker.explain(result)?;
-        let begin = Instant::now();
-        let base = bench.broker.explain(bench.front_end.stop_vring(2))?;
-        ensure!(begin.elapsed() < Duration::from_secs(10), "the ring took {:?} to end", begin.elapsed());
-        ensure!(base == 1, "stopped at {base}");
-        driver.restart()?;
-        start_again(&bench.front_end, driver.vring(), 2)?;
-        bench.broker.explain(driver.attach())?;
-        ensure!(driver.read(0, 512)?.len() == 512);
-        bench.broker.explain(other.read(0, 512))?;
-        bench.broker.wait_for_fds(fds)?;
-    }
-    Ok(())
-}
-
-/// Submits reads without end: the tail of the SQ moves on, the head of the CQ stays.
-fn flood(driver: &mut RingDriver, other: &mut RingDriver) -> Result<()> {
-    let layout = *driver.ring_layout().context("no ring is open")?;
-    let epoch = driver.epoch().context("no ring is open")?;
-    let area = driver.payload().areas[epoch as usize % 2];
-    let sqe = driver.sqe(false, 0, 512, 0, 1)?;
-    let bytes: Vec<u8> = sqe.to_words().into_iter().flat_map(u64::to_ne_bytes).collect();
-    let ram = driver.vring().ram().clone();
-    for slot in 0..SQ_ENTRIES {
-        ram.memory().write_slice(&bytes, GuestAddress(area.sqes_gpa.get() + u64::from(slot) * 64))?;
-    }
-    let word = |offset_bytes: u32| GuestAddress(area.rings_gpa.get() + u64::from(offset_bytes));
-    let begin: u32 = ram.memory().load(word(layout.sq_tail_offset), Ordering::Acquire)?;
-    let mut sent = 0;
-    let end = Instant::now() + PATIENCE;
-    while sent < FLOOD && Instant::now() < end {
-        let head: u32 = ram.memory().load(word(layout.sq_head_offset), Ordering::Acquire)?;
-        let room = SQ_ENTRIES.saturating_sub(begin.wrapping_add(sent).wrapping_sub(head));
-        sent += room;
-        ram.memory().store(begin.wrapping_add(sent), word(layout.sq_tail_offset), Ordering::Release)?;
-        driver.vring().kick()?;
-        if room == 0 {
-            thread::yield_now();
-        }
-        if sent % 4096 < room {
-            other.read(0, 512).context("another queue")?;
-        }
-    }
-    // A kernel may instead stop consuming entries.
-    eprintln!("{sent} reads, of which none was reaped");
-    ensure!(sent > 2 * SQ_ENTRIES, "the ring took nothing");
-    other.read(0, 512).context("another queue").map(drop)
 }

@@ -28,12 +28,6 @@ fn main() -> ExitCode {
         ),
         test("queues_stay_virtqueues_while_memory_cannot_be_pinned", needs(), refusals::other_kinds_of_memory),
         test("the_kernel_refuses_entries_that_are_not_fixed_reads_and_writes_of_the_disk", needs(), entries::forbidden),
-        test("the_end_of_a_ring_frees_completions_that_the_driver_never_reaps_by_sq_thread", needs(), || {
-            entries::never_reaped("sq-thread")
-        }),
-        test("the_end_of_a_ring_frees_completions_that_the_driver_never_reaps_by_doorbell", needs(), || {
-            entries::never_reaped("doorbell")
-        }),
         test("a_guest_that_scribbles_everywhere_harms_only_itself_by_sq_thread", needs(), || {
             scribbles::run("sq-thread")
         }),

@@ -1,0 +1,116 @@
+//! What the hostile guest submits, and the guest itself.
+
+use std::fmt;
+
+use anyhow::{Context, Result};
+use ringpass_tests::{
+    broker_process::BrokerProcess,
+    disks::DiskKind,
+    front_end::{
+        attach::{
+            QueueZero,
+            bench::start_queue_zero,
+            flooder::{BUFFER_BYTES, Flooder, FlooderRing},
+        },
+        rig::{Rig, TestRam},
+        session::{FrontEnd, Options},
+    },
+};
+use rustix::fs::{FallocateFlags, fallocate};
+
+const DISK_BYTES: u64 = 64 << 20;
+/// Room for rings and requests, and for a buffer that fills a slot.
+const RAM_BYTES: u64 = 32 << 20;
+/// The hostile guest's queue.
+pub(crate) const QUEUE: u16 = 1;
+/// The largest ring that the server gives to a small guest.
+pub(crate) const LARGEST: FlooderRing = FlooderRing { sq_entries: 128, cq_entries: 1024 };
+
+/// One kind of request, on one kind of disk.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Attack {
+    name: &'static str,
+    pub(crate) disk: DiskKind,
+    is_write: bool,
+    len_bytes: u32,
+    /// The blocks are given back before, as a guest does by DISCARD: the kernel fills the reader's memory with zeros.
+    has_holes: bool,
+}
+
+impl Attack {
+    pub(crate) const READS_OF_HOLES: Self = Self {
+        name: "long_reads_of_holes",
+        disk: DiskKind::Ext4Direct,
+        is_write: false,
+        len_bytes: BUFFER_BYTES,
+        has_holes: true,
+    };
+    pub(crate) const SMALL_READS: Self = Self {
+        name: "small_reads_without_end",
+        disk: DiskKind::Ext4Direct,
+        is_write: false,
+        len_bytes: 512,
+        has_holes: false,
+    };
+    /// No attack: what an honest guest does under full load.
+    pub(crate) const ORDINARY_READS: Self =
+        Self { name: "ordinary_reads", disk: DiskKind::Ext4Direct, is_write: false, len_bytes: 4096, has_holes: false };
+    /// The file has no blocks yet, so each write has to wait for them on another thread.
+    const WRITES_INTO_HOLES: Self = Self {
+        name: "long_writes_into_holes",
+        disk: DiskKind::Ext4Direct,
+        is_write: true,
+        len_bytes: BUFFER_BYTES,
+        has_holes: true,
+    };
+    const LONG_WRITES: Self = Self {
+        name: "long_writes_to_a_block_device",
+        disk: DiskKind::Zram,
+        is_write: true,
+        len_bytes: BUFFER_BYTES,
+        has_holes: false,
+    };
+
+    pub(crate) const ALL: [Self; 4] =
+        [Self::READS_OF_HOLES, Self::SMALL_READS, Self::WRITES_INTO_HOLES, Self::LONG_WRITES];
+}
+
+impl fmt::Display for Attack {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name)
+    }
+}
+
+/// A hostile guest with the largest ring, and its server.
+pub(crate) struct Hostile {
+    pub(crate) rig: Rig,
+    pub(crate) broker: BrokerProcess,
+    pub(crate) ram: TestRam,
+    pub(crate) front_end: FrontEnd,
+    pub(crate) first: QueueZero,
+    pub(crate) flooder: Flooder,
+}
+
+impl Hostile {
+    pub(crate) fn start(attack: Attack, submission: &str) -> Result<Self> {
+        let rig = Rig::new(attack.disk, DISK_BYTES)?;
+        if attack.has_holes {
+            let disk = std::fs::File::options().write(true).open(rig.disk().path())?;
+            let mode = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+            fallocate(&disk, mode, 0, DISK_BYTES).context("cannot make holes in the disk")?;
+        }
+        Self::serve(rig, attack, submission)
+    }
+
+    /// The same guest on a server that was ended, and its disk.
+    pub(crate) fn serve(rig: Rig, attack: Attack, submission: &str) -> Result<Self> {
+        let arguments = ["--mode", "direct", "--num-queues", "4", "--submission", submission];
+        let broker = rig.broker(&arguments)?;
+        let mut ram = TestRam::new(1, RAM_BYTES)?;
+        let front_end = FrontEnd::connect(&rig.socket(), &ram.ram, Options::default())?;
+        let first = broker.explain(start_queue_zero(&front_end, &mut ram))?;
+        let flooder = broker.explain(Flooder::attach(&front_end, &mut ram, QUEUE, LARGEST))?;
+        flooder.fill(attack.is_write, attack.len_bytes, DISK_BYTES)?;
+        Ok(Self { rig, broker, ram, front_end, first, flooder })
+    }
+}
