@@ -49,6 +49,30 @@ const FCNTLS: &[u64] = &[
     libc::F_GET_SEALS as u64,
 ];
 
+/// Operations of `io_uring_register(2)` (`<linux/io_uring.h>`): what the crate's own rings and those of guests are given.
+const RING_REGISTERS: &[u64] = &[
+    1,  // UNREGISTER_BUFFERS
+    2,  // REGISTER_FILES
+    3,  // UNREGISTER_FILES
+    4,  // REGISTER_EVENTFD
+    5,  // UNREGISTER_EVENTFD
+    11, // REGISTER_RESTRICTIONS
+    12, // REGISTER_ENABLE_RINGS
+    13, // REGISTER_FILES2
+    15, // REGISTER_BUFFERS2
+    16, // REGISTER_BUFFERS_UPDATE
+    19, // REGISTER_IOWQ_MAX_WORKERS
+    20, // REGISTER_RING_FDS
+    21, // UNREGISTER_RING_FDS
+    30, // REGISTER_CLONE_BUFFERS
+    // Workers name their rings by an index.
+    REGISTERED_RING | 2,
+    REGISTERED_RING | 3,
+    REGISTERED_RING | 19,
+];
+/// `IORING_REGISTER_USE_REGISTERED_RING`.
+const REGISTERED_RING: u64 = 1 << 31;
+
 /// Requests of `ioctl(2)` (`<linux/fs.h>`, `<linux/loop.h>`, `<asm-generic/ioctls.h>`): non-blocking and close-on-exec
 /// of sockets, and queries to block devices.
 const IOCTLS: &[u64] = &[0x5421, 0x5451, 0x125e, 0x1268, 0x127a, 0x127b, 0x127c, 0x8008_1272, 0x4c05];
@@ -72,6 +96,7 @@ const EXEC: u64 = libc::PROT_EXEC as u64;
 
 /// Every use of these calls; all others are refused.
 pub(super) const USES: &[Use] = &[
+    of(libc::SYS_io_uring_register, &[OneOf(1, RING_REGISTERS)], "rings of workers and guests"),
     of(libc::SYS_openat, &[Without(2, MAKES_FILE)], "disk, token, /proc, /sys"),
     of(libc::SYS_unlinkat, &[OneOf(2, &[0])], "socket files at the end"),
     of(libc::SYS_fcntl, &[OneOf(1, FCNTLS)], "disk locks, tokens, eventfds, memfds"),

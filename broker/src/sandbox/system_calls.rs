@@ -15,7 +15,6 @@ const ALLOWED: &[i64] = &[
     // Rings.
     libc::SYS_io_uring_setup,
     libc::SYS_io_uring_enter,
-    libc::SYS_io_uring_register,
     // Open files. `arguments` has the calls that open and copy them.
     libc::SYS_close,
     libc::SYS_read,

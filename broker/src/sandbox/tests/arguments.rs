@@ -41,6 +41,10 @@ fn a_call_is_refused_with_arguments_that_serving_does_not_use() {
         let here = libc::AT_FDCWD as u64;
         let restricted = drop_privileges().unwrap().restrict_paths(&paths(&disk)).unwrap();
         restricted.filter_system_calls().unwrap();
+        // Credentials, CPUs of workers, NAPI, messages, another size, zero-copy reception.
+        for operation in [9, 17, 27, 31, 32, 33] {
+            refused("io_uring_register", libc::SYS_io_uring_register, [fd, operation, 8, 1, 0]);
+        }
         // Limits of this process and of another.
         refused("prlimit64", libc::SYS_prlimit64, [0, u64::from(libc::RLIMIT_NOFILE), 8, 0, 0]);
         refused("prlimit64", libc::SYS_prlimit64, [own, u64::from(libc::RLIMIT_MEMLOCK), 8, 0, 0]);
