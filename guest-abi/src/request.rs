@@ -129,8 +129,8 @@ pub enum ErrorCode {
     Resources = 15,
     /// Guest memory was discarded while it was pinned. The device offers no rings before its next reset.
     Discarded = 16,
-    /// The guest's rings cost the host more than they may: a ring had more requests outstanding than its CQ has entries.
-    /// The device offers no rings for a while. An EVENT completes when the driver can try again.
+    /// The ring had more requests outstanding than its CQ has entries. The queue gets no ring for a while. An EVENT
+    /// completes when the driver can try again.
     Cost = 17,
 }
 

@@ -44,9 +44,11 @@ impl DirectQueue {
     /// queue of a guest that has more outstanding than its CQ has entries: no honest driver does, and the kernel sets
     /// no limit.
     ///
-    /// `None`: the queue is closed.
-    pub fn gauge(&self) -> Option<RingGauge> {
-        lock(&self.running).as_ref().map(|running| running.ring.gauge())
+    /// # Errors
+    ///
+    /// `/proc` cannot be read.
+    pub fn gauge(&self) -> Result<RingGauge, RingError> {
+        lock(&self.running).as_ref().expect("only the drop takes it").ring.gauge()
     }
 
     /// The ring's pages, if the kernel allocated them. While the window is held, the ring keeps running, even after it

@@ -15,7 +15,9 @@ use super::DiskKind;
 use super::geometry::Geometry;
 use super::open::Found;
 
-/// `f_type` of the file systems that take direct writes side by side (Linux 6.4 and later): ext4 and XFS.
+/// `f_type` of the file systems that take direct writes side by side (Linux 6.4 and later): ext4 and XFS. ext2 and ext3
+/// have the same number as ext4; today's kernels mount them with the driver of ext4, unless they were built with a
+/// driver for ext2.
 const PARALLEL_FILE_SYSTEMS: [u32; 2] = [0xef53, 0x5846_5342];
 
 /// Whether blocked writes of a ring to this disk become a chain.

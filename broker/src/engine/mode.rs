@@ -81,8 +81,9 @@ impl EngineControl {
     fn allow(&self, mode: OperatorMode) {
         let Some(attach) = &self.attach else { return };
         let kinds = attach.rings.availability.set_operator_mode(mode);
-        let has_ended_pauses = mode == OperatorMode::Auto && attach.rings.pauses.end_all();
-        if !kinds.is_empty() || has_ended_pauses {
+        let resumed = if mode == OperatorMode::Auto { attach.rings.pauses.take_all() } else { Vec::new() };
+        resumed.iter().for_each(|&queue| attach.rings.metrics.clear_refused(queue));
+        if !kinds.is_empty() || !resumed.is_empty() {
             attach.workers().tell_driver();
         }
     }

@@ -21,7 +21,7 @@ pub struct RingConfig {
 
 impl RingConfig {
     /// Refuses a geometry that io_uring would round or refuse.
-    pub(super) fn check(self) -> Result<(), RingError> {
+    pub(crate) fn check(self) -> Result<(), RingError> {
         let Self { sq_entries, cq_entries } = self;
         if !sq_entries.is_power_of_two() || sq_entries > SQ_ENTRIES_MAX {
             let field = "sq_entries";

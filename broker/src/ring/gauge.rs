@@ -21,7 +21,7 @@ pub struct RingGauge {
     ring: Weak<RingFd>,
     /// The ring's file in `/proc/self/fdinfo`. It stays open, because the kernel then keeps the buffer for the text.
     /// While it has to enlarge the buffer it begins again each time, and needs the ring's lock each time.
-    fdinfo: Option<File>,
+    fdinfo: File,
 }
 
 /// What a [`RingGauge`] shows.
@@ -37,8 +37,9 @@ pub enum GaugeReading {
 }
 
 impl RingGauge {
-    pub(super) fn new(ring: &Arc<RingFd>) -> Self {
-        Self { ring: Arc::downgrade(ring), fdinfo: None }
+    pub(super) fn new(ring: &Arc<RingFd>) -> io::Result<Self> {
+        let fdinfo = File::open(format!("/proc/self/fdinfo/{}", ring.raw()))?;
+        Ok(Self { ring: Arc::downgrade(ring), fdinfo })
     }
 
     /// Whether the ring is closed.
@@ -53,28 +54,26 @@ impl RingGauge {
     /// # Errors
     ///
     /// `/proc` cannot be read.
-    pub fn read(&mut self) -> io::Result<GaugeReading> {
+    pub fn read(&self) -> io::Result<GaugeReading> {
         // Holding the ring keeps its descriptor from becoming that of another file.
-        let Some(ring) = self.ring.upgrade() else { return Ok(GaugeReading::Closed) };
-        let fdinfo = match &mut self.fdinfo {
-            Some(file) => file,
-            none => none.insert(File::open(format!("/proc/self/fdinfo/{}", ring.raw()))?),
-        };
+        let Some(_ring) = self.ring.upgrade() else { return Ok(GaugeReading::Closed) };
         let mut text = [0; INDEXES_BYTES];
-        let len_bytes = fdinfo.read_at(&mut text, 0)?;
+        let len_bytes = self.fdinfo.read_at(&mut text, 0)?;
         let text = String::from_utf8_lossy(&text[..len_bytes]);
         Ok(outstanding(&text).map_or(GaugeReading::Busy, GaugeReading::Outstanding))
     }
 }
 
 /// `None`: the kernel did not get the ring's lock, so the text has only what is true of every file.
+/// (Before Linux 6.13 the kernel needs no lock for the indexes.)
 fn outstanding(fdinfo: &str) -> Option<u32> {
     let value = |name: &str| -> Option<u32> {
         let rest = fdinfo.lines().find_map(|line| line.strip_prefix(name))?;
         rest.trim().parse().ok()
     };
-    // Both wrap.
-    Some(value("CachedSqHead:")?.wrapping_sub(value("CachedCqTail:")?))
+    // Both wrap. Before Linux 6.13 the kernel reads them without the lock, so a request may end in between.
+    let difference = value("CachedSqHead:")?.wrapping_sub(value("CachedCqTail:")?) as i32;
+    Some(difference.max(0) as u32)
 }
 
 #[cfg(test)]
@@ -92,13 +91,14 @@ mod tests {
         };
         assert_eq!(outstanding(&text(10, 4)), Some(6));
         assert_eq!(outstanding(&text(1, u32::MAX)), Some(2));
+        assert_eq!(outstanding(&text(4, 5)), Some(0), "a request ended between the two indexes");
         assert_eq!(outstanding("pos:\t0\nflags:\t02000002\n"), None, "the kernel does not have the ring's lock");
     }
 
     #[test]
     fn an_idle_ring_has_nothing_outstanding_and_a_closed_ring_is_closed() {
         let ring = Arc::new(RingFd::setup(4, &mut io_uring_params::default()).unwrap());
-        let mut gauge = RingGauge::new(&ring);
+        let gauge = RingGauge::new(&ring).unwrap();
         assert_eq!(gauge.read().unwrap(), GaugeReading::Outstanding(0));
         assert!(!gauge.is_closed());
         drop(ring);

@@ -197,8 +197,12 @@ impl KernelRing<Restricted> {
 
 impl KernelRing<Enabled> {
     /// Counts the outstanding requests.
-    pub fn gauge(&self) -> RingGauge {
-        RingGauge::new(self.fd())
+    ///
+    /// # Errors
+    ///
+    /// `/proc` cannot be read.
+    pub fn gauge(&self) -> Result<RingGauge, RingError> {
+        RingGauge::new(self.fd()).map_err(RingError::system("opening the ring's file in /proc/self/fdinfo"))
     }
 
     /// Makes the kernel signal `completion` (or nothing) from now on, and signals the new eventfd once: otherwise a

@@ -23,10 +23,6 @@ const SQ_IDLE_MAX_MS: u64 = 60_000;
 /// A ring cannot have more blocking requests under way.
 const IO_WORKERS_MAX: u32 = 4096;
 
-/// As in [`AttachConfig::new`].
-const SQ_ENTRIES_DEFAULT: u32 = 128;
-const CQ_ENTRIES_DEFAULT: u32 = 1024;
-
 /// Options for rings.
 #[derive(Debug, Args)]
 pub(super) struct RingArgs {
@@ -51,14 +47,15 @@ pub(super) struct RingArgs {
     #[arg(long, value_name = "N", default_value_t = IoWorkers::default().bounded, value_parser = io_workers)]
     io_workers: NonZeroU32,
 
-    /// Maximum number of SQ entries of a guest's ring: a power of two. The host's CPU executes as many requests in one
-    /// go. For guests whose memory ends above 64 GiB the number is halved for each doubling, down to 8.
-    #[arg(long, value_name = "N", default_value_t = SQ_ENTRIES_DEFAULT, value_parser = sq_entries)]
+    /// Maximum number of SQ entries of a guest's ring: a power of two. A CPU of the host executes up to that many requests
+    /// before it does something else. For guests whose memory ends above 64 GiB the number is halved for each doubling,
+    /// down to 8.
+    #[arg(long, value_name = "N", default_value_t = AttachConfig::SQ_ENTRIES_MAX_DEFAULT, value_parser = sq_entries)]
     sq_entries_max: u32,
 
     /// Maximum number of CQ entries of a guest's ring, which is the maximum number of outstanding requests: a power of
     /// two. Each takes up to 20 KiB of kernel memory. Halved for larger guests, as the SQ entries are, down to 64.
-    #[arg(long, value_name = "N", default_value_t = CQ_ENTRIES_DEFAULT, value_parser = cq_entries)]
+    #[arg(long, value_name = "N", default_value_t = AttachConfig::CQ_ENTRIES_MAX_DEFAULT, value_parser = cq_entries)]
     cq_entries_max: u32,
 
     #[command(flatten)]
@@ -195,7 +192,7 @@ impl RingArgs {
         };
         let workers = IoWorkers { bounded: self.io_workers, ..IoWorkers::default() };
         let direct = DirectConfig::new(submission, Sharing::for_kernel(&support)).workers(workers);
-        let attach = AttachConfig::new(direct, policy)?.entries_max(self.sq_entries_max, self.cq_entries_max);
+        let attach = AttachConfig::new(direct, policy)?.entries_max(self.sq_entries_max, self.cq_entries_max)?;
         Ok(Offer::Rings(Box::new(attach)))
     }
 

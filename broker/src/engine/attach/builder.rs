@@ -170,11 +170,9 @@ impl Builder {
     fn make_ring(&mut self, request: BuildRequest) -> Result<Built, Refused> {
         let pinned = self.pinned.as_mut().ok_or_else(|| refused(&MemoryError::NoRegions.into()))?;
         let (queue, cq_entries) = (request.queue, request.geometry.cq_entries());
-        self.config.check_entries(&request.geometry, pinned.slot_shift())?;
-        let built = pinned.make_ring(request)?;
-        if let Some(gauge) = built.ring.executor.gauge() {
-            self.guard.watch(WatchedRing { queue, cq_entries, gauge });
-        }
+        let kernel_bytes = guard::kernel_bytes();
+        let (built, gauge) = pinned.make_ring(request)?;
+        self.guard.watch(WatchedRing { queue, cq_entries, gauge, kernel_bytes });
         Ok(built)
     }
 

@@ -1,14 +1,12 @@
 //! What a device offers to drivers that can have rings.
 
 use ringpass_guest_abi::SLOT_SHIFT_MIN;
-use ringpass_guest_abi::attach::{AttachLimits, Geometry};
+use ringpass_guest_abi::attach::AttachLimits;
 use ringpass_guest_abi::probe::F_DSYNC;
-use ringpass_guest_abi::request::ErrorCode;
 use ringpass_restrictions::CompiledPolicy;
 
-use super::refusal::Refused;
 use crate::direct::DirectConfig;
-use crate::ring::{RingError, refuse_unsafe};
+use crate::ring::{RingConfig, RingError, refuse_unsafe};
 
 /// The largest length of one SQE in bytes. Splitting a transfer into such SQEs costs nothing, and an SQ thread, which
 /// copies what is in the page cache, still gets to other queues in between.
@@ -37,7 +35,12 @@ pub struct AttachConfig {
 }
 
 impl AttachConfig {
-    /// A configuration for rings of at most 128 SQ and 1024 CQ entries. The SQ holds only what the kernel has not
+    /// [`sq_entries_max`](Self#structfield.sq_entries_max) of a new configuration.
+    pub const SQ_ENTRIES_MAX_DEFAULT: u32 = 64;
+    /// [`cq_entries_max`](Self#structfield.cq_entries_max) of a new configuration.
+    pub const CQ_ENTRIES_MAX_DEFAULT: u32 = 1024;
+
+    /// A configuration for rings of at most 64 SQ and 1024 CQ entries. The SQ holds only what the kernel has not
     /// taken yet, and the kernel takes entries as fast as a driver adds them. So 1024 requests can be outstanding.
     ///
     /// # Errors
@@ -46,22 +49,27 @@ impl AttachConfig {
     /// [accepted](CompiledPolicy::accept_unsafe).
     pub fn new(direct: DirectConfig, policy: CompiledPolicy) -> Result<Self, RingError> {
         refuse_unsafe(&policy)?;
-        Ok(Self { direct, policy, sq_entries_max: 128, cq_entries_max: 1024 })
+        let (sq_entries_max, cq_entries_max) = (Self::SQ_ENTRIES_MAX_DEFAULT, Self::CQ_ENTRIES_MAX_DEFAULT);
+        Ok(Self { direct, policy, sq_entries_max, cq_entries_max })
     }
 
     /// Sets [`sq_entries_max`](Self#structfield.sq_entries_max) and
     /// [`cq_entries_max`](Self#structfield.cq_entries_max).
-    #[must_use]
-    pub fn entries_max(self, sq_entries_max: u32, cq_entries_max: u32) -> Self {
-        Self { sq_entries_max, cq_entries_max, ..self }
+    ///
+    /// # Errors
+    ///
+    /// [`RingError::Entries`] for numbers that no ring can have.
+    pub fn entries_max(self, sq_entries_max: u32, cq_entries_max: u32) -> Result<Self, RingError> {
+        RingConfig { sq_entries: sq_entries_max, cq_entries: cq_entries_max }.check()?;
+        Ok(Self { sq_entries_max, cq_entries_max, ..self })
     }
 
     /// What ATTACH may ask for, for a guest whose slots are this large ([`slot_shift`]).
     ///
-    /// One SQE can move as many bytes as a slot has. The kernel executes what is in the SQ in one go where the I/O does
-    /// not block, and lets no other thread run on that CPU meanwhile. And each request that is outstanding has a
-    /// description of its pages in kernel memory, 16 bytes for each page. So both numbers of entries are halved when
-    /// the size of a slot doubles, down to 8 and 64.
+    /// One SQE can move as many bytes as a slot has. Where the I/O does not block, the kernel executes what is in the SQ
+    /// in one go, and no other thread runs on that CPU meanwhile. For each outstanding request the kernel keeps a
+    /// description of the pages, 16 bytes for each page. So both numbers of entries are halved when the size of a slot
+    /// doubles, down to 8 and 64. A ring keeps its size if the guest gets more memory later.
     ///
     /// [`slot_shift`]: ringpass_guest_abi::FixedAddressing::slot_shift
     pub fn limits(&self, slot_shift: u32) -> AttachLimits {
@@ -73,21 +81,6 @@ impl AttachConfig {
             cq_entries_max: halved(self.cq_entries_max, CQ_ENTRIES_LEAST),
             page_bytes: page_bytes(),
         }
-    }
-
-    /// Refuses a geometry that was in the limits when its driver attached, and is above them now: the guest got memory
-    /// that needs larger slots.
-    pub(super) fn check_entries(&self, geometry: &Geometry, slot_shift: u32) -> Result<(), Refused> {
-        let AttachLimits { sq_entries_max, cq_entries_max, .. } = self.limits(slot_shift);
-        let (sq_entries, cq_entries) = (geometry.sq_entries(), geometry.cq_entries());
-        if sq_entries <= sq_entries_max && cq_entries <= cq_entries_max {
-            return Ok(());
-        }
-        let why = format!(
-            "the ring has {sq_entries} SQ and {cq_entries} CQ entries, and since the guest got more memory at most \
-             {sq_entries_max} and {cq_entries_max} are possible: the driver must ask for a smaller ring"
-        );
-        Err(Refused { code: ErrorCode::Entries, why })
     }
 
     /// The largest length of one SQE in bytes.
@@ -124,10 +117,12 @@ mod tests {
     #[test]
     fn entries_are_halved_when_slots_double_down_to_8_and_64() {
         let of_shift = |shift| entries(&config(), shift);
-        assert_eq!([22, 23, 25, 26, 27].map(of_shift), [(128, 1024), (64, 512), (16, 128), (8, 64), (8, 64)]);
+        assert_eq!([22, 23, 25, 26, 27].map(of_shift), [(64, 1024), (32, 512), (8, 128), (8, 64), (8, 64)]);
         assert_eq!(of_shift(SLOT_SHIFT_MAX), (8, 64));
         // An embedder that wants fewer gets fewer.
-        assert_eq!(entries(&config().entries_max(4, 16), SLOT_SHIFT_MAX), (4, 16));
+        assert_eq!(entries(&config().entries_max(4, 16).unwrap(), SLOT_SHIFT_MAX), (4, 16));
+        let refused = config().entries_max(256, 128).unwrap_err().to_string();
+        assert!(refused.contains("cq_entries is 128"), "{refused}");
     }
 
     #[test]

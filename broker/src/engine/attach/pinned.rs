@@ -18,7 +18,7 @@ use crate::direct::{DirectDevice, QueueConfig, QueuePlacement};
 use crate::disk::Disk;
 use crate::limits::Memlock;
 use crate::memory::{GuestMemory, MemoryError, RegionConfig};
-use crate::ring::{RingConfig, RingEnd, RingError, StillRunning};
+use crate::ring::{RingConfig, RingEnd, RingError, RingGauge, StillRunning};
 use crate::vhost_user::DeviceMemory;
 
 /// The time between two looks at whether leaving memory is still pinned.
@@ -70,11 +70,6 @@ impl Pinned {
         self.device.memory().len_bytes()
     }
 
-    /// The size of the slots: [`FixedAddressing::slot_shift`](ringpass_guest_abi::FixedAddressing::slot_shift).
-    pub(super) fn slot_shift(&self) -> u32 {
-        self.device.memory().addressing().slot_shift()
-    }
-
     /// Whether a ring exists that was not closed.
     pub(super) fn has_open_rings(&self) -> bool {
         let is_open = |end: &RingEnd| matches!(end.wait(Duration::ZERO), Err(StillRunning::Open));
@@ -91,8 +86,8 @@ impl Pinned {
         self.watch.look()
     }
 
-    /// Makes a ring.
-    pub(super) fn make_ring(&mut self, request: BuildRequest) -> Result<Built, Refused> {
+    /// Makes a ring, and what counts its outstanding requests.
+    pub(super) fn make_ring(&mut self, request: BuildRequest) -> Result<(Built, RingGauge), Refused> {
         let BuildRequest { geometry, epoch, call, call_generation, .. } = request;
         let doorbell = eventfd().map_err(|error| refused(&error))?;
         let config = QueueConfig {
@@ -105,11 +100,17 @@ impl Pinned {
             completion: call,
         };
         let others = self.device.ends();
-        match self.device.attach(config) {
-            Ok(queue) => {
+        // A ring that the guard cannot watch is closed.
+        let attached = self.device.attach(config).and_then(|queue| {
+            let gauge = queue.gauge()?;
+            Ok((queue, gauge))
+        });
+        match attached {
+            Ok((queue, gauge)) => {
                 // The memory is pinned by now, whether for all rings or for this one.
                 self.watch.expect_all();
-                Ok(Built { ring: LiveRing { epoch, executor: RingExecutor::Kernel(queue), doorbell }, call_generation })
+                let ring = LiveRing { epoch, executor: RingExecutor::Kernel(queue), doorbell };
+                Ok((Built { ring, call_generation }, gauge))
             }
             Err(error) => {
                 // The refusal gives the driver its areas back. A ring that was made in part has no I/O, so it ends

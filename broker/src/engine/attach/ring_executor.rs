@@ -4,7 +4,7 @@ use ringpass_guest_abi::{FixedAddressing, RingLayout};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::direct::DirectQueue;
-use crate::ring::{RingError, RingGauge};
+use crate::ring::RingError;
 
 /// What consumes the SQ of a ring and fills its CQ. One case for each [`RingKind`](super::RingKind).
 #[derive(Debug)]
@@ -25,13 +25,6 @@ impl RingExecutor {
     pub(in crate::engine) fn addressing(&self) -> FixedAddressing {
         match self {
             Self::Kernel(queue) => queue.addressing(),
-        }
-    }
-
-    /// Counts the requests that the ring has outstanding. `None`: the executor takes no more than it can.
-    pub(in crate::engine) fn gauge(&self) -> Option<RingGauge> {
-        match self {
-            Self::Kernel(queue) => queue.gauge(),
         }
     }
 

@@ -11,7 +11,7 @@ use super::refusal::Refused;
 use super::status::{RingCounts, RingStatus};
 use crate::vhost_user::DeviceMemory;
 
-/// What the rings of each queue do, for operators. Nothing decides anything by these values.
+/// What the rings of each queue do, for operators. The guard takes the words as hints; nothing else decides by them.
 #[derive(Debug)]
 pub(in crate::engine) struct RingMetrics {
     queues: Mutex<Vec<QueueMetrics>>,
@@ -85,11 +85,16 @@ impl RingMetrics {
     }
 
     /// The queue's ring ends because it cost too much.
-    pub(in crate::engine) fn count_end_for_cost(&self, queue: u16, refused: Refused) {
+    pub(in crate::engine) fn end_for_cost(&self, queue: u16, refused: Refused) {
         let mut queues = self.queues();
         let metrics = &mut queues[usize::from(queue)];
         metrics.ended_for_cost += 1;
         metrics.refused = Some(refused);
+    }
+
+    /// The queue may have a ring again.
+    pub(in crate::engine) fn clear_refused(&self, queue: u16) {
+        self.queues()[usize::from(queue)].refused = None;
     }
 
     /// What the words of the queue's ring say is outstanding: SQEs consumed, less CQEs posted. The guest can write
@@ -97,7 +102,10 @@ impl RingMetrics {
     pub(in crate::engine) fn claimed_outstanding(&self, queue: u16) -> Option<u32> {
         let queues = self.queues();
         let ring = queues[usize::from(queue)].ring.as_ref()?;
-        Some(ring.load(ring.layout.sq_head_offset)?.wrapping_sub(ring.load(ring.layout.cq_tail_offset)?))
+        // In this order: a request that ends in between counts as outstanding, and never the other way round.
+        let cq_tail = ring.load(ring.layout.cq_tail_offset, Ordering::Acquire)?;
+        let difference = ring.load(ring.layout.sq_head_offset, Ordering::Acquire)?.wrapping_sub(cq_tail) as i32;
+        Some(difference.max(0) as u32)
     }
 
     /// The present values of each queue.
@@ -123,15 +131,16 @@ impl RingMetrics {
 }
 
 impl RingWords {
-    fn load(&self, offset_bytes: u32) -> Option<u32> {
-        self.memory.load(GuestAddress(self.rings_gpa + u64::from(offset_bytes)), Ordering::Relaxed).ok()
+    fn load(&self, offset_bytes: u32, order: Ordering) -> Option<u32> {
+        self.memory.load(GuestAddress(self.rings_gpa + u64::from(offset_bytes)), order).ok()
     }
 }
 
 impl QueueMetrics {
     fn sample(&mut self) {
         let Some(ring) = &mut self.ring else { return };
-        let (sq_tail, cq_tail) = (ring.load(ring.layout.sq_tail_offset), ring.load(ring.layout.cq_tail_offset));
+        let load = |offset_bytes| ring.load(offset_bytes, Ordering::Relaxed);
+        let (sq_tail, cq_tail) = (load(ring.layout.sq_tail_offset), load(ring.layout.cq_tail_offset));
         let count = |total: &mut u64, last: &mut u32, now: Option<u32>| {
             let now = now.unwrap_or(*last);
             *total += u64::from(now.wrapping_sub(*last));
