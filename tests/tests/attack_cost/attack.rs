@@ -24,7 +24,7 @@ const RAM_BYTES: u64 = 32 << 20;
 /// The hostile guest's queue.
 pub(crate) const QUEUE: u16 = 1;
 /// The largest ring that the server gives to a small guest.
-pub(crate) const LARGEST: FlooderRing = FlooderRing { sq_entries: 128, cq_entries: 1024 };
+pub(crate) const LARGEST: FlooderRing = FlooderRing { sq_entries: 64, cq_entries: 1024 };
 
 /// One kind of request, on one kind of disk.
 #[derive(Clone, Copy, Debug)]
@@ -56,7 +56,7 @@ impl Attack {
     pub(crate) const ORDINARY_READS: Self =
         Self { name: "ordinary_reads", disk: DiskKind::Ext4Direct, is_write: false, len_bytes: 4096, has_holes: false };
     /// The file has no blocks yet, so each write has to wait for them on another thread.
-    const WRITES_INTO_HOLES: Self = Self {
+    pub(crate) const WRITES_INTO_HOLES: Self = Self {
         name: "long_writes_into_holes",
         disk: DiskKind::Ext4Direct,
         is_write: true,
@@ -109,8 +109,8 @@ impl Hostile {
         let mut ram = TestRam::new(1, RAM_BYTES)?;
         let front_end = FrontEnd::connect(&rig.socket(), &ram.ram, Options::default())?;
         let first = broker.explain(start_queue_zero(&front_end, &mut ram))?;
-        let flooder = broker.explain(Flooder::attach(&front_end, &mut ram, QUEUE, LARGEST))?;
-        flooder.fill(attack.is_write, attack.len_bytes, DISK_BYTES)?;
+        let mut flooder = broker.explain(Flooder::attach(&front_end, &mut ram, QUEUE, LARGEST))?;
+        broker.explain(flooder.fill(attack.is_write, attack.len_bytes, DISK_BYTES))?;
         Ok(Self { rig, broker, ram, front_end, first, flooder })
     }
 }

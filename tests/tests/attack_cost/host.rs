@@ -16,7 +16,7 @@ pub(crate) const MEMORY_MAX_BYTES: u64 = 64 << 20;
 /// the requests of io_uring and of the block layer are in it. The free memory also changes with every file that any
 /// process reads or writes.)
 pub(crate) fn with_kernel_memory_watched<T: Send>(work: impl FnOnce() -> Result<T> + Send) -> Result<(T, u64)> {
-    let before = unreclaimable_bytes()?;
+    let before = settled_bytes()?;
     let is_over = AtomicBool::new(false);
     thread::scope(|scope| {
         let worker = scope.spawn(|| {
@@ -39,6 +39,20 @@ pub(crate) fn check_kernel_memory(grown_bytes: u64) -> Result<()> {
     eprintln!("the kernel's memory grew by {:.1} MiB at most", grown_bytes as f64 / f64::from(1 << 20));
     ensure!(grown_bytes < MEMORY_MAX_BYTES, "the kernel's memory grew by {grown_bytes} bytes");
     Ok(())
+}
+
+/// The kernel's memory, once what earlier rings had is free.
+fn settled_bytes() -> Result<u64> {
+    let mut least = unreclaimable_bytes()?;
+    for _ in 0..20 {
+        thread::sleep(Duration::from_millis(5));
+        let now = unreclaimable_bytes()?;
+        if now >= least {
+            break;
+        }
+        least = now;
+    }
+    Ok(least)
 }
 
 fn unreclaimable_bytes() -> Result<u64> {

@@ -7,7 +7,6 @@ use std::process::ExitCode;
 
 use ringpass_tests::{
     broker_process,
-    front_end::attach::flooder::Reaping,
     harness::{self, test},
     needs::Need,
 };
@@ -36,9 +35,9 @@ fn main() -> ExitCode {
             stops::bounded(attack)
         }));
     }
-    for (attack, reaping) in [(Attack::READS_OF_HOLES, Reaping::Honest), (Attack::SMALL_READS, Reaping::Never)] {
+    for attack in [Attack::READS_OF_HOLES, Attack::WRITES_INTO_HOLES] {
         tests.push(test(format!("a_neighbour_keeps_its_latency_beside_{attack}"), needs(attack), move || {
-            neighbour::keeps_its_latency(attack, reaping)
+            neighbour::keeps_its_latency(attack)
         }));
     }
     harness::run(tests)

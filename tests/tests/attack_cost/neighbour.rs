@@ -1,12 +1,13 @@
 //! A guest of another owner, with a server and a disk of its own, beside a hostile guest.
 
 use std::{
+    fmt,
     sync::atomic::{AtomicBool, Ordering},
     thread,
     time::{Duration, Instant},
 };
 
-use anyhow::{Result, anyhow, ensure};
+use anyhow::{Result, anyhow, bail, ensure};
 use hdrhistogram::Histogram;
 use ringpass_tests::{
     disks::DiskKind,
@@ -23,34 +24,47 @@ use crate::attack::{Attack, Hostile};
 
 const DISK_BYTES: u64 = 16 << 20;
 const BLOCK_BYTES: u32 = 4096;
-/// The p99 beside an attack, in units of the p99 beside a full load that keeps to the rules.
-const P99_FACTOR: u64 = 2;
-/// Differences below this are those between two runs of the same.
-const P99_NOISE: Duration = Duration::from_millis(5);
-/// The longest request beside an attack: this, or twice the longest beside the honest load on a busy machine.
+/// The p99 beside an attack, in units of the p99 beside a full load of ordinary reads.
+const P99_FACTOR: u32 = 2;
+/// Differences below this are those between two runs of the same: whether a CPU has slept, for example.
+const P99_NOISE: Duration = Duration::from_micros(500);
+/// The longest request beside an attack: this, or twice the longest beside the ordinary load on a busy machine.
 const WORST: Duration = Duration::from_millis(100);
+/// Something else on the machine disturbs a measurement now and then. An attack that works disturbs each of them.
+const MEASUREMENTS: usize = 3;
 
-/// An attack that reaps keeps to the rules: its ring does not end.
-pub(crate) fn keeps_its_latency(attack: Attack, reaping: Reaping) -> Result<()> {
-    let honest = beside(Attack::ORDINARY_READS, Reaping::Honest)?;
-    let hostile = beside(attack, reaping)?;
-    let of = |latencies: &Histogram<u64>| {
-        let at = |quantile| Duration::from_nanos(latencies.value_at_quantile(quantile));
-        (at(0.5), at(0.99), Duration::from_nanos(latencies.max()))
-    };
-    let ((honest_median, honest_p99, honest_worst), (median, p99, worst)) = (of(&honest), of(&hostile));
-    eprintln!("beside an honest full load: median {honest_median:?}, p99 {honest_p99:?}, worst {honest_worst:?}");
-    eprintln!("beside the attack:          median {median:?}, p99 {p99:?}, worst {worst:?}");
-    ensure!(
-        p99 < honest_p99 * P99_FACTOR as u32 + P99_NOISE,
-        "the neighbour's p99 is {p99:?}, and {honest_p99:?} beside an honest load"
-    );
-    ensure!(worst < WORST.max(honest_worst * 2), "a request of the neighbour took {worst:?}");
-    Ok(())
+/// What the neighbour's reads took.
+#[derive(Clone, Copy, Debug)]
+struct Latencies {
+    median: Duration,
+    p99: Duration,
+    worst: Duration,
 }
 
-/// The latencies of the neighbour's reads in nanoseconds, while a guest floods its ring.
-fn beside(attack: Attack, reaping: Reaping) -> Result<Histogram<u64>> {
+impl fmt::Display for Latencies {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { median, p99, worst } = self;
+        write!(f, "median {median:?}, p99 {p99:?}, worst {worst:?}")
+    }
+}
+
+/// The attack keeps to the rules, so that its ring does not end.
+pub(crate) fn keeps_its_latency(attack: Attack) -> Result<()> {
+    let mut measured = Vec::new();
+    for _ in 0..MEASUREMENTS {
+        let ordinary = beside(Attack::ORDINARY_READS)?;
+        let attacked = beside(attack)?;
+        eprintln!("beside ordinary reads: {ordinary}; beside the attack: {attacked}");
+        if attacked.p99 < ordinary.p99 * P99_FACTOR + P99_NOISE && attacked.worst < WORST.max(ordinary.worst * 2) {
+            return Ok(());
+        }
+        measured.push((ordinary, attacked));
+    }
+    bail!("the neighbour waits for the attack in each of {MEASUREMENTS} measurements: {measured:?}")
+}
+
+/// What the neighbour's reads take while another guest keeps its ring full of these requests.
+fn beside(attack: Attack) -> Result<Latencies> {
     let rig = Rig::new(DiskKind::Ext4PageCache, DISK_BYTES)?;
     let broker = rig.broker(&["--mode", "virtqueue", "--num-queues", "1", "--poll-us", "0"])?;
     let mut ram = TestRam::new(1, 1 << 20)?;
@@ -59,13 +73,17 @@ fn beside(attack: Attack, reaping: Reaping) -> Result<Histogram<u64>> {
     let mut hostile = Hostile::start(attack, "sq-thread")?;
     let is_over = AtomicBool::new(false);
     let latencies = thread::scope(|scope| {
-        let guest = scope.spawn(|| hostile.flooder.flood(reaping, || is_over.load(Ordering::Relaxed)));
-        let latencies = read_for(&mut driver, harness::time_budget(Duration::from_secs(2), Duration::from_secs(60)));
+        let guest = scope.spawn(|| hostile.flooder.flood(Reaping::Honest, || is_over.load(Ordering::Relaxed)));
+        let latencies = read_for(&mut driver, harness::time_budget(Duration::from_secs(1), Duration::from_secs(60)));
         is_over.store(true, Ordering::Relaxed);
         guest.join().map_err(|_| anyhow!("the guest panicked"))??;
         latencies
     });
-    broker.explain(latencies)
+    let latencies = broker.explain(latencies)?;
+    ensure!(!hostile.flooder.has_ended()?, "the ring of the other guest has ended");
+    ensure!(hostile.flooder.submitted() > 100, "the other guest did nothing");
+    let at = |quantile| Duration::from_nanos(latencies.value_at_quantile(quantile));
+    Ok(Latencies { median: at(0.5), p99: at(0.99), worst: Duration::from_nanos(latencies.max()) })
 }
 
 fn read_for(driver: &mut BlkDriver, duration: Duration) -> Result<Histogram<u64>> {

@@ -101,12 +101,12 @@ impl Flooder {
     }
 
     /// The requests of the flood: one for each entry of the SQ, each `len_bytes` long, one behind the other on a disk
-    /// of `disk_bytes`.
+    /// of `disk_bytes`. Executes the first of them, which must succeed.
     ///
     /// # Errors
     ///
-    /// The length is not 1 to [`BUFFER_BYTES`].
-    pub fn fill(&self, is_write: bool, len_bytes: u32, disk_bytes: u64) -> Result<()> {
+    /// The length is not 1 to [`BUFFER_BYTES`], or the request fails.
+    pub fn fill(&mut self, is_write: bool, len_bytes: u32, disk_bytes: u64) -> Result<()> {
         let address = self.addressing.resolve(self.buffer_gpa, len_bytes);
         let address = address.map_err(|error| anyhow::anyhow!("{error}"))?;
         let make = if is_write { Sqe::write_fixed } else { Sqe::read_fixed };
@@ -115,7 +115,19 @@ impl Flooder {
             let offset_bytes = u64::from(slot) % places * u64::from(len_bytes);
             self.words.write_sqe(slot, &make(address, len_bytes, offset_bytes, slot.into()));
         }
+        self.give(1)?;
+        wait_until("the first completion", || Ok(self.words.load_acquire(self.layout.cq_tail_offset) == 1))?;
+        let res = self.words.read_cqe(self.layout.cqes_offset).res;
+        self.words.store_release(self.layout.cq_head_offset, 1);
+        ensure!(u32::try_from(res) == Ok(len_bytes), "a request of {len_bytes} bytes: {res}");
         Ok(())
+    }
+
+    /// Gives the ring so many requests.
+    fn give(&mut self, count: u32) -> Result<()> {
+        self.sq_tail = self.sq_tail.wrapping_add(count);
+        self.words.store_release(self.layout.sq_tail_offset, self.sq_tail);
+        self.vring.kick()
     }
 
     /// Floods until it `is_over`, or until the ring has ended.
@@ -146,9 +158,7 @@ impl Flooder {
             room = room.min(cq_entries.saturating_sub(self.sq_tail.wrapping_sub(completed)));
         }
         if room > 0 {
-            self.sq_tail = self.sq_tail.wrapping_add(room);
-            self.words.store_release(self.layout.sq_tail_offset, self.sq_tail);
-            self.vring.kick()?;
+            self.give(room)?;
         }
         Ok(room)
     }
