@@ -207,7 +207,7 @@ impl RingArgs {
             );
         }
         why_not.extend(finer_blocks::why_no_rings(disk));
-        why_not.extend(write_chains::why_no_rings(disk, self.mode));
+        why_not.extend(write_chains::why_no_rings(disk, self.mode == ModeArg::Direct));
         if let Some(mode) = report.mode(ModeName::DirectGuestRam).filter(|mode| !mode.available && why_not.is_empty()) {
             why_not.push(refusal::one_line(mode));
         }

@@ -2,15 +2,13 @@
 
 use ringpass_broker::disk::LocatedDisk;
 
-use super::rings::ModeArg;
-
-/// Why guests do not get rings on such a disk without `--mode direct`.
-pub(super) fn why_no_rings(disk: &LocatedDisk, mode: ModeArg) -> Option<String> {
+/// Why guests do not get rings on such a disk, unless `--mode direct` demands them.
+pub(super) fn why_no_rings(disk: &LocatedDisk, is_demanded: bool) -> Option<String> {
     if !disk.chains_writes() {
         return None;
     }
     let why = why(disk);
-    if mode == ModeArg::Direct {
+    if is_demanded {
         tracing::warn!("--mode direct: {why}");
         return None;
     }
