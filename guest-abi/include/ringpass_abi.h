@@ -187,8 +187,8 @@ enum ringpass_error {
    */
   RINGPASS_ERROR_DISCARDED = 16,
   /**
-   * The guest's rings cost the host more than they may: a ring had more requests outstanding than its CQ has entries.
-   * The device offers no rings for a while. An EVENT completes when the driver can try again.
+   * The ring had more requests outstanding than its CQ has entries. The queue gets no ring for a while. An EVENT
+   * completes when the driver can try again.
    */
   RINGPASS_ERROR_COST = 17,
 };
