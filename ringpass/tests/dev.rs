@@ -135,7 +135,7 @@ fn show_and_stats_report_what_executes_each_queue_and_its_counters() {
     assert_eq!(stats["queues"][1]["by_device"]["reads"], 0);
     assert_eq!(stats["queues"][0]["by_device"]["flushes"], 1);
     let text = place.text(&["show", "vm"]);
-    assert!(text.contains("queue 1: ring epoch 1 open sq 128 cq 128"), "{text}");
+    assert!(text.contains("queue 1: ring epoch 1 open sq 64 cq 128"), "{text}");
     assert!(text.contains("; for guests without balloon, free page reporting, virtio-mem and postcopy"), "{text}");
     assert!(place.text(&["stats", "vm"]).lines().nth(2).unwrap().ends_with("10"), "{}", place.text(&["stats", "vm"]));
 
