@@ -125,10 +125,7 @@ impl Stage {
 
     /// Lets the guest act, checks that nothing outside has changed, and starts the hostile queues again.
     fn round(&mut self, round: u64, baseline: Option<Baseline>) -> Result<()> {
-        // What the guest scribbles can look like more requests than it may have, and then its queues get no rings for a
-        // while.
-        let allowed = self.rig.dev(&["set", "vhost", "mode", "auto"])?.output()?;
-        ensure!(allowed.status.success(), "{}", String::from_utf8_lossy(&allowed.stderr));
+        self.end_pauses()?;
         for number in 0..self.queues.len() {
             self.guest.ask_for_ring(&mut self.queues[number], true)?;
         }
@@ -154,6 +151,14 @@ impl Stage {
             _ => {}
         }
         (0..HOSTILE.len()).try_for_each(|number| self.start_clean(number))
+    }
+
+    /// What the guest scribbles can be more requests than it may have. Then its queues get no rings for a while, unless
+    /// the operator allows them.
+    fn end_pauses(&self) -> Result<()> {
+        let output = self.rig.dev(&["set", "vhost", "mode", "auto"])?.output()?;
+        ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        Ok(())
     }
 
     /// Waits a moment for the rings of the hostile queues.
@@ -284,6 +289,7 @@ impl Stage {
         let length_bytes = self.rig.disk_file()?.metadata()?.len();
         ensure!(length_bytes == DISK_BYTES, "the disk has {length_bytes} bytes");
         ensure!(fs::read(self.rig.directory().join("canary"))? == self.canary, "another file has changed");
+        self.end_pauses()?;
         // The new driver uses all of the hostile region.
         let ram = self.front_end.ram().clone();
         let arenas = vec![ram.regions()[1].arena()];
