@@ -183,7 +183,7 @@ impl Hostile {
     fn round(&mut self, socket: &Path, rng: &mut fastrand::Rng) -> Result<()> {
         let wire = Wire::connect(socket, Duration::from_secs(20))?;
         // The broker may have closed the connection already, so these errors do not matter.
-        let _ = self.right_messages(&wire, rng.usize(0..=4));
+        let _ = self.right_messages(&wire, rng.usize(0..=5));
         for _ in 0..rng.usize(1..=6) {
             if self.wrong_message(&wire, rng).is_err() {
                 break;
@@ -218,6 +218,11 @@ impl Hostile {
             for index in 0..2 {
                 send(FrontendReq::SET_VRING_CALL, &number(index), &event)?;
                 send(FrontendReq::SET_VRING_KICK, &number(index), &event)?;
+            }
+        }
+        if stage >= 5 {
+            for index in 0..2 {
+                send(FrontendReq::SET_VRING_ENABLE, VhostUserVringState::new(index, 1).as_slice(), &[])?;
             }
         }
         Ok(())
