@@ -46,9 +46,9 @@ impl Isolation {
 /// which must be absolute, and into a network namespace of its own. The working directory becomes `/`. Open files stay
 /// usable.
 ///
-/// Root does this with CAP_SYS_ADMIN. An ordinary user gets a user namespace, if the kernel permits it: all users but the
-/// own one then have the number of `nobody`. A process that needs CAP_IPC_LOCK gets none, because the capability counts
-/// in the first user namespace only.
+/// Root does this with CAP_SYS_ADMIN. An ordinary user gets a user namespace, if the kernel permits it. There the process
+/// sees all other users as the overflow user (65534). A process that needs CAP_IPC_LOCK gets no user namespace, because
+/// the kernel honours that capability in the first user namespace only.
 ///
 /// Call this before [`drop_privileges`](super::drop_privileges), and before the process opens a directory that it keeps:
 /// `..` of such a directory leads out.
@@ -167,8 +167,8 @@ fn overflow_uid() -> u32 {
     text.trim().parse().unwrap_or(65534)
 }
 
-/// In a user namespace of its own a process has every capability there, also the one that [`super::drop_privileges`] may
-/// keep, and which means nothing there.
+/// A process has every capability in a user namespace of its own, also CAP_IPC_LOCK. [`super::drop_privileges`] would keep
+/// CAP_IPC_LOCK, which has no effect in such a namespace.
 fn drop_ipc_lock() -> io::Result<()> {
     let CapabilitySets { effective, permitted, inheritable } = capabilities(None)?;
     let without = |set: CapabilitySet| set.difference(CapabilitySet::IPC_LOCK);

@@ -23,8 +23,6 @@ const DISK_BYTES: u64 = 64 << 20;
 const RAM_BYTES: u64 = 32 << 20;
 /// The hostile guest's queue.
 pub(crate) const QUEUE: u16 = 1;
-/// The largest ring that the server gives to a small guest.
-pub(crate) const LARGEST: FlooderRing = FlooderRing { sq_entries: 64, cq_entries: 1024 };
 
 /// One kind of request, on one kind of disk.
 #[derive(Clone, Copy, Debug)]
@@ -108,8 +106,11 @@ impl Hostile {
         let broker = rig.broker(&arguments)?;
         let mut ram = TestRam::new(1, RAM_BYTES)?;
         let front_end = FrontEnd::connect(&rig.socket(), &ram.ram, Options::default())?;
-        let first = broker.explain(start_queue_zero(&front_end, &mut ram))?;
-        let mut flooder = broker.explain(Flooder::attach(&front_end, &mut ram, QUEUE, LARGEST))?;
+        let mut first = broker.explain(start_queue_zero(&front_end, &mut ram))?;
+        let (offered, _) = first.probe_answer()?;
+        let largest =
+            FlooderRing { sq_entries: offered.sq_entries_max.get(), cq_entries: offered.cq_entries_max.get() };
+        let mut flooder = broker.explain(Flooder::attach(&front_end, &mut ram, QUEUE, largest))?;
         broker.explain(flooder.fill(attack.is_write, attack.len_bytes, DISK_BYTES))?;
         Ok(Self { rig, broker, ram, front_end, first, flooder })
     }
