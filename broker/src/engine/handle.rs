@@ -15,6 +15,7 @@ use super::execution::bounce::BouncePool;
 use super::execution::slot::Slots;
 use super::poll::PollPolicy;
 use super::reply::{Pending, Reply};
+use super::ring::RingPolicy;
 use super::shape::EngineShape;
 use super::source::DiskSource;
 use super::thread::{Place, start};
@@ -113,6 +114,7 @@ impl Engine {
             (0..workers).map(|_| command_channel()).collect::<Result<Vec<_>, _>>()?.into_iter().unzip();
         let senders: Arc<[CommandSender]> = senders.into();
         let attach = config.attach.map(|attach| start_attach(attach, queues as u16, &senders)).transpose()?;
+        let ring_policy = RingPolicy::of_this_kernel();
         let mut threads = Vec::new();
         for (number, commands) in receivers.into_iter().enumerate() {
             let own: Vec<_> = (number..queues).step_by(workers).map(|queue| (queue, counters[queue].clone())).collect();
@@ -125,6 +127,7 @@ impl Engine {
                 number,
                 cpu: config.cpus.get(number % config.cpus.len().max(1)).copied(),
                 completions_max: shape.completions_max(own.len()),
+                ring_policy: ring_policy.clone(),
             };
             threads.push(start(place, move || WorkerParts {
                 number,

@@ -1,4 +1,6 @@
-//! A worker's io_uring: set-up on whatever this kernel has, submission, waiting.
+//! A worker's io_uring: set-up on whatever this kernel has, submission, waiting. `policy`: what it may do.
+
+mod policy;
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
@@ -6,6 +8,8 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
 use nix::libc;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
+
+pub(super) use policy::RingPolicy;
 
 use super::EngineError;
 use super::token::Token;
@@ -30,6 +34,10 @@ const WORKERS_FOR_FILES_MAX: u32 = 32;
 /// The same for everything else, which is nothing here. Zero would mean "leave it as it is".
 const WORKERS_FOR_OTHERS_MAX: u32 = 1;
 
+/// System calls in errors.
+const REGISTER: &str = "io_uring_register";
+const ENTER: &str = "io_uring_enter";
+
 /// How the kernel runs what is left to do when a request completes by interrupt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum TaskRun {
@@ -41,12 +49,18 @@ enum TaskRun {
     Interrupting,
 }
 
-/// Creates the io_uring of the calling thread and tries it out with each system call that a worker makes later. No other thread may use
-/// it.
+/// Creates the io_uring of the calling thread, with the restrictions of `policy`, and tries it out with each system call that a worker
+/// makes later. No other thread may use it.
 ///
 /// `completions_max` is the largest number of completions that can be outstanding.
-pub(super) fn open(completions_max: u32) -> Result<IoUring, EngineError> {
-    let open = || create(completions_max).and_then(|mut ring| try_out(&mut ring).map(|()| ring));
+pub(super) fn open(completions_max: u32, policy: &RingPolicy) -> Result<IoUring, EngineError> {
+    let open = || {
+        let mut ring = create(completions_max, policy)?;
+        limit_kernel_threads(&ring);
+        policy.enable(&ring).map_err(|source| EngineError::Ring { call: REGISTER, source })?;
+        try_out(&mut ring)?;
+        Ok(ring)
+    };
     while_memory_is_freed(
         open,
         |error| matches!(error, EngineError::Ring { source, .. } if source.raw_os_error() == Some(libc::ENOMEM)),
@@ -62,7 +76,7 @@ pub(super) fn memory_bytes(completions_max: u32) -> u64 {
     pages(u64::from(SQ_ENTRIES) * sqe) + pages(HEADER_BYTES + u64::from(cq_entries(completions_max)) * cqe)
 }
 
-fn create(completions_max: u32) -> Result<IoUring, EngineError> {
+fn create(completions_max: u32, policy: &RingPolicy) -> Result<IoUring, EngineError> {
     let failed = |source| EngineError::Ring { call: "io_uring_setup", source };
     let mut refusal = None;
     for (task_run, newest) in [
@@ -71,9 +85,9 @@ fn create(completions_max: u32) -> Result<IoUring, EngineError> {
         (TaskRun::Cooperative, false),
         (TaskRun::Interrupting, false),
     ] {
-        match build(completions_max, task_run, newest) {
+        match build(completions_max, policy, task_run, newest) {
             Ok(ring) => {
-                tracing::debug!(?task_run, newest, "io_uring of a worker");
+                tracing::debug!(?task_run, newest, is_restricted = policy.restricts(), "io_uring of a worker");
                 return Ok(ring);
             }
             // The kernel does not know one of the flags.
@@ -84,13 +98,21 @@ fn create(completions_max: u32) -> Result<IoUring, EngineError> {
     Err(failed(refusal.expect("the loop returns unless it was refused")))
 }
 
+/// Limits the kernel threads of the calling thread's rings. The restrictions forbid it later.
+fn limit_kernel_threads(ring: &IoUring) {
+    let mut limits = [WORKERS_FOR_FILES_MAX, WORKERS_FOR_OTHERS_MAX];
+    // Linux 5.15.
+    if let Err(error) = ring.submitter().register_iowq_max_workers(&mut limits) {
+        tracing::debug!(%error, "the ring's worker threads have the kernel's own limit");
+    }
+}
+
 /// Registers a file, as the disk will be, and executes a request.
 fn try_out(ring: &mut IoUring) -> Result<(), EngineError> {
     let failed = |call| move |source| EngineError::Ring { call, source };
-    let register = "io_uring_register";
     // Any file will do.
     let file = EventFd::new(EFD_CLOEXEC).map_err(EngineError::Eventfd)?;
-    ring.submitter().register_files(&[file.as_raw_fd()]).map_err(failed(register))?;
+    ring.submitter().register_files(&[file.as_raw_fd()]).map_err(failed(REGISTER))?;
     // SAFETY: the entry names no memory and no file.
     unsafe { ring.submission().push(&opcode::Nop::new().build()) }.expect("the ring is empty");
     let executed = loop {
@@ -99,18 +121,24 @@ fn try_out(ring: &mut IoUring) -> Result<(), EngineError> {
             other => break other,
         }
     };
-    executed.map_err(failed("io_uring_enter"))?;
-    let _ = ring.completion().next();
-    ring.submitter().unregister_files().map_err(failed(register))
+    executed.map_err(failed(ENTER))?;
+    let refused = ring.completion().next().map(|completion| completion.result()).filter(|&result| result < 0);
+    if let Some(result) = refused {
+        return Err(failed(ENTER)(io::Error::from_raw_os_error(-result)));
+    }
+    ring.submitter().unregister_files().map_err(failed(REGISTER))
 }
 
 fn cq_entries(completions_max: u32) -> u32 {
     completions_max.max(SQ_ENTRIES).next_power_of_two()
 }
 
-fn build(completions_max: u32, task_run: TaskRun, newest: bool) -> io::Result<IoUring> {
+fn build(completions_max: u32, policy: &RingPolicy, task_run: TaskRun, newest: bool) -> io::Result<IoUring> {
     let mut builder = IoUring::builder();
     builder.dontfork().setup_clamp().setup_cqsize(cq_entries(completions_max));
+    if policy.restricts() {
+        builder.setup_r_disabled();
+    }
     match task_run {
         TaskRun::Deferred => builder.setup_single_issuer().setup_defer_taskrun().setup_taskrun_flag(),
         TaskRun::Cooperative => builder.setup_coop_taskrun().setup_taskrun_flag(),
@@ -162,11 +190,6 @@ impl<'r> Ring<'r> {
         // Saves the kernel a look-up at each call (Linux 5.18).
         if let Err(error) = submitter.register_ring_fd() {
             tracing::debug!(%error, "the ring is used by its file descriptor");
-        }
-        let mut limits = [WORKERS_FOR_FILES_MAX, WORKERS_FOR_OTHERS_MAX];
-        // Linux 5.15.
-        if let Err(error) = submitter.register_iowq_max_workers(&mut limits) {
-            tracing::debug!(%error, "the ring's worker threads have the kernel's own limit");
         }
         let mut ring = Self { fd, submitter, sq, cq, unsubmitted: 0, tells_of_release: false };
         ring.tells_of_release = ring.try_release()?;
@@ -303,7 +326,7 @@ mod tests {
 
     #[test]
     fn a_file_that_was_unregistered_is_released_when_the_last_request_that_names_it_is_gone() {
-        let mut ring = create(8).unwrap();
+        let mut ring = open(8, &RingPolicy::of_this_kernel()).unwrap();
         let mut ring = Ring::new(&mut ring).unwrap();
         if !ring.tells_of_release {
             return skipped(

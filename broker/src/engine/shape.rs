@@ -4,7 +4,8 @@ use std::thread;
 
 #[cfg(doc)]
 use super::EngineConfig;
-use super::{EngineError, ring};
+use super::EngineError;
+use super::ring::{self, RingPolicy};
 
 /// The most requests that a worker has under way. More wait in their queues.
 const SLOTS_PER_WORKER_MAX: usize = 4096;
@@ -57,13 +58,16 @@ impl EngineShape {
         self.workers() as u64 * FILES_PER_WORKER
     }
 
-    /// Makes the rings of all workers, as the engine makes them, and closes them again.
+    /// Makes the rings of all workers, as the engine makes them, and closes them again. The calling thread keeps the limit of kernel
+    /// threads that workers set for themselves (`IORING_REGISTER_IOWQ_MAX_WORKERS`).
     ///
     /// # Errors
     ///
     /// [`EngineError::Ring`], [`EngineError::Eventfd`]: an engine of this shape would not start.
     pub fn try_rings(&self) -> Result<(), EngineError> {
-        self.rings().map(ring::open).collect::<Result<Vec<_>, _>>().map(drop)
+        let policy = RingPolicy::of_this_kernel();
+        let rings = self.rings().map(|completions_max| ring::open(completions_max, &policy));
+        rings.collect::<Result<Vec<_>, _>>().map(drop)
     }
 
     /// The shape of an engine with these queues; `workers` as in [`EngineConfig::workers`].

@@ -9,13 +9,13 @@ use std::thread::{self, JoinHandle};
 use rustix::thread::{CpuSet, sched_setaffinity};
 
 use super::EngineError;
-use super::ring::{self, Ring};
+use super::ring::{self, Ring, RingPolicy};
 use super::worker::{Worker, WorkerParts};
 use crate::disk::Disk;
 use crate::threads::{AbortOnPanic, leave_signals_to_others};
 
-/// Where a worker's thread is to run.
-#[derive(Clone, Copy, Debug)]
+/// Where a worker's thread is to run, and what its io_uring is to be.
+#[derive(Clone, Debug)]
 pub(super) struct Place {
     /// Number of the worker.
     pub(super) number: usize,
@@ -23,6 +23,8 @@ pub(super) struct Place {
     pub(super) cpu: Option<usize>,
     /// The largest number of completions that can be outstanding.
     pub(super) completions_max: u32,
+    /// What its io_uring may do.
+    pub(super) ring_policy: RingPolicy,
 }
 
 /// Starts a worker, and returns when it is ready. The thread gives the disk that it had at its end.
@@ -53,8 +55,8 @@ fn live(
         tell(Err(error));
         return None;
     }
-    // Only the thread that creates an io_uring may use it.
-    let mut ring = match ring::open(place.completions_max) {
+    // Only the thread that enables an io_uring may use it.
+    let mut ring = match ring::open(place.completions_max, &place.ring_policy) {
         Ok(ring) => ring,
         Err(error) => {
             tell(Err(error));

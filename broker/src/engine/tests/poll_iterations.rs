@@ -16,7 +16,7 @@ use crate::engine::execution::bounce::BouncePool;
 use crate::engine::execution::slot::Slots;
 use crate::engine::poll::PollPolicy;
 use crate::engine::reply::{Pending, Reply};
-use crate::engine::ring::{self, Ring};
+use crate::engine::ring::{self, Ring, RingPolicy};
 use crate::engine::vring::Vring;
 use crate::engine::worker::{Worker, WorkerParts};
 
@@ -37,7 +37,7 @@ pub(super) fn with_worker(
     let mut rig = Rig::without_disk(options);
     let device = config(&rig.options).device;
     let (limits, segments_max) = (device.request_limits(), device.segment_capacity());
-    let mut ring = ring::open(64).unwrap();
+    let mut ring = ring::open(64, &RingPolicy::of_this_kernel()).unwrap();
     let mut worker = Worker::new(
         Ring::new(&mut ring).unwrap(),
         WorkerParts {
