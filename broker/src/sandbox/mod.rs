@@ -1,5 +1,5 @@
-//! Confining the process that owns guests' rings: before the process makes the first ring, it gives up all that it does
-//! not need.
+//! Confining a process that serves a disk, and one that makes guests' rings ([`Role`]): before the process makes the first
+//! ring, it gives up all that it does not need.
 //!
 //! A hostile guest reaches the kernel through its ring with the credentials of the ring's creator, and it reaches this
 //! process through everything that it sends over its queues. So the process serves one device, and has three layers
@@ -9,7 +9,7 @@
 //!    `io_uring_setup`, because a ring keeps the credentials that its creator had then: with CAP_SYS_NICE it would
 //!    accept real-time I/O priorities from its guest.
 //! 2. [`Unprivileged::restrict_paths`]: no file except the few that serving opens again later (Landlock, Linux 5.13).
-//! 3. [`Restricted::filter_system_calls`]: no system call except those that serving makes (seccomp), for all threads.
+//! 3. [`Restricted::filter_system_calls`]: no system call except those of its role (seccomp), for all threads.
 //!
 //! Before them, [`isolate`] hides all other files and networks, where the kernel permits it.
 //!
@@ -23,6 +23,7 @@ mod namespaces;
 mod paths;
 mod privileges;
 mod refused;
+mod role;
 mod system_calls;
 
 use std::io;
@@ -30,8 +31,9 @@ use std::io;
 use crate::privileges::PrivilegesError;
 pub use descriptors::close_descriptors_on_exec;
 pub use namespaces::{Isolation, isolate};
-pub use paths::{Paths, Restricted};
+pub use paths::{DiskPath, Paths, Restricted};
 pub use privileges::{Unprivileged, drop_privileges};
+pub use role::Role;
 
 /// Why the process cannot be confined.
 #[derive(Debug, thiserror::Error)]

@@ -17,14 +17,13 @@ use super::{SandboxError, Unprivileged};
 /// The newest rules that are requested; older kernels apply those that they know.
 const NEWEST: ABI = ABI::V6;
 
-/// The paths that serving opens after the start.
+/// The paths that a process opens after its start, besides those in `/proc`.
 #[derive(Debug)]
 #[non_exhaustive]
 pub struct Paths<'a> {
-    /// The disk, which is opened again each time that this process acquires it.
-    pub disk: BorrowedFd<'a>,
-    /// Whether the disk is written.
-    pub is_written: bool,
+    /// The disk, which is opened again each time that this process acquires it. With it the process may read `/sys`, which has the
+    /// properties of block devices.
+    pub disk: Option<DiskPath<'a>>,
     /// Directories from which the process removes its sockets at the end. It makes them before.
     pub socket_directories: Vec<&'a Path>,
     /// The directory that is the token of each ring ([`crate::ring::token_directory`]), if the process makes rings for
@@ -32,10 +31,25 @@ pub struct Paths<'a> {
     pub token_directory: Option<BorrowedFd<'a>>,
 }
 
+/// A disk that a process opens again.
+#[derive(Clone, Copy, Debug)]
+pub struct DiskPath<'a> {
+    /// The disk's file, opened in any way.
+    pub file: BorrowedFd<'a>,
+    /// Whether the disk is written.
+    pub is_written: bool,
+}
+
 impl<'a> Paths<'a> {
-    /// The disk alone.
-    pub fn new(disk: BorrowedFd<'a>, is_written: bool) -> Self {
-        Self { disk, is_written, socket_directories: Vec::new(), token_directory: None }
+    /// No path except `/proc`.
+    pub fn none() -> Self {
+        Self { disk: None, socket_directories: Vec::new(), token_directory: None }
+    }
+
+    /// Sets [`disk`](Self#structfield.disk).
+    #[must_use]
+    pub fn disk(self, disk: impl Into<Option<DiskPath<'a>>>) -> Self {
+        Self { disk: disk.into(), ..self }
     }
 
     /// Sets [`socket_directories`](Self#structfield.socket_directories).
@@ -59,9 +73,8 @@ pub struct Restricted {
 }
 
 impl Unprivileged {
-    /// Leaves this process the paths in `paths`, and reading of `/proc` and `/sys`. Open files stay usable. The process
-    /// also loses TCP sockets, and signals to and abstract sockets of processes outside, as far as the kernel knows
-    /// such rules.
+    /// Leaves this process the paths in `paths`, and reading of `/proc`. Open files stay usable. The process also loses TCP
+    /// sockets, and signals to and abstract sockets of processes outside, as far as the kernel knows such rules.
     ///
     /// A kernel without Landlock restricts nothing: [`Restricted::has_landlock`].
     ///
@@ -115,10 +128,6 @@ fn landlock_refusal() -> Option<Errno> {
 
 fn restrict(paths: &Paths<'_>) -> io::Result<RestrictionStatus> {
     let read = make_bitflags!(AccessFs::{ReadFile | ReadDir});
-    let mut disk = make_bitflags!(AccessFs::{ReadFile | IoctlDev});
-    if paths.is_written {
-        disk |= make_bitflags!(AccessFs::{WriteFile | Truncate});
-    }
     let sockets = BitFlags::from(AccessFs::RemoveFile);
     let ruleset = Ruleset::default()
         .handle_access(AccessFs::from_all(NEWEST))
@@ -126,9 +135,14 @@ fn restrict(paths: &Paths<'_>) -> io::Result<RestrictionStatus> {
         .and_then(|ruleset| ruleset.scope(Scope::from_all(NEWEST)))
         .and_then(Ruleset::create)
         .map_err(io::Error::other)?;
-    let mut ruleset = ruleset.add_rule(PathBeneath::new(paths.disk, disk)).map_err(io::Error::other)?;
-    for path in ["/proc", "/sys"] {
-        ruleset = allow(ruleset, Path::new(path), read)?;
+    let mut ruleset = allow(ruleset, Path::new("/proc"), read)?;
+    if let Some(disk) = paths.disk {
+        let mut access = make_bitflags!(AccessFs::{ReadFile | IoctlDev});
+        if disk.is_written {
+            access |= make_bitflags!(AccessFs::{WriteFile | Truncate});
+        }
+        ruleset = ruleset.add_rule(PathBeneath::new(disk.file, access)).map_err(io::Error::other)?;
+        ruleset = allow(ruleset, Path::new("/sys"), read)?;
     }
     for path in &paths.socket_directories {
         ruleset = allow(ruleset, path, sockets)?;

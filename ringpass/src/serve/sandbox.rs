@@ -6,7 +6,7 @@ use anyhow::Context;
 use clap::{Args, ValueEnum};
 use ringpass_broker::disk::LocatedDisk;
 use ringpass_broker::ring::token_directory;
-use ringpass_broker::sandbox::{Paths, Restricted, drop_privileges, isolate};
+use ringpass_broker::sandbox::{DiskPath, Paths, Restricted, Role, drop_privileges, isolate};
 
 /// The option for confinement.
 #[derive(Debug, Args)]
@@ -64,7 +64,8 @@ impl SandboxArgs {
             );
         }
         let unprivileged = drop_privileges()?;
-        let paths = Paths::new(disk.anchor(), !disk.is_read_only())
+        let paths = Paths::none()
+            .disk(DiskPath { file: disk.anchor(), is_written: !disk.is_read_only() })
             .socket_directories(directories.iter().map(PathBuf::as_path))
             // Without it the probe offers no rings.
             .token_directory(token_directory().ok());
@@ -79,7 +80,8 @@ impl SandboxArgs {
 impl Sandbox {
     /// Blocks unneeded system calls for all threads. Call this when the server has started.
     pub(super) fn close(self) -> anyhow::Result<()> {
-        Ok(self.0.map(Restricted::filter_system_calls).transpose().map(drop)?)
+        let Some(restricted) = self.0 else { return Ok(()) };
+        Ok(restricted.filter_system_calls(Role::ServerWithRings)?)
     }
 }
 
