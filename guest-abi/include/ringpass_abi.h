@@ -1,8 +1,10 @@
 /* SPDX-License-Identifier: Apache-2.0 OR MIT */
 /*
- * The ABI of ringpass, version 0: docs/abi.md is its specification. Generated from the Rust source; do not edit.
+ * The ABI of ringpass, version 1: docs/abi.md is its specification. Generated from the Rust source; do not edit.
  *
  * All fields are little-endian. Names in brackets in the comments are names of the Rust crate.
+ *
+ * The version is frozen; section 10 of the specification says what may be added.
  */
 
 #ifndef RINGPASS_ABI_H
@@ -13,109 +15,229 @@
 /**
  * PROBE, queue 0: asks what the device supports. The answer is a [`ProbeAnswer`](crate::probe::ProbeAnswer).
  */
-#define RINGPASS_T_PROBE 1919942656
+#define RINGPASS_T_PROBE 0x72700000U
 
 /**
  * ARM, on the queue to be attached, which must be empty. Completes at once. The driver does not reap it while the
  * queue is attached. The answer is an [`Outcome`].
  */
-#define RINGPASS_T_ARM 1919942658
+#define RINGPASS_T_ARM 0x72700002U
 
 /**
  * ATTACH, directly after ARM, and the last entry of its queue. Pending while the queue is attached. The payload is an
  * [`AttachPayload`](crate::attach::AttachPayload), the answer is an [`Outcome`].
  */
-#define RINGPASS_T_ATTACH 1919942661
+#define RINGPASS_T_ATTACH 0x72700005U
 
 /**
- * EVENT, queue 0: completes when the driver should read its control pages. The answer is an [`EventAnswer`].
+ * EVENT, queue 0: completes when the driver should look at its queues. The answer is an [`EventAnswer`].
  */
-#define RINGPASS_T_EVENT 1919942662
+#define RINGPASS_T_EVENT 0x72700006U
 
 /**
- * DETACH, queue 0: the driver has set the detach word of a queue's control page. The payload is a [`DetachPayload`],
- * the answer is an [`Outcome`].
+ * [`EventAnswer::events`]: look at every queue. The device has announced something or completed an ATTACH on some queue,
+ * or it may give rings again. A device that starts sets the bit in its first answer.
+ *
+ * The other bits are reserved; drivers ignore them.
  */
-#define RINGPASS_T_DETACH 1919942665
-
-/**
- * [`EventAnswer::events`]: the device made an announcement on some queue, or completed an ATTACH.
- */
-#define RINGPASS_EVENT_QUEUES (1 << 0)
+#define RINGPASS_EVENT_QUEUES 1U
 
 /**
  * Maximum length of a payload in bytes. The device refuses a longer payload with [`ErrorCode::Length`].
  */
-#define RINGPASS_PAYLOAD_BYTES_MAX 4096
+#define RINGPASS_PAYLOAD_BYTES_MAX 4096U
 
 /**
  * [`Outcome::field_offset_bytes`]: no field.
  */
-#define RINGPASS_NO_FIELD 4294967295
+#define RINGPASS_NO_FIELD 0xffffffffU
 
 /**
- * The version that this crate implements. Version 0 is not frozen: both sides must implement the same state of it.
+ * The version that this crate implements. Version 1 is frozen: its meaning never changes. `docs/abi.md` says what may be
+ * added, and how.
  */
-#define RINGPASS_VERSION 0
+#define RINGPASS_VERSION 1
 
 /**
  * [`ProbeAnswer::magic`]: the bytes `ringpass`.
  */
-#define RINGPASS_MAGIC 8319100072082958706
+#define RINGPASS_MAGIC 0x73736170676e6972ULL
 
 /**
  * [`ProbeAnswer::features`]: a write with `RWF_DSYNC` is durable when it completes (force unit access). Without this
  * feature a driver does not attach while the write cache is off, and sends a flush after a write with FUA.
  */
-#define RINGPASS_F_DSYNC (1 << 0)
+#define RINGPASS_F_DSYNC 1ULL
 
 /**
- * The feature bits that this crate knows.
+ * Reserved for I/O priorities in `ioprio` of an SQE. No device offers it.
  */
-#define RINGPASS_FEATURES_KNOWN RINGPASS_F_DSYNC
+#define RINGPASS_F_IOPRIO 2ULL
+
+/**
+ * Reserved for write streams in `write_stream` of an SQE. No device offers it.
+ */
+#define RINGPASS_F_WRITE_STREAM 4ULL
+
+/**
+ * Reserved for `RWF_DONTCACHE`. No device offers it.
+ */
+#define RINGPASS_F_DONTCACHE 8ULL
+
+/**
+ * Reserved for the moderation of interrupts. No device offers it.
+ */
+#define RINGPASS_F_MODERATION 16ULL
+
+/**
+ * The feature bits that have a meaning in this crate.
+ */
+#define RINGPASS_FEATURES_KNOWN 1ULL
 
 /**
  * [`RingRecord::doorbell`]: [`Doorbell::WhenAsleep`].
  */
-#define RINGPASS_DOORBELL_WHEN_ASLEEP 1
+#define RINGPASS_DOORBELL_WHEN_ASLEEP 1U
 
 /**
  * [`RingRecord::doorbell`]: [`Doorbell::Always`].
  */
-#define RINGPASS_DOORBELL_ALWAYS 2
+#define RINGPASS_DOORBELL_ALWAYS 2U
 
 /**
  * [`RingRecord::mode`]: the host kernel consumes the ring.
  */
-#define RINGPASS_MODE_DIRECT 1
+#define RINGPASS_MODE_DIRECT 1U
 
 /**
  * [`RingRecord::mode`]: the device consumes the ring and checks each entry.
  */
-#define RINGPASS_MODE_MEDIATED 2
+#define RINGPASS_MODE_MEDIATED 2U
 
 /**
  * Length of the control page in bytes.
  */
-#define RINGPASS_CONTROL_PAGE_BYTES 4096
+#define RINGPASS_CONTROL_PAGE_BYTES 4096U
+
+/**
+ * Number of low bits of a word that hold the phase. The bits above them hold the epoch's number.
+ */
+#define RINGPASS_PHASE_BITS 2U
+
+/**
+ * The bits of a word that hold the phase.
+ */
+#define RINGPASS_PHASE_MASK 3U
 
 /**
  * [`Phase::Open`] in the low two bits of the word. If these bits are 0, the device has announced nothing yet.
  */
-#define RINGPASS_PHASE_OPEN 1
+#define RINGPASS_PHASE_OPEN 1U
 
 /**
  * [`Phase::Drain`] in the low two bits of the word.
  */
-#define RINGPASS_PHASE_DRAIN 2
+#define RINGPASS_PHASE_DRAIN 2U
 
 /**
  * [`Phase::Ended`] in the low two bits of the word.
  */
-#define RINGPASS_PHASE_ENDED 3
+#define RINGPASS_PHASE_ENDED 3U
 
 /**
- * The result of a request ([`Outcome::error`]).
+ * [`Cqe::res`](crate::Cqe::res), `-EINTR`: the process of the ring was killed.
+ */
+#define RINGPASS_RES_EINTR (-4)
+
+/**
+ * [`Cqe::res`](crate::Cqe::res), `-EAGAIN`: the kernel could not execute the request without waiting.
+ */
+#define RINGPASS_RES_EAGAIN (-11)
+
+/**
+ * [`Cqe::res`](crate::Cqe::res), `-ENOMEM`: the kernel had no memory, or the process of the ring was killed.
+ */
+#define RINGPASS_RES_ENOMEM (-12)
+
+/**
+ * [`Cqe::res`](crate::Cqe::res), `-EFAULT`: the memory is out of reach of rings, or not yet in reach.
+ */
+#define RINGPASS_RES_EFAULT (-14)
+
+/**
+ * [`Cqe::res`](crate::Cqe::res), `-ECANCELED`: the ring was closed before the kernel began the request.
+ */
+#define RINGPASS_RES_ECANCELED (-125)
+
+/**
+ * The smallest [`slot_shift`](FixedAddressing::slot_shift): slots of 4 MiB.
+ */
+#define RINGPASS_SLOT_SHIFT_MIN 22U
+
+/**
+ * The largest [`slot_shift`](FixedAddressing::slot_shift): slots of 1 GiB, the kernel's limit for a registered buffer
+ * (`io_validate_user_buf_range`, Linux 5.1 and later).
+ */
+#define RINGPASS_SLOT_SHIFT_MAX 30U
+
+/**
+ * Maximum number of slots: `IORING_MAX_REG_BUFFERS`, 16384.
+ */
+#define RINGPASS_SLOT_COUNT_MAX 16384U
+
+/**
+ * No segment crosses a multiple of this many bytes (the `seg_boundary_mask` of a Linux block driver, plus 1).
+ */
+#define RINGPASS_SEGMENT_BOUNDARY_BYTES 0x400000ULL
+
+/**
+ * Guest RAM for rings ends at or below this address: 16 TiB, [`SLOT_COUNT_MAX`] slots of the largest size.
+ */
+#define RINGPASS_GPA_LIMIT 0x100000000000ULL
+
+/**
+ * `IORING_SQ_NEED_WAKEUP` in the SQ flags: the kernel's SQ thread sleeps, so the driver must ring the doorbell.
+ */
+#define RINGPASS_SQ_NEED_WAKEUP 1U
+
+/**
+ * `IORING_SQ_CQ_OVERFLOW` in the SQ flags: completions wait in the kernel because the CQ was full. A correct driver
+ * never sees this flag.
+ */
+#define RINGPASS_SQ_CQ_OVERFLOW 2U
+
+/**
+ * `IORING_CQ_EVENTFD_DISABLED` in the CQ flags: the driver has muted interrupts.
+ */
+#define RINGPASS_CQ_EVENTFD_DISABLED 1U
+
+/**
+ * Maximum number of entries of a submission queue: `IORING_MAX_ENTRIES`.
+ */
+#define RINGPASS_SQ_ENTRIES_MAX 32768U
+
+/**
+ * Maximum number of entries of a completion queue: `IORING_MAX_CQ_ENTRIES`.
+ */
+#define RINGPASS_CQ_ENTRIES_MAX 65536U
+
+/**
+ * Room for the indexes and flags before the CQEs, in bytes. The kernel uses 320 bytes of it (Linux 5.1 to 6.18).
+ */
+#define RINGPASS_RINGS_HEADER_BYTES 1024U
+
+/**
+ * Length of an SQE in bytes.
+ */
+#define RINGPASS_SQE_BYTES 64U
+
+/**
+ * Length of a CQE in bytes.
+ */
+#define RINGPASS_CQE_BYTES 16U
+
+/**
+ * The result of a request ([`Outcome::error`](crate::request::Outcome::error)).
  */
 enum ringpass_error {
   /**
@@ -123,7 +245,7 @@ enum ringpass_error {
    */
   RINGPASS_ERROR_NONE = 0,
   /**
-   * ATTACH ended because the driver sent DETACH. The status is `VIRTIO_BLK_S_OK`.
+   * ATTACH ended because the driver set the detach word. The status is `VIRTIO_BLK_S_OK`.
    */
   RINGPASS_ERROR_DETACHED = 1,
   /**
@@ -139,7 +261,7 @@ enum ringpass_error {
    */
   RINGPASS_ERROR_RESERVED = 4,
   /**
-   * The payload is too short, or longer than [`PAYLOAD_BYTES_MAX`].
+   * The payload is too short, or longer than [`PAYLOAD_BYTES_MAX`](crate::request::PAYLOAD_BYTES_MAX).
    */
   RINGPASS_ERROR_LENGTH = 5,
   /**
@@ -159,11 +281,12 @@ enum ringpass_error {
    */
   RINGPASS_ERROR_OVERLAP = 9,
   /**
-   * A range is not, or no longer, in one piece of guest RAM, or the host cannot place rings in memory of that kind.
+   * A range is not, or no longer, in one piece of guest RAM; or this guest's RAM cannot hold rings (its kind, or RAM above
+   * 16 TiB).
    */
   RINGPASS_ERROR_MEMORY = 10,
   /**
-   * The request is on the wrong queue: ARM and ATTACH must not be on queue 0, all others must be.
+   * The request is on the wrong queue: ARM and ATTACH must not be on queue 0, PROBE and EVENT must be.
    */
   RINGPASS_ERROR_QUEUE = 11,
   /**
@@ -171,15 +294,15 @@ enum ringpass_error {
    */
   RINGPASS_ERROR_ORDER = 12,
   /**
-   * Another queue, or a ring that is still closing, uses a range. Try again later.
+   * Another queue, or a ring that is still closing, uses a range.
    */
   RINGPASS_ERROR_BUSY = 13,
   /**
-   * The device offers no rings now. An EVENT completes when the driver can try again.
+   * The device offers no rings now.
    */
   RINGPASS_ERROR_MODE = 14,
   /**
-   * The host lacks a resource (memory that may be locked, descriptors). Trying again later may help.
+   * The host lacks a resource (memory that may be locked, descriptors).
    */
   RINGPASS_ERROR_RESOURCES = 15,
   /**
@@ -187,28 +310,14 @@ enum ringpass_error {
    */
   RINGPASS_ERROR_DISCARDED = 16,
   /**
-   * The ring had more requests outstanding than its CQ has entries. The queue gets no ring for a while. An EVENT
-   * completes when the driver can try again.
+   * The ring had more requests outstanding than its CQ has entries. The queue gets no ring for a while.
    */
   RINGPASS_ERROR_COST = 17,
+  /**
+   * The front-end keeps no in-flight region, without which a device that takes over would lose and repeat requests.
+   */
+  RINGPASS_ERROR_INFLIGHT = 18,
 };
-
-/**
- * One of the two areas of a queue.
- */
-struct Area;
-
-/**
- * The number of an epoch, 30 bits; the highest number is followed by 0.
- *
- * Both sides compare numbers only for equality, with the current epoch and the next one.
- */
-struct Epoch;
-
-/**
- * A request of this interface.
- */
-struct RequestType;
 
 /**
  * The answer of PROBE.
@@ -249,13 +358,16 @@ struct ringpass_probe_answer {
    */
   __le32 page_bytes;
   /**
-   * Required alignment of each data segment's address and length in bytes: a power of two, at most 4096. In
-   * addition, the position on the disk and the total length must be multiples of the logical block size.
+   * Alignment of each segment's address in bytes: a power of two, at most 4096.
    */
-  __le32 segment_align_bytes;
+  __le32 address_align_bytes;
   /**
-   * Maximum number of bytes of one SQE; a multiple of `segment_align_bytes`. No segment crosses a multiple of
-   * [`SEGMENT_BOUNDARY_BYTES`](crate::SEGMENT_BOUNDARY_BYTES) either.
+   * The unit of each segment's length, and of its position on the disk, in bytes: a power of two, at most 65536.
+   */
+  __le32 length_align_bytes;
+  /**
+   * Maximum number of bytes of one SQE; a multiple of `length_align_bytes`, at least 4096. No segment crosses a
+   * multiple of [`SEGMENT_BOUNDARY_BYTES`](crate::SEGMENT_BOUNDARY_BYTES) either.
    */
   __le32 segment_bytes_max;
   /**
@@ -263,9 +375,13 @@ struct ringpass_probe_answer {
    */
   __le16 queue_count;
   /**
+   * The [`ErrorCode`] with which the device would refuse every ATTACH now; 0: none.
+   */
+  __le16 refusal;
+  /**
    * 0.
    */
-  __le16 reserved;
+  __le32 reserved;
 };
 
 /**
@@ -317,7 +433,7 @@ struct ringpass_attach_payload {
 };
 
 /**
- * The answer of ARM, ATTACH and DETACH.
+ * The answer of ARM and ATTACH.
  */
 struct ringpass_outcome {
   /**
@@ -349,22 +465,8 @@ struct ringpass_event_answer {
 };
 
 /**
- * The payload of DETACH.
- */
-struct ringpass_detach_payload {
-  /**
-   * The queue, at least 1.
-   */
-  __le16 queue;
-  /**
-   * 0.
-   */
-  __le16 reserved[3];
-};
-
-/**
- * A ring: the positions of its parts, as offsets in bytes into the rings part of its area, and the rule for addresses in
- * its SQEs.
+ * A ring: the positions of its parts, as offsets in bytes into the rings part of its area, the rule for addresses in its
+ * SQEs, and the limits of its segments.
  *
  * The device writes the record before it announces `Open`, and keeps it until the driver has acknowledged the end of
  * that epoch.
@@ -415,6 +517,22 @@ struct ringpass_ring_record {
    * slots, it holds for this ring only.
    */
   __le64 iova_base;
+  /**
+   * Alignment of each segment's address in bytes: a power of two, at most 4096.
+   */
+  __le32 address_align_bytes;
+  /**
+   * The unit of each segment's length, and of its position on the disk, in bytes: a power of two, at most 65536.
+   */
+  __le32 length_align_bytes;
+  /**
+   * Maximum number of bytes of one SQE: a multiple of `length_align_bytes`, at least 4096.
+   */
+  __le32 segment_bytes_max;
+  /**
+   * 0; drivers ignore it.
+   */
+  __le32 reserved;
 };
 
 /**
@@ -435,19 +553,19 @@ struct ringpass_control_page {
    */
   struct ringpass_ring_record ring;
   /**
-   * Device: 0 in version 0; drivers ignore it.
+   * Device: 0; drivers ignore it.
    */
-  __le32 device_reserved[50];
+  __le32 device_reserved[46];
   /**
    * Driver: the announcement whose demand the driver has fulfilled. Written with release, before the doorbell.
    */
   __le32 acknowledged;
   /**
-   * Driver: 1 if the device must complete ATTACH instead of opening another epoch. Written before DETACH is sent.
+   * Driver: 1 if the driver wants its queue back, and never 0 again. Written with release, before the doorbell.
    */
   __le32 detach;
   /**
-   * Driver: 0 in version 0; devices ignore it.
+   * Driver: 0; devices ignore it.
    */
   __le32 driver_reserved[62];
   /**
@@ -455,16 +573,5 @@ struct ringpass_control_page {
    */
   __le32 reserved[14][64];
 };
-
-
-
-/**
- * All codes of version 0.
- */
-#define ringpass_error_ALL { ringpass_error_None, ringpass_error_Detached, ringpass_error_Version, ringpass_error_Features, ringpass_error_Reserved, ringpass_error_Length, ringpass_error_Entries, ringpass_error_Alignment, ringpass_error_Range, ringpass_error_Overlap, ringpass_error_Memory, ringpass_error_Queue, ringpass_error_Order, ringpass_error_Busy, ringpass_error_Mode, ringpass_error_Resources, ringpass_error_Discarded, ringpass_error_Cost, }
-
-
-
-
 
 #endif  /* RINGPASS_ABI_H */

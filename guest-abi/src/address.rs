@@ -23,10 +23,12 @@ pub const SLOT_SHIFT_MAX: u32 = 30;
 pub const SLOT_COUNT_MAX: u32 = 1 << 14;
 
 /// No segment crosses a multiple of this many bytes (the `seg_boundary_mask` of a Linux block driver, plus 1).
-pub const SEGMENT_BOUNDARY_BYTES: u64 = 1 << SLOT_SHIFT_MIN;
+pub const SEGMENT_BOUNDARY_BYTES: u64 = 1 << 22;
+const _: () = assert!(SEGMENT_BOUNDARY_BYTES == 1 << SLOT_SHIFT_MIN);
 
 /// Guest RAM for rings ends at or below this address: 16 TiB, [`SLOT_COUNT_MAX`] slots of the largest size.
-pub const GPA_LIMIT: u64 = (SLOT_COUNT_MAX as u64) << SLOT_SHIFT_MAX;
+pub const GPA_LIMIT: u64 = 1 << 44;
+const _: () = assert!(GPA_LIMIT == (SLOT_COUNT_MAX as u64) << SLOT_SHIFT_MAX);
 
 /// The device's rule for converting a guest-physical address into the fields of an SQE.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,7 +41,7 @@ pub struct FixedAddressing {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum AddressingError {
-    /// The base is zero or not a multiple of 1 GiB.
+    /// The base is zero, not a multiple of 1 GiB, or too high for the last slot.
     Base(u64),
     /// The shift is not [`SLOT_SHIFT_MIN`] to [`SLOT_SHIFT_MAX`].
     Shift(u32),
@@ -67,7 +69,7 @@ pub enum AddressError {
         /// Length of the segment in bytes.
         len_bytes: u32,
     },
-    /// The segment does not end at or below the end of the last possible slot, or not below 2^64 after adding the base.
+    /// The segment does not end at or below the end of the last possible slot.
     TooHigh {
         /// Guest-physical start of the segment.
         gpa: u64,
@@ -81,9 +83,9 @@ impl FixedAddressing {
     ///
     /// # Errors
     ///
-    /// `iova_base` is zero or not a multiple of 1 GiB; `slot_shift` is out of range.
+    /// `iova_base` is zero, not a multiple of 1 GiB, or above 2^64 - 2^44; `slot_shift` is out of range.
     pub const fn new(iova_base: u64, slot_shift: u32) -> Result<Self, AddressingError> {
-        if iova_base == 0 || iova_base % (1 << SLOT_SHIFT_MAX) != 0 {
+        if iova_base == 0 || iova_base % (1 << SLOT_SHIFT_MAX) != 0 || iova_base > u64::MAX - (GPA_LIMIT - 1) {
             return Err(AddressingError::Base(iova_base));
         }
         if slot_shift < SLOT_SHIFT_MIN || slot_shift > SLOT_SHIFT_MAX {
@@ -133,9 +135,8 @@ impl FixedAddressing {
             return Err(AddressError::CrossesBoundary { gpa, len_bytes });
         }
         let buf_index = u16::try_from(gpa >> self.slot_shift).map_err(|_| too_high)?;
-        self.iova_base.checked_add(last).ok_or(too_high)?;
-        let addr = self.iova_base + gpa;
-        Ok(FixedAddress { buf_index, addr })
+        // The base leaves room for every slot.
+        Ok(FixedAddress { buf_index, addr: self.iova_base + gpa })
     }
 }
 
@@ -157,7 +158,9 @@ impl fmt::Display for AddressError {
 impl fmt::Display for AddressingError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Base(base) => write!(f, "the base of addresses is {base:#x}, not a multiple of 1 GiB above 0"),
+            Self::Base(base) => {
+                write!(f, "the base of addresses is {base:#x}, not a multiple of 1 GiB from 1 GiB to 2^64 - 16 TiB")
+            }
             Self::Shift(shift) => {
                 write!(f, "the shift of slots is {shift}, not {SLOT_SHIFT_MIN} to {SLOT_SHIFT_MAX}")
             }

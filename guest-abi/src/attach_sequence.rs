@@ -55,9 +55,7 @@ impl AttachSequence {
         let (verdict, last) = match (self.last, entry) {
             (Last::Attach, _) => (Verdict::Break, Last::Attach),
             (_, Some(RequestType::Arm | RequestType::Attach)) if self.queue == 0 => refuse(ErrorCode::Queue),
-            (_, Some(RequestType::Probe | RequestType::Event | RequestType::Detach)) if self.queue != 0 => {
-                refuse(ErrorCode::Queue)
-            }
+            (_, Some(RequestType::Probe | RequestType::Event)) if self.queue != 0 => refuse(ErrorCode::Queue),
             (_, Some(RequestType::Arm | RequestType::Attach)) if in_flight != 0 => refuse(ErrorCode::Order),
             (_, Some(RequestType::Arm)) => (Verdict::Execute, Last::Arm),
             (Last::Nothing | Last::Arm, Some(RequestType::Attach)) => (Verdict::Execute, Last::Attach),

@@ -11,7 +11,7 @@ use core::mem::offset_of;
 use crate::epoch::Announcement;
 use crate::little_endian::{Le32, Le64, wire};
 use crate::request::ErrorCode;
-use crate::{AddressingError, Doorbell, FixedAddressing, LayoutError, RingLayout, RingMemory};
+use crate::{AddressingError, Doorbell, FixedAddressing, LayoutError, RingLayout, RingMemory, SegmentLimits};
 
 /// [`RingRecord::doorbell`]: [`Doorbell::WhenAsleep`].
 pub const DOORBELL_WHEN_ASLEEP: u32 = 1;
@@ -23,8 +23,8 @@ pub const MODE_DIRECT: u32 = 1;
 /// [`RingRecord::mode`]: the device consumes the ring and checks each entry.
 pub const MODE_MEDIATED: u32 = 2;
 
-/// A ring: the positions of its parts, as offsets in bytes into the rings part of its area, and the rule for addresses in
-/// its SQEs.
+/// A ring: the positions of its parts, as offsets in bytes into the rings part of its area, the rule for addresses in its
+/// SQEs, and the limits of its segments.
 ///
 /// The device writes the record before it announces `Open`, and keeps it until the driver has acknowledged the end of
 /// that epoch.
@@ -54,6 +54,14 @@ pub struct RingRecord {
     /// The number of bytes to add to a guest-physical address for `sqe.addr`: a multiple of 1 GiB, not zero. Like the
     /// slots, it holds for this ring only.
     pub iova_base: Le64,
+    /// Alignment of each segment's address in bytes: a power of two, at most 4096.
+    pub address_align_bytes: Le32,
+    /// The unit of each segment's length, and of its position on the disk, in bytes: a power of two, at most 65536.
+    pub length_align_bytes: Le32,
+    /// Maximum number of bytes of one SQE: a multiple of `length_align_bytes`, at least 4096.
+    pub segment_bytes_max: Le32,
+    /// 0; drivers ignore it.
+    pub reserved: Le32,
 }
 wire!(RingRecord {
     sq_head_offset_bytes,
@@ -67,6 +75,10 @@ wire!(RingRecord {
     mode,
     slot_shift,
     iova_base,
+    address_align_bytes,
+    length_align_bytes,
+    segment_bytes_max,
+    reserved,
 });
 
 /// The control page.
@@ -80,13 +92,13 @@ pub struct ControlPage {
     pub end_reason: Le32,
     /// Device: the ring of the open epoch.
     pub ring: RingRecord,
-    /// Device: 0 in version 0; drivers ignore it.
-    pub device_reserved: [Le32; 50],
+    /// Device: 0; drivers ignore it.
+    pub device_reserved: [Le32; 46],
     /// Driver: the announcement whose demand the driver has fulfilled. Written with release, before the doorbell.
     pub acknowledged: Le32,
-    /// Driver: 1 if the device must complete ATTACH instead of opening another epoch. Written before DETACH is sent.
+    /// Driver: 1 if the driver wants its queue back, and never 0 again. Written with release, before the doorbell.
     pub detach: Le32,
-    /// Driver: 0 in version 0; devices ignore it.
+    /// Driver: 0; devices ignore it.
     pub driver_reserved: [Le32; 62],
     /// Neither side writes here: 0.
     pub reserved: [[Le32; 64]; 14],
@@ -118,11 +130,18 @@ pub enum RecordError {
     Doorbell(u32),
     /// The rule for addresses is not possible.
     Addressing(AddressingError),
+    /// A limit of segments is out of range.
+    Segments {
+        /// The field's name.
+        field: &'static str,
+        /// The field's value.
+        value: u32,
+    },
 }
 
 impl RingRecord {
     /// The record that a device writes for a ring.
-    pub fn new(layout: &RingLayout, addressing: FixedAddressing, mode: u32) -> Self {
+    pub fn new(layout: &RingLayout, addressing: FixedAddressing, segments: &SegmentLimits, mode: u32) -> Self {
         let doorbell = match layout.doorbell {
             Doorbell::WhenAsleep => DOORBELL_WHEN_ASLEEP,
             Doorbell::Always => DOORBELL_ALWAYS,
@@ -139,6 +158,10 @@ impl RingRecord {
             mode: mode.into(),
             slot_shift: addressing.slot_shift().into(),
             iova_base: addressing.iova_base().into(),
+            address_align_bytes: segments.address_align_bytes.into(),
+            length_align_bytes: segments.length_align_bytes.into(),
+            segment_bytes_max: segments.bytes_max.into(),
+            reserved: 0.into(),
         }
     }
 
@@ -175,6 +198,17 @@ impl RingRecord {
     /// The checked rule for addresses in the ring's SQEs.
     pub fn addressing(&self) -> Result<FixedAddressing, RecordError> {
         FixedAddressing::new(self.iova_base.get(), self.slot_shift.get()).map_err(RecordError::Addressing)
+    }
+
+    /// The checked limits of the ring's segments.
+    pub fn segments(&self) -> Result<SegmentLimits, RecordError> {
+        let limits = SegmentLimits {
+            address_align_bytes: self.address_align_bytes.get(),
+            length_align_bytes: self.length_align_bytes.get(),
+            bytes_max: self.segment_bytes_max.get(),
+        };
+        limits.check().map_err(|(field, value)| RecordError::Segments { field, value })?;
+        Ok(limits)
     }
 }
 
@@ -223,7 +257,7 @@ impl<M: RingMemory> DriverControl<M> {
         self.memory.store_release(ACKNOWLEDGED_OFFSET_BYTES, announcement.to_word().to_le());
     }
 
-    /// Sets the detach word. Call this before you send DETACH.
+    /// Sets the detach word: the driver wants its queue back. Ring the doorbell afterwards.
     pub fn set_detach(&self) {
         self.memory.store_release(DETACH_OFFSET_BYTES, 1u32.to_le());
     }
@@ -235,6 +269,9 @@ impl fmt::Display for RecordError {
             Self::Layout(error) => write!(f, "the device describes an impossible ring: {error}"),
             Self::Doorbell(value) => write!(f, "the device describes a doorbell of the unknown kind {value}"),
             Self::Addressing(error) => write!(f, "the device describes an impossible rule for addresses: {error}"),
+            Self::Segments { field, value } => {
+                write!(f, "the device describes an impossible limit of segments: {field} is {value}")
+            }
         }
     }
 }

@@ -44,7 +44,7 @@ pub struct Sqe {
     pub rw_flags: u32,
     /// Returned unchanged in the CQE. The kernel does not interpret it.
     pub user_data: u64,
-    /// Fixed buffer: `gpa >> 30`.
+    /// Fixed buffer: `gpa >> slot_shift`.
     pub buf_index: u16,
     /// Registered credentials; always 0 (the kernel answers -EINVAL otherwise).
     pub personality: u16,

@@ -14,11 +14,16 @@ pub const SQ_CQ_OVERFLOW: u32 = 1 << 1;
 pub const CQ_EVENTFD_DISABLED: u32 = 1 << 0;
 
 /// Maximum number of entries of a submission queue: `IORING_MAX_ENTRIES`.
-pub(crate) const SQ_ENTRIES_MAX: u32 = 32768;
+pub const SQ_ENTRIES_MAX: u32 = 32768;
 /// Maximum number of entries of a completion queue: `IORING_MAX_CQ_ENTRIES`.
-pub(crate) const CQ_ENTRIES_MAX: u32 = 2 * SQ_ENTRIES_MAX;
-/// Room for the indexes and flags before the CQEs. The kernel uses 320 bytes of it (Linux 5.1 to 6.18).
-const RINGS_HEADER_BYTES: u64 = 1024;
+pub const CQ_ENTRIES_MAX: u32 = 65536;
+/// Room for the indexes and flags before the CQEs, in bytes. The kernel uses 320 bytes of it (Linux 5.1 to 6.18).
+pub const RINGS_HEADER_BYTES: u32 = 1024;
+/// Length of an SQE in bytes.
+pub const SQE_BYTES: u32 = 64;
+/// Length of a CQE in bytes.
+pub const CQE_BYTES: u32 = 16;
+const _: () = assert!(size_of::<Sqe>() == SQE_BYTES as usize && size_of::<Cqe>() == CQE_BYTES as usize);
 /// The end of 32-bit offsets into the rings area.
 const OFFSETS_END_BYTES: u64 = 1 << 32;
 /// The unit of ring memory.
@@ -29,12 +34,12 @@ const PAGE_BYTES: u64 = 4096;
 /// The area holds up to 1024 bytes of indexes and flags, and `cq_entries` CQEs of 16 bytes. The broker refuses a kernel
 /// whose rings need more.
 pub fn rings_area_bytes(cq_entries: u32) -> u64 {
-    (RINGS_HEADER_BYTES + u64::from(cq_entries) * size_of::<Cqe>() as u64).next_multiple_of(PAGE_BYTES)
+    (u64::from(RINGS_HEADER_BYTES) + u64::from(cq_entries) * u64::from(CQE_BYTES)).next_multiple_of(PAGE_BYTES)
 }
 
 /// The length in bytes of the SQE area of a ring with `sq_entries` submission queue entries, in whole 4 KiB pages.
 pub fn sqes_area_bytes(sq_entries: u32) -> u64 {
-    (u64::from(sq_entries) * size_of::<Sqe>() as u64).next_multiple_of(PAGE_BYTES)
+    (u64::from(sq_entries) * u64::from(SQE_BYTES)).next_multiple_of(PAGE_BYTES)
 }
 
 /// When the driver must ring the doorbell after it has published SQEs.
@@ -117,7 +122,7 @@ impl RingLayout {
                 return Err(LayoutError::Entries { field, entries });
             }
         }
-        let cqes_bytes = u64::from(self.cq_entries) * size_of::<Cqe>() as u64;
+        let cqes_bytes = u64::from(self.cq_entries) * u64::from(CQE_BYTES);
         let parts = [
             ("sq_head", self.sq_head_offset, 4, 4),
             ("sq_tail", self.sq_tail_offset, 4, 4),
@@ -133,7 +138,7 @@ impl RingLayout {
                 return Err(LayoutError::Misplaced { field, offset_bytes });
             }
         }
-        let needed_bytes = u64::from(self.sq_entries) * size_of::<Sqe>() as u64;
+        let needed_bytes = u64::from(self.sq_entries) * u64::from(SQE_BYTES);
         if needed_bytes > self.sqes_bytes {
             return Err(LayoutError::SqesTooShort { needed_bytes, sqes_bytes: self.sqes_bytes });
         }

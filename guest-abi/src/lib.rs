@@ -12,9 +12,10 @@
 //! - [`RingMemory`]: the few memory accesses that a driver needs. Each kind of guest implements them.
 //! - [`DriverRing`]: the driver's side of a ring over such memory, with its memory orderings.
 //! - [`block_queue`]: a queue of a block device as an interface, and the one that is such a ring.
+//! - [`completion`]: what the result of a request means.
 //! - [`MappedRing`]: [`RingMemory`] over two plain mappings, for guests that access them by pointer.
 //!
-//! The other modules turn a queue of a virtio-blk device into such a ring: version 0 of an interface that `docs/abi.md`
+//! The other modules turn a queue of a virtio-blk device into such a ring: version 1 of an interface that `docs/abi.md`
 //! of the repository specifies.
 //!
 //! - [`request`], [`probe`], [`attach`]: the requests that a driver sends on ordinary virtqueues.
@@ -105,9 +106,11 @@ mod address;
 pub mod attach;
 pub mod attach_sequence;
 pub mod block_queue;
+pub mod completion;
 pub mod control;
 mod entry;
 pub mod epoch;
+mod error_code;
 mod layout;
 pub mod little_endian;
 mod mapped;
@@ -115,6 +118,7 @@ mod memory;
 pub mod probe;
 pub mod request;
 mod ring;
+mod segment;
 #[cfg(test)]
 mod test_memory;
 mod version;
@@ -125,9 +129,10 @@ pub use address::{
 };
 pub use entry::{Cqe, Opcode, Sqe, SqeFlags};
 pub use layout::{
-    CQ_EVENTFD_DISABLED, Doorbell, LayoutError, RingLayout, SQ_CQ_OVERFLOW, SQ_NEED_WAKEUP, rings_area_bytes,
-    sqes_area_bytes,
+    CQ_ENTRIES_MAX, CQ_EVENTFD_DISABLED, CQE_BYTES, Doorbell, LayoutError, RINGS_HEADER_BYTES, RingLayout,
+    SQ_CQ_OVERFLOW, SQ_ENTRIES_MAX, SQ_NEED_WAKEUP, SQE_BYTES, rings_area_bytes, sqes_area_bytes,
 };
 pub use mapped::MappedRing;
 pub use memory::RingMemory;
 pub use ring::{DriverRing, PushError, PushErrorReason};
+pub use segment::SegmentLimits;

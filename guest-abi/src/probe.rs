@@ -2,8 +2,10 @@
 
 use core::fmt;
 
+use crate::SegmentLimits;
 use crate::attach::AttachLimits;
 use crate::little_endian::{Le16, Le32, Le64, wire};
+use crate::request::ErrorCode;
 pub use crate::version::VERSION;
 
 /// [`ProbeAnswer::magic`]: the bytes `ringpass`.
@@ -13,7 +15,19 @@ pub const MAGIC: u64 = 0x7373_6170_676e_6972;
 /// feature a driver does not attach while the write cache is off, and sends a flush after a write with FUA.
 pub const F_DSYNC: u64 = 1 << 0;
 
-/// The feature bits that this crate knows.
+/// Reserved for I/O priorities in `ioprio` of an SQE. No device offers it.
+pub const F_IOPRIO: u64 = 1 << 1;
+
+/// Reserved for write streams in `write_stream` of an SQE. No device offers it.
+pub const F_WRITE_STREAM: u64 = 1 << 2;
+
+/// Reserved for `RWF_DONTCACHE`. No device offers it.
+pub const F_DONTCACHE: u64 = 1 << 3;
+
+/// Reserved for the moderation of interrupts. No device offers it.
+pub const F_MODERATION: u64 = 1 << 4;
+
+/// The feature bits that have a meaning in this crate.
 pub const FEATURES_KNOWN: u64 = F_DSYNC;
 
 /// The answer of PROBE.
@@ -38,16 +52,19 @@ pub struct ProbeAnswer {
     /// Alignment of the control page and of the areas, and the unit of their lengths, in bytes: a power of two, 4096 to
     /// 65536.
     pub page_bytes: Le32,
-    /// Required alignment of each data segment's address and length in bytes: a power of two, at most 4096. In
-    /// addition, the position on the disk and the total length must be multiples of the logical block size.
-    pub segment_align_bytes: Le32,
-    /// Maximum number of bytes of one SQE; a multiple of `segment_align_bytes`. No segment crosses a multiple of
-    /// [`SEGMENT_BOUNDARY_BYTES`](crate::SEGMENT_BOUNDARY_BYTES) either.
+    /// Alignment of each segment's address in bytes: a power of two, at most 4096.
+    pub address_align_bytes: Le32,
+    /// The unit of each segment's length, and of its position on the disk, in bytes: a power of two, at most 65536.
+    pub length_align_bytes: Le32,
+    /// Maximum number of bytes of one SQE; a multiple of `length_align_bytes`, at least 4096. No segment crosses a
+    /// multiple of [`SEGMENT_BOUNDARY_BYTES`](crate::SEGMENT_BOUNDARY_BYTES) either.
     pub segment_bytes_max: Le32,
     /// Number of queues of the device, including queue 0. 1: no queue can be attached.
     pub queue_count: Le16,
+    /// The [`ErrorCode`] with which the device would refuse every ATTACH now; 0: none.
+    pub refusal: Le16,
     /// 0.
-    pub reserved: Le16,
+    pub reserved: Le32,
 }
 wire!(ProbeAnswer {
     magic,
@@ -58,9 +75,11 @@ wire!(ProbeAnswer {
     sq_entries_max,
     cq_entries_max,
     page_bytes,
-    segment_align_bytes,
+    address_align_bytes,
+    length_align_bytes,
     segment_bytes_max,
     queue_count,
+    refusal,
     reserved,
 });
 
@@ -73,12 +92,13 @@ pub struct Device {
     pub features: u64,
     /// The limits for ATTACH.
     pub limits: AttachLimits,
-    /// Alignment of each data segment's address and length in bytes.
-    pub segment_align_bytes: u32,
-    /// Maximum number of bytes of one SQE.
-    pub segment_bytes_max: u32,
+    /// The limits of segments that the device expects of its rings. The record of each ring has those that count.
+    pub segments: SegmentLimits,
     /// Number of queues of the device, including queue 0.
     pub queue_count: u16,
+    /// The code with which the device would refuse every ATTACH now. The outer `None`: it would refuse none. The inner
+    /// `None`: a code of a later version.
+    pub refusal: Option<Option<ErrorCode>>,
 }
 
 /// The reason why a driver uses a device as an ordinary virtio-blk device.
@@ -123,8 +143,11 @@ impl ProbeAnswer {
         }
         let answer_bytes = self.answer_bytes.get();
         let page_bytes = self.page_bytes.get();
-        let segment_align_bytes = self.segment_align_bytes.get();
-        let segment_bytes_max = self.segment_bytes_max.get();
+        let segments = SegmentLimits {
+            address_align_bytes: self.address_align_bytes.get(),
+            length_align_bytes: self.length_align_bytes.get(),
+            bytes_max: self.segment_bytes_max.get(),
+        };
         let entries = [self.sq_entries_max.get(), self.cq_entries_max.get()];
         let entries_fit = |entries: u32, limit: u32| entries.is_power_of_two() && entries <= limit;
         let checks = [
@@ -132,12 +155,6 @@ impl ProbeAnswer {
             ("sq_entries_max", entries[0].into(), entries_fit(entries[0], crate::layout::SQ_ENTRIES_MAX)),
             ("cq_entries_max", entries[1].into(), entries_fit(entries[1], crate::layout::CQ_ENTRIES_MAX)),
             ("page_bytes", page_bytes.into(), page_bytes.is_power_of_two() && (4096..=65536).contains(&page_bytes)),
-            (
-                "segment_align_bytes",
-                segment_align_bytes.into(),
-                segment_align_bytes.is_power_of_two() && segment_align_bytes <= 4096,
-            ),
-            ("segment_bytes_max", segment_bytes_max.into(), segment_bytes_max >= 4096),
             ("queue_count", self.queue_count.get().into(), self.queue_count.get() != 0),
         ];
         for (field, value, is_good) in checks {
@@ -145,6 +162,8 @@ impl ProbeAnswer {
                 return Err(ProbeError::Field { field, value });
             }
         }
+        segments.check().map_err(|(field, value)| ProbeError::Field { field, value: value.into() })?;
+        let refusal = self.refusal.get();
         Ok(Device {
             version: VERSION,
             features: self.features.get() & FEATURES_KNOWN,
@@ -154,9 +173,9 @@ impl ProbeAnswer {
                 cq_entries_max: entries[1],
                 page_bytes,
             },
-            segment_align_bytes,
-            segment_bytes_max,
+            segments,
             queue_count: self.queue_count.get(),
+            refusal: (refusal != 0).then(|| ErrorCode::from_number(refusal.into())),
         })
     }
 }

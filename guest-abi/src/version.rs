@@ -1,4 +1,5 @@
 //! The version of the interface.
 
-/// The version that this crate implements. Version 0 is not frozen: both sides must implement the same state of it.
-pub const VERSION: u16 = 0;
+/// The version that this crate implements. Version 1 is frozen: its meaning never changes. `docs/abi.md` says what may be
+/// added, and how.
+pub const VERSION: u16 = 1;

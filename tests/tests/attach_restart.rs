@@ -17,8 +17,7 @@ use ringpass_tests::{
     front_end::{
         attach::{
             RingDriver,
-            bench::{Bench, QUEUE_SIZE, start_again, start_queue_zero, start_ring},
-            ok,
+            bench::{Bench, QUEUE_SIZE, keep_records, start_again, start_queue_zero, start_ring},
             slow::SlowGuest,
             wait_until, whole,
         },
@@ -164,7 +163,11 @@ impl Guest {
         // The broker serves one front-end at a time.
         bench.front_end.connection().wire().hang_up()?;
         bench.front_end = FrontEnd::connect(&bench.rig.socket(), &bench.ram.ram, Options::default())?;
-        region.iter().try_for_each(|region| bench.front_end.set_inflight_region(region))
+        match region {
+            Some(region) => bench.front_end.set_inflight_region(region),
+            // The front-end has lost what was in flight, and keeps records from now on.
+            None => keep_records(&bench.front_end),
+        }
     }
 }
 
@@ -214,8 +217,7 @@ fn one_restart(guest: &mut Guest, interruption: Interruption, round: u32, queue_
 
 /// The device answers ATTACH once, however often it has seen it.
 fn detach(guest: &mut Guest) -> Result<()> {
-    guest.driver.set_detach();
-    ensure!(guest.bench.queue_zero.detach(1)? == ok());
+    guest.driver.detach()?;
     let found = guest.driver.wait_attach()?;
     ensure!(found == whole(ErrorCode::Detached), "{found:?}");
     thread::sleep(Duration::from_millis(50));

@@ -46,6 +46,7 @@ fn main() -> ExitCode {
         rings("a_guest_uses_a_device_without_rings_as_an_ordinary_disk", no_rings),
         rings("a_guest_attaches_and_detaches_queues_at_any_time", attach_and_detach),
         rings("a_paused_and_resumed_guest_gets_its_rings_back", pause_and_resume),
+        rings("a_guest_without_an_in_flight_region_gets_no_rings_and_the_server_says_why", no_inflight_region),
         rings("a_guest_adds_and_removes_memory_while_rings_run", memory),
         rings("a_guest_flushes_discards_and_writes_zeroes_beside_rings", other_operations),
         rings("a_server_of_a_read_only_disk_offers_no_rings_and_says_why", read_only),
@@ -125,7 +126,8 @@ fn row(rig: &Rig, case: &Case, seed: Seed, bytes: u64) -> Result<Report> {
 fn row_on(rig: &Rig, case: &Case, seed: Seed, bytes: u64) -> Result<Report> {
     let buffers_bytes = u64::from(case.queues) * u64::from(case.depth) * u64::from(case.block_bytes);
     let mut options = options(case.queues, buffers_bytes + 8 * MIB, case.way);
-    options.inflight = case.inflight;
+    // Without an in-flight region there are no rings.
+    options.inflight = case.inflight || case.way == Way::Ring;
     let disk = connect(&rig.socket(), options)?;
     let share_bytes = DISK_BYTES / u64::from(case.queues);
     let blocks = (2 * u64::from(case.depth)).max(32).min(share_bytes / u64::from(case.block_bytes));
@@ -181,6 +183,37 @@ fn no_rings() -> Result<()> {
     })())
 }
 
+fn no_inflight_region() -> Result<()> {
+    let rig = Rig::new(DiskKind::Ext4PageCache, DISK_BYTES)?;
+    let broker = rig.broker(&["--mode", "direct", "--num-queues", "2"])?;
+    broker.explain((|| {
+        let without = |way| {
+            let mut options = options(1, 4 * MIB, way);
+            options.inflight = false;
+            connect(&rig.socket(), options)
+        };
+        let disk = without(Way::Ring)?;
+        let offered = disk.offers_rings().context("the device does not answer PROBE")?;
+        ensure!(offered.refusal == Some(Some(ErrorCode::Inflight)), "{offered:?}");
+        let error = disk.queue(1).err().context("a ring without an in-flight region")?.to_string();
+        ensure!(error.contains("Inflight"), "{error}");
+        broker.wait_for_log("keeps no in-flight region")?;
+        let shown = String::from_utf8(rig.dev(&["show", "vhost"])?.output()?.stdout)?;
+        ensure!(shown.contains("no rings at present: the front-end keeps no in-flight region"), "{shown}");
+        drop(disk);
+        let disk = without(Way::Auto)?;
+        let mut queue = LoadedQueue::new(&disk, 1, SMALL, Seed::fixed(1))?;
+        queue.fill()?;
+        queue.verify()?;
+        ensure!(queue.queue.executed_by() == ExecutedBy::Virtqueue { refused: Some(ErrorCode::Inflight) });
+        drop((queue, disk));
+        // The next front-end keeps one.
+        let disk = connect(&rig.socket(), options(1, 4 * MIB, Way::Ring))?;
+        ensure!(disk.queue(1).is_ok());
+        Ok(())
+    })())
+}
+
 fn attach_and_detach() -> Result<()> {
     let rig = Rig::new(DiskKind::Ext4PageCache, DISK_BYTES)?;
     let broker = rig.broker(&["--mode", "direct", "--num-queues", "3"])?;
@@ -206,47 +239,43 @@ fn pause_and_resume() -> Result<()> {
     let rig = Rig::new(DiskKind::Ext4PageCache, DISK_BYTES)?;
     let broker = rig.broker(&["--mode", "direct", "--num-queues", "3"])?;
     broker.explain((|| {
-        for inflight in [true, false] {
-            let mut options = options(2, 8 * MIB, Way::Ring);
-            options.inflight = inflight;
-            let disk = connect(&rig.socket(), options)?;
-            let seed = Seed::from_env_or_random();
-            let mut queues =
-                (1..=2).map(|index| LoadedQueue::new(&disk, index, SMALL, seed)).collect::<Result<Vec<_>>>()?;
-            let (disk, running) = (&disk, Duration::from_secs(2));
-            thread::scope(|scope| {
-                let threads: Vec<_> = queues
-                    .iter_mut()
-                    .map(|queue| {
-                        scope.spawn(move || {
-                            queue.fill()?;
-                            // On a busy machine a ring takes longer to come back.
-                            let end = Instant::now() + Duration::from_secs(60);
-                            loop {
-                                queue.run(running.as_nanos() as u64, 0)?;
-                                if queue.queue.counters().epochs >= 5 || Instant::now() > end {
-                                    return queue.verify();
-                                }
+        let disk = connect(&rig.socket(), options(2, 8 * MIB, Way::Ring))?;
+        let seed = Seed::from_env_or_random();
+        let mut queues =
+            (1..=2).map(|index| LoadedQueue::new(&disk, index, SMALL, seed)).collect::<Result<Vec<_>>>()?;
+        let (disk, running) = (&disk, Duration::from_secs(2));
+        thread::scope(|scope| {
+            let threads: Vec<_> = queues
+                .iter_mut()
+                .map(|queue| {
+                    scope.spawn(move || {
+                        queue.fill()?;
+                        // On a busy machine a ring takes longer to come back.
+                        let end = Instant::now() + Duration::from_secs(60);
+                        loop {
+                            queue.run(running.as_nanos() as u64, 0)?;
+                            if queue.queue.counters().epochs >= 5 || Instant::now() > end {
+                                return queue.verify();
                             }
-                        })
+                        }
                     })
-                    .collect();
-                let mut pauses = 0;
-                while threads.iter().any(|thread| !thread.is_finished()) {
-                    thread::sleep(Duration::from_millis(40));
-                    disk.pause_and_resume()?;
-                    pauses += 1;
-                }
-                for thread in threads {
-                    thread.join().map_err(|_| anyhow::anyhow!("a guest's thread panicked"))??;
-                }
-                ensure!(pauses >= 5, "only {pauses} pauses");
-                Ok(())
-            })?;
-            for queue in &queues {
-                let counters = queue.queue.counters();
-                ensure!(counters.epochs >= 5, "{counters:?}");
+                })
+                .collect();
+            let mut pauses = 0;
+            while threads.iter().any(|thread| !thread.is_finished()) {
+                thread::sleep(Duration::from_millis(40));
+                disk.pause_and_resume()?;
+                pauses += 1;
             }
+            for thread in threads {
+                thread.join().map_err(|_| anyhow::anyhow!("a guest's thread panicked"))??;
+            }
+            ensure!(pauses >= 5, "only {pauses} pauses");
+            Ok(())
+        })?;
+        for queue in &queues {
+            let counters = queue.queue.counters();
+            ensure!(counters.epochs >= 5, "{counters:?}");
         }
         Ok(())
     })())

@@ -85,10 +85,6 @@ pub(super) enum Command {
         attachment: AttachmentId,
         event: AttachEvent,
     },
-    /// The driver has asked for the queue back.
-    Detach {
-        queue: usize,
-    },
     /// The ring of the queue ends and none follows.
     FinishRing {
         queue: usize,
@@ -279,10 +275,6 @@ impl WorkerSenders {
 impl Workers for WorkerSenders {
     fn attach_event(&self, queue: u16, attachment: AttachmentId, event: AttachEvent) {
         self.send(queue, |queue| Command::Attachment { queue, attachment, event });
-    }
-
-    fn detach(&self, queue: u16) {
-        self.send(queue, |queue| Command::Detach { queue });
     }
 
     fn finish_ring(&self, queue: u16, reason: ErrorCode) {

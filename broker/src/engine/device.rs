@@ -128,6 +128,14 @@ impl Device for Engine {
     }
 
     fn start_queue(&mut self, index: u16, setup: QueueSetup, eventfds: QueueEventfds) {
+        if let (None, Some(attach)) = (&setup.inflight, &self.control.attach) {
+            if attach.rings.availability.note_lack_of_records() {
+                tracing::info!(
+                    "no rings for this front-end: it keeps no in-flight region, so a restarted server could lose and repeat \
+                     requests (use a front-end with INFLIGHT_SHMFD)"
+                );
+            }
+        }
         self.started[usize::from(index)] = Some(setup.next_avail);
         self.control.started.set(index, true);
         self.send(index, |queue| Command::Start { queue, setup, eventfds });
@@ -155,6 +163,7 @@ impl Device for Engine {
         if let (true, Some(attach)) = (all_stopped, &self.control.attach) {
             // A device reset, as far as a back-end can see one.
             attach.rings.availability.clear_discard();
+            attach.rings.availability.forget_lack_of_records();
         }
         if self.is_logging && all_stopped {
             // The guest is being migrated: the destination needs the disk.
@@ -190,6 +199,7 @@ impl Device for Engine {
         if let Some(attach) = &self.control.attach {
             // The next front-end may have another guest. If it is the same one, its discards show again.
             attach.rings.availability.clear_discard();
+            attach.rings.availability.forget_lack_of_records();
         }
         self.source.stop_waiting();
     }
@@ -198,6 +208,9 @@ impl Device for Engine {
         self.started.fill(None);
         self.control.started.set_none();
         self.order_all(|reply| Command::Reset { reply });
+        if let Some(attach) = &self.control.attach {
+            attach.rings.availability.forget_lack_of_records();
+        }
         self.forget_driver();
     }
 

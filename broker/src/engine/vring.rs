@@ -4,6 +4,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use ringpass_guest_abi::attach_sequence::AttachSequence;
+use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::attach::{Attachment, PendingAttachRequest};
@@ -37,6 +38,8 @@ pub(super) struct ActiveQueue {
     pub(super) queue: SplitQueue,
     /// What its driver may ask for.
     pub(super) request_types: RequestTypes,
+    /// VIRTIO_F_VERSION_1 is negotiated. Drivers of legacy devices get no rings.
+    pub(super) has_version_1: bool,
     /// What new chains are taken from, and where the rings are.
     pub(super) memory: Rc<DeviceMemory>,
     pub(super) eventfds: Eventfds,
@@ -75,6 +78,7 @@ impl ActiveQueue {
         Ok(Self {
             queue,
             request_types: RequestTypes::negotiated(start.setup.driver_features),
+            has_version_1: start.setup.driver_features & 1 << VIRTIO_F_VERSION_1 != 0,
             memory,
             eventfds: std::mem::take(&mut start.eventfds),
             in_flight: 0,

@@ -5,6 +5,8 @@ use proptest::prelude::*;
 use super::*;
 
 const GIB: u64 = 1 << 30;
+/// The highest base.
+const BASE_MAX: u64 = u64::MAX - (GPA_LIMIT - 1);
 
 /// Addresses of every size, most of them close to where a slot, the address space or the integers end.
 fn gpa() -> impl Strategy<Value = u64> {
@@ -21,7 +23,8 @@ fn len_bytes() -> impl Strategy<Value = u32> {
 
 /// Rules that a device gives.
 fn addressing() -> impl Strategy<Value = FixedAddressing> {
-    let base = prop_oneof![3 => 1..=1u64 << 17, 1 => ((1 << 34) - 1024)..1u64 << 34];
+    let max = BASE_MAX / GIB;
+    let base = prop_oneof![3 => 1..=1u64 << 17, 1 => (max - 1024)..=max];
     (base, SLOT_SHIFT_MIN..=SLOT_SHIFT_MAX)
         .prop_map(|(gibibytes, shift)| FixedAddressing::new(gibibytes * GIB, shift).expect("in range"))
 }
@@ -40,15 +43,12 @@ proptest! {
         let (first, end) = (u128::from(gpa), u128::from(gpa) + u128::from(len_bytes));
         let boundary = u128::from(SEGMENT_BOUNDARY_BYTES);
         let limit_gpa = u64::from(SLOT_COUNT_MAX) << addressing.slot_shift();
-        let fits_iova = u128::from(addressing.iova_base()) + end <= 1 << 64;
         let expected = if len_bytes == 0 {
             Err(AddressError::Empty)
         } else if end > u128::from(limit_gpa) {
             Err(AddressError::TooHigh { gpa, limit_gpa })
         } else if end > (first / boundary + 1) * boundary {
             Err(AddressError::CrossesBoundary { gpa, len_bytes })
-        } else if !fits_iova {
-            Err(AddressError::TooHigh { gpa, limit_gpa })
         } else {
             let slot = gpa / addressing.slot_bytes();
             Ok(FixedAddress { buf_index: slot as u16, addr: addressing.iova_base() + gpa })
@@ -61,7 +61,7 @@ proptest! {
         gpa in gpa(), len_bytes in len_bytes(), addressing in addressing(),
     ) {
         if let Ok(FixedAddress { buf_index, addr }) = addressing.resolve(gpa, len_bytes) {
-            // In 128 bits: the last slot may end where the 64-bit address space does, or beyond.
+            // In 128 bits: the last slot may end where the 64-bit address space does.
             let slot_bytes = u128::from(addressing.slot_bytes());
             let buffer_start = u128::from(addressing.iova_base()) + u128::from(buf_index) * slot_bytes;
             let segment_end = u128::from(addr) + u128::from(len_bytes);
@@ -111,14 +111,17 @@ fn a_whole_slot_of_the_smallest_size_is_one_segment_and_one_byte_more_is_not() {
 
 #[test]
 fn a_rule_that_the_kernel_could_not_follow_is_refused() {
-    for base in [0, 4096, GIB + 4096, u64::MAX] {
+    for base in [0, 4096, GIB + 4096, u64::MAX, BASE_MAX + GIB] {
         assert_eq!(FixedAddressing::new(base, 22), Err(AddressingError::Base(base)));
     }
     for shift in [0, 21, 31, 64, u32::MAX] {
         assert_eq!(FixedAddressing::new(GIB, shift), Err(AddressingError::Shift(shift)));
     }
     let message = |base, shift| std::format!("{}", FixedAddressing::new(base, shift).unwrap_err());
-    assert_eq!(message(4096, 22), "the base of addresses is 0x1000, not a multiple of 1 GiB above 0");
+    assert_eq!(
+        message(4096, 22),
+        "the base of addresses is 0x1000, not a multiple of 1 GiB from 1 GiB to 2^64 - 16 TiB"
+    );
     assert_eq!(message(GIB, 12), "the shift of slots is 12, not 22 to 30");
 }
 
@@ -135,10 +138,11 @@ fn a_refusal_names_the_segment() {
 }
 
 #[test]
-fn a_segment_that_does_not_end_below_the_top_of_the_iova_space_is_refused() {
-    let addressing = FixedAddressing::new(u64::MAX - (GIB - 1), SLOT_SHIFT_MAX).expect("in range");
-    let gpa = GIB - 4096;
-    assert_eq!(addressing.resolve(gpa, 4096), Ok(FixedAddress { buf_index: 0, addr: u64::MAX - 4095 }));
+fn the_highest_base_has_room_for_the_last_slot() {
+    let addressing = FixedAddressing::new(BASE_MAX, SLOT_SHIFT_MAX).expect("in range");
+    let gpa = GPA_LIMIT - 4096;
+    let last = u16::try_from(SLOT_COUNT_MAX - 1).expect("16384 slots");
+    assert_eq!(addressing.resolve(gpa, 4096), Ok(FixedAddress { buf_index: last, addr: u64::MAX - 4095 }));
     let limit_gpa = addressing.limit_gpa();
-    assert_eq!(addressing.resolve(GIB, 512), Err(AddressError::TooHigh { gpa: GIB, limit_gpa }));
+    assert_eq!(addressing.resolve(gpa, 4097), Err(AddressError::TooHigh { gpa, limit_gpa }));
 }

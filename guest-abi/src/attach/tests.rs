@@ -7,6 +7,7 @@ const LIMITS: AttachLimits = AttachLimits { features: 1, sq_entries_max: 4096, c
 fn good() -> AttachPayload {
     let area = |gpa: u64| AreaAddress { rings_gpa: gpa.into(), sqes_gpa: (gpa + 0x10000).into() };
     AttachPayload {
+        version: VERSION.into(),
         features: 1.into(),
         sq_entries: 256.into(),
         cq_entries: 512.into(),
@@ -47,7 +48,7 @@ fn larger_pages_make_larger_ranges() {
 fn each_field_is_refused_with_its_code_and_its_offset() {
     let high = AreaAddress { rings_gpa: ((1u64 << 44) - 4096).into(), ..good().areas[1] };
     let cases = [
-        (ErrorCode::Version, 0, AttachPayload { version: 1.into(), ..good() }),
+        (ErrorCode::Version, 0, AttachPayload { version: 0.into(), ..good() }),
         (ErrorCode::Reserved, 2, AttachPayload { reserved: [0.into(), 0.into(), 1.into()], ..good() }),
         (ErrorCode::Features, 8, AttachPayload { features: 2.into(), ..good() }),
         (ErrorCode::Entries, 16, AttachPayload { sq_entries: 0.into(), ..good() }),
@@ -96,7 +97,7 @@ proptest! {
         let areas = [AreaAddress { rings_gpa: r0, sqes_gpa: s0 }, AreaAddress { rings_gpa: r1, sqes_gpa: s1 }];
         let entries = 64 << shift;
         let payload = AttachPayload {
-            control_gpa, areas, sq_entries: entries.into(), cq_entries: entries.into(), ..AttachPayload::default()
+            control_gpa, areas, sq_entries: entries.into(), cq_entries: entries.into(), ..good()
         };
         let result = payload.check(&LIMITS);
         let lengths = Lengths::of(entries, entries, 4096).in_order();

@@ -4,6 +4,8 @@ use crate::epoch::{Epoch, Phase};
 use crate::layout::tests::kernel_like;
 use crate::test_memory::TestMemory;
 
+const SEGMENTS: SegmentLimits = SegmentLimits { address_align_bytes: 4, length_align_bytes: 512, bytes_max: 1 << 20 };
+
 fn addressing() -> FixedAddressing {
     FixedAddressing::new(1 << 45, 26).expect("in range")
 }
@@ -24,7 +26,7 @@ fn each_side_reads_what_the_other_wrote() {
     let control = DriverControl::new(memory.clone());
     control.clear();
     assert_eq!((control.announced(), control.end_reason()), (0, Some(ErrorCode::None)));
-    let record = RingRecord::new(&layout, addressing(), MODE_DIRECT);
+    let record = RingRecord::new(&layout, addressing(), &SEGMENTS, MODE_DIRECT);
     for (offset_bytes, word) in (RING_OFFSET_BYTES..).step_by(4).zip(record.to_bytes().chunks_exact(4)) {
         memory.store_relaxed(offset_bytes, u32::from_ne_bytes(word.try_into().expect("four bytes")));
     }
@@ -34,6 +36,7 @@ fn each_side_reads_what_the_other_wrote() {
     let lengths = Lengths { control_bytes: 4096, rings_bytes: layout.rings_bytes, sqes_bytes: layout.sqes_bytes };
     assert_eq!(control.ring().layout(8, 16, &lengths), Ok(layout));
     assert_eq!(control.ring().addressing(), Ok(addressing()));
+    assert_eq!(control.ring().segments(), Ok(SEGMENTS));
 
     control.acknowledge(Announcement { phase: Phase::Drain, ..open });
     control.set_detach();
@@ -45,7 +48,7 @@ fn each_side_reads_what_the_other_wrote() {
 fn an_impossible_record_is_refused() {
     let layout = kernel_like(8, 16, Doorbell::WhenAsleep);
     let lengths = Lengths { control_bytes: 4096, rings_bytes: layout.rings_bytes, sqes_bytes: layout.sqes_bytes };
-    let record = RingRecord::new(&layout, addressing(), MODE_DIRECT);
+    let record = RingRecord::new(&layout, addressing(), &SEGMENTS, MODE_DIRECT);
     let doorbell = RingRecord { doorbell: 3.into(), ..record };
     assert_eq!(doorbell.layout(8, 16, &lengths), Err(RecordError::Doorbell(3)));
     let outside = RingRecord { cq_tail_offset_bytes: (layout.rings_bytes as u32).into(), ..record };
@@ -54,4 +57,9 @@ fn an_impossible_record_is_refused() {
     assert_eq!(small_slots.addressing(), Err(RecordError::Addressing(AddressingError::Shift(12))));
     let no_base = RingRecord { iova_base: 0.into(), ..record };
     assert_eq!(no_base.addressing(), Err(RecordError::Addressing(AddressingError::Base(0))));
+    let too_high = 1u64.wrapping_neg() << 30;
+    let high_base = RingRecord { iova_base: too_high.into(), ..record };
+    assert_eq!(high_base.addressing(), Err(RecordError::Addressing(AddressingError::Base(too_high))));
+    let unit = RingRecord { length_align_bytes: 0.into(), ..record };
+    assert_eq!(unit.segments(), Err(RecordError::Segments { field: "length_align_bytes", value: 0 }));
 }

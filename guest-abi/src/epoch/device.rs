@@ -30,7 +30,8 @@ pub enum Event {
     Drain,
     /// The ring must end at once, and another may follow.
     End,
-    /// The ring must end at once, and no other follows: after DETACH, or because the device offers no rings any more.
+    /// The ring must end at once, and no other follows: the device has found the detach word set, or it offers no rings
+    /// any more.
     Finish(ErrorCode),
     /// The queue stops (GET_VRING_BASE, reset, the front-end is gone). ATTACH stays pending, and the device takes it
     /// again if the queue starts again.

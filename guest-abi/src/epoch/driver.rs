@@ -30,7 +30,7 @@ pub enum Action {
     Reap(Area),
     /// Store the word with release, then ring the queue's doorbell.
     Acknowledge(Announcement),
-    /// Set the detach word, then send DETACH on queue 0.
+    /// Set the detach word with release, then ring the queue's doorbell.
     RequestDetach,
     /// Reap ARM and ATTACH. The control page, the areas and the queue belong to the driver again. Submit the requests
     /// that were set aside to the queue as ordinary requests.

@@ -30,8 +30,9 @@ pub mod device;
 pub mod driver;
 
 /// Number of low bits of a word that hold the phase. The bits above them hold the epoch's number.
-const PHASE_BITS: u32 = 2;
-const PHASE_MASK: u32 = (1 << PHASE_BITS) - 1;
+pub const PHASE_BITS: u32 = 2;
+/// The bits of a word that hold the phase.
+pub const PHASE_MASK: u32 = 3;
 
 /// [`Phase::Open`] in the low two bits of the word. If these bits are 0, the device has announced nothing yet.
 pub const PHASE_OPEN: u32 = 1;

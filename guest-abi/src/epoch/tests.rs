@@ -61,6 +61,24 @@ fn epoch_numbers_wrap_around_and_alternate_between_the_areas() {
     assert_ne!(last.area(), last.next().area());
 }
 
+#[test]
+fn a_driver_waits_while_the_word_is_0_and_takes_no_word_without_a_phase_later() {
+    let word = |number| Announcement { epoch: Epoch::new(number), phase: Phase::Ended }.to_word();
+    let resets = |history: &[u32], word: u32| {
+        let mut machine = driver::Machine::new();
+        history
+            .iter()
+            .for_each(|&word| assert_eq!(machine.step(driver::Event::Announced(word)).into_iter().count(), 1));
+        let actions: Vec<_> = machine.step(driver::Event::Announced(word)).into_iter().collect();
+        (actions == [driver::Action::Reset], machine.state() == driver::State::Failed)
+    };
+    assert_eq!(resets(&[], 0), (false, false), "the device has announced nothing");
+    assert_eq!(resets(&[word(1)], 0), (true, true), "the device has announced something");
+    for word_without_phase in [1 << 2, 4 << 2, !3] {
+        assert_eq!(resets(&[], word_without_phase), (true, true));
+    }
+}
+
 proptest! {
     #[test]
     fn a_word_with_a_phase_is_encoded_back_unchanged(word: u32) {

@@ -23,13 +23,14 @@ fn every_code_has_its_number_and_the_next_one_is_unknown() {
 }
 
 #[test]
-fn detach_names_a_queue_that_can_be_attached() {
-    let payload = |queue: u16| DetachPayload { queue: queue.into(), ..DetachPayload::default() };
-    assert_eq!(payload(0).check(4), Err(ErrorCode::Queue));
-    assert_eq!(payload(3).check(4), Ok(3));
-    assert_eq!(payload(4).check(4), Err(ErrorCode::Queue));
-    let reserved = DetachPayload { reserved: [0.into(), 1.into(), 0.into()], ..payload(1) };
-    assert_eq!(reserved.check(4), Err(ErrorCode::Reserved));
+fn every_code_says_when_to_ask_again() {
+    let codes = |retry: Retry| -> std::vec::Vec<_> {
+        ErrorCode::ALL.into_iter().filter(|code| code.retry() == retry).collect()
+    };
+    assert_eq!(codes(Retry::Event), [ErrorCode::Mode, ErrorCode::Cost]);
+    assert_eq!(codes(Retry::Later), [ErrorCode::Busy, ErrorCode::Resources]);
+    let probe = [ErrorCode::Version, ErrorCode::Features, ErrorCode::Entries, ErrorCode::Alignment];
+    assert_eq!(codes(Retry::Probe), probe);
 }
 
 proptest! {

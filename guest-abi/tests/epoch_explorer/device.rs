@@ -28,6 +28,7 @@ enum Work {
     Store(Announcement),
     Notify,
     LookAtAcknowledgement,
+    LookAtDetach,
     Build(Epoch),
     Close(Area),
     CompleteAttach,
@@ -92,10 +93,16 @@ impl System {
             });
             return;
         }
+        let is_released = self.rings.is_empty() || self.cheat == Some(Cheat::EndBeforeLock) && self.announced != 0;
+        if self.is_knocking {
+            if device.next_avail < self.available && is_released {
+                step(("the device answers the first request after a reset", 0), &Self::answer_knock);
+            }
+            return;
+        }
         if device.next_avail < self.available && !device.sequence.is_attached() {
             step(("the device takes entry", device.next_avail.into()), &Self::take_entry);
         }
-        let is_released = self.rings.is_empty() || self.cheat == Some(Cheat::EndBeforeLock) && self.announced != 0;
         if device.awaits_release && is_released {
             step(("the device has the lock", 0), &|system| {
                 system.device_mut().awaits_release = false;
@@ -106,7 +113,9 @@ impl System {
         if self.kick {
             step(("the device is kicked", 0), &|system| {
                 system.kick = false;
-                system.device_work(Work::LookAtAcknowledgement)
+                let work = &mut system.device_mut().work;
+                [Work::LookAtAcknowledgement, Work::LookAtDetach].into_iter().for_each(|look| work.push(look));
+                Ok(())
             });
         }
         for area in Area::ALL {
@@ -117,13 +126,6 @@ impl System {
                     Ok(())
                 });
             }
-        }
-        if self.detach_sent {
-            step(("the device takes DETACH", 0), &|system| {
-                system.detach_sent = false;
-                system.device_mut().feed(Event::Finish(ErrorCode::Detached));
-                Ok(())
-            });
         }
         if self.notice == Notice::Event && device.owes_event && self.event_posted {
             step(("the device completes the EVENT it owes", 0), &|system| {
@@ -161,6 +163,25 @@ impl System {
         Ok(())
     }
 
+    /// An ordinary request, which a device takes only when nothing older is left.
+    fn answer_knock(&mut self) -> Broken {
+        let device = self.device_mut();
+        if device.sequence.take(None, 0) != Verdict::Execute {
+            return Err("an ordinary request was refused".into());
+        }
+        device.next_avail += 1;
+        self.used = 1;
+        Ok(())
+    }
+
+    /// The driver has reset its virtqueue and begins at its first entry again.
+    pub(crate) fn begin_queue_again(&mut self) {
+        (self.base, self.used, self.available) = (0, 0, 2);
+        if let Some(device) = &mut self.device {
+            device.next_avail = 0;
+        }
+    }
+
     fn device_work(&mut self, work: Work) -> Broken {
         match work {
             Work::Store(announcement) => {
@@ -177,6 +198,10 @@ impl System {
                 let word = self.acknowledged;
                 self.device_mut().feed(Event::Acknowledged(word));
             }
+            Work::LookAtDetach if self.detach && self.cheat != Some(Cheat::ForgetDetachOnKick) => {
+                self.device_mut().feed(Event::Finish(ErrorCode::Detached));
+            }
+            Work::LookAtDetach => {}
             Work::Build(epoch) => return self.build(epoch.area()),
             Work::Close(area) => {
                 for index in 0..self.rings.len() {
@@ -289,6 +314,7 @@ fn work_name(work: Work) -> usize {
         Work::Store(announcement) => announcement.to_word() as usize,
         Work::Notify => 100,
         Work::LookAtAcknowledgement => 101,
+        Work::LookAtDetach => 102,
         Work::Build(epoch) => 110 + epoch.number() as usize,
         Work::Close(area) => 120 + area.index(),
         Work::CompleteAttach => 130,

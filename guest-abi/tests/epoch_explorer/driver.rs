@@ -15,12 +15,16 @@ pub(crate) struct Driver {
     /// The ring that the driver reads, and the number of CQEs read.
     ring: Option<(Area, u8)>,
     has_queue_back: bool,
+    /// The driver has reset the device while no process served it: something older may still use the areas and buffers.
+    is_quarantined: bool,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) enum Request {
     Waiting,
     OnRing,
+    /// The ring has not executed it: it goes over queue 0.
+    Again,
     Done,
 }
 
@@ -33,7 +37,6 @@ enum Work {
     Acknowledge(Announcement),
     Kick,
     SetDetach,
-    SendDetach,
 }
 
 impl Driver {
@@ -44,6 +47,7 @@ impl Driver {
             work: List::new(),
             ring: None,
             has_queue_back: false,
+            is_quarantined: false,
         }
     }
 
@@ -52,7 +56,7 @@ impl Driver {
     }
 
     pub(crate) fn is_at_rest(&self) -> bool {
-        self.work.is_empty()
+        self.work.is_empty() && !self.is_quarantined
     }
 
     pub(crate) fn has_queue_back(&self) -> bool {
@@ -71,7 +75,7 @@ impl Driver {
                 }
                 Action::RequestDetach => {
                     self.work.push(Work::SetDetach);
-                    self.work.push(Work::SendDetach);
+                    self.work.push(Work::Kick);
                 }
                 Action::Release => {
                     self.ring = None;
@@ -87,6 +91,12 @@ impl Driver {
 impl System {
     pub(crate) fn driver_steps(&self, step: &mut impl FnMut(Label, &dyn Fn(&mut Self) -> Broken)) {
         let driver = self.driver;
+        if driver.is_quarantined {
+            if self.used == 1 || self.cheat == Some(Cheat::NoQuarantine) {
+                step(("the driver ends the quarantine and attaches again", 0), &Self::attach_again);
+            }
+            return;
+        }
         if let Some(work) = driver.work.get(0) {
             step(("the driver works", work_name(work)), &|system| {
                 system.driver.work.remove(0);
@@ -123,13 +133,21 @@ impl System {
                 Ok(())
             });
         }
-        if let (Some(request), true) = (waiting, driver.has_queue_back) {
-            step(("the virtqueue executes request", request), &|system| {
-                if system.is_in_flight(request) {
-                    return Err(format!("request {request} was issued again before its older I/O ended"));
+        // A request of several SQEs goes no other way while one of them is on the ring.
+        let may_go = !(self.are_siblings && driver.requests.contains(&Request::OnRing));
+        let has_no_ring = driver.has_queue_back || !driver.machine.may_submit();
+        if let (Some(request), true) = (waiting, has_no_ring && may_go) {
+            step(("a virtqueue executes request", request), &|system| system.execute_elsewhere(request));
+        }
+        let again = driver.requests.iter().position(|request| *request == Request::Again);
+        if let (Some(request), true) = (again, may_go || self.cheat == Some(Cheat::ResendEarly)) {
+            step(("queue 0 executes request", request), &|system| {
+                if system.are_siblings {
+                    let left = |request: &usize| system.driver.requests[*request] != Request::Done;
+                    let whole: Vec<usize> = (0..REQUESTS).filter(left).collect();
+                    return whole.into_iter().try_for_each(|part| system.execute_elsewhere(part));
                 }
-                system.driver.requests[request] = Request::Done;
-                system.execute(request)
+                system.execute_elsewhere(request)
             });
         }
         let completion = driver.ring.and_then(|(area, reaped)| {
@@ -141,13 +159,66 @@ impl System {
             step(("the driver reaps request", request), &|system| {
                 system.driver.ring = Some((area, reaped + 1));
                 let is_done = executed || system.cheat == Some(Cheat::CanceledIsDone);
-                system.driver.requests[request] = if is_done { Request::Done } else { Request::Waiting };
+                system.driver.requests[request] = if is_done { Request::Done } else { Request::Again };
                 if is_done && !system.executed[request] {
                     return Err(format!("request {request} was lost: done and never executed"));
                 }
-                Ok(())
+                system.check_end(is_done)
             });
         }
+    }
+
+    /// Has a device execute a request that is on no ring.
+    fn execute_elsewhere(&mut self, request: usize) -> Broken {
+        if self.is_in_flight(request) {
+            return Err(format!("request {request} was issued again before its older I/O ended"));
+        }
+        self.driver.requests[request] = Request::Done;
+        self.execute(request)
+    }
+
+    /// If the two are SQEs of one request, the request ends when both are done: the driver gives its buffer back.
+    fn check_end(&self, is_done: bool) -> Broken {
+        let ends = self.driver.requests == [Request::Done; REQUESTS] || is_done && self.cheat == Some(Cheat::EndEarly);
+        if self.are_siblings && ends && (0..REQUESTS).any(|request| self.is_in_flight(request)) {
+            return Err("a request ended while I/O on its buffer was under way".into());
+        }
+        Ok(())
+    }
+
+    /// The driver resets the device while no process serves it, so that the front-end waits for nothing. It sends an
+    /// ordinary request on the same queue.
+    pub(crate) fn reset_steps(&self, step: &mut impl FnMut(Label, &dyn Fn(&mut Self) -> Broken)) {
+        if self.budget.resets == 0 || self.device.is_some() || self.driver.has_queue_back {
+            return;
+        }
+        step(("the driver resets the device", 0), &|system| {
+            system.budget.resets -= 1;
+            (system.base, system.used, system.available) = (0, 0, 1);
+            (system.call, system.kick, system.event_posted) = (false, false, true);
+            system.is_knocking = true;
+            system.driver.put_aside();
+            system.driver = Driver { is_quarantined: true, requests: system.driver.requests, ..Driver::new() };
+            Ok(())
+        });
+    }
+
+    fn attach_again(&mut self) -> Broken {
+        if !self.rings.is_empty() {
+            return Err("memory of a ring was used again while the ring was left".into());
+        }
+        self.is_knocking = false;
+        self.driver.is_quarantined = false;
+        (self.announced, self.acknowledged, self.detach) = (0, 0, false);
+        self.begin_queue_again();
+        for request in 0..REQUESTS {
+            if self.driver.requests[request] != Request::Done {
+                // The driver has not seen whether it was executed. It has not ended, so it may be executed again.
+                self.driver.requests[request] = Request::Waiting;
+                self.executed[request] = false;
+            }
+        }
+        Ok(())
     }
 
     fn end_steps(&self, step: &mut impl FnMut(Label, &dyn Fn(&mut Self) -> Broken)) {
@@ -188,7 +259,6 @@ impl System {
             Work::Acknowledge(announcement) => self.acknowledged = announcement.to_word(),
             Work::Kick => self.kick = self.cheat != Some(Cheat::NoKick),
             Work::SetDetach => self.detach = true,
-            Work::SendDetach => self.detach_sent = true,
         }
         Ok(())
     }
@@ -218,11 +288,7 @@ impl System {
         step(("a lie in the detach word", 0), &|system| {
             system.budget.lies -= 1;
             system.detach = !system.detach;
-            Ok(())
-        });
-        step(("a DETACH from nowhere", 0), &|system| {
-            system.budget.lies -= 1;
-            system.detach_sent = true;
+            system.kick = true;
             Ok(())
         });
     }
@@ -246,6 +312,5 @@ fn work_name(work: Work) -> usize {
         Work::LookAtUsedRing => 102,
         Work::Kick => 103,
         Work::SetDetach => 104,
-        Work::SendDetach => 105,
     }
 }

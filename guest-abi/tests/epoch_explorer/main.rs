@@ -1,10 +1,11 @@
 //! The two machines of the epoch protocol against each other, over every interleaving of their accesses to what they
-//! share, with a kernel whose rings end late, devices that are killed at any step, and drivers that lie.
+//! share, with a kernel whose rings end late, devices that are killed at any step, requests of two SQEs, requests that
+//! go over queue 0 meanwhile, drivers that reset a device without a process, and drivers that lie.
 //!
 //! The searches show that there are never two rings on one area, that the device never builds a ring where the driver
 //! reads, that no request is issued again before its older I/O has ended, that no request is executed twice or lost,
-//! and that every state has a way to the end. For each rule of the protocol a further search shows that it finds an
-//! error if one side violates the rule.
+//! that none ends while I/O on its buffer is under way, and that every state has a way to the end. For each rule of the
+//! protocol a further search shows that it finds an error if one side violates the rule.
 //!
 //! Other tests cover memory orderings and the wrap of the ring's indexes (`tests/loom_orderings`, `src/ring/tests.rs`).
 
@@ -33,7 +34,8 @@ fn breaks(system: System, expected: &str) {
     assert!(story.contains(expected), "expected {expected:?}, found {story}");
 }
 
-const NOTHING: Budget = Budget { crashes: 0, stops: 0, drains: 0, ends: 0, refusals: 0, detaches: 0, lies: 0 };
+const NOTHING: Budget =
+    Budget { crashes: 0, stops: 0, drains: 0, ends: 0, refusals: 0, detaches: 0, resets: 0, lies: 0 };
 
 #[test]
 fn drains_lose_and_double_nothing() {
@@ -73,6 +75,22 @@ fn a_device_that_gives_out_no_ring_any_more_loses_and_doubles_nothing() {
 fn every_change_is_heard_of_by_event_alone() {
     holds("by EVENT", System::new(Budget { crashes: 1, drains: 1, ..NOTHING }).by(Notice::Event));
     holds("by EVENT, detach", System::new(Budget { detaches: 1, ends: 1, ..NOTHING }).by(Notice::Event));
+    // The device may be killed between the completion of ATTACH and that of EVENT.
+    holds("by EVENT, refusal", System::new(Budget { refusals: 1, crashes: 1, ..NOTHING }).by(Notice::Event));
+}
+
+#[test]
+fn a_request_of_several_sqes_ends_and_is_repeated_only_as_a_whole() {
+    let ends = Budget { ends: 2, crashes: 1, ..NOTHING };
+    holds("two ends and a kill, one request", System::new(ends).of_one_request());
+    let drains = Budget { drains: 2, crashes: 1, ..NOTHING };
+    holds("two drains and a kill, one request", System::new(drains).of_one_request());
+}
+
+#[test]
+fn a_driver_that_resets_a_device_without_a_process_loses_nothing_and_reuses_no_memory_too_early() {
+    holds("two kills, a reset", System::new(Budget { crashes: 2, resets: 1, ..NOTHING }));
+    holds("a kill, a reset, an end", System::new(Budget { crashes: 1, resets: 1, ends: 1, ..NOTHING }));
 }
 
 #[test]
@@ -109,6 +127,8 @@ fn taking_every_attach_for_the_first_one_is_found() {
 fn not_looking_at_the_detach_word_is_found() {
     let system = System::new(Budget { detaches: 1, crashes: 1, ..NOTHING }).with(Cheat::ForgetDetach);
     breaks(system, "nothing leads from here to the end");
+    let system = System::new(Budget { detaches: 1, ..NOTHING }).with(Cheat::ForgetDetachOnKick);
+    breaks(system, "nothing leads from here to the end");
 }
 
 #[test]
@@ -125,6 +145,8 @@ fn missing_signals_are_found() {
     breaks(System::new(detached).with(Cheat::SilentStart), "nothing leads from here to the end");
     let by_event = System::new(Budget { drains: 1, ..NOTHING }).by(Notice::Event);
     breaks(by_event.with(Cheat::ForgetEvent), "nothing leads from here to the end");
+    let by_event = System::new(Budget { refusals: 1, crashes: 1, ..NOTHING }).by(Notice::Event);
+    breaks(by_event.with(Cheat::SilentStart), "nothing leads from here to the end");
 }
 
 #[test]
@@ -141,4 +163,22 @@ fn not_reaping_a_ring_that_has_ended_is_found() {
 #[test]
 fn taking_a_canceled_request_for_done_is_found() {
     breaks(System::new(Budget { ends: 1, ..NOTHING }).with(Cheat::CanceledIsDone), "was lost");
+}
+
+#[test]
+fn sending_a_request_again_while_one_of_its_sqes_is_on_the_ring_is_found() {
+    let system = System::new(Budget { ends: 1, ..NOTHING }).of_one_request().with(Cheat::ResendEarly);
+    breaks(system, "issued again before its older I/O ended");
+}
+
+#[test]
+fn ending_a_request_whose_other_sqe_is_under_way_is_found() {
+    let system = System::new(NOTHING).of_one_request().with(Cheat::EndEarly);
+    breaks(system, "ended while I/O on its buffer was under way");
+}
+
+#[test]
+fn reusing_memory_after_a_reset_without_an_answer_is_found() {
+    let system = System::new(Budget { crashes: 1, resets: 1, ..NOTHING }).with(Cheat::NoQuarantine);
+    breaks(system, "used again while the ring was left");
 }

@@ -25,8 +25,10 @@ pub(crate) enum Cheat {
     OpenUnasked,
     /// The device regards every ATTACH as the first one.
     AlwaysFirst,
-    /// The device ignores the detach word.
+    /// The device ignores the detach word when it sees ATTACH.
     ForgetDetach,
+    /// The device ignores the detach word when it is kicked.
+    ForgetDetachOnKick,
     /// GET_VRING_BASE answers with the entry after ATTACH.
     BaseBehindAttach,
     /// The device never signals.
@@ -44,6 +46,12 @@ pub(crate) enum Cheat {
     AcknowledgeUnreaped,
     /// The driver regards -ECANCELED as the end of a request.
     CanceledIsDone,
+    /// The driver sends a request of two SQEs again while one of them is on the ring.
+    ResendEarly,
+    /// The driver ends a request of two SQEs when one of them is done.
+    EndEarly,
+    /// After a reset without a device process the driver uses its memory again at once.
+    NoQuarantine,
 }
 
 /// How the driver learns of an announcement.
@@ -64,6 +72,7 @@ pub(crate) struct Budget {
     pub(crate) ends: u8,
     pub(crate) refusals: u8,
     pub(crate) detaches: u8,
+    pub(crate) resets: u8,
     pub(crate) lies: u8,
 }
 
@@ -73,18 +82,21 @@ pub(crate) struct System {
     pub(crate) cheat: Option<Cheat>,
     pub(crate) notice: Notice,
     pub(crate) driver_lies: bool,
+    /// The requests are SQEs of one request.
+    pub(crate) are_siblings: bool,
     // The control page.
     pub(crate) announced: u32,
     pub(crate) acknowledged: u32,
     pub(crate) detach: bool,
     // The areas.
     pub(crate) areas: [AreaMemory; 2],
-    // The virtqueues: entry 0 is ARM, entry 1 ATTACH.
+    // The virtqueue: entry 0 is ARM, entry 1 ATTACH.
     pub(crate) available: u8,
     pub(crate) used: u8,
     /// The entry at which a starting device begins.
     pub(crate) base: u8,
-    pub(crate) detach_sent: bool,
+    /// The driver has reset the device, and its first request is an ordinary one.
+    pub(crate) is_knocking: bool,
     pub(crate) event_posted: bool,
     // The eventfds.
     pub(crate) call: bool,
@@ -104,6 +116,7 @@ impl System {
             cheat: None,
             notice: Notice::Call,
             driver_lies: budget.lies > 0,
+            are_siblings: false,
             announced: 0,
             acknowledged: 0,
             detach: false,
@@ -111,7 +124,7 @@ impl System {
             available: 2,
             used: 0,
             base: 0,
-            detach_sent: false,
+            is_knocking: false,
             event_posted: true,
             call: false,
             kick: false,
@@ -126,6 +139,10 @@ impl System {
 
     pub(crate) fn by(self, notice: Notice) -> Self {
         Self { notice, ..self }
+    }
+
+    pub(crate) fn of_one_request(self) -> Self {
+        Self { are_siblings: true, ..self }
     }
 
     pub(crate) fn with(self, cheat: Cheat) -> Self {
@@ -148,6 +165,7 @@ impl Model for System {
         }
         is_fault = true;
         self.fault_steps(&mut |label, change| step(is_fault, label, change));
+        self.reset_steps(&mut |label, change| step(is_fault, label, change));
         self.lie_steps(&mut |label, change| step(is_fault, label, change));
     }
 

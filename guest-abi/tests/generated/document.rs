@@ -3,12 +3,13 @@
 use std::mem::offset_of;
 
 use ringpass_guest_abi::attach::AttachPayload;
+use ringpass_guest_abi::completion::{Completed, RES_EAGAIN, RES_ECANCELED, RES_EFAULT, RES_EINTR, RES_ENOMEM};
 use ringpass_guest_abi::control::{
     ACKNOWLEDGED_OFFSET_BYTES, ANNOUNCED_OFFSET_BYTES, DETACH_OFFSET_BYTES, END_REASON_OFFSET_BYTES, RING_OFFSET_BYTES,
     RingRecord,
 };
-use ringpass_guest_abi::probe::ProbeAnswer;
-use ringpass_guest_abi::request::{ErrorCode, RequestType};
+use ringpass_guest_abi::probe::{self, ProbeAnswer, VERSION};
+use ringpass_guest_abi::request::{ErrorCode, RequestType, Retry};
 
 use crate::in_repository;
 
@@ -26,8 +27,32 @@ fn the_numbers_in_the_specification_match_the_crate() {
     let has_line = |start: &str| assert!(lines.iter().any(|line| line.starts_with(start)), "no line {start:?}");
 
     for code in ErrorCode::ALL {
-        has_line(&format!("| {} | {} |", code as u32, format!("{code:?}").to_uppercase()));
+        let again = match code.retry() {
+            Retry::No if code.is_ok() => "-",
+            Retry::No => "no",
+            Retry::Probe => "PROBE",
+            Retry::Event => "EVENT",
+            Retry::Later => "later",
+        };
+        has_line(&format!("| {} | {} | {again} |", code as u32, format!("{code:?}").to_uppercase()));
     }
+    has_line(&format!("# The ringpass guest ABI, version {VERSION}"));
+    has_line(&format!("| 0 | `le16 version` | {VERSION} |"));
+    for (bit, name, feature) in [
+        (0, "F_DSYNC", probe::F_DSYNC),
+        (1, "F_IOPRIO", probe::F_IOPRIO),
+        (2, "F_WRITE_STREAM", probe::F_WRITE_STREAM),
+        (3, "F_DONTCACHE", probe::F_DONTCACHE),
+        (4, "F_MODERATION", probe::F_MODERATION),
+    ] {
+        assert_eq!(feature, 1 << bit);
+        has_line(&format!("| {bit} | {name} |"));
+    }
+    let again = [RES_EINTR, RES_EAGAIN, RES_ENOMEM, RES_EFAULT, RES_ECANCELED];
+    let names = ["EINTR", "EAGAIN", "ENOMEM", "EFAULT", "ECANCELED"];
+    let results: Vec<_> = again.into_iter().zip(names).map(|(res, name)| format!("{res} ({name})")).collect();
+    has_line(&format!("| {} | again |", results.join(", ")));
+    assert!(again.into_iter().all(|res| Completed::of(res, 512) == Completed::Again { done_bytes: 0 }));
     for request in RequestType::ALL {
         let number = format!("{:08x}", request.number());
         let name = format!("{request:?}").to_uppercase();
@@ -53,9 +78,11 @@ fn the_numbers_in_the_specification_match_the_crate() {
             sq_entries_max,
             cq_entries_max,
             page_bytes,
-            segment_align_bytes,
+            address_align_bytes,
+            length_align_bytes,
             segment_bytes_max,
             queue_count,
+            refusal,
             reserved,
         }
     )
@@ -83,6 +110,9 @@ fn the_numbers_in_the_specification_match_the_crate() {
             mode,
             slot_shift,
             iova_base,
+            address_align_bytes,
+            length_align_bytes,
+            segment_bytes_max,
         }
     );
     for (offset_bytes, word) in words.into_iter().chain([

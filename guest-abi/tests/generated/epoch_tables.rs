@@ -129,6 +129,7 @@ fn device_states() -> Vec<device::Machine> {
 fn driver_row(machine: driver::Machine) -> String {
     use driver::State::*;
     match machine.state() {
+        Idle { epoch: Epoch::NONE } => "Idle, nothing announced".into(),
         Idle { epoch } => format!("Idle {}", epoch_name(epoch)),
         Running { epoch } => format!("Running {}", epoch_name(epoch)),
         Draining { epoch } => format!("Draining {}", epoch_name(epoch)),
@@ -144,17 +145,27 @@ fn driver_action(action: driver::Action) -> String {
         Drain => "drain".into(),
         Reap(area) => format!("reap {}", area_name(area)),
         Acknowledge(announcement) => format!("acknowledge {}", announcement_name(announcement)),
-        RequestDetach => "set detach, send DETACH".into(),
+        RequestDetach => "set detach, ring the doorbell".into(),
         Release => "release".into(),
         Reset => "reset".into(),
     }
 }
 
+const PHASES: [Phase; 3] = [Phase::Open, Phase::Drain, Phase::Ended];
+
 fn driver_events() -> Vec<Named<driver::Event>> {
+    driver_events_with(PHASES.map(announcement).into_iter().chain(PHASES.map(of_next)))
+}
+
+/// The events of a driver to which the device has announced nothing.
+fn first_driver_events() -> Vec<Named<driver::Event>> {
+    driver_events_with(PHASES.map(|phase| Announcement { epoch: Epoch::NONE.next(), phase }))
+}
+
+fn driver_events_with(words: impl IntoIterator<Item = Announcement>) -> Vec<Named<driver::Event>> {
     use driver::Event::*;
-    let phases = [Phase::Open, Phase::Drain, Phase::Ended];
-    let words = phases.map(announcement).into_iter().chain(phases.map(of_next));
     let mut events: Vec<_> = words
+        .into_iter()
         .map(|announcement| {
             (format!("device's word {}", announcement_name(announcement)), Announced(announcement.to_word()))
         })
@@ -222,8 +233,9 @@ fn device_table() -> String {
 
 fn driver_table() -> String {
     let mut table = HEAD.to_owned();
-    for machine in driver_states() {
-        for (name, event) in driver_events() {
+    let states = driver_states().into_iter().map(|machine| (machine, driver_events()));
+    for (machine, events) in std::iter::once((driver::Machine::new(), first_driver_events())).chain(states) {
+        for (name, event) in events {
             let mut next = machine;
             let actions = next.step(event).into_iter().map(driver_action).collect();
             line(&mut table, &driver_row(machine), &name, actions, &driver_row(next));

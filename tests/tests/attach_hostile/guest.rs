@@ -12,7 +12,7 @@ use ringpass_guest_abi::{
     attach::AttachPayload,
     control::{ACKNOWLEDGED_OFFSET_BYTES, CONTROL_PAGE_BYTES, DETACH_OFFSET_BYTES, RING_OFFSET_BYTES},
     epoch::{Announcement, Epoch, Phase},
-    request::{T_ARM, T_ATTACH, T_DETACH, T_EVENT, T_PROBE},
+    request::{T_ARM, T_ATTACH, T_EVENT, T_PROBE},
     rings_area_bytes,
 };
 use ringpass_tests::front_end::{
@@ -27,6 +27,8 @@ use virtio_bindings::virtio_blk::{VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTI
 use vm_memory::{Bytes, GuestAddress};
 
 const PAGE_BYTES: u64 = 4096;
+/// DETACH in version 0 of the ABI.
+const DETACH_OF_VERSION_0: u32 = 0x7270_0009;
 /// The part of the disk that the hostile guest writes; no write is longer than its region of RAM.
 pub(crate) const DISK_BYTES: u64 = 8 << 20;
 /// Operations (`enum io_uring_op`).
@@ -320,7 +322,7 @@ impl HostileGuest {
         if queue.index == 0 {
             // Not the honest queue, which is the first that can be attached.
             let target = self.rng.u16(..).max(2);
-            self.send(queue, T_DETACH, &u64::from(target).to_le_bytes())?;
+            self.send(queue, DETACH_OF_VERSION_0, &u64::from(target).to_le_bytes())?;
         }
         Ok(())
     }

@@ -13,7 +13,7 @@ use ringpass_tests::{
     canaries::pattern,
     disks::DiskKind,
     front_end::{
-        attach::bench::{start_again, start_queue_zero, start_ring},
+        attach::bench::{QUEUE_SIZE, start_again, start_queue_zero, start_ring},
         event::Event,
         ram::RamRegion,
         rig::{Rig, TestRam},
@@ -201,7 +201,11 @@ impl Stage {
     fn start(&mut self, number: usize, base: u16) -> Result<()> {
         let HostileQueue { index, ref vring, .. } = self.queues[number];
         let (layout, eventfds) = (vring.layout(), vring.eventfds().clone());
-        self.timed("starting a queue", |front_end| front_end.start_vring(index, &layout, &eventfds, base))
+        self.timed("starting a queue", |front_end| {
+            // What a hostile queue has left in flight is not for its next driver.
+            front_end.new_inflight_region(front_end.queues(), QUEUE_SIZE)?;
+            front_end.start_vring(index, &layout, &eventfds, base)
+        })
     }
 
     /// Makes one of the changes that front-ends make.
@@ -295,6 +299,7 @@ impl Stage {
         let ram = self.front_end.ram().clone();
         let arenas = vec![ram.regions()[1].arena()];
         let mut ram = TestRam { ram, arenas };
+        self.front_end.new_inflight_region(self.front_end.queues(), QUEUE_SIZE)?;
         let mut queue_zero = start_queue_zero(&self.front_end, &mut ram)?;
         for index in [2, 3] {
             let mut driver = start_ring(&self.front_end, &mut ram, index)?;

@@ -10,7 +10,7 @@ use ringpass_tests::{
         attach::{
             QueueZero, RequestPlaces, RingDriver,
             bench::{Bench, QUEUE_SIZE},
-            ok, wait_until, whole,
+            wait_until, whole,
         },
         ram::{Ram, RamRegion},
     },
@@ -103,8 +103,7 @@ pub(crate) fn answers_move() -> Result<()> {
         driver.vring().set_ram(&ram);
         queue_zero.vring().set_ram(&ram);
 
-        driver.set_detach();
-        ensure!(queue_zero.detach(1)? == ok());
+        driver.detach()?;
         let found = driver.wait_attach()?;
         ensure!(found == whole(ErrorCode::Detached), "ATTACH: {found:?}");
         ensure!(queue_zero.wait_event()? == EVENT_QUEUES, "EVENT");

@@ -11,7 +11,7 @@ use ringpass_broker::disk::Disk;
 use ringpass_guest_abi::request::ErrorCode;
 use ringpass_tests::{
     front_end::{
-        attach::{flooder::Reaping, ok},
+        attach::flooder::Reaping,
         session::{FrontEnd, Options},
     },
     harness,
@@ -70,8 +70,8 @@ fn slowness(attack: Attack) -> Result<f64> {
 
 /// Stops a guest that has flooded its ring for this long, and goes on with that. Returns how long the stop took.
 fn one(attack: Attack, stop: Stop, reaping: Reaping, flood: Duration) -> Result<Duration> {
-    let Hostile { rig, mut broker, ram, front_end, mut first, mut flooder } = Hostile::start(attack, "sq-thread")?;
-    let is_over = AtomicBool::new(false);
+    let Hostile { rig, mut broker, ram, front_end, mut flooder, .. } = Hostile::start(attack, "sq-thread")?;
+    let (is_over, detacher) = (AtomicBool::new(false), flooder.detacher());
     let (took, grown_bytes) = with_kernel_memory_watched(|| {
         thread::scope(|scope| {
             let guest = scope.spawn(|| {
@@ -82,10 +82,7 @@ fn one(attack: Attack, stop: Stop, reaping: Reaping, flood: Duration) -> Result<
             let begin = Instant::now();
             let stopped = (|| match stop {
                 Stop::GetVringBase => front_end.stop_vring(QUEUE).map(drop),
-                Stop::Detach => {
-                    ensure!(first.detach(QUEUE)? == ok());
-                    Ok(())
-                }
+                Stop::Detach => detacher.detach(),
                 Stop::HangUp => {
                     front_end.connection().wire().hang_up()?;
                     FrontEnd::connect(&rig.socket(), &ram.ram, Options::default()).map(drop)

@@ -3,6 +3,7 @@
 use std::rc::Rc;
 use std::sync::atomic::Ordering;
 
+use ringpass_guest_abi::SegmentLimits;
 use ringpass_guest_abi::attach::{Geometry, GpaRange};
 use ringpass_guest_abi::control::{
     ACKNOWLEDGED_OFFSET_BYTES, ANNOUNCED_OFFSET_BYTES, DETACH_OFFSET_BYTES, END_REASON_OFFSET_BYTES, MODE_DIRECT,
@@ -166,7 +167,12 @@ impl Attachment {
     /// The two words with which an attachment begins: the announcement word as found, and whether the driver has set
     /// the detach word.
     pub(in crate::engine) fn initial_words(&self) -> (u32, bool) {
-        (self.load(ANNOUNCED_OFFSET_BYTES), self.load(DETACH_OFFSET_BYTES) != 0)
+        (self.load(ANNOUNCED_OFFSET_BYTES), self.is_wanted_back())
+    }
+
+    /// Whether the driver has set the detach word.
+    pub(in crate::engine) fn is_wanted_back(&self) -> bool {
+        self.load(DETACH_OFFSET_BYTES) != 0
     }
 
     /// The driver's acknowledgement word.
@@ -174,10 +180,15 @@ impl Attachment {
         self.load(ACKNOWLEDGED_OFFSET_BYTES)
     }
 
-    /// Tells the driver where the parts of its next ring are, and how its SQEs name guest memory. The worker does this
-    /// before it announces the ring.
-    pub(in crate::engine) fn describe_ring(&self, executor: &RingExecutor, log: Option<&DirtyLog>) {
-        let record = RingRecord::new(executor.layout(), executor.addressing(), MODE_DIRECT).to_bytes();
+    /// Tells the driver where the parts of its next ring are, how its SQEs name guest memory and what they may transfer.
+    /// The worker does this before it announces the ring.
+    pub(in crate::engine) fn describe_ring(
+        &self,
+        executor: &RingExecutor,
+        segments: &SegmentLimits,
+        log: Option<&DirtyLog>,
+    ) {
+        let record = RingRecord::new(executor.layout(), executor.addressing(), segments, MODE_DIRECT).to_bytes();
         for (offset_bytes, word) in (RING_OFFSET_BYTES..).step_by(4).zip(record.chunks_exact(4)) {
             let word = u32::from_le_bytes(word.try_into().expect("chunks of four bytes"));
             self.store(offset_bytes, word, Ordering::Relaxed, log);

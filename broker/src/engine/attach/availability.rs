@@ -69,6 +69,8 @@ struct Causes {
     is_logging: bool,
     /// Guest memory was discarded while it was pinned, and the driver has not reset the device since.
     is_discarded: bool,
+    /// The front-end has started a queue without an in-flight region.
+    lacks_records: bool,
     operator_mode: OperatorMode,
 }
 
@@ -76,6 +78,7 @@ struct Causes {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Reason {
     Discarded,
+    NoRecords,
     Operator,
     Logging,
 }
@@ -106,6 +109,18 @@ impl RingAvailability {
     /// could have damaged.
     pub(in crate::engine) fn clear_discard(&self) {
         self.change(|causes| causes.is_discarded = false);
+    }
+
+    /// The front-end starts a queue without an in-flight region: a device that took over would lose requests of queue 0,
+    /// and execute others twice. True: that is news.
+    pub(in crate::engine) fn note_lack_of_records(&self) -> bool {
+        let mut causes = self.causes();
+        !std::mem::replace(&mut causes.lacks_records, true)
+    }
+
+    /// All queues have stopped: the next ones may be started with an in-flight region.
+    pub(in crate::engine) fn forget_lack_of_records(&self) {
+        self.change(|causes| causes.lacks_records = false);
     }
 
     /// The operator chooses a mode. Returns the kinds that are available again. The caller drains the rings that live
@@ -146,6 +161,9 @@ impl Causes {
         if self.is_discarded && kind.pins_memory() {
             return Some(Reason::Discarded);
         }
+        if self.lacks_records {
+            return Some(Reason::NoRecords);
+        }
         if !self.operator_mode.allows(kind) {
             return Some(Reason::Operator);
         }
@@ -160,6 +178,11 @@ impl Reason {
                 ErrorCode::Discarded,
                 "guest memory was discarded while it was pinned (balloon, free page reporting, virtio-mem or postcopy); no \
                  rings before the driver resets the device",
+            ),
+            Self::NoRecords => (
+                ErrorCode::Inflight,
+                "the front-end keeps no in-flight region (INFLIGHT_SHMFD), so a restarted server could lose and repeat \
+                 requests",
             ),
             Self::Operator => (ErrorCode::Mode, "the operator set mode virtqueue"),
             Self::Logging => (ErrorCode::Mode, "the guest is being migrated: what a ring writes cannot be logged"),
@@ -238,6 +261,18 @@ mod tests {
         availability.set_logging(true);
         assert_eq!(availability.set_operator_mode(OperatorMode::Auto), [], "a log is kept");
         assert_eq!(availability.set_logging(false), [DIRECT]);
+    }
+
+    #[test]
+    fn a_front_end_without_an_in_flight_region_gets_no_rings_until_all_its_queues_have_stopped() {
+        let availability = RingAvailability::new();
+        assert!(availability.note_lack_of_records() && !availability.note_lack_of_records());
+        let refused = availability.closed(DIRECT).expect("no region");
+        assert_eq!(refused.code, ErrorCode::Inflight);
+        assert!(refused.why.contains("keeps no in-flight region"), "{}", refused.why);
+        assert!(!availability.wants_drained(DIRECT));
+        availability.forget_lack_of_records();
+        assert_eq!(code(&availability), None);
     }
 
     #[test]

@@ -7,7 +7,6 @@
 //! - [`PendingAttachRequest`]: a request of the attach protocol that the worker answers now or later.
 //! - [`SharedRings`]: what the workers and the builder share. [`availability`]: whether the device gives out rings.
 //!   [`range_registry`]: which ranges of guest memory belong to which queue. [`ring_metrics`]: what operators see.
-//!   [`pending_detaches`]: DETACH requests on their way to a worker.
 //! - [`builder`]: the thread that pins the guest's memory and makes rings, one after the other. [`pinned`]: what it
 //!   owns from the first ring to the end of the last attachment, the [`DirectDevice`](crate::direct::DirectDevice):
 //!   memory is pinned only while there are rings. [`discards`]: notices that the front-end discards pinned memory.
@@ -31,7 +30,6 @@ mod discards;
 mod guard;
 mod mailbox;
 mod pauses;
-mod pending_detaches;
 mod pinned;
 mod range_registry;
 mod refusal;
@@ -44,9 +42,10 @@ mod workers;
 
 use std::sync::Arc;
 
-use ringpass_guest_abi::SLOT_SHIFT_MIN;
 use ringpass_guest_abi::attach::AttachLimits;
 use ringpass_guest_abi::probe::{MAGIC, ProbeAnswer, VERSION};
+use ringpass_guest_abi::request::ErrorCode;
+use ringpass_guest_abi::{SLOT_SHIFT_MIN, SegmentLimits};
 use vm_memory::GuestMemoryBackend;
 
 pub(super) use attachment::{Attachment, AttachmentId, LiveRing, PendingRing, Ranges, host_address};
@@ -96,15 +95,11 @@ impl Attach {
         self.config.limits(slot_shift_for(end_gpa).unwrap_or(SLOT_SHIFT_MIN))
     }
 
-    pub(super) fn queue_count(&self) -> u16 {
-        self.queue_count
-    }
-
     /// The answer to PROBE, for a guest with this memory and a disk that demands this alignment of buffers.
     pub(super) fn probe_answer(&self, memory: &DeviceMemory, alignment: Option<Alignment>) -> ProbeAnswer {
         let AttachLimits { features, sq_entries_max, cq_entries_max, page_bytes } = self.limits(memory);
-        // Blocks are no smaller than the alignment of memory.
-        let align_bytes = alignment.map_or(1, |alignment| alignment.write_block_bytes);
+        let SegmentLimits { address_align_bytes, length_align_bytes, bytes_max } = segment_limits(alignment);
+        let refusal = self.rings.availability.closed(RingKind::Direct).map_or(ErrorCode::None, |refused| refused.code);
         ProbeAnswer {
             magic: MAGIC.into(),
             answer_bytes: (ProbeAnswer::BYTES as u32).into(),
@@ -114,9 +109,11 @@ impl Attach {
             sq_entries_max: sq_entries_max.into(),
             cq_entries_max: cq_entries_max.into(),
             page_bytes: page_bytes.into(),
-            segment_align_bytes: align_bytes.into(),
-            segment_bytes_max: SEGMENT_BYTES_MAX.into(),
+            address_align_bytes: address_align_bytes.into(),
+            length_align_bytes: length_align_bytes.into(),
+            segment_bytes_max: bytes_max.into(),
             queue_count: self.queue_count.into(),
+            refusal: (refusal as u16).into(),
             reserved: 0.into(),
         }
     }
@@ -129,5 +126,28 @@ impl Attach {
     /// Reaches the workers of all queues.
     pub(super) fn workers(&self) -> &Arc<dyn Workers> {
         &self.workers
+    }
+}
+
+/// What a ring takes as one segment, with a disk that demands this alignment.
+pub(super) fn segment_limits(alignment: Option<Alignment>) -> SegmentLimits {
+    let (address_align_bytes, length_align_bytes) = alignment.map_or((1, 1), |alignment| {
+        // Reads have blocks that are no larger.
+        (alignment.address_mask as u32 + 1, alignment.write_block_bytes)
+    });
+    SegmentLimits { address_align_bytes, length_align_bytes, bytes_max: SEGMENT_BYTES_MAX }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_ring_takes_what_direct_io_takes_and_anything_through_the_page_cache() {
+        let alignment =
+            Alignment { address_mask: 3, read_block_bytes: 512, write_block_bytes: 4096, is_coarser_than_guest: false };
+        let limits = segment_limits(Some(alignment));
+        assert_eq!((limits.address_align_bytes, limits.length_align_bytes), (4, 4096));
+        assert!(segment_limits(None).takes(1, 511, 3));
     }
 }

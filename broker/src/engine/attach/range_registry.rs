@@ -64,6 +64,7 @@ pub(in crate::engine) mod tests {
     use proptest::collection::vec;
     use proptest::prelude::*;
     use ringpass_guest_abi::attach::{AreaAddress, AttachLimits, AttachPayload};
+    use ringpass_guest_abi::probe::VERSION;
 
     use super::*;
 
@@ -75,6 +76,7 @@ pub(in crate::engine) mod tests {
     pub(in crate::engine) fn geometry(first: u64) -> Geometry {
         let page = |number: u64| ((first + number) * PAGE_BYTES).into();
         let payload = AttachPayload {
+            version: VERSION.into(),
             sq_entries: 8.into(),
             cq_entries: 16.into(),
             control_gpa: page(0),

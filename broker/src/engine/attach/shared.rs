@@ -4,7 +4,6 @@ use ringpass_guest_abi::attach::Geometry;
 
 use super::availability::{RingAvailability, RingKind};
 use super::pauses::Pauses;
-use super::pending_detaches::PendingDetaches;
 use super::range_registry::RangeRegistry;
 use super::refusal::AttachRefusal;
 use super::ring_metrics::RingMetrics;
@@ -18,7 +17,6 @@ pub(in crate::engine) struct SharedRings {
     pub(in crate::engine) pauses: Pauses,
     pub(in crate::engine) ranges: RangeRegistry,
     pub(in crate::engine) metrics: RingMetrics,
-    pub(in crate::engine) detaches: PendingDetaches,
 }
 
 impl SharedRings {
@@ -29,7 +27,6 @@ impl SharedRings {
             pauses: Pauses::new(queue_count),
             ranges: RangeRegistry::new(queue_count),
             metrics: RingMetrics::new(queue_count),
-            detaches: PendingDetaches::new(queue_count),
         }
     }
 

@@ -27,9 +27,6 @@ pub(in crate::engine) trait Workers: fmt::Debug + Send + Sync {
     /// Tells the worker of a queue what happened for an attachment of this queue.
     fn attach_event(&self, queue: u16, attachment: AttachmentId, event: AttachEvent);
 
-    /// Has the worker of a queue detach this queue.
-    fn detach(&self, queue: u16);
-
     /// Has the worker of a queue end the ring of this queue and complete its ATTACH. No ring follows before the driver
     /// asks again.
     fn finish_ring(&self, queue: u16, reason: ErrorCode);

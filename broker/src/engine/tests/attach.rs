@@ -9,20 +9,23 @@ use ringpass_guest_abi::{FixedAddressing, SLOT_SHIFT_MIN};
 use ringpass_restrictions::{Access, BuiltIn};
 use ringpass_test_utils::attach::Found;
 use ringpass_test_utils::vring::DriverVring;
+use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::block_driver::BlockDriver;
-use super::driver::{PATIENCE, eventfds, setup, vring, wait_readable, wait_until};
+use super::driver::{PATIENCE, eventfds, features, recorded_setup, setup, vring, wait_readable, wait_until};
 use super::rig::{Options, Rig, contents};
 use super::ring_driver::{
     QueueZero, RingDriver, index_of, queue_zero_driver, refused, ring_queue_driver, scribble, whole,
 };
 use crate::direct::{DirectConfig, SubmissionConfig};
-use crate::engine::AttachConfig;
+use crate::disk::DirectIo;
+use crate::engine::{AttachConfig, RingKind};
 use crate::kernel;
 use crate::memory::{IOVA_BASE, Sharing};
 use crate::ring::{IoWorkers, SqThreadConfig};
 use crate::vhost_user::Device;
+use crate::virtqueue::QueueSetup;
 
 pub(super) fn attach_config() -> AttachConfig {
     let support = kernel::support().unwrap();
@@ -45,14 +48,19 @@ pub(super) fn driver_queue(rig: &Rig, index: u16) -> DriverVring {
 }
 
 pub(super) fn start(rig: &mut Rig, index: u16, queue: &DriverVring, next_avail: u16) {
-    rig.engine.start_queue(index, setup(queue, next_avail, None), eventfds(queue));
+    rig.engine.start_queue(index, recorded_setup(queue, next_avail), eventfds(queue));
     rig.engine.set_enabled(index, true);
 }
 
+/// The driver of queue 0, which runs, after its first news.
 pub(super) fn queue_zero(rig: &mut Rig) -> QueueZero {
     let queue = driver_queue(rig, 0);
     start(rig, 0, &queue, 0);
-    queue_zero_driver(queue)
+    let mut driver = queue_zero_driver(queue);
+    if rig.options.attach.is_some() {
+        driver.take_first_event().unwrap();
+    }
+    driver
 }
 
 fn ring_driver(rig: &mut Rig, index: u16) -> RingDriver {
@@ -102,9 +110,7 @@ fn a_queue_becomes_a_ring_of_the_host_and_a_virtqueue_again() {
         assert_eq!(first.wait_event().unwrap(), EVENT_QUEUES);
         verify(&rig, &mut driver, 1);
 
-        first.post_event().unwrap();
-        driver.set_detach();
-        assert_eq!(first.detach(1).unwrap(), whole(ErrorCode::None));
+        driver.detach().unwrap();
         assert_eq!(driver.wait_attach().unwrap(), whole(ErrorCode::Detached));
         let mut block = BlockDriver::new(1, driver.into_vring());
         assert_eq!(block.read(80, 8).data, rig.on_disk(80, 4096));
@@ -129,19 +135,21 @@ fn completions_interrupt_the_driver_also_through_another_eventfd() {
 }
 
 #[test]
-fn an_event_is_completed_empty_when_its_queue_stops_and_news_are_kept_for_the_next() {
+fn an_event_is_completed_empty_when_its_queue_stops_and_the_first_one_after_a_start_is_news() {
     let mut rig = rig(2, 1);
     let mut first = queue_zero(&mut rig);
     first.post_event().unwrap();
     // Behind it: when this is answered, EVENT was taken.
     first.probe().unwrap();
     assert!(first.pending_event().is_some());
-    assert_eq!(rig.engine.stop_queue(0), Some(2));
+    assert_eq!(rig.engine.stop_queue(0), Some(3));
     assert_eq!(first.wait_event().unwrap(), 0);
+    // A device that starts may have taken over from one that died with something to tell.
+    start(&mut rig, 0, first.vring(), 3);
+    first.take_first_event().unwrap();
     let mut driver = attached(&mut rig, 1);
-    start(&mut rig, 0, first.vring(), 2);
     first.post_event().unwrap();
-    assert_eq!(first.wait_event().unwrap(), EVENT_QUEUES);
+    assert_eq!(first.wait_event().unwrap(), EVENT_QUEUES, "the ring is open");
     // One is enough: a second one sends the first back.
     first.post_event().unwrap();
     let earlier = first.pending_event().unwrap();
@@ -167,7 +175,8 @@ fn attachments_that_cannot_be_are_refused_with_the_field_and_leave_a_virtqueue()
     };
     let long = [with(&|_| {}), vec![0, 1]].concat();
     for (payload, code, field) in [
-        (with(&|p| p.version = 1.into()), ErrorCode::Version, 0),
+        (with(&|p| p.version = 2.into()), ErrorCode::Version, 0),
+        (with(&|p| p.version = 0.into()), ErrorCode::Version, 0),
         (with(&|p| p.reserved[1] = 1.into()), ErrorCode::Reserved, 2),
         (with(&|p| p.features = (1 << 63).into()), ErrorCode::Features, 8),
         (with(&|p| p.sq_entries = 0.into()), ErrorCode::Entries, 16),
@@ -198,8 +207,6 @@ fn attachments_that_cannot_be_are_refused_with_the_field_and_leave_a_virtqueue()
 fn attach_requests_are_refused_on_queues_that_they_are_not_for() {
     let mut rig = rig(2, 1);
     let mut first = queue_zero(&mut rig);
-    assert_eq!(first.detach(0).unwrap(), whole(ErrorCode::Queue));
-    assert_eq!(first.detach(2).unwrap(), whole(ErrorCode::Queue));
     let mut driver = ring_driver(&mut rig, 1);
     for kind in [T_PROBE, T_EVENT] {
         let head = driver.send_other(kind, &[]).unwrap();
@@ -208,8 +215,93 @@ fn attach_requests_are_refused_on_queues_that_they_are_not_for() {
     }
     let payload = driver.payload().to_bytes();
     assert_eq!(first.outcome_of(T_ATTACH, &payload).unwrap(), whole(ErrorCode::Queue));
-    // Detaching what is not attached does nothing.
-    assert_eq!(first.detach(1).unwrap(), whole(ErrorCode::None));
+}
+
+#[test]
+fn a_driver_gets_its_queue_back_in_every_state_by_a_word_and_a_kick() {
+    // A worker that polls hears of kicks, too.
+    for poll_time in [Duration::ZERO, Duration::from_secs(3600)] {
+        let options = Options { queues: 2, attach: Some(attach_config()), poll_time, ..Options::default() };
+        let mut rig = Rig::new(options);
+        let mut driver = attached(&mut rig, 1);
+        let gets_it_back = |driver: &mut RingDriver| {
+            driver.detach().unwrap();
+            assert_eq!(driver.wait_attach().unwrap(), whole(ErrorCode::Detached));
+        };
+        gets_it_back(&mut driver);
+        // At the same moment as ATTACH.
+        let payload = driver.payload().to_bytes();
+        for _ in 0..20 {
+            driver.send_both(&payload).unwrap();
+            gets_it_back(&mut driver);
+        }
+        // Without a ring: the driver has not acknowledged the end.
+        driver.attach().unwrap();
+        rig.engine.set_enabled(1, false);
+        rig.engine.set_enabled(1, true);
+        assert_eq!(driver.announced() & 3, 3, "the end is announced");
+        gets_it_back(&mut driver);
+        // Without a ring: the queue is disabled.
+        driver.attach().unwrap();
+        rig.engine.set_enabled(1, false);
+        wait_until("the end of the epoch", || {
+            driver.look().unwrap();
+            driver.epoch().is_none()
+        });
+        gets_it_back(&mut driver);
+        rig.engine.set_enabled(1, true);
+        driver.attach().unwrap();
+        verify(&rig, &mut driver, 1);
+    }
+}
+
+#[test]
+fn a_front_end_without_an_in_flight_region_gets_no_rings_and_probe_says_so() {
+    let mut rig = rig(2, 1);
+    let queues = [0, 1].map(|index| driver_queue(&rig, index));
+    for (index, queue) in (0..).zip(&queues) {
+        rig.engine.start_queue(index, setup(queue, 0, None), eventfds(queue));
+        rig.engine.set_enabled(index, true);
+    }
+    let [first, second] = queues;
+    let (mut first, mut driver) = (queue_zero_driver(first), ring_queue_driver(second, 1));
+    assert_eq!(first.probe().unwrap().refusal, Some(Some(ErrorCode::Inflight)));
+    let payload = driver.payload().to_bytes();
+    assert_eq!(refused(&mut driver, &payload), whole(ErrorCode::Inflight));
+    let why = rig.engine.control().rings().unwrap().closed(RingKind::Direct).unwrap().why.clone();
+    assert!(why.contains("keeps no in-flight region"), "{why}");
+
+    // The same guest with a front-end that keeps one.
+    let bases = [0, 1].map(|index| rig.engine.stop_queue(index).unwrap());
+    start(&mut rig, 0, first.vring(), bases[0]);
+    start(&mut rig, 1, driver.vring(), bases[1]);
+    assert_eq!(first.probe().unwrap().refusal, None);
+    driver.attach().unwrap();
+    verify(&rig, &mut driver, 1);
+}
+
+#[test]
+fn drivers_of_legacy_devices_get_no_rings() {
+    let mut rig = rig(2, 1);
+    let queue = driver_queue(&rig, 0);
+    let driver_features = features(&queue, !(1 << VIRTIO_F_VERSION_1));
+    let setup = QueueSetup { driver_features, ..recorded_setup(&queue, 0) };
+    rig.engine.start_queue(0, setup, eventfds(&queue));
+    rig.engine.set_enabled(0, true);
+    let (answer, status) = queue_zero_driver(queue).probe_answer().unwrap();
+    assert_eq!((status, answer.magic.get()), (2, u64::from_ne_bytes([0xff; 8])), "nothing but the status is written");
+}
+
+#[test]
+fn the_record_of_a_ring_has_the_limits_of_its_segments() {
+    for direct_io in [DirectIo::Off, DirectIo::On] {
+        let options = Options { queues: 2, direct_io, attach: Some(attach_config()), ..Options::default() };
+        let mut rig = Rig::new(options);
+        let offered = queue_zero(&mut rig).probe().unwrap().segments;
+        let driver = attached(&mut rig, 1);
+        assert_eq!(driver.segments(), Some(offered));
+        assert_eq!(offered.length_align_bytes > 1, direct_io == DirectIo::On, "{offered:?}");
+    }
 }
 
 #[test]

@@ -6,6 +6,7 @@ use std::time::Instant;
 use ringpass_guest_abi::SLOT_SHIFT_MIN;
 use ringpass_guest_abi::attach::{AreaAddress, AttachPayload, Geometry};
 use ringpass_guest_abi::epoch::Epoch;
+use ringpass_guest_abi::probe::VERSION;
 
 use super::attach::attach_config;
 use super::driver::{PATIENCE, wait_until};
@@ -92,6 +93,7 @@ fn geometry(queue: u16) -> Geometry {
     let config = attach_config();
     let page = |number: u64| ((1 << 20) * u64::from(queue + 1) + 4096 * number).into();
     let payload = AttachPayload {
+        version: VERSION.into(),
         sq_entries: 8.into(),
         cq_entries: 16.into(),
         control_gpa: page(0),

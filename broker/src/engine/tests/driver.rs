@@ -15,7 +15,7 @@ use vmm_sys_util::poll::PollContext;
 pub(super) use ringpass_test_utils::PATIENCE;
 
 use crate::vhost_user::{DeviceMemory, QueueEventfds};
-use crate::virtqueue::{InflightQueue, QueueSetup};
+use crate::virtqueue::{InflightQueue, InflightRegion, QueueSetup};
 
 /// Room that one queue takes in RAM.
 const QUEUE_RAM_BYTES: u64 = 1 << 20;
@@ -54,6 +54,14 @@ pub(super) fn setup(vring: &DriverVring, next_avail: u16, inflight: Option<Infli
         used_log_gpa: Some(layout.used_gpa),
         inflight,
     }
+}
+
+/// The same of a front-end that keeps records of requests in flight. Each start has a new region: the tests lose no device.
+pub(super) fn recorded_setup(vring: &DriverVring, next_avail: u16) -> QueueSetup {
+    let size = vring.layout().size;
+    let file = InflightRegion::create(1, size).unwrap();
+    let region = InflightRegion::from_fd(file.fd, 0, file.size_bytes, 1, size).unwrap();
+    setup(vring, next_avail, region.queue(0))
 }
 
 /// All features of the device, and those of the ring that the driver uses.

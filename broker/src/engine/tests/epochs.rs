@@ -8,10 +8,10 @@ use std::time::{Duration, Instant};
 use ringpass_guest_abi::request::ErrorCode;
 
 use super::attach::{attach_config, driver_queue};
-use super::driver::{eventfds, setup};
+use super::driver::{eventfds, recorded_setup, wait_until};
 use super::poll_iterations::{unread, with_worker};
 use super::rig::{Options, Rig};
-use super::ring_driver::{RingDriver, ring_queue_driver};
+use super::ring_driver::{RingDriver, ring_queue_driver, whole};
 use crate::engine::attach::{
     Attach, AttachEvent, BuildRequest, BuilderCommand, BuilderReceiver, SharedRings, builder_channel,
 };
@@ -57,7 +57,7 @@ fn with_attached(act: impl FnOnce(Bench<'_, '_>)) {
 impl Bench<'_, '_> {
     fn start(&mut self) {
         let (vring, number) = (self.driver.vring(), usize::from(QUEUE));
-        let (setup, eventfds) = (setup(vring, vring.used_idx().unwrap(), None), eventfds(vring));
+        let (setup, eventfds) = (recorded_setup(vring, vring.used_idx().unwrap()), eventfds(vring));
         self.commands.send(Command::Start { queue: number, setup, eventfds });
         self.commands.send(Command::SetEnabled { queue: number, is_enabled: true, reply: unread() });
     }
@@ -174,6 +174,21 @@ fn a_worker_that_sleeps_reports_at_the_deadline_which_queues_have_not_left_their
         };
         assert!(Instant::now() >= deadline);
         assert_eq!(undrained, [QUEUE]);
+    });
+}
+
+#[test]
+fn a_driver_that_wants_its_queue_back_waits_for_no_ring_that_is_not_begun() {
+    with_attached(|mut bench| {
+        let request = bench.requested();
+        bench.driver.detach().unwrap();
+        // The kick comes through the worker's io_uring.
+        wait_until("the end of ATTACH", || {
+            bench.poll();
+            bench.driver.has_attach_ended().unwrap()
+        });
+        assert!(!request.token.claim(), "the worker has cancelled the ring");
+        assert_eq!(bench.driver.wait_attach().unwrap(), whole(ErrorCode::Detached));
     });
 }
 

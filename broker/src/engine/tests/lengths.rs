@@ -1,7 +1,7 @@
 //! The length in the used ring: bytes that the device has certainly written, from the first on (VIRTIO 1.2, 2.7.8.2).
 
 use ringpass_guest_abi::probe::ProbeAnswer;
-use ringpass_guest_abi::request::{EventAnswer, Outcome, T_DETACH, T_EVENT, T_PROBE};
+use ringpass_guest_abi::request::{EventAnswer, Outcome, T_ARM, T_EVENT, T_PROBE};
 
 use super::attach::{queue_zero, rig};
 use super::block_driver::Outcome as BlkOutcome;
@@ -78,7 +78,7 @@ fn an_attach_request_has_written_its_answer() {
     let mut rig = rig(2, 1);
     let mut queue = queue_zero(&mut rig);
     assert_eq!(used_bytes(&mut queue, T_PROBE, &[]), ProbeAnswer::BYTES as u32);
-    assert_eq!(used_bytes(&mut queue, T_DETACH, &[]), Outcome::BYTES as u32, "a refusal has its outcome");
+    assert_eq!(used_bytes(&mut queue, T_ARM, &[]), Outcome::BYTES as u32, "a refusal has its outcome");
     queue.post_event().unwrap();
     // A second one brings the first one back.
     assert_eq!(used_bytes(&mut queue, T_EVENT, &[]), EventAnswer::BYTES as u32);

@@ -67,12 +67,12 @@ pub(super) fn try_read(driver: &mut RingDriver, gpa: u64) -> i32 {
     driver.perform(driver.sqe_at(false, gpa, 512, 0, 3).unwrap()).unwrap()
 }
 
-/// Writes arbitrary words to the driver's and the device's words, and kicks.
+/// Writes arbitrary words to the driver's and the device's words, except the detach word, which would end it all, and kicks.
 pub(super) fn scribble(driver: &mut RingDriver, word: u32) {
     let base = driver.payload().control_gpa.get();
     let vring = driver.vring();
     let write = |value: u32, offset: u64| vring.ram().memory().write_obj(value, GuestAddress(base + offset)).unwrap();
-    for offset in [0, 4, 8, 36, 256, 260, 264] {
+    for offset in [0, 4, 8, 36, 256, 264] {
         write(word.wrapping_mul(0x9e37_79b9) ^ offset as u32, offset);
     }
     // The words that the device waits for, too.

@@ -5,7 +5,7 @@ use std::rc::Rc;
 use ringpass_guest_abi::attach::{AttachError, AttachPayload, Geometry};
 use ringpass_guest_abi::attach_sequence::Verdict;
 use ringpass_guest_abi::epoch::device::Event;
-use ringpass_guest_abi::request::{DetachPayload, EVENT_QUEUES, ErrorCode, EventAnswer, Outcome, RequestType, payload};
+use ringpass_guest_abi::request::{EVENT_QUEUES, ErrorCode, EventAnswer, Outcome, RequestType};
 
 use super::Worker;
 use crate::engine::attach::{
@@ -26,7 +26,10 @@ impl Worker<'_> {
         mut request: PendingAttachRequest,
         payload: &[u8],
     ) {
-        let Some(attach) = self.attach().cloned() else { return self.answer_unknown(number, request_type, request) };
+        let speaks = self.queues.get_mut(number).active_mut().is_some_and(|active| active.has_version_1);
+        let Some(attach) = self.attach().filter(|_| speaks).cloned() else {
+            return self.answer_unknown(number, request_type, request);
+        };
         let Some(active) = self.queues.get_mut(number).active_mut() else { return };
         if !matches!(request_type, RequestType::Arm | RequestType::Attach) {
             request.record(&mut active.queue);
@@ -43,13 +46,12 @@ impl Worker<'_> {
                 RequestType::Arm => self.give_outcome(number, &request, &Outcome::of(ErrorCode::None)),
                 RequestType::Attach => self.attach_queue(number, &attach, request, payload),
                 RequestType::Event => self.take_event(number, request),
-                RequestType::Detach => self.ask_for_detach(number, &attach, &request, payload),
             },
         }
         self.step_epochs();
     }
 
-    /// The device does not offer rings: it writes nothing but the status.
+    /// The device does not offer rings, or the driver is one of a legacy device: the device writes nothing but the status.
     fn answer_unknown(&mut self, number: usize, request_type: RequestType, mut request: PendingAttachRequest) {
         let Some(active) = self.queues.get_mut(number).active_mut() else { return };
         request.record(&mut active.queue);
@@ -107,28 +109,6 @@ impl Worker<'_> {
         self.break_down(number, LogCause::new(why), &why);
     }
 
-    fn ask_for_detach(&mut self, number: usize, attach: &Attach, request: &PendingAttachRequest, bytes: &[u8]) {
-        let wanted = payload(bytes).map(|bytes| DetachPayload::from_bytes(&bytes));
-        let code = match wanted.and_then(|payload| payload.check(attach.queue_count())) {
-            Ok(queue) => {
-                if attach.rings.detaches.begin(queue) {
-                    attach.workers().detach(queue);
-                }
-                ErrorCode::None
-            }
-            Err(code) => code,
-        };
-        self.give_outcome(number, request, &Outcome::of(code));
-    }
-
-    /// The driver of this queue has asked for it back, on queue 0.
-    pub(super) fn detach_queue(&mut self, number: usize) {
-        if let Some(attach) = self.attach() {
-            attach.rings.detaches.received(self.queues.get(number).index);
-        }
-        self.note_epoch_event(number, Event::Finish(ErrorCode::Detached));
-    }
-
     fn take_event(&mut self, number: usize, request: PendingAttachRequest) {
         let vring = self.queues.get_mut(number);
         let is_stopping = !vring.is_running();
@@ -155,6 +135,12 @@ impl Worker<'_> {
                 self.set_news(true);
             }
         }
+    }
+
+    /// Queue 0 has started. What an earlier process, or an earlier run of this one, had to tell may be lost: the driver is
+    /// to look at everything once.
+    pub(super) fn queue_zero_has_started(&mut self) {
+        self.set_news(true);
     }
 
     /// Tells the driver what there was to tell, if there was something.

@@ -15,7 +15,7 @@ use ringpass_guest_abi::request::{ErrorCode, Outcome};
 use super::Worker;
 use crate::engine::attach::{
     AttachEvent, Attachment, AttachmentId, BuildRequest, BuilderCommand, Built, CancellationToken, LiveRing,
-    PendingRing, RingKind,
+    PendingRing, RingKind, segment_limits,
 };
 use crate::engine::vring::{ActiveQueue, Executor};
 use crate::log_limit::LogCause;
@@ -180,13 +180,14 @@ impl Worker<'_> {
     /// Takes over a ring that was built, and tells the driver where its parts are. Gives what follows from it.
     fn place_ring(&mut self, number: usize, built: Built) -> Option<Event> {
         let Built { ring, call_generation } = built;
+        let segments = segment_limits(self.execution.alignment());
         let vring = self.queues.get_mut(number);
         let index = vring.index;
         let active = vring.active_mut()?;
         let (log, memory) = (active.log.clone(), (*active.memory).clone());
         let attachment = active.attachment_mut()?;
         let layout = *ring.executor.layout();
-        attachment.describe_ring(&ring.executor, log.as_deref());
+        attachment.describe_ring(&ring.executor, &segments, log.as_deref());
         let area = ring.epoch.area();
         let rings_gpa = attachment.geometry.rings(area).gpa();
         let has_call = call_generation == attachment.call_generation;
@@ -302,15 +303,19 @@ impl Worker<'_> {
         Some(attachment)
     }
 
-    /// The driver's kick on an attached queue: there may be something in the SQ, or an acknowledgement.
+    /// The driver's kick on an attached queue: there may be something in the SQ, an acknowledgement, or the driver wants its
+    /// queue back.
     pub(super) fn doorbell_rang(&mut self, number: usize) {
         let Some(attachment) = self.queues.get_mut(number).attachment_mut() else { return };
         if let Some(ring) = attachment.live() {
             // It does not matter if the counter is full.
             let _ = ring.doorbell.write(1);
         }
-        let acknowledged = attachment.acknowledged();
+        let (acknowledged, is_wanted_back) = (attachment.acknowledged(), attachment.is_wanted_back());
         self.note_epoch_event(number, Event::Acknowledged(acknowledged));
+        if is_wanted_back {
+            self.note_epoch_event(number, Event::Finish(ErrorCode::Detached));
+        }
         self.check_behind_attach(number);
     }
 

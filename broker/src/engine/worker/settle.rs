@@ -42,7 +42,12 @@ impl Worker<'_> {
         let log = self.queues.log().cloned();
         match self.queues.get_mut(number).set_up(memory, log) {
             // If the front-end has asked the queue to stop, it may have stopped already.
-            Ok(()) => self.is_unsettled |= !self.queues.get(number).is_running(),
+            Ok(()) => {
+                self.is_unsettled |= !self.queues.get(number).is_running();
+                if self.queues.get(number).index == 0 {
+                    self.queue_zero_has_started();
+                }
+            }
             Err(error) => self.break_down(number, error.cause(), &error),
         }
     }

@@ -122,7 +122,6 @@ fn attach_request_type(number: u32) -> Option<RequestType> {
         0x7270_0002 => Some(RequestType::Arm),
         0x7270_0005 => Some(RequestType::Attach),
         0x7270_0006 => Some(RequestType::Event),
-        0x7270_0009 => Some(RequestType::Detach),
         _ => None,
     }
 }

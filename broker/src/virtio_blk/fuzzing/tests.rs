@@ -55,7 +55,6 @@ fn the_arbitrary_chains_reach_every_outcome() {
         "Attach",
         "BeyondCapacity",
         "DataLength",
-        "Detach",
         "Discard",
         "Event",
         "Flags",

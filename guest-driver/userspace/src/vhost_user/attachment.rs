@@ -6,8 +6,8 @@ use ringpass_guest_abi::attach::{AreaAddress, AttachPayload, Lengths};
 use ringpass_guest_abi::control::{CONTROL_PAGE_BYTES, DriverControl};
 use ringpass_guest_abi::epoch::Epoch;
 use ringpass_guest_abi::epoch::driver::{Action, Event, Machine};
-use ringpass_guest_abi::probe::Device;
-use ringpass_guest_abi::{Cqe, DriverRing, FixedAddressing, RingMemory, Sqe};
+use ringpass_guest_abi::probe::{Device, F_DSYNC};
+use ringpass_guest_abi::{Cqe, DriverRing, FixedAddressing, RingMemory, SegmentLimits, Sqe};
 
 use super::Error;
 use super::memory::Memory;
@@ -82,10 +82,13 @@ pub(super) struct Attachment {
 
 /// A ring that the device has opened.
 #[derive(Debug)]
-struct LiveRing {
+pub(super) struct LiveRing {
     epoch: Epoch,
-    ring: DriverRing<RamRing>,
-    addressing: FixedAddressing,
+    pub(super) ring: DriverRing<RamRing>,
+    /// How its SQEs name memory.
+    pub(super) addressing: FixedAddressing,
+    /// What its SQEs may transfer.
+    pub(super) segments: SegmentLimits,
 }
 
 impl Attachment {
@@ -136,8 +139,9 @@ impl Attachment {
         self.payload.to_bytes()
     }
 
-    pub(super) fn device(&self) -> &Device {
-        &self.device
+    /// Whether a write on a ring can be durable.
+    pub(super) fn has_durable_writes(&self) -> bool {
+        self.device.features & F_DSYNC != 0
     }
 
     pub(super) fn may_submit(&self) -> bool {
@@ -149,9 +153,9 @@ impl Attachment {
         self.ring.as_mut().map(|live| &mut live.ring)
     }
 
-    /// The ring for new requests, and how its SQEs name memory.
-    pub(super) fn addressed_ring(&mut self) -> Option<(&mut DriverRing<RamRing>, FixedAddressing)> {
-        self.ring.as_mut().map(|live| (&mut live.ring, live.addressing))
+    /// The ring for new requests.
+    pub(super) fn live_ring(&mut self) -> Option<&mut LiveRing> {
+        self.ring.as_mut()
     }
 
     /// The epoch of that ring.
@@ -177,6 +181,7 @@ impl Attachment {
         let record = self.control.ring();
         let layout = record.layout(sq_entries, cq_entries, &self.lengths).map_err(|error| broken(&error))?;
         let addressing = record.addressing().map_err(|error| broken(&error))?;
+        let segments = record.segments().map_err(|error| broken(&error))?;
         let (rings, sqes) =
             self.areas[epoch.area().index()].take().expect("a ring returns its area before the next epoch");
         let ring = RamRing::new(rings, sqes, &layout).map_err(|error| broken(&error))?;
@@ -184,7 +189,7 @@ impl Attachment {
         if self.is_muted {
             ring.mute_interrupts();
         }
-        self.ring = Some(LiveRing { epoch, ring, addressing });
+        self.ring = Some(LiveRing { epoch, ring, addressing, segments });
         self.epochs += 1;
         Ok(())
     }

@@ -38,12 +38,10 @@ const RAM_GPA: u64 = 1 << 20;
 pub struct Disk {
     // The drop order: first the event thread ends, then the connection stops the queues, then the memory is freed.
     event_thread: EventThread,
-    connection: Arc<Connection>,
+    connection: Connection,
     queue_zero: Arc<SharedQueueZero>,
     memory: Arc<Memory>,
     geometry: Geometry,
-    /// The device's description of its rings.
-    rings: Option<Device>,
     options: Options,
     drivers: Arc<Drivers>,
     queue_count: u16,
@@ -73,10 +71,9 @@ impl Disk {
         let vrings: Vec<_> = queues.iter().map(|(queue, _)| queue.vring().clone()).collect();
         queue_zero.set_other_queues(vrings.clone());
         let all_vrings = std::iter::once(queue_zero.vring().clone()).chain(vrings).collect();
-        let connection = Arc::new(offer.start(memory.clone(), all_vrings)?);
-        let rings = if options.way == Way::Virtqueue { None } else { queue_zero.probe(options.patience)? };
-        if rings.is_some() {
-            queue_zero.post_event();
+        let connection = offer.start(memory.clone(), all_vrings)?;
+        if options.way != Way::Virtqueue {
+            queue_zero.probe(options.patience)?;
         }
         let queue_zero = Arc::new(SharedQueueZero::new(queue_zero, event_count, options.patience));
         let depth = usize::from(options.queue_size / 3).min(options.ring.cq_entries as usize).max(1);
@@ -84,17 +81,12 @@ impl Disk {
         let drivers =
             drivers.map(|((queue, requests), index)| Driver::new(index, queue_zero.clone(), queue, requests, depth));
         let drivers = Drivers::new(drivers);
-        let reconnects = {
-            let connection = connection.clone();
-            move || connection.reconnects()
-        };
         Ok(Self {
-            event_thread: EventThread::start(queue_zero.clone(), drivers.clone(), reconnects, options.inflight)?,
+            event_thread: EventThread::start(queue_zero.clone(), drivers.clone())?,
             connection,
             queue_zero,
             memory,
             geometry,
-            rings,
             options,
             drivers,
             queue_count: others + 1,
@@ -106,9 +98,10 @@ impl Disk {
         &self.geometry
     }
 
-    /// The device's description of its rings. `None`: an ordinary disk without rings.
-    pub fn offers_rings(&self) -> Option<&Device> {
-        self.rings.as_ref()
+    /// The device's description of its rings. `None`: an ordinary disk without rings, or a device that has not answered
+    /// yet, because it waits for its disk.
+    pub fn offers_rings(&self) -> Option<Device> {
+        self.queue_zero.lock().device()
     }
 
     /// Number of queues in use, including queue 0.
@@ -134,7 +127,8 @@ impl Disk {
             Way::Virtqueue => {}
             Way::Auto => self.attach(&mut driver)?,
             Way::Ring => {
-                if self.rings.is_none() {
+                self.queue_zero.wait_for_device()?;
+                if self.offers_rings().is_none() {
                     return Err(Error::Lacks { what: "rings (`ringpass serve` says why when it starts)" });
                 }
                 self.attach(&mut driver)?;
@@ -145,7 +139,7 @@ impl Disk {
     }
 
     fn attach(&self, driver: &mut Driver) -> Result<(), Error> {
-        let Some(device) = self.rings else { return Ok(()) };
+        let Some(device) = self.offers_rings() else { return Ok(()) };
         let RingSize { sq_entries, cq_entries } = self.options.ring;
         let size = RingSize {
             sq_entries: sq_entries.min(device.limits.sq_entries_max),
@@ -324,10 +318,9 @@ impl Disk {
     /// The device does not confirm within [`Options::patience`] that all I/O has ended: it may still use
     /// [added memory](Self::add_foreign_memory).
     pub fn close(self) -> Result<(), Error> {
-        let Self { event_thread, connection, .. } = self;
+        let Self { event_thread, mut connection, .. } = self;
         drop(event_thread);
-        // Only the event thread shared the connection.
-        Arc::into_inner(connection).map_or(Ok(()), |mut connection| connection.end())
+        connection.end()
     }
 
     /// Stops all queues and starts them again, like a machine that is paused and resumed.

@@ -26,22 +26,14 @@ pub(super) struct EventThread {
 }
 
 impl EventThread {
-    /// Starts the thread. `reconnects` returns how often the device was lost and found again. With `has_inflight` such
-    /// a device still knows the pending EVENT.
-    pub(super) fn start(
-        queue_zero: Arc<SharedQueueZero>,
-        drivers: Arc<Drivers>,
-        reconnects: impl Fn() -> u64 + Send + 'static,
-        has_inflight: bool,
-    ) -> Result<Self, Error> {
-        Self::start_with(queue_zero, drivers, reconnects, has_inflight, POLL_INTERVAL)
+    /// Starts the thread.
+    pub(super) fn start(queue_zero: Arc<SharedQueueZero>, drivers: Arc<Drivers>) -> Result<Self, Error> {
+        Self::start_with(queue_zero, drivers, POLL_INTERVAL)
     }
 
     fn start_with(
         queue_zero: Arc<SharedQueueZero>,
         drivers: Arc<Drivers>,
-        reconnects: impl Fn() -> u64 + Send + 'static,
-        has_inflight: bool,
         poll_interval: Duration,
     ) -> Result<Self, Error> {
         let stop = EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK).map_err(Error::system("making an eventfd"))?;
@@ -51,7 +43,6 @@ impl EventThread {
         let thread = thread::Builder::new()
             .name("ringpass-events".into())
             .spawn(move || {
-                let mut seen_reconnects = 0;
                 while !must_stop.load(Ordering::Acquire) {
                     let call = vring.call();
                     let timeout = Timespec::try_from(poll_interval).ok();
@@ -62,10 +53,6 @@ impl EventThread {
                     // The thread has taken the interrupt. Another thread that has the lock now may have reaped before
                     // the device returned the chain, so this thread waits for the lock and reaps.
                     let mut locked = queue_zero.lock();
-                    let now = reconnects();
-                    if now != std::mem::replace(&mut seen_reconnects, now) && !has_inflight {
-                        locked.renew_event();
-                    }
                     if let Err(error) = locked.reap() {
                         tracing::error!("{error}");
                         // The users of the other queues find the same fault, and stop waiting.
@@ -116,8 +103,7 @@ mod tests {
         let user = driver.vring().clone();
         let mut device = guest.device_queue_zero();
         let _thread =
-            EventThread::start_with(guest.queue_zero.clone(), Drivers::new([]), || 0, true, Duration::from_secs(3600))
-                .unwrap();
+            EventThread::start_with(guest.queue_zero.clone(), Drivers::new([]), Duration::from_secs(3600)).unwrap();
         {
             let mut locked = guest.queue_zero.lock();
             assert!(locked.send(&QueueZeroRequest::Flush, Some(&user)).is_some());
@@ -145,8 +131,7 @@ mod tests {
         let device = guest.device_queue_zero();
         device.set_used_index(9);
         let _thread =
-            EventThread::start_with(guest.queue_zero.clone(), Drivers::new([]), || 0, true, Duration::from_secs(3600))
-                .unwrap();
+            EventThread::start_with(guest.queue_zero.clone(), Drivers::new([]), Duration::from_secs(3600)).unwrap();
         device.vring().call().write(1).unwrap();
         assert!(is_signalled(&user.call(), LIMIT));
     }

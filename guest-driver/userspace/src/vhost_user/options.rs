@@ -34,8 +34,7 @@ pub struct Options {
     /// The way in which the device executes queues.
     pub way: Way,
     /// Whether to keep an in-flight region, in which the device records the requests that it has taken. Without it,
-    /// requests on virtqueues can be lost or executed twice if a device is killed. Requests on rings are safe without
-    /// it.
+    /// requests on virtqueues can be lost or executed twice if a device is killed, and the device gives no rings.
     pub inflight: bool,
     /// How long the device may take to answer before a call fails: while connecting (the device may have another
     /// front-end), until a queue is a ring (pinning takes half a second for each GiB of memory), for flush and similar

@@ -8,12 +8,13 @@ use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
 use ringpass_guest_abi::attach::{AreaAddress, AttachLimits, AttachPayload, Lengths};
-use ringpass_guest_abi::control::{ACKNOWLEDGED_OFFSET_BYTES, ANNOUNCED_OFFSET_BYTES, MODE_DIRECT};
-use ringpass_guest_abi::control::{RING_OFFSET_BYTES, RingRecord};
+use ringpass_guest_abi::control::{
+    ACKNOWLEDGED_OFFSET_BYTES, ANNOUNCED_OFFSET_BYTES, DETACH_OFFSET_BYTES, MODE_DIRECT, RING_OFFSET_BYTES, RingRecord,
+};
 use ringpass_guest_abi::epoch::{Announcement, Epoch, Phase};
-use ringpass_guest_abi::probe::Device;
+use ringpass_guest_abi::probe::{Device, F_DSYNC};
 use ringpass_guest_abi::request::{ErrorCode, Outcome};
-use ringpass_guest_abi::{Doorbell, FixedAddress, FixedAddressing, RingLayout};
+use ringpass_guest_abi::{Doorbell, FixedAddress, FixedAddressing, RingLayout, SegmentLimits};
 
 use super::RingSize;
 use super::attachment::Attachment;
@@ -28,6 +29,7 @@ const RAM_GPA: u64 = 1 << 20;
 const RAM_BYTES: u64 = 4 << 20;
 const SIZE: RingSize = RingSize { sq_entries: 8, cq_entries: 16 };
 const HEADER_BYTES: u64 = 16;
+const SEGMENTS: SegmentLimits = SegmentLimits { address_align_bytes: 1, length_align_bytes: 1, bytes_max: 1 << 20 };
 
 /// The memory and queue 0 of a driver.
 pub(super) struct Guest {
@@ -79,15 +81,9 @@ impl Guest {
 
     /// Memory for the rings of a queue.
     pub(super) fn attachment(&self) -> Attachment {
-        let limits = AttachLimits { features: 0, sq_entries_max: 64, cq_entries_max: 64, page_bytes: 4096 };
-        let device = Device {
-            version: 0,
-            features: 0,
-            limits,
-            segment_align_bytes: 1,
-            segment_bytes_max: 1 << 20,
-            queue_count: 2,
-        };
+        let limits = AttachLimits { features: F_DSYNC, sq_entries_max: 64, cq_entries_max: 64, page_bytes: 4096 };
+        let device =
+            Device { version: 1, features: F_DSYNC, limits, segments: SEGMENTS, queue_count: 2, refusal: None };
         Attachment::new(&self.memory, device, SIZE).unwrap()
     }
 }
@@ -133,11 +129,16 @@ impl DeviceQueue {
 
     /// Announces a phase of an epoch, for the ATTACH that is the `index`th chain.
     pub(super) fn announce(&self, index: u16, epoch: u32, phase: Phase) {
+        self.announce_with(index, epoch, phase, &SEGMENTS);
+    }
+
+    /// The same for a ring with these limits of segments.
+    pub(super) fn announce_with(&self, index: u16, epoch: u32, phase: Phase, segments: &SegmentLimits) {
         let control_gpa = self.control_gpa(index);
         let layout = layout();
         self.write(
             control_gpa + u64::from(RING_OFFSET_BYTES),
-            &RingRecord::new(&layout, addressing(), MODE_DIRECT).to_bytes(),
+            &RingRecord::new(&layout, addressing(), segments, MODE_DIRECT).to_bytes(),
         );
         let word = Announcement { epoch: Epoch::new(epoch), phase }.to_word();
         self.write(control_gpa + u64::from(ANNOUNCED_OFFSET_BYTES), &word.to_le_bytes());
@@ -148,6 +149,13 @@ impl DeviceQueue {
         let mut word = [0; 4];
         self.read(self.control_gpa(index) + u64::from(ACKNOWLEDGED_OFFSET_BYTES), &mut word);
         Announcement::from_word(u32::from_le_bytes(word))
+    }
+
+    /// Whether the driver has set the detach word, for the ATTACH that is the `index`th chain.
+    pub(super) fn has_detach_word(&self, index: u16) -> bool {
+        let mut word = [0; 4];
+        self.read(self.control_gpa(index) + u64::from(DETACH_OFFSET_BYTES), &mut word);
+        u32::from_le_bytes(word) == 1
     }
 
     fn control_gpa(&self, index: u16) -> u64 {

@@ -16,7 +16,7 @@ use crate::{
 /// Entries of each virtqueue.
 pub const QUEUE_SIZE: u16 = 64;
 
-/// Starts queue 0 of a device, and asks it how rings name memory.
+/// Starts queue 0 of a device, asks it what rings it offers, and takes its first news.
 ///
 /// # Errors
 ///
@@ -25,7 +25,20 @@ pub fn start_queue_zero(front_end: &FrontEnd, ram: &mut TestRam) -> Result<Queue
     let vring = start(front_end, ram, 0)?;
     let mut queue_zero = QueueZero::new(vring, &mut ram.arenas[0])?;
     queue_zero.probe()?;
+    queue_zero.take_first_event()?;
     Ok(queue_zero)
+}
+
+/// Gives the back-end an in-flight region, without which it gives no rings, unless it has one.
+///
+/// # Errors
+///
+/// The back-end refuses a message.
+pub fn keep_records(front_end: &FrontEnd) -> Result<()> {
+    if !front_end.has_inflight_region() {
+        front_end.new_inflight_region(front_end.queues(), QUEUE_SIZE)?;
+    }
+    Ok(())
 }
 
 /// Starts a queue that the driver will attach.
@@ -48,6 +61,7 @@ pub fn start_again(front_end: &FrontEnd, vring: &DriverVring, index: u16) -> Res
 }
 
 fn start(front_end: &FrontEnd, ram: &mut TestRam, index: u16) -> Result<DriverVring> {
+    keep_records(front_end)?;
     let vring = ram.vring(front_end, QUEUE_SIZE)?;
     front_end.start_vring(index, &vring.layout(), vring.eventfds(), 0)?;
     Ok(vring)

@@ -1,6 +1,6 @@
 //! A hostile driver that keeps a ring's SQ full.
 
-use std::thread;
+use std::{sync::Arc, thread};
 
 use anyhow::{Context, Result, ensure};
 use ringpass_guest_abi::{
@@ -8,12 +8,13 @@ use ringpass_guest_abi::{
     attach::{AreaAddress, AttachPayload, Lengths},
     control::{CONTROL_PAGE_BYTES, DriverControl},
     epoch::{Announcement, Epoch, Phase},
+    probe::VERSION,
     request::{T_ARM, T_ATTACH},
     rings_area_bytes, sqes_area_bytes,
 };
 
 use super::{Found, PATIENCE, RequestPlaces, Words, bench::QUEUE_SIZE, wait_until};
-use crate::front_end::{rig::TestRam, session::FrontEnd, vring::DriverVring};
+use crate::front_end::{event::Eventfds, rig::TestRam, session::FrontEnd, vring::DriverVring};
 
 const PAGE_BYTES: u32 = 4096;
 /// The buffer of all requests: as long as the smallest slot, and in one.
@@ -49,8 +50,28 @@ pub struct Flooder {
     addressing: FixedAddressing,
     buffer_gpa: u64,
     attach_head: u16,
+    control_gpa: u64,
     /// The number of requests that it has given to the ring.
     sq_tail: u32,
+}
+
+/// Asks for a flooder's queue.
+#[derive(Debug)]
+pub struct Detacher {
+    control: Words,
+    eventfds: Arc<Eventfds>,
+}
+
+impl Detacher {
+    /// Tells the device that the driver wants its queue back.
+    ///
+    /// # Errors
+    ///
+    /// The doorbell cannot be rung.
+    pub fn detach(&self) -> Result<()> {
+        DriverControl::new(self.control.clone()).set_detach();
+        self.eventfds.kick().signal()
+    }
 }
 
 impl Flooder {
@@ -75,6 +96,7 @@ impl Flooder {
         let areas = [area()?, area()?];
         let buffer_gpa = arena.take(BUFFER_BYTES.into(), BUFFER_BYTES.into())?;
         let payload = AttachPayload {
+            version: VERSION.into(),
             sq_entries: ring.sq_entries.into(),
             cq_entries: ring.cq_entries.into(),
             control_gpa: control_gpa.into(),
@@ -97,7 +119,7 @@ impl Flooder {
         let addressing = record.addressing().map_err(refused)?;
         let area = areas[epoch.area().index()];
         let words = Words::new(vring.ram(), area.rings_gpa.get(), area.sqes_gpa.get());
-        Ok(Self { vring, requests, words, layout, addressing, buffer_gpa, attach_head, sq_tail: 0 })
+        Ok(Self { vring, requests, words, layout, addressing, buffer_gpa, attach_head, control_gpa, sq_tail: 0 })
     }
 
     /// The requests of the flood: one for each entry of the SQ, each `len_bytes` long, one behind the other on a disk
@@ -161,6 +183,11 @@ impl Flooder {
             self.give(room)?;
         }
         Ok(room)
+    }
+
+    /// What asks for the queue back while the flooder floods on another thread.
+    pub fn detacher(&self) -> Detacher {
+        Detacher { control: Words::new(self.vring.ram(), self.control_gpa, 0), eventfds: self.vring.eventfds().clone() }
     }
 
     /// The number of requests that it has given to the ring.

@@ -4,6 +4,7 @@ use anyhow::Result;
 use ringpass_guest_abi::{
     attach::{AreaAddress, AttachPayload},
     control::CONTROL_PAGE_BYTES,
+    probe::VERSION,
     rings_area_bytes, sqes_area_bytes,
 };
 
@@ -91,6 +92,7 @@ impl Attachment {
     /// The payload of ATTACH for this control page and these areas.
     pub fn payload_of(control_gpa: u64, areas: [AreaAddress; 2]) -> AttachPayload {
         AttachPayload {
+            version: VERSION.into(),
             sq_entries: SQ_ENTRIES.into(),
             cq_entries: CQ_ENTRIES.into(),
             control_gpa: control_gpa.into(),

@@ -4,7 +4,7 @@ use std::{thread, time::Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use ringpass_guest_abi::{
-    Cqe, DriverRing, FixedAddressing, RingLayout, SLOT_SHIFT_MIN, Sqe,
+    Cqe, DriverRing, FixedAddressing, RingLayout, SLOT_SHIFT_MIN, SegmentLimits, Sqe,
     attach::{AttachPayload, Lengths},
     control::DriverControl,
     epoch::driver::{Action, Event, Machine, State},
@@ -25,6 +25,7 @@ pub struct RingDriver {
     pub(super) vring: DriverVring,
     /// Of the last ring. Before the first one any rule will do: a new ring adapts the requests that wait for it.
     pub(super) addressing: FixedAddressing,
+    segments: Option<SegmentLimits>,
     pub(super) memory: Attachment,
     control: DriverControl<Words>,
     pub(super) machine: Machine,
@@ -65,6 +66,7 @@ impl RingDriver {
         Self {
             vring,
             addressing: FixedAddressing::new(1 << 30, SLOT_SHIFT_MIN).expect("in range"),
+            segments: None,
             memory,
             control,
             machine: Machine::new(),
@@ -221,9 +223,14 @@ impl RingDriver {
         self.control.end_reason()
     }
 
-    /// Says in the control page that the driver wants its queue back. DETACH on queue 0 follows.
-    pub fn set_detach(&self) {
+    /// Tells the device that the driver wants its queue back.
+    ///
+    /// # Errors
+    ///
+    /// The doorbell cannot be rung.
+    pub fn detach(&mut self) -> Result<()> {
         self.control.set_detach();
+        self.vring.kick()
     }
 
     /// The state of the driver's epoch machine.
@@ -242,6 +249,11 @@ impl RingDriver {
     /// How the SQEs of the last ring name memory.
     pub fn addressing(&self) -> FixedAddressing {
         self.addressing
+    }
+
+    /// What the SQEs of the last ring may transfer.
+    pub fn segments(&self) -> Option<SegmentLimits> {
+        self.segments
     }
 
     /// Where the parts of the ring are that the driver uses.
@@ -296,6 +308,7 @@ impl RingDriver {
                     let refused = |error| anyhow::anyhow!("the ring's record: {error:?}");
                     let layout = record.layout(SQ_ENTRIES, CQ_ENTRIES, &lengths).map_err(refused)?;
                     let before = std::mem::replace(&mut self.addressing, record.addressing().map_err(refused)?);
+                    self.segments = Some(record.segments().map_err(refused)?);
                     let area = self.payload().areas[epoch.area().index()];
                     let words = Words::new(self.vring.ram(), area.rings_gpa.get(), area.sqes_gpa.get());
                     self.ring = Some(DriverRing::new(words, layout).context("the ring's layout")?);
@@ -321,7 +334,7 @@ impl RingDriver {
                     self.control.acknowledge(announcement);
                     self.vring.kick()?;
                 }
-                Action::RequestDetach => self.set_detach(),
+                Action::RequestDetach => self.detach()?,
                 Action::Release => {}
                 Action::Reset => self.is_device_broken = true,
             }

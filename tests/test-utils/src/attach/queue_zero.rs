@@ -3,7 +3,7 @@
 use anyhow::{Context, Result, ensure};
 use ringpass_guest_abi::{
     probe::{Device, ProbeAnswer},
-    request::{DetachPayload, EventAnswer, T_DETACH, T_EVENT, T_PROBE},
+    request::{EVENT_QUEUES, EventAnswer, T_EVENT, T_PROBE},
 };
 
 use super::{Found, RequestPlaces};
@@ -102,14 +102,16 @@ impl QueueZero {
         self.places.outcome(&self.vring, OTHER_PLACE)
     }
 
-    /// Sends DETACH, and waits for the outcome.
+    /// Takes the news that every device has when queue 0 starts.
     ///
     /// # Errors
     ///
-    /// It does not end.
-    pub fn detach(&mut self, queue: u16) -> Result<Found> {
-        let payload = DetachPayload { queue: queue.into(), ..DetachPayload::default() };
-        self.outcome_of(T_DETACH, &payload.to_bytes())
+    /// The device does not tell them.
+    pub fn take_first_event(&mut self) -> Result<()> {
+        self.post_event()?;
+        let events = self.wait_event()?;
+        ensure!(events == EVENT_QUEUES, "the first EVENT says {events:#x}");
+        Ok(())
     }
 
     /// Sends EVENT, which ends when the device has news.

@@ -13,7 +13,8 @@ use vm_memory::{Bytes, GuestAddress};
 use super::RingDriver;
 use crate::PATIENCE;
 
-/// The results of requests that were not executed (`docs/abi.md`).
+/// The results of requests that were not executed. This driver has no other queue for them, as `docs/abi.md` wants it, and
+/// sends them to the next ring.
 const NOT_EXECUTED: [i32; 2] = [-Errno::CANCELED.raw_os_error(), -Errno::AGAIN.raw_os_error()];
 
 impl RingDriver {

@@ -4,6 +4,7 @@
 use std::{
     os::{fd::AsFd, unix::net::UnixStream},
     path::Path,
+    sync::atomic::{AtomicBool, Ordering},
     time::Duration,
 };
 
@@ -66,6 +67,7 @@ pub struct FrontEnd {
     protocol_features: VhostUserProtocolFeatures,
     queues: u16,
     backend: Option<Wire>,
+    has_inflight_region: AtomicBool,
 }
 
 impl FrontEnd {
@@ -103,7 +105,8 @@ impl FrontEnd {
             backend = Some(Wire::new(ours, Duration::from_secs(20))?);
         }
         connection.set_features(features)?;
-        let front_end = Self { connection, ram: ram.clone(), features, protocol_features, queues, backend };
+        let (ram, has_inflight_region) = (ram.clone(), AtomicBool::new(false));
+        let front_end = Self { connection, ram, features, protocol_features, queues, backend, has_inflight_region };
         front_end.tell_memory(options.mem_table)?;
         Ok(front_end)
     }
@@ -178,7 +181,14 @@ impl FrontEnd {
     ///
     /// The back-end refuses the message.
     pub fn set_inflight_region(&self, region: &InflightRegion) -> Result<()> {
-        self.connection.set_inflight_fd(region.description(), region.fd())
+        self.connection.set_inflight_fd(region.description(), region.fd())?;
+        self.has_inflight_region.store(true, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Whether the back-end has a region for requests in flight.
+    pub fn has_inflight_region(&self) -> bool {
+        self.has_inflight_region.load(Ordering::Relaxed)
     }
 
     /// The addresses of a vring as a message. `log`: the back-end logs its writes to the used ring.

@@ -217,7 +217,6 @@ mod tests {
 
     impl Workers for Told {
         fn attach_event(&self, _queue: u16, _attachment: AttachmentId, _event: AttachEvent) {}
-        fn detach(&self, _queue: u16) {}
         fn finish_ring(&self, _queue: u16, _reason: ErrorCode) {}
         fn tell_driver(&self) {
             self.0.send(()).unwrap();

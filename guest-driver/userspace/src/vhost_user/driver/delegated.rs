@@ -1,5 +1,5 @@
-//! The requests that the driver of a queue delegates to queue 0: fallbacks of requests that a ring cannot execute,
-//! flushes after durable writes, and DETACH.
+//! The requests that the driver of a queue delegates to queue 0: fallbacks of requests that no ring executes, and flushes
+//! after durable writes.
 
 use std::collections::VecDeque;
 
@@ -13,15 +13,10 @@ use super::{Driver, EIO};
 /// A request that queue 0 executes for another queue. `id` names the request of the application.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Delegated {
-    /// A read or write that no ring can execute, or that failed on a ring.
-    Fallback {
-        id: usize,
-    },
+    /// A read or write that no ring can execute, that a ring has not executed, or for which there is no ring now.
+    Fallback { id: usize },
     /// A flush that makes a finished write stable.
-    Flush {
-        id: usize,
-    },
-    Detach,
+    Flush { id: usize },
 }
 
 /// The delegated requests of one queue. The driver does not wait for their answers, so that the application can do
@@ -47,10 +42,9 @@ impl Driver {
     }
 
     pub(super) fn delegate(&mut self, request: Delegated) {
-        if let Delegated::Fallback { id } | Delegated::Flush { id } = request {
-            if let Some(pending) = &mut self.slots[id] {
-                pending.place = Place::QueueZero;
-            }
+        let (Delegated::Fallback { id } | Delegated::Flush { id }) = request;
+        if let Some(pending) = &mut self.slots[id] {
+            pending.place = Place::QueueZero;
         }
         self.delegated.waiting.push_back(request);
     }
@@ -71,7 +65,7 @@ impl Driver {
             match queue_zero.take_answer(id) {
                 Some(answer) => {
                     self.delegated.sent.swap_remove(index);
-                    self.end_delegated(delegated, &answer)?;
+                    self.end_delegated(delegated, &answer);
                 }
                 None => index += 1,
             }
@@ -87,7 +81,6 @@ impl Driver {
                     QueueZeroRequest::Transfer { offset_bytes, gpa, len_bytes, is_write: write }
                 }),
                 Delegated::Flush { .. } => Some(QueueZeroRequest::Flush),
-                Delegated::Detach => Some(QueueZeroRequest::Detach { queue: self.index }),
             };
             let Some(request) = request else {
                 self.delegated.waiting.pop_front();
@@ -100,13 +93,12 @@ impl Driver {
         Ok(())
     }
 
-    fn end_delegated(&mut self, delegated: Delegated, answer: &Answer) -> Result<(), Error> {
+    fn end_delegated(&mut self, delegated: Delegated, answer: &Answer) {
         let (id, is_flush) = match delegated {
-            Delegated::Detach => return answer.check("DETACH"),
             Delegated::Fallback { id } => (id, false),
             Delegated::Flush { id } => (id, true),
         };
-        let Some(pending) = self.slots[id].as_mut() else { return Ok(()) };
+        let Some(pending) = self.slots[id].as_mut() else { return };
         let Request { len_bytes, durable, write, .. } = pending.request;
         match answer.check("request") {
             Err(_) => self.complete(id, EIO),
@@ -115,6 +107,5 @@ impl Driver {
             Ok(()) if durable && write => self.delegate(Delegated::Flush { id }),
             Ok(()) => self.complete(id, len_bytes as i32),
         }
-        Ok(())
     }
 }

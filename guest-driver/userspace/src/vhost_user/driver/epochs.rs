@@ -4,22 +4,25 @@ use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 use ringpass_guest_abi::epoch::driver::{Action, Event};
-use ringpass_guest_abi::request::{ErrorCode, Outcome, T_ARM, T_ATTACH};
+use ringpass_guest_abi::request::{ErrorCode, Outcome, Retry, T_ARM, T_ATTACH};
 
 use super::super::Error;
 use super::super::attachment::Attachment;
 use super::super::requests::Body;
-use super::delegated::Delegated;
 use super::pending::Place;
 use super::{Driver, Mode, Wanted};
 
-/// How long the driver waits before it asks for a ring again, if no event says that the device can give one.
-const RETRY_INTERVAL: Duration = Duration::from_secs(1);
+/// How long the driver waits after a first refusal before it asks for a ring again, if no event says when the device can
+/// give one. Each further refusal doubles the wait.
+const RETRY_FIRST: Duration = Duration::from_secs(1);
+const RETRY_MAX: Duration = Duration::from_secs(60);
 
 /// The device gives no ring for now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Refusal {
-    code: ErrorCode,
+    retry: Retry,
+    /// How often the device has refused rings, one after the other.
+    count: u32,
     /// The number of events before the driver sent ATTACH. A later event may have come after the device's decision.
     events_before: u64,
     since: Instant,
@@ -27,23 +30,27 @@ pub(super) struct Refusal {
 
 impl Refusal {
     /// The refusal, if it is not final.
-    fn new(code: Option<ErrorCode>, events_before: u64) -> Option<Self> {
-        let is_temporary = |code: &ErrorCode| {
-            matches!(code, ErrorCode::Mode | ErrorCode::Busy | ErrorCode::Resources | ErrorCode::Cost)
-        };
-        let code = code.filter(is_temporary)?;
-        Some(Self { code, events_before, since: Instant::now() })
+    fn new(code: Option<ErrorCode>, count: u32, events_before: u64) -> Option<Self> {
+        let retry = code?.retry();
+        match retry {
+            Retry::Event | Retry::Later => Some(Self { retry, count, events_before, since: Instant::now() }),
+            // The driver does not probe a device that has taken over.
+            Retry::No | Retry::Probe => None,
+        }
     }
 
     /// Whether the device may give a ring by now.
     fn may_have_ended(&self, event_count: u64, waited: Duration) -> bool {
-        match self.code {
-            // An event reports that the device offers rings again.
-            ErrorCode::Mode | ErrorCode::Cost => event_count != self.events_before,
-            ErrorCode::Busy => event_count != self.events_before || waited >= RETRY_INTERVAL,
-            // No event reports that there are resources. The end of ATTACH is an event itself: if events counted here,
-            // the driver would ask again at once, without end.
-            _ => waited >= RETRY_INTERVAL,
+        match self.retry {
+            // An event reports that the device may give rings again.
+            Retry::Event => event_count != self.events_before,
+            // The end of ATTACH is an event itself: if events counted here, the driver would ask again at once, without
+            // end.
+            Retry::Later => {
+                let doublings = self.count.saturating_sub(1).min(6);
+                waited >= (RETRY_FIRST * (1 << doublings)).min(RETRY_MAX)
+            }
+            Retry::No | Retry::Probe => false,
         }
     }
 }
@@ -144,7 +151,10 @@ impl Driver {
     fn perform(&mut self, action: Action) -> Result<Option<Event>, Error> {
         let attachment = self.attachment.as_mut().expect("only an attachment has steps");
         match action {
-            Action::Start(epoch) => attachment.start(epoch)?,
+            Action::Start(epoch) => {
+                attachment.start(epoch)?;
+                self.refusals = 0;
+            }
             Action::Drain => self.set_draining(true),
             Action::Reap(_) => {
                 self.set_draining(false);
@@ -159,7 +169,7 @@ impl Driver {
             }
             Action::RequestDetach => {
                 attachment.set_detach();
-                self.delegate(Delegated::Detach);
+                self.queue.kick();
             }
             Action::Release => self.release()?,
             Action::Reset => return Err(Error::BrokenDevice("it announced an epoch out of turn".into())),
@@ -196,7 +206,8 @@ impl Driver {
         let code = ErrorCode::from_number(outcome.error.get());
         tracing::debug!(queue = self.index, ?code, "the queue is a virtqueue again");
         self.refused = code;
-        self.wanted = match Refusal::new(code, events_before) {
+        self.refusals += 1;
+        self.wanted = match Refusal::new(code, self.refusals, events_before) {
             Some(refusal) if self.wanted == Wanted::Ring => Wanted::RingLater(refusal),
             _ => Wanted::Virtqueue,
         };
@@ -212,15 +223,22 @@ mod tests {
 
     #[test]
     fn the_driver_asks_again_for_a_refused_ring_when_the_refusal_may_have_ended() {
-        let refusal = |code| Refusal::new(Some(code), 3);
-        let asks = |code, event_count, waited| refusal(code).unwrap().may_have_ended(event_count, waited);
-        let (soon, later) = (RETRY_INTERVAL / 2, RETRY_INTERVAL);
+        let refusal = |code, count| Refusal::new(Some(code), count, 3);
+        let asks = |code, count, event_count, waited| {
+            refusal(code, count).expect("not final").may_have_ended(event_count, waited)
+        };
+        let (soon, later) = (RETRY_FIRST / 2, RETRY_FIRST);
         for code in [ErrorCode::Mode, ErrorCode::Cost] {
-            assert!(!asks(code, 3, later) && asks(code, 4, soon), "{code:?}");
+            assert!(!asks(code, 1, 3, later) && asks(code, 1, 4, soon), "{code:?}");
         }
-        assert!(!asks(ErrorCode::Busy, 3, soon) && asks(ErrorCode::Busy, 4, soon) && asks(ErrorCode::Busy, 3, later));
-        assert!(!asks(ErrorCode::Resources, 4, soon) && asks(ErrorCode::Resources, 3, later));
-        assert_eq!((refusal(ErrorCode::Detached), refusal(ErrorCode::Discarded)), (None, None));
-        assert_eq!(Refusal::new(None, 3), None, "a code that this driver does not know is final");
+        for code in [ErrorCode::Busy, ErrorCode::Resources] {
+            assert!(!asks(code, 1, 4, soon) && asks(code, 1, 3, later), "{code:?}");
+            assert!(!asks(code, 3, 4, 3 * later) && asks(code, 3, 3, 4 * later), "{code:?}");
+            assert!(!asks(code, 100, 4, RETRY_MAX / 2) && asks(code, 100, 3, RETRY_MAX), "{code:?}");
+        }
+        for code in [ErrorCode::Detached, ErrorCode::Discarded, ErrorCode::Inflight, ErrorCode::Entries] {
+            assert_eq!(refusal(code, 1), None, "{code:?}");
+        }
+        assert_eq!(Refusal::new(None, 1, 3), None, "a code that this driver does not know is final");
     }
 }

@@ -1,7 +1,8 @@
-//! The driver of one queue: requests go to its ring while there is one, and otherwise to its virtqueue.
+//! The driver of one queue: requests go to its ring while there is one, over queue 0 while the next ring is being made, and
+//! otherwise to its virtqueue.
 //!
 //! The driver keeps a request until it knows the result. When a ring has ended, the driver takes the completions that
-//! the ring still has. It sends the other requests again, to the next ring or to the virtqueue. It does so only after
+//! the ring still has. It sends the other requests again, another way or to the next ring. It does so only after
 //! the I/O of the former ring has ended, which the device announces.
 
 mod delegated;
@@ -41,10 +42,10 @@ const POLLS_PER_PROGRESS: u32 = 16;
 pub struct Counters {
     /// Number of rings that the queue has had.
     pub epochs: u64,
-    /// Number of requests that the driver sent again, because their ring has ended, or because the kernel has done a
-    /// part of them or has answered "try again".
+    /// Number of requests that the driver sent again, because their ring has ended.
     pub resubmitted: u64,
-    /// Number of requests that the driver sent over queue 0, because a ring could not execute them.
+    /// Number of requests that the driver sent over queue 0, because a ring could not execute them or has not executed
+    /// them, or because there was no ring at that moment.
     pub fallbacks: u64,
 }
 
@@ -86,6 +87,8 @@ pub(super) struct Driver {
     wanted: Wanted,
     /// The error code with which the device completed ATTACH.
     refused: Option<ErrorCode>,
+    /// How often it has completed ATTACH since the last ring.
+    refusals: u32,
     is_muted: bool,
     /// Number of polls that found no completion.
     empty_polls: u32,
@@ -122,6 +125,7 @@ impl Driver {
             mode: Mode::Virtqueue,
             wanted: Wanted::Virtqueue,
             refused: None,
+            refusals: 0,
             is_muted: false,
             empty_polls: 0,
             slots: (0..depth_max).map(|_| None).collect(),

@@ -27,8 +27,6 @@ pub(super) struct Pending {
     pub(super) done_bytes: u32,
     /// The length of the part that was last sent.
     pub(super) sent_bytes: u32,
-    /// How often the kernel has answered "try again".
-    pub(super) retries: u32,
     pub(super) place: Place,
     /// The application has dropped the queue: the driver does not report the end of the request.
     pub(super) is_abandoned: bool,
@@ -46,16 +44,7 @@ impl Pending {
         if let Some(buffer) = &mut buffer {
             buffer.lend();
         }
-        Self {
-            request,
-            buffer,
-            sequence,
-            done_bytes: 0,
-            sent_bytes: 0,
-            retries: 0,
-            place: Place::Waiting,
-            is_abandoned: false,
-        }
+        Self { request, buffer, sequence, done_bytes: 0, sent_bytes: 0, place: Place::Waiting, is_abandoned: false }
     }
 
     /// The part of the request that the device has not done.

@@ -1,8 +1,9 @@
 use std::sync::atomic::Ordering;
 
-use ringpass_guest_abi::FixedAddress;
 use ringpass_guest_abi::epoch::{Announcement, Epoch, Phase};
+use ringpass_guest_abi::probe::{MAGIC, ProbeAnswer, VERSION};
 use ringpass_guest_abi::request::ErrorCode;
+use ringpass_guest_abi::{FixedAddress, SegmentLimits};
 
 use super::super::config::Geometry;
 use super::super::test_device::{DeviceQueue, Guest};
@@ -181,24 +182,155 @@ fn a_request_across_a_boundary_goes_over_the_ring_in_two_parts() {
 }
 
 #[test]
-fn a_part_that_the_device_did_only_in_part_is_sent_again_from_there() {
-    let guest = Guest::new();
+fn the_rest_of_a_part_that_the_ring_did_only_in_part_goes_over_queue_0() {
+    let guest = guest_of(8, 1 << 20);
     let (mut driver, device) = running(&guest);
-    let gpa = (12 << 20) - 8192;
-    driver.push(&Request { len_bytes: 12288, ..read(gpa, 7) }, None).unwrap();
+    let buffer = guest.memory.allocate(12288).unwrap();
+    let gpa = buffer.gpa();
+    driver.push(&Request { len_bytes: 12288, ..read(gpa, 7) }, Some(buffer)).unwrap();
     driver.send();
     device.complete_sqe(ATTACH, 0, 4096);
+    driver.progress();
     assert_eq!(ended(&mut driver), None);
-    driver.send();
-    assert_eq!(device.sqe(ATTACH, 1), (FixedAddress { buf_index: 2, addr: (1 << 30) + gpa + 4096 }, 4096, 4096));
-    // More than the driver asked for is no more than that.
-    device.complete_sqe(ATTACH, 1, 1 << 20);
-    assert_eq!(ended(&mut driver), None);
-    driver.send();
-    assert_eq!(device.sqe(ATTACH, 2).1, 4096);
-    device.complete_sqe(ATTACH, 2, 4096);
+    let mut queue_zero = guest.device_queue_zero();
+    assert_eq!(queue_zero.transfer(0), (4096, vec![(gpa + 4096, 8192)]));
+    queue_zero.complete(0, &[], 0);
+    driver.progress();
     assert_eq!(ended(&mut driver), Some((7, 12288)));
-    assert_eq!(driver.counters().resubmitted, 1);
+}
+
+#[test]
+fn a_result_of_more_bytes_than_asked_for_is_an_error() {
+    let guest = Guest::new();
+    let (mut driver, device) = running(&guest);
+    let buffer = guest.memory.allocate(4096).unwrap();
+    driver.push(&read(buffer.gpa(), 7), Some(buffer)).unwrap();
+    driver.send();
+    device.complete_sqe(ATTACH, 0, 1 << 20);
+    assert_eq!(ended(&mut driver), Some((7, EIO)));
+}
+
+/// A durable write whose SQE has this result: how it ended, and how many requests queue 0 has got.
+fn durable_write_with(res: i32) -> (Option<(u64, i32)>, u16) {
+    let guest = Guest::new();
+    let (mut driver, device) = running(&guest);
+    let buffer = guest.memory.allocate(4096).unwrap();
+    let request = Request { write: true, durable: true, ..read(buffer.gpa(), 7) };
+    driver.push(&request, Some(buffer)).unwrap();
+    driver.send();
+    device.complete_sqe(ATTACH, 0, res);
+    driver.progress();
+    (ended(&mut driver), guest.device_queue_zero().available())
+}
+
+#[test]
+fn an_error_of_the_storage_is_the_answer_and_the_write_is_not_repeated() {
+    for errno in [5, 28, 30, 61] {
+        assert_eq!(durable_write_with(-errno), (Some((7, -errno)), 0));
+    }
+}
+
+#[test]
+fn a_request_that_the_ring_or_a_dying_process_failed_goes_over_queue_0() {
+    for errno in [4, 11, 12, 14, 125] {
+        assert_eq!(durable_write_with(-errno), (None, 1), "{errno}");
+    }
+}
+
+#[test]
+fn requests_go_over_queue_0_while_the_queue_is_attached_and_has_no_ring() {
+    let guest = Guest::new();
+    let (mut driver, device) = guest.driver();
+    driver.want_ring(|| Ok(guest.attachment())).unwrap();
+    let mut queue_zero = guest.device_queue_zero();
+    let mut answered = 0;
+    let mut over_queue_zero = |driver: &mut Driver, user_data: u64| {
+        let buffer = guest.memory.allocate(4096).unwrap();
+        driver.push(&read(buffer.gpa(), user_data), Some(buffer)).unwrap();
+        driver.send();
+        assert_eq!(queue_zero.available(), answered + 1, "request {user_data}");
+        queue_zero.complete(answered, &[], 0);
+        answered += 1;
+        driver.progress();
+        assert_eq!(ended(driver), Some((user_data, 4096)));
+    };
+    over_queue_zero(&mut driver, 1);
+    device.announce(ATTACH, 1, Phase::Open);
+    driver.progress();
+    // A request that the ring does not answer keeps the driver from acknowledging the drain.
+    let buffer = guest.memory.allocate(4096).unwrap();
+    driver.push(&read(buffer.gpa(), 2), Some(buffer)).unwrap();
+    driver.send();
+    device.announce(ATTACH, 1, Phase::Drain);
+    driver.progress();
+    over_queue_zero(&mut driver, 3);
+    device.complete_sqe(ATTACH, 0, 4096);
+    driver.progress();
+    assert_eq!((ended(&mut driver), device.acknowledged(ATTACH)), (Some((2, 4096)), DRAINED));
+    over_queue_zero(&mut driver, 4);
+    assert_eq!(device.available(), 2, "nothing is behind ATTACH");
+}
+
+#[test]
+fn a_driver_asks_for_its_queue_with_a_word_and_a_kick() {
+    let guest = Guest::new();
+    let (mut driver, device) = running(&guest);
+    let _ = device.vring().kick.read();
+    driver.detach();
+    assert!(device.has_detach_word(ATTACH));
+    assert_eq!(device.vring().kick.read().unwrap(), 1);
+    assert_eq!(guest.device_queue_zero().available(), 0);
+}
+
+#[test]
+fn the_limits_of_segments_are_those_of_the_ring() {
+    let guest = Guest::new();
+    let (mut driver, device) = guest.driver();
+    driver.want_ring(|| Ok(guest.attachment())).unwrap();
+    let limits = SegmentLimits { address_align_bytes: 4, length_align_bytes: 4096, bytes_max: 8192 };
+    device.announce_with(ATTACH, 1, Phase::Open, &limits);
+    driver.progress();
+    let buffer = guest.memory.allocate(16384).unwrap();
+    let gpa = buffer.gpa();
+    driver.push(&Request { len_bytes: 512, ..read(gpa, 1) }, None).unwrap();
+    driver.push(&Request { offset_bytes: 512, ..read(gpa, 2) }, None).unwrap();
+    driver.push(&read(gpa + 2, 3), None).unwrap();
+    driver.push(&Request { len_bytes: 12288, ..read(gpa + 4, 4) }, None).unwrap();
+    driver.send();
+    driver.progress();
+    assert_eq!(guest.device_queue_zero().available(), 3, "what the ring does not take");
+    assert_eq!(device.sqe(ATTACH, 0).1, 8192, "the first part");
+    device.complete_sqe(ATTACH, 0, 8192);
+    driver.progress();
+    assert_eq!(device.sqe(ATTACH, 1).1, 4096);
+}
+
+#[test]
+fn a_driver_takes_a_late_answer_to_probe() {
+    let guest = Guest::new();
+    guest.queue_zero.lock().probe(Duration::from_millis(1)).unwrap();
+    let device = || guest.queue_zero.lock().device();
+    assert_eq!(device(), None);
+    assert!(guest.queue_zero.lock().is_probing());
+    let answer = ProbeAnswer {
+        magic: MAGIC.into(),
+        answer_bytes: (ProbeAnswer::BYTES as u32).into(),
+        version_min: VERSION.into(),
+        version_max: VERSION.into(),
+        sq_entries_max: 64.into(),
+        cq_entries_max: 64.into(),
+        page_bytes: 4096.into(),
+        address_align_bytes: 4.into(),
+        length_align_bytes: 512.into(),
+        segment_bytes_max: (1 << 20).into(),
+        queue_count: 2.into(),
+        ..ProbeAnswer::default()
+    };
+    let mut queue_zero = guest.device_queue_zero();
+    queue_zero.complete(0, &answer.to_bytes(), 0);
+    guest.queue_zero.wait_for_device().unwrap();
+    assert_eq!(device().map(|device| device.queue_count), Some(2));
+    assert_eq!(queue_zero.available(), 2, "EVENT follows PROBE");
 }
 
 #[test]

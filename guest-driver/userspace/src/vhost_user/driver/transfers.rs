@@ -1,19 +1,14 @@
 //! Sends reads and writes to the ring or the virtqueue, and takes their completions.
 
 use ringpass_guest_abi::block_queue::Request;
+use ringpass_guest_abi::completion::Completed;
 use ringpass_guest_abi::{SEGMENT_BOUNDARY_BYTES, Sqe};
 use virtio_bindings::virtio_blk::VIRTIO_BLK_S_OK;
 
-use super::super::attachment::Attachment;
+use super::super::attachment::{Attachment, LiveRing};
 use super::delegated::Delegated;
 use super::pending::Place;
 use super::{Driver, EIO, Ended};
-
-/// How often the kernel may answer "try again" to one request before the driver sends it over queue 0.
-const RETRIES_MAX: u32 = 1000;
-const EAGAIN: i32 = -11;
-const EINTR: i32 = -4;
-const ECANCELED: i32 = -125;
 
 /// Whether the driver has put a request onto a ring.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -28,7 +23,7 @@ pub(super) enum Placed {
 impl Driver {
     pub(super) fn send_to_ring(&mut self) {
         if !self.is_ring() {
-            return;
+            return self.send_elsewhere();
         }
         while let Some(&id) = self.waiting.front() {
             match self.place_on_ring(id) {
@@ -46,20 +41,29 @@ impl Driver {
         self.publish();
     }
 
+    /// Sends requests over queue 0 while the queue has no ring, as far as there is room: the others may meet the next ring.
+    fn send_elsewhere(&mut self) {
+        while self.fault.is_none() && self.delegated.waiting.is_empty() {
+            let Some(id) = self.waiting.pop_front() else { break };
+            self.fall_back(id);
+            self.progress_delegated();
+        }
+    }
+
     /// Puts a request onto the ring. The kernel sees it only after [`publish`](Self::publish).
     #[inline]
     pub(super) fn place_on_ring(&mut self, id: usize) -> Placed {
         let Some(pending) = self.slots[id].as_mut() else { return Placed::NotNow };
         let Some(attachment) = self.attachment.as_mut() else { return Placed::NotNow };
-        let device = *attachment.device();
+        let has_durable_writes = attachment.has_durable_writes();
+        let Some(LiveRing { ring, addressing, segments, .. }) = attachment.live_ring() else { return Placed::NotNow };
         let Request { write, offset_bytes, gpa, len_bytes, durable, .. } = pending.rest();
         // The rest of the request follows when this part has ended.
         let up_to_boundary = SEGMENT_BOUNDARY_BYTES - gpa % SEGMENT_BOUNDARY_BYTES;
-        let len_bytes = len_bytes.min(device.segment_bytes_max).min(up_to_boundary as u32);
-        let is_aligned = (gpa | u64::from(len_bytes)) & (u64::from(device.segment_align_bytes) - 1) == 0;
-        let Some((ring, addressing)) = attachment.addressed_ring() else { return Placed::NotNow };
+        let len_bytes = len_bytes.min(segments.bytes_max).min(up_to_boundary as u32);
+        let can_be_segment = segments.takes(gpa, len_bytes, offset_bytes) && !(write && durable && !has_durable_writes);
         // Requests on queue 0 can name memory that SQEs cannot, and the answer reports what is wrong with a request.
-        let Some(address) = addressing.resolve(gpa, len_bytes).ok().filter(|_| is_aligned) else {
+        let Some(address) = addressing.resolve(gpa, len_bytes).ok().filter(|_| can_be_segment) else {
             return Placed::Never;
         };
         let build = if write { Sqe::write_fixed } else { Sqe::read_fixed };
@@ -98,8 +102,11 @@ impl Driver {
             if pending.place != Place::Ring {
                 continue;
             }
-            if cqe.res <= 0 || (cqe.res as u32) < pending.sent_bytes {
-                self.handle_unfinished(id, cqe.res);
+            let completed = Completed::of(cqe.res, pending.sent_bytes);
+            if completed != Completed::Done {
+                if let Some(ended) = self.handle_undone(id, completed) {
+                    return Some(ended);
+                }
                 continue;
             }
             if !pending.note_part_done() {
@@ -114,22 +121,19 @@ impl Driver {
         }
     }
 
-    /// Handles a completion that does not end its request.
+    /// Handles a completion that does not say that its part is done. Gives the request if the completion ends it.
     #[cold]
-    fn handle_unfinished(&mut self, id: usize, res: i32) {
-        let Some(Some(pending)) = self.slots.get_mut(id) else { return };
-        match res {
-            ECANCELED | EAGAIN | EINTR if pending.retries < RETRIES_MAX => {
-                pending.retries += u32::from(res != ECANCELED);
-                self.requeue(id);
+    fn handle_undone(&mut self, id: usize, completed: Completed) -> Option<Ended> {
+        match completed {
+            Completed::Done => None,
+            Completed::Again { done_bytes } => {
+                if let Some(Some(pending)) = self.slots.get_mut(id) {
+                    pending.done_bytes += done_bytes;
+                }
+                self.fall_back(id);
+                None
             }
-            res if res > 0 => {
-                pending.done_bytes += res as u32;
-                self.requeue(id);
-            }
-            // The error is not final: the ring may not reach that memory yet, or the broker was killed while the kernel
-            // executed the request. The answer on queue 0 is final.
-            _ => self.fall_back(id),
+            Completed::Failed { errno } => self.end(id, -errno),
         }
     }
 
@@ -211,11 +215,8 @@ impl Driver {
             self.complete(id, EIO);
         }
         for delegated in std::mem::take(&mut self.delegated.waiting) {
-            match delegated {
-                Delegated::Fallback { id } | Delegated::Flush { id } => self.complete(id, EIO),
-                // The application detached the queue before it dropped it.
-                Delegated::Detach => self.delegated.waiting.push_back(delegated),
-            }
+            let (Delegated::Fallback { id } | Delegated::Flush { id }) = delegated;
+            self.complete(id, EIO);
         }
     }
 
@@ -226,9 +227,8 @@ impl Driver {
             self.complete(id, EIO);
         }
         while let Some(delegated) = self.delegated.waiting.pop_front() {
-            if let Delegated::Fallback { id } | Delegated::Flush { id } = delegated {
-                self.complete(id, EIO);
-            }
+            let (Delegated::Fallback { id } | Delegated::Flush { id }) = delegated;
+            self.complete(id, EIO);
         }
     }
 }

@@ -9,9 +9,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use ringpass_guest_abi::probe::{Device, ProbeAnswer};
-use ringpass_guest_abi::request::{DetachPayload, EventAnswer, T_DETACH, T_EVENT, T_PROBE};
+use ringpass_guest_abi::request::{EventAnswer, T_EVENT, T_PROBE};
 use virtio_bindings::virtio_blk::{
-    VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_WRITE_ZEROES,
+    VIRTIO_BLK_S_OK, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_WRITE_ZEROES,
     VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
 };
 
@@ -24,7 +24,8 @@ use super::memory::Memory;
 use super::requests::{Body, Requests};
 use super::virtqueue::{Virtqueue, Vring};
 
-/// How long a device may take to answer PROBE. After that the driver takes the device for an ordinary disk.
+/// How long the driver waits for the answer to PROBE before it goes on with an ordinary disk. The device answers when it
+/// has its disk, for which it may have to wait. A late answer is as good.
 const PROBE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// The driver of queue 0. One EVENT is always pending; the requests of all queues come in addition.
@@ -32,9 +33,13 @@ const PROBE_TIMEOUT: Duration = Duration::from_secs(5);
 pub(super) struct QueueZero {
     queue: Virtqueue,
     requests: Requests,
+    /// The head of the pending PROBE.
+    probe: Option<u16>,
+    /// The device's description of its rings. `None`: an ordinary disk, or PROBE is pending.
+    device: Option<Device>,
     /// The head of the pending EVENT.
     event: Option<u16>,
-    /// By head: the requests that the device has, except EVENT.
+    /// By head: the requests that the device has, except PROBE and EVENT.
     pending: BTreeMap<u16, Pending>,
     /// Answers that the driver has not taken yet. Other requests may already use their heads.
     answers: BTreeMap<RequestId, Answer>,
@@ -67,6 +72,8 @@ impl QueueZero {
         Ok(Self {
             queue,
             requests,
+            probe: None,
+            device: None,
             event: None,
             pending: BTreeMap::new(),
             answers: BTreeMap::new(),
@@ -86,39 +93,44 @@ impl QueueZero {
         self.queue.vring()
     }
 
-    /// Asks the device for its description. `None`: the device is an ordinary disk.
-    pub(super) fn probe(&mut self, patience: Duration) -> Result<Option<Device>, Error> {
-        let Some(head) = self.make_available(T_PROBE, &Body::Payload(&[])) else { return Ok(None) };
-        let id = self.register(head, None);
+    /// Asks the device for its description, and waits for a while for the answer.
+    pub(super) fn probe(&mut self, patience: Duration) -> Result<(), Error> {
+        self.probe = self.make_available(T_PROBE, &Body::Payload(&[]));
         let mut backoff = Backoff::new(patience.min(PROBE_TIMEOUT));
-        let answer = loop {
+        loop {
             self.reap()?;
-            if let Some(answer) = self.take_answer(id) {
-                break answer;
+            if self.probe.is_none() || !backoff.pause() {
+                return Ok(());
             }
-            if !backoff.pause() {
-                self.discard_answer(id);
-                return Ok(None);
-            }
-        };
-        if answer.check("PROBE").is_err() {
-            return Ok(None);
         }
-        let answer = ProbeAnswer::from_prefix(&answer.bytes);
-        Ok(answer.check().inspect_err(|error| tracing::info!("no rings: {error}")).ok())
+    }
+
+    /// Whether the device has not answered PROBE yet.
+    pub(super) fn is_probing(&self) -> bool {
+        self.probe.is_some()
+    }
+
+    /// The device's description of its rings, if it has answered and offers some.
+    pub(super) fn device(&self) -> Option<Device> {
+        self.device
+    }
+
+    fn handle_probe(&mut self, head: u16) {
+        if u32::from(self.requests.status(head)) != VIRTIO_BLK_S_OK {
+            return;
+        }
+        let answer = ProbeAnswer::from_prefix(&self.requests.answer(head));
+        self.device = answer.check().inspect_err(|error| tracing::info!("no rings: {error}")).ok();
+        if self.device.is_some() {
+            self.post_event();
+        }
     }
 
     /// Sends an EVENT, which the device completes to report what concerns queues that no thread looks at.
-    pub(super) fn post_event(&mut self) {
+    fn post_event(&mut self) {
         if self.event.is_none() {
             self.event = self.make_available(T_EVENT, &Body::Payload(&[]));
         }
-    }
-
-    /// Sends a new EVENT: a device that was lost and has no in-flight region may not know the former EVENT.
-    pub(super) fn renew_event(&mut self) {
-        self.event = None;
-        self.post_event();
     }
 
     /// Sends a request, and returns the id by which the caller takes the answer later. The answer wakes the user of
@@ -150,10 +162,6 @@ impl QueueZero {
                 self.make_available(VIRTIO_BLK_T_WRITE_ZEROES, &Body::Range(&range(offset_bytes, len_bytes, flags)))
             }
             QueueZeroRequest::GetId => self.make_available(VIRTIO_BLK_T_GET_ID, &Body::Payload(&[])),
-            QueueZeroRequest::Detach { queue } => {
-                let payload = DetachPayload { queue: queue.into(), ..DetachPayload::default() }.to_bytes();
-                self.make_available(T_DETACH, &Body::Payload(&payload))
-            }
             QueueZeroRequest::Transfer { offset_bytes, gpa, len_bytes, is_write } => {
                 let sent = self.requests.transfer(&mut self.queue, offset_bytes, gpa, len_bytes, is_write)?;
                 debug_assert_eq!(sent.len_bytes, len_bytes, "callers send a longer transfer in parts");
@@ -182,7 +190,10 @@ impl QueueZero {
     /// Takes the chains that the device has returned.
     pub(super) fn reap(&mut self) -> Result<(), Error> {
         while let Some(head) = self.queue.reap()? {
-            if self.event == Some(head) {
+            if self.probe == Some(head) {
+                self.probe = None;
+                self.handle_probe(head);
+            } else if self.event == Some(head) {
                 self.event = None;
                 self.handle_event(head);
             } else if let Some(Pending { id, for_queue }) = self.pending.remove(&head) {

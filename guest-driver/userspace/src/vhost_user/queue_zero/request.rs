@@ -22,10 +22,6 @@ pub(in super::super) enum QueueZeroRequest {
         unmap: bool,
     },
     GetId,
-    /// DETACH of another queue.
-    Detach {
-        queue: u16,
-    },
     /// A read or write that the ring of its queue cannot execute, of at most
     /// [`QueueZero::transfer_bytes_max`](super::QueueZero::transfer_bytes_max).
     Transfer {
@@ -44,7 +40,6 @@ impl QueueZeroRequest {
             Self::Discard { .. } => "discard",
             Self::WriteZeroes { .. } => "write zeroes",
             Self::GetId => "get id",
-            Self::Detach { .. } => "DETACH",
             Self::Transfer { is_write: true, .. } => "write",
             Self::Transfer { is_write: false, .. } => "read",
         }

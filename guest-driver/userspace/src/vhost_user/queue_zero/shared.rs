@@ -56,6 +56,27 @@ impl SharedQueueZero {
         }
     }
 
+    /// Waits until the device has answered PROBE.
+    ///
+    /// # Errors
+    ///
+    /// The device violates the protocol, or gives no answer in time.
+    pub(in super::super) fn wait_for_device(&self) -> Result<(), Error> {
+        let mut backoff = Backoff::new(self.patience);
+        loop {
+            {
+                let mut queue = self.lock();
+                queue.reap()?;
+                if !queue.is_probing() {
+                    return Ok(());
+                }
+            }
+            if !backoff.pause() {
+                return Err(Error::Silent { what: "PROBE", patience: self.patience });
+            }
+        }
+    }
+
     /// How many events the device has reported.
     pub(in super::super) fn event_count(&self) -> u64 {
         self.event_count.load(Ordering::Acquire)
