@@ -6,7 +6,9 @@
 mod config;
 mod queue;
 
+use std::fmt;
 use std::ops::Range;
+use std::os::fd::{AsFd, OwnedFd};
 use std::panic::resume_unwind;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
@@ -27,10 +29,16 @@ use crate::ring::{
     check_eventfd, refuse_unsafe,
 };
 
+/// What the rings of a device have as their fixed file 0. Closed when the device and the last of its rings have ended.
+pub(crate) trait RingFile: AsFd + fmt::Debug + Send + Sync {}
+
+impl RingFile for Disk {}
+impl RingFile for OwnedFd {}
+
 /// One guest's device in direct mode.
 #[derive(Debug)]
 pub struct DirectDevice {
-    disk: Arc<Disk>,
+    file: Arc<dyn RingFile>,
     policy: CompiledPolicy,
     workers: IoWorkers,
     submission: Submission,
@@ -90,10 +98,20 @@ impl DirectDevice {
         config: DirectConfig,
         is_wanted: &(dyn Fn() -> bool + Sync),
     ) -> Result<Self, RingError> {
+        check_disk(&disk)?;
+        Self::of_file(disk, memory, policy, config, is_wanted)
+    }
+
+    /// The same for the file of a disk that was [checked](check_disk).
+    pub(crate) fn of_file(
+        file: Arc<dyn RingFile>,
+        memory: &GuestMemory,
+        policy: CompiledPolicy,
+        config: DirectConfig,
+        is_wanted: &(dyn Fn() -> bool + Sync),
+    ) -> Result<Self, RingError> {
         // Before the pinning, which takes half a second for each GiB.
         refuse_unsafe(&policy)?;
-        refuse_finer_blocks(&disk)?;
-        refuse_integrity_profile(disk.path(), disk.integrity_profile()?)?;
         let (submission, pinned) = on_own_thread(|| -> Result<_, RingError> {
             let submission = match config.submission {
                 SubmissionConfig::SqThread(config) => Submission::SqThread(Arc::new(SqThread::new(config)?)),
@@ -102,7 +120,7 @@ impl DirectDevice {
             Ok((submission, PinnedMemory::pin_while(memory, config.sharing, is_wanted)?))
         })?;
         Ok(Self {
-            disk,
+            file,
             policy,
             workers: config.workers,
             submission,
@@ -149,7 +167,8 @@ impl DirectDevice {
             }
             QueuePlacement::Window => Placement::Window,
         };
-        let ring = KernelRing::create(config.ring, self.submission.clone(), &placement, &self.disk, &self.closer)?;
+        let ring =
+            KernelRing::create(config.ring, self.submission.clone(), &placement, self.file.as_fd(), &self.closer)?;
         // From here on the areas are in use, even if a later step fails.
         let running = Arc::new(Mutex::new(None));
         let end = ring.end();
@@ -169,7 +188,7 @@ impl DirectDevice {
         // A doorbell that rang while the ring was disabled was answered without effect.
         doorbell.iter().for_each(|doorbell| self.doorbells.ring(doorbell));
 
-        *lock(&running) = Some(Running { ring, doorbell, pinned: pinned.clone(), disk: self.disk.clone() });
+        *lock(&running) = Some(Running { ring, doorbell, pinned: pinned.clone(), file: self.file.clone() });
         let addressing = pinned.memory().addressing();
         Ok(DirectQueue { layout, addressing, running, end, doorbells: self.doorbells.clone() })
     }
@@ -257,11 +276,6 @@ impl DirectDevice {
         state.rings.iter().map(|ring| ring.end.clone()).collect()
     }
 
-    /// The disk behind the queues.
-    pub fn disk(&self) -> &Disk {
-        &self.disk
-    }
-
     /// The guest's memory, plugged memory included.
     pub fn memory(&self) -> GuestMemory {
         self.state().pinned.memory().clone()
@@ -293,6 +307,16 @@ impl DeviceState {
             Some(Ok(_)) | None => Ok(()),
         }
     }
+}
+
+/// Refuses a disk that no ring may have.
+///
+/// # Errors
+///
+/// [`RingError::FinerBlocks`], [`RingError::IntegrityProfile`]; or `/sys` cannot be read.
+pub(crate) fn check_disk(disk: &Disk) -> Result<(), RingError> {
+    refuse_finer_blocks(disk)?;
+    refuse_integrity_profile(disk.path(), disk.integrity_profile()?)
 }
 
 /// Refuses smaller blocks: the guest's driver keeps only to the logical block, and no code checks its requests before

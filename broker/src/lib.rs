@@ -13,6 +13,7 @@
 //! | make one restricted ring, and learn when it has ended | [`ring`] |
 //! | put these together as a device with queues | [`direct`] |
 //! | connect the queues to a virtual machine | `kvm` (feature `kvm`) |
+//! | make the rings of guests in another process | [`ring_host`] |
 //! | execute the virtqueues of a virtio-blk device | [`engine`], with [`virtio_blk`] and [`virtqueue`] |
 //! | talk to a VMM | [`vhost_user`] |
 //! | answer questions about a device on a socket | [`control`] |
@@ -138,6 +139,7 @@ mod process_end;
 mod processes;
 pub mod ring;
 mod ring_fd;
+pub mod ring_host;
 #[cfg(feature = "sandbox")]
 pub mod sandbox;
 mod signal_line;

@@ -3,6 +3,7 @@
 use std::{
     env, fmt, fs,
     io::{BufRead, BufReader},
+    ops::Add,
     path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Stdio},
     sync::{Arc, Mutex, PoisonError},
@@ -57,7 +58,7 @@ pub fn needs() -> Vec<Need> {
 }
 
 /// The resources of a process at one moment.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 pub struct Usage {
     /// Memory of its own, in bytes (`RssAnon`).
     pub anonymous_bytes: u64,
@@ -145,6 +146,18 @@ impl BrokerProcess {
     /// Its process id.
     pub fn pid(&self) -> u32 {
         self.child.id()
+    }
+
+    /// The process that makes the rings of guests, unless the broker offers none.
+    pub fn ring_process(&self) -> Option<u32> {
+        // The broker has no other child.
+        let children = fs::read_to_string(format!("/proc/{0}/task/{0}/children", self.pid())).unwrap_or_default();
+        children.split_whitespace().next().and_then(|pid| pid.parse().ok())
+    }
+
+    /// The broker, and its ring process if there is one.
+    pub fn processes(&self) -> impl Iterator<Item = u32> {
+        [self.pid()].into_iter().chain(self.ring_process())
     }
 
     /// The last lines of its log.
@@ -251,35 +264,17 @@ impl BrokerProcess {
     ///
     /// It has ended.
     pub fn has_hanging_thread(&self) -> Result<bool> {
-        stuck_disk::has_hanging_thread(self.pid())
+        let hanging = self.processes().map(stuck_disk::has_hanging_thread).collect::<Result<Vec<_>>>()?;
+        Ok(hanging.contains(&true))
     }
 
-    /// The resources of the broker.
+    /// The resources of the broker, with its ring process.
     ///
     /// # Errors
     ///
     /// It has ended.
     pub fn usage(&self) -> Result<Usage> {
-        let directory = PathBuf::from(format!("/proc/{}", self.pid()));
-        let status = fs::read_to_string(directory.join("status")).context("cannot read the broker's status")?;
-        let bytes = |field: &str| -> Result<u64> {
-            let line = status.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(':'));
-            let text = line.and_then(|text| text.trim().strip_suffix(" kB")).context("a field of the status")?;
-            Ok(text.trim().parse::<u64>()? << 10)
-        };
-        let mut cpu_ns = 0;
-        for task in fs::read_dir(directory.join("task"))? {
-            // The thread may have ended meanwhile.
-            let Ok(statistics) = fs::read_to_string(task?.path().join("schedstat")) else { continue };
-            cpu_ns += statistics.split(' ').next().context("the time of a thread")?.parse::<u64>()?;
-        }
-        Ok(Usage {
-            anonymous_bytes: bytes("RssAnon")?,
-            file_bytes: bytes("RssFile")?,
-            pinned_bytes: bytes("VmPin")?,
-            fds: fs::read_dir(directory.join("fd"))?.count(),
-            cpu_ns,
-        })
+        self.processes().try_fold(Usage::default(), |sum, pid| Ok(sum + usage_of(pid)?))
     }
 
     /// Waits until the broker has `fds` file descriptors again. It closes those of a connection soon after the
@@ -319,8 +314,9 @@ impl BrokerProcess {
 
     /// The files that the broker has open, for a message.
     fn open_files(&self) -> String {
-        let Ok(entries) = fs::read_dir(format!("/proc/{}/fd", self.pid())) else { return String::new() };
-        let links = entries.flatten().filter_map(|entry| fs::read_link(entry.path()).ok());
+        let entries =
+            self.processes().filter_map(|pid| fs::read_dir(format!("/proc/{pid}/fd")).ok()).flatten().flatten();
+        let links = entries.filter_map(|entry| fs::read_link(entry.path()).ok());
         let mut links: Vec<String> = links.map(|link| link.display().to_string()).collect();
         links.sort();
         links.join(", ")
@@ -351,6 +347,44 @@ impl Drop for BrokerProcess {
 impl fmt::Display for BrokerProcess {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "broker {} at {}", self.pid(), self.socket.display())
+    }
+}
+
+/// The resources of one process.
+fn usage_of(pid: u32) -> Result<Usage> {
+    let directory = PathBuf::from(format!("/proc/{pid}"));
+    let status = fs::read_to_string(directory.join("status")).context("cannot read the broker's status")?;
+    let bytes = |field: &str| -> Result<u64> {
+        let line = status.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(':'));
+        let text = line.and_then(|text| text.trim().strip_suffix(" kB")).context("a field of the status")?;
+        Ok(text.trim().parse::<u64>()? << 10)
+    };
+    let mut cpu_ns = 0;
+    for task in fs::read_dir(directory.join("task"))? {
+        // The thread may have ended meanwhile.
+        let Ok(statistics) = fs::read_to_string(task?.path().join("schedstat")) else { continue };
+        cpu_ns += statistics.split(' ').next().context("the time of a thread")?.parse::<u64>()?;
+    }
+    Ok(Usage {
+        anonymous_bytes: bytes("RssAnon")?,
+        file_bytes: bytes("RssFile")?,
+        pinned_bytes: bytes("VmPin")?,
+        fds: fs::read_dir(directory.join("fd"))?.count(),
+        cpu_ns,
+    })
+}
+
+impl Add for Usage {
+    type Output = Self;
+
+    fn add(self, other: Self) -> Self {
+        Self {
+            anonymous_bytes: self.anonymous_bytes + other.anonymous_bytes,
+            file_bytes: self.file_bytes + other.file_bytes,
+            pinned_bytes: self.pinned_bytes + other.pinned_bytes,
+            fds: self.fds + other.fds,
+            cpu_ns: self.cpu_ns + other.cpu_ns,
+        }
     }
 }
 

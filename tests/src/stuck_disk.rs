@@ -180,10 +180,10 @@ impl StuckDisk {
     /// # Errors
     ///
     /// No write hangs in time.
-    pub fn wait_for_hanging_write(&self, pid: u32) -> Result<()> {
+    pub fn wait_for_hanging_write(&self, has_hanging_thread: impl Fn() -> Result<bool>) -> Result<()> {
         let is_hanging = || match self.kind {
             StuckKind::LoopDevice => self.writes_in_device(),
-            StuckKind::File => has_hanging_thread(pid),
+            StuckKind::File => has_hanging_thread(),
         };
         let end = Instant::now() + HANG_PATIENCE;
         while !is_hanging()? {

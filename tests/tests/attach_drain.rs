@@ -167,7 +167,7 @@ fn virtqueue() -> Result<()> {
     guest.slow.disk.freeze()?;
     let sector = SlowGuest::HANGING_OFFSET_BYTES / SECTOR_BYTES;
     driver.send_block(VIRTIO_BLK_T_OUT, sector, Descriptor::readable(REGION_GPA, 4096))?;
-    guest.slow.disk.wait_for_hanging_write(guest.slow.broker.pid())?;
+    guest.slow.disk.wait_for_hanging_write(|| guest.slow.broker.has_hanging_thread())?;
     ensure!(driver.vring().used_idx()? == 0, "the write did not hang");
     let removed = guest.remove(AT_ONCE);
     guest.slow.broker.explain(removed)?;

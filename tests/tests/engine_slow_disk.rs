@@ -25,7 +25,7 @@ use ringpass_tests::{
         vring::{DriverVring, VringLayout},
     },
     harness::{self, test},
-    stuck_disk::{StuckDisk, StuckKind},
+    stuck_disk::{self, StuckDisk, StuckKind},
 };
 use vhost::vhost_user::message::VhostUserInflight;
 use virtio_bindings::{virtio_blk::VIRTIO_BLK_T_OUT, virtio_ring::VIRTIO_RING_F_EVENT_IDX};
@@ -174,7 +174,7 @@ impl Machine {
             ensure!(Instant::now() < end, "the engine does not take the write");
             std::thread::yield_now();
         }
-        self.disk.wait_for_hanging_write(std::process::id())
+        self.disk.wait_for_hanging_write(|| stuck_disk::has_hanging_thread(std::process::id()))
     }
 
     /// The heads that the in-flight region has for a queue.

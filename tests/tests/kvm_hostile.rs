@@ -8,9 +8,9 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use ringpass_bare_metal::{ATTACK_EXTENTS_MAX, Attack, Command, HOST_ADDRESSES_MAX, RAM_REGIONS_MAX, RamRegion};
-use ringpass_broker::disk::{DirectIo, DiskConfig};
+use ringpass_broker::disk::{self, DirectIo, DiskConfig};
 use ringpass_broker::kernel::{self, KernelRelease};
-use ringpass_broker::limits::cap_file_growth;
+use ringpass_broker::limits::cap_file_growth_at;
 use ringpass_restrictions::Access;
 use ringpass_tests::canaries::{Canaries, pattern};
 use ringpass_tests::disks::DiskKind;
@@ -114,7 +114,7 @@ fn child(task: &ChildTask) -> Result<()> {
     let other_ram = pattern(OTHER_RAM, usize::try_from(other.memory().len_bytes())?);
     hostile.fill_ram(&ram)?;
     other.fill_ram(&other_ram)?;
-    cap_file_growth(hostile.device().disk())?;
+    cap_file_growth_at(disk::DiskKind::RegularFile, std::fs::metadata(&task.disk)?.len())?;
 
     let stack = (&raw const how).addr() as u64;
     let addresses =

@@ -25,7 +25,7 @@ use ringpass_tests::needs::Need;
 use ringpass_tests::process_guest::Place;
 use ringpass_tests::raw_guest::{CompletionQueue, Ram, within};
 use ringpass_tests::seed::Seed;
-use ringpass_tests::stuck_disk::{StuckDisk, StuckKind};
+use ringpass_tests::stuck_disk::{self, StuckDisk, StuckKind};
 use ringpass_vmm::VmmError;
 use ringpass_workload::{Job, Verify};
 
@@ -108,7 +108,7 @@ fn stuck(end: End, place: Place, submission: SubmissionConfig) -> Result<()> {
             ensure!(all, "the kernel does not consume the requests");
         }
         // The indexes of this ring are not in RAM.
-        Place::Window => disk.wait_for_hanging_write(std::process::id())?,
+        Place::Window => disk.wait_for_hanging_write(|| stuck_disk::has_hanging_thread(std::process::id()))?,
     }
 
     let start = Instant::now();
@@ -231,7 +231,7 @@ fn killed_with_hanging_io(how: &str) -> Result<()> {
     let mut monitor = Monitor::start(disk.path(), how)?;
     let all = within(LIMIT, || monitor.ram.word(monitor.head_gpa).is_ok_and(|count| count == DEPTH));
     ensure!(all, "the kernel does not consume the requests");
-    disk.wait_for_hanging_write(monitor.process.id())?;
+    disk.wait_for_hanging_write(|| stuck_disk::has_hanging_thread(monitor.process.id()))?;
     monitor.process.kill()?;
     // The kernel ends an SQ thread, and with it the process, only after its requests.
     if how == "doorbell" {

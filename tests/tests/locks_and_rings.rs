@@ -3,6 +3,7 @@
 use std::{
     env,
     io::{BufRead, BufReader, Write},
+    os::fd::AsFd,
     path::Path,
     process::{Child, Command, ExitCode, Stdio},
     sync::Arc,
@@ -131,7 +132,7 @@ fn dropped_disk(kind: DiskKind, sq_thread: bool) -> Result<()> {
     };
     let closer = RingCloser::start()?;
     let disk = Disk::open(&made.config())?;
-    let ring = KernelRing::create(RING, submission, &Placement::Window, &disk, &closer)?
+    let ring = KernelRing::create(RING, submission, &Placement::Window, disk.as_fd(), &closer)?
         .attach_memory(&pinned)?
         .limit_workers(IoWorkers::default())?
         .restrict(&policy)?

@@ -61,28 +61,29 @@ fn confined() -> Result<()> {
     let mut bench = Bench::new(DiskKind::Ext4PageCache, DISK_BYTES, 3, &[])?;
     let mut driver = bench.attached(1)?;
     driver.write(0, &[0x5a; 4096])?;
-    let process = format!("/proc/{}", bench.broker.pid());
     let mut threads = Vec::new();
-    for task in fs::read_dir(format!("{process}/task"))? {
-        let Ok(status) = fs::read_to_string(task?.path().join("status")) else { continue };
-        let name = field(&status, "Name")?;
-        for set in ["CapEff", "CapPrm", "CapInh", "CapAmb", "CapBnd"] {
-            let set_bits = u64::from_str_radix(field(&status, set)?, 16)?;
-            ensure!(set_bits & !IPC_LOCK == 0, "{set} of thread {name}: {set_bits:#x}");
+    for process in bench.broker.processes().map(|pid| format!("/proc/{pid}")) {
+        for task in fs::read_dir(format!("{process}/task"))? {
+            let Ok(status) = fs::read_to_string(task?.path().join("status")) else { continue };
+            let name = field(&status, "Name")?;
+            for set in ["CapEff", "CapPrm", "CapInh", "CapAmb", "CapBnd"] {
+                let set_bits = u64::from_str_radix(field(&status, set)?, 16)?;
+                ensure!(set_bits & !IPC_LOCK == 0, "{set} of thread {name}: {set_bits:#x}");
+            }
+            ensure!(field(&status, "NoNewPrivs")? == "1", "thread {name}");
+            ensure!(field(&status, "Seccomp")? == "2", "thread {name} is not filtered");
+            threads.push(name.to_owned());
         }
-        ensure!(field(&status, "NoNewPrivs")? == "1", "thread {name}");
-        ensure!(field(&status, "Seccomp")? == "2", "thread {name} is not filtered");
-        threads.push(name.to_owned());
+        let (files, kept) = (fs::read_dir(format!("{process}/fdinfo"))?.count(), files_over_exec(&process)?);
+        if let Some(number) = kept.first() {
+            let link = fs::read_link(format!("{process}/fd/{number}"));
+            bail!("descriptor {number}, {link:?}, would stay open over an exec");
+        }
+        ensure!(files > 10, "only {files} files");
     }
     // The SQ thread belongs to the kernel and has the credentials of the ring's creator.
     ensure!(threads.iter().any(|name| name.starts_with("iou-sqp")), "no SQ thread among {threads:?}");
-    let (files, kept) = (fs::read_dir(format!("{process}/fdinfo"))?.count(), files_over_exec(&process)?);
-    if let Some(number) = kept.first() {
-        let link = fs::read_link(format!("{process}/fd/{number}"));
-        bail!("descriptor {number}, {link:?}, would stay open over an exec");
-    }
-    eprintln!("{files} files, threads: {}", threads.join(", "));
-    ensure!(files > 10, "only {files} files");
+    eprintln!("threads: {}", threads.join(", "));
     driver.read(0, 4096).map(drop)
 }
 

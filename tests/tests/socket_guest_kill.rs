@@ -159,7 +159,7 @@ fn slow_io(kind: StuckKind) -> Result<()> {
     disk.freeze()?;
     ensure!(queue.submit(Operation::Write, buffer, 4096, 4096, 1).is_ok(), "the empty queue refuses a request");
     queue.send();
-    disk.wait_for_hanging_write(old.pid())?;
+    disk.wait_for_hanging_write(|| old.has_hanging_thread())?;
     let hung = queue.poll();
     old.signal(Signal::KILL)?;
     let new = BrokerProcess::start(&socket, disk.path(), &arguments);

@@ -23,7 +23,7 @@ use ringpass_guest_abi::RingLayout;
 use ringpass_tests::{
     harness::{self, test},
     raw_guest::{BUFFERS_GPA, CompletionQueue, Driver, RAM_BYTES, Ram, SUBMISSIONS, attach, device, within},
-    stuck_disk::{StuckDisk, StuckKind},
+    stuck_disk::{self, StuckDisk, StuckKind},
 };
 
 const DISK_BYTES: u64 = 1 << 20;
@@ -199,7 +199,7 @@ fn stuck_io(kind: StuckKind, submission: SubmissionConfig, window: bool) -> Resu
         // The kernel has now issued all requests, except those for its workers.
         wait_until_consumed(&ram, &layout, WRITES + reads)?;
     }
-    disk.wait_for_hanging_write(std::process::id())?;
+    disk.wait_for_hanging_write(|| stuck_disk::has_hanging_thread(std::process::id()))?;
     ensure!(driver.reap().is_none(), "a request completed on a frozen disk");
 
     let start = Instant::now();

@@ -188,7 +188,7 @@ fn slow_io() -> Result<()> {
     let head = slow.driver.vring().add(&chain)?;
     slow.driver.vring().publish()?;
     wait_until("the write is in flight", || Ok(slow.region.heads(0)? == [head]))?;
-    disk.wait_for_hanging_write(broker.pid())?;
+    disk.wait_for_hanging_write(|| broker.has_hanging_thread())?;
     broker.signal(Signal::KILL)?;
     broker.wait()?;
     drop(front_end);

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use ringpass_guest_abi::{FixedAddressing, RingLayout};
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::disk::Disk;
+use super::RingFile;
 use crate::memory::PinnedMemory;
 use crate::ring::{DoorbellId, DoorbellThread, Enabled, KernelRing, RingEnd, RingError, RingGauge, RingWindow};
 
@@ -26,7 +26,7 @@ pub(super) struct Running {
     pub(super) doorbell: Option<DoorbellId>,
     /// The memory of the ring, which its I/O may use.
     pub(super) pinned: Arc<PinnedMemory>,
-    pub(super) disk: Arc<Disk>,
+    pub(super) file: Arc<dyn RingFile>,
 }
 
 impl DirectQueue {
@@ -74,6 +74,11 @@ impl DirectQueue {
         }
     }
 
+    /// Tells when the queue's I/O has ended, once it is closed or dropped.
+    pub(crate) fn end(&self) -> RingEnd {
+        self.end.clone()
+    }
+
     /// Ends the queue. Returns at once; [`RingEnd`] tells when its I/O has ended too.
     pub fn close(self) -> RingEnd {
         self.end.clone()
@@ -82,10 +87,10 @@ impl DirectQueue {
 
 impl Drop for DirectQueue {
     fn drop(&mut self) {
-        let Some(Running { ring, doorbell, pinned, disk }) = lock(&self.running).take() else { return };
+        let Some(Running { ring, doorbell, pinned, file }) = lock(&self.running).take() else { return };
         doorbell.iter().for_each(|doorbell| self.doorbells.remove(doorbell));
         // Dropped in this order, so that others can open the disk once the memory is released.
-        ring.close(Box::new((disk, pinned, self.doorbells.clone())));
+        ring.close(Box::new((file, pinned, self.doorbells.clone())));
     }
 }
 

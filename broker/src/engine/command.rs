@@ -85,11 +85,6 @@ pub(super) enum Command {
         attachment: AttachmentId,
         event: AttachEvent,
     },
-    /// The ring of the queue ends and none follows.
-    FinishRing {
-        queue: usize,
-        reason: ErrorCode,
-    },
     /// Rings end; their drivers get others.
     EndRings {
         reason: ErrorCode,
@@ -275,10 +270,6 @@ impl WorkerSenders {
 impl Workers for WorkerSenders {
     fn attach_event(&self, queue: u16, attachment: AttachmentId, event: AttachEvent) {
         self.send(queue, |queue| Command::Attachment { queue, attachment, event });
-    }
-
-    fn finish_ring(&self, queue: u16, reason: ErrorCode) {
-        self.send(queue, |queue| Command::FinishRing { queue, reason });
     }
 
     fn tell_driver(&self) {

@@ -80,6 +80,9 @@ impl EngineControl {
         let has_changed = device.set_size_bytes(size_bytes)?;
         if has_changed {
             let limits = device.request_limits();
+            if let Some(attach) = &self.attach {
+                attach.set_disk_size(size_bytes);
+            }
             self.order_all(|reply| Command::SetLimits { limits, reply });
         }
         Ok(has_changed)

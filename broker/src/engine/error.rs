@@ -5,6 +5,8 @@ use std::io;
 use thiserror::Error;
 use vm_memory::mmap::MmapRegionError;
 
+use crate::ring_host::RingHostError;
+
 /// Why an engine cannot start.
 #[derive(Debug, Error)]
 #[non_exhaustive]
@@ -29,6 +31,9 @@ pub enum EngineError {
     /// No thread.
     #[error("a worker's thread cannot be started: {0}")]
     Thread(#[source] io::Error),
+    /// Nothing can make the guests' rings.
+    #[error(transparent)]
+    RingHost(#[from] RingHostError),
     /// A worker cannot run on the CPU that it was given.
     #[error(
         "a worker cannot run on CPU {cpu}: {error}; give CPUs that are online and that this process may use \

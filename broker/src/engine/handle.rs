@@ -6,7 +6,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 use std::{fmt, io};
 
-use super::attach::{Attach, AttachConfig, BuilderCommand, SharedRings, Workers, builder};
+use super::attach::{Attach, AttachConfig, BuilderCommand, SharedRings, Workers, builder, ring_watch};
 use super::command::{Command, CommandSender, WorkerSenders, command_channel};
 use super::control::{EngineControl, StartedQueues};
 use super::counters::QueueCounters;
@@ -23,6 +23,7 @@ use super::vring::Vring;
 use super::worker::WorkerParts;
 use super::{EngineError, Shared};
 use crate::disk::Disk;
+use crate::ring_host::RingHost;
 use crate::vhost_user::{DeviceMemory, PeerWatch};
 use crate::virtio_blk::{BlkConfig, CacheMode};
 
@@ -42,12 +43,14 @@ pub struct EngineConfig {
     pub cpus: Vec<usize>,
     /// How queues become rings of their drivers. `None`: the device does not offer that.
     pub attach: Option<AttachConfig>,
+    /// What makes these rings. `None`: threads of the engine's own process ([`RingHost::in_threads`]).
+    pub ring_host: Option<RingHost>,
 }
 
 impl EngineConfig {
     /// Workers that do not poll, one for each queue but at most one for each CPU, anywhere; no rings.
     pub fn new(device: BlkConfig) -> Self {
-        Self { device, poll_time: Duration::ZERO, workers: None, cpus: Vec::new(), attach: None }
+        Self { device, poll_time: Duration::ZERO, workers: None, cpus: Vec::new(), attach: None, ring_host: None }
     }
 
     /// Sets [`poll_time`](Self#structfield.poll_time).
@@ -72,6 +75,12 @@ impl EngineConfig {
     #[must_use]
     pub fn attach(self, attach: impl Into<Option<AttachConfig>>) -> Self {
         Self { attach: attach.into(), ..self }
+    }
+
+    /// Sets [`ring_host`](Self#structfield.ring_host).
+    #[must_use]
+    pub fn ring_host(self, host: impl Into<Option<RingHost>>) -> Self {
+        Self { ring_host: host.into(), ..self }
     }
 }
 
@@ -113,7 +122,8 @@ impl Engine {
         let (senders, receivers): (Vec<_>, Vec<_>) =
             (0..workers).map(|_| command_channel()).collect::<Result<Vec<_>, _>>()?.into_iter().unzip();
         let senders: Arc<[CommandSender]> = senders.into();
-        let attach = config.attach.map(|attach| start_attach(attach, queues as u16, &senders)).transpose()?;
+        let (host, queue_count) = (config.ring_host, device.num_queues());
+        let attach = config.attach.map(|attach| start_attach(attach, host, queue_count, &senders)).transpose()?;
         let ring_policy = RingPolicy::of_this_kernel();
         let mut threads = Vec::new();
         for (number, commands) in receivers.into_iter().enumerate() {
@@ -209,12 +219,21 @@ impl Engine {
     }
 }
 
-/// Starts the ring builder.
-fn start_attach(config: AttachConfig, queue_count: u16, workers: &Arc<[CommandSender]>) -> Result<Attach, EngineError> {
+/// Starts the ring builder, and what follows the rings.
+fn start_attach(
+    config: AttachConfig,
+    host: Option<RingHost>,
+    queue_count: u16,
+    workers: &Arc<[CommandSender]>,
+) -> Result<Attach, EngineError> {
+    let host = host.map_or_else(|| RingHost::in_threads(config.clone(), queue_count), Ok)?;
+    let (host, events) = host.open()?;
+    let control = Arc::clone(host.control());
     let (config, rings) = (Arc::new(config), Arc::new(SharedRings::new(queue_count)));
     let workers: Arc<dyn Workers> = Arc::new(WorkerSenders::new(workers));
-    let builder = builder::start(config.clone(), rings.clone(), workers.clone())?;
-    Ok(Attach::new(config, queue_count, rings, builder, workers))
+    ring_watch::start(events, rings.clone(), workers.clone())?;
+    let builder = builder::start(host, rings.clone(), workers.clone())?;
+    Ok(Attach::new(config, queue_count, rings, builder, control, workers))
 }
 
 impl Drop for Engine {

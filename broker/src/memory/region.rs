@@ -59,7 +59,7 @@ impl Backing {
 
 impl RegionConfig {
     /// Whether both name the same pages at the same address.
-    fn is_same(&self, other: &Self) -> bool {
+    pub(crate) fn is_same(&self, other: &Self) -> bool {
         (self.gpa, self.len_bytes, self.file_offset_bytes) == (other.gpa, other.len_bytes, other.file_offset_bytes)
             && Arc::ptr_eq(&self.file, &other.file)
     }
@@ -191,11 +191,6 @@ impl GuestMemory {
     /// Bytes of RAM.
     pub fn len_bytes(&self) -> u64 {
         self.regions.iter().map(|region| region.config.len_bytes).sum()
-    }
-
-    /// Whether this region is part of the memory, with the same pages.
-    pub(crate) fn has_region(&self, config: &RegionConfig) -> bool {
-        self.regions.iter().any(|region| region.config.is_same(config))
     }
 
     pub(crate) fn regions(&self) -> &[Region] {

@@ -119,6 +119,24 @@ impl RingEnd {
         }
     }
 
+    /// The ring is closed, as far as this process knows. For rings of another process.
+    pub(crate) fn note_closed(&self) {
+        let mut phase = self.phase();
+        if matches!(*phase, Phase::Running) {
+            *phase = Phase::Closed(Instant::now());
+        }
+    }
+
+    /// The ring has ended. For rings of another process.
+    pub(crate) fn note_ended(&self) {
+        let after = match *self.phase() {
+            Phase::Running => Duration::ZERO,
+            Phase::Closed(at) => at.elapsed(),
+            Phase::Ended { .. } => return,
+        };
+        self.set(Phase::Ended { after });
+    }
+
     fn listeners(&self) -> MutexGuard<'_, Listeners> {
         self.progress.listeners.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -27,7 +27,7 @@ mod still_running;
 mod token;
 
 use std::marker::PhantomData;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
@@ -46,9 +46,10 @@ pub use placement::{Placement, RingWindow};
 pub(crate) use policy::refuse_unsafe;
 pub use sq_thread::{SqThread, SqThreadConfig};
 pub use still_running::StillRunning;
+#[cfg(feature = "sandbox")]
+pub(crate) use token::existing_token_directory;
 pub use token::{token_directory, try_end_token};
 
-use crate::disk::Disk;
 use crate::memory::{ChangedSlots, PinnedMemory};
 use crate::ring_fd::RingFd;
 use token::EndToken;
@@ -114,7 +115,7 @@ impl KernelRing<Disabled> {
         config: RingConfig,
         submission: Submission,
         placement: &Placement<'_>,
-        disk: &Disk,
+        disk: BorrowedFd<'_>,
         closer: &RingCloser,
     ) -> Result<Self, RingError> {
         config.check()?;
@@ -132,7 +133,7 @@ impl KernelRing<Disabled> {
             }),
             state: PhantomData,
         };
-        let registered = ring.fd().register_files(&[disk.as_fd(), ring.parts().token.as_fd()]);
+        let registered = ring.fd().register_files(&[disk, ring.parts().token.as_fd()]);
         if let Err(source) = registered {
             // Without the token nothing tells when the ring, which has no I/O, stops writing to its areas. So wait long
             // enough.

@@ -96,6 +96,12 @@ pub fn token_directory() -> io::Result<BorrowedFd<'static>> {
     Ok(DIRECTORY.get_or_init(|| made).as_fd())
 }
 
+/// The directory, if it was made.
+#[cfg(feature = "sandbox")]
+pub(crate) fn existing_token_directory() -> Option<BorrowedFd<'static>> {
+    DIRECTORY.get().map(OwnedFd::as_fd)
+}
+
 /// Whether the end of a ring can be detected here: this requires that a directory can be made in one of the places of
 /// [`token_directory`], and locked.
 ///

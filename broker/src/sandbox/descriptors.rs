@@ -2,8 +2,9 @@
 
 use std::fs;
 use std::io;
-use std::os::fd::{BorrowedFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 
+use nix::libc;
 use rustix::io::{Errno, FdFlags, fcntl_getfd, fcntl_setfd};
 
 use super::SandboxError;
@@ -26,6 +27,31 @@ pub fn close_descriptors_on_exec() -> Result<(), SandboxError> {
         close_on_exec(number).map_err(SandboxError::system("making a descriptor close-on-exec"))?;
     }
     Ok(())
+}
+
+/// Closes every descriptor but these. For a process that was forked: what owned the others in its parent is never used
+/// here.
+pub(crate) fn close_descriptors_but(kept: &[BorrowedFd<'_>]) -> Result<(), SandboxError> {
+    let mut numbers: Vec<RawFd> = kept.iter().map(AsRawFd::as_raw_fd).collect();
+    numbers.sort_unstable();
+    let mut first = 0;
+    for end in numbers.into_iter().map(Some).chain([None]) {
+        let last = end.map_or(RawFd::MAX, |end| end - 1);
+        if first <= last {
+            close_range(first, last).map_err(SandboxError::system("closing the descriptors of the parent process"))?;
+        }
+        first = end.map_or(first, |end| end + 1);
+    }
+    Ok(())
+}
+
+fn close_range(first: RawFd, last: RawFd) -> io::Result<()> {
+    // SAFETY: a system call that names no memory (Linux 5.9). What owned these descriptors belongs to the parent process, and the
+    // caller uses none of it.
+    match unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
 }
 
 fn close_on_exec(number: RawFd) -> Result<(), Errno> {

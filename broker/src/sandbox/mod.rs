@@ -29,9 +29,11 @@ mod system_calls;
 use std::io;
 
 use crate::privileges::PrivilegesError;
+pub(crate) use descriptors::close_descriptors_but;
 pub use descriptors::close_descriptors_on_exec;
 pub use namespaces::{Isolation, isolate};
 pub use paths::{DiskPath, Paths, Restricted};
+pub(crate) use privileges::require_one_thread;
 pub use privileges::{Unprivileged, drop_privileges};
 pub use role::Role;
 
@@ -62,7 +64,7 @@ impl From<PrivilegesError> for SandboxError {
 }
 
 impl SandboxError {
-    fn system<E: Into<io::Error>>(what: &'static str) -> impl FnOnce(E) -> Self {
+    pub(crate) fn system<E: Into<io::Error>>(what: &'static str) -> impl FnOnce(E) -> Self {
         move |source| Self::System { what, source: source.into() }
     }
 }

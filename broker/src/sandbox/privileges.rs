@@ -39,7 +39,7 @@ pub fn drop_privileges() -> Result<Unprivileged, SandboxError> {
 }
 
 /// Refuses a process with several threads: namespaces and capabilities belong to threads.
-pub(super) fn require_one_thread() -> Result<(), SandboxError> {
+pub(crate) fn require_one_thread() -> Result<(), SandboxError> {
     let threads = threads().map_err(SandboxError::system("counting threads"))?;
     if threads == 1 { Ok(()) } else { Err(SandboxError::Threads { threads }) }
 }

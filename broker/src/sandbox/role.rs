@@ -9,8 +9,6 @@ pub enum Role {
     Server,
     /// It makes rings for the guest of a server, which asks for them over sockets. It serves no socket and executes no I/O itself.
     RingProcess,
-    /// It is both.
-    ServerWithRings,
 }
 
 /// What needs a system call.
@@ -29,8 +27,8 @@ impl Role {
     pub(super) fn has(self, part: Part) -> bool {
         match part {
             Part::Process => true,
-            Part::Serving => matches!(self, Self::Server | Self::ServerWithRings),
-            Part::Rings => matches!(self, Self::RingProcess | Self::ServerWithRings),
+            Part::Serving => self == Self::Server,
+            Part::Rings => self == Self::RingProcess,
         }
     }
 }

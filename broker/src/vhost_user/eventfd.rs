@@ -27,7 +27,7 @@ pub struct NotAnEventfd {
 /// # Errors
 ///
 /// The descriptor is not an eventfd. Without /proc this check is impossible, and every descriptor passes.
-pub(super) fn adopt(fd: OwnedFd) -> Result<EventFd, NotAnEventfd> {
+pub(crate) fn adopt(fd: OwnedFd) -> Result<EventFd, NotAnEventfd> {
     if let Ok(link) = rustix::fs::readlinkat(CWD, format!("/proc/self/fd/{}", fd.as_raw_fd()), Vec::new()) {
         let link = link.to_string_lossy();
         if link != EVENTFD_LINK {

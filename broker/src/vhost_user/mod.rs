@@ -35,6 +35,7 @@ pub use connection::{
 };
 pub use device::{ConfigWriteError, Device, DeviceMemory, QueueEventfds};
 pub use eventfd::NotAnEventfd;
+pub(crate) use eventfd::adopt as adopt_eventfd;
 pub(crate) use features::feature_names;
 pub use listener::{BoundSocket, ListenError, SocketAccess};
 pub use memory_table::{MAX_REGIONS, MemoryTable, MemoryTableError};

@@ -77,6 +77,8 @@ pub(crate) fn run(args: &ServeArgs) -> anyhow::Result<ExitCode> {
     // The confined server cannot see which process has locked the disk.
     let start = interruptible(|| located.start_up(args.start_up()).map_err(refusal::advise))?;
     disk_source::bound_growth(&located, args.max_size_bytes())?;
+    // Before this process has sockets, threads and the disk, which the ring process is not to have.
+    let ring_host = rings::start_host(&offer, &device, located.kind(), args.sandbox())?;
     // Changing the group of a socket needs privileges, which the sandbox drops.
     let access = args.access().decide();
     let socket = args.socket()?.prepare(access.front_end)?;
@@ -94,7 +96,8 @@ pub(crate) fn run(args: &ServeArgs) -> anyhow::Result<ExitCode> {
         .poll_time(args.poll_time())
         .workers(args.workers())
         .cpus(args.cpus().to_vec())
-        .attach(offer.config());
+        .attach(offer.config())
+        .ring_host(ring_host);
     let mut engine = Engine::new(config, |control| {
         // Only this call sets the cell.
         let _ = connections.engine.set(control);

@@ -6,17 +6,20 @@ use std::time::Duration;
 use anyhow::{Context, bail, ensure};
 use clap::{Args, ValueEnum};
 use ringpass_broker::direct::{DirectConfig, SubmissionConfig};
-use ringpass_broker::disk::LocatedDisk;
+use ringpass_broker::disk::{DiskKind, LocatedDisk};
 use ringpass_broker::engine::AttachConfig;
 use ringpass_broker::kernel::{self, KernelRelease, Verdict};
 use ringpass_broker::memory::Sharing;
 use ringpass_broker::probe::{ModeName, Report};
 use ringpass_broker::ring::{IoWorkers, SqThread, SqThreadConfig};
+use ringpass_broker::ring_host::{Confinement, RingHost};
+use ringpass_broker::virtio_blk::BlkConfig;
 use ringpass_restrictions::Access;
 
+use super::sandbox::SandboxArgs;
 use super::{finer_blocks, write_chains};
 use crate::chosen_policy::{ChosenPolicy, PolicyArgs};
-use crate::refusal;
+use crate::{log, refusal};
 
 /// A longer time is most likely given in the wrong unit.
 const SQ_IDLE_MAX_MS: u64 = 60_000;
@@ -107,6 +110,23 @@ impl ModeArg {
             Self::Virtqueue => "virtqueue",
         }
     }
+}
+
+/// Forks the process that makes the rings of guests, if the device offers rings.
+///
+/// # Errors
+///
+/// The kernel makes no process.
+pub(super) fn start_host(
+    offer: &Offer,
+    device: &BlkConfig,
+    disk: DiskKind,
+    sandbox: &SandboxArgs,
+) -> anyhow::Result<Option<RingHost>> {
+    let Some(config) = offer.config() else { return Ok(None) };
+    let confinement = if sandbox.is_on() { Confinement::On } else { Confinement::Off };
+    let host = RingHost::fork(config, device.num_queues(), disk, confinement, log::write_in_background)?;
+    Ok(Some(host))
 }
 
 fn io_workers(text: &str) -> Result<NonZeroU32, String> {

@@ -5,7 +5,6 @@ use std::path::{Path, PathBuf};
 use anyhow::Context;
 use clap::{Args, ValueEnum};
 use ringpass_broker::disk::LocatedDisk;
-use ringpass_broker::ring::token_directory;
 use ringpass_broker::sandbox::{DiskPath, Paths, Restricted, Role, drop_privileges, isolate};
 
 /// The option for confinement.
@@ -66,9 +65,7 @@ impl SandboxArgs {
         let unprivileged = drop_privileges()?;
         let paths = Paths::none()
             .disk(DiskPath { file: disk.anchor(), is_written: !disk.is_read_only() })
-            .socket_directories(directories.iter().map(PathBuf::as_path))
-            // Without it the probe offers no rings.
-            .token_directory(token_directory().ok());
+            .socket_directories(directories.iter().map(PathBuf::as_path));
         let restricted = unprivileged.restrict_paths(&paths)?;
         if let Some(why) = restricted.why_no_landlock() {
             tracing::warn!("file access not confined: {why}. Only the rights of the server's user keep it from files");
@@ -81,7 +78,7 @@ impl Sandbox {
     /// Blocks unneeded system calls for all threads. Call this when the server has started.
     pub(super) fn close(self) -> anyhow::Result<()> {
         let Some(restricted) = self.0 else { return Ok(()) };
-        Ok(restricted.filter_system_calls(Role::ServerWithRings)?)
+        Ok(restricted.filter_system_calls(Role::Server)?)
     }
 }
 

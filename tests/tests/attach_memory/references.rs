@@ -29,13 +29,15 @@ pub(crate) fn let_go() -> Result<()> {
     bench.queue_zero.post_event()?;
     ensure!(!bench.queue_zero.has_event_ended()?);
     let usage = bench.broker.usage()?;
-    ensure!(mapping_lengths(bench.broker.pid())?.contains(&region.len_bytes()), "the region is not mapped");
+    let mappings = || bench.broker.processes().map(mapping_lengths).collect::<Result<Vec<_>>>();
+    let is_mapped = |lengths: &Vec<u64>| lengths.contains(&region.len_bytes());
+    ensure!(mappings()?.iter().all(is_mapped), "the region is not mapped in both processes");
     bench.front_end.connection().rem_mem_reg(&region.message(), Some(region.file()))?;
     let result = (|| {
         // After this read the workers know the change.
         driver.read(0, 512)?;
-        bench.broker.wait_for_fds(usage.fds - 1)?;
-        ensure!(!mapping_lengths(bench.broker.pid())?.contains(&region.len_bytes()), "the region is still mapped");
+        bench.broker.wait_for_fds(usage.fds - 2)?;
+        ensure!(!mappings()?.iter().any(is_mapped), "the region is still mapped");
         wait_until("only the region that is left is pinned", || {
             Ok(bench.broker.usage()?.pinned_bytes < usage.pinned_bytes - (8 << 20))
         })?;

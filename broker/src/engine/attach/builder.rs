@@ -1,4 +1,4 @@
-//! The builder: the thread that pins the guest's memory and makes rings.
+//! The builder: the thread that has the guest's memory pinned and rings made.
 //!
 //! Pinning takes half a second for each GiB, and making a ring is a system call that waits for other rings. A worker
 //! cannot do this, because it executes other queues; nor can the protocol thread, because the front-end waits for it.
@@ -15,11 +15,9 @@ use ringpass_guest_abi::request::ErrorCode;
 use super::availability::RingKind;
 use super::builder_command::{BuildRequest, BuilderCommand, BuilderReceiver, BuilderSender, Built, builder_channel};
 use super::cancellation::CancellationToken;
-use super::config::AttachConfig;
 use super::countdown::Countdown;
 use super::discards::Discarded;
-use super::guard::{self, GuardSender, WatchedRing};
-use super::pinned::{Pinned, refused, regions};
+use super::pinned::{Pinned, regions};
 use super::refusal::Refused;
 use super::shared::SharedRings;
 use super::workers::{AttachEvent, Workers};
@@ -27,8 +25,9 @@ use crate::disk::Disk;
 use crate::engine::EngineError;
 use crate::engine::reply::{self, Reply};
 use crate::log_limit::{LogCause, LogLimit, LogLimits};
-use crate::memory::{MemoryError, RegionConfig};
-use crate::ring::{RingEnd, RingError};
+use crate::memory::RegionConfig;
+use crate::ring::RingEnd;
+use crate::ring_host::{PinError, RingClient};
 use crate::threads::{AbortOnPanic, leave_signals_to_others};
 use crate::vhost_user::DeviceMemory;
 
@@ -37,7 +36,7 @@ const LOOK: Duration = Duration::from_millis(50);
 
 struct Builder {
     commands: BuilderReceiver,
-    config: Arc<AttachConfig>,
+    host: RingClient,
     rings: Arc<SharedRings>,
     workers: Arc<dyn Workers>,
     memory: Option<Arc<DeviceMemory>>,
@@ -47,7 +46,6 @@ struct Builder {
     postponed: BTreeMap<u16, BuildRequest>,
     /// Rings over memory that the builder has released. They may not have ended.
     ending: Vec<RingEnd>,
-    guard: GuardSender,
     /// Limits for the log lines that a guest can cause as often as it likes.
     refusals: LogLimits,
     pinnings: LogLimit,
@@ -56,12 +54,11 @@ struct Builder {
 
 /// Starts the builder. It ends when no sender of commands is left.
 pub(in crate::engine) fn start(
-    config: Arc<AttachConfig>,
+    host: RingClient,
     rings: Arc<SharedRings>,
     workers: Arc<dyn Workers>,
 ) -> Result<BuilderSender, EngineError> {
     let (sender, commands) = builder_channel();
-    let guard = guard::start(rings.clone(), workers.clone())?;
     thread::Builder::new()
         .name("ring-builder".into())
         .spawn(move || {
@@ -70,7 +67,7 @@ pub(in crate::engine) fn start(
             let _abort = AbortOnPanic;
             Builder {
                 commands,
-                config,
+                host,
                 rings,
                 workers,
                 memory: None,
@@ -78,7 +75,6 @@ pub(in crate::engine) fn start(
                 pinned: None,
                 postponed: BTreeMap::new(),
                 ending: Vec::new(),
-                guard,
                 refusals: LogLimits::new(),
                 pinnings: LogLimit::new(),
                 discards: LogLimit::new(),
@@ -168,22 +164,20 @@ impl Builder {
     }
 
     fn make_ring(&mut self, request: BuildRequest) -> Result<Built, Refused> {
-        let pinned = self.pinned.as_mut().ok_or_else(|| refused(&MemoryError::NoRegions.into()))?;
-        let (queue, cq_entries) = (request.queue, request.geometry.cq_entries());
-        let kernel_bytes = guard::kernel_bytes();
-        let (built, gauge) = pinned.make_ring(request)?;
-        self.guard.watch(WatchedRing { queue, cq_entries, gauge, kernel_bytes });
-        Ok(built)
+        match &mut self.pinned {
+            Some(pinned) => pinned.make_ring(&mut self.host, request),
+            None => Err(Refused { code: ErrorCode::Resources, why: "no guest memory is pinned".into() }),
+        }
     }
 
-    fn pin(&self, token: &CancellationToken) -> Result<Pinned, Refused> {
+    fn pin(&mut self, token: &CancellationToken) -> Result<Pinned, Refused> {
         let (Some(memory), Some(disk)) = (&self.memory, &self.disk) else {
             let why = "the device has neither memory nor a disk any more: its front-end is leaving".into();
             return Err(Refused { code: ErrorCode::Mode, why });
         };
         let changes = self.commands.changes();
         let is_wanted = || !token.is_cancelled() && !changes.are_coming();
-        let pinned = Pinned::new(&self.config, disk, memory, &is_wanted)?;
+        let pinned = Pinned::new(&mut self.host, disk, memory, &is_wanted)?;
         if let Some(total) = self.pinnings.count() {
             let bytes = pinned.len_bytes();
             tracing::info!(bytes, total, "guest memory is pinned for rings ({total} times so far)");
@@ -232,7 +226,7 @@ impl Builder {
     /// Takes all memory but `regions` from the rings that run.
     fn take_all_but(&mut self, regions: &[RegionConfig]) {
         let Some(mut pinned) = self.pinned.take() else { return };
-        if pinned.keep_only(regions) {
+        if pinned.keep_only(&mut self.host, regions) {
             self.pinned = Some(pinned);
         } else {
             self.end_rings(pinned);
@@ -244,16 +238,17 @@ impl Builder {
     fn give(&mut self, regions: &[RegionConfig]) {
         let Some(mut pinned) = self.pinned.take() else { return };
         let (rings, changes) = (&self.rings, self.commands.changes());
-        match pinned.follow(regions, &|| rings.ranges.is_in_use() && !changes.are_coming()) {
+        match pinned.follow(&mut self.host, regions, &|| rings.ranges.is_in_use() && !changes.are_coming()) {
             Ok(()) => self.pinned = Some(pinned),
             // The next change goes on from the memory that is pinned.
-            Err(RingError::Memory(MemoryError::NotWanted)) if changes.are_coming() => self.pinned = Some(pinned),
+            Err(PinError::NotWanted) if changes.are_coming() => self.pinned = Some(pinned),
             // No queue was attached any more. For a queue that is attached by now the builder pins memory anew.
-            Err(RingError::Memory(MemoryError::NotWanted)) => self.release(pinned),
-            Err(error) => {
+            Err(PinError::NotWanted) => self.release(pinned),
+            Err(PinError::Refused(refused)) => {
                 if self.rings.ranges.is_in_use() {
                     tracing::warn!(
-                        "rings end: the guest's memory changed in a way that they cannot follow: {error} (new rings follow)"
+                        "rings end: the guest's memory changed in a way that they cannot follow: {} (new rings follow)",
+                        refused.why
                     );
                 }
                 self.end_rings(pinned);
@@ -278,7 +273,7 @@ impl Builder {
     /// Releases pinned memory. A ring that still runs keeps its memory until it ends.
     fn release(&mut self, pinned: Pinned) {
         self.ending.retain(|end| !end.has_ended());
-        self.ending.extend(pinned.ends());
+        self.ending.extend(pinned.unpin(&mut self.host));
     }
 
     fn look_for_discards(&mut self) {

@@ -7,11 +7,11 @@
 //! - [`PendingAttachRequest`]: a request of the attach protocol that the worker answers now or later.
 //! - [`SharedRings`]: what the workers and the builder share. [`availability`]: whether the device gives out rings.
 //!   [`range_registry`]: which ranges of guest memory belong to which queue. [`ring_metrics`]: what operators see.
-//! - [`builder`]: the thread that pins the guest's memory and makes rings, one after the other. [`pinned`]: what it
-//!   owns from the first ring to the end of the last attachment, the [`DirectDevice`](crate::direct::DirectDevice):
-//!   memory is pinned only while there are rings. [`discards`]: notices that the front-end discards pinned memory.
-//! - [`guard`]: the thread that ends rings with more requests outstanding than they may have. [`pauses`]: the queues that
-//!   get no ring for a while after that.
+//! - [`builder`]: the thread that has the [ring host](crate::ring_host) pin the guest's memory and make rings, one after
+//!   the other. [`pinned`]: what it owns from the first ring to the end of the last attachment: memory is pinned only
+//!   while there are rings. [`discards`]: notices that the front-end discards pinned memory.
+//! - [`ring_watch`]: the thread that follows the ends of rings, and what the host's guard finds. [`pauses`]: the queues
+//!   that get no ring for a while after a ring had more requests outstanding than it may have. [`penalty`]: for how long.
 //! - [`BuilderCommand`]: a command to the builder, which comes through a [`mailbox`]. [`CancellationToken`]: lets a
 //!   worker cancel a ring that it requested.
 //! - [`Workers`]: how the builder and the ends of rings reach the workers. The module knows nothing else of them.
@@ -24,18 +24,18 @@ mod availability;
 pub(super) mod builder;
 mod builder_command;
 mod cancellation;
-mod config;
 mod countdown;
 mod discards;
-mod guard;
 mod mailbox;
 mod pauses;
+mod penalty;
 mod pinned;
 mod range_registry;
 mod refusal;
 mod request;
 mod ring_executor;
 mod ring_metrics;
+pub(super) mod ring_watch;
 mod shared;
 mod status;
 mod workers;
@@ -54,7 +54,6 @@ pub(super) use builder_command::{BuildRequest, BuilderCommand, BuilderSender, Bu
 #[cfg(test)]
 pub(super) use builder_command::{BuilderReceiver, builder_channel};
 pub(super) use cancellation::CancellationToken;
-pub use config::AttachConfig;
 pub(super) use refusal::AttachRefusal;
 pub use refusal::Refused;
 pub(super) use request::PendingAttachRequest;
@@ -62,9 +61,10 @@ pub(super) use shared::SharedRings;
 pub use status::{KindStatus, RingCounts, RingStatus, RingsStatus};
 pub(super) use workers::{AttachEvent, Workers};
 
-use self::config::SEGMENT_BYTES_MAX;
 use super::alignment::Alignment;
 use crate::memory::slot_shift_for;
+pub use crate::ring_host::AttachConfig;
+use crate::ring_host::{RingControl, SEGMENT_BYTES_MAX};
 use crate::vhost_user::DeviceMemory;
 
 /// What the workers of a device that offers rings share.
@@ -74,6 +74,7 @@ pub(super) struct Attach {
     queue_count: u16,
     pub(super) rings: Arc<SharedRings>,
     builder: BuilderSender,
+    host: Arc<RingControl>,
     workers: Arc<dyn Workers>,
 }
 
@@ -83,9 +84,10 @@ impl Attach {
         queue_count: u16,
         rings: Arc<SharedRings>,
         builder: BuilderSender,
+        host: Arc<RingControl>,
         workers: Arc<dyn Workers>,
     ) -> Self {
-        Self { config, queue_count, rings, builder, workers }
+        Self { config, queue_count, rings, builder, host, workers }
     }
 
     /// What ATTACH may ask for, for a guest with this memory.
@@ -121,6 +123,11 @@ impl Attach {
     /// Sends a command to the builder.
     pub(super) fn command(&self, command: BuilderCommand) {
         self.builder.send(command);
+    }
+
+    /// The disk has another size.
+    pub(super) fn set_disk_size(&self, size_bytes: u64) {
+        self.host.set_disk_size(size_bytes);
     }
 
     /// Reaches the workers of all queues.

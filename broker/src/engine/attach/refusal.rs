@@ -1,16 +1,9 @@
 //! Why a queue gets no ring.
 
 use ringpass_guest_abi::attach::AttachError;
-use ringpass_guest_abi::request::{ErrorCode, NO_FIELD};
+use ringpass_guest_abi::request::NO_FIELD;
 
-/// Why a queue got no ring, or lost its ring.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Refused {
-    /// The code that the driver got.
-    pub code: ErrorCode,
-    /// The reason, for people.
-    pub why: String,
-}
+pub use crate::ring_host::Refused;
 
 /// Why an ATTACH is refused: what the driver gets, and the reason for people.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -34,6 +27,8 @@ impl From<Refused> for AttachRefusal {
 
 #[cfg(test)]
 mod tests {
+    use ringpass_guest_abi::request::ErrorCode;
+
     use super::*;
 
     #[test]

@@ -3,28 +3,35 @@
 use ringpass_guest_abi::{FixedAddressing, RingLayout};
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::direct::DirectQueue;
-use crate::ring::RingError;
+use super::refusal::Refused;
+use crate::ring_host::{HostedRing, RingId};
 
 /// What consumes the SQ of a ring and fills its CQ. One case for each [`RingKind`](super::RingKind).
 #[derive(Debug)]
 pub(in crate::engine) enum RingExecutor {
     /// The host kernel: the ring is an io_uring in guest memory.
-    Kernel(DirectQueue),
+    Kernel(HostedRing),
 }
 
 impl RingExecutor {
+    /// The number of the ring.
+    pub(in crate::engine) fn id(&self) -> RingId {
+        match self {
+            Self::Kernel(ring) => ring.id(),
+        }
+    }
+
     /// Where the parts of the ring are in its area.
     pub(in crate::engine) fn layout(&self) -> &RingLayout {
         match self {
-            Self::Kernel(queue) => queue.layout(),
+            Self::Kernel(ring) => ring.layout(),
         }
     }
 
     /// How the ring's SQEs name guest memory.
     pub(in crate::engine) fn addressing(&self) -> FixedAddressing {
         match self {
-            Self::Kernel(queue) => queue.addressing(),
+            Self::Kernel(ring) => ring.addressing(),
         }
     }
 
@@ -33,9 +40,9 @@ impl RingExecutor {
     /// # Errors
     ///
     /// The ring cannot have this eventfd; completions signal nothing then.
-    pub(in crate::engine) fn set_completion(&self, call: Option<&EventFd>) -> Result<(), RingError> {
+    pub(in crate::engine) fn set_completion(&self, call: Option<&EventFd>) -> Result<(), Refused> {
         match self {
-            Self::Kernel(queue) => queue.set_completion(call),
+            Self::Kernel(ring) => ring.set_call(call),
         }
     }
 
@@ -43,7 +50,7 @@ impl RingExecutor {
     /// memory no more.
     pub(in crate::engine) fn close(self, on_end: impl FnOnce() + Send + 'static) {
         match self {
-            Self::Kernel(queue) => queue.close().on_end(on_end),
+            Self::Kernel(ring) => ring.close().on_end(on_end),
         }
     }
 }

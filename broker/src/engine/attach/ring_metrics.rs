@@ -9,9 +9,11 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::refusal::Refused;
 use super::status::{RingCounts, RingStatus};
+use crate::ring_host::RingId;
 use crate::vhost_user::DeviceMemory;
 
-/// What the rings of each queue do, for operators. The guard takes the words as hints; nothing else decides by them.
+/// What the rings of each queue do, for operators. The guard of the ring host takes the words as hints; nothing else
+/// decides by them.
 #[derive(Debug)]
 pub(in crate::engine) struct RingMetrics {
     queues: Mutex<Vec<QueueMetrics>>,
@@ -30,6 +32,7 @@ struct QueueMetrics {
 /// The words of a ring that runs.
 #[derive(Debug)]
 struct RingWords {
+    id: RingId,
     memory: DeviceMemory,
     rings_gpa: u64,
     layout: RingLayout,
@@ -56,11 +59,18 @@ impl RingMetrics {
     }
 
     /// A ring of the queue runs. Its words count from 0.
-    pub(in crate::engine) fn ring_opened(&self, queue: u16, memory: DeviceMemory, rings_gpa: u64, layout: RingLayout) {
+    pub(in crate::engine) fn ring_opened(
+        &self,
+        queue: u16,
+        id: RingId,
+        memory: DeviceMemory,
+        rings_gpa: u64,
+        layout: RingLayout,
+    ) {
         let mut queues = self.queues();
         let metrics = &mut queues[usize::from(queue)];
         metrics.sample();
-        metrics.ring = Some(RingWords { memory, rings_gpa, layout, sq_tail: 0, cq_tail: 0 });
+        metrics.ring = Some(RingWords { id, memory, rings_gpa, layout, sq_tail: 0, cq_tail: 0 });
         metrics.refused = None;
     }
 
@@ -97,15 +107,14 @@ impl RingMetrics {
         self.queues()[usize::from(queue)].refused = None;
     }
 
-    /// What the words of the queue's ring say is outstanding: SQEs consumed, less CQEs posted. The guest can write
-    /// these words.
-    pub(in crate::engine) fn claimed_outstanding(&self, queue: u16) -> Option<u32> {
+    /// The rings whose words say that they have more requests outstanding than their CQ has entries. The guest can
+    /// write these words.
+    pub(super) fn exceeding(&self) -> Vec<RingId> {
         let queues = self.queues();
-        let ring = queues[usize::from(queue)].ring.as_ref()?;
-        // In this order: a request that ends in between counts as outstanding, and never the other way round.
-        let cq_tail = ring.load(ring.layout.cq_tail_offset, Ordering::Acquire)?;
-        let difference = ring.load(ring.layout.sq_head_offset, Ordering::Acquire)?.wrapping_sub(cq_tail) as i32;
-        Some(difference.max(0) as u32)
+        let rings = queues.iter().filter_map(|metrics| metrics.ring.as_ref());
+        let exceeds =
+            |ring: &&RingWords| ring.claimed_outstanding().is_some_and(|count| count > ring.layout.cq_entries);
+        rings.filter(exceeds).map(|ring| ring.id).collect()
     }
 
     /// The present values of each queue.
@@ -133,6 +142,14 @@ impl RingMetrics {
 impl RingWords {
     fn load(&self, offset_bytes: u32, order: Ordering) -> Option<u32> {
         self.memory.load(GuestAddress(self.rings_gpa + u64::from(offset_bytes)), order).ok()
+    }
+
+    /// What the words say is outstanding: SQEs consumed, less CQEs posted.
+    fn claimed_outstanding(&self) -> Option<u32> {
+        // In this order: a request that ends in between counts as outstanding, and never the other way round.
+        let cq_tail = self.load(self.layout.cq_tail_offset, Ordering::Acquire)?;
+        let difference = self.load(self.layout.sq_head_offset, Ordering::Acquire)?.wrapping_sub(cq_tail) as i32;
+        Some(difference.max(0) as u32)
     }
 }
 
@@ -191,14 +208,14 @@ mod tests {
     fn indexes_that_wrap_are_counted_on() {
         let memory = memory();
         let metrics = RingMetrics::new(1);
-        metrics.ring_opened(0, memory.clone(), 0, LAYOUT);
+        metrics.ring_opened(0, RingId::default(), memory.clone(), 0, LAYOUT);
         for (sq_tail, cq_tail) in [(0xf000_0000_u32, 0xefff_fff0_u32), (5, 3)] {
             store_tails(&memory, sq_tail, cq_tail);
             metrics.sample();
         }
         assert_eq!(counts(&metrics), ((1 << 32) + 5, (1 << 32) + 3));
         metrics.ring_closed(0);
-        metrics.ring_opened(0, memory.clone(), 0, LAYOUT);
+        metrics.ring_opened(0, RingId::default(), memory.clone(), 0, LAYOUT);
         store_tails(&memory, 1, 0);
         assert_eq!(counts(&metrics).0, (1 << 32) + 6);
     }
@@ -207,7 +224,7 @@ mod tests {
     fn a_ring_that_closes_is_counted_to_its_end_and_not_read_afterwards() {
         let memory = memory();
         let metrics = RingMetrics::new(1);
-        metrics.ring_opened(0, memory.clone(), 0, LAYOUT);
+        metrics.ring_opened(0, RingId::default(), memory.clone(), 0, LAYOUT);
         store_tails(&memory, 7, 6);
         metrics.ring_closed(0);
         store_tails(&memory, 100, 100);
@@ -219,7 +236,7 @@ mod tests {
     fn a_ring_that_moved_is_read_in_the_new_table() {
         let (former, present) = (memory(), memory());
         let metrics = RingMetrics::new(1);
-        metrics.ring_opened(0, former.clone(), 0, LAYOUT);
+        metrics.ring_opened(0, RingId::default(), former.clone(), 0, LAYOUT);
         metrics.ring_moved(0, &present);
         store_tails(&former, 100, 100);
         store_tails(&present, 2, 1);
@@ -234,7 +251,7 @@ mod tests {
     fn words_that_are_in_no_memory_keep_their_counts() {
         let memory = memory();
         let metrics = RingMetrics::new(1);
-        metrics.ring_opened(0, memory.clone(), 0, LAYOUT);
+        metrics.ring_opened(0, RingId::default(), memory.clone(), 0, LAYOUT);
         store_tails(&memory, 3, 3);
         metrics.sample();
         metrics.ring_moved(0, &DeviceMemory::new());
@@ -250,7 +267,7 @@ mod tests {
         let [other, queue] = <[_; 2]>::try_from(metrics.queues_status()).unwrap();
         assert_eq!((queue.state, queue.refused), (Some(State::Stopping), Some(refused)));
         assert_eq!((other.state, other.refused), (None, None));
-        metrics.ring_opened(1, memory(), 0, LAYOUT);
+        metrics.ring_opened(1, RingId::default(), memory(), 0, LAYOUT);
         metrics.set_state(1, None);
         let queue = &metrics.queues_status()[1];
         assert_eq!((queue.state, queue.layout, &queue.refused), (None, Some(LAYOUT), &None));

@@ -17,6 +17,8 @@ pub(in crate::engine) enum AttachEvent {
     BuildFailed(ErrorCode),
     /// The ring of this area, which was closed, is gone.
     Gone(Area),
+    /// The ring had more requests outstanding than it may have. No ring follows before the driver asks again.
+    Excess,
 }
 
 /// Reaches the workers of a device, from the builder, from ends of rings and from other workers.
@@ -26,10 +28,6 @@ pub(in crate::engine) enum AttachEvent {
 pub(in crate::engine) trait Workers: fmt::Debug + Send + Sync {
     /// Tells the worker of a queue what happened for an attachment of this queue.
     fn attach_event(&self, queue: u16, attachment: AttachmentId, event: AttachEvent);
-
-    /// Has the worker of a queue end the ring of this queue and complete its ATTACH. No ring follows before the driver
-    /// asks again.
-    fn finish_ring(&self, queue: u16, reason: ErrorCode);
 
     /// Has the worker of queue 0 complete EVENT, so that the driver looks at its queues.
     fn tell_driver(&self);

@@ -27,7 +27,7 @@ use crate::ring::{IoWorkers, SqThreadConfig};
 use crate::vhost_user::Device;
 use crate::virtqueue::QueueSetup;
 
-pub(super) fn attach_config() -> AttachConfig {
+pub(in crate::engine) fn attach_config() -> AttachConfig {
     let support = kernel::support().unwrap();
     let policy = BuiltIn::Direct(Access::ReadWrite).policy().compile(&support).unwrap();
     let idle = Duration::from_millis(5);

@@ -15,11 +15,12 @@ use super::ring_memory::without;
 use crate::alone::alone;
 use crate::engine::attach::{
     AttachEvent, AttachmentId, BuildRequest, BuilderCommand, BuilderSender, Built, CancellationToken, RingKind,
-    SharedRings, builder,
+    SharedRings, builder, ring_watch,
 };
 use crate::engine::command::{Command, CommandReceiver, WorkerSenders, command_channel};
 use crate::engine::reply::{Pending, Reply};
 use crate::limits::Memlock;
+use crate::ring_host::RingHost;
 use crate::vhost_user::DeviceMemory;
 
 /// The builder, and the worker that it answers.
@@ -36,7 +37,9 @@ impl Bench {
         let rig = Rig::without_disk(Options::default());
         let (rings, (sender, worker)) = (Arc::new(SharedRings::new(4)), command_channel().unwrap());
         let workers = Arc::new(WorkerSenders::new(&Arc::from([sender])));
-        let commands = builder::start(Arc::new(attach_config()), rings.clone(), workers).unwrap();
+        let (host, events) = RingHost::in_threads(attach_config(), 4).unwrap().open().unwrap();
+        ring_watch::start(events, rings.clone(), workers.clone()).unwrap();
+        let commands = builder::start(host, rings.clone(), workers).unwrap();
         let bench = Self { rings, commands, worker, rig };
         let disk = Some(bench.rig.open_disk());
         bench.carry_out(|done| BuilderCommand::SetDisk { disk, done });

@@ -18,6 +18,7 @@ use crate::engine::attach::{
 use crate::engine::command::{Command, CommandSender, WorkerSenders, command_channel};
 use crate::engine::reply::Reply;
 use crate::engine::worker::Worker;
+use crate::ring_host::RingHost;
 
 /// The queue that is attached.
 const QUEUE: u16 = 1;
@@ -38,7 +39,9 @@ fn with_attached(act: impl FnOnce(Bench<'_, '_>)) {
     let (sender, requests) = builder_channel();
     let workers = Arc::new(WorkerSenders::new(&Arc::from([commands.clone()])));
     let rings = Arc::new(SharedRings::new(QUEUE + 1));
-    let attach = Attach::new(Arc::new(attach_config()), QUEUE + 1, rings, sender, workers);
+    let (host, _events) = RingHost::in_threads(attach_config(), QUEUE + 1).unwrap().open().unwrap();
+    let control = host.control().clone();
+    let attach = Attach::new(Arc::new(attach_config()), QUEUE + 1, rings, sender, control, workers);
     let options = Options { queues: QUEUE + 1, ..Options::default() };
     with_worker(obeyed, options, 8, Some(attach), |rig, worker| {
         let memory = rig.device_memory();

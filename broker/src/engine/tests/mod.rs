@@ -1,6 +1,6 @@
 //! Tests that drive an engine through rings in memory, as a guest would.
 
-mod attach;
+pub(super) mod attach;
 mod block_driver;
 mod builder;
 mod discards;

@@ -197,6 +197,7 @@ pub(super) fn config(options: &Options) -> EngineConfig {
         workers: Some(options.workers),
         cpus: Vec::new(),
         attach: options.attach.clone(),
+        ring_host: None,
     }
 }
 

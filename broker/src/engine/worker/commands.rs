@@ -105,7 +105,6 @@ impl Worker<'_> {
                 self.deferred.is_shutdown = true;
             }
             Command::Attachment { queue, attachment, event } => self.attachment_event(queue, attachment, event),
-            Command::FinishRing { queue, reason } => self.end_ring(queue, reason, Event::Finish(reason)),
             Command::EndRings { reason } => self.end_rings(reason, Event::End),
             Command::FinishRings { reason, done } => {
                 self.end_rings(reason, Event::Finish(reason));

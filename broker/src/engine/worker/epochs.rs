@@ -155,11 +155,14 @@ impl Worker<'_> {
         let vring = self.queues.get_mut(number);
         let index = vring.index;
         let Some(attachment) = vring.attachment_mut().filter(|attachment| attachment.id == id) else {
-            // An attachment waits for what it has ordered, so this does not happen. A ring that came with the event is closed.
-            tracing::error!(queue = index, ?event, "an event of an attachment that is over");
+            // An attachment waits for what it has ordered, so this does not happen. A ring that came with the event is closed. The
+            // guard, however, may find a ring at its end.
+            if !matches!(event, AttachEvent::Excess) {
+                tracing::error!(queue = index, ?event, "an event of an attachment that is over");
+            }
             return;
         };
-        if !matches!(event, AttachEvent::Gone(_)) {
+        if !matches!(event, AttachEvent::Gone(_) | AttachEvent::Excess) {
             attachment.pending = None;
         }
         match event {
@@ -172,6 +175,7 @@ impl Worker<'_> {
             }
             AttachEvent::BuildFailed(code) => self.note_epoch_event(number, Event::BuildFailed(code)),
             AttachEvent::Gone(area) => self.note_epoch_event(number, Event::Gone(area)),
+            AttachEvent::Excess => self.end_ring(number, ErrorCode::Cost, Event::Finish(ErrorCode::Cost)),
         }
         // An answer may wait for the end of a ring.
         self.is_unsettled = true;
@@ -186,14 +190,14 @@ impl Worker<'_> {
         let active = vring.active_mut()?;
         let (log, memory) = (active.log.clone(), (*active.memory).clone());
         let attachment = active.attachment_mut()?;
-        let layout = *ring.executor.layout();
+        let (id, layout) = (ring.executor.id(), *ring.executor.layout());
         attachment.describe_ring(&ring.executor, &segments, log.as_deref());
         let area = ring.epoch.area();
         let rings_gpa = attachment.geometry.rings(area).gpa();
         let has_call = call_generation == attachment.call_generation;
         attachment.rings[area.index()] = Some(ring);
         if let Some(attach) = self.attach() {
-            attach.rings.metrics.ring_opened(index, memory, rings_gpa, layout);
+            attach.rings.metrics.ring_opened(index, id, memory, rings_gpa, layout);
         }
         if has_call { None } else { self.register_call(number) }
     }
@@ -214,10 +218,10 @@ impl Worker<'_> {
         attachment.call_generation = attachment.call_generation.wrapping_add(1);
         let ring = attachment.live()?;
         let call = eventfds.call.as_ref().map(|call| call.eventfd());
-        let error = ring.executor.set_completion(call).err()?;
+        let refused = ring.executor.set_completion(call).err()?;
         // The driver would wait for interrupts that do not come: it gets another ring.
         if let Some(total) = self.shared.mode_changes.count(LogCause::new("registering the call eventfd")) {
-            tracing::warn!(queue = index, total, %error, "the ring ends: it cannot have the new call eventfd");
+            tracing::warn!(queue = index, total, "the ring ends: it cannot have the new call eventfd: {}", refused.why);
         }
         self.note_end_reason(number, ErrorCode::Resources);
         Some(Event::End)

@@ -241,22 +241,3 @@ fn a_ring_process_makes_a_guest_s_rings_and_does_nothing_else() {
         }
     });
 }
-
-#[test]
-fn a_server_with_rings_in_the_same_process_makes_them() {
-    const NAME: &str = "roles::a_server_with_rings_in_the_same_process_makes_them";
-    if let Some(output) = child(NAME) {
-        let text = assert_success(&output);
-        assert!(!text.contains("the sandbox refused"), "{text}");
-        return;
-    }
-    in_fork(|| {
-        let guest = Guest::new();
-        let token = token_directory().unwrap();
-        let file = tempfile::tempfile().unwrap();
-        let paths = paths(&file).token_directory(token);
-        let restricted = drop_privileges().unwrap().restrict_paths(&paths).unwrap();
-        restricted.filter_system_calls(Role::ServerWithRings).unwrap();
-        guest.has_a_ring(SubmissionConfig::Doorbell);
-    });
-}

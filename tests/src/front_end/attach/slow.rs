@@ -82,7 +82,7 @@ impl SlowGuest {
     pub fn hang_from(&self, driver: &mut RingDriver, gpa: u64) -> Result<()> {
         self.disk.freeze()?;
         driver.submit(driver.sqe_at(true, gpa, 4096, Self::HANGING_OFFSET_BYTES, Self::HANGING)?)?;
-        self.disk.wait_for_hanging_write(self.broker.pid())?;
+        self.disk.wait_for_hanging_write(|| self.broker.has_hanging_thread())?;
         driver.reap();
         ensure!(driver.outstanding().len() == 1, "the write did not hang");
         Ok(())

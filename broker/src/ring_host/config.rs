@@ -10,7 +10,7 @@ use crate::ring::{RingConfig, RingError, refuse_unsafe};
 
 /// The largest length of one SQE in bytes. Splitting a transfer into such SQEs costs nothing, and an SQ thread, which
 /// copies what is in the page cache, still gets to other queues in between.
-pub(super) const SEGMENT_BYTES_MAX: u32 = 4 << 20;
+pub(crate) const SEGMENT_BYTES_MAX: u32 = 4 << 20;
 
 /// The fewest entries of an SQ and of a CQ that a device offers, however large the slots are: with fewer, a ring would be
 /// slower than a virtqueue.

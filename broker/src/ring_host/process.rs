@@ -1,0 +1,144 @@
+//! A ring host as a process of its own.
+
+use std::io;
+use std::os::fd::AsFd;
+use std::process::exit;
+
+use nix::unistd::{ForkResult, fork};
+use ringpass_guest_abi::request::ErrorCode;
+use rustix::process::{DumpableBehavior, set_dumpable_behavior};
+
+use super::channel::Channel;
+use super::config::AttachConfig;
+use super::host::{self, Controller, Maker};
+use super::message::{Answer, Encoded};
+use super::refused::Refused;
+use super::{RingHost, RingHostError, sockets, spawn};
+use crate::disk::DiskKind;
+use crate::ring::{existing_token_directory, token_directory};
+use crate::sandbox::{Paths, Role, SandboxError, close_descriptors_but, drop_privileges, isolate, require_one_thread};
+use crate::threads::leave_signals_to_others;
+
+/// The name of the process, in tools that show names of threads.
+const NAME: &std::ffi::CStr = c"ringpass-rings";
+
+/// Whether a ring process gives up what it does not need.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Confinement {
+    /// All files, networks, privileges and system calls.
+    On,
+    /// Only descriptors.
+    Off,
+}
+
+impl RingHost {
+    /// Forks a process that is the ring host of a device with so many queues, on a disk of this kind. It keeps the
+    /// limits of this process and the standard streams, and closes every other descriptor.
+    /// `prepare` runs in the new process while that can still start everything that logging needs.
+    ///
+    /// Call this before this process takes the disk's lock or makes sockets, while it has one thread, and before
+    /// [`isolate`]: the new process hides more files.
+    ///
+    /// # Errors
+    ///
+    /// This process has other threads, or the kernel makes no process. What the new process cannot do is reported by
+    /// the engine that gets this host.
+    pub fn fork(
+        config: AttachConfig,
+        queue_count: u16,
+        disk: DiskKind,
+        confinement: Confinement,
+        prepare: impl FnOnce() -> io::Result<()>,
+    ) -> Result<Self, RingHostError> {
+        require_one_thread().map_err(|error| RingHostError::of("a process")(io::Error::other(error)))?;
+        let (engine, host) = sockets()?;
+        // SAFETY: this process has one thread, so no lock is held that the child would miss. The child never returns
+        // from here, so nothing of the caller is dropped twice.
+        match unsafe { fork() }.map_err(RingHostError::of("a process"))? {
+            ForkResult::Parent { .. } => Ok(engine),
+            ForkResult::Child => {
+                drop(engine);
+                live(config, queue_count, disk, confinement, prepare, host)
+            }
+        }
+    }
+}
+
+/// The life of the new process.
+fn live(
+    config: AttachConfig,
+    queue_count: u16,
+    disk: DiskKind,
+    confinement: Confinement,
+    prepare: impl FnOnce() -> io::Result<()>,
+    sockets: [Channel; 3],
+) -> ! {
+    // The process group gets the signals of a terminal and of a service manager. This process ends with its engine.
+    leave_signals_to_others();
+    let closed = close_other_descriptors(&sockets).map_err(|error| error.to_string());
+    // For the answer, if the start fails with the sockets in hand.
+    let answering = sockets[0].as_fd().try_clone_to_owned().map(Channel::from);
+    match closed.and_then(|()| start(config, queue_count, disk, confinement, prepare, sockets)) {
+        Ok((mut maker, controller)) => {
+            drop(answering);
+            if let Err(error) = spawn("ring-control", move || {
+                controller.run();
+                // The engine is gone. The other thread may be pinning memory.
+                exit(0)
+            }) {
+                tracing::error!(%error, "the ring process cannot start a thread");
+                exit(1)
+            }
+            maker.run();
+            exit(0)
+        }
+        Err(why) => {
+            let refused = Answer::Refused(Refused { code: ErrorCode::Resources, why });
+            let Encoded { words, text, fds } = refused.encode();
+            if let Ok(channel) = answering {
+                // An engine that is gone needs no answer.
+                let _ = channel.send(&words, &text, &fds);
+            }
+            exit(1)
+        }
+    }
+}
+
+fn start(
+    config: AttachConfig,
+    queue_count: u16,
+    disk: DiskKind,
+    confinement: Confinement,
+    prepare: impl FnOnce() -> io::Result<()>,
+    sockets: [Channel; 3],
+) -> Result<(Maker, Controller), String> {
+    let preparing = |error: io::Error| format!("the ring process cannot prepare itself: {error}");
+    rustix::thread::set_name(NAME).map_err(|errno| preparing(errno.into()))?;
+    let host = |sockets| host::new(config, queue_count, Some(disk), sockets).map_err(preparing);
+    if confinement == Confinement::Off {
+        prepare().map_err(preparing)?;
+        return host(sockets);
+    }
+    confine(prepare).map_err(|error| error.to_string())?;
+    host(sockets)
+}
+
+/// Closes what this process got from its parent: locks, the disk, whatever the embedder has.
+fn close_other_descriptors(sockets: &[Channel; 3]) -> Result<(), SandboxError> {
+    let streams = [rustix::stdio::stdin(), rustix::stdio::stdout(), rustix::stdio::stderr()];
+    let own = sockets.iter().map(AsFd::as_fd).chain(streams).chain(existing_token_directory());
+    close_descriptors_but(&own.collect::<Vec<_>>())
+}
+
+fn confine(prepare: impl FnOnce() -> io::Result<()>) -> Result<(), SandboxError> {
+    // The server tells whether the kernel gives namespaces.
+    isolate(&[])?;
+    let unprivileged = drop_privileges()?;
+    let token_directory = token_directory().map_err(SandboxError::system("making the directory for ring tokens"))?;
+    let restricted = unprivileged.restrict_paths(&Paths::none().token_directory(token_directory))?;
+    // Other processes of this user must not reach into this one, also where the kernel has no Landlock.
+    set_dumpable_behavior(DumpableBehavior::NotDumpable)
+        .map_err(SandboxError::system("hiding from other processes (PR_SET_DUMPABLE)"))?;
+    prepare().map_err(SandboxError::system("starting the log"))?;
+    restricted.filter_system_calls(Role::RingProcess)
+}
