@@ -96,6 +96,17 @@ impl Apt {
         version.map(str::to_owned).with_context(|| format!("{package} has no version"))
     }
 
+    /// The names of the packages on which a package depends directly, the first of alternatives each.
+    ///
+    /// # Errors
+    ///
+    /// There is no such package.
+    pub(crate) fn depends(&self, package: &str) -> Result<Vec<String>> {
+        let fields = self.run("apt-cache", ["show", "--no-all-versions", package])?;
+        let depends = fields.lines().find_map(|line| line.strip_prefix("Depends: ")).unwrap_or_default();
+        Ok(depends.split(',').filter_map(|name| Some(name.split_whitespace().next()?.to_owned())).collect())
+    }
+
     /// Downloads a package and unpacks its files into `directory`. Nothing is installed.
     ///
     /// # Errors

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use super::image::{GuestImage, KernelSeries};
+use super::image::{BlockDriver, GuestImage, KernelSeries};
 
 /// The devices of a guest.
 #[derive(Clone, Debug)]
@@ -31,6 +31,12 @@ pub struct LinuxGuestConfig {
     pub kernel_image: Option<PathBuf>,
     /// Further statically linked programs of the guest, in `/sbin`.
     pub programs: Vec<PathBuf>,
+    /// The block driver that the guest loads instead of the kernel's own, for the same kernel.
+    pub block_driver: Option<BlockDriver>,
+    /// Parameters of the block driver: `poll_queues=1`.
+    pub block_driver_parameters: String,
+    /// Files for devices of QEMU's own, as values of QEMU's `-blockdev`.
+    pub block_nodes: Vec<String>,
 }
 
 impl Default for LinuxGuestConfig {
@@ -47,7 +53,17 @@ impl Default for LinuxGuestConfig {
             kernel_arguments: Vec::new(),
             kernel_image: None,
             programs: Vec::new(),
+            block_driver: None,
+            block_driver_parameters: String::new(),
+            block_nodes: Vec::new(),
         }
+    }
+}
+
+impl LinuxGuestConfig {
+    /// Whether the guest needs another initramfs than that of its image.
+    pub(super) fn has_own_initramfs(&self) -> bool {
+        !self.programs.is_empty() || self.block_driver.is_some()
     }
 }
 
@@ -206,9 +222,16 @@ pub(super) fn arguments(
                 command_line.push(' ');
                 command_line.push_str(argument);
             }
+            // The kernel passes words that it does not know to the first program, as environment variables.
+            if let Some(driver) = &config.block_driver {
+                command_line.push_str(&format!(" block_driver={}", driver.name()));
+            }
+            if !config.block_driver_parameters.is_empty() {
+                command_line.push_str(&format!(" block_driver_parameters={}", config.block_driver_parameters));
+            }
             let kernel = config.kernel_image.as_deref().unwrap_or(image.kernel());
             let with_programs = places.initramfs();
-            let initramfs = if config.programs.is_empty() { image.initramfs() } else { &with_programs };
+            let initramfs = if config.has_own_initramfs() { &with_programs } else { image.initramfs() };
             add(&["-kernel", &kernel.to_string_lossy(), "-initrd", &initramfs.to_string_lossy()]);
             add(&["-append", &command_line]);
         }
@@ -224,6 +247,9 @@ pub(super) fn arguments(
     }
     for object in &config.objects {
         add(&["-object", object]);
+    }
+    for node in &config.block_nodes {
+        add(&["-blockdev", node]);
     }
     for device in &config.devices {
         add(&["-device", device]);

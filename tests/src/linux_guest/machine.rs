@@ -50,8 +50,8 @@ impl Machine {
         let program = find_program(PROGRAM).with_context(|| format!("there is no {PROGRAM}"))?;
         let arguments = arguments(config, start, accelerator, version(&program)?, &places);
         match start {
-            Start::Kernel(image) | Start::Incoming(image) if !config.programs.is_empty() => {
-                let initramfs = image.initramfs_with(&config.programs)?;
+            Start::Kernel(image) | Start::Incoming(image) if config.has_own_initramfs() => {
+                let initramfs = image.initramfs_with(&config.programs, config.block_driver.as_ref())?;
                 fs::write(places.initramfs(), initramfs).context("cannot write the initramfs")?;
             }
             _ => {}

@@ -26,6 +26,7 @@ mod image;
 mod machine;
 pub mod memory;
 mod migration;
+pub mod on_rings;
 mod qmp;
 
 use std::time::{Duration, Instant};
@@ -38,7 +39,7 @@ use serde_json::{Value, json};
 pub use agent::{Job, JobOutput};
 pub use config::{LinuxGuestConfig, VhostUserDisk};
 pub use firmware::FirmwareGuest;
-pub use image::{GuestImage, KernelSeries};
+pub use image::{BlockDriver, GuestImage, KernelSeries};
 pub use migration::{IncomingGuest, Migration};
 
 use crate::needs::Need;

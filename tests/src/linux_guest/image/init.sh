@@ -9,7 +9,8 @@ mount -t tmpfs tmpfs /tmp
 mkdir -p /dev/shm /mnt
 mount -t tmpfs tmpfs /dev/shm
 load-module virtio_pci
-load-module virtio_blk
+# Both variables come from the kernel's command line.
+load-module "${block_driver:-virtio_blk}" $block_driver_parameters
 
 stty -F /dev/ttyS1 raw -echo 115200
 agent </dev/ttyS1 >/dev/ttyS1

@@ -5,6 +5,7 @@
 //! their libraries. The guest has only the initramfs: if it loaded its programs from a disk under test, a fault of the
 //! disk would break both.
 
+mod block_driver;
 mod cpio;
 mod fio;
 mod modules;
@@ -22,6 +23,8 @@ use std::{
 use anyhow::{Context, Result, ensure};
 use cpio::Archive;
 use modules::ModuleTree;
+
+pub use block_driver::BlockDriver;
 
 use crate::debian::{
     apt::{self, Apt},
@@ -110,17 +113,24 @@ impl GuestImage {
         &self.initramfs
     }
 
-    /// The initramfs with further programs in `/sbin`: an archive behind the image's own. The kernel unpacks both.
+    /// The initramfs with further programs in `/sbin` and another block driver: an archive behind the image's own. The
+    /// kernel unpacks both.
     ///
     /// # Errors
     ///
     /// A file cannot be read.
-    pub(super) fn initramfs_with(&self, programs: &[PathBuf]) -> Result<Vec<u8>> {
+    pub(super) fn initramfs_with(&self, programs: &[PathBuf], driver: Option<&BlockDriver>) -> Result<Vec<u8>> {
         let read = |path: &Path| fs::read(path).with_context(|| format!("cannot read {}", path.display()));
         let mut archive = Archive::default();
         for program in programs {
             let name = program.file_name().and_then(OsStr::to_str).context("a program's name")?;
             archive.file(&format!("/sbin/{name}"), 0o755, &read(program)?)?;
+        }
+        if let Some(driver) = driver {
+            let name = driver.name();
+            archive.file(&format!("/lib/modules/{name}.ko"), 0o644, &read(driver.module())?)?;
+            // What it needs is loaded: virtio_pci needs the same.
+            archive.file(&format!("/lib/modules/{name}.order"), 0o644, format!("{name}\n").as_bytes())?;
         }
         let mut initramfs = read(&self.initramfs)?;
         initramfs.extend(archive.finish());
