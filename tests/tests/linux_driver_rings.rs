@@ -53,6 +53,13 @@ fn whole_life() -> Result<()> {
         }
         served.broker.explain(guest.run(AWAIT_RINGS).map(drop))
     })?;
+    step("a CPU goes offline and comes back", || {
+        let cpu = "/sys/devices/system/cpu/cpu1/online";
+        for _ in 0..3 {
+            guest.run(&format!("echo 0 >{cpu} && usleep 300000 && echo 1 >{cpu} && usleep 200000"))?;
+        }
+        served.broker.explain(guest.run(AWAIT_RINGS).map(drop))
+    })?;
     step("the operator takes the rings away, and gives them back", || {
         for _ in 0..3 {
             served.set_mode("virtqueue")?;
