@@ -10,7 +10,7 @@ use super::geometry::Geometry;
 use super::open::{self, Anchor};
 use super::storage::StorageSource;
 use super::write_chains;
-use super::{DirectAlignment, Disk, DiskConfig, DiskError, DiskKind};
+use super::{DirectAlignment, Disk, DiskConfig, DiskError, DiskKind, error, integrity};
 
 /// A disk whose properties are known to answer a guest, and on which no I/O is possible: it is neither locked nor
 /// claimed, and need not be free. The value stays with the file that the path led to at first, even if the path leads
@@ -121,6 +121,17 @@ impl LocatedDisk {
     /// What the disk is on the host.
     pub fn kind(&self) -> DiskKind {
         self.anchor.kind
+    }
+
+    /// The name of the integrity profile, if the disk is a block device that keeps protection information beside its
+    /// blocks (`integrity/format` in sysfs, e.g. `T10-DIF-TYPE1-CRC`). Direct mode refuses such a device to every
+    /// guest.
+    ///
+    /// # Errors
+    /// [`DiskError::Query`]: sysfs does not know the device.
+    pub fn integrity_profile(&self) -> Result<Option<String>, DiskError> {
+        integrity::profile(self.anchor(), self.kind())
+            .map_err(|error| error::query_error(self.path(), "the integrity profile (in /sys/dev/block)", error))
     }
 
     /// The path by which the disk was located.

@@ -9,7 +9,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
-    SendFlags, Shutdown, SocketFlags, SocketType, recvmsg, sendmsg, shutdown, socketpair,
+    SendFlags, SocketFlags, SocketType, recvmsg, sendmsg, socketpair,
 };
 
 /// The numbers of a packet: its kind, and what the kind needs.
@@ -103,10 +103,11 @@ impl Channel {
         Ok(Some(Packet { words, text: String::from_utf8_lossy(text).into_owned(), fds }))
     }
 
-    /// The other end finds the end from now on.
-    pub(super) fn close_for_writing(&self) {
-        // A socket whose other end is gone needs no end.
-        let _ = shutdown(&self.0, Shutdown::Write);
+    /// Sends a packet if the socket has room.
+    #[cfg(test)]
+    pub(super) fn send_now(&self, words: &[u64; WORDS]) -> bool {
+        let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_ne_bytes()).collect();
+        rustix::net::send(&self.0, &bytes, SendFlags::DONTWAIT).is_ok()
     }
 
     /// Waits until a packet is there or the other end is closed, at most this long. False: neither.

@@ -60,12 +60,13 @@ pub(crate) struct HostedRing {
 }
 
 /// Takes the engine's ends of the three sockets, once the host has started.
-pub(super) fn open(orders: Channel, control: Channel, events: Channel) -> Result<(RingClient, RingEvents), Refused> {
+pub(super) fn open(orders: Channel, control: Channel, events: Channel) -> Result<(RingClient, RingEvents), String> {
     let control = Arc::new(RingControl::new(control));
     let client = RingClient { orders, control: Arc::clone(&control), next_number: 0, files: Vec::new() };
-    match client.answer() {
-        Answer::Refused(refused) => Err(refused),
-        _ => Ok((client, RingEvents::new(events, control))),
+    match client.orders.receive().map(|packet| packet.map(Answer::decode)) {
+        Ok(Some(Ok(Answer::Done))) => Ok((client, RingEvents::new(events, control))),
+        Ok(Some(Ok(Answer::Refused(refused)))) => Err(refused.why),
+        other => Err(format!("it ended before it was ready ({other:?})")),
     }
 }
 
@@ -175,11 +176,10 @@ impl RingClient {
         files: Vec<(Arc<File>, u64)>,
         is_wanted: &dyn Fn() -> bool,
     ) -> Result<(), PinError> {
-        let mut is_cancelled = false;
         while !self.orders.wait(Some(LOOK)).unwrap_or_else(|error| self.control.lost(&error)) {
-            if !is_cancelled && !is_wanted() {
+            if !is_wanted() {
                 self.control.send(&Control::Cancel { number });
-                is_cancelled = true;
+                break;
             }
         }
         match self.answer() {

@@ -7,7 +7,7 @@
 
 use std::collections::HashMap;
 use std::fs::File;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread;
@@ -16,13 +16,14 @@ use std::time::{Duration, Instant};
 use ringpass_guest_abi::request::ErrorCode;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::channel::Channel;
+use super::channel::{Channel, Packet};
 use super::config::AttachConfig;
 use super::guard::{self, GuardSender, WatchedRing};
 use super::message::{Answer, Control, DecodeError, Encoded, HostEvent, Order, RingId, RingSpec};
+use super::outbox::Outbox;
+use super::own_disk::OwnDisk;
 use super::refused::Refused;
 use crate::direct::{DirectDevice, DirectQueue, QueueConfig, QueuePlacement};
-use crate::disk::DiskKind;
 use crate::limits::{Memlock, cap_file_growth_at};
 use crate::memory::{GuestMemory, MemoryError, RegionConfig};
 use crate::ring::{RingConfig, RingEnd, RingError};
@@ -30,10 +31,12 @@ use crate::vhost_user::adopt_eventfd;
 
 /// The most regions of guest RAM.
 const REGIONS_MAX: usize = 4096;
+/// The most events that the engine has not taken. An honest engine takes all of them at once.
+const BACKLOG_MAX: usize = 65536;
 /// The time between two looks at whether memory is still pinned.
 const DRAIN_LOOK: Duration = Duration::from_micros(200);
-/// The longest wait until leaving memory is pinned no more. An ordinary request takes less; for a longer one the engine
-/// ends the ring, and waits for the end of the ring.
+/// The longest wait until leaving memory is pinned no more. An ordinary request takes less. If a request takes longer, the engine ends
+/// the ring and waits for its end.
 pub(crate) const DRAIN_PATIENCE: Duration = Duration::from_secs(1);
 /// The longest wait for earlier pins to go before the guest's memory is pinned: the kernel takes rings apart some time
 /// after their close. Pins of I/O that hangs do not go, and the guest's memory is pinned beside them.
@@ -47,14 +50,14 @@ struct Shared {
     config: AttachConfig,
     /// The most rings that have not ended: two for each queue.
     rings_max: usize,
-    /// Keeps the limit of file sizes (RLIMIT_FSIZE) at the size of a disk of this kind. `None`: the program does.
-    growth: Option<DiskKind>,
-    events: Channel,
+    /// The only disk that rings get, and whose size limits the sizes of files. `None`: any disk, and the program limits sizes.
+    own_disk: Option<OwnDisk>,
+    events: Outbox,
     /// The rings that run.
     rings: Mutex<HashMap<RingId, Arc<DirectQueue>>>,
     /// The rings that have not ended.
     ring_count: AtomicUsize,
-    /// Orders up to this number are cancelled.
+    /// One more than the largest number of an order that was cancelled.
     cancelled: AtomicU64,
 }
 
@@ -72,7 +75,7 @@ pub(super) struct Maker {
     fault: Option<Refused>,
 }
 
-/// The thread that is never busy for long.
+/// The thread for everything that must not wait for pinning.
 pub(super) struct Controller {
     shared: Arc<Shared>,
     control: Channel,
@@ -83,14 +86,14 @@ pub(super) struct Controller {
 pub(super) fn new(
     config: AttachConfig,
     queue_count: u16,
-    growth: Option<DiskKind>,
+    own_disk: Option<OwnDisk>,
     [orders, control, events]: [Channel; 3],
 ) -> std::io::Result<(Maker, Controller)> {
     let shared = Arc::new(Shared {
         config,
         rings_max: 2 * usize::from(queue_count),
-        growth,
-        events,
+        own_disk,
+        events: Outbox::start(events)?,
         rings: Mutex::default(),
         ring_count: AtomicUsize::new(0),
         cancelled: AtomicU64::new(0),
@@ -124,9 +127,7 @@ impl Shared {
     }
 
     fn tell(&self, event: HostEvent) {
-        let Encoded { words, text, fds } = event.encode();
-        // Without an engine the host ends.
-        let _ = self.events.send(&words, &text, &fds);
+        self.events.put(event);
     }
 
     fn rings(&self) -> MutexGuard<'_, HashMap<RingId, Arc<DirectQueue>>> {
@@ -135,25 +136,21 @@ impl Shared {
 }
 
 impl Maker {
-    /// Carries out orders until the engine is gone. Says first that the host has started.
-    pub(super) fn run(&mut self) {
+    /// Tells the engine that the host has started, and carries out its orders until the engine is gone. False: the orders
+    /// cannot be read or make no sense; the log has the reason.
+    pub(super) fn run(&mut self) -> bool {
         self.answer(Answer::Done);
         loop {
-            let packet = match self.orders.receive() {
-                Ok(Some(packet)) => packet,
-                Ok(None) => break,
-                Err(error) => {
-                    tracing::error!(%error, "the orders of the engine cannot be read");
-                    break;
+            match next_order(&self.orders, Order::decode) {
+                Next::Order(order) => self.carry_out(order),
+                // A region has no answer, so the order that follows is refused.
+                Next::LostFile(refused, is_answered) if !is_answered => self.fault = Some(refused),
+                Next::LostFile(refused, _) => {
+                    self.regions.clear();
+                    self.fault = None;
+                    self.answer(Answer::Refused(refused));
                 }
-            };
-            match Order::decode(packet) {
-                Ok(order) => self.carry_out(order),
-                Err(error @ DecodeError::LostFile) => self.note_fault(error),
-                Err(error) => {
-                    tracing::error!(%error, "an order of the engine makes no sense");
-                    break;
-                }
+                Next::End { is_regular } => return is_regular,
             }
         }
     }
@@ -161,18 +158,16 @@ impl Maker {
     /// The engine finds the end of the host from now on. For a host that has no process, whose end does this: the engine's thread for
     /// events keeps the socket for control open until then.
     pub(super) fn tell_end(&self) {
-        self.shared.events.close_for_writing();
-    }
-
-    /// A file of a message was lost. A region has no answer, so the order that follows is refused.
-    fn note_fault(&mut self, error: DecodeError) {
-        self.fault = Some(Refused { code: ErrorCode::Resources, why: format!("for the ring process {error}") });
+        self.shared.events.close();
     }
 
     fn carry_out(&mut self, order: Order<OwnedFd>) {
         let answer = match order {
             Order::Region { gpa, len_bytes, file_offset_bytes, file_number, file } => {
-                if self.regions.len() < REGIONS_MAX {
+                if self.regions.len() == REGIONS_MAX {
+                    let why = format!("the guest has more than {REGIONS_MAX} regions of memory");
+                    self.fault = Some(Refused { code: ErrorCode::Resources, why });
+                } else {
                     let known = self.files.get(&file_number).and_then(Weak::upgrade);
                     let file = known.unwrap_or_else(|| Arc::new(File::from(file)));
                     self.files.insert(file_number, Arc::downgrade(&file));
@@ -224,6 +219,9 @@ impl Maker {
     fn pin(&mut self, regions: Vec<RegionConfig>, disk: OwnedFd, number: u64) -> Result<(), RingError> {
         let is_wanted = self.is_wanted(number);
         self.device = None;
+        if let Some(own) = self.shared.own_disk {
+            own.check(disk.as_fd())?;
+        }
         // Pinning measures what the process has pinned, so an earlier pin must not go meanwhile. Nor may the guest's
         // memory count twice against RLIMIT_MEMLOCK.
         let end = Instant::now() + SETTLE;
@@ -246,7 +244,6 @@ impl Maker {
 
     fn is_wanted(&self, number: u64) -> impl Fn() -> bool + Sync + use<> {
         let shared = Arc::clone(&self.shared);
-        // Numbers begin with 0, and nothing is cancelled at first.
         move || shared.cancelled.load(Ordering::Relaxed) <= number
     }
 
@@ -276,6 +273,9 @@ impl Maker {
         let slot_shift = device.memory().layout().slot_shift();
         let RingSpec { id, rings_gpa, sqes_gpa, sq_entries, cq_entries, doorbell, call } = spec;
         self.check(sq_entries, cq_entries, slot_shift)?;
+        if self.shared.rings().contains_key(&id) {
+            return Err(Refused { code: ErrorCode::Resources, why: "the ring has the number of another".into() });
+        }
         let config =
             QueueConfig::new(RingConfig { sq_entries, cq_entries }, QueuePlacement::GuestRam { rings_gpa, sqes_gpa })
                 .doorbell(eventfd(doorbell)?)
@@ -317,6 +317,10 @@ impl Maker {
             );
             return Err(Refused { code: ErrorCode::Entries, why });
         }
+        if self.shared.events.backlog() > BACKLOG_MAX {
+            let why = "the engine does not take what the ring process tells of its rings".into();
+            return Err(Refused { code: ErrorCode::Resources, why });
+        }
         if self.shared.ring_count.load(Ordering::Relaxed) >= self.shared.rings_max {
             let why = format!("there are {} rings that have not ended", self.shared.rings_max);
             return Err(Refused { code: ErrorCode::Resources, why });
@@ -326,22 +330,14 @@ impl Maker {
 }
 
 impl Controller {
-    /// Carries out orders until the engine is gone.
-    pub(super) fn run(self) {
+    /// As [`Maker::run`].
+    pub(super) fn run(&self) -> bool {
         loop {
-            let packet = match self.control.receive() {
-                Ok(Some(packet)) => packet,
-                Ok(None) => return,
-                Err(error) => return tracing::error!(%error, "the orders of the engine cannot be read"),
-            };
-            match Control::decode(packet) {
-                Ok(order) => self.carry_out(order),
-                // Only one of the orders has a file.
-                Err(error @ DecodeError::LostFile) => {
-                    let why = format!("for the ring process {error}");
-                    self.answer(Answer::Refused(Refused { code: ErrorCode::Resources, why }));
-                }
-                Err(error) => return tracing::error!(%error, "an order of the engine makes no sense"),
+            match next_order(&self.control, Control::decode) {
+                Next::Order(order) => self.carry_out(order),
+                // The only order with a file is answered.
+                Next::LostFile(refused, _) => self.answer(Answer::Refused(refused)),
+                Next::End { is_regular } => return is_regular,
             }
         }
     }
@@ -353,11 +349,16 @@ impl Controller {
                 self.answer(answer);
             }
             Control::Close { id } => self.shared.close(id),
-            Control::Suspect { id } => self.guard.suspect(id),
+            // Numbers of other rings would pile up.
+            Control::Suspect { id } if self.shared.rings().contains_key(&id) => self.guard.suspect(id),
+            Control::Suspect { .. } => {}
             Control::Cancel { number } => {
                 self.shared.cancelled.fetch_max(number.saturating_add(1), Ordering::Relaxed);
             }
-            Control::SetDiskSize { size_bytes } => self.follow_growth(size_bytes),
+            Control::SetDiskSize { size_bytes } => {
+                self.follow_growth(size_bytes);
+                self.answer(Answer::Done);
+            }
         }
     }
 
@@ -371,8 +372,8 @@ impl Controller {
 
     /// The kernel refuses what rings of guests write beyond the end of the disk.
     fn follow_growth(&self, size_bytes: u64) {
-        let Some(kind) = self.shared.growth else { return };
-        if let Err(error) = cap_file_growth_at(kind, size_bytes) {
+        let Some(disk) = self.shared.own_disk else { return };
+        if let Err(error) = cap_file_growth_at(disk.kind, size_bytes) {
             tracing::warn!(%error, "cannot set RLIMIT_FSIZE of the ring process: writes of rings to the end of the disk will fail");
         }
     }
@@ -381,6 +382,38 @@ impl Controller {
         let Encoded { words, text, fds } = answer.encode();
         // Without an engine the next read finds the end.
         let _ = self.control.send(&words, &text, &fds);
+    }
+}
+
+/// What came over a socket.
+enum Next<T> {
+    Order(T),
+    /// An order without its file, and whether the engine waits for an answer.
+    LostFile(Refused, bool),
+    End {
+        is_regular: bool,
+    },
+}
+
+fn next_order<T>(channel: &Channel, decode: impl FnOnce(Packet) -> Result<T, DecodeError>) -> Next<T> {
+    let packet = match channel.receive() {
+        Ok(Some(packet)) => packet,
+        Ok(None) => return Next::End { is_regular: true },
+        Err(error) => {
+            tracing::error!(%error, "the orders of the engine cannot be read");
+            return Next::End { is_regular: false };
+        }
+    };
+    match decode(packet) {
+        Ok(order) => Next::Order(order),
+        Err(error @ DecodeError::LostFile { is_answered }) => {
+            let why = format!("the ring process did not get a file: {error}");
+            Next::LostFile(Refused { code: ErrorCode::Resources, why }, is_answered)
+        }
+        Err(error) => {
+            tracing::error!(%error, "an order of the engine makes no sense");
+            Next::End { is_regular: false }
+        }
     }
 }
 

@@ -60,7 +60,7 @@ pub(super) enum Control<F> {
     Suspect { id: RingId },
     /// Give up the order with this number, if it has not been carried out.
     Cancel { number: u64 },
-    /// The disk has this size now.
+    /// The disk has this size now. Answered.
     SetDiskSize { size_bytes: u64 },
 }
 
@@ -95,8 +95,13 @@ pub(super) enum HostEvent {
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub(super) enum DecodeError {
     /// The kernel had no descriptor for a file of the message.
-    #[error("a file was lost: the process has reached its RLIMIT_NOFILE")]
-    LostFile,
+    #[error(
+        "a file was lost on its way: the process has reached its RLIMIT_NOFILE, or a security module refuses the file"
+    )]
+    LostFile {
+        /// Whether the sender waits for an answer.
+        is_answered: bool,
+    },
     /// Both ends are one program, so this is a bug or an attack.
     #[error("kind {kind} is no message")]
     Unknown { kind: u64 },
@@ -127,7 +132,7 @@ struct Files(std::vec::IntoIter<OwnedFd>);
 
 impl Files {
     fn next(&mut self) -> Result<OwnedFd, DecodeError> {
-        self.0.next().ok_or(DecodeError::LostFile)
+        self.0.next().ok_or(DecodeError::LostFile { is_answered: true })
     }
 
     fn next_if(&mut self, is_there: u64) -> Result<Option<OwnedFd>, DecodeError> {
@@ -162,7 +167,8 @@ impl Order<OwnedFd> {
         let (words, mut files, _) = parts(packet);
         match words {
             [1, gpa, len_bytes, file_offset_bytes, file_number, ..] => {
-                Ok(Self::Region { gpa, len_bytes, file_offset_bytes, file_number, file: files.next()? })
+                let file = files.next().map_err(|_| DecodeError::LostFile { is_answered: false })?;
+                Ok(Self::Region { gpa, len_bytes, file_offset_bytes, file_number, file })
             }
             [2, number, ..] => Ok(Self::Pin { number, disk: files.next()? }),
             [3, number, ..] => Ok(Self::SetMemory { number }),
@@ -371,7 +377,7 @@ mod tests {
         let mut packet = sent(Order::MakeRing(spec).encode());
         assert_eq!(packet.fds.len(), 2);
         packet.fds.pop();
-        assert_eq!(Order::decode(packet).unwrap_err(), DecodeError::LostFile);
+        assert_eq!(Order::decode(packet).unwrap_err(), DecodeError::LostFile { is_answered: true });
         let call = sent(Control::SetCall { id: RingId(3), call: None }.encode());
         assert!(matches!(Control::decode(call), Ok(Control::SetCall { id: RingId(3), call: None })));
         let unknown = || Packet { words: [99; WORDS], ..Packet::default() };

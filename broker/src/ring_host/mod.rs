@@ -1,8 +1,8 @@
 //! What makes and runs guests' rings for an engine: a *ring host*, which is a process of its own or a few threads.
 //!
-//! The engine takes messages of front-ends and guests apart, which is where holes are most likely. A ring has the rights
+//! The engine parses what front-ends and guests send, which is where holes are most likely. A ring has the rights
 //! of its creator, and io_uring goes around seccomp filters. So a program forks a ring host at its start
-//! (`RingHost::fork`, feature `sandbox`): a process that has no secrets and no files, takes nothing apart, and makes rings
+//! (`RingHost::fork`, feature `sandbox`): a process that has no secrets and no files, parses no input of guests and front-ends, and makes rings
 //! with the operator's policy. The engine's own process then cannot make any ring, whatever code runs in it.
 //! An embedder that does not want a second process gets the same host as threads ([`RingHost::in_threads`]).
 //!
@@ -11,8 +11,8 @@
 //! | socket | from | messages | who waits |
 //! | --- | --- | --- | --- |
 //! | orders | the engine's builder | pin these regions for this disk, make a ring, change memory, unpin | the builder, up to seconds |
-//! | control | any thread of the engine | a new call eventfd, close, cancel, a suspicion | a worker, for a batch at most |
-//! | events | the host | a ring is gone, a ring has more outstanding than it may have | |
+//! | control | any thread of the engine | a new call eventfd, close, cancel, a suspicion, the disk's new size | a worker, for a batch at most |
+//! | events | the host | a ring runs, a ring is gone, a ring has more outstanding than it may have | |
 //!
 //! Each side notices the end of the other by its sockets: a host ends with its engine, and an engine's process with its
 //! host. `client` and `control` are the engine's side, `host` the other one, and `guard` its thread that watches what rings cost.
@@ -24,6 +24,8 @@ mod control;
 mod guard;
 mod host;
 mod message;
+mod outbox;
+mod own_disk;
 #[cfg(feature = "sandbox")]
 mod process;
 mod refused;
@@ -86,7 +88,10 @@ impl RingHost {
             maker.tell_end();
         })
         .map_err(RingHostError::of(starting))?;
-        spawn("ring-control", move || controller.run()).map_err(RingHostError::of(starting))?;
+        spawn("ring-control", move || {
+            controller.run();
+        })
+        .map_err(RingHostError::of(starting))?;
         Ok(engine)
     }
 
@@ -97,8 +102,7 @@ impl RingHost {
     /// It could not start.
     pub(crate) fn open(self) -> Result<(RingClient, RingEvents), RingHostError> {
         let Self { orders, control, events } = self;
-        let starting =
-            |refused: Refused| RingHostError { what: "the ring process", source: io::Error::other(refused.why) };
+        let starting = |why: String| RingHostError { what: "the ring process", source: io::Error::other(why) };
         client::open(orders, control, events).map_err(starting)
     }
 }

@@ -1,8 +1,7 @@
 //! A ring host as a process of its own.
 
 use std::io;
-use std::os::fd::AsFd;
-use std::process::exit;
+use std::os::fd::{AsFd, BorrowedFd};
 
 use nix::unistd::{ForkResult, fork};
 use ringpass_guest_abi::request::ErrorCode;
@@ -12,12 +11,13 @@ use super::channel::Channel;
 use super::config::AttachConfig;
 use super::host::{self, Controller, Maker};
 use super::message::{Answer, Encoded};
+use super::own_disk::OwnDisk;
 use super::refused::Refused;
 use super::{RingHost, RingHostError, sockets, spawn};
-use crate::disk::DiskKind;
+use crate::process_end::end_process;
 use crate::ring::{existing_token_directory, token_directory};
 use crate::sandbox::{Paths, Role, SandboxError, close_descriptors_but, drop_privileges, isolate, require_one_thread};
-use crate::threads::leave_signals_to_others;
+use crate::threads::{AbortOnPanic, leave_signals_to_others};
 
 /// The name of the process, in tools that show names of threads.
 const NAME: &std::ffi::CStr = c"ringpass-rings";
@@ -32,12 +32,12 @@ pub enum Confinement {
 }
 
 impl RingHost {
-    /// Forks a process that is the ring host of a device with so many queues, on a disk of this kind. It keeps the
-    /// limits of this process and the standard streams, and closes every other descriptor.
+    /// Forks a process that is the ring host of a device with so many queues, on this disk. It keeps the limits of this
+    /// process and the standard streams, and closes every other descriptor at once. It makes rings on this disk only.
     /// `prepare` runs in the new process while that can still start everything that logging needs.
     ///
-    /// Call this before this process takes the disk's lock or makes sockets, while it has one thread, and before
-    /// [`isolate`]: the new process hides more files.
+    /// Call this while this process has one thread, and before [`isolate`]: the new process hides more files. Call it before this
+    /// process has secrets, because the new process has a copy of its memory.
     ///
     /// # Errors
     ///
@@ -46,14 +46,15 @@ impl RingHost {
     pub fn fork(
         config: AttachConfig,
         queue_count: u16,
-        disk: DiskKind,
+        disk: BorrowedFd<'_>,
         confinement: Confinement,
         prepare: impl FnOnce() -> io::Result<()>,
     ) -> Result<Self, RingHostError> {
         require_one_thread().map_err(|error| RingHostError::of("a process")(io::Error::other(error)))?;
+        let disk = OwnDisk::of(disk).map_err(RingHostError::of("looking at the disk"))?;
         let (engine, host) = sockets()?;
-        // SAFETY: this process has one thread, so no lock is held that the child would miss. The child never returns
-        // from here, so nothing of the caller is dropped twice.
+        // SAFETY: this process has one thread, so no lock is held that the child would miss. The child neither returns nor
+        // unwinds from `live`, so nothing of the caller is dropped twice.
         match unsafe { fork() }.map_err(RingHostError::of("a process"))? {
             ForkResult::Parent { .. } => Ok(engine),
             ForkResult::Child => {
@@ -68,11 +69,12 @@ impl RingHost {
 fn live(
     config: AttachConfig,
     queue_count: u16,
-    disk: DiskKind,
+    disk: OwnDisk,
     confinement: Confinement,
     prepare: impl FnOnce() -> io::Result<()>,
     sockets: [Channel; 3],
 ) -> ! {
+    let _abort = AbortOnPanic;
     // The process group gets the signals of a terminal and of a service manager. This process ends with its engine.
     leave_signals_to_others();
     let closed = close_other_descriptors(&sockets).map_err(|error| error.to_string());
@@ -81,16 +83,12 @@ fn live(
     match closed.and_then(|()| start(config, queue_count, disk, confinement, prepare, sockets)) {
         Ok((mut maker, controller)) => {
             drop(answering);
-            if let Err(error) = spawn("ring-control", move || {
-                controller.run();
-                // The engine is gone. The other thread may be pinning memory.
-                exit(0)
-            }) {
+            // The main thread may be pinning memory when the engine goes.
+            if let Err(error) = spawn("ring-control", move || end(controller.run())) {
                 tracing::error!(%error, "the ring process cannot start a thread");
-                exit(1)
+                end(false)
             }
-            maker.run();
-            exit(0)
+            end(maker.run())
         }
         Err(why) => {
             let refused = Answer::Refused(Refused { code: ErrorCode::Resources, why });
@@ -99,28 +97,31 @@ fn live(
                 // An engine that is gone needs no answer.
                 let _ = channel.send(&words, &text, &fds);
             }
-            exit(1)
+            end(false)
         }
     }
+}
+
+/// Ends the process, with its log.
+fn end(is_regular: bool) -> ! {
+    end_process(i32::from(!is_regular))
 }
 
 fn start(
     config: AttachConfig,
     queue_count: u16,
-    disk: DiskKind,
+    disk: OwnDisk,
     confinement: Confinement,
     prepare: impl FnOnce() -> io::Result<()>,
     sockets: [Channel; 3],
 ) -> Result<(Maker, Controller), String> {
     let preparing = |error: io::Error| format!("the ring process cannot prepare itself: {error}");
     rustix::thread::set_name(NAME).map_err(|errno| preparing(errno.into()))?;
-    let host = |sockets| host::new(config, queue_count, Some(disk), sockets).map_err(preparing);
-    if confinement == Confinement::Off {
-        prepare().map_err(preparing)?;
-        return host(sockets);
+    match confinement {
+        Confinement::On => confine(prepare).map_err(|error| error.to_string())?,
+        Confinement::Off => prepare().map_err(preparing)?,
     }
-    confine(prepare).map_err(|error| error.to_string())?;
-    host(sockets)
+    host::new(config, queue_count, Some(disk), sockets).map_err(preparing)
 }
 
 /// Closes what this process got from its parent: locks, the disk, whatever the embedder has.
@@ -131,8 +132,11 @@ fn close_other_descriptors(sockets: &[Channel; 3]) -> Result<(), SandboxError> {
 }
 
 fn confine(prepare: impl FnOnce() -> io::Result<()>) -> Result<(), SandboxError> {
-    // The server tells whether the kernel gives namespaces.
-    isolate(&[])?;
+    if let Some(why) = isolate(&[])?.why_not() {
+        tracing::info!(
+            "ring process sees names and properties of files, and networks: no namespaces of its own ({why})"
+        );
+    }
     let unprivileged = drop_privileges()?;
     let token_directory = token_directory().map_err(SandboxError::system("making the directory for ring tokens"))?;
     let restricted = unprivileged.restrict_paths(&Paths::none().token_directory(token_directory))?;

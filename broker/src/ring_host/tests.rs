@@ -16,6 +16,7 @@ use rustix::fs::MemfdFlags;
 use vm_memory::Bytes;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+use super::message::{Answer, Encoded, Order};
 use super::*;
 use crate::alone::alone;
 use crate::direct::{DirectConfig, SubmissionConfig};
@@ -252,15 +253,11 @@ fn memory_that_leaves_is_held_by_neither_side_and_the_ring_goes_on() {
     });
 }
 
-#[test]
-fn a_ring_with_more_outstanding_than_its_cq_has_entries_ends_and_the_engine_is_told() {
-    let mut bench = Bench::pinned();
-    let ring = bench.ring();
-    let mut driver = bench.driver(&ring);
-    (0..RING.sq_entries).for_each(|_| bench.submit_read(&ring, &mut driver));
+/// Submits three times as many requests as the CQ has entries, and reaps none.
+fn exceed(bench: &Bench, ring: &HostedRing, driver: &mut DriverRing<MappedRing>) {
+    (0..RING.sq_entries).for_each(|_| bench.submit_read(ring, driver));
     // The honest driver would not go on without reaping. The entries are still in the SQ.
     let layout = *ring.layout();
-    let word = |offset: u32| vm_memory::GuestAddress(RINGS_GPA + u64::from(offset));
     let memory = bench.memory.mapped();
     for tail in (2..=6).map(|times| times * RING.sq_entries) {
         let start = Instant::now();
@@ -273,6 +270,19 @@ fn a_ring_with_more_outstanding_than_its_cq_has_entries_ends_and_the_engine_is_t
         Bytes::store(memory, tail, word(layout.sq_tail_offset), Ordering::Release).unwrap();
         bench.doorbell.write(1).unwrap();
     }
+}
+
+/// A word of the ring.
+fn word(offset_bytes: u32) -> vm_memory::GuestAddress {
+    vm_memory::GuestAddress(RINGS_GPA + u64::from(offset_bytes))
+}
+
+#[test]
+fn a_ring_with_more_outstanding_than_its_cq_has_entries_ends_and_the_engine_is_told() {
+    let mut bench = Bench::pinned();
+    let ring = bench.ring();
+    let mut driver = bench.driver(&ring);
+    exceed(&bench, &ring, &mut driver);
     let end = ring.end();
     let start = Instant::now();
     while !end.has_ended() {
@@ -318,4 +328,75 @@ fn the_threads_of_a_host_end_with_its_engine() {
             std::thread::sleep(Duration::from_millis(1));
         }
     });
+}
+
+/// What the host answers to a packet without descriptors.
+fn answer_without_files(engine: &RingHost, message: Encoded<'_>) -> Answer {
+    engine.orders.send(&message.words, "", &[]).unwrap();
+    Answer::decode(engine.orders.receive().unwrap().unwrap()).unwrap()
+}
+
+#[test]
+fn an_order_whose_file_was_lost_is_refused_and_the_next_one_works() {
+    let (engine, host) = sockets().unwrap();
+    let (mut maker, _controller) = host::new(config(), 1, None, host).unwrap();
+    let maker = std::thread::spawn(move || maker.run());
+    assert_eq!(Answer::decode(engine.orders.receive().unwrap().unwrap()).unwrap(), Answer::Done);
+    let file = tempfile::tempfile().unwrap();
+    let lost = |answer| matches!(answer, Answer::Refused(refused) if refused.why.contains("a file was lost"));
+    let region = Order::Region { gpa: 0, len_bytes: MIB, file_offset_bytes: 0, file_number: 0, file: file.as_fd() };
+    let region = region.encode();
+    // A region has no answer.
+    engine.orders.send(&region.words, "", &[]).unwrap();
+    assert!(lost(answer_without_files(&engine, Order::SetMemory { number: 1 }.encode())));
+    assert!(lost(answer_without_files(&engine, Order::Pin { number: 2, disk: file.as_fd() }.encode())));
+    // The loss is not held against a later order.
+    let answer = answer_without_files(&engine, Order::SetMemory { number: 3 }.encode());
+    assert!(matches!(&answer, Answer::Refused(refused) if !refused.why.contains("lost")), "{answer:?}");
+    assert_eq!(answer_without_files(&engine, Order::Unpin.encode()), Answer::Done);
+    drop(engine);
+    assert!(maker.join().unwrap());
+}
+
+#[test]
+fn a_host_that_gets_nonsense_ends_and_says_so() {
+    let (engine, host) = sockets().unwrap();
+    let (mut maker, controller) = host::new(config(), 1, None, host).unwrap();
+    engine.orders.send(&[99; channel::WORDS], "", &[]).unwrap();
+    assert!(!maker.run());
+    engine.control.send(&[99; channel::WORDS], "", &[]).unwrap();
+    assert!(!controller.run());
+}
+
+#[test]
+fn an_engine_that_reads_no_events_does_not_keep_the_guard_from_ending_rings() {
+    let (engine, host) = sockets().unwrap();
+    let full = (0..).take_while(|_| host[2].send_now(&[0; channel::WORDS])).count();
+    assert!(full > 10, "the socket takes {full} packets");
+    let (mut maker, controller) = host::new(config(), 1, None, host).unwrap();
+    std::thread::spawn(move || maker.run());
+    std::thread::spawn(move || controller.run());
+    let (mut client, _events) = engine.open().unwrap();
+    let bench = Bench::new();
+    client.pin(bench.disk.as_fd(), &bench.regions, &|| true).unwrap();
+    let new = NewRing { config: RING, rings_gpa: RINGS_GPA, sqes_gpa: SQES_GPA, doorbell: &bench.doorbell, call: None };
+    let ring = client.make_ring(&new, OWNER).unwrap();
+    let mut driver = bench.driver(&ring);
+    exceed(&bench, &ring, &mut driver);
+    // The guard closes the ring, so that the doorbell is answered no more.
+    let start = Instant::now();
+    let head =
+        || Bytes::load::<u32>(bench.memory.mapped(), word(ring.layout().sq_head_offset), Ordering::Acquire).unwrap();
+    loop {
+        client.control().suspect(ring.id());
+        std::thread::sleep(Duration::from_millis(100));
+        let before = head();
+        Bytes::store(bench.memory.mapped(), before + 1, word(ring.layout().sq_tail_offset), Ordering::Release).unwrap();
+        bench.doorbell.write(1).unwrap();
+        std::thread::sleep(Duration::from_millis(100));
+        if head() == before {
+            return;
+        }
+        assert!(start.elapsed() < PATIENCE, "the ring goes on");
+    }
 }

@@ -77,8 +77,8 @@ pub(crate) fn run(args: &ServeArgs) -> anyhow::Result<ExitCode> {
     // The confined server cannot see which process has locked the disk.
     let start = interruptible(|| located.start_up(args.start_up()).map_err(refusal::advise))?;
     disk_source::bound_growth(&located, args.max_size_bytes())?;
-    // Before this process has sockets, threads and the disk, which the ring process is not to have.
-    let ring_host = rings::start_host(&offer, &device, located.kind(), args.sandbox())?;
+    // Before this process has threads and hides files. The ring process closes at once what it gets of the disk.
+    let ring_host = rings::start_host(&offer, &device, &located, args.sandbox())?;
     // Changing the group of a socket needs privileges, which the sandbox drops.
     let access = args.access().decide();
     let socket = args.socket()?.prepare(access.front_end)?;

@@ -6,7 +6,7 @@ use std::time::Duration;
 use anyhow::{Context, bail, ensure};
 use clap::{Args, ValueEnum};
 use ringpass_broker::direct::{DirectConfig, SubmissionConfig};
-use ringpass_broker::disk::{DiskKind, LocatedDisk};
+use ringpass_broker::disk::LocatedDisk;
 use ringpass_broker::engine::AttachConfig;
 use ringpass_broker::kernel::{self, KernelRelease, Verdict};
 use ringpass_broker::memory::Sharing;
@@ -120,12 +120,12 @@ impl ModeArg {
 pub(super) fn start_host(
     offer: &Offer,
     device: &BlkConfig,
-    disk: DiskKind,
+    disk: &LocatedDisk,
     sandbox: &SandboxArgs,
 ) -> anyhow::Result<Option<RingHost>> {
     let Some(config) = offer.config() else { return Ok(None) };
     let confinement = if sandbox.is_on() { Confinement::On } else { Confinement::Off };
-    let host = RingHost::fork(config, device.num_queues(), disk, confinement, log::write_in_background)?;
+    let host = RingHost::fork(config, device.num_queues(), disk.anchor(), confinement, log::write_in_background)?;
     Ok(Some(host))
 }
 
@@ -227,6 +227,12 @@ impl RingArgs {
             );
         }
         why_not.extend(finer_blocks::why_no_rings(disk));
+        if let Some(profile) = disk.integrity_profile()? {
+            why_not.push(format!(
+                "the device keeps protection information ({profile}), and no restriction prevents a guest from naming memory of the \
+                 server as its buffer"
+            ));
+        }
         why_not.extend(write_chains::why_no_rings(disk, self.mode == ModeArg::Direct));
         if let Some(mode) = report.mode(ModeName::DirectGuestRam).filter(|mode| !mode.available && why_not.is_empty()) {
             why_not.push(refusal::one_line(mode));

@@ -1,6 +1,7 @@
 //! The guest's memory while it is pinned, and the rings over it.
 
 use std::os::fd::AsFd;
+use std::sync::Arc;
 use std::time::Duration;
 
 use ringpass_guest_abi::request::ErrorCode;
@@ -22,6 +23,7 @@ use crate::vhost_user::DeviceMemory;
 /// The guest's memory, pinned by the ring host, and the rings over it.
 #[derive(Debug)]
 pub(super) struct Pinned {
+    disk: Arc<Disk>,
     regions: Vec<RegionConfig>,
     /// The rings that may not have ended.
     rings: Vec<RingEnd>,
@@ -32,7 +34,7 @@ impl Pinned {
     /// Has `memory` pinned for rings on `disk`. Gives up when `is_wanted` says no.
     pub(super) fn new(
         host: &mut RingClient,
-        disk: &Disk,
+        disk: &Arc<Disk>,
         memory: &DeviceMemory,
         is_wanted: &dyn Fn() -> bool,
     ) -> Result<Self, Refused> {
@@ -40,7 +42,7 @@ impl Pinned {
         let regions = regions(memory);
         let watch = DiscardWatch::new(&regions).map_err(not_looked_at)?;
         match host.pin(disk.as_fd(), &regions, is_wanted) {
-            Ok(()) => Ok(Self { regions, rings: Vec::new(), watch }),
+            Ok(()) => Ok(Self { disk: Arc::clone(disk), regions, rings: Vec::new(), watch }),
             Err(PinError::Refused(refused)) => Err(refused),
             Err(PinError::NotWanted) => {
                 Err(Refused { code: ErrorCode::Busy, why: "guest memory is not to be pinned any more".into() })
@@ -88,6 +90,9 @@ impl Pinned {
         let ring = host.make_ring(&ring, owner)?;
         self.rings.retain(|end| !end.has_ended());
         self.rings.push(ring.end());
+        // What lies under the disk stays locked until the ring's last I/O has ended.
+        let disk = Arc::clone(&self.disk);
+        ring.end().on_end(move || drop(disk));
         // The memory is pinned by now, whether for all rings or for this one.
         self.watch.expect_all();
         let ring = LiveRing { epoch, executor: RingExecutor::Kernel(ring), doorbell };

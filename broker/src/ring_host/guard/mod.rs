@@ -12,8 +12,10 @@
 mod kernel_memory;
 mod schedule;
 
+use std::collections::HashMap;
 use std::io;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -48,48 +50,47 @@ pub(super) fn kernel_bytes() -> Option<u64> {
     kernel_memory::unreclaimable_bytes()
 }
 
-#[derive(Debug)]
-enum Notice {
-    Watch(WatchedRing),
-    Suspect(RingId),
-}
-
 /// The way to the guard. The guard ends when this is dropped.
 #[derive(Clone, Debug)]
-pub(super) struct GuardSender(Sender<Notice>);
+pub(super) struct GuardSender {
+    rings: Sender<WatchedRing>,
+    suspicions: Arc<Suspicions>,
+}
+
+/// When the engine suspected each ring last. One entry for each ring, however often the engine says it.
+type Suspicions = Mutex<HashMap<RingId, Instant>>;
 
 impl GuardSender {
     /// Watches a ring from now on.
     pub(super) fn watch(&self, ring: WatchedRing) {
-        self.send(Notice::Watch(ring));
-    }
-
-    /// The words in the memory of a ring, which an honest guest leaves true, say that it has more outstanding than it
-    /// may have. The guard asks the kernel at once.
-    pub(super) fn suspect(&self, id: RingId) {
-        self.send(Notice::Suspect(id));
-    }
-
-    fn send(&self, notice: Notice) {
         // The guard ends only after its senders.
-        let _ = self.0.send(notice);
+        let _ = self.rings.send(ring);
+    }
+
+    /// The words in the memory of a ring that runs, which an honest guest leaves true, say that it has more outstanding
+    /// than it may have. The guard asks the kernel at its next glance.
+    pub(super) fn suspect(&self, id: RingId) {
+        self.suspicions.lock().unwrap_or_else(PoisonError::into_inner).insert(id, Instant::now());
     }
 }
 
 /// Starts the guard. It has `end_ring` end a ring with so many requests outstanding (`None`: the kernel does not tell for too long).
 pub(super) fn start(end_ring: impl Fn(RingId, Option<u32>) + Send + 'static) -> io::Result<GuardSender> {
-    let (sender, receiver) = channel();
+    let (rings, receiver) = channel();
+    let suspicions = Arc::new(Suspicions::default());
+    let theirs = Arc::clone(&suspicions);
     thread::Builder::new().name("ring-guard".into()).spawn(move || {
         leave_signals_to_others();
         // Without the guard nothing bounds what a guest costs.
         let _abort = AbortOnPanic;
-        Guard { receiver, end_ring, watched: Vec::new() }.run();
+        Guard { receiver, suspicions: theirs, end_ring, watched: Vec::new() }.run();
     })?;
-    Ok(GuardSender(sender))
+    Ok(GuardSender { rings, suspicions })
 }
 
 struct Guard<F> {
-    receiver: Receiver<Notice>,
+    receiver: Receiver<WatchedRing>,
+    suspicions: Arc<Suspicions>,
     end_ring: F,
     watched: Vec<Watched>,
 }
@@ -102,30 +103,39 @@ struct Watched {
 
 impl<F: Fn(RingId, Option<u32>)> Guard<F> {
     fn run(&mut self) {
+        let mut next_glance = Instant::now();
         loop {
-            match self.next_notice() {
-                Ok(Notice::Watch(ring)) => {
+            match self.next_ring(next_glance) {
+                Ok(ring) => {
                     let schedule = Schedule::new(Instant::now(), ring.kernel_bytes);
                     self.watched.push(Watched { ring, schedule, suspected: None });
-                }
-                Ok(Notice::Suspect(id)) => {
-                    let suspected = self.watched.iter_mut().filter(|watched| watched.ring.id == id);
-                    suspected.for_each(|watched| watched.suspected = Some(Instant::now()));
                 }
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => return,
             }
-            self.watched.retain(|watched| !watched.ring.gauge.is_closed());
-            self.look_at_rings();
+            // However many rings and suspicions come, the guard looks no more often.
+            if Instant::now() >= next_glance {
+                self.take_suspicions();
+                self.watched.retain(|watched| !watched.ring.gauge.is_closed());
+                self.look_at_rings();
+                next_glance = Instant::now() + GLANCE;
+            }
         }
     }
 
-    /// Waits for news, or for the next look.
-    fn next_notice(&self) -> Result<Notice, RecvTimeoutError> {
+    /// Waits for a ring to watch, or for the next glance.
+    fn next_ring(&self, next_glance: Instant) -> Result<WatchedRing, RecvTimeoutError> {
         if self.watched.is_empty() {
             return self.receiver.recv().map_err(|_| RecvTimeoutError::Disconnected);
         }
-        self.receiver.recv_timeout(GLANCE)
+        self.receiver.recv_timeout(next_glance.saturating_duration_since(Instant::now()))
+    }
+
+    fn take_suspicions(&mut self) {
+        let suspicions = std::mem::take(&mut *self.suspicions.lock().unwrap_or_else(PoisonError::into_inner));
+        for watched in &mut self.watched {
+            watched.suspected = suspicions.get(&watched.ring.id).copied().or(watched.suspected);
+        }
     }
 
     fn look_at_rings(&mut self) {
