@@ -92,15 +92,22 @@ impl RingControl {
 
     /// Completions of the ring signal `call` from now on, or nothing.
     pub(super) fn set_call(&self, id: RingId, call: Option<&EventFd>) -> Result<(), Refused> {
-        let channel = self.channel();
-        self.send_on(&channel, &Control::SetCall { id, call: call.map(borrow_eventfd) });
-        if self.is_closing() {
-            return Ok(());
-        }
-        match self.decoded(channel.receive(), Answer::decode) {
-            Answer::Refused(refused) => Err(refused),
+        match self.order(&Control::SetCall { id, call: call.map(borrow_eventfd) }) {
+            Some(Answer::Refused(refused)) => Err(refused),
             _ => Ok(()),
         }
+    }
+
+    /// The disk has another size. When this returns, rings can write up to the new end.
+    pub(crate) fn set_disk_size(&self, size_bytes: u64) {
+        self.order(&Control::SetDiskSize { size_bytes });
+    }
+
+    /// Sends an order and waits for the answer. `None`: the engine ends.
+    fn order(&self, order: &Control<BorrowedFd<'_>>) -> Option<Answer> {
+        let channel = self.channel();
+        self.send_on(&channel, order);
+        if self.is_closing() { None } else { Some(self.decoded(channel.receive(), Answer::decode)) }
     }
 
     /// Whether there are rings that have not ended.
@@ -111,11 +118,6 @@ impl RingControl {
     /// The words of this ring say that it has more outstanding than it may have.
     pub(crate) fn suspect(&self, id: RingId) {
         self.send(&Control::Suspect { id });
-    }
-
-    /// The disk has another size.
-    pub(crate) fn set_disk_size(&self, size_bytes: u64) {
-        self.send(&Control::SetDiskSize { size_bytes });
     }
 
     pub(super) fn send(&self, order: &Control<BorrowedFd<'_>>) {
@@ -146,8 +148,8 @@ impl RingControl {
         }
     }
 
-    /// Guests' rings are not watched any more, and no new ones can be made. The front-end notices the end of this
-    /// process, and can connect to a new one.
+    /// Ends this process, because nothing watches guests' rings any more and no new ones can be made. The front-end notices
+    /// the end, and can connect to a new process.
     pub(super) fn lost(&self, why: &dyn Display) -> ! {
         tracing::error!(
             "the process that makes the guests' rings has ended: {why} (its log or the kernel's tells more); this program \

@@ -299,6 +299,14 @@ fn a_ring_with_more_outstanding_than_its_cq_has_entries_ends_and_the_engine_is_t
 }
 
 #[test]
+fn each_new_size_of_the_disk_is_answered_and_a_ring_can_be_made_afterwards() {
+    let mut bench = Bench::pinned();
+    // More than a socket has room for.
+    (0..1000).for_each(|sectors| bench.client.control().set_disk_size(sectors * 512));
+    drop(bench.ring());
+}
+
+#[test]
 fn a_suspicion_without_ground_ends_nothing() {
     let mut bench = Bench::pinned();
     let ring = bench.ring();
