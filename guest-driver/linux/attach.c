@@ -234,7 +234,11 @@ void rp_attach_queues(struct rp_device *dev)
 		if (q->retry != RP_RETRY_NOW || (!rings && waiting))
 			continue;
 		rp_attach_begin(q);
-		waiting++;
+		/* Without memory it tries again. */
+		if (READ_ONCE(q->state) == RP_DETACHED)
+			wait = min_t(unsigned long, wait, HZ);
+		else
+			waiting++;
 	}
 	if (needs_probe)
 		rp_probe_send(dev);

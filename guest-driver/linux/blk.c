@@ -173,9 +173,12 @@ static bool rp_try_virtqueue(struct rp_queue *q, struct blk_mq_hw_ctx *hctx,
 	is_ordinary = q->state == RP_DETACHED;
 	if (is_ordinary) {
 		*status = rp_virtqueue_add(q, rq);
-		if (*status == BLK_STS_DEV_RESOURCE) {
+		if (*status == BLK_STS_DEV_RESOURCE && hctx->driver_data == q) {
 			q->starved = true;
 			blk_mq_stop_hw_queue(hctx);
+		} else if (*status == BLK_STS_DEV_RESOURCE) {
+			/* Completions of another queue restart this one late. */
+			*status = BLK_STS_RESOURCE;
 		}
 		if (last || *status != BLK_STS_OK)
 			kick = virtqueue_kick_prepare(q->vq);
@@ -196,7 +199,9 @@ static blk_status_t rp_queue_rq(struct blk_mq_hw_ctx *hctx,
 	struct rp_queue *ring_queue = rp_ring_queue(q);
 	blk_status_t status;
 
-	if (unlikely(test_bit(RP_DEAD, &dev->flags)))
+	/* A device that was removed by surprise answers nothing any more. */
+	if (unlikely(test_bit(RP_DEAD, &dev->flags) ||
+		     virtqueue_is_broken(q->vq)))
 		return BLK_STS_IOERR;
 	/* A request that comes again keeps what a ring has said of it. */
 	if (!(rq->rq_flags & RQF_DONTPREP)) {

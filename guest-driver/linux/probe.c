@@ -4,6 +4,7 @@
  * only thread that sends commands.
  */
 #include <linux/cc_platform.h>
+#include <linux/sched/mm.h>
 #include <linux/virtio_config.h>
 #include <xen/xen.h>
 
@@ -100,13 +101,12 @@ static bool rp_in_range(u32 value, u32 least, u32 most)
 }
 
 /* Returns why the device's answer allows no rings, or NULL. */
-static const char *rp_check_answer(const struct rp_command *cmd)
+static const char *rp_check_answer(u8 status, const struct ringpass_probe_answer *answer)
 {
-	const struct ringpass_probe_answer *answer = &cmd->answer.probe;
 	u32 length_align = le32_to_cpu(answer->length_align_bytes);
 	u32 segment_bytes_max = le32_to_cpu(answer->segment_bytes_max);
 
-	if (cmd->status != VIRTIO_BLK_S_OK ||
+	if (status != VIRTIO_BLK_S_OK ||
 	    le64_to_cpu(answer->magic) != RINGPASS_MAGIC)
 		return "it is not a ringpass device";
 	if (le32_to_cpu(answer->answer_bytes) < sizeof(*answer) ||
@@ -131,12 +131,16 @@ static const char *rp_check_answer(const struct rp_command *cmd)
 
 static void rp_probe_answered(struct rp_device *dev)
 {
-	const struct ringpass_probe_answer *answer = &dev->probe->answer.probe;
+	/* The device can change its answer: what is checked is what is used. */
+	const struct ringpass_probe_answer copy = dev->probe->answer.probe;
+	const struct ringpass_probe_answer *answer = &copy;
 	struct device *device = &dev->vdev->dev;
-	const char *reason = rp_check_answer(dev->probe);
+	const char *reason;
 	u32 sq_entries, cq_entries, refusal;
 	unsigned int i;
 
+	barrier();
+	reason = rp_check_answer(READ_ONCE(dev->probe->status), answer);
 	trace_ringpass_answer(dev->index, 0, RINGPASS_T_PROBE,
 			      dev->probe->status, le16_to_cpu(answer->refusal));
 	if (reason) {
@@ -172,10 +176,12 @@ static void rp_probe_answered(struct rp_device *dev)
 		struct rp_queue *q = &dev->queues[i];
 
 		spin_lock_irq(&q->lock);
-		if (refusal && !test_bit(RP_FAST, &dev->flags))
+		if (refusal && !test_bit(RP_FAST, &dev->flags)) {
 			q->retry = rp_retry_of(refusal);
-		else if (q->retry == RP_RETRY_PROBE)
+			q->retry_at = jiffies + HZ;
+		} else if (q->retry == RP_RETRY_PROBE) {
 			q->retry = RP_RETRY_NOW;
+		}
 		spin_unlock_irq(&q->lock);
 	}
 	set_bit(RP_FAST, &dev->flags);
@@ -209,10 +215,8 @@ static void rp_event_answered(struct rp_device *dev)
 	}
 }
 
-void rp_work(struct work_struct *work)
+static void rp_look(struct rp_device *dev)
 {
-	struct rp_device *dev = container_of(to_delayed_work(work),
-					     struct rp_device, work);
 	unsigned int i;
 
 	if (test_bit(RP_STOPPING, &dev->flags) || test_bit(RP_DEAD, &dev->flags))
@@ -237,4 +241,15 @@ void rp_work(struct work_struct *work)
 		rp_quarantine_end(&dev->queues[i]);
 	}
 	rp_attach_queues(dev);
+}
+
+void rp_work(struct work_struct *work)
+{
+	struct rp_device *dev = container_of(to_delayed_work(work),
+					     struct rp_device, work);
+	/* Memory must not be freed by I/O on this disk, which may wait for this. */
+	unsigned int noio = memalloc_noio_save();
+
+	rp_look(dev);
+	memalloc_noio_restore(noio);
 }

@@ -17,9 +17,11 @@ module_param_named(num_request_queues, rp_request_queues, uint, 0444);
 MODULE_PARM_DESC(num_request_queues, "The most hardware queues of a disk (default: 0, as many as CPUs)");
 
 /*
- * How many virtqueues the driver uses, and for what. A device with more queues
- * than CPUs may be a ringpass device, whose queue 0 cannot have a ring: that
- * one gets no CPU then, and takes what the other queues cannot take.
+ * How many virtqueues the driver uses, and for what. A device with more than
+ * one queue may be a ringpass device, whose queue 0 cannot have a ring: that
+ * one gets no CPU then, and takes what the other queues cannot take. So each
+ * ring is used by the CPUs of its own interrupt only, and no CPU that goes
+ * offline takes the interrupt of queue 0 with it.
  */
 int rp_count_queues(struct rp_device *dev)
 {
@@ -33,7 +35,7 @@ int rp_count_queues(struct rp_device *dev)
 		dev_err(&vdev->dev, "the device has no queues\n");
 		return -EINVAL;
 	}
-	dev->first_queue = offered > most && !rp_why_no_rings(vdev);
+	dev->first_queue = offered > 1 && !rp_why_no_rings(vdev);
 	count = min_t(unsigned int, offered, most + dev->first_queue);
 	if (dev->num_queues && count != dev->num_queues) {
 		dev_err(&vdev->dev, "the device had %u queues, and has %u now\n",
@@ -56,11 +58,9 @@ static void rp_init_queue(struct rp_device *dev, unsigned int index)
 	q->dev = dev;
 	q->index = index;
 	q->polled = index >= dev->num_queues - dev->hw_queues[HCTX_TYPE_POLL];
-	/* Queue 0 has no ring: its CPUs use that of queue 1. */
+	/* Queue 0 has no ring. */
 	if (index)
 		q->ring_queue = q;
-	else if (dev->hw_queues[HCTX_TYPE_DEFAULT] + dev->first_queue > 1)
-		q->ring_queue = &dev->queues[1];
 	snprintf(q->name, sizeof(q->name), "%s.%u",
 		 q->polled ? "req_poll" : "req", index);
 	spin_lock_init(&q->lock);

@@ -86,7 +86,7 @@ static enum rp_pushed rp_push_segment(struct rp_push *push)
 
 		/* A boundary of memory may cut a block of the disk. */
 		if (part & ring->length_mask ||
-		    push->sqes == RP_REQUEST_SQES_MAX)
+		    push->sqes == min_t(u32, RP_REQUEST_SQES_MAX, ring->sq_mask + 1))
 			return RP_UNFIT;
 		if (!rp_has_room(push->q))
 			return RP_NO_ROOM;
