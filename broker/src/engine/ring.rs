@@ -1,4 +1,4 @@
-//! A worker's io_uring: set-up on whatever this kernel has, submission, waiting. `policy`: what it may do.
+//! A worker's io_uring: set-up with what this kernel supports, submission, waiting. `policy`: what the ring may do.
 
 mod policy;
 

@@ -1,8 +1,8 @@
 //! What the io_uring of a worker may do: what a worker does with it, and nothing else.
 //!
-//! A worker parses what a guest and a front-end send. If they take this process over, the sandbox limits its system calls, but seccomp
-//! sees nothing of what a ring does: one that is not restricted could open files and sockets. So the ring itself refuses it, from the
-//! first entry on, and no registration ends that.
+//! A worker parses what a guest and a front-end send. If an attacker takes this process over, the sandbox limits its system calls, but
+//! seccomp sees nothing of what a ring does: an unrestricted ring could open files and sockets. So the kernel restricts the ring from the
+//! first entry on, and no registration lifts the restrictions.
 
 use std::io;
 
@@ -50,7 +50,7 @@ impl RingPolicy {
         self.0.is_some()
     }
 
-    /// Restricts a ring that was made disabled, and lets it run. The calling thread becomes the only one that may use the ring
+    /// Restricts a disabled ring and enables it. From then on only the calling thread may use the ring
     /// (`IORING_SETUP_SINGLE_ISSUER`).
     pub(super) fn enable(&self, ring: &IoUring) -> io::Result<()> {
         let Some(compiled) = &self.0 else { return Ok(()) };

@@ -144,7 +144,7 @@ fn an_event_is_completed_empty_when_its_queue_stops_and_the_first_one_after_a_st
     assert!(first.pending_event().is_some());
     assert_eq!(rig.engine.stop_queue(0), Some(3));
     assert_eq!(first.wait_event().unwrap(), 0);
-    // A device that starts may have taken over from one that died with something to tell.
+    // The device's predecessor may have died before it completed an EVENT.
     start(&mut rig, 0, first.vring(), 3);
     first.take_first_event().unwrap();
     let mut driver = attached(&mut rig, 1);
