@@ -137,7 +137,7 @@ impl Queue {
         self.driver.vring().call()
     }
 
-    /// Number of requests that have not ended.
+    /// Number of submitted requests whose [`Done`] the application has not taken, whether they have ended or not.
     pub fn outstanding(&self) -> usize {
         self.driver.outstanding()
     }
@@ -193,6 +193,22 @@ mod tests {
     use super::super::drivers::Drivers;
     use super::super::test_device::Guest;
     use super::*;
+
+    #[test]
+    fn a_request_is_outstanding_until_the_application_takes_its_end() {
+        let guest = Guest::new();
+        let (driver, mut device) = guest.driver();
+        let mut queue = Queue::new(Drivers::new([driver]).take(1).unwrap());
+        for tag in [1, 2] {
+            queue.submit(Operation::Read, guest.memory.allocate(4096).unwrap(), 0, 4096, tag).unwrap();
+        }
+        queue.send();
+        device.complete(0, &[], 0);
+        device.complete(1, &[], 0);
+        // One look at the virtqueue finds both ends, of which the application takes one.
+        assert_eq!((queue.poll().map(|done| done.tag), queue.outstanding()), (Some(1), 1));
+        assert_eq!((queue.poll().map(|done| done.tag), queue.outstanding()), (Some(2), 0));
+    }
 
     #[test]
     fn a_wait_without_a_limit_ends_with_the_request() {

@@ -174,9 +174,9 @@ impl Driver {
         self.fault.get_or_insert(error);
     }
 
-    /// Number of requests that have not ended.
+    /// Number of requests that the application has pushed and not reaped.
     pub(super) fn outstanding(&self) -> usize {
-        self.slots.len() - self.free.len()
+        self.slots.len() - self.free.len() + self.ended.len()
     }
 
     /// Takes a request, and keeps its buffer until the request has ended.
