@@ -224,6 +224,11 @@ impl<M: RingMemory> DriverControl<M> {
         Self { memory }
     }
 
+    /// The page, for another use.
+    pub fn into_memory(self) -> M {
+        self.memory
+    }
+
     /// Fills the page with zeroes. Call this before you send ATTACH.
     pub fn clear(&self) {
         for offset_bytes in (0..CONTROL_PAGE_BYTES).step_by(4) {

@@ -1,5 +1,6 @@
 //! The attachment of a queue, which is a ring or is about to become one: the driver's side of the epochs, in guest RAM.
 
+use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
 use ringpass_guest_abi::attach::{AreaAddress, AttachPayload, Lengths};
@@ -63,6 +64,25 @@ pub struct RingSize {
     pub cq_entries: u32,
 }
 
+/// The rings that an application wants for a queue.
+#[derive(Clone, Debug)]
+pub(super) struct WantedRings {
+    pub(super) memory: Arc<Memory>,
+    /// The rings are smaller if the device has lower limits.
+    pub(super) size: RingSize,
+}
+
+impl WantedRings {
+    /// Allocates memory for such rings of a device that has answered PROBE like this.
+    pub(super) fn attachment(&self, device: Device) -> Result<Attachment, Error> {
+        let size = RingSize {
+            sq_entries: self.size.sq_entries.min(device.limits.sq_entries_max),
+            cq_entries: self.size.cq_entries.min(device.limits.cq_entries_max),
+        };
+        Attachment::new(&self.memory, device, size)
+    }
+}
+
 /// The memory for the rings of one queue, and the state of its epochs.
 #[derive(Debug)]
 pub(super) struct Attachment {
@@ -93,7 +113,7 @@ pub(super) struct LiveRing {
 
 impl Attachment {
     /// Allocates memory for rings of this size. The caller keeps to the limits of `device`.
-    pub(super) fn new(memory: &Memory, device: Device, size: RingSize) -> Result<Self, Error> {
+    fn new(memory: &Memory, device: Device, size: RingSize) -> Result<Self, Error> {
         let lengths = Lengths::of(size.sq_entries, size.cq_entries, device.limits.page_bytes);
         // The device may have larger pages than this process.
         let aligned = |len_bytes| memory.allocate_aligned(len_bytes, device.limits.page_bytes.into());
@@ -129,6 +149,17 @@ impl Attachment {
             is_muted: false,
             epochs: 0,
         })
+    }
+
+    /// Returns the memory to the allocator. The device has completed ATTACH, or has never got it.
+    pub(super) fn free(mut self) {
+        self.end_ring();
+        let Page(mut control) = self.control.into_memory();
+        control.take_back();
+        for (rings, sqes) in self.areas.iter_mut().flatten() {
+            rings.take_back();
+            sqes.take_back();
+        }
     }
 
     /// Returns to the state before the first epoch. Returns the payload for a new ATTACH.

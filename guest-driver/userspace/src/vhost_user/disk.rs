@@ -3,13 +3,12 @@
 use std::fs::File;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use ringpass_guest_abi::probe::Device;
 
-use super::attachment::{Attachment, RingSize};
+use super::attachment::WantedRings;
 use super::config::{FEATURES, Geometry};
 use super::connection::{Connection, Offer};
 use super::driver::Driver;
@@ -17,7 +16,7 @@ use super::drivers::Drivers;
 use super::event_thread::EventThread;
 use super::memory::Memory;
 use super::queue::Queue;
-use super::queue_zero::{QueueZero, QueueZeroRequest, SharedQueueZero};
+use super::queue_zero::{News, QueueZero, QueueZeroRequest, SharedQueueZero};
 use super::requests::Requests;
 use super::virtqueue::Virtqueue;
 use super::{Error, Options, Way};
@@ -58,9 +57,9 @@ impl Disk {
         let geometry = Geometry::read(&offer.config, offer.features());
         let memory = Arc::new(Memory::new());
         memory.add(RAM_GPA, options.memory_bytes.next_multiple_of(4096))?;
-        let event_count = Arc::new(AtomicU64::new(0));
+        let news = Arc::new(News::default());
         let size = 16.max(options.queue_size.min(64));
-        let mut queue_zero = QueueZero::new(&memory, size, &geometry, event_count.clone())?;
+        let mut queue_zero = QueueZero::new(&memory, size, &geometry, news.clone())?;
         let others = options.queues.min(offer.queue_count.saturating_sub(1));
         let mut queues = Vec::new();
         for _ in 0..others {
@@ -75,7 +74,7 @@ impl Disk {
         if options.way != Way::Virtqueue {
             queue_zero.probe(options.patience)?;
         }
-        let queue_zero = Arc::new(SharedQueueZero::new(queue_zero, event_count, options.patience));
+        let queue_zero = Arc::new(SharedQueueZero::new(queue_zero, news, options.patience));
         let depth = usize::from(options.queue_size / 3).min(options.ring.cq_entries as usize).max(1);
         let drivers = queues.into_iter().zip(1..);
         let drivers =
@@ -139,13 +138,7 @@ impl Disk {
     }
 
     fn attach(&self, driver: &mut Driver) -> Result<(), Error> {
-        let Some(device) = self.offers_rings() else { return Ok(()) };
-        let RingSize { sq_entries, cq_entries } = self.options.ring;
-        let size = RingSize {
-            sq_entries: sq_entries.min(device.limits.sq_entries_max),
-            cq_entries: cq_entries.min(device.limits.cq_entries_max),
-        };
-        driver.want_ring(|| Attachment::new(&self.memory, device, size))
+        driver.want_ring(WantedRings { memory: self.memory.clone(), size: self.options.ring })
     }
 
     /// Allocates a buffer in the driver's RAM: at least `len_bytes` bytes, in whole pages, which an earlier buffer may

@@ -4,7 +4,6 @@
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
 use ringpass_guest_abi::attach::{AreaAddress, AttachLimits, AttachPayload, Lengths};
@@ -17,11 +16,11 @@ use ringpass_guest_abi::request::{ErrorCode, Outcome};
 use ringpass_guest_abi::{Doorbell, FixedAddress, FixedAddressing, RingLayout, SegmentLimits};
 
 use super::RingSize;
-use super::attachment::Attachment;
+use super::attachment::WantedRings;
 use super::config::Geometry;
 use super::driver::Driver;
 use super::memory::Memory;
-use super::queue_zero::{QueueZero, SharedQueueZero};
+use super::queue_zero::{News, QueueZero, SharedQueueZero};
 use super::requests::Requests;
 use super::virtqueue::{Virtqueue, Vring};
 
@@ -33,8 +32,8 @@ const SEGMENTS: SegmentLimits = SegmentLimits { address_align_bytes: 1, length_a
 
 /// The memory and queue 0 of a driver.
 pub(super) struct Guest {
-    pub(super) memory: Memory,
-    pub(super) event_count: Arc<AtomicU64>,
+    pub(super) memory: Arc<Memory>,
+    pub(super) news: Arc<News>,
     pub(super) queue_zero: Arc<SharedQueueZero>,
     geometry: Geometry,
     ram: Arc<File>,
@@ -54,12 +53,12 @@ impl Guest {
 
     /// A guest of a device with this configuration space.
     pub(super) fn with(geometry: Geometry) -> Self {
-        let memory = Memory::new();
+        let memory = Arc::new(Memory::new());
         let ram = memory.add(RAM_GPA, RAM_BYTES).unwrap().file;
-        let event_count = Arc::new(AtomicU64::new(0));
-        let queue_zero = QueueZero::new(&memory, 16, &geometry, event_count.clone()).unwrap();
-        let queue_zero = Arc::new(SharedQueueZero::new(queue_zero, event_count.clone(), Duration::from_secs(60)));
-        Self { memory, event_count, queue_zero, geometry, ram }
+        let news = Arc::new(News::default());
+        let queue_zero = QueueZero::new(&memory, 16, &geometry, news.clone()).unwrap();
+        let queue_zero = Arc::new(SharedQueueZero::new(queue_zero, news.clone(), Duration::from_secs(60)));
+        Self { memory, news, queue_zero, geometry, ram }
     }
 
     /// The driver of queue 1 and the device's side of it.
@@ -79,12 +78,18 @@ impl Guest {
         DeviceQueue { vring, ram: self.ram.clone(), returned: 0 }
     }
 
-    /// Memory for the rings of a queue.
-    pub(super) fn attachment(&self) -> Attachment {
+    /// The rings that an application wants.
+    pub(super) fn rings(&self) -> WantedRings {
+        WantedRings { memory: self.memory.clone(), size: SIZE }
+    }
+
+    /// The same of a device that has answered PROBE.
+    pub(super) fn offer_rings(&self) -> WantedRings {
         let limits = AttachLimits { features: F_DSYNC, sq_entries_max: 64, cq_entries_max: 64, page_bytes: 4096 };
         let device =
             Device { version: 1, features: F_DSYNC, limits, segments: SEGMENTS, queue_count: 2, refusal: None };
-        Attachment::new(&self.memory, device, SIZE).unwrap()
+        self.queue_zero.lock().set_device(device);
+        self.rings()
     }
 }
 
@@ -156,6 +161,11 @@ impl DeviceQueue {
         let mut word = [0; 4];
         self.read(self.control_gpa(index) + u64::from(DETACH_OFFSET_BYTES), &mut word);
         u32::from_le_bytes(word) == 1
+    }
+
+    /// The number of SQ entries that ATTACH, the `index`th chain, asks for.
+    pub(super) fn sq_entries(&self, index: u16) -> u32 {
+        self.attach_payload(index).sq_entries.get()
     }
 
     fn control_gpa(&self, index: u16) -> u64 {

@@ -7,7 +7,7 @@ use ringpass_guest_abi::epoch::driver::{Action, Event};
 use ringpass_guest_abi::request::{ErrorCode, Outcome, Retry, T_ARM, T_ATTACH};
 
 use super::super::Error;
-use super::super::attachment::Attachment;
+use super::super::attachment::{Attachment, WantedRings};
 use super::super::requests::Body;
 use super::pending::Place;
 use super::{Driver, Mode, Wanted};
@@ -25,51 +25,56 @@ pub(super) struct Refusal {
     count: u32,
     /// The number of events before the driver sent ATTACH. A later event may have come after the device's decision.
     events_before: u64,
+    /// The number of answers to PROBE before the driver sent PROBE because of this refusal.
+    probes_before: u64,
     since: Instant,
 }
 
 impl Refusal {
     /// The refusal, if it is not final.
-    fn new(code: Option<ErrorCode>, count: u32, events_before: u64) -> Option<Self> {
+    fn new(code: Option<ErrorCode>, count: u32, events_before: u64, probes_before: u64) -> Option<Self> {
         let retry = code?.retry();
-        match retry {
-            Retry::Event | Retry::Later => Some(Self { retry, count, events_before, since: Instant::now() }),
-            // The driver does not probe a device that has taken over.
-            Retry::No | Retry::Probe => None,
-        }
+        let refusal = Self { retry, count, events_before, probes_before, since: Instant::now() };
+        (retry != Retry::No).then_some(refusal)
     }
 
     /// Whether the device may give a ring by now.
-    fn may_have_ended(&self, event_count: u64, waited: Duration) -> bool {
+    fn may_have_ended(&self, event_count: u64, probe_count: u64, waited: Duration) -> bool {
         match self.retry {
             // An event reports that the device may give rings again.
             Retry::Event => event_count != self.events_before,
+            Retry::Probe => probe_count != self.probes_before,
             // The end of ATTACH is an event itself: if events counted here, the driver would ask again at once, without
             // end.
             Retry::Later => {
                 let doublings = self.count.saturating_sub(1).min(6);
                 waited >= (RETRY_FIRST * (1 << doublings)).min(RETRY_MAX)
             }
-            Retry::No | Retry::Probe => false,
+            Retry::No => false,
         }
     }
 }
 
 impl Driver {
-    /// Asks for a ring. If the queue has no memory for rings yet, `make` allocates it.
+    /// Asks for a ring, as soon as the device has answered PROBE. Does nothing if the device offers none.
     ///
     /// # Errors
     ///
-    /// `make` fails.
-    pub(in super::super) fn want_ring(
-        &mut self,
-        make: impl FnOnce() -> Result<Attachment, Error>,
-    ) -> Result<(), Error> {
+    /// There is no memory for rings.
+    pub(in super::super) fn want_ring(&mut self, rings: WantedRings) -> Result<(), Error> {
         if self.attachment.is_none() {
-            self.attachment = Some(make()?);
+            self.probes_before = self.queue_zero.probe_count();
+            let (device, is_probing) = self.queue_zero.device();
+            match device {
+                Some(device) => self.attachment = Some(rings.attachment(device)?),
+                None if is_probing => {}
+                None => return Ok(()),
+            }
         }
+        self.rings = Some(rings);
         self.wanted = Wanted::Ring;
         self.refused = None;
+        self.probed_for = None;
         self.progress();
         Ok(())
     }
@@ -86,9 +91,45 @@ impl Driver {
     pub(super) fn may_attach(&self) -> bool {
         match self.wanted {
             Wanted::Virtqueue => false,
-            Wanted::Ring => true,
-            Wanted::RingLater(refusal) => {
-                refusal.may_have_ended(self.queue_zero.event_count(), refusal.since.elapsed())
+            Wanted::Ring => self.attachment.is_some() || self.queue_zero.probe_count() != self.probes_before,
+            Wanted::RingLater(refusal) => refusal.may_have_ended(
+                self.queue_zero.event_count(),
+                self.queue_zero.probe_count(),
+                refusal.since.elapsed(),
+            ),
+        }
+    }
+
+    /// Whether the queue has memory for rings as the device wants them according to its last answer to PROBE. If the
+    /// driver has none, it allocates it; without success it asks for no ring, or later.
+    pub(super) fn is_prepared_for_ring(&mut self) -> bool {
+        let probe_count = self.queue_zero.probe_count();
+        if self.attachment.is_some() && probe_count == self.probes_before {
+            return true;
+        }
+        self.probes_before = probe_count;
+        let (Some(device), _) = self.queue_zero.device() else {
+            self.wanted = Wanted::Virtqueue;
+            return false;
+        };
+        let Some(rings) = &self.rings else { return false };
+        let former = self.attachment.take();
+        let epochs = former.as_ref().map_or(0, |attachment| attachment.epochs);
+        // The device has completed ATTACH, and so uses this memory no more.
+        former.into_iter().for_each(Attachment::free);
+        match rings.attachment(device) {
+            Ok(mut attachment) => {
+                attachment.epochs = epochs;
+                self.attachment = Some(attachment);
+                true
+            }
+            Err(error) => {
+                tracing::warn!(queue = self.index, %error, "no memory for a ring: the driver tries again later");
+                self.refusals += 1;
+                let (count, code) = (self.refusals, Some(ErrorCode::Resources));
+                let refusal = Refusal::new(code, count, self.queue_zero.event_count(), probe_count);
+                self.wanted = refusal.map_or(Wanted::Virtqueue, Wanted::RingLater);
+                false
             }
         }
     }
@@ -154,6 +195,7 @@ impl Driver {
             Action::Start(epoch) => {
                 attachment.start(epoch)?;
                 self.refusals = 0;
+                self.probed_for = None;
             }
             Action::Drain => self.set_draining(true),
             Action::Reap(_) => {
@@ -207,13 +249,30 @@ impl Driver {
         tracing::debug!(queue = self.index, ?code, "the queue is a virtqueue again");
         self.refused = code;
         self.refusals += 1;
-        self.wanted = match Refusal::new(code, self.refusals, events_before) {
-            Some(refusal) if self.wanted == Wanted::Ring => Wanted::RingLater(refusal),
+        let refusal = Refusal::new(code, self.refusals, events_before, self.queue_zero.probe_count());
+        self.wanted = match refusal {
+            Some(refusal) if self.wanted == Wanted::Ring && self.may_ask_again(refusal.retry) => {
+                Wanted::RingLater(refusal)
+            }
             _ => Wanted::Virtqueue,
         };
         self.mode = Mode::Virtqueue;
         self.queue.enable_interrupts(!self.is_muted);
         Ok(())
+    }
+
+    /// Whether the refusal is not final. Sends PROBE if the device is another one than the one that answered PROBE: the
+    /// same refusal after another answer is final.
+    fn may_ask_again(&mut self, retry: Retry) -> bool {
+        if retry != Retry::Probe {
+            return true;
+        }
+        if self.probed_for == self.refused {
+            return false;
+        }
+        self.probed_for = self.refused;
+        self.queue_zero.lock().probe_again();
+        true
     }
 }
 
@@ -223,9 +282,9 @@ mod tests {
 
     #[test]
     fn the_driver_asks_again_for_a_refused_ring_when_the_refusal_may_have_ended() {
-        let refusal = |code, count| Refusal::new(Some(code), count, 3);
+        let refusal = |code, count| Refusal::new(Some(code), count, 3, 1);
         let asks = |code, count, event_count, waited| {
-            refusal(code, count).expect("not final").may_have_ended(event_count, waited)
+            refusal(code, count).expect("not final").may_have_ended(event_count, 1, waited)
         };
         let (soon, later) = (RETRY_FIRST / 2, RETRY_FIRST);
         for code in [ErrorCode::Mode, ErrorCode::Cost] {
@@ -236,9 +295,13 @@ mod tests {
             assert!(!asks(code, 3, 4, 3 * later) && asks(code, 3, 3, 4 * later), "{code:?}");
             assert!(!asks(code, 100, 4, RETRY_MAX / 2) && asks(code, 100, 3, RETRY_MAX), "{code:?}");
         }
-        for code in [ErrorCode::Detached, ErrorCode::Discarded, ErrorCode::Inflight, ErrorCode::Entries] {
+        for code in [ErrorCode::Version, ErrorCode::Features, ErrorCode::Entries, ErrorCode::Alignment] {
+            let refusal = refusal(code, 1).expect("not final");
+            assert!(!refusal.may_have_ended(4, 1, RETRY_MAX) && refusal.may_have_ended(3, 2, soon), "{code:?}");
+        }
+        for code in [ErrorCode::Detached, ErrorCode::Discarded, ErrorCode::Inflight] {
             assert_eq!(refusal(code, 1), None, "{code:?}");
         }
-        assert_eq!(Refusal::new(None, 1, 3), None, "a code that this driver does not know is final");
+        assert_eq!(Refusal::new(None, 1, 3, 1), None, "a code that this driver does not know is final");
     }
 }

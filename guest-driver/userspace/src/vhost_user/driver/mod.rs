@@ -25,7 +25,7 @@ pub(super) use self::pending::Ended;
 use self::pending::Pending;
 use self::transfers::Placed;
 use super::Error;
-use super::attachment::Attachment;
+use super::attachment::{Attachment, WantedRings};
 use super::queue_zero::SharedQueueZero;
 use super::requests::Requests;
 use super::virtqueue::{Virtqueue, Vring};
@@ -83,12 +83,18 @@ pub(super) struct Driver {
     queue: Virtqueue,
     requests: Requests,
     attachment: Option<Attachment>,
+    /// `None`: the application has never wanted rings.
+    rings: Option<WantedRings>,
+    /// The number of answers to PROBE when the driver allocated memory for rings, or found that it has to wait for one.
+    probes_before: u64,
     mode: Mode,
     wanted: Wanted,
     /// The error code with which the device completed ATTACH.
     refused: Option<ErrorCode>,
     /// How often it has completed ATTACH since the last ring.
     refusals: u32,
+    /// The error code because of which the driver has sent PROBE again since the last ring.
+    probed_for: Option<ErrorCode>,
     is_muted: bool,
     /// Number of polls that found no completion.
     empty_polls: u32,
@@ -122,10 +128,13 @@ impl Driver {
             queue,
             requests,
             attachment: None,
+            rings: None,
+            probes_before: 0,
             mode: Mode::Virtqueue,
             wanted: Wanted::Virtqueue,
             refused: None,
             refusals: 0,
+            probed_for: None,
             is_muted: false,
             empty_polls: 0,
             slots: (0..depth_max).map(|_| None).collect(),
@@ -149,7 +158,8 @@ impl Driver {
     }
 
     pub(super) fn is_virtqueue(&self) -> bool {
-        self.mode == Mode::Virtqueue && self.wanted == Wanted::Virtqueue
+        // Without memory for rings the driver waits for an answer to PROBE.
+        self.mode == Mode::Virtqueue && (self.wanted == Wanted::Virtqueue || self.attachment.is_none())
     }
 
     pub(super) fn epoch(&self) -> Option<u32> {
@@ -281,8 +291,13 @@ impl Driver {
             Mode::Attached { .. } => self.send_to_ring(),
             Mode::Virtqueue if self.may_attach() => {
                 // The queue must be empty for ARM: new requests wait for the ring.
-                if self.queue.is_empty() {
+                if !self.queue.is_empty() {
+                    return;
+                }
+                if self.is_prepared_for_ring() {
                     self.attach();
+                } else {
+                    self.send_to_virtqueue();
                 }
             }
             Mode::Virtqueue => self.send_to_virtqueue(),

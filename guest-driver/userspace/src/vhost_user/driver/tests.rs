@@ -1,7 +1,7 @@
 use std::sync::atomic::Ordering;
 
 use ringpass_guest_abi::epoch::{Announcement, Epoch, Phase};
-use ringpass_guest_abi::probe::{MAGIC, ProbeAnswer, VERSION};
+use ringpass_guest_abi::probe::{F_DSYNC, MAGIC, ProbeAnswer, VERSION};
 use ringpass_guest_abi::request::ErrorCode;
 use ringpass_guest_abi::{FixedAddress, SegmentLimits};
 
@@ -25,7 +25,7 @@ fn ended(driver: &mut Driver) -> Option<(u64, i32)> {
 /// A driver whose ring of epoch 1 runs.
 fn running(guest: &Guest) -> (Driver, DeviceQueue) {
     let (mut driver, device) = guest.driver();
-    driver.want_ring(|| Ok(guest.attachment())).unwrap();
+    driver.want_ring(guest.offer_rings()).unwrap();
     device.announce(ATTACH, 1, Phase::Open);
     driver.progress();
     assert!(driver.is_ring());
@@ -89,9 +89,9 @@ fn requests_on_a_running_ring_keep_their_buffers_when_the_device_violates_the_pr
 fn an_event_between_attach_and_its_refusal_lets_the_driver_ask_again() {
     let guest = Guest::new();
     let (mut driver, mut device) = guest.driver();
-    driver.want_ring(|| Ok(guest.attachment())).unwrap();
+    driver.want_ring(guest.offer_rings()).unwrap();
     device.complete_attach(0, ErrorCode::Mode);
-    guest.event_count.fetch_add(1, Ordering::Release);
+    guest.news.events.fetch_add(1, Ordering::Release);
     driver.progress();
     assert_eq!((driver.refused(), device.available()), (Some(ErrorCode::Mode), 4), "ARM and ATTACH again");
     // Without an event the driver does not ask again.
@@ -241,7 +241,7 @@ fn a_request_that_the_ring_or_a_dying_process_failed_goes_over_queue_0() {
 fn requests_go_over_queue_0_while_the_queue_is_attached_and_has_no_ring() {
     let guest = Guest::new();
     let (mut driver, device) = guest.driver();
-    driver.want_ring(|| Ok(guest.attachment())).unwrap();
+    driver.want_ring(guest.offer_rings()).unwrap();
     let mut queue_zero = guest.device_queue_zero();
     let mut answered = 0;
     let mut over_queue_zero = |driver: &mut Driver, user_data: u64| {
@@ -286,7 +286,7 @@ fn a_driver_asks_for_its_queue_with_a_word_and_a_kick() {
 fn the_limits_of_segments_are_those_of_the_ring() {
     let guest = Guest::new();
     let (mut driver, device) = guest.driver();
-    driver.want_ring(|| Ok(guest.attachment())).unwrap();
+    driver.want_ring(guest.offer_rings()).unwrap();
     let limits = SegmentLimits { address_align_bytes: 4, length_align_bytes: 4096, bytes_max: 8192 };
     device.announce_with(ATTACH, 1, Phase::Open, &limits);
     driver.progress();
@@ -305,19 +305,15 @@ fn the_limits_of_segments_are_those_of_the_ring() {
     assert_eq!(device.sqe(ATTACH, 1).1, 4096);
 }
 
-#[test]
-fn a_driver_takes_a_late_answer_to_probe() {
-    let guest = Guest::new();
-    guest.queue_zero.lock().probe(Duration::from_millis(1)).unwrap();
-    let device = || guest.queue_zero.lock().device();
-    assert_eq!(device(), None);
-    assert!(guest.queue_zero.lock().is_probing());
+/// An answer to PROBE with rings of at most so many SQ entries.
+fn probe_answer(sq_entries_max: u32) -> [u8; ProbeAnswer::BYTES] {
     let answer = ProbeAnswer {
         magic: MAGIC.into(),
         answer_bytes: (ProbeAnswer::BYTES as u32).into(),
         version_min: VERSION.into(),
         version_max: VERSION.into(),
-        sq_entries_max: 64.into(),
+        features: F_DSYNC.into(),
+        sq_entries_max: sq_entries_max.into(),
         cq_entries_max: 64.into(),
         page_bytes: 4096.into(),
         address_align_bytes: 4.into(),
@@ -326,11 +322,69 @@ fn a_driver_takes_a_late_answer_to_probe() {
         queue_count: 2.into(),
         ..ProbeAnswer::default()
     };
+    answer.to_bytes()
+}
+
+#[test]
+fn a_driver_takes_a_late_answer_to_probe_and_gives_a_ring_to_a_queue_that_is_in_use() {
+    let guest = Guest::new();
+    guest.queue_zero.lock().probe(Duration::from_millis(1)).unwrap();
+    assert_eq!(guest.queue_zero.device(), (None, true));
+    let (mut driver, device) = guest.driver();
+    driver.want_ring(guest.rings()).unwrap();
+    let buffer = guest.memory.allocate(4096).unwrap();
+    driver.push(&read(buffer.gpa(), 7), Some(buffer)).unwrap();
+    driver.send();
+    assert_eq!((device.available(), driver.is_virtqueue()), (1, true), "requests do not wait for PROBE");
+    let mut device = device;
+    device.complete(0, &[], 0);
+    assert_eq!(ended(&mut driver), Some((7, 4096)));
     let mut queue_zero = guest.device_queue_zero();
-    queue_zero.complete(0, &answer.to_bytes(), 0);
+    queue_zero.complete(0, &probe_answer(64), 0);
     guest.queue_zero.wait_for_device().unwrap();
-    assert_eq!(device().map(|device| device.queue_count), Some(2));
+    assert_eq!(guest.queue_zero.device().0.map(|device| device.queue_count), Some(2));
     assert_eq!(queue_zero.available(), 2, "EVENT follows PROBE");
+    driver.progress();
+    assert_eq!((device.available(), driver.is_virtqueue()), (3, false), "ARM and ATTACH");
+}
+
+#[test]
+fn a_queue_in_use_stays_a_virtqueue_if_the_late_answer_to_probe_offers_no_rings() {
+    let guest = Guest::new();
+    guest.queue_zero.lock().probe(Duration::from_millis(1)).unwrap();
+    let (mut driver, device) = guest.driver();
+    driver.want_ring(guest.rings()).unwrap();
+    guest.device_queue_zero().complete(0, &[], 2);
+    guest.queue_zero.wait_for_device().unwrap();
+    driver.progress();
+    let buffer = guest.memory.allocate(4096).unwrap();
+    driver.push(&read(buffer.gpa(), 7), Some(buffer)).unwrap();
+    driver.send();
+    assert_eq!((device.available(), driver.is_virtqueue()), (1, true));
+}
+
+#[test]
+fn a_driver_whose_ring_is_too_large_for_a_device_that_took_over_asks_for_what_that_device_has() {
+    let guest = Guest::new();
+    let (mut driver, mut device) = guest.driver();
+    driver.want_ring(guest.offer_rings()).unwrap();
+    assert_eq!(device.sq_entries(ATTACH), 8);
+    let free_bytes = guest.memory.free_bytes();
+    device.complete_attach(0, ErrorCode::Entries);
+    driver.progress();
+    let mut queue_zero = guest.device_queue_zero();
+    assert_eq!((device.available(), queue_zero.available()), (2, 1), "PROBE, and no ATTACH before its answer");
+    queue_zero.complete(0, &probe_answer(4), 0);
+    guest.queue_zero.wait_for_device().unwrap();
+    driver.progress();
+    assert_eq!((device.available(), device.sq_entries(3)), (4, 4));
+    assert_eq!(guest.memory.free_bytes(), free_bytes, "the former memory is free again");
+    // The same refusal again is final.
+    device.complete_attach(2, ErrorCode::Entries);
+    driver.progress();
+    assert_eq!((device.available(), queue_zero.available()), (4, 2), "no PROBE, only the EVENT of before");
+    assert!(driver.is_virtqueue());
+    assert_eq!(driver.refused(), Some(ErrorCode::Entries));
 }
 
 #[test]

@@ -1,11 +1,12 @@
 //! Queue 0, which is always a virtqueue: for rare and slow requests, and for requests about other queues.
 
+mod news;
 mod request;
 mod shared;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use ringpass_guest_abi::probe::{Device, ProbeAnswer};
@@ -15,6 +16,7 @@ use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
 };
 
+pub(super) use self::news::News;
 pub(super) use self::request::{Answer, QueueZeroRequest, RequestId};
 pub(super) use self::shared::SharedQueueZero;
 use super::Error;
@@ -46,8 +48,7 @@ pub(super) struct QueueZero {
     next_id: u64,
     /// A request of another queue found no room: that queue tries again when there is room.
     is_room_wanted: bool,
-    /// Counts the events that the device reported.
-    event_count: Arc<AtomicU64>,
+    news: Arc<News>,
     /// The other queues, whose users may be waiting for interrupts.
     other_queues: Vec<Arc<Vring>>,
 }
@@ -61,12 +62,7 @@ struct Pending {
 }
 
 impl QueueZero {
-    pub(super) fn new(
-        memory: &Memory,
-        size: u16,
-        geometry: &Geometry,
-        event_count: Arc<AtomicU64>,
-    ) -> Result<Self, Error> {
+    pub(super) fn new(memory: &Memory, size: u16, geometry: &Geometry, news: Arc<News>) -> Result<Self, Error> {
         let queue = Virtqueue::new(memory, size)?;
         let requests = Requests::new(memory, &queue, geometry)?;
         Ok(Self {
@@ -79,7 +75,7 @@ impl QueueZero {
             answers: BTreeMap::new(),
             next_id: 0,
             is_room_wanted: false,
-            event_count,
+            news,
             other_queues: Vec::new(),
         })
     }
@@ -95,13 +91,20 @@ impl QueueZero {
 
     /// Asks the device for its description, and waits for a while for the answer.
     pub(super) fn probe(&mut self, patience: Duration) -> Result<(), Error> {
-        self.probe = self.make_available(T_PROBE, &Body::Payload(&[]));
+        self.probe_again();
         let mut backoff = Backoff::new(patience.min(PROBE_TIMEOUT));
         loop {
             self.reap()?;
             if self.probe.is_none() || !backoff.pause() {
                 return Ok(());
             }
+        }
+    }
+
+    /// Asks the device for its description without waiting for the answer, unless it has been asked already.
+    pub(super) fn probe_again(&mut self) {
+        if self.probe.is_none() {
+            self.probe = self.make_available(T_PROBE, &Body::Payload(&[]));
         }
     }
 
@@ -115,15 +118,23 @@ impl QueueZero {
         self.device
     }
 
+    /// As if the device had given this answer to PROBE.
+    #[cfg(test)]
+    pub(super) fn set_device(&mut self, device: Device) {
+        self.device = Some(device);
+    }
+
     fn handle_probe(&mut self, head: u16) {
-        if u32::from(self.requests.status(head)) != VIRTIO_BLK_S_OK {
-            return;
-        }
-        let answer = ProbeAnswer::from_prefix(&self.requests.answer(head));
-        self.device = answer.check().inspect_err(|error| tracing::info!("no rings: {error}")).ok();
+        let is_ok = u32::from(self.requests.status(head)) == VIRTIO_BLK_S_OK;
+        let answer = is_ok.then(|| ProbeAnswer::from_prefix(&self.requests.answer(head)));
+        self.device =
+            answer.and_then(|answer| answer.check().inspect_err(|error| tracing::info!("no rings: {error}")).ok());
         if self.device.is_some() {
             self.post_event();
         }
+        // Queues may have been waiting for this answer before they ask for rings.
+        self.news.probes.fetch_add(1, Ordering::Release);
+        self.wake_other_queues();
     }
 
     /// Sends an EVENT, which the device completes to report what concerns queues that no thread looks at.
@@ -215,7 +226,7 @@ impl QueueZero {
         // Post the next EVENT before handling this one, so that the driver misses nothing in between.
         self.post_event();
         if EventAnswer::from_bytes(answer[..EventAnswer::BYTES].try_into().expect("8 bytes")).events.get() != 0 {
-            self.event_count.fetch_add(1, Ordering::Release);
+            self.news.events.fetch_add(1, Ordering::Release);
             self.wake_other_queues();
         }
     }

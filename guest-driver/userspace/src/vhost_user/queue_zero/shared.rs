@@ -1,26 +1,28 @@
 //! Queue 0, as the drivers of all queues and the threads of the application share it.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use ringpass_guest_abi::probe::Device;
+
 use super::super::Error;
 use super::super::backoff::Backoff;
-use super::QueueZero;
 use super::request::{Answer, QueueZeroRequest};
+use super::{News, QueueZero};
 
-/// Queue 0 of a disk under a lock, and the number of its events.
+/// Queue 0 of a disk under a lock, and its news.
 #[derive(Debug)]
 pub(in super::super) struct SharedQueueZero {
     queue: Mutex<QueueZero>,
-    event_count: Arc<AtomicU64>,
+    news: Arc<News>,
     patience: Duration,
 }
 
 impl SharedQueueZero {
-    /// `event_count` is the counter of `queue`.
-    pub(in super::super) fn new(queue: QueueZero, event_count: Arc<AtomicU64>, patience: Duration) -> Self {
-        Self { queue: Mutex::new(queue), event_count, patience }
+    /// `news` are the counters of `queue`.
+    pub(in super::super) fn new(queue: QueueZero, news: Arc<News>, patience: Duration) -> Self {
+        Self { queue: Mutex::new(queue), news, patience }
     }
 
     pub(in super::super) fn lock(&self) -> MutexGuard<'_, QueueZero> {
@@ -77,8 +79,19 @@ impl SharedQueueZero {
         }
     }
 
+    /// The device's description of its rings, if it offers some, and whether an answer to PROBE is pending.
+    pub(in super::super) fn device(&self) -> (Option<Device>, bool) {
+        let queue = self.lock();
+        (queue.device(), queue.is_probing())
+    }
+
     /// How many events the device has reported.
     pub(in super::super) fn event_count(&self) -> u64 {
-        self.event_count.load(Ordering::Acquire)
+        self.news.events.load(Ordering::Acquire)
+    }
+
+    /// How often the device has answered PROBE.
+    pub(in super::super) fn probe_count(&self) -> u64 {
+        self.news.probes.load(Ordering::Acquire)
     }
 }
