@@ -2,7 +2,8 @@
 
 #![allow(missing_docs, reason = "criterion_group! makes a public function")]
 //!
-//! Needs RLIMIT_MEMLOCK of 512 MiB or CAP_IPC_LOCK.
+//! Needs RLIMIT_MEMLOCK of 512 MiB or CAP_IPC_LOCK. For guests on huge pages it needs as many of them, as in
+//! `sysctl vm.nr_hugepages=4096`, and no limit: it leaves out the guests that do not fit.
 
 use std::fs::File;
 use std::sync::Arc;
@@ -15,9 +16,35 @@ const LEN_BYTES: u64 = 256 << 20;
 
 /// Guest RAM with allocated pages.
 fn region(gpa: u64) -> RegionConfig {
-    let fd = rustix::fs::memfd_create("guest-ram", MemfdFlags::CLOEXEC).expect("a memfd");
-    rustix::fs::fallocate(&fd, rustix::fs::FallocateFlags::empty(), 0, LEN_BYTES).expect("pages for the memfd");
-    RegionConfig { gpa, len_bytes: LEN_BYTES, file: Arc::new(File::from(fd)), file_offset_bytes: 0 }
+    allocated(gpa, LEN_BYTES, MemfdFlags::CLOEXEC).expect("pages for the memfd")
+}
+
+fn allocated(gpa: u64, len_bytes: u64, flags: MemfdFlags) -> rustix::io::Result<RegionConfig> {
+    let fd = rustix::fs::memfd_create("guest-ram", flags)?;
+    rustix::fs::ftruncate(&fd, len_bytes)?;
+    rustix::fs::fallocate(&fd, rustix::fs::FallocateFlags::empty(), 0, len_bytes)?;
+    Ok(RegionConfig { gpa, len_bytes, file: Arc::new(File::from(fd)), file_offset_bytes: 0 })
+}
+
+/// Each page costs little here, and what a page costs must not grow with the guest.
+fn huge_pages(criterion: &mut Criterion) {
+    let mut group = criterion.benchmark_group("pinning");
+    group.sample_size(10);
+    for gib in [1, 4, 8] {
+        let region = match allocated(0, gib << 30, MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB) {
+            Ok(region) => region,
+            Err(error) => {
+                eprintln!("left out: {gib} GiB of huge pages: {error}");
+                continue;
+            }
+        };
+        let memory = GuestMemory::new([region]).expect("valid memory");
+        group.throughput(Throughput::Bytes(gib << 30));
+        group.bench_function(format!("pin {gib} GiB of huge pages"), |bencher| {
+            bencher.iter_with_large_drop(|| PinnedMemory::pin(&memory, Sharing::Clone).expect("pinned"));
+        });
+    }
+    group.finish();
 }
 
 fn pinning(criterion: &mut Criterion) {
@@ -38,5 +65,5 @@ fn pinning(criterion: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, pinning);
+criterion_group!(benches, pinning, huge_pages);
 criterion_main!(benches);

@@ -159,9 +159,20 @@ impl RingFd {
     /// Shares `count` slots from `first` on, replacing the same slots of this ring (Linux 6.13). An empty slot of
     /// `source` empties the slot of this ring.
     pub(crate) fn clone_buffer_slots(&self, source: &Self, first: u32, count: u32) -> io::Result<()> {
+        self.clone_buffer_slots_to(first, source, first, count)
+    }
+
+    /// The same, from slot `first` of this ring on.
+    pub(crate) fn clone_buffer_slots_to(
+        &self,
+        first: u32,
+        source: &Self,
+        source_first: u32,
+        count: u32,
+    ) -> io::Result<()> {
         self.clone_with(source, |clone| {
             clone.flags |= CLONE_DST_REPLACE;
-            clone.src_off = first;
+            clone.src_off = source_first;
             clone.dst_off = first;
             clone.nr = count;
         })

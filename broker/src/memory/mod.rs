@@ -18,6 +18,8 @@ mod iova_map;
 mod layout;
 mod pin;
 mod region;
+mod register;
+mod staging;
 #[cfg(test)]
 mod tests;
 

@@ -4,12 +4,12 @@ use std::collections::BTreeMap;
 use std::io;
 
 use ringpass_restrictions::{KernelSupport, RegisterOperation};
-use rustix::io_uring::{IoringSetupFlags, io_uring_params};
 
-use super::iova_map::MappedSpan;
-use super::layout::{Slot, Span};
+use super::MemoryError;
+use super::layout::Span;
 use super::region::GuestMemory;
-use super::{IOVA_BASE, MemoryError, Piece, Source};
+use super::register::{Charge, current_memlock, new_holder, pin_span, pinned_by_this_process, register_table};
+use super::staging::Staging;
 use crate::limits::Memlock;
 use crate::ring_fd::RingFd;
 
@@ -116,8 +116,9 @@ impl PinnedMemory {
         // From here on, an error unpins all pages that are pinned so far.
         let mut pinned = Self { holder, memory: memory.clone(), accounting, pinned_bytes: BTreeMap::new() };
         if sharing == Sharing::Clone {
+            let mut staging = Staging::new();
             for span in memory.layout().spans() {
-                pinned.pin_span(span, &charge, is_wanted)?;
+                pinned.pin_span(span, &mut staging, &charge, is_wanted)?;
             }
         }
         Ok(pinned)
@@ -136,7 +137,7 @@ impl PinnedMemory {
             None => {
                 let charge = Charge::new(&self.memory, layout.spans().iter())?;
                 register_table(ring, layout.table_slots())?;
-                layout.spans().iter().try_for_each(|span| pin_span(ring, &self.memory, span, &charge, &|| true))
+                layout.spans().iter().try_for_each(|span| pin_span(ring, 0, &self.memory, span, &charge, &|| true))
             }
         }
     }
@@ -174,15 +175,24 @@ impl PinnedMemory {
         // there only for a moment longer.
         left.iter().try_for_each(|span| other.clear_span(span))?;
         let charge = Charge::new(memory, came.iter().copied())?;
-        came.iter().try_for_each(|span| other.pin_span(span, &charge, is_wanted))?;
+        let mut staging = Staging::new();
+        came.iter().try_for_each(|span| other.pin_span(span, &mut staging, &charge, is_wanted))?;
         Ok((other, ChangedSlots::of(came.into_iter().chain(left))))
     }
 
     /// Pins an empty span, and records how much more memory the process then has pinned.
-    fn pin_span(&mut self, span: &Span, charge: &Charge, is_wanted: &dyn Fn() -> bool) -> Result<(), MemoryError> {
+    fn pin_span(
+        &mut self,
+        span: &Span,
+        staging: &mut Staging,
+        charge: &Charge,
+        is_wanted: &dyn Fn() -> bool,
+    ) -> Result<(), MemoryError> {
         let Some(holder) = &self.holder else { return Err(MemoryError::CannotPlug) };
         let before_bytes = pinned_by_this_process()?;
-        pin_span(holder, &self.memory, span, charge, is_wanted)?;
+        if !staging.pin_span(holder, &self.memory, span, charge, is_wanted)? {
+            pin_span(holder, 0, &self.memory, span, charge, is_wanted)?;
+        }
         self.pinned_bytes.insert(span.index, pinned_by_this_process()?.saturating_sub(before_bytes));
         Ok(())
     }
@@ -259,94 +269,5 @@ impl Drop for PinnedMemory {
         if let Some(Err(error)) = self.holder.as_ref().map(RingFd::unregister_buffers) {
             tracing::warn!(%error, "cannot unpin guest memory at once: it stays pinned until its ring ends");
         }
-    }
-}
-
-/// A ring that never runs, with an empty table.
-fn new_holder(table_slots: u32) -> Result<RingFd, MemoryError> {
-    let mut params = io_uring_params::default();
-    params.flags = IoringSetupFlags::R_DISABLED;
-    let holder = RingFd::setup(1, &mut params)
-        .map_err(MemoryError::system("creating the ring that holds the pinned memory (io_uring_setup)"))?;
-    register_table(&holder, table_slots)?;
-    Ok(holder)
-}
-
-fn register_table(ring: &RingFd, table_slots: u32) -> Result<(), MemoryError> {
-    ring.register_empty_buffers(table_slots).map_err(MemoryError::system("registering an empty table of buffers"))
-}
-
-/// Maps a span, registers its slots, and unmaps it.
-fn pin_span(
-    ring: &RingFd,
-    memory: &GuestMemory,
-    span: &Span,
-    charge: &Charge,
-    is_wanted: &dyn Fn() -> bool,
-) -> Result<(), MemoryError> {
-    let mapped = MappedSpan::map(memory, span, is_wanted)?;
-    for slots in span.slots.chunk_by(|slot, next| slot.index + 1 == next.index) {
-        let range = |slot: &Slot| IOVA_BASE + slot.gpa..IOVA_BASE + slot.gpa + slot.len_bytes;
-        let ranges: Vec<_> = slots.iter().map(range).collect();
-        debug_assert!(ranges.iter().all(|range| mapped.holds(range.start, range.end - range.start)));
-        // SAFETY: guest RAM and scratch memory, mapped shared just now (`Span::pieces` covers all slots); this process
-        // never makes references to either.
-        unsafe { ring.pin_buffers(slots[0].index, &ranges) }.map_err(|(at, source)| match source.raw_os_error() {
-            Some(nix::libc::ENOMEM) => charge.refused(source),
-            _ => {
-                let Slot { index, gpa, len_bytes } = slots[at];
-                MemoryError::Register { slot: index, gpa, len_bytes, source }
-            }
-        })?;
-    }
-    Ok(())
-}
-
-fn pinned_by_this_process() -> Result<u64, MemoryError> {
-    Memlock::pinned_by_this_process().map_err(MemoryError::system("reading what this process has pinned"))
-}
-
-fn current_memlock() -> Result<Memlock, MemoryError> {
-    Memlock::current().map_err(MemoryError::system("reading RLIMIT_MEMLOCK and what this user has pinned"))
-}
-
-/// The charge of a pinning against RLIMIT_MEMLOCK, and the state of that limit before the pinning began.
-struct Charge {
-    needed_bytes: u64,
-    memlock: Memlock,
-}
-
-impl Charge {
-    /// The charge of `spans` of `memory`. Refuses spans that exceed the limit by themselves: pinning allocates every
-    /// page, so a large guest would be filled in vain. Whether the rest of the limit is free only the kernel knows.
-    fn new<'a>(memory: &GuestMemory, spans: impl Iterator<Item = &'a Span>) -> Result<Self, MemoryError> {
-        let needed_bytes = spans.flat_map(|span| &span.pieces).map(|piece| locked_bytes(memory, piece)).sum();
-        let memlock = current_memlock()?;
-        if !memlock.exempt && memlock.soft_bytes.is_some_and(|limit_bytes| needed_bytes > limit_bytes) {
-            memlock.check(needed_bytes)?;
-        }
-        Ok(Self { needed_bytes, memlock })
-    }
-
-    /// The meaning of a registration for which the kernel had no memory.
-    fn refused(&self, source: io::Error) -> MemoryError {
-        match self.memlock.check(self.needed_bytes) {
-            Err(error) => error.into(),
-            Ok(()) => MemoryError::NoMemoryToPin {
-                needed_bytes: self.needed_bytes,
-                limit_bytes: self.memlock.soft_bytes.filter(|_| !self.memlock.exempt),
-                source,
-            },
-        }
-    }
-}
-
-/// Bytes that pinning `piece` counts against RLIMIT_MEMLOCK: every page; a huge page counts whole.
-fn locked_bytes(memory: &GuestMemory, piece: &Piece) -> u64 {
-    match piece.source {
-        Source::Region { region, .. } => {
-            piece.len_bytes.next_multiple_of(memory.regions()[region].backing.page_bytes())
-        }
-        Source::Scratch => piece.len_bytes,
     }
 }
