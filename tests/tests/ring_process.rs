@@ -9,15 +9,21 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
+use ringpass_guest::vhost_user::Way;
 use ringpass_tests::{
     broker_process::{self, BrokerProcess},
     disks::DiskKind,
     front_end::{attach::bench::Bench, rig::Rig},
-    harness::{self, test},
+    harness::{self, budget, test},
+    needs::Need,
+    seed::Seed,
+    socket_guest::{connect, options},
 };
 use rustix::process::{Pid, Signal, kill_process};
 
 const DISK_BYTES: u64 = 4 << 20;
+/// Guest memory whose pinning takes some tenths of a second.
+const PINNED_BYTES: u64 = 1 << 30;
 /// How long a process may take to end: much longer than it takes on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(30);
 /// `CAP_IPC_LOCK` (`<linux/capability.h>`), which a ring process of root keeps if it cannot raise RLIMIT_MEMLOCK.
@@ -31,6 +37,11 @@ fn main() -> ExitCode {
         test("a_ring_process_ends_with_a_server_that_is_killed", needs(), ends_with_server),
         test("a_ring_process_outlives_the_signals_of_a_terminal_and_ends_with_its_server", needs(), ignores_signals),
         test("a_server_whose_ring_process_is_killed_ends_and_says_why", needs(), server_ends),
+        test(
+            "the_processes_end_together_and_free_the_disk_when_one_is_killed_while_it_pins_memory",
+            needs().into_iter().chain([Need::available_memory_bytes(2 * PINNED_BYTES)]),
+            killed_while_pinning,
+        ),
     ])
 }
 
@@ -132,5 +143,37 @@ fn server_ends() -> Result<()> {
     ensure!(status.code() == Some(1), "{status}");
     bench.broker.wait_for_log("the process that makes the guests' rings has ended")?;
     ensure!(!bench.broker.socket().exists(), "the socket is left");
+    Ok(())
+}
+
+fn killed_while_pinning() -> Result<()> {
+    let mut rng = Seed::from_env_or_random().rng();
+    let mut while_pinning = 0;
+    for round in 0..budget(6, 200) {
+        let rig = Rig::new(DiskKind::Ext4PageCache, DISK_BYTES)?;
+        let mut broker = rig.broker(&["--mode", "direct", "--num-queues", "2"])?;
+        let number = ring_process(&broker)?;
+        let guest = options(1, PINNED_BYTES, Way::Auto).patience(Duration::from_secs(1));
+        let disk = connect(&rig.socket(), guest)?;
+        // The driver asks for a ring and does not wait for it.
+        let queue = disk.queue(1)?;
+        thread::sleep(Duration::from_millis(rng.u64(..80)));
+        while_pinning += u32::from(!broker.log().contains("guest memory is pinned"));
+        if round % 2 == 0 {
+            kill_process(pid(number)?, Signal::KILL)?;
+            let status = broker.wait()?;
+            ensure!(status.code() == Some(1), "{status}");
+            broker.wait_for_log("the process that makes the guests' rings has ended")?;
+        } else {
+            broker.kill()?;
+            await_end(number)?;
+        }
+        drop((queue, disk));
+        let mut next = rig.broker(&["--mode", "direct", "--num-queues", "2"]).context("the next server")?;
+        let status = next.terminate()?;
+        ensure!(status.success(), "the next server: {status}");
+    }
+    eprintln!("{while_pinning} of the kills came while the memory was being pinned");
+    ensure!(while_pinning > 0, "no kill came while the memory was being pinned");
     Ok(())
 }

@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use ringpass_guest_abi::{FixedAddressing, RingLayout};
 use vmm_sys_util::eventfd::EventFd;
@@ -17,6 +17,8 @@ use crate::ring::{RingConfig, RingEnd, borrow_eventfd};
 
 /// The time between two questions whether an answer is still wanted.
 const LOOK: Duration = Duration::from_millis(2);
+/// How long a host may take to start: a hundred times as long as on a busy machine.
+pub(super) const START_PATIENCE: Duration = Duration::from_secs(60);
 
 /// Orders to a ring host: about the guest's memory, and for new rings. For one thread, which may wait: pinning takes
 /// half a second for each GiB.
@@ -59,10 +61,20 @@ pub(crate) struct HostedRing {
     control: Arc<RingControl>,
 }
 
-/// Takes the engine's ends of the three sockets, once the host has started.
-pub(super) fn open(orders: Channel, control: Channel, events: Channel) -> Result<(RingClient, RingEvents), String> {
+/// Takes the engine's ends of the three sockets, once the host has started. It waits for that for at most `patience`.
+pub(super) fn open(
+    [orders, control, events]: [Channel; 3],
+    patience: Duration,
+) -> Result<(RingClient, RingEvents), String> {
     let control = Arc::new(RingControl::new(control));
     let client = RingClient { orders, control: Arc::clone(&control), next_number: 0, files: Vec::new() };
+    let end = Instant::now() + patience;
+    // A signal ends a wait, too.
+    while matches!(client.orders.wait(Some(end.saturating_duration_since(Instant::now()))), Ok(false)) {
+        if Instant::now() >= end {
+            return Err(format!("it is not ready after {} s", patience.as_secs()));
+        }
+    }
     match client.orders.receive().map(|packet| packet.map(Answer::decode)) {
         Ok(Some(Ok(Answer::Done))) => Ok((client, RingEvents::new(events, control))),
         Ok(Some(Ok(Answer::Refused(refused)))) => Err(refused.why),

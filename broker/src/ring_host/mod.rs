@@ -46,6 +46,7 @@ pub use process::Confinement;
 pub use refused::Refused;
 
 use channel::Channel;
+use client::START_PATIENCE;
 
 use crate::threads::{AbortOnPanic, leave_signals_to_others};
 
@@ -103,7 +104,7 @@ impl RingHost {
     pub(crate) fn open(self) -> Result<(RingClient, RingEvents), RingHostError> {
         let Self { orders, control, events } = self;
         let starting = |why: String| RingHostError { what: "the ring process", source: io::Error::other(why) };
-        client::open(orders, control, events).map_err(starting)
+        client::open([orders, control, events], START_PATIENCE).map_err(starting)
     }
 }
 

@@ -59,28 +59,30 @@ impl RingHost {
             ForkResult::Parent { .. } => Ok(engine),
             ForkResult::Child => {
                 drop(engine);
-                live(config, queue_count, disk, confinement, prepare, host)
+                live(Beginning { config, queue_count, disk, confinement, prepare }, host)
             }
         }
     }
 }
 
-/// The life of the new process.
-fn live(
+/// What the new process needs to become a host.
+struct Beginning<P> {
     config: AttachConfig,
     queue_count: u16,
     disk: OwnDisk,
     confinement: Confinement,
-    prepare: impl FnOnce() -> io::Result<()>,
-    sockets: [Channel; 3],
-) -> ! {
+    prepare: P,
+}
+
+/// The life of the new process.
+fn live(beginning: Beginning<impl FnOnce() -> io::Result<()>>, sockets: [Channel; 3]) -> ! {
     let _abort = AbortOnPanic;
     // The process group gets the signals of a terminal and of a service manager. This process ends with its engine.
     leave_signals_to_others();
     let closed = close_other_descriptors(&sockets).map_err(|error| error.to_string());
     // For the answer, if the start fails with the sockets in hand.
     let answering = sockets[0].as_fd().try_clone_to_owned().map(Channel::from);
-    match closed.and_then(|()| start(config, queue_count, disk, confinement, prepare, sockets)) {
+    match closed.and_then(|()| start(beginning, sockets)) {
         Ok((mut maker, controller)) => {
             drop(answering);
             // The main thread may be pinning memory when the engine goes.
@@ -108,13 +110,10 @@ fn end(is_regular: bool) -> ! {
 }
 
 fn start(
-    config: AttachConfig,
-    queue_count: u16,
-    disk: OwnDisk,
-    confinement: Confinement,
-    prepare: impl FnOnce() -> io::Result<()>,
+    beginning: Beginning<impl FnOnce() -> io::Result<()>>,
     sockets: [Channel; 3],
 ) -> Result<(Maker, Controller), String> {
+    let Beginning { config, queue_count, disk, confinement, prepare } = beginning;
     let preparing = |error: io::Error| format!("the ring process cannot prepare itself: {error}");
     rustix::thread::set_name(NAME).map_err(|errno| preparing(errno.into()))?;
     match confinement {

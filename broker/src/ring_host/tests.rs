@@ -367,6 +367,13 @@ fn an_order_whose_file_was_lost_is_refused_and_the_next_one_works() {
 }
 
 #[test]
+fn an_engine_does_not_wait_for_ever_for_a_host_that_does_not_start() {
+    let (RingHost { orders, control, events }, _host) = sockets().unwrap();
+    let refused = client::open([orders, control, events], Duration::from_millis(5)).unwrap_err();
+    assert!(refused.contains("not ready"), "{refused}");
+}
+
+#[test]
 fn a_host_that_gets_nonsense_ends_and_says_so() {
     let (engine, host) = sockets().unwrap();
     let (mut maker, controller) = host::new(config(), 1, None, host).unwrap();
