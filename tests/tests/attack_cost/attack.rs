@@ -12,6 +12,7 @@ use ringpass_tests::{
             bench::start_queue_zero,
             flooder::{BUFFER_BYTES, Flooder, FlooderRing},
         },
+        ram::RamRegion,
         rig::{Rig, TestRam},
         session::{FrontEnd, Options},
     },
@@ -19,8 +20,10 @@ use ringpass_tests::{
 use rustix::fs::{FallocateFlags, fallocate};
 
 const DISK_BYTES: u64 = 64 << 20;
-/// Room for rings and requests, and for a buffer that fills a slot.
-const RAM_BYTES: u64 = 32 << 20;
+/// Room for rings and requests.
+const RAM_BYTES: u64 = 16 << 20;
+/// Where the region of the buffer begins.
+const BUFFER_GPA: u64 = 64 << 20;
 /// The hostile guest's queue.
 pub(crate) const QUEUE: u16 = 1;
 
@@ -84,6 +87,8 @@ pub(crate) struct Hostile {
     pub(crate) rig: Rig,
     pub(crate) broker: BrokerProcess,
     pub(crate) ram: TestRam,
+    /// The memory of all requests' buffer, which is a slot.
+    pub(crate) buffer: RamRegion,
     pub(crate) front_end: FrontEnd,
     pub(crate) first: QueueZero,
     pub(crate) flooder: Flooder,
@@ -91,27 +96,28 @@ pub(crate) struct Hostile {
 
 impl Hostile {
     pub(crate) fn start(attack: Attack, submission: &str) -> Result<Self> {
+        Self::start_with(attack, &["--submission", submission])
+    }
+
+    /// The same with these arguments for its server.
+    pub(crate) fn start_with(attack: Attack, arguments: &[&str]) -> Result<Self> {
         let rig = Rig::new(attack.disk, DISK_BYTES)?;
         if attack.has_holes {
             let disk = std::fs::File::options().write(true).open(rig.disk().path())?;
             let mode = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
             fallocate(&disk, mode, 0, DISK_BYTES).context("cannot make holes in the disk")?;
         }
-        Self::serve(rig, attack, submission)
-    }
-
-    /// The same guest on a server that was ended, and its disk.
-    pub(crate) fn serve(rig: Rig, attack: Attack, submission: &str) -> Result<Self> {
-        let arguments = ["--mode", "direct", "--num-queues", "4", "--submission", submission];
-        let broker = rig.broker(&arguments)?;
+        let broker = rig.broker(&[&["--mode", "direct", "--num-queues", "4"], arguments].concat())?;
         let mut ram = TestRam::new(1, RAM_BYTES)?;
         let front_end = FrontEnd::connect(&rig.socket(), &ram.ram, Options::default())?;
+        let buffer = RamRegion::new(BUFFER_GPA, BUFFER_BYTES.into())?;
+        front_end.connection().add_mem_reg(&buffer.message(), buffer.file())?;
         let mut first = broker.explain(start_queue_zero(&front_end, &mut ram))?;
         let (offered, _) = first.probe_answer()?;
         let largest =
             FlooderRing { sq_entries: offered.sq_entries_max.get(), cq_entries: offered.cq_entries_max.get() };
-        let mut flooder = broker.explain(Flooder::attach(&front_end, &mut ram, QUEUE, largest))?;
+        let mut flooder = broker.explain(Flooder::attach(&front_end, &mut ram, BUFFER_GPA, QUEUE, largest))?;
         broker.explain(flooder.fill(attack.is_write, attack.len_bytes, DISK_BYTES))?;
-        Ok(Self { rig, broker, ram, front_end, first, flooder })
+        Ok(Self { rig, broker, ram, buffer, front_end, first, flooder })
     }
 }

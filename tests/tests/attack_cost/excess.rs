@@ -34,7 +34,7 @@ pub(crate) fn loses_its_ring(submission: &str) -> Result<()> {
     eprintln!("{submitted} requests in {took:?}");
     check_kernel_memory(grown_bytes)?;
     ensure!(took < FOUND, "the ring ran on for {took:?}");
-    let Hostile { rig, broker, mut ram, front_end, mut first, mut flooder } = hostile;
+    let Hostile { rig, broker, mut ram, front_end, mut first, mut flooder, buffer: _buffer } = hostile;
     broker.explain((|| {
         ensure!(flooder.wait_attach()? == whole(ErrorCode::Cost), "ATTACH has another outcome");
         ensure!(broker.has_logged("a ring ends: the guest had more requests outstanding than its CQ has entries"));

@@ -1,4 +1,7 @@
 //! A guest of another owner, with a server and a disk of its own, beside a hostile guest.
+//!
+//! The thread that serves the neighbour may run only on the CPU of the hostile guest's SQ thread. Elsewhere the scheduler
+//! moves it away, and the test would not see what the SQ thread does to others.
 
 use std::{
     fmt,
@@ -7,7 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Result, anyhow, bail, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use hdrhistogram::Histogram;
 use ringpass_tests::{
     disks::DiskKind,
@@ -19,6 +22,7 @@ use ringpass_tests::{
     },
     harness,
 };
+use rustix::thread::{CpuSet, sched_getaffinity};
 
 use crate::attack::{Attack, Hostile};
 
@@ -66,11 +70,12 @@ pub(crate) fn keeps_its_latency(attack: Attack) -> Result<()> {
 /// What the neighbour's reads take while another guest keeps its ring full of these requests.
 fn beside(attack: Attack) -> Result<Latencies> {
     let rig = Rig::new(DiskKind::Ext4PageCache, DISK_BYTES)?;
-    let broker = rig.broker(&["--mode", "virtqueue", "--num-queues", "1", "--poll-us", "0"])?;
+    let cpu = shared_cpu()?;
+    let broker = rig.broker(&["--mode", "virtqueue", "--num-queues", "1", "--poll-us", "0", "--cpus", &cpu])?;
     let mut ram = TestRam::new(1, 1 << 20)?;
     let front_end = FrontEnd::connect(&rig.socket(), &ram.ram, Options::default())?;
     let mut driver = ram.driver(&front_end, 0, BLOCK_BYTES)?;
-    let mut hostile = Hostile::start(attack, "sq-thread")?;
+    let mut hostile = Hostile::start_with(attack, &["--submission", "sq-thread", "--sq-cpu", &cpu])?;
     let is_over = AtomicBool::new(false);
     let latencies = thread::scope(|scope| {
         let guest = scope.spawn(|| hostile.flooder.flood(Reaping::Honest, || is_over.load(Ordering::Relaxed)));
@@ -84,6 +89,13 @@ fn beside(attack: Attack) -> Result<Latencies> {
     ensure!(hostile.flooder.submitted() > 100, "the other guest did nothing");
     let at = |quantile| Duration::from_nanos(latencies.value_at_quantile(quantile));
     Ok(Latencies { median: at(0.5), p99: at(0.99), worst: Duration::from_nanos(latencies.max()) })
+}
+
+/// The last CPU on which this process may run.
+fn shared_cpu() -> Result<String> {
+    let set = sched_getaffinity(None)?;
+    let cpu = (0..CpuSet::MAX_CPU).rev().find(|&cpu| set.is_set(cpu)).context("no CPU")?;
+    Ok(cpu.to_string())
 }
 
 fn read_for(driver: &mut BlkDriver, duration: Duration) -> Result<Histogram<u64>> {

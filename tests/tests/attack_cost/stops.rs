@@ -40,16 +40,23 @@ const SLOWNESS_MAX: f64 = 5.0;
 enum Stop {
     GetVringBase,
     Detach,
+    /// The memory of the requests is taken away.
+    RemoveMemory,
     HangUp,
     Terminate,
     Kill,
+}
+
+impl Stop {
+    const ALL: [Self; 6] =
+        [Self::GetVringBase, Self::Detach, Self::RemoveMemory, Self::HangUp, Self::Terminate, Self::Kill];
 }
 
 pub(crate) fn bounded(attack: Attack) -> Result<()> {
     let slowness = slowness(attack)?;
     let mut worst = Duration::ZERO;
     for _ in 0..harness::budget(1, 40) {
-        for stop in [Stop::GetVringBase, Stop::Detach, Stop::HangUp, Stop::Terminate, Stop::Kill] {
+        for stop in Stop::ALL {
             for flood in FLOODS {
                 let took = one(attack, stop, Reaping::Never, flood)?;
                 let max = if stop == Stop::Kill { KILL_MAX } else { STOP_MAX }.mul_f64(slowness);
@@ -70,7 +77,7 @@ fn slowness(attack: Attack) -> Result<f64> {
 
 /// Stops a guest that has flooded its ring for this long, and goes on with that. Returns how long the stop took.
 fn one(attack: Attack, stop: Stop, reaping: Reaping, flood: Duration) -> Result<Duration> {
-    let Hostile { rig, mut broker, ram, front_end, mut flooder, .. } = Hostile::start(attack, "sq-thread")?;
+    let Hostile { rig, mut broker, ram, buffer, front_end, mut flooder, .. } = Hostile::start(attack, "sq-thread")?;
     let (is_over, detacher) = (AtomicBool::new(false), flooder.detacher());
     let (took, grown_bytes) = with_kernel_memory_watched(|| {
         thread::scope(|scope| {
@@ -83,6 +90,7 @@ fn one(attack: Attack, stop: Stop, reaping: Reaping, flood: Duration) -> Result<
             let stopped = (|| match stop {
                 Stop::GetVringBase => front_end.stop_vring(QUEUE).map(drop),
                 Stop::Detach => detacher.detach(),
+                Stop::RemoveMemory => front_end.connection().rem_mem_reg(&buffer.message(), Some(buffer.file())),
                 Stop::HangUp => {
                     front_end.connection().wire().hang_up()?;
                     FrontEnd::connect(&rig.socket(), &ram.ram, Options::default()).map(drop)

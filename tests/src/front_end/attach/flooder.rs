@@ -75,12 +75,19 @@ impl Detacher {
 }
 
 impl Flooder {
-    /// Starts a queue, and attaches it with a ring of this size.
+    /// Starts a queue, and attaches it with a ring of this size. The buffer of its requests has [`BUFFER_BYTES`] and lies
+    /// in one slot.
     ///
     /// # Errors
     ///
     /// The ring does not open.
-    pub fn attach(front_end: &FrontEnd, ram: &mut TestRam, index: u16, ring: FlooderRing) -> Result<Self> {
+    pub fn attach(
+        front_end: &FrontEnd,
+        ram: &mut TestRam,
+        buffer_gpa: u64,
+        index: u16,
+        ring: FlooderRing,
+    ) -> Result<Self> {
         let mut vring = ram.vring(front_end, QUEUE_SIZE)?;
         front_end.start_vring(index, &vring.layout(), vring.eventfds(), 0)?;
         let arena = &mut ram.arenas[0];
@@ -94,7 +101,6 @@ impl Flooder {
             Ok(AreaAddress { rings_gpa, sqes_gpa })
         };
         let areas = [area()?, area()?];
-        let buffer_gpa = arena.take(BUFFER_BYTES.into(), BUFFER_BYTES.into())?;
         let payload = AttachPayload {
             version: VERSION.into(),
             sq_entries: ring.sq_entries.into(),
