@@ -1,7 +1,7 @@
 //! The compared servers.
 
 use std::{
-    env, fmt, fs, io,
+    fmt, fs, io,
     os::unix::{net::UnixStream, process::CommandExt},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
@@ -9,7 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, bail};
 use rustix::{
     process::{Pid, Signal, kill_process},
     thread::{CpuSet, sched_getaffinity, sched_setaffinity},
@@ -32,17 +32,7 @@ pub(crate) struct Ringpass {
 impl Ringpass {
     /// Builds the program in the profile that users run.
     pub(crate) fn build() -> Result<Self> {
-        let cargo = env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-        let manifest = concat!(env!("CARGO_MANIFEST_DIR"), "/../Cargo.toml");
-        let mut build = Command::new(cargo);
-        build.args(["build", "--quiet", "--release", "--package", "ringpass", "--bin", "ringpass"]);
-        let status = build.args(["--manifest-path", manifest]).status().context("cannot start cargo")?;
-        ensure!(status.success(), "ringpass does not build");
-        // This benchmark is TARGET/release/deps/NAME.
-        let me = env::current_exe()?;
-        let program = me.ancestors().nth(2).context("this benchmark has no target directory")?.join("ringpass");
-        ensure!(program.exists(), "{program:?} does not exist: run the benchmark through `cargo bench`");
-        Ok(Self { program })
+        Ok(Self { program: ringpass_benches::build_program()? })
     }
 }
 

@@ -37,6 +37,8 @@ pub struct LinuxGuestConfig {
     pub block_driver_parameters: String,
     /// Files for devices of QEMU's own, as values of QEMU's `-blockdev`.
     pub block_nodes: Vec<String>,
+    /// A plugin of QEMU's emulator, as the value of `-plugin`. The guest then runs without KVM.
+    pub tcg_plugin: Option<String>,
 }
 
 impl Default for LinuxGuestConfig {
@@ -56,6 +58,7 @@ impl Default for LinuxGuestConfig {
             block_driver: None,
             block_driver_parameters: String::new(),
             block_nodes: Vec::new(),
+            tcg_plugin: None,
         }
     }
 }
@@ -247,6 +250,9 @@ pub(super) fn arguments(
     }
     for object in &config.objects {
         add(&["-object", object]);
+    }
+    if let Some(plugin) = &config.tcg_plugin {
+        add(&["-plugin", plugin]);
     }
     for node in &config.block_nodes {
         add(&["-blockdev", node]);

@@ -74,7 +74,7 @@ impl LinuxGuest {
     /// The image cannot be made, QEMU does not start, or the guest does not boot.
     pub fn boot(config: &LinuxGuestConfig) -> Result<Self> {
         let image = GuestImage::of(config.kernel)?;
-        let accelerator = accelerator(&image)?;
+        let accelerator = if config.tcg_plugin.is_some() { Accelerator::Tcg } else { accelerator(&image)? };
         Self::boot_on(config, &image, accelerator, BOOT_LIMIT)
     }
 

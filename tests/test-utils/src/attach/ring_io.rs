@@ -5,7 +5,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use ringpass_guest_abi::{Cqe, DriverRing, Sqe};
 use rustix::io::Errno;
 use vm_memory::{Bytes, GuestAddress};
@@ -51,6 +51,23 @@ impl RingDriver {
             }
         }
         self.outstanding.push(sqe);
+        Ok(())
+    }
+
+    /// Submits requests so that the kernel sees all of them at once. The ring is open.
+    ///
+    /// # Errors
+    ///
+    /// The ring has no room for all of them, or there is none.
+    pub fn submit_together(&mut self, sqes: &[Sqe]) -> Result<()> {
+        let ring = self.ring.as_mut().filter(|_| self.machine.may_submit()).context("no ring is open")?;
+        for sqe in sqes {
+            ring.push(sqe).map_err(|error| anyhow::anyhow!("{error}"))?;
+        }
+        self.outstanding.extend_from_slice(sqes);
+        if ring.publish() {
+            self.vring.kick()?;
+        }
         Ok(())
     }
 
