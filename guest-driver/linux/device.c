@@ -333,7 +333,9 @@ static int __init rp_init(void)
 {
 	int err;
 
-	rp_workqueue = alloc_workqueue("ringpass_blk", WQ_MEM_RECLAIM, 0);
+	/* To attach a queue takes long, and has to do with no CPU. */
+	rp_workqueue = alloc_workqueue("ringpass_blk",
+				       WQ_MEM_RECLAIM | WQ_UNBOUND, 0);
 	if (!rp_workqueue)
 		return -ENOMEM;
 	rp_major = register_blkdev(0, "ringpass_blk");
