@@ -16,7 +16,7 @@ use rustix::process::{Pid, Signal, kill_process};
 
 use crate::{needs::Need, stuck_disk};
 
-/// The path of the program from the directory above the test programs.
+/// The path of the program from the directory of all programs. Those of tests are in its directory `deps`.
 const PROGRAM: &str = "ringpass";
 /// How to build it.
 const HOW_TO_BUILD: &str = "`cargo build` builds it, and so does `cargo xtask test`";
@@ -33,8 +33,8 @@ const SHOWN_LINES: usize = 60;
 /// tests.
 pub fn program() -> Result<PathBuf> {
     let test_program = env::current_exe().context("cannot find the test program")?;
-    let profile =
-        test_program.parent().and_then(Path::parent).context("the test program is not in a target directory")?;
+    let directory = test_program.parent().context("the test program is not in a target directory")?;
+    let profile = directory.parent().filter(|_| directory.ends_with("deps")).unwrap_or(directory);
     let program = profile.join(PROGRAM);
     let built = fs::metadata(&program)
         .and_then(|found| found.modified())

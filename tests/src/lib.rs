@@ -15,6 +15,7 @@ pub mod harness;
 pub mod held_proxy;
 pub mod hostile_run;
 pub mod huge_pages;
+pub mod interruption;
 pub mod kernel_log;
 pub mod kvm_guest;
 pub mod linux_guest;

@@ -5,12 +5,13 @@ use std::{fs::File, process::ExitCode, time::Instant};
 use anyhow::{Context, Result, ensure};
 use ringpass_tests::harness::{self, test};
 use ringpass_tests::linux_guest::{self, BlockDriver, KernelSeries, LinuxGuest, LinuxGuestConfig, fio};
+use ringpass_tests::needs::Need;
 
 const MIB: u64 = 1 << 20;
 
 fn main() -> ExitCode {
     harness::run(vec![
-        test("the_driver_builds_without_warnings_for_each_kernel_of_debian", linux_guest::needs(), warnings),
+        test("the_driver_builds_without_warnings_for_each_kernel_of_debian", all_kernels(), warnings),
         test("a_disk_of_qemu_is_an_ordinary_disk_for_the_driver", linux_guest::needs(), ordinary_disk),
         test("fewer_vectors_than_queues_and_intx_are_enough_for_the_driver", linux_guest::needs(), few_vectors),
     ])
@@ -24,8 +25,13 @@ fn step<T>(name: &str, work: impl FnOnce() -> Result<T>) -> Result<T> {
     result
 }
 
+fn all_kernels() -> Vec<Need> {
+    let kits = KernelSeries::ALL.into_iter().flat_map(BlockDriver::needs);
+    linux_guest::needs().into_iter().chain(kits).collect()
+}
+
 fn warnings() -> Result<()> {
-    for series in [KernelSeries::Linux6_1, KernelSeries::Linux6_12] {
+    for series in KernelSeries::ALL {
         let driver = BlockDriver::of(series)?;
         ensure!(driver.warnings().is_empty(), "{series}:\n{}", driver.warnings());
     }

@@ -16,8 +16,7 @@ fn main() -> Result<()> {
     let seed = Seed::from_env_or_random();
     let amount = Amount { compared: 100_000, sound: 20_000, limit: Duration::from_secs(600) };
     let program = policy_kernels::build_program()?;
-    let series = [KernelSeries::Linux6_1, KernelSeries::Linux6_12];
-    let debians = series.map(|kernel| LinuxGuestConfig { kernel, ..LinuxGuestConfig::default() });
+    let debians = KernelSeries::ALL.map(|kernel| LinuxGuestConfig { kernel, ..LinuxGuestConfig::default() });
     let others = arguments.map(|image| LinuxGuestConfig { kernel_image: Some(image), ..LinuxGuestConfig::default() });
     let mut reports = Vec::new();
     for config in debians.into_iter().chain(others) {

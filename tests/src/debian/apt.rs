@@ -10,6 +10,8 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 
+use crate::interruption;
+
 /// Where a Debian-like system says which repositories it uses (sources.list(5)).
 const SYSTEM_SOURCES: &str = "/etc/apt";
 
@@ -49,8 +51,11 @@ impl Apt {
     pub(crate) fn of_release(directory: &Path, suite: &str) -> Result<Self> {
         let repository = debian_repository(&system_sources()?).context("/etc/apt names no repository of Debian")?;
         fs::write(directory.join("status"), "").context("cannot write an empty list of installed packages")?;
-        let status = format!("Dir::State::status \"{}/status\";\n", directory.display());
-        Self::with_sources(directory, [("debian.sources", repository.of_suite(suite))], &status)
+        // A mirror may lag behind the date at which its lists expire. They are signed all the same, and guests are thrown
+        // away.
+        let further =
+            format!("Dir::State::status \"{}/status\";\nAcquire::Check-Valid-Until \"false\";\n", directory.display());
+        Self::with_sources(directory, [("debian.sources", repository.of_suite(suite))], &further)
     }
 
     fn with_sources<'a>(
@@ -179,6 +184,7 @@ impl Apt {
 
 /// Runs a program to its end, and returns its output.
 pub(crate) fn run(command: &mut Command) -> Result<String> {
+    interruption::check()?;
     let output =
         command.output().with_context(|| format!("cannot start {}", command.get_program().to_string_lossy()))?;
     let said = String::from_utf8_lossy(&output.stderr);

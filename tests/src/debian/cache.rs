@@ -51,6 +51,11 @@ impl Cache {
         Ok(file)
     }
 
+    /// The directory of the cache.
+    pub(crate) fn root(&self) -> &Path {
+        &self.root
+    }
+
     /// The entry `name`, if it exists.
     pub(crate) fn find(&self, name: &str) -> Option<PathBuf> {
         Some(self.root.join(name)).filter(|path| path.is_dir())

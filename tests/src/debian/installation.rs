@@ -16,6 +16,8 @@ use crate::needs::{Need, find_program};
 
 /// The directories at which callers mount directories of this machine.
 const MOUNT_POINTS: [&str; 2] = ["src", "target"];
+/// Programs, and the names that scripts of packages give them (update-alternatives(1)).
+const ALTERNATIVES: [(&str, &str); 2] = [("gcc", "cc"), ("mawk", "awk")];
 /// A script. Its arguments are the root directory, pairs of a directory and its mount point, `--`, and a command. It
 /// mounts the installation itself read-only, so that it never changes.
 const ENTER: &str = r#"
@@ -111,9 +113,11 @@ fn finish(root: &Path) -> Result<()> {
     for directory in MOUNT_POINTS.iter().chain(["dev", "proc", "sys"].iter()) {
         fs::create_dir_all(root.join(directory)).with_context(|| format!("cannot make /{directory}"))?;
     }
-    let (compiler, name) = (root.join("usr/bin/gcc"), root.join("usr/bin/cc"));
-    if compiler.exists() && !name.exists() {
-        symlink("gcc", name).context("cannot name the C compiler")?;
+    for (program, other_name) in ALTERNATIVES {
+        let (program, place) = (Path::new(program), root.join("usr/bin").join(other_name));
+        if root.join("usr/bin").join(program).exists() && !place.exists() {
+            symlink(program, place).with_context(|| format!("cannot make {other_name}"))?;
+        }
     }
     Ok(())
 }

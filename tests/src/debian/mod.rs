@@ -3,5 +3,6 @@
 pub(crate) mod apt;
 pub(crate) mod cache;
 mod installation;
+pub(crate) mod lazy_apt;
 
 pub use installation::Installation;

@@ -84,6 +84,18 @@ impl Agent {
         Ok(Job(number))
     }
 
+    /// Starts a shell for a person on the serial port, and returns the port. `size` is "ROWS COLUMNS". No script runs after
+    /// that.
+    ///
+    /// # Errors
+    ///
+    /// QEMU has ended.
+    pub(super) fn start_shell(&mut self, size: &str, terminal: &str) -> Result<UnixStream> {
+        self.stream.write_all(format!("shell {size} {terminal}\n").as_bytes()).context("cannot start a shell")?;
+        self.stream.set_read_timeout(None).context("cannot set a time-out")?;
+        self.stream.try_clone().context("cannot share the port")
+    }
+
     /// The number of boots of the guest on this connection.
     pub(super) fn boots(&self) -> u32 {
         self.boots

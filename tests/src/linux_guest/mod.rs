@@ -28,6 +28,7 @@ pub mod memory;
 mod migration;
 pub mod on_rings;
 mod qmp;
+mod shell;
 
 use std::time::{Duration, Instant};
 
@@ -42,7 +43,7 @@ pub use firmware::FirmwareGuest;
 pub use image::{BlockDriver, GuestImage, KernelSeries};
 pub use migration::{IncomingGuest, Migration};
 
-use crate::needs::Need;
+use crate::{interruption, needs::Need};
 
 /// How long a guest may take to boot. On an idle machine it takes two or three seconds under TCG.
 const BOOT_LIMIT: Duration = Duration::from_secs(90);
@@ -144,6 +145,11 @@ impl LinuxGuest {
     pub fn wait_for_text(&mut self, job: Job, text: &str, limit: Duration) -> Result<()> {
         let what = format!("a script to write {text:?}");
         self.machine.wait_until(&what, limit, |agent| agent.output_so_far(job).contains(text).then_some(()))
+    }
+
+    /// The output of a running script so far. Does not wait: the other functions take what the guest sends.
+    pub fn output_so_far(&self, job: Job) -> &str {
+        self.machine.agent.output_so_far(job)
     }
 
     /// Whether a script has ended in any way. Does not wait.
@@ -257,14 +263,16 @@ impl LinuxGuest {
 fn accelerator(image: &GuestImage) -> Result<Accelerator> {
     image::remembered_per_boot("kvm", || {
         if std::fs::File::options().read(true).write(true).open("/dev/kvm").is_err() {
-            return "no".to_owned();
+            return Ok("no".to_owned());
         }
         let config = LinuxGuestConfig { memory_mib: 256, ..LinuxGuestConfig::default() };
         match LinuxGuest::boot_on(&config, image, Accelerator::Kvm, KVM_TRIAL_LIMIT) {
-            Ok(_) => "yes".to_owned(),
+            Ok(_) => Ok("yes".to_owned()),
             Err(error) => {
+                // The user may have ended the trial.
+                interruption::check()?;
                 eprintln!("guests run without KVM: {error:#}");
-                "no".to_owned()
+                Ok("no".to_owned())
             }
         }
     })

@@ -3,6 +3,7 @@
 # sends what they write and how they end. `LinuxGuest` is the other side.
 #
 #   to the guest      run NUMBER, the lines of a script, end NUMBER
+#                     shell ROWS COLUMNS TERMINAL
 #   from the guest    ready RELEASE         it listens
 #                     NUMBER|TEXT           a line of output
 #                     NUMBER=STATUS         the script has ended
@@ -29,6 +30,14 @@ while IFS= read -r line; do
         # A grandchild, which init takes over: when a child of its own ends, this shell's `read` starts again and
         # forgets the part of a line that it has.
         (run_script "$number" &)
+        ;;
+    "shell "*)
+        # A shell on this port, for a person. The guest ends with it.
+        set -- $line
+        stty -F /dev/ttyS1 sane rows "$2" columns "$3"
+        TERM=$4 PS1='guest:\w# ' ENV=/etc/functions setsid -c sh 2>&1
+        umount -a -r 2>/dev/null
+        poweroff -f
         ;;
     esac
 done

@@ -9,10 +9,15 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 
-use super::{GuestImage, KernelSeries, LazyApt, hash_of, kernel_key, known};
-use crate::debian::{
-    apt::{Apt, run},
-    cache::Cache,
+use super::{GuestImage, KernelSeries, hash_of, kernel, known};
+use crate::{
+    debian::{
+        Installation,
+        apt::{Apt, run},
+        cache::Cache,
+        lazy_apt::LazyApt,
+    },
+    needs::Need,
 };
 
 /// The sources of the driver, and the header that they share with the rest of the repository.
@@ -29,6 +34,11 @@ pub struct BlockDriver {
 }
 
 impl BlockDriver {
+    /// What [`of`](Self::of) needs of the machine, besides what [`GuestImage`] needs.
+    pub fn needs(series: KernelSeries) -> Vec<Need> {
+        if series == KernelSeries::Newest { Installation::needs() } else { Vec::new() }
+    }
+
     /// The module for the kernel of a series. If it is not in the cache, this builds it, with the kernel's headers from Debian.
     ///
     /// # Errors
@@ -38,16 +48,36 @@ impl BlockDriver {
         // The guest's image says which kernel it is.
         GuestImage::of(series)?;
         let cache = Cache::open()?;
-        let linux = known(&cache, &kernel_key(series)).context("the cache has no kernel")?;
-        let package = kernel_package(&linux)?;
+        let linux = known(&cache, &kernel::key(series)).context("the cache has no kernel")?;
+        let name = linux.file_name().and_then(OsStr::to_str).context("a kernel's entry has a name")?;
+        let release = kernel::release_of(name).with_context(|| format!("{name:?} is not named after a kernel"))?;
         let sources = sources()?;
-        let name = format!("{MODULE}-{package}-{:016x}", hash_of(&sources));
+        let name = format!("{MODULE}-{release}-{:016x}", hash_of(&sources));
+        if let Some(entry) = cache.find(&name) {
+            return Self::at(&entry);
+        }
+        let kit = Kit::of(&cache, series, release)?;
         let _lock = cache.lock()?;
-        let headers = headers(&cache, &package)?;
         let entry = cache.entry(&name, |entry| {
-            eprintln!("building the block driver for Linux {series}");
-            build(&headers, &sources, entry).with_context(|| format!("cannot build the driver for {package}"))
+            eprintln!("building the block driver for Linux {release}");
+            build(&kit, &sources, entry).with_context(|| format!("cannot build the driver for {release}"))
         })?;
+        Self::at(&entry)
+    }
+
+    /// The module for a kernel with these headers, such as `/lib/modules/RELEASE/build`. `directory` gets the module.
+    ///
+    /// # Errors
+    ///
+    /// The module does not build.
+    pub fn with_headers(headers: &Path, directory: &Path) -> Result<Self> {
+        let kit = Kit::Unpacked { headers: headers.to_owned(), common: None };
+        build(&kit, &sources()?, directory)
+            .with_context(|| format!("cannot build the driver with {}", headers.display()))?;
+        Self::at(directory)
+    }
+
+    fn at(entry: &Path) -> Result<Self> {
         let warnings = fs::read_to_string(entry.join("warnings")).context("cannot read the compiler's warnings")?;
         Ok(Self { module: entry.join(format!("{MODULE}.ko")), warnings })
     }
@@ -68,13 +98,6 @@ impl BlockDriver {
     }
 }
 
-/// The name of the kernel's package without its prefix and suffix: `6.1.0-57-cloud-amd64`.
-fn kernel_package(linux: &Path) -> Result<String> {
-    let name = linux.file_name().and_then(OsStr::to_str).context("a kernel's entry has a name")?;
-    let release = name.strip_prefix("linux-image-").and_then(|name| name.split_once("-unsigned"));
-    Ok(release.with_context(|| format!("{name:?} is not named after a kernel"))?.0.to_owned())
-}
-
 /// The names and contents of all files that make the module.
 fn sources() -> Result<Vec<(String, String)>> {
     let mut sources = Vec::new();
@@ -92,19 +115,94 @@ fn sources() -> Result<Vec<(String, String)>> {
     Ok(sources)
 }
 
-/// The headers of a kernel, in the layout that its packages have below `/`.
-fn headers(cache: &Cache, release: &str) -> Result<PathBuf> {
-    cache.entry(&format!("linux-headers-{release}"), |entry| {
-        let apt = LazyApt::default();
-        let apt = apt.get()?;
+/// What builds a module.
+enum Kit {
+    /// The headers of a kernel, for the compiler of this machine.
+    Unpacked {
+        /// The directory with what belongs to one architecture.
+        headers: PathBuf,
+        /// The directory with the rest of Debian's headers, which the makefile names by an absolute path.
+        common: Option<PathBuf>,
+    },
+    /// Headers and compiler of a release of Debian. The newest kernel takes options that older compilers do not know, and
+    /// its tools need a newer C library.
+    Installed { installation: Installation, release: String },
+}
+
+/// Where [`Kit::Installed`] sees the directory of the sources.
+const PLACE: &str = "/src";
+
+impl Kit {
+    /// The kit for a kernel of Debian. It is downloaded if the cache does not have it.
+    fn of(cache: &Cache, series: KernelSeries, release: &str) -> Result<Self> {
         let package = format!("linux-headers-{release}");
-        let needed = dependencies(apt, &package)?;
-        for package in needed.iter().chain([&package]) {
-            apt.unpack(package, entry)
-                .with_context(|| format!("cannot get {package}: is the cached kernel older than the mirror's?"))?;
+        let kit = if series == KernelSeries::Newest {
+            Installation::of(series.suite(), &[package.as_str(), "gcc", "make"])
+                .map(|installation| Self::Installed { installation, release: release.to_owned() })
+        } else {
+            Self::unpacked(cache, series, &package)
+        };
+        kit.with_context(|| {
+            format!("cannot get {package}: if the mirror has only a newer one, remove {}", cache.root().display())
+        })
+    }
+
+    fn unpacked(cache: &Cache, series: KernelSeries, package: &str) -> Result<Self> {
+        let _lock = cache.lock()?;
+        let entry = cache.entry(package, |entry| {
+            let (machine, release) = (LazyApt::default(), LazyApt::of_release(series.suite()));
+            let apt = series.repositories(&machine, &release)?;
+            let needed = dependencies(apt, package)?;
+            needed.iter().map(String::as_str).chain([package]).try_for_each(|package| apt.unpack(package, entry))
+        })?;
+        let places = entry.join("usr/src");
+        let find = |end: &str| {
+            let entries = fs::read_dir(&places).with_context(|| format!("cannot read {}", places.display()))?;
+            let mut paths = entries.filter_map(|entry| Some(entry.ok()?.path()));
+            let found = paths.find(|path| path.to_string_lossy().ends_with(end));
+            found.with_context(|| format!("{} has no *{end}", places.display()))
+        };
+        Ok(Self::Unpacked { headers: find("-cloud-amd64")?, common: Some(find("-common")?) })
+    }
+
+    /// A command that runs in the directory of the sources.
+    fn command(&self, program: &str, sources: &Path) -> Command {
+        match self {
+            Self::Unpacked { .. } => {
+                let mut command = Command::new(program);
+                command.current_dir(sources);
+                command
+            }
+            Self::Installed { installation, .. } => {
+                let mut command = installation.command(&[(sources, PLACE)], "env");
+                command.args(["--chdir", PLACE, program]);
+                command
+            }
         }
-        Ok(())
-    })
+    }
+
+    /// The command that builds the modules in a directory.
+    fn make(&self, sources: &Path) -> Command {
+        let mut make = self.command("make", sources);
+        let place = match self {
+            Self::Unpacked { headers, common } => {
+                make.arg("-C").arg(headers);
+                if let Some(common) = common {
+                    make.arg("-f").arg(common.join("Makefile")).arg("CC=gcc");
+                }
+                sources
+            }
+            Self::Installed { release, .. } => {
+                make.arg("-C").arg(format!("/usr/src/linux-headers-{release}"));
+                Path::new(PLACE)
+            }
+        };
+        // Types for BPF would need the program pahole.
+        make.arg(format!("M={}", place.display())).args(["W=1", "CONFIG_DEBUG_INFO_BTF_MODULES=", "modules"]);
+        // A make that runs the tests would pass on its own options.
+        make.env_remove("MAKEFLAGS");
+        make
+    }
 }
 
 /// The packages with the other parts of the headers.
@@ -117,38 +215,18 @@ fn dependencies(apt: &Apt, package: &str) -> Result<Vec<String>> {
     Ok(needed)
 }
 
-fn build(headers: &Path, sources: &[(String, String)], entry: &Path) -> Result<()> {
+fn build(kit: &Kit, sources: &[(String, String)], entry: &Path) -> Result<()> {
     let directory = tempfile::tempdir().context("cannot make a directory for the module")?;
     for (name, content) in sources {
         fs::write(directory.path().join(name), content).with_context(|| format!("cannot write {name}"))?;
     }
-    let places = headers.join("usr/src");
-    let is = |end: &'static str| move |path: &PathBuf| path.to_string_lossy().ends_with(end);
-    let find = |end| {
-        let entries = fs::read_dir(&places).with_context(|| format!("cannot read {}", places.display()))?;
-        let found = entries.filter_map(|entry| Some(entry.ok()?.path())).find(is(end));
-        found.with_context(|| format!("{} has no *{end}", places.display()))
-    };
-    // The makefile of the architecture names that of the common headers by an absolute path.
-    let mut make = Command::new("make");
-    make.arg("-C").arg(find("-cloud-amd64")?).arg("-f").arg(find("-common")?.join("Makefile"));
-    make.arg(format!("M={}", directory.path().display())).args([
-        "W=1",
-        "CC=gcc",
-        "CONFIG_DEBUG_INFO_BTF_MODULES=",
-        "modules",
-    ]);
-    // Types for BPF would need the program pahole.
-    // A make that runs the tests would pass on its own options.
-    make.env_remove("MAKEFLAGS");
-    let output = make.output().context("cannot start make")?;
+    let output = kit.make(directory.path()).output().context("cannot start make")?;
     let said = String::from_utf8_lossy(&output.stderr);
     ensure!(output.status.success(), "make: {}\n{said}", output.status);
     let of_sources = |line: &&str| line.contains("warning:") && sources.iter().any(|(name, _)| line.contains(name));
     let warnings: Vec<&str> = said.lines().filter(of_sources).collect();
     fs::write(entry.join("warnings"), warnings.join("\n")).context("cannot write the warnings")?;
     let module = format!("{MODULE}.ko");
-    let mut strip = Command::new("strip");
-    strip.arg("--strip-debug").arg("-o").arg(entry.join(&module)).arg(directory.path().join(&module));
-    run(&mut strip).context("cannot strip the module").map(drop)
+    run(kit.command("strip", directory.path()).args(["--strip-debug", &module])).context("cannot strip the module")?;
+    fs::copy(directory.path().join(&module), entry.join(&module)).context("cannot copy the module").map(drop)
 }

@@ -8,12 +8,12 @@
 mod block_driver;
 mod cpio;
 mod fio;
+mod kernel;
 mod modules;
 
 use std::{
-    cell::OnceCell,
     ffi::OsStr,
-    fmt, fs,
+    fs,
     hash::{DefaultHasher, Hash, Hasher},
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
@@ -22,18 +22,17 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 use cpio::Archive;
-use modules::ModuleTree;
 
 pub use block_driver::BlockDriver;
+pub use kernel::KernelSeries;
 
 use crate::debian::{
     apt::{self, Apt},
     cache::Cache,
+    lazy_apt::LazyApt,
 };
 use crate::needs::{Need, find_program};
 
-/// The modules that a guest can load. It loads the first two when it boots.
-const MODULES: [&str; 5] = ["virtio_pci", "virtio_blk", "virtio_balloon", "virtio_mem", "null_blk"];
 /// Programs of this machine for the guest, and their packages.
 const HOST_PROGRAMS: [(&str, &str); 3] =
     [("mke2fs", "e2fsprogs"), ("e2fsck", "e2fsprogs"), ("blkdiscard", "util-linux")];
@@ -44,24 +43,6 @@ const BUILD_PROGRAMS: [(&str, &str); 5] =
 const INIT: &str = include_str!("init.sh");
 const AGENT: &str = include_str!("agent.sh");
 const LOAD_MODULE: &str = include_str!("load-module.sh");
-
-/// A series of Debian's kernels for virtual machines (`linux-image-*-cloud-amd64-unsigned`).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum KernelSeries {
-    /// The series of Debian 13. Debian 12 has it too.
-    Linux6_12,
-    /// Debian 12.
-    Linux6_1,
-}
-
-impl fmt::Display for KernelSeries {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Linux6_12 => "6.12",
-            Self::Linux6_1 => "6.1",
-        })
-    }
-}
 
 /// A kernel and an initramfs that belong together.
 #[derive(Clone, Debug)]
@@ -138,7 +119,7 @@ impl GuestImage {
     }
 
     fn find(cache: &Cache, series: KernelSeries) -> Result<Option<Self>> {
-        let known = ["busybox", "fio", &kernel_key(series)].map(|key| known(cache, key));
+        let known = ["busybox", "fio", &kernel::key(series)].map(|key| known(cache, key));
         let [Some(busybox), Some(fio), Some(linux)] = &known else { return Ok(None) };
         let initramfs = cache.find(&initramfs_name([busybox, fio, linux])?);
         Ok(initramfs.map(|initramfs| Self::in_directories(linux, &initramfs)))
@@ -158,37 +139,16 @@ impl GuestImage {
         let fio = entry(cache, "fio", || {
             let apt = apt.get()?;
             let name = format!("fio-{}", apt.version("fio")?);
+            eprintln!("building fio from Debian's sources, once");
             cache.entry(&name, |entry| fio::build(apt, &entry.join("fio")))
         })?;
         let busybox_program = busybox.join("busybox");
-        let linux = entry(cache, &kernel_key(series), || {
-            let apt = apt.get()?;
-            let package = apt.newest_named(&format!("linux-image-{series}."), "-cloud-amd64-unsigned")?;
-            let name = format!("{package}-{}-{:016x}", apt.version(&package)?, hash_of(MODULES));
-            cache.entry(&name, |entry| unpack_kernel(apt, &package, &busybox_program, entry))
-        })?;
+        let linux = entry(cache, &kernel::key(series), || kernel::make(cache, series, &apt, &busybox_program))?;
         let initramfs = cache.entry(&initramfs_name([&busybox, &fio, &linux])?, |entry| {
             let archive = initramfs(&busybox_program, &fio.join("fio"), &linux)?;
             fs::write(entry.join("initramfs.cpio"), archive).context("cannot write the initramfs")
         })?;
         Ok(Self::in_directories(&linux, &initramfs))
-    }
-}
-
-/// An apt that is made once, when the cache lacks a package.
-#[derive(Debug, Default)]
-struct LazyApt {
-    apt: OnceCell<(tempfile::TempDir, Apt)>,
-}
-
-impl LazyApt {
-    fn get(&self) -> Result<&Apt> {
-        if let Some((_, apt)) = self.apt.get() {
-            return Ok(apt);
-        }
-        let directory = tempfile::tempdir().context("cannot make a directory for apt")?;
-        let apt = Apt::new(directory.path())?;
-        Ok(&self.apt.get_or_init(|| (directory, apt)).1)
     }
 }
 
@@ -209,7 +169,7 @@ fn entry(cache: &Cache, key: &str, make: impl FnOnce() -> Result<PathBuf>) -> Re
 }
 
 /// The answer to a question about this machine. It is computed once in each boot of the machine.
-pub(super) fn remembered_per_boot(question: &str, answer: impl FnOnce() -> String) -> Result<String> {
+pub(super) fn remembered_per_boot(question: &str, answer: impl FnOnce() -> Result<String>) -> Result<String> {
     let cache = Cache::open()?;
     let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").context("cannot read the id of this boot")?;
     let key = format!("{question}-{}", boot.trim());
@@ -220,14 +180,9 @@ pub(super) fn remembered_per_boot(question: &str, answer: impl FnOnce() -> Strin
     if let Some(found) = cache.recall(&key) {
         return Ok(found);
     }
-    let answer = answer();
+    let answer = answer()?;
     cache.remember(&key, &answer)?;
     Ok(answer)
-}
-
-/// The key of a kernel's entry. The entry has the modules too, so other modules make another entry.
-fn kernel_key(series: KernelSeries) -> String {
-    format!("linux-{series}-{:016x}", hash_of(MODULES))
 }
 
 /// A hash that is the same in all processes of one build.
@@ -255,40 +210,6 @@ fn unpack_busybox(apt: &Apt, entry: &Path) -> Result<()> {
     let program = places.iter().find(|path| path.exists()).context("the package has no busybox")?;
     fs::copy(program, entry.join("busybox")).context("cannot copy busybox")?;
     Ok(())
-}
-
-/// Unpacks the kernel and the modules, each module with a list of the modules to load before it.
-fn unpack_kernel(apt: &Apt, package: &str, busybox: &Path, entry: &Path) -> Result<()> {
-    let unpacked = tempfile::tempdir_in(entry).context("cannot make a directory for the kernel")?;
-    apt.unpack(package, unpacked.path())?;
-    let kernel = only_entry(&unpacked.path().join("boot"), "vmlinuz-")?;
-    fs::copy(kernel, entry.join("vmlinuz")).context("cannot copy the kernel")?;
-    let release = ["lib/modules", "usr/lib/modules"]
-        .iter()
-        .find_map(|directory| only_entry(&unpacked.path().join(directory), "").ok())
-        .context("the package has no modules")?;
-    let tree = ModuleTree::new(&release, busybox)?;
-    let modules = entry.join("modules");
-    fs::create_dir(&modules).context("cannot make a directory for modules")?;
-    for name in MODULES {
-        let mut order = String::new();
-        for module in tree.load_order(name)? {
-            order.push_str(&module.name);
-            order.push('\n');
-            fs::write(modules.join(format!("{}.ko", module.name)), module.object).context("cannot write a module")?;
-        }
-        fs::write(modules.join(format!("{name}.order")), order).context("cannot write the order of modules")?;
-    }
-    Ok(())
-}
-
-fn only_entry(directory: &Path, prefix: &str) -> Result<PathBuf> {
-    let entries = fs::read_dir(directory).with_context(|| format!("cannot read {}", directory.display()))?;
-    let is_it = |path: &PathBuf| path.file_name().and_then(OsStr::to_str).is_some_and(|name| name.starts_with(prefix));
-    entries
-        .filter_map(|entry| Some(entry.ok()?.path()))
-        .find(is_it)
-        .with_context(|| format!("{} has no {prefix}*", directory.display()))
 }
 
 fn initramfs(busybox: &Path, fio: &Path, linux: &Path) -> Result<Vec<u8>> {
