@@ -16,8 +16,8 @@ use rustix::process::{Pid, kill_process};
 static CAME: AtomicI32 = AtomicI32::new(0);
 
 /// The times between one look for children and the next: the program may start another child while a look goes on. What
-/// does not end then is killed.
-const LOOKS: [Duration; 3] = [Duration::from_millis(300), Duration::from_millis(700), Duration::from_secs(9)];
+/// does not end then is killed, for example a QEMU that waits for a server which has ended too.
+const LOOKS: [Duration; 3] = [Duration::from_millis(300), Duration::from_millis(700), Duration::from_secs(1)];
 
 /// From now on SIGINT, SIGTERM and SIGHUP end the children of this program instead of the program. The caller has no other
 /// thread yet.

@@ -24,6 +24,9 @@ fn main() -> ExitCode {
     harness::run(vec![
         test("qemu_takes_the_command_line_of_the_readme", needs(), || runs(&document("README.md")?)),
         test("qemu_takes_the_command_line_of_the_document_on_running", needs(), || runs(&document("docs/running.md")?)),
+        test("qemu_takes_the_command_line_of_the_document_on_linux_guests", needs(), || {
+            runs(&document("docs/linux-guest.md")?)
+        }),
         test("qemu_takes_the_options_that_serve_help_shows", needs(), || runs(&help()?)),
     ])
 }

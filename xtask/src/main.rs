@@ -2,6 +2,7 @@
 
 use std::{
     env,
+    ffi::OsString,
     path::{Path, PathBuf},
     process::ExitCode,
 };
@@ -10,6 +11,7 @@ use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
 
 mod fuzz;
+mod guest;
 
 // The reader of the kernel log, shared with the tests by its path: a dependency on the crate of the tests would build
 // the whole workspace before the first check could report that it does not build.
@@ -47,6 +49,14 @@ enum Task {
         #[arg(long)]
         dry_run: bool,
     },
+    /// Boot a Debian kernel with the Linux driver in QEMU, on a disk of `ringpass serve`: a demonstration, a shell or a
+    /// script. `cargo xtask guest --help` has the options.
+    #[command(disable_help_flag = true)]
+    Guest {
+        /// The options of the program that boots the guest.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "OPTIONS")]
+        options: Vec<OsString>,
+    },
     /// Run the policy tests on this kernel and in guests with other kernels, and write docs/kernel-support.md.
     KernelSupport {
         /// An additional kernel (bzImage) for a guest, with initramfs, tmpfs and a serial port built in.
@@ -79,6 +89,7 @@ fn run() -> Result<()> {
         }
         task => task,
     };
+    let directory = env::current_dir().context("cannot find the current directory")?;
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().context("xtask has no parent directory")?;
     env::set_current_dir(root).with_context(|| format!("cannot enter {}", root.display()))?;
     match task {
@@ -92,9 +103,23 @@ fn run() -> Result<()> {
                 Ok(())
             })
         }),
+        Task::Guest { options } => guest::run(&options, &directory),
         Task::KernelSupport { kernel } => {
             let program = ["run", "--package", "ringpass-tests", "--bin", "kernel_support", "--"];
             steps::run(steps::cargo(&program).arg("docs/kernel-support.md").args(kernel))
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn all_words_after_guest_belong_to_the_program_of_the_guest() {
+        let words = ["--kernel", "newest", "--script", "file", "--help"];
+        let parsed = CommandLine::try_parse_from(["xtask", "guest"].iter().chain(&words)).expect("a command line");
+        let Task::Guest { options } = parsed.task else { panic!("another task") };
+        assert_eq!(options, words);
     }
 }

@@ -31,6 +31,9 @@ const PACKAGES: &[Package] = &[
     Package { name: "make", reason: "builds fio for the Linux guests, from Debian's sources" },
 ];
 
+/// Those of them that a Linux guest needs (`cargo xtask guest`).
+pub(crate) const FOR_GUESTS: [&str; 5] = ["gcc", "libc6-dev", "e2fsprogs", "qemu-system-x86", "make"];
+
 /// What only Debian's own Cargo needs: toolchains of rustup come with these commands.
 const OF_CARGO: &[Package] = &[
     Package { name: "rustfmt", reason: "cargo fmt, which checks the format" },
@@ -38,26 +41,35 @@ const OF_CARGO: &[Package] = &[
 ];
 const DEBIANS_CARGO: &str = "/usr/bin/cargo";
 
-/// Installs the missing packages. If none is missing, it changes nothing and needs no privileges.
-pub(crate) fn install_missing() -> Result<()> {
+/// Installs the missing ones of all packages. If none is missing, it changes nothing and needs no privileges.
+pub(crate) fn install_all_missing() -> Result<()> {
+    let is_debians_cargo = env::var_os("CARGO").is_some_and(|cargo| cargo == DEBIANS_CARGO);
+    let of_cargo: &[Package] = if is_debians_cargo { OF_CARGO } else { &[] };
+    install_missing_of(&PACKAGES.iter().chain(of_cargo).collect::<Vec<_>>())
+}
+
+/// The same for the packages with these names.
+pub(crate) fn install_missing(names: &[&str]) -> Result<()> {
+    install_missing_of(&PACKAGES.iter().filter(|package| names.contains(&package.name)).collect::<Vec<_>>())
+}
+
+fn install_missing_of(packages: &[&Package]) -> Result<()> {
     if !steps::is_available("dpkg-query", &["--version"]) {
-        println!("not a Debian system (no dpkg-query); the tests need the contents of these Debian packages:");
-        for package in PACKAGES {
-            println!("  {:<16}{}", package.name, package.reason);
+        eprintln!("not a Debian system (no dpkg-query); this needs the contents of these Debian packages:");
+        for package in packages {
+            eprintln!("  {:<16}{}", package.name, package.reason);
         }
         return Ok(());
     }
-    let is_debians_cargo = env::var_os("CARGO").is_some_and(|cargo| cargo == DEBIANS_CARGO);
-    let of_cargo: &[Package] = if is_debians_cargo { OF_CARGO } else { &[] };
     let mut missing = Vec::new();
-    for package in PACKAGES.iter().chain(of_cargo) {
+    for package in packages {
         if !is_installed(package.name)? {
-            println!("missing: {} ({})", package.name, package.reason);
+            eprintln!("missing: {} ({})", package.name, package.reason);
             missing.push(package.name);
         }
     }
     if missing.is_empty() {
-        println!("all packages are installed");
+        eprintln!("all packages are installed");
         return Ok(());
     }
     install(&missing)
@@ -114,6 +126,11 @@ mod tests {
             assert!(!package.reason.is_empty(), "{}", package.name);
             assert!(PACKAGES[..index].iter().all(|earlier| earlier.name != package.name), "{} twice", package.name);
         }
+    }
+
+    #[test]
+    fn every_package_for_guests_is_in_the_list() {
+        assert!(FOR_GUESTS.iter().all(|name| PACKAGES.iter().any(|package| package.name == *name)));
     }
 
     #[test]

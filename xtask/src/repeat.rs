@@ -28,7 +28,7 @@ pub(crate) struct Options {
 pub(crate) fn run(options: &Options) -> Result<()> {
     let mut steps = Steps::default();
     // Without a package its tests are skipped, and a round says nothing about them.
-    steps.run("Debian packages", packages::install_missing)?;
+    steps.run("Debian packages", packages::install_all_missing)?;
     let mut failed_rounds = Vec::new();
     let result = with_load(options.under_load, || {
         for round in 1..=options.times {

@@ -26,7 +26,7 @@ pub(crate) fn run() -> Result<()> {
 }
 
 fn run_steps(steps: &mut Steps) -> Result<()> {
-    steps.run("Debian packages", packages::install_missing)?;
+    steps.run("Debian packages", packages::install_all_missing)?;
     steps.run("format", || steps::run(&mut cargo(&["fmt", "--all", "--check"])))?;
     steps.run("format of the fuzz targets", || {
         steps::run(&mut cargo(&["fmt", "--manifest-path", "fuzz/Cargo.toml", "--check"]))
