@@ -7,6 +7,12 @@
 #include "ringpass_trace.h"
 
 #define RP_RETRY_DELAY_MAX	(60 * HZ)
+/* No more ATTACHs of a queue than this in a period, whatever the answers. */
+#define RP_ATTACHES_MAX		10
+#define RP_ATTACHES_PERIOD	(10 * HZ)
+/* The same for the lines in the log. */
+#define RP_LOG_LINES_MAX	30
+#define RP_LOG_LINES_PERIOD	(30 * HZ)
 /* Descriptors of ARM and ATTACH. */
 #define RP_ATTACH_DESCRIPTORS	7
 
@@ -49,36 +55,91 @@ static const char *rp_retry_text(enum rp_retry retry)
 	}
 }
 
+/*
+ * The queue was refused a ring, or has lost it. The first refusal of the kind
+ * "later" has to be waited out; each further one doubles the wait, whatever the
+ * reasons are: a device that refuses and completes EVENT in turn gets no
+ * endless loop.
+ */
+static void rp_back_off(struct rp_queue *q)
+{
+	unsigned long delay = q->retry_delay;
+
+	if (q->retry == RP_RETRY_LATER && !delay)
+		delay = HZ;
+	q->retry_at = jiffies + delay;
+	q->retry_delay = clamp_t(unsigned long, 2 * delay, HZ,
+				 RP_RETRY_DELAY_MAX);
+}
+
 /* The queue is not attached any more. Its lock is held. */
 void rp_attach_completed(struct rp_queue *q, struct rp_done *done)
 {
 	struct rp_command *cmd = &q->memory->attach;
-	u32 error = le32_to_cpu(cmd->answer.outcome.error);
+	u32 error = le32_to_cpu(READ_ONCE(cmd->answer.outcome.error));
+	u8 status = READ_ONCE(cmd->status);
 
 	trace_ringpass_answer(q->dev->index, q->index, RINGPASS_T_ATTACH,
-			      cmd->status, error);
+			      status, error);
 	q->retry = rp_retry_of(error);
-	if (cmd->status != VIRTIO_BLK_S_OK && cmd->status != VIRTIO_BLK_S_IOERR)
+	if (status != VIRTIO_BLK_S_OK && status != VIRTIO_BLK_S_IOERR)
 		q->retry = RP_RETRY_NEVER;
 	/* Another device may need another ATTACH, but not the same again. */
 	if (q->retry == RP_RETRY_PROBE && q->refusal == error)
 		q->retry = RP_RETRY_NEVER;
-	/* The EVENT may have come before this. */
-	if (q->retry == RP_RETRY_EVENT && q->events_before != q->dev->events)
-		q->retry = RP_RETRY_NOW;
-	/* A device that gives success and error in turn gets no endless loop. */
-	if (q->retry == RP_RETRY_LATER || q->retry == RP_RETRY_NOW) {
-		if (!q->retry_delay)
-			q->retry_delay = HZ;
-		else
-			q->retry_delay = min_t(unsigned long, 2 * q->retry_delay,
-					       RP_RETRY_DELAY_MAX);
-		q->retry_at = jiffies + q->retry_delay;
+	/*
+	 * The EVENT may have come before this: it may also be an older one, so
+	 * there is no hurry.
+	 */
+	if (q->retry == RP_RETRY_EVENT &&
+	    q->events_before != READ_ONCE(q->dev->events))
 		q->retry = RP_RETRY_LATER;
-	}
+	/* The driver has not asked for the queue. */
+	if (q->retry == RP_RETRY_NOW)
+		q->retry = RP_RETRY_LATER;
+	rp_back_off(q);
 	q->refusal = error;
 	q->logged_refusal = false;
 	done->work = true;
+}
+
+/* What the log says of a queue, copied under its lock. */
+struct rp_report {
+	bool has_ring;
+	bool refused;
+	enum rp_retry retry;
+	u32 error;
+	u32 end_reason;
+	u32 epoch;
+	u32 mode;
+};
+
+/* Returns false if there is nothing new, or too much of it. */
+static bool rp_take_report(struct rp_queue *q, struct rp_report *report)
+{
+	bool is_new;
+
+	spin_lock_irq(&q->lock);
+	*report = (struct rp_report) {
+		.has_ring	= q->state == RP_RUNNING || q->state == RP_DRAINING,
+		.refused	= q->state == RP_DETACHED && q->memory && !q->logged_refusal,
+		.retry		= q->retry,
+		.error		= q->refusal,
+		.epoch		= q->epoch,
+		.mode		= q->ring.mode,
+	};
+	if (rp_is_attached(q))
+		report->end_reason =
+			le32_to_cpu(READ_ONCE(q->memory->control->end_reason));
+	is_new = report->refused || report->has_ring != q->logged_ring;
+	if (is_new && rp_pace_wait(&q->log_pace, RP_LOG_LINES_MAX, RP_LOG_LINES_PERIOD))
+		is_new = false;
+	if (is_new) {
+		q->logged_ring = report->has_ring;
+		q->logged_refusal |= report->refused;
+	}
+	spin_unlock_irq(&q->lock);
+	return is_new;
 }
 
 /* One line for each thing that happened to the queue. */
@@ -86,31 +147,20 @@ void rp_log_queue(struct rp_queue *q)
 {
 	struct device *device = &q->dev->vdev->dev;
 	const char *name = q->dev->disk->disk_name;
-	bool has_ring, refused;
-	enum rp_retry retry;
-	u32 error, reason = 0;
+	struct rp_report report;
 
-	spin_lock_irq(&q->lock);
-	has_ring = q->state == RP_RUNNING || q->state == RP_DRAINING;
-	refused = q->state == RP_DETACHED && q->memory && !q->logged_refusal;
-	retry = q->retry;
-	error = q->refusal;
-	if (rp_is_attached(q))
-		reason = le32_to_cpu(READ_ONCE(q->memory->control->end_reason));
-	q->logged_refusal |= refused;
-	spin_unlock_irq(&q->lock);
-
-	if (refused)
+	if (!rp_take_report(q, &report))
+		return;
+	if (report.refused)
 		dev_info(device, "[%s] queue %u: a virtqueue, because the device gives it no ring (error %u): %s\n",
-			 name, q->index, error, rp_retry_text(retry));
-	else if (has_ring && !q->logged_ring)
+			 name, q->index, report.error, rp_retry_text(report.retry));
+	else if (report.has_ring)
 		dev_info(device, "[%s] queue %u: on a ring of the host (epoch %u, %s)\n",
-			 name, q->index, q->epoch,
-			 q->ring.mode == RINGPASS_MODE_DIRECT ? "direct" : "mediated");
-	else if (!has_ring && q->logged_ring)
+			 name, q->index, report.epoch,
+			 report.mode == RINGPASS_MODE_DIRECT ? "direct" : "mediated");
+	else
 		dev_info(device, "[%s] queue %u: its ring has ended (reason %u), requests go over queue 0\n",
-			 name, q->index, reason);
-	q->logged_ring = has_ring;
+			 name, q->index, report.end_reason);
 }
 
 /* Sends ARM and ATTACH when the virtqueue is empty. */
@@ -140,10 +190,6 @@ static void rp_attach_send(struct rp_queue *q)
 	if (!err)
 		err = rp_command_add(q, &memory->arm, RINGPASS_T_ARM, 0,
 				     sizeof(struct ringpass_outcome));
-	if (!err)
-		err = rp_command_add(q, &memory->attach, RINGPASS_T_ATTACH,
-				     sizeof(struct ringpass_attach_payload),
-				     sizeof(struct ringpass_outcome));
 	if (err) {
 		/* Too small a virtqueue, or one that is broken. */
 		rp_enter(q, RP_DETACHED, 0);
@@ -151,6 +197,10 @@ static void rp_attach_send(struct rp_queue *q)
 		q->refusal = RINGPASS_ERROR_QUEUE;
 		q->logged_refusal = false;
 	} else {
+		/* There is room. If the virtqueue breaks now, ARM has no end. */
+		rp_command_add(q, &memory->attach, RINGPASS_T_ATTACH,
+			       sizeof(struct ringpass_attach_payload),
+			       sizeof(struct ringpass_outcome));
 		rp_enter(q, RP_IDLE, 0);
 		virtqueue_kick_prepare(q->vq);
 	}
@@ -159,8 +209,11 @@ static void rp_attach_send(struct rp_queue *q)
 		virtqueue_notify(q->vq);
 }
 
-/* Keeps further requests from the virtqueue, so that it gets empty. */
-static void rp_attach_begin(struct rp_queue *q)
+/*
+ * Keeps further requests from the virtqueue, so that it gets empty. Returns
+ * false if there is no memory.
+ */
+static bool rp_attach_begin(struct rp_queue *q)
 {
 	struct rp_memory *memory = rp_memory_alloc(q->dev);
 	bool kick = false;
@@ -180,6 +233,7 @@ static void rp_attach_begin(struct rp_queue *q)
 		virtqueue_notify(q->vq);
 	if (memory)
 		rp_attach_send(q);
+	return memory;
 }
 
 /* Frees the memory of an attachment that has ended. */
@@ -194,6 +248,62 @@ static void rp_attach_tidy(struct rp_queue *q)
 	rp_memory_free(memory);
 }
 
+/* What the worker learns of all queues before it attaches some. */
+struct rp_attach_round {
+	unsigned int rings;
+	/* Queues that may have a ring soon. */
+	unsigned int waiting;
+	bool needs_probe;
+	/* Jiffies until there is something to do. */
+	unsigned long wait;
+};
+
+static void rp_attach_wait(struct rp_attach_round *round, unsigned long wait)
+{
+	round->wait = min(round->wait, wait);
+}
+
+static void rp_attach_count(struct rp_queue *q, struct rp_attach_round *round)
+{
+	spin_lock_irq(&q->lock);
+	if (q->state == RP_RUNNING || q->state == RP_DRAINING)
+		round->rings++;
+	if (q->state == RP_EMPTYING || q->state == RP_IDLE) {
+		round->waiting++;
+		/* No interrupt says that the device refuses, and no EVENT. */
+		if (q->polled)
+			rp_attach_wait(round, HZ);
+	}
+	spin_unlock_irq(&q->lock);
+}
+
+/* Whether the queue may be attached now. Otherwise the round knows why not. */
+static bool rp_attach_is_due(struct rp_queue *q, struct rp_attach_round *round)
+{
+	unsigned long now = jiffies, wait;
+
+	lockdep_assert_held(&q->lock);
+	/* Memory of an attachment that has just ended: it queues the work. */
+	if (q->state != RP_DETACHED || q->memory)
+		return false;
+	if (q->retry == RP_RETRY_EVENT || q->retry == RP_RETRY_NEVER)
+		return false;
+	if (time_before(now, q->retry_at)) {
+		rp_attach_wait(round, q->retry_at - now);
+		return false;
+	}
+	if (q->retry == RP_RETRY_PROBE) {
+		round->needs_probe = true;
+		return false;
+	}
+	if (!round->rings && round->waiting)
+		return false;
+	wait = rp_pace_wait(&q->attach_pace, RP_ATTACHES_MAX, RP_ATTACHES_PERIOD);
+	if (wait)
+		rp_attach_wait(round, wait);
+	return !wait;
+}
+
 /*
  * Attaches the queues that may be attached now: one alone until there is a
  * ring, because the device pins the guest's memory once for all queues, and
@@ -201,48 +311,31 @@ static void rp_attach_tidy(struct rp_queue *q)
  */
 void rp_attach_queues(struct rp_device *dev)
 {
-	unsigned int i, rings = 0, waiting = 0;
-	enum rp_state state;
-	unsigned long wait = MAX_JIFFY_OFFSET;
-	bool needs_probe = false;
+	struct rp_attach_round round = { .wait = MAX_JIFFY_OFFSET };
+	unsigned int i;
+	bool is_due;
 
 	for (i = 1; i < dev->queue_count; i++) {
-		struct rp_queue *q = &dev->queues[i];
-
-		rp_attach_tidy(q);
-		rp_attach_send(q);
-		/* Interrupts may change it, and then queue the work again. */
-		state = READ_ONCE(q->state);
-		rings += state == RP_RUNNING || state == RP_DRAINING;
-		waiting += state == RP_EMPTYING || state == RP_IDLE;
+		rp_attach_tidy(&dev->queues[i]);
+		rp_attach_send(&dev->queues[i]);
+		rp_attach_count(&dev->queues[i], &round);
 	}
 	for (i = 1; i < dev->queue_count; i++) {
 		struct rp_queue *q = &dev->queues[i];
-		unsigned long now = jiffies;
 
-		if (READ_ONCE(q->state) != RP_DETACHED)
+		spin_lock_irq(&q->lock);
+		is_due = rp_attach_is_due(q, &round);
+		spin_unlock_irq(&q->lock);
+		if (!is_due)
 			continue;
-		if (q->retry == RP_RETRY_PROBE)
-			needs_probe = true;
-		if (q->retry == RP_RETRY_LATER) {
-			if (time_before(now, q->retry_at)) {
-				wait = min(wait, q->retry_at - now);
-				continue;
-			}
-			q->retry = RP_RETRY_NOW;
-		}
-		if (q->retry != RP_RETRY_NOW || (!rings && waiting))
-			continue;
-		rp_attach_begin(q);
-		/* Without memory it tries again. */
-		if (READ_ONCE(q->state) == RP_DETACHED)
-			wait = min_t(unsigned long, wait, HZ);
+		if (rp_attach_begin(q))
+			round.waiting++;
 		else
-			waiting++;
+			rp_attach_wait(&round, HZ);
 	}
-	if (needs_probe)
+	if (round.needs_probe)
 		rp_probe_send(dev);
 	/* If an interrupt has queued the work meanwhile, that is soon enough. */
-	if (wait != MAX_JIFFY_OFFSET)
-		queue_delayed_work(rp_workqueue, &dev->work, wait);
+	if (round.wait != MAX_JIFFY_OFFSET)
+		queue_delayed_work(rp_workqueue, &dev->work, round.wait);
 }

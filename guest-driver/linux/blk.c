@@ -257,6 +257,9 @@ static int rp_poll(struct blk_mq_hw_ctx *hctx, struct io_comp_batch *iob)
 	unsigned long flags;
 	unsigned int found;
 
+	/* A device that did not come back from a suspend has no virtqueues. */
+	if (test_bit(RP_DEAD, &q->dev->flags))
+		return 0;
 	rp_done_init(&done);
 	spin_lock_irqsave(&q->lock, flags);
 	found = rp_collect(q, &done);

@@ -124,7 +124,9 @@ static inline struct gendisk *rp_alloc_disk(struct blk_mq_tag_set *set, struct q
 
 static inline int rp_set_write_cache(struct gendisk *disk, bool on)
 {
+	blk_mq_freeze_queue(disk->queue);
 	blk_queue_write_cache(disk->queue, on, false);
+	blk_mq_unfreeze_queue(disk->queue);
 	return 0;
 }
 #else
@@ -137,6 +139,21 @@ static inline struct gendisk *rp_alloc_disk(struct blk_mq_tag_set *set, struct q
 	return blk_mq_alloc_disk(set, lim, data);
 }
 
+/* No request may be under way while the limits change. */
+static inline int rp_commit_limits(struct request_queue *queue, struct queue_limits *lim)
+{
+#if LINUX_VERSION_CODE < KERNEL_VERSION(6, 14, 0)
+	int err;
+
+	blk_mq_freeze_queue(queue);
+	err = queue_limits_commit_update(queue, lim);
+	blk_mq_unfreeze_queue(queue);
+	return err;
+#else
+	return queue_limits_commit_update_frozen(queue, lim);
+#endif
+}
+
 static inline int rp_set_write_cache(struct gendisk *disk, bool on)
 {
 	struct queue_limits lim = queue_limits_start_update(disk->queue);
@@ -145,7 +162,7 @@ static inline int rp_set_write_cache(struct gendisk *disk, bool on)
 		lim.features |= BLK_FEAT_WRITE_CACHE;
 	else
 		lim.features &= ~BLK_FEAT_WRITE_CACHE;
-	return queue_limits_commit_update(disk->queue, &lim);
+	return rp_commit_limits(disk->queue, &lim);
 }
 #endif
 

@@ -130,6 +130,32 @@ bool rp_cache_is_on(struct virtio_device *vdev)
 		     virtio_has_feature(vdev, VIRTIO_BLK_F_FLUSH));
 }
 
+static void rp_write_wce(struct rp_device *dev, bool on)
+{
+	virtio_cwrite8(dev->vdev, offsetof(struct virtio_blk_config, wce), on);
+}
+
+/* A device that was reset has the mode again that it begins with. */
+int rp_restore_cache(struct rp_device *dev)
+{
+	bool on = !dev->dsync;
+
+	if (rp_cache_is_on(dev->vdev) == on)
+		return 0;
+	if (virtio_has_feature(dev->vdev, VIRTIO_BLK_F_CONFIG_WCE))
+		rp_write_wce(dev, on);
+	if (rp_cache_is_on(dev->vdev) == on)
+		return 0;
+	/* Without a cache, flushes are not needed and do no harm. */
+	if (on) {
+		WRITE_ONCE(dev->dsync, true);
+		return 0;
+	}
+	dev_err(&dev->vdev->dev, "[%s] the device does not turn its write cache off\n",
+		dev->disk->disk_name);
+	return -EIO;
+}
+
 void rp_update_capacity(struct rp_device *dev, bool resize)
 {
 	struct virtio_device *vdev = dev->vdev;
@@ -138,6 +164,9 @@ void rp_update_capacity(struct rp_device *dev, bool resize)
 	u64 sectors, blocks;
 
 	virtio_cread(vdev, struct virtio_blk_config, capacity, &sectors);
+	/* The device has changed something else, or nothing. */
+	if (resize && sectors == get_capacity(dev->disk))
+		return;
 	blocks = DIV_ROUND_UP_ULL(sectors, block >> SECTOR_SHIFT);
 	string_get_size(blocks, block, STRING_UNITS_2, binary, sizeof(binary));
 	string_get_size(blocks, block, STRING_UNITS_10, decimal, sizeof(decimal));
@@ -202,7 +231,8 @@ static ssize_t cache_type_show(struct device *device,
 
 /*
  * Section 8: while the cache is being turned off, writes on rings are durable
- * at once, and a flush covers those that were not.
+ * at once, and a flush covers those that were not. Until then the block layer
+ * goes on to send flushes.
  */
 static int rp_turn_cache_off(struct rp_device *dev)
 {
@@ -211,13 +241,37 @@ static int rp_turn_cache_off(struct rp_device *dev)
 	int err;
 
 	WRITE_ONCE(dev->dsync, true);
-	virtio_cwrite8(dev->vdev, offsetof(struct virtio_blk_config, wce), 0);
+	rp_write_wce(dev, false);
+	/* Waits for the writes that are not durable. */
 	memflags = rp_freeze_queue(queue);
 	rp_unfreeze_queue(queue, memflags);
 	err = blkdev_issue_flush(dev->disk->part0);
+	if (!err && rp_cache_is_on(dev->vdev))
+		err = -EIO;
+	if (!err)
+		err = rp_set_write_cache(dev->disk, false);
+	if (!err)
+		return 0;
+	/* What was written may be in the cache, so it stays on. */
+	rp_write_wce(dev, true);
+	WRITE_ONCE(dev->dsync, false);
+	return err;
+}
+
+/* The block layer must send flushes before a write can need one. */
+static int rp_turn_cache_on(struct rp_device *dev)
+{
+	int err = rp_set_write_cache(dev->disk, true);
+
 	if (err)
 		return err;
-	return rp_set_write_cache(dev->disk, rp_cache_is_on(dev->vdev));
+	rp_write_wce(dev, true);
+	if (!rp_cache_is_on(dev->vdev)) {
+		rp_set_write_cache(dev->disk, false);
+		return -EIO;
+	}
+	WRITE_ONCE(dev->dsync, false);
+	return 0;
 }
 
 static ssize_t cache_type_store(struct device *device,
@@ -226,19 +280,14 @@ static ssize_t cache_type_store(struct device *device,
 {
 	struct rp_device *dev = dev_to_disk(device)->private_data;
 	int type = sysfs_match_string(rp_cache_types, buf);
-	int err;
+	int err = 0;
 
 	if (type < 0)
 		return type;
-	if (type == rp_cache_is_on(dev->vdev))
-		return count;
-	if (!type) {
-		err = rp_turn_cache_off(dev);
-	} else {
-		virtio_cwrite8(dev->vdev, offsetof(struct virtio_blk_config, wce), 1);
-		err = rp_set_write_cache(dev->disk, rp_cache_is_on(dev->vdev));
-	}
-	WRITE_ONCE(dev->dsync, !rp_cache_is_on(dev->vdev));
+	mutex_lock(&dev->cache_mutex);
+	if (type == dev->dsync)
+		err = type ? rp_turn_cache_on(dev) : rp_turn_cache_off(dev);
+	mutex_unlock(&dev->cache_mutex);
 	return err ?: count;
 }
 static DEVICE_ATTR_RW(cache_type);

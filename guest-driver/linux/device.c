@@ -11,6 +11,8 @@
 #include "ringpass_blk.h"
 
 #define RP_MINOR_BITS	4
+/* Of each request: its header and its status. */
+#define RP_EXTRA_DESCRIPTORS	2
 
 bool rp_fastpath = true;
 module_param_named(fastpath, rp_fastpath, bool, 0444);
@@ -47,10 +49,10 @@ static int rp_alloc_tags(struct rp_device *dev)
 	unsigned int depth = rp_queue_depth;
 
 	if (!depth) {
-		depth = dev->queues[0].vq->num_free;
+		depth = rp_least_descriptors(dev);
 		/* Without indirect descriptors a request takes two or more. */
 		if (!virtio_has_feature(dev->vdev, VIRTIO_RING_F_INDIRECT_DESC))
-			depth /= 2;
+			depth = max(depth / 2, 1U);
 	}
 	set->ops = &rp_mq_ops;
 	set->queue_depth = depth;
@@ -89,6 +91,7 @@ void rp_device_free(struct rp_device *dev)
 	if (dev->index >= 0)
 		ida_free(&rp_indexes, dev->index);
 	mutex_destroy(&dev->vdev_mutex);
+	mutex_destroy(&dev->cache_mutex);
 	kfree(dev->probe);
 	kfree(dev->event);
 	kfree(dev->queues);
@@ -104,6 +107,7 @@ static struct rp_device *rp_device_alloc(struct virtio_device *vdev)
 		return ERR_PTR(-ENOMEM);
 	dev->vdev = vdev;
 	mutex_init(&dev->vdev_mutex);
+	mutex_init(&dev->cache_mutex);
 	INIT_WORK(&dev->config_work, rp_config_work);
 	INIT_DELAYED_WORK(&dev->work, rp_work);
 	dev->index = ida_alloc_max(&rp_indexes, (1 << (MINORBITS - RP_MINOR_BITS)) - 1,
@@ -137,28 +141,24 @@ static void rp_start_rings(struct rp_device *dev)
 			 dev->disk->disk_name, reason);
 		return;
 	}
-	clear_bit(RP_STOPPING, &dev->flags);
-	queue_delayed_work(rp_workqueue, &dev->work, 0);
+	rp_allow_rings(dev);
 }
 
-/*
- * Before a reboot or kexec: nothing is attached afterwards, or the log says
- * which queue is. A kernel that comes by kexec knows of no quarantine. Requests
- * that still come go over the virtqueues.
- */
-static int rp_reboot(struct notifier_block *notifier, unsigned long event,
-		     void *data)
+/* Without indirect descriptors, a request must fit the virtqueue piece by piece. */
+static int rp_limit_segments(struct rp_device *dev, struct queue_limits *lim)
 {
-	struct rp_device *dev = container_of(notifier, struct rp_device, reboot);
-	unsigned int i;
+	unsigned int least = rp_least_descriptors(dev);
 
-	rp_stop_rings(dev);
-	for (i = 1; i < dev->num_queues; i++) {
-		if (rp_is_attached(&dev->queues[i]))
-			dev_warn(&dev->vdev->dev, "[%s] queue %u: the device has not given it back: the host may still write to the memory of this guest\n",
-				 dev->disk->disk_name, i);
+	if (virtio_has_feature(dev->vdev, VIRTIO_RING_F_INDIRECT_DESC))
+		return 0;
+	if (least <= RP_EXTRA_DESCRIPTORS) {
+		dev_err(&dev->vdev->dev, "a virtqueue of %u descriptors holds no request\n",
+			least);
+		return -EINVAL;
 	}
-	return NOTIFY_DONE;
+	lim->max_segments = min_t(unsigned int, lim->max_segments,
+				  least - RP_EXTRA_DESCRIPTORS);
+	return 0;
 }
 
 static int rp_probe(struct virtio_device *vdev)
@@ -183,6 +183,9 @@ static int rp_probe(struct virtio_device *vdev)
 	err = rp_find_vqs(dev);
 	if (err)
 		goto fail_device;
+	err = rp_limit_segments(dev, &lim);
+	if (err)
+		goto fail_vqs;
 	err = rp_alloc_tags(dev);
 	if (err)
 		goto fail_vqs;
@@ -201,9 +204,8 @@ static int rp_probe(struct virtio_device *vdev)
 	if (rp_sysfs_add(dev))
 		dev_warn(&vdev->dev, "[%s] no statistics in sysfs\n",
 			 dev->disk->disk_name);
+	rp_reboot_add(dev);
 	rp_start_rings(dev);
-	dev->reboot.notifier_call = rp_reboot;
-	register_reboot_notifier(&dev->reboot);
 	return 0;
 
 fail_ready:
@@ -224,7 +226,7 @@ static void rp_remove(struct virtio_device *vdev)
 {
 	struct rp_device *dev = vdev->priv;
 
-	unregister_reboot_notifier(&dev->reboot);
+	rp_reboot_remove(dev);
 	flush_work(&dev->config_work);
 	rp_sysfs_remove(dev);
 	/* Waits for all requests, which may need their rings for that. */
@@ -252,7 +254,7 @@ static int rp_hold_requests(struct rp_device *dev)
 	int remaining;
 
 	blk_freeze_queue_start(queue);
-	remaining = blk_mq_freeze_queue_wait_timeout(queue, RP_DETACH_LIMIT);
+	remaining = blk_mq_freeze_queue_wait_timeout(queue, rp_detach_limit());
 	if (remaining)
 		blk_mq_quiesce_queue(queue);
 	rp_unfreeze_queue_plain(queue);
@@ -279,22 +281,32 @@ static int rp_freeze(struct virtio_device *vdev)
 	return 0;
 }
 
-static int rp_restore(struct virtio_device *vdev)
+static int rp_start_again(struct rp_device *dev)
 {
-	struct rp_device *dev = vdev->priv;
-	int err;
+	int err = rp_count_queues(dev);
 
-	err = rp_count_queues(dev);
 	if (!err)
 		err = rp_find_vqs(dev);
 	if (err)
 		return err;
 	/* All commands have gone with the reset. */
 	dev->flags = (dev->flags & BIT(RP_DEAD)) | BIT(RP_STOPPING);
-	virtio_device_ready(vdev);
+	virtio_device_ready(dev->vdev);
+	return rp_restore_cache(dev);
+}
+
+static int rp_restore(struct virtio_device *vdev)
+{
+	struct rp_device *dev = vdev->priv;
+	int err = rp_start_again(dev);
+
+	/* Requests fail then, instead of waiting for ever. */
+	if (err)
+		set_bit(RP_DEAD, &dev->flags);
 	blk_mq_unquiesce_queue(dev->disk->queue);
-	rp_start_rings(dev);
-	return 0;
+	if (!err)
+		rp_start_rings(dev);
+	return err;
 }
 #endif
 
@@ -343,11 +355,16 @@ static int __init rp_init(void)
 		err = rp_major;
 		goto fail_workqueue;
 	}
-	err = register_virtio_driver(&rp_driver);
+	err = register_reboot_notifier(&rp_reboot_notifier);
 	if (err)
 		goto fail_blkdev;
+	err = register_virtio_driver(&rp_driver);
+	if (err)
+		goto fail_notifier;
 	return 0;
 
+fail_notifier:
+	unregister_reboot_notifier(&rp_reboot_notifier);
 fail_blkdev:
 	unregister_blkdev(rp_major, "ringpass_blk");
 fail_workqueue:
@@ -358,6 +375,7 @@ fail_workqueue:
 static void __exit rp_exit(void)
 {
 	unregister_virtio_driver(&rp_driver);
+	unregister_reboot_notifier(&rp_reboot_notifier);
 	unregister_blkdev(rp_major, "ringpass_blk");
 	destroy_workqueue(rp_workqueue);
 	ida_destroy(&rp_indexes);

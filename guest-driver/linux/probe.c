@@ -13,6 +13,14 @@
 
 /* CQ entries for each request that a hardware queue can have. */
 #define RP_CQ_ENTRIES_PER_REQUEST	2
+/*
+ * How often the worker looks in a period: for this many times, and some more
+ * for each queue. A device that completes each EVENT at once gets the next
+ * EVENT late.
+ */
+#define RP_LOOKS_MAX		32
+#define RP_LOOKS_MAX_OF_QUEUE	4
+#define RP_LOOKS_PERIOD		HZ
 
 /* The preconditions of section 1. Returns the one that is not met, or NULL. */
 const char *rp_why_no_rings(struct virtio_device *vdev)
@@ -138,11 +146,13 @@ static void rp_probe_answered(struct rp_device *dev)
 	const char *reason;
 	u32 sq_entries, cq_entries, refusal;
 	unsigned int i;
+	u8 status;
 
 	barrier();
-	reason = rp_check_answer(READ_ONCE(dev->probe->status), answer);
-	trace_ringpass_answer(dev->index, 0, RINGPASS_T_PROBE,
-			      dev->probe->status, le16_to_cpu(answer->refusal));
+	status = READ_ONCE(dev->probe->status);
+	reason = rp_check_answer(status, answer);
+	trace_ringpass_answer(dev->index, 0, RINGPASS_T_PROBE, status,
+			      le16_to_cpu(answer->refusal));
 	if (reason) {
 		/* PROBE stays pending, so to speak: it is not sent again. */
 		dev_info(device, "[%s] an ordinary disk: %s\n",
@@ -150,9 +160,10 @@ static void rp_probe_answered(struct rp_device *dev)
 		return;
 	}
 	clear_bit(RP_PROBE_PENDING, &dev->flags);
-	sq_entries = le32_to_cpu(answer->sq_entries_max);
 	cq_entries = roundup_pow_of_two(RP_CQ_ENTRIES_PER_REQUEST *
 					dev->tag_set.queue_depth);
+	/* More than these would be memory that is never used. */
+	sq_entries = min(le32_to_cpu(answer->sq_entries_max), cq_entries);
 	dev->sq_entries = sq_entries;
 	dev->cq_entries = clamp(cq_entries, sq_entries,
 				le32_to_cpu(answer->cq_entries_max));
@@ -178,7 +189,8 @@ static void rp_probe_answered(struct rp_device *dev)
 		spin_lock_irq(&q->lock);
 		if (refusal && !test_bit(RP_FAST, &dev->flags)) {
 			q->retry = rp_retry_of(refusal);
-			q->retry_at = jiffies + HZ;
+			if (q->retry == RP_RETRY_LATER)
+				q->retry_at = jiffies + HZ;
 		} else if (q->retry == RP_RETRY_PROBE) {
 			q->retry = RP_RETRY_NOW;
 		}
@@ -189,22 +201,25 @@ static void rp_probe_answered(struct rp_device *dev)
 
 static void rp_event_answered(struct rp_device *dev)
 {
-	u32 events = le32_to_cpu(dev->event->answer.event.events);
+	u32 events = le32_to_cpu(READ_ONCE(dev->event->answer.event.events));
+	u8 status = READ_ONCE(dev->event->status);
 	unsigned int i;
 
-	trace_ringpass_answer(dev->index, 0, RINGPASS_T_EVENT,
-			      dev->event->status, events);
-	clear_bit(RP_EVENT_PENDING, &dev->flags);
-	if (dev->event->status != VIRTIO_BLK_S_OK) {
-		/* The device answers no second one either: rings without news. */
-		set_bit(RP_EVENT_PENDING, &dev->flags);
+	trace_ringpass_answer(dev->index, 0, RINGPASS_T_EVENT, status, events);
+	if (status != VIRTIO_BLK_S_OK) {
+		/*
+		 * EVENT stays pending, so to speak: the device answers no
+		 * second one either, and rings work without news.
+		 */
 		dev_warn(&dev->vdev->dev, "[%s] the device refuses EVENT\n",
 			 dev->disk->disk_name);
 		return;
 	}
+	clear_bit(RP_EVENT_PENDING, &dev->flags);
 	if (!(events & RINGPASS_EVENT_QUEUES))
 		return;
-	dev->events++;
+	/* rp_attach_completed() looks, with the queue's lock held. */
+	WRITE_ONCE(dev->events, dev->events + 1);
 	for (i = 1; i < dev->queue_count; i++) {
 		struct rp_queue *q = &dev->queues[i];
 
@@ -219,8 +234,6 @@ static void rp_look(struct rp_device *dev)
 {
 	unsigned int i;
 
-	if (test_bit(RP_STOPPING, &dev->flags) || test_bit(RP_DEAD, &dev->flags))
-		return;
 	if (test_bit(RP_BROKEN, &dev->flags)) {
 		rp_bury(dev);
 		return;
@@ -247,9 +260,23 @@ void rp_work(struct work_struct *work)
 {
 	struct rp_device *dev = container_of(to_delayed_work(work),
 					     struct rp_device, work);
-	/* Memory must not be freed by I/O on this disk, which may wait for this. */
-	unsigned int noio = memalloc_noio_save();
+	unsigned int most = RP_LOOKS_MAX + RP_LOOKS_MAX_OF_QUEUE * dev->num_queues;
+	unsigned long wait;
+	unsigned int noio;
 
+	if (test_bit(RP_STOPPING, &dev->flags) || test_bit(RP_DEAD, &dev->flags))
+		return;
+	/* Nothing can be sent to a device that was removed by surprise. */
+	if (virtqueue_is_broken(dev->queues[0].vq) &&
+	    !test_bit(RP_BROKEN, &dev->flags))
+		return;
+	wait = rp_pace_wait(&dev->work_pace, most, RP_LOOKS_PERIOD);
+	if (wait) {
+		queue_delayed_work(rp_workqueue, &dev->work, wait);
+		return;
+	}
+	/* Memory must not be freed by I/O on this disk, which may wait for this. */
+	noio = memalloc_noio_save();
 	rp_look(dev);
 	memalloc_noio_restore(noio);
 }

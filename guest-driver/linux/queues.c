@@ -64,6 +64,7 @@ static void rp_init_queue(struct rp_device *dev, unsigned int index)
 	snprintf(q->name, sizeof(q->name), "%s.%u",
 		 q->polled ? "req_poll" : "req", index);
 	spin_lock_init(&q->lock);
+	q->retry_at = jiffies;
 	INIT_LIST_HEAD(&q->quarantine);
 }
 
@@ -73,6 +74,16 @@ void rp_init_queues(struct rp_device *dev)
 
 	for (i = 0; i < dev->num_queues; i++)
 		rp_init_queue(dev, i);
+}
+
+/* What the smallest virtqueue holds while it is empty. */
+unsigned int rp_least_descriptors(struct rp_device *dev)
+{
+	unsigned int i, least = UINT_MAX;
+
+	for (i = 0; i < dev->num_queues; i++)
+		least = min(least, dev->queues[i].vq->num_free);
+	return least;
 }
 
 int rp_find_vqs(struct rp_device *dev)

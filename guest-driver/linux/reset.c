@@ -6,10 +6,24 @@
  */
 #include <linux/delay.h>
 #include <linux/mm.h>
+#include <linux/module.h>
 #include <linux/virtio_config.h>
 
 #include "ringpass_blk.h"
 #include "ringpass_trace.h"
+
+/* The longest time that a test or an operator may want to wait. */
+#define RP_DETACH_SECONDS_MAX	3600U
+
+static unsigned int rp_detach_seconds = 30;
+module_param_named(detach_seconds, rp_detach_seconds, uint, 0644);
+MODULE_PARM_DESC(detach_seconds, "How long a device may take to give its queues back before it is reset (default: 30)");
+
+/* In jiffies. */
+unsigned long rp_detach_limit(void)
+{
+	return min(READ_ONCE(rp_detach_seconds), RP_DETACH_SECONDS_MAX) * HZ;
+}
 
 /* Asks the device for the queue. */
 static void rp_want_back(struct rp_queue *q)
@@ -41,31 +55,71 @@ static unsigned int rp_count_attached(struct rp_device *dev)
 	return count;
 }
 
-/*
- * Takes all queues back, within a limit. A device that was removed by surprise
- * cannot be asked.
- */
-static void rp_detach(struct rp_device *dev)
+static void rp_want_all_back(struct rp_device *dev)
 {
-	unsigned long end = jiffies + RP_DETACH_LIMIT;
 	unsigned int i;
 
 	for (i = 1; i < dev->num_queues; i++)
 		rp_want_back(&dev->queues[i]);
-	while (rp_count_attached(dev) && time_before(jiffies, end) &&
-	       !virtqueue_is_broken(dev->queues[0].vq)) {
+}
+
+/*
+ * Takes what the device has given back. Returns whether there is more to wait
+ * for: a device that was removed by surprise cannot be asked.
+ */
+static bool rp_take_back(struct rp_device *dev)
+{
+	unsigned int i;
+
+	for (i = 1; i < dev->num_queues; i++)
+		rp_service(&dev->queues[i]);
+	return rp_count_attached(dev) &&
+	       !virtqueue_is_broken(dev->queues[0].vq);
+}
+
+/* Takes all queues back, within the limit. */
+static void rp_detach(struct rp_device *dev)
+{
+	unsigned long end = jiffies + rp_detach_limit();
+
+	rp_want_all_back(dev);
+	while (rp_count_attached(dev) && rp_take_back(dev) &&
+	       time_before(jiffies, end))
 		usleep_range(500, 2000);
-		for (i = 1; i < dev->num_queues; i++)
-			rp_service(&dev->queues[i]);
-	}
+}
+
+static void rp_stop(struct rp_device *dev)
+{
+	set_bit(RP_STOPPING, &dev->flags);
+	cancel_delayed_work_sync(&dev->work);
 }
 
 /* Detaches all queues and lets none be attached, until RP_STOPPING is clear. */
 void rp_stop_rings(struct rp_device *dev)
 {
-	set_bit(RP_STOPPING, &dev->flags);
-	cancel_delayed_work_sync(&dev->work);
+	rp_stop(dev);
 	rp_detach(dev);
+}
+
+/* The same for all devices together, within one limit. */
+void rp_stop_rings_of_all(struct list_head *devices)
+{
+	unsigned long end = jiffies + rp_detach_limit();
+	struct rp_device *dev;
+	bool waiting;
+
+	list_for_each_entry(dev, devices, node) {
+		rp_stop(dev);
+		rp_want_all_back(dev);
+	}
+	for (;;) {
+		waiting = false;
+		list_for_each_entry(dev, devices, node)
+			waiting |= rp_count_attached(dev) && rp_take_back(dev);
+		if (!waiting || time_after_eq(jiffies, end))
+			return;
+		usleep_range(500, 2000);
+	}
 }
 
 /*
@@ -84,8 +138,7 @@ void rp_quarantine(struct rp_device *dev)
 			dev_warn(&dev->vdev->dev,
 				 "[%s] queue %u: the device has not given it back: %zu bytes stay reserved\n",
 				 dev->disk->disk_name, i,
-				 q->memory->control_bytes +
-				 2 * (q->memory->rings_bytes + q->memory->sqes_bytes));
+				 rp_memory_bytes(q->memory));
 			list_add(&q->memory->node, &q->quarantine);
 			q->memory = NULL;
 		}
@@ -93,6 +146,7 @@ void rp_quarantine(struct rp_device *dev)
 		q->in_flight = 0;
 		q->answered = false;
 		q->retry = RP_RETRY_NOW;
+		q->retry_at = jiffies;
 		q->retry_delay = 0;
 		q->refusal = RINGPASS_ERROR_NONE;
 		q->logged_ring = false;
@@ -130,16 +184,39 @@ void rp_quarantine_keep(struct rp_device *dev)
 	}
 }
 
-/* A request fails although the host may still use its buffer. */
-static void rp_hold_buffer(struct request *rq)
+static void rp_release_buffer(struct request *rq, unsigned int held)
 {
 	struct req_iterator iter;
 	struct bio_vec bvec;
 
-	rq_for_each_segment(bvec, rq, iter)
-		/* The allocator of small objects does not look at references. */
-		if (!PageSlab(bvec.bv_page))
-			get_page(bvec.bv_page);
+	rq_for_each_segment(bvec, rq, iter) {
+		if (!held--)
+			return;
+		folio_put(page_folio(bvec.bv_page));
+	}
+}
+
+/*
+ * The host may still use the buffer of a request that is to fail: nothing else
+ * may get its pages. Returns false if the allocator of small objects has one of
+ * them: it does not look at references.
+ */
+static bool rp_hold_buffer(struct request *rq)
+{
+	struct req_iterator iter;
+	unsigned int held = 0;
+	struct bio_vec bvec;
+
+	rq_for_each_segment(bvec, rq, iter) {
+		/* The pages of some allocators have no references to take. */
+		if (PageSlab(bvec.bv_page) ||
+		    !folio_try_get(page_folio(bvec.bv_page))) {
+			rp_release_buffer(rq, held);
+			return false;
+		}
+		held++;
+	}
+	return true;
 }
 
 static void rp_fail_request(struct rp_request *req, struct rp_done *done)
@@ -149,9 +226,13 @@ static void rp_fail_request(struct rp_request *req, struct rp_done *done)
 	rp_done_add(done, req);
 }
 
-/* Fails everything that the queue has. */
-static void rp_fail_queue(struct rp_queue *q)
+/*
+ * Fails everything that the queue has. Returns the number of requests that
+ * cannot fail, because their buffers would be used anew.
+ */
+static unsigned int rp_fail_queue(struct rp_queue *q)
 {
+	unsigned int unfinished = 0;
 	struct rp_done done;
 	void *token;
 	u32 i;
@@ -171,13 +252,16 @@ static void rp_fail_queue(struct rp_queue *q)
 			continue;
 		req = blk_mq_rq_to_pdu(ticket->rq);
 		if (!--req->sqes) {
-			rp_hold_buffer(ticket->rq);
-			rp_fail_request(req, &done);
+			if (rp_hold_buffer(ticket->rq))
+				rp_fail_request(req, &done);
+			else
+				unfinished++;
 		}
 		ticket->rq = NULL;
 	}
 	spin_unlock_irq(&q->lock);
 	rp_finish(q, &done);
+	return unfinished;
 }
 
 /*
@@ -187,17 +271,23 @@ static void rp_fail_queue(struct rp_queue *q)
 void rp_bury(struct rp_device *dev)
 {
 	struct request_queue *queue = dev->disk->queue;
-	unsigned int i;
+	unsigned int i, unfinished = 0;
 
 	blk_mq_quiesce_queue(queue);
 	rp_detach(dev);
+	/* No callback may look at what is left. */
+	virtio_break_device(dev->vdev);
+	virtio_synchronize_cbs(dev->vdev);
 	virtio_reset_device(dev->vdev);
 	set_bit(RP_DEAD, &dev->flags);
 	for (i = 0; i < dev->num_queues; i++)
-		rp_fail_queue(&dev->queues[i]);
+		unfinished += rp_fail_queue(&dev->queues[i]);
 	rp_quarantine(dev);
 	dev_err(&dev->vdev->dev, "[%s] the device was reset: every request fails from now on\n",
 		dev->disk->disk_name);
+	if (unfinished)
+		dev_err(&dev->vdev->dev, "[%s] %u requests never end: the host may still write to memory of the kernel's that they name\n",
+			dev->disk->disk_name, unfinished);
 	blk_mq_start_stopped_hw_queues(queue, true);
 	blk_mq_unquiesce_queue(queue);
 }

@@ -149,6 +149,7 @@ enum rp_pushed rp_ring_push(struct rp_queue *q, struct request *rq)
 	req->sqes = push.sqes;
 	q->stats.ring_requests++;
 	q->stats.ring_sqes += push.sqes;
+	q->stats.durable_writes += !!push.rw_flags;
 	return RP_PUSHED;
 }
 
@@ -172,7 +173,7 @@ bool rp_ring_publish(struct rp_queue *q)
 	return doorbell;
 }
 
-/* What a completion says: the table of section 7. */
+/* What a completion says: the table of section 7, but for @res above @len. */
 static void rp_judge(struct rp_request *req, s32 res, u32 len)
 {
 	blk_status_t status;
@@ -192,8 +193,8 @@ static void rp_judge(struct rp_request *req, s32 res, u32 len)
 		req->again = true;
 		return;
 	default:
-		status = res < 0 && res >= -MAX_ERRNO ? errno_to_blk_status(res) :
-							BLK_STS_IOERR;
+		status = res >= -MAX_ERRNO ? errno_to_blk_status(res) :
+					     BLK_STS_IOERR;
 		/* Nothing that would let the block layer try again. */
 		if (status == BLK_STS_AGAIN || status == BLK_STS_RESOURCE ||
 		    status == BLK_STS_DEV_RESOURCE || status == BLK_STS_OK)
@@ -248,6 +249,8 @@ int rp_ring_reap(struct rp_queue *q, struct rp_done *done)
 		ticket = &q->memory->tickets[index];
 		if (unlikely(!ticket->rq ||
 			     ticket->serial != upper_32_bits(user_data)))
+			return -EPROTO;
+		if (unlikely(res > 0 && (u32)res > ticket->len))
 			return -EPROTO;
 		req = blk_mq_rq_to_pdu(ticket->rq);
 		rp_judge(req, res, ticket->len);

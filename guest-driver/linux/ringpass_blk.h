@@ -20,6 +20,7 @@
 #include <uapi/linux/io_uring.h>
 
 #include "compat.h"
+#include "pace.h"
 #include "ringpass_abi.h"
 
 #ifdef CONFIG_ARCH_NO_SG_CHAIN
@@ -34,9 +35,6 @@
  * request would take the room of this many others.
  */
 #define RP_REQUEST_SQES_MAX	32
-
-/* How long a driver waits for its queues before it resets the device. */
-#define RP_DETACH_LIMIT		(30 * HZ)
 
 /* The device has not written the status of a command yet. */
 #define RP_STATUS_NONE		0xff
@@ -181,6 +179,7 @@ enum rp_retry {
 struct rp_stats {
 	u64 ring_requests;
 	u64 ring_sqes;
+	u64 durable_writes;
 	u64 virtqueue_requests;
 	u64 fallbacks;
 	u64 doorbells;
@@ -220,15 +219,17 @@ struct rp_queue {
 	/* The used index before ARM. */
 	u16 used_before;
 
-	/* For the next ATTACH. */
+	/* For the next ATTACH: not before this time, whatever @retry says. */
 	enum rp_retry retry;
 	u32 refusal;
 	unsigned long retry_at;
 	unsigned long retry_delay;
 	unsigned int events_before;
+	struct rp_pace attach_pace;
 	/* What the log has said last. */
 	bool logged_ring;
 	bool logged_refusal;
+	struct rp_pace log_pace;
 
 	struct rp_stats stats;
 	/* Memory of before the last reset, until the queue has answered. */
@@ -260,7 +261,8 @@ struct rp_device {
 	struct gendisk *disk;
 	struct blk_mq_tag_set tag_set;
 	struct work_struct config_work;
-	struct notifier_block reboot;
+	/* In the list of reboot.c. */
+	struct list_head node;
 	int index;
 
 	unsigned int num_queues;
@@ -270,10 +272,13 @@ struct rp_device {
 	struct rp_queue *queues;
 
 	unsigned long flags;
+	/* Held while the mode of the write cache changes. */
+	struct mutex cache_mutex;
 	/* Writes on rings are durable: the write cache is off. */
 	bool dsync;
 	/* Everything that takes time: PROBE, EVENT, ATTACH, a broken device. */
 	struct delayed_work work;
+	struct rp_pace work_pace;
 	struct rp_command *probe;
 	struct rp_command *event;
 	unsigned int events;
@@ -298,6 +303,13 @@ static inline bool rp_is_attached(const struct rp_queue *q)
 	return q->memory && q->state >= RP_IDLE;
 }
 
+/* The bytes that the device knows. */
+static inline size_t rp_memory_bytes(const struct rp_memory *memory)
+{
+	return memory->control_bytes +
+	       2 * (memory->rings_bytes + memory->sqes_bytes);
+}
+
 static inline void rp_done_init(struct rp_done *done)
 {
 	*done = (struct rp_done) { .last = &done->first };
@@ -317,6 +329,7 @@ void rp_device_free(struct rp_device *dev);
 int rp_count_queues(struct rp_device *dev);
 void rp_init_queues(struct rp_device *dev);
 int rp_find_vqs(struct rp_device *dev);
+unsigned int rp_least_descriptors(struct rp_device *dev);
 
 /* blk.c: the interface to blk-mq */
 extern const struct blk_mq_ops rp_mq_ops;
@@ -328,6 +341,7 @@ extern const struct attribute_group *rp_disk_groups[];
 extern const struct block_device_operations rp_fops;
 int rp_read_limits(struct virtio_device *vdev, struct queue_limits *lim);
 bool rp_cache_is_on(struct virtio_device *vdev);
+int rp_restore_cache(struct rp_device *dev);
 void rp_update_capacity(struct rp_device *dev, bool resize);
 void rp_config_changed(struct virtio_device *vdev);
 void rp_config_work(struct work_struct *work);
@@ -377,11 +391,19 @@ struct rp_memory *rp_memory_alloc(struct rp_device *dev);
 void rp_memory_free(struct rp_memory *memory);
 
 /* reset.c: detaching, quarantine, and the end of a broken device */
+unsigned long rp_detach_limit(void);
 void rp_stop_rings(struct rp_device *dev);
+void rp_stop_rings_of_all(struct list_head *devices);
 void rp_quarantine(struct rp_device *dev);
 void rp_quarantine_end(struct rp_queue *q);
 void rp_quarantine_keep(struct rp_device *dev);
 void rp_bury(struct rp_device *dev);
+
+/* reboot.c: all devices, before a reboot or kexec */
+extern struct notifier_block rp_reboot_notifier;
+void rp_reboot_add(struct rp_device *dev);
+void rp_reboot_remove(struct rp_device *dev);
+void rp_allow_rings(struct rp_device *dev);
 
 /* sysfs.c: statistics of each queue */
 int rp_sysfs_add(struct rp_device *dev);

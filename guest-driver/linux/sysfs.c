@@ -50,6 +50,17 @@ static ssize_t refusal_show(struct rp_queue *q, char *buf)
 	return sysfs_emit(buf, "%u\n", q->refusal);
 }
 
+/* Memory of before the last reset that the host may still write. */
+static ssize_t quarantined_bytes_show(struct rp_queue *q, char *buf)
+{
+	struct rp_memory *memory;
+	size_t bytes = 0;
+
+	list_for_each_entry(memory, &q->quarantine, node)
+		bytes += rp_memory_bytes(memory);
+	return sysfs_emit(buf, "%zu\n", bytes);
+}
+
 #define RP_STAT(_name)							\
 static ssize_t _name##_show(struct rp_queue *q, char *buf)		\
 {									\
@@ -61,8 +72,11 @@ static const struct rp_queue_attr rp_attr_mode = __ATTR_RO(mode);
 static const struct rp_queue_attr rp_attr_epoch = __ATTR_RO(epoch);
 static const struct rp_queue_attr rp_attr_entries = __ATTR_RO(entries);
 static const struct rp_queue_attr rp_attr_refusal = __ATTR_RO(refusal);
+static const struct rp_queue_attr rp_attr_quarantined_bytes =
+	__ATTR_RO(quarantined_bytes);
 RP_STAT(ring_requests);
 RP_STAT(ring_sqes);
+RP_STAT(durable_writes);
 RP_STAT(virtqueue_requests);
 RP_STAT(fallbacks);
 RP_STAT(doorbells);
@@ -75,10 +89,12 @@ static const struct attribute *const rp_queue_attrs[] = {
 	&rp_attr_refusal.attr,
 	&rp_attr_ring_requests.attr,
 	&rp_attr_ring_sqes.attr,
+	&rp_attr_durable_writes.attr,
 	&rp_attr_virtqueue_requests.attr,
 	&rp_attr_fallbacks.attr,
 	&rp_attr_doorbells.attr,
 	&rp_attr_interrupts.attr,
+	&rp_attr_quarantined_bytes.attr,
 	NULL,
 };
 

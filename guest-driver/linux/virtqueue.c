@@ -150,9 +150,11 @@ blk_status_t rp_virtqueue_add(struct rp_queue *q, struct request *rq)
 	sg_init_one(&header, &req->header, sizeof(req->header));
 	sgs[out++] = &header;
 	if (req->sg_table.nents) {
-		/* Bit 0 of the type: the device reads the payload. */
-		if (req->header.type &
-		    cpu_to_virtio32(q->vq->vdev, VIRTIO_BLK_T_OUT))
+		/*
+		 * Not bit 0 of the type: the device reads the ranges of a
+		 * secure erase, whose number is even.
+		 */
+		if (rq_data_dir(rq) == WRITE)
 			sgs[out++] = req->sg_table.sgl;
 		else
 			sgs[out + in++] = req->sg_table.sgl;
@@ -166,7 +168,8 @@ blk_status_t rp_virtqueue_add(struct rp_queue *q, struct request *rq)
 		q->stats.virtqueue_requests++;
 		return BLK_STS_OK;
 	case -ENOSPC:
-		return BLK_STS_DEV_RESOURCE;
+		/* Completions make room, if there are any to come. */
+		return q->in_flight ? BLK_STS_DEV_RESOURCE : BLK_STS_RESOURCE;
 	case -ENOMEM:
 		return BLK_STS_RESOURCE;
 	default:
