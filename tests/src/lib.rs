@@ -19,6 +19,7 @@ pub mod interruption;
 pub mod kernel_log;
 pub mod kvm_guest;
 pub mod linux_guest;
+pub mod lying_device;
 pub mod mounts;
 pub mod needs;
 pub mod page_cache;

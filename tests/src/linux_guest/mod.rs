@@ -23,6 +23,7 @@ mod config;
 pub mod fio;
 mod firmware;
 mod image;
+pub mod interrupts;
 mod machine;
 pub mod memory;
 mod migration;
