@@ -9,7 +9,7 @@ use anyhow::{Context, Result, ensure};
 use ringpass_tests::harness::{self, budget, test};
 use ringpass_tests::kernel_log;
 use ringpass_tests::linux_guest::{
-    KernelSeries, LinuxGuest, LinuxGuestConfig, fio,
+    KernelSeries, LinuxGuest, LinuxGuestConfig, fio, interrupts,
     on_rings::{AWAIT_RINGS, ServedDisk, needs, statistic},
 };
 use ringpass_tests::seed::Seed;
@@ -76,8 +76,16 @@ fn whole_life() -> Result<()> {
     })?;
     guest.run(fio::STOP)?;
     served.broker.explain(guest.wait(job, LIMIT))?;
-    step("hot-unplug and plug", || {
+    step("hot-unplug under load, and plug", || {
+        let job = guest.spawn(&fio::verify_until_stopped("io_uring", "/dev/vda", options))?;
+        let before = statistic(&mut guest, "ring_requests")?;
+        while statistic(&mut guest, "ring_requests")? < before + 100 {
+            ensure!(!guest.has_ended(job)?, "fio has ended: {:?}", guest.wait_output(job, LIMIT)?);
+            guest.let_run(Duration::from_millis(20))?;
+        }
         guest.unplug("disk")?;
+        let ended = guest.wait_output(job, LIMIT)?;
+        ensure!(ended.status != 0, "fio has noticed nothing: {ended:?}");
         guest.run("[ ! -e /dev/vda ]")?;
         guest.plug(&served.device())?;
         guest.run("until [ -e /dev/vda ]; do usleep 20000; done")?;
@@ -130,17 +138,39 @@ fn file_system(guest: &mut LinuxGuest) -> Result<()> {
 
 fn cache_off(guest: &mut LinuxGuest) -> Result<()> {
     let run = fio::verify("io_uring", "/dev/vda", "--rw=randwrite --bs=4k --size=2m --iodepth=16");
-    let seen = guest.run(&format!(
-        "cd /tmp
-        disk=/sys/block/vda
-        cat $disk/cache_type
-        echo write through >$disk/cache_type
-        cat $disk/cache_type $disk/queue/write_cache
-        {run} || exit
-        echo write back >$disk/cache_type
-        cat $disk/cache_type"
-    ))?;
-    ensure!(seen == "write back\nwrite through\nwrite through\nwrite back\n", "{seen}");
+    let counts = |guest: &mut LinuxGuest| -> Result<[u64; 3]> {
+        // The 16th number is that of the flushes.
+        let flushes = guest.run("awk '{ print $16 }' /sys/block/vda/stat")?.trim().parse()?;
+        Ok([statistic(guest, "ring_requests")?, statistic(guest, "durable_writes")?, flushes])
+    };
+    let cached = |guest: &mut LinuxGuest, mode: &str| -> Result<[u64; 3]> {
+        let seen =
+            guest.run(&format!("cd /sys/block/vda && echo {mode} >cache_type && cat cache_type queue/write_cache"))?;
+        ensure!(seen == format!("{mode}\n{mode}\n"), "{mode}: {seen}");
+        let before = counts(guest)?;
+        guest.run(&run)?;
+        let after = counts(guest)?;
+        Ok([after[0] - before[0], after[1] - before[1], after[2] - before[2]])
+    };
+    // fio writes 512 blocks, and reads them again.
+    let [ring, durable, flushes] = cached(guest, "write through")?;
+    ensure!(ring > 1000 && durable > 500 && flushes == 0, "off: {ring} on rings, {durable} durable, {flushes} flushes");
+    let [ring, durable, _] = cached(guest, "write back")?;
+    ensure!(ring > 1000 && durable == 0, "on: {ring} on rings, {durable} durable");
+    // Both ways at once: what the device does is what the block layer knows.
+    let modes = guest.run(
+        "cd /sys/block/vda
+        for round in 1 2 3 4 5; do
+            for mode in through back through back; do echo write $mode >cache_type & done
+            wait
+            cat cache_type >/tmp/device
+            cat queue/write_cache >/tmp/kernel
+            cmp /tmp/device /tmp/kernel || exit
+        done
+        echo write back >cache_type
+        cat cache_type",
+    )?;
+    ensure!(modes == "write back\n", "{modes}");
     Ok(())
 }
 
@@ -149,19 +179,41 @@ fn polled() -> Result<()> {
     let parameters = "poll_queues=1".to_owned();
     let mut guest =
         served.boot(LinuxGuestConfig { block_driver_parameters: parameters, ..LinuxGuestConfig::default() })?;
-    let options = "--hipri --rw=randwrite --bsrange=4k-64k --bs_unaligned=0 --size=4m --iodepth=16";
-    let run = fio::verify("io_uring", "/dev/vda", options);
-    served.broker.explain(guest.run(&run))?;
-    step("the guest is suspended to memory and wakes up", || suspend(&served, &mut guest))?;
-    served.broker.explain(guest.run(&run))?;
-    let seen = guest.run("cd /sys/block/vda/ringpass/queue2 && cat interrupts ring_requests")?;
-    let numbers: Vec<u64> = seen.lines().map(str::parse).collect::<Result<_, _>>()?;
-    ensure!(numbers[0] == 0 && numbers[1] > 400, "{numbers:?}");
+    // fio writes 256 blocks, and reads them again.
+    let options = "--rw=randwrite --bs=4k --size=1m --iodepth=1";
+    let interrupting = fio::verify("psync", "/dev/vda", options);
+    let polling = fio::verify("io_uring", "/dev/vda", &format!("--hipri {options}"));
+    for round in ["after the boot", "after the suspend"] {
+        let counted = interrupts_and_requests(&mut guest, &interrupting)?;
+        ensure!(counted[0] > 256 && counted[1] < 16, "{round}, without polling: {counted:?}");
+        let counted = served.broker.explain(interrupts_and_requests(&mut guest, &polling))?;
+        ensure!(counted[0] < 64 && counted[1] > 500, "{round}, with polling: {counted:?}");
+        let names: Vec<_> = interrupts::of(&mut guest, DEVICE)?.into_iter().map(|(name, _)| name).collect();
+        ensure!(names == ["config", "req.0", "req.1"].map(|name| format!("{DEVICE}-{name}")), "{names:?}");
+        if round == "after the boot" {
+            step("the guest is suspended to memory and wakes up", || suspend(&served, &mut guest))?;
+        }
+    }
     // Whatever the driver, this guest cannot be switched off any more after that.
     let console = guest.console();
     ensure!(!console.lines().any(kernel_log::is_trouble), "{console}");
     drop(guest);
     served.end()
+}
+
+/// The disk in `/proc/interrupts`.
+const DEVICE: &str = "virtio0";
+
+/// How many interrupts of the disk, and requests on the ring of the polled queue, a script makes.
+fn interrupts_and_requests(guest: &mut LinuxGuest, script: &str) -> Result<[u64; 2]> {
+    let count = |guest: &mut LinuxGuest| -> Result<[u64; 2]> {
+        let requests = guest.run("cat /sys/block/vda/ringpass/queue2/ring_requests")?.trim().parse()?;
+        Ok([interrupts::sum(guest, DEVICE)?, requests])
+    };
+    let before = count(guest)?;
+    guest.run(script)?;
+    let after = count(guest)?;
+    Ok([after[0] - before[0], after[1] - before[1]])
 }
 
 /// The driver gives its queues back before that, and gets rings again.
