@@ -66,7 +66,7 @@ pub(crate) fn run(options: &Options) -> Result<u8> {
     let mut guest = broker.explain(boot(options, driver, &broker))?;
     if options.mode != "virtqueue" {
         progress.tell("rings for the queues");
-        await_rings(&mut guest, &broker, directory.path())?;
+        await_rings(&mut guest, directory.path())?;
     }
     let status = match work {
         Work::Shell => {
@@ -154,12 +154,12 @@ fn boot(options: &Options, driver: BlockDriver, broker: &BrokerProcess) -> Resul
 }
 
 /// Waits for the rings. A disk without rings is still a disk, so the guest goes on; this tells why there are none.
-fn await_rings(guest: &mut LinuxGuest, broker: &BrokerProcess, sockets: &Path) -> Result<()> {
+fn await_rings(guest: &mut LinuxGuest, sockets: &Path) -> Result<()> {
     let modes = guest.run(AWAIT_RINGS)?;
     if modes.trim() == "ring" {
         return Ok(());
     }
-    let said = guest.run("dmesg | grep 'ringpass_blk.*: ' | tail; [ -e /dev/vda ]; echo $?")?;
+    let said = guest.run("dmesg | grep 'ringpass_blk.*: ' | tail -n 5; [ -e /dev/vda ]; echo $?")?;
     let (said, disk) = said.trim_end().rsplit_once('\n').unwrap_or(("", said.trim_end()));
     ensure!(
         disk == "0",
@@ -172,9 +172,8 @@ fn await_rings(guest: &mut LinuxGuest, broker: &BrokerProcess, sockets: &Path) -
         .context("cannot start the program")?;
     eprintln!(
         "\nNot all queues have rings, so requests go over virtqueues (`target/debug/ringpass probe` tells what this machine \
-         allows, --mode direct offers rings on other kernels too).\nThe driver says:\n{said}\nThe server says:\n{}\n{}",
+         allows, --mode direct offers rings on other kernels too).\nThe driver says:\n{said}\nThe server says:\n{}\n",
         String::from_utf8_lossy(&output.stdout).trim_end(),
-        broker.log()
     );
     Ok(())
 }
