@@ -128,7 +128,7 @@ impl Row {
 pub(crate) fn print(rows: &[Row], with_functions: bool) {
     println!("Instructions of the guest for each read:\n");
     println!(
-        "{:<26} {:<13} {:>8} {:>12} {:>8} {:>8} {:>11}",
+        "{:<30} {:<13} {:>8} {:>12} {:>8} {:>8} {:>11}",
         "", "", "driver", "virtio core", "both", "kernel", "interrupts"
     );
     let mut rows: Vec<&Row> = rows.iter().collect();
@@ -138,7 +138,7 @@ pub(crate) fn print(rows: &[Row], with_functions: bool) {
     for row in rows {
         let both = row.driver + row.virtio_core;
         println!(
-            "{:<26} {:<13} {:>8.0} {:>12.0} {both:>8.0} {:>8.0} {:>11.2}",
+            "{:<30} {:<13} {:>8.0} {:>12.0} {both:>8.0} {:>8.0} {:>11.2}",
             row.workload, row.driver_name, row.driver, row.virtio_core, row.kernel, row.interrupts
         );
         if with_functions {

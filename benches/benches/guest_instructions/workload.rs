@@ -41,11 +41,12 @@ impl Workload {
         let Self { block_kib, depth, is_fragmented } = self;
         let (prepare, memory) =
             if *is_fragmented { (FRAGMENTS, "mmapshared:/tmp/fragments/a") } else { ("", "malloc") };
+        let kib = reads * block_kib;
         format!(
             "set -e
             {prepare}
             fio --name=count --ioengine=io_uring --filename=/dev/vda --direct=1 --rw=randread --bs={block_kib}k \
-             --iodepth={depth} --number_ios={reads} --size=100% --norandommap=1 --mem={memory} \
+             --iodepth={depth} --io_size={kib}k --norandommap=1 --mem={memory} \
              --output-format=terse >/dev/null"
         )
     }
