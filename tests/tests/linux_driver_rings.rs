@@ -74,6 +74,18 @@ fn whole_life() -> Result<()> {
         }
         Ok(())
     })?;
+    step("the operator takes the rings away until the driver asks no more", || {
+        for _ in 0..2 {
+            guest.run("dmesg -c >/dev/null")?;
+            served.set_mode("virtqueue")?;
+            guest.run(
+                "until [ $(dmesg | grep -c 'asks again when the device says so') -ge 2 ]; do usleep 50000; done",
+            )?;
+            served.set_mode("auto")?;
+            served.broker.explain(guest.run(AWAIT_RINGS))?;
+        }
+        Ok(())
+    })?;
     guest.run(fio::STOP)?;
     served.broker.explain(guest.wait(job, LIMIT))?;
     step("hot-unplug under load, and plug", || {
