@@ -13,6 +13,8 @@
 #define RP_MINOR_BITS	4
 /* Of each request: its header and its status. */
 #define RP_EXTRA_DESCRIPTORS	2
+/* Those of PROBE and EVENT, which stay on queue 0 beside the requests. */
+#define RP_COMMAND_DESCRIPTORS	6
 
 bool rp_fastpath = true;
 module_param_named(fastpath, rp_fastpath, bool, 0444);
@@ -132,9 +134,20 @@ fail:
 	return ERR_PTR(err);
 }
 
-static void rp_start_rings(struct rp_device *dev)
+/* Why the driver does not even ask for rings, or NULL. */
+static const char *rp_why_ordinary(struct rp_device *dev)
 {
 	const char *reason = rp_why_no_rings(dev->vdev);
+
+	if (!reason && !virtio_has_feature(dev->vdev, VIRTIO_RING_F_INDIRECT_DESC) &&
+	    rp_least_descriptors(dev) <= RP_EXTRA_DESCRIPTORS + RP_COMMAND_DESCRIPTORS)
+		reason = "its virtqueues have no room for a request beside PROBE and EVENT";
+	return reason;
+}
+
+static void rp_start_rings(struct rp_device *dev)
+{
+	const char *reason = rp_why_ordinary(dev);
 
 	if (reason) {
 		dev_info(&dev->vdev->dev, "[%s] an ordinary disk: %s\n",
@@ -144,20 +157,25 @@ static void rp_start_rings(struct rp_device *dev)
 	rp_allow_rings(dev);
 }
 
-/* Without indirect descriptors, a request must fit the virtqueue piece by piece. */
+/*
+ * Without indirect descriptors, a request must fit the virtqueue piece by piece,
+ * queue 0 beside the commands that are pending there.
+ */
 static int rp_limit_segments(struct rp_device *dev, struct queue_limits *lim)
 {
 	unsigned int least = rp_least_descriptors(dev);
+	unsigned int extra = RP_EXTRA_DESCRIPTORS;
 
 	if (virtio_has_feature(dev->vdev, VIRTIO_RING_F_INDIRECT_DESC))
 		return 0;
-	if (least <= RP_EXTRA_DESCRIPTORS) {
+	if (least <= extra) {
 		dev_err(&dev->vdev->dev, "a virtqueue of %u descriptors holds no request\n",
 			least);
 		return -EINVAL;
 	}
-	lim->max_segments = min_t(unsigned int, lim->max_segments,
-				  least - RP_EXTRA_DESCRIPTORS);
+	if (!rp_why_ordinary(dev))
+		extra += RP_COMMAND_DESCRIPTORS;
+	lim->max_segments = min_t(unsigned int, lim->max_segments, least - extra);
 	return 0;
 }
 
@@ -226,12 +244,13 @@ static void rp_remove(struct virtio_device *vdev)
 {
 	struct rp_device *dev = vdev->priv;
 
-	rp_reboot_remove(dev);
 	flush_work(&dev->config_work);
 	rp_sysfs_remove(dev);
 	/* Waits for all requests, which may need their rings for that. */
 	del_gendisk(dev->disk);
 	rp_stop_rings(dev);
+	/* Not before: a reboot must not pass over a disk whose requests hang. */
+	rp_reboot_remove(dev);
 	blk_mq_free_tag_set(&dev->tag_set);
 
 	mutex_lock(&dev->vdev_mutex);

@@ -54,16 +54,21 @@ void rp_enter(struct rp_queue *q, enum rp_state state, u32 word)
 	WRITE_ONCE(q->state, state);
 }
 
+static void rp_break(struct rp_queue *q, u32 word, struct rp_done *done)
+{
+	dev_err(&q->dev->vdev->dev,
+		"queue %u: the device breaks the protocol of rings (epoch %u, word %#x): it will be reset\n",
+		q->index, q->epoch, word);
+	set_bit(RP_BROKEN, &q->dev->flags);
+	done->work = true;
+}
+
 static void rp_fail(struct rp_queue *q, u32 word, struct rp_done *done)
 {
 	if (q->state == RP_FAILED)
 		return;
-	dev_err(&q->dev->vdev->dev,
-		"queue %u: the device breaks the protocol of rings (epoch %u, word %#x): it will be reset\n",
-		q->index, q->epoch, word);
+	rp_break(q, word, done);
 	rp_enter(q, RP_FAILED, word);
-	set_bit(RP_BROKEN, &q->dev->flags);
-	done->work = true;
 }
 
 static void rp_acknowledge(struct rp_queue *q, u32 word, struct rp_done *done)
@@ -82,7 +87,7 @@ static int rp_end_ring(struct rp_queue *q, struct rp_done *done)
 	int err = rp_ring_reap(q, done);
 
 	if (!err)
-		rp_ring_put_aside(q, done);
+		rp_ring_put_aside(q, done, BLK_STS_OK);
 	return err;
 }
 
@@ -101,11 +106,13 @@ static void rp_leave(struct rp_queue *q, struct rp_done *done)
 {
 	unsigned int length;
 	void *first, *second;
+	int err = 0;
 
 	/* A ring that does not make sense has no completions to take. */
 	if (q->state == RP_RUNNING || q->state == RP_DRAINING)
-		rp_ring_reap(q, done);
-	rp_ring_put_aside(q, done);
+		err = rp_ring_reap(q, done);
+	/* A device that lies gets no request again; the I/O has ended. */
+	rp_ring_put_aside(q, done, err ? BLK_STS_IOERR : BLK_STS_OK);
 	first = virtqueue_get_buf(q->vq, &length);
 	second = virtqueue_get_buf(q->vq, &length);
 	if (first != &q->memory->arm || second != &q->memory->attach) {
@@ -115,6 +122,8 @@ static void rp_leave(struct rp_queue *q, struct rp_done *done)
 	q->answered = true;
 	rp_enter(q, RP_DETACHED, 0);
 	rp_attach_completed(q, done);
+	if (err)
+		rp_break(q, 0, done);
 }
 
 static void rp_step_idle(struct rp_queue *q, u32 word, struct rp_done *done)

@@ -238,11 +238,15 @@ static void rp_look(struct rp_device *dev)
 		rp_bury(dev);
 		return;
 	}
+	/* Also of a device that has no rings any more. */
+	for (i = 0; i < dev->num_queues; i++)
+		rp_quarantine_end(&dev->queues[i]);
 	if (test_and_clear_bit(RP_PROBE_ANSWERED, &dev->flags))
 		rp_probe_answered(dev);
 	else if (!test_bit(RP_FAST, &dev->flags))
 		rp_probe_send(dev);
-	if (!test_bit(RP_FAST, &dev->flags))
+	/* Without queues for rings there is nothing that an EVENT could tell. */
+	if (!test_bit(RP_FAST, &dev->flags) || dev->queue_count < 2)
 		return;
 	/* The next EVENT first, and then a look at what happened. */
 	if (test_and_clear_bit(RP_EVENT_ANSWERED, &dev->flags))
@@ -251,9 +255,10 @@ static void rp_look(struct rp_device *dev)
 	for (i = 1; i < dev->queue_count; i++) {
 		rp_service(&dev->queues[i]);
 		rp_log_queue(&dev->queues[i]);
-		rp_quarantine_end(&dev->queues[i]);
 	}
-	rp_attach_queues(dev);
+	/* This look may have found it out; the next one buries the device. */
+	if (!test_bit(RP_BROKEN, &dev->flags))
+		rp_attach_queues(dev);
 }
 
 void rp_work(struct work_struct *work)
@@ -270,7 +275,9 @@ void rp_work(struct work_struct *work)
 	if (virtqueue_is_broken(dev->queues[0].vq) &&
 	    !test_bit(RP_BROKEN, &dev->flags))
 		return;
-	wait = rp_pace_wait(&dev->work_pace, most, RP_LOOKS_PERIOD);
+	/* The end of a broken device does not wait. */
+	wait = test_bit(RP_BROKEN, &dev->flags) ? 0 :
+	       rp_pace_wait(&dev->work_pace, most, RP_LOOKS_PERIOD);
 	if (wait) {
 		queue_delayed_work(rp_workqueue, &dev->work, wait);
 		return;

@@ -101,17 +101,26 @@ void rp_stop_rings(struct rp_device *dev)
 	rp_detach(dev);
 }
 
-/* The same for all devices together, within one limit. */
+/*
+ * The same for all devices together, within one limit. Each device is asked
+ * before the driver waits for the worker of one: that may be burying a device.
+ */
 void rp_stop_rings_of_all(struct list_head *devices)
 {
-	unsigned long end = jiffies + rp_detach_limit();
 	struct rp_device *dev;
+	unsigned long end;
 	bool waiting;
 
+	list_for_each_entry(dev, devices, node) {
+		set_bit(RP_STOPPING, &dev->flags);
+		rp_want_all_back(dev);
+	}
+	/* A worker may have sent an ATTACH meanwhile. */
 	list_for_each_entry(dev, devices, node) {
 		rp_stop(dev);
 		rp_want_all_back(dev);
 	}
+	end = jiffies + rp_detach_limit();
 	for (;;) {
 		waiting = false;
 		list_for_each_entry(dev, devices, node)

@@ -288,7 +288,7 @@ int rp_ring_drain(struct rp_queue *q, struct rp_done *done)
  * The epoch has ended: requests whose SQEs have no CQE were not executed or not
  * reported, and their I/O has ended. They may go any way.
  */
-void rp_ring_put_aside(struct rp_queue *q, struct rp_done *done)
+void rp_ring_put_aside(struct rp_queue *q, struct rp_done *done, blk_status_t status)
 {
 	u32 index;
 
@@ -300,6 +300,8 @@ void rp_ring_put_aside(struct rp_queue *q, struct rp_done *done)
 			continue;
 		req = blk_mq_rq_to_pdu(ticket->rq);
 		req->again = true;
+		if (req->result == BLK_STS_OK)
+			req->result = status;
 		rp_sqe_ended(q, ticket, done);
 	}
 }

@@ -366,7 +366,7 @@ enum rp_pushed rp_ring_push(struct rp_queue *q, struct request *rq);
 bool rp_ring_publish(struct rp_queue *q);
 int rp_ring_reap(struct rp_queue *q, struct rp_done *done);
 int rp_ring_drain(struct rp_queue *q, struct rp_done *done);
-void rp_ring_put_aside(struct rp_queue *q, struct rp_done *done);
+void rp_ring_put_aside(struct rp_queue *q, struct rp_done *done, blk_status_t status);
 int rp_ring_start(struct rp_queue *q, u32 epoch);
 
 /* epoch.c: the state machine */
