@@ -117,7 +117,9 @@ static void rp_commit_virtqueue(struct rp_queue *q)
 	bool kick;
 
 	spin_lock_irqsave(&q->lock, flags);
-	kick = !rp_is_attached(q) && virtqueue_kick_prepare(q->vq);
+	/* Linux 6.1 commits a batch of which each request has failed. */
+	kick = !test_bit(RP_SUSPENDED, &q->dev->flags) && !rp_is_attached(q) &&
+	       virtqueue_kick_prepare(q->vq);
 	spin_unlock_irqrestore(&q->lock, flags);
 	if (kick)
 		virtqueue_notify(q->vq);
@@ -255,14 +257,14 @@ static int rp_poll(struct blk_mq_hw_ctx *hctx, struct io_comp_batch *iob)
 	struct rp_queue *q = hctx->driver_data;
 	struct rp_done done;
 	unsigned long flags;
-	unsigned int found;
+	unsigned int found = 0;
 
-	/* A device that did not come back from a suspend has no virtqueues. */
-	if (test_bit(RP_DEAD, &q->dev->flags))
-		return 0;
 	rp_done_init(&done);
 	spin_lock_irqsave(&q->lock, flags);
-	found = rp_collect(q, &done);
+	/* The end of a device has taken everything from its queues. */
+	if (!test_bit(RP_SUSPENDED, &q->dev->flags) &&
+	    !test_bit(RP_DEAD, &q->dev->flags))
+		found = rp_collect(q, &done);
 	spin_unlock_irqrestore(&q->lock, flags);
 	rp_finish(q, &done);
 	return found;

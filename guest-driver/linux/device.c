@@ -295,6 +295,8 @@ static int rp_freeze(struct virtio_device *vdev)
 	virtio_reset_device(vdev);
 	cancel_delayed_work_sync(&dev->work);
 	flush_work(&dev->config_work);
+	set_bit(RP_SUSPENDED, &dev->flags);
+	/* It takes the lock of each queue: a poll has seen that, or has ended. */
 	rp_quarantine(dev);
 	vdev->config->del_vqs(vdev);
 	return 0;

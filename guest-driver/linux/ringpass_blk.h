@@ -252,6 +252,8 @@ enum {
 	RP_DEAD,
 	/* No queue may be attached: reset, removal, suspend, shutdown. */
 	RP_STOPPING,
+	/* There are no virtqueues: suspended, or not back from that. */
+	RP_SUSPENDED,
 };
 
 struct rp_device {
