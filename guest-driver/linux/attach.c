@@ -263,17 +263,22 @@ static void rp_attach_wait(struct rp_attach_round *round, unsigned long wait)
 	round->wait = min(round->wait, wait);
 }
 
+static void rp_attach_goes_on(struct rp_queue *q,
+				   struct rp_attach_round *round)
+{
+	round->waiting++;
+	/* No interrupt says that the device refuses, and no EVENT. */
+	if (q->polled)
+		rp_attach_wait(round, HZ);
+}
+
 static void rp_attach_count(struct rp_queue *q, struct rp_attach_round *round)
 {
 	spin_lock_irq(&q->lock);
 	if (q->state == RP_RUNNING || q->state == RP_DRAINING)
 		round->rings++;
-	if (q->state == RP_EMPTYING || q->state == RP_IDLE) {
-		round->waiting++;
-		/* No interrupt says that the device refuses, and no EVENT. */
-		if (q->polled)
-			rp_attach_wait(round, HZ);
-	}
+	if (q->state == RP_EMPTYING || q->state == RP_IDLE)
+		rp_attach_goes_on(q, round);
 	spin_unlock_irq(&q->lock);
 }
 
@@ -329,7 +334,7 @@ void rp_attach_queues(struct rp_device *dev)
 		if (!is_due)
 			continue;
 		if (rp_attach_begin(q))
-			round.waiting++;
+			rp_attach_goes_on(q, &round);
 		else
 			rp_attach_wait(&round, HZ);
 	}
