@@ -8,26 +8,13 @@ use ringpass_tests::disks::{DiskKind, TestDisk};
 use ringpass_tests::forgetful_proxy::ForgetfulProxy;
 use ringpass_tests::harness::{self, test};
 use ringpass_tests::linux_guest::{
-    self, IncomingGuest, Job, JobOutput, LinuxGuest, LinuxGuestConfig, Migration, VhostUserDisk, fio, memory,
+    self, IncomingGuest, Job, JobOutput, LinuxGuest, LinuxGuestConfig, Migration, VhostUserDisk, cached, fio, memory,
 };
 use ringpass_tests::needs::Need;
 
 const DISK_BYTES: u64 = 64 << 20;
 const LIMIT: Duration = Duration::from_secs(60);
 
-/// The guest reads these blocks into its page cache while it migrates, and looks at them there afterwards.
-const FILL: &str = "set -e
-    fio --name=cached --filename=/dev/vda --rw=write --bs=64k --size=32m --direct=1 --verify=crc32c \
-        --do_verify=0 --output-format=terse >/dev/null
-    echo 3 >/proc/sys/vm/drop_caches";
-const READ: &str = "dd if=/dev/vda of=/dev/null bs=1M count=32 2>/dev/null";
-const LOOK: &str = "before=$(awk '{print $3}' /sys/block/vda/stat)
-    fio --name=cached --filename=/dev/vda --rw=read --bs=64k --size=32m --verify=crc32c --verify_only \
-        --invalidate=0 --output-format=terse >/dev/null || exit
-    after=$(awk '{print $3}' /sys/block/vda/stat)
-    echo $((after - before)) sectors were read";
-/// The page cache of a block device goes with its last user.
-const HOLD: &str = "sleep 1000 </dev/vda";
 fn main() -> ExitCode {
     harness::run(vec![
         test("a_guest_migrates_to_another_broker_under_load_with_every_page", needs(), migration),
@@ -79,13 +66,13 @@ fn config(socket: PathBuf) -> LinuxGuestConfig {
 /// Starts a migration. When QEMU has sent nearly all memory, the guest reads the blocks that it checks later. Most of
 /// them, and at least 24 of 32 MiB, come to pages that QEMU has sent. Returns the job that changes memory too.
 fn begin(mut guest: LinuxGuest, target: IncomingGuest) -> Result<(Migration, Job)> {
-    guest.run(FILL)?;
-    guest.spawn(HOLD)?;
+    guest.run(cached::FILL)?;
+    guest.spawn(cached::HOLD)?;
     let changes = guest.spawn(memory::CHANGE_AND_VERIFY)?;
     guest.wait_for_text(changes, "begins", LIMIT)?;
     let mut migration = guest.migrate_to(target, LIMIT)?;
     migration.hold_near_the_end(LIMIT)?;
-    migration.source().run(READ)?;
+    migration.source().run(cached::READ)?;
     Ok((migration, changes))
 }
 
@@ -105,7 +92,7 @@ fn migration() -> Result<()> {
     guest.run(fio::STOP)?;
     let said = brokers.explain(guest.wait(load, LIMIT))?;
     ensure!(said.contains("is verified"), "{said}");
-    let looked = brokers.explain(guest.run(LOOK))?;
+    let looked = brokers.explain(guest.run(cached::LOOK))?;
     ensure!(looked == "0 sectors were read\n", "the guest did not look at its page cache: {looked}");
     // The first broker has released the disk and serves no front-end.
     guest.run(&fio::verify("psync", "/dev/vda", "--rw=randrw --bs=4k --offset=48m --size=2m"))?;
@@ -140,7 +127,7 @@ fn control() -> Result<()> {
 ///
 /// Nothing shows it, or the look at the guest failed for another reason.
 fn find_out(guest: &mut LinuxGuest) -> Result<String> {
-    let look = guest.spawn(LOOK)?;
+    let look = guest.spawn(cached::LOOK)?;
     match guest.wait_output(look, LIMIT) {
         Ok(JobOutput { status: 0, text }) => bail!("nothing is wrong with the page cache: {text}"),
         // fio prints this word for a block with a wrong checksum.

@@ -13,7 +13,7 @@ pub struct LinuxGuestConfig {
     pub memory_mib: u32,
     /// A file on tmpfs of that length, which replaces the memfd as the guest's RAM.
     pub memory_file: Option<PathBuf>,
-    /// The most RAM of the guest with plugged memory, in MiB, for devices that bring memory.
+    /// The most RAM of the guest with plugged memory, in MiB, for devices that bring memory and for memory in slots.
     pub memory_max_mib: Option<u32>,
     /// The number of virtual CPUs.
     pub cpus: u32,
@@ -205,7 +205,7 @@ pub(super) fn arguments(
         Accelerator::Tcg => add(&["-accel", "tcg,thread=single", "-cpu", "Nehalem,-cx16"]),
     }
     let memory_mib = config.memory_mib;
-    let most = config.memory_max_mib.map(|mib| format!(",maxmem={mib}M")).unwrap_or_default();
+    let most = config.memory_max_mib.map(|mib| format!(",slots=4,maxmem={mib}M")).unwrap_or_default();
     add(&["-smp", &config.cpus.to_string(), "-m", &format!("{memory_mib}M{most}")]);
     let backend = match &config.memory_file {
         None => "memory-backend-memfd".to_owned(),

@@ -19,6 +19,7 @@
 //! emulates the CPU (TCG). Every wait has a limit. An error has the end of the guest's console.
 
 mod agent;
+pub mod cached;
 mod config;
 pub mod fio;
 mod firmware;
@@ -28,6 +29,7 @@ mod machine;
 pub mod memory;
 mod migration;
 pub mod on_rings;
+pub mod programs;
 mod qmp;
 mod shell;
 
@@ -204,6 +206,18 @@ impl LinuxGuest {
     pub fn reset(&mut self) -> Result<()> {
         let boots = self.machine.agent.boots();
         self.qmp(json!({"execute": "system_reset"}))?;
+        self.wait_for_boot(boots + 1, BOOT_LIMIT)
+    }
+
+    /// Runs a script that ends this kernel (`reboot -f`, kexec), and waits until the guest has booted again. All scripts
+    /// have ended then.
+    ///
+    /// # Errors
+    ///
+    /// The guest does not boot.
+    pub fn boot_again_by(&mut self, script: &str) -> Result<()> {
+        let boots = self.machine.agent.boots();
+        self.spawn(script)?;
         self.wait_for_boot(boots + 1, BOOT_LIMIT)
     }
 
