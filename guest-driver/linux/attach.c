@@ -82,8 +82,9 @@ void rp_attach_completed(struct rp_queue *q, struct rp_done *done)
 	trace_ringpass_answer(q->dev->index, q->index, RINGPASS_T_ATTACH,
 			      status, error);
 	q->retry = rp_retry_of(error);
+	/* A server without rings has taken the device over, see EVENT. */
 	if (status != VIRTIO_BLK_S_OK && status != VIRTIO_BLK_S_IOERR)
-		q->retry = RP_RETRY_NEVER;
+		q->retry = RP_RETRY_EVENT;
 	/* Another device may need another ATTACH, but not the same again. */
 	if (q->retry == RP_RETRY_PROBE && q->refusal == error)
 		q->retry = RP_RETRY_NEVER;
@@ -316,7 +317,9 @@ static bool rp_attach_is_due(struct rp_queue *q, struct rp_attach_round *round)
  */
 void rp_attach_queues(struct rp_device *dev)
 {
-	struct rp_attach_round round = { .wait = MAX_JIFFY_OFFSET };
+	struct rp_attach_round round = {
+		.wait = rp_event_wait(dev) ?: MAX_JIFFY_OFFSET,
+	};
 	unsigned int i;
 	bool is_due;
 

@@ -21,6 +21,8 @@
 #define RP_LOOKS_MAX		32
 #define RP_LOOKS_MAX_OF_QUEUE	4
 #define RP_LOOKS_PERIOD		HZ
+/* The longest wait before another EVENT for a device that has refused one. */
+#define RP_EVENT_DELAY_MAX	(60 * HZ)
 
 /* The preconditions of section 1. Returns the one that is not met, or NULL. */
 const char *rp_why_no_rings(struct virtio_device *vdev)
@@ -81,9 +83,20 @@ void rp_probe_send(struct rp_device *dev)
 	}
 }
 
+/* Jiffies until a device that has refused EVENT is asked again. */
+unsigned long rp_event_wait(const struct rp_device *dev)
+{
+	unsigned long now = jiffies;
+
+	if (!dev->event_delay || !time_before(now, dev->event_at))
+		return 0;
+	return dev->event_at - now;
+}
+
 static void rp_event_send(struct rp_device *dev)
 {
-	if (test_and_set_bit(RP_EVENT_PENDING, &dev->flags))
+	if (rp_event_wait(dev) ||
+	    test_and_set_bit(RP_EVENT_PENDING, &dev->flags))
 		return;
 	if (rp_send(dev, dev->event, RINGPASS_T_EVENT,
 		    sizeof(struct ringpass_event_answer))) {
@@ -196,6 +209,7 @@ static void rp_probe_answered(struct rp_device *dev)
 		}
 		spin_unlock_irq(&q->lock);
 	}
+	dev->event_delay = 0;
 	set_bit(RP_FAST, &dev->flags);
 }
 
@@ -206,16 +220,22 @@ static void rp_event_answered(struct rp_device *dev)
 	unsigned int i;
 
 	trace_ringpass_answer(dev->index, 0, RINGPASS_T_EVENT, status, events);
+	clear_bit(RP_EVENT_PENDING, &dev->flags);
 	if (status != VIRTIO_BLK_S_OK) {
 		/*
-		 * EVENT stays pending, so to speak: the device answers no
-		 * second one either, and rings work without news.
+		 * A server without rings has taken the device over. The next
+		 * one may have rings and completes its first EVENT: nothing
+		 * else tells a driver of a restart.
 		 */
-		dev_warn(&dev->vdev->dev, "[%s] the device refuses EVENT\n",
-			 dev->disk->disk_name);
+		if (!dev->event_delay)
+			dev_warn_ratelimited(&dev->vdev->dev, "[%s] the device refuses EVENT: the driver asks again in a while\n",
+					     dev->disk->disk_name);
+		dev->event_delay = clamp_t(unsigned long, 2 * dev->event_delay,
+					   HZ, RP_EVENT_DELAY_MAX);
+		dev->event_at = jiffies + dev->event_delay;
 		return;
 	}
-	clear_bit(RP_EVENT_PENDING, &dev->flags);
+	dev->event_delay = 0;
 	if (!(events & RINGPASS_EVENT_QUEUES))
 		return;
 	/* rp_attach_completed() looks, with the queue's lock held. */

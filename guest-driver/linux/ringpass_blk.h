@@ -284,6 +284,9 @@ struct rp_device {
 	struct rp_command *probe;
 	struct rp_command *event;
 	unsigned int events;
+	/* When a device that has refused EVENT is asked again; 0: it has not. */
+	unsigned long event_delay;
+	unsigned long event_at;
 	/* The answer of PROBE. */
 	u32 sq_entries;
 	u32 cq_entries;
@@ -378,6 +381,7 @@ void rp_epoch_step(struct rp_queue *q, struct rp_done *done);
 /* probe.c: PROBE and EVENT, and the worker of the device */
 const char *rp_why_no_rings(struct virtio_device *vdev);
 void rp_probe_send(struct rp_device *dev);
+unsigned long rp_event_wait(const struct rp_device *dev);
 void rp_command_done(struct rp_device *dev, struct rp_command *cmd,
 		     struct rp_done *done);
 void rp_work(struct work_struct *work);
