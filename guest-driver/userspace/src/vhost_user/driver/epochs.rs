@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use ringpass_guest_abi::epoch::driver::{Action, Event};
 use ringpass_guest_abi::request::{ErrorCode, Outcome, Retry, T_ARM, T_ATTACH};
+use virtio_bindings::virtio_blk::{VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK};
 
 use super::super::Error;
 use super::super::attachment::{Attachment, WantedRings};
@@ -245,7 +246,9 @@ impl Driver {
         while self.queue.reap()?.is_some() {}
         let answer = self.requests.answer(attach);
         let outcome = Outcome::from_bytes(answer[..Outcome::BYTES].try_into().expect("16 bytes"));
-        let code = ErrorCode::from_number(outcome.error.get());
+        let is_known = [VIRTIO_BLK_S_OK, VIRTIO_BLK_S_IOERR].contains(&self.requests.status(attach).into());
+        // A process without rings has taken over: the next one may have some, and reports that.
+        let code = if is_known { ErrorCode::from_number(outcome.error.get()) } else { Some(ErrorCode::Mode) };
         tracing::debug!(queue = self.index, ?code, "the queue is a virtqueue again");
         self.refused = code;
         self.refusals += 1;

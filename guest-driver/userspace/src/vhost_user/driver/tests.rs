@@ -405,3 +405,32 @@ fn a_request_over_queue_0_keeps_to_the_limits_of_the_device() {
     driver.progress();
     assert_eq!(ended(&mut driver), Some((7, 12288)));
 }
+
+#[test]
+fn a_queue_whose_server_was_replaced_by_a_server_without_rings_gets_a_ring_from_the_next_server() {
+    const UNSUPP: u8 = 2;
+    let guest = Guest::new();
+    let (mut driver, mut device) = guest.driver();
+    let mut queue_zero = guest.device_queue_zero();
+    let reap = || guest.queue_zero.lock().reap().unwrap();
+    guest.queue_zero.lock().probe(Duration::from_millis(1)).unwrap();
+    queue_zero.complete(0, &probe_answer(64), 0);
+    reap();
+    driver.want_ring(guest.rings()).unwrap();
+    assert_eq!((device.available(), queue_zero.available()), (2, 2), "ARM and ATTACH, PROBE and EVENT");
+    // The server that takes over knows neither EVENT nor ATTACH.
+    device.complete(0, &[], UNSUPP);
+    device.complete(1, &[], UNSUPP);
+    queue_zero.complete(1, &[], UNSUPP);
+    driver.progress();
+    reap();
+    assert_eq!((device.available(), queue_zero.available()), (2, 2), "the driver does not ask again at once");
+    guest.queue_zero.lock().end_wait_for_event();
+    reap();
+    assert_eq!(queue_zero.available(), 3, "EVENT again");
+    // The next server completes the first EVENT at once.
+    queue_zero.complete(2, &[1, 0, 0, 0, 0, 0, 0, 0], 0);
+    reap();
+    driver.progress();
+    assert_eq!((device.available(), queue_zero.available()), (4, 4), "ARM and ATTACH again, and the next EVENT");
+}

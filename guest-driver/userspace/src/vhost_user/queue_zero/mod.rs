@@ -7,7 +7,7 @@ mod shared;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use ringpass_guest_abi::probe::{Device, ProbeAnswer};
 use ringpass_guest_abi::request::{EventAnswer, T_EVENT, T_PROBE};
@@ -29,6 +29,10 @@ use super::virtqueue::{Virtqueue, Vring};
 /// How long the driver waits for the answer to PROBE before it goes on with an ordinary disk. The device answers when it
 /// has its disk, for which it may have to wait. A late answer is as good.
 const PROBE_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long the driver waits before it sends EVENT again to a process that does not know it, because that process gives no
+/// rings. Each further refusal doubles the wait.
+const EVENT_RETRY_FIRST: Duration = Duration::from_secs(1);
+const EVENT_RETRY_MAX: Duration = Duration::from_secs(60);
 
 /// The driver of queue 0. One EVENT is always pending; the requests of all queues come in addition.
 #[derive(Debug)]
@@ -41,6 +45,9 @@ pub(super) struct QueueZero {
     device: Option<Device>,
     /// The head of the pending EVENT.
     event: Option<u16>,
+    /// How often in a row the device has not known EVENT, and when the driver sends it again, if that lies ahead.
+    event_refusals: u32,
+    event_at: Option<Instant>,
     /// By head: the requests that the device has, except PROBE and EVENT.
     pending: BTreeMap<u16, Pending>,
     /// Answers that the driver has not taken yet. Other requests may already use their heads.
@@ -71,6 +78,8 @@ impl QueueZero {
             probe: None,
             device: None,
             event: None,
+            event_refusals: 0,
+            event_at: None,
             pending: BTreeMap::new(),
             answers: BTreeMap::new(),
             next_id: 0,
@@ -139,6 +148,7 @@ impl QueueZero {
 
     /// Sends an EVENT, which the device completes to report what concerns queues that no thread looks at.
     fn post_event(&mut self) {
+        self.event_at = None;
         if self.event.is_none() {
             self.event = self.make_available(T_EVENT, &Body::Payload(&[]));
         }
@@ -218,10 +228,26 @@ impl QueueZero {
                 self.wake_other_queues();
             }
         }
+        if self.event_at.is_some_and(|at| Instant::now() >= at) {
+            self.post_event();
+        }
         Ok(())
     }
 
+    /// As if the wait after a refused EVENT were over.
+    #[cfg(test)]
+    pub(super) fn end_wait_for_event(&mut self) {
+        self.event_at = self.event_at.map(|_| Instant::now());
+    }
+
     fn handle_event(&mut self, head: u16) {
+        if u32::from(self.requests.status(head)) != VIRTIO_BLK_S_OK {
+            let wait = EVENT_RETRY_FIRST * (1 << self.event_refusals.min(6));
+            self.event_at = Some(Instant::now() + wait.min(EVENT_RETRY_MAX));
+            self.event_refusals += 1;
+            return;
+        }
+        self.event_refusals = 0;
         let answer = self.requests.answer(head);
         // Post the next EVENT before handling this one, so that the driver misses nothing in between.
         self.post_event();
