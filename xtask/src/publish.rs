@@ -2,8 +2,8 @@
 
 use std::{
     collections::HashSet,
-    fs,
-    path::Path,
+    env, fs,
+    path::{Path, PathBuf},
     process::{Command, Stdio},
 };
 
@@ -34,7 +34,8 @@ const IS_OFFLINE: &str = "attempting to make an HTTP request, but --offline was 
 /// An older Cargo cannot package crates together that are on no registry. There this function lists the files only, and
 /// [`check_alone`] compiles the crates.
 pub(crate) fn package() -> Result<()> {
-    let packages = published(&metadata()?)?;
+    let metadata = metadata()?;
+    let packages = published(&metadata)?;
     let faults: Vec<String> = packages.iter().flat_map(Package::faults).collect();
     ensure!(faults.is_empty(), "{}", faults.join("\n"));
     if !packages_together()? {
@@ -43,10 +44,39 @@ pub(crate) fn package() -> Result<()> {
             steps::run_quietly(&mut cargo(&["package", "--list", "--allow-dirty", "--package", &package.name]))
         });
     }
+    let target = metadata["target_directory"].as_str().context("cargo metadata names no target directory")?;
+    let target = Path::new(target).join("packaging");
+    forget_former_packages(&packages, &target)?;
     let mut command = cargo(&["package", "--quiet", "--locked", "--offline", "--allow-dirty"]);
     // Only the verdict of the compiler counts.
     command.args(names(&packages)).env("CARGO_PROFILE_DEV_DEBUG", "false").env("CARGO_INCREMENTAL", "0");
+    command.arg("--target-dir").arg(target);
     steps::run(&mut command)
+}
+
+/// Cargo compiles a package with the packages of the crates that it needs, from a registry in the target directory. It
+/// unpacks and compiles those once for each version, and would take what an earlier run has left for the crates of today.
+fn forget_former_packages(packages: &[Package], target: &Path) -> Result<()> {
+    if target.exists() {
+        fs::remove_dir_all(target).with_context(|| format!("cannot remove {}", target.display()))?;
+    }
+    let home = env::var_os("CARGO_HOME").map(PathBuf::from);
+    let home = home.or_else(|| Some(PathBuf::from(env::var_os("HOME")?).join(".cargo")));
+    let Some(registries) = home.and_then(|home| fs::read_dir(home.join("registry/src")).ok()) else { return Ok(()) };
+    for registry in registries {
+        let registry = registry.context("cannot list Cargo's registries")?;
+        // A registry without a host is a directory.
+        if !registry.file_name().to_string_lossy().starts_with('-') {
+            continue;
+        }
+        for package in packages {
+            let unpacked = registry.path().join(format!("{}-{}", package.name, package.version()));
+            if unpacked.exists() {
+                fs::remove_dir_all(&unpacked).with_context(|| format!("cannot remove {}", unpacked.display()))?;
+            }
+        }
+    }
+    Ok(())
 }
 
 /// Runs `cargo publish --dry-run` for each crate that is to be published. If the registry's index cannot be reached, this
@@ -182,6 +212,10 @@ fn names(packages: &[Package]) -> impl Iterator<Item = &str> {
 }
 
 impl Package {
+    fn version(&self) -> &str {
+        self.manifest["version"].as_str().unwrap_or_default()
+    }
+
     /// The field whose address is a placeholder, with the address.
     fn placeholder(&self) -> Option<String> {
         let repository = self.manifest["repository"].as_str()?;
