@@ -97,6 +97,33 @@ static enum rp_pushed rp_push_segment(struct rp_push *push)
 	return RP_PUSHED;
 }
 
+/* Writes the SQEs of all segments, each as long as memory allows. */
+static enum rp_pushed rp_push_segments(struct rp_push *push)
+{
+	struct request *rq = push->rq;
+	struct req_iterator iter;
+	struct bio_vec bvec;
+
+	/* Two loops in one: a break would leave the inner one only. */
+	rq_for_each_bvec(bvec, rq, iter) {
+		u64 gpa = page_to_phys(bvec.bv_page) + bvec.bv_offset;
+
+		if (push->bytes && gpa == push->gpa + push->bytes) {
+			push->bytes += bvec.bv_len;
+			continue;
+		}
+		if (push->bytes) {
+			enum rp_pushed pushed = rp_push_segment(push);
+
+			if (pushed != RP_PUSHED)
+				return pushed;
+		}
+		push->gpa = gpa;
+		push->bytes = bvec.bv_len;
+	}
+	return push->bytes ? rp_push_segment(push) : RP_UNFIT;
+}
+
 /*
  * Writes the SQEs of a request, which rp_ring_publish() makes visible together.
  * Nothing remains of a request that does not fit.
@@ -115,27 +142,8 @@ enum rp_pushed rp_ring_push(struct rp_queue *q, struct request *rq)
 					(__force u32)RWF_DSYNC : 0,
 	};
 	u32 free_before = q->free_count, tail_before = q->ring.tail;
-	enum rp_pushed pushed = RP_PUSHED;
-	struct req_iterator iter;
-	struct bio_vec bvec;
+	enum rp_pushed pushed = rp_push_segments(&push);
 
-	rq_for_each_bvec(bvec, rq, iter) {
-		u64 gpa = page_to_phys(bvec.bv_page) + bvec.bv_offset;
-
-		if (push.bytes && gpa == push.gpa + push.bytes) {
-			push.bytes += bvec.bv_len;
-			continue;
-		}
-		if (push.bytes) {
-			pushed = rp_push_segment(&push);
-			if (pushed != RP_PUSHED)
-				break;
-		}
-		push.gpa = gpa;
-		push.bytes = bvec.bv_len;
-	}
-	if (pushed == RP_PUSHED)
-		pushed = push.bytes ? rp_push_segment(&push) : RP_UNFIT;
 	if (pushed != RP_PUSHED) {
 		/* The tickets still lie where they were taken from. */
 		while (q->free_count < free_before) {
