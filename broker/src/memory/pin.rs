@@ -118,7 +118,7 @@ impl PinnedMemory {
         if sharing == Sharing::Clone {
             let mut staging = Staging::new();
             for span in memory.layout().spans() {
-                pinned.pin_span(span, &mut staging, &charge, is_wanted)?;
+                pinned.pin_span(span, Some(&mut staging), &charge, is_wanted)?;
             }
         }
         Ok(pinned)
@@ -175,8 +175,9 @@ impl PinnedMemory {
         // there only for a moment longer.
         left.iter().try_for_each(|span| other.clear_span(span))?;
         let charge = Charge::new(memory, came.iter().copied())?;
-        let mut staging = Staging::new();
-        came.iter().try_for_each(|span| other.pin_span(span, &mut staging, &charge, is_wanted))?;
+        // In the table itself: kernels without 525916ce4966 ("io_uring/rsrc: fix lost entries after cloned range") lose the slots
+        // behind a cloned range.
+        came.iter().try_for_each(|span| other.pin_span(span, None, &charge, is_wanted))?;
         Ok((other, ChangedSlots::of(came.into_iter().chain(left))))
     }
 
@@ -184,13 +185,17 @@ impl PinnedMemory {
     fn pin_span(
         &mut self,
         span: &Span,
-        staging: &mut Staging,
+        staging: Option<&mut Staging>,
         charge: &Charge,
         is_wanted: &dyn Fn() -> bool,
     ) -> Result<(), MemoryError> {
         let Some(holder) = &self.holder else { return Err(MemoryError::CannotPlug) };
         let before_bytes = pinned_by_this_process()?;
-        if !staging.pin_span(holder, &self.memory, span, charge, is_wanted)? {
+        let is_staged = match staging {
+            Some(staging) => staging.pin_span(holder, &self.memory, span, charge, is_wanted)?,
+            None => false,
+        };
+        if !is_staged {
             pin_span(holder, 0, &self.memory, span, charge, is_wanted)?;
         }
         self.pinned_bytes.insert(span.index, pinned_by_this_process()?.saturating_sub(before_bytes));

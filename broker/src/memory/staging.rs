@@ -27,8 +27,8 @@ impl Staging {
         Self { ring: None, is_usable: true }
     }
 
-    /// Pins a span and gives its slots to `holder`. False: this way is not for this span or this kernel, and nothing of it is
-    /// pinned.
+    /// Pins a span and gives its slots to `holder`, which has nothing behind them yet: some kernels would lose that. False: this
+    /// way is not for this span or this kernel, and nothing of it is pinned.
     pub(super) fn pin_span(
         &mut self,
         holder: &RingFd,
@@ -52,8 +52,10 @@ impl Staging {
         let pinned = pin_span(&ring, first.index, memory, span, charge, is_wanted);
         let cloned = pinned.map(|()| holder.clone_buffer_slots_to(first.index, &ring, 0, count));
         // Before the memory is pinned in another way, and not only when the kernel takes the ring apart.
-        ring.unregister_buffers().map_err(MemoryError::system("emptying the table in which a span was pinned"))?;
-        match cloned? {
+        let emptied = ring.unregister_buffers();
+        let cloned = cloned?;
+        emptied.map_err(MemoryError::system("emptying the table in which a span was pinned"))?;
+        match cloned {
             Ok(()) => {
                 self.ring = Some(ring);
                 Ok(true)

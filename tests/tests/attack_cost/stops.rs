@@ -27,8 +27,9 @@ use crate::{
 const FLOODS: [Duration; 2] = [Duration::from_millis(20), Duration::from_millis(200)];
 /// What a stop may take on a disk that answers.
 const STOP_MAX: Duration = Duration::from_secs(1);
-/// What the end of everything may take after SIGKILL.
-const KILL_MAX: Duration = Duration::from_secs(2);
+/// What the end of everything may take after SIGKILL, and the removal of memory: the server waits for a second before it ends
+/// the rings.
+const LONG_STOP_MAX: Duration = Duration::from_secs(2);
 /// An honest guest's stop takes this long at most on an idle machine. On a busy one all stops take longer.
 const HONEST_STOP: Duration = Duration::from_millis(100);
 
@@ -59,7 +60,8 @@ pub(crate) fn bounded(attack: Attack) -> Result<()> {
         for stop in Stop::ALL {
             for flood in FLOODS {
                 let took = one(attack, stop, Reaping::Never, flood)?;
-                let max = if stop == Stop::Kill { KILL_MAX } else { STOP_MAX }.mul_f64(slowness);
+                let is_long = matches!(stop, Stop::Kill | Stop::RemoveMemory);
+                let max = if is_long { LONG_STOP_MAX } else { STOP_MAX }.mul_f64(slowness);
                 ensure!(took < max, "{stop:?} after {flood:?} took {took:?}, more than {max:?}");
                 worst = worst.max(took);
             }
