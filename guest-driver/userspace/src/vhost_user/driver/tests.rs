@@ -6,6 +6,7 @@ use ringpass_guest_abi::request::ErrorCode;
 use ringpass_guest_abi::{FixedAddress, SegmentLimits};
 
 use super::super::config::Geometry;
+use super::super::queue_zero::QueueZeroRequest;
 use super::super::test_device::{DeviceQueue, Guest};
 use super::*;
 
@@ -433,4 +434,25 @@ fn a_queue_whose_server_was_replaced_by_a_server_without_rings_gets_a_ring_from_
     reap();
     driver.progress();
     assert_eq!((device.available(), queue_zero.available()), (4, 4), "ARM and ATTACH again, and the next EVENT");
+}
+
+#[test]
+fn a_driver_sends_probe_and_event_when_queue_0_has_room_again() {
+    let guest = Guest::new();
+    let mut queue_zero = guest.device_queue_zero();
+    let reap = || guest.queue_zero.lock().reap().unwrap();
+    let mut requests = 0;
+    while guest.queue_zero.lock().send(&QueueZeroRequest::GetId, None).is_some() {
+        requests += 1;
+    }
+    guest.queue_zero.lock().probe_again();
+    assert!(guest.queue_zero.lock().is_probing());
+    reap();
+    assert_eq!(queue_zero.available(), requests, "there is no room");
+    queue_zero.complete(0, &[], 0);
+    reap();
+    assert_eq!(queue_zero.available(), requests + 1, "PROBE");
+    queue_zero.complete(requests, &probe_answer(64), 0);
+    reap();
+    assert_eq!(queue_zero.available(), requests + 2, "EVENT");
 }

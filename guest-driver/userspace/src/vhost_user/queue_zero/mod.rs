@@ -41,6 +41,8 @@ pub(super) struct QueueZero {
     requests: Requests,
     /// The head of the pending PROBE.
     probe: Option<u16>,
+    /// PROBE is to be sent when there is room.
+    is_probe_wanted: bool,
     /// The device's description of its rings. `None`: an ordinary disk, or PROBE is pending.
     device: Option<Device>,
     /// The head of the pending EVENT.
@@ -76,6 +78,7 @@ impl QueueZero {
             queue,
             requests,
             probe: None,
+            is_probe_wanted: false,
             device: None,
             event: None,
             event_refusals: 0,
@@ -104,22 +107,24 @@ impl QueueZero {
         let mut backoff = Backoff::new(patience.min(PROBE_TIMEOUT));
         loop {
             self.reap()?;
-            if self.probe.is_none() || !backoff.pause() {
+            if !self.is_probing() || !backoff.pause() {
                 return Ok(());
             }
         }
     }
 
-    /// Asks the device for its description without waiting for the answer, unless it has been asked already.
+    /// Asks the device for its description without waiting for the answer, unless it has been asked already: now, or when
+    /// the queue has room.
     pub(super) fn probe_again(&mut self) {
         if self.probe.is_none() {
             self.probe = self.make_available(T_PROBE, &Body::Payload(&[]));
+            self.is_probe_wanted = self.probe.is_none();
         }
     }
 
     /// Whether the device has not answered PROBE yet.
     pub(super) fn is_probing(&self) -> bool {
-        self.probe.is_some()
+        self.probe.is_some() || self.is_probe_wanted
     }
 
     /// The device's description of its rings, if it has answered and offers some.
@@ -148,10 +153,11 @@ impl QueueZero {
 
     /// Sends an EVENT, which the device completes to report what concerns queues that no thread looks at.
     fn post_event(&mut self) {
-        self.event_at = None;
         if self.event.is_none() {
             self.event = self.make_available(T_EVENT, &Body::Payload(&[]));
         }
+        // Without room again, when there is some.
+        self.event_at = self.event.is_none().then(Instant::now);
     }
 
     /// Sends a request, and returns the id by which the caller takes the answer later. The answer wakes the user of
@@ -227,6 +233,9 @@ impl QueueZero {
             if std::mem::take(&mut self.is_room_wanted) {
                 self.wake_other_queues();
             }
+        }
+        if self.is_probe_wanted {
+            self.probe_again();
         }
         if self.event_at.is_some_and(|at| Instant::now() >= at) {
             self.post_event();
