@@ -31,8 +31,9 @@
 
 /*
  * A request with more physically separate pieces than this goes over a
- * virtqueue. An SQE costs the host more than a descriptor does, and one such
- * request would take the room of this many others.
+ * virtqueue. An SQE costs the host more than a descriptor does: from about
+ * this many on, a virtqueue is quicker (benches/benches/fragmented.rs), and one
+ * such request would take the room of this many others.
  */
 #define RP_REQUEST_SQES_MAX	32
 
