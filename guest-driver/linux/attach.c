@@ -7,7 +7,7 @@
 #include "ringpass_trace.h"
 
 #define RP_RETRY_DELAY_MAX	(60 * HZ)
-/* No more ATTACHs of a queue than this in a period, whatever the answers. */
+/* No more ATTACHs of a queue than this in a period, for all answers. */
 #define RP_ATTACHES_MAX		10
 #define RP_ATTACHES_PERIOD	(10 * HZ)
 /* The same for the lines in the log. */
@@ -57,8 +57,8 @@ static const char *rp_retry_text(enum rp_retry retry)
 
 /*
  * The queue was refused a ring, or has lost it. The first refusal of the kind
- * "later" has to be waited out; each further one doubles the wait, whatever the
- * reasons are: a device that refuses and completes EVENT in turn gets no
+ * "later" has to be waited out; each further one doubles the wait, for
+ * all reasons alike: a device that refuses and completes EVENT in turn gets no
  * endless loop.
  */
 static void rp_back_off(struct rp_queue *q)

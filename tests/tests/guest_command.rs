@@ -119,7 +119,7 @@ fn children(pid: u32) -> Result<Vec<u32>> {
     Ok(children)
 }
 
-/// Waits for the end of the program, and kills one that does not end.
+/// Waits for the end of the program, and kills the program if it does not end.
 fn end(program: &mut Child) -> Result<Option<i32>> {
     let end = Instant::now() + END_LIMIT;
     while Instant::now() < end {

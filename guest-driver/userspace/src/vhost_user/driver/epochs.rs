@@ -264,7 +264,7 @@ impl Driver {
         Ok(())
     }
 
-    /// Whether the refusal is not final. Sends PROBE if the device is another one than the one that answered PROBE: the
+    /// Whether the refusal is not final. Sends PROBE if the refusal says that another device has taken over: the
     /// same refusal after another answer is final.
     fn may_ask_again(&mut self, retry: Retry) -> bool {
         if retry != Retry::Probe {
